@@ -1,0 +1,143 @@
+"""Where each token's keys and values lie: pure arithmetic, in bytes.
+
+The layers are split into slab groups of `layers_per_slab`. In each group a sequence has one slab,
+contiguous in virtual memory and token-major, so that it grows at one end:
+
+    slab of group g:  | token 0                                     | token 1      | ...
+                      | layer a: K V | layer a+1: K V | ... layer b  | layer a: K V | ...
+                               each K or V: [kv_heads, dim]
+    pages:            |<------- page 0 ------->|<------- page 1 ------->|   need not align to tokens
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """What one layer stores per token: K is [kv_heads, k_dim] and V is [kv_heads, v_dim]."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+
+    def __post_init__(self) -> None:
+        if min(self.kv_heads, self.k_dim) < 1 or self.v_dim < 0:
+            raise ValueError(f"{self}: heads and dims must be positive (only v_dim may be 0)")
+
+    @property
+    def width(self) -> int:
+        """Elements of K and V together, for one token."""
+        return self.kv_heads * (self.k_dim + self.v_dim)
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The shape of a KV cache of slots that each hold up to `max_tokens` tokens.
+
+    Attributes:
+        layers: one entry per layer that caches keys and values; they may differ.
+        dtype_bytes: bytes of one element.
+        page_size: bytes of one physical page.
+        max_tokens: tokens that one slot can hold.
+        layers_per_slab: layers interleaved in one slab. All of them: least memory lost to partly
+            filled pages. One: each layer touches the fewest pages.
+    """
+
+    layers: tuple[LayerKV, ...]
+    dtype_bytes: int
+    page_size: int
+    max_tokens: int
+    layers_per_slab: int
+
+    def __post_init__(self) -> None:
+        for name in ("dtype_bytes", "page_size", "max_tokens", "layers_per_slab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not self.layers:
+            raise ValueError("a KV layout needs at least one layer")
+        if self.page_size % self.dtype_bytes:
+            raise ValueError(
+                f"page size {self.page_size} is not a multiple of dtype_bytes {self.dtype_bytes}"
+            )
+
+    @cached_property
+    def groups(self) -> tuple[range, ...]:
+        """The layers of each slab group."""
+        total, step = len(self.layers), self.layers_per_slab
+        return tuple(range(a, min(a + step, total)) for a in range(0, total, step))
+
+    @property
+    def num_groups(self) -> int:
+        """Slabs that one slot has."""
+        return len(self.groups)
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's K and V in all layers."""
+        return sum(self._token_bytes)
+
+    def group_bytes_per_token(self, group: int) -> int:
+        """Bytes of one token in a slab of `group`: the stride between tokens."""
+        return self._token_bytes[group]
+
+    def slab_size(self, group: int) -> int:
+        """Bytes of address space of one slot's slab: `max_tokens`, rounded up to whole pages."""
+        return self._pages(group, self.max_tokens) * self.page_size
+
+    def tokens_per_page(self, group: int) -> Fraction:
+        """Tokens that one page of `group` holds, not a whole number in general."""
+        return Fraction(self.page_size, self._token_bytes[group])
+
+    def pages_for(self, num_tokens: int) -> tuple[int, ...]:
+        """Pages, per group, that hold the tokens [0, num_tokens)."""
+        page = self.page_size
+        return tuple(-(-num_tokens * token // page) for token in self._token_bytes)
+
+    def total_pages_for(self, num_tokens: int) -> int:
+        """Pages of all groups that hold the tokens [0, num_tokens)."""
+        return sum(self.pages_for(num_tokens))
+
+    def tokens_in(self, pages: Sequence[int]) -> int:
+        """Whole tokens that fit when group g has `pages[g]` pages, at most `max_tokens`."""
+        size = self.page_size
+        backed = (n * size // token for n, token in zip(pages, self._token_bytes, strict=True))
+        return min(self.max_tokens, *backed)
+
+    def waste_bytes(self, num_tokens: int) -> int:
+        """Bytes of the pages that hold `num_tokens` tokens which hold no token."""
+        mapped = self.total_pages_for(num_tokens) * self.page_size
+        return mapped - num_tokens * self.bytes_per_token
+
+    def offsets(self, layer: int) -> tuple[int, int]:
+        """Bytes from a token's begin in its slab to K and to V of `layer`."""
+        return self._offsets[layer]
+
+    def group_of(self, layer: int) -> int:
+        """The slab group that holds `layer`."""
+        return range(len(self.layers))[layer] // self.layers_per_slab
+
+    @cached_property
+    def _token_bytes(self) -> tuple[int, ...]:
+        return tuple(
+            sum(self.layers[layer].width for layer in group) * self.dtype_bytes
+            for group in self.groups
+        )
+
+    @cached_property
+    def _offsets(self) -> tuple[tuple[int, int], ...]:
+        offsets: list[tuple[int, int]] = []
+        for group in self.groups:
+            shapes = [self.layers[layer] for layer in group]
+            begins = accumulate((s.width for s in shapes), initial=0)
+            offsets += [
+                (begin * self.dtype_bytes, (begin + s.kv_heads * s.k_dim) * self.dtype_bytes)
+                for begin, s in zip(begins, shapes, strict=False)
+            ]
+        return tuple(offsets)
+
+    def _pages(self, group: int, num_tokens: int) -> int:
+        return -(-num_tokens * self._token_bytes[group] // self.page_size)

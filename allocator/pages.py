@@ -1,0 +1,176 @@
+"""Physical pages that outlive the sequences using them: budget, references, fences."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from .vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+
+
+class PagePool:
+    """Pages of a `VirtualMemory`, created in batches on demand and kept for reuse.
+
+    A page is free, or in use (one or more references), or parked: unreferenced, but a step that
+    was launched earlier may still read it.
+
+    Args:
+        memory: where pages come from. The pool destroys only what it created.
+        budget: bytes of pages to hold at most, now: a number, or a function that is asked at each
+            growth; None for as much as the machine has.
+        batch: pages to create at once at most when fewer are wanted. The pool grows by a small part
+            of itself, so that a small cache does not hold a large one's spare pages.
+
+    Attributes:
+        created: pages held now: free, in use and parked.
+        create_calls, create_seconds, destroy_calls, destroy_seconds: work done so far.
+    """
+
+    def __init__(
+        self,
+        memory: VirtualMemory,
+        budget: int | Callable[[], int] | None = None,
+        *,
+        batch: int = 8,
+    ) -> None:
+        self._memory = memory
+        self._budget = budget
+        self._batch = batch
+        self._free: list[Handle] = []
+        self._references: dict[Handle, int] = {}
+        self._parked: deque[tuple[int, list[Handle]]] = deque()  # steps ascending
+        self.created = 0
+        self.create_calls = 0
+        self.create_seconds = 0.0
+        self.destroy_calls = 0
+        self.destroy_seconds = 0.0
+
+    @property
+    def free(self) -> int:
+        """Pages ready to be acquired without growing."""
+        return len(self._free)
+
+    @property
+    def in_use(self) -> int:
+        """Pages with at least one reference."""
+        return len(self._references)
+
+    @property
+    def parked(self) -> int:
+        """Pages that wait for `retire`."""
+        return self.created - self.free - self.in_use
+
+    def page_budget(self) -> int | None:
+        """Pages that the budget allows to hold now; None where there is no budget."""
+        budget = self._budget() if callable(self._budget) else self._budget
+        return None if budget is None else max(0, budget // self._memory.granularity)
+
+    def acquire(self, count: int) -> list[Handle]:
+        """Take `count` pages, with one reference each and undefined contents.
+
+        Raises:
+            OutOfPages: the budget or the machine has not that many. Nothing was taken.
+        """
+        if count > len(self._free):
+            self._grow(count - len(self._free))
+        at = len(self._free) - count
+        taken = self._free[at:]
+        del self._free[at:]
+        self._references.update(dict.fromkeys(taken, 1))
+        return taken
+
+    def addref(self, handles: Sequence[Handle]) -> None:
+        """Add a reference to each page in use."""
+        for handle in handles:
+            if handle not in self._references:
+                raise AllocatorError(f"cannot share page {handle}: it is not in use")
+        for handle in handles:
+            self._references[handle] += 1
+
+    def release(self, handles: Sequence[Handle], step: int | None = None) -> int:
+        """Drop a reference from each page; pages without one become free.
+
+        Args:
+            handles: pages in use, each at most as often as it has references.
+            step: the last step that may read the pages: they are parked until it is retired.
+                None when no step can.
+
+        Returns:
+            The number of pages that have no reference any more.
+        """
+        for handle, times in Counter(handles).items():
+            held = self._references.get(handle, 0)
+            if times > held:
+                raise AllocatorError(f"page {handle} has {held} references; {times} are released")
+        if step is not None and self._parked and step < self._parked[-1][0]:
+            raise AllocatorError(f"step {step} comes before step {self._parked[-1][0]}")
+        unused: list[Handle] = []
+        for handle in handles:
+            self._references[handle] -= 1
+            if not self._references[handle]:
+                del self._references[handle]
+                unused.append(handle)
+        if step is None:
+            self._free += unused
+        elif unused:
+            self._parked.append((step, unused))
+        return len(unused)
+
+    def retire(self, step: int) -> None:
+        """Free the pages parked for steps up to and including `step`."""
+        while self._parked and self._parked[0][0] <= step:
+            self._free += self._parked.popleft()[1]
+
+    def shrink(self, keep: int = 0) -> int:
+        """Destroy free pages until at most `keep` of them remain. Returns how many were."""
+        excess = len(self._free) - keep
+        if excess <= 0:
+            return 0
+        begin = perf_counter()
+        self._memory.destroy(self._free[keep:])
+        self.destroy_seconds += perf_counter() - begin
+        self.destroy_calls += 1
+        del self._free[keep:]
+        self.created -= excess
+        return excess
+
+    def check(self) -> None:
+        """Raise AssertionError where the pool contradicts itself."""
+        parked = [handle for _, handles in self._parked for handle in handles]
+        every = [*self._free, *self._references, *parked]
+        assert len(set(every)) == len(every), "a page is in two of free, in use, parked"
+        assert len(every) == self.created, f"{len(every)} pages known, {self.created} created"
+        assert all(n > 0 for n in self._references.values()), "a page in use has no reference"
+        steps = [step for step, _ in self._parked]
+        assert steps == sorted(steps), f"parked steps are out of order: {steps}"
+
+    def references(self, handle: Handle) -> int:
+        """References of a page; 0 when it is free or parked."""
+        return self._references.get(handle, 0)
+
+    def _grow(self, count: int) -> None:
+        """Create at least `count` pages, some more where possible."""
+        wanted = max(count, min(self._batch, self.created // 32))
+        budget = self.page_budget()
+        if budget is not None:
+            room = max(0, budget - self.created)
+            if room < count:
+                page = self._memory.granularity
+                raise OutOfPages(
+                    f"{count} more pages of {page} bytes are wanted, and the KV budget of "
+                    f"{budget * page} bytes has room for {room}; "
+                    "raise the budget or run fewer sequences at once"
+                )
+            wanted = min(wanted, room)
+        begin = perf_counter()
+        try:
+            try:
+                handles = self._memory.create(wanted)
+            except OutOfPages:
+                if wanted == count:
+                    raise
+                handles = self._memory.create(count)
+        finally:
+            self.create_seconds += perf_counter() - begin
+        self.create_calls += 1
+        self.created += len(handles)
+        self._free += handles

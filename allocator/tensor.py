@@ -1,0 +1,80 @@
+"""Torch tensors over an arena's addresses: views, without a copy and without a look at the memory.
+
+The only importer of torch in this package.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .arena import KVArena
+
+
+def strided_view(
+    address: int,
+    nbytes: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    offset: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """View a range of addresses, of which any part may be unmapped, as a tensor.
+
+    Args:
+        address: first byte of the range.
+        nbytes: bytes of the range; must contain every element of the view.
+        shape: of the view.
+        strides: in elements, one per dimension.
+        dtype: of the elements.
+        offset: element of the range at which the view begins.
+        device: that the addresses belong to.
+
+    Returns:
+        A tensor that does not own the memory: it is valid until the range is freed, and touching
+        an element without a page behind it is a fault that kills the process.
+    """
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if offset < 0 or (last + 1) * dtype.itemsize > nbytes:
+        raise ValueError(
+            f"a view of shape {tuple(shape)}, strides {tuple(strides)} and offset {offset} "
+            f"in {dtype} ends beyond the range of {nbytes} bytes"
+        )
+    storage = torch._C._construct_storage_from_data_pointer(address, torch.device(device), nbytes)
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, strides)
+
+
+def layer_views(
+    arena: KVArena, layer: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of one layer, of all slots.
+
+    Only tokens that `KVArena.ensure` has backed may be touched: `k[slot, :num_tokens]`.
+
+    Returns:
+        K as [num_slots, max_tokens, kv_heads, k_dim] and V as [num_slots, max_tokens, kv_heads,
+        v_dim], strided over the slabs; valid until `arena.release()`.
+    """
+    layout = arena.layout
+    if dtype.itemsize != layout.dtype_bytes:
+        raise ValueError(
+            f"{dtype} has {dtype.itemsize} bytes, the layout's elements have {layout.dtype_bytes}"
+        )
+    shape, group = layout.layers[layer], layout.group_of(layer)
+    slab = layout.slab_size(group)
+    token_stride = layout.group_bytes_per_token(group) // dtype.itemsize
+
+    def view(dim: int, offset: int) -> torch.Tensor:
+        return strided_view(
+            arena.address(group),
+            arena.num_slots * slab,
+            (arena.num_slots, layout.max_tokens, shape.kv_heads, dim),
+            (slab // dtype.itemsize, token_stride, dim, 1),
+            dtype,
+            offset=offset // dtype.itemsize,
+            device=device,
+        )
+
+    k_offset, v_offset = layout.offsets(layer)
+    return view(shape.k_dim, k_offset), view(shape.v_dim, v_offset)

@@ -1,0 +1,71 @@
+"""What a machine must offer so that tensors can grow in place: reserve, commit, map, alias.
+
+The names follow CUDA's virtual memory management API, whose meaning `VirtualMemory` fixes:
+address space and physical pages are obtained separately, one page may be mapped at several
+addresses, and touching an address with no page behind it is a fault, not a zero.
+"""
+
+from collections.abc import Sequence
+from typing import NewType, Protocol
+
+Handle = NewType("Handle", int)
+"""One physical page of `VirtualMemory.granularity` bytes."""
+
+
+class AllocatorError(Exception):
+    """A rule of the allocator was broken, or the operating system refused a request."""
+
+
+class OutOfPages(AllocatorError):  # noqa: N818 - says what there is none of
+    """No physical memory, no budget, or no room for another mapping. Nothing was changed."""
+
+
+class VirtualMemory(Protocol):
+    """Address space and physical pages, obtained separately and joined by `map`.
+
+    Addresses and sizes are in bytes and multiples of `granularity`. Every method is all or
+    nothing: when it raises, the state is as before the call. A broken rule (overlapping map, unmap
+    of an unmapped page, destroying a mapped page, ...) raises `AllocatorError`. Instances are used
+    by one thread at a time.
+    """
+
+    @property
+    def granularity(self) -> int:
+        """Bytes of one physical page."""
+
+    def reserve(self, size: int) -> int:
+        """Reserve `size` bytes of address space, without memory; touching it is a fault.
+
+        Returns:
+            The address, a multiple of the system's page size.
+        """
+
+    def free(self, address: int, size: int) -> None:
+        """Give back a whole reservation, in which nothing is mapped any more."""
+
+    def create(self, count: int) -> list[Handle]:
+        """Commit `count` physical pages, consecutive handles where possible.
+
+        A new page's contents are undefined.
+
+        Raises:
+            OutOfPages: the machine has no memory for all of them.
+        """
+
+    def destroy(self, handles: Sequence[Handle]) -> None:
+        """Give pages back to the machine. None may be mapped anywhere."""
+
+    def map(self, address: int, handles: Sequence[Handle]) -> None:
+        """Put `handles` behind the range that begins at `address`, readable and writable.
+
+        The range must lie in one reservation and be unmapped. A page may be mapped elsewhere too.
+
+        Raises:
+            OutOfPages: the system has no room for another mapping.
+        """
+
+    def unmap(self, address: int, count: int) -> None:
+        """Take the pages from behind `count` mapped pages of addresses, which then fault again."""
+
+    def close(self) -> None:
+        """Release everything: mappings, pages and reservations. Idempotent."""
