@@ -1,0 +1,212 @@
+"""The engine's nouns: what a request is, what a step does, what it produced. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class EngineError(Exception):
+    """The engine cannot go on; the message names the number and the cause.
+
+    Args:
+        message: What happened.
+        hint: What the user can do about it.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one completion are chosen. `temperature == 0` is greedy.
+
+    Args:
+        max_tokens: Upper bound of generated tokens; the context length bounds it further.
+        min_tokens: No stop token is sampled and no stop string ends the text before this many.
+        temperature: Logits are divided by it.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the smallest set of most likely tokens whose probability reaches this.
+        min_p: Drop tokens less likely than this share of the most likely one.
+        repetition_penalty: Divides (multiplies, if negative) logits of tokens seen in the prompt
+            or the output (Keskar et al. 2019, section 4.1).
+        presence_penalty: Subtracted once from logits of tokens seen in the output.
+        frequency_penalty: Subtracted per occurrence in the output.
+        seed: The row's own seed; the job's where None.
+        stop: Texts that end the completion; they are not part of it.
+        stop_token_ids: Tokens that end it, beside the model's own end tokens.
+        ignore_eos: The model's own end tokens do not end it.
+
+    Raises:
+        ValueError: A value is out of range; the message names it.
+    """
+
+    max_tokens: int = 512
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, valid, rule in (
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more"),
+            ("temperature", self.temperature, 0 <= self.temperature < 1e6, "0 or more"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                0 < self.repetition_penalty < 1e6,
+                "above 0",
+            ),
+            (
+                "presence_penalty",
+                self.presence_penalty,
+                abs(self.presence_penalty) < 1e6,
+                "a finite number",
+            ),
+            (
+                "frequency_penalty",
+                self.frequency_penalty,
+                abs(self.frequency_penalty) < 1e6,
+                "a finite number",
+            ),
+            (
+                "min_tokens",
+                self.min_tokens,
+                self.min_tokens <= self.max_tokens,
+                "max_tokens at most",
+            ),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {rule}, not {value}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken without a draw."""
+        return self.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens already seen change the logits."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to compute.
+
+    Its random stream derives from (seed, row, sample, position) and from nothing else.
+    """
+
+    row: int
+    sample: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ERROR = "error"
+
+
+class Status(StrEnum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request being worked on. Invariant: `0 <= num_computed_tokens <= num_tokens`.
+
+    `num_computed_tokens` counts the leading tokens whose keys and values are in the slot.
+    Times are `time.perf_counter` seconds.
+    """
+
+    request: Request
+    output_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    slot: int | None = None
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    error_kind: str | None = None
+    arrived: float = 0.0
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    high_water: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt in tokens."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together, in tokens."""
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    def token_ids(self, start: int, length: int) -> list[int]:
+        """Tokens `[start, start + length)` of prompt followed by output."""
+        prompt = self.request.prompt_ids
+        if start >= len(prompt):
+            start -= len(prompt)
+            return self.output_ids[start : start + length]
+        ids = list(prompt[start : start + length])
+        return ids + self.output_ids[: length - len(ids)]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `[start, start + length)` of one sequence, computed in one step.
+
+    `sampled` says that the segment reaches the sequence's last token, so that its last logits
+    yield the next one.
+    """
+
+    sequence: Sequence
+    slot: int
+    start: int
+    length: int
+    sampled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The segments of one step, single-token ones (decodes) first."""
+
+    step: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in the step."""
+        return sum(s.length for s in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """What a step produced: one token for each sampled segment, in the plan's order."""
+
+    step: int
+    token_ids: tuple[int, ...]

@@ -1,0 +1,209 @@
+"""Between a row's fields and tokens: templates, tokenising, detokenising, stop strings."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+_CONTEXT = 8  # prompt tokens that precede the output when it is decoded
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    chat_template: Any
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
+        """Text to `input_ids`."""
+
+    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
+        """Tokens to text."""
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Messages to the model's own prompt text."""
+
+
+class PromptError(Exception):
+    """A row can't be turned into a prompt.
+
+    Args:
+        kind: A short name that failures are counted under.
+        message: What is wrong with the row.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def template_fields(template: str) -> list[str]:
+    """Names of the columns that a template such as `Summarise: {text}` uses, in order.
+
+    Raises:
+        ValueError: The template is malformed, or uses more than plain `{column}` fields.
+    """
+    names: list[str] = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or spec or conversion or not name.replace("_", "a").replace("-", "a").isalnum():
+            raise ValueError(
+                f"template field {{{name}}}: only plain column names in braces are allowed; "
+                "write {{ and }} for literal braces"
+            )
+        names.append(name)
+    if not names:
+        raise ValueError(f"the template {template!r} names no column; write for example {{text}}")
+    return list(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """Makes the prompt tokens of a row.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        column: The column to read, `prompt` or `messages` by default, unless there is a template.
+        template: Text with `{column}` fields.
+        chat: Wrap a plain prompt as a user message with the model's chat template.
+        system: System message put before it; implies `chat`.
+    """
+
+    tokenizer: Tokenizer
+    column: str | None = None
+    template: str | None = None
+    chat: bool = False
+    system: str | None = None
+
+    def __call__(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
+        """Token ids of the row's prompt.
+
+        Raises:
+            PromptError: The row has no usable prompt.
+        """
+        value = self._value(fields)
+        if isinstance(value, str) and self.column == "messages":
+            value = _parse_messages(value)
+        if isinstance(value, list):
+            text, special = self._chat(_check_messages(value)), False
+        elif not isinstance(value, str):
+            kind = "null_prompt" if value is None else "wrong_type"
+            raise PromptError(kind, f"the prompt is {_kind(value)}, not text")
+        elif self.chat or self.system is not None:
+            text, special = self._chat([{"role": "user", "content": value}]), False
+        else:
+            text, special = value, True
+        if isinstance(value, str) and not value:
+            raise PromptError("empty_prompt", "the prompt is empty")
+        try:
+            ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        except (UnicodeError, TypeError) as error:
+            raise PromptError("invalid_text", f"the prompt is not valid Unicode: {error}") from None
+        if not ids:
+            raise PromptError("empty_prompt", "the prompt has no tokens")
+        return tuple(ids)
+
+    def _value(self, fields: Mapping[str, Any]) -> Any:
+        if self.template is None:
+            column = self.column or "prompt"
+            if column not in fields:
+                raise PromptError("missing_field", f"the row has no field {column!r}")
+            return fields[column]
+        values = {}
+        for name in template_fields(self.template):
+            if name not in fields:
+                raise PromptError("missing_field", f"the row has no field {name!r}")
+            if fields[name] is None:
+                raise PromptError("null_prompt", f"the field {name!r} is null")
+            values[name] = fields[name]
+        return self.template.format_map(values)
+
+    def _chat(self, messages: list[dict[str, Any]]) -> str:
+        if self.system is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is the model's program and may raise anything
+            raise PromptError("chat_template", f"the chat template refused it: {error}") from error
+        return str(text)
+
+
+def _parse_messages(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise PromptError("wrong_type", f"messages is text but not JSON: {error}") from None
+
+
+def _check_messages(value: list[Any]) -> list[dict[str, Any]]:
+    if not value:
+        raise PromptError("empty_prompt", "messages is an empty list")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise PromptError("wrong_type", f"message {i} is not an object with a role")
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise PromptError("wrong_type", f"message {i} has no content")
+    # Parquet gives every struct all fields; a template must not see the absent ones as null.
+    return [{k: v for k, v in message.items() if v is not None} for message in value]
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+class Detokenizer:
+    """Turns one sequence's output tokens into text as they come.
+
+    Text is emitted only when no later token can change it: a character whose bytes are spread over
+    several tokens is held back until it is whole. The prompt's last tokens precede the output, for
+    tokenizers that write a word's space with the word.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt_ids: The prompt's tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-_CONTEXT:])
+        #  _ids:  [0 ... prefix ......... read ........ end)
+        #                | text emitted  | text held back |
+        self._prefix, self._read = 0, len(self._ids)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Add tokens; returns the text that became final."""
+        self._ids += token_ids
+        return self._emit(flush=False)
+
+    def finish(self) -> str:
+        """Emit what is held back, an incomplete character as U+FFFD; returns the whole text."""
+        self._emit(flush=True)
+        return self.text
+
+    def _emit(self, *, flush: bool) -> str:
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        if not flush and (after.endswith(_REPLACEMENT) or len(after) <= len(before)):
+            return ""
+        new = after[len(before) :]
+        self._prefix, self._read = self._read, len(self._ids)
+        self.text += new
+        return new
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def find_stop(text: str, new: int, stops: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins, if one ends within the last `new` characters."""
+    found = [text.find(s, max(0, len(text) - new - len(s) + 1)) for s in stops]
+    return min((i for i in found if i >= 0), default=None)
