@@ -1,0 +1,128 @@
+"""What only the Linux implementation promises: errors of the kernel, coalescing, no leaks."""
+
+import os
+from pathlib import Path
+
+import pytest
+from memory_twins import run_python
+
+from allocator.host import HostMemory
+from allocator.vmm import AllocatorError, OutOfPages
+
+
+def resident(memory: HostMemory) -> int:
+    """Bytes that the kernel has committed for the memory's pages."""
+    return os.fstat(memory._open_fd()).st_blocks * 512
+
+
+@pytest.mark.parametrize("size", [0, -4096, 1000])
+def test_page_sizes_that_cannot_be(size: int) -> None:
+    with pytest.raises(AllocatorError, match=str(size)):
+        HostMemory(size)
+
+
+def test_pages_are_committed_by_create_and_returned_by_destroy(memory: HostMemory) -> None:
+    handles = memory.create(10)
+    assert resident(memory) == 10 * 4096
+    memory.destroy(handles[2:5])
+    assert resident(memory) == 7 * 4096
+    assert sorted(memory.create(3)) == handles[2:5], "holes are filled before the file grows"
+    assert resident(memory) == 10 * 4096
+
+
+def test_reserving_commits_nothing(memory: HostMemory) -> None:
+    def resident_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = resident_pages()
+    for _ in range(8):
+        memory.reserve(1 << 40)
+    assert resident_pages() - before < 256
+    assert resident(memory) == 0
+
+
+def test_consecutive_pages_need_one_kernel_mapping(memory: HostMemory) -> None:
+    base = memory.reserve(64 * 4096)
+    handles = memory.create(64)
+    memory.map(base, handles[:20])
+    memory.map(base + 20 * 4096, handles[20:])
+    assert memory._mappings == 1
+    memory.unmap(base + 4096, 1)
+    assert memory._mappings == 3
+
+
+def test_close_leaves_no_descriptor_and_no_mapping() -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    memory = HostMemory(4096)
+    base = memory.reserve(1 << 30)
+    memory.map(base, memory.create(3))
+    memory.close()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert "batchrun-kv" not in Path("/proc/self/maps").read_text()
+
+
+def test_create_beyond_what_the_system_grants_takes_nothing() -> None:
+    # The file size limit is the one shortage of memory that a process can have alone. The holes
+    # make create() commit several runs, of which the last fails.
+    done = run_python("""
+import os, resource
+from allocator.host import HostMemory
+from allocator.vmm import OutOfPages
+memory = HostMemory(4096)
+handles = memory.create(10)
+memory.destroy(handles[1::2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (12 * 4096, 12 * 4096))
+try:
+    memory.create(8)
+except OutOfPages as error:
+    print(error)
+print(os.fstat(memory._fd).st_blocks * 512 // 4096)
+print(sorted(memory.create(7)))
+base = memory.reserve(12 * 4096)
+memory.map(base, list(range(12)))
+""")
+    message, committed, created = done.stdout.splitlines()
+    assert message.startswith("cannot commit 8 pages of 4096 bytes: File too large (5 pages are")
+    assert committed == "5"
+    assert created == "[1, 3, 5, 7, 9, 10, 11]"
+    assert done.returncode == 0, done.stderr
+
+
+def test_too_many_mappings_is_out_of_pages_and_says_what_to_do() -> None:
+    memory = HostMemory(4096, max_mappings=7)
+    base = memory.reserve(16 * 4096)
+    handles = memory.create(16)
+    memory.map(base, handles[::2][:5])
+    with pytest.raises(OutOfPages, match=r"6 of 7 .*`sysctl -w vm.max_map_count=\d+"):
+        memory.map(base + 6 * 4096, handles[1::2])
+    memory.unmap(base, 5)
+    memory.map(base, handles)
+    memory.close()
+
+
+@pytest.mark.parametrize("limit", ["", ", max_mappings=10**9"], ids=["ours", "the kernel's"])
+def test_the_mappings_a_process_really_has_run_out_as_out_of_pages(limit: str) -> None:
+    done = run_python(f"""
+from allocator.host import HostMemory
+from allocator.vmm import OutOfPages
+memory = HostMemory(4096{limit})
+base = memory.reserve(1 << 30)
+(page,) = memory.create(1)
+addresses = range(base, base + (1 << 30), 8192)
+try:
+    for count, address in enumerate(addresses):
+        memory.map(address, [page])
+except OutOfPages as error:
+    print(error)
+print(count)
+if not {limit!r}:
+    for address in addresses[:count]:
+        memory.unmap(address, 1)
+    memory.free(base, 1 << 30)
+memory.close()
+""")
+    assert done.returncode == 0, done.stderr
+    message, count = done.stdout.splitlines()
+    assert "vm.max_map_count" in message
+    allowed = int(Path("/proc/sys/vm/max_map_count").read_text())
+    assert allowed / 4 < int(count) <= allowed / 2
