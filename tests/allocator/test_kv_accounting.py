@@ -1,0 +1,127 @@
+"""What is counted, against sums worked out by hand, and how close mapped stays to live."""
+
+import random
+
+import pytest
+
+from allocator.accounting import Usage, UsageIntegral
+from allocator.arena import KVArena
+from allocator.host import HostMemory
+from allocator.layout import KVLayout, LayerKV
+
+PAGE = 4096
+
+
+def usage(**values: int) -> Usage:
+    zero = dict.fromkeys(Usage.__dataclass_fields__, 0)
+    return Usage(**{**zero, **values})
+
+
+def test_usage_of_a_few_slots(make_arena) -> None:
+    arena = make_arena(layers=2, layers_per_slab=1, max_tokens=64, num_slots=4, slack=10.0)
+    first, second, third = arena.open(), arena.open(), arena.open()
+    for slot, tokens in ((first, 5), (second, 33), (third, 16)):
+        assert arena.ensure(slot, tokens)
+    arena.close(third, step=0)
+    now = arena.usage()
+    assert now.reserved == 4 * 2 * 64 * 1024
+    assert now.mapped == 2 * (2 + 9 + 4) * PAGE, "the closed slot still holds its pages"
+    assert now.live == (5 + 33) * 2048
+    assert now.static == 2 * 64 * 2048
+    assert now.paged == (1 + 3) * 16 * 2048
+    assert now.utilisation == pytest.approx(38 * 2048 / (30 * PAGE))
+    assert (now.map_calls, now.unmap_calls, now.create_calls) == (6, 0, 3)
+    assert now.map_seconds > 0
+    assert now.create_seconds > 0
+    assert now.unmap_seconds == 0
+    arena.retire(0)
+    arena.trim()
+    assert arena.usage().mapped == 2 * (2 + 9) * PAGE
+    assert arena.usage().unmap_seconds > 0
+
+
+def test_an_empty_arena_is_fully_utilised(make_arena) -> None:
+    assert make_arena().usage().utilisation == 1.0
+    assert UsageIntegral().utilisation == 1.0
+
+
+def test_integral_weighs_by_time_and_keeps_peaks() -> None:
+    integral = UsageIntegral()
+    integral.add(usage(reserved=100, mapped=10, live=9, static=80, paged=12, map_calls=1), 2.0)
+    integral.add(usage(reserved=100, mapped=30, live=6, static=40, paged=7, map_calls=4), 0.5)
+    assert integral.seconds == 2.5
+    assert integral.utilisation == pytest.approx((18 + 3) / (20 + 15))
+    assert integral.as_dict() == {
+        "kv_s": 2.5,
+        "kv_reserved_s": 250.0,
+        "kv_mapped_s": 35.0,
+        "kv_live_s": 21.0,
+        "kv_static_s": 180.0,
+        "kv_paged_s": 27.5,
+        "peak_kv_reserved": 100,
+        "peak_kv_mapped": 30,
+        "peak_kv_live": 9,
+        "peak_kv_static": 80,
+        "peak_kv_paged": 12,
+        "map_calls": 4,
+        "unmap_calls": 0,
+        "create_calls": 0,
+        "map_s": 0.0,
+        "unmap_s": 0.0,
+        "create_s": 0.0,
+    }
+    with pytest.raises(ValueError, match="backwards by 1"):
+        integral.add(usage(), -1.0)
+
+
+def churn(arena: KVArena, *, steps: int, seed: int, chunk: int = 64) -> UsageIntegral:
+    """A full batch of prompts of 10-300 tokens and answers of about 150, refilled at each end.
+
+    Returns the usage from a quarter of the way on, when lengths are mixed.
+    """
+    rng = random.Random(seed)
+    integral = UsageIntegral()
+    running: list[list[int]] = []  # slot, tokens computed, prompt, total
+    for step in range(steps):
+        while (slot := arena.open(prompt := rng.randint(10, 300))) is not None:
+            running.append([slot, 0, prompt, prompt + 1 + int(rng.expovariate(1 / 150))])
+        for sequence in running:
+            slot, tokens, prompt, _ = sequence
+            sequence[1] = min(tokens + chunk, prompt) if tokens < prompt else tokens + 1
+            assert arena.ensure(slot, sequence[1])
+        if step >= steps // 4:
+            integral.add(arena.usage(), 1.0)
+        for sequence in [s for s in running if s[1] == s[3]]:
+            arena.close(sequence[0], step)
+            running.remove(sequence)
+        arena.retire(step)
+    return integral
+
+
+@pytest.mark.parametrize(("num_slots", "seed"), [(4, 0), (16, 1), (32, 2)])
+def test_memory_is_real_under_churn(num_slots: int, seed: int) -> None:
+    # SmolLM2-135M in float32: 46,080 bytes a token, 5.7 tokens in a page of 256 KiB.
+    memory = HostMemory(256 << 10)
+    layout = KVLayout((LayerKV(3, 64, 64),) * 30, 4, memory.granularity, 8192, 30)
+    arena = KVArena(memory, layout, num_slots=num_slots)
+    integral = churn(arena, steps=600, seed=seed)
+    arena.check()
+    assert integral.utilisation >= 0.95
+    seconds = integral.as_dict()
+    assert seconds["kv_static_s"] > 20 * seconds["kv_mapped_s"]
+    arena.release()
+    memory.close()
+
+
+def test_reclamation_deferred_saves_most_mapping_where_lengths_repeat(memory: HostMemory) -> None:
+    layout = KVLayout((LayerKV(2, 64, 64),), 4, PAGE, 256, 1)
+    arena = KVArena(memory, layout, num_slots=8)
+    for step in range(0, 1000, 10):
+        slots = [arena.open(100) for _ in range(8)]
+        for slot in slots:
+            assert arena.ensure(slot, 100)
+        for slot in slots:
+            arena.close(slot, step)
+        arena.retire(step)
+    assert arena.usage().map_calls == 8, "800 sequences, and only the first eight mapped"
+    arena.release()

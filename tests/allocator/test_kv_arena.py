@@ -1,0 +1,323 @@
+"""The arena, rule by rule; random sequences of operations are in test_kv_arena_machine.py."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import pytest
+from memory_twins import run_python
+
+from allocator.arena import KVArena
+from allocator.host import HostMemory
+from allocator.layout import KVLayout, LayerKV
+from allocator.vmm import AllocatorError, Handle, OutOfPages
+
+PAGE = 4096
+MakeArena = Callable[..., KVArena]
+
+
+def opened(arena: KVArena, num_tokens: int) -> int:
+    slot = arena.open()
+    assert slot is not None
+    assert arena.ensure(slot, num_tokens)
+    return slot
+
+
+def work(arena: KVArena) -> tuple[int, int, int]:
+    usage = arena.usage()
+    return usage.map_calls, usage.unmap_calls, usage.create_calls
+
+
+def test_open_gives_each_slot_once_and_maps_nothing(make_arena: MakeArena) -> None:
+    arena = make_arena(num_slots=3)
+    assert {arena.open(), arena.open(), arena.open()} == {0, 1, 2}
+    assert arena.open() is None
+    assert work(arena) == (0, 0, 0)
+    arena.close(1, step=0)
+    assert arena.open() == 1
+    arena.check()
+
+
+def test_ensure_maps_each_groups_pages_in_one_call(make_arena: MakeArena) -> None:
+    arena = make_arena(layers=3, layers_per_slab=1)
+    slot = opened(arena, 9)  # 3 pages in each of 3 groups
+    assert work(arena) == (3, 0, 1)
+    assert arena.mapped_pages(slot) == 9
+    assert arena.ensure(slot, 12)
+    assert work(arena) == (3, 0, 1), "the twelfth token ends on the third page"
+    assert arena.ensure(slot, 13)
+    assert work(arena) == (6, 0, 2)
+
+
+def test_ensure_of_what_is_there_does_no_work(make_arena: MakeArena) -> None:
+    arena = make_arena()
+    slot = opened(arena, 8)
+    before = work(arena)
+    for tokens in (8, 7, 0, 5, 8):
+        assert arena.ensure(slot, tokens)
+        assert arena.live_tokens(slot) == tokens
+    assert work(arena) == before
+    assert arena.mapped_pages(slot) == 2, "fewer live tokens unmap nothing"
+    arena.check()
+
+
+def test_a_reopened_slot_maps_nothing(make_arena: MakeArena) -> None:
+    arena = make_arena()
+    slot = opened(arena, 40)
+    arena.close(slot, step=3)
+    arena.retire(3)
+    before = work(arena)
+    assert arena.open(40) == slot
+    assert arena.ensure(slot, 40)
+    assert work(arena) == before
+    arena.retire(4)
+    arena.retire(5)
+    assert arena.mapped_pages(slot) == 10
+    assert work(arena) == before
+
+
+def test_pages_for_the_tokens_named_at_open_are_kept_for_them(make_arena: MakeArena) -> None:
+    arena = make_arena(slack=0.0)
+    slot = opened(arena, 40)
+    arena.close(slot, step=0)
+    assert arena.open(num_tokens=24) == slot
+    arena.retire(0)
+    arena.retire(1)
+    assert arena.ensure(slot, 8)  # a first chunk
+    arena.retire(2)
+    before = arena.usage().map_calls
+    assert arena.ensure(slot, 24)
+    assert arena.usage().map_calls == before
+    assert arena.mapped_pages(slot) == 10, "6 claimed and 4 spare"
+
+
+def test_open_prefers_the_closed_slot_that_fits_best(make_arena: MakeArena) -> None:
+    arena = make_arena(num_slots=4, slack=10.0)
+    small, large, middle = opened(arena, 4), opened(arena, 40), opened(arena, 20)
+    for slot in (small, large, middle):
+        arena.close(slot, step=0)
+    assert arena.open(17) == middle
+    assert arena.open(17) == large
+    assert arena.open(17) == small, "some pages are better than none"
+    assert arena.open(17) == 3
+
+
+def test_closed_slots_give_pages_only_when_their_step_is_retired(make_arena: MakeArena) -> None:
+    arena = make_arena(budget=10 * PAGE)
+    first, second = opened(arena, 24), arena.open()
+    arena.close(first, step=5)
+    arena.retire(4)
+    assert not arena.ensure(second, 40)
+    assert arena.mapped_pages(first) == 6
+    arena.retire(5)
+    assert arena.ensure(second, 40)
+    assert arena.mapped_pages(first) == 0
+    arena.check()
+
+
+def test_surplus_of_a_reopened_slot_keeps_its_fence(make_arena: MakeArena) -> None:
+    arena = make_arena(budget=10 * PAGE, num_slots=2)
+    slot = opened(arena, 40)
+    arena.close(slot, step=5)
+    assert arena.open(8) == slot
+    assert arena.ensure(slot, 8)
+    other = arena.open()
+    assert not arena.ensure(other, 4), "step 5 may still read all ten pages"
+    arena.retire(5)
+    assert arena.ensure(other, 32)
+    assert not arena.ensure(other, 36), "the two pages of live tokens are never taken"
+    arena.check()
+
+
+def test_the_largest_surplus_is_stolen_first_by_runs(make_arena: MakeArena) -> None:
+    arena = make_arena(num_slots=3, slack=10.0)
+    small, large, growing = opened(arena, 12), opened(arena, 60), opened(arena, 4)
+    arena.close(small, step=0)
+    arena.close(large, step=0)
+    arena.retire(0)
+    for tokens in range(5, 37):  # eight pages, one by one
+        assert arena.ensure(growing, tokens)
+    assert (arena.mapped_pages(small), arena.mapped_pages(large)) == (3, 15 - 8)
+    assert work(arena) == (3 + 8, 1, 3), "all eight came from one unmap, none was created"
+    arena.check()
+
+
+def test_closed_slots_give_before_open_ones(make_arena: MakeArena) -> None:
+    arena = make_arena(num_slots=3, slack=10.0)
+    reopened, closed, growing = opened(arena, 60), opened(arena, 12), opened(arena, 0)
+    arena.close(reopened, step=0)
+    assert arena.open(16) == reopened
+    arena.close(closed, step=0)
+    arena.retire(0)  # now 4 of its 15 pages are claimed, 11 are surplus
+    assert arena.ensure(growing, 12)
+    assert (arena.mapped_pages(closed), arena.mapped_pages(reopened)) == (0, 15)
+    assert arena.ensure(growing, 24)
+    assert arena.mapped_pages(reopened) == 15 - 8
+    assert arena.ensure(reopened, 16)
+    arena.check()
+
+
+def test_ensure_is_all_or_nothing_over_groups(make_arena: MakeArena) -> None:
+    arena = make_arena(layers=3, layers_per_slab=1, budget=8 * PAGE)
+    slot = opened(arena, 8)
+    arena_before, work_before = arena.usage(), work(arena)
+    assert not arena.ensure(slot, 9)  # wants 3 more of the 2 that are left
+    assert arena.usage() == arena_before
+    assert work(arena) == work_before
+    assert (arena.live_tokens(slot), arena.mapped_pages(slot)) == (8, 6)
+    arena.check()
+
+
+class FailingMap(HostMemory):
+    """Refuses the map call with the given number, as a system without room for it does."""
+
+    fails_at = -1
+    error: type[AllocatorError] = OutOfPages
+
+    def map(self, address: int, handles: Sequence[Handle]) -> None:
+        self.fails_at -= 1
+        if self.fails_at == 0:
+            raise self.error("no room for another mapping")
+        super().map(address, handles)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+@pytest.mark.parametrize("error", [OutOfPages, AllocatorError])
+def test_a_failed_map_is_rolled_back(fails_at: int, error: type[AllocatorError]) -> None:
+    memory = FailingMap(PAGE)
+    layout = KVLayout((LayerKV(2, 64, 64),) * 3, 4, PAGE, 64, 1)
+    arena = KVArena(memory, layout, num_slots=2)
+    slot = opened(arena, 4)
+    memory.fails_at, memory.error = fails_at, error
+    if error is OutOfPages:
+        assert not arena.ensure(slot, 12)
+    else:
+        with pytest.raises(AllocatorError, match="no room"):
+            arena.ensure(slot, 12)
+    arena.check()
+    assert (arena.live_tokens(slot), arena.mapped_pages(slot)) == (4, 3)
+    assert len(memory._table) == 3
+    assert arena.ensure(slot, 12)
+    arena.check()
+    arena.release()
+    memory.close()
+
+
+def test_a_failed_reservation_gives_the_others_back(memory: HostMemory) -> None:
+    # 127 TiB of user address space: the second group's reservation can't be had.
+    layout = KVLayout((LayerKV(2, 64, 64),) * 2, 4, PAGE, 80 << 30, 1)
+    with pytest.raises(AllocatorError, match="mmap failed"):
+        KVArena(memory, layout, num_slots=1)
+    assert memory._reservations == {}
+
+
+def test_retire_destroys_what_stays_unused_beyond_the_slack(make_arena: MakeArena) -> None:
+    arena = make_arena(slack=0.25, num_slots=4)
+    kept, closed = opened(arena, 64), opened(arena, 60)
+    arena.close(closed, step=1)
+    arena.retire(1)
+    assert arena.pool.created == 31, "the next sequence may be about to open the slot"
+    arena.retire(2)
+    assert arena.pool.created == 16 + 4 + 4
+    assert len(arena.memory._mapped_at) == arena.pool.created
+    assert arena.ensure(kept, 64)
+    arena.check()
+
+
+def test_trim_leaves_only_what_open_slots_claim(make_arena: MakeArena) -> None:
+    arena = make_arena(slack=10.0, num_slots=4)
+    kept, retired, running = opened(arena, 20), opened(arena, 16), opened(arena, 8)
+    arena.close(retired, step=1)
+    arena.close(running, step=2)
+    arena.retire(1)
+    arena.trim()
+    assert [arena.mapped_pages(s) for s in (kept, retired, running)] == [5, 0, 2]
+    assert arena.pool.created == 7
+    arena.retire(2)
+    arena.trim()
+    assert arena.pool.created == 5
+    arena.check()
+
+
+@pytest.mark.parametrize(("budget", "largest"), [(None, 64), (10 * PAGE, 40), (10 * PAGE - 1, 36)])
+def test_can_fit(make_arena: MakeArena, budget: int | None, largest: int) -> None:
+    arena = make_arena(budget=budget)
+    opened(arena, 20)  # what others hold does not matter
+    assert arena.can_fit(largest)
+    assert not arena.can_fit(largest + 1)
+
+
+def test_misuse_is_refused(make_arena: MakeArena, memory: HostMemory) -> None:
+    arena = make_arena()
+    with pytest.raises(AllocatorError, match="slot 2 is not open"):
+        arena.ensure(2, 0)
+    with pytest.raises(AllocatorError, match="slot 2 is not open"):
+        arena.close(2, step=0)
+    slot = arena.open()
+    for tokens in (65, -1):
+        with pytest.raises(AllocatorError, match=f"cannot hold {tokens} tokens: a slot has 64"):
+            arena.ensure(slot, tokens)
+    with pytest.raises(AllocatorError, match="8192 bytes, the memory's 4096"):
+        KVArena(memory, KVLayout((LayerKV(1, 8, 8),), 2, 8192, 8, 1), num_slots=1)
+    with pytest.raises(AllocatorError, match="num_slots 0"):
+        make_arena(num_slots=0)
+    arena.check()
+
+
+def test_slots_lie_one_slab_apart_in_one_reservation(make_arena: MakeArena) -> None:
+    arena = make_arena(layers=2, layers_per_slab=1)
+    slot = opened(arena, 4)
+    other = opened(arena, 4)
+    for group in range(2):
+        slab = arena.layout.slab_size(group)
+        for s in (slot, other):
+            ctypes.memset(arena.address(group) + s * slab, 65 + s, PAGE)
+        assert ctypes.string_at(arena.address(group) + slot * slab, 2) == bytes([65 + slot] * 2)
+    assert len(arena.memory._reservations) == 2
+
+
+def test_release_gives_everything_back(make_arena: MakeArena, memory: HostMemory) -> None:
+    arena = make_arena(layers=2, layers_per_slab=1)
+    opened(arena, 30)
+    arena.close(opened(arena, 8), step=4)
+    arena.release()
+    arena.release()
+    assert (memory._reservations, memory._table, memory._mapped_at) == ({}, {}, {})
+    assert arena.usage().reserved == arena.usage().mapped == 0
+    with pytest.raises(AllocatorError, match="released"):
+        arena.open()
+    arena.check()
+
+
+@pytest.mark.parametrize("token", [11, 12, 63])
+def test_tokens_past_the_mapped_pages_fault(token: int) -> None:
+    # Slot 1 of 4, 8 tokens live: pages hold 4 tokens, so 0-7 are backed and 8 is not.
+    code = """
+import ctypes
+from allocator.arena import KVArena
+from allocator.host import HostMemory
+from allocator.layout import KVLayout, LayerKV
+arena = KVArena(HostMemory(4096), KVLayout((LayerKV(2, 64, 64),), 4, 4096, 64, 1), num_slots=4)
+arena.open()
+slot = arena.open()
+assert arena.ensure(slot, 12)
+arena.close(slot, 0)
+slot = arena.open()
+base = arena.address(0) + slot * arena.layout.slab_size(0)
+assert arena.ensure(slot, 8)
+arena.retire(0)
+arena.trim()
+ctypes.string_at(base + 7 * 1024, 1024)
+print("touching", flush=True)
+ctypes.string_at(base + {token} * 1024, 1)
+"""
+    done = run_python(code.replace("{token}", str(token)))
+    assert done.stdout == "touching\n", done.stderr
+    assert done.returncode == -11
+
+
+def test_only_the_tensor_module_imports_torch() -> None:
+    done = run_python(
+        "import sys, allocator.arena, allocator.host, allocator.accounting\n"
+        "print('torch' in sys.modules)"
+    )
+    assert done.stdout == "False\n", done.stderr
