@@ -25,7 +25,7 @@ def convert_once(file: Path, final: Path, fingerprint: str) -> None:
         OSError: `final` cannot be written.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(final.with_name(final.name + ".lock")):
+    with _exclusive(final.parent / ".lock"):
         if not final.is_dir():
             _convert_atomically(file, final, {"source": file.name, "fingerprint": fingerprint})
 
@@ -85,12 +85,14 @@ def _convert(file: Path, folder: Path) -> None:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
             )
-        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            _set_pre_tokenizer(tokenizer, file)
+        except ModelError:
+            raise
+        except Exception as error:  # the readers raise anything at all over a broken file
             raise ModelError(
                 f"cannot read the GGUF file {file}: {error}",
-                hint="use the same model in safetensors",
+                hint="if the file is whole (check its size), use the model's safetensors instead",
             ) from error
-        _set_pre_tokenizer(tokenizer, file)
         # Its weights are plain float32 now, but the model remembers that it came from a quantised
         # file and would refuse to be saved.
         model.hf_quantizer = None

@@ -1,0 +1,189 @@
+"""`batchrun stats` as text: where the rows, the time and the memory went.
+
+Every figure was measured while the job ran. Two need a word, which the report says too: the time
+of a step that mixes prefill and decode is split by token count, and "static" and "paged" are what
+those two ways of allocating would have held for the very same sequences at the same moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Cells = tuple[str, ...]
+
+_KV_ROWS = (
+    ("live", "bytes holding tokens"),
+    ("mapped", "physical memory used"),
+    ("paged", "16-token blocks would hold"),
+    ("static", "max-length slots would hold"),
+    ("reserved", "address space, costs nothing"),
+)
+_TIME_ROWS = (
+    ("load_s", "load the model"),
+    ("tokenise_s", "tokenise"),
+    ("engine_s", "engine"),
+    ("journal_s", "journal"),
+    ("export_s", "export"),
+)
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """Formats what `jobs.stats.summarise` returns, for a terminal of 80 columns or more.
+
+    Raises:
+        KeyError: `summary` lacks a figure of its documented schema.
+    """
+    sections = [_rows(summary), _tokens(summary), _time(summary)]
+    if summary["batch"]["steps"]:
+        sections += [_kv(summary["kv"]), _memory(summary), _latency(summary["row_seconds"])]
+    head = f"job {summary['job']}: {summary['state']}, model {summary['model']}"
+    if summary["runs"] > 1:
+        head += f", {summary['runs']} runs"
+    return "\n\n".join([head, *sections])
+
+
+def _rows(summary: Mapping[str, Any]) -> str:
+    rows, lines = summary["rows"], []
+    done = f"{rows['done']:,} of {_count(rows['total'])} done"
+    if rows["failed"]:
+        done += f", {rows['failed']:,} failed"
+    if rows["remaining"]:
+        done += f", {rows['remaining']:,} remaining"
+    if rows["resumed"]:
+        done += f", {rows['resumed']:,} kept from earlier runs"
+    lines.append(("rows", done))
+    lines += [("", f"{count:,} failed: {kind}") for kind, count in rows["failed_by_reason"].items()]
+    reasons = summary["finish_reasons"]
+    if reasons:
+        listed = ", ".join(f"{name} {count:,}" for name, count in reasons.items())
+        lines.append(("finished by", listed))
+    if reasons.get("length"):
+        truncated = f"note: {reasons['length']:,} completions were cut off at --max-tokens"
+        lines.append(("", truncated + " or the context length"))
+    return _table(lines)
+
+
+def _tokens(summary: Mapping[str, Any]) -> str:
+    tokens, rate, batch = summary["tokens"], summary["throughput"], summary["batch"]
+    lines = [
+        ("tokens", f"{tokens['prompt']:,} prompt, {tokens['completion']:,} completion"),
+        (
+            "computed",
+            f"{tokens['prefilled']:,} prefilled, {tokens['decoded']:,} decoded, "
+            f"{tokens['recomputed']:,} recomputed after {summary['preemptions']:,} preemptions",
+        ),
+        (
+            "throughput",
+            f"{_rate(rate['completion_tokens_per_s'])} completion tokens/s, "
+            f"{_rate(rate['rows_per_s'])} rows/s",
+        ),
+        (
+            "",
+            f"prefill {_rate(rate['prefill_tokens_per_s'])} tokens/s, "
+            f"decode {_rate(rate['decode_tokens_per_s'])} tokens/s "
+            "(mixed steps are split by token count)",
+        ),
+        (
+            "batch",
+            f"{batch['mean_occupancy']:.1f} of {batch['max_num_seqs']:,} sequences running "
+            f"on average, {batch['steps']:,} steps",
+        ),
+    ]
+    return _table(lines)
+
+
+def _time(summary: Mapping[str, Any]) -> str:
+    time = summary["time"]
+    wall = time["wall_s"]
+    lines = [("time", seconds(wall), "wall clock; reader, engine and journal run side by side")]
+    lines += [
+        ("", seconds(time[key]), f"{label}{_share(time[key], wall)}") for key, label in _TIME_ROWS
+    ]
+    return _table(lines)
+
+
+def _kv(kv: Mapping[str, Any]) -> str:
+    average, peak = kv["time_averaged"], kv["peak"]
+    shares = {
+        "mapped": kv["utilisation"],
+        "static": kv["static_utilisation"],
+        "paged": kv["paged_utilisation"],
+    }
+    lines = [("KV memory", "average", "peak", "live share", "")]
+    lines += [
+        (
+            f"  {name}",
+            size(average[name]),
+            size(peak[name]),
+            f"{shares[name]:.1%}" if shares.get(name) is not None else "",
+            meaning,
+        )
+        for name, meaning in _KV_ROWS
+    ]
+    return _table(lines)
+
+
+def _memory(summary: Mapping[str, Any]) -> str:
+    kv = summary["kv"]
+    calls = (
+        f"{kv[f'{name}_calls']:,} {name} calls in {seconds(kv[f'{name}_s'])}"
+        for name in ("map", "unmap", "create")
+    )
+    return _table([("paging", ", ".join(calls)), ("peak RSS", size(summary["peak_rss"]))])
+
+
+def _latency(latency: Mapping[str, Mapping[str, float | None]]) -> str:
+    lines: list[Cells] = [("each row", "p50", "p90", "p99", "max")]
+    for name, quantiles in latency.items():
+        cells = (quantiles.get(key) for key in ("p50", "p90", "p99", "max"))
+        values = tuple("-" if value is None else seconds(value) for value in cells)
+        lines.append((f"  {name}", *values))
+    return _table(lines)
+
+
+def _table(lines: Iterable[Cells]) -> str:
+    """Lines of cells in aligned columns, each column as wide as its widest cell."""
+    rows = list(lines)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    widths[0] = max(widths[0], 11)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _rate(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _share(part: float, whole: float) -> str:
+    return f" ({part / whole:.0%})" if whole > 0 else ""
+
+
+def size(value: float) -> str:
+    """Bytes with a binary unit: `1.5 MiB`."""
+    unit = 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value /= 1024
+        unit += 1
+    return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def seconds(value: float) -> str:
+    """A duration, in the unit that suits it: `12 ms`, `3.4 s`, `2 min 5 s`, `3 h 12 min`."""
+    if value < 0.0995:
+        return f"{value * 1000:.1f} ms" if value < 0.00995 else f"{value * 1000:.0f} ms"
+    if value < 59.95:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,122 @@
+"""A tiny real model on disk: random Llama weights, a byte-level tokenizer, a chat template."""
+
+import json
+from pathlib import Path
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CONTEXT = 256
+
+
+def write_tiny_model(folder: Path, *, layers: int = 2, seed: int = 7) -> Path:
+    """Saves the model in `folder`; the same arguments give the same bytes of weights."""
+    import torch  # noqa: PLC0415 - not for tests that need no model
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(byte_vocabulary()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def byte_vocabulary() -> list[str]:
+    """The special tokens, then one token for each byte, spelled as byte-level BPE spells it."""
+    from tokenizers.pre_tokenizers import ByteLevel  # noqa: PLC0415
+
+    return [*SPECIAL, *sorted(ByteLevel.alphabet())]
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    vocabulary = {token: index for index, token in enumerate(byte_vocabulary())}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        pad_token=SPECIAL[0],
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def write_tiny_gguf(path: Path, *, pre: str = "smollm", layers: int = 1) -> Path:
+    """A GGUF file of the same shape, its matrices quantised to Q8_0."""
+    import gguf  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    hidden, inner, heads, kv_heads = 32, 64, 4, 2
+    vocabulary = [*byte_vocabulary(), "ab"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(vocabulary) - len(SPECIAL)))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    draw = np.random.default_rng(7)
+
+    def add(name: str, *shape: int) -> None:
+        values = draw.normal(0, 0.2, shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) > 1 else None
+        data = gguf.quants.quantize(values, kind) if kind is not None else values
+        writer.add_tensor(name, data, raw_dtype=kind)
+
+    add("token_embd.weight", len(vocabulary), hidden)
+    add("output_norm.weight", hidden)
+    for layer in range(layers):
+        block = f"blk.{layer}"
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"{block}.{name}.weight", hidden)
+        for name, rows, columns in (
+            ("attn_q", hidden, hidden),
+            ("attn_k", hidden * kv_heads // heads, hidden),
+            ("attn_v", hidden * kv_heads // heads, hidden),
+            ("attn_output", hidden, hidden),
+            ("ffn_gate", inner, hidden),
+            ("ffn_up", inner, hidden),
+            ("ffn_down", hidden, inner),
+        ):
+            add(f"{block}.{name}.weight", rows, columns)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Changes keys of the config; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
