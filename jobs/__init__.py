@@ -1,0 +1,1 @@
+"""Durable jobs: rows in, results journalled, files out. Knows nothing of torch or engines."""

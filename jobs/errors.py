@@ -1,0 +1,38 @@
+"""What a user can cause. Library code raises these; the command line prints them."""
+
+
+class JobError(Exception):
+    """Something a user can act on.
+
+    Args:
+        message: What happened: the thing, the number, the cause.
+        hint: What to type or change next.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(JobError):
+    """An input is missing, unreadable, or not what it claims to be."""
+
+
+class OutputError(JobError):
+    """An output can't be written."""
+
+
+class JournalError(JobError):
+    """A journal is damaged, of a newer version, or would lose a result."""
+
+
+class LeaseHeld(JobError):  # noqa: N818 - a state of the job, not a failure of it
+    """Another worker has the job."""
+
+
+class SpecChanged(JobError):  # noqa: N818 - likewise
+    """A job would go on with other work than it was submitted with."""
+
+
+class JobNotFound(JobError):  # noqa: N818 - likewise
+    """No job of that name."""

@@ -1,0 +1,165 @@
+"""A job's specification: everything that determines its output, and what merely says how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import InputError, JobError
+from jobs.files import write_json
+
+VERSION = 1
+_WHOLE = 64 << 20  # files up to this size are hashed whole
+_SAMPLE = 1 << 20
+_SAMPLES = 32
+
+# Where things are and how fast they go, not what comes out.
+_NOT_CONTENT = {"output", "runtime", "version"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input.
+
+    Args:
+        path: Absolute path.
+        size: In bytes.
+        fingerprint: Of the content, so that a moved file is not a changed one.
+    """
+
+    path: str
+    size: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, path: Path) -> InputFile:
+        """Look at a file: whole up to 64 MiB, beyond that its ends and 32 samples.
+
+        Raises:
+            InputError: It can't be read.
+        """
+        try:
+            size = path.stat().st_size
+            digest = blake2b(str(size).encode(), digest_size=16)
+            with path.open("rb") as file:
+                if size <= _WHOLE:
+                    for block in iter(lambda: file.read(_SAMPLE), b""):
+                        digest.update(block)
+                else:
+                    for i in range(_SAMPLES + 1):
+                        file.seek((size - _SAMPLE) * i // _SAMPLES)
+                        digest.update(file.read(_SAMPLE))
+        except OSError as error:
+            raise InputError(
+                f"{path} can't be read: {error.strerror or error}",
+                hint="check that the file is still there and readable",
+            ) from error
+        return cls(str(path.absolute()), size, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a job is. Immutable; written to the job's folder once.
+
+    Args:
+        inputs: The input files, in row order.
+        input_format: `parquet` or `jsonl`.
+        prompt: How a row becomes a prompt: `column`, `template`, `chat`, `system`.
+        model: `name`, `path`, `fingerprint`, `dtype`, `trust_remote_code`.
+        sampling: Sampling parameters that the user gave, by name.
+        seed: Of the whole job.
+        n: Completions a row.
+        limit: Rows at most; None for all.
+        output: `path`, `format`, `token_ids`. Not part of the fingerprint.
+        runtime: How to run: device, batch limits, KV budget. Not part of the fingerprint.
+    """
+
+    inputs: tuple[InputFile, ...]
+    input_format: str
+    prompt: Mapping[str, Any]
+    model: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+    seed: int = 0
+    n: int = 1
+    limit: int | None = None
+    output: Mapping[str, Any] = field(default_factory=dict)
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def fingerprint(self) -> str:
+        """Digest of what determines the output; the same after inputs or model were moved."""
+        text = json.dumps(self._content(), sort_keys=True)
+        return blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def differences(self, other: JobSpec) -> list[str]:
+        """What determines the output and differs, a line each: name, this one's, the other's."""
+        mine, theirs = dict(_flat(self._content())), dict(_flat(other._content()))
+        return [
+            f"{name}: {json.dumps(mine.get(name))}, now {json.dumps(theirs.get(name))}"
+            for name in dict.fromkeys([*mine, *theirs])
+            if mine.get(name) != theirs.get(name)
+        ]
+
+    def changed_inputs(self) -> list[str]:
+        """Inputs whose content is not what it was at submission, a line each.
+
+        Raises:
+            InputError: One can't be read any more.
+        """
+        now = [InputFile.of(Path(i.path)) for i in self.inputs]
+        return [
+            f"{was.path}: it had {was.size} bytes and now has {is_.size}"
+            if was.size != is_.size
+            else f"{was.path}: its content changed"
+            for was, is_ in zip(self.inputs, now, strict=True)
+            if was != is_
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Write `job.json`."""
+        write_json(folder / "job.json", asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> JobSpec:
+        """Read `job.json`.
+
+        Raises:
+            JobError: There is none, or it is damaged or of a newer version.
+        """
+        path = folder / "job.json"
+        try:
+            data = json.loads(path.read_bytes())
+            version = data["version"]
+            if version > VERSION:
+                raise JobError(
+                    f"{path} has version {version}, this program knows up to {VERSION}",
+                    hint="upgrade batchrun",
+                )
+            known = {f.name for f in fields(cls)}
+            data = {k: v for k, v in data.items() if k in known}
+            data["inputs"] = tuple(InputFile(**i) for i in data["inputs"])
+            return cls(**data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JobError(
+                f"{path} is not a job specification: {error}",
+                hint="`batchrun list` shows the jobs there are",
+            ) from error
+
+    def _content(self) -> dict[str, Any]:
+        content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}
+        content["inputs"] = [i.fingerprint for i in self.inputs]
+        content["model"] = {k: v for k, v in self.model.items() if k not in {"path", "name"}}
+        return content
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings by dotted name."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
