@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 from pathlib import Path
 from types import TracebackType
 
 from jobs.errors import LeaseHeld
 
+# struct flock over the whole file. Locks of the open file description, not of the process: closing
+# another handle of the file drops nothing, and asking who holds one takes nothing.
+_FLOCK = "hhqqi0q"
+
 
 class Lease:
-    """Holds a job's lock file: `flock` ends with the process, however it ends.
+    """Holds a lock on a job's `lock` file that ends with the process, however it ends.
 
     Args:
         folder: The job's folder.
@@ -27,7 +32,7 @@ class Lease:
     def __enter__(self) -> Lease:
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(handle, fcntl.F_OFD_SETLK, _write_lock())
         except BlockingIOError:
             pid = os.pread(handle, 32, 0).decode(errors="replace").strip()
             os.close(handle)
@@ -38,8 +43,8 @@ class Lease:
         except BaseException:
             os.close(handle)
             raise
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        # One write of one width: whoever reads meanwhile sees a whole number.
+        os.pwrite(handle, f"{os.getpid():<20}\n".encode(), 0)
         self._handle = handle
         return self
 
@@ -61,10 +66,13 @@ def held_by(folder: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        # A shared lock conflicts with a worker's and not with another look.
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(os.pread(handle, 32, 0).decode() or 0)
+        found = fcntl.fcntl(handle, fcntl.F_OFD_GETLK, _write_lock())
+        if struct.unpack(_FLOCK, found)[0] == fcntl.F_UNLCK:
+            return None
+        return int(os.pread(handle, 32, 0).decode().strip() or 0)
     finally:
         os.close(handle)
-    return None
+
+
+def _write_lock() -> bytes:
+    return struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
