@@ -10,11 +10,11 @@ import json
 import sqlite3
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from jobs.errors import JournalError
 
@@ -80,15 +80,16 @@ class Counts:
     completion_tokens: int
 
 
-class DoneSet:
+class DoneSet(Container[tuple[int, int]]):
     """Which (row, sample) have a result: one bit each, whatever the job's length."""
 
     def __init__(self, n: int) -> None:
         self._n = n
         self._bits = bytearray()
 
-    def __contains__(self, key: tuple[int, int]) -> bool:
-        number = key[0] * self._n + key[1]
+    def __contains__(self, key: object) -> bool:
+        row, sample = cast("tuple[int, int]", key)
+        number = row * self._n + sample
         byte = number >> 3
         return byte < len(self._bits) and bool(self._bits[byte] >> (number & 7) & 1)
 
@@ -160,6 +161,10 @@ class Journal:
         cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
         self._run = cursor.lastrowid or 0
         return self._run
+
+    def resume_run(self, run: int) -> None:
+        """Go on writing for a run that another connection began."""
+        self._run = run
 
     def write(self, results: Sequence[Result], stats: dict[str, Any] | None = None) -> None:
         """Add results in one transaction: all of them are durable on return, or none is.

@@ -91,10 +91,10 @@ def summarise(job: JobFolder) -> dict[str, Any]:
 
     Returns:
         JSON-able: `job`, `state`, `model`, `device`, `output`, `rows` (`total`, `done`, `failed`,
-        `remaining`, `resumed`, `failed_by_reason`), `finish_reasons`, `tokens` (`prompt`, `completion`,
-        `prefilled`, `decoded`, `recomputed`), `time` (seconds), `throughput` (per second),
-        `batch`, `kv` (bytes: `time_averaged` and `peak` of reserved, mapped, live, static, paged;
-        `utilisation` is live over mapped; None where nothing was measured), `preemptions`,
+        `remaining`, `resumed`, `failed_by_reason`), `finish_reasons`, `tokens` (`prompt`,
+        `completion`, `prefilled`, `decoded`, `recomputed`), `time` (seconds), `throughput` (per
+        second), `batch`, `kv` (bytes: `time_averaged` and `peak` of reserved, mapped, live, static,
+        paged; `utilisation` is live over mapped; None where nothing was measured), `preemptions`,
         `peak_rss`, `weights_bytes`, `runs`, `row_seconds` (quantiles of queue, prefill, decode).
     """
     spec = job.spec()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from batchrun.engine.core import (
@@ -48,6 +49,7 @@ class Engine:
         scheduler: Decides them.
         tokenizer: Makes text of tokens; None gives completions without text.
         eos_ids: Tokens that end a completion unless its parameters ignore them.
+        observe: Called after each step with its seconds, while its sequences still hold memory.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Engine:
         scheduler: Scheduler,
         tokenizer: Tokenizer | None,
         eos_ids: frozenset[int],
+        observe: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.executor = executor
         self.scheduler = scheduler
         self.stats = EngineStats()
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
+        self._observe = observe
         self._texts: dict[Sequence, Detokenizer] = {}
 
     @property
@@ -89,6 +93,7 @@ class Engine:
             tokens = self.executor.collect(self.executor.launch(plan))
             ended = time.perf_counter()
             self._count(plan, ended - began)
+            self._observe(ended - began)
             done = self._advance(plan, tokens, ended)
         elif self.scheduler.has_work and not self.scheduler.rejected:
             raise EngineError(

@@ -1,0 +1,166 @@
+"""From rows to requests: which are to do, their prompts, their own sampling parameters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Mapping
+from itertools import islice
+from typing import Any, Protocol
+
+from jobs.source import Row, Source
+
+from batchrun.channel import Channel
+from batchrun.engine.core import Request, SamplingParams
+from batchrun.engine.engine import Completion
+from batchrun.engine.text import PromptError, template_fields
+from jobs.journal import Result
+from jobs.spec import JobSpec
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError
+    return int(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+# Columns of these names are the row's own sampling parameters.
+OVERRIDES: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("max_tokens", "min_tokens", "top_k", "seed"), _integer),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), float),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), float),
+    "stop": lambda v: (v,) if isinstance(v, str) else tuple(map(str, v)),
+    "stop_token_ids": lambda v: tuple(map(_integer, v)),
+    "ignore_eos": _flag,
+}
+
+
+class RowEngine(Protocol):
+    """What a job needs of an engine."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+
+    def step(self) -> list[Completion]:
+        """Go one step on; returns what ended."""
+
+
+class Workbench(Protocol):
+    """An engine with what surrounds it: `batchrun.engine.runtime.Runtime`."""
+
+    @property
+    def engine(self) -> RowEngine:
+        """Where requests go."""
+
+    @property
+    def encode(self) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
+        """Makes prompt tokens of a row's fields; raises `PromptError`."""
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """What the model asks for where neither job nor row says."""
+
+    def measurements(self) -> Mapping[str, Any]:
+        """Figures by the names of `RunStats`."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class Reader:
+    """Reads the rows that are still to do and makes requests of them.
+
+    Args:
+        spec: The job.
+        source: Its rows.
+        done: What has a result already.
+        workbench: Tokenises, and knows the model's sampling defaults.
+        log: Told which columns are taken as sampling parameters.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        source: Source,
+        done: Container[tuple[int, int]],
+        workbench: Workbench,
+        log: Callable[[str], None],
+    ) -> None:
+        self._spec, self._source, self._done = spec, source, done
+        self._encode = workbench.encode
+        self.seconds = 0.0
+        self._params = {**workbench.sampling_defaults, **spec.sampling}
+        names = source.column_names
+        self._overrides = [name for name in OVERRIDES if name in names]
+        prompt = spec.prompt
+        if prompt.get("template"):
+            needed = template_fields(prompt["template"])
+        else:
+            needed = [prompt.get("column") or "prompt"]
+        self._columns = list(dict.fromkeys([*needed, *self._overrides]))
+        if self._overrides:
+            log(f"sampling parameters taken from columns: {', '.join(self._overrides)}")
+
+    def read(self, requests: Channel[Request], results: Channel[Result]) -> None:
+        """Put every row that has no result yet, in order, and close `requests`.
+
+        Raises:
+            Closed: The other side of a channel is gone.
+        """
+        spec = self._spec
+        rows = self._source.rows(self._columns, 0, spec.limit)
+        for row in islice(rows, spec.limit):
+            todo = [s for s in range(spec.n) if (row.index, s) not in self._done]
+            if not todo:
+                continue
+            began = time.perf_counter()
+            made = self._requests_of(row, todo)
+            self.seconds += time.perf_counter() - began
+            for item in made:
+                if isinstance(item, Request):
+                    requests.put(item)
+                else:
+                    results.put(item)
+        requests.close()
+
+    def _requests_of(self, row: Row, samples: list[int]) -> list[Request] | list[Result]:
+        """The row's requests, or its errors."""
+        try:
+            if row.error is not None:
+                raise PromptError("bad_row", row.error)
+            params = self._sampling(row.fields)
+            ids = self._encode(row.fields)
+        except PromptError as error:
+            return [
+                Result(row.index, s, "error", error=str(error), error_kind=error.kind)
+                for s in samples
+            ]
+        seed = params.seed if params.seed is not None else self._spec.seed
+        return [Request(row.index, s, ids, params, seed) for s in samples]
+
+    def _sampling(self, fields: Mapping[str, Any]) -> SamplingParams:
+        """The job's sampling parameters, with what the row says in columns of their names."""
+        values = dict(self._params)
+        for name in self._overrides:
+            value = fields.get(name)
+            if value is None:
+                continue
+            try:
+                values[name] = OVERRIDES[name](value)
+            except (TypeError, ValueError):
+                raise PromptError(
+                    "bad_parameter", f"the column {name} holds {value!r}, which is no {name}"
+                ) from None
+        try:
+            return SamplingParams(**values)
+        except ValueError as error:
+            raise PromptError("bad_parameter", str(error)) from None

@@ -1,0 +1,355 @@
+"""Runs one job: rows from its source through an engine into its journal, then the export.
+
+Three threads and two bounded channels:
+
+    reader, tokeniser --requests--> engine (the caller's thread) --results--> journal writer
+
+An error in any of them closes both channels and is raised in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from jobs.export import export
+from jobs.source import Source, open_source
+
+from batchrun.channel import Channel, Closed
+from batchrun.engine.core import FinishReason, Request
+from batchrun.engine.engine import Completion
+from batchrun.models import fingerprint
+from batchrun.reader import Reader, RowEngine, Workbench
+from jobs import folder as folders
+from jobs.errors import JobError, SpecChanged
+from jobs.folder import JobFolder
+from jobs.journal import Journal, Result
+from jobs.lease import Lease
+from jobs.spec import JobSpec
+from jobs.stats import RunStats, write_summary
+
+_COMMIT_RESULTS = 1024  # results in one transaction at most
+_COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
+
+
+class Outcome(StrEnum):
+    """How a run ended; also the job's state from then on."""
+
+    DONE = "done"
+    DONE_WITH_ERRORS = "done-with-errors"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job is. Rows and samples count those of earlier runs too, tokens only this run's."""
+
+    rows_total: int | None
+    rows_done: int
+    rows_failed: int
+    rows_resumed: int
+    prompt_tokens: int
+    completion_tokens: int
+    running: int
+    waiting: int
+    elapsed_s: float
+    phase: str
+
+
+def run_job(
+    path: Path,
+    *,
+    stop: threading.Event,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
+    open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench] | None = None,
+) -> Outcome:
+    """Run a job to its end, from wherever it is.
+
+    Args:
+        path: The job's folder.
+        stop: Ends the run early when it is set; what is journalled stays.
+        on_progress: Called often, in this thread.
+        log: Told, a line each, what a user should know.
+        open_workbench: Loads the engine; the real one by default.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        JobError: The job can't go on, for a reason that the message names.
+        ModelError: The model can't be loaded.
+    """
+    job = JobFolder(path)
+    with Lease(path):
+        folders.check_unchanged(job)
+        spec = job.spec()
+        source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
+        run = _Run(job, spec, source, stop=stop, on_progress=on_progress, log=log)
+        return run.run(open_workbench or _open_runtime)
+
+
+class _Run:
+    """One run of one job."""
+
+    def __init__(
+        self,
+        job: JobFolder,
+        spec: JobSpec,
+        source: Source,
+        *,
+        stop: threading.Event,
+        on_progress: Callable[[Progress], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self.job, self.spec, self.source = job, spec, source
+        self.stop, self.log = stop, log
+        self._on_progress = on_progress
+        self._began = time.perf_counter()
+        self.stats = RunStats(started_at=time.time())
+        self.journal_seconds = 0.0
+        self._failures: list[BaseException] = []
+        self._workbench: Workbench | None = None
+        with Journal(job.path, spec.n) as journal:
+            self._total = self._count_rows(journal)
+            self.done = journal.done()
+            self._earlier = journal.counts()
+            self._run_id = journal.begin_run()
+        self._samples = self._earlier.samples
+        self._failed = self._earlier.failed
+
+    def run(self, open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench]) -> Outcome:
+        """Load, compute what is to do, export."""
+        outcome = Outcome.FAILED
+        try:
+            if self._samples < self._total * self.spec.n:
+                self._report("load")
+                self._workbench = open_workbench(self.spec, self.log)
+                self.stats.load_s = time.perf_counter() - self._began
+                self._compute(self._workbench)
+            if self._samples < self._total * self.spec.n:
+                outcome = Outcome.INTERRUPTED
+            else:
+                self._export()
+                outcome = Outcome.DONE_WITH_ERRORS if self._failed else Outcome.DONE
+        except KeyboardInterrupt:
+            outcome = Outcome.INTERRUPTED
+            raise
+        finally:
+            if self._workbench is not None:
+                self._workbench.close()
+            self._end(outcome)
+        write_summary(self.job)
+        return outcome
+
+    def _count_rows(self, journal: Journal) -> int:
+        total = journal.meta("rows_total")
+        if total is None:
+            total = self.source.num_rows
+            if total is None:
+                total = self.source.count()
+            if self.spec.limit is not None:
+                total = min(total, self.spec.limit)
+            journal.set_meta("rows_total", total)
+        return int(total)
+
+    def _compute(self, workbench: Workbench) -> None:
+        """Drive the engine until every row has its results, or `stop` is set."""
+        depth = max(256, 4 * int(self.spec.runtime.get("max_num_seqs") or 64))
+        requests: Channel[Request] = Channel(depth)
+        results: Channel[Result] = Channel(4 * _COMMIT_RESULTS)
+        reader = Reader(self.spec, self.source, self.done, workbench, self.log)
+
+        def guard(work: Callable[[], None]) -> Callable[[], None]:
+            def guarded() -> None:
+                try:
+                    work()
+                except Closed:
+                    pass
+                except BaseException as error:  # raised again below
+                    self._failures.append(error)
+                    requests.close(discard=True)
+                    results.close(discard=True)
+
+            return guarded
+
+        writer = threading.Thread(target=guard(lambda: self._write(results)), name="journal")
+        feeder = threading.Thread(
+            target=guard(lambda: reader.read(requests, results)), name="reader"
+        )
+        began = time.perf_counter()
+        writer.start()
+        feeder.start()
+        try:
+            self._drive(workbench.engine, requests, results)
+        except Closed:
+            pass  # a thread failed; its error is raised below
+        finally:
+            requests.close(discard=True)
+            feeder.join()
+            results.close()
+            writer.join()
+            self.stats.engine_s = time.perf_counter() - began
+            self.stats.tokenise_s = reader.seconds
+            self.stats.journal_s = self.journal_seconds
+        if self._failures:
+            raise self._failures[0]
+
+    def _drive(
+        self, engine: RowEngine, requests: Channel[Request], results: Channel[Result]
+    ) -> None:
+        more = True
+        while not self.stop.is_set():
+            # A queue in front of the scheduler, long enough that it never runs dry in a step.
+            try:
+                wait = 0 if engine.has_work else 0.1
+                for request in requests.take(256, wait) if more else []:
+                    engine.add(request)
+            except Closed:
+                more = False
+            if engine.has_work:
+                for completion in engine.step():
+                    results.put(_result(completion))
+                    self._count(completion)
+            elif not more:
+                return
+            self._report("run", engine)
+
+    def _count(self, completion: Completion) -> None:
+        self.stats.completions += 1
+        self.stats.completion_tokens += len(completion.sequence.output_ids)
+
+    def _write(self, results: Channel[Result]) -> None:
+        """The journal writer's thread: the only one that writes results."""
+        with Journal(self.job.path, self.spec.n) as journal:
+            journal.resume_run(self._run_id)
+            pending: list[Result] = []
+            deadline = 0.0
+            open_ = True
+            while open_ or pending:
+                timeout = None if not pending else max(0.001, deadline - time.monotonic())
+                try:
+                    taken = results.take(_COMMIT_RESULTS - len(pending), timeout)
+                except Closed:
+                    taken, open_ = [], False
+                if taken and not pending:
+                    deadline = time.monotonic() + _COMMIT_SECONDS
+                pending += taken
+                due = not open_ or time.monotonic() >= deadline
+                if pending and (due or len(pending) >= _COMMIT_RESULTS):
+                    began = time.perf_counter()
+                    journal.write(pending, self._figures())
+                    self.journal_seconds += time.perf_counter() - began
+                    self._samples += len(pending)
+                    self._failed += sum(r.status == "error" for r in pending)
+                    pending = []
+
+    def _export(self) -> None:
+        self._report("export")
+        began = time.perf_counter()
+        spec = self.spec
+        with self.job.journal() as journal:
+            export(
+                self.source,
+                journal.results(),
+                Path(spec.output["path"]),
+                format=spec.output["format"],
+                token_ids=bool(spec.output.get("token_ids")),
+                n=spec.n,
+                limit=spec.limit,
+            )
+        self.stats.export_s = time.perf_counter() - began
+
+    def _end(self, outcome: Outcome) -> None:
+        with Journal(self.job.path, self.spec.n) as journal:
+            journal.resume_run(self._run_id)
+            journal.end_run(str(outcome), self._figures())
+
+    def _figures(self) -> dict[str, Any]:
+        """The run's statistics so far."""
+        measured = self._workbench.measurements() if self._workbench is not None else {}
+        stats = replace(
+            self.stats,
+            wall_s=time.perf_counter() - self._began,
+            peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **measured,
+        )
+        return stats.as_dict()
+
+    def _report(self, phase: str, engine: Any = None) -> None:
+        scheduler = getattr(engine, "scheduler", None)
+        self._on_progress(
+            Progress(
+                rows_total=self._total,
+                rows_done=self._samples // self.spec.n,
+                rows_failed=self._failed,
+                rows_resumed=self._earlier.rows,
+                prompt_tokens=0,
+                completion_tokens=self.stats.completion_tokens,
+                running=len(scheduler.running) if scheduler else 0,
+                waiting=len(scheduler.waiting) if scheduler else 0,
+                elapsed_s=time.perf_counter() - self._began,
+                phase=phase,
+            )
+        )
+
+
+def _result(completion: Completion) -> Result:
+    sequence = completion.sequence
+    request = sequence.request
+    ok = sequence.finish_reason is not FinishReason.ERROR
+
+    def between(begin: float | None, end: float | None) -> float | None:
+        return None if begin is None or end is None else end - begin
+
+    return Result(
+        row=request.row,
+        sample=request.sample,
+        status="ok" if ok else "error",
+        text=completion.text,
+        token_ids=tuple(sequence.output_ids) if ok else (),
+        finish_reason=str(sequence.finish_reason) if ok else None,
+        prompt_tokens=len(request.prompt_ids),
+        completion_tokens=len(sequence.output_ids) if ok else 0,
+        error=sequence.error,
+        error_kind=sequence.error_kind,
+        queue_s=between(sequence.arrived, sequence.admitted),
+        prefill_s=between(sequence.admitted, sequence.first_token),
+        decode_s=between(sequence.first_token, sequence.finished),
+    )
+
+
+def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
+    """The real engine for a job."""
+    from batchrun.engine.runtime import Runtime, Settings  # noqa: PLC0415 - imports torch
+
+    model = spec.model
+    path = Path(model["path"])
+    now = fingerprint(path) if path.exists() else None
+    if now is None:
+        raise JobError(
+            f"the model's folder {path} is gone", hint="put it back, or submit the job again"
+        )
+    if now != model["fingerprint"]:
+        raise SpecChanged(
+            f"the model in {path} changed since the job was submitted",
+            hint="put the old one back, or submit the job again",
+        )
+    runtime = {k: v for k, v in spec.runtime.items() if v is not None}
+    settings = Settings(
+        model_path=str(path),
+        model_name=model["name"],
+        fingerprint=model["fingerprint"],
+        cache=folders.home() / "verdicts",
+        dtype=model.get("dtype", "auto"),
+        trust_remote_code=bool(model.get("trust_remote_code")),
+        **runtime,
+    )
+    return Runtime(settings, spec.prompt, log)
