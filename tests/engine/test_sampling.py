@@ -1,0 +1,168 @@
+"""Sampling: the distribution is transformers' own, the draw is the row's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from batchrun.engine import sampling
+from batchrun.engine.core import Request, SamplingParams, Sequence
+
+VOCAB = 4000
+
+
+def sequence(row: int = 0, output: tuple[int, ...] = (), **params: object) -> Sequence:
+    request = Request(row, 0, (3, 5, 7, 5), SamplingParams(**params), 42)  # type: ignore[arg-type]
+    return Sequence(request, list(output))
+
+
+def logits(count: int, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def test_uniform_numbers_are_uniform_and_independent() -> None:
+    draws = torch.tensor(
+        [
+            [sampling.uniform(1, row, sample, position) for position in range(50)]
+            for row in range(40)
+            for sample in range(2)
+        ]
+    )
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert draws.unique().numel() == draws.numel()
+    counts = torch.histc(draws, bins=20, min=0, max=1)
+    chi2 = float(((counts - 200) ** 2 / 200).sum())
+    assert chi2 < 45  # 19 degrees of freedom: p = 0.0007
+    correlation = torch.corrcoef(torch.stack([draws[:, :-1].flatten(), draws[:, 1:].flatten()]))
+    assert abs(float(correlation[0, 1])) < 0.06
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 13},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 1.0, "top_p": 0.9999},  # beyond the head: the whole vocabulary is sorted
+        {"temperature": 0.9, "min_p": 0.05},
+        {"temperature": 1.5, "top_k": 50, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3},
+    ],
+)
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_filters_keep_what_transformers_keeps(params: dict[str, float], spread: float) -> None:
+    rows = logits(4, spread)
+    made = [(TemperatureLogitsWarper, "temperature"), (TopKLogitsWarper, "top_k")]
+    made += [(TopPLogitsWarper, "top_p"), (MinPLogitsWarper, "min_p")]
+    chain = LogitsProcessorList([kind(params[key]) for kind, key in made if key in params])
+    if "repetition_penalty" in params:
+        chain.insert(0, RepetitionPenaltyLogitsProcessor(params["repetition_penalty"]))
+    sequences = [sequence(row, output=(11, 3), **params) for row in range(4)]
+    ids = torch.tensor([[*s.request.prompt_ids, *s.output_ids] for s in sequences])
+    want = torch.softmax(chain(ids, rows.clone()), -1)
+    seen: dict[str, torch.Tensor] = {}
+    real = torch.searchsorted
+
+    def spy(cdf: torch.Tensor, target: torch.Tensor, **kwargs: bool) -> torch.Tensor:
+        if cdf.ndim == 2:
+            seen["cdf"] = cdf
+        return real(cdf, target, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "searchsorted", spy)
+        sampling.sample(rows, sequences, [()] * 4)
+    got = torch.diff(seen["cdf"], dim=-1, prepend=torch.zeros(4, 1, dtype=torch.float64))
+    assert torch.equal(got > 0, want > 0)
+    torch.testing.assert_close(got.float(), want, atol=1e-6, rtol=1e-4)
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.125, 0.1, 0.025])
+    count = 4000
+    rows = probabilities.log().repeat(count, 1)
+    tokens = sampling.sample(
+        rows, [sequence(row, temperature=1.0) for row in range(count)], [()] * count
+    )
+    counts = torch.bincount(tokens, minlength=5)
+    chi2 = float(((counts - probabilities * count) ** 2 / (probabilities * count)).sum())
+    assert chi2 < 20  # 4 degrees of freedom: p = 0.0005
+
+
+def test_a_draw_depends_on_its_row_alone() -> None:
+    rows = logits(24)
+    mixed = [
+        sequence(
+            i, output=(1,) * (i % 3), temperature=[0.0, 0.8, 1.2][i % 3], top_p=[1, 0.9][i % 2]
+        )
+        for i in range(24)
+    ]
+    together = sampling.sample(rows.clone(), mixed, [()] * 24)
+    for i in (0, 1, 7, 23):
+        alone = sampling.sample(rows[i : i + 1].clone(), [mixed[i]], [()])
+        assert alone[0] == together[i]
+    backwards = sampling.sample(rows.flip(0).clone(), mixed[::-1], [()] * 24)
+    assert torch.equal(backwards.flip(0), together)
+
+
+def test_greedy_takes_the_largest_logit() -> None:
+    rows = logits(3)
+    tokens = sampling.sample(rows.clone(), [sequence(i) for i in range(3)], [()] * 3)
+    assert torch.equal(tokens, rows.argmax(-1))
+
+
+def test_penalties_change_seen_tokens_as_defined() -> None:
+    row = logits(1)
+    penalised = row.clone()
+    target = sequence(output=(9, 9, 11), presence_penalty=0.5, frequency_penalty=0.25)
+    sampling.sample(penalised, [target], [()])
+    delta = (row - penalised)[0]
+    assert delta[9] == pytest.approx(0.5 + 2 * 0.25, abs=1e-6)
+    assert delta[11] == pytest.approx(0.75, abs=1e-6)
+    assert int((delta != 0).sum()) == 2
+
+
+def test_no_stop_token_before_min_tokens() -> None:
+    rows = torch.zeros(2, VOCAB)
+    rows[:, 8] = 50
+    early, late = sequence(min_tokens=2, output=(1,)), sequence(min_tokens=2, output=(1, 1))
+    tokens = sampling.sample(rows, [early, late], [{8}, {8}])
+    assert tokens[0] != 8
+    assert tokens[1] == 8
+
+
+def test_a_draw_at_the_very_end_is_a_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda *_: math.nextafter(1, 0))
+    rows = torch.full((1, VOCAB), -torch.inf)
+    rows[0, [4, 6]] = 1.0
+    assert sampling.sample(rows, [sequence(temperature=1.0)], [()]).tolist() == [6]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -3),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", math.inf),
+        ("min_tokens", 600),
+    ],
+)
+def test_values_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be .*, not"):
+        SamplingParams(**{name: value})  # type: ignore[arg-type]

@@ -1,0 +1,132 @@
+"""Prompts and completions as text, with the real tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchrun.engine.core import FinishReason
+from batchrun.engine.text import (
+    Detokenizer,
+    PromptBuilder,
+    PromptError,
+    find_stop,
+    template_fields,
+)
+
+HARD = ["naïve café", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "a\u200bb", "\ufffd", "𝔘𝔫𝔦", " lead", "tail \n"]
+
+
+@given(text=st.one_of(st.sampled_from(HARD), st.text(max_size=40)), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_pieces_join_to_the_whole(tokenizer: Any, text: str, data: st.DataObject) -> None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids)  # the vocabulary lacks a few bytes of very rare characters
+    detokenizer = Detokenizer(tokenizer, tokenizer("Say it:")["input_ids"])
+    emitted = ""
+    while ids:
+        count = data.draw(st.integers(1, 4))
+        emitted += detokenizer.push(ids[:count])
+        assert text.startswith(emitted), "text was emitted that a later token changed"
+        ids = ids[count:]
+    assert detokenizer.finish() == text
+
+
+@given(ids=st.lists(st.integers(0, 49151), max_size=30))
+@settings(max_examples=150, deadline=None)
+def test_any_tokens_decode_as_a_whole(tokenizer: Any, ids: list[int]) -> None:
+    """Also tokens no text encodes to: bytes that are not UTF-8, special tokens."""
+    detokenizer = Detokenizer(tokenizer, [])
+    for token in ids:
+        detokenizer.push([token])
+    want = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert detokenizer.finish() == want
+
+
+def test_a_character_cut_by_the_end_is_marked(tokenizer: Any) -> None:
+    ids = tokenizer("日", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 1
+    detokenizer = Detokenizer(tokenizer, [])
+    assert detokenizer.push(ids[:1]) == ""
+    assert detokenizer.finish() == "\ufffd"
+
+
+@given(
+    text=st.text(alphabet="ab\n.", max_size=30),
+    stops=st.lists(st.text(alphabet="ab\n.", min_size=1, max_size=4), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(1, 5), max_size=30),
+)
+def test_stop_strings_are_found_wherever_pieces_begin(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    first = min((i for s in stops if (i := text.find(s)) >= 0), default=None)
+    seen, found = "", None
+    for size in [*cuts, len(text)]:
+        piece = text[len(seen) : len(seen) + size]
+        seen += piece
+        if piece and (found := find_stop(seen, len(piece), stops)) is not None:
+            break
+    if first is None:
+        assert found is None
+    else:
+        # The earliest that had ended when the piece came: never one that begins later.
+        assert found is not None
+        assert any(text.startswith(s, found) for s in stops)
+        assert not any(s in seen[:found] for s in stops)
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def test_prompts(tokenizer: Any) -> None:
+    def text(builder: PromptBuilder, **fields: Any) -> str:
+        return tokenizer.decode(builder(fields))
+
+    assert text(PromptBuilder(tokenizer), prompt="Once upon") == "Once upon"
+    chat = text(PromptBuilder(tokenizer, chat=True), prompt="Hi")
+    assert chat == text(PromptBuilder(tokenizer, column="messages"), messages=MESSAGES)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    as_json = '[{"role": "user", "content": "Hi"}]'
+    assert chat == text(PromptBuilder(tokenizer, column="messages"), messages=as_json)
+    system = text(PromptBuilder(tokenizer, system="Be brief."), prompt="Hi")
+    assert system.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    template = PromptBuilder(tokenizer, template="{a}: {{x}} {b}")
+    assert text(template, a="Name", b=3) == "Name: {x} 3"
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "kind", "message"),
+    [
+        ({}, {"prompt": None}, "null_prompt", "null"),
+        ({}, {"prompt": ""}, "empty_prompt", "empty"),
+        ({"chat": True}, {"prompt": ""}, "empty_prompt", "empty"),
+        ({}, {"prompt": 7}, "wrong_type", "int"),
+        ({}, {"text": "x"}, "missing_field", "'prompt'"),
+        ({}, {"prompt": "a\ud800"}, "invalid_text", "Unicode"),
+        ({"template": "{a}"}, {"a": None}, "null_prompt", "'a'"),
+        ({"template": "{a}"}, {"b": "x"}, "missing_field", "'a'"),
+        ({"column": "messages"}, {"messages": []}, "empty_prompt", "empty"),
+        ({"column": "messages"}, {"messages": "not json"}, "wrong_type", "JSON"),
+        ({"column": "messages"}, {"messages": [{"content": "x"}]}, "wrong_type", "role"),
+        ({"column": "messages"}, {"messages": [{"role": "user"}]}, "wrong_type", "content"),
+    ],
+)
+def test_bad_rows_say_what_is_wrong(
+    tokenizer: Any, options: dict[str, Any], fields: dict[str, Any], kind: str, message: str
+) -> None:
+    with pytest.raises(PromptError, match=message) as caught:
+        PromptBuilder(tokenizer, **options)(fields)
+    assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize("template", ["no field", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>5}"])
+def test_templates_take_plain_columns_only(template: str) -> None:
+    with pytest.raises(ValueError, match="template"):
+        template_fields(template)
+
+
+def test_finish_reasons_are_the_fields_usual_words() -> None:
+    assert [str(r) for r in FinishReason] == ["stop", "length", "error"]
