@@ -11,6 +11,7 @@ import sqlite3
 import time
 from array import array
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +94,11 @@ class DoneSet(Container[tuple[int, int]]):
         byte = number >> 3
         return byte < len(self._bits) and bool(self._bits[byte] >> (number & 7) & 1)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the bitmap, in bytes."""
+        return len(self._bits)
+
     def add(self, number: int) -> None:
         """Mark `row * n + sample`."""
         byte = number >> 3
@@ -158,7 +164,8 @@ class Journal:
 
     def begin_run(self) -> int:
         """Note that a worker begins; its results carry the number that is returned."""
-        cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
+        with self._errors("written"):
+            cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
         self._run = cursor.lastrowid or 0
         return self._run
 
@@ -174,9 +181,14 @@ class Journal:
             stats: The run's statistics so far; they replace those written before.
 
         Raises:
-            JournalError: A result is there already, or the disk refuses. Nothing was written.
+            JournalError: A result is there already or of a sample that the job hasn't, or the disk
+                refuses. Nothing was written.
         """
         run, n = self._run, self.n
+        for r in results:
+            # Out of range it would be stored as another row's.
+            if not (r.row >= 0 and 0 <= r.sample < n):
+                raise JournalError(f"the job has no row {r.row}, sample {r.sample}: n is {n}")
         rows = [
             (
                 r.row * n + r.sample,
@@ -195,7 +207,7 @@ class Journal:
             )
             for r in results
         ]
-        try:
+        with self._errors("written"):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 self._db.executemany(_INSERT, rows)
@@ -208,56 +220,53 @@ class Journal:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-        except sqlite3.IntegrityError as error:
-            raise JournalError(f"a result was about to be journalled twice: {error}") from error
-        except sqlite3.Error as error:
-            raise JournalError(
-                f"{self.path} can't be written: {error}",
-                hint="make room on the disk, then: batchrun resume",
-            ) from error
 
     def end_run(self, state: str, stats: dict[str, Any]) -> None:
         """Close the run's entry with how it ended."""
-        self._db.execute(
-            "UPDATE runs SET ended_at = ?, state = ?, stats = ? WHERE id = ?",
-            (time.time(), state, json.dumps(stats), self._run),
-        )
+        with self._errors("written"):
+            self._db.execute(
+                "UPDATE runs SET ended_at = ?, state = ?, stats = ? WHERE id = ?",
+                (time.time(), state, json.dumps(stats), self._run),
+            )
 
     def set_meta(self, key: str, value: Any) -> None:
         """Remember a small JSON value."""
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+        with self._errors("written"):
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
     def meta(self, key: str) -> Any:
         """A value remembered by `set_meta`, or None."""
-        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if found is None else json.loads(found[0])
+        found = self._all("SELECT value FROM meta WHERE key = ?", key)
+        return json.loads(found[0][0]) if found else None
 
     def done(self) -> DoneSet:
         """Which results there are, as a bitmap."""
         done = DoneSet(self.n)
-        for (number,) in self._db.execute("SELECT id FROM results ORDER BY id"):
-            done.add(number)
+        with self._errors("read"):
+            for (number,) in self._db.execute("SELECT id FROM results ORDER BY id"):
+                done.add(number)
         return done
 
     def counts(self) -> Counts:
         """Results so far."""
-        samples, failed, prompt, completion = self._db.execute(
+        [(samples, failed, prompt, completion)] = self._all(
             "SELECT count(*), ifnull(sum(status = 'error'), 0), ifnull(sum(prompt_tokens), 0), "
             "ifnull(sum(completion_tokens), 0) FROM results"
-        ).fetchone()
+        )
         rows = samples
         if self.n > 1:
-            rows = self._db.execute(
+            [(rows,)] = self._all(
                 "SELECT count(*) FROM (SELECT 1 FROM results GROUP BY id / ? HAVING count(*) = ?)",
-                (self.n, self.n),
-            ).fetchone()[0]
+                self.n,
+                self.n,
+            )
         return Counts(rows, samples, failed, prompt, completion)
 
     def tally(self, column: str) -> dict[str, int]:
         """How often each value of `finish_reason` or `error_kind` occurs, most frequent first."""
         assert column in {"finish_reason", "error_kind"}
         return dict(
-            self._db.execute(
+            self._all(
                 f"SELECT {column}, count(*) FROM results WHERE {column} IS NOT NULL "
                 "GROUP BY 1 ORDER BY 2 DESC, 1"
             )
@@ -267,31 +276,33 @@ class Journal:
         """Quantiles (nearest rank) of `queue_s`, `prefill_s` or `decode_s`; None without any."""
         assert column in {"queue_s", "prefill_s", "decode_s"}
         query = f"FROM results WHERE {column} IS NOT NULL"
-        count = self._db.execute(f"SELECT count(*) {query}").fetchone()[0]
+        [(count,)] = self._all(f"SELECT count(*) {query}")
         if not count:
             return None
         return [
-            self._db.execute(
+            self._all(
                 f"SELECT {column} {query} ORDER BY 1 LIMIT 1 OFFSET ?",
-                (min(count - 1, int(share * count)),),
-            ).fetchone()[0]
+                min(count - 1, int(share * count)),
+            )[0][0]
             for share in shares
         ]
 
     def results(self, first_row: int = 0) -> Iterator[Result]:
         """Results in (row, sample) order, streamed."""
-        for number, status, text, ids, *rest in self._db.execute(_SELECT, (first_row * self.n,)):
-            tokens = array("i")
-            tokens.frombytes(ids)
-            row, sample = divmod(number, self.n)
-            yield Result(row, sample, status, text, tuple(tokens), *rest[:-1])
+        with self._errors("read"):
+            cursor = self._db.execute(_SELECT, (first_row * self.n,))
+            for number, status, text, ids, *rest in cursor:
+                tokens = array("i")
+                tokens.frombytes(ids)
+                row, sample = divmod(number, self.n)
+                yield Result(row, sample, status, text, tuple(tokens), *rest[:-1])
 
     def runs(self) -> list[dict[str, Any]]:
         """Every worker's run: `id`, `started_at`, `ended_at`, `state`, `stats`."""
         names = ("id", "started_at", "ended_at", "state", "stats")
         return [
             {**dict(zip(names, run, strict=True)), "stats": json.loads(run[4])}
-            for run in self._db.execute(f"SELECT {', '.join(names)} FROM runs ORDER BY id")
+            for run in self._all(f"SELECT {', '.join(names)} FROM runs ORDER BY id")
         ]
 
     def check(self) -> None:
@@ -310,6 +321,28 @@ class Journal:
     def close(self) -> None:
         """Close the connection; everything written is durable already."""
         self._db.close()
+
+    def _all(self, query: str, *values: Any) -> list[Any]:
+        with self._errors("read"):
+            return self._db.execute(query, values).fetchall()
+
+    @contextmanager
+    def _errors(self, done: str) -> Iterator[None]:
+        """SQLite's errors as the user's: what could not be `done`, and what to do."""
+        try:
+            yield
+        except sqlite3.IntegrityError as error:
+            raise JournalError(f"a result was about to be journalled twice: {error}") from error
+        except sqlite3.OperationalError as error:
+            raise JournalError(
+                f"{self.path} can't be {done}: {error}",
+                hint="make room on the disk, then: batchrun resume",
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise JournalError(
+                f"{self.path} is damaged: {error}",
+                hint="restore the job's folder from a copy, or submit the job again",
+            ) from error
 
     def __enter__(self) -> Journal:
         return self
