@@ -1,0 +1,80 @@
+"""The command line. Commands are imported when they are called, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from batchrun.cli.errors import report_errors
+
+# name -> (module, what `batchrun --help` says of it)
+COMMANDS = {
+    "submit": ("batchrun.cli.run", "Run a model over every row of a file."),
+    "resume": ("batchrun.cli.run", "Continue a job that was stopped."),
+    "stats": ("batchrun.cli.inspect", "Show where a job's rows, time and memory went."),
+    "list": ("batchrun.cli.inspect", "List all jobs."),
+    "show": ("batchrun.cli.inspect", "Show one job: its inputs, parameters and runs."),
+    "export": ("batchrun.cli.export", "Write a job's results to a file."),
+    "doctor": ("batchrun.cli.doctor", "Show what this machine can do."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and help, and imports one only to call it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in the order in which a newcomer needs them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports the command."""
+        if cmd_name not in COMMANDS:
+            return None
+        found = getattr(importlib.import_module(COMMANDS[cmd_name][0]), f"{cmd_name}_command")
+        assert isinstance(found, click.Command)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version  # noqa: PLC0415
+
+        click.echo(f"batchrun {version('batchrun')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some rows failed, "
+    "130 interrupted and ready to resume.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def cli() -> None:
+    """Run a whole dataset through an open LLM on your own hardware, unattended.
+
+    Point it at a file of prompts; get the completions in the same order, beside every input column.
+    Kill it at any time; `batchrun resume` continues.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: runs a command and exits with its status."""
+    sys.exit(
+        report_errors(lambda: cli.main(arguments, prog_name="batchrun", standalone_mode=False))
+    )

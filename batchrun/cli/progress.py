@@ -1,0 +1,162 @@
+"""How a running job is shown: a bar in a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from tqdm import tqdm
+
+from batchrun.report.text import seconds
+
+if TYPE_CHECKING:
+    from batchrun.worker import Progress
+
+LINE_EVERY_S = 5.0
+_RATE_WINDOW_S = 20.0
+_PHASES = {"load": "loading the model", "run": "running", "export": "writing the output"}
+
+
+class ProgressView(Protocol):
+    """Shows a job that is running."""
+
+    def update(self, progress: Progress) -> None:
+        """Shows the newest state."""
+
+    def message(self, text: str) -> None:
+        """Prints a line without disturbing what is shown."""
+
+    def close(self) -> None:
+        """Leaves the last state on the screen."""
+
+
+def make_view(stream: TextIO) -> ProgressView:
+    """A bar where `stream` is a terminal, lines where it is not."""
+    return BarView(stream) if stream.isatty() else LineView(stream)
+
+
+class Rates:
+    """Tokens a second and time left, over the last seconds, so that resumed rows do not count."""
+
+    def __init__(self, window_s: float = _RATE_WINDOW_S) -> None:
+        self._window_s = window_s
+        self._seen: deque[tuple[float, int, int]] = deque()
+
+    def add(self, now: float, progress: Progress) -> None:
+        """Takes note of the state at `now`, seconds of any clock that runs steadily."""
+        self._seen.append((now, progress.completion_tokens, progress.rows_done))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - self._window_s:
+            self._seen.popleft()
+
+    def tokens_per_s(self) -> float | None:
+        """Completion tokens a second; None before there is anything to measure."""
+        return self._slope(1)
+
+    def seconds_left(self, rows_total: int | None, rows_done: int) -> float | None:
+        """Time to the last row at the present rate; None where it cannot be told."""
+        rate = self._slope(2)
+        return (rows_total - rows_done) / rate if rows_total is not None and rate else None
+
+    def _slope(self, index: int) -> float | None:
+        if len(self._seen) < 2:
+            return None
+        first, last = self._seen[0], self._seen[-1]
+        return (last[index] - first[index]) / (last[0] - first[0]) if last[0] > first[0] else None
+
+
+class BarView:
+    """A tqdm bar. It starts at the rows of earlier runs, so its ETA is of the rows still to do."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bar: tqdm[None] | None = None
+        self._rates = Rates()
+
+    def update(self, progress: Progress) -> None:
+        """Redraws the bar, at most ten times a second."""
+        if self._bar is None:
+            self._bar = tqdm(
+                total=progress.rows_total,
+                initial=progress.rows_resumed,
+                unit="row",
+                file=self._stream,
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
+        bar = self._bar
+        bar.total = progress.rows_total
+        bar.set_description(_PHASES.get(progress.phase, progress.phase), refresh=False)
+        self._rates.add(time.monotonic(), progress)
+        bar.set_postfix_str(", ".join(_details(progress, self._rates)), refresh=False)
+        bar.update(progress.rows_done - bar.n)
+
+    def message(self, text: str) -> None:
+        """Prints above the bar."""
+        tqdm.write(text, file=self._stream)
+
+    def close(self) -> None:
+        """Draws the bar a last time and leaves it there."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
+
+
+class LineView:
+    """A line every few seconds, and one at each change of phase: for logs and pipes."""
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        every_s: float = LINE_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream
+        self._every_s = every_s
+        self._clock = clock
+        self._rates = Rates()
+        self._phase = ""
+        self._printed_at = 0.0
+        self._latest: Progress | None = None
+
+    def update(self, progress: Progress) -> None:
+        """Prints a line if it is time for one."""
+        now = self._clock()
+        self._rates.add(now, progress)
+        self._latest = progress
+        if progress.phase != self._phase or now - self._printed_at >= self._every_s:
+            self._print(now, progress)
+
+    def message(self, text: str) -> None:
+        """Prints a line of its own."""
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Prints the last state."""
+        if self._latest is not None:
+            self._print(self._clock(), self._latest)
+            self._latest = None
+
+    def _print(self, now: float, progress: Progress) -> None:
+        self._phase, self._printed_at = progress.phase, now
+        total = "?" if progress.rows_total is None else f"{progress.rows_total:,}"
+        share = f" ({progress.rows_done / progress.rows_total:.0%})" if progress.rows_total else ""
+        parts = [f"{progress.rows_done:,} of {total} rows{share}", *_details(progress, self._rates)]
+        left = self._rates.seconds_left(progress.rows_total, progress.rows_done)
+        if left:
+            parts.append(f"{seconds(left)} left")
+        self.message(f"{_PHASES.get(progress.phase, progress.phase)}: {', '.join(parts)}")
+
+
+def _details(progress: Progress, rates: Rates) -> list[str]:
+    parts = []
+    rate = rates.tokens_per_s()
+    if rate is not None:
+        parts.append(f"{rate:,.0f} tokens/s")
+    if progress.rows_resumed:
+        parts.append(f"{progress.rows_resumed:,} resumed")
+    if progress.rows_failed:
+        parts.append(f"{progress.rows_failed:,} failed")
+    return parts

@@ -1,0 +1,198 @@
+"""The text of `batchrun stats`: every figure of the summary is there, aligned, with its unit."""
+
+import copy
+
+import pytest
+
+from batchrun.report.text import render, seconds, size
+
+SUMMARY = {
+    "job": "prompts-20260101-0900-x7k2",
+    "state": "done-with-errors",
+    "model": "smollm2-135m-instruct",
+    "device": "cpu",
+    "output": "/tmp/out.parquet",
+    "samples_per_row": 1,
+    "max_tokens": 64,
+    "rows": {
+        "total": 1200,
+        "done": 1200,
+        "failed": 3,
+        "remaining": 0,
+        "resumed": 400,
+        "failed_by_reason": {"prompt_too_long": 2, "null_prompt": 1},
+    },
+    "finish_reasons": {"stop": 1100, "length": 97},
+    "tokens": {
+        "prompt": 51234,
+        "completion": 40321,
+        "prefilled": 51200,
+        "decoded": 40300,
+        "recomputed": 128,
+    },
+    "time": {
+        "wall_s": 100.0,
+        "load_s": 2.5,
+        "tokenise_s": 0.25,
+        "engine_s": 95.0,
+        "journal_s": 1.0,
+        "export_s": 0.5,
+    },
+    "throughput": {
+        "prefill_tokens_per_s": 1234.5,
+        "decode_tokens_per_s": 456.7,
+        "completion_tokens_per_s": 403.2,
+        "rows_per_s": 12.6,
+    },
+    "batch": {"steps": 987, "mean_occupancy": 41.25, "max_num_seqs": 64},
+    "kv": {
+        "time_averaged": {
+            "reserved": 64 << 30,
+            "mapped": 110 << 20,
+            "live": 100 << 20,
+            "static": 9 << 30,
+            "paged": 104 << 20,
+        },
+        "peak": {
+            "reserved": 64 << 30,
+            "mapped": 150 << 20,
+            "live": 140 << 20,
+            "static": 11 << 30,
+            "paged": 145 << 20,
+        },
+        "utilisation": 0.9091,
+        "static_utilisation": 0.0108,
+        "paged_utilisation": 0.9615,
+        "map_calls": 555,
+        "map_s": 0.0075,
+        "unmap_calls": 44,
+        "unmap_s": 0.02,
+        "create_calls": 33,
+        "create_s": 0.11,
+    },
+    "preemptions": 7,
+    "peak_rss": 1536 << 20,
+    "weights_bytes": 513 << 20,
+    "runs": 2,
+    "row_seconds": {
+        "queue": {"p50": 1.5, "p90": 30.0, "p99": 70.0, "max": 90.0},
+        "prefill": {"p50": 0.02, "p90": 0.03, "p99": 0.05, "max": 0.06},
+        "decode": {"p50": 2.0, "p90": 4.0, "p99": 5.0, "max": 3700.0},
+    },
+}
+
+
+@pytest.fixture
+def summary():
+    return copy.deepcopy(SUMMARY)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "x7k2: done-with-errors, model smollm2-135m-instruct on cpu, 2 runs",
+        "1,200 of 1,200 done, 3 failed, 400 kept from earlier runs",
+        "2 failed: prompt_too_long",
+        "1 failed: null_prompt",
+        "stop 1,100, length 97",
+        "97 completions were cut off at --max-tokens",
+        "51,234 prompt, 40,321 completion",
+        "128 recomputed after 7 preemptions",
+        "403 completion tokens/s, 12.6 rows/s",
+        "prefill 1,234 tokens/s, decode 457 tokens/s (mixed steps are split by token count)",
+        "41.2 of 64 sequences running on average, 987 steps",
+        "1 min 40 s",
+        "1 min 35 s",
+        "engine (95%)",
+        "555 map calls in 7.5 ms, 44 unmap calls in 20 ms, 33 create calls in 0.1 s",
+        "1.5 GiB, of which 513.0 MiB weights",
+    ],
+)
+def test_every_figure_is_shown_with_its_unit(summary, shown):
+    assert shown in render(summary)
+
+
+def test_the_memory_table_is_aligned_and_says_what_each_line_means(summary):
+    lines = render(summary).splitlines()
+    table = lines[lines.index(next(line for line in lines if line.startswith("KV memory"))) :][:6]
+    assert [line.split()[0] for line in table[1:]] == [
+        "live",
+        "mapped",
+        "paged",
+        "static",
+        "reserved",
+    ]
+    mapped = next(line for line in table if "mapped" in line)
+    assert mapped.split()[1:6] == ["110.0", "MiB", "150.0", "MiB", "90.9%"]
+    peaks = {line.index("iB", line.index("iB") + 2) for line in table[1:]}
+    assert len(peaks) <= 2  # one column, whose unit moves with the number before it
+    assert table[0].index("peak") == mapped.index("150.0")
+
+
+def test_quantiles_stand_in_their_columns(summary):
+    lines = render(summary).splitlines()
+    head = next(line for line in lines if line.startswith("each row"))
+    decode = next(line for line in lines if line.strip().startswith("decode"))
+    assert head.split() == ["each", "row", "p50", "p90", "p99", "max"]
+    assert decode.split(maxsplit=7)[1:] == ["2.0", "s", "4.0", "s", "5.0", "s", "1 h 1 min"]
+    assert head.index("max") == decode.index("1 h")
+
+
+def test_no_line_is_wider_than_a_terminal(summary):
+    assert max(map(len, render(summary).splitlines())) <= 110
+
+
+def test_a_clean_job_mentions_no_failures_and_no_truncation(summary):
+    summary["rows"] |= {"failed": 0, "failed_by_reason": {}, "resumed": 0}
+    summary["finish_reasons"] = {"stop": 1200}
+    text = render(summary)
+    assert "1,200 of 1,200 done\n" in text
+    assert "failed" not in text.replace("done-with-errors", "")
+    assert "cut off" not in text
+
+
+def test_a_job_that_never_ran_shows_no_memory(summary):
+    summary["rows"] |= {"total": None, "done": 0, "remaining": None, "failed": 0, "resumed": 0}
+    summary["rows"]["failed_by_reason"] = {}
+    summary["batch"] = {"steps": 0, "mean_occupancy": None, "max_num_seqs": 0}
+    summary["throughput"] = dict.fromkeys(summary["throughput"])
+    summary["time"] = dict.fromkeys(summary["time"], 0.0)
+    text = render(summary)
+    assert "0 of ? done" in text
+    assert "KV memory" not in text
+
+
+def test_phases_that_no_row_reached_are_left_out(summary):
+    summary["row_seconds"]["decode"] = None
+    assert "  decode " not in render(summary)
+    assert "  prefill" in render(summary)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536 << 20, "1.5 GiB"),
+        (1 << 60, "1024.0 PiB"),
+    ],
+)
+def test_sizes(value, text):
+    assert size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0.0 ms"),
+        (0.0042, "4.2 ms"),
+        (0.05, "50 ms"),
+        (1.25, "1.2 s"),
+        (59.99, "1 min 0 s"),
+        (3599.7, "1 h 0 min"),
+        (90061, "25 h 1 min"),
+    ],
+)
+def test_durations(value, text):
+    assert seconds(value) == text
