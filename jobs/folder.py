@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobs.errors import JobError, JobNotFound, OutputError
+from jobs.errors import JobNotFound, JournalError, OutputError, SpecChanged
 from jobs.files import fsync_directory
 from jobs.journal import NAME, Counts, Journal
 from jobs.lease import held_by
@@ -87,9 +87,10 @@ def create(root: Path, spec: JobSpec) -> JobFolder:
             shutil.rmtree(building, ignore_errors=True)
             raise
         fsync_directory(folder)
-    except OSError as error:
+    except (OSError, JournalError) as error:
+        cause = isinstance(error, OSError) and error.strerror
         raise OutputError(
-            f"no job folder can be made in {folder}: {error.strerror or error}",
+            f"no job folder can be made in {folder}: {cause or error}",
             hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
         ) from error
     return JobFolder(folder / name)
@@ -100,7 +101,11 @@ def list_jobs(root: Path) -> list[JobFolder]:
     folder = root / "jobs"
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if not p.name.startswith(".") and (p / NAME).exists()]
+    found = [
+        p
+        for p in folder.iterdir()
+        if not p.name.startswith(".") and (p / "job.json").exists() and (p / NAME).exists()
+    ]
     return [
         JobFolder(p)
         for p in sorted(found, key=lambda p: ((p / "job.json").stat().st_mtime_ns, p.name))
@@ -133,11 +138,11 @@ def check_unchanged(job: JobFolder) -> None:
     """Refuse to go on with inputs that are not those of the submission.
 
     Raises:
-        JobError: An input changed; the message names it.
+        SpecChanged: The message names what changed.
     """
     changed = job.spec().changed_inputs()
     if changed:
-        raise JobError(
+        raise SpecChanged(
             "the input changed since the job was submitted: " + "; ".join(changed),
             hint="restore the file, or submit the new one as a job of its own",
         )

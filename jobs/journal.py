@@ -72,7 +72,10 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Results so far. `rows` counts rows all of whose samples have one."""
+    """Results so far.
+
+    `rows` counts rows all of whose samples have a result, `failed` rows any of whose failed.
+    """
 
     rows: int
     samples: int
@@ -150,7 +153,11 @@ class Journal:
 
     @staticmethod
     def create(folder: Path) -> None:
-        """Make an empty journal; it is durable on return."""
+        """Make an empty journal; it is durable on return.
+
+        Raises:
+            JournalError: It can't be made.
+        """
         db = sqlite3.connect(folder / NAME, isolation_level=None)
         try:
             db.execute("PRAGMA journal_mode=WAL")
@@ -159,6 +166,8 @@ class Journal:
                 f"BEGIN;{_SCHEMA}PRAGMA user_version={_VERSION};"
                 f"PRAGMA application_id={_APPLICATION};COMMIT;"
             )
+        except sqlite3.Error as error:
+            raise JournalError(f"{folder / NAME} can't be made: {error}") from error
         finally:
             db.close()
 
@@ -250,8 +259,9 @@ class Journal:
     def counts(self) -> Counts:
         """Results so far."""
         [(samples, failed, prompt, completion)] = self._all(
-            "SELECT count(*), ifnull(sum(status = 'error'), 0), ifnull(sum(prompt_tokens), 0), "
-            "ifnull(sum(completion_tokens), 0) FROM results"
+            "SELECT count(*), count(DISTINCT CASE status WHEN 'error' THEN id / ? END), "
+            "ifnull(sum(prompt_tokens), 0), ifnull(sum(completion_tokens), 0) FROM results",
+            self.n,
         )
         rows = samples
         if self.n > 1:
@@ -263,11 +273,11 @@ class Journal:
         return Counts(rows, samples, failed, prompt, completion)
 
     def tally(self, column: str) -> dict[str, int]:
-        """How often each value of `finish_reason` or `error_kind` occurs, most frequent first."""
-        assert column in {"finish_reason", "error_kind"}
+        """Samples by `finish_reason` or rows by `error_kind`, most frequent first."""
+        what = {"finish_reason": "*", "error_kind": f"DISTINCT id / {self.n}"}[column]
         return dict(
             self._all(
-                f"SELECT {column}, count(*) FROM results WHERE {column} IS NOT NULL "
+                f"SELECT {column}, count({what}) FROM results WHERE {column} IS NOT NULL "
                 "GROUP BY 1 ORDER BY 2 DESC, 1"
             )
         )

@@ -116,7 +116,7 @@ class JournalMachine(RuleBasedStateMachine):
         assert {key for key in every if key in done} == set(self.model)
         counts = self.journal.counts()
         assert counts.samples == len(self.model)
-        assert counts.failed == sum(r.status == "error" for r in self.model.values())
+        assert counts.failed == len({r.row for r in self.model.values() if r.status == "error"})
         assert counts.prompt_tokens == sum(r.prompt_tokens for r in self.model.values())
         whole = [row for row in range(ROWS) if all((row, s) in self.model for s in range(self.n))]
         assert counts.rows == len(whole)

@@ -1,0 +1,183 @@
+"""The summary: measured figures of all runs, merged."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from jobs.journal import Result
+from jobs.stats import RunStats, summarise, write_summary
+
+KV = ("reserved", "mapped", "live", "static", "paged")
+
+
+def ok(row, sample=0, **more):
+    return Result(
+        row, sample, "ok", "x", finish_reason="stop", prompt_tokens=5, completion_tokens=3, **more
+    )
+
+
+def test_merging_adds_amounts_and_keeps_peaks():
+    first = RunStats(
+        started_at=100.0,
+        wall_s=2.0,
+        steps=10,
+        peak_kv_mapped=700,
+        peak_rss=5,
+        max_num_seqs=8,
+        kv_live_s=30.0,
+        kv_s=2.0,
+        weights_bytes=11,
+        device="cpu",
+        model="tiny",
+    )
+    second = RunStats(
+        started_at=200.0,
+        wall_s=3.0,
+        steps=1,
+        peak_kv_mapped=600,
+        peak_rss=6,
+        max_num_seqs=4,
+        kv_live_s=10.0,
+        kv_s=1.0,
+        weights_bytes=11,
+        device="cpu",
+    )
+    runs = [first.as_dict(), second.as_dict()]
+    merged = RunStats.merge(runs)
+    assert (merged.started_at, merged.wall_s, merged.steps) == (100.0, 5.0, 11)
+    assert (merged.peak_kv_mapped, merged.peak_rss, merged.max_num_seqs) == (700, 6, 8)
+    assert (merged.kv_live_s, merged.kv_s, merged.weights_bytes) == (40.0, 3.0, 11)
+    assert (merged.device, merged.model) == ("cpu", "tiny")
+    assert RunStats.merge(runs[::-1]).as_dict() == merged.as_dict()
+
+
+def test_merging_one_run_changes_nothing_and_none_is_zero():
+    numbers = {f.name: type(f.default)(i + 1) for i, f in enumerate(fields(RunStats))}
+    assert RunStats.merge([numbers]).as_dict() == numbers
+    assert RunStats.merge([]).as_dict() == RunStats().as_dict()
+    assert RunStats.merge([{}]).as_dict() == RunStats().as_dict()
+
+
+def test_a_job_that_never_ran_has_a_summary(job):
+    summary = summarise(job)
+    assert summary["job"] == job.id
+    assert summary["state"] == "new"
+    assert summary["model"] == "tiny"
+    assert summary["rows"]["total"] is None
+    assert summary["rows"]["done"] == summary["runs"] == 0
+    assert summary["kv"]["utilisation"] is None
+    json.dumps(summary, allow_nan=False)
+
+
+def run(job, results, state, **stats):
+    with job.journal(readonly=False) as journal:
+        journal.begin_run()
+        journal.set_meta("rows_total", 10)
+        stats = RunStats(completions=len(results), **stats).as_dict()
+        journal.write(results, stats)
+        if state is not None:
+            journal.end_run(state, stats)
+
+
+@pytest.fixture
+def two_runs(job):
+    """A run that was killed and the one that resumed it: 9 of 10 rows, 2 of them failed."""
+    integrals = {
+        f"kv_{name}_s": amount for name, amount in zip(KV, (80, 20, 18, 36, 20), strict=True)
+    }
+    first = [ok(i, queue_s=float(i), prefill_s=0.5, decode_s=2.0) for i in range(5)]
+    run(
+        job,
+        first,
+        None,
+        wall_s=4.0,
+        engine_s=2.0,
+        load_s=1.0,
+        kv_s=2.0,
+        sequence_s=8.0,
+        steps=4,
+        prefill_tokens=25,
+        prefill_s=0.5,
+        decode_tokens=10,
+        decode_s=1.5,
+        completion_tokens=15,
+        map_calls=3,
+        peak_kv_mapped=12,
+        max_num_seqs=8,
+        model="tiny",
+        **integrals,
+    )
+    second = [
+        ok(5),
+        ok(6),
+        Result(7, 0, "error", error="too long", error_kind="context"),
+        Result(8, 0, "error", error="no prompt", error_kind="input"),
+    ]
+    run(
+        job,
+        second,
+        "interrupted",
+        wall_s=3.0,
+        engine_s=1.0,
+        load_s=1.0,
+        kv_s=2.0,
+        sequence_s=4.0,
+        steps=6,
+        prefill_tokens=10,
+        prefill_s=0.5,
+        decode_tokens=4,
+        decode_s=0.5,
+        completion_tokens=6,
+        map_calls=2,
+        peak_kv_mapped=10,
+        max_num_seqs=8,
+        preemptions=1,
+        **integrals,
+    )
+    return job
+
+
+def test_the_summary_of_two_runs(two_runs):
+    summary = summarise(two_runs)
+    assert (summary["state"], summary["runs"]) == ("interrupted", 2)
+    rows = summary["rows"]
+    assert (rows["total"], rows["done"], rows["failed"], rows["remaining"]) == (10, 9, 2, 1)
+    assert rows["resumed"] == 5
+    assert rows["failed_by_reason"] == {"context": 1, "input": 1}
+    assert summary["finish_reasons"] == {"stop": 7}
+    assert summary["tokens"] == {
+        "prompt": 35,
+        "completion": 21,
+        "prefilled": 35,
+        "decoded": 14,
+        "recomputed": 0,
+    }
+    assert (summary["time"]["wall_s"], summary["time"]["load_s"]) == (7.0, 2.0)
+    throughput = summary["throughput"]
+    assert throughput["prefill_tokens_per_s"] == 35.0
+    assert throughput["decode_tokens_per_s"] == 7.0
+    assert throughput["completion_tokens_per_s"] == 7.0
+    assert throughput["rows_per_s"] == 3.0
+    assert summary["batch"] == {"steps": 10, "mean_occupancy": 3.0, "max_num_seqs": 8}
+    kv = summary["kv"]
+    assert kv["time_averaged"] == dict(zip(KV, (40.0, 10.0, 9.0, 18.0, 10.0), strict=True))
+    assert (kv["utilisation"], kv["static_utilisation"], kv["paged_utilisation"]) == (0.9, 0.5, 0.9)
+    assert (kv["peak"]["mapped"], kv["map_calls"], summary["preemptions"]) == (12, 5, 1)
+    assert summary["row_seconds"]["queue"] == {"p50": 2.0, "p90": 4.0, "p99": 4.0, "max": 4.0}
+    assert summary["row_seconds"]["decode"]["p50"] == 2.0
+
+
+def test_stats_json_is_the_summary(two_runs):
+    path = write_summary(two_runs)
+    assert path == two_runs.path / "stats.json"
+    assert json.loads(path.read_text()) == summarise(two_runs)
+
+
+def test_rows_of_several_samples_are_counted_as_rows(make_job):
+    job = make_job(n=2)
+    results = [ok(0, 0), ok(0, 1), ok(1, 0), Result(2, 0, "error", error_kind="input")]
+    run(job, [*results, Result(2, 1, "error", error_kind="input")], "done-with-errors")
+    rows = summarise(job)["rows"]
+    assert (rows["done"], rows["remaining"], rows["failed"]) == (2, 8, 1)
+    assert rows["failed_by_reason"] == {"input": 1}
