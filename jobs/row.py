@@ -1,0 +1,133 @@
+"""What a source hands out, and what every kind of source can do."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from jobs.errors import InputError
+
+BATCH_BYTES = 16 << 20  # a batch of input rows is about this large, whatever a row's size
+BATCH_ROWS = 256  # and never has more rows: an average says little where lengths are skewed
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input row.
+
+    Args:
+        index: Number of the row over all input files, from 0.
+        fields: Values by column.
+        error: Why the row can't be used; `fields` is empty then.
+    """
+
+    index: int
+    fields: dict[str, Any]
+    error: str | None = None
+
+
+class Source(Protocol):
+    """Rows of one or several files of one format, numbered in the order of the files.
+
+    Every method streams: memory does not grow with the number of rows. Every one may raise
+    `InputError` when a file turns out to be damaged or is gone.
+    """
+
+    @property
+    def column_names(self) -> list[str]:
+        """Columns; of JSON Lines, those of the first 100 rows."""
+        ...
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows where that is known without reading them, else None."""
+        ...
+
+    def count(self) -> int:
+        """Rows, read through if need be."""
+        ...
+
+    def schema(self) -> pa.Schema:
+        """Arrow schema of all columns; JSON Lines are read through once for it."""
+        ...
+
+    def rows(
+        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+    ) -> Iterator[Row]:
+        """Rows as Python values, `limit` at most, from row `start` on.
+
+        Text is valid Unicode: a lone surrogate has become U+FFFD.
+
+        Args:
+            columns: The columns wanted, all by default. One that a row lacks is None.
+            start: Index of the first row.
+            limit: Rows at most.
+        """
+        ...
+
+    def batches(self, schema: pa.Schema, limit: int | None = None) -> Iterator[pa.RecordBatch]:
+        """The first `limit` rows in order, in the types of `schema()`; a bad row is nulls."""
+        ...
+
+    def objects(self, limit: int | None = None) -> Iterator[dict[str, Any] | None]:
+        """The first `limit` rows in order as what JSON can hold; None for a bad row."""
+        ...
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an InputError that names it."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code is not None:
+            raise InputError(
+                f"{path} can't be read: {os.strerror(code)}",
+                hint=f"look at it with: ls -ld '{path}'",
+            ) from error
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{path} is damaged or cut short ({path.stat().st_size} bytes): {cause}",
+            hint="copy or write the file again, then submit the job again",
+        ) from error
+
+
+def valid_text(text: str) -> str:
+    """The text with lone surrogates, which no encoding can hold, as U+FFFD."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def valid_value(value: Any) -> Any:
+    """A JSON value with `valid_text` done to all its strings and keys."""
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list):
+        return [valid_value(item) for item in value]
+    if isinstance(value, dict):
+        return {valid_text(key): valid_value(item) for key, item in value.items()}
+    return value
+
+
+def missing_column(name: str, available: Sequence[str]) -> InputError:
+    """The error for a column that the input does not have: those it has, and the closest one."""
+    there = ", ".join(available[:20]) or "none"
+    more = f" and {len(available) - 20} more" if len(available) > 20 else ""
+    lowered = {column.lower(): column for column in reversed(available)}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1)
+    return InputError(
+        f"the input has no column '{name}'; its columns: {there}{more}",
+        hint=f"did you mean '{lowered[close[0]]}'?" if close else None,
+    )
