@@ -30,6 +30,7 @@ $(SETUP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: $(SETUP)
+	@mkdir -p demo
 	$(BIN)/batchrun submit examples/prompts.parquet --chat --max-tokens 64 --seed 1 \
 	  --output demo/completions.parquet --overwrite
 	@echo

@@ -8,7 +8,8 @@ import click
 
 from batchrun.cli.plan import output_settings
 from jobs.export import check_destination, export
-from jobs.folder import find, home
+from jobs.folder import check_unchanged, find, home
+from jobs.source import open_source
 
 
 @click.command()
@@ -24,3 +25,22 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     JOB is its id or the beginning of one; without it, the latest job is exported. `submit` and
     `resume` do this by themselves when the last row is done.
     """
+    folder = find(home(), job)
+    spec = folder.spec()
+    target = output_settings(output) if output else spec.output
+    destination = Path(target["path"])
+    check_destination(destination, overwrite)
+    source = open_source([Path(file.path) for file in spec.inputs], spec.input_format)
+    check_unchanged(folder)
+    with folder.journal() as journal:
+        rows = export(
+            source,
+            journal.results(),
+            destination,
+            format=target["format"],
+            token_ids=bool(spec.output.get("token_ids")),
+            n=spec.n,
+            limit=spec.limit,
+            partial=partial,
+        )
+    click.echo(f"{rows:,} rows in {destination}")

@@ -81,8 +81,8 @@ def run_in_foreground(job: JobFolder, *, as_json: bool = False) -> ExitStatus:
             outcome = run_job(job.path, stop=stop.event, on_progress=view.update, log=view.message)
         finally:
             view.close()
-    status = _STATUS.get(outcome.state, ExitStatus.FAILED)
-    _report(job, outcome.state, status, time.monotonic() - started, as_json)
+    status = _STATUS.get(outcome, ExitStatus.FAILED)
+    _report(job, outcome, status, time.monotonic() - started, as_json)
     return status
 
 

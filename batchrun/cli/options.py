@@ -13,7 +13,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """Bytes, with an optional binary unit: `256MiB`, `2G`, `1048576`."""
 
     name = "size"
@@ -44,14 +44,16 @@ class SectionCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(param, click.Option):
                 sections.setdefault(getattr(param, "section", "Options"), []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
 
 
-def _section(title: str, *options: tuple[tuple[str, ...], dict[str, Any]]) -> Any:
+def _section(
+    title: str, *options: tuple[tuple[str, ...], dict[str, Any]]
+) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for names, settings in reversed(options):
             command = click.option(*names, cls=SectionOption, section=title, **settings)(command)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ import pyarrow as pa
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.text import template_fields
 from batchrun.models import resolve
-from jobs.errors import InputError
-from jobs.export import check_columns, check_destination
-from jobs.source import expand_inputs, open_source
+from jobs.errors import InputError, OutputError
+from jobs.export import check_columns, check_destination, output_format
+from jobs.parquet import ParquetSource
+from jobs.source import Source, expand_inputs, missing_column, open_source
 from jobs.spec import InputFile, JobSpec
 
 _SAMPLING = (
@@ -40,7 +39,6 @@ _RUNTIME = (
     "page_size",
     "layers_per_slab",
 )
-_FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
 
 def make_spec(
@@ -61,25 +59,27 @@ def make_spec(
     """
     sampling = sampling_settings(options)
     fields = _template_fields(options)
-    paths = expand_inputs(inputs)
-    output = output_settings(options["output"] or _default_output(paths[0]))
-    output |= {name: options[name] for name in ("token_ids", "overwrite")}
-    source = open_source(paths)
-    spec = JobSpec(
+    paths, input_format = expand_inputs(inputs)
+    output = output_settings(options["output"] or _default_output(paths[0], input_format))
+    source = open_source(paths, input_format)
+    prompt = _prompt(options, fields, source)
+    check_columns(source.column_names, options["token_ids"], options["n"])
+    destination = Path(output["path"])
+    if destination.resolve() in {path.resolve() for path in paths}:
+        raise OutputError(f"{destination} is an input of this job", hint="choose another --output")
+    check_destination(destination, options["overwrite"])
+    return JobSpec(
         inputs=tuple(InputFile.of(path) for path in paths),
-        input_format=source.format,
-        prompt=_prompt(options, fields, source.schema),
-        model={},
+        input_format=input_format,
+        prompt=prompt,
+        model=_model(options, home, log),
         sampling=sampling,
         seed=options["seed"],
         n=options["n"],
         limit=options["limit"],
-        output=output,
+        output={**output, "token_ids": options["token_ids"]},
         runtime={name: options[name] for name in _RUNTIME},
     )
-    check_columns(source.schema, spec)
-    check_destination(Path(output["path"]), overwrite=options["overwrite"])
-    return replace(spec, model=_model(options, home, log))
 
 
 def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,21 +106,14 @@ def output_settings(path: str) -> dict[str, Any]:
     """Where the output goes and in which format, which the name's suffix says.
 
     Raises:
-        click.UsageError: The suffix says nothing.
+        OutputError: The suffix says nothing.
     """
     destination = Path(path).expanduser().absolute()
-    file_format = _FORMATS.get(destination.suffix.lower())
-    if file_format is None:
-        raise click.UsageError(
-            f"--output {path} must end in {', '.join(_FORMATS)}, which says the format"
-        )
-    return {"path": str(destination), "format": file_format}
+    return {"path": str(destination), "format": output_format(destination)}
 
 
-def _default_output(first: Path) -> str:
-    stem = first.name.split(".")[0] or first.parent.name
-    suffix = ".parquet" if ".parquet" in first.suffixes else ".jsonl"
-    return f"{stem}-completions{suffix}"
+def _default_output(first: Path, input_format: str) -> str:
+    return f"{first.name.split('.')[0]}-completions.{input_format}"
 
 
 def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
@@ -136,38 +129,30 @@ def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
 
 
 def _prompt(
-    options: Mapping[str, Any], fields: Sequence[str] | None, schema: pa.Schema
+    options: Mapping[str, Any], fields: Sequence[str] | None, source: Source
 ) -> dict[str, Any]:
     """How a row becomes a prompt. A `messages` column is used where there is no `prompt`."""
-    column = options["prompt_column"]
-    if fields is not None:
-        for name in fields:
-            _check_column(name, schema, in_template=True)
-    else:
-        if column is None:
-            alone = "messages" in schema.names and "prompt" not in schema.names
-            column = "messages" if alone else "prompt"
-        _check_column(column, schema, in_template=False)
-        _check_type(schema.field(column))
+    names, column = source.column_names, options["prompt_column"]
+    if fields is None and column is None:
+        column = "messages" if "messages" in names and "prompt" not in names else "prompt"
+    for name in fields if fields is not None else [column]:
+        if name not in names:
+            raise _missing(name, names, in_template=fields is not None)
+    if isinstance(source, ParquetSource) and column is not None:
+        _check_type(source.schema().field(column))
     return {
         "column": column,
         "template": options["template"],
-        "chat": options["chat"] or options["system"] is not None,
+        "chat": options["chat"],
         "system": options["system"],
     }
 
 
-def _check_column(name: str, schema: pa.Schema, *, in_template: bool) -> None:
-    if name in schema.names:
-        return
-    near = next(iter(get_close_matches(name, schema.names, n=1)), None)
-    if in_template:
-        hint = f"write {{{near}}} for the column {near!r}" if near else "use one of those columns"
-    else:
-        hint = f"say which one holds the prompts: --prompt-column {near or schema.names[0]}"
-    raise InputError(
-        f"there is no column {name!r}; the input has {', '.join(schema.names)}", hint=hint
-    )
+def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputError:
+    error = missing_column(name, names)
+    if error.hint is None and not in_template:
+        error.hint = f"say which one holds the prompts: --prompt-column {names[0]}"
+    return error
 
 
 def _check_type(field: pa.Field[Any]) -> None:
@@ -178,7 +163,7 @@ def _check_type(field: pa.Field[Any]) -> None:
     if any(getattr(pa.types, name)(kind) for name in (*accepted, "is_null")):
         return
     raise InputError(
-        f"the column {field.name!r} holds {field.type}, not text or a list of messages",
+        f"the column '{field.name}' holds {field.type}, not text or a list of messages",
         hint=f"make text of it: --template '{{{field.name}}}'",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -38,7 +38,10 @@ def make_view(stream: TextIO) -> ProgressView:
 
 
 class Rates:
-    """Tokens a second and time left, over the last seconds, so that resumed rows do not count."""
+    """Tokens a second and time left, over the last seconds of the running phase.
+
+    Neither rows of earlier runs nor the time that loading takes count.
+    """
 
     def __init__(self, window_s: float = _RATE_WINDOW_S) -> None:
         self._window_s = window_s
@@ -46,6 +49,9 @@ class Rates:
 
     def add(self, now: float, progress: Progress) -> None:
         """Takes note of the state at `now`, seconds of any clock that runs steadily."""
+        if progress.phase != "run":
+            self._seen.clear()
+            return
         self._seen.append((now, progress.completion_tokens, progress.rows_done))
         while len(self._seen) > 2 and self._seen[1][0] <= now - self._window_s:
             self._seen.popleft()
@@ -71,7 +77,7 @@ class BarView:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._bar: tqdm[None] | None = None
+        self._bar: Any = None
         self._rates = Rates()
 
     def update(self, progress: Progress) -> None:
@@ -137,10 +143,9 @@ class LineView:
         """Prints the last state."""
         if self._latest is not None:
             self._print(self._clock(), self._latest)
-            self._latest = None
 
     def _print(self, now: float, progress: Progress) -> None:
-        self._phase, self._printed_at = progress.phase, now
+        self._phase, self._printed_at, self._latest = progress.phase, now, None
         total = "?" if progress.rows_total is None else f"{progress.rows_total:,}"
         share = f" ({progress.rows_done / progress.rows_total:.0%})" if progress.rows_total else ""
         parts = [f"{progress.rows_done:,} of {total} rows{share}", *_details(progress, self._rates)]

@@ -59,8 +59,8 @@ def test_lines_come_at_intervals_and_with_each_phase(clock):
     view.update(at(100, 2000, resumed=40, failed=2, phase="export"))
     lines = stream.getvalue().splitlines()
     assert lines[0] == "loading the model: 40 of 100 rows (40%), 40 resumed"
-    assert lines[1].startswith("running: 41 of 100 rows (41%), 100 tokens/s, 40 resumed")
-    assert lines[1].endswith("59.0 s left")
+    assert lines[1] == "running: 41 of 100 rows (41%), 40 resumed"
+    assert lines[2] == ("running: 46 of 100 rows (46%), 100 tokens/s, 40 resumed, 54.0 s left")
     assert [line.split(":")[0] for line in lines] == [
         "loading the model",
         *["running"] * 4,
