@@ -17,7 +17,16 @@ from batchrun.engine.text import (
     template_fields,
 )
 
-HARD = ["naïve café", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "a\u200bb", "\ufffd", "𝔘𝔫𝔦", " lead", "tail \n"]
+HARD = [
+    "naïve café",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦 family",
+    "a\u200bb",
+    "\ufffd",
+    "\U0001d518\U0001d52b",
+    " lead",
+    "tail \n",
+]
 
 
 @given(text=st.one_of(st.sampled_from(HARD), st.text(max_size=40)), data=st.data())
