@@ -175,7 +175,12 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any], str | None]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # Python's own limit against quadratic time
+        raise ValueError("is not valid JSON: a number has over 4300 digits") from error
     if not isinstance(value, dict):
         raise ValueError(f"is not a JSON object but {_JSON_NAMES[type(value)]}")
     if text.count("[") + text.count("{") > _MAX_DEPTH and _too_deep(value):

@@ -162,7 +162,7 @@ def _check_same(expected: pa.Schema, schema: pa.Schema, first: Path, path: Path)
     for name in dict.fromkeys([*expected.names, *schema.names]):
         was = expected.field(name) if name in expected.names else None
         now = schema.field(name) if name in schema.names else None
-        if was != now:
+        if was is None or now is None or was != now:  # a Field compares with Fields only
             there = f"{was.type}{'' if was.nullable else ' not null'}" if was else "not there"
             here = f"{now.type}{'' if now.nullable else ' not null'}" if now else "not there"
             break

@@ -1,0 +1,189 @@
+"""The job layer alone: Parquet rows through a null engine, the journal and the export.
+
+    python benchmarks/joblayer.py [--rows 1000000] [--small 100000]
+
+Two sizes run, each in a process of its own, so that the peaks of memory compare: rows that are
+streamed leave no trace in it. Every group of 1,000 results is durable before the next begins, as in
+a real job. The last line of stdout is one JSON object; the exit code is 1 where the larger
+job's peak is more than 1.25 times the smaller one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from jobs.export import export
+from jobs.folder import create
+from jobs.journal import Journal, Result
+from jobs.source import Row, expand_inputs, open_source
+from jobs.spec import InputFile, JobSpec
+from jobs.stats import RunStats, summarise
+
+ALLOWED_RATIO = 1.25
+GROUP = 1000  # results in a transaction
+TOKENS = 32  # of a completion
+SENTENCE = "pack my box with five dozen liquor jugs and then rest "
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--rows", type=int, default=1_000_000)
+    arguments.add_argument("--small", type=int, default=100_000)
+    arguments.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.one is not None:
+        print(json.dumps(run(options.one)))
+        return 0
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    measured = [measure(rows) for rows in (options.small, options.rows)]
+    ratio = measured[1]["peak_rss"] / measured[0]["peak_rss"]
+    print(f"peak memory ratio: {ratio:.3f} (at most {ALLOWED_RATIO})")
+    small, large = measured
+    print(json.dumps({"benchmark": "joblayer", "small": small, "large": large, "ratio": ratio}))
+    return 0 if ratio <= ALLOWED_RATIO else 1
+
+
+def measure(rows: int) -> dict[str, Any]:
+    """Generate an input, then run a job of it in a fresh process."""
+    with tempfile.TemporaryDirectory(prefix="joblayer-") as folder:
+        generate(Path(folder, "prompts.parquet"), rows)
+        command = [sys.executable, __file__, "--one", folder]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    print(
+        f"{rows:>9,} rows: {result['rows_per_s']:>7,.0f} rows/s "
+        f"(run {result['run_s']:.1f} s, resume scan {result['resume_s']:.2f} s, "
+        f"export {result['export_s']:.1f} s, stats {result['stats_s']:.1f} s), "
+        f"journal {result['journal_rows_per_s']:,.0f} rows/s, "
+        f"peak memory {result['peak_rss'] / 2**20:.1f} MiB"
+    )
+    return result
+
+
+def generate(path: Path, rows: int) -> None:
+    """A Parquet file of `rows` prompts of 12 to 56 words, with three more columns."""
+    schema = pa.schema(
+        [
+            ("id", pa.int64()),
+            ("prompt", pa.string()),
+            ("source", pa.dictionary(pa.int32(), pa.string())),
+            ("scores", pa.list_(pa.float64())),
+        ]
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, rows, 50_000):
+            indices = range(first, min(first + 50_000, rows))
+            columns = [
+                list(indices),
+                [f"{SENTENCE * (1 + i % 5)}{i}" for i in indices],
+                [("web", "book", "code")[i % 3] for i in indices],
+                [[i / 7, i / 11] for i in indices],
+            ]
+            arrays = [
+                pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)
+            ]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Submit, run, scan as a resume would, export and summarise one job; timed."""
+    path, output = folder / "prompts.parquet", folder / "out.parquet"
+    paths, kind = expand_inputs([str(path)])
+    source = open_source(paths, kind)
+    spec = JobSpec(
+        inputs=(InputFile.of(path),),
+        input_format=kind,
+        prompt={"column": "prompt"},
+        model={"name": "null"},
+        sampling={},
+        output={"path": str(output), "format": "parquet", "token_ids": True},
+    )
+    job = create(folder, spec)
+    began = time.perf_counter()
+    with job.journal(readonly=False) as journal:
+        journal.begin_run()
+        journal.set_meta("rows_total", source.num_rows)
+        journal_s = write_all(journal, source.rows(["prompt"]))
+        journal.end_run("done", RunStats().as_dict())
+    ran = time.perf_counter()
+    with job.journal() as journal:
+        done = journal.done()
+        missing = sum((row.index, 0) not in done for row in source.rows(["prompt"]))
+    scanned = time.perf_counter()
+    with job.journal() as journal:
+        count = export(
+            source, journal.results(), output, format="parquet", token_ids=True, n=1, limit=None
+        )
+    exported = time.perf_counter()
+    summary = summarise(job)
+    ended = time.perf_counter()
+    check(output, count)
+    assert missing == 0
+    assert summary["rows"]["done"] == count == source.num_rows
+    return {
+        "rows": count,
+        "rows_per_s": count / (exported - began - (scanned - ran)),
+        "run_s": ran - began,
+        "resume_s": scanned - ran,
+        "export_s": exported - scanned,
+        "stats_s": ended - exported,
+        "journal_rows_per_s": count / journal_s,
+        "peak_rss": peak_rss(),
+    }
+
+
+def write_all(journal: Journal, rows: Iterator[Row]) -> float:
+    """Answer every row with its own index and journal it; the seconds spent in the journal."""
+    seconds = 0.0
+    while group := [answer(row) for row in islice(rows, GROUP)]:
+        began = time.perf_counter()
+        journal.write(group, {"steps": 1})
+        seconds += time.perf_counter() - began
+    return seconds
+
+
+def answer(row: Row) -> Result:
+    """What an engine that computes nothing says to a row."""
+    text = f"{row.index}: {row.fields['prompt'][:100]}"
+    tokens = tuple(range(row.index % 1000, row.index % 1000 + TOKENS))
+    return Result(row.index, 0, "ok", text, tokens, "stop", 40, TOKENS, None, None, 0.1, 0.2, 3.0)
+
+
+def check(output: Path, count: int) -> None:
+    """Every row has its own answer: read back in batches."""
+    index = 0
+    with pq.ParquetFile(output) as file:
+        for batch in file.iter_batches(4096, columns=["id", "completion"], use_threads=False):
+            for number, text in zip(*(c.to_pylist() for c in batch.columns), strict=True):
+                assert number == index
+                assert text.startswith(f"{index}: ")
+                index += 1
+    assert index == count
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process alone: `getrusage` counts the parent's before exec."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
