@@ -13,12 +13,12 @@ mapping them (the deferred reclamation of vAttention, https://arxiv.org/abs/2405
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from time import perf_counter
+from dataclasses import dataclass
 
 from .accounting import Usage, paged_blocks, paged_bytes, static_bytes
 from .layout import KVLayout
 from .pages import PagePool
+from .slabs import Slabs
 from .vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
 
 _STEAL_PAGES = 8  # Steal a few pages more than are wanted: one unmap then serves several requests.
@@ -28,7 +28,7 @@ _SPARE_PAGES = 4  # Unused pages that are never too many.
 @dataclass(slots=True)
 class _Slot:
     index: int
-    tables: list[list[Handle]]  # per group, the mapped pages from the slab's begin on
+    tables: list[list[Handle]]  # per group, the mapped pages from the slab's begin on (Slabs')
     claimed: tuple[int, ...]  # per group, pages that may be in use; at most len(table)
     backed: int = -1  # tokens that the claimed pages hold; -1 when closed
     tokens: int = 0  # live tokens
@@ -39,16 +39,6 @@ class _Slot:
     @property
     def surplus(self) -> int:
         return self.num_pages - self.num_claimed
-
-
-@dataclass(slots=True)
-class _Work:
-    calls: int = field(default=0)
-    seconds: float = field(default=0.0)
-
-    def add(self, begin: float) -> None:
-        self.calls += 1
-        self.seconds += perf_counter() - begin
 
 
 class KVArena:
@@ -91,11 +81,10 @@ class KVArena:
         self.num_slots = num_slots
         self.slack = slack
         self.pool = PagePool(memory, budget)
-        self._slab_sizes = [layout.slab_size(group) for group in range(layout.num_groups)]
-        self._bases = self._reserve()
+        self._slabs = Slabs(memory, layout, self.pool, num_slots)
         self._none = (0,) * layout.num_groups
         self._slots = [
-            _Slot(index, [[] for _ in self._none], self._none) for index in range(num_slots)
+            _Slot(index, tables, self._none) for index, tables in enumerate(self._slabs.tables)
         ]
         self._closed = set(range(num_slots))
         self._with_surplus: set[int] = set()
@@ -103,8 +92,6 @@ class KVArena:
         self._live_tokens = 0
         self._live_blocks = 0
         self._retired = -1
-        self._map = _Work()
-        self._unmap = _Work()
 
     def open(self, num_tokens: int = 0) -> int | None:
         """Take a closed slot: the one whose pages fit `num_tokens` best. Maps nothing.
@@ -114,7 +101,8 @@ class KVArena:
         Returns:
             The slot, or None when all are open.
         """
-        self._check_reserved()
+        if not self._slabs.reserved:
+            raise AllocatorError("this KVArena is released")
         if not self._closed:
             return None
         wanted = self.layout.pages_for(num_tokens)
@@ -126,7 +114,7 @@ class KVArena:
 
         slot = self._slots[min(self._closed, key=misfit)]
         self._closed.remove(slot.index)
-        self._claim(slot, tuple(min(n, len(t)) for n, t in zip(wanted, slot.tables, strict=True)))
+        self._claim(slot, _at_most(wanted, slot.tables))
         return slot.index
 
     def ensure(self, slot: int, num_tokens: int) -> bool:
@@ -136,7 +124,7 @@ class KVArena:
         before unmaps nothing.
 
         Returns:
-            False when there are no pages for it: the slot is then as before in every group.
+            False when there are no pages for it. The slot then holds what it held, in every group.
 
         Raises:
             AllocatorError: the slot is not open, or cannot hold `num_tokens`.
@@ -196,8 +184,7 @@ class KVArena:
 
     def address(self, group: int) -> int:
         """Where slot 0's slab of `group` begins; slot s's is s * `layout.slab_size(group)` on."""
-        self._check_reserved()
-        return self._bases[group]
+        return self._slabs.address(group)
 
     def live_tokens(self, slot: int) -> int:
         """Tokens that `ensure` was last asked for; 0 in a closed slot."""
@@ -214,18 +201,18 @@ class KVArena:
 
     def usage(self) -> Usage:
         """What is reserved, mapped and live now. Cheap: nothing is counted up for it."""
-        layout, pool = self.layout, self.pool
+        layout, pool, slabs = self.layout, self.pool, self._slabs
         return Usage(
-            reserved=self.num_slots * sum(self._slab_sizes) if self._bases else 0,
+            reserved=slabs.reserved,
             mapped=pool.created * layout.page_size,
             live=self._live_tokens * layout.bytes_per_token,
             static=static_bytes(layout, self.num_open),
             paged=paged_bytes(layout, self._live_blocks),
-            map_calls=self._map.calls,
-            unmap_calls=self._unmap.calls,
+            map_calls=slabs.mapping.calls,
+            unmap_calls=slabs.unmapping.calls,
             create_calls=pool.create_calls,
-            map_seconds=self._map.seconds,
-            unmap_seconds=self._unmap.seconds,
+            map_seconds=slabs.mapping.seconds,
+            unmap_seconds=slabs.unmapping.seconds,
             create_seconds=pool.create_seconds,
         )
 
@@ -237,9 +224,7 @@ class KVArena:
             self._strip(slot, slot.num_pages)
         self._with_surplus.clear()
         self.pool.shrink()
-        for base, size in zip(self._bases, self._slab_sizes, strict=False):
-            self.memory.free(base, self.num_slots * size)
-        self._bases = []
+        self._slabs.free()
 
     def check(self) -> None:
         """Raise AssertionError, with what is wrong, unless every invariant holds."""
@@ -272,17 +257,6 @@ class KVArena:
         assert self._live_blocks == sum(map(paged_blocks, tokens)), "paged blocks"
         assert self._claimed_pages == sum(s.num_claimed for s in self._slots), "claimed pages"
 
-    def _reserve(self) -> list[int]:
-        bases: list[int] = []
-        try:
-            for size in self._slab_sizes:
-                bases.append(self.memory.reserve(self.num_slots * size))
-        except AllocatorError:
-            for base, size in zip(bases, self._slab_sizes, strict=False):
-                self.memory.free(base, self.num_slots * size)
-            raise
-        return bases
-
     def _extend(self, slot: _Slot, num_tokens: int) -> bool:
         """Claim and map pages for more tokens than `slot.backed`."""
         self._check_slot_open(slot)
@@ -291,48 +265,20 @@ class KVArena:
                 f"slot {slot.index} cannot hold {num_tokens} tokens: a slot has "
                 f"{self.layout.max_tokens}"
             )
-        before = slot.claimed
-        wanted = tuple(map(max, self.layout.pages_for(num_tokens), before))
+        wanted = self.layout.pages_for(num_tokens)
         missing = [max(0, n - len(t)) for n, t in zip(wanted, slot.tables, strict=True)]
-        # What the slot has of the wanted pages is claimed first: stealing must not take it.
-        self._claim(slot, tuple(min(n, len(t)) for n, t in zip(wanted, slot.tables, strict=True)))
-        if any(missing) and not self._grow(slot, missing):
-            self._claim(slot, before)
-            return False
-        self._claim(slot, wanted)
-        return True
-
-    def _grow(self, slot: _Slot, missing: list[int]) -> bool:
-        """Map `missing[g]` pages at the end of each group's table, or none."""
-        count = sum(missing)
-        self._steal(count - self.pool.free, self._retired)
-        try:
-            handles = self.pool.acquire(count)
-        except OutOfPages:
-            return False
-        mapped: list[tuple[int, int]] = []
-        used = 0
-        try:
-            for group, pages in enumerate(missing):
-                if pages:
-                    address = self._page_address(slot, group, len(slot.tables[group]))
-                    begin = perf_counter()
-                    self.memory.map(address, handles[used : used + pages])
-                    self._map.add(begin)
-                    mapped.append((address, pages))
-                    used += pages
-        except AllocatorError as error:
-            for address, pages in mapped:
-                self.memory.unmap(address, pages)
-            self.pool.release(handles)
-            if isinstance(error, OutOfPages):
+        if any(missing):
+            before = slot.claimed
+            # What the slot has of the wanted pages is claimed first: stealing must not take it.
+            self._claim(slot, _at_most(wanted, slot.tables))
+            self._steal(sum(missing) - self.pool.free, self._retired)
+            try:
+                self._slabs.extend(slot.index, missing)
+            except OutOfPages:
+                self._claim(slot, _at_most(before, slot.tables))
                 return False
-            raise
-        used = 0
-        for table, pages in zip(slot.tables, missing, strict=True):
-            table.extend(handles[used : used + pages])
-            used += pages
-        slot.num_pages += count
+            slot.num_pages += sum(missing)
+        self._claim(slot, wanted)
         return True
 
     def _steal(self, count: int, fence: int) -> None:
@@ -354,12 +300,7 @@ class KVArena:
         for group, (table, claimed) in enumerate(zip(slot.tables, slot.claimed, strict=True)):
             pages = min(len(table) - claimed, count - taken)
             if pages > 0:
-                keep = len(table) - pages
-                begin = perf_counter()
-                self.memory.unmap(self._page_address(slot, group, keep), pages)
-                self._unmap.add(begin)
-                freed += self.pool.release(table[keep:])
-                del table[keep:]
+                freed += self._slabs.cut(slot.index, group, len(table) - pages)
                 slot.num_pages -= pages
                 taken += pages
         if not slot.surplus:
@@ -377,14 +318,10 @@ class KVArena:
         else:
             self._with_surplus.discard(slot.index)
 
-    def _page_address(self, slot: _Slot, group: int, page: int) -> int:
-        slab = self._bases[group] + slot.index * self._slab_sizes[group]
-        return slab + page * self.layout.page_size
-
     def _check_slot_open(self, slot: _Slot) -> None:
         if slot.index in self._closed:
             raise AllocatorError(f"slot {slot.index} is not open")
 
-    def _check_reserved(self) -> None:
-        if not self._bases:
-            raise AllocatorError("this KVArena is released")
+
+def _at_most(pages: tuple[int, ...], tables: list[list[Handle]]) -> tuple[int, ...]:
+    return tuple(min(count, len(table)) for count, table in zip(pages, tables, strict=True))

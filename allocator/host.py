@@ -140,8 +140,9 @@ class HostMemory:
             try:
                 self._mmap(address + start * page, (stop - start) * page, handles[start])
             except AllocatorError:
-                if start:
-                    self._mmap(address, start * page, None)
+                # At the kernel's bound mmap would fail again; taking access away does not.
+                if start and self._libc.mprotect(address, start * page, 0):
+                    raise _os_error("mprotect", f"{start} pages at {address:#x}") from None
                 raise
         for position, handle in enumerate(handles):
             self._table[address + position * page] = handle
@@ -288,5 +289,6 @@ def _load_libc() -> ctypes.CDLL:
     libc.mmap.argtypes = [pointer, size, number, number, number, offset]
     libc.mmap.restype = pointer
     libc.munmap.argtypes = [pointer, size]
+    libc.mprotect.argtypes = [pointer, size, number]
     libc.fallocate.argtypes = [number, number, offset, offset]
     return libc

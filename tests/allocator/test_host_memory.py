@@ -126,3 +126,39 @@ memory.close()
     assert "vm.max_map_count" in message
     allowed = int(Path("/proc/sys/vm/max_map_count").read_text())
     assert allowed / 4 < int(count) <= allowed / 2
+
+
+def test_a_run_that_the_kernel_cuts_short_is_not_left_half_mapped() -> None:
+    done = run_python("""
+from allocator.host import HostMemory
+from allocator.vmm import OutOfPages
+
+def fill(memory, addresses):
+    for count, address in enumerate(addresses):
+        try:
+            memory.map(address, [0])
+        except OutOfPages:
+            return count
+
+def reserve():
+    memory = HostMemory(4096, max_mappings=10**9)
+    memory.create(17)
+    return memory, memory.reserve(1 << 30)
+
+memory, base = reserve()
+most = fill(memory, range(base, base + (1 << 30), 8192))
+memory.close()
+memory, base = reserve()
+fill(memory, range(base, base + (most - 3) * 8192, 8192))
+run = base + (1 << 30) - 8 * 4096
+before = open("/proc/self/maps").read().count(" rw-s ")
+try:
+    memory.map(run, list(range(16, 0, -2)))
+except OutOfPages:
+    print("refused")
+memory._libc.munmap(base, 8192 * 1000)  # room for reading the list of mappings
+print(open("/proc/self/maps").read().count(" rw-s ") - before + 1000)
+print([memory._mapped_at[page] for page in range(2, 17, 2)])
+memory.close()
+""")
+    assert done.stdout == f"refused\n0\n{[0] * 8}\n", done.stderr

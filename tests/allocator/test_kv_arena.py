@@ -167,6 +167,47 @@ def test_ensure_is_all_or_nothing_over_groups(make_arena: MakeArena) -> None:
     arena.check()
 
 
+def test_a_slot_that_gets_no_pages_keeps_none_from_others(make_arena: MakeArena) -> None:
+    arena = make_arena(budget=12 * PAGE, num_slots=2, slack=10.0)
+    slot = opened(arena, 40)
+    arena.close(slot, step=0)
+    assert arena.open(1) == slot
+    arena.retire(0)
+    assert arena.ensure(slot, 4)
+    assert not arena.ensure(slot, 52)
+    assert arena.ensure(opened(arena, 0), 44)
+    assert arena.mapped_pages(slot) == 1
+    arena.check()
+
+
+def test_a_slot_may_use_up_what_open_kept_for_it_in_another_group(make_arena: MakeArena) -> None:
+    arena = make_arena(layers=2, layers_per_slab=1, budget=16 * PAGE, num_slots=2)
+    slot = opened(arena, 32)
+    arena.close(slot, step=0)
+    arena.retire(0)
+    other = opened(arena, 16)  # takes eight pages, all from the slot's first group
+    assert arena.open(32) == slot
+    assert (arena.mapped_pages(slot), arena.mapped_pages(other)) == (8, 8)
+    assert not arena.ensure(slot, 20)
+    arena.check()
+    assert arena.ensure(slot, 16)
+    assert not arena.ensure(slot, 17)
+    arena.check()
+
+
+def test_an_earlier_step_named_later_does_not_weaken_the_fence(make_arena: MakeArena) -> None:
+    arena = make_arena(budget=10 * PAGE, num_slots=2)
+    slot = opened(arena, 40)
+    arena.close(slot, step=5)
+    assert arena.open(1) == slot
+    arena.close(slot, step=3)
+    arena.retire(4)
+    assert arena.open(1) == slot
+    assert not arena.ensure(opened(arena, 0), 4), "step 5 may still read all ten pages"
+    arena.retire(5)
+    assert arena.ensure(1 - slot, 4)
+
+
 class FailingMap(HostMemory):
     """Refuses the map call with the given number, as a system without room for it does."""
 

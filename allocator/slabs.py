@@ -1,0 +1,105 @@
+"""The address space of all slots, and which pages are mapped in it."""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+from .layout import KVLayout
+from .pages import PagePool
+from .vmm import AllocatorError, Handle, VirtualMemory
+
+
+@dataclass(slots=True)
+class Work:
+    """Calls made so far, and the seconds they took."""
+
+    calls: int = 0
+    seconds: float = 0.0
+
+    def add(self, begin: float) -> None:
+        """Count a call that began at `begin` and ends now."""
+        self.calls += 1
+        self.seconds += perf_counter() - begin
+
+
+class Slabs:
+    """One reservation per slab group, cut into one slab per slot.
+
+    A slab's pages are mapped from its begin on, in order, and leave it from its end.
+
+    Attributes:
+        tables: tables[slot][group] are the pages mapped in a slab, from its begin on.
+        mapping, unmapping: the work done so far.
+    """
+
+    def __init__(
+        self, memory: VirtualMemory, layout: KVLayout, pool: PagePool, num_slots: int
+    ) -> None:
+        self._memory = memory
+        self._pool = pool
+        self._page_size = layout.page_size
+        self._sizes = [layout.slab_size(group) for group in range(layout.num_groups)]
+        self._num_slots = num_slots
+        self._bases: list[int] = []
+        self.tables: list[list[list[Handle]]] = [
+            [[] for _ in self._sizes] for _ in range(num_slots)
+        ]
+        self.mapping = Work()
+        self.unmapping = Work()
+        try:
+            for size in self._sizes:
+                self._bases.append(memory.reserve(num_slots * size))
+        except AllocatorError:
+            self.free()
+            raise
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of address space; 0 once freed."""
+        return self._num_slots * sum(self._sizes) if self._bases else 0
+
+    def address(self, group: int, slot: int = 0, page: int = 0) -> int:
+        """Address of a page of a slab."""
+        return self._bases[group] + slot * self._sizes[group] + page * self._page_size
+
+    def extend(self, slot: int, counts: list[int]) -> None:
+        """Map `counts[group]` more pages of the pool at the end of each slab, or none at all.
+
+        Raises:
+            OutOfPages: the pool has too few pages, or the system no room for the mappings.
+        """
+        handles = self._pool.acquire(sum(counts))
+        mapped: list[tuple[list[Handle], int, list[Handle]]] = []  # table, address, what it gains
+        used = 0
+        try:
+            for group, (table, count) in enumerate(zip(self.tables[slot], counts, strict=True)):
+                if count:
+                    run = handles[used : used + count]
+                    address = self.address(group, slot, len(table))
+                    begin = perf_counter()
+                    self._memory.map(address, run)
+                    self.mapping.add(begin)
+                    mapped.append((table, address, run))
+                    used += count
+        except AllocatorError:
+            for _, address, run in mapped:
+                self._memory.unmap(address, len(run))
+            self._pool.release(handles)
+            raise
+        for table, _, run in mapped:
+            table.extend(run)
+
+    def cut(self, slot: int, group: int, keep: int) -> int:
+        """Unmap a slab's pages from page `keep` on. Returns how many pages became free."""
+        table = self.tables[slot][group]
+        begin = perf_counter()
+        self._memory.unmap(self.address(group, slot, keep), len(table) - keep)
+        self.unmapping.add(begin)
+        freed = self._pool.release(table[keep:])
+        del table[keep:]
+        return freed
+
+    def free(self) -> None:
+        """Give the address space back; nothing may be mapped in it."""
+        for base, size in zip(self._bases, self._sizes, strict=False):
+            self._memory.free(base, self._num_slots * size)
+        self._bases.clear()
