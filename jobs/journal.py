@@ -285,17 +285,18 @@ class Journal:
     def quantiles(self, column: str, shares: Sequence[float]) -> list[float] | None:
         """Quantiles (nearest rank) of `queue_s`, `prefill_s` or `decode_s`; None without any."""
         assert column in {"queue_s", "prefill_s", "decode_s"}
-        query = f"FROM results WHERE {column} IS NOT NULL"
-        [(count,)] = self._all(f"SELECT count(*) {query}")
+        [(count,)] = self._all(f"SELECT count({column}) FROM results")
         if not count:
             return None
-        return [
+        ranks = [min(count - 1, int(share * count)) for share in shares]
+        ranked = f"row_number() OVER (ORDER BY {column}) - 1 AS rank"
+        found = dict(
             self._all(
-                f"SELECT {column} {query} ORDER BY 1 LIMIT 1 OFFSET ?",
-                min(count - 1, int(share * count)),
-            )[0][0]
-            for share in shares
-        ]
+                f"SELECT rank, {column} FROM (SELECT {column}, {ranked} FROM results "
+                f"WHERE {column} IS NOT NULL) WHERE rank IN ({', '.join(map(str, ranks))})"
+            )
+        )
+        return [found[rank] for rank in ranks]
 
     def results(self, first_row: int = 0) -> Iterator[Result]:
         """Results in (row, sample) order, streamed."""
