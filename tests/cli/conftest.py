@@ -17,6 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.models import fingerprint
+from jobs.folder import create
+from jobs.spec import InputFile, JobSpec
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -94,6 +97,23 @@ class CommandLine:
     def submit(self, *arguments: object, before: Callable[[], None] | None = None) -> Shown:
         model = () if "--model" in arguments else ("--model", self.model)
         return self("submit", *arguments, *model, before=before)
+
+    def unstarted(self, source: Path) -> Path:
+        """The folder of a job over `source` that was submitted and never ran."""
+        spec = JobSpec(
+            inputs=(InputFile.of(source),),
+            input_format="jsonl",
+            prompt={"column": "prompt", "template": None, "chat": False, "system": None},
+            model={
+                "name": str(self.model),
+                "path": str(self.model),
+                "fingerprint": fingerprint(self.model),
+                "dtype": "auto",
+            },
+            sampling={"max_tokens": 2},
+            output={"path": str(self.folder / "out.jsonl"), "format": "jsonl"},
+        )
+        return create(self.home, spec).path
 
     def write(self, name: str, prompts: list[Any], **columns: list[Any]) -> Path:
         """A Parquet or JSON Lines file in the folder."""

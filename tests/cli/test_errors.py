@@ -1,0 +1,68 @@
+"""Every error becomes a message, a hint and an exit code; a bug becomes a line and a file."""
+
+import errno
+
+import click
+import pytest
+
+from batchrun.cli.errors import ExitStatus, report_errors
+from batchrun.engine.core import EngineError
+from batchrun.models import ModelError
+from jobs.errors import InputError
+
+
+def raising(error):
+    def command():
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (InputError("no rows", hint="look"), ExitStatus.FAILED, "error: no rows\nhint: look\n"),
+        (ModelError("no model", hint="-m"), ExitStatus.FAILED, "error: no model\nhint: -m\n"),
+        (EngineError("stuck"), ExitStatus.FAILED, "error: stuck\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+            ExitStatus.FAILED,
+            "error: /tmp/x: No space left on device\n"
+            "hint: free some space, then: batchrun resume\n",
+        ),
+        (
+            click.UsageError("--n is odd"),
+            ExitStatus.USAGE,
+            "error: --n is odd\nhint: batchrun --help\n",
+        ),
+        (click.Abort(), ExitStatus.INTERRUPTED, "error: interrupted\n"),
+    ],
+)
+def test_known_errors(error, status, shown, capsys):
+    assert report_errors(raising(error)) == status
+    assert capsys.readouterr().err == shown
+
+
+def test_a_bug_is_one_line_and_its_traceback_in_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BATCHRUN_HOME", str(tmp_path / "home"))
+    assert report_errors(raising(ZeroDivisionError("by zero"))) == ExitStatus.FAILED
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: internal error: ZeroDivisionError: by zero"
+    (log,) = (tmp_path / "home").glob("crash-*.log")
+    assert hint.endswith(str(log))
+    assert "Traceback" in log.read_text()
+    assert "in command" in log.read_text()
+
+
+def test_a_bug_is_shown_whole_where_no_file_can_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "home").write_text("a file where the folder should be")
+    monkeypatch.setenv("BATCHRUN_HOME", str(tmp_path / "home"))
+    assert report_errors(raising(KeyError("gone"))) == ExitStatus.FAILED
+    shown = capsys.readouterr().err
+    assert "could not be written" in shown
+    assert "Traceback" in shown
+
+
+def test_a_command_without_a_status_is_done():
+    assert report_errors(lambda: None) == ExitStatus.DONE
+    assert report_errors(lambda: 3) == ExitStatus.FAILED_ROWS
