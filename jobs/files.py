@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,15 +28,18 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     The data are on disk before the name is: temporary file in the same directory, fsync, rename,
     fsync of the directory (Pillai et al., OSDI 2014). An error leaves `path` as it was and nothing
-    beside it.
+    beside it; what a killed process left beside it is removed by the next one.
 
     Raises:
         OSError: The file can't be written; a failed fsync is never tried again.
     """
+    _remove_abandoned(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
+            with suppress(OSError):  # a file system without locks: then none is ever abandoned
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -46,6 +51,14 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files whose writer is dead: its lock on them died with it."""
+    for name in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent):
+        with suppress(OSError), (path.parent / name).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (path.parent / name).unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

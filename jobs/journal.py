@@ -7,6 +7,7 @@ writes, owned by one thread; any number read, also while the job runs.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import time
 from array import array
@@ -129,6 +130,9 @@ class Journal:
         if not self.path.exists():
             raise JournalError(f"{self.path} is missing", hint="submit the job again")
         mode = "ro" if readonly else "rw"
+        wal = self.path.with_name(f"{NAME}-wal")
+        if readonly and not wal.exists() and not os.access(folder, os.W_OK):
+            mode = "ro&immutable=1"  # SQLite would need to make files beside it
         try:
             self._db = sqlite3.connect(
                 f"file:{_quote(self.path)}?mode={mode}", uri=True, isolation_level=None, timeout=30

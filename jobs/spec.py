@@ -97,11 +97,18 @@ class JobSpec:
 
     def differences(self, other: JobSpec) -> list[str]:
         """What determines the output and differs, a line each: name, this one's, the other's."""
+        inputs = [
+            f"input {now.path} ({now.size} bytes) is not what {was.path} ({was.size} bytes) was"
+            for was, now in zip(self.inputs, other.inputs, strict=False)
+            if was.fingerprint != now.fingerprint
+        ]
+        if len(self.inputs) != len(other.inputs):
+            inputs = [f"inputs: {len(self.inputs)} files, now {len(other.inputs)}"]
         mine, theirs = dict(_flat(self._content())), dict(_flat(other._content()))
-        return [
+        return inputs + [
             f"{name}: {json.dumps(mine.get(name))}, now {json.dumps(theirs.get(name))}"
             for name in dict.fromkeys([*mine, *theirs])
-            if mine.get(name) != theirs.get(name)
+            if name != "inputs" and mine.get(name) != theirs.get(name)
         ]
 
     def changed_inputs(self) -> list[str]:

@@ -1,10 +1,13 @@
 """The journal: durable on return, whole or not at all, and never two results for one sample."""
 
 import itertools
+import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -245,15 +248,30 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
         journal.write([Result(1, 0, "ok", text="x" * 5000)])
 
 
-def test_a_folder_that_was_copied_or_cannot_be_written_can_be_read(journal, tmp_path):
+LOOK = """
+import os, sys
+from pathlib import Path
+from jobs.journal import Journal
+os.setuid(65534)  # root may write everywhere
+with Journal(Path(sys.argv[1]), 2, readonly=True) as journal:
+    print([r.text for r in journal.results()], os.access(sys.argv[1], os.W_OK))
+"""
+
+
+def test_a_folder_of_someone_else_can_be_read(journal, tmp_path):
     journal.write([ok(0)])
     journal.close()
-    data = (tmp_path / "journal.db").read_bytes()
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    (copy / "journal.db").write_bytes(data)
-    with Journal(copy, 2, readonly=True) as other:
-        assert list(other.results()) == [ok(0)]
+    folder = Path(tempfile.mkdtemp(prefix="journal-"))
+    try:
+        shutil.copy(tmp_path / "journal.db", folder)
+        folder.chmod(0o555)
+        look = LOOK if os.getuid() == 0 else LOOK.replace("os.setuid", "#")
+        command = [sys.executable, "-c", look, str(folder)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.stdout == "['0.0'] False\n", done.stderr
+    finally:
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
 
 
 def test_groups_of_1000_go_in_at_20000_rows_a_second(tmp_path):

@@ -63,8 +63,10 @@ def test_changed_content_is_a_change_and_names_the_file(spec, prompts):
     assert spec.changed_inputs() == [f"{prompts}: its content changed"]
     other = replace(spec, inputs=(InputFile.of(prompts),))
     assert other.fingerprint() != spec.fingerprint()
-    [difference] = spec.differences(other)
-    assert difference.startswith("inputs")
+    size = len(data)
+    assert spec.differences(other) == [
+        f"input {prompts} ({size} bytes) is not what {prompts} ({size} bytes) was"
+    ]
 
     prompts.write_bytes(data + b"more")
     [line] = spec.changed_inputs()
@@ -83,6 +85,8 @@ def test_order_and_number_of_inputs_are_content(spec, tmp_path):
     a, b = map(InputFile.of, paths)
     variants = [replace(spec, inputs=inputs) for inputs in [(a, b), (b, a), (a,), (a, a)]]
     assert len({v.fingerprint() for v in variants}) == 4
+    assert variants[0].differences(variants[2]) == ["inputs: 2 files, now 1"]
+    assert len(variants[0].differences(variants[1])) == 2
 
 
 def test_a_large_file_is_sampled_at_its_head_its_tail_and_between(tmp_path):
