@@ -38,6 +38,7 @@ _ADDED: dict[str, tuple[pa.DataType, Callable[[Result], Any]]] = {
     ),
     "sample": (pa.int64(), lambda result: result.sample),
 }
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -91,17 +92,18 @@ def check_destination(path: Path, overwrite: bool) -> None:
     Raises:
         OutputError: It can't, or it exists and is not to be replaced.
     """
-    if path.is_dir():
+    # `os.path` because pathlib raises where a folder on the way may not be entered.
+    if os.path.isdir(path):
         raise OutputError(f"{path} is a folder", hint=f"--output '{path / 'output.parquet'}'")
     if os.path.lexists(path):
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise OutputError(f"{path} is not a regular file", hint="choose another --output")
         if not overwrite:
             raise OutputError(
                 f"{path} exists already", hint="--overwrite to replace it, or another --output"
             )
     parent = path.absolute().parent
-    if not parent.exists():
+    if not os.path.exists(parent):
         raise OutputError(f"{path}: there is no folder {parent}", hint=f"mkdir -p '{parent}'")
     try:
         with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.", suffix=".tmp"):
@@ -301,7 +303,7 @@ class _Unclosed(io.RawIOBase):
 
 def _encode(record: dict[str, Any]) -> bytes:
     try:
-        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        return (_JSON.encode(record) + "\n").encode()
     except UnicodeEncodeError:  # a lone surrogate: JSON can hold it, as an escape
         return (json.dumps(record) + "\n").encode()
 

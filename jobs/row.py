@@ -97,8 +97,9 @@ def reading(path: Path) -> Iterator[None]:
                 hint=f"look at it with: ls -ld '{path}'",
             ) from error
         cause = (str(error).splitlines() or [type(error).__name__])[0]
+        size = path.stat().st_size if path.exists() else 0
         raise InputError(
-            f"{path} is damaged or cut short ({path.stat().st_size} bytes): {cause}",
+            f"{path} is damaged or cut short ({size} bytes): {cause}",
             hint="copy or write the file again, then submit the job again",
         ) from error
 

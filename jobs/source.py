@@ -12,7 +12,7 @@ from typing import Literal
 from jobs.errors import InputError
 from jobs.jsonl import JsonlSource
 from jobs.parquet import ParquetSource
-from jobs.row import Row, Source, missing_column
+from jobs.row import Row, Source, missing_column, reading
 
 __all__ = ["Format", "Row", "Source", "expand_inputs", "missing_column", "open_source"]
 
@@ -65,7 +65,13 @@ def open_source(paths: Sequence[Path], format: str) -> Source:  # noqa: A002 - t
 
 def _expand(path: str) -> Iterator[Path]:
     where = Path(path).expanduser()
-    if os.path.lexists(where):
+    with reading(where):
+        try:
+            where.lstat()
+            there = True
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+    if there:
         yield from _files(where)
         return
     if not has_magic(path):
@@ -82,10 +88,10 @@ def _expand(path: str) -> Iterator[Path]:
 
 def _files(path: Path) -> Iterator[Path]:
     """The file itself, or the input files beneath a folder."""
-    if not path.is_dir():
-        if path.is_symlink() and not path.exists():
+    if not os.path.isdir(path):
+        if not os.path.exists(path):
             raise InputError(f"{path} is a link to a file that is not there", f"ls -l '{path}'")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"{path} is not a regular file", hint="write its content to a file")
         if _format(path) is None:
             raise InputError(
@@ -134,4 +140,4 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 
 
 def _existing_parent(path: Path) -> Path:
-    return next((parent for parent in path.parents if parent.is_dir()), Path("/"))
+    return next((parent for parent in path.parents if os.path.isdir(parent)), Path("/"))
