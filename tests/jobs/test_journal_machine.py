@@ -132,5 +132,5 @@ class JournalMachine(RuleBasedStateMachine):
 def test_the_journal_agrees_with_a_dictionary_after_any_history():
     run_state_machine_as_test(
         JournalMachine,
-        settings=settings(max_examples=40, stateful_step_count=15, deadline=None),
+        settings=settings(max_examples=25, stateful_step_count=15, deadline=None),
     )

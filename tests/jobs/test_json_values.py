@@ -46,7 +46,7 @@ def same(stored, value, kind):
 
 
 @given(records)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_json_objects_survive(tmp_path_factory, objects):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_text("".join(json.dumps(o, ensure_ascii=len(o) % 2 == 0) + "\n" for o in objects))
