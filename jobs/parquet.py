@@ -132,6 +132,7 @@ def _read_file(
                 low, high = max(start - first, 0), min(stop - first, batch.num_rows)
                 first += batch.num_rows
                 if low < high:
+                    # `a.b` asked for is also field b of a column a: take the column alone.
                     yield batch.slice(low, high - low).select(list(columns))
 
 

@@ -86,6 +86,9 @@ def test_a_column_whose_name_begins_another(tmp_path):
     source = parquet(tmp_path / "x.parquet", pa.table({"a.b": [1], "a": [2], "a.c": [3]}))
     assert [row.fields for row in source.rows(["a"])] == [{"a": 2}]
     assert [row.fields for row in source.rows(["a.b"])] == [{"a.b": 1}]
+    source = parquet(tmp_path / "y.parquet", pa.table({"a": [{"b": 1, "c": 2}], "a.b": [3]}))
+    assert [row.fields for row in source.rows(["a.b"])] == [{"a.b": 3}]
+    assert [row.fields for row in source.rows(["a"])] == [{"a": {"b": 1, "c": 2}}]
 
 
 def test_columns_in_another_order_are_another_schema(tmp_path):
