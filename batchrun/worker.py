@@ -9,7 +9,6 @@ An error in any of them closes both channels and is raised in the caller's threa
 
 from __future__ import annotations
 
-import resource
 import threading
 import time
 from collections.abc import Callable
@@ -278,7 +277,7 @@ class _Run:
         stats = replace(
             self.stats,
             wall_s=time.perf_counter() - self._began,
-            peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_rss=_peak_rss(),
             **measured,
         )
         return stats.as_dict()
@@ -299,6 +298,14 @@ class _Run:
                 phase=phase,
             )
         )
+
+
+def _peak_rss() -> int:
+    """Bytes of memory that this process had at most; `getrusage` would count its parent's too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _result(completion: Completion) -> Result:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,15 +35,35 @@ class SDPA:
         out = query.new_empty(*query.shape[:2], values.shape[-1])
         plain = layer.softcap is None and layer.sinks is None
         attend = _fused if plain else _explicit
+        decodes = sum(s.length == 1 for s in self._segments)
         offset = 0
-        for segment in self._segments:
-            end = segment.start + segment.length
-            first = 0 if layer.window is None else max(0, segment.start - layer.window + 1)
-            q = query[offset : offset + segment.length]
-            k, v = keys[segment.slot, first:end], values[segment.slot, first:end]
-            attend(layer, q, k, v, out[offset : offset + segment.length])
-            offset += segment.length
+        with _one_thread(query.device.type == "cpu" and decodes > 1) as all_threads:
+            for i, segment in enumerate(self._segments):
+                if i == decodes:
+                    all_threads()
+                end = segment.start + segment.length
+                first = 0 if layer.window is None else max(0, segment.start - layer.window + 1)
+                q = query[offset : offset + segment.length]
+                k, v = keys[segment.slot, first:end], values[segment.slot, first:end]
+                attend(layer, q, k, v, out[offset : offset + segment.length])
+                offset += segment.length
         return out
+
+
+@contextmanager
+def _one_thread(wanted: bool) -> Iterator[Callable[[], None]]:
+    """Compute on one thread, until the yielded function is called or the block ends.
+
+    A decode is a few microseconds of work: waking and joining threads for each costs more than
+    they gain, and a hundred times more where other processes want the cores too.
+    """
+    threads = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield lambda: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fused(

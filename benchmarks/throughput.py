@@ -1,0 +1,166 @@
+"""The same prompts through batchrun and through transformers' own two ways, in one run.
+
+Greedy, float32, the same chat prompts and the same bound on new tokens, so that all three compute
+the same completions; how many agree token for token is printed beside the speed. Each way is
+measured several times, in turn, because machines are noisy; the median counts. The model is loaded
+once and its loading is not counted, nor is tokenising.
+
+    python benchmarks/throughput.py [--input examples/prompts.parquet] [--max-tokens 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pyarrow.parquet as pq
+import torch
+from transformers import GenerationConfig
+
+from batchrun.engine.core import Request, SamplingParams
+from batchrun.engine.model import HOOK
+from batchrun.engine.runtime import Runtime, Settings
+from batchrun.models import DEFAULT_MODEL, resolve
+from jobs.folder import home
+
+Outputs = list[list[int]]
+
+
+def run_batchrun(runtime: Runtime, prompts: Outputs, max_tokens: int) -> Outputs:
+    runtime.loaded.model.set_attn_implementation(HOOK)
+    params = SamplingParams(max_tokens=max_tokens)
+    for row, ids in enumerate(prompts):
+        runtime.engine.add(Request(row, 0, tuple(ids), params, 0))
+    done: dict[int, list[int]] = {}
+    while runtime.engine.has_work:
+        for completion in runtime.engine.step():
+            done[completion.sequence.request.row] = completion.sequence.output_ids
+    return [done[row] for row in range(len(prompts))]
+
+
+def run_generate(runtime: Runtime, prompts: Outputs, max_tokens: int, batch: int) -> Outputs:
+    """`generate` over left-padded batches in file order, as its documentation shows."""
+    model, eos = runtime.loaded.model, runtime.loaded.eos_ids
+    model.set_attn_implementation("sdpa")
+    pad = min(eos)
+    done: Outputs = []
+    for first in range(0, len(prompts), batch):
+        chunk = prompts[first : first + batch]
+        width = max(map(len, chunk))
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in chunk])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in chunk])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+            )
+        done += [_cut(row, eos) for row in out[:, width:].tolist()]
+    return done
+
+
+def run_generate_batch(runtime: Runtime, prompts: Outputs, max_tokens: int) -> Outputs:
+    """Transformers' own continuous batching."""
+    model, eos = runtime.loaded.model, runtime.loaded.eos_ids
+    model.set_attn_implementation("sdpa")
+    config = GenerationConfig(
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=sorted(eos),
+        pad_token_id=min(eos),
+    )
+    out = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    # Its answers are keyed by request names that end in the prompt's number.
+    by_number = {int(name.rsplit("_", 1)[-1]): o.generated_tokens for name, o in out.items()}
+    return [_cut(by_number[number], eos) for number in sorted(by_number)]
+
+
+def _cut(ids: list[int], eos: frozenset[int]) -> list[int]:
+    """Tokens up to and with the first end token."""
+    for i, token in enumerate(ids):
+        if token in eos:
+            return ids[: i + 1]
+    return ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--input", default="examples/prompts.parquet")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16, help="of static generate")
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+
+    ref = resolve(args.model, home() / "models")
+    settings = Settings(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts")
+    texts = pq.read_table(args.input, columns=["prompt"])["prompt"].to_pylist()
+    figures: dict[str, Any] = {}
+    with Runtime(settings, {"chat": True}, print) as runtime:
+        prompts = [list(runtime.encode({"prompt": text})) for text in texts]
+        ways: dict[str, Callable[[], Outputs]] = {
+            "batchrun": lambda: run_batchrun(runtime, prompts, args.max_tokens),
+            f"generate, batches of {args.batch}": lambda: run_generate(
+                runtime, prompts, args.max_tokens, args.batch
+            ),
+            "generate_batch": lambda: run_generate_batch(runtime, prompts, args.max_tokens),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        outputs: dict[str, Outputs] = {}
+        for _ in range(args.repeat):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                outputs[name] = way()
+                seconds[name].append(time.perf_counter() - began)
+                print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
+        utilisation = runtime.usage.utilisation
+    tokens = sum(map(len, outputs["batchrun"]))
+    print(f"{'':24} {'tokens/s':>9} {'seconds':>8} {'same completions':>17}")
+    for name in ways:
+        middle = statistics.median(seconds[name])
+        count = sum(map(len, outputs[name]))
+        same = sum(a == b for a, b in zip(outputs[name], outputs["batchrun"], strict=True))
+        figures[name] = {
+            "tokens_per_s": round(count / middle, 1),
+            "seconds": [round(s, 2) for s in seconds[name]],
+            "same_completions": same,
+        }
+        print(f"{name:24} {count / middle:9.1f} {middle:8.1f} {same:8} of {len(prompts)}")
+    ours = figures["batchrun"]["tokens_per_s"]
+    static, continuous = list(ways)[1:]
+    print(
+        json.dumps(
+            {
+                "benchmark": "throughput",
+                "command": " ".join(["python", *sys.argv]),
+                "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+                "torch": version("torch"),
+                "transformers": version("transformers"),
+                "model": Path(ref.name).name,
+                "dtype": "float32",
+                "rows": len(prompts),
+                "completion_tokens": tokens,
+                "utilisation": round(utilisation, 3),
+                "ways": figures,
+                "ratio_to_generate": round(ours / figures[static]["tokens_per_s"], 2),
+                "ratio_to_generate_batch": round(ours / figures[continuous]["tokens_per_s"], 2),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
