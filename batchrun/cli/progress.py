@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 5.0
 _RATE_WINDOW_S = 20.0
+_ROWS_TO_TELL = 5  # the first rows of a batch end long after it began: they say little
 _PHASES = {"load": "loading the model", "run": "running", "export": "writing the output"}
 
 
@@ -38,38 +39,40 @@ def make_view(stream: TextIO) -> ProgressView:
 
 
 class Rates:
-    """Tokens a second and time left, over the last seconds of the running phase.
+    """Tokens a second, over the last seconds, and time left, by the rows of this run so far.
 
     Neither rows of earlier runs nor the time that loading takes count.
     """
 
     def __init__(self, window_s: float = _RATE_WINDOW_S) -> None:
         self._window_s = window_s
-        self._seen: deque[tuple[float, int, int]] = deque()
+        self._seen: deque[tuple[float, int]] = deque()
+        self._began: tuple[float, int] | None = None
 
     def add(self, now: float, progress: Progress) -> None:
         """Takes note of the state at `now`, seconds of any clock that runs steadily."""
         if progress.phase != "run":
             self._seen.clear()
+            self._began = None
             return
-        self._seen.append((now, progress.completion_tokens, progress.rows_done))
+        self._began = self._began or (now, progress.rows_done)
+        self._seen.append((now, progress.completion_tokens))
         while len(self._seen) > 2 and self._seen[1][0] <= now - self._window_s:
             self._seen.popleft()
 
     def tokens_per_s(self) -> float | None:
         """Completion tokens a second; None before there is anything to measure."""
-        return self._slope(1)
+        if len(self._seen) < 2 or self._seen[-1][0] <= self._seen[0][0]:
+            return None
+        (began, before), (now, after) = self._seen[0], self._seen[-1]
+        return (after - before) / (now - began)
 
     def seconds_left(self, rows_total: int | None, rows_done: int) -> float | None:
-        """Time to the last row at the present rate; None where it cannot be told."""
-        rate = self._slope(2)
-        return (rows_total - rows_done) / rate if rows_total is not None and rate else None
-
-    def _slope(self, index: int) -> float | None:
-        if len(self._seen) < 2:
+        """Time to the last row at this run's pace; None while too few rows are done to tell."""
+        if self._began is None or rows_total is None or not self._seen:
             return None
-        first, last = self._seen[0], self._seen[-1]
-        return (last[index] - first[index]) / (last[0] - first[0]) if last[0] > first[0] else None
+        rows, elapsed = rows_done - self._began[1], self._seen[-1][0] - self._began[0]
+        return (rows_total - rows_done) * elapsed / rows if rows >= _ROWS_TO_TELL else None
 
 
 class BarView:
@@ -78,6 +81,7 @@ class BarView:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._bar: Any = None
+        self._phase = ""
         self._rates = Rates()
 
     def update(self, progress: Progress) -> None:
@@ -93,6 +97,9 @@ class BarView:
             )
         bar = self._bar
         bar.total = progress.rows_total
+        if progress.phase != self._phase:
+            self._phase = progress.phase
+            bar.unpause()  # the time that loading took is not the rows'
         bar.set_description(_PHASES.get(progress.phase, progress.phase), refresh=False)
         self._rates.add(time.monotonic(), progress)
         bar.set_postfix_str(", ".join(_details(progress, self._rates)), refresh=False)

@@ -46,6 +46,9 @@ def test_rates_are_of_the_last_seconds_and_not_of_resumed_rows():
         rates.add(second, at(50 + second, 100 + 40 * (second - 5)))
     assert rates.tokens_per_s() == pytest.approx(40)
     assert rates.seconds_left(100, 85) == pytest.approx(15)
+    assert rates.seconds_left(100, 52) is None
+    rates.add(40, at(100, 2000, phase="export"))
+    assert rates.tokens_per_s() is None
     assert rates.seconds_left(None, 85) is None
 
 
@@ -60,7 +63,7 @@ def test_lines_come_at_intervals_and_with_each_phase(clock):
     lines = stream.getvalue().splitlines()
     assert lines[0] == "loading the model: 40 of 100 rows (40%), 40 resumed"
     assert lines[1] == "running: 41 of 100 rows (41%), 40 resumed"
-    assert lines[2] == ("running: 46 of 100 rows (46%), 100 tokens/s, 40 resumed, 54.0 s left")
+    assert lines[2] == "running: 46 of 100 rows (46%), 100 tokens/s, 40 resumed, 54.0 s left"
     assert [line.split(":")[0] for line in lines] == [
         "loading the model",
         *["running"] * 4,
