@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -28,15 +27,10 @@ _STATUS = {
 
 
 class StopOnSignal:
-    """While active, the first SIGINT or SIGTERM sets `event` and the second ends the process.
+    """While active, the first SIGINT or SIGTERM sets `event` and the second ends the process."""
 
-    Args:
-        notify: Told once, at the first signal.
-    """
-
-    def __init__(self, notify: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self.event = threading.Event()
-        self._notify = notify
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -60,7 +54,8 @@ class StopOnSignal:
             os.kill(os.getpid(), number)
             return
         self.event.set()
-        self._notify()
+        # Not `print`: the signal may have come in the middle of one, which may not be entered twice.
+        os.write(2, b"\nstopping; Ctrl-C again to stop at once\n")
 
 
 def run_in_foreground(job: JobFolder, *, as_json: bool = False) -> ExitStatus:
@@ -76,7 +71,7 @@ def run_in_foreground(job: JobFolder, *, as_json: bool = False) -> ExitStatus:
     view = make_view(sys.stderr)
     view.message(f"job {job.id}")
     started = time.monotonic()
-    with StopOnSignal(lambda: view.message("stopping; Ctrl-C again to stop at once")) as stop:
+    with StopOnSignal() as stop:
         try:
             outcome = run_job(job.path, stop=stop.event, on_progress=view.update, log=view.message)
         finally:
