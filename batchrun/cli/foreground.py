@@ -54,7 +54,7 @@ class StopOnSignal:
             os.kill(os.getpid(), number)
             return
         self.event.set()
-        # Not `print`: the signal may have come in the middle of one, which may not be entered twice.
+        # Not `print`: the signal may have come in the middle of one, and that is not reentrant.
         os.write(2, b"\nstopping; Ctrl-C again to stop at once\n")
 
 
