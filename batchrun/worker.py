@@ -28,7 +28,7 @@ from batchrun.reader import Reader, RowEngine, Workbench
 from jobs import folder as folders
 from jobs.errors import JobError, SpecChanged
 from jobs.folder import JobFolder
-from jobs.journal import Journal, Result
+from jobs.journal import DoneSet, Journal, Result
 from jobs.lease import Lease
 from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
@@ -123,6 +123,7 @@ class _Run:
             self._run_id = journal.begin_run()
         self._samples = self._earlier.samples
         self._failed = self._earlier.failed
+        self._failed_rows = DoneSet(1)
 
     def run(self, open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench]) -> Outcome:
         """Load, compute what is to do, export."""
@@ -247,8 +248,15 @@ class _Run:
                     journal.write(pending, self._figures())
                     self.journal_seconds += time.perf_counter() - began
                     self._samples += len(pending)
-                    self._failed += sum(r.status == "error" for r in pending)
+                    self._count_failures(pending)
                     pending = []
+
+    def _count_failures(self, results: list[Result]) -> None:
+        """A row has failed when any of its samples has."""
+        for result in results:
+            if result.status == "error" and (result.row, 0) not in self._failed_rows:
+                self._failed_rows.add(result.row)
+                self._failed += 1
 
     def _export(self) -> None:
         self._report("export")

@@ -50,18 +50,6 @@ class Trial:
 def write_prompts(path: Path, rows: int) -> None:
     rng = random.Random(3)
     words = ["river", "stone", "lamp", "seven", "copper", "garden", "slow", "window", "north"]
-        "river",
-        "stone",
-        "lamp",
-        "seven",
-        "copper",
-        "garden",
-        "slow",
-        "window",
-        "answer",
-        "paper",
-        "north",
-    ]
     prompts: list[str | None] = [
         " ".join(rng.choices(words, k=rng.choice([3, 8, 20, 60]))) for _ in range(rows)
     ]
