@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,13 +11,21 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_INT64 = click.IntRange(-(2**63), 2**63 - 1)  # what a random stream is made from
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class Size(click.ParamType[int]):
-    """Bytes, with an optional binary unit: `256MiB`, `2G`, `1048576`."""
+    """Bytes above 0, with an optional binary unit: `256MiB`, `2G`, `1048576`.
+
+    Args:
+        multiple_of: Other sizes are refused.
+    """
 
     name = "size"
+
+    def __init__(self, multiple_of: int = 1) -> None:
+        self._multiple_of = multiple_of
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         """Text to bytes."""
@@ -25,7 +34,10 @@ class Size(click.ParamType[int]):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
         if found is None:
             self.fail(f"{value!r} is no size; write for example 256MiB or 2GiB", param, ctx)
-        return int(float(found[1]) * _SIZES[found[2].upper()])
+        size = int(float(found[1]) * _SIZES[found[2].upper()])
+        if size <= 0 or size % self._multiple_of:
+            self.fail(f"{value!r} is no positive multiple of {self._multiple_of} bytes", param, ctx)
+        return size
 
 
 class SectionOption(click.Option):
@@ -143,13 +155,20 @@ sampling_options = _section(
     _option(
         "--stop-token-id",
         "stop_token_ids",
-        type=int,
+        type=click.IntRange(min=0),
         multiple=True,
         metavar="ID",
         help="Stop at this token. Repeatable.",
     ),
     _option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token."),
-    _option("--seed", type=int, default=0, show_default=True, help="Same seed, same answers."),
+    _option(
+        "--seed",
+        type=_INT64,
+        default=0,
+        metavar="N",
+        show_default=True,
+        help="Same seed, same answers.",
+    ),
     _option(
         "--n",
         type=click.IntRange(min=1),
@@ -186,7 +205,12 @@ runtime_options = _section(
         help="Tokens computed in one step at most; longer prompts are cut into chunks.",
     ),
     _option("--kv-budget", type=Size(), metavar="SIZE", help="KV memory at most, like 256MiB."),
-    _option("--page-size", type=Size(), metavar="SIZE", help="Physical page of the KV memory."),
+    _option(
+        "--page-size",
+        type=Size(mmap.PAGESIZE),
+        metavar="SIZE",
+        help="Physical page of the KV memory.",
+    ),
     _option(
         "--layers-per-slab",
         type=click.IntRange(min=1),
