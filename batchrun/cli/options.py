@@ -11,7 +11,6 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_INT64 = click.IntRange(-(2**63), 2**63 - 1)  # what a random stream is made from
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -163,7 +162,7 @@ sampling_options = _section(
     _option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token."),
     _option(
         "--seed",
-        type=_INT64,
+        type=int,
         default=0,
         metavar="N",
         show_default=True,

@@ -92,6 +92,8 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     given |= {name: list(options[name]) for name in ("stop", "stop_token_ids") if options[name]}
     if options["ignore_eos"]:
         given["ignore_eos"] = True
+    if not -(2**63) <= options["seed"] < 2**63:
+        raise click.UsageError(f"--seed {options['seed']} does not fit into 64 bits")
     if "" in options["stop"]:
         raise click.UsageError("--stop must not be empty")
     try:

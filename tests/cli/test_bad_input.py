@@ -233,7 +233,7 @@ def test_an_architecture_that_is_refused_before_any_row(batchrun, tmp_path):
         (("--kv-budget", "much"), "'much' is no size"),
         (("--kv-budget", 0), "no positive multiple of 1 bytes"),
         (("--page-size", 1000), "no positive multiple of 4096 bytes"),
-        (("--seed", 2**63), "--seed"),
+        (("--seed", 2**63), "does not fit into 64 bits"),
         (("--stop-token-id", -1), "--stop-token-id"),
         (("--temperature", "nan"), "--temperature must be 0 or more, not nan"),
         (("--n", 0), "--n"),
