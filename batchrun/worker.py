@@ -17,9 +17,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from jobs.export import export
-from jobs.source import Source, open_source
-
 from batchrun.channel import Channel, Closed
 from batchrun.engine.core import FinishReason, Request
 from batchrun.engine.engine import Completion
@@ -27,9 +24,11 @@ from batchrun.models import fingerprint
 from batchrun.reader import Reader, RowEngine, Workbench
 from jobs import folder as folders
 from jobs.errors import JobError, SpecChanged
+from jobs.export import export
 from jobs.folder import JobFolder
 from jobs.journal import DoneSet, Journal, Result
 from jobs.lease import Lease
+from jobs.source import Source, open_source
 from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
 
