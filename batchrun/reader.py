@@ -7,13 +7,12 @@ from collections.abc import Callable, Container, Mapping
 from itertools import islice
 from typing import Any, Protocol
 
-from jobs.source import Row, Source
-
 from batchrun.channel import Channel
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Completion
 from batchrun.engine.text import PromptError, template_fields
 from jobs.journal import Result
+from jobs.source import Row, Source
 from jobs.spec import JobSpec
 
 
@@ -46,6 +45,9 @@ class RowEngine(Protocol):
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
+
+    def load(self) -> tuple[int, int, int]:
+        """Sequences running, sequences waiting, and tokens generated so far."""
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -98,7 +100,8 @@ class Reader:
         self._spec, self._source, self._done = spec, source, done
         self._encode = workbench.encode
         self.seconds = 0.0
-        self._params = {**workbench.sampling_defaults, **spec.sampling}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()}
+        self._params = {**workbench.sampling_defaults, **given}
         names = source.column_names
         self._overrides = [name for name in OVERRIDES if name in names]
         prompt = spec.prompt

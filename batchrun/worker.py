@@ -53,7 +53,6 @@ class Progress:
     rows_done: int
     rows_failed: int
     rows_resumed: int
-    prompt_tokens: int
     completion_tokens: int
     running: int
     waiting: int
@@ -289,18 +288,19 @@ class _Run:
         )
         return stats.as_dict()
 
-    def _report(self, phase: str, engine: Any = None) -> None:
-        scheduler = getattr(engine, "scheduler", None)
+    def _report(self, phase: str, engine: RowEngine | None = None) -> None:
+        running, waiting, generated = (0, 0, self.stats.completion_tokens)
+        if engine is not None:
+            running, waiting, generated = engine.load()
         self._on_progress(
             Progress(
                 rows_total=self._total,
                 rows_done=self._samples // self.spec.n,
                 rows_failed=self._failed,
                 rows_resumed=self._earlier.rows,
-                prompt_tokens=0,
-                completion_tokens=self.stats.completion_tokens,
-                running=len(scheduler.running) if scheduler else 0,
-                waiting=len(scheduler.waiting) if scheduler else 0,
+                completion_tokens=generated,
+                running=running,
+                waiting=waiting,
                 elapsed_s=time.perf_counter() - self._began,
                 phase=phase,
             )
@@ -364,6 +364,7 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
         cache=folders.home() / "verdicts",
         dtype=model.get("dtype", "auto"),
         trust_remote_code=bool(model.get("trust_remote_code")),
+        max_model_len=model.get("max_model_len"),
         **runtime,
     )
     return Runtime(settings, spec.prompt, log)

@@ -32,7 +32,6 @@ _SAMPLING = (
 _RUNTIME = (
     "device",
     "attention",
-    "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
     "kv_budget",
@@ -179,4 +178,5 @@ def _model(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -
         "fingerprint": ref.fingerprint,
         "dtype": options["dtype"],
         "trust_remote_code": trusted,
+        "max_model_len": options["max_model_len"],
     }

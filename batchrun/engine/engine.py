@@ -28,6 +28,7 @@ class EngineStats:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     recomputed_tokens: int = 0
+    generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     sequence_seconds: float = 0.0
@@ -72,6 +73,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether anything waits, runs, or was rejected and not yet handed out."""
         return self.scheduler.has_work or bool(self.scheduler.rejected)
+
+    def load(self) -> tuple[int, int, int]:
+        """Sequences running, sequences waiting, and tokens generated so far."""
+        scheduler = self.scheduler
+        return len(scheduler.running), len(scheduler.waiting), self.stats.generated_tokens
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -163,6 +169,7 @@ class Engine:
         )
         stats = self.stats
         stats.steps += 1
+        stats.generated_tokens += sum(s.sampled for s in plan.segments)
         stats.seconds += seconds
         stats.prefill_tokens += prefill
         stats.decode_tokens += plan.num_tokens - prefill

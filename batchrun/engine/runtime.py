@@ -15,8 +15,10 @@ from allocator.arena import KVArena
 from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
 from allocator.tensor import layer_views
+from allocator.vmm import AllocatorError
 from batchrun.engine import attention, canary
 from batchrun.engine import model as models
+from batchrun.engine.core import EngineError
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.model import LoadedModel
@@ -101,7 +103,10 @@ class Runtime:
         for note in self.loaded.notes:
             log(note)
         tokenizer = self.loaded.tokenizer
-        self.encode = PromptBuilder(tokenizer, **prompt)
+        longest = max(map(len, tokenizer.get_vocab()))
+        self.encode = PromptBuilder(
+            tokenizer, **prompt, max_chars=longest * self.loaded.max_model_len
+        )
         needs_template = self.encode.chat or self.encode.system or self.encode.column == "messages"
         if needs_template and not tokenizer.chat_template:
             raise ModelError(
@@ -110,7 +115,15 @@ class Runtime:
             )
         self.sampling_defaults = models.sampling_defaults(self.loaded.model)
         self.usage = UsageIntegral()
-        self.arena = self._make_arena()
+        try:
+            self.arena = self._make_arena()
+        except AllocatorError as error:
+            self.close()
+            raise EngineError(
+                f"no KV memory can be set up for {settings.max_num_seqs} sequences of "
+                f"{self.loaded.max_model_len} tokens: {error}",
+                hint="lower --max-num-seqs or --max-model-len, or lift the limit (ulimit -v)",
+            ) from error
         executor = self._make_executor()
         self.scheduler = Scheduler(
             self.arena,

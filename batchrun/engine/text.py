@@ -71,6 +71,7 @@ class PromptBuilder:
         template: Text with `{column}` fields.
         chat: Wrap a plain prompt as a user message with the model's chat template.
         system: System message put before it; implies `chat`.
+        max_chars: Longer texts can not fit the context, so they are not even tokenised.
     """
 
     tokenizer: Tokenizer
@@ -78,6 +79,7 @@ class PromptBuilder:
     template: str | None = None
     chat: bool = False
     system: str | None = None
+    max_chars: int | None = None
 
     def __call__(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         """Token ids of the row's prompt.
@@ -99,6 +101,12 @@ class PromptBuilder:
             text, special = value, True
         if isinstance(value, str) and not value:
             raise PromptError("empty_prompt", "the prompt is empty")
+        if self.max_chars is not None and len(text) > self.max_chars:
+            raise PromptError(
+                "prompt_too_long",
+                f"the prompt has {len(text):,} characters, and the context holds "
+                f"{self.max_chars:,} even of the longest tokens",
+            )
         try:
             ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         except (UnicodeError, TypeError) as error:

@@ -14,7 +14,6 @@ def at(rows_done, tokens, *, total=100, failed=0, resumed=0, phase="run"):
         rows_done=rows_done,
         rows_failed=failed,
         rows_resumed=resumed,
-        prompt_tokens=0,
         completion_tokens=tokens,
         running=1,
         waiting=0,

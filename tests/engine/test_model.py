@@ -1,0 +1,148 @@
+"""What would be silently wrong is refused, by name and reason, before a job starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+from batchrun.engine import canary, model
+from batchrun.engine.attention import LayerAttention
+from batchrun.engine.attention.sdpa import SDPA
+from batchrun.models import ModelError
+from tests.parity.models import build
+from tests.parity.runner import rig
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+REFUSED = {
+    "T5ForConditionalGeneration": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ),
+    "BloomForCausalLM": lambda: tf.BloomForCausalLM(
+        tf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)
+    ),
+    "MambaForCausalLM": lambda: tf.MambaForCausalLM(
+        tf.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4)
+    ),
+    "BertLMHeadModel": lambda: tf.BertLMHeadModel(
+        tf.BertConfig(**SIZES, intermediate_size=32, is_decoder=False)
+    ),
+    "MptForCausalLM": lambda: tf.MptForCausalLM(
+        tf.MptConfig(vocab_size=99, d_model=32, n_layers=2, n_heads=4)
+    ),
+    "RwkvForCausalLM": lambda: tf.RwkvForCausalLM(
+        tf.RwkvConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_architectures_that_would_be_wrong_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=rf"the architecture {name} is refused: \w+") as caught:
+        model.prepare(REFUSED[name]().eval())
+    assert caught.value.hint
+
+
+class _WrongWindow(SDPA):
+    """A backend that forgets the sliding window: right for short prompts, wrong beyond."""
+
+    def run(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        return super().run(LayerAttention(layer.scale), query, keys, values)
+
+
+class _StaleKeys(SDPA):
+    """A backend that is wrong only where a prompt is cut into chunks."""
+
+    def run(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        out = super().run(layer, query, keys, values)
+        return out if self._segments[0].start == 0 else out * 1.05
+
+
+@pytest.mark.parametrize("backend", [_WrongWindow, _StaleKeys])
+def test_the_canary_catches_wrong_attention(backend: type[SDPA]) -> None:
+    loaded = model.prepare(build("mistral-window"))
+    with rig(loaded) as r:
+        r.executor.backend = backend()
+        with pytest.raises(ModelError, match=r"MistralForCausalLM is refused: .* differ"):
+            canary.verify(loaded, r.executor, r.arena, 64)
+
+
+def test_a_verdict_is_remembered_for_the_same_model_only(tmp_path: Path) -> None:
+    loaded = model.prepare(build("llama"))
+    asked = []
+
+    def check() -> float:
+        asked.append(1)
+        return 1e-6
+
+    assert canary.verify_once(loaded, "abc", tmp_path, check) == 1e-6
+    assert canary.verify_once(loaded, "abc", tmp_path, check) is None
+    assert canary.verify_once(loaded, "abd", tmp_path, check) == 1e-6
+    assert len(asked) == 2
+    verdicts = [json.loads(p.read_text()) for p in tmp_path.iterdir()]
+    assert {v["architecture"] for v in verdicts} == {"LlamaForCausalLM"}
+
+
+def test_a_refusal_is_not_remembered(tmp_path: Path) -> None:
+    loaded = model.prepare(build("llama"))
+
+    def refuse() -> float:
+        raise ModelError("no")
+
+    for _ in range(2):
+        with pytest.raises(ModelError):
+            canary.verify_once(loaded, "abc", tmp_path, refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_longrope_limits_the_context_and_says_so() -> None:
+    config = tf.Phi3Config(
+        **SIZES,
+        intermediate_size=32,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+        pad_token_id=0,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    loaded = model.prepare(tf.Phi3ForCausalLM(config).eval())
+    assert loaded.max_model_len == 64
+    assert "64 of 256" in loaded.notes[0]
+
+
+def test_a_context_beyond_the_models_is_refused() -> None:
+    with pytest.raises(ModelError, match="--max-model-len 300 is more than the 256 tokens"):
+        model.prepare(build("llama"), max_model_len=300)
+
+
+def test_sampling_defaults_are_the_models_own() -> None:
+    llama = build("llama")
+    assert model.sampling_defaults(llama) == {}
+    llama.generation_config = tf.GenerationConfig(
+        do_sample=True, temperature=0.6, top_k=20, top_p=0.95, max_new_tokens=77
+    )
+    wanted = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_tokens": 77}
+    assert wanted.items() <= model.sampling_defaults(llama).items()
+    llama.generation_config = tf.GenerationConfig(do_sample=False, repetition_penalty=1.1)
+    assert model.sampling_defaults(llama) == {"repetition_penalty": 1.1}

@@ -1,0 +1,101 @@
+"""The real model: 200 prompts of mixed length, token for token what `generate` gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from batchrun.engine.core import SamplingParams
+from batchrun.engine.model import HOOK, LoadedModel, load
+from batchrun.models import ModelRef
+from tests.parity.runner import outputs, rig, run
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "prompts.parquet"
+LENGTHS = (1, 3, 7, 12, 20, 33, 50, 75, 110, 160)
+EACH = 20
+MAX_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: ModelRef) -> LoadedModel:
+    return load(str(smollm2.path))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    """Passages of real text, all lengths mixed."""
+    text = "\n".join(pq.read_table(EXAMPLES)["prompt"].to_pylist())
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) > 2000
+    made = []
+    for i in range(EACH):
+        for j, length in enumerate(LENGTHS):
+            start = (i * 1237 + j * 331) % (len(ids) - length)
+            made.append(ids[start : start + length])
+    return made
+
+
+@pytest.fixture(scope="module")
+def wanted(model: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Prompts of one length at a time: batches without any padding."""
+    model.model.set_attn_implementation("eager")
+    found: dict[int, list[int]] = {}
+    for length in LENGTHS:
+        rows = [i for i, p in enumerate(prompts) if len(p) == length]
+        ids = torch.tensor([prompts[i] for i in rows])
+        got = model.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        for row, tokens in zip(rows, got[:, length:].tolist(), strict=True):
+            end = next((k for k, t in enumerate(tokens) if t in model.eos_ids), MAX_TOKENS - 1)
+            found[row] = tokens[: end + 1]
+    model.model.set_attn_implementation(HOOK)
+    return [found[row] for row in range(len(prompts))]
+
+
+def test_two_hundred_prompts(
+    model: LoadedModel, prompts: list[list[int]], wanted: list[list[int]]
+) -> None:
+    assert len(prompts) == 200
+    with rig(model, max_num_batched_tokens=512, page_size=256 << 10) as r:
+        done = run(r, prompts, SamplingParams(max_tokens=MAX_TOKENS), check=False)
+    assert outputs(done) == wanted
+
+
+def test_in_tiny_chunks_with_little_memory(
+    model: LoadedModel, prompts: list[list[int]], wanted: list[list[int]]
+) -> None:
+    """Seven at a time, 61 tokens a step, and pages for about 330 tokens."""
+    budget = 330 * 30 * 2 * 3 * 64 * 4
+    with rig(model, max_num_seqs=7, max_num_batched_tokens=61, kv_budget=budget) as r:
+        done = run(r, prompts[:100], SamplingParams(max_tokens=MAX_TOKENS), check=False)
+        assert r.scheduler.num_preemptions > 3
+    assert outputs(done) == wanted[:100]
+
+
+def test_one_at_a_time(
+    model: LoadedModel, prompts: list[list[int]], wanted: list[list[int]]
+) -> None:
+    with rig(model, max_num_seqs=1) as r:
+        done = run(r, prompts[:20], SamplingParams(max_tokens=MAX_TOKENS), check=False)
+    assert outputs(done) == wanted[:20]
+
+
+def test_samples_are_the_same_for_any_batch(model: LoadedModel, prompts: list[list[int]]) -> None:
+    params = SamplingParams(max_tokens=10, temperature=1.0, top_p=0.95)
+    few = prompts[:40]
+    with rig(model, max_num_batched_tokens=512) as r:
+        want = outputs(run(r, few, params, seed=3, check=False))
+    assert len({tuple(w) for w in want}) > 35
+    with rig(model, max_num_seqs=7, max_num_batched_tokens=40) as r:
+        backwards = list(reversed(range(len(few))))
+        got = outputs(run(r, few, params, seed=3, order=backwards, check=False))
+    assert got == want

@@ -1,0 +1,261 @@
+"""One job through the worker with a tiny real model: rows, parameters, resume, failures."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun import worker
+from batchrun.engine.core import EngineError
+from batchrun.models import ModelRef, resolve
+from batchrun.worker import Outcome, Progress, run_job
+from jobs import folder
+from jobs.errors import JobError, JournalError, LeaseHeld, SpecChanged
+from jobs.folder import JobFolder
+from jobs.lease import Lease
+from jobs.spec import InputFile, JobSpec
+from jobs.stats import summarise
+from tests.tiny import write_tiny_model
+
+ROWS = 30
+SAMPLED = {"max_tokens": 10, "temperature": 1.0}
+Submit = Callable[..., JobFolder]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
+    root = tmp_path_factory.mktemp("model")
+    return resolve(str(write_tiny_model(root / "tiny")), root)
+
+
+@pytest.fixture
+def submit(
+    tmp_path: Path, tiny: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., JobFolder]:
+    monkeypatch.setenv("BATCHRUN_HOME", str(tmp_path))
+    prompts = [f"row {i}: " + "word " * (i % 9) for i in range(ROWS)]
+
+    def make(columns: dict[str, Any] | None = None, **changes: Any) -> JobFolder:
+        number = len(list(tmp_path.glob("in-*")))
+        path = tmp_path / f"in-{number}.parquet"
+        pq.write_table(pa.table({"prompt": prompts, **(columns or {})}), path)
+        spec = JobSpec(
+            inputs=(InputFile.of(path),),
+            input_format="parquet",
+            prompt={"column": "prompt", "template": None, "chat": False, "system": None},
+            model={
+                "name": "tiny",
+                "path": str(tiny.path),
+                "fingerprint": tiny.fingerprint,
+                "dtype": "float32",
+            },
+            sampling=SAMPLED,
+            seed=4,
+            output={
+                "path": str(tmp_path / f"out-{number}.parquet"),
+                "format": "parquet",
+                "token_ids": True,
+            },
+            runtime={"max_num_seqs": 8, "max_num_batched_tokens": 64, "page_size": 4096},
+        )
+        return folder.create(tmp_path, replace(spec, **changes))
+
+    return make
+
+
+def run(job: JobFolder, **kwargs: Any) -> Outcome:
+    return run_job(job.path, stop=kwargs.pop("stop", threading.Event()), **kwargs)
+
+
+def output(job: JobFolder) -> pa.Table:
+    return pq.read_table(job.spec().output["path"])
+
+
+def test_every_row_gets_its_answer_whatever_the_batching(submit: Submit) -> None:
+    plain = submit()
+    assert run(plain) is Outcome.DONE
+    want = output(plain)
+    assert want["prompt"].to_pylist()[3].startswith("row 3:")
+    assert len(set(want["completion"].to_pylist())) > ROWS // 2
+    for runtime in (
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 7, "max_num_batched_tokens": 5, "page_size": 4096},
+        {"max_num_seqs": 64, "kv_budget": 20 * 4096, "page_size": 4096, "layers_per_slab": 1},
+    ):
+        job = submit(runtime=runtime)
+        assert run(job) is Outcome.DONE
+        assert output(job).equals(want)
+        assert job.spec().fingerprint() == plain.spec().fingerprint()
+
+
+def stop_after(results: int, stop: threading.Event) -> Callable[[Progress], None]:
+    def watch(progress: Progress) -> None:
+        if progress.rows_done >= results:
+            stop.set()
+
+    return watch
+
+
+def test_resume_gives_the_same_output(submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
+    whole = submit()
+    run(whole)
+    job = submit()
+    outcome, runs = Outcome.INTERRUPTED, 0
+    while outcome is Outcome.INTERRUPTED:
+        stop = threading.Event()
+        rows = job.counts().rows
+        outcome = run(job, stop=stop, on_progress=stop_after(rows + 7, stop))
+        runs += 1
+        assert job.state() == str(outcome)
+        assert job.counts().rows > rows
+    assert runs > 2
+    assert output(job).equals(output(whole))
+    summary = summarise(job)
+    assert summary["runs"] == runs
+    assert summary["rows"]["resumed"] >= 7
+    assert summary["tokens"]["completion"] == summarise(whole)["tokens"]["completion"]
+
+
+def test_columns_set_a_rows_own_parameters(submit: Submit) -> None:
+    lengths = [None, *range(1, ROWS)]
+    seeds = [9] * ROWS
+    job = submit({"max_tokens": lengths, "seed": seeds, "temperature": [0.0] * ROWS})
+    assert run(job) is Outcome.DONE
+    counts = output(job)["completion_tokens"].to_pylist()
+    assert counts[0] <= SAMPLED["max_tokens"]
+    assert all(count <= i for i, count in enumerate(counts) if i)
+    assert counts[3] == 3
+
+
+def test_a_bad_parameter_is_that_rows_error(submit: Submit) -> None:
+    temperatures = [1.0] * ROWS
+    temperatures[5] = -1.0
+    job = submit({"temperature": temperatures, "top_k": [5.5] + [None] * (ROWS - 1)})
+    assert run(job) is Outcome.DONE_WITH_ERRORS
+    errors = output(job)["error"].to_pylist()
+    assert [i for i, error in enumerate(errors) if error] == [0, 5]
+    assert "top_k holds 5.5" in errors[0]
+    assert "temperature must be 0 or more" in errors[5]
+
+
+def test_samples_of_a_row_differ_and_stand_together(submit: Submit) -> None:
+    job = submit(n=3)
+    assert run(job) is Outcome.DONE
+    table = output(job)
+    assert table["sample"].to_pylist() == [0, 1, 2] * ROWS
+    texts = table["completion"].to_pylist()
+    assert sum(len(set(texts[i : i + 3])) == 3 for i in range(0, 3 * ROWS, 3)) > ROWS // 2
+    alone = submit()
+    run(alone)
+    assert texts[::3] == output(alone)["completion"].to_pylist()
+
+
+def test_figures_add_up(submit: Submit) -> None:
+    job = submit()
+    run(job)
+    summary = json.loads((job.path / "stats.json").read_text())
+    tokens, kv = summary["tokens"], summary["kv"]
+    assert summary["rows"] == {
+        "total": ROWS,
+        "done": ROWS,
+        "failed": 0,
+        "remaining": 0,
+        "resumed": 0,
+        "failed_by_reason": {},
+    }
+    assert tokens["prefilled"] == tokens["prompt"]
+    # The first token of a completion comes out of its prefill, the last is never computed.
+    assert tokens["decoded"] == tokens["completion"] - ROWS
+    assert sum(summary["finish_reasons"].values()) == ROWS
+    assert 0 < kv["peak"]["live"] <= kv["peak"]["mapped"] <= kv["peak"]["reserved"]
+    assert kv["time_averaged"]["live"] <= kv["time_averaged"]["mapped"]
+    assert 0 < summary["batch"]["mean_occupancy"] <= summary["batch"]["max_num_seqs"] == 8
+    assert summary["weights_bytes"] < summary["peak_rss"]
+    assert summary["row_seconds"]["decode"]["p50"] <= summary["row_seconds"]["decode"]["max"]
+
+
+def test_one_worker_at_a_time(submit: Submit) -> None:
+    job = submit()
+    with Lease(job.path), pytest.raises(LeaseHeld):
+        run(job)
+    assert job.state() == "new"
+
+
+def test_changed_input_and_changed_model_are_refused(submit: Submit, tmp_path: Path) -> None:
+    job = submit()
+    path = Path(job.spec().inputs[0].path)
+    pq.write_table(pa.table({"prompt": ["other"]}), path)
+    with pytest.raises(SpecChanged, match=path.name):
+        run(job)
+    spec = submit().spec()
+    changed = folder.create(tmp_path, replace(spec, model={**spec.model, "fingerprint": "0"}))
+    with pytest.raises(SpecChanged, match="model"):
+        run(changed)
+    gone = folder.create(tmp_path, replace(spec, model={**spec.model, "path": "/nowhere"}))
+    with pytest.raises(JobError, match="/nowhere"):
+        run(gone)
+
+
+@pytest.mark.parametrize("thread", ["reader", "journal", "engine"])
+def test_a_failure_in_any_thread_ends_the_run(
+    submit: Submit, monkeypatch: pytest.MonkeyPatch, thread: str
+) -> None:
+    job = submit()
+    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
+    calls = 0
+
+    def fail_at(count: int, error: Exception, real: Callable[..., Any]) -> Callable[..., Any]:
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= count:
+                raise error
+            return real(*args, **kwargs)
+
+        return failing
+
+    with monkeypatch.context() as patch:
+        if thread == "reader":
+            error: Exception = JobError("the disk with the input went away")
+            patch.setattr(
+                worker.Reader, "_requests_of", fail_at(9, error, worker.Reader._requests_of)
+            )
+        elif thread == "journal":
+            error = JournalError("the disk is full")
+            patch.setattr(worker.Journal, "write", fail_at(3, error, worker.Journal.write))
+        else:
+            error = EngineError("the device is gone")
+            from batchrun.engine.executor import TorchExecutor  # noqa: PLC0415
+
+            patch.setattr(TorchExecutor, "launch", fail_at(12, error, TorchExecutor.launch))
+        with pytest.raises(type(error), match=str(error)):
+            run(job)
+    assert job.state() == "failed"
+    assert not {"journal", "reader"} & {t.name for t in threading.enumerate()}
+    before = job.counts().rows
+    assert before < ROWS
+    assert run(job) is Outcome.DONE
+    assert output(job).num_rows == ROWS
+
+
+def test_a_finished_job_only_exports_again(submit: Submit) -> None:
+    job = submit()
+    run(job)
+    path = Path(job.spec().output["path"])
+    want = path.read_bytes()
+    path.unlink()
+
+    def no_engine(*_: Any) -> Any:
+        raise AssertionError("the model was loaded for nothing")
+
+    assert run(job, open_workbench=no_engine) is Outcome.DONE
+    assert path.read_bytes() == want
