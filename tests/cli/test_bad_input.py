@@ -42,7 +42,7 @@ def test_bad_rows_become_error_rows_and_the_others_finish(batchrun):
         1: "empty",
         2: "null",
         3: "int",
-        4: "10000000 tokens",
+        4: "10,000,000 characters",
         5: f"{CONTEXT + 1} tokens",
         6: "line 7",
         7: "UTF-8",
