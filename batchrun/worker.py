@@ -32,6 +32,7 @@ from jobs.source import Source, open_source
 from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
 
+_QUEUED_REQUESTS = 256  # between reader and engine, and again inside the engine
 _COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
 
@@ -111,7 +112,10 @@ class _Run:
         self._on_progress = on_progress
         self._began = time.perf_counter()
         self.stats = RunStats(started_at=time.time())
-        self.journal_seconds = 0.0
+        self._journal_seconds = 0.0
+        self._engine_began: float | None = None
+        self._engine_ended: float | None = None
+        self._reader: Reader | None = None
         self._failures: list[BaseException] = []
         self._workbench: Workbench | None = None
         with Journal(job.path, spec.n) as journal:
@@ -160,29 +164,25 @@ class _Run:
 
     def _compute(self, workbench: Workbench) -> None:
         """Drive the engine until every row has its results, or `stop` is set."""
-        depth = max(256, 4 * int(self.spec.runtime.get("max_num_seqs") or 64))
-        requests: Channel[Request] = Channel(depth)
+        requests: Channel[Request] = Channel(_QUEUED_REQUESTS)
         results: Channel[Result] = Channel(4 * _COMMIT_RESULTS)
-        reader = Reader(self.spec, self.source, self.done, workbench, self.log)
+        self._reader = Reader(self.spec, self.source, self.done, workbench, self.log)
 
-        def guard(work: Callable[[], None]) -> Callable[[], None]:
-            def guarded() -> None:
-                try:
-                    work()
-                except Closed:
-                    pass
-                except BaseException as error:  # raised again below
-                    self._failures.append(error)
-                    requests.close(discard=True)
-                    results.close(discard=True)
+        def guarded(work: Callable[..., None], *channels: Channel[Any]) -> None:
+            try:
+                work(*channels)
+            except Closed:
+                pass
+            except BaseException as error:  # raised again below
+                self._failures.append(error)
+                for channel in channels:
+                    channel.close(discard=channel is channels[0])
 
-            return guarded
-
-        writer = threading.Thread(target=guard(lambda: self._write(results)), name="journal")
+        writer = threading.Thread(target=guarded, args=(self._write, results), name="journal")
         feeder = threading.Thread(
-            target=guard(lambda: reader.read(requests, results)), name="reader"
+            target=guarded, args=(self._reader.read, requests, results), name="reader"
         )
-        began = time.perf_counter()
+        self._engine_began = time.perf_counter()
         writer.start()
         feeder.start()
         try:
@@ -194,9 +194,7 @@ class _Run:
             feeder.join()
             results.close()
             writer.join()
-            self.stats.engine_s = time.perf_counter() - began
-            self.stats.tokenise_s = reader.seconds
-            self.stats.journal_s = self.journal_seconds
+            self._engine_ended = time.perf_counter()
         if self._failures:
             raise self._failures[0]
 
@@ -204,11 +202,12 @@ class _Run:
         self, engine: RowEngine, requests: Channel[Request], results: Channel[Result]
     ) -> None:
         more = True
-        while not self.stop.is_set():
-            # A queue in front of the scheduler, long enough that it never runs dry in a step.
+        while not self.stop.is_set() and not self._failures:
+            # What waits inside the engine is bounded too, or it would come to hold the whole file.
+            room = _QUEUED_REQUESTS - engine.load()[1]
             try:
                 wait = 0 if engine.has_work else 0.1
-                for request in requests.take(256, wait) if more else []:
+                for request in requests.take(room, wait) if more and room > 0 else []:
                     engine.add(request)
             except Closed:
                 more = False
@@ -244,7 +243,7 @@ class _Run:
                 if pending and (due or len(pending) >= _COMMIT_RESULTS):
                     began = time.perf_counter()
                     journal.write(pending, self._figures())
-                    self.journal_seconds += time.perf_counter() - began
+                    self._journal_seconds += time.perf_counter() - began
                     self._samples += len(pending)
                     self._count_failures(pending)
                     pending = []
@@ -280,9 +279,14 @@ class _Run:
     def _figures(self) -> dict[str, Any]:
         """The run's statistics so far."""
         measured = self._workbench.measurements() if self._workbench is not None else {}
+        now = time.perf_counter()
+        if self._engine_began is not None:
+            self.stats.engine_s = (self._engine_ended or now) - self._engine_began
         stats = replace(
             self.stats,
-            wall_s=time.perf_counter() - self._began,
+            wall_s=now - self._began,
+            tokenise_s=self._reader.seconds if self._reader is not None else 0.0,
+            journal_s=self._journal_seconds,
             peak_rss=_peak_rss(),
             **measured,
         )

@@ -146,3 +146,10 @@ def test_make_has_its_four_targets_and_they_set_themselves_up():
     for tool in ("ruff check", "ruff format --check", "mypy", "pytest"):
         assert tool in targets["test"]
     assert "examples/prompts.parquet" in targets["demo"]
+
+
+def test_the_benchmark_tables_are_those_of_the_results():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, "run python benchmarks/report.py"

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun import worker
-from batchrun.engine.core import EngineError
+from batchrun.engine.core import EngineError, FinishReason, Sequence
+from batchrun.engine.engine import Completion
 from batchrun.models import ModelRef, resolve
 from batchrun.worker import Outcome, Progress, run_job
 from jobs import folder
@@ -245,6 +246,54 @@ def test_a_failure_in_any_thread_ends_the_run(
     assert before < ROWS
     assert run(job) is Outcome.DONE
     assert output(job).num_rows == ROWS
+
+
+class _SlowEngine:
+    """Ends one row a step, and remembers the most that ever waited in it."""
+
+    def __init__(self) -> None:
+        self.queue: list[Any] = []
+        self.most = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.queue)
+
+    def load(self) -> tuple[int, int, int]:
+        return 0, len(self.queue), 0
+
+    def add(self, request: Any) -> None:
+        self.queue.append(request)
+        self.most = max(self.most, len(self.queue))
+
+    def step(self) -> list[Completion]:
+        sequence = Sequence(self.queue.pop(0), finish_reason=FinishReason.STOP)
+        return [Completion(sequence, "text")]
+
+
+class _SlowWorkbench:
+    def __init__(self) -> None:
+        self.engine = _SlowEngine()
+        self.sampling_defaults: dict[str, Any] = {}
+
+    def encode(self, fields: Any) -> tuple[int, ...]:
+        return (1,)
+
+    def measurements(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_slow_engine_does_not_come_to_hold_the_whole_file(submit: Submit, tmp_path: Path) -> None:
+    path = tmp_path / "long.parquet"
+    pq.write_table(pa.table({"prompt": ["x"] * 5000}), path)
+    job = submit(inputs=(InputFile.of(path),))
+    workbench = _SlowWorkbench()
+    assert run(job, open_workbench=lambda *_: workbench) is Outcome.DONE
+    assert workbench.engine.most == worker._QUEUED_REQUESTS
+    assert output(job)["completion"].to_pylist() == ["text"] * 5000
 
 
 def test_a_finished_job_only_exports_again(submit: Submit) -> None:

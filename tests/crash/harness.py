@@ -214,7 +214,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "test": "sigkill",
+                "benchmark": "sigkill",
                 "model": ref.name,
                 "kills": trial.kills,
                 "runs": trial.runs,

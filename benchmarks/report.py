@@ -1,0 +1,82 @@
+"""Writes the tables of benchmarks/README.md from the JSON lines in benchmarks/results/.
+
+python benchmarks/throughput.py | tail -n 1 > benchmarks/results/NAME.json
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+
+
+def throughput(result: dict[str, Any]) -> Iterator[str]:
+    yield f"### {result['model']}, {result['rows']} prompts, greedy, {result['dtype']}"
+    yield ""
+    yield f"{result['machine']}; torch {result['torch']}, transformers {result['transformers']}; "
+    yield f"{result['date']}; `{result['command']}`; {result['completion_tokens']:,} completion "
+    yield f"tokens; live / mapped KV memory {result['utilisation']:.1%}."
+    yield ""
+    yield "| | completion tokens/s | seconds, each run | same completions |"
+    yield "|---|---|---|---|"
+    for name, way in result["ways"].items():
+        seconds = ", ".join(f"{s:.1f}" for s in way["seconds"])
+        same = f"{way['same_completions']} of {result['rows']}"
+        yield f"| {name} | {way['tokens_per_s']:.1f} | {seconds} | {same} |"
+    yield ""
+    yield f"batchrun is {result['ratio_to_generate']:.2f} times `generate` at its better batch size"
+    yield f"and {result['ratio_to_generate_batch']:.2f} times `generate_batch`."
+
+
+def joblayer(result: dict[str, Any]) -> Iterator[str]:
+    yield "### The job layer alone: Parquet to journal to Parquet, with a null engine"
+    yield ""
+    yield "| rows | rows/s, run and export | journal rows/s | resume scan | peak memory |"
+    yield "|---|---|---|---|---|"
+    for size in (result["small"], result["large"]):
+        yield (
+            f"| {size['rows']:,} | {size['rows_per_s']:,.0f} | {size['journal_rows_per_s']:,.0f} "
+            f"| {size['resume_s']:.2f} s | {size['peak_rss'] / 2**20:.0f} MiB |"
+        )
+    yield ""
+    yield f"Ten times the rows take {result['ratio']:.3f} times the memory."
+
+
+def sigkill(result: dict[str, Any]) -> Iterator[str]:
+    yield "### Killed at random moments"
+    yield ""
+    yield (
+        f"{result['kills']} SIGKILLs of jobs with {result['rows']} rows through "
+        f"{result['model']}: {result['runs']} runs, {result['runs_that_left_part_of_the_rows']} "
+        "of them left part of the rows. Every output equal to the uninterrupted one; "
+        f"journalled rows computed again: {result['journalled_rows_computed_again']}."
+    )
+
+
+SECTIONS = {"throughput": throughput, "joblayer": joblayer, "sigkill": sigkill}
+
+
+def render() -> str:
+    found = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+    return "\n\n".join("\n".join(SECTIONS[result["benchmark"]](result)) for result in found)
+
+
+def main() -> int:
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    head, rest = text.split(BEGIN)
+    made = f"{head}{BEGIN}{render()}\n{END}{rest.split(END)[1]}"
+    if "--check" in sys.argv:
+        return int(made != text)
+    readme.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
