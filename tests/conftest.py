@@ -11,6 +11,7 @@ import pytest
 from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 
 @pytest.fixture(scope="session")
