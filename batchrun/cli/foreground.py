@@ -66,9 +66,9 @@ def run_in_foreground(job: JobFolder, *, as_json: bool = False) -> ExitStatus:
         ModelError: The model cannot be used.
         EngineError: The engine could not go on.
     """
-    # How long a thread of torch's OpenMP spins for the next piece of work before it sleeps, read when
-    # torch is loaded. Its default wins nothing over this on an idle machine and makes a step three
-    # times as slow where another process wants a core (benchmarks/README.md).
+    # How long a thread of torch's OpenMP spins for work before it sleeps; read when torch is
+    # loaded. The default wins nothing over this on an idle machine, and makes a step three times
+    # as slow where another process wants a core (benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from batchrun.worker import run_job  # noqa: PLC0415  (imports torch)
 
