@@ -22,6 +22,13 @@ def fsync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends without an error.
@@ -43,9 +50,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp is for secrets: an output is like any file
+        temporary.chmod(0o666 & ~current_umask())  # mkstemp is for secrets
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

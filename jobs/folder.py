@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from jobs.errors import JobNotFound, JournalError, OutputError, SpecChanged
-from jobs.files import fsync_directory
+from jobs.files import current_umask, fsync_directory
 from jobs.journal import NAME, Counts, Journal
 from jobs.lease import held_by
 from jobs.spec import JobSpec
@@ -75,14 +77,14 @@ def create(root: Path, spec: JobSpec) -> JobFolder:
         OutputError: It can't be made.
     """
     folder = root / "jobs"
-    name = _new_id(spec)
-    building = folder / f".{name}.tmp"
     try:
-        building.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder))
         try:
             spec.save(building)
             Journal.create(building)
-            building.rename(folder / name)
+            building.chmod(0o777 & ~current_umask())  # mkdtemp is for secrets
+            path = _rename_to_new_id(building, spec)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
@@ -93,7 +95,17 @@ def create(root: Path, spec: JobSpec) -> JobFolder:
             f"no job folder can be made in {folder}: {cause or error}",
             hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
         ) from error
-    return JobFolder(folder / name)
+    return JobFolder(path)
+
+
+def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:
+    """Give a finished folder an id that no other job has; two may draw the same one."""
+    while True:
+        try:
+            return building.rename(building.parent / _new_id(spec))
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
 
 
 def list_jobs(root: Path) -> list[JobFolder]:

@@ -122,7 +122,7 @@ def _read_file(
         first = 0  # of the row group, then of the batch
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            if first >= stop or first + rows <= start:
+            if not rows or first >= stop or first + rows <= start:
                 first += rows
                 continue
             size = _batch_rows(file, group, columns)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import JobNotFound, OutputError, SpecChanged
+from jobs.files import current_umask
 from jobs.folder import JobFolder, check_unchanged, create, find, list_jobs
 from jobs.folder import home as jobs_home
 from jobs.journal import Result
@@ -50,6 +52,15 @@ def test_any_input_name_makes_a_usable_id(home, spec, tmp_path, name):
     assert job.id.replace("-", "").isalnum()
     assert not job.id.startswith("-")
     assert len(job.id) < 64
+
+
+def test_two_jobs_that_draw_one_id_are_two_jobs(home, spec, monkeypatch):
+    drawn = iter(["same", "same", "same", "other"])
+    monkeypatch.setattr("jobs.folder._new_id", lambda _: next(drawn))
+    first, second = create(home, spec), create(home, spec)
+    assert (first.id, second.id) == ("same", "other")
+    assert sorted(p.name for p in (home / "jobs").iterdir()) == ["other", "same"]
+    assert stat.S_IMODE(second.path.stat().st_mode) == 0o777 & ~current_umask()
 
 
 def test_states_follow_the_files(job):

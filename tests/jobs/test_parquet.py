@@ -91,6 +91,16 @@ def test_a_column_whose_name_begins_another(tmp_path):
     assert [row.fields for row in source.rows(["a"])] == [{"a": {"b": 1, "c": 2}}]
 
 
+def test_empty_row_groups_are_passed_over(tmp_path):
+    path, table = tmp_path / "x.parquet", pa.table({"id": [7, 8]})
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for size in (1, 0, 1, 0):
+            writer.write_table(table.slice(0, size), row_group_size=1)
+    source = ParquetSource([path])
+    assert [row.fields["id"] for row in source.rows()] == [7, 7]
+    assert pa.Table.from_batches(source.batches(table.schema)).num_rows == 2
+
+
 def test_columns_in_another_order_are_another_schema(tmp_path):
     paths = [tmp_path / "1.parquet", tmp_path / "2.parquet"]
     pq.write_table(pa.table({"id": [1], "prompt": ["a"]}), paths[0])
