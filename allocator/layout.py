@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
+from math import gcd, lcm
+
+_BLOCK_TOKENS = 16  # Kernels made for paged caches read a slot as blocks of this many tokens.
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,20 @@ class KVLayout:
         """Bytes of one token in a slab of `group`: the stride between tokens."""
         return self._token_bytes[group]
 
+    @cached_property
+    def slot_tokens(self) -> int:
+        """Tokens of address space of one slot: `max_tokens`, rounded up.
+
+        Every slab then is whole pages and whole blocks, and slot s begins exactly
+        `s * slot_tokens` tokens after slot 0: all slots together are one tensor of tokens.
+        """
+        page = self.page_size
+        step = lcm(_BLOCK_TOKENS, *(page // gcd(page, token) for token in self._token_bytes))
+        return -(-self.max_tokens // step) * step
+
     def slab_size(self, group: int) -> int:
-        """Bytes of address space of one slot's slab: `max_tokens`, rounded up to whole pages."""
-        return self._pages(group, self.max_tokens) * self.page_size
+        """Bytes of address space of one slot's slab, whole pages."""
+        return self.slot_tokens * self._token_bytes[group]
 
     def tokens_per_page(self, group: int) -> Fraction:
         """Tokens that one page of `group` holds, not a whole number in general."""
@@ -138,6 +152,3 @@ class KVLayout:
                 for begin, s in zip(begins, shapes, strict=False)
             ]
         return tuple(offsets)
-
-    def _pages(self, group: int, num_tokens: int) -> int:
-        return -(-num_tokens * self._token_bytes[group] // self.page_size)

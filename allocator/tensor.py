@@ -53,8 +53,9 @@ def layer_views(
     Only tokens that `KVArena.ensure` has backed may be touched: `k[slot, :num_tokens]`.
 
     Returns:
-        K as [num_slots, max_tokens, kv_heads, k_dim] and V as [num_slots, max_tokens, kv_heads,
-        v_dim], strided over the slabs; valid until `arena.release()`.
+        K as [num_slots, slot_tokens, kv_heads, k_dim] and V as [num_slots, slot_tokens, kv_heads,
+        v_dim], strided over the slabs; valid until `arena.release()`. `k.flatten(0, 1)` is a view
+        too: the slots follow each other at whole tokens.
     """
     layout = arena.layout
     if dtype.itemsize != layout.dtype_bytes:
@@ -62,15 +63,14 @@ def layer_views(
             f"{dtype} has {dtype.itemsize} bytes, the layout's elements have {layout.dtype_bytes}"
         )
     shape, group = layout.layers[layer], layout.group_of(layer)
-    slab = layout.slab_size(group)
     token_stride = layout.group_bytes_per_token(group) // dtype.itemsize
 
     def view(dim: int, offset: int) -> torch.Tensor:
         return strided_view(
             arena.address(group),
-            arena.num_slots * slab,
-            (arena.num_slots, layout.max_tokens, shape.kv_heads, dim),
-            (slab // dtype.itemsize, token_stride, dim, 1),
+            arena.num_slots * layout.slab_size(group),
+            (arena.num_slots, layout.slot_tokens, shape.kv_heads, dim),
+            (layout.slot_tokens * token_stride, token_stride, dim, 1),
             dtype,
             offset=offset // dtype.itemsize,
             device=device,

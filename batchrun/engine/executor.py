@@ -37,7 +37,7 @@ class TorchExecutor:
 
     Args:
         loaded: The model.
-        views: Each layer's keys and values, `[num_slots, max_tokens, kv_heads, dim]`.
+        views: Each layer's keys and values, `[num_slots, slot_tokens, kv_heads, dim]`.
         backend: The attention kernels.
     """
 

@@ -77,6 +77,7 @@ def test_a_last_group_that_is_not_full() -> None:
 
 def test_a_slot_never_holds_more_than_max_tokens() -> None:
     layout = layout_of([LayerKV(1, 8, 8)], page_size=4096, max_tokens=100)
+    assert layout.slot_tokens == 128
     assert layout.slab_size(0) == 4096
     assert layout.tokens_in([1]) == 100
 
@@ -121,10 +122,13 @@ def test_pages_and_tokens_are_inverse(layout: KVLayout, data: st.DataObject) -> 
     tokens = data.draw(st.integers(0, layout.max_tokens))
     pages = layout.pages_for(tokens)
     assert layout.tokens_in(pages) >= tokens
+    assert layout.slot_tokens % 16 == 0
     for group, count in enumerate(pages):
         used = tokens * layout.group_bytes_per_token(group)
         assert (count - 1) * layout.page_size < used <= count * layout.page_size or count == 0
         assert count * layout.page_size <= layout.slab_size(group)
+        assert layout.slab_size(group) % layout.page_size == 0
+        assert layout.slab_size(group) == layout.slot_tokens * layout.group_bytes_per_token(group)
     assert 0 <= layout.waste_bytes(tokens) < layout.num_groups * layout.page_size
     fewer = [max(0, count - 1) for count in pages]
     assert tokens == 0 or layout.tokens_in(fewer) < tokens

@@ -22,8 +22,9 @@ def arena(memory: HostMemory) -> KVArena:
 
 def test_shapes_and_strides(arena: KVArena) -> None:
     k, v = layer_views(arena, 1, torch.float32)
-    assert k.shape == (3, 100, 1, 24)
-    assert v.shape == (3, 100, 1, 8)
+    tokens = arena.layout.slot_tokens
+    assert k.shape == (3, tokens, 1, 24)
+    assert v.shape == (3, tokens, 1, 8)
     token, slab = (64 + 32), arena.layout.slab_size(0) // 4
     assert k.stride() == (slab, token, 24, 1)
     assert v.stride() == (slab, token, 8, 1)
@@ -48,14 +49,26 @@ def test_indexed_writes_land_where_the_layout_says(arena: KVArena, dtype: torch.
     assert torch.equal(torch.frombuffer(bytearray(raw), dtype=dtype), -x[1].flatten())
 
 
+def test_all_slots_are_one_tensor_of_tokens(arena: KVArena) -> None:
+    slots = [arena.open(), arena.open(), arena.open()]
+    assert arena.ensure(2, 40)
+    for layer in range(3):
+        for view in layer_views(arena, layer, torch.float32):
+            flat = view.view(-1, *view.shape[2:])  # raises if it were a copy
+            flat[2 * arena.layout.slot_tokens + 39] = layer + 1.5
+            assert (view[2, 39] == layer + 1.5).all()
+    assert sorted(slots) == [0, 1, 2]
+
+
 def test_views_of_different_layers_never_overlap(arena: KVArena) -> None:
     slot = arena.open()
     assert arena.ensure(slot, 100)
     views = [view for layer in range(3) for view in layer_views(arena, layer, torch.float32)]
     for number, view in enumerate(views):
-        view[slot] = number
+        view[slot, :100] = number
     for number, view in enumerate(views):
-        assert torch.equal(view[slot], torch.full(view[slot].shape, float(number)))
+        tokens = view[slot, :100]
+        assert torch.equal(tokens, torch.full(tokens.shape, float(number)))
 
 
 def test_attention_over_a_slab_view_equals_attention_over_a_copy(arena: KVArena) -> None:
@@ -77,7 +90,7 @@ def test_bfloat16_rounds_like_torch(memory: HostMemory) -> None:
     k, _ = layer_views(arena, 0, torch.bfloat16)
     x = torch.randn(10, 1, 8)
     k[slot, :10] = x
-    assert torch.equal(k[slot], x.bfloat16())
+    assert torch.equal(k[slot, :10], x.bfloat16())
 
 
 def test_ninety_gigabytes_of_slots_cost_nothing_to_view() -> None:

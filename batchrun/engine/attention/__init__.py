@@ -49,9 +49,9 @@ class AttentionBackend(Protocol):
         Args:
             layer: Scale, window and the like.
             query: `[T, Hq, Dk]`, the planned segments' tokens packed.
-            keys: `[num_slots, max_tokens, Hkv, Dk]`, a strided view; only tokens up to a segment's
+            keys: `[num_slots, slot_tokens, Hkv, Dk]`, a strided view; only tokens up to a segment's
                 end may be touched, beyond them there is no memory.
-            values: `[num_slots, max_tokens, Hkv, Dv]`, likewise.
+            values: `[num_slots, slot_tokens, Hkv, Dv]`, likewise.
 
         Returns:
             `[T, Hq, Dv]`.
