@@ -1,0 +1,1 @@
+"""What `make gpu-check` measures: one command, one JSON, on one GPU."""
