@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from batchrun.engine.core import Segment
+
+_MODULES = {
+    "sdpa": "sdpa",
+}
+NAMES = tuple(_MODULES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +36,69 @@ class LayerAttention:
     sinks: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one layer of the model asks of attention, known before any step."""
+
+    q_heads: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a backend is made for.
+
+    Args:
+        layers: Each layer of the model.
+        slot_tokens: Tokens of address space of one slot, a multiple of 16.
+        num_slots: Slots, the scratch slots of the caller included.
+        max_num_seqs: Segments of one step at most.
+        max_num_batched_tokens: Tokens of one step at most.
+        dtype: Of queries, keys and values.
+        device: That all of them are on.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    slot_tokens: int
+    num_slots: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+Upload = Callable[["np.ndarray[Any, Any]"], "torch.Tensor"]
+"""Host array to device tensor. Returns at once; the copy is ordered before whatever the compute
+stream does next, and the caller may reuse the array at once."""
+
+
 class AttentionBackend(Protocol):
-    """A kernel library over slots that are contiguous in virtual memory."""
+    """A kernel library over slots that are contiguous in virtual memory.
+
+    `capturable` says whether `plan` can be `fixed`.
+    """
 
     name: str
+    capturable: bool
 
-    def plan(self, segments: Sequence[Segment]) -> None:
-        """Prepare a step: its segments lie one behind the other in the packed tokens."""
+    def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
+        """Prepare a step: its segments lie one behind the other, single-token ones first.
+
+        Steps are pipelined: this may be called while the step before is still computing; the one
+        before that has been collected. Never called inside a graph capture.
+
+        Args:
+            segments: What `run` will be called for.
+            fixed: `run` is being captured in, or replayed by, a CUDA graph. All segments are
+                single tokens then, and whatever `run` reads lies at the same addresses in each
+                fixed plan of as many segments.
+        """
 
     def run(
         self,
@@ -58,15 +121,48 @@ class AttentionBackend(Protocol):
         """
 
 
-def create(name: str) -> AttentionBackend:
-    """Make the backend of that name; `auto` takes the best one for this machine.
+class _Library(Protocol):
+    """What the module of a kernel library offers."""
+
+    def why_not(self, geometry: Geometry, name: str = ...) -> str | None:
+        """Why it can't serve this model on this machine; None where it can. Compiles nothing."""
+
+    def make(
+        self, geometry: Geometry | None, upload: Upload | None, name: str = ...
+    ) -> AttentionBackend:
+        """Make it, compiling kernels if need be; ValueError says why that fails."""
+
+
+def why_not(name: str, geometry: Geometry) -> str | None:
+    """Why the backend of that name can't serve a model here; None where it can."""
+    return _library(name).why_not(geometry, name)
+
+
+def create(
+    name: str,
+    geometry: Geometry | None = None,
+    upload: Upload | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> AttentionBackend:
+    """Make the backend of that name; `auto` takes the best one for this model and machine.
+
+    Args:
+        name: One of `NAMES`, or `auto`.
+        geometry: What it is made for; `sdpa` needs none.
+        upload: How its arrays reach the device; `sdpa` needs none.
+        log: Told, in one line, what `auto` could not use and what it uses instead.
 
     Raises:
-        ValueError: There is no such backend; the message lists those there are.
+        ValueError: There is no such backend, or it can't serve this model here; says why.
     """
-    from batchrun.engine.attention.sdpa import SDPA  # noqa: PLC0415 - torch only when wanted
+    if name == "auto":
+        name = "sdpa"
+    return _library(name).make(geometry, upload, name)
 
-    backends: dict[str, Callable[[], AttentionBackend]] = {"auto": SDPA, "sdpa": SDPA}
-    if name not in backends:
-        raise ValueError(f"no attention backend {name!r}; there are {', '.join(backends)}")
-    return backends[name]()
+
+def _library(name: str) -> _Library:
+    if name not in _MODULES:
+        raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(NAMES)}")
+    # Imported when wanted: each needs torch, and some need libraries that may be missing.
+    library: Any = import_module(f"batchrun.engine.attention.{_MODULES[name]}")
+    return cast("_Library", library)

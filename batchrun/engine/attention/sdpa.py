@@ -8,20 +8,33 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from batchrun.engine.attention import LayerAttention
+from batchrun.engine.attention import Geometry, LayerAttention, Upload
 from batchrun.engine.core import Segment
+
+
+def why_not(geometry: Geometry, name: str = "sdpa") -> str | None:
+    """It serves every model everywhere."""
+    return None
+
+
+def make(geometry: Geometry | None, upload: Upload | None, name: str = "sdpa") -> SDPA:
+    """It needs to know nothing beforehand."""
+    return SDPA()
 
 
 class SDPA:
     """Reads each slot in place through a strided view; nothing is gathered or padded."""
 
     name = "sdpa"
+    capturable = False  # lengths are shapes here
 
     def __init__(self) -> None:
         self._segments: Sequence[Segment] = ()
 
-    def plan(self, segments: Sequence[Segment]) -> None:
+    def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """Remember the step's segments."""
+        if fixed:
+            raise ValueError("sdpa takes lengths as shapes, which a CUDA graph would freeze")
         self._segments = segments
 
     def run(
