@@ -52,7 +52,7 @@ SHAPES = {
         Shape("llama-3-8b", "llama", 4096, 14336, 32, 32, 8, 128, 128256, False, 5e5, 8192),
         Shape("qwen3-0.6b", "qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True, 1e6, 40960),
         Shape("qwen3-14b", "qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False, 1e6, 40960),
-        Shape("toy", "llama", 64, 128, 2, 4, 2, 16, 512, False, 1e4, 512, dtype_bytes=4),
+        Shape("toy", "llama", 64, 128, 4, 4, 2, 16, 512, False, 1e4, 512, dtype_bytes=4),
     )
 }
 
@@ -109,6 +109,9 @@ class Load:
         rng = random.Random(self.seed)
         draw = [rng.randint(self.shortest, self.longest) for _ in range(2 * self.requests)]
         return list(zip(draw[::2], draw[1::2], strict=True))
+
+
+TOY_LOAD = Load(requests=8, shortest=4, longest=24)
 
 
 def prompt(length: int, vocab: int, seed: int) -> tuple[int, ...]:

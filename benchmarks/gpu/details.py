@@ -1,0 +1,130 @@
+"""The check's figures that have no target, as Markdown tables. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Figures = Mapping[str, Any]
+
+
+def sections(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
+    """A table for each part that has one, its title first; parts without figures are left out."""
+    makers = {
+        "ceilings": ceilings,
+        "steps": steps,
+        "job": job,
+        "vmm": vmm,
+        "slabs": slabs,
+        "layouts": layouts,
+        "tests": tests,
+        "sanitizer": tests,
+    }
+    for name, make in makers.items():
+        figures = parts.get(name, {}).get("figures")
+        if figures:
+            yield [f"**{name}**", "", *make(figures)]
+
+
+def ceilings(figures: Figures) -> Iterator[str]:
+    """What the device was measured to do."""
+    if "bandwidth" in figures:
+        yield f"- copy: {figures['bandwidth'] / 1e9:,.0f} GB/s, read and written"
+    if "matrix" in figures:
+        yield f"- bf16 matrix product: {figures['matrix'] / 1e12:,.1f} TFLOP/s"
+
+
+def steps(figures: Figures) -> Iterator[str]:
+    """Decode and prefill in absolute numbers."""
+    if "decode_step_s" in figures:
+        step, seqs = figures["decode_step_s"], figures["decode_sequences"]
+        yield (
+            f"- decode: {step * 1e3:.2f} ms a step, {figures['decode_device_s'] * 1e3:.2f} ms "
+            f"of it on the device; {seqs} sequences of {figures['decode_context']:.0f} tokens, "
+            f"{seqs / step:,.0f} tokens/s"
+        )
+    if "prefill_s" in figures:
+        rate = figures["prefill_tokens"] / figures["prefill_s"]
+        yield f"- prefill: {rate:,.0f} tokens/s"
+
+
+def job(figures: Figures) -> Iterator[str]:
+    """The whole job in absolute numbers."""
+    if "seconds" not in figures:
+        return
+    yield (
+        f"- {figures['tokens']:,} tokens in {figures['seconds']:.2f} s "
+        f"({figures['tokens_per_s']:,.0f} tokens/s), {figures['steps']:.0f} steps; "
+        f"mapping hidden for {figures['hidden']:.2%} of the time, "
+        f"{figures['stalls']:.0f} exposed stalls; device idle for {figures['idle']:.2%}"
+    )
+    if "tokens_per_s_without_overlap" in figures:
+        yield f"- without overlap {figures['tokens_per_s_without_overlap']:,.0f} tokens/s"
+
+
+def vmm(figures: Figures) -> Iterator[str]:
+    """Microseconds by range length, and what the calls do to running kernels."""
+    ranges = figures.get("ranges", [])
+    names = [name for name in ranges[0] if name != "pages"] if ranges else []
+    yield from _head(f"pages of {figures['granularity'] >> 10:,} KiB", *names)
+    for row in ranges:
+        yield f"| {row['pages']} | {' | '.join(f'{row[name]:,.1f} us' for name in names)} |"
+    yield ""
+    yield from _head(
+        "while copies run", "idle", "beside copies", "longest", "copies alone", "beside the calls"
+    )
+    for name in ("create", "map", "unmap"):
+        found = figures.get(f"under_{name}")
+        if found:
+            yield (
+                f"| {name}, {found['pages']} pages | {found['idle_us']:,.1f} us "
+                f"| {found['busy_us']:,.1f} us | {found['longest_busy_us']:,.1f} us "
+                f"| {found['copies_alone_s'] * 1e3:.1f} ms "
+                f"| {found['copies_beside_s'] * 1e3:.1f} ms |"
+            )
+
+
+def slabs(figures: Figures) -> Iterator[str]:
+    """Decode attention and waste by layers in a slab."""
+    yield (
+        f"{figures['shape']}, {figures['sequences']} sequences of {figures['tokens']:,} tokens, "
+        f"{figures['slabs'][0]['attention']}"
+    )
+    yield ""
+    yield from _head("layers a slab", "attention a layer", "KV read", "waste", "waste of the load")
+    for row in figures["slabs"]:
+        yield (
+            f"| {row['layers_per_slab']} | {row['layer_s'] * 1e6:,.0f} us "
+            f"| {row['bandwidth'] / 1e9:,.1f} GB/s | {row['waste']:.1%} "
+            f"| {row['waste_of_load']:.1%} |"
+        )
+
+
+def layouts(figures: Figures) -> Iterator[str]:
+    """Contiguous slots against pages, by workload and kernels."""
+    pages = figures["page_tokens"]
+    yield from _head(
+        figures["shape"], "kernels", "contiguous", f"pages of {pages}", "contiguous is", "differ"
+    )
+    for row in figures["layouts"]:
+        kind = "decode" if row["queries"] == 1 else "prefill"
+        label = f"{kind}, {row['sequences']} x {row['tokens']:,}"
+        if "reason" in row:
+            yield f"| {label} | {row['backend']} | none: {row['reason']} | | | |"
+            continue
+        paged = row.get("paged_s")
+        rest = " | | "
+        if paged:
+            times = paged / row["contiguous_s"]
+            rest = f"{paged * 1e6:,.0f} us | {times:.2f} times as fast | {row['difference']:.1g}"
+        yield f"| {label} | {row['backend']} | {row['contiguous_s'] * 1e6:,.0f} us | {rest} |"
+
+
+def tests(figures: Figures) -> Iterator[str]:
+    """Counts of tests."""
+    yield ", ".join(f"{count} {outcome}" for outcome, count in figures.items())
+
+
+def _head(*columns: str) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
