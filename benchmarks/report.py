@@ -1,6 +1,7 @@
 """Writes the tables of benchmarks/README.md from the JSON lines in benchmarks/results/.
 
 python benchmarks/throughput.py | tail -n 1 > benchmarks/results/NAME.json
+make gpu-check
 python benchmarks/report.py
 """
 
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from gpu.details import sections
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
@@ -59,12 +62,42 @@ def sigkill(result: dict[str, Any]) -> Iterator[str]:
     )
 
 
-SECTIONS = {"throughput": throughput, "joblayer": joblayer, "sigkill": sigkill}
+def gpu_check(result: dict[str, Any]) -> Iterator[str]:
+    device = result["device"]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    yield f"### {device.get('name', 'no device')}"
+    yield ""
+    yield f"{versions}; driver {device.get('driver_version', 'unknown')}; {result['date']}, "
+    yield f"commit {result['commit']}; `{result['command']}`; {result['seconds']:.0f} s."
+    yield ""
+    yield "| figure | measured | target | |"
+    yield "|---|---|---|---|"
+    verdicts = {True: "met", False: "missed", None: ""}
+    for row in result["table"]:
+        cells = (row["figure"], row["shown"], row["target"], verdicts[row["met"]])
+        yield f"| {' | '.join(cells)} |"
+    for name, part in result["parts"].items():
+        if part["status"] != "done":
+            yield f"\n`{name}` {part['status']}: {part.get('reason', 'no reason given')}"
+    for lines in sections(result["parts"]):
+        yield ""
+        yield from lines
+
+
+SECTIONS = {
+    "throughput": throughput,
+    "joblayer": joblayer,
+    "sigkill": sigkill,
+    "gpu-check": gpu_check,
+}
 
 
 def render() -> str:
     found = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
-    return "\n\n".join("\n".join(SECTIONS[result["benchmark"]](result)) for result in found)
+    made = ["\n".join(SECTIONS[result["benchmark"]](result)) for result in found]
+    if not any(result["benchmark"] == "gpu-check" for result in found):
+        made.append("### GPU\n\nNo check of a GPU has been run yet: no figure of one is known.")
+    return "\n\n".join(made)
 
 
 def main() -> int:

@@ -136,7 +136,7 @@ def main() -> None:
                 outputs[name] = way()
                 seconds[name].append(time.perf_counter() - began)
                 print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
-        utilisation = runtime.usage.utilisation
+        utilisation = runtime.assembly.usage.utilisation
     tokens = sum(map(len, outputs["batchrun"]))
     print(f"{'':24} {'tokens/s':>9} {'seconds':>8} {'same completions':>17}")
     for name in ways:

@@ -100,7 +100,8 @@ def main() -> int:
     except Unavailable as error:
         record |= {"status": "unavailable", "reason": str(error)}
     except Exception as error:
-        record |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+        first = (str(error).strip() or "no message").splitlines()[0]
+        record |= {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
         write(args.out, record)
         raise
     write(args.out, record)

@@ -90,10 +90,14 @@ def _rows(figures: Figures, parts: Mapping[str, Mapping[str, Any]]) -> Iterator[
         3.0,
         note=_peer_note(parts),
     )
-    seconds = figures.get("job", "seconds")
-    least = _least_seconds(parts, bandwidth, matrix)
+    seconds, ceilings = (
+        figures.get("job", "seconds"),
+        figures.get("ceilings", "bandwidth", "matrix"),
+    )
     yield _row(
-        "end to end, of the roofline", _ratio(least, seconds, lambda a, b: a[0] / b[0]), 0.70
+        "end to end, of the roofline",
+        _ratio(seconds, ceilings, lambda s, c: _least_seconds(parts, Ceilings(*c)) / s[0]),
+        0.70,
     )
 
 
@@ -135,24 +139,16 @@ def _peer_note(parts: Mapping[str, Mapping[str, Any]]) -> str:
     return f" (theirs with {figures['attention']}{stopped})"
 
 
-def _least_seconds(
-    parts: Mapping[str, Mapping[str, Any]], bandwidth: Any, matrix: Any
-) -> list[float] | str:
+def _least_seconds(parts: Mapping[str, Mapping[str, Any]], ceilings: Ceilings) -> float:
     """The roofline of the very load that the job part ran."""
-    for found in (bandwidth, matrix):
-        if isinstance(found, str):
-            return found
-    load = parts.get("job", {}).get("figures", {}).get("load")
-    if load is None:
-        return "job has no load"
-    least = job_seconds(
+    load = parts["job"]["figures"]["load"]
+    return job_seconds(
         SHAPES[load["shape"]],
         Load(load["requests"], load["shortest"], load["longest"], load["seed"]).lengths(),
-        Ceilings(bandwidth[0], matrix[0]),
+        ceilings,
         max_num_seqs=load["max_num_seqs"],
         max_num_batched_tokens=load["max_num_batched_tokens"],
     )
-    return [least]
 
 
 def text(found: list[Row]) -> Iterator[str]:
