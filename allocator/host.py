@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .ledger import Ledger
 from .vmm import AllocatorError, Handle, OutOfPages
 
 # From <linux/mman.h> and <linux/falloc.h>; the `mmap` module lacks some before Python 3.13.
@@ -44,49 +45,31 @@ class HostMemory:
         self.granularity = page_size
         self.max_mappings = max_mappings
         self._libc = _load_libc()
-        self._fd: int | None = os.memfd_create("batchrun-kv")
+        self.ledger = Ledger(page_size)
+        self._fd = os.memfd_create("batchrun-kv")
         self._file_pages = 0
         self._holes: list[int] = []  # ascending: pages of the file with nothing behind them
-        self._mapped_at: dict[Handle, int] = {}  # live page -> number of addresses it is mapped at
-        self._reservations: dict[int, int] = {}  # address -> size
-        self._table: dict[int, Handle] = {}  # address of a mapped page -> the page
         self._mappings = 0
 
     def reserve(self, size: int) -> int:
         """See `VirtualMemory.reserve`."""
-        self._open_fd()
-        if size <= 0 or size % self.granularity:
-            raise AllocatorError(
-                f"cannot reserve {size} bytes: not a positive multiple of the page size, "
-                f"{self.granularity}"
-            )
+        self.ledger.check_reserve(size)
         address = self._mmap(None, size, None)
-        self._reservations[address] = size
+        self.ledger.reservations[address] = size
         self._mappings += 1
         return address
 
     def free(self, address: int, size: int) -> None:
         """See `VirtualMemory.free`."""
-        self._open_fd()
-        if self._reservations.get(address) != size:
-            held = self._reservations.get(address)
-            why = "no reservation begins there" if held is None else f"it has {held} bytes"
-            raise AllocatorError(f"cannot free {size} bytes at {address:#x}: {why}")
-        mapped = sum(address <= page < address + size for page in self._table)
-        if mapped:
-            raise AllocatorError(
-                f"cannot free {size} bytes at {address:#x}: {mapped} pages are still mapped there"
-            )
+        self.ledger.check_free(address, size)
         if self._libc.munmap(address, size):
             raise _os_error("munmap", f"{size} bytes at {address:#x}")
-        del self._reservations[address]
+        del self.ledger.reservations[address]
         self._mappings -= 1
 
     def create(self, count: int) -> list[Handle]:
         """See `VirtualMemory.create`."""
-        self._open_fd()
-        if count < 0:
-            raise AllocatorError(f"cannot create {count} pages")
+        self.ledger.check_create(count)
         reused = self._holes[:count]
         end = self._file_pages + count - len(reused)
         indices = reused + list(range(self._file_pages, end))
@@ -100,37 +83,20 @@ class HostMemory:
         del self._holes[: len(reused)]
         self._file_pages = end
         handles = [Handle(index) for index in indices]
-        self._mapped_at.update(dict.fromkeys(handles, 0))
+        self.ledger.mapped_at.update(dict.fromkeys(handles, 0))
         return handles
 
     def destroy(self, handles: Sequence[Handle]) -> None:
         """See `VirtualMemory.destroy`."""
-        self._open_fd()
-        self._check_live(handles)
-        if len(set(handles)) != len(handles):
-            raise AllocatorError(f"cannot destroy a page twice in one call: {sorted(handles)}")
-        for handle in handles:
-            if self._mapped_at[handle]:
-                raise AllocatorError(
-                    f"cannot destroy page {handle}: it is mapped at {self._mapped_at[handle]} "
-                    "addresses"
-                )
+        self.ledger.check_destroy(handles)
         self._punch(sorted(handles))
         for handle in handles:
-            del self._mapped_at[handle]
+            del self.ledger.mapped_at[handle]
         self._holes = sorted([*self._holes, *handles])
 
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         """See `VirtualMemory.map`."""
-        self._check_range(address, len(handles))
-        self._check_live(handles)
-        page = self.granularity
-        for position in range(len(handles)):
-            if address + position * page in self._table:
-                raise AllocatorError(
-                    f"cannot map {len(handles)} pages at {address:#x}: "
-                    f"page {position} of the range is mapped already"
-                )
+        pages, page = self.ledger.check_map(address, handles), self.granularity
         runs = list(_runs(handles))
         # A run cuts the mapping that it lands in at both ends, at worst.
         if self._mappings + len(runs) + 1 > self.max_mappings:
@@ -144,45 +110,32 @@ class HostMemory:
                 if start and self._libc.mprotect(address, start * page, 0):
                     raise _os_error("mprotect", f"{start} pages at {address:#x}") from None
                 raise
-        for position, handle in enumerate(handles):
-            self._table[address + position * page] = handle
-            self._mapped_at[handle] += 1
+        self.ledger.mapped(pages, handles)
         self._mappings += self._cuts(address, len(handles)) - before
 
     def unmap(self, address: int, count: int) -> None:
         """See `VirtualMemory.unmap`."""
-        self._check_range(address, count)
-        page = self.granularity
-        pages = [address + position * page for position in range(count)]
-        missing = next((p for p in pages if p not in self._table), None)
-        if missing is not None:
-            raise AllocatorError(
-                f"cannot unmap {count} pages at {address:#x}: nothing is mapped at {missing:#x}"
-            )
+        pages = self.ledger.check_unmap(address, count)
         before = self._cuts(address, count)
         # Mapping nothing over it, rather than munmap, keeps the range reserved.
-        self._mmap(address, count * page, None)
-        for at in pages:
-            self._mapped_at[self._table.pop(at)] -= 1
+        self._mmap(address, count * self.granularity, None)
+        self.ledger.unmapped(pages)
         self._mappings += self._cuts(address, count) - before
 
     def close(self) -> None:
         """See `VirtualMemory.close`."""
-        if self._fd is None:
+        if self.ledger.closed:
             return
-        for address, size in self._reservations.items():
+        for address, size in self.ledger.reservations.items():
             self._libc.munmap(address, size)
         os.close(self._fd)
-        self._fd = None
-        self._reservations.clear()
-        self._table.clear()
-        self._mapped_at.clear()
+        self.ledger.close()
         self._mappings = 0
 
     def _cuts(self, address: int, count: int) -> int:
         """Places in and around a range where one kernel mapping ends and another begins."""
-        page, table = self.granularity, self._table
-        base, size = self._reservation_of(address, count)
+        page, table = self.granularity, self.ledger.table
+        base, size = self.ledger.reservation_of(address, count)
         first = max(address, base + page)
         last = min(address + count * page, base + size - page)
         cuts = 0
@@ -201,7 +154,7 @@ class HostMemory:
         if handle is None:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | fixed
         else:
-            protection, fd = mmap.PROT_READ | mmap.PROT_WRITE, self._open_fd()
+            protection, fd = mmap.PROT_READ | mmap.PROT_WRITE, self._fd
             offset = handle * self.granularity
             # Populating now costs one call; otherwise each 4 KiB faults when it is first touched.
             flags = mmap.MAP_SHARED | mmap.MAP_POPULATE | fixed
@@ -215,7 +168,7 @@ class HostMemory:
     def _fallocate(self, mode: int, index: int, count: int) -> int:
         """Commit or punch pages of the file. Returns 0 or the errno."""
         page = self.granularity
-        while self._libc.fallocate(self._open_fd(), mode, index * page, count * page):
+        while self._libc.fallocate(self._fd, mode, index * page, count * page):
             if ctypes.get_errno() != errno.EINTR:
                 return ctypes.get_errno()
         return 0
@@ -225,37 +178,10 @@ class HostMemory:
             if self._fallocate(_PUNCH_HOLE, indices[start], stop - start):
                 raise _os_error("fallocate", f"punching {stop - start} pages")
 
-    def _reservation_of(self, address: int, count: int) -> tuple[int, int]:
-        end = address + count * self.granularity
-        for base, size in self._reservations.items():
-            if base <= address and end <= base + size:
-                return base, size
-        raise AllocatorError(f"{count} pages at {address:#x} do not lie in one reservation")
-
-    def _check_range(self, address: int, count: int) -> None:
-        self._open_fd()
-        if count <= 0:
-            raise AllocatorError(f"a range of {count} pages at {address:#x} is empty")
-        base, _ = self._reservation_of(address, count)
-        if (address - base) % self.granularity:
-            raise AllocatorError(
-                f"address {address:#x} is not on a page boundary of the reservation at {base:#x}"
-            )
-
-    def _check_live(self, handles: Sequence[Handle]) -> None:
-        for handle in handles:
-            if handle not in self._mapped_at:
-                raise AllocatorError(f"page {handle} does not exist (never created, or destroyed)")
-
-    def _open_fd(self) -> int:
-        if self._fd is None:
-            raise AllocatorError("this HostMemory is closed")
-        return self._fd
-
     def _create_error(self, count: int, number: int) -> AllocatorError:
         if number not in _NO_MEMORY:
             return AllocatorError(f"cannot commit {count} pages: {os.strerror(number)}")
-        held = len(self._mapped_at)
+        held = len(self.ledger.mapped_at)
         return OutOfPages(
             f"cannot commit {count} pages of {self.granularity} bytes: {os.strerror(number)} "
             f"({held} pages are held, {held * self.granularity} bytes); free memory, or use a "

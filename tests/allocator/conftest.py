@@ -2,37 +2,38 @@ from collections.abc import Callable, Iterator
 
 import memory_twins
 import pytest
+from memory_twins import PAGE, SCALE, Twin
 
 from allocator.arena import KVArena
-from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
+from allocator.vmm import VirtualMemory
 
 
-@pytest.fixture(params=memory_twins.TWINS)
-def twin(request: pytest.FixtureRequest) -> Iterator[memory_twins.Twin]:
-    twin = memory_twins.TWINS[request.param]()
+@pytest.fixture
+def twin() -> Iterator[Twin]:
+    twin = memory_twins.open_twin()
     yield twin
     twin.memory.close()
 
 
 @pytest.fixture
-def memory() -> Iterator[HostMemory]:
-    memory = HostMemory(4096)
+def memory() -> Iterator[VirtualMemory]:
+    memory = memory_twins.open_memory()
     yield memory
     memory.close()
 
 
 @pytest.fixture
-def make_arena(memory: HostMemory) -> Callable[..., KVArena]:
-    """Arenas whose tokens have 1 KiB per layer: four tokens of one layer to a page."""
+def make_arena(memory: VirtualMemory) -> Callable[..., KVArena]:
+    """Arenas of which a page holds four tokens of one layer: 1 KiB each where pages are 4 KiB."""
 
     def make(
         *, layers: int = 1, layers_per_slab: int | None = None, max_tokens: int = 64, **options
     ) -> KVArena:
         layout = KVLayout(
-            (LayerKV(kv_heads=2, k_dim=64, v_dim=64),) * layers,
+            (LayerKV(kv_heads=2, k_dim=64 * SCALE, v_dim=64 * SCALE),) * layers,
             dtype_bytes=4,
-            page_size=4096,
+            page_size=PAGE,
             max_tokens=max_tokens,
             layers_per_slab=layers_per_slab or layers,
         )

@@ -1,43 +1,103 @@
 """Every implementation of `VirtualMemory`, with what a test needs to look at its memory.
 
-A new implementation joins the contract suite by one more entry in `TWINS`.
+One process tests one of them, the twin that BATCHRUN_TEST_MEMORY names: `host`; `fake-cuda`, which
+is `CudaMemory` over tests/fake_cuda; or `cuda`, which is `CudaMemory` on a GPU. test_twins.py runs
+the other tests of this folder again in processes of the other twins.
 """
 
 import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from allocator.cuda import CudaMemory
 from allocator.host import HostMemory
 from allocator.vmm import VirtualMemory
 
 ROOT = Path(__file__).parents[2]
+TWIN = os.environ.get("BATCHRUN_TEST_MEMORY", "host")
+DEVICE = "cuda" if TWIN == "cuda" else "cpu"
+PAGE = 2 << 20 if TWIN == "cuda" else 4096
+SCALE = PAGE // 4096
+"""What tests multiply the bytes of a token by, so that a page holds as many of them anywhere."""
+
+
+def open_memory(page_size: int = PAGE) -> HostMemory | CudaMemory:
+    """A memory of this process's twin, with pages of `page_size` bytes or the least above it."""
+    if TWIN == "host":
+        return HostMemory(page_size)
+    if TWIN == "cuda":
+        _keep_context()
+    return CudaMemory(page_size=max(page_size, PAGE))
+
+
+@cache
+def _keep_context() -> CudaMemory:
+    """Held for the whole process: a context that nobody holds is made anew, which takes long."""
+    return CudaMemory()
 
 
 @dataclass(frozen=True)
 class Twin:
-    name: str
-    memory: VirtualMemory
-    read: Callable[[int, int], bytes]  # address, size
-    write: Callable[[int, bytes], None]  # address, data
+    """A memory and how to touch it: a copy by the device's driver, or the processor itself."""
+
+    memory: HostMemory | CudaMemory
+
+    def read(self, address: int, size: int) -> bytes:
+        if TWIN != "cuda":
+            return ctypes.string_at(address, size)
+        data = bytearray(size)
+        self.memory.driver.call("cuMemcpyDtoH", data, address, size)
+        return bytes(data)
+
+    def write(self, address: int, data: bytes) -> None:
+        if TWIN != "cuda":
+            ctypes.memmove(address, data, len(data))
+        else:
+            self.memory.driver.call("cuMemcpyHtoD", address, data, len(data))
 
 
-def host(page_size: int = 64 << 10) -> Twin:
-    return Twin(
-        "host",
-        HostMemory(page_size),
-        ctypes.string_at,
-        lambda address, data: ctypes.memmove(address, data, len(data)) and None,
-    )
+def open_twin(page_size: int = max(PAGE, 64 << 10)) -> Twin:
+    return Twin(open_memory(page_size))
 
 
-TWINS: dict[str, Callable[..., Twin]] = {"host": host}
+def examples(count: int) -> int:
+    """Examples of a state machine: fewer where each call is a system's."""
+    return {"host": count, "fake-cuda": max(1, count // 2), "cuda": max(1, count // 8)}[TWIN]
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
+def faulted(done: subprocess.CompletedProcess[str]) -> bool:
+    """Whether a process ended by touching memory that it has not."""
+    if TWIN == "cuda":
+        return done.returncode == 1 and "failed with CUDA_ERROR_" in done.stderr.splitlines()[-1]
+    return done.returncode == -11
+
+
+class Wrapped:
+    """A memory of which a subclass replaces a method."""
+
+    def __init__(self, memory: VirtualMemory) -> None:
+        self.memory = memory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.memory, name)
+
+
+@contextmanager
+def opened(memory: Any) -> Iterator[Any]:
+    try:
+        yield memory
+    finally:
+        memory.close()
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter, where a fault or a resource limit kills no test."""
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     return subprocess.run(
@@ -47,5 +107,5 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         check=False,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **environment},
     )

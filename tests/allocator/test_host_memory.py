@@ -1,18 +1,25 @@
 """What only the Linux implementation promises: errors of the kernel, coalescing, no leaks."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from memory_twins import run_python
+from memory_twins import opened, run_python
 
 from allocator.host import HostMemory
 from allocator.vmm import AllocatorError, OutOfPages
 
 
+@pytest.fixture
+def memory() -> Iterator[HostMemory]:
+    with opened(HostMemory(4096)) as memory:
+        yield memory
+
+
 def resident(memory: HostMemory) -> int:
     """Bytes that the kernel has committed for the memory's pages."""
-    return os.fstat(memory._open_fd()).st_blocks * 512
+    return os.fstat(memory._fd).st_blocks * 512
 
 
 @pytest.mark.parametrize("size", [0, -4096, 1000])
@@ -158,7 +165,7 @@ except OutOfPages:
     print("refused")
 memory._libc.munmap(base, 8192 * 1000)  # room for reading the list of mappings
 print(open("/proc/self/maps").read().count(" rw-s ") - before + 1000)
-print([memory._mapped_at[page] for page in range(2, 17, 2)])
+print([memory.ledger.mapped_at[page] for page in range(2, 17, 2)])
 memory.close()
 """)
     assert done.stdout == f"refused\n0\n{[0] * 8}\n", done.stderr

@@ -3,13 +3,12 @@
 import random
 
 import pytest
+from memory_twins import PAGE, SCALE, open_memory, opened
 
 from allocator.accounting import Usage, UsageIntegral
 from allocator.arena import KVArena
-from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
-
-PAGE = 4096
+from allocator.vmm import VirtualMemory
 
 
 def usage(**values: int) -> Usage:
@@ -24,12 +23,12 @@ def test_usage_of_a_few_slots(make_arena) -> None:
         assert arena.ensure(slot, tokens)
     arena.close(third, step=0)
     now = arena.usage()
-    assert now.reserved == 4 * 2 * 64 * 1024
+    assert now.reserved == 4 * 2 * 64 * 1024 * SCALE
     assert now.mapped == 2 * (2 + 9 + 4) * PAGE, "the closed slot still holds its pages"
-    assert now.live == (5 + 33) * 2048
-    assert now.static == 2 * 64 * 2048
-    assert now.paged == (1 + 3) * 16 * 2048
-    assert now.utilisation == pytest.approx(38 * 2048 / (30 * PAGE))
+    assert now.live == (5 + 33) * 2048 * SCALE
+    assert now.static == 2 * 64 * 2048 * SCALE
+    assert now.paged == (1 + 3) * 16 * 2048 * SCALE
+    assert now.utilisation == pytest.approx(38 * 2048 * SCALE / (30 * PAGE))
     assert (now.map_calls, now.unmap_calls, now.create_calls) == (6, 0, 3)
     assert now.map_seconds > 0
     assert now.create_seconds > 0
@@ -101,20 +100,21 @@ def churn(arena: KVArena, *, steps: int, seed: int, chunk: int = 64) -> UsageInt
 @pytest.mark.parametrize(("num_slots", "seed"), [(4, 0), (16, 1), (32, 2)])
 def test_memory_is_real_under_churn(num_slots: int, seed: int) -> None:
     # SmolLM2-135M in float32: 46,080 bytes a token, 5.7 tokens in a page of 256 KiB.
-    memory = HostMemory(256 << 10)
-    layout = KVLayout((LayerKV(3, 64, 64),) * 30, 4, memory.granularity, 8192, 30)
-    arena = KVArena(memory, layout, num_slots=num_slots)
-    integral = churn(arena, steps=600, seed=seed)
-    arena.check()
-    assert integral.utilisation >= 0.95
-    seconds = integral.as_dict()
-    assert seconds["kv_static_s"] > 20 * seconds["kv_mapped_s"]
-    arena.release()
-    memory.close()
+    with opened(open_memory(256 << 10)) as memory:
+        dim = 64 * memory.granularity // (256 << 10)
+        layout = KVLayout((LayerKV(3, dim, dim),) * 30, 4, memory.granularity, 8192, 30)
+        arena = KVArena(memory, layout, num_slots=num_slots)
+        integral = churn(arena, steps=600, seed=seed)
+        arena.check()
+        assert integral.utilisation >= 0.95
+        seconds = integral.as_dict()
+        assert seconds["kv_static_s"] > 20 * seconds["kv_mapped_s"]
 
 
-def test_reclamation_deferred_saves_most_mapping_where_lengths_repeat(memory: HostMemory) -> None:
-    layout = KVLayout((LayerKV(2, 64, 64),), 4, PAGE, 256, 1)
+def test_reclamation_deferred_saves_most_mapping_where_lengths_repeat(
+    memory: VirtualMemory,
+) -> None:
+    layout = KVLayout((LayerKV(2, 64 * SCALE, 64 * SCALE),), 4, PAGE, 256, 1)
     arena = KVArena(memory, layout, num_slots=8)
     for step in range(0, 1000, 10):
         slots = [arena.open(100) for _ in range(8)]

@@ -1,41 +1,38 @@
 """Random operations on an arena whose every live byte is written and verified."""
 
-import ctypes
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from memory_twins import DEVICE, PAGE, SCALE, examples, open_memory, opened
 
 from allocator.arena import KVArena
-from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views
+from allocator.tensor import layer_views, strided_view
+from allocator.vmm import VirtualMemory
 
-PAGE = 4096
 MAX_TOKENS = 48
 LAYOUTS = [
-    # 400, 1000 and 1028 bytes a token: pages hold 10.24, 4.1 and 3.98 tokens.
-    KVLayout((LayerKV(1, 25, 25),) * 2, 4, PAGE, MAX_TOKENS, 2),
-    KVLayout((LayerKV(5, 60, 40), LayerKV(1, 514, 0)), 2, PAGE, MAX_TOKENS, 1),
-    KVLayout((LayerKV(2, 31, 33), LayerKV(3, 64, 64), LayerKV(1, 7, 1)), 4, PAGE, MAX_TOKENS, 2),
+    # 400, 1000 and 1028 bytes a token where pages are 4 KiB: they hold 10.24, 4.1 and 3.98 tokens.
+    KVLayout((LayerKV(SCALE, 25, 25),) * 2, 4, PAGE, MAX_TOKENS, 2),
+    KVLayout((LayerKV(5 * SCALE, 60, 40), LayerKV(SCALE, 514, 0)), 2, PAGE, MAX_TOKENS, 1),
+    KVLayout(
+        (LayerKV(2 * SCALE, 31, 33), LayerKV(3 * SCALE, 64, 64), LayerKV(SCALE, 7, 1)),
+        *(4, PAGE, MAX_TOKENS, 2),
+    ),
 ]
 
 
 @dataclass
 class Occupant:
-    """What a slot must hold: each token's bytes are made from `name` and its position."""
+    """What a slot must hold: each token's words are made from `name` and its position."""
 
     name: int
     tokens: int = 0
-    fences: list[int] = field(default_factory=list)
-
-
-def record(name: int, token: int, group: int, size: int) -> bytes:
-    return (f"{name}/{token}/{group};".encode() * size)[:size]
 
 
 class ArenaMachine(RuleBasedStateMachine):
@@ -46,7 +43,7 @@ class ArenaMachine(RuleBasedStateMachine):
         slack=st.sampled_from([0.0, 0.05, 1.0]),
     )
     def create(self, layout: KVLayout, num_slots: int, budget: int | None, slack: float) -> None:
-        self.memory = HostMemory(PAGE)
+        self.memory = open_memory()
         self.layout, self.budget = layout, budget
         self.arena = KVArena(
             self.memory,
@@ -65,24 +62,36 @@ class ArenaMachine(RuleBasedStateMachine):
         if hasattr(self, "arena"):
             self.arena.release()
             self.arena.check()
-            assert (self.memory._reservations, self.memory._mapped_at) == ({}, {})
+            assert (self.memory.ledger.reservations, self.memory.ledger.mapped_at) == ({}, {})
             self.memory.close()
 
+    def words(self, group: int, slot: int, begin: int, end: int) -> torch.Tensor:
+        """The tokens [begin, end) of a slab, as [tokens, words of 32 bits]."""
+        slab, size = self.layout.slab_size(group), self.layout.group_bytes_per_token(group)
+        return strided_view(
+            self.arena.address(group) + slot * slab,
+            slab,
+            (end - begin, size // 4),
+            (size // 4, 1),
+            torch.int32,
+            offset=begin * size // 4,
+            device=DEVICE,
+        )
+
+    def pattern(self, group: int, name: int, begin: int, end: int) -> torch.Tensor:
+        """What each word of the tokens [begin, end) must be, as [tokens, 1]."""
+        tokens = torch.arange(begin, end, dtype=torch.int32, device=DEVICE)[:, None]
+        return (name * self.layout.num_groups + group) * MAX_TOKENS + tokens
+
     def write(self, slot: int, name: int, begin: int, end: int) -> None:
-        for group in range(self.layout.num_groups):
-            size = self.layout.group_bytes_per_token(group)
-            at = self.arena.address(group) + slot * self.layout.slab_size(group)
-            data = b"".join(record(name, token, group, size) for token in range(begin, end))
-            ctypes.memmove(at + begin * size, data, len(data))
+        for group in range(self.layout.num_groups if begin < end else 0):
+            self.words(group, slot, begin, end).copy_(self.pattern(group, name, begin, end))
 
     def verify(self, slot: int, occupant: Occupant) -> None:
-        for group in range(self.layout.num_groups):
-            size = self.layout.group_bytes_per_token(group)
-            at = self.arena.address(group) + slot * self.layout.slab_size(group)
-            wanted = b"".join(
-                record(occupant.name, token, group, size) for token in range(occupant.tokens)
-            )
-            assert ctypes.string_at(at, len(wanted)) == wanted, f"slot {slot}, group {group}"
+        for group in range(self.layout.num_groups if occupant.tokens else 0):
+            words = self.words(group, slot, 0, occupant.tokens)
+            wanted = self.pattern(group, occupant.name, 0, occupant.tokens)
+            assert torch.equal(words, wanted.expand_as(words)), f"slot {slot}, group {group}"
 
     @rule(expected=st.integers(0, MAX_TOKENS))
     def open(self, expected: int) -> None:
@@ -170,7 +179,7 @@ class ArenaMachine(RuleBasedStateMachine):
         for slot, (_, occupant) in self.closing.items():
             self.verify(slot, occupant)  # a step that is running may still read it
         usage, created = self.arena.usage(), self.arena.pool.created
-        assert usage.mapped == created * PAGE == len(self.memory._mapped_at) * PAGE
+        assert usage.mapped == created * PAGE == len(self.memory.ledger.mapped_at) * PAGE
         assert self.budget is None or created <= self.budget
         lengths = [occupant.tokens for occupant in self.open_slots.values()]
         assert usage.live == sum(lengths) * self.layout.bytes_per_token
@@ -178,24 +187,29 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArenaMachine = ArenaMachine.TestCase
-TestArenaMachine.settings = settings(deadline=None, max_examples=120, stateful_step_count=50)
+TestArenaMachine.settings = settings(
+    deadline=None, max_examples=examples(120), stateful_step_count=50
+)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_tensors_keep_every_tokens_pattern_under_churn(seed: int) -> None:
     """A batch of growing sequences, as an engine writes them: through torch, layer by layer."""
-    rng = random.Random(seed)
-    layers = tuple(LayerKV(rng.randint(1, 3), rng.choice([8, 20]), 16) for _ in range(4))
+    with opened(open_memory()) as memory:
+        churn_tensors(memory, random.Random(seed))
+
+
+def churn_tensors(memory: VirtualMemory, rng: random.Random) -> None:
+    layers = tuple(LayerKV(rng.randint(1, 3) * SCALE, rng.choice([8, 20]), 16) for _ in range(4))
     layout = KVLayout(layers, 4, PAGE, 200, rng.choice([1, 2, 4]))
-    memory = HostMemory(PAGE)
     arena = KVArena(memory, layout, num_slots=6, budget=60 * PAGE)
-    views = [layer_views(arena, layer, torch.float32) for layer in range(4)]
+    views = [layer_views(arena, layer, torch.float32, DEVICE) for layer in range(4)]
 
     def patterns(name: int, layer: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = layers[layer]
-        tokens = torch.arange(begin, end, dtype=torch.float32)[:, None, None]
+        tokens = torch.arange(begin, end, dtype=torch.float32, device=DEVICE)[:, None, None]
         k = tokens + 1000.0 * name + 0.25 * layer
-        heads = torch.arange(shape.kv_heads, dtype=torch.float32)[None, :, None] / 16
+        heads = torch.arange(shape.kv_heads, dtype=torch.float32, device=DEVICE)[None, :, None] / 16
         return (
             (k + heads).expand(-1, -1, shape.k_dim),
             (-k - heads).expand(-1, -1, shape.v_dim),
@@ -227,7 +241,7 @@ def test_tensors_keep_every_tokens_pattern_under_churn(seed: int) -> None:
                     break
             if slot not in running:
                 continue
-            positions = torch.arange(tokens, end)
+            positions = torch.arange(tokens, end, device=DEVICE)
             slots = torch.full_like(positions, slot)
             for layer, (k, v) in enumerate(views):
                 k_new, v_new = patterns(name, layer, tokens, end)
@@ -244,4 +258,3 @@ def test_tensors_keep_every_tokens_pattern_under_churn(seed: int) -> None:
     assert preempted > 5
     assert arena.usage().unmap_calls > 5
     arena.release()
-    memory.close()

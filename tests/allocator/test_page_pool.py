@@ -6,24 +6,35 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from memory_twins import PAGE, Wrapped, examples, open_memory
 
-from allocator.host import HostMemory
 from allocator.pages import PagePool
-from allocator.vmm import AllocatorError, Handle, OutOfPages
-
-PAGE = 4096
+from allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
 
 
-def test_acquire_is_all_or_nothing(memory: HostMemory) -> None:
+class Full(Wrapped):
+    """A machine with room for so many pages."""
+
+    def __init__(self, memory: VirtualMemory, room: int) -> None:
+        super().__init__(memory)
+        self.room = room
+
+    def create(self, count: int) -> list[Handle]:
+        if len(self.ledger.mapped_at) + count > self.room:
+            raise OutOfPages("the machine is full")
+        return self.memory.create(count)
+
+
+def test_acquire_is_all_or_nothing(memory: VirtualMemory) -> None:
     pool = PagePool(memory, budget=5 * PAGE)
     held = pool.acquire(3)
-    with pytest.raises(OutOfPages, match=r"3 more pages .* 20480 bytes has room for 2"):
+    with pytest.raises(OutOfPages, match=rf"3 more pages .* {5 * PAGE} bytes has room for 2"):
         pool.acquire(3)
     assert (pool.in_use, pool.free, pool.created) == (3, 0, 3)
     assert len(set(held + pool.acquire(2))) == 5
 
 
-def test_a_budget_that_moves_is_asked_at_each_growth(memory: HostMemory) -> None:
+def test_a_budget_that_moves_is_asked_at_each_growth(memory: VirtualMemory) -> None:
     budget = 2 * PAGE
     pool = PagePool(memory, budget=lambda: budget)
     pool.acquire(2)
@@ -36,7 +47,7 @@ def test_a_budget_that_moves_is_asked_at_each_growth(memory: HostMemory) -> None
         pool.acquire(1)
 
 
-def test_released_pages_are_reused_before_the_pool_grows(memory: HostMemory) -> None:
+def test_released_pages_are_reused_before_the_pool_grows(memory: VirtualMemory) -> None:
     pool = PagePool(memory)
     first = pool.acquire(4)
     assert pool.release(first) == 4
@@ -44,7 +55,7 @@ def test_released_pages_are_reused_before_the_pool_grows(memory: HostMemory) -> 
     assert pool.created == 4
 
 
-def test_a_shared_page_is_freed_by_its_last_reference(memory: HostMemory) -> None:
+def test_a_shared_page_is_freed_by_its_last_reference(memory: VirtualMemory) -> None:
     pool = PagePool(memory)
     handles = pool.acquire(2)
     pool.addref(handles[:1])
@@ -53,7 +64,7 @@ def test_a_shared_page_is_freed_by_its_last_reference(memory: HostMemory) -> Non
     assert pool.release(handles[:1]) == 1
 
 
-def test_parked_pages_wait_for_their_step(memory: HostMemory) -> None:
+def test_parked_pages_wait_for_their_step(memory: VirtualMemory) -> None:
     pool = PagePool(memory, budget=2 * PAGE)
     one, two = pool.acquire(2)
     pool.release([one], step=7)
@@ -68,7 +79,7 @@ def test_parked_pages_wait_for_their_step(memory: HostMemory) -> None:
         pool.release([one], step=3)
 
 
-def test_releasing_more_often_than_referenced_changes_nothing(memory: HostMemory) -> None:
+def test_releasing_more_often_than_referenced_changes_nothing(memory: VirtualMemory) -> None:
     pool = PagePool(memory)
     one, two = pool.acquire(2)
     with pytest.raises(AllocatorError, match=f"page {two} has 1 references; 2 are released"):
@@ -79,7 +90,7 @@ def test_releasing_more_often_than_referenced_changes_nothing(memory: HostMemory
     pool.check()
 
 
-def test_a_large_pool_grows_by_batches_within_its_budget(memory: HostMemory) -> None:
+def test_a_large_pool_grows_by_batches_within_its_budget(memory: VirtualMemory) -> None:
     pool = PagePool(memory, budget=324 * PAGE)
     pool.acquire(320)
     pool.acquire(1)
@@ -89,22 +100,14 @@ def test_a_large_pool_grows_by_batches_within_its_budget(memory: HostMemory) -> 
     assert pool.create_calls == calls
 
 
-def test_a_batch_the_machine_refuses_falls_back_to_what_is_wanted() -> None:
-    class NearlyFull(HostMemory):
-        def create(self, count: int) -> list[Handle]:
-            if len(self._mapped_at) + count > 321:
-                raise OutOfPages("the machine is full")
-            return super().create(count)
-
-    memory = NearlyFull(PAGE)
-    pool = PagePool(memory)
+def test_a_batch_the_machine_refuses_falls_back_to_what_is_wanted(memory: VirtualMemory) -> None:
+    pool = PagePool(Full(memory, 321))
     pool.acquire(320)
     pool.acquire(1)
     assert (pool.created, pool.free) == (321, 0)
     with pytest.raises(OutOfPages, match="full"):
         pool.acquire(1)
     pool.check()
-    memory.close()
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -112,7 +115,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory = HostMemory(PAGE)
+        self.memory = open_memory()
         self.pool = PagePool(self.memory, budget=self.BUDGET * PAGE)
         self.references: Counter[Handle] = Counter()
         self.parked: list[tuple[int, Handle]] = []
@@ -176,8 +179,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.in_use == len(self.references)
         assert self.pool.parked == len(self.parked)
         assert all(self.pool.references(h) == n for h, n in self.references.items())
-        assert self.pool.created == len(self.memory._mapped_at) <= self.BUDGET
+        assert self.pool.created == len(self.memory.ledger.mapped_at) <= self.BUDGET
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(deadline=None, max_examples=80, stateful_step_count=40)
+TestPoolMachine.settings = settings(
+    deadline=None, max_examples=examples(80), stateful_step_count=40
+)

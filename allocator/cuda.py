@@ -1,0 +1,241 @@
+"""`VirtualMemory` on a CUDA device: the driver's virtual memory management.
+
+The only importer of `cuda.bindings`, when a `Driver` is made. The calls and their rules:
+https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .ledger import Ledger
+from .vmm import AllocatorError, Handle, OutOfPages
+
+_HINTS = {
+    "CUDA_ERROR_NO_DEVICE": "look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+    "CUDA_ERROR_INVALID_DEVICE": "`nvidia-smi -L` lists the devices",
+    "CUDA_ERROR_STUB_LIBRARY": "a stub libcuda.so.1 is found before the driver's own",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "reboot, or reload the NVIDIA kernel module",
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "update the NVIDIA driver",
+}
+
+
+class Driver:
+    """The CUDA driver's functions by their names, with errors raised.
+
+    Attributes:
+        types: the module `cuda.bindings.driver`, for its structures and enumerations.
+
+    Raises:
+        AllocatorError: the Python package, the driver or a device is missing.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from cuda.bindings import driver  # noqa: PLC0415 - this module imports without it
+        except ImportError as error:
+            raise AllocatorError(
+                f"CUDA needs the Python package cuda-bindings ({error}); "
+                "run `pip install cuda-bindings`"
+            ) from error
+        self.types = driver
+        self.call("cuInit", 0)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call one function. Returns its result, or a tuple where it has several.
+
+        Raises:
+            OutOfPages: the device or its driver is out of memory.
+            AllocatorError: any other failure, with the error's name and number.
+        """
+        try:
+            error, *results = getattr(self.types, name)(*args)
+        except RuntimeError as problem:  # how the bindings say that they found no such function
+            raise AllocatorError(self._missing(name, problem)) from problem
+        if error != self.types.CUresult.CUDA_SUCCESS:
+            _, text = self.types.cuGetErrorString(error)
+            message = f"{name} failed with {error.name} ({int(error)}): {(text or b'').decode()}"
+            if error.name in _HINTS:
+                message += f"; {_HINTS[error.name]}"
+            no_memory = error == self.types.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+            raise (OutOfPages if no_memory else AllocatorError)(message)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _missing(self, name: str, problem: Exception) -> str:
+        if name == "cuInit":  # every driver has that one: the library itself is missing
+            return f"no NVIDIA driver: {problem}; install one, or compute on the CPU"
+        version = "unknown" if name == "cuDriverGetVersion" else self.call("cuDriverGetVersion")
+        return f"the NVIDIA driver (CUDA version {version}) is too old: {problem}; update it"
+
+
+class CudaMemory:
+    """Pages of a device's memory, mapped into reservations of the unified address space.
+
+    The device's primary context, which torch uses too, is held until `close`. Any thread may call,
+    one at a time: the context becomes its current one, and stays that.
+
+    A page is one physical allocation of the driver, because an allocation is the least that can be
+    unmapped. Its size is the driver's *minimum* granularity, the unit of all its rules (2 MiB on
+    the devices known); the recommended one may be larger, and whatever is larger wastes more.
+
+    Args:
+        device: its number among those that CUDA_VISIBLE_DEVICES shows.
+        page_size: bytes of a page, a multiple of the driver's minimum; None for that.
+
+    Raises:
+        AllocatorError: no driver, no such device, or one without virtual memory management.
+    """
+
+    def __init__(self, device: int = 0, *, page_size: int | None = None) -> None:
+        self.driver = Driver()
+        types, call = self.driver.types, self.driver.call
+        self._device = call("cuDeviceGet", device)
+        attribute = types.CUdevice_attribute
+        supported = attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        if not call("cuDeviceGetAttribute", supported, self._device):
+            raise AllocatorError(f"CUDA device {device} has no virtual memory management")
+        self._properties = types.CUmemAllocationProp()
+        self._properties.type = types.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._access = types.CUmemAccessDesc()
+        self._access.flags = types.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        for location in (self._properties.location, self._access.location):
+            location.type = types.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            location.id = int(self._device)
+        minimum: int = call(
+            "cuMemGetAllocationGranularity",
+            self._properties,
+            types.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
+        )
+        self.granularity = minimum if page_size is None else page_size
+        if self.granularity <= 0 or self.granularity % minimum:
+            raise AllocatorError(
+                f"page size {page_size} is not a positive multiple of the driver's {minimum}"
+            )
+        self.ledger = Ledger(self.granularity)
+        self._allocations: dict[Handle, Any] = {}  # page -> the driver's handle
+        self._created = 0  # handles are never used again: a stale one is always told
+        self._context = call("cuDevicePrimaryCtxRetain", self._device)
+        self._enter()
+
+    def memory_info(self) -> tuple[int, int]:
+        """Bytes of the device that are free, and that it has, whoever uses them."""
+        self.ledger.check_open()
+        self._enter()
+        free, total = self.driver.call("cuMemGetInfo")
+        return int(free), int(total)
+
+    def reserve(self, size: int) -> int:
+        """See `VirtualMemory.reserve`."""
+        self.ledger.check_reserve(size)
+        self._enter()
+        address = int(self.driver.call("cuMemAddressReserve", size, 0, 0, 0))
+        self.ledger.reservations[address] = size
+        return address
+
+    def free(self, address: int, size: int) -> None:
+        """See `VirtualMemory.free`."""
+        self.ledger.check_free(address, size)
+        self._enter()
+        self.driver.call("cuMemAddressFree", address, size)
+        del self.ledger.reservations[address]
+
+    def create(self, count: int) -> list[Handle]:
+        """See `VirtualMemory.create`."""
+        self.ledger.check_create(count)
+        self._enter()
+        call, size = self.driver.call, self.granularity
+        made: list[Any] = []
+        try:
+            for _ in range(count):
+                made.append(call("cuMemCreate", size, self._properties, 0))
+        except AllocatorError as error:
+            for allocation in made:
+                call("cuMemRelease", allocation)
+            if isinstance(error, OutOfPages):
+                raise self._out_of_pages(count, error) from error
+            raise
+        handles = [Handle(self._created + position) for position in range(count)]
+        self._created += count
+        self._allocations.update(zip(handles, made, strict=True))
+        self.ledger.mapped_at.update(dict.fromkeys(handles, 0))
+        return handles
+
+    def destroy(self, handles: Sequence[Handle]) -> None:
+        """See `VirtualMemory.destroy`; what a driver's error leaves undone stays to be done."""
+        self.ledger.check_destroy(handles)
+        self._enter()
+        for handle in handles:
+            self.driver.call("cuMemRelease", self._allocations[handle])
+            del self._allocations[handle], self.ledger.mapped_at[handle]
+
+    def map(self, address: int, handles: Sequence[Handle]) -> None:
+        """See `VirtualMemory.map`. Grants access to the whole range in one call, the dear one."""
+        pages = self.ledger.check_map(address, handles)
+        self._enter()
+        self._join(pages, handles)
+        self.ledger.mapped(pages, handles)
+
+    def unmap(self, address: int, count: int) -> None:
+        """See `VirtualMemory.unmap`. No work that is under way on the device may use the range.
+
+        The driver's documentation promises to unmap a range that was mapped by one call, so every
+        page is its own call.
+        """
+        pages = self.ledger.check_unmap(address, count)
+        self._enter()
+        for done, at in enumerate(pages):
+            try:
+                self.driver.call("cuMemUnmap", at, self.granularity)
+            except AllocatorError:
+                if done:
+                    self._join(pages[:done], [self.ledger.table[page] for page in pages[:done]])
+                raise
+        self.ledger.unmapped(pages)
+
+    def close(self) -> None:
+        """See `VirtualMemory.close`. Every call is tried before the first error is raised."""
+        if self.ledger.closed:
+            return
+        calls: list[tuple[Any, ...]] = [
+            *(("cuMemUnmap", address, self.granularity) for address in self.ledger.table),
+            *(("cuMemRelease", allocation) for allocation in self._allocations.values()),
+            *(("cuMemAddressFree", *range_) for range_ in self.ledger.reservations.items()),
+            ("cuDevicePrimaryCtxRelease", self._device),
+        ]
+        self.ledger.close()
+        self._allocations.clear()
+        errors: list[AllocatorError] = []
+        self._enter()
+        for call in calls:
+            try:
+                self.driver.call(*call)
+            except AllocatorError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _enter(self) -> None:
+        """Make the context current in the calling thread."""
+        if int(self.driver.call("cuCtxGetCurrent")) != int(self._context):
+            self.driver.call("cuCtxSetCurrent", self._context)
+
+    def _join(self, pages: range, handles: Sequence[Handle]) -> None:
+        """Map pages and grant access, or leave none of them mapped."""
+        call, size = self.driver.call, self.granularity
+        done = 0
+        try:
+            for at, handle in zip(pages, handles, strict=True):
+                call("cuMemMap", at, size, 0, self._allocations[handle], 0)
+                done += 1
+            call("cuMemSetAccess", pages.start, len(pages) * size, [self._access], 1)
+        except AllocatorError:
+            for at in pages[:done]:
+                call("cuMemUnmap", at, size)
+            raise
+
+    def _out_of_pages(self, count: int, error: OutOfPages) -> OutOfPages:
+        free, total = self.memory_info()
+        return OutOfPages(
+            f"{error}; {count} pages of {self.granularity} bytes are wanted, {free} of {total} "
+            f"bytes are free on the device and {len(self._allocations)} pages are held; "
+            "end what else uses the device, or use a smaller KV budget"
+        )
