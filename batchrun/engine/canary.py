@@ -72,21 +72,22 @@ def verify(loaded: LoadedModel, executor: TorchExecutor, space: KVSpace, chunk: 
 
 
 def verify_once(
-    loaded: LoadedModel, fingerprint: str, cache: Path, check: Callable[[], float]
+    loaded: LoadedModel, fingerprint: str, cache: Path, kernels: str, check: Callable[[], float]
 ) -> float | None:
-    """Run `check` unless this model passed it before with the same versions and dtype.
+    """Run `check` unless this model passed it before with the same versions, dtype and kernels.
 
     Args:
         loaded: The model.
         fingerprint: Identifies its weights and config.
         cache: Folder of remembered verdicts.
+        kernels: Name of the attention backend.
         check: Calls `verify`.
 
     Returns:
         What `check` returned, or None where the verdict was remembered.
     """
     versions = [version(name) for name in ("batchrun", "torch", "transformers")]
-    key = "-".join([fingerprint, str(loaded.dtype), str(loaded.device), *versions])
+    key = "-".join([fingerprint, str(loaded.dtype), str(loaded.device), kernels, *versions])
     path = cache / f"{key.replace('/', '_')}.json"
     if path.exists():
         return None

@@ -138,13 +138,15 @@ class Status(StrEnum):
 class Sequence:
     """A request being worked on. Invariant: `0 <= num_computed_tokens <= num_tokens`.
 
-    `num_computed_tokens` counts the leading tokens whose keys and values are in the slot.
-    Times are `time.perf_counter` seconds.
+    `num_computed_tokens` counts the leading tokens whose keys and values are in the slot once the
+    launched steps have run. `num_pending` tokens were sampled by steps that are not collected yet:
+    they exist, and only the device knows them. Times are `time.perf_counter` seconds.
     """
 
     request: Request
     output_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_pending: int = 0
     slot: int | None = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -162,12 +164,17 @@ class Sequence:
         return len(self.request.prompt_ids)
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output together, in tokens."""
+    def num_known_tokens(self) -> int:
+        """Prompt and collected output together, in tokens."""
         return len(self.request.prompt_ids) + len(self.output_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together, in tokens, pending ones included."""
+        return self.num_known_tokens + self.num_pending
+
     def token_ids(self, start: int, length: int) -> list[int]:
-        """Tokens `[start, start + length)` of prompt followed by output."""
+        """Tokens `[start, start + length)` of prompt followed by collected output."""
         prompt = self.request.prompt_ids
         if start >= len(prompt):
             start -= len(prompt)
@@ -181,7 +188,7 @@ class Segment:
     """Tokens `[start, start + length)` of one sequence, computed in one step.
 
     `sampled` says that the segment reaches the sequence's last token, so that its last logits
-    yield the next one.
+    yield the next one. `pending` says that its one token is known to the device alone.
     """
 
     sequence: Sequence
@@ -189,6 +196,7 @@ class Segment:
     start: int
     length: int
     sampled: bool
+    pending: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,17 +12,26 @@ from batchrun.engine.core import (
     FinishReason,
     Request,
     Sequence,
+    Status,
     StepPlan,
-    StepTokens,
 )
-from batchrun.engine.executor import Executor
+from batchrun.engine.executor import Executor, Ticket
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.text import Detokenizer, Tokenizer, find_stop
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counts and measured seconds of an engine's life; a mixed step's time is split by tokens."""
+    """Counts and measured seconds of an engine's life; a mixed step's time is split by tokens.
+
+    Attributes:
+        seconds: Wall time in which at least one step was under way.
+        map_hidden_seconds, map_exposed_seconds: Mapping, unmapping and creating pages while the
+            device computed, and while it had nothing to do.
+        map_stalls: Times that the device ran out of work while pages were being mapped.
+        device_seconds, idle_seconds: The device's time in steps, and between one step's end and
+            the next one's begin; 0 where the host computes.
+    """
 
     steps: int = 0
     seconds: float = 0.0
@@ -32,6 +42,11 @@ class EngineStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     sequence_seconds: float = 0.0
+    map_hidden_seconds: float = 0.0
+    map_exposed_seconds: float = 0.0
+    map_stalls: int = 0
+    device_seconds: float = 0.0
+    idle_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,7 @@ class Engine:
         tokenizer: Makes text of tokens; None gives completions without text.
         eos_ids: Tokens that end a completion unless its parameters ignore them.
         observe: Called after each step with its seconds, while its sequences still hold memory.
+        mapping_seconds: Says how long the KV memory's pages were worked on so far.
     """
 
     def __init__(
@@ -59,7 +75,9 @@ class Engine:
         scheduler: Scheduler,
         tokenizer: Tokenizer | None,
         eos_ids: frozenset[int],
+        *,
         observe: Callable[[float], None] = lambda _: None,
+        mapping_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.executor = executor
         self.scheduler = scheduler
@@ -67,12 +85,15 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._observe = observe
+        self._mapping_seconds = mapping_seconds
+        self._in_flight: deque[tuple[StepPlan, Ticket, float]] = deque()  # and when planned
+        self._collected = 0.0
         self._texts: dict[Sequence, Detokenizer] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether anything waits, runs, or was rejected and not yet handed out."""
-        return self.scheduler.has_work or bool(self.scheduler.rejected)
+        return self.scheduler.has_work or bool(self.scheduler.rejected or self._in_flight)
 
     def load(self) -> tuple[int, int, int]:
         """Sequences running, sequences waiting, and tokens generated so far."""
@@ -84,28 +105,34 @@ class Engine:
         self.scheduler.add(Sequence(request, arrived=time.perf_counter()))
 
     def step(self) -> list[Completion]:
-        """Compute one step; returns what ended with it, rejected requests included.
+        """Plan and launch one step, and collect those that are due.
+
+        With an executor that computes on its own (`lag` 1), the step before the one just launched
+        is collected: planning, mapping and bookkeeping happen while the device computes.
+
+        Returns:
+            What ended, rejected requests included.
 
         Raises:
             EngineError: Nothing runs and nothing can: a defect, told instead of a hang.
         """
         began = time.perf_counter()
+        mapped = self._mapping_seconds()
         plan = self.scheduler.plan()
-        for segment in plan.segments:
-            if segment.sequence.admitted is None:
-                segment.sequence.admitted = began
-        done: list[Completion] = []
+        self._count_mapping(self._mapping_seconds() - mapped)
         if plan.segments:
-            tokens = self.executor.collect(self.executor.launch(plan))
-            ended = time.perf_counter()
-            self._count(plan, ended - began)
-            self._observe(ended - began)
-            done = self._advance(plan, tokens, ended)
-        elif self.scheduler.has_work and not self.scheduler.rejected:
+            for segment in plan.segments:
+                if segment.sequence.admitted is None:
+                    segment.sequence.admitted = began
+            self._in_flight.append((plan, self.executor.launch(plan), began))
+        elif not self._in_flight and self.scheduler.has_work and not self.scheduler.rejected:
             raise EngineError(
                 f"the scheduler is stuck: {len(self.scheduler.running)} sequences run, "
                 f"{len(self.scheduler.waiting)} wait, and none of them gets KV memory"
             )
+        done: list[Completion] = []
+        while len(self._in_flight) > (self.executor.lag if plan.segments else 0):
+            done += self._collect()
         for sequence in self.scheduler.rejected:
             sequence.finished = time.perf_counter()
             self._texts.pop(sequence, None)
@@ -113,12 +140,22 @@ class Engine:
         self.scheduler.rejected.clear()
         return done
 
-    def _advance(self, plan: StepPlan, tokens: StepTokens, now: float) -> list[Completion]:
-        """Append the sampled tokens, find who has ended, and commit the step."""
+    def _collect(self) -> list[Completion]:
+        """Wait for the oldest step in flight, take its tokens in, and find who has ended."""
+        plan, ticket, began = self._in_flight.popleft()
+        tokens = self.executor.collect(ticket)
+        now = time.perf_counter()
+        seconds = now - max(began, self._collected)
+        self._collected = now
+        self._count(plan, seconds)
+        self._observe(seconds)
         sampled = [s.sequence for s in plan.segments if s.sampled]
         done: list[Completion] = []
         for sequence, token in zip(sampled, tokens.token_ids, strict=True):
+            if sequence.status is Status.FINISHED:
+                continue  # it ended while this step, one too many, was on its way
             sequence.output_ids.append(token)
+            self.stats.generated_tokens += 1
             if sequence.first_token is None:
                 sequence.first_token = now
             reason, text = self._ending(sequence, token)
@@ -139,7 +176,7 @@ class Engine:
                 reason = FinishReason.STOP
         if reason is None and (
             len(sequence.output_ids) >= params.max_tokens
-            or sequence.num_tokens >= self.scheduler.max_model_len
+            or sequence.num_known_tokens >= self.scheduler.max_model_len
         ):
             reason = FinishReason.LENGTH
         if self._tokenizer is None or (reason is None and not params.stop):
@@ -162,18 +199,22 @@ class Engine:
 
     def _count(self, plan: StepPlan, seconds: float) -> None:
         prefill = sum(s.length for s in plan.segments if s.start < s.sequence.num_prompt_tokens)
-        again = sum(
-            min(s.start + s.length, s.sequence.high_water) - s.start
-            for s in plan.segments
-            if s.start < s.sequence.high_water
-        )
         stats = self.stats
         stats.steps += 1
-        stats.generated_tokens += sum(s.sampled for s in plan.segments)
         stats.seconds += seconds
         stats.prefill_tokens += prefill
         stats.decode_tokens += plan.num_tokens - prefill
-        stats.recomputed_tokens += again
+        stats.recomputed_tokens = self.scheduler.num_recomputed_tokens
         stats.prefill_seconds += seconds * prefill / plan.num_tokens
         stats.decode_seconds += seconds * (plan.num_tokens - prefill) / plan.num_tokens
         stats.sequence_seconds += seconds * len(plan.segments)
+        stats.device_seconds = self.executor.device_seconds
+        stats.idle_seconds = self.executor.idle_seconds
+
+    def _count_mapping(self, seconds: float) -> None:
+        """Mapping is hidden where the device still computes when it is done."""
+        if seconds and self._in_flight and self.executor.busy():
+            self.stats.map_hidden_seconds += seconds
+        elif seconds:
+            self.stats.map_exposed_seconds += seconds
+            self.stats.map_stalls += bool(self._in_flight)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from batchrun.engine.attention import AttentionBackend, LayerAttention
-from batchrun.engine.core import Segment, Sequence, StepPlan, StepTokens
+from batchrun.engine.core import (
+    EngineError,
+    Request,
+    SamplingParams,
+    Segment,
+    Sequence,
+    StepPlan,
+    StepTokens,
+)
+from batchrun.engine.graphs import DecodeGraphs, Record
 from batchrun.engine.model import LoadedModel
-from batchrun.engine.sampling import sample
+from batchrun.engine.sampling import Sampler
+from batchrun.engine.transfers import Download, Transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +32,33 @@ class Ticket:
     """A launched step, to be collected."""
 
     step: int
-    tokens: torch.Tensor
+    tokens: Download | None
 
 
 class Executor(Protocol):
-    """Computes steps. A step may be launched before the one before it is collected."""
+    """Computes steps, in the order of their launches.
+
+    Attributes:
+        lag: Steps that may be launched and not collected when another one is launched; 0 where
+            `launch` itself computes.
+        device_seconds, idle_seconds: See `EngineStats`.
+    """
+
+    @property
+    def lag(self) -> int: ...  # noqa: D102
+    @property
+    def device_seconds(self) -> float: ...  # noqa: D102
+    @property
+    def idle_seconds(self) -> float: ...  # noqa: D102
 
     def launch(self, plan: StepPlan) -> Ticket:
         """Start a step whose memory is in place."""
 
     def collect(self, ticket: Ticket) -> StepTokens:
-        """Wait for a step; its tokens are valid from then on."""
+        """Wait for the oldest step that is not collected; its tokens are valid from then on."""
+
+    def busy(self) -> bool:
+        """Whether the device still computes what was launched."""
 
 
 class TorchExecutor:
@@ -39,6 +68,8 @@ class TorchExecutor:
         loaded: The model.
         views: Each layer's keys and values, `[num_slots, slot_tokens, kv_heads, dim]`.
         backend: The attention kernels.
+        transfers: The way to the device and back.
+        lag: See `Executor`; 0 unless `transfers` are asynchronous.
     """
 
     def __init__(
@@ -46,54 +77,145 @@ class TorchExecutor:
         loaded: LoadedModel,
         views: Seq[tuple[torch.Tensor, torch.Tensor]],
         backend: AttentionBackend,
+        transfers: Transfers,
+        *,
+        lag: int = 0,
     ) -> None:
         self.loaded = loaded
         self.backend = backend
+        self.transfers = transfers
+        self.lag = lag
+        self.graphs: DecodeGraphs | None = None
         self._views = views
+        self._slot_tokens = views[0][0].shape[1]
+        num_slots = views[0][0].shape[0]
+        self._sampler = Sampler(num_slots, transfers.upload, self._stop_ids)
+        # The last token sampled in each slot: the next step reads it here, not from the host.
+        self._last = torch.zeros(num_slots, dtype=torch.int64, device=loaded.device)
+
+    @property
+    def device_seconds(self) -> float:
+        """See `EngineStats`."""
+        return self.transfers.device_seconds
+
+    @property
+    def idle_seconds(self) -> float:
+        """See `EngineStats`."""
+        return self.transfers.idle_seconds
 
     def launch(self, plan: StepPlan) -> Ticket:
         """See `Executor.launch`."""
-        sequences = [s.sequence for s in plan.segments if s.sampled]
-        with torch.inference_mode():
-            logits = self.logits(plan.segments)
-            if sequences:
-                stops = [self.stop_ids(sequence) for sequence in sequences]
-                tokens = sample(logits.float(), sequences, stops)
-            else:
-                tokens = torch.empty(0, dtype=torch.int64)
-        return Ticket(plan.step, tokens)
+        sampled = [s for s in plan.segments if s.sampled]
+        with self._step():
+            logits = self._logits(plan.segments)
+            if not sampled:
+                return Ticket(plan.step, None)
+            tokens = self._sampler.sample(logits.float(), sampled)
+            slots = self.transfers.upload(np.array([s.slot for s in sampled]))
+            self._last.index_copy_(0, slots, tokens)
+            return Ticket(plan.step, self.transfers.download(tokens))
 
     def collect(self, ticket: Ticket) -> StepTokens:
         """See `Executor.collect`."""
-        return StepTokens(ticket.step, tuple(ticket.tokens.tolist()))
+        with _device_errors():
+            return StepTokens(ticket.step, tuple(ticket.tokens.get() if ticket.tokens else ()))
 
-    def stop_ids(self, sequence: Sequence) -> frozenset[int]:
+    def busy(self) -> bool:
+        """See `Executor.busy`."""
+        return self.transfers.busy()
+
+    def logits(self, segments: Seq[Segment]) -> torch.Tensor:
+        """Compute the segments alone; returns the logits that follow the sampled ones, `[N, V]`."""
+        with self._step():
+            logits = self._logits(segments)
+        self.transfers.close()
+        return logits
+
+    def capture(self, sizes: Seq[int], scratch: int, record: Record | None = None) -> None:
+        """Record steps of `sizes` single tokens each as graphs, which then replace eager ones.
+
+        Args:
+            sizes: Batch sizes; a step of another size runs as the next larger one.
+            scratch: A slot with memory for one token, for the rows that fill up a batch.
+            record: See `DecodeGraphs`.
+        """
+        filler = Segment(_nobody(), scratch, 0, 1, sampled=True)
+
+        def prepare(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+            self.backend.plan([filler] * size, fixed=True)
+            return self._pack([filler] * size)
+
+        with self._step():
+            self.graphs = DecodeGraphs(self._forward, prepare, sizes, filler, record)
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        with _device_errors(), torch.inference_mode(), self.transfers.step():
+            yield
+
+    def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
         """Tokens that end the sequence."""
         params = sequence.request.params
         own = frozenset(params.stop_token_ids)
         return own if params.ignore_eos else own | self.loaded.eos_ids
 
-    def logits(self, segments: Seq[Segment]) -> torch.Tensor:
-        """Compute the segments; returns the logits that follow the sampled ones, `[N, V]`."""
+    def _logits(self, segments: Seq[Segment]) -> torch.Tensor:
+        """As `logits`, within a step."""
+        graphs = self.graphs
+        if graphs is not None and graphs.fits(segments):
+            filled = graphs.fill_up(segments)
+            self.backend.plan(filled, fixed=True)
+            packed, _ = self._pack(filled)
+            self.transfers.started()
+            return graphs.replay(packed)[: len(segments)]
+        self.backend.plan(segments)
+        packed, last = self._pack(segments)
+        self.transfers.started()
+        return self._forward(packed, last)
+
+    def _pack(self, segments: Seq[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step's inputs on the device.
+
+        Returns:
+            `[4, T]` int64: the token ids; their positions; their rows in the slots, taken as one
+            tensor of tokens; the slots whose last sampled token they are, or -1. And `[N]`, the
+            tokens whose logits are wanted.
+        """
         ids: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
+        rows: list[int] = []
+        sources: list[int] = []
         last: list[int] = []
         for segment in segments:
-            ids += segment.sequence.token_ids(segment.start, segment.length)
-            positions += range(segment.start, segment.start + segment.length)
-            slots += [segment.slot] * segment.length
+            start, length = segment.start, segment.length
+            base = segment.slot * self._slot_tokens + start
+            if length == 1:
+                positions.append(start)
+                rows.append(base)
+            else:
+                positions += range(start, start + length)
+                rows += range(base, base + length)
+            if segment.pending:
+                ids.append(0)
+                sources.append(segment.slot)
+            else:
+                ids += segment.sequence.token_ids(start, length)
+                sources += [-1] * length
             if segment.sampled:
                 last.append(len(ids) - 1)
-        packed = torch.tensor([ids, positions, slots], device=self.loaded.device)
-        self.backend.plan(segments)
-        step = _SlotStep(self._views, packed[2], packed[1], self.backend)
+        upload = self.transfers.upload
+        return upload(np.array([ids, positions, rows, sources])), upload(np.array(last, np.int64))
+
+    def _forward(self, packed: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """The model over packed tokens, `[4, T]` and `[N]`, to logits `[N, V]`."""
+        ids, positions, rows, sources = packed
+        ids = torch.where(sources < 0, ids, self._last[sources.clamp_min(0)])
         output = self.loaded.model(
-            input_ids=packed[0:1],
-            position_ids=packed[1:2],
+            input_ids=ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(last, dtype=torch.int64, device=self.loaded.device),
-            batchrun_step=step,
+            logits_to_keep=last,
+            batchrun_step=_SlotStep(self._views, rows, self.backend),
         )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -104,8 +226,7 @@ class _SlotStep:
     """Attention of one step: write the new keys and values in place, then attend."""
 
     views: Seq[tuple[torch.Tensor, torch.Tensor]]
-    slots: torch.Tensor
-    positions: torch.Tensor
+    rows: torch.Tensor
     backend: AttentionBackend
 
     def attend(
@@ -117,6 +238,28 @@ class _SlotStep:
         value: torch.Tensor,
     ) -> torch.Tensor:
         keys, values = self.views[layer_index]
-        keys[self.slots, self.positions] = key
-        values[self.slots, self.positions] = value
+        keys.view(-1, *keys.shape[2:])[self.rows] = key
+        values.view(-1, *values.shape[2:])[self.rows] = value
         return self.backend.run(layer, query, keys, values)
+
+
+def _nobody() -> Sequence:
+    return Sequence(Request(-1, 0, (0,), SamplingParams(), 0))
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    """Tell what a failing device means for the job."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"the device has no memory left for activations: {str(error).splitlines()[0]}",
+            hint="another program may have taken it: free it, or lower --max-num-batched-tokens or "
+            "--max-num-seqs; then `batchrun resume`",
+        ) from error
+    except torch.AcceleratorError as error:
+        raise EngineError(
+            f"the device failed: {str(error).splitlines()[0]}",
+            hint="finished rows are safe; `batchrun resume` goes on in a new process",
+        ) from error

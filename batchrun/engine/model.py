@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from batchrun.engine.attention import LayerAttention
+from batchrun.engine.attention import LayerAttention, LayerSpec
 from batchrun.models import ModelError
 
 HOOK = "batchrun"
@@ -90,22 +90,13 @@ AttentionInterface.register(HOOK, _hook)
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """One layer's keys and values: heads, and elements a head."""
-
-    kv_heads: int
-    k_dim: int
-    v_dim: int
-
-
-@dataclass(frozen=True)
 class LoadedModel:
     """A model that passed the first two gates; `canary.verify` is the third.
 
     Args:
         model: The transformers model, in evaluation mode, its attention hooked.
         tokenizer: Its tokenizer; None for models made from a config.
-        layers: KV shape of each layer.
+        layers: What each layer asks of attention.
         max_model_len: Tokens of prompt and output together at most.
         max_window: Longest sliding window of any layer, 0 without one.
         eos_ids: Tokens that end a completion.
@@ -114,7 +105,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: Any
-    layers: tuple[LayerShape, ...]
+    layers: tuple[LayerSpec, ...]
     max_model_len: int
     max_window: int
     eos_ids: frozenset[int]
@@ -226,9 +217,9 @@ def prepare(
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        layers=tuple(probe.shapes[i] for i in expected),
+        layers=tuple(probe.layers[i] for i in expected),
         max_model_len=limit,
-        max_window=max(probe.windows),
+        max_window=max(layer.window or 0 for layer in probe.layers.values()),
         eos_ids=_eos_ids(model, tokenizer),
         notes=notes,
     )
@@ -239,8 +230,7 @@ class _Probe:
 
     def __init__(self) -> None:
         self.hits: list[int] = []
-        self.shapes: dict[int, LayerShape] = {}
-        self.windows: list[int] = [0]
+        self.layers: dict[int, LayerSpec] = {}
 
     def attend(
         self,
@@ -251,8 +241,16 @@ class _Probe:
         value: torch.Tensor,
     ) -> torch.Tensor:
         self.hits.append(layer_index)
-        self.shapes[layer_index] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
-        self.windows.append(layer.window or 0)
+        self.layers[layer_index] = LayerSpec(
+            q_heads=query.shape[1],
+            kv_heads=key.shape[1],
+            k_dim=key.shape[2],
+            v_dim=value.shape[2],
+            scale=layer.scale,
+            window=layer.window,
+            softcap=layer.softcap,
+            sinks=layer.sinks is not None,
+        )
         return value.new_zeros(*query.shape[:2], value.shape[2])
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
 
+import numpy as np
 import torch
 
-from batchrun.engine.core import Sequence
+from batchrun.engine.core import SamplingParams, Segment, Sequence
 
 _HEAD = 1024  # most likely tokens looked at before a whole vocabulary is sorted
 
@@ -24,87 +25,216 @@ def uniform(seed: int, row: int, sample: int, position: int) -> float:
     return (int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 11) / 2**53
 
 
-def sample(
-    logits: torch.Tensor, sequences: Seq[Sequence], stop_ids: Seq[Collection[int]]
-) -> torch.Tensor:
-    """Choose the next token of each sequence.
+class Sampler:
+    """Chooses next tokens on the logits' device, and never waits for it.
 
     Each row is treated by its own parameters, in transformers' order: penalties, minimum length,
     temperature, top-k, top-p, min-p.
 
     Args:
-        logits: `[N, V]`, float32; changed in place.
-        sequences: The N sequences; a draw belongs to the position that it fills.
-        stop_ids: The tokens that would end each of them.
-
-    Returns:
-        `[N]` int64 token ids on the device of `logits`.
+        num_slots: Slots that sequences can be in.
+        upload: Copies an array to the device without waiting.
+        stop_ids: The tokens that would end a sequence.
     """
-    for i, sequence in enumerate(sequences):
-        params = sequence.request.params
-        if params.penalised:
-            _penalise(logits[i], sequence)
-        if len(sequence.output_ids) < params.min_tokens and stop_ids[i]:
-            logits[i, list(stop_ids[i])] = -torch.inf
-    drawn = [i for i, s in enumerate(sequences) if not s.request.params.greedy]
-    tokens = logits.argmax(dim=-1)
-    if drawn:
-        rows = logits if len(drawn) == len(sequences) else logits[drawn]
-        tokens[drawn] = _draw(rows, [sequences[i] for i in drawn])
-    return tokens
+
+    def __init__(
+        self,
+        num_slots: int,
+        upload: Callable[[np.ndarray], torch.Tensor],
+        stop_ids: Callable[[Sequence], Collection[int]],
+    ) -> None:
+        self._num_slots = num_slots
+        self._upload = upload
+        self._stop_ids = stop_ids
+        self._seen: _Seen | None = None
+
+    def sample(self, logits: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
+        """Choose the token that follows each segment.
+
+        Args:
+            logits: `[N, V]`, float32; changed in place.
+            segments: The N sampled segments; a draw belongs to the position that it fills.
+
+        Returns:
+            `[N]` int64 token ids on the device of `logits`.
+        """
+        params = [s.sequence.request.params for s in segments]
+        penalised = [i for i, p in enumerate(params) if p.penalised]
+        if penalised:
+            if self._seen is None:
+                self._seen = _Seen(self._num_slots, logits, self._upload)
+            rows = self._upload(np.array(penalised))
+            self._seen.penalise(logits, rows, [segments[i] for i in penalised])
+        banned = [
+            (i, token)
+            for i, (segment, p) in enumerate(zip(segments, params, strict=True))
+            if p.min_tokens > _generated(segment)
+            for token in self._stop_ids(segment.sequence)
+        ]
+        if banned:
+            index = self._upload(np.array(banned).T)
+            logits[index[0], index[1]] = -torch.inf
+        drawn = [i for i, p in enumerate(params) if not p.greedy]
+        if len(drawn) == len(segments):
+            tokens = self._draw(logits, segments)
+        else:
+            tokens = logits.argmax(dim=-1)
+            if drawn:
+                index = self._upload(np.array(drawn))
+                tokens[index] = self._draw(logits[index], [segments[i] for i in drawn])
+        if penalised and self._seen is not None:
+            self._seen.count(tokens[rows], [segments[i] for i in penalised])
+        return tokens
+
+    def _draw(self, logits: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
+        """Draw from `[N, V]` by inverting each row's distribution at its own uniform number."""
+        requests = [s.sequence.request for s in segments]
+        params = [r.params for r in requests]
+        numbers = [
+            uniform(r.seed, r.row, r.sample, s.start + s.length)
+            for r, s in zip(requests, segments, strict=True)
+        ]
+        columns = self._upload(
+            np.array(
+                [
+                    numbers,
+                    [p.temperature for p in params],
+                    [p.top_p for p in params],
+                    [p.min_p for p in params],
+                    [p.top_k or logits.shape[1] for p in params],
+                ],
+                dtype=np.float64,
+            )
+        )[:, :, None]
+        logits = logits / columns[1].float()
+        if logits.device.type == "cpu":
+            for i, p in enumerate(params):
+                _filter_row(logits[i], p)
+        else:
+            logits = filter_rows(logits, params, columns[2], columns[3], columns[4].long())
+        cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        total = cdf[:, -1:]
+        # Strictly below the end, so that rounding can never choose a token of probability zero.
+        target = torch.minimum(columns[0] * total, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(cdf, target, right=True)[:, 0]
 
 
-def _penalise(logits: torch.Tensor, sequence: Sequence) -> None:
-    """Apply repetition, presence and frequency penalties to one row `[V]`, in place."""
-    params = sequence.request.params
-    output = torch.tensor(sequence.output_ids, dtype=torch.int64, device=logits.device)
-    if params.repetition_penalty != 1:
-        prompt = torch.tensor(sequence.request.prompt_ids, device=logits.device)
-        seen = torch.cat([prompt, output]).unique()
-        value = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(value < 0, value * penalty, value / penalty)
-    if len(output):
-        ids, counts = output.unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+def _generated(segment: Segment) -> int:
+    """Tokens generated before the one that follows the segment."""
+    return segment.start + segment.length - segment.sequence.num_prompt_tokens
 
 
-def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
-    """Draw from `[N, V]` by inverting each row's distribution at its own uniform number."""
-    params = [s.request.params for s in sequences]
+class _Seen:
+    """The tokens of each slot's sequence, on the device, because the last one is known there first.
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+    `counts` `[num_slots, V]` has how often each token is in the output, `prompt` `[num_slots, V]`
+    whether it is in the prompt.
+    """
 
-    logits = logits / column([p.temperature for p in params]).float()
-    if any(p.top_k or p.top_p < 1 or p.min_p > 0 for p in params):
-        for i, p in enumerate(params):
-            if p.top_k or p.top_p < 1 or p.min_p > 0:
-                _filter(logits[i], p.top_k, p.top_p, p.min_p)
-    cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    numbers = column(
-        [uniform(s.request.seed, s.request.row, s.request.sample, s.num_tokens) for s in sequences]
-    )
-    # Strictly below the end, so that rounding can never choose a token of probability zero.
-    target = torch.minimum(numbers * cdf[:, -1:], torch.nextafter(cdf[:, -1:], cdf[:, :1] * 0))
-    return torch.searchsorted(cdf, target, right=True)[:, 0]
+    def __init__(
+        self, num_slots: int, logits: torch.Tensor, upload: Callable[[np.ndarray], torch.Tensor]
+    ) -> None:
+        shape = (num_slots, logits.shape[1])
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=logits.device)
+        self.prompt = torch.zeros(shape, dtype=torch.bool, device=logits.device)
+        self._one = torch.ones((), dtype=torch.int32, device=logits.device)
+        self._upload = upload
+        self._holds: dict[int, tuple[Sequence, int]] = {}  # slot -> whose, how many output tokens
+
+    def penalise(self, logits: torch.Tensor, rows: torch.Tensor, segments: Seq[Segment]) -> None:
+        """Apply repetition, presence and frequency penalties to some rows of `[N, V]`, in place.
+
+        Args:
+            logits: Of all rows.
+            rows: `[M]`, those to penalise.
+            segments: The M segments of those rows.
+        """
+        for segment in segments:
+            if self._holds.get(segment.slot) != (segment.sequence, _generated(segment)):
+                self._rebuild(segment)
+        slots = self._slots(segments)
+        params = [s.sequence.request.params for s in segments]
+        repetition, presence, frequency = self._upload(
+            np.array(
+                [
+                    [p.repetition_penalty for p in params],
+                    [p.presence_penalty for p in params],
+                    [p.frequency_penalty for p in params],
+                ],
+                dtype=np.float32,
+            )
+        )[:, :, None]
+        values, counts = logits[rows], self.counts[slots]
+        repeated = torch.where(values < 0, values * repetition, values / repetition)
+        values = torch.where(self.prompt[slots] | (counts > 0), repeated, values)
+        logits[rows] = values - (presence * (counts > 0) + frequency * counts)
+
+    def count(self, tokens: torch.Tensor, segments: Seq[Segment]) -> None:
+        """Add one token `[M]` to each segment's sequence."""
+        self.counts.index_put_((self._slots(segments), tokens), self._one, accumulate=True)
+        for segment in segments:
+            self._holds[segment.slot] = (segment.sequence, _generated(segment) + 1)
+
+    def _slots(self, segments: Seq[Segment]) -> torch.Tensor:
+        return self._upload(np.array([s.slot for s in segments]))
+
+    def _rebuild(self, segment: Segment) -> None:
+        """Begin anew with a sequence that has come to the slot, all of whose tokens are known."""
+        slot, sequence = segment.slot, segment.sequence
+        self.counts[slot] = 0
+        self.prompt[slot] = False
+        self.prompt[slot, self._upload(np.array(sequence.request.prompt_ids))] = True
+        if sequence.output_ids:
+            ids = self._upload(np.array(sequence.output_ids))
+            self.counts[slot].index_add_(0, ids, self._one.expand(len(sequence.output_ids)))
 
 
-def _filter(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> None:
-    """Set the logits that top-k, top-p and min-p rule out to minus infinity, on one row `[V]`."""
+def filter_rows(
+    logits: torch.Tensor,
+    params: Seq[SamplingParams],
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    top_k: torch.Tensor,
+) -> torch.Tensor:
+    """Set what top-k, top-p and min-p rule out to minus infinity, all rows `[N, V]` at once.
+
+    Nothing here depends on a value on the device, so that no step waits for it. `top_p`, `min_p`
+    and `top_k` `[N, 1]` are the parameters there.
+    """
+    vocab = logits.shape[1]
+    largest_k = min(max(p.top_k for p in params), vocab)
+    if largest_k:
+        head = logits.topk(largest_k).values
+        limit = head.gather(1, top_k.clamp(max=largest_k) - 1)
+        logits = logits.masked_fill((logits < limit) & (top_k < vocab), -torch.inf)
+    if any(p.top_p < 1 for p in params):
+        ordered = logits.sort(dim=-1, descending=True).values
+        mass = (ordered.double() - ordered.double().logsumexp(1, keepdim=True)).exp().cumsum(1)
+        # The token that reaches top_p is the last one kept.
+        last = (mass < top_p).sum(1, keepdim=True).clamp(max=vocab - 1)
+        limit = ordered.gather(1, last)
+        logits = logits.masked_fill((logits < limit) & (top_p < 1), -torch.inf)
+    if any(p.min_p > 0 for p in params):
+        limit = logits.amax(1, keepdim=True) + min_p.float().log()
+        logits = logits.masked_fill(logits < limit, -torch.inf)
+    return logits
+
+
+def _filter_row(logits: torch.Tensor, params: SamplingParams) -> None:
+    """The same on one row `[V]`, in place: without sorting a vocabulary where a head will do."""
     vocab = logits.shape[0]
-    if top_k and top_k < vocab:
-        logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-    if top_p < 1:
+    if 0 < params.top_k < vocab:
+        logits[logits < logits.topk(params.top_k).values[-1]] = -torch.inf
+    if params.top_p < 1:
         total = logits.double().logsumexp(0)
         for size in (min(_HEAD, vocab), vocab):
             head = logits.topk(size).values
             mass = (head.double() - total).exp().cumsum(0)
-            if mass[-1] >= top_p or size == vocab:
+            if mass[-1] >= params.top_p or size == vocab:
                 break
         # The token that reaches top_p is the last one kept.
-        last = min(int(torch.searchsorted(mass, top_p)), size - 1)
+        last = min(int(torch.searchsorted(mass, params.top_p)), size - 1)
         logits[logits < head[last]] = -torch.inf
-    if min_p > 0:
-        threshold = logits.max() + torch.log(torch.tensor(min_p, device=logits.device))
+    if params.min_p > 0:
+        threshold = logits.max() + torch.log(torch.tensor(params.min_p))
         logits[logits < threshold] = -torch.inf

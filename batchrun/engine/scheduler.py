@@ -35,6 +35,10 @@ class Scheduler:
     chosen sequences towards `num_tokens`: chunked prefill, decode, and recomputation after a
     preemption are the same thing.
 
+    Steps are pipelined: a step may be planned before the one before it is committed, whose tokens
+    then count as pending. Slots that are left keep their memory until every step that was planned
+    by then is committed.
+
     Args:
         space: Where keys and values live.
         max_num_seqs: Sequences that may run at once.
@@ -61,6 +65,8 @@ class Scheduler:
         self.rejected: list[Sequence] = []
         self.step = 0
         self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+        self._launched = self._committed = 0  # the last steps with segments
         self._admitting = True  # False from a preemption until memory has come back
 
     def add(self, sequence: Sequence) -> None:
@@ -92,25 +98,13 @@ class Scheduler:
         """Decide the next step: every running sequence first, then admissions.
 
         Returns:
-            A plan that may be empty: then nothing runs, or what ran could not be kept (see
-            `rejected`).
+            A plan that must be launched. It may be empty: then nothing runs, or what ran could not
+            be kept (see `rejected`), or the next step depends on steps that are not committed yet.
         """
         self.step += 1
-        budget = self.max_num_batched_tokens
         segments: list[Segment] = []
-        # Decodes first: a long prefill must not starve tokens that are one step away.
-        for sequence in sorted(
-            self.running, key=lambda s: s.num_tokens - s.num_computed_tokens > 1
-        ):
-            if budget == 0:
-                break
-            if sequence.slot is None:  # preempted by an elder in this very step
-                continue
-            length = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            if not self._ensure(sequence, sequence.num_computed_tokens + length, segments):
-                continue
-            segments.append(_segment(sequence, length))
-            budget -= length
+        if not self._continue(segments):
+            return StepPlan(self.step, ())
         # Whoever was preempted in this step had its segment taken back by `_ensure`.
         budget = self.max_num_batched_tokens - sum(s.length for s in segments)
         # Admitting right after a preemption would only preempt again: wait for memory.
@@ -121,39 +115,80 @@ class Scheduler:
                 break
             segments.append(segment)
             budget -= segment.length
+        for segment in segments:
+            sequence, end = segment.sequence, segment.start + segment.length
+            self.num_recomputed_tokens += max(0, min(end, sequence.high_water) - segment.start)
+            sequence.num_computed_tokens = end
+            sequence.high_water = max(sequence.high_water, end)
+            sequence.num_pending += segment.sampled
+        if segments:
+            self._launched = self.step
         return StepPlan(self.step, tuple(segments))
 
     def commit(self, plan: StepPlan, tokens: StepTokens, finished: list[Sequence]) -> None:
-        """Take in a collected step.
+        """Take in a collected step; steps are committed in the order of their plans.
 
         Args:
-            plan: The plan that was run; its segments' tokens are computed now.
+            plan: The plan that was run.
             tokens: One token per sampled segment, already appended to `output_ids` by the caller
                 who knows about stop conditions.
             finished: The sequences that ended with this step; their slots are closed.
         """
         assert plan.step == tokens.step
         for segment in plan.segments:
-            sequence = segment.sequence
-            sequence.num_computed_tokens = segment.start + segment.length
-            sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
+            segment.sequence.num_pending -= segment.sampled
         for sequence in finished:
-            self._leave(sequence, plan.step)
+            if sequence.slot is not None:
+                self._leave(sequence)
+            else:  # preempted while its last token was on the way
+                self.waiting.remove(sequence)
             sequence.status = Status.FINISHED
         if finished:
             self._admitting = True
             self.running = [s for s in self.running if s.status is Status.RUNNING]
+        self._committed = plan.step
         self.space.retire(plan.step)
+
+    def _continue(self, segments: list[Segment]) -> bool:
+        """Plan the running sequences; False if that has to wait for the steps in flight."""
+        budget = self.max_num_batched_tokens
+        # Decodes first: a long prefill must not starve tokens that are one step away.
+        for sequence in sorted(
+            self.running, key=lambda s: s.num_tokens - s.num_computed_tokens > 1
+        ):
+            if budget == 0:
+                break
+            # Preempted by an elder in this very step, or its last token is on the way.
+            if sequence.slot is None or self._is_complete(sequence):
+                continue
+            length = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            fits = self._ensure(sequence, sequence.num_computed_tokens + length, segments)
+            if fits is None:
+                return False
+            if fits:
+                segments.append(_segment(sequence, length))
+                budget -= length
+        return True
+
+    def _is_complete(self, sequence: Sequence) -> bool:
+        """Whether no token may follow those that were sampled, known or pending."""
+        generated = len(sequence.output_ids) + sequence.num_pending
+        return (
+            generated >= sequence.request.params.max_tokens
+            or sequence.num_tokens >= self.max_model_len
+        )
 
     def _admit(self, budget: int) -> Segment | None:
         """Open a slot for the first waiting sequence and back its first chunk."""
         sequence = self.waiting[0]
+        if sequence.num_pending:  # preempted; its last token is not known yet
+            return None
         slot = self.space.open(sequence.num_tokens)
         if slot is None:
             return None
         length = min(sequence.num_tokens, budget)
         if not self.space.ensure(slot, length):
-            self.space.close(slot, self.step - 1)
+            self.space.close(slot, self._launched)
             return None
         self.waiting.popleft()
         sequence.slot = slot
@@ -161,17 +196,21 @@ class Scheduler:
         self.running.append(sequence)
         return _segment(sequence, length)
 
-    def _ensure(self, sequence: Sequence, num_tokens: int, segments: list[Segment]) -> bool:
+    def _ensure(self, sequence: Sequence, num_tokens: int, segments: list[Segment]) -> bool | None:
         """Back `num_tokens` of a running sequence, preempting the youngest until it succeeds.
 
-        Returns False when `sequence` itself had to go: preempted, or rejected if it was alone.
+        Returns:
+            False when `sequence` itself had to go: preempted, or rejected if it was alone. None
+            when steps are in flight: only after them a preemption gives memory back.
         """
         assert sequence.slot is not None
         while not self.space.ensure(sequence.slot, num_tokens):
+            if self._committed < self._launched:
+                return None
             victim = self.running[-1]
             segments[:] = [s for s in segments if s.sequence is not victim]
             if victim is sequence and len(self.running) == 1:
-                self._leave(sequence, self.step - 1)
+                self._leave(sequence)
                 self.running.remove(sequence)
                 self._reject(
                     sequence,
@@ -190,14 +229,14 @@ class Scheduler:
         """Take the slot away; the sequence recomputes from its tokens when admitted again."""
         self.num_preemptions += 1
         self._admitting = False
-        self._leave(sequence, self.step - 1)
+        self._leave(sequence)
         self.running.remove(sequence)
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
 
-    def _leave(self, sequence: Sequence, step: int) -> None:
+    def _leave(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
-        self.space.close(sequence.slot, step)
+        self.space.close(sequence.slot, self._launched)
         sequence.slot = None
         sequence.num_computed_tokens = 0
 
@@ -227,4 +266,5 @@ def _segment(sequence: Sequence, length: int) -> Segment:
     assert sequence.slot is not None
     start = sequence.num_computed_tokens
     sampled = start + length == sequence.num_tokens
-    return Segment(sequence, sequence.slot, start, length, sampled)
+    pending = start >= sequence.num_known_tokens
+    return Segment(sequence, sequence.slot, start, length, sampled, pending)

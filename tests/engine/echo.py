@@ -6,6 +6,8 @@ slot: a page that is shared by mistake, lost, or stale changes the answer.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import torch
@@ -32,21 +34,48 @@ def expected(prompt: Seq[int], max_tokens: int) -> list[int]:
 
 
 class EchoExecutor:
-    """Keys `[slots, tokens, 1, dim]` of float64 hold the token ids, in every element."""
+    """Keys `[slots, tokens, 1, dim]` of float64 hold the token ids, in every element.
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = keys, values
+    With a lag, launched steps are run as late as a slow device could: when they are collected. A
+    page that is taken away, or a token that is asked for, before its time shows.
+    """
+
+    device_seconds = idle_seconds = 0.0
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, lag: int = 0) -> None:
+        self.keys, self.values, self.lag = keys, values, lag
+        self._queue: deque[StepPlan] = deque()
+        self._ids: dict[Segment, list[int]] = {}
+        self._last: dict[int, int] = {}
 
     def launch(self, plan: StepPlan) -> Ticket:
         for s in plan.segments:
-            ids = torch.tensor(s.sequence.token_ids(s.start, s.length), dtype=torch.float64)
-            self.keys[s.slot, s.start : s.start + s.length] = ids[:, None, None]
-            self.values[s.slot, s.start : s.start + s.length] = -ids[:, None, None]
-        tokens = [next_token(self._read(s)) for s in plan.segments if s.sampled]
-        return Ticket(plan.step, torch.tensor(tokens, dtype=torch.int64))
+            assert not s.pending or s.length == 1
+            if not s.pending:
+                self._ids[s] = s.sequence.token_ids(s.start, s.length)
+                assert len(self._ids[s]) == s.length, "a token was planned before it is known"
+        self._queue.append(plan)
+        assert len(self._queue) <= self.lag + 1
+        return Ticket(plan.step, torch.empty(0))
 
     def collect(self, ticket: Ticket) -> StepTokens:
-        return StepTokens(ticket.step, tuple(ticket.tokens.tolist()))
+        plan = self._queue.popleft()
+        assert plan.step == ticket.step, "steps are collected out of order"
+        return StepTokens(plan.step, tuple(self._run(plan)))
+
+    def busy(self) -> bool:
+        return bool(self._queue)
+
+    def _run(self, plan: StepPlan) -> Iterator[int]:
+        for s in plan.segments:
+            known = [self._last[s.slot]] if s.pending else self._ids.pop(s)
+            ids = torch.tensor(known, dtype=torch.float64)
+            self.keys[s.slot, s.start : s.start + s.length] = ids[:, None, None]
+            self.values[s.slot, s.start : s.start + s.length] = -ids[:, None, None]
+        for s in plan.segments:
+            if s.sampled:
+                self._last[s.slot] = next_token(self._read(s))
+                yield self._last[s.slot]
 
     def _read(self, segment: Segment) -> list[int]:
         end = segment.start + segment.length

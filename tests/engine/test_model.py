@@ -91,10 +91,11 @@ def test_a_verdict_is_remembered_for_the_same_model_only(tmp_path: Path) -> None
         asked.append(1)
         return 1e-6
 
-    assert canary.verify_once(loaded, "abc", tmp_path, check) == 1e-6
-    assert canary.verify_once(loaded, "abc", tmp_path, check) is None
-    assert canary.verify_once(loaded, "abd", tmp_path, check) == 1e-6
-    assert len(asked) == 2
+    assert canary.verify_once(loaded, "abc", tmp_path, "sdpa", check) == 1e-6
+    assert canary.verify_once(loaded, "abc", tmp_path, "sdpa", check) is None
+    assert canary.verify_once(loaded, "abd", tmp_path, "sdpa", check) == 1e-6
+    assert canary.verify_once(loaded, "abc", tmp_path, "other", check) == 1e-6
+    assert len(asked) == 3
     verdicts = [json.loads(p.read_text()) for p in tmp_path.iterdir()]
     assert {v["architecture"] for v in verdicts} == {"LlamaForCausalLM"}
 
@@ -107,7 +108,7 @@ def test_a_refusal_is_not_remembered(tmp_path: Path) -> None:
 
     for _ in range(2):
         with pytest.raises(ModelError):
-            canary.verify_once(loaded, "abc", tmp_path, refuse)
+            canary.verify_once(loaded, "abc", tmp_path, "sdpa", refuse)
     assert list(tmp_path.iterdir()) == []
 
 

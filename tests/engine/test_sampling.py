@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from batchrun.engine import sampling
-from batchrun.engine.core import Request, SamplingParams, Sequence
+from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.sampling import Sampler, filter_rows
 
 VOCAB = 4000
 
@@ -24,6 +25,17 @@ VOCAB = 4000
 def sequence(row: int = 0, output: tuple[int, ...] = (), **params: object) -> Sequence:
     request = Request(row, 0, (3, 5, 7, 5), SamplingParams(**params), 42)  # type: ignore[arg-type]
     return Sequence(request, list(output))
+
+
+def sample(
+    rows: torch.Tensor, sequences: list[Sequence], stop_ids: frozenset[int] = frozenset()
+) -> torch.Tensor:
+    sampler = Sampler(len(sequences), torch.tensor, lambda _: stop_ids)
+    return sampler.sample(rows, segments(sequences))
+
+
+def segments(sequences: list[Sequence]) -> list[Segment]:
+    return [Segment(s, i, s.num_tokens - 1, 1, True) for i, s in enumerate(sequences)]
 
 
 def logits(count: int, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
@@ -80,19 +92,62 @@ def test_filters_keep_what_transformers_keeps(params: dict[str, float], spread: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "searchsorted", spy)
-        sampling.sample(rows, sequences, [()] * 4)
+        sample(rows, sequences)
     got = torch.diff(seen["cdf"], dim=-1, prepend=torch.zeros(4, 1, dtype=torch.float64))
     assert torch.equal(got > 0, want > 0)
     torch.testing.assert_close(got.float(), want, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_filtering_all_rows_at_once_is_filtering_each(spread: float) -> None:
+    params = [
+        SamplingParams(temperature=1.0, top_k=k, top_p=p, min_p=m)
+        for k in (0, 1, 13, VOCAB, VOCAB + 5)
+        for p in (0.2, 0.9999, 1.0)
+        for m in (0.0, 0.05)
+    ]
+    rows = logits(len(params), spread)
+    columns = torch.tensor(
+        [[p.top_p, p.min_p, p.top_k or VOCAB] for p in params], dtype=torch.float64
+    )
+    got = filter_rows(rows, params, columns[:, :1], columns[:, 1:2], columns[:, 2:].long())
+    for row, p in zip(rows, params, strict=True):
+        sampling._filter_row(row, p)
+    assert torch.equal(got, rows)
+
+
+def test_penalties_know_the_tokens_that_the_host_does_not() -> None:
+    """A pipelined sequence, in a slot that it left and came back to, with others in between."""
+    sampler = Sampler(2, torch.tensor, lambda _: frozenset())
+    params = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.4}
+    first, second = sequence(0, **params), sequence(1, output=(9, 9), **params)
+
+    def penalised(target: Sequence, slot: int, output: tuple[int, ...]) -> None:
+        """Samples once more; `output` are the tokens so far, which the host may not know yet."""
+        rows = logits(1, seed=len(output))
+        want = rows.clone()
+        sample(want, [sequence(0, output=output, **params)])
+        end = target.num_prompt_tokens + len(output)
+        token = sampler.sample(rows, [Segment(target, slot, end - 1, 1, True)])
+        assert torch.equal(rows, want)
+        outputs.append(int(token))
+
+    outputs: list[int] = []
+    penalised(first, 0, ())
+    penalised(first, 0, (outputs[0],))  # pending: not in first.output_ids
+    first.output_ids = list(outputs)
+    penalised(first, 1, tuple(outputs))  # preempted, and admitted to another slot
+    first.output_ids = list(outputs)
+    penalised(second, 1, (9, 9))
+    del outputs[-1]
+    penalised(first, 0, tuple(outputs))  # back again: slot 0 has counted less
 
 
 def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.1, 0.025])
     count = 4000
     rows = probabilities.log().repeat(count, 1)
-    tokens = sampling.sample(
-        rows, [sequence(row, temperature=1.0) for row in range(count)], [()] * count
-    )
+    tokens = sample(rows, [sequence(row, temperature=1.0) for row in range(count)])
     counts = torch.bincount(tokens, minlength=5)
     chi2 = float(((counts - probabilities * count) ** 2 / (probabilities * count)).sum())
     assert chi2 < 20  # 4 degrees of freedom: p = 0.0005
@@ -106,17 +161,17 @@ def test_a_draw_depends_on_its_row_alone() -> None:
         )
         for i in range(24)
     ]
-    together = sampling.sample(rows.clone(), mixed, [()] * 24)
+    together = sample(rows.clone(), mixed)
     for i in (0, 1, 7, 23):
-        alone = sampling.sample(rows[i : i + 1].clone(), [mixed[i]], [()])
+        alone = sample(rows[i : i + 1].clone(), [mixed[i]])
         assert alone[0] == together[i]
-    backwards = sampling.sample(rows.flip(0).clone(), mixed[::-1], [()] * 24)
+    backwards = sample(rows.flip(0).clone(), mixed[::-1])
     assert torch.equal(backwards.flip(0), together)
 
 
 def test_greedy_takes_the_largest_logit() -> None:
     rows = logits(3)
-    tokens = sampling.sample(rows.clone(), [sequence(i) for i in range(3)], [()] * 3)
+    tokens = sample(rows.clone(), [sequence(i) for i in range(3)])
     assert torch.equal(tokens, rows.argmax(-1))
 
 
@@ -124,7 +179,7 @@ def test_penalties_change_seen_tokens_as_defined() -> None:
     row = logits(1)
     penalised = row.clone()
     target = sequence(output=(9, 9, 11), presence_penalty=0.5, frequency_penalty=0.25)
-    sampling.sample(penalised, [target], [()])
+    sample(penalised, [target])
     delta = (row - penalised)[0]
     assert delta[9] == pytest.approx(0.5 + 2 * 0.25, abs=1e-6)
     assert delta[11] == pytest.approx(0.75, abs=1e-6)
@@ -135,7 +190,7 @@ def test_no_stop_token_before_min_tokens() -> None:
     rows = torch.zeros(2, VOCAB)
     rows[:, 8] = 50
     early, late = sequence(min_tokens=2, output=(1,)), sequence(min_tokens=2, output=(1, 1))
-    tokens = sampling.sample(rows, [early, late], [{8}, {8}])
+    tokens = sample(rows, [early, late], frozenset({8}))
     assert tokens[0] != 8
     assert tokens[1] == 8
 
@@ -144,7 +199,7 @@ def test_a_draw_at_the_very_end_is_a_possible_token(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sampling, "uniform", lambda *_: math.nextafter(1, 0))
     rows = torch.full((1, VOCAB), -torch.inf)
     rows[0, [4, 6]] = 1.0
-    assert sampling.sample(rows, [sequence(temperature=1.0)], [()]).tolist() == [6]
+    assert sample(rows, [sequence(temperature=1.0)]).tolist() == [6]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,15 @@ MAX_LEN = 60
 class Rig:
     """An engine with one layer of 37 float64 elements a head, so that pages cut tokens."""
 
-    def __init__(self, *, seqs: int, batched: int, pages: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        seqs: int,
+        batched: int,
+        pages: int | None,
+        lag: int = 0,
+        eos: frozenset[int] = frozenset(),
+    ) -> None:
         self.memory = HostMemory(PAGE)
         layout = KVLayout((LayerKV(1, 37, 37),), 8, PAGE, MAX_LEN, 1)
         budget = None if pages is None else pages * PAGE
@@ -32,8 +40,9 @@ class Rig:
         self.scheduler = Scheduler(
             self.arena, max_num_seqs=seqs, max_num_batched_tokens=batched, max_model_len=MAX_LEN
         )
-        executor = EchoExecutor(*layer_views(self.arena, 0, torch.float64))
-        self.engine = Engine(executor, self.scheduler, None, frozenset())
+        executor = EchoExecutor(*layer_views(self.arena, 0, torch.float64), lag)
+        self.eos = eos
+        self.engine = Engine(executor, self.scheduler, None, eos)
         self.done: dict[int, Completion] = {}
         self.requests: list[Request] = []
 
@@ -68,9 +77,14 @@ class Rig:
             room = MAX_LEN - len(request.prompt_ids)
             if sequence.finish_reason is FinishReason.ERROR:
                 assert sequence.error_kind in {"prompt_too_long", "kv_budget"}
+                need = len(request.prompt_ids) + min(request.params.max_tokens, max(1, room)) - 1
+                assert need >= MAX_LEN or not self.arena.can_fit(need)
             else:
                 length = min(request.params.max_tokens, room)
-                assert sequence.output_ids == expected(request.prompt_ids, length)
+                want = expected(request.prompt_ids, length)
+                ends = [i for i, token in enumerate(want, 1) if token in self.eos]
+                assert sequence.output_ids == want[: ends[0] if ends else length]
+            assert sequence.num_pending == 0
 
     def close(self) -> None:
         self.arena.release()
@@ -86,9 +100,13 @@ class EngineMachine(RuleBasedStateMachine):
         seqs=st.integers(1, 6),
         batched=st.integers(1, 40),
         pages=st.one_of(st.none(), st.integers(9, 16)),
+        lag=st.integers(0, 2),
+        eos=st.sampled_from([frozenset(), frozenset(range(0, 997, 11))]),
     )
-    def start(self, seqs: int, batched: int, pages: int | None) -> None:
-        self.rig = Rig(seqs=seqs, batched=batched, pages=pages)
+    def start(
+        self, seqs: int, batched: int, pages: int | None, lag: int, eos: frozenset[int]
+    ) -> None:
+        self.rig = Rig(seqs=seqs, batched=batched, pages=pages, lag=lag, eos=eos)
 
     @rule(
         length=st.integers(1, MAX_LEN + 3), first=st.integers(0, 900), max_tokens=st.integers(1, 40)
@@ -116,7 +134,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestEngine.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
 
 
 @pytest.fixture
@@ -158,6 +176,18 @@ def test_the_youngest_is_preempted_and_still_right(make_rig):  # type: ignore[no
     rig.drain()
     assert rig.engine.stats.recomputed_tokens > 0
     rig.verify()
+
+
+def test_pipelining_preempts_no_more(make_rig):  # type: ignore[no-untyped-def]
+    preemptions = []
+    for lag in (0, 1):
+        rig = make_rig(seqs=4, batched=64, pages=10, lag=lag)
+        for first in range(0, 800, 100):
+            rig.add([first, first + 1, first + 2], 50)
+        rig.drain()
+        rig.verify()
+        preemptions.append(rig.scheduler.num_preemptions)
+    assert 0 < preemptions[1] <= preemptions[0]
 
 
 def test_a_row_that_can_never_fit_is_its_own_error(make_rig):  # type: ignore[no-untyped-def]

@@ -4,66 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from allocator.arena import KVArena
-from allocator.host import HostMemory
-from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views
-from batchrun.engine import attention
+from batchrun.engine.assembly import Assembly, Settings
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.engine import Completion, Engine
-from batchrun.engine.executor import TorchExecutor
+from batchrun.engine.engine import Completion
 from batchrun.engine.model import LoadedModel
-from batchrun.engine.scheduler import Scheduler
-
-
-@dataclass(frozen=True)
-class Rig:
-    engine: Engine
-    arena: KVArena
-    scheduler: Scheduler
-    executor: TorchExecutor
 
 
 @contextmanager
-def rig(
-    loaded: LoadedModel,
-    *,
-    max_num_seqs: int = 64,
-    max_num_batched_tokens: int = 256,
-    page_size: int = 4096,
-    kv_budget: int | None = None,
-    layers_per_slab: int | None = None,
-) -> Iterator[Rig]:
-    memory = HostMemory(page_size)
-    layout = KVLayout(
-        tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers),
-        loaded.dtype.itemsize,
-        page_size,
-        loaded.max_model_len,
-        layers_per_slab or len(loaded.layers),
-    )
-    arena = KVArena(memory, layout, num_slots=max_num_seqs, budget=kv_budget)
-    try:
-        views = [layer_views(arena, i, loaded.dtype) for i in range(len(loaded.layers))]
-        executor = TorchExecutor(loaded, views, attention.create("sdpa"))
-        scheduler = Scheduler(
-            arena,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=loaded.max_model_len,
-        )
-        engine = Engine(executor, scheduler, loaded.tokenizer, loaded.eos_ids)
-        yield Rig(engine, arena, scheduler, executor)
-    finally:
-        arena.release()
-        memory.close()
+def rig(loaded: LoadedModel, *, lag: int = 0, **settings: Any) -> Iterator[Assembly]:
+    """An engine on the CPU; with a lag it is driven as on a device that computes by itself."""
+    defaults = {"max_num_batched_tokens": 256, "page_size": 4096, "attention": "sdpa"}
+    made = Settings("", "tiny", "", Path(), optimize=False, **{**defaults, **settings})
+    with Assembly(loaded, made) as assembly:
+        assembly.executor.lag = lag
+        yield assembly
 
 
 def run(
-    rig: Rig,
+    rig: Assembly,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
     *,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import pytest
+import torch
 
 from batchrun.engine import canary
-from batchrun.engine.core import SamplingParams
+from batchrun.engine.attention.sdpa import SDPA
+from batchrun.engine.core import SamplingParams, Segment
+from batchrun.engine.graphs import Recorded
 from batchrun.engine.model import LoadedModel, prepare
 from tests.parity.models import CONFIGS, build
 from tests.parity.runner import generate, outputs, rig, run
@@ -19,6 +24,7 @@ SHAPES = {
     "chunked": {"max_num_batched_tokens": 13},
     "one-at-a-time": {"max_num_seqs": 1},
     "seven-a-slab-per-layer": {"max_num_seqs": 7, "layers_per_slab": 1},
+    "pipelined": {"lag": 1, "max_num_batched_tokens": 40, "max_num_seqs": 9},
 }
 
 
@@ -49,15 +55,57 @@ def test_greedy_equals_generate(name: str, shape: str) -> None:
     assert outputs(done) == wanted(name)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_equals_generate_when_memory_is_short(name: str) -> None:
+def test_greedy_equals_generate_when_memory_is_short(name: str, lag: int) -> None:
     model = loaded(name)
     layout_bytes = sum(s.kv_heads * (s.k_dim + s.v_dim) for s in model.layers) * 4
-    with rig(model, kv_budget=layout_bytes * 170) as r:
+    with rig(model, kv_budget=layout_bytes * 170, lag=lag) as r:
         done = run(r, prompts(), SamplingParams(max_tokens=MAX_TOKENS))
         assert r.scheduler.num_preemptions > 3
         assert r.engine.stats.recomputed_tokens > 0
     assert outputs(done) == wanted(name)
+
+
+def rerun(function: Callable[[], torch.Tensor]) -> Recorded:
+    """A recorder without CUDA: a replay computes the function again, into the same tensor."""
+    logits = function().clone()
+
+    def replay() -> None:
+        logits.copy_(function())
+
+    return replay, logits
+
+
+class Rereading(SDPA):
+    """SDPA under `rerun`, which freezes nothing."""
+
+    def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
+        super().plan(segments)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_recorded_steps_equal_generate(lag: int) -> None:
+    model, sizes = loaded("llama"), [1, 4, 9]
+    with rig(model, lag=lag, max_num_seqs=10) as r:
+        scratch = r.arena.open(1)
+        assert scratch is not None
+        assert r.arena.ensure(scratch, 1)
+        r.executor.backend = Rereading()
+        r.executor.capture(sizes, scratch, rerun)
+        r.scheduler.max_num_seqs = 9
+        graphs, replayed = r.executor.graphs, Counter[int]()
+        assert graphs is not None
+        replay = graphs.replay
+
+        def counting(packed: torch.Tensor) -> torch.Tensor:
+            replayed[packed.shape[1]] += 1
+            return replay(packed)
+
+        graphs.replay = counting  # type: ignore[method-assign]
+        done = run(r, prompts(), SamplingParams(max_tokens=MAX_TOKENS))
+        assert set(replayed) == set(sizes)
+    assert outputs(done) == wanted("llama")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -78,11 +126,34 @@ def test_samples_are_the_same_for_any_batch_order_and_chunk(name: str) -> None:
         want = outputs(run(r, prompts(), SAMPLED, seed=11))
     assert len({tuple(w) for w in want}) > 20
     backwards = list(reversed(range(len(prompts()))))
-    for kwargs in (*SHAPES.values(), {"kv_budget": 60 * 4096}):
+    for kwargs in (*SHAPES.values(), {"kv_budget": 60 * 4096}, {"kv_budget": 60 * 4096, "lag": 1}):
         with rig(model, **kwargs) as r:  # type: ignore[arg-type]
             assert outputs(run(r, prompts(), SAMPLED, seed=11, order=backwards)) == want
     with rig(model) as r:
         assert outputs(run(r, prompts(), SAMPLED, seed=12)) != want
+
+
+def test_penalties_are_the_same_pipelined_and_preempted() -> None:
+    model = loaded("llama")
+    each = [
+        SamplingParams(
+            max_tokens=12,
+            temperature=[0.0, 1.0][i % 2],
+            repetition_penalty=[1.0, 1.3][i % 3 > 0],
+            presence_penalty=0.3 * (i % 3),
+            frequency_penalty=0.2 * (i % 4),
+            min_tokens=i % 5,
+            stop_token_ids=tuple(range(40)),
+        )
+        for i in range(len(prompts()))
+    ]
+    with rig(model, max_num_seqs=1) as r:
+        want = outputs(run(r, prompts(), each, seed=4))
+    assert len({len(w) for w in want}) > 3
+    for lag in (0, 1):
+        with rig(model, lag=lag, kv_budget=45 * 4096, max_num_batched_tokens=50) as r:
+            assert outputs(run(r, prompts(), each, seed=4)) == want
+            assert r.scheduler.num_preemptions > 0
 
 
 def test_end_tokens_min_tokens_and_ignore_eos() -> None:

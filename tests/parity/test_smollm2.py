@@ -81,6 +81,12 @@ def test_in_tiny_chunks_with_little_memory(
     assert outputs(done) == wanted[:100]
 
 
+def test_pipelined(model: LoadedModel, prompts: list[list[int]], wanted: list[list[int]]) -> None:
+    with rig(model, max_num_batched_tokens=300, page_size=256 << 10, lag=1) as r:
+        done = run(r, prompts[:100], SamplingParams(max_tokens=MAX_TOKENS), check=False)
+    assert outputs(done) == wanted[:100]
+
+
 def test_one_at_a_time(
     model: LoadedModel, prompts: list[list[int]], wanted: list[list[int]]
 ) -> None:

@@ -1,0 +1,370 @@
+"""An engine for one device: memory, kernels, executor and scheduler put together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from allocator.accounting import UsageIntegral
+from allocator.arena import KVArena
+from allocator.host import HostMemory
+from allocator.layout import KVLayout, LayerKV
+from allocator.tensor import layer_views
+from allocator.vmm import AllocatorError, VirtualMemory
+from batchrun.engine import attention
+from batchrun.engine.attention import Geometry
+from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, Sequence, StepPlan
+from batchrun.engine.engine import Engine
+from batchrun.engine.executor import TorchExecutor
+from batchrun.engine.graphs import batch_sizes
+from batchrun.engine.model import LoadedModel
+from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
+from batchrun.models import ModelError
+
+_HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
+_DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run a model: nothing here changes what comes out.
+
+    Args:
+        model_path: Folder with config, tokenizer and safetensors.
+        model_name: What to call it in messages.
+        fingerprint: Of the model's content, for remembered verdicts.
+        cache: Folder of remembered verdicts.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        attention: Name of the attention backend.
+        max_num_seqs: Sequences that run at once; None for the device's default, as below.
+        max_num_batched_tokens: Tokens computed in one step at most.
+        max_model_len: Context length; None for the model's own.
+        kv_budget: Bytes of KV pages at most; None for what the device has.
+        page_size: Bytes of a KV page.
+        layers_per_slab: Layers whose keys and values lie together; None for all.
+        overlap: Whether the host works on the next step while the device computes one.
+        graphs: Whether decode steps are recorded as CUDA graphs.
+        optimize: Whether the model's modules are fused and compiled; None where that measured
+            better.
+        trust_remote_code: Whether the model's own Python code may run.
+    """
+
+    model_path: str
+    model_name: str
+    fingerprint: str
+    cache: Path
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    kv_budget: int | None = None
+    page_size: int | None = None
+    layers_per_slab: int | None = None
+    overlap: bool = True
+    graphs: bool = True
+    optimize: bool | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What a step is made of, where the user did not say."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+
+
+_LIMITS = {"cpu": _Limits(64, 512, 256 << 10), "cuda": _Limits(256, 8192, 2 << 20)}
+
+
+def choose_device(name: str, log: Callable[[str], None] = lambda _: None) -> str:
+    """The torch device that `--device` means.
+
+    Raises:
+        ModelError: There is no such device here; the message says what is missing.
+    """
+    if name == "cpu":
+        return "cpu"
+    problem = _why_no_cuda(name)
+    if problem is None:
+        return "cuda:0" if name in {"auto", "cuda"} else name
+    if name != "auto":
+        raise ModelError(f"the device {name} can't be used: {problem}", hint="use --device cpu")
+    if torch.cuda.is_available():
+        log(f"computing on the CPU, because the GPU can't be used: {problem}")
+    return "cpu"
+
+
+def _why_no_cuda(name: str) -> str | None:
+    if not torch.cuda.is_available():
+        return (
+            "torch sees no CUDA device"
+            if torch.version.cuda
+            else f"torch {torch.__version__} is built without CUDA"
+        )
+    if name not in {"auto", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}:
+        return f"there are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+    try:
+        import allocator.cuda  # noqa: F401, PLC0415 - needs a package that only GPU users have
+    except ImportError as error:
+        return f"{error}; pip install 'batchrun[cuda]'"
+    return None
+
+
+class Assembly:
+    """A model's engine. Close it to give the memory back.
+
+    Args:
+        loaded: The model, on its device.
+        settings: How to run it.
+        log: Told, a line each, what the user should know.
+
+    Raises:
+        EngineError: There is no memory for it, or a backend asked for by name can't be used.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: Settings,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        limits = _LIMITS[loaded.device.type]
+        self.loaded = loaded
+        self.settings = settings
+        self.max_num_seqs = settings.max_num_seqs or limits.max_num_seqs
+        self.max_num_batched_tokens = (
+            settings.max_num_batched_tokens or limits.max_num_batched_tokens
+        )
+        self.usage = UsageIntegral()
+        self._log = log
+        self._cuda = loaded.device.type == "cuda"
+        self._resources = ExitStack()
+        try:
+            self.arena = self._make_arena(settings.page_size or limits.page_size)
+            self.executor = self._make_executor()
+            if self._cuda:
+                self._warm_up()
+        except AllocatorError as error:
+            self.close()
+            raise EngineError(
+                f"no KV memory can be set up for {self.max_num_seqs} sequences of "
+                f"{loaded.max_model_len} tokens: {error}",
+                hint="lower --max-num-seqs or --max-model-len, or lift the limit (ulimit -v)",
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        self.scheduler = Scheduler(
+            self.arena,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=loaded.max_model_len,
+        )
+        self.engine = Engine(
+            self.executor,
+            self.scheduler,
+            loaded.tokenizer,
+            loaded.eos_ids,
+            observe=lambda seconds: self.usage.add(self.arena.usage(), seconds),
+            mapping_seconds=self._mapping_seconds,
+        )
+
+    def measurements(self) -> dict[str, float | str]:
+        """The engine's figures so far, by the names of `jobs.stats.RunStats`."""
+        stats = self.engine.stats
+        return {
+            "steps": stats.steps,
+            "prefill_tokens": stats.prefill_tokens,
+            "decode_tokens": stats.decode_tokens,
+            "recomputed_tokens": stats.recomputed_tokens,
+            "prefill_s": stats.prefill_seconds,
+            "decode_s": stats.decode_seconds,
+            "sequence_s": stats.sequence_seconds,
+            "map_hidden_s": stats.map_hidden_seconds,
+            "map_exposed_s": stats.map_exposed_seconds,
+            "map_stalls": stats.map_stalls,
+            "device_s": stats.device_seconds,
+            "idle_s": stats.idle_seconds,
+            "max_num_seqs": self.max_num_seqs,
+            "preemptions": self.scheduler.num_preemptions,
+            "weights_bytes": self.loaded.weights_bytes,
+            "peak_activations": self._peak_activations(),
+            "device": str(self.loaded.device),
+            "attention": self.executor.backend.name,
+            "model": self.settings.model_name,
+            **self.usage.as_dict(),
+        }
+
+    def close(self) -> None:
+        """Wait for the device, then give slots, pages and addresses back."""
+        self._resources.close()
+
+    def __enter__(self) -> Assembly:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _make_arena(self, page_size: int) -> KVArena:
+        memory: VirtualMemory
+        if self._cuda:
+            from allocator.cuda import CudaMemory  # noqa: PLC0415 - loads the CUDA driver
+
+            memory = device = CudaMemory(self.loaded.device.index or 0, page_size=page_size)
+
+            def free() -> int:
+                return max(0, device.memory_info()[0] - _DEVICE_HEADROOM)
+        else:
+            memory, free = HostMemory(page_size), available_memory
+        self._resources.callback(memory.close)
+
+        def measured() -> int:
+            """What the pool may hold: what it has and what is free beside it."""
+            held = self.arena.pool.created if hasattr(self, "arena") else 0
+            return held * page_size + free()
+
+        arena = KVArena(
+            memory,
+            _layout(self.loaded, page_size, self.settings.layers_per_slab),
+            num_slots=self.max_num_seqs + self._cuda,  # one for the fillers of graphs
+            budget=measured if self.settings.kv_budget is None else self.settings.kv_budget,
+        )
+        self._resources.callback(arena.release)
+        return arena
+
+    def _make_executor(self) -> TorchExecutor:
+        loaded, settings = self.loaded, self.settings
+        transfers: Transfers = HostTransfers()
+        lag = 0
+        if self._cuda:
+            lag = int(settings.overlap)
+            transfers = CudaTransfers(loaded.device, lag)
+        self._resources.callback(transfers.close)
+        geometry = Geometry(
+            layers=loaded.layers,
+            slot_tokens=self.arena.layout.slot_tokens,
+            num_slots=self.arena.num_slots,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            dtype=loaded.dtype,
+            device=loaded.device,
+        )
+        try:
+            backend = attention.create(settings.attention, geometry, transfers.upload, self._log)
+        except ValueError as error:
+            raise EngineError(
+                f"--attention {settings.attention} can't be used: {error}",
+                hint="use --attention auto; `batchrun doctor` says what works here",
+            ) from error
+        layers = range(len(loaded.layers))
+        views = [layer_views(self.arena, i, loaded.dtype, loaded.device) for i in layers]
+        return TorchExecutor(loaded, views, backend, transfers, lag=lag)
+
+    def _warm_up(self) -> None:
+        """Run the largest steps there can be, so that activations have their memory first.
+
+        torch keeps what it once took, and the KV budget is what is free after that: nothing is
+        guessed. Then decode steps are recorded.
+        """
+        longest = min(self.max_num_batched_tokens, self.loaded.max_model_len)
+        rows = -(-self.max_num_batched_tokens // longest)
+        self._run_alone(min(rows, self.max_num_seqs), longest)
+        self._run_alone(min(self.max_num_seqs, self.max_num_batched_tokens), 1)
+        if self.settings.graphs and self.executor.backend.capturable:
+            self._capture()
+        self.arena.trim()
+
+    def _run_alone(self, rows: int, length: int) -> None:
+        """One step of `rows` sequences of `length` tokens, or as many as memory holds."""
+        # With top-p, which needs more memory to sample than anything else.
+        params = SamplingParams(temperature=1.0, top_p=0.9)
+        segments = []
+        for row in range(rows):
+            slot = self.arena.open(length)
+            if slot is None or not self.arena.ensure(slot, length):
+                break
+            sequence = Sequence(Request(row, 0, (0,) * length, params, 0))
+            segments.append(Segment(sequence, slot, 0, length, sampled=True))
+        if segments:
+            self.executor.collect(self.executor.launch(StepPlan(0, tuple(segments))))
+        for segment in segments:
+            self.arena.close(segment.slot, 0)
+        self.arena.retire(0)
+
+    def _capture(self) -> None:
+        began = time.perf_counter()
+        scratch = self.arena.open(1)
+        if scratch is None or not self.arena.ensure(scratch, 1):
+            return
+        sizes = batch_sizes(self.max_num_seqs)
+        try:
+            self.executor.capture(sizes, scratch)
+        except (RuntimeError, EngineError) as error:
+            self.executor.graphs = None
+            reason = str(error).splitlines()[0]
+            self._log(f"decode steps are launched kernel by kernel: no CUDA graph ({reason})")
+        else:
+            seconds = time.perf_counter() - began
+            self._log(f"recorded decode steps of {len(sizes)} sizes in {seconds:.1f} s")
+
+    def _mapping_seconds(self) -> float:
+        usage = self.arena.usage()
+        return usage.map_seconds + usage.unmap_seconds + usage.create_seconds
+
+    def _peak_activations(self) -> int:
+        """Bytes that torch held on the GPU at most, beside the weights; 0 on a CPU."""
+        if not self._cuda:
+            return 0
+        held = torch.cuda.max_memory_reserved(self.loaded.device)
+        return max(0, held - self.loaded.weights_bytes)
+
+
+def assemble(
+    loaded: LoadedModel, settings: Settings, log: Callable[[str], None] = lambda _: None
+) -> Assembly:
+    """Make a model faster where that pays, and put its engine together: see `Assembly`."""
+    fuse = loaded.device.type == "cuda" if settings.optimize is None else settings.optimize
+    if fuse:
+        from batchrun.engine.optimize import optimize  # noqa: PLC0415
+
+        optimize(loaded.model, compile=loaded.device.type == "cuda", log=log)
+    return Assembly(loaded, settings, log)
+
+
+def _layout(loaded: LoadedModel, page_size: int, layers_per_slab: int | None) -> KVLayout:
+    layers = tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers)
+    return KVLayout(
+        layers,
+        loaded.dtype.itemsize,
+        page_size,
+        loaded.max_model_len,
+        min(layers_per_slab or len(layers), len(layers)),
+    )
+
+
+def available_memory() -> int:
+    """Bytes that the KV cache may still take: what is free here and now, less some headroom.
+
+    The tighter one of the machine's `MemAvailable` and this control group's limit.
+    """
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except FileNotFoundError:
+        pass  # the root group, or a machine without control groups: no limit
+    return max(0, free - _HOST_HEADROOM)

@@ -1,0 +1,216 @@
+"""How data reach the device and come back: at once on the host, on a stream of their own on CUDA.
+
+    copy stream     | up n+1 |        | down n |   | up n+2 |        | down n+1 |
+    compute stream  |  step n   |  step n+1        |  step n+2           |
+    host               plan n+1, map, launch   plan n+2, map, launch
+
+A step's uploads come before its kernels and its download after them, by events; the staging memory
+of a step is used again only when that step has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+
+_ALIGNMENT = 256  # bytes, as cudaMalloc aligns
+
+
+class Download(Protocol):
+    """Numbers on their way to the host."""
+
+    def get(self) -> list[int]:
+        """Wait for them."""
+
+
+class Transfers(Protocol):
+    """Moves a step's inputs to the device and its tokens back.
+
+    Attributes:
+        device_seconds: Time the device spent in steps, so far; 0 on the host.
+        idle_seconds: Time between the end of a step and the begin of the next; 0 on the host.
+    """
+
+    device_seconds: float
+    idle_seconds: float
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The uploads, kernels and download of one step are issued in this context."""
+        yield
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """Copy an array to the device without waiting for it.
+
+        Returns:
+            A tensor that is valid for the kernels of this step. The array is free at once.
+        """
+
+    def started(self) -> None:
+        """The step's inputs are on their way: its kernels come next."""
+
+    def download(self, tensor: torch.Tensor) -> Download:
+        """Fetch a tensor `[N]` of int64 once the kernels so far have run."""
+
+    def busy(self) -> bool:
+        """Whether kernels of a step still run or wait to."""
+
+    def close(self) -> None:
+        """Wait for everything under way."""
+
+
+class _Arrived:
+    """A download that was never away."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get(self) -> list[int]:
+        values: list[int] = self._tensor.tolist()
+        return values
+
+
+class HostTransfers:
+    """The host is the device: see `Transfers`."""
+
+    device_seconds = 0.0
+    idle_seconds = 0.0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """See `Transfers.step`."""
+        yield
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """See `Transfers.upload`."""
+        return torch.from_numpy(array.copy())
+
+    def started(self) -> None:
+        """See `Transfers.started`."""
+
+    def download(self, tensor: torch.Tensor) -> Download:
+        """See `Transfers.download`."""
+        return _Arrived(tensor)
+
+    def busy(self) -> bool:
+        """See `Transfers.busy`."""
+        return False
+
+    def close(self) -> None:
+        """See `Transfers.close`."""
+
+
+class _Stage:
+    """Staging memory of one step: pinned on the host and as much on the device."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.device = torch.empty(size, dtype=torch.uint8, device=device)
+        self.used = 0
+        self.larger: list[torch.Tensor] = []  # uploads that did not fit, kept for as long
+        self.begin = torch.cuda.Event(enable_timing=True)
+        self.end = torch.cuda.Event(enable_timing=True)
+        self.arrived = torch.cuda.Event(blocking=True)
+        self.launched = False
+
+
+class CudaTransfers:
+    """Two streams and a ring of staging buffers: see `Transfers`.
+
+    Args:
+        device: A CUDA device.
+        lag: Steps that may be in flight when another one is launched.
+        size: Bytes of staging for a step; larger steps allocate more.
+    """
+
+    def __init__(self, device: torch.device, lag: int, size: int = 4 << 20) -> None:
+        self.compute = torch.cuda.Stream(device)
+        self._copy = torch.cuda.Stream(device)
+        self._stages = [_Stage(device, size) for _ in range(lag + 2)]
+        self._stage = self._stages[0]
+        self._steps = 0
+        self._last_end: torch.cuda.Event | None = None
+        self.device_seconds = 0.0
+        self.idle_seconds = 0.0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """See `Transfers.step`."""
+        stage = self._stage = self._stages[self._steps % len(self._stages)]
+        self._steps += 1
+        if stage.launched:
+            stage.end.synchronize()  # long past: that step was collected
+        stage.used, stage.larger, stage.launched = 0, [], True
+        with torch.cuda.stream(self.compute):
+            stage.begin.record(self.compute)
+            yield
+            stage.end.record(self.compute)
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """See `Transfers.upload`."""
+        stage, source = self._stage, torch.from_numpy(np.ascontiguousarray(array))
+        begin, size = stage.used, source.nbytes
+        if begin + size > stage.host.numel():
+            host = torch.empty_like(source, pin_memory=True).copy_(source)
+            target = torch.empty_like(source, device=stage.device.device)
+            self._copy.wait_stream(self.compute)  # whose kernels may still use that memory
+            stage.larger += [host, target]
+        else:
+            stage.used = -(-(begin + size) // _ALIGNMENT) * _ALIGNMENT
+            host = stage.host[begin : begin + size].view(source.dtype).view(source.shape)
+            target = stage.device[begin : begin + size].view(source.dtype).view(source.shape)
+            host.copy_(source)
+        with torch.cuda.stream(self._copy):
+            target.copy_(host, non_blocking=True)
+        self.compute.wait_stream(self._copy)
+        return target
+
+    def started(self) -> None:
+        """See `Transfers.started`."""
+        self._stage.begin.record(self.compute)
+
+    def download(self, tensor: torch.Tensor) -> Download:
+        """See `Transfers.download`."""
+        stage = self._stage
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._copy.wait_stream(self.compute)
+        with torch.cuda.stream(self._copy):
+            host.copy_(tensor, non_blocking=True)
+            stage.arrived.record(self._copy)
+        return _OnItsWay(self, stage, tensor, host)
+
+    def busy(self) -> bool:
+        """See `Transfers.busy`."""
+        return self._steps > 0 and not self._stage.end.query()
+
+    def close(self) -> None:
+        """See `Transfers.close`."""
+        self.compute.synchronize()
+        self._copy.synchronize()
+
+    def _count(self, stage: _Stage) -> None:
+        """Take the times of a step that has ended."""
+        self.device_seconds += stage.begin.elapsed_time(stage.end) / 1e3
+        if self._last_end is not None:
+            self.idle_seconds += max(0.0, self._last_end.elapsed_time(stage.begin) / 1e3)
+        self._last_end = stage.end
+
+
+class _OnItsWay:
+    """A download on the copy stream; keeps its source alive until it has arrived."""
+
+    def __init__(
+        self, transfers: CudaTransfers, stage: _Stage, source: torch.Tensor, host: torch.Tensor
+    ) -> None:
+        self._transfers, self._stage, self._source, self._host = transfers, stage, source, host
+
+    def get(self) -> list[int]:
+        self._stage.arrived.synchronize()
+        self._stage.end.synchronize()
+        self._transfers._count(self._stage)
+        values: list[int] = self._host.tolist()
+        return values
