@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchrun.engine.assembly import Settings, assemble
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.model import prepare
-from batchrun.engine.runtime import Settings, assemble
 from benchmarks.gpu import roofline
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.roofline import Span
 from benchmarks.gpu.shapes import Shape, build, prompt
 
 if TYPE_CHECKING:
-    from batchrun.engine.runtime import Assembly
+    from batchrun.engine.assembly import Assembly
 
 
 def run(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -94,27 +94,25 @@ def prefill(
 
 def decode(bench: Bench, assembly: Assembly, shape: Shape, context: int) -> dict[str, Any]:
     """Steps in which every sequence gets one token, `context` tokens long on average."""
-    engine, running = assembly.engine, assembly.scheduler.running
+    engine, scheduler = assembly.engine, assembly.scheduler
     warm, count, seqs = bench.size(16, 2), bench.size(96, 4), bench.size(256, 8)
     start = context - warm - count // 2
     # While the last prompts are computed the first sequences decode already.
-    early = -(-start * seqs // assembly.scheduler.max_num_batched_tokens)
+    early = -(-start * seqs // scheduler.max_num_batched_tokens)
     add(assembly, shape, [(start, 2 * early + warm + count + 4)] * seqs)
-    while len(running) < seqs or any(s.num_computed_tokens < start for s in running):
+    while scheduler.waiting or any(s.num_computed_tokens < start for s in scheduler.running):
         engine.step()
-        running = assembly.scheduler.running
     for _ in range(warm):
         engine.step()
-    bench.synchronise()
+    # No synchronisation here: it would empty the pipeline that is measured.
     before, tokens_before = _clocks(assembly), _tokens(assembly)
     for _ in range(count):
         engine.step()
-    bench.synchronise()
     after, tokens_after = _clocks(assembly), _tokens(assembly)
     steps, wall, device, idle = (b - a for a, b in zip(before, after, strict=True))
     tokens = (tokens_before + tokens_after) / 2
-    if len(assembly.scheduler.running) < seqs:
-        raise RuntimeError(f"{seqs - len(assembly.scheduler.running)} sequences ended too early")
+    if len(scheduler.running) < seqs:
+        raise RuntimeError(f"{seqs - len(scheduler.running)} sequences ended too early")
     drain(assembly)
     weights = roofline.work(shape, [Span(0, 1)]).weight_bytes
     return {
