@@ -56,10 +56,17 @@ class RunStats:
     unmap_s: float = 0.0
     create_calls: int = 0
     create_s: float = 0.0
+    map_hidden_s: float = 0.0
+    map_exposed_s: float = 0.0
+    map_stalls: int = 0
+    device_s: float = 0.0
+    idle_s: float = 0.0
     preemptions: int = 0
     peak_rss: int = 0
+    peak_activations: int = 0
     weights_bytes: int = 0
     device: str = ""
+    attention: str = ""
     model: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,12 +97,15 @@ def summarise(job: JobFolder) -> dict[str, Any]:
     """The job's summary.
 
     Returns:
-        JSON-able: `job`, `state`, `model`, `device`, `output`, `rows` (`total`, `done`, `failed`,
-        `remaining`, `resumed`, `failed_by_reason`), `finish_reasons`, `tokens` (`prompt`,
-        `completion`, `prefilled`, `decoded`, `recomputed`), `time` (seconds), `throughput` (per
-        second), `batch`, `kv` (bytes: `time_averaged` and `peak` of reserved, mapped, live, static,
-        paged; `utilisation` is live over mapped; None where nothing was measured), `preemptions`,
-        `peak_rss`, `weights_bytes`, `runs`, `row_seconds` (quantiles of queue, prefill, decode).
+        JSON-able: `job`, `state`, `model`, `device`, `attention`, `output`, `rows` (`total`,
+        `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`), `finish_reasons`, `tokens`
+        (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`), `time` (seconds),
+        `throughput` (per second), `batch`, `kv` (bytes: `time_averaged` and `peak` of reserved,
+        mapped, live, static, paged; `utilisation` is live over mapped; None where nothing was
+        measured; seconds of mapping that computing hid and that it waited for), `device_time`
+        (seconds in steps and between them; 0 on a CPU), `preemptions`, `peak_rss`,
+        `weights_bytes`, `peak_activations`, `runs`, `row_seconds` (quantiles of queue, prefill,
+        decode).
     """
     spec = job.spec()
     with job.journal() as journal:
@@ -114,6 +124,7 @@ def summarise(job: JobFolder) -> dict[str, Any]:
         "state": job.state(),
         "model": stats.model or spec.model.get("name"),
         "device": stats.device,
+        "attention": stats.attention,
         "output": spec.output.get("path"),
         "samples_per_row": spec.n,
         "max_tokens": spec.sampling.get("max_tokens"),
@@ -163,12 +174,17 @@ def summarise(job: JobFolder) -> dict[str, Any]:
                     "unmap_s",
                     "create_calls",
                     "create_s",
+                    "map_hidden_s",
+                    "map_exposed_s",
+                    "map_stalls",
                 )
             },
         },
+        "device_time": {"busy_s": stats.device_s, "idle_s": stats.idle_s},
         "preemptions": stats.preemptions,
         "peak_rss": stats.peak_rss,
         "weights_bytes": stats.weights_bytes,
+        "peak_activations": stats.peak_activations,
         "runs": len(runs),
         "row_seconds": rows,
     }

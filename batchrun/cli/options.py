@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from batchrun.engine import attention
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -37,6 +39,18 @@ class Size(click.ParamType[int]):
         if size <= 0 or size % self._multiple_of:
             self.fail(f"{value!r} is no positive multiple of {self._multiple_of} bytes", param, ctx)
         return size
+
+
+class Device(click.ParamType[str]):
+    """A device by its name; whether it is there is found out when it is used."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Refuses what is no name of a device."""
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            self.fail(f"{value!r} is no device; there are auto, cpu, cuda and cuda:N", param, ctx)
+        return str(value)
 
 
 class SectionOption(click.Option):
@@ -95,17 +109,18 @@ model_options = _section(
     ),
     _option(
         "--device",
-        type=click.Choice(["auto", "cpu"]),
+        type=Device(),
+        metavar="auto|cpu|cuda|cuda:N",
         default="auto",
         show_default=True,
-        help="Where to compute; this version knows the CPU.",
+        help="Where to compute. auto: the first GPU if there is one that can be used.",
     ),
     _option(
         "--attention",
-        type=click.Choice(["auto", "sdpa"]),
+        type=click.Choice(["auto", *attention.NAMES]),
         default="auto",
         show_default=True,
-        help="Attention kernel.",
+        help="Attention kernel; `batchrun doctor` says which work here.",
     ),
     _option(
         "--max-model-len",
@@ -215,6 +230,23 @@ runtime_options = _section(
         type=click.IntRange(min=1),
         metavar="N",
         help="Layers that share a KV slab; default: all.",
+    ),
+    _option(
+        "--overlap/--no-overlap",
+        default=True,
+        show_default=True,
+        help="On a GPU: plan, map and copy while it computes.",
+    ),
+    _option(
+        "--graphs/--no-graphs",
+        default=True,
+        show_default=True,
+        help="On a GPU: record decode steps as CUDA graphs.",
+    ),
+    _option(
+        "--optimize/--no-optimize",
+        default=None,
+        help="Fuse and compile the model's modules; default: on a GPU.",
     ),
     _option("--dry-run", is_flag=True, help="Check everything, show the job, start nothing."),
     _option("--json", "as_json", is_flag=True, help="Print the outcome as JSON."),

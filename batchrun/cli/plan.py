@@ -37,6 +37,9 @@ _RUNTIME = (
     "kv_budget",
     "page_size",
     "layers_per_slab",
+    "overlap",
+    "graphs",
+    "optimize",
 )
 
 
@@ -170,6 +173,10 @@ def _check_type(field: pa.Field[Any]) -> None:
 
 
 def _model(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    if options["device"].startswith("cuda"):
+        from batchrun.engine.assembly import choose_device  # noqa: PLC0415 - imports torch
+
+        choose_device(options["device"])
     trusted = options["trust_remote_code"]
     ref = resolve(options["model"], home / "models", trust_remote_code=trusted, log=log)
     return {

@@ -41,6 +41,8 @@ def render(summary: Mapping[str, Any]) -> str:
     head = f"job {summary['job']}: {summary['state']}, model {summary['model']}"
     if summary["device"]:
         head += f" on {summary['device']}"
+    if summary["attention"]:
+        head += f" ({summary['attention']})"
     if summary["runs"] > 1:
         head += f", {summary['runs']} runs"
     return "\n\n".join([head, *sections])
@@ -133,10 +135,24 @@ def _memory(summary: Mapping[str, Any]) -> str:
         f"{kv[f'{name}_calls']:,} {name} calls in {seconds(kv[f'{name}_s'])}"
         for name in ("map", "unmap", "create")
     )
-    weights = f"of which {size(summary['weights_bytes'])} weights"
-    return _table(
-        [("paging", ", ".join(calls)), ("peak RSS", f"{size(summary['peak_rss'])}, {weights}")]
-    )
+    lines = [("paging", ", ".join(calls))]
+    weights, rss = f"{size(summary['weights_bytes'])} weights", size(summary["peak_rss"])
+    device, wall = summary["device_time"], summary["time"]["wall_s"]
+    busy, idle = device["busy_s"], device["idle_s"]
+    if not busy:
+        return _table([*lines, ("peak RSS", f"{rss}, of which {weights}")])
+    exposed = kv["map_exposed_s"]
+    lines += [
+        (
+            "",
+            f"{seconds(kv['map_hidden_s'])} hidden behind computing, {seconds(exposed)} not"
+            f"{_share(exposed, wall)}, {kv['map_stalls']:,} stalls",
+        ),
+        ("GPU time", f"{seconds(busy)} in steps, {seconds(idle)} between them{_share(idle, busy)}"),
+        ("GPU memory", f"{weights}, {size(summary['peak_activations'])} activations at most"),
+        ("peak RSS", rss),
+    ]
+    return _table(lines)
 
 
 def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> str:

@@ -11,6 +11,7 @@ SUMMARY = {
     "state": "done-with-errors",
     "model": "smollm2-135m-instruct",
     "device": "cpu",
+    "attention": "",
     "output": "/tmp/out.parquet",
     "samples_per_row": 1,
     "max_tokens": 64,
@@ -69,10 +70,15 @@ SUMMARY = {
         "unmap_s": 0.02,
         "create_calls": 33,
         "create_s": 0.11,
+        "map_hidden_s": 0.0,
+        "map_exposed_s": 0.1375,
+        "map_stalls": 0,
     },
+    "device_time": {"busy_s": 0.0, "idle_s": 0.0},
     "preemptions": 7,
     "peak_rss": 1536 << 20,
     "weights_bytes": 513 << 20,
+    "peak_activations": 0,
     "runs": 2,
     "row_seconds": {
         "queue": {"p50": 1.5, "p90": 30.0, "p99": 70.0, "max": 90.0},
@@ -110,6 +116,22 @@ def summary():
 )
 def test_every_figure_is_shown_with_its_unit(summary, shown):
     assert shown in render(summary)
+
+
+def test_a_gpus_time_and_memory_are_shown_where_there_is_one(summary):
+    assert "GPU" not in render(summary)
+    summary["device"], summary["attention"] = "cuda:0", "torch-flash"
+    summary["device_time"] = {"busy_s": 95.0, "idle_s": 0.95}
+    summary["kv"] |= {"map_hidden_s": 1.25, "map_exposed_s": 0.1, "map_stalls": 3}
+    summary["peak_activations"] = 3 << 30
+    text = render(summary)
+    for shown in (
+        "on cuda:0 (torch-flash), 2 runs",
+        "1.2 s hidden behind computing, 0.1 s not (0%), 3 stalls",
+        "1 min 35 s in steps, 0.9 s between them (1%)",
+        "513.0 MiB weights, 3.0 GiB activations at most",
+    ):
+        assert shown in text
 
 
 def test_the_memory_table_is_aligned_and_says_what_each_line_means(summary):
