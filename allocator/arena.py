@@ -46,7 +46,9 @@ class KVArena:
 
     Pages for a growing slot come, in this order, from the pool's free pages, from the surplus of
     closed slots, from the surplus of open ones, and from growing the pool: physical memory stays
-    close to what is live. Pages unused beyond `slack` go back to the machine in `retire`.
+    close to what is live. `retire`, best called while the next step computes, creates pages until
+    as many are unused as the last step took, and gives back to the machine what is unused beyond
+    `slack` or held beyond a budget that has shrunk.
 
     Steps are numbers that rise. Work on the memory is launched in steps, in order; `close` names
     the last step that may touch a slot, and only `retire` of that step lets its pages go.
@@ -55,8 +57,8 @@ class KVArena:
         memory: where address space and pages come from; stays the caller's to close.
         layout: what a token is. `layout.page_size` must be `memory.granularity`.
         num_slots: sequences that can be open at once.
-        budget: bytes of pages to hold at most: a number, or a function that says it at each
-            growth; None for as much as the machine has.
+        budget: bytes of pages to hold at most: a number, or a function that says it, asked once
+            at each growth and each `retire`; None for as much as the machine has.
         slack: unused pages to keep, as a part of the claimed ones.
     """
 
@@ -92,6 +94,7 @@ class KVArena:
         self._live_tokens = 0
         self._live_blocks = 0
         self._retired = -1
+        self._acquired = 0  # by the pool's count, when a step was last retired
 
     def open(self, num_tokens: int = 0) -> int | None:
         """Take a closed slot: the one whose pages fit `num_tokens` best. Maps nothing.
@@ -157,18 +160,26 @@ class KVArena:
         self._closed.add(slot)
 
     def retire(self, step: int) -> None:
-        """Declare all steps up to `step` finished, and destroy pages unused for too long.
+        """Declare all steps up to `step` finished, and bring the pool to the size it should have.
 
-        Pages that became unused in the steps retired by this very call are spared, because the
-        next sequence may be about to open their slot.
+        Pages unused beyond `slack` are destroyed, except those that became unused in the steps
+        retired by this very call, because the next sequence may be about to open their slot. Of a
+        pool beyond its budget, everything unused is. Within both, pages are created ahead of need.
         """
         settled, self._retired = self._retired, max(step, self._retired)
-        self.pool.retire(self._retired)
+        pool = self.pool
+        pool.retire(self._retired)
+        demand, self._acquired = pool.acquired - self._acquired, pool.acquired
+        budget = pool.page_budget()
+        unused = pool.created - pool.parked - self._claimed_pages
         allowed = _SPARE_PAGES + int(self.slack * self._claimed_pages)
-        excess = self.pool.created - self.pool.parked - self._claimed_pages - allowed
+        over = 0 if budget is None else pool.created - budget
+        excess = max(unused - allowed, over)
         if excess > 0:
-            self._steal(excess - self.pool.free, settled)
-            self.pool.shrink(max(0, self.pool.free - excess))
+            self._steal(excess - pool.free, self._retired if over > 0 else settled)
+            pool.shrink(max(0, pool.free - excess))
+        else:
+            pool.stock(min(demand, allowed) - unused, budget)
 
     def trim(self) -> None:
         """Destroy every page that no open slot has claimed and no unfinished step may read."""

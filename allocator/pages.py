@@ -15,13 +15,14 @@ class PagePool:
 
     Args:
         memory: where pages come from. The pool destroys only what it created.
-        budget: bytes of pages to hold at most, now: a number, or a function that is asked at each
-            growth; None for as much as the machine has.
+        budget: bytes of pages to hold at most, now: a number, or a function that is asked once at
+            each growth; None for as much as the machine has.
         batch: pages to create at once at most when fewer are wanted. The pool grows by a small part
             of itself, so that a small cache does not hold a large one's spare pages.
 
     Attributes:
         created: pages held now: free, in use and parked.
+        acquired: pages taken so far.
         create_calls, create_seconds, destroy_calls, destroy_seconds: work done so far.
     """
 
@@ -38,7 +39,9 @@ class PagePool:
         self._free: list[Handle] = []
         self._references: dict[Handle, int] = {}
         self._parked: deque[tuple[int, list[Handle]]] = deque()  # steps ascending
+        self._refused = False  # creating ahead failed, and growing on demand has not succeeded yet
         self.created = 0
+        self.acquired = 0
         self.create_calls = 0
         self.create_seconds = 0.0
         self.destroy_calls = 0
@@ -76,6 +79,7 @@ class PagePool:
         taken = self._free[at:]
         del self._free[at:]
         self._references.update(dict.fromkeys(taken, 1))
+        self.acquired += count
         return taken
 
     def addref(self, handles: Sequence[Handle]) -> None:
@@ -120,6 +124,22 @@ class PagePool:
         while self._parked and self._parked[0][0] <= step:
             self._free += self._parked.popleft()[1]
 
+    def stock(self, count: int, budget: int | None) -> None:
+        """Create `count` pages ahead of need; none where the machine refuses.
+
+        Args:
+            count: pages wanted; fewer are created where the budget ends.
+            budget: pages to hold at most, as `page_budget` says.
+        """
+        if budget is not None:
+            count = min(count, budget - self.created)
+        if count <= 0 or self._refused:
+            return
+        try:
+            self._create(count)
+        except OutOfPages:
+            self._refused = True
+
     def shrink(self, keep: int = 0) -> int:
         """Destroy free pages until at most `keep` of them remain. Returns how many were."""
         excess = len(self._free) - keep
@@ -161,16 +181,20 @@ class PagePool:
                     "raise the budget or run fewer sequences at once"
                 )
             wanted = min(wanted, room)
+        try:
+            self._create(wanted)
+        except OutOfPages:
+            if wanted == count:
+                raise
+            self._create(count)
+        self._refused = False
+
+    def _create(self, count: int) -> None:
         begin = perf_counter()
         try:
-            try:
-                handles = self._memory.create(wanted)
-            except OutOfPages:
-                if wanted == count:
-                    raise
-                handles = self._memory.create(count)
+            handles = self._memory.create(count)
         finally:
             self.create_seconds += perf_counter() - begin
         self.create_calls += 1
-        self.created += len(handles)
+        self.created += count
         self._free += handles

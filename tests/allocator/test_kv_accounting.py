@@ -73,8 +73,10 @@ def test_integral_weighs_by_time_and_keeps_peaks() -> None:
         integral.add(usage(), -1.0)
 
 
-def churn(arena: KVArena, *, steps: int, seed: int, chunk: int = 64) -> UsageIntegral:
-    """A full batch of prompts of 10-300 tokens and answers of about 150, refilled at each end.
+def churn(
+    arena: KVArena, *, steps: int, seed: int, prompts: tuple[int, int], answers: int, chunk: int
+) -> UsageIntegral:
+    """A full batch of prompts of some length and answers of about one, refilled at each end.
 
     Returns the usage from a quarter of the way on, when lengths are mixed.
     """
@@ -82,8 +84,8 @@ def churn(arena: KVArena, *, steps: int, seed: int, chunk: int = 64) -> UsageInt
     integral = UsageIntegral()
     running: list[list[int]] = []  # slot, tokens computed, prompt, total
     for step in range(steps):
-        while (slot := arena.open(prompt := rng.randint(10, 300))) is not None:
-            running.append([slot, 0, prompt, prompt + 1 + int(rng.expovariate(1 / 150))])
+        while (slot := arena.open(prompt := rng.randint(*prompts))) is not None:
+            running.append([slot, 0, prompt, prompt + 1 + int(rng.expovariate(1 / answers))])
         for sequence in running:
             slot, tokens, prompt, _ = sequence
             sequence[1] = min(tokens + chunk, prompt) if tokens < prompt else tokens + 1
@@ -104,11 +106,23 @@ def test_memory_is_real_under_churn(num_slots: int, seed: int) -> None:
         dim = 64 * memory.granularity // (256 << 10)
         layout = KVLayout((LayerKV(3, dim, dim),) * 30, 4, memory.granularity, 8192, 30)
         arena = KVArena(memory, layout, num_slots=num_slots)
-        integral = churn(arena, steps=600, seed=seed)
+        integral = churn(arena, steps=600, seed=seed, prompts=(10, 300), answers=150, chunk=64)
         arena.check()
         assert integral.utilisation >= 0.95
         seconds = integral.as_dict()
         assert seconds["kv_static_s"] > 20 * seconds["kv_mapped_s"]
+
+
+@pytest.mark.parametrize("token_bytes", [224, 256])
+def test_memory_is_real_at_1k_tokens_and_16_to_18_a_page(
+    memory: VirtualMemory, token_bytes: int
+) -> None:
+    # Qwen3-0.6B and Llama-3-8B in bfloat16: 18.29 and 16 tokens in a page of 2 MiB.
+    layout = KVLayout((LayerKV(SCALE, token_bytes // 8, token_bytes // 8),), 4, PAGE, 4096, 1)
+    arena = KVArena(memory, layout, num_slots=48)
+    integral = churn(arena, steps=900, seed=0, prompts=(300, 1500), answers=200, chunk=512)
+    assert integral.utilisation >= 0.96
+    arena.check()
 
 
 def test_reclamation_deferred_saves_most_mapping_where_lengths_repeat(

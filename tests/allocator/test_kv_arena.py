@@ -139,7 +139,7 @@ def test_the_largest_surplus_is_stolen_first_by_runs(make_arena: MakeArena) -> N
 
 
 def test_closed_slots_give_before_open_ones(make_arena: MakeArena) -> None:
-    arena = make_arena(num_slots=3, slack=10.0)
+    arena = make_arena(num_slots=3, slack=2.5)  # 14 pages may be unused
     reopened, closed, growing = opened(arena, 60), opened(arena, 12), opened(arena, 0)
     arena.close(reopened, step=0)
     assert arena.open(16) == reopened
@@ -258,6 +258,90 @@ def test_retire_destroys_what_stays_unused_beyond_the_slack(make_arena: MakeAren
     assert arena.pool.created == 16 + 4 + 4
     assert len(arena.memory.ledger.mapped_at) == arena.pool.created
     assert arena.ensure(kept, 64)
+    arena.check()
+
+
+def test_retire_creates_what_the_last_step_took_ahead_of_need(make_arena: MakeArena) -> None:
+    arena = make_arena(slack=1.0, num_slots=2)
+    slot = opened(arena, 24)
+    arena.retire(0)
+    assert (arena.pool.created, arena.pool.free) == (12, 6)
+    before = work(arena)
+    assert arena.ensure(slot, 40)
+    assert work(arena) == (before[0] + 1, *before[1:]), "nothing was created in the step itself"
+    arena.retire(1)
+    assert arena.pool.free == 4
+    arena.retire(2)  # a step that took nothing
+    assert arena.pool.free == 4
+    arena.check()
+
+
+def test_pages_ahead_stay_within_slack_and_budget(make_arena: MakeArena) -> None:
+    arena = make_arena(slack=0.25, num_slots=2, max_tokens=400)
+    opened(arena, 160)
+    arena.retire(0)
+    assert arena.pool.free == 4 + 10
+    arena = make_arena(slack=1.0, num_slots=2, budget=43 * PAGE, max_tokens=400)
+    opened(arena, 160)
+    arena.retire(0)
+    assert (arena.pool.created, arena.pool.free) == (43, 3)
+
+
+def test_surplus_counts_as_pages_ahead(make_arena: MakeArena) -> None:
+    arena = make_arena(slack=1.0, num_slots=2)
+    closed = opened(arena, 20)
+    opened(arena, 40)
+    arena.close(closed, step=0)
+    arena.retire(0)
+    assert (arena.mapped_pages(closed), arena.pool.created) == (5, 10 + 14), "15 taken, 14 allowed"
+
+
+def test_a_machine_that_is_full_does_not_make_retire_fail(
+    make_arena: MakeArena, memory: VirtualMemory
+) -> None:
+    class Full(Wrapped):
+        def create(self, count: int) -> list[Handle]:
+            raise OutOfPages("the machine is full")
+
+    arena = make_arena(num_slots=1, slack=1.0)
+    opened(arena, 12)
+    arena.pool._memory = Full(memory)
+    arena.retire(0)
+    assert arena.pool.created == 3
+    assert not arena.ensure(0, 16)
+    arena.check()
+
+
+def test_a_budget_that_shrinks_takes_what_no_sequence_needs(make_arena: MakeArena) -> None:
+    budget, asked = 100 * PAGE, 0
+
+    def ask() -> int:
+        nonlocal asked
+        asked += 1
+        return budget
+
+    arena = make_arena(slack=10.0, num_slots=4, budget=ask, max_tokens=400)
+    kept, closed, running = opened(arena, 40), opened(arena, 20), opened(arena, 12)
+    arena.close(closed, step=0)
+    arena.close(running, step=1)
+    arena.retire(0)
+    created = arena.pool.created
+    assert created > 18
+    budget, asked = (created - 2) * PAGE, 0
+    arena.retire(0)
+    assert (arena.pool.created, asked) == (created - 2, 1), "no more than the budget asks for"
+    budget = 5 * PAGE
+    arena.retire(0)
+    assert [arena.mapped_pages(s) for s in (kept, closed, running)] == [10, 0, 3]
+    assert arena.pool.created == 13, "the running step's pages and the live ones stay"
+    assert arena.ensure(kept, 40)
+    asked = 0
+    assert not arena.ensure(kept, 44)
+    assert asked == 1
+    arena.retire(1)
+    assert arena.pool.created == 10
+    budget = 11 * PAGE
+    assert arena.ensure(kept, 44)
     arena.check()
 
 

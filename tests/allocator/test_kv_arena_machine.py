@@ -44,12 +44,12 @@ class ArenaMachine(RuleBasedStateMachine):
     )
     def create(self, layout: KVLayout, num_slots: int, budget: int | None, slack: float) -> None:
         self.memory = open_memory()
-        self.layout, self.budget = layout, budget
+        self.layout, self.budget, self.ceiling = layout, budget, budget
         self.arena = KVArena(
             self.memory,
             layout,
             num_slots=num_slots,
-            budget=None if budget is None else budget * PAGE,
+            budget=None if budget is None else lambda: self.budget * PAGE,
             slack=slack,
         )
         self.open_slots: dict[int, Occupant] = {}
@@ -152,7 +152,19 @@ class ArenaMachine(RuleBasedStateMachine):
     def retire(self, behind: int) -> None:
         self.arena.retire(self.step - behind)
         self.retired = max(self.retired, self.step - behind)
+        if self.budget is not None:
+            needed = sum(
+                state.num_pages if state.fence > self.retired else state.num_claimed
+                for state in self.arena._slots
+            )
+            self.ceiling = max(self.budget, needed)
         self.closing = {s: c for s, c in self.closing.items() if c[0] > self.retired}
+
+    @precondition(lambda self: self.budget is not None)
+    @rule(budget=st.integers(0, 40))
+    def another_process_takes_or_gives_memory(self, budget: int) -> None:
+        self.budget = budget
+        self.ceiling = max(budget, self.arena.pool.created)
 
     @rule()
     def trim(self) -> None:
@@ -180,7 +192,7 @@ class ArenaMachine(RuleBasedStateMachine):
             self.verify(slot, occupant)  # a step that is running may still read it
         usage, created = self.arena.usage(), self.arena.pool.created
         assert usage.mapped == created * PAGE == len(self.memory.ledger.mapped_at) * PAGE
-        assert self.budget is None or created <= self.budget
+        assert self.ceiling is None or created <= self.ceiling
         lengths = [occupant.tokens for occupant in self.open_slots.values()]
         assert usage.live == sum(lengths) * self.layout.bytes_per_token
         assert usage.paged == sum(-(-n // 16) * 16 for n in lengths) * self.layout.bytes_per_token

@@ -18,9 +18,11 @@ class Full(Wrapped):
     def __init__(self, memory: VirtualMemory, room: int) -> None:
         super().__init__(memory)
         self.room = room
+        self.refusals = 0
 
     def create(self, count: int) -> list[Handle]:
         if len(self.ledger.mapped_at) + count > self.room:
+            self.refusals += 1
             raise OutOfPages("the machine is full")
         return self.memory.create(count)
 
@@ -110,6 +112,35 @@ def test_a_batch_the_machine_refuses_falls_back_to_what_is_wanted(memory: Virtua
     pool.check()
 
 
+def test_pages_are_created_ahead_within_the_budget(memory: VirtualMemory) -> None:
+    pool = PagePool(memory, budget=8 * PAGE)
+    pool.acquire(3)
+    pool.stock(4, pool.page_budget())
+    assert (pool.created, pool.free, pool.create_calls) == (7, 4, 2)
+    pool.stock(4, pool.page_budget())
+    assert (pool.created, pool.free) == (8, 5)
+    pool.stock(1, pool.page_budget())
+    pool.stock(-2, None)
+    assert (pool.created, pool.acquired, pool.create_calls) == (8, 3, 3)
+
+
+def test_a_machine_that_refuses_pages_ahead_is_not_asked_again_until_it_gives_some(
+    memory: VirtualMemory,
+) -> None:
+    full = Full(memory, 4)
+    pool = PagePool(full)
+    pool.acquire(3)
+    pool.stock(2, None)
+    assert (pool.created, full.refusals) == (3, 1)
+    full.room = 10
+    pool.stock(2, None)
+    assert (pool.created, full.refusals) == (3, 1)
+    pool.acquire(1)
+    pool.stock(2, None)
+    assert (pool.created, pool.free, full.refusals) == (6, 2, 1)
+    pool.check()
+
+
 class PoolMachine(RuleBasedStateMachine):
     BUDGET = 12
 
@@ -166,6 +197,12 @@ class PoolMachine(RuleBasedStateMachine):
     def retire(self, behind: int) -> None:
         self.pool.retire(self.step - behind)
         self.parked = [(s, h) for s, h in self.parked if s > self.step - behind]
+
+    @rule(count=st.integers(-1, 4))
+    def stock(self, count: int) -> None:
+        free, room = self.pool.free, self.BUDGET - self.pool.created
+        self.pool.stock(count, self.pool.page_budget())
+        assert self.pool.free == free + max(0, min(count, room))
 
     @rule(keep=st.integers(0, 4))
     def shrink(self, keep: int) -> None:
