@@ -12,6 +12,7 @@ import torch
 
 from allocator.accounting import UsageIntegral
 from allocator.arena import KVArena
+from allocator.cuda import CudaMemory, Driver
 from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
 from allocator.tensor import layer_views
@@ -27,6 +28,7 @@ from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
 from batchrun.models import ModelError
 
+_HOST_PAGE = 256 << 10  # bytes
 _HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
 _DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
 
@@ -47,7 +49,7 @@ class Settings:
         max_num_batched_tokens: Tokens computed in one step at most.
         max_model_len: Context length; None for the model's own.
         kv_budget: Bytes of KV pages at most; None for what the device has.
-        page_size: Bytes of a KV page.
+        page_size: Bytes of a KV page; None for 256 KiB on a CPU and the driver's least on a GPU.
         layers_per_slab: Layers whose keys and values lie together; None for all.
         overlap: Whether the host works on the next step while the device computes one.
         graphs: Whether decode steps are recorded as CUDA graphs.
@@ -81,10 +83,9 @@ class _Limits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
-    page_size: int
 
 
-_LIMITS = {"cpu": _Limits(64, 512, 256 << 10), "cuda": _Limits(256, 8192, 2 << 20)}
+_LIMITS = {"cpu": _Limits(64, 512), "cuda": _Limits(256, 8192)}
 
 
 def choose_device(name: str, log: Callable[[str], None] = lambda _: None) -> str:
@@ -115,9 +116,9 @@ def _why_no_cuda(name: str) -> str | None:
     if name not in {"auto", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}:
         return f"there are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
     try:
-        import allocator.cuda  # noqa: F401, PLC0415 - needs a package that only GPU users have
-    except ImportError as error:
-        return f"{error}; pip install 'batchrun[cuda]'"
+        Driver()
+    except AllocatorError as error:
+        return str(error)
     return None
 
 
@@ -151,7 +152,7 @@ class Assembly:
         self._cuda = loaded.device.type == "cuda"
         self._resources = ExitStack()
         try:
-            self.arena = self._make_arena(settings.page_size or limits.page_size)
+            self.arena = self._make_arena()
             self.executor = self._make_executor()
             if self._cuda:
                 self._warm_up()
@@ -216,27 +217,27 @@ class Assembly:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make_arena(self, page_size: int) -> KVArena:
-        memory: VirtualMemory
-        if self._cuda:
-            from allocator.cuda import CudaMemory  # noqa: PLC0415 - loads the CUDA driver
+    def _make_memory(self) -> tuple[VirtualMemory, Callable[[], int]]:
+        """The device's memory, and what says how many bytes of it are free for the KV cache."""
+        page_size = self.settings.page_size
+        if not self._cuda:
+            return HostMemory(page_size or _HOST_PAGE), available_memory
+        memory = CudaMemory(self.loaded.device.index or 0, page_size=page_size)
+        return memory, lambda: max(0, memory.memory_info()[0] - _DEVICE_HEADROOM)
 
-            memory = device = CudaMemory(self.loaded.device.index or 0, page_size=page_size)
-
-            def free() -> int:
-                return max(0, device.memory_info()[0] - _DEVICE_HEADROOM)
-        else:
-            memory, free = HostMemory(page_size), available_memory
+    def _make_arena(self) -> KVArena:
+        memory, free = self._make_memory()
         self._resources.callback(memory.close)
+        page = memory.granularity
 
         def measured() -> int:
             """What the pool may hold: what it has and what is free beside it."""
             held = self.arena.pool.created if hasattr(self, "arena") else 0
-            return held * page_size + free()
+            return held * page + free()
 
         arena = KVArena(
             memory,
-            _layout(self.loaded, page_size, self.settings.layers_per_slab),
+            _layout(self.loaded, page, self.settings.layers_per_slab),
             num_slots=self.max_num_seqs + self._cuda,  # one for the fillers of graphs
             budget=measured if self.settings.kv_budget is None else self.settings.kv_budget,
         )
