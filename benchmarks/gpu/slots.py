@@ -63,7 +63,7 @@ class Slots:
         """The backend of that name, planned for the last `length` tokens of each slot.
 
         Raises:
-            Unavailable: it can't be had here.
+            Unavailable: it can't be had here, or its kernels are not compiled.
         """
         shape, heads = self.shape, self.views[0][0].shape[2]
         spec = LayerSpec(shape.q_heads, heads, shape.head_dim, shape.head_dim, shape.head_dim**-0.5)
@@ -76,10 +76,11 @@ class Slots:
             dtype=dtype_of(shape),
             device=torch.device(self.bench.device),
         )
-        try:
-            made = attention.create(name, geometry, self._upload, print)
-        except ValueError as error:
-            raise Unavailable(str(error)) from error
+        # Compiling would take the minutes that there are.
+        reason = None if name == "auto" else attention.why_not(name, geometry, compiled=True)
+        if reason is not None:
+            raise Unavailable(reason)
+        made = attention.create(name, geometry, self._upload, print)
         made.plan(self.segments(length))
         return made
 

@@ -85,6 +85,7 @@ def test_the_rehearsal_runs_every_part_in_under_a_minute(tmp_path: Path) -> None
         assert row["value"] is not None, row
         assert row["met"] is None, "a rehearsal meets no target"
         assert row["figure"] in done.stdout
+    assert all("reason" not in row for row in result["parts"]["layouts"]["figures"]["layouts"])
     for name in ("vmm", "slabs", "layouts"):
         assert f"**{name}**" in done.stdout
     assert time.monotonic() - began < 120
