@@ -2,6 +2,7 @@
 #   make demo     64 real prompts through the embedded model, into demo/completions.parquet
 #   make test     lint, types and the whole test suite
 #   make bench    batchrun against transformers' own generate, on this machine
+#   make gpu-check  the GPU's tests and benchmarks, into one JSON; see benchmarks/METHOD.md
 # PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS goes to every pip install.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SETUP := $(VENV)/.setup-done
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench gpu-check clean
 
 setup: $(SETUP)
 
@@ -48,6 +49,9 @@ test: lint
 
 bench: $(SETUP)
 	$(BIN)/python benchmarks/throughput.py
+
+gpu-check: $(SETUP)
+	$(BIN)/python -m benchmarks.gpu.check
 
 clean:
 	rm -rf demo build .mypy_cache .pytest_cache .ruff_cache .hypothesis
