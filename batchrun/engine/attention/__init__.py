@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "sdpa": "sdpa",
+    "torch-flash": "torch_flash",
+    "flashinfer-fa2": "flashinfer",
+    "flashinfer-fa3": "flashinfer",
 }
 NAMES = tuple(_MODULES)
+_BEST_FIRST = ("flashinfer-fa3", "flashinfer-fa2", "torch-flash")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ class AttentionBackend(Protocol):
         """Prepare a step: its segments lie one behind the other, single-token ones first.
 
         Steps are pipelined: this may be called while the step before is still computing; the one
-        before that has been collected. Never called inside a graph capture.
+        before that has been collected. The compute stream is the current one, and not capturing.
 
         Args:
             segments: What `run` will be called for.
@@ -122,20 +126,27 @@ class AttentionBackend(Protocol):
 
 
 class _Library(Protocol):
-    """What the module of a kernel library offers."""
+    """What the module of a kernel library offers; `name` is one of those that it serves."""
 
-    def why_not(self, geometry: Geometry, name: str = ...) -> str | None:
-        """Why it can't serve this model on this machine; None where it can. Compiles nothing."""
+    def why_not(self, geometry: Geometry, name: str, *, compiled: bool = False) -> str | None:
+        """See `attention.why_not`."""
 
     def make(
-        self, geometry: Geometry | None, upload: Upload | None, name: str = ...
+        self,
+        geometry: Geometry | None,
+        upload: Upload | None,
+        log: Callable[[str], None],
+        name: str,
     ) -> AttentionBackend:
         """Make it, compiling kernels if need be; ValueError says why that fails."""
 
 
-def why_not(name: str, geometry: Geometry) -> str | None:
-    """Why the backend of that name can't serve a model here; None where it can."""
-    return _library(name).why_not(geometry, name)
+def why_not(name: str, geometry: Geometry, *, compiled: bool = False) -> str | None:
+    """Why the backend of that name can't serve a model here; None where it can.
+
+    With `compiled`, kernels that would have to be compiled first are a reason too.
+    """
+    return _library(name).why_not(geometry, name, compiled=compiled)
 
 
 def create(
@@ -145,6 +156,9 @@ def create(
     log: Callable[[str], None] = lambda line: None,
 ) -> AttentionBackend:
     """Make the backend of that name; `auto` takes the best one for this model and machine.
+
+    `auto` is `sdpa` on a CPU and in float32. It never compiles kernels: that takes minutes, so the
+    user asks for it by the backend's name.
 
     Args:
         name: One of `NAMES`, or `auto`.
@@ -156,8 +170,36 @@ def create(
         ValueError: There is no such backend, or it can't serve this model here; says why.
     """
     if name == "auto":
-        name = "sdpa"
-    return _library(name).make(geometry, upload, name)
+        return _best(geometry, upload, log)
+    library = _library(name)
+    reason = None if geometry is None else library.why_not(geometry, name)
+    if geometry is None and name != "sdpa":
+        reason = "nothing is known of the model"
+    if reason is not None:
+        raise ValueError(f"the attention backend {name} can't be used: {reason}")
+    return library.make(geometry, upload, log, name)
+
+
+def _best(
+    geometry: Geometry | None, upload: Upload | None, log: Callable[[str], None]
+) -> AttentionBackend:
+    skipped = []
+    wanted = geometry is not None and geometry.device.type == "cuda" and geometry.dtype.itemsize < 4
+    for name in _BEST_FIRST if wanted else ():
+        assert geometry is not None
+        try:
+            reason = why_not(name, geometry, compiled=True)
+            found = None if reason else _library(name).make(geometry, upload, log, name)
+        except ValueError as error:
+            found, reason = None, str(error)
+        if found is not None:
+            break
+        skipped.append(f"{name}: {reason}")
+    else:
+        found = _library("sdpa").make(geometry, upload, log, "sdpa")
+    if skipped:
+        log(f"attention by {found.name} ({'; '.join(skipped)})")
+    return found
 
 
 def _library(name: str) -> _Library:

@@ -12,12 +12,17 @@ from batchrun.engine.attention import Geometry, LayerAttention, Upload
 from batchrun.engine.core import Segment
 
 
-def why_not(geometry: Geometry, name: str = "sdpa") -> str | None:
+def why_not(geometry: Geometry, name: str = "sdpa", *, compiled: bool = False) -> str | None:
     """It serves every model everywhere."""
     return None
 
 
-def make(geometry: Geometry | None, upload: Upload | None, name: str = "sdpa") -> SDPA:
+def make(
+    geometry: Geometry | None,
+    upload: Upload | None,
+    log: Callable[[str], None],
+    name: str = "sdpa",
+) -> SDPA:
     """It needs to know nothing beforehand."""
     return SDPA()
 

@@ -1,0 +1,100 @@
+"""The segments of a step as arrays, and arrays on the device: what every kernel library needs."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from batchrun.engine.attention import Geometry, Upload
+from batchrun.engine.core import Segment
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Segments of one kernel launch. Each attends to the tokens `[0, ends)` of its slot.
+
+    Args:
+        slots: Slot of each segment.
+        lengths: Tokens of each, the last ones before its end.
+        ends: Tokens in its slot once they are written.
+    """
+
+    slots: Ints
+    lengths: Ints
+    ends: Ints
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @property
+    def starts(self) -> Ints:
+        """Where each segment's queries begin in the launch, and where the last one ends."""
+        return cumulative(self.lengths)
+
+
+def split(segments: Sequence[Segment]) -> tuple[Batch, Batch]:
+    """The leading single-token segments, and all others: kernels do best when they are apart."""
+    rows = np.array([(s.slot, s.length, s.start + s.length) for s in segments], np.int32)
+    slots, lengths, ends = np.ascontiguousarray(rows.reshape(-1, 3).T)
+    longer = np.flatnonzero(lengths > 1)
+    at = int(longer[0]) if len(longer) else len(segments)
+    return Batch(slots[:at], lengths[:at], ends[:at]), Batch(slots[at:], lengths[at:], ends[at:])
+
+
+def cumulative(lengths: NDArray[Any]) -> Ints:
+    """Running sums with a leading 0: `[n]` to `[n + 1]`."""
+    sums = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=sums[1:])
+    return sums
+
+
+class Staging:
+    """Arrays on the device, one upload for all of them.
+
+    Args:
+        upload: See `Upload`.
+        capacity: Integers that fixed arrays have at most.
+        device: Where they go.
+    """
+
+    def __init__(self, upload: Upload, capacity: int, device: torch.device) -> None:
+        self._upload = upload
+        self._capacity = capacity
+        self._device = device
+        self._buffer: torch.Tensor | None = None
+
+    def put(self, arrays: Sequence[Ints], *, fixed: bool) -> list[torch.Tensor]:
+        """Arrays as device tensors.
+
+        Fixed ones lie at the same addresses in each call whose arrays, but for the last one, have
+        the same lengths; they hold until the next such call.
+        """
+        sent = self._upload(np.concatenate(arrays))
+        if fixed:
+            if self._buffer is None:
+                self._buffer = torch.empty(self._capacity, dtype=sent.dtype, device=self._device)
+            sent = self._buffer[: len(sent)].copy_(sent)
+        return list(sent.split([len(array) for array in arrays]))
+
+
+def trouble(geometry: Geometry, dims: Container[int]) -> str | None:
+    """What stands in the way of CUDA kernels for half precision and heads of these widths."""
+    if geometry.device.type != "cuda":
+        return "it needs a CUDA device"
+    if torch.cuda.get_device_capability(geometry.device) < (8, 0):
+        return "it needs compute capability 8.0 or higher"
+    if geometry.dtype not in {torch.bfloat16, torch.float16}:
+        return f"it computes in bfloat16 and float16, not in {str(geometry.dtype)[6:]}"
+    for layer in geometry.layers:
+        if layer.k_dim != layer.v_dim or layer.k_dim not in dims:
+            return (
+                f"it has no kernel for keys of {layer.k_dim} and values of {layer.v_dim} elements"
+            )
+    return None

@@ -1,0 +1,293 @@
+"""FlashInfer's kernels (Ye et al. 2025, https://arxiv.org/abs/2501.01005) over slots.
+
+They read keys and values in blocks through a table. A slot is a run of blocks, so its part of the
+table is arithmetic: nothing is stored, nothing looked up. `flashinfer-fa2` serves decodes and
+prefills; `flashinfer-fa3` has Hopper's own kernels for prefills and shares the decodes.
+
+The library's wrapper classes would copy index arrays in ways that wait for the device. This calls
+the compiled modules below them, as of FlashInfer 0.7.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from math import gcd
+from typing import Any
+
+import numpy as np
+import torch
+
+from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec, Upload
+from batchrun.engine.attention.batch import Batch, Ints, Staging, cumulative, split, trouble
+from batchrun.engine.core import Segment
+
+HEAD_DIMS = (64, 128, 256)
+_BLOCK = 64  # Tokens a block; the kernels split keys between multiprocessors at whole blocks.
+_FLOATS = 128 << 20  # Bytes for partial results; the library's recommendation.
+_INTS = 8 << 20  # Bytes for one plan, as the library's wrappers have.
+_NHD, _CAUSAL, _NOT_CAUSAL = 0, 1, 0
+
+
+@dataclass(frozen=True, order=True)
+class Kind:
+    """What a compiled module is made for, but for the dtype."""
+
+    library: str  # fa2 or fa3
+    dim: int
+    window: bool
+    softcap: bool
+
+
+Loader = Callable[[Kind], Any]
+"""A kind to its module: `plan` and `paged_run`."""
+
+
+def why_not(geometry: Geometry, name: str, *, compiled: bool = False) -> str | None:
+    """See `attention.why_not`."""
+    reason = trouble(geometry, HEAD_DIMS)
+    if reason is None and any(layer.sinks for layer in geometry.layers):
+        reason = "it is not set up for attention sinks"
+    if reason is None and name == "flashinfer-fa3":
+        major, minor = torch.cuda.get_device_capability(geometry.device)
+        if major != 9:
+            reason = f"it needs compute capability 9.x, and this device has {major}.{minor}"
+    return reason or _library_trouble(geometry, name, compiled)
+
+
+def _library_trouble(geometry: Geometry, name: str, compiled: bool) -> str | None:
+    try:
+        version = import_module("flashinfer").__version__
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"flashinfer-python can't be imported: {error}"
+    if not version.startswith("0.7."):
+        return f"flashinfer-python is {version}, and batchrun knows 0.7"
+    missing = [
+        kind for kind in kinds(geometry, name) if not _spec(geometry.dtype, kind).is_compiled
+    ]
+    if missing and compiled:
+        return f"its kernels are not compiled; --attention {name} does that once, in minutes"
+    tools = [tool for tool in ("ninja", "nvcc") if shutil.which(tool) is None]
+    return f"its kernels need {' and '.join(tools)} to be compiled" if missing and tools else None
+
+
+def kinds(geometry: Geometry, name: str) -> list[Kind]:
+    """The modules that the layers of a model need."""
+    library = name.removeprefix("flashinfer-")
+    layers = {(s.k_dim, s.window is not None, s.softcap is not None) for s in geometry.layers}
+    return sorted({Kind(kind, *layer) for layer in layers for kind in ("fa2", library)})
+
+
+def _arguments(dtype: torch.dtype, kind: Kind) -> tuple[Any, ...]:
+    """What identifies a module to the library: dtypes, widths, no positions, no fp16 reduction."""
+    types = (dtype, dtype, dtype, torch.int32)
+    return (kind.library, *types, kind.dim, kind.dim, 0, kind.window, kind.softcap, False)
+
+
+def _spec(dtype: torch.dtype, kind: Kind) -> Any:
+    """How a module is compiled, and whether it is. As `get_batch_prefill_module` chooses it."""
+    modules = import_module("flashinfer.jit.attention.modules")
+    equal_strides = kind.library == "fa2"  # of keys and values, which ours always are
+    make = "_gen_batch_prefill_primary_module" if equal_strides else "gen_batch_prefill_module"
+    return getattr(modules, make)(*_arguments(dtype, kind))
+
+
+def make(geometry: Geometry, upload: Upload, log: Callable[[str], None], name: str) -> FlashInfer:
+    """See `attention.create`."""
+
+    def load(kind: Kind) -> Any:
+        if not _spec(geometry.dtype, kind).is_compiled:
+            log(f"compiling FlashInfer's {kind.library} kernels, once; this takes minutes")
+        get = import_module("flashinfer.prefill").get_batch_prefill_module
+        try:
+            return get(*_arguments(geometry.dtype, kind))
+        except (RuntimeError, OSError) as error:
+            lines = [line for line in str(error).splitlines() if "error" in line.lower()]
+            first = (lines or [str(error)])[0].strip()
+            raise ValueError(f"FlashInfer's {kind.library} kernels: {first}") from error
+
+    return FlashInfer(geometry, upload, load, name)
+
+
+class _Plan:
+    """One kind of layer's share of the plans: where a module keeps what it worked out.
+
+    The module writes to pinned memory and copies that to the device without an event, so steps
+    take turns with two pinned buffers: the step before last is collected, and done with its own.
+    """
+
+    def __init__(self, module: Any, geometry: Geometry) -> None:
+        self.module = module
+        self.ints = torch.empty(_INTS, dtype=torch.uint8, device=geometry.device)
+        pinned = geometry.device.type == "cuda"
+        self._host = [torch.empty(_INTS, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self.info: Any = None
+        self._fixed: dict[int, list[int]] = {}
+
+    def plan(
+        self,
+        turn: int,
+        floats: torch.Tensor,
+        host: Sequence[torch.Tensor],
+        numbers: Sequence[int | bool],
+        fixed: int,
+    ) -> None:
+        """Plan a launch; `fixed` segments if a graph has it or will have it, else 0."""
+        self.info = self.module.plan(floats, self.ints, self._host[turn], *host, *numbers)
+        if fixed and self._fixed.setdefault(fixed, list(self.info)) != list(self.info):
+            raise RuntimeError(f"FlashInfer planned a graph of {fixed} decodes in another way")
+
+
+class FlashInfer:
+    """One launch for the decodes of a step and one for its prefills.
+
+    Args:
+        geometry: What it is made for.
+        upload: How arrays reach the device.
+        load: Where modules come from.
+        name: `flashinfer-fa2` or `flashinfer-fa3`.
+    """
+
+    capturable = True
+
+    def __init__(self, geometry: Geometry, upload: Upload, load: Loader, name: str) -> None:
+        self.name = name
+        self._block = gcd(geometry.slot_tokens, _BLOCK)
+        self._blocks = geometry.slot_tokens // self._block  # of one slot
+        capacity = 3 * (geometry.max_num_seqs + 1) + geometry.max_num_seqs * self._blocks
+        self._staging = Staging(upload, capacity, geometry.device)
+        self._floats = torch.zeros(_FLOATS, dtype=torch.uint8, device=geometry.device)
+        self._ctas = 2  # that the library lets run at once: two a multiprocessor
+        if geometry.device.type == "cuda":
+            found = torch.cuda.get_device_properties(geometry.device)
+            self._ctas *= found.multi_processor_count
+        self._turn = self._num_decodes = 0
+        self._decode_arrays: list[torch.Tensor] = []
+        self._prefill_arrays: list[torch.Tensor] = []
+        modules = {kind: load(kind) for kind in kinds(geometry, name)}
+        library = name.removeprefix("flashinfer-")
+        self._decodes: dict[LayerSpec, _Plan] = {}
+        self._prefills: dict[LayerSpec, _Plan] = {}
+        for layer in geometry.layers:
+            shape = _shape(layer)
+            if shape not in self._decodes:
+                kind = (layer.k_dim, layer.window is not None, layer.softcap is not None)
+                self._decodes[shape] = _Plan(modules[Kind("fa2", *kind)], geometry)
+                self._prefills[shape] = _Plan(modules[Kind(library, *kind)], geometry)
+
+    def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
+        """See `AttentionBackend.plan`."""
+        decodes, prefills = split(segments)
+        if fixed and len(prefills):
+            raise ValueError("a fixed plan takes single tokens only")
+        self._num_decodes, self._turn = len(decodes), 1 - self._turn
+        launches = [self._arrays(batch) for batch in (decodes, prefills)]
+        used = [arrays for arrays in launches if len(arrays[0]) > 1]
+        sent = self._staging.put([array for arrays in used for array in arrays], fixed=fixed)
+        self._decode_arrays = sent[:4] if len(decodes) else []
+        self._prefill_arrays = sent[-4:] if len(prefills) else []
+        self._make_plans(decodes, self._decodes, launches[0], decode=True, fixed=fixed)
+        self._make_plans(prefills, self._prefills, launches[1], decode=False, fixed=fixed)
+
+    def run(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.run`."""
+        out = query.new_empty(*query.shape[:2], values.shape[-1])
+        heads, dims = (query.shape[1], keys.shape[2]), (keys.shape[3], values.shape[3])
+        shape = _shape(LayerSpec(*heads, *dims, layer.scale, layer.window, layer.softcap))
+        k, v = (t.view(-1, self._block, *t.shape[2:]) for t in (keys, values))
+        at = self._num_decodes
+        if at:
+            tensors = query[:at], k, v, out[:at]
+            plan, arrays = self._decodes[shape], self._decode_arrays
+            self._launch(plan, layer, tensors, arrays, _NOT_CAUSAL)
+        if self._prefill_arrays:
+            tensors = query[at:], k, v, out[at:]
+            plan, arrays = self._prefills[shape], self._prefill_arrays
+            self._launch(plan, layer, tensors, arrays, _CAUSAL)
+        return out
+
+    def _arrays(self, batch: Batch) -> tuple[Ints, Ints, Ints, Ints]:
+        """Query starts, block starts, tokens in each last block, and the blocks of each slot."""
+        counts = -(-batch.ends // self._block)
+        starts = cumulative(counts)
+        blocks = np.arange(starts[-1], dtype=np.int32)
+        blocks += np.repeat(batch.slots * np.int32(self._blocks) - starts[:-1], counts)
+        return batch.starts, starts, batch.ends - (counts - 1) * self._block, blocks
+
+    def _make_plans(
+        self,
+        batch: Batch,
+        plans: dict[LayerSpec, _Plan],
+        arrays: Sequence[Ints],
+        *,
+        decode: bool,
+        fixed: bool,
+    ) -> None:
+        if not len(batch):
+            return
+        host = [torch.from_numpy(array) for array in (*arrays[:2], batch.ends)]
+        for layer, plan in plans.items():
+            heads, dims = (layer.q_heads, layer.kv_heads), (layer.k_dim, layer.v_dim)
+            window = -1 if layer.window is None else layer.window - 1
+            sizes = int(arrays[0][-1]), len(batch)
+            numbers = [*sizes, *heads, self._block, fixed, *dims, not decode, window]
+            if decode or self.name == "flashinfer-fa2":
+                # In a graph partial results are merged whether there are any or not, so none are
+                # allowed where the decodes alone fill the device. The others: no fixed split, no
+                # other kernels beside this one, and one token each.
+                full = fixed and len(batch) * layer.kv_heads >= self._ctas
+                numbers += [-1, full, 0, int(fixed)]
+            plan.plan(self._turn, self._floats, host, numbers, len(batch) * fixed)
+
+    def _launch(
+        self,
+        plan: _Plan,
+        layer: LayerAttention,
+        tensors: Sequence[torch.Tensor],
+        arrays: Sequence[torch.Tensor],
+        mask: int,
+    ) -> None:
+        query, keys, values, out = tensors
+        starts, block_starts, last, blocks = arrays
+        plan.module.paged_run(
+            self._floats,
+            plan.ints,
+            plan.info,
+            query,
+            keys,
+            values,
+            starts,
+            block_starts,
+            blocks,
+            last,
+            out,
+            None,  # log-sum-exp
+            mask,
+            _NHD,
+            -1 if layer.window is None else layer.window - 1,
+            False,  # programmatic dependent launch
+            *(None,) * 6,  # custom mask, ALiBi, multi-item scoring
+            layer.softcap or 0.0,
+            layer.scale,
+            *(None,) * 3,  # fp8 scales
+            1.0,  # rope scale
+            1e4,  # rope theta
+            0,  # multi-item scoring
+            _FLOATS,
+        )
+
+
+def _shape(layer: LayerSpec) -> LayerSpec:
+    """Layers that differ in nothing else share a plan: the scale is an argument of the launch."""
+    softcap = None if layer.softcap is None else 0.0
+    return LayerSpec(
+        layer.q_heads, layer.kv_heads, layer.k_dim, layer.v_dim, 0.0, layer.window, softcap
+    )
