@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from allocator.accounting import UsageIntegral
+from allocator.accounting import Usage, UsageIntegral, paged_bytes, static_bytes
 from allocator.arena import KVArena
 from allocator.cuda import CudaMemory, Driver
 from allocator.host import HostMemory
@@ -177,7 +177,7 @@ class Assembly:
             self.scheduler,
             loaded.tokenizer,
             loaded.eos_ids,
-            observe=lambda seconds: self.usage.add(self.arena.usage(), seconds),
+            observe=lambda seconds: self.usage.add(self._usage(), seconds),
             mapping_seconds=self._mapping_seconds,
         )
 
@@ -251,7 +251,7 @@ class Assembly:
         if self._cuda:
             lag = int(settings.overlap)
             transfers = CudaTransfers(loaded.device, lag)
-        self._resources.callback(transfers.close)
+        self._resources.callback(transfers.drain)
         geometry = Geometry(
             layers=loaded.layers,
             slot_tokens=self.arena.layout.slot_tokens,
@@ -285,6 +285,7 @@ class Assembly:
         if self.settings.graphs and self.executor.backend.capturable:
             self._capture()
         self.arena.trim()
+        self.executor.transfers.drain()
 
     def _run_alone(self, rows: int, length: int) -> None:
         """One step of `rows` sequences of `length` tokens, or as many as memory holds."""
@@ -293,7 +294,10 @@ class Assembly:
         segments = []
         for row in range(rows):
             slot = self.arena.open(length)
-            if slot is None or not self.arena.ensure(slot, length):
+            if slot is None:
+                break
+            if not self.arena.ensure(slot, length):
+                self.arena.close(slot, 0)
                 break
             sequence = Sequence(Request(row, 0, (0,) * length, params, 0))
             segments.append(Segment(sequence, slot, 0, length, sampled=True))
@@ -318,6 +322,18 @@ class Assembly:
         else:
             seconds = time.perf_counter() - began
             self._log(f"recorded decode steps of {len(sizes)} sizes in {seconds:.1f} s")
+
+    def _usage(self) -> Usage:
+        """The arena's, without the slot of the fillers, which is no sequence."""
+        usage, layout = self.arena.usage(), self.arena.layout
+        if self.executor.graphs is None:
+            return usage
+        return replace(
+            usage,
+            live=usage.live - layout.bytes_per_token,
+            static=usage.static - static_bytes(layout, 1),
+            paged=usage.paged - paged_bytes(layout, 1),
+        )
 
     def _mapping_seconds(self) -> float:
         usage = self.arena.usage()

@@ -128,7 +128,7 @@ class TorchExecutor:
         """Compute the segments alone; returns the logits that follow the sampled ones, `[N, V]`."""
         with self._step():
             logits = self._logits(segments)
-        self.transfers.close()
+        self.transfers.drain()
         return logits
 
     def capture(self, sizes: Seq[int], scratch: int, record: Record | None = None) -> None:

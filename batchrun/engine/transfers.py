@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Transfers(Protocol):
         """The uploads, kernels and download of one step are issued in this context."""
         yield
 
-    def upload(self, array: np.ndarray) -> torch.Tensor:
+    def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """Copy an array to the device without waiting for it.
 
         Returns:
@@ -59,8 +59,8 @@ class Transfers(Protocol):
     def busy(self) -> bool:
         """Whether kernels of a step still run or wait to."""
 
-    def close(self) -> None:
-        """Wait for everything under way."""
+    def drain(self) -> None:
+        """Wait for everything under way, and count times anew."""
 
 
 class _Arrived:
@@ -85,7 +85,7 @@ class HostTransfers:
         """See `Transfers.step`."""
         yield
 
-    def upload(self, array: np.ndarray) -> torch.Tensor:
+    def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """See `Transfers.upload`."""
         return torch.from_numpy(array.copy())
 
@@ -100,8 +100,8 @@ class HostTransfers:
         """See `Transfers.busy`."""
         return False
 
-    def close(self) -> None:
-        """See `Transfers.close`."""
+    def drain(self) -> None:
+        """See `Transfers.drain`."""
 
 
 class _Stage:
@@ -150,7 +150,7 @@ class CudaTransfers:
             yield
             stage.end.record(self.compute)
 
-    def upload(self, array: np.ndarray) -> torch.Tensor:
+    def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """See `Transfers.upload`."""
         stage, source = self._stage, torch.from_numpy(np.ascontiguousarray(array))
         begin, size = stage.used, source.nbytes
@@ -187,10 +187,12 @@ class CudaTransfers:
         """See `Transfers.busy`."""
         return self._steps > 0 and not self._stage.end.query()
 
-    def close(self) -> None:
-        """See `Transfers.close`."""
+    def drain(self) -> None:
+        """See `Transfers.drain`."""
         self.compute.synchronize()
         self._copy.synchronize()
+        self.device_seconds = self.idle_seconds = 0.0
+        self._last_end = None
 
     def _count(self, stage: _Stage) -> None:
         """Take the times of a step that has ended."""

@@ -84,12 +84,10 @@ class Staging:
         return list(sent.split([len(array) for array in arrays]))
 
 
-def trouble(geometry: Geometry, dims: Container[int]) -> str | None:
-    """What stands in the way of CUDA kernels for half precision and heads of these widths."""
+def trouble(geometry: Geometry, dims: Container[int], *, softcap: bool) -> str | None:
+    """Why CUDA kernels for half precision, heads of these widths and maybe a cap can't serve."""
     if geometry.device.type != "cuda":
         return "it needs a CUDA device"
-    if torch.cuda.get_device_capability(geometry.device) < (8, 0):
-        return "it needs compute capability 8.0 or higher"
     if geometry.dtype not in {torch.bfloat16, torch.float16}:
         return f"it computes in bfloat16 and float16, not in {str(geometry.dtype)[6:]}"
     for layer in geometry.layers:
@@ -97,4 +95,15 @@ def trouble(geometry: Geometry, dims: Container[int]) -> str | None:
             return (
                 f"it has no kernel for keys of {layer.k_dim} and values of {layer.v_dim} elements"
             )
+        if layer.sinks or (layer.softcap is not None and not softcap):
+            return f"it knows no {'attention sinks' if layer.sinks else 'soft cap on scores'}"
     return None
+
+
+def capability_trouble(geometry: Geometry, *, hopper: bool = False) -> str | None:
+    """Why a device is too old, or not of Hopper's generation, whose kernels run nowhere else."""
+    major, minor = torch.cuda.get_device_capability(geometry.device)
+    if (major, minor) >= (8, 0) and (major == 9 or not hopper):
+        return None
+    wanted = "9.x" if hopper else "8.0 or higher"
+    return f"it needs compute capability {wanted}, and this device has {major}.{minor}"

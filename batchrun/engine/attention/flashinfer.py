@@ -21,7 +21,15 @@ import numpy as np
 import torch
 
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec, Upload
-from batchrun.engine.attention.batch import Batch, Ints, Staging, cumulative, split, trouble
+from batchrun.engine.attention.batch import (
+    Batch,
+    Ints,
+    Staging,
+    capability_trouble,
+    cumulative,
+    split,
+    trouble,
+)
 from batchrun.engine.core import Segment
 
 HEAD_DIMS = (64, 128, 256)
@@ -47,14 +55,9 @@ Loader = Callable[[Kind], Any]
 
 def why_not(geometry: Geometry, name: str, *, compiled: bool = False) -> str | None:
     """See `attention.why_not`."""
-    reason = trouble(geometry, HEAD_DIMS)
-    if reason is None and any(layer.sinks for layer in geometry.layers):
-        reason = "it is not set up for attention sinks"
-    if reason is None and name == "flashinfer-fa3":
-        major, minor = torch.cuda.get_device_capability(geometry.device)
-        if major != 9:
-            reason = f"it needs compute capability 9.x, and this device has {major}.{minor}"
-    return reason or _library_trouble(geometry, name, compiled)
+    reason = trouble(geometry, HEAD_DIMS, softcap=True)
+    reason = reason or _library_trouble(geometry, name, compiled)
+    return reason or capability_trouble(geometry, hopper=name == "flashinfer-fa3")
 
 
 def _library_trouble(geometry: Geometry, name: str, compiled: bool) -> str | None:

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 
 from batchrun.engine.attention import Geometry, LayerAttention, Upload
-from batchrun.engine.attention.batch import Batch, Ints, Staging, split, trouble
+from batchrun.engine.attention.batch import (
+    Batch,
+    Ints,
+    Staging,
+    capability_trouble,
+    split,
+    trouble,
+)
 from batchrun.engine.core import Segment
 
 Kernel = Callable[..., tuple[torch.Tensor, ...]]
@@ -21,12 +28,10 @@ Kernel = Callable[..., tuple[torch.Tensor, ...]]
 
 def why_not(geometry: Geometry, name: str = "torch-flash", *, compiled: bool = False) -> str | None:
     """See `attention.why_not`."""
-    reason = trouble(geometry, range(8, 257, 8))
-    if reason is None and any(s.softcap is not None or s.sinks for s in geometry.layers):
-        reason = "it has no soft cap on scores and no attention sinks"
-    if reason is None and geometry.num_slots * geometry.slot_tokens >= 2**31:
-        reason = "it counts tokens of address space in 32 bits"
-    return reason
+    if geometry.num_slots * geometry.slot_tokens >= 2**31:
+        return "it counts tokens of address space in 32 bits"
+    reason = trouble(geometry, range(8, 257, 8), softcap=False)
+    return reason or capability_trouble(geometry)
 
 
 def make(
