@@ -161,10 +161,13 @@ class ArenaMachine(RuleBasedStateMachine):
         self.closing = {s: c for s, c in self.closing.items() if c[0] > self.retired}
 
     @precondition(lambda self: self.budget is not None)
-    @rule(budget=st.integers(0, 40))
-    def another_process_takes_or_gives_memory(self, budget: int) -> None:
-        self.budget = budget
-        self.ceiling = max(budget, self.arena.pool.created)
+    @rule(room=st.integers(-8, 16), late=st.booleans())
+    def another_process_takes_or_gives_memory(self, room: int, late: bool) -> None:
+        created = self.arena.pool.created
+        self.budget = max(0, created + room)
+        self.ceiling = max(self.budget, created)
+        if not late:
+            self.retire(0)
 
     @rule()
     def trim(self) -> None:

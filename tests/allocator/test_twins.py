@@ -24,7 +24,9 @@ SHARED = [
 ]
 
 
-def run_suite(file: Path, twin: str, **environment: str) -> None:
+def run_suite(file: Path, twin: str, library: Path | None = None, **environment: str) -> None:
+    path = os.environ.get("LD_LIBRARY_PATH", "")
+    path = f"{library}:{path}".rstrip(":") if library else path
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
         capture_output=True,
@@ -32,7 +34,7 @@ def run_suite(file: Path, twin: str, **environment: str) -> None:
         timeout=500,
         check=False,
         cwd=ROOT,
-        env={**os.environ, "BATCHRUN_TEST_MEMORY": twin, **environment},
+        env={**os.environ, "BATCHRUN_TEST_MEMORY": twin, "LD_LIBRARY_PATH": path, **environment},
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
@@ -56,9 +58,12 @@ def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("file", [*SHARED, "cuda_memory_suite.py"])
 def test_over_the_fake_cuda_driver(fake_cuda: Path, file: str) -> None:
-    others = os.environ.get("LD_LIBRARY_PATH", "")
-    path = f"{fake_cuda}:{others}" if others else str(fake_cuda)
-    run_suite(HERE / file, "fake-cuda", LD_LIBRARY_PATH=path, FAKE_CUDA_GRANULARITY="4096")
+    run_suite(HERE / file, "fake-cuda", fake_cuda, FAKE_CUDA_GRANULARITY="4096")
+
+
+def test_what_a_gpu_would_run_is_rehearsed_over_the_fake_driver(fake_cuda: Path) -> None:
+    """Pages of 2 MiB, and memory that is touched through the driver alone."""
+    run_suite(HERE / "test_vmm_contract.py", "cuda", fake_cuda)
 
 
 @pytest.mark.gpu

@@ -66,7 +66,7 @@ typedef struct Allocation { /* freed when it is released and mapped nowhere */
     size_t offset, size; /* in the device's memfd */
 } Allocation;
 typedef struct Mapping {
-    uintptr_t at; size_t size; Allocation *allocation; struct Mapping *next;
+    uintptr_t at; size_t size; Allocation *allocation; int access; struct Mapping *next;
 } Mapping;
 typedef struct { int fd; unsigned char *used; size_t committed, others; } Device;
 
@@ -361,7 +361,7 @@ API Result cuMemMap(
         (void *)at, size, PROT_NONE, MAP_SHARED | MAP_FIXED, fd, (off_t)a->offset);
     CHECK(got != MAP_FAILED, OUT_OF_MEMORY);
     Mapping *m = malloc(sizeof *m);
-    *m = (Mapping){at, size, a, mappings};
+    *m = (Mapping){at, size, a, 0, mappings};
     mappings = m;
     a->mappings++;
     return leave(SUCCESS);
@@ -404,6 +404,35 @@ API Result cuMemSetAccess(uintptr_t at, size_t size, const Access *access, size_
     CHECK(!flags || flags == READ || flags == READ_WRITE, INVALID_VALUE);
     int protection = flags == READ_WRITE ? PROT_READ | PROT_WRITE : flags ? PROT_READ : PROT_NONE;
     CHECK(!mprotect((void *)at, size, protection), OUT_OF_MEMORY);
+    for (Mapping *m = mappings; m; m = m->next)
+        if (overlaps(m, at, size)) m->access = flags;
+    return leave(SUCCESS);
+}
+
+/* Whether every byte of a range may be touched with an access of at least `flags`. */
+static int accessible(uintptr_t at, size_t size, int flags) {
+    size_t bytes = 0;
+    for (Mapping *m = mappings; m; m = m->next) {
+        if (!overlaps(m, at, size) || m->access < flags) continue;
+        uintptr_t begin = m->at > at ? m->at : at, end = m->at + m->size;
+        bytes += (end < at + size ? end : at + size) - begin;
+    }
+    return bytes == size;
+}
+
+API Result cuMemcpyDtoH_v2(void *to, uintptr_t from, size_t size) {
+    ENTER;
+    CONTEXT;
+    CHECK(accessible(from, size, READ), INVALID_VALUE);
+    memcpy(to, (void *)from, size);
+    return leave(SUCCESS);
+}
+
+API Result cuMemcpyHtoD_v2(uintptr_t to, const void *from, size_t size) {
+    ENTER;
+    CONTEXT;
+    CHECK(accessible(to, size, READ_WRITE), INVALID_VALUE);
+    memcpy((void *)to, from, size);
     return leave(SUCCESS);
 }
 
@@ -428,7 +457,7 @@ static const struct { const char *name; void *function; } functions[] = {
     FUNCTION_V2(cuMemGetInfo), FUNCTION(cuMemGetAllocationGranularity),
     FUNCTION(cuMemAddressReserve), FUNCTION(cuMemAddressFree), FUNCTION(cuMemCreate),
     FUNCTION(cuMemRelease), FUNCTION(cuMemMap), FUNCTION(cuMemUnmap), FUNCTION(cuMemSetAccess),
-    FUNCTION(cuGetErrorName), FUNCTION(cuGetErrorString),
+    FUNCTION_V2(cuMemcpyDtoH), FUNCTION_V2(cuMemcpyHtoD), FUNCTION(cuGetErrorName), FUNCTION(cuGetErrorString),
 };
 
 API Result cuGetProcAddress_v2(
