@@ -1,0 +1,94 @@
+"""Which backend serves a model, and why others don't."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from batchrun.engine import attention
+from batchrun.engine.attention import Geometry, LayerSpec
+from tests.attention.slots import upload
+
+LAYER = LayerSpec(4, 2, 64, 64, 0.125)
+CPU = Geometry((LAYER,), 64, 2, 2, 16, torch.bfloat16, torch.device("cpu"))
+CUDA = replace(CPU, device=torch.device("cuda"))
+KERNELS = [name for name in attention.NAMES if name != "sdpa"]
+
+
+def with_layer(**changes: object) -> Geometry:
+    return replace(CUDA, layers=(LAYER, replace(LAYER, **changes)))  # type: ignore[arg-type]
+
+
+def test_sdpa_serves_everything() -> None:
+    assert attention.why_not("sdpa", with_layer(sinks=True, softcap=3.0, v_dim=48)) is None
+    assert attention.create("sdpa").name == "sdpa"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("geometry", "reason"),
+    [
+        (CPU, "CUDA device"),
+        (replace(CUDA, dtype=torch.float32), "not in float32"),
+        (with_layer(v_dim=32), "keys of 64 and values of 32"),
+        (with_layer(k_dim=264, v_dim=264), "keys of 264"),
+        (with_layer(k_dim=60, v_dim=60), "keys of 60"),
+        (with_layer(sinks=True), "attention sinks"),
+    ],
+)
+def test_a_kernel_says_why_it_cannot(name: str, geometry: Geometry, reason: str) -> None:
+    found = attention.why_not(name, geometry)
+    assert found is not None
+    assert reason in found
+    with pytest.raises(ValueError, match=f"{name} can't be used: .*{reason}"):
+        attention.create(name, geometry, upload)
+
+
+def test_torch_flash_knows_its_own_bounds() -> None:
+    capped = attention.why_not("torch-flash", with_layer(softcap=30.0))
+    assert capped == "it knows no soft cap on scores"
+    wide = replace(CUDA, slot_tokens=1 << 20, num_slots=2048)
+    assert attention.why_not("torch-flash", wide) == (
+        "it counts tokens of address space in 32 bits"
+    )
+
+
+@pytest.mark.skipif(find_spec("flashinfer") is not None, reason="flashinfer is installed")
+def test_a_missing_wheel_is_a_reason() -> None:
+    found = attention.why_not("flashinfer-fa2", CUDA)
+    assert found == "flashinfer-python can't be imported: No module named 'flashinfer'"
+
+
+def test_auto_is_sdpa_on_a_cpu_and_in_float32_and_says_nothing() -> None:
+    lines: list[str] = []
+    for geometry in (None, CPU, replace(CUDA, dtype=torch.float32)):
+        assert attention.create("auto", geometry, upload, lines.append).name == "sdpa"
+    assert lines == []
+
+
+def test_auto_says_in_one_line_what_it_could_not_use() -> None:
+    lines: list[str] = []
+    made = attention.create("auto", with_layer(sinks=True), upload, lines.append)
+    assert made.name == "sdpa"
+    assert len(lines) == 1
+    assert lines[0].startswith("attention by sdpa (flashinfer-fa3: ")
+    assert all(name in lines[0] for name in KERNELS)
+
+
+def test_a_name_that_is_none_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"'fast'; there are auto, sdpa, torch-flash, flashinfer"):
+        attention.create("fast")
+    with pytest.raises(ValueError, match="nothing is known of the model"):
+        attention.create("torch-flash")
+
+
+def test_names_are_known_without_torch() -> None:
+    code = (
+        "import sys, batchrun.engine.attention as a; assert a.NAMES and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
