@@ -265,8 +265,7 @@ class Assembly:
             backend = attention.create(settings.attention, geometry, transfers.upload, self._log)
         except ValueError as error:
             raise EngineError(
-                f"--attention {settings.attention} can't be used: {error}",
-                hint="use --attention auto; `batchrun doctor` says what works here",
+                str(error), hint="use --attention auto; `batchrun doctor` says what works here"
             ) from error
         layers = range(len(loaded.layers))
         views = [layer_views(self.arena, i, loaded.dtype, loaded.device) for i in layers]

@@ -6,6 +6,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.cli.conftest import limit_files, obey_permissions
 from tests.tiny import CONTEXT, edit_config, write_tiny_model
@@ -214,6 +215,26 @@ def test_an_architecture_that_is_refused_before_any_row(batchrun, tmp_path):
     assert not (batchrun.folder / "out.jsonl").exists()
 
 
+# --- devices: nothing is begun that cannot run ---------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_a_gpu_that_is_not_there(batchrun):
+    source = batchrun.write("in.jsonl", ["one"])
+    shown = batchrun.submit(source, "--device", "cuda", "-o", "out.jsonl")
+    assert (shown.code, shown.hint) == (1, "use --device cpu")
+    assert "the device cuda can't be used: torch" in shown.error
+    assert batchrun("list").out.count("\n") <= 1
+
+
+def test_an_attention_kernel_that_cannot_be_used_here(batchrun):
+    source = batchrun.write("in.jsonl", ["one"])
+    shown = batchrun.submit(source, "--attention", "torch-flash", "--device", "cpu")
+    assert shown.code == 1
+    assert "the attention backend torch-flash can't be used: " in shown.error
+    assert "--attention auto" in shown.hint
+
+
 # --- options: the exit code is 2 -----------------------------------------------------------------
 
 
@@ -237,6 +258,8 @@ def test_an_architecture_that_is_refused_before_any_row(batchrun, tmp_path):
         (("--stop-token-id", -1), "--stop-token-id"),
         (("--temperature", "nan"), "--temperature must be 0 or more, not nan"),
         (("--n", 0), "--n"),
+        (("--device", "tpu"), "'tpu' is no device; there are auto, cpu, cuda and cuda:N"),
+        (("--attention", "paged"), "--attention"),
         (("--nonsense",), "--nonsense"),
         (("--max-tokens", "many"), "--max-tokens"),
     ],
