@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from batchrun.cli.describe import print_fields
+from batchrun.engine.attention import NAMES
 from batchrun.models import DEFAULT_MODEL, embedded_gguf
 from batchrun.report.text import size
 from jobs.folder import home
@@ -39,12 +40,16 @@ TESTED = (
     "starcoder2",
 )
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "gguf")
+_CUDA_PACKAGES = ("cuda-bindings", "flashinfer-python")  # what a GPU needs, and what it may use
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor_command(as_json: bool) -> int:
     """Show what this machine can do: versions, memory, devices, and what stands in the way.
+
+    Each attention kernel is run on a small case and compared with float32.
 
     Exits with 1 if something would keep a job from running.
     """
@@ -67,6 +72,7 @@ def examine() -> dict[str, Any]:
         problems.append(f"{existing} cannot be written; set BATCHRUN_HOME to a folder of yours")
     versions = {name: _version(name) for name in _PACKAGES}
     problems += [f"{name} is not installed" for name, found in versions.items() if not found]
+    versions |= {name: _version(name) for name in _CUDA_PACKAGES}
     embedded = embedded_gguf()
     return {
         "batchrun": _version("batchrun"),
@@ -77,6 +83,7 @@ def examine() -> dict[str, Any]:
         "memory": _memory(),
         "max_map_count": _max_map_count(),
         "devices": _devices(),
+        "attention": _attention(),
         "home": str(folder),
         "home_free": shutil.disk_usage(existing).free,
         "default_model": f"{DEFAULT_MODEL}, "
@@ -120,5 +127,20 @@ def _devices() -> list[str]:
     names = [f"cpu ({torch.get_num_threads()} threads)"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        names.append(f"cuda:{index} {properties.name}, {size(properties.total_memory)}")
+        free, total = torch.cuda.mem_get_info(index)
+        names.append(f"cuda:{index} {properties.name}, {size(free)} free of {size(total)}")
+    if _DRIVER.exists():
+        names.append(_DRIVER.read_text().splitlines()[0])
     return names
+
+
+def _attention() -> dict[str, str]:
+    """What each kernel library says to a small case on the best device."""
+    import torch  # noqa: PLC0415  (slow to import)
+
+    from batchrun.engine.attention.check import check  # noqa: PLC0415  (needs torch)
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    found = {name: check(name, device, torch.bfloat16 if cuda else torch.float32) for name in NAMES}
+    return {name: f"{'works' if works else 'no'}: {what}" for name, (works, what) in found.items()}

@@ -1,0 +1,67 @@
+"""What `batchrun doctor` says of the kernels on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from batchrun.cli.doctor import examine
+from batchrun.engine import attention
+from batchrun.engine.attention import sdpa
+from batchrun.engine.attention.check import check
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sdpa_is_within_rounding_of_float32(dtype: torch.dtype) -> None:
+    works, what = check("sdpa", CPU, dtype)
+    assert works
+    assert what.endswith(str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("name", [name for name in attention.NAMES if name != "sdpa"])
+def test_the_others_say_why_not(name: str) -> None:
+    assert check(name, CPU, torch.float32) == (False, "it needs a CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda out: out + 0.01, "it is wrong: 0.01 from float32"),
+        (lambda out: out * torch.nan, "it is wrong: nan from float32"),
+        (lambda out: out[:, :, :7] - out, "it fails: The size of tensor"),
+    ],
+)
+def test_a_wrong_kernel_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, spoil: Callable[[torch.Tensor], torch.Tensor], what: str
+) -> None:
+    class Spoilt(sdpa.SDPA):
+        name = "spoilt"
+
+        def run(self, *arguments: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return spoil(super().run(*arguments))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sdpa, "make", lambda *_: Spoilt())
+    works, found = check("sdpa", CPU, torch.float32)
+    assert not works
+    assert found.startswith(what)
+
+
+def test_doctor_names_every_kernel() -> None:
+    found = examine()["attention"]
+    assert set(found) == set(attention.NAMES)
+    assert found["sdpa"].startswith("works: ")
+    if not torch.cuda.is_available():
+        assert found["torch-flash"] == "no: it needs a CUDA device"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", attention.NAMES)
+def test_kernels_on_a_gpu_are_right_or_say_why_not(name: str, dtype: torch.dtype) -> None:
+    works, what = check(name, torch.device("cuda"), dtype)
+    assert works or what.startswith(("flashinfer-python", "its kernels", "it needs")), what
