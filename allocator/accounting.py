@@ -28,9 +28,11 @@ class Usage:
     map_calls: int
     unmap_calls: int
     create_calls: int
+    destroy_calls: int
     map_seconds: float
     unmap_seconds: float
     create_seconds: float
+    destroy_seconds: float
 
     @property
     def utilisation(self) -> float:

@@ -222,9 +222,11 @@ class KVArena:
             map_calls=slabs.mapping.calls,
             unmap_calls=slabs.unmapping.calls,
             create_calls=pool.create_calls,
+            destroy_calls=pool.destroy_calls,
             map_seconds=slabs.mapping.seconds,
             unmap_seconds=slabs.unmapping.seconds,
             create_seconds=pool.create_seconds,
+            destroy_seconds=pool.destroy_seconds,
         )
 
     def release(self) -> None:

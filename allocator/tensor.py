@@ -41,8 +41,9 @@ def strided_view(
             f"a view of shape {tuple(shape)}, strides {tuple(strides)} and offset {offset} "
             f"in {dtype} ends beyond the range of {nbytes} bytes"
         )
-    storage = torch._C._construct_storage_from_data_pointer(address, torch.device(device), nbytes)
-    return torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, strides)
+    empty = torch.empty(0, dtype=dtype, device=device)  # its device has a number, "cuda" has none
+    storage = torch._C._construct_storage_from_data_pointer(address, empty.device, nbytes)
+    return empty.set_(storage, offset, shape, strides)
 
 
 def layer_views(

@@ -32,11 +32,13 @@ def test_usage_of_a_few_slots(make_arena) -> None:
     assert (now.map_calls, now.unmap_calls, now.create_calls) == (6, 0, 3)
     assert now.map_seconds > 0
     assert now.create_seconds > 0
-    assert now.unmap_seconds == 0
+    assert (now.unmap_seconds, now.destroy_seconds, now.destroy_calls) == (0, 0, 0)
     arena.retire(0)
     arena.trim()
     assert arena.usage().mapped == 2 * (2 + 9) * PAGE
     assert arena.usage().unmap_seconds > 0
+    assert arena.usage().destroy_seconds > 0
+    assert arena.usage().destroy_calls == 1
 
 
 def test_an_empty_arena_is_fully_utilised(make_arena) -> None:
