@@ -68,7 +68,9 @@ def _library_trouble(geometry: Geometry, name: str, compiled: bool) -> str | Non
     if not version.startswith("0.7."):
         return f"flashinfer-python is {version}, and batchrun knows 0.7"
     missing = [
-        kind for kind in kinds(geometry, name) if not _spec(geometry.dtype, kind).is_compiled
+        kind
+        for kind in kinds(geometry, name)
+        if not compiled_from(geometry.dtype, kind).is_compiled
     ]
     if missing and compiled:
         return f"its kernels are not compiled; --attention {name} does that once, in minutes"
@@ -89,7 +91,7 @@ def _arguments(dtype: torch.dtype, kind: Kind) -> tuple[Any, ...]:
     return (kind.library, *types, kind.dim, kind.dim, 0, kind.window, kind.softcap, False)
 
 
-def _spec(dtype: torch.dtype, kind: Kind) -> Any:
+def compiled_from(dtype: torch.dtype, kind: Kind) -> Any:
     """How a module is compiled, and whether it is. As `get_batch_prefill_module` chooses it."""
     modules = import_module("flashinfer.jit.attention.modules")
     equal_strides = kind.library == "fa2"  # of keys and values, which ours always are
@@ -101,7 +103,7 @@ def make(geometry: Geometry, upload: Upload, log: Callable[[str], None], name: s
     """See `attention.create`."""
 
     def load(kind: Kind) -> Any:
-        if not _spec(geometry.dtype, kind).is_compiled:
+        if not compiled_from(geometry.dtype, kind).is_compiled:
             log(f"compiling FlashInfer's {kind.library} kernels, once; this takes minutes")
         get = import_module("flashinfer.prefill").get_batch_prefill_module
         try:
