@@ -38,7 +38,7 @@ def lines_of_code(source: str) -> int:
 
 
 def test_lines_are_counted() -> None:
-    source = '"""Docstring\nof two lines."""\n\nx = (  # comment\n    1,\n)\n# more\ny = """a\nb"""\n'
+    source = '"""A docstring\nof two."""\n\nx = (  # comment\n    1,\n)\n# more\ny = """a\nb"""\n'
     assert lines_of_code(source) == 5
 
 
