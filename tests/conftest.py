@@ -1,8 +1,11 @@
-"""The embedded default model, converted once for a whole test run."""
+"""Made once for a whole test run: the embedded default model, and the fake CUDA driver."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +34,18 @@ def tokenizer(smollm2: ModelRef) -> Any:
     from transformers import AutoTokenizer  # noqa: PLC0415 - not for tests that need no model
 
     return AutoTokenizer.from_pretrained(smollm2.path)
+
+
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the fake driver as libcuda.so.1."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc) to build the fake CUDA driver with")
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        pytest.skip("cuda-bindings is not installed")
+    folder = tmp_path_factory.mktemp("fake_cuda")
+    options = "-std=c11 -Wall -Wextra -Werror -O1 -shared -fPIC -fvisibility=hidden -pthread"
+    source, library = Path(__file__).parent / "fake_cuda" / "driver.c", folder / "libcuda.so.1"
+    subprocess.run([compiler, *options.split(), "-o", library, source], check=True)
+    return folder

@@ -59,6 +59,11 @@ def test_allocator_imports_nothing_of_ours_and_torch_in_one_file():
     assert violations("allocator", TORCH, allow=("tensor.py",)) == []
 
 
+def test_one_file_knows_the_cuda_driver():
+    for folder in OURS:
+        assert violations(folder, {"cuda"}, allow=("cuda.py",)) == []
+
+
 def test_jobs_import_nothing_of_ours_and_no_torch():
     assert violations("jobs", (OURS - {"jobs"}) | TORCH) == []
 

@@ -218,12 +218,15 @@ class Assembly:
         self.close()
 
     def _make_memory(self) -> tuple[VirtualMemory, Callable[[], int]]:
-        """The device's memory, and what says how many bytes of it are free for the KV cache."""
+        """The device's memory, and what says how many bytes of it the KV cache may still take.
+
+        Below 0 when another program took more than was left: then the cache gives pages back.
+        """
         page_size = self.settings.page_size
         if not self._cuda:
             return HostMemory(page_size or _HOST_PAGE), available_memory
         memory = CudaMemory(self.loaded.device.index or 0, page_size=page_size)
-        return memory, lambda: max(0, memory.memory_info()[0] - _DEVICE_HEADROOM)
+        return memory, lambda: memory.memory_info()[0] - _DEVICE_HEADROOM
 
     def _make_arena(self) -> KVArena:
         memory, free = self._make_memory()
@@ -336,7 +339,9 @@ class Assembly:
 
     def _mapping_seconds(self) -> float:
         usage = self.arena.usage()
-        return usage.map_seconds + usage.unmap_seconds + usage.create_seconds
+        return (
+            usage.map_seconds + usage.unmap_seconds + usage.create_seconds + usage.destroy_seconds
+        )
 
     def _peak_activations(self) -> int:
         """Bytes that torch held on the GPU at most, beside the weights; 0 on a CPU."""
@@ -383,4 +388,4 @@ def available_memory() -> int:
             free = min(free, int(limit) - int((group / "memory.current").read_text()))
     except FileNotFoundError:
         pass  # the root group, or a machine without control groups: no limit
-    return max(0, free - _HOST_HEADROOM)
+    return free - _HOST_HEADROOM

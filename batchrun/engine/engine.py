@@ -86,6 +86,7 @@ class Engine:
         self._eos_ids = eos_ids
         self._observe = observe
         self._mapping_seconds = mapping_seconds
+        self._mapped = mapping_seconds()
         self._in_flight: deque[tuple[StepPlan, Ticket, float]] = deque()  # and when planned
         self._collected = 0.0
         self._texts: dict[Sequence, Detokenizer] = {}
@@ -117,9 +118,8 @@ class Engine:
             EngineError: Nothing runs and nothing can: a defect, told instead of a hang.
         """
         began = time.perf_counter()
-        mapped = self._mapping_seconds()
         plan = self.scheduler.plan()
-        self._count_mapping(self._mapping_seconds() - mapped)
+        self._count_mapping()
         if plan.segments:
             for segment in plan.segments:
                 if segment.sequence.admitted is None:
@@ -164,6 +164,7 @@ class Engine:
                 sequence.finished = now
                 done.append(Completion(sequence, text))
         self.scheduler.commit(plan, tokens, [c.sequence for c in done])
+        self._count_mapping()
         return done
 
     def _ending(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
@@ -211,8 +212,10 @@ class Engine:
         stats.device_seconds = self.executor.device_seconds
         stats.idle_seconds = self.executor.idle_seconds
 
-    def _count_mapping(self, seconds: float) -> None:
-        """Mapping is hidden where the device still computes when it is done."""
+    def _count_mapping(self) -> None:
+        """Work on pages since the last call; hidden where the device still computes after it."""
+        before, self._mapped = self._mapped, self._mapping_seconds()
+        seconds = self._mapped - before
         if seconds and self._in_flight and self.executor.busy():
             self.stats.map_hidden_seconds += seconds
         elif seconds:

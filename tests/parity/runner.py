@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from allocator.cuda import CudaMemory
 from batchrun.engine.assembly import Assembly, Settings
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Completion
 from batchrun.engine.model import LoadedModel
+
+
+class _OverFakeDriver(Assembly):
+    """The CPU computes, and its memory is what a GPU's driver would give."""
+
+    def _make_memory(self) -> tuple[CudaMemory, Callable[[], int]]:
+        memory = CudaMemory(page_size=self.settings.page_size)
+        return memory, lambda: memory.memory_info()[0]
 
 
 @contextmanager
@@ -18,7 +28,8 @@ def rig(loaded: LoadedModel, *, lag: int = 0, **settings: Any) -> Iterator[Assem
     """An engine on the CPU; with a lag it is driven as on a device that computes by itself."""
     defaults = {"max_num_batched_tokens": 256, "page_size": 4096, "attention": "sdpa"}
     made = Settings("", "tiny", "", Path(), optimize=False, **{**defaults, **settings})
-    with Assembly(loaded, made) as assembly:
+    fake = os.environ.get("BATCHRUN_TEST_MEMORY") == "fake-cuda"
+    with (_OverFakeDriver if fake else Assembly)(loaded, made) as assembly:
         assembly.executor.lag = lag
         yield assembly
 
