@@ -109,6 +109,7 @@ class Request:
     """One completion to compute.
 
     Its random stream derives from (seed, row, sample, position) and from nothing else.
+    `generated_ids` are tokens of it that an earlier run computed: it goes on behind them.
     """
 
     row: int
@@ -116,6 +117,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
+    generated_ids: tuple[int, ...] = ()
 
 
 class FinishReason(StrEnum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from batchrun.engine.core import (
@@ -103,7 +103,14 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request."""
-        self.scheduler.add(Sequence(request, arrived=time.perf_counter()))
+        sequence = Sequence(request, list(request.generated_ids), arrived=time.perf_counter())
+        self.scheduler.add(sequence)
+
+    def partials(self) -> Iterator[tuple[Request, tuple[int, ...]]]:
+        """Requests that have not ended, and the tokens collected for each so far."""
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            if sequence.output_ids:
+                yield sequence.request, tuple(sequence.output_ids)
 
     def step(self) -> list[Completion]:
         """Plan and launch one step, and collect those that are due.
@@ -185,7 +192,7 @@ class Engine:
         detokenizer = self._texts.pop(sequence, None)
         if detokenizer is None:
             detokenizer = Detokenizer(self._tokenizer, sequence.request.prompt_ids)
-            # After a preemption or with min_tokens the detokenizer may start late: catch up.
+            # A continued request, or one with min_tokens, starts late: catch up.
             detokenizer.push(sequence.output_ids[:-1])
         before = len(detokenizer.text)
         detokenizer.push([token])

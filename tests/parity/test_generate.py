@@ -12,7 +12,7 @@ import torch
 
 from batchrun.engine import canary
 from batchrun.engine.attention.sdpa import SDPA
-from batchrun.engine.core import SamplingParams, Segment
+from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.model import LoadedModel, prepare
 from tests.parity.models import CONFIGS, build
@@ -154,6 +154,29 @@ def test_penalties_are_the_same_pipelined_and_preempted() -> None:
         with rig(model, lag=lag, kv_budget=45 * 4096, max_num_batched_tokens=50) as r:
             assert outputs(run(r, prompts(), each, seed=4)) == want
             assert r.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_another_engine_goes_on_in_mid_generation(lag: int) -> None:
+    model, params = loaded("llama"), SamplingParams(max_tokens=12, temperature=1.0, top_p=0.95)
+    with rig(model) as r:
+        want = outputs(run(r, prompts(), params, seed=11))
+    done: dict[int, list[int]] = {}
+    begun: dict[int, tuple[int, ...]] = {}
+    for steps in (3, 5, 8, 1000):  # lives of an engine
+        with rig(model, max_num_seqs=9, lag=lag) as r:
+            for row, prompt in enumerate(prompts()):
+                if row not in done:
+                    tokens = begun.get(row, ())
+                    r.engine.add(Request(row, 0, tuple(prompt), params, 11, tokens))
+            while r.engine.has_work and steps:
+                steps -= 1
+                for completion in r.engine.step():
+                    sequence = completion.sequence
+                    done[sequence.request.row] = sequence.output_ids
+            begun = {request.row: tokens for request, tokens in r.engine.partials()}
+            assert begun or not r.engine.has_work
+    assert [done[row] for row in range(len(prompts()))] == want
 
 
 def test_end_tokens_min_tokens_and_ignore_eos() -> None:
