@@ -1,0 +1,262 @@
+"""Makes a hooked model faster in place: merged projections, fused norms, compiled layers.
+
+The forward stays the model's own. Modules are replaced by others that compute the same, and each
+decoder layer becomes one compiled graph in which attention is a single opaque operator. What can't
+be done, or does not give the model's own logits, is left as it was, with one line in the log.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
+
+from batchrun.engine.attention import LayerAttention
+from batchrun.engine.fused import FusedNorm, Projection, Undo, fuse_norms, merge_projections
+from batchrun.engine.model import HOOK, Step, _hook
+
+_TOLERANCE = {torch.float32: 1e-4}  # of the largest logit
+_HALF_TOLERANCE = 0.06  # as the canary's: sums in another order, rounded at other places
+# Tokens to compile with: equal to no dimension of a model, or the graph would take both for one.
+_TOKENS, _FEWER_TOKENS = 251, 17
+
+
+def optimize(
+    model: PreTrainedModel,
+    *,
+    compile: bool,  # noqa: A002 - what torch calls it
+    log: Callable[[str], None],
+) -> tuple[str, ...]:
+    """Make a model that `prepare` has hooked faster in place.
+
+    Merged projections have one weight in the place of several; other parameters keep their names.
+    A second call changes nothing more.
+
+    Args:
+        model: The model, on its device.
+        compile: Whether decoder layers are compiled: many seconds, and for steps of more than one
+            token only.
+        log: Told, one line each, what is unavailable and what runs instead.
+
+    Returns:
+        What the model has now, of `merged projections`, `fused norms` and `compiled layers`.
+    """
+    want = _logits(model, _FEWER_TOKENS)
+    undo: Undo = []
+    try:
+        merge_projections(model, lambda: _logits(model, _FEWER_TOKENS), undo)
+        fuse_norms(model, undo)
+        _check(model, want)
+    except Exception as error:  # whatever a model does with modules that it does not know
+        for parent, name, module in undo:
+            setattr(parent, name, module)
+        log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
+    if compile and not _compiled_layers(model):
+        try:
+            with warnings.catch_warnings():
+                # Inductor advises TF32 for float32 models, which would change their tokens.
+                warnings.simplefilter("ignore")
+                _compile_layers(model, log)
+                _logits(model, _TOKENS)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                _check(model, want)
+        except Exception as error:  # no compiler, no triton, or a layer that can't be one graph
+            _uncompile(model, log, error)
+    kinds = {type(module) for module in model.modules()}
+    found = {
+        "merged projections": Projection in kinds,
+        "fused norms": FusedNorm in kinds,
+        "compiled layers": bool(_compiled_layers(model)),
+    }
+    return tuple(name for name, there in found.items() if there)
+
+
+# --- decoder layers as one graph each ---
+
+# The call that the attention operator of the running layer stands for: a graph can hold neither
+# the step nor the layer's number, or each layer would need a graph of its own.
+_CALL: ContextVar[tuple[Step, int, LayerAttention]] = ContextVar("batchrun_attention_call")
+_LIBRARY = torch.library.Library("batchrun", "FRAGMENT")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value) -> Tensor",
+    tags=[torch.Tag.needs_exact_strides],
+)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Tensors `[1, H, T, D]` as transformers has them, to `[1, T, Hq, Dv]`."""
+    step, index, layer = _CALL.get()
+    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return step.attend(index, layer, *packed)[None].contiguous()
+
+
+def _attend_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("batchrun::attend", _attend_shape, lib=_LIBRARY)
+
+
+class _Traced:
+    """Stands for the step while a layer is compiled: one object, so that all layers look alike."""
+
+
+_TRACED = _Traced()
+
+
+def _traceable_hook(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    batchrun_step: Step | _Traced | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The model's hook; in a compiled layer, the operator in its place."""
+    if isinstance(batchrun_step, _Traced):
+        return torch.ops.batchrun.attend(query, key, value), None
+    return _hook(module, query, key, value, attention_mask, batchrun_step=batchrun_step, **kwargs)
+
+
+class _Layer:
+    """What a decoder layer's call becomes.
+
+    Without our step (in `generate`, or under another attention), and for a single token, which
+    would need a graph of its own, the layer runs as it was.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        compiled: Callable[..., Any],
+        index: int,
+        attention: LayerAttention,
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self.layer = layer
+        self.compiled = compiled
+        self.index = index
+        self.attention = attention
+        self.failed = failed
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        step = kwargs.get("batchrun_step")
+        if step is None or hidden_states.shape[1] == 1:
+            return self.layer._call_impl(hidden_states, *args, **kwargs)
+        token = _CALL.set((step, self.index, self.attention))
+        try:
+            traced = {**kwargs, "batchrun_step": _TRACED}
+            return self.compiled(self.layer, hidden_states, *args, **traced)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            self.failed(error)
+            return self.layer._call_impl(hidden_states, *args, **kwargs)
+        finally:
+            _CALL.reset(token)
+
+
+def _compile_layers(model: PreTrainedModel, log: Callable[[str], None]) -> None:
+    """Have each decoder layer compiled at its next call; one graph serves all of a class.
+
+    Only the layers are: their graph is small, and the rest of a forward is a few operators.
+    """
+    probe = _Causal()
+    _logits(model, _FEWER_TOKENS, probe)
+    wanted = [{i} for i in range(len(probe.layers))]
+    stacks = [
+        list(m)
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and [_layer_numbers(layer) for layer in m] == wanted
+    ]
+    if len(stacks) != 1:
+        raise ValueError(f"{len(stacks)} lists of decoder layers found")
+    AttentionInterface.register(HOOK, _traceable_hook)
+    compiled = {
+        kind: torch.compile(kind.forward, fullgraph=True, dynamic=True)
+        for kind in {type(layer) for layer in stacks[0]}
+    }
+    failed = partial(_uncompile, model, log)
+    for i, layer in enumerate(stacks[0]):
+        layer._compiled_call_impl = _Layer(layer, compiled[type(layer)], i, probe.layers[i], failed)
+
+
+def _compiled_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m._compiled_call_impl, _Layer)]
+
+
+def _uncompile(model: PreTrainedModel, log: Callable[[str], None], error: Exception) -> None:
+    for layer in _compiled_layers(model):
+        layer._compiled_call_impl = None
+    log(f"the model's layers run uncompiled, because compiling them fails: {_brief(error)}")
+
+
+def _layer_numbers(layer: nn.Module) -> set[int]:
+    found = (getattr(module, "layer_idx", None) for module in layer.modules())
+    return {number for number in found if isinstance(number, int)}
+
+
+# --- forward passes to judge by ---
+
+
+class _Causal:
+    """A step of one sequence without a cache, whose attention need only be the same each time."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerAttention] = {}
+
+    def attend(
+        self,
+        layer_index: int,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        self.layers[layer_index] = layer
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        out = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, tokens: int, step: Step | None = None) -> torch.Tensor:
+    """Logits after a made-up sequence of so many tokens, float32 `[V]`."""
+    vocab = model.config.get_text_config().vocab_size
+    positions = torch.arange(tokens, device=model.device)[None]
+    output = model(
+        input_ids=(positions + 3) * 7919 % vocab,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=torch.tensor([tokens - 1], device=model.device),
+        batchrun_step=step or _Causal(),
+    )
+    logits: torch.Tensor = output.logits[0, 0].float()
+    return logits
+
+
+def _check(model: PreTrainedModel, want: torch.Tensor) -> None:
+    """Raise ValueError unless the model's logits are still what they were."""
+    got = _logits(model, _FEWER_TOKENS)
+    difference = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
+    tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+    if not difference <= tolerance:  # also refuses NaN
+        raise ValueError(
+            f"logits differ by {difference:.2g} of the largest, more than {tolerance:.2g}"
+        )
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
