@@ -14,8 +14,8 @@ neither nvcc nor ninja is needed there. The library that is compiled for must be
 
 To compile takes torch, nvcc 12.8 or later, ninja, g++, and the CUDA headers. Where the toolkit
 lacks cuRAND's (fa3 includes them), `pip install --no-deps --target curand nvidia-curand` and
-`CPATH=curand/nvidia/cu13/include` supply them. A kernel of one head width and dtype takes about
-one minute (fa2) and five to ten (fa3) on two cores.
+`CPATH=curand/nvidia/cu13/include` supply them. A module of one head width and dtype took two
+minutes (fa2, on two busy cores) and eighteen (fa3, on one).
 """
 
 from __future__ import annotations
