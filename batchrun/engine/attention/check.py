@@ -12,7 +12,7 @@ from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 
-_HEADS, _KV_HEADS, _DIM = 4, 2, 64
+_HEADS, _KV_HEADS, _DIM = 4, 2, 128  # the usual width: its kernels are compiled first
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
