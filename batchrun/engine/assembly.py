@@ -24,6 +24,7 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.graphs import batch_sizes
 from batchrun.engine.model import LoadedModel
+from batchrun.engine.optimize import optimize
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
 from batchrun.models import ModelError
@@ -357,8 +358,6 @@ def assemble(
     """Make a model faster where that pays, and put its engine together: see `Assembly`."""
     fuse = loaded.device.type == "cuda" if settings.optimize is None else settings.optimize
     if fuse:
-        from batchrun.engine.optimize import optimize  # noqa: PLC0415
-
         optimize(loaded.model, compile=loaded.device.type == "cuda", log=log)
     return Assembly(loaded, settings, log)
 
