@@ -169,9 +169,8 @@ def test_another_engine_goes_on_in_mid_generation(lag: int) -> None:
                 if row not in done:
                     tokens = begun.get(row, ())
                     r.engine.add(Request(row, 0, tuple(prompt), params, 11, tokens))
-            while r.engine.has_work and steps:
-                steps -= 1
-                for completion in r.engine.step():
+            for _ in range(steps):
+                for completion in r.engine.step() if r.engine.has_work else ():
                     sequence = completion.sequence
                     done[sequence.request.row] = sequence.output_ids
             begun = {request.row: tokens for request, tokens in r.engine.partials()}
