@@ -96,7 +96,17 @@ def test_the_sample_of_stats_has_the_shape_of_the_real_report():
     assert labels <= {line[:11].strip() for line in sample.splitlines()}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CHANGELOG.md",
+        "benchmarks/METHOD.md",
+        "docs/architecture.md",
+        "docs/kernels.md",
+        "docs/performance.md",
+    ],
+)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
