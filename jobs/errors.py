@@ -26,7 +26,11 @@ class JournalError(JobError):
     """A journal is damaged, of a newer version, or would lose a result."""
 
 
-class LeaseHeld(JobError):  # noqa: N818 - a state of the job, not a failure of it
+class Fenced(JournalError):  # noqa: N818 - a state of the job, not a failure of it
+    """Another worker took the job over: what this one has may no longer be written."""
+
+
+class LeaseHeld(JobError):  # noqa: N818 - likewise
     """Another worker has the job."""
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from jobs.errors import OutputError
+
 
 def fsync_directory(path: Path) -> None:
     """Make names created, renamed or removed in a directory durable."""
@@ -27,6 +29,50 @@ def current_umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing; durable on return."""
+    missing = [p for p in (path, *path.parents) if not os.path.exists(p)]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        fsync_directory(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file if it is there; durable on return."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    fsync_directory(path.parent)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written where `path` is, or would be."""
+    path = path.absolute()
+    there = next(p for p in (path, *path.parents) if os.path.exists(p))
+    found = os.statvfs(there)
+    return found.f_bavail * found.f_frsize
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Refuse to begin what won't fit.
+
+    Args:
+        path: A file or folder, there or to be.
+        needed: Bytes.
+
+    Raises:
+        OutputError: The disk has less.
+    """
+    free = free_bytes(path)
+    if free < needed:
+        raise OutputError(
+            f"the disk of {path} has {free / 2**20:,.1f} MiB left and "
+            f"{needed / 2**20:,.1f} MiB are needed",
+            hint=f"make room (df -h '{path.parent}'), or choose a place on another disk",
+        )
 
 
 @contextmanager
@@ -49,8 +95,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~current_umask())  # mkstemp is for secrets
+            os.fchmod(handle, 0o666 & ~current_umask())  # mkstemp is for secrets
+            os.fsync(handle)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

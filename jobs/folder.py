@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jobs.errors import JobNotFound, JournalError, OutputError, SpecChanged
-from jobs.files import current_umask, fsync_directory
+from jobs.files import current_umask, fsync_directory, make_folders
 from jobs.journal import NAME, Counts, Journal
 from jobs.lease import held_by
 from jobs.spec import JobSpec
@@ -78,11 +78,12 @@ def create(root: Path, spec: JobSpec) -> JobFolder:
     """
     folder = root / "jobs"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder))
         try:
             spec.save(building)
             Journal.create(building)
+            fsync_directory(building)
             building.chmod(0o777 & ~current_umask())  # mkdtemp is for secrets
             path = _rename_to_new_id(building, spec)
         except BaseException:

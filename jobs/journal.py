@@ -1,114 +1,40 @@
 """The one truth of a job's progress: an SQLite database in its folder.
 
 A result is there, durably, or its row is still to do: there is no third state. One connection
-writes, owned by one thread; any number read, also while the job runs.
+writes, owned by one thread; any number read, also while the job runs. Each run has a number, its
+fencing token: as soon as there is a later one, it can write nothing any more.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import time
 from array import array
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
-from jobs.errors import JournalError
+from jobs.errors import Fenced, JournalError
+from jobs.files import remove
+from jobs.lease import Lease
+from jobs.results import Counts, DoneSet, Partial, Result
+from jobs.schema import NAME, connect, create, transaction
 
-NAME = "journal.db"
-_VERSION = 1
-_APPLICATION = 0x62617463  # "batc"
+__all__ = ["NAME", "STATE", "Counts", "DoneSet", "Journal", "Partial", "Result"]
 
-_SCHEMA = """
-CREATE TABLE results (
-    id INTEGER PRIMARY KEY,               -- row * n + sample
-    status TEXT NOT NULL,                 -- 'ok' or 'error'
-    text TEXT,
-    token_ids BLOB NOT NULL,              -- little-endian int32
-    finish_reason TEXT,
-    prompt_tokens INTEGER NOT NULL,
-    completion_tokens INTEGER NOT NULL,
-    error TEXT,
-    error_kind TEXT,
-    queue_s REAL, prefill_s REAL, decode_s REAL,
-    run INTEGER NOT NULL
-);
-CREATE TABLE runs (                       -- one a worker's life
-    id INTEGER PRIMARY KEY,
-    started_at REAL NOT NULL,             -- unix time
-    ended_at REAL,
-    state TEXT,                           -- null while it runs or after it was killed
-    stats TEXT NOT NULL DEFAULT '{}'
-);
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
+STATE = "state.json"  # what `list` remembers of a journal, as long as nobody writes to it
 
+_CHECKPOINT_BYTES = 4 << 20  # of results, until they move from the log into the database
+_ROW_BYTES = 160  # of a result besides its text and tokens
 _INSERT = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _SELECT = "SELECT * FROM results WHERE id >= ? ORDER BY id"
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one sample of one row. Times in seconds; None where it never got there."""
-
-    row: int
-    sample: int
-    status: str
-    text: str | None = None
-    token_ids: tuple[int, ...] = ()
-    finish_reason: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    error: str | None = None
-    error_kind: str | None = None
-    queue_s: float | None = None
-    prefill_s: float | None = None
-    decode_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Results so far.
-
-    `rows` counts rows all of whose samples have a result, `failed` rows any of whose failed.
-    """
-
-    rows: int
-    samples: int
-    failed: int
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class DoneSet(Container[tuple[int, int]]):
-    """Which (row, sample) have a result: one bit each, whatever the job's length."""
-
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._bits = bytearray()
-
-    def __contains__(self, key: object) -> bool:
-        row, sample = cast("tuple[int, int]", key)
-        number = row * self._n + sample
-        byte = number >> 3
-        return byte < len(self._bits) and bool(self._bits[byte] >> (number & 7) & 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the bitmap, in bytes."""
-        return len(self._bits)
-
-    def add(self, number: int) -> None:
-        """Mark `row * n + sample`."""
-        byte = number >> 3
-        if byte >= len(self._bits):
-            self._bits.extend(bytes(byte + 1 - len(self._bits) + (len(self._bits) >> 1)))
-        self._bits[byte] |= 1 << (number & 7)
+_PARTIAL = (
+    "INSERT OR REPLACE INTO partials SELECT ?1, ?2 "
+    "WHERE NOT EXISTS (SELECT 1 FROM results WHERE id = ?1)"
+)
 
 
 class Journal:
@@ -127,56 +53,27 @@ class Journal:
         self.path = folder / NAME
         self.n = n
         self._run = 0
-        if not self.path.exists():
-            raise JournalError(f"{self.path} is missing", hint="submit the job again")
-        mode = "ro" if readonly else "rw"
-        wal = self.path.with_name(f"{NAME}-wal")
-        if readonly and not wal.exists() and not os.access(folder, os.W_OK):
-            mode = "ro&immutable=1"  # SQLite would need to make files beside it
-        try:
-            self._db = sqlite3.connect(
-                f"file:{_quote(self.path)}?mode={mode}", uri=True, isolation_level=None, timeout=30
-            )
-            if not readonly:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                # With FULL every commit is on disk before it returns: an acknowledged result
-                # survives power loss.
-                self._db.execute("PRAGMA synchronous=FULL")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.Error as error:
-            raise JournalError(
-                f"{self.path} can't be opened: {error}",
-                hint="check free disk space and permissions; a copy of the folder may help",
-            ) from error
-        if version != _VERSION:
-            self._db.close()
-            raise JournalError(
-                f"{self.path} has version {version}, this program knows {_VERSION}",
-                hint="upgrade batchrun" if version > _VERSION else "submit the job again",
-            )
+        self._writer = not readonly
+        self._failed: sqlite3.Error | None = None
+        self._logged = 0  # bytes of results since the last checkpoint
+        self._db = connect(self.path, readonly=readonly)
+        if not readonly:
+            try:
+                remove(folder / STATE)
+            except OSError as error:
+                self._db.close()
+                raise JournalError(
+                    f"{folder / STATE} can't be removed: {error.strerror}",
+                    hint=f"check the permissions: ls -ld '{folder}'",
+                ) from error
 
-    @staticmethod
-    def create(folder: Path) -> None:
-        """Make an empty journal; it is durable on return.
-
-        Raises:
-            JournalError: It can't be made.
-        """
-        db = sqlite3.connect(folder / NAME, isolation_level=None)
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            db.executescript(
-                f"BEGIN;{_SCHEMA}PRAGMA user_version={_VERSION};"
-                f"PRAGMA application_id={_APPLICATION};COMMIT;"
-            )
-        except sqlite3.Error as error:
-            raise JournalError(f"{folder / NAME} can't be made: {error}") from error
-        finally:
-            db.close()
+    create = staticmethod(create)
 
     def begin_run(self) -> int:
-        """Note that a worker begins; its results carry the number that is returned."""
+        """Note that a worker begins; its results carry the number that is returned.
+
+        From then on every earlier run is fenced off.
+        """
         with self._errors("written"):
             cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
         self._run = cursor.lastrowid or 0
@@ -186,25 +83,30 @@ class Journal:
         """Go on writing for a run that another connection began."""
         self._run = run
 
-    def write(self, results: Sequence[Result], stats: dict[str, Any] | None = None) -> None:
+    def write(
+        self,
+        results: Sequence[Result],
+        stats: dict[str, Any] | None = None,
+        partials: Sequence[Partial] = (),
+    ) -> None:
         """Add results in one transaction: all of them are durable on return, or none is.
 
         Args:
-            results: New results.
+            results: New results; the tokens kept of their samples go.
             stats: The run's statistics so far; they replace those written before.
+            partials: Tokens so far; they replace those of the same samples. Of a sample that has
+                a result they are dropped.
 
         Raises:
-            JournalError: A result is there already or of a sample that the job hasn't, or the disk
-                refuses. Nothing was written.
+            Fenced: A later run has the job. Nothing was written.
+            JournalError: A result is there already or of a sample that the job hasn't: nothing
+                was written. Or the disk refuses: then the run must end, since what a failed
+                fsync left on disk cannot be known, and what a resume finds is what counts.
         """
-        run, n = self._run, self.n
-        for r in results:
-            # Out of range it would be stored as another row's.
-            if not (r.row >= 0 and 0 <= r.sample < n):
-                raise JournalError(f"the job has no row {r.row}, sample {r.sample}: n is {n}")
+        run = self._run
         rows = [
             (
-                r.row * n + r.sample,
+                self._number(r),
                 r.status,
                 r.text,
                 array("i", r.token_ids).tobytes(),
@@ -220,31 +122,67 @@ class Journal:
             )
             for r in results
         ]
-        with self._errors("written"):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.executemany(_INSERT, rows)
-                if stats is not None:
-                    self._db.execute(
-                        "UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run)
-                    )
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        kept = [(self._number(p), array("i", p.token_ids).tobytes()) for p in partials]
+        with self._write():
+            self._db.executemany(_INSERT, rows)
+            if kept:
+                self._db.executemany(_PARTIAL, kept)
+            self._db.executemany("DELETE FROM partials WHERE id = ?", [row[:1] for row in rows])
+            if stats is not None:
+                self._db.execute("UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run))
+        self._logged += sum(_ROW_BYTES + len(row[2] or "") + len(row[3]) for row in rows)
+        self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens in kept)
+        if self._logged >= _CHECKPOINT_BYTES:
+            self._checkpoint()
 
-    def end_run(self, state: str, stats: dict[str, Any]) -> None:
-        """Close the run's entry with how it ended."""
-        with self._errors("written"):
+    def end_run(self, state: str, stats: dict[str, Any], reason: str | None = None) -> None:
+        """Close the run's entry with how it ended, and why if it failed.
+
+        Raises:
+            Fenced: A later run has the job.
+        """
+        with self._write():
             self._db.execute(
-                "UPDATE runs SET ended_at = ?, state = ?, stats = ? WHERE id = ?",
-                (time.time(), state, json.dumps(stats), self._run),
+                "UPDATE runs SET ended_at = ?, state = ?, stats = ?, reason = ? WHERE id = ?",
+                (time.time(), state, json.dumps(stats), reason, self._run),
+            )
+
+    def retry_failed(self) -> int:
+        """Remove error results, so that their samples are to do again; returns how many.
+
+        Crashes of their rows are forgotten. A finished job is an interrupted one from then on.
+
+        Raises:
+            LeaseHeld: A worker has the job, and it is not the one that asks.
+        """
+        with nullcontext() if self._run else Lease(self.path.parent), self._write(any_run=True):
+            self._db.execute(
+                "DELETE FROM crashes WHERE row IN "
+                "(SELECT id / ? FROM results WHERE status = 'error')",
+                (self.n,),
+            )
+            count = self._db.execute("DELETE FROM results WHERE status = 'error'").rowcount
+            if count:
+                self._db.execute(
+                    "UPDATE runs SET state = 'interrupted' WHERE state LIKE 'done%' "
+                    "AND id = (SELECT max(id) FROM runs)"
+                )
+        return count
+
+    def count_crash(self, rows: Iterable[int]) -> None:
+        """Note that the latest run's process died with these rows in the engine.
+
+        One death counts once, however often it is noted.
+        """
+        with self._write(any_run=True):
+            self._db.executemany(
+                "INSERT OR IGNORE INTO crashes SELECT ?, max(id) FROM runs HAVING max(id) > 0",
+                [(row,) for row in rows],
             )
 
     def set_meta(self, key: str, value: Any) -> None:
         """Remember a small JSON value."""
-        with self._errors("written"):
+        with self._write(any_run=True):
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
     def meta(self, key: str) -> Any:
@@ -260,21 +198,31 @@ class Journal:
                 done.add(number)
         return done
 
+    def partials(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        """Tokens so far of samples that have no result, by (row, sample)."""
+        found = self._all("SELECT id, token_ids FROM partials ORDER BY id")
+        return {divmod(number, self.n): _tokens(ids) for number, ids in found}
+
+    def crash_counts(self) -> dict[int, int]:
+        """In how many crashes a row was in the engine, by row."""
+        return dict(self._all("SELECT row, count(*) FROM crashes GROUP BY row"))
+
     def counts(self) -> Counts:
         """Results so far."""
-        [(samples, failed, prompt, completion)] = self._all(
-            "SELECT count(*), count(DISTINCT CASE status WHEN 'error' THEN id / ? END), "
+        [(samples, failed, skipped, prompt, completion)] = self._all(
+            "SELECT count(*), count(DISTINCT CASE status WHEN 'error' THEN id / ?1 END), "
+            "count(DISTINCT CASE status WHEN 'skipped' THEN id / ?1 END), "
             "ifnull(sum(prompt_tokens), 0), ifnull(sum(completion_tokens), 0) FROM results",
             self.n,
         )
         rows = samples
         if self.n > 1:
             [(rows,)] = self._all(
-                "SELECT count(*) FROM (SELECT 1 FROM results GROUP BY id / ? HAVING count(*) = ?)",
-                self.n,
+                "SELECT count(*) FROM "
+                "(SELECT 1 FROM results GROUP BY id / ?1 HAVING count(*) = ?1)",
                 self.n,
             )
-        return Counts(rows, samples, failed, prompt, completion)
+        return Counts(rows, samples, failed, skipped, prompt, completion)
 
     def tally(self, column: str) -> dict[str, int]:
         """Samples by `finish_reason` or rows by `error_kind`, most frequent first."""
@@ -307,14 +255,12 @@ class Journal:
         with self._errors("read"):
             cursor = self._db.execute(_SELECT, (first_row * self.n,))
             for number, status, text, ids, *rest in cursor:
-                tokens = array("i")
-                tokens.frombytes(ids)
                 row, sample = divmod(number, self.n)
-                yield Result(row, sample, status, text, tuple(tokens), *rest[:-1])
+                yield Result(row, sample, status, text, _tokens(ids), *rest[:-1])
 
     def runs(self) -> list[dict[str, Any]]:
-        """Every worker's run: `id`, `started_at`, `ended_at`, `state`, `stats`."""
-        names = ("id", "started_at", "ended_at", "state", "stats")
+        """Every worker's run: `id`, `started_at`, `ended_at`, `state`, `stats`, `reason`."""
+        names = ("id", "started_at", "ended_at", "state", "stats", "reason")
         return [
             {**dict(zip(names, run, strict=True)), "stats": json.loads(run[4])}
             for run in self._all(f"SELECT {', '.join(names)} FROM runs ORDER BY id")
@@ -334,8 +280,46 @@ class Journal:
             raise JournalError(f"{self.path} is damaged: {'; '.join(found)}")
 
     def close(self) -> None:
-        """Close the connection; everything written is durable already."""
-        self._db.close()
+        """Close the connection; everything written is durable already.
+
+        Raises:
+            JournalError: The disk refuses to move it from the log into the database.
+        """
+        try:
+            if self._writer and self._failed is None:
+                self._checkpoint()
+        finally:
+            self._writer = False
+            self._db.close()
+
+    def _number(self, item: Result | Partial) -> int:
+        # Out of range it would be stored as another row's.
+        if not (item.row >= 0 and 0 <= item.sample < self.n):
+            raise JournalError(
+                f"the job has no row {item.row}, sample {item.sample}: n is {self.n}"
+            )
+        return item.row * self.n + item.sample
+
+    @contextmanager
+    def _write(self, *, any_run: bool = False) -> Iterator[None]:
+        """One transaction of this run; with `any_run` it may also be of none."""
+        with self._errors("written"), transaction(self._db):
+            if self._run or not any_run:
+                [(latest,)] = self._db.execute("SELECT max(id) FROM runs")
+                if not self._run:
+                    raise JournalError("no run has begun that could write results")
+                if latest != self._run:
+                    raise Fenced(
+                        f"another worker, run {latest}, took this job over from run {self._run}",
+                        hint=f"see it with: batchrun show {self.path.parent.name}",
+                    )
+            yield
+
+    def _checkpoint(self) -> None:
+        """Move results from the log into the database. Waits for no reader."""
+        with self._errors("written"):
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        self._logged = 0
 
     def _all(self, query: str, *values: Any) -> list[Any]:
         with self._errors("read"):
@@ -344,11 +328,18 @@ class Journal:
     @contextmanager
     def _errors(self, done: str) -> Iterator[None]:
         """SQLite's errors as the user's: what could not be `done`, and what to do."""
+        if self._failed is not None:
+            raise JournalError(
+                f"{self.path} can't be {done}: an earlier write failed: {self._failed}",
+                hint="batchrun resume",
+            )
         try:
             yield
         except sqlite3.IntegrityError as error:
             raise JournalError(f"a result was about to be journalled twice: {error}") from error
         except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
+                self._failed = error
             raise JournalError(
                 f"{self.path} can't be {done}: {error}",
                 hint="make room on the disk, then: batchrun resume",
@@ -368,10 +359,13 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            self._db.close()  # what went wrong already says more
 
 
-def _quote(path: Path) -> str:
-    from urllib.parse import quote  # noqa: PLC0415 - only here
-
-    return quote(str(path.absolute()))
+def _tokens(data: bytes) -> tuple[int, ...]:
+    tokens = array("i")
+    tokens.frombytes(data)
+    return tuple(tokens)

@@ -152,7 +152,7 @@ def test_a_newer_journal_is_refused(tmp_path):
     with sqlite3.connect(tmp_path / "journal.db") as db:
         db.execute("PRAGMA user_version=9")
     db.close()
-    with pytest.raises(JournalError, match="version 9, this program knows 1") as refused:
+    with pytest.raises(JournalError, match="version 9, this program knows up to 2") as refused:
         Journal(tmp_path, 1)
     assert refused.value.hint == "upgrade batchrun"
 

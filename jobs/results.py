@@ -1,0 +1,81 @@
+"""What a journal holds: results, tokens of results to be, and which results there are."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import cast
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one sample of one row. Times in seconds; None where it never got there.
+
+    `status` is `ok`, `error`, or `skipped` where the user asked to leave such rows out: no
+    completion and no error, counted apart, and not among those that are tried again.
+    """
+
+    row: int
+    sample: int
+    status: str
+    text: str | None = None
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str | None = None
+    error_kind: str | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The tokens that a sample without a result has so far."""
+
+    row: int
+    sample: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Results so far.
+
+    `rows` counts rows all of whose samples have a result, `failed` rows any of whose failed,
+    `skipped` rows any of whose was skipped.
+    """
+
+    rows: int
+    samples: int
+    failed: int
+    skipped: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class DoneSet(Container[tuple[int, int]]):
+    """Which (row, sample) have a result: one bit each, whatever the job's length."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._bits = bytearray()
+
+    def __contains__(self, key: object) -> bool:
+        row, sample = cast("tuple[int, int]", key)
+        number = row * self._n + sample
+        byte = number >> 3
+        return byte < len(self._bits) and bool(self._bits[byte] >> (number & 7) & 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the bitmap, in bytes."""
+        return len(self._bits)
+
+    def add(self, number: int) -> None:
+        """Mark `row * n + sample`."""
+        byte = number >> 3
+        if byte >= len(self._bits):
+            self._bits.extend(bytes(byte + 1 - len(self._bits) + (len(self._bits) >> 1)))
+        self._bits[byte] |= 1 << (number & 7)

@@ -1,0 +1,191 @@
+"""The journal's tables, how they are opened, and how those of older versions become today's."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from jobs.errors import JournalError
+
+NAME = "journal.db"
+VERSION = 2
+_APPLICATION = 0x62617463  # "batc"
+
+_PARTIALS = """
+CREATE TABLE partials (                   -- tokens of samples that have no result yet
+    id INTEGER PRIMARY KEY,               -- row * n + sample
+    token_ids BLOB NOT NULL               -- little-endian int32
+)"""
+_CRASHES = """
+CREATE TABLE crashes (                    -- rows that were in the engine as a run's process died
+    row INTEGER NOT NULL,
+    run INTEGER NOT NULL,
+    PRIMARY KEY (row, run)
+) WITHOUT ROWID"""
+_SCHEMA = f"""
+CREATE TABLE results (
+    id INTEGER PRIMARY KEY,               -- row * n + sample
+    status TEXT NOT NULL,                 -- 'ok', 'error' or 'skipped'
+    text TEXT,
+    token_ids BLOB NOT NULL,              -- little-endian int32
+    finish_reason TEXT,
+    prompt_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    error TEXT,
+    error_kind TEXT,
+    queue_s REAL, prefill_s REAL, decode_s REAL,
+    run INTEGER NOT NULL
+);
+CREATE TABLE runs (                       -- one a worker's life; the id is its fencing token
+    id INTEGER PRIMARY KEY,
+    started_at REAL NOT NULL,             -- unix time
+    ended_at REAL,
+    state TEXT,                           -- null while it runs or after it was killed
+    stats TEXT NOT NULL DEFAULT '{{}}',
+    reason TEXT                           -- why it failed
+);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+{_PARTIALS};
+{_CRASHES};
+"""
+
+
+@dataclass(frozen=True)
+class Migration:
+    """From one version of the tables to the next.
+
+    Args:
+        name: What it brings.
+        write: Statements that change the file.
+        read: Statements that put temporary tables and views over a file that must stay as it is.
+    """
+
+    name: str
+    write: tuple[str, ...]
+    read: tuple[str, ...]
+
+
+def _temporary(create: str) -> str:
+    return create.replace("CREATE TABLE", "CREATE TEMP TABLE")
+
+
+# By the version that they start from.
+MIGRATIONS = {
+    1: Migration(
+        "in-flight tokens, crash counts and the reasons of failures",
+        write=("ALTER TABLE runs ADD COLUMN reason TEXT", _PARTIALS, _CRASHES),
+        read=(
+            "CREATE TEMP VIEW runs AS SELECT *, NULL AS reason FROM main.runs",
+            _temporary(_PARTIALS),
+            _temporary(_CRASHES),
+        ),
+    )
+}
+
+
+def create(folder: Path) -> None:
+    """Make an empty journal; its content is durable on return.
+
+    Raises:
+        JournalError: It can't be made.
+    """
+    db = sqlite3.connect(folder / NAME, isolation_level=None)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.executescript(
+            f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};"
+            f"PRAGMA application_id={_APPLICATION};COMMIT;"
+        )
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
+    except sqlite3.Error as error:
+        raise JournalError(f"{folder / NAME} can't be made: {error}") from error
+    finally:
+        db.close()
+
+
+def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
+    """Open a journal, one of an older version as if it were of today's.
+
+    A writer changes an older one for good; a reader takes no lock that a writer would notice.
+
+    Raises:
+        JournalError: There is none, it is damaged, or a newer program wrote it.
+    """
+    if not path.exists():
+        raise JournalError(f"{path} is missing", hint="submit the job again")
+    mode = "ro" if readonly else "rw"
+    wal = path.with_name(f"{NAME}-wal")
+    if readonly and not wal.exists() and not os.access(path.parent, os.W_OK):
+        mode = "ro&immutable=1"  # SQLite would need to make files beside it
+    address = f"file:{quote(str(path.absolute()))}?mode={mode}"
+    db: sqlite3.Connection | None = None
+    try:
+        db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
+        if not readonly:
+            db.execute("PRAGMA journal_mode=WAL")
+            # With FULL every commit is on disk before it returns: an acknowledged result
+            # survives power loss.
+            db.execute("PRAGMA synchronous=FULL")
+            # SQLite's own checkpoints don't say that they failed.
+            db.execute("PRAGMA wal_autocheckpoint=0")
+            # After a failed fsync the log may be whole in memory and have a hole on disk: nothing
+            # may be written behind it. Empty as a rule; a long reader is waited for as for a lock.
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        _bring_up_to_date(db, path, readonly=readonly)
+    except sqlite3.Error as error:
+        if db is not None:
+            db.close()
+        raise JournalError(
+            f"{path} can't be opened: {error}",
+            hint="check free disk space and permissions; a copy of the folder may help",
+        ) from error
+    except JournalError:
+        if db is not None:
+            db.close()
+        raise
+    return db
+
+
+def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> None:
+    version = _version(db)
+    if version != VERSION and version not in MIGRATIONS:
+        raise JournalError(
+            f"{path} has version {version}, this program knows up to {VERSION}",
+            hint="upgrade batchrun" if version > VERSION else "submit the job again",
+        )
+    if readonly:
+        db.execute("PRAGMA temp_store=MEMORY")
+        for step in range(version, VERSION):
+            for statement in MIGRATIONS[step].read:
+                db.execute(statement)
+    elif version < VERSION:
+        with transaction(db):
+            for step in range(_version(db), VERSION):  # another writer may have been quicker
+                for statement in MIGRATIONS[step].write:
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version={VERSION}")
+
+
+def _version(db: sqlite3.Connection) -> int:
+    found: int = db.execute("PRAGMA user_version").fetchone()[0]
+    return found
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All that the block writes is durable after it, or none of it is there."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            with suppress(sqlite3.Error):  # the error that is raised says more
+                db.execute("ROLLBACK")
+        raise

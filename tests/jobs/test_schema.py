@@ -1,0 +1,142 @@
+"""Older journals are read as they are, and written once they are brought up to date."""
+
+import re
+import shutil
+import sqlite3
+
+import pytest
+
+from jobs import schema
+from jobs.errors import JournalError
+from jobs.journal import Journal, Partial, Result
+
+# As the first version made it.
+V1 = """
+CREATE TABLE results (
+    id INTEGER PRIMARY KEY,
+    status TEXT NOT NULL,
+    text TEXT,
+    token_ids BLOB NOT NULL,
+    finish_reason TEXT,
+    prompt_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    error TEXT,
+    error_kind TEXT,
+    queue_s REAL, prefill_s REAL, decode_s REAL,
+    run INTEGER NOT NULL
+);
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY,
+    started_at REAL NOT NULL,
+    ended_at REAL,
+    state TEXT,
+    stats TEXT NOT NULL DEFAULT '{}'
+);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+INSERT INTO results VALUES (0, 'ok', 'zero', x'05000000', 'stop', 2, 1, NULL, NULL, 0, 0, 0, 1);
+INSERT INTO results VALUES (3, 'error', NULL, x'', NULL, 0, 0, 'bad', 'input', 0, 0, 0, 1);
+INSERT INTO runs VALUES (1, 10.0, 20.0, 'interrupted', '{"steps": 3}');
+INSERT INTO meta VALUES ('rows_total', '5');
+PRAGMA user_version=1;
+"""
+RESULTS = [
+    Result(0, 0, "ok", "zero", (5,), "stop", 2, 1, None, None, 0, 0, 0),
+    Result(3, 0, "error", error="bad", error_kind="input", queue_s=0, prefill_s=0, decode_s=0),
+]
+
+
+@pytest.fixture
+def old(tmp_path):
+    db = sqlite3.connect(tmp_path / "journal.db")
+    db.execute("PRAGMA journal_mode=WAL")
+    db.executescript(V1)
+    db.close()
+    return tmp_path
+
+
+def tables(folder):
+    db = sqlite3.connect(folder / "journal.db")
+    names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    columns = {name: db.execute(f"PRAGMA table_info({name})").fetchall() for name in names}
+    version = db.execute("PRAGMA user_version").fetchone()
+    db.close()
+    return version, columns
+
+
+def check_content(journal):
+    assert list(journal.results()) == RESULTS
+    assert journal.counts().failed == 1
+    assert journal.meta("rows_total") == 5
+    [run] = journal.runs()
+    assert (run["state"], run["stats"], run["reason"]) == ("interrupted", {"steps": 3}, None)
+    assert journal.partials() == journal.crash_counts() == {}
+
+
+def test_a_reader_of_an_older_journal_changes_nothing(old):
+    before = (old / "journal.db").read_bytes()
+    with Journal(old, 1, readonly=True) as journal:
+        check_content(journal)
+    assert (old / "journal.db").read_bytes() == before
+
+
+def test_a_writer_brings_an_older_journal_up_to_date(old, tmp_path_factory):
+    with Journal(old, 1, readonly=True) as reader, Journal(old, 1) as journal:
+        check_content(journal)
+        check_content(reader)
+        assert journal.begin_run() == 2
+        journal.write([Result(1, 0, "ok")], partials=[Partial(2, 0, (7, 8))])
+        journal.end_run("failed", {}, "no disk")
+    with Journal(old, 1, readonly=True) as journal:
+        assert journal.runs()[1]["reason"] == "no disk"
+        assert journal.partials() == {(2, 0): (7, 8)}
+        journal.check()
+    fresh = tmp_path_factory.mktemp("fresh")
+    Journal.create(fresh)
+    assert tables(old) == tables(fresh)
+
+
+def test_every_older_version_has_a_named_step():
+    assert sorted(schema.MIGRATIONS) == list(range(1, schema.VERSION))
+    assert all(re.match(r"\w", step.name) for step in schema.MIGRATIONS.values())
+
+
+def test_a_migration_is_whole_or_not_there(old, monkeypatch):
+    step = schema.MIGRATIONS[1]
+    broken = schema.Migration(step.name, (*step.write, "INSERT INTO nothing VALUES (1)"), step.read)
+    before = tables(old)
+    with monkeypatch.context() as patch:
+        patch.setitem(schema.MIGRATIONS, 1, broken)
+        with pytest.raises(JournalError, match="can't be opened"):
+            Journal(old, 1)
+    assert tables(old) == before
+    with Journal(old, 1) as journal:
+        check_content(journal)
+
+
+def test_two_that_migrate_at_once_migrate_once(old, monkeypatch):
+    """The second sees the old version, and the first is done before it may begin."""
+    other = old / "other"
+    other.mkdir()
+    real = schema.transaction
+
+    def late(db):
+        monkeypatch.setattr(schema, "transaction", real)
+        Journal(old, 1).close()
+        return real(db)
+
+    monkeypatch.setattr(schema, "transaction", late)
+    with Journal(old, 1) as journal:
+        check_content(journal)
+
+
+def test_a_copy_taken_while_it_is_written_opens(tmp_path):
+    """Database and log of one instant: what is in the log alone is not lost."""
+    folder, copy = tmp_path / "a", tmp_path / "b"
+    folder.mkdir()
+    Journal.create(folder)
+    with Journal(folder, 1) as journal:
+        journal.begin_run()
+        journal.write([Result(0, 0, "ok")])
+        shutil.copytree(folder, copy)
+    with Journal(copy, 1) as journal:
+        assert journal.counts().rows == 1
