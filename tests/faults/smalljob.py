@@ -1,0 +1,307 @@
+"""A job of a few rows over an engine that computes nothing: real in all but the model.
+
+What it answers follows from row, sample and position alone, as with the real engine, so that any
+run, however often it was broken off, has one right output. A ledger in shared memory, which
+outlives the process, notes each answer acknowledged and each token generated.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun import worker
+from batchrun.cli.errors import describe
+from batchrun.engine.core import FinishReason, Request, Sequence, Status
+from batchrun.engine.engine import Completion
+from batchrun.engine.text import PromptError
+from batchrun.worker import Outcome
+from jobs import folder
+from jobs.errors import LeaseHeld
+from jobs.folder import JobFolder
+from jobs.journal import Journal, Result
+from jobs.spec import InputFile, JobSpec
+
+MAX_TOKENS = 6
+DONE, ENDED_WITH_ERROR, BUG, INTERRUPTED, REFUSED = 0, 3, 4, 5, 6  # exit codes of a worker
+
+
+class Ledger:
+    """One byte for each row's acknowledgement, and one for each token, counting how often."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._bytes = mmap.mmap(-1, 2 + rows + rows * MAX_TOKENS)  # shared with forked processes
+
+    def clear(self) -> None:
+        self._bytes[:] = bytes(len(self._bytes))
+
+    def close(self) -> None:
+        self._bytes.close()
+
+    @property
+    def submitted(self) -> bool:
+        return bool(self._bytes[0])
+
+    def submit(self) -> None:
+        self._bytes[0] = 1
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._bytes[1])
+
+    def finish(self) -> None:
+        self._bytes[1] = 1
+
+    def acknowledge(self, row: int) -> None:
+        self._bytes[2 + row] = 1
+
+    def acknowledged(self) -> set[int]:
+        return {row for row in range(self._rows) if self._bytes[2 + row]}
+
+    def generate(self, row: int, position: int) -> None:
+        self._bytes[2 + self._rows + row * MAX_TOKENS + position] += 1
+
+    def generated(self) -> bytes:
+        """How often each row's each token was generated, `MAX_TOKENS` bytes a row."""
+        return self._bytes[2 + self._rows :]
+
+
+def token(row: int, sample: int, position: int) -> int:
+    return (row * 7919 + sample * 104729 + position * 31) % 50021
+
+
+def length(row: int) -> int:
+    return 1 + row * 5 % MAX_TOKENS
+
+
+@dataclass
+class NullEngine:
+    """One token a step for at most `slots` requests; `gate` is called before the first step."""
+
+    ledger: Ledger
+    slots: int = 3
+    gate: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._sequences: list[Sequence] = []
+        self._tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def load(self) -> tuple[int, int, int]:
+        waiting = max(0, len(self._sequences) - self.slots)
+        return len(self._sequences) - waiting, waiting, self._tokens
+
+    def add(self, request: Request) -> None:
+        assert request.row not in self.ledger.acknowledged(), "an answered row is computed again"
+        self._sequences.append(Sequence(request, list(request.generated_ids)))
+
+    def partials(self) -> Iterator[tuple[Request, tuple[int, ...]]]:
+        for sequence in self._sequences:
+            if sequence.output_ids:
+                yield sequence.request, tuple(sequence.output_ids)
+
+    def step(self) -> list[Completion]:
+        if self.gate is not None:
+            self.gate()
+            self.gate = None
+        for sequence in self._sequences[: self.slots]:
+            request, position = sequence.request, len(sequence.output_ids)
+            if position < length(request.row):
+                self.ledger.generate(request.row, position)
+                sequence.output_ids.append(token(request.row, request.sample, position))
+                self._tokens += 1
+        ended = [s for s in self._sequences if len(s.output_ids) >= length(s.request.row)]
+        for sequence in ended:
+            sequence.status, sequence.finish_reason = Status.FINISHED, FinishReason.STOP
+            self._sequences.remove(sequence)
+        return [Completion(s, " ".join(map(str, s.output_ids))) for s in ended]
+
+
+class NullWorkbench:
+    """What surrounds the engine; a prompt is as many tokens as it has letters."""
+
+    def __init__(self, engine: NullEngine) -> None:
+        self.engine = engine
+        self.sampling_defaults: Mapping[str, Any] = {}
+
+    def encode(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
+        if fields["prompt"] is None:
+            raise PromptError("no_prompt", "the row has no prompt")
+        return tuple(map(ord, fields["prompt"]))
+
+    def measurements(self) -> Mapping[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class SmallJob:
+    """Where a case works: `root` holds the input, `home` the job's folder and the output.
+
+    Everything under `home` is what faults strike.
+    """
+
+    root: Path
+    rows: int
+    format: str = "parquet"
+
+    @property
+    def home(self) -> Path:
+        return self.root / "home"
+
+    @property
+    def prompts(self) -> Path:
+        return self.root / "prompts.parquet"
+
+    @property
+    def output(self) -> Path:
+        return self.home / f"out.{self.format}"
+
+    def write_input(self) -> None:
+        """The last prompt is null: a row that ends as an error."""
+        self.home.mkdir(parents=True)
+        prompts = [f"prompt {i}" for i in range(self.rows - 1)]
+        table = pa.table({"id": list(range(self.rows)), "prompt": [*prompts, None]})
+        pq.write_table(table, self.prompts)
+
+    def spec(self) -> JobSpec:
+        return JobSpec(
+            inputs=(InputFile.of(self.prompts),),
+            input_format="parquet",
+            prompt={"column": "prompt", "template": None, "chat": False, "system": None},
+            model={"name": "null", "path": str(self.root), "fingerprint": "", "dtype": "float32"},
+            sampling={"max_tokens": MAX_TOKENS},
+            output={"path": str(self.output), "format": self.format, "token_ids": True},
+        )
+
+    def jobs(self) -> list[JobFolder]:
+        return folder.list_jobs(self.home)
+
+    def submit_and_run(
+        self,
+        ledger: Ledger,
+        *,
+        on_acknowledged: Callable[[list[int]], None] = lambda _: None,
+        gate: Callable[[], None] | None = None,
+        slots: int = 3,
+        stop: threading.Event | None = None,
+    ) -> Outcome:
+        """Submit the job, unless it is there, and run it: two results at most in a transaction.
+
+        Raises:
+            Exception: Whatever the run does.
+        """
+        jobs = self.jobs()
+        job = jobs[0] if jobs else folder.create(self.home, self.spec())
+        ledger.submit()
+        write = Journal.write
+
+        def noting(journal: Journal, results: list[Result], *rest: Any, **more: Any) -> None:
+            write(journal, results, *rest, **more)
+            for result in results:
+                ledger.acknowledge(result.row)
+            on_acknowledged([result.row for result in results])
+
+        assert hasattr(worker, "_COMMIT_RESULTS")
+        worker._COMMIT_RESULTS = 2
+        Journal.write = noting  # type: ignore[method-assign]
+        try:
+            engine = NullEngine(ledger, slots, gate)
+            outcome = worker.run_job(
+                job.path,
+                stop=stop or threading.Event(),
+                open_workbench=lambda spec, log: NullWorkbench(engine),
+            )
+        finally:
+            Journal.write = write  # type: ignore[method-assign]
+        if outcome in (Outcome.DONE, Outcome.DONE_WITH_ERRORS):
+            ledger.finish()
+        return outcome
+
+    def check_output(self, path: Path | None = None) -> None:
+        """Every row is there once, in order, with its own answer."""
+        table = pq.read_table(path or self.output, use_threads=False)
+        last = self.rows - 1
+        assert table["id"].to_pylist() == list(range(self.rows))
+        ids = [[token(r, 0, p) for p in range(length(r))] for r in range(last)] + [[]]
+        assert table["completion_token_ids"].to_pylist() == ids
+        texts = [" ".join(map(str, row)) for row in ids[:-1]]
+        assert table["completion"].to_pylist() == [*texts, None]
+        assert table["error"].to_pylist() == [None] * last + ["the row has no prompt"]
+
+    def check_journal(self, job: JobFolder, acknowledged: set[int]) -> set[int]:
+        """The journal opens, is whole, and has each acknowledged row with its own answer.
+
+        Returns:
+            The rows that have a result.
+        """
+        with job.journal(readonly=False) as journal:
+            journal.check()
+            results = list(journal.results())
+        rows = [result.row for result in results]
+        assert len(rows) == len(set(rows))
+        lost = acknowledged - set(rows)
+        assert not lost, f"rows {sorted(lost)} were acknowledged and are lost"
+        for result in results:
+            if result.row == self.rows - 1:
+                assert result.status == "error"
+            else:
+                want = tuple(token(result.row, 0, p) for p in range(length(result.row)))
+                assert result.token_ids == want, f"row {result.row} has another's answer"
+        return set(rows)
+
+
+def forked(work: Callable[[], int], before: Callable[[int], None] = lambda pid: None) -> int:
+    """Run `work` in a forked process; its exit code, or minus the signal that ended it.
+
+    Args:
+        work: Returns the exit code.
+        before: Called in the parent with the process's id while it runs.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = BUG
+        try:
+            gc.freeze()  # what is there stays shared with the parent
+            status = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    try:
+        before(pid)
+    finally:
+        _, code = os.waitpid(pid, 0)
+    return -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code)
+
+
+def outcome_of(run: Callable[[], Outcome]) -> int:
+    """The exit code that says how a run ended; what it raised goes to stderr where it is a bug."""
+    try:
+        outcome = run()
+    except LeaseHeld:
+        return REFUSED
+    except Exception as error:
+        if describe(error) is None:
+            with suppress(OSError):
+                traceback.print_exc()
+            return BUG
+        return ENDED_WITH_ERROR
+    return INTERRUPTED if outcome is Outcome.INTERRUPTED else DONE
