@@ -76,12 +76,13 @@ def check_room(path: Path, needed: int) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends without an error.
 
     The data are on disk before the name is: temporary file in the same directory, fsync, rename,
     fsync of the directory (Pillai et al., OSDI 2014). An error leaves `path` as it was and nothing
-    beside it; what a killed process left beside it is removed by the next one.
+    beside it; what a killed process left beside it is removed by the next one. Without `durable`
+    nothing is synced: for what the next seconds make worthless.
 
     Raises:
         OSError: The file can't be written; a failed fsync is never tried again.
@@ -96,12 +97,14 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fchmod(handle, 0o666 & ~current_umask())  # mkstemp is for secrets
-            os.fsync(handle)
+            if durable:
+                os.fsync(handle)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    if durable:
+        fsync_directory(path.parent)
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -112,7 +115,7 @@ def _remove_abandoned(path: Path) -> None:
             (path.parent / name).unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write a JSON file atomically, indented for people."""
-    with atomic_write(path) as file:
+    with atomic_write(path, durable=durable) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -12,13 +12,13 @@ import sqlite3
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from jobs.errors import Fenced, JournalError
-from jobs.files import remove
+from jobs.files import fsync_directory, remove
 from jobs.lease import Lease
 from jobs.results import Counts, DoneSet, Partial, Result
 from jobs.schema import NAME, connect, create, transaction
@@ -54,7 +54,8 @@ class Journal:
         self.n = n
         self._run = 0
         self._writer = not readonly
-        self._failed: sqlite3.Error | None = None
+        self._failed: Exception | None = None
+        self._named = False  # whether the log's name is on disk for certain
         self._logged = 0  # bytes of results since the last checkpoint
         self._db = connect(self.path, readonly=readonly)
         if not readonly:
@@ -74,7 +75,7 @@ class Journal:
 
         From then on every earlier run is fenced off.
         """
-        with self._errors("written"):
+        with self._transaction():
             cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
         self._run = cursor.lastrowid or 0
         return self._run
@@ -289,8 +290,7 @@ class Journal:
             if self._writer and self._failed is None:
                 self._checkpoint()
         finally:
-            self._writer = False
-            self._db.close()
+            self._close()
 
     def _number(self, item: Result | Partial) -> int:
         # Out of range it would be stored as another row's.
@@ -303,7 +303,7 @@ class Journal:
     @contextmanager
     def _write(self, *, any_run: bool = False) -> Iterator[None]:
         """One transaction of this run; with `any_run` it may also be of none."""
-        with self._errors("written"), transaction(self._db):
+        with self._transaction():
             if self._run or not any_run:
                 [(latest,)] = self._db.execute("SELECT max(id) FROM runs")
                 if not self._run:
@@ -314,6 +314,16 @@ class Journal:
                         hint=f"see it with: batchrun show {self.path.parent.name}",
                     )
             yield
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors("written"):
+            with transaction(self._db):
+                yield
+            if not self._named:
+                # SQLite syncs the folder when it makes the log, and does not say if that fails.
+                fsync_directory(self.path.parent)
+                self._named = True
 
     def _checkpoint(self) -> None:
         """Move results from the log into the database. Waits for no reader."""
@@ -335,10 +345,19 @@ class Journal:
             )
         try:
             yield
+        except OSError as error:
+            self._failed = error
+            raise JournalError(
+                f"{self.path} can't be {done}: {error.strerror}",
+                hint="when the disk is in order again: batchrun resume",
+            ) from error
         except sqlite3.IntegrityError as error:
             raise JournalError(f"a result was about to be journalled twice: {error}") from error
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+                sqlite3.SQLITE_IOERR,
+                sqlite3.SQLITE_FULL,
+            ):
                 self._failed = error
             raise JournalError(
                 f"{self.path} can't be {done}: {error}",
@@ -362,7 +381,17 @@ class Journal:
         if error is None:
             self.close()
         else:
-            self._db.close()  # what went wrong already says more
+            self._close()  # what went wrong already says more
+
+    def _close(self) -> None:
+        if self._writer and self._failed is not None:
+            # Closing the last connection that may write syncs the log once more, as if that could
+            # succeed now; one that may only read keeps SQLite from it.
+            with suppress(JournalError), closing(connect(self.path, readonly=True)) as other:
+                other.execute("SELECT max(id) FROM runs").fetchall()
+                self._db.close()
+        self._writer = False
+        self._db.close()
 
 
 def _tokens(data: bytes) -> tuple[int, ...]:

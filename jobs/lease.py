@@ -5,34 +5,49 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from jobs.errors import LeaseHeld
+from jobs.errors import LeaseHeld, OutputError
 
 # struct flock over the whole file. Locks of the open file description, not of the process: closing
 # another handle of the file drops nothing, and asking who holds one takes nothing.
 _FLOCK = "hhqqi0q"
+CANCEL = "cancel"  # is there once someone asked the worker of this lease's life to give up
 
 
 class Lease:
     """Holds a lock on a job's `lock` file that ends with the process, however it ends.
+
+    A child that inherits `fileno()` holds it too: it ends with the last of them.
 
     Args:
         folder: The job's folder.
 
     Raises:
         LeaseHeld: On entry, when another process has it; the message names that process.
+        OutputError: On entry, when the folder can't be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "lock"
         self._handle: int | None = None
 
+    def fileno(self) -> int:
+        """The lock's handle, while it is held."""
+        assert self._handle is not None
+        return self._handle
+
     def __enter__(self) -> Lease:
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = -1
         try:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.fcntl(handle, fcntl.F_OFD_SETLK, _write_lock())
+            # One write of one width: whoever reads meanwhile sees a whole number.
+            os.pwrite(handle, f"{os.getpid():<20}\n".encode(), 0)
+            with suppress(FileNotFoundError):  # it was meant for an earlier worker
+                self._path.with_name(CANCEL).unlink()
         except BlockingIOError:
             pid = os.pread(handle, 32, 0).decode(errors="replace").strip()
             os.close(handle)
@@ -40,11 +55,13 @@ class Lease:
                 f"the job {self._path.parent.name} is being run by process {pid or 'unknown'}",
                 hint=f"wait for it, or stop it with: kill {pid}" if pid else "wait for it",
             ) from None
-        except BaseException:
-            os.close(handle)
-            raise
-        # One write of one width: whoever reads meanwhile sees a whole number.
-        os.pwrite(handle, f"{os.getpid():<20}\n".encode(), 0)
+        except OSError as error:
+            if handle >= 0:
+                os.close(handle)
+            raise OutputError(
+                f"{self._path} can't be written: {error.strerror or error}",
+                hint=f"make room, or check the permissions: ls -ld '{self._path.parent}'",
+            ) from error
         self._handle = handle
         return self
 

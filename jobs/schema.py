@@ -96,8 +96,7 @@ def create(folder: Path) -> None:
     """
     db = sqlite3.connect(folder / NAME, isolation_level=None)
     try:
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
+        _set_modes(db)
         db.executescript(
             f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};"
             f"PRAGMA application_id={_APPLICATION};COMMIT;"
@@ -128,12 +127,7 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     try:
         db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
         if not readonly:
-            db.execute("PRAGMA journal_mode=WAL")
-            # With FULL every commit is on disk before it returns: an acknowledged result
-            # survives power loss.
-            db.execute("PRAGMA synchronous=FULL")
-            # SQLite's own checkpoints don't say that they failed.
-            db.execute("PRAGMA wal_autocheckpoint=0")
+            _set_modes(db)
             # After a failed fsync the log may be whole in memory and have a hole on disk: nothing
             # may be written behind it. Empty as a rule; a long reader is waited for as for a lock.
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -150,6 +144,17 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
             db.close()
         raise
     return db
+
+
+def _set_modes(db: sqlite3.Connection) -> None:
+    [(mode,)] = db.execute("PRAGMA journal_mode=WAL")
+    if mode != "wal":  # no error is raised when a sync fails inside
+        raise sqlite3.OperationalError(f"its log can't be made, the mode is {mode!r}")
+    # With FULL every commit is on disk before it returns: an acknowledged result survives power
+    # loss.
+    db.execute("PRAGMA synchronous=FULL")
+    # SQLite's own checkpoints don't say that they failed.
+    db.execute("PRAGMA wal_autocheckpoint=0")
 
 
 def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> None:

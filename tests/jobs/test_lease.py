@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import LeaseHeld
+from jobs.errors import LeaseHeld, OutputError
 from jobs.lease import Lease, held_by
 
 ROOT = Path(__file__).parents[2]
@@ -106,3 +106,36 @@ def test_looking_never_makes_a_worker_believe_that_the_job_is_taken(tmp_path):
                     pass
         finally:
             looker.kill()
+
+
+CHILD = "import sys; print('has it', flush=True); sys.stdin.read()"
+
+
+def test_a_child_that_inherits_the_lock_holds_it_until_it_ends_too(tmp_path):
+    with Lease(tmp_path) as lease:
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[lease.fileno()],
+        )
+    with child:
+        assert child.stdout.readline() == b"has it\n"
+        assert held_by(tmp_path) == os.getpid()
+        with pytest.raises(LeaseHeld):
+            Lease(tmp_path).__enter__()
+        child.kill()
+    assert held_by(tmp_path) is None
+
+
+def test_a_wish_to_cancel_is_for_the_worker_that_has_the_job(tmp_path):
+    (tmp_path / "cancel").write_text("")
+    with Lease(tmp_path):
+        assert not (tmp_path / "cancel").exists()
+        (tmp_path / "cancel").write_text("")
+    assert (tmp_path / "cancel").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
+    with pytest.raises(OutputError, match="lock can't be written"):
+        Lease(tmp_path / "gone").__enter__()

@@ -1,0 +1,101 @@
+"""What is in the engine is known after the process died, whatever killed it."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import OutputError
+from jobs.suspects import RunningRows
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_rows_come_and_go(tmp_path):
+    running = RunningRows(tmp_path)
+    for row in (5, 0, 7, 5):
+        running.add(row)
+    assert running.rows() == [0, 5, 7]
+    running.remove(5)
+    assert running.rows() == [0, 5, 7]  # its other sample is still in
+    running.remove(5)
+    running.remove(0)
+    assert running.rows() == [7]
+    running.close()
+
+
+def test_more_rows_than_it_was_made_for(tmp_path):
+    running = RunningRows(tmp_path)
+    for row in range(3000):
+        running.add(row)
+    for row in range(0, 3000, 2):
+        running.remove(row)
+    assert running.rows() == list(range(1, 3000, 2))
+    other = RunningRows(tmp_path)
+    assert other.rows() == running.rows()
+    running.clear()
+    assert other.rows() == []
+    other.add(2**40)
+    assert running.rows() == [2**40]
+    running.close()
+    other.close()
+
+
+DIE = """
+import os, signal, sys
+from pathlib import Path
+from jobs.suspects import RunningRows
+running = RunningRows(Path(sys.argv[1]))
+running.clear()
+for row in (3, 4, 9):
+    running.add(row)
+running.remove(4)
+os.kill(os.getpid(), int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_the_note_outlives_the_process(tmp_path, number):
+    def no_core():
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    for _ in range(2):
+        command = [sys.executable, "-c", DIE, str(tmp_path), str(int(number))]
+        done = subprocess.run(command, cwd=ROOT, preexec_fn=no_core, check=False)
+        assert done.returncode == -number
+        running = RunningRows(tmp_path)
+        assert running.rows() == [3, 9]
+        running.remove(9)
+        assert running.rows() == [3]
+        running.add(9)
+        running.close()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from jobs.errors import OutputError
+from jobs.suspects import RunningRows
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    RunningRows(Path(sys.argv[1]))
+except OutputError as error:
+    print(error.hint)
+"""
+
+
+def test_a_full_disk_is_an_error_at_once_and_no_signal_later(tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "make room" in done.stdout
+
+
+def test_a_folder_that_is_gone_is_one_clear_error(tmp_path):
+    with pytest.raises(OutputError, match="running-rows can't be made"):
+        RunningRows(tmp_path / "gone")
+    assert os.listdir(tmp_path) == []
