@@ -9,15 +9,18 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobs.errors import JobNotFound, JournalError, OutputError, SpecChanged
+from jobs.errors import JobError, JobNotFound, JournalError, OutputError, SpecChanged
 from jobs.files import current_umask, fsync_directory, make_folders
+from jobs.identity import ModelFingerprint, changes, load_places, move
 from jobs.journal import NAME, Counts, Journal
-from jobs.lease import held_by
+from jobs.lease import CANCEL, Lease, held_by
 from jobs.spec import JobSpec
+from jobs.state import WAITING, Brief
 
 
 def home(environment: Mapping[str, str] = os.environ) -> Path:
@@ -27,7 +30,7 @@ def home(environment: Mapping[str, str] = os.environ) -> Path:
 
 @dataclass(frozen=True)
 class JobFolder:
-    """A job on disk: `job.json`, `journal.db`, `lock`, `log.txt`, `stats.json`."""
+    """A job on disk: `job.json`, `journal.db`, `lock`, `state.json`, `stats.json`, a log."""
 
     path: Path
 
@@ -37,22 +40,64 @@ class JobFolder:
         return self.path.name
 
     def spec(self) -> JobSpec:
-        """The job's specification."""
-        return JobSpec.load(self.path)
+        """The job's specification, with inputs and model where they are now."""
+        return JobSpec.load(self.path).at(load_places(self.path))
 
     def journal(self, *, readonly: bool = True) -> Journal:
         """The job's journal, open."""
         return Journal(self.path, self.spec().n, readonly=readonly)
 
     def state(self) -> str:
-        """One of new, running, interrupted, done, done-with-errors, failed."""
+        """One of new, queued, running, interrupted, done, done-with-errors, failed, cancelled."""
+        noted = Brief.load(self.path)
         if held_by(self.path) is not None:
-            return "running"
+            return noted.state if noted is not None and noted.state in WAITING else "running"
+        if noted is not None and noted.state not in WAITING:
+            return noted.state
         with self.journal() as journal:
             runs = journal.runs()
-        if not runs:
-            return "new"
-        return runs[-1]["state"] or "interrupted"
+        return (runs[-1]["state"] or "interrupted") if runs else "new"
+
+    def set_state(self, state: str, reason: str | None = None, hint: str | None = None) -> None:
+        """Note how the job stands, for whoever lists or shows it. Only its worker may.
+
+        Args:
+            state: As `state()` says it.
+            reason: Why it failed.
+            hint: What to do about it.
+
+        Raises:
+            OSError: It can't be written.
+        """
+        if state in WAITING:
+            Brief(state).save(self.path)
+            return
+        try:
+            brief = self._counted(state)
+        except JobError:  # of a damaged job that is all there is to say
+            brief = Brief(state)
+        replace(brief, reason=reason, hint=hint).save(self.path)
+
+    def brief(self) -> Brief:
+        """The job in a line. Reads no journal that is at rest since the last `set_state`.
+
+        Raises:
+            JobError: The folder is damaged.
+        """
+        noted = Brief.load(self.path)
+        if held_by(self.path) is None and noted is not None and noted.state not in WAITING:
+            return noted
+        return self._counted(self.state())
+
+    def failure(self) -> tuple[str, str | None] | None:
+        """Why the job failed and what to do about it, or None if it did not."""
+        noted = Brief.load(self.path)
+        if noted is not None and noted.reason is not None:
+            return noted.reason, noted.hint
+        with self.journal() as journal:
+            runs = journal.runs()
+        reason = runs[-1]["reason"] if runs else None
+        return None if reason is None else (reason, None)
 
     def total(self) -> int | None:
         """Rows of the job, or None while nobody has counted them."""
@@ -64,6 +109,56 @@ class JobFolder:
         """Results so far."""
         with self.journal() as journal:
             return journal.counts()
+
+    def retry_failed(self) -> int:
+        """Make the failed samples to do again; returns how many.
+
+        Raises:
+            LeaseHeld: It runs.
+        """
+        with self.journal(readonly=False) as journal:
+            return journal.retry_failed()
+
+    def request_cancel(self) -> None:
+        """Ask the worker that has the job to give it up when it ends."""
+        (self.path / CANCEL).touch()
+
+    def cancel_requested(self) -> bool:
+        """Whether someone asked so since the worker has the job."""
+        return (self.path / CANCEL).exists()
+
+    def remove(self) -> None:
+        """Remove the folder with all results; its output stays.
+
+        Raises:
+            LeaseHeld: It runs.
+        """
+        with Lease(self.path):
+            grave = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.path.parent))
+            self.path.rename(grave)  # else a list could show half a job
+            fsync_directory(grave.parent)
+            shutil.rmtree(grave)
+
+    def relocate(
+        self, old: str, new: str, model_fingerprint: ModelFingerprint | None = None
+    ) -> None:
+        """Take note that inputs or the model have moved; see `jobs.identity.move`."""
+        move(self.path, JobSpec.load(self.path), old, new, model_fingerprint)
+
+    def _counted(self, state: str) -> Brief:
+        spec = self.spec()
+        with self.journal() as journal:
+            counts, total = journal.counts(), journal.meta("rows_total")
+        return Brief(
+            state,
+            total=total,
+            done=counts.rows,
+            failed=counts.failed,
+            skipped=counts.skipped,
+            model=spec.model.get("name") or "",
+            output=spec.output.get("path") or "",
+            fingerprint=spec.fingerprint(),
+        )
 
 
 def create(root: Path, spec: JobSpec) -> JobFolder:
@@ -82,7 +177,8 @@ def create(root: Path, spec: JobSpec) -> JobFolder:
         building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder))
         try:
             spec.save(building)
-            Journal.create(building)
+            Journal.create(building, {"spec": spec.as_dict()})
+            JobFolder(building).set_state("new")
             fsync_directory(building)
             building.chmod(0o777 & ~current_umask())  # mkdtemp is for secrets
             path = _rename_to_new_id(building, spec)
@@ -111,18 +207,14 @@ def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:
 
 def list_jobs(root: Path) -> list[JobFolder]:
     """All jobs, the oldest first."""
-    folder = root / "jobs"
-    if not folder.is_dir():
-        return []
-    found = [
-        p
-        for p in folder.iterdir()
-        if not p.name.startswith(".") and (p / "job.json").exists() and (p / NAME).exists()
-    ]
-    return [
-        JobFolder(p)
-        for p in sorted(found, key=lambda p: ((p / "job.json").stat().st_mtime_ns, p.name))
-    ]
+    found = []
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / "jobs") as entries:
+        for entry in entries:  # of thousands: every call counts
+            with suppress(OSError):
+                if not entry.name.startswith(".") and os.stat(f"{entry.path}/{NAME}"):
+                    made = os.stat(f"{entry.path}/job.json").st_mtime_ns
+                    found.append((made, entry.name, entry.path))
+    return [JobFolder(Path(path)) for _, _, path in sorted(found)]
 
 
 def find(root: Path, name: str | None = None) -> JobFolder:
@@ -147,17 +239,46 @@ def find(root: Path, name: str | None = None) -> JobFolder:
     raise JobNotFound(f"no job {name!r}; the latest are {near}", hint="batchrun list")
 
 
-def check_unchanged(job: JobFolder) -> None:
-    """Refuse to go on with inputs that are not those of the submission.
+def find_same(root: Path, spec: JobSpec) -> JobFolder | None:
+    """The newest job of the same work that is not done and was not cancelled, or None."""
+    wanted = spec.fingerprint()
+    for job in reversed(list_jobs(root)):
+        try:
+            noted = Brief.load(job.path)
+            known = noted.fingerprint if noted is not None else ""
+            same = (known or job.spec().fingerprint()) == wanted
+            if same and job.state() not in {"done", "cancelled"}:
+                return job
+        except JobError:
+            continue  # a damaged one is no job to resume
+    return None
+
+
+def check_unchanged(job: JobFolder, model_fingerprint: ModelFingerprint | None = None) -> None:
+    """Refuse to go on with other work than what was submitted.
+
+    Args:
+        job: The job.
+        model_fingerprint: Digests a model; without it the model is not looked at.
 
     Raises:
         SpecChanged: The message names what changed.
+        InputError: An input or the model is gone or can't be read.
     """
-    changed = job.spec().changed_inputs()
+    spec = job.spec()
+    with job.journal() as journal:
+        submitted = journal.meta("spec")
+    edited = JobSpec.of(submitted).differences(spec) if submitted is not None else []
+    if edited:
+        raise SpecChanged(
+            "job.json was edited since the job was submitted: " + "; ".join(edited),
+            hint="undo that, or submit the new parameters as a job of their own",
+        )
+    changed = changes(spec, model_fingerprint)
     if changed:
         raise SpecChanged(
-            "the input changed since the job was submitted: " + "; ".join(changed),
-            hint="restore the file, or submit the new one as a job of its own",
+            "the input or model changed since the job was submitted: " + "; ".join(changed),
+            hint="restore it, or submit the new one as a job of its own",
         )
 
 

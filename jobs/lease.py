@@ -79,7 +79,7 @@ class Lease:
 def held_by(folder: Path) -> int | None:
     """The process that runs the job now, or None. Takes and changes nothing."""
     try:
-        handle = os.open(folder / "lock", os.O_RDONLY)
+        handle = os.open(f"{folder}/lock", os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from jobs.errors import JournalError
@@ -88,8 +90,8 @@ MIGRATIONS = {
 }
 
 
-def create(folder: Path) -> None:
-    """Make an empty journal; its content is durable on return.
+def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
+    """Make an empty journal that remembers `meta`; its content is durable on return.
 
     Raises:
         JournalError: It can't be made.
@@ -98,9 +100,11 @@ def create(folder: Path) -> None:
     try:
         _set_modes(db)
         db.executescript(
-            f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};"
-            f"PRAGMA application_id={_APPLICATION};COMMIT;"
+            f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
         )
+        values = [(key, json.dumps(value)) for key, value in (meta or {}).items()]
+        db.executemany("INSERT INTO meta VALUES (?, ?)", values)
+        db.execute("COMMIT")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
     except sqlite3.Error as error:
         raise JournalError(f"{folder / NAME} can't be made: {error}") from error

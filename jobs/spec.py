@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ class InputFile:
         except OSError as error:
             raise InputError(
                 f"{path} can't be read: {error.strerror or error}",
-                hint="check that the file is still there and readable",
+                hint=f"if it is elsewhere now: batchrun resume --moved '{path}'=NEW"
+                if isinstance(error, FileNotFoundError)
+                else "check that the file is readable",
             ) from error
         return cls(str(path.absolute()), size, digest.hexdigest())
 
@@ -111,24 +113,26 @@ class JobSpec:
             if name != "inputs" and mine.get(name) != theirs.get(name)
         ]
 
-    def changed_inputs(self) -> list[str]:
-        """Inputs whose content is not what it was at submission, a line each.
+    def paths(self) -> list[str]:
+        """Where inputs and model lie."""
+        model = self.model.get("path")
+        return [i.path for i in self.inputs] + ([str(model)] if model else [])
 
-        Raises:
-            InputError: One can't be read any more.
-        """
-        now = [InputFile.of(Path(i.path)) for i in self.inputs]
-        return [
-            f"{was.path}: it had {was.size} bytes and now has {is_.size}"
-            if was.size != is_.size
-            else f"{was.path}: its content changed"
-            for was, is_ in zip(self.inputs, now, strict=True)
-            if was != is_
-        ]
+    def at(self, places: Mapping[str, str]) -> JobSpec:
+        """The same job with inputs and model where `places` says that their paths lead."""
+        if not places:
+            return self
+        inputs = tuple(replace(i, path=places.get(i.path, i.path)) for i in self.inputs)
+        model = {k: places.get(v, v) if k == "path" else v for k, v in self.model.items()}
+        return replace(self, inputs=inputs, model=model)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
 
     def save(self, folder: Path) -> None:
         """Write `job.json`."""
-        write_json(folder / "job.json", asdict(self))
+        write_json(folder / "job.json", self.as_dict())
 
     @classmethod
     def load(cls, folder: Path) -> JobSpec:
@@ -146,15 +150,18 @@ class JobSpec:
                     f"{path} has version {version}, this program knows up to {VERSION}",
                     hint="upgrade batchrun",
                 )
-            known = {f.name for f in fields(cls)}
-            data = {k: v for k, v in data.items() if k in known}
-            data["inputs"] = tuple(InputFile(**i) for i in data["inputs"])
-            return cls(**data)
+            return cls.of(data)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise JobError(
                 f"{path} is not a job specification: {error}",
                 hint="`batchrun list` shows the jobs there are",
             ) from error
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> JobSpec:
+        """What `as_dict` said; names that this version does not know are left out."""
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        return cls(**{**known, "inputs": tuple(InputFile(**i) for i in data["inputs"])})
 
     def _content(self) -> dict[str, Any]:
         content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}

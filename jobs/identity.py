@@ -1,0 +1,114 @@
+"""Whether a job would go on with what it was submitted with, wherever that lies by now.
+
+A moved file is not a changed one: `places.json` says where the paths of the immutable `job.json`
+lead today.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container
+from pathlib import Path
+
+from jobs.errors import InputError, JobError, SpecChanged
+from jobs.files import write_json
+from jobs.spec import InputFile, JobSpec
+
+ModelFingerprint = Callable[[Path], str]
+
+_PLACES = "places.json"
+
+
+def load_places(folder: Path) -> dict[str, str]:
+    """Where paths of the job lead that have moved.
+
+    Raises:
+        JobError: The file is damaged.
+    """
+    path = folder / _PLACES
+    try:
+        return {str(old): str(new) for old, new in json.loads(path.read_bytes()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise JobError(
+            f"{path} can't be read: {error}",
+            hint="remove it, then tell again: batchrun resume --moved OLD=NEW",
+        ) from error
+
+
+def move(
+    folder: Path, spec: JobSpec, old: str, new: str, model_fingerprint: ModelFingerprint | None
+) -> None:
+    """Note that a file or folder is elsewhere now, if its content is the same.
+
+    Args:
+        folder: The job's.
+        spec: As it was submitted.
+        old: Where it was: as the job was submitted, or as it was moved before.
+        new: Where it is.
+        model_fingerprint: Digests a model; without it a moved model is not looked at.
+
+    Raises:
+        SpecChanged: What is there is not what was submitted.
+        JobError: The job has nothing in `old`, or `new` can't be read.
+    """
+    places = load_places(folder)
+    before, after = Path(old).expanduser().absolute(), Path(new).expanduser().absolute()
+    moved = {
+        path: str(after / Path(known).relative_to(before))
+        for path in spec.paths()
+        for known in (places.get(path, path), path)
+        if Path(known).is_relative_to(before)
+    }
+    if not moved:
+        there = [places.get(path, path) for path in spec.paths()]
+        raise JobError(
+            f"the job {folder.name} has neither an input nor its model in {before}",
+            hint=f"it has {', '.join(there[:3])}{' and more' if len(there) > 3 else ''}",
+        )
+    found = changes(spec.at(moved), model_fingerprint, only=set(moved.values()))
+    if found:
+        raise SpecChanged(
+            f"{after} is not what the job was submitted with: {'; '.join(found)}",
+            hint="find the old one, or submit the new one as a job of its own",
+        )
+    write_json(folder / _PLACES, places | moved)
+
+
+def changes(
+    spec: JobSpec,
+    model_fingerprint: ModelFingerprint | None = None,
+    only: Container[str] | None = None,
+) -> list[str]:
+    """Inputs, and the model, whose content is not what it was at submission, a line each.
+
+    Args:
+        spec: The job, with paths as they are now.
+        model_fingerprint: Digests a model; without it the model is not looked at.
+        only: The paths to look at, all by default.
+
+    Raises:
+        InputError: One is gone or can't be read.
+    """
+    lines = []
+    for was in spec.inputs:
+        if only is None or was.path in only:
+            now = InputFile.of(Path(was.path))
+            if was.size != now.size:
+                lines.append(f"{was.path}: it had {was.size} bytes and now has {now.size}")
+            elif was.fingerprint != now.fingerprint:
+                lines.append(f"{was.path}: its content changed")
+    model = spec.model.get("path")
+    if model and model_fingerprint is not None and (only is None or model in only):
+        try:
+            if not Path(model).exists():
+                raise FileNotFoundError(2, "No such file or directory")
+            if model_fingerprint(Path(model)) != spec.model.get("fingerprint"):
+                lines.append(f"the model in {model}: its weights, config or tokenizer changed")
+        except OSError as error:
+            raise InputError(
+                f"the model in {model} can't be read: {error.strerror or error}",
+                hint=f"if it is elsewhere now: batchrun resume --moved '{model}'=NEW",
+            ) from error
+    return lines
