@@ -52,17 +52,21 @@ def why_not() -> str | None:
     )
 
 
-def run_preloaded(folder: Path, module: str, arguments: Sequence[str]) -> int:
-    """Run a module of the tests in a process that has the library; its exit code."""
+def build(folder: Path) -> Path:
+    """Compile the library into a folder."""
     library = folder / "shim.so"
     source = Path(__file__).with_name("shim.c")
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", library, source],
-        check=True,
-    )
-    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", *warnings, "-o", library, source], check=True)
+    return library
+
+
+def run_preloaded(folder: Path, module: str, arguments: Sequence[str]) -> int:
+    """Run a module of the tests in a process that has the library; its exit code."""
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments], env=environment, check=False
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, "LD_PRELOAD": str(build(folder)), "OMP_NUM_THREADS": "1"},
+        check=False,
     ).returncode
 
 

@@ -88,15 +88,18 @@ def length(row: int) -> int:
 
 @dataclass
 class NullEngine:
-    """One token a step for at most `slots` requests; `gate` is called before the first step."""
+    """One token a step for at most `slots` requests.
+
+    `before_step` is called with the number of rows that ended so far: it may wait.
+    """
 
     ledger: Ledger
     slots: int = 3
-    gate: Callable[[], None] | None = None
+    before_step: Callable[[int], None] = lambda _: None
 
     def __post_init__(self) -> None:
         self._sequences: list[Sequence] = []
-        self._tokens = 0
+        self._tokens = self._ended = 0
 
     @property
     def has_work(self) -> bool:
@@ -116,9 +119,7 @@ class NullEngine:
                 yield sequence.request, tuple(sequence.output_ids)
 
     def step(self) -> list[Completion]:
-        if self.gate is not None:
-            self.gate()
-            self.gate = None
+        self.before_step(self._ended)
         for sequence in self._sequences[: self.slots]:
             request, position = sequence.request, len(sequence.output_ids)
             if position < length(request.row):
@@ -129,6 +130,7 @@ class NullEngine:
         for sequence in ended:
             sequence.status, sequence.finish_reason = Status.FINISHED, FinishReason.STOP
             self._sequences.remove(sequence)
+        self._ended += len(ended)
         return [Completion(s, " ".join(map(str, s.output_ids))) for s in ended]
 
 
@@ -198,8 +200,9 @@ class SmallJob:
         self,
         ledger: Ledger,
         *,
+        on_submitted: Callable[[], None] = lambda: None,
         on_acknowledged: Callable[[list[int]], None] = lambda _: None,
-        gate: Callable[[], None] | None = None,
+        before_step: Callable[[int], None] = lambda _: None,
         slots: int = 3,
         stop: threading.Event | None = None,
     ) -> Outcome:
@@ -211,6 +214,7 @@ class SmallJob:
         jobs = self.jobs()
         job = jobs[0] if jobs else folder.create(self.home, self.spec())
         ledger.submit()
+        on_submitted()
         write = Journal.write
 
         def noting(journal: Journal, results: list[Result], *rest: Any, **more: Any) -> None:
@@ -223,7 +227,7 @@ class SmallJob:
         worker._COMMIT_RESULTS = 2
         Journal.write = noting  # type: ignore[method-assign]
         try:
-            engine = NullEngine(ledger, slots, gate)
+            engine = NullEngine(ledger, slots, before_step)
             outcome = worker.run_job(
                 job.path,
                 stop=stop or threading.Event(),

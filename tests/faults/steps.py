@@ -108,8 +108,13 @@ def strace_case(case: Case, thread: str, syscall: str, fault: str, n: int) -> tu
     """The call that the fault struck, empty if it struck none, and how the process ended."""
     ready, go = os.pipe(), os.pipe()
     log = case.small.root / "strace.log"
+    waited = False
 
-    def gate() -> None:
+    def gate(ended: int) -> None:
+        nonlocal waited
+        if waited:
+            return
+        waited = True
         ids = {t.name: t.native_id for t in threading.enumerate()}
         ids["MainThread"] = os.getpid()  # Python keeps the parent's after a fork
         os.write(ready[1], json.dumps(ids).encode())
@@ -117,12 +122,9 @@ def strace_case(case: Case, thread: str, syscall: str, fault: str, n: int) -> tu
 
     def work() -> int:
         os.close(ready[0])
-        at_start = thread == "MainThread"
-        if at_start:
-            gate()
-        return outcome_of(
-            lambda: case.small.submit_and_run(case.ledger, gate=None if at_start else gate)
-        )
+        if thread == "MainThread":  # from the beginning; others once they are there
+            gate(0)
+        return outcome_of(lambda: case.small.submit_and_run(case.ledger, before_step=gate))
 
     def attach(pid: int) -> None:
         os.close(ready[1])

@@ -1,0 +1,58 @@
+"""A sample of the faults that `make crash-test` injects at every step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import shim
+
+ROOT = Path(__file__).parents[2]
+
+
+pytestmark = pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not()))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shim.build(tmp_path_factory.mktemp("shim"))
+
+
+def run(library: Path, module: str, *arguments: str, status: int = 0) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(library)},
+    )
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def test_a_fault_at_every_seventeenth_step(library: Path) -> None:
+    report = run(library, "tests.faults.steps", "--stride", "17")
+    assert {"short write", "torn write", "failed sync"} <= set(report["cases"])
+    assert report["outcomes"]["killed"] > 5
+    if shutil.which("strace"):
+        assert {"SIGKILL", "EIO", "ENOSPC"} <= set(report["cases"])
+
+
+def test_power_loss_after_every_twentieth_operation(library: Path) -> None:
+    report = run(library, "tests.faults.powerloss", "--stride", "20", "--draws", "3")
+    assert report["total"] > 30
+
+
+def test_a_disk_that_lies_about_syncs_is_found_out(library: Path) -> None:
+    options = ("--lying-disk", "--stride", "90", "--draws", "1")
+    assert run(library, "tests.faults.powerloss", *options, status=1)["problems"]
