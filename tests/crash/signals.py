@@ -1,0 +1,313 @@
+"""Signals to worker, viewer, both, their group, and a worker that sleeps: 200 random trials.
+
+    python -m tests.crash.signals --trials 200          # run_job in forked processes, null engine
+    python -m tests.crash.signals --trials 20 --real    # batchrun itself, the tiny model
+
+A trial starts a job, or goes on with it, strikes at a random moment and looks: the journal opens
+and has every acknowledged row. Once a job has ended its output is compared, row by row. How many
+tokens were generated more than once is reported. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow.parquet as pq
+
+from jobs.errors import JobError
+from jobs.lease import held_by
+from tests.faults.smalljob import (
+    BUG,
+    DONE,
+    REFUSED,
+    Ledger,
+    SmallJob,
+    forked,
+    outcome_of,
+)
+
+STRIKES = ("worker", "viewer", "both", "group", "stop")
+ENDED = {"done", "done-with-errors"}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job at work: its processes, and the process group that a terminal would signal."""
+
+    worker: int
+    viewer: int
+    group: int
+
+
+class Launcher(Protocol):
+    """What a trial needs of a way to run jobs."""
+
+    def begin(self) -> None:
+        """A fresh job."""
+
+    def start(self) -> Running:
+        """Go on with it, in processes of its own."""
+
+    def contend(self) -> int:
+        """Run it here while another has it; the exit code."""
+
+    def reap(self, running: Running) -> None:
+        """Wait until its processes have ended, whatever ended them."""
+
+    def ended(self) -> bool:
+        """Whether the job is done; raises where something acknowledged is lost."""
+
+    def check(self) -> None:
+        """Raises unless the output is what it must be."""
+
+    def again(self) -> int:
+        """Tokens of the job that were generated more than once."""
+
+
+class Forked:
+    """`run_job` over an engine that computes nothing; the viewer asks for the counts."""
+
+    def __init__(self, root: Path, rows: int) -> None:
+        self._root, self._rows = root, rows
+        self._number = 0
+        self._ledger = Ledger(rows)
+
+    def begin(self) -> None:
+        self._number += 1
+        self._small = SmallJob(self._root / str(self._number), self._rows)
+        self._small.write_input()
+        self._ledger.clear()
+
+    def _run(self) -> int:
+        return outcome_of(lambda: self._small.submit_and_run(self._ledger))
+
+    def _look(self, worker: int) -> int:
+        while Path(f"/proc/{worker}").exists():
+            for job in self._small.jobs():
+                job.counts()
+            time.sleep(0.005)
+        return DONE
+
+    def start(self) -> Running:
+        worker = spawn(self._run, 0)
+        return Running(worker, spawn(lambda: self._look(worker), worker), worker)
+
+    def contend(self) -> int:
+        if not (jobs := self._small.jobs()) or held_by(jobs[0].path) is None:
+            return REFUSED  # stopped before it had the job
+        return forked(self._run)
+
+    def reap(self, running: Running) -> None:
+        _, code = os.waitpid(running.worker, 0)
+        _, seen = os.waitpid(running.viewer, 0)
+        for status in (code, seen):
+            killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+            assert killed or os.WEXITSTATUS(status) == DONE, f"a process ended with {status}"
+
+    def ended(self) -> bool:
+        for job in self._small.jobs():
+            self._small.check_journal(job, self._ledger.acknowledged())
+            return job.state() in ENDED
+        assert not self._ledger.submitted
+        return False
+
+    def check(self) -> None:
+        self._small.check_output()
+
+    def again(self) -> int:
+        return sum(max(0, count - 1) for count in self._ledger.generated())
+
+
+class CommandLine:
+    """`batchrun` itself with the tiny model; its worker is whoever holds the job's lock."""
+
+    def __init__(self, root: Path, rows: int) -> None:
+        from batchrun.models import resolve  # noqa: PLC0415
+        from tests.crash.harness import make_job, write_prompts  # noqa: PLC0415
+        from tests.tiny import write_tiny_model  # noqa: PLC0415
+
+        self._root, self._number = root, 0
+        self._prompts = root / "prompts.parquet"
+        write_prompts(self._prompts, rows)
+        ref = resolve(str(write_tiny_model(root / "tiny")), root / "models")
+        self._make = lambda output: make_job(root, self._prompts, ref, output, 64)
+        self.begin()
+        self._reference = self._output
+        self.reap(self.start())
+
+    def begin(self) -> None:
+        self._number += 1
+        self._output = self._root / f"out-{self._number}.parquet"
+        self._job = self._make(self._output)
+
+    def start(self) -> Running:
+        viewer = self._command()
+        while (worker := held_by(self._job.path)) is None and viewer.poll() is None:
+            time.sleep(0.005)
+        self._viewer = viewer
+        return Running(worker or viewer.pid, viewer.pid, viewer.pid)
+
+    def _command(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "batchrun", "resume", self._job.id],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "BATCHRUN_HOME": str(self._root), "HF_HUB_OFFLINE": "1"},
+        )
+
+    def contend(self) -> int:
+        return REFUSED if self._command().wait(120) else DONE
+
+    def reap(self, running: Running) -> None:
+        self._viewer.wait(300)
+        while held_by(self._job.path) is not None:
+            time.sleep(0.02)
+
+    def ended(self) -> bool:
+        with self._job.journal() as journal:
+            journal.check()
+        return self._job.state() in ENDED
+
+    def check(self) -> None:
+        assert pq.read_table(self._output).equals(pq.read_table(self._reference))
+
+    def again(self) -> int:
+        """Tokens that the runs generated beyond those of the answers, as their statistics say."""
+        with self._job.journal() as journal:
+            decoded = sum(run["stats"].get("decode_tokens", 0) for run in journal.runs())
+            return max(0, decoded - journal.counts().completion_tokens)
+
+
+@dataclass
+class Trials:
+    """What a series came to."""
+
+    struck: Counter[str] = field(default_factory=Counter)
+    jobs: int = 0
+    again: list[int] = field(default_factory=list)
+    refused: int = 0
+
+
+def spawn(work: Callable[[], int], group: int) -> int:
+    """Fork; the child joins a process group, or leads one of its own where it is 0."""
+    pid = os.fork()
+    if pid == 0:
+        status = BUG
+        try:
+            os.setpgid(0, group)
+            status = work()
+        finally:
+            os._exit(status)
+    with suppress(ProcessLookupError, PermissionError):  # it did so itself, and may have ended
+        os.setpgid(pid, group)
+    return pid
+
+
+def strike(launcher: Launcher, running: Running, how: str, trials: Trials) -> None:
+    """Send what the trial's name says."""
+
+    def send(number: int, *pids: int) -> bool:
+        try:
+            for pid in pids:
+                os.kill(pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    if how == "stop":
+        if send(signal.SIGSTOP, running.worker):
+            assert launcher.contend() == REFUSED, "two workers have one job"
+            trials.refused += 1
+            send(signal.SIGCONT, running.worker)
+    elif how == "group":
+        os.killpg(running.group, signal.SIGKILL)
+    else:
+        both = {"worker": [running.worker], "viewer": [running.viewer]}
+        send(signal.SIGKILL, *both.get(how, [running.worker, running.viewer]))
+
+
+def series(launcher: Launcher, trials_wanted: int, seed: int) -> Trials:
+    """Trials until there were as many; each job goes on until it ends.
+
+    Raises:
+        AssertionError: A row was lost, doubled or changed, or two workers had one job.
+    """
+    rng, trials = random.Random(seed), Trials()
+    launcher.begin()
+    began = time.monotonic()
+    launcher.reap(launcher.start())
+    full = time.monotonic() - began
+    launcher.check()
+    while trials.struck.total() < trials_wanted:
+        launcher.begin()
+        trials.jobs += 1
+        while True:
+            how = rng.choice(STRIKES)
+            last = trials.struck.total() >= trials_wanted
+            running = launcher.start()
+            if not last:
+                time.sleep(rng.uniform(0, full))
+                strike(launcher, running, how, trials)
+                trials.struck[how] += 1
+            launcher.reap(running)
+            try:
+                ended = launcher.ended()
+            except JobError as error:
+                raise AssertionError(f"after a signal to {how}: {error}") from error
+            if ended:
+                break
+            spared = how in ("viewer", "stop") and running.worker != running.viewer
+            assert not spared, f"the job did not go on after a signal to {how}"
+            assert not last, "a run that nothing struck did not end"
+        launcher.check()
+        trials.again.append(launcher.again())
+    return trials
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--real", action="store_true", help="batchrun, with the tiny model")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="signals-") as name:
+        kind = CommandLine if options.real else Forked
+        launcher: Launcher = kind(Path(name), options.rows)
+        began = time.perf_counter()
+        trials = series(launcher, options.trials, options.seed)
+    report = {
+        "benchmark": "faults-signals",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "workers": "batchrun, tiny model" if options.real else "run_job, null engine",
+        "rows": options.rows,
+        "trials": trials.struck.total(),
+        "struck": dict(trials.struck),
+        "jobs": trials.jobs,
+        "contenders_refused": trials.refused,
+        "outputs_equal": True,  # `series` raises otherwise
+        "tokens_generated_again": sum(trials.again),
+        "tokens_generated_again_at_most_in_a_job": max(trials.again),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
