@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import gzip
 import io
-import json
 import os
 import tempfile
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -16,39 +15,21 @@ from typing import IO, Any, Literal, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.errors import JobError, OutputError
+from jobs.errors import OutputError
 from jobs.files import atomic_write
-from jobs.journal import Result
-from jobs.row import BATCH_ROWS, Source, valid_text
-
-OUTPUT_COLUMNS = ("completion", "finish_reason", "prompt_tokens", "completion_tokens", "error")
+from jobs.joined import (
+    Answers,
+    joined_batches,
+    joined_lines,
+    joined_schema,
+    output_columns,
+)
+from jobs.results import Result
+from jobs.row import BATCH_ROWS, Source
 
 _GROUP_BYTES = 32 << 20  # of a Parquet row group before encoding
 _GROUP_ROWS = 1 << 17
-# Type and value of each column that is added.
-_ADDED: dict[str, tuple[pa.DataType, Callable[[Result], Any]]] = {
-    "completion": (pa.string(), lambda result: _text(result.text)),
-    "finish_reason": (pa.string(), lambda result: result.finish_reason),
-    "prompt_tokens": (pa.int64(), lambda result: result.prompt_tokens),
-    "completion_tokens": (pa.int64(), lambda result: result.completion_tokens),
-    "error": (pa.string(), lambda result: _text(result.error)),
-    "completion_token_ids": (
-        pa.list_(pa.field("element", pa.int32())),
-        lambda result: result.token_ids,
-    ),
-    "sample": (pa.int64(), lambda result: result.sample),
-}
-_JSON = json.JSONEncoder(ensure_ascii=False)
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def output_columns(token_ids: bool, n: int) -> list[str]:
-    """Columns that the export adds after the input's, in order."""
-    return [
-        *OUTPUT_COLUMNS,
-        *(["completion_token_ids"] if token_ids else []),
-        *(["sample"] if n > 1 else []),
-    ]
 
 
 def check_columns(column_names: Sequence[str], token_ids: bool, n: int) -> None:
@@ -150,7 +131,7 @@ def export(
         InputError: The input can't be read any more.
         JobError: A result is missing and `partial` is not set, or is of no row.
     """
-    answers = _Answers(results, n, partial)
+    answers = Answers(results, n, partial)
     names = output_columns(token_ids, n)
     try:
         with atomic_write(destination) as file:
@@ -171,71 +152,27 @@ def export(
     return count
 
 
-class _Answers:
-    """The results of one row after the other."""
-
-    def __init__(self, results: Iterator[Result], n: int, partial: bool) -> None:
-        self.n = n
-        self._results = results
-        self._samples = list(range(n))
-        self._partial = partial
-        self._next = next(results, None)
-
-    def take(self, row: int) -> list[Result]:
-        """All results of the next row."""
-        found: list[Result] = []
-        while self._next is not None and self._next.row <= row:
-            found.append(self._next)
-            self._next = next(self._results, None)
-        samples = [result.sample for result in found if result.row == row]
-        if samples != self._samples or len(found) != len(samples):
-            ordered = len(found) == len(samples) and samples == sorted(
-                set(samples).intersection(self._samples)
-            )
-            if not (ordered and self._partial):
-                raise JobError(
-                    f"row {row} has the samples {samples}, not {self._samples}"
-                    if ordered
-                    else f"results out of order at row {row}",
-                    hint="batchrun resume, or batchrun export --partial for the finished rows",
-                )
-        return found
-
-    def finish(self) -> None:
-        """Check that no result is left."""
-        if self._next is not None:
-            raise JobError(
-                f"there is a result of row {self._next.row}, which the input does not have",
-                hint="was the input replaced? submit the job again",
-            )
-
-
 def _write_parquet(
-    file: IO[bytes], source: Source, answers: _Answers, names: Sequence[str], limit: int | None
+    file: IO[bytes], source: Source, answers: Answers, names: Sequence[str], limit: int | None
 ) -> int:
-    schema = source.schema()
-    fields = [field.with_name(_free(field.name, names, schema.names)) for field in schema]
-    fields += [pa.field(name, _ADDED[name][0]) for name in names]
-    out = pa.schema(fields).with_metadata(schema.metadata)
+    schema = joined_schema(source, names)
     # Names inside of list types are part of a column's type: they stay as they are.
-    writer = pq.ParquetWriter(file, out, compression="zstd", use_compliant_nested_type=False)
-    count = size = first = 0
+    writer = pq.ParquetWriter(file, schema, compression="zstd", use_compliant_nested_type=False)
+    count = size = 0
     group: list[pa.RecordBatch] = []
 
     def flush() -> None:
-        writer.write_table(pa.Table.from_batches(group, out), row_group_size=_GROUP_ROWS)
+        writer.write_table(pa.Table.from_batches(group, schema), row_group_size=_GROUP_ROWS)
         group.clear()
 
     try:
-        for batch in source.batches(schema, limit):
-            for joined in _join(batch, first, answers, names, out):
-                group.append(joined)
-                count += joined.num_rows
-                size += joined.nbytes
-                if size >= _GROUP_BYTES or len(group) * BATCH_ROWS >= _GROUP_ROWS:
-                    flush()
-                    size = 0
-            first += batch.num_rows
+        for batch in joined_batches(source, answers, names, schema, limit):
+            group.append(batch)
+            count += batch.num_rows
+            size += batch.nbytes
+            if size >= _GROUP_BYTES or len(group) * BATCH_ROWS >= _GROUP_ROWS:
+                flush()
+                size = 0
         if group:
             flush()
         writer.close()
@@ -245,34 +182,13 @@ def _write_parquet(
     return count
 
 
-def _join(
-    batch: pa.RecordBatch, first: int, answers: _Answers, names: Sequence[str], schema: pa.Schema
-) -> Iterator[pa.RecordBatch]:
-    """The input rows of a batch beside their results, in pieces about as large as the batch."""
-    step = max(1, batch.num_rows // answers.n)
-    for low in range(0, batch.num_rows, step):
-        piece = batch.slice(low, step)
-        found = [answers.take(first + low + i) for i in range(piece.num_rows)]
-        if any(len(results) != 1 for results in found):
-            indices = [i for i, results in enumerate(found) for _ in results]
-            piece = piece.take(pa.array(indices, pa.int64()))
-        arrays = list(piece.columns)
-        for name in names:
-            kind, value = _ADDED[name]
-            arrays.append(pa.array([value(r) for results in found for r in results], kind))
-        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
 def _write_jsonl(
-    file: IO[bytes], source: Source, answers: _Answers, names: Sequence[str], limit: int | None
+    file: IO[bytes], source: Source, answers: Answers, names: Sequence[str], limit: int | None
 ) -> int:
     count = 0
-    for row, record in enumerate(source.objects(limit)):
-        fields = record or {}
-        kept = {_free(name, names, fields): value for name, value in fields.items()}
-        for result in answers.take(row):
-            file.write(_encode({**kept, **{name: _ADDED[name][1](result) for name in names}}))
-            count += 1
+    for line in joined_lines(source, answers, names, limit):
+        file.write(line)
+        count += 1
     return count
 
 
@@ -299,23 +215,3 @@ class _Unclosed(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         return self._file.write(data)
-
-
-def _encode(record: dict[str, Any]) -> bytes:
-    try:
-        return (_JSON.encode(record) + "\n").encode()
-    except UnicodeEncodeError:  # a lone surrogate: JSON can hold it, as an escape
-        return (json.dumps(record) + "\n").encode()
-
-
-def _free(name: str, taken: Sequence[str], used: Container[str]) -> str:
-    """The name, or with `input_` before it, as often as it takes, where the output adds it."""
-    if name not in taken:
-        return name
-    while name in taken or name in used:
-        name = f"input_{name}"
-    return name
-
-
-def _text(text: str | None) -> str | None:
-    return None if text is None else valid_text(text)

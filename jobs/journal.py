@@ -36,6 +36,18 @@ _PARTIAL = (
     "WHERE NOT EXISTS (SELECT 1 FROM results WHERE id = ?1)"
 )
 
+_CONTRADICTIONS = {
+    "a sample has both a result and tokens to go on from": (
+        "SELECT 1 FROM partials JOIN results USING (id) LIMIT 1"
+    ),
+    "a result is of a run that never was": (
+        "SELECT 1 FROM results WHERE run NOT IN (SELECT id FROM runs) LIMIT 1"
+    ),
+    "a result has a status that no program gives": (
+        "SELECT 1 FROM results WHERE status NOT IN ('ok', 'error', 'skipped') LIMIT 1"
+    ),
+}
+
 
 class Journal:
     """Open journal of one job.
@@ -267,8 +279,13 @@ class Journal:
             for run in self._all(f"SELECT {', '.join(names)} FROM runs ORDER BY id")
         ]
 
+    def beyond(self, rows: int) -> int:
+        """Results of rows that a job of so many rows hasn't."""
+        [(count,)] = self._all("SELECT count(*) FROM results WHERE id >= ?", rows * self.n)
+        return int(count)
+
     def check(self) -> None:
-        """Verify the database's integrity.
+        """Verify the database's integrity, and that nothing in it contradicts itself.
 
         Raises:
             JournalError: It is damaged; the message says how.
@@ -277,6 +294,8 @@ class Journal:
             found = [row[0] for row in self._db.execute("PRAGMA integrity_check(3)")]
         except sqlite3.DatabaseError as error:
             found = [str(error)]
+        if found == ["ok"]:
+            found = [what for what, query in _CONTRADICTIONS.items() if self._all(query)] or found
         if found != ["ok"]:
             raise JournalError(f"{self.path} is damaged: {'; '.join(found)}")
 

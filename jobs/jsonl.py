@@ -35,7 +35,7 @@ class JsonlSource:
         self._paths = list(paths)
         self._schema: pa.Schema | None = None
         for path in self._paths:
-            next(_lines(path), None)  # each one opens, and its beginning unpacks
+            next(lines(path), None)  # each one opens, and its beginning unpacks
         names: dict[str, None] = {}
         errors = []
         rows = 0
@@ -67,7 +67,7 @@ class JsonlSource:
 
     def count(self) -> int:
         """Rows, counted without parsing them."""
-        return sum(1 for path in self._paths for _ in _lines(path))
+        return sum(1 for path in self._paths for _ in lines(path))
 
     def schema(self) -> pa.Schema:
         """Types that hold the values of all rows, as `Shape` finds them."""
@@ -131,12 +131,12 @@ class JsonlSource:
     def _records(self, start: int, limit: int | None) -> Iterator[tuple[int, str, bytes]]:
         """(row index, where it is, line) from row `start` on."""
         stop = None if limit is None else start + limit
-        records = ((path, number, line) for path in self._paths for number, line in _lines(path))
+        records = ((path, number, line) for path in self._paths for number, line in lines(path))
         for index, (path, number, line) in enumerate(islice(records, start, stop), start):
             yield index, f"line {number} of {path.name}", line
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of all lines that are not blank."""
     with reading(path), path.open("rb") as raw:
         codec = _CODECS.get(path.suffix.lower())

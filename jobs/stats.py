@@ -93,12 +93,17 @@ class RunStats:
         return merged
 
 
-def summarise(job: JobFolder) -> dict[str, Any]:
+def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
     """The job's summary.
+
+    Args:
+        job: The job.
+        state: How it has just ended, where the worker that ended it asks.
 
     Returns:
         JSON-able: `job`, `state`, `model`, `device`, `attention`, `output`, `rows` (`total`,
-        `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`), `finish_reasons`, `tokens`
+        `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`, and `skipped` where the user
+        left some out; they are among the done ones), `finish_reasons`, `tokens`
         (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`), `time` (seconds),
         `throughput` (per second), `batch`, `kv` (bytes: `time_averaged` and `peak` of reserved,
         mapped, live, static, paged; `utilisation` is live over mapped; None where nothing was
@@ -121,7 +126,7 @@ def summarise(job: JobFolder) -> dict[str, Any]:
     averages = {k: _per(getattr(stats, f"kv_{k}_s"), stats.kv_s) for k in _KV}
     return {
         "job": job.id,
-        "state": job.state(),
+        "state": state or job.state(),
         "model": stats.model or spec.model.get("name"),
         "device": stats.device,
         "attention": stats.attention,
@@ -135,6 +140,7 @@ def summarise(job: JobFolder) -> dict[str, Any]:
             "remaining": None if total is None else total - counts.rows,
             "resumed": (counts.samples - last) // spec.n if len(runs) > 1 else 0,
             "failed_by_reason": failures,
+            **({"skipped": counts.skipped} if counts.skipped else {}),
         },
         "finish_reasons": reasons,
         "tokens": {
@@ -190,10 +196,10 @@ def summarise(job: JobFolder) -> dict[str, Any]:
     }
 
 
-def write_summary(job: JobFolder) -> Path:
+def write_summary(job: JobFolder, state: str | None = None) -> Path:
     """Write the summary to the job's `stats.json`, whole or not at all."""
     path = job.path / "stats.json"
-    write_json(path, summarise(job))
+    write_json(path, summarise(job, state))
     return path
 
 

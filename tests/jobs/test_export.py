@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from jobs.errors import JobError, OutputError
 from jobs.export import (
-    OUTPUT_COLUMNS,
     check_columns,
     check_destination,
     export,
     output_columns,
     output_format,
 )
+from jobs.joined import OUTPUT_COLUMNS
 from jobs.journal import Result
 from jobs.source import open_source
 

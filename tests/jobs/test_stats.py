@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from jobs.journal import Result
+from jobs.lease import Lease
 from jobs.stats import RunStats, summarise, write_summary
 
 KV = ("reserved", "mapped", "live", "static", "paged")
@@ -181,3 +182,13 @@ def test_rows_of_several_samples_are_counted_as_rows(make_job):
     rows = summarise(job)["rows"]
     assert (rows["done"], rows["remaining"], rows["failed"]) == (2, 8, 1)
     assert rows["failed_by_reason"] == {"input": 1}
+
+
+def test_rows_that_were_left_out_are_counted_apart(job):
+    run(job, [ok(0), Result(1, 0, "skipped"), Result(2, 0, "skipped")], None)
+    with Lease(job.path):
+        write_summary(job, "cancelled")
+    summary = json.loads((job.path / "stats.json").read_text())
+    assert summary["state"] == "cancelled"
+    assert (summary["rows"]["done"], summary["rows"]["failed"]) == (3, 0)
+    assert summary["rows"]["skipped"] == 2

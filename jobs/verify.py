@@ -1,0 +1,145 @@
+"""Whether a job is what it should be: its journal, what it was made of, and what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.errors import JobError
+from jobs.folder import JobFolder, check_unchanged
+from jobs.identity import ModelFingerprint
+from jobs.joined import Answers, joined_batches, joined_lines, joined_schema, output_columns
+from jobs.journal import Journal
+from jobs.jsonl import lines
+from jobs.row import BATCH_ROWS, Source
+from jobs.source import open_source
+from jobs.spec import JobSpec
+
+_FINISHED = ("done", "done-with-errors")
+_SHOWN = 5  # differences of one output at most
+
+
+def verify(job: JobFolder, model_fingerprint: ModelFingerprint | None = None) -> list[str]:
+    """Look for anything wrong with a job. Reads all of its files, changes none.
+
+    Args:
+        job: The job; where it runs, the answer is of a moment.
+        model_fingerprint: Digests a model; without it the model is not looked at.
+
+    Returns:
+        Problems, a line each; none when the journal is sound, inputs and model are those of the
+        submission, every row has its results exactly once as far as the job has come, and the
+        output of a finished job holds exactly the input's columns and the journal's results.
+    """
+    try:
+        spec = job.spec()
+        with job.journal() as journal:
+            journal.check()
+            problems = []
+            try:
+                check_unchanged(job, model_fingerprint)
+                source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
+            except JobError as error:
+                problems.append(str(error))
+                source = None
+            problems += _rows(spec, journal, source, finished=job.state() in _FINISHED)
+            if source is not None and not problems and job.state() in _FINISHED:
+                problems += _output(spec, journal, source)
+            return problems
+    except JobError as error:
+        return [str(error)]
+
+
+def _rows(
+    spec: JobSpec, journal: Journal, source: Source | None, *, finished: bool
+) -> Iterator[str]:
+    total = journal.meta("rows_total")
+    if total is None:
+        if finished or journal.counts().samples:
+            yield f"{journal.path} does not say how many rows there are"
+        return
+    if source is not None:
+        there = source.num_rows if source.num_rows is not None else source.count()
+        there = there if spec.limit is None else min(there, spec.limit)
+        if there != total:
+            yield f"the input has {there:,} rows, the journal says {total:,}"
+    samples, beyond = journal.counts().samples, journal.beyond(total)
+    if beyond:
+        yield f"the journal has {beyond:,} results of rows that the input does not have"
+    if finished and samples - beyond != total * spec.n:
+        missing = total * spec.n - (samples - beyond)
+        yield f"the job is finished, but the journal lacks {missing:,} of its results"
+
+
+def _output(spec: JobSpec, journal: Journal, source: Source) -> Iterator[str]:
+    """Where the output is not what an export would write now."""
+    path = Path(spec.output["path"])
+    if not path.exists():
+        yield f"the output {path} is gone; the journal has its rows: batchrun export"
+        return
+    answers = Answers(journal.results(), spec.n, partial=False)
+    names = output_columns(bool(spec.output.get("token_ids")), spec.n)
+    compare = _parquet if spec.output["format"] == "parquet" else _jsonl
+    try:
+        found = list(islice(compare(path, source, answers, names, spec.limit), _SHOWN))
+        if not found:
+            answers.finish()
+        yield from found
+    except (OSError, pa.ArrowException) as error:
+        yield f"the output {path} can't be read: {error}"
+
+
+def _parquet(
+    path: Path, source: Source, answers: Answers, names: list[str], limit: int | None
+) -> Iterator[str]:
+    schema = joined_schema(source, names)
+    with pq.ParquetFile(path) as file:
+        if file.schema_arrow.names != schema.names:
+            yield (
+                f"the output {path} has the columns {', '.join(file.schema_arrow.names)}, "
+                f"not {', '.join(schema.names)}"
+            )
+            return
+        written = file.iter_batches(BATCH_ROWS, use_threads=False)
+        ahead = pa.Table.from_batches([], file.schema_arrow)
+        row = 0
+        for batch in joined_batches(source, answers, names, schema, limit):
+            while ahead.num_rows < batch.num_rows and (more := next(written, None)) is not None:
+                ahead = pa.concat_tables([ahead, pa.Table.from_batches([more])])
+            for name in schema.names:
+                found = _first_difference(batch[name], ahead[name].slice(0, batch.num_rows))
+                if found is not None:
+                    yield f"the output {path} differs from the job in '{name}' of row {row + found}"
+            row += batch.num_rows
+            ahead = ahead.slice(batch.num_rows)
+        left = ahead.num_rows + sum(more.num_rows for more in written)
+        if left:
+            yield f"the output {path} has {left:,} rows more than the job"
+
+
+def _first_difference(want: pa.Array[Any], got: pa.ChunkedArray[Any]) -> int | None:
+    if pa.chunked_array([want]).equals(got):
+        return None
+    pairs = enumerate(zip_longest(want.to_pylist(), got.to_pylist()))
+    # Not a number is no difference, nor is another dictionary for the same values.
+    differing = (i for i, (a, b) in pairs if a != b and repr(a) != repr(b))
+    first = next(differing, None)
+    return len(got) if first is None and len(got) < len(want) else first
+
+
+def _jsonl(
+    path: Path, source: Source, answers: Answers, names: list[str], limit: int | None
+) -> Iterator[str]:
+    want = joined_lines(source, answers, names, limit)
+    got = (line for _, line in lines(path))
+    for row, (a, b) in enumerate(zip_longest(want, got)):
+        if a is None:
+            yield f"the output {path} has more rows than the job, from row {row} on"
+            return
+        if a != b:
+            yield f"the output {path} differs from the job in row {row}"
