@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from batchrun.engine import canary
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.fused import FusedNorm, Projection
+from batchrun.engine.fused import FusedNorm, Projection, Undo, merge_projections
 from batchrun.engine.model import LoadedModel, prepare
 from batchrun.engine.optimize import optimize
 from tests.parity.models import CONFIGS, build
@@ -129,6 +129,16 @@ def test_half_precision_differs_by_rounding_alone(name: str) -> None:
     assert optimize(model, compile=False, log=pytest.fail) == ("merged projections", "fused norms")
     fused = (eager_logits(model) - exact).abs().mean()
     assert fused < 1.2 * plain
+
+
+def test_weights_exist_once_while_what_they_were_can_still_be_put_back() -> None:
+    model = prepare(build("qwen2")).model
+    held = storages(model)
+    undo: Undo = []
+    merge_projections(model, lambda: eager_logits(model), undo)
+    assert len(undo) == 15
+    assert storages(model) == held
+    assert storages(nn.ModuleList([model, *(module for _, _, module in undo)])) == held
 
 
 def test_tied_weights_stay_tied_and_shared_layers_are_left_alone() -> None:
