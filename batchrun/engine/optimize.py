@@ -70,6 +70,11 @@ def optimize(
                 _check(model, want)
         except Exception as error:  # no compiler, no triton, or a layer that can't be one graph
             _uncompile(model, log, error)
+    if model.device.type == "cuda":
+        # Torch keeps the old weights' memory in pieces too small for the next ones: KV pages can
+        # use it. Nor is it any step's peak.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(model.device)
     kinds = {type(module) for module in model.modules()}
     found = {
         "merged projections": Projection in kinds,
