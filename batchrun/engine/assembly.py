@@ -131,6 +131,9 @@ class Assembly:
         settings: How to run it.
         log: Told, a line each, what the user should know.
 
+    Attributes:
+        kernels: What computes: the attention backend, and what `optimize` made faster.
+
     Raises:
         EngineError: There is no memory for it, or a backend asked for by name can't be used.
     """
@@ -149,6 +152,7 @@ class Assembly:
             settings.max_num_batched_tokens or limits.max_num_batched_tokens
         )
         self.usage = UsageIntegral()
+        self.kernels: tuple[str, ...] = ()
         self._log = log
         self._cuda = loaded.device.type == "cuda"
         self._resources = ExitStack()
@@ -357,9 +361,10 @@ def assemble(
 ) -> Assembly:
     """Make a model faster where that pays, and put its engine together: see `Assembly`."""
     fuse = loaded.device.type == "cuda" if settings.optimize is None else settings.optimize
-    if fuse:
-        optimize(loaded.model, compile=loaded.device.type == "cuda", log=log)
-    return Assembly(loaded, settings, log)
+    made = optimize(loaded.model, compile=loaded.device.type == "cuda", log=log) if fuse else ()
+    assembly = Assembly(loaded, settings, log)
+    assembly.kernels = (assembly.executor.backend.name, *made)
+    return assembly
 
 
 def _layout(loaded: LoadedModel, page_size: int, layers_per_slab: int | None) -> KVLayout:

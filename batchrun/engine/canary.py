@@ -80,7 +80,7 @@ def verify_once(
         loaded: The model.
         fingerprint: Identifies its weights and config.
         cache: Folder of remembered verdicts.
-        kernels: Name of the attention backend.
+        kernels: Names what computes.
         check: Calls `verify`.
 
     Returns:

@@ -70,7 +70,7 @@ class Runtime:
             loaded,
             settings.fingerprint,
             settings.cache,
-            assembly.executor.backend.name,
+            "-".join(assembly.kernels).replace(" ", "-"),
             lambda: canary.verify(
                 loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens
             ),

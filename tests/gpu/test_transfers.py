@@ -10,7 +10,10 @@ import torch
 
 from batchrun.engine.transfers import CudaTransfers
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 LAG = 1
 
 
