@@ -43,7 +43,7 @@ class Lease:
         handle = -1
         try:
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.fcntl(handle, fcntl.F_OFD_SETLK, _write_lock())
+            fcntl.fcntl(handle, fcntl.F_OFD_SETLK, write_lock())
             # One write of one width: whoever reads meanwhile sees a whole number.
             os.pwrite(handle, f"{os.getpid():<20}\n".encode(), 0)
             with suppress(FileNotFoundError):  # it was meant for an earlier worker
@@ -83,13 +83,27 @@ def held_by(folder: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        found = fcntl.fcntl(handle, fcntl.F_OFD_GETLK, _write_lock())
-        if struct.unpack(_FLOCK, found)[0] == fcntl.F_UNLCK:
+        if not _taken(handle):
             return None
         return int(os.pread(handle, 32, 0).decode().strip() or 0)
     finally:
         os.close(handle)
 
 
-def _write_lock() -> bytes:
+def is_locked(path: Path) -> bool:
+    """Whether a living process has locked the file. Takes and changes nothing."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return _taken(handle)
+    finally:
+        os.close(handle)
+
+
+def _taken(handle: int) -> bool:
+    found = fcntl.fcntl(handle, fcntl.F_OFD_GETLK, write_lock())
+    return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
+
+
+def write_lock() -> bytes:
+    """A lock of a whole file, for `F_OFD_SETLK`."""
     return struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)

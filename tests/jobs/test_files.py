@@ -1,5 +1,8 @@
 """Files that appear whole or not at all, whenever the writer dies."""
 
+import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.files import atomic_write, write_json
+from jobs import files
+from jobs.errors import OutputError
+from jobs.files import atomic_write, check_room, free_bytes, make_folders, remove, write_json
 
 ROOT = Path(__file__).parents[2]
 WRITE = """
@@ -85,3 +90,40 @@ def test_the_file_s_mode_is_like_any_other_file_s(tmp_path):
     with atomic_write(tmp_path / "out"):
         pass
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_is_not_to_last_is_written_without_a_sync(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), real(handle)))
+    write_json(tmp_path / "a.json", 1, durable=False)
+    assert synced == []
+    write_json(tmp_path / "b.json", 1)
+    assert len(synced) == 2  # the file, then its folder
+    assert [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")] == [1, 1]
+
+
+def test_folders_are_made_with_their_names_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "fsync_directory", synced.append)
+    make_folders(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    make_folders(tmp_path / "a" / "b" / "c")
+    assert len(synced) == 3
+
+
+def test_removing_what_is_not_there_is_no_error(tmp_path):
+    remove(tmp_path / "gone")
+    (tmp_path / "there").touch()
+    remove(tmp_path / "there")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_checked_where_the_file_will_be(tmp_path):
+    path = tmp_path / "not" / "yet" / "there"
+    assert abs(free_bytes(path) - shutil.disk_usage(tmp_path).free) < 1 << 30
+    check_room(path, 1)
+    with pytest.raises(OutputError, match=r"MiB left and 1,\d{3},.* MiB are needed") as refused:
+        check_room(path, 1 << 60)
+    assert "make room" in refused.value.hint
