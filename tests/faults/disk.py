@@ -4,6 +4,10 @@ Data of a file are certain up to its last sync; names in a directory up to the d
 came later may be there, or not, or in part: writes by sectors of 512 bytes in any order, names one
 operation at a time in any order. A rename within a directory is whole or not at all.
 (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.)
+
+After a sync of a file that failed, what it was to write never arrives, though reading shows it and
+later syncs succeed; only pages that are written again do (Rebello et al., "Can Applications
+Recover from fsync Failures?", ATC 2020).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from tests.faults.shim import Kind, Operation
 
 SECTOR = 512
+PAGE = 4096
 
 
 @dataclass(eq=False)
@@ -24,6 +29,22 @@ class File:
 
     durable: bytearray = field(default_factory=bytearray)
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
+    cached: bytearray | None = None  # what reading shows, once a sync has failed
+
+    def do(self, offset: int, data: bytes | None) -> None:
+        """Write there, or, without data, make it that long."""
+        if self.cached is not None:
+            _do(self.cached, offset, data)
+            if data is not None:  # whole pages reach the disk
+                low, end = offset // PAGE * PAGE, offset + len(data)
+                offset, data = low, bytes(self.cached[low : -(-end // PAGE) * PAGE])
+        self.pending.append((offset, data))
+
+    def fail(self) -> None:
+        """A sync failed: what was pending is dropped, and looks as if it were there."""
+        if self.cached is None:
+            self.cached = self.content(None)
+        self.pending.clear()
 
     def sync(self) -> None:
         self.durable = self.content(None)
@@ -35,15 +56,14 @@ class File:
         last = len(self.pending) if draw is None else draw.randint(0, len(self.pending))
         scattered = draw is not None and draw.random() < 0.5
         for i, (offset, data) in enumerate(self.pending):
-            if data is None:
-                if i < last:
-                    content[offset:] = bytes(max(0, offset - len(content)))
-            elif draw is None or (i < last and not scattered):
-                _put(content, offset, data)
+            if i < last and (data is None or not scattered):
+                _do(content, offset, data)
+            elif data is None or draw is None:
+                continue
             elif scattered or i == last:  # torn
                 for low, high in _sectors(offset, len(data)):
                     if draw.random() < 0.5:
-                        _put(content, low, data[low - offset : high - offset])
+                        _do(content, low, data[low - offset : high - offset])
         return content
 
 
@@ -58,6 +78,9 @@ class Directory:
     def apply(self, change: dict[str, File | Directory | None]) -> None:
         _apply(self.now, change)
         self.pending.append(change)
+
+    def fail(self) -> None:
+        """A sync failed; names are in the file system's own log, which a later one writes."""
 
     def sync(self) -> None:
         self.durable = dict(self.now)
@@ -86,12 +109,12 @@ class Disk:
         if kind == Kind.NOTE or path.endswith(" (deleted)"):
             return
         if kind == Kind.SYNC:
-            if not operation.offset:
-                self._node(path).sync()
+            node = self._node(path)
+            node.fail() if operation.offset else node.sync()
         elif kind in (Kind.WRITE, Kind.TRUNCATE):
             file = self._node(path)
             assert isinstance(file, File)
-            file.pending.append((operation.offset, operation.data if kind == Kind.WRITE else None))
+            file.do(operation.offset, operation.data if kind == Kind.WRITE else None)
         elif kind in (Kind.CREATE, Kind.MKDIR):
             folder, name = self._place(path)
             folder.apply({name: File() if kind == Kind.CREATE else Directory()})
@@ -157,7 +180,10 @@ def _apply(names: dict[str, File | Directory], change: dict[str, File | Director
             names[name] = node
 
 
-def _put(content: bytearray, offset: int, data: bytes) -> None:
+def _do(content: bytearray, offset: int, data: bytes | None) -> None:
+    if data is None:
+        content[offset:] = bytes(max(0, offset - len(content)))
+        return
     if len(content) < offset:
         content.extend(bytes(offset - len(content)))
     content[offset : offset + len(data)] = data

@@ -2,6 +2,7 @@
 
     python -m tests.faults.powerloss              # every operation, eight draws of each
     python -m tests.faults.powerloss --stride 9   # after every ninth: a sample
+    python -m tests.faults.powerloss --failed-syncs --stride 9    # each sync failed once before
 
 A job is submitted, stopped halfway, resumed and exported while the library of shim.c records every
 operation on its files. Each prefix of the record is then replayed onto an empty folder three ways:
@@ -14,6 +15,7 @@ whole or absent; and a clean process must finish the job. The last line of stdou
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -27,12 +29,21 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from tests.faults import shim
 from tests.faults.disk import Disk, write_image
-from tests.faults.shim import Kind, Operation
-from tests.faults.smalljob import DONE, INTERRUPTED, Ledger, SmallJob, forked, outcome_of
+from tests.faults.shim import Fault, Kind, Operation
+from tests.faults.smalljob import (
+    DONE,
+    ENDED_WITH_ERROR,
+    INTERRUPTED,
+    Ledger,
+    SmallJob,
+    forked,
+    outcome_of,
+)
 
 ROWS = 9
 
@@ -52,13 +63,21 @@ class Acknowledged:
             self.rows |= set(map(int, re.findall(r"\d+", note)))
 
 
-def record_run(small: SmallJob, rows_first: int) -> list[Operation]:
-    """Submit, stop after some rows, resume to the end; the operations on the job's files."""
+def record_run(small: SmallJob, rows_first: int, fail_at: int = 0) -> list[Operation]:
+    """Submit, stop after some rows, resume to the end; the operations on the job's files.
+
+    Args:
+        small: The job.
+        rows_first: Acknowledged rows after which the first run is stopped.
+        fail_at: The sync of the first process that fails; 0 for none.
+    """
     ledger, record = Ledger(small.rows), small.root / "record"
 
     def work(stop_at: int | None) -> int:
         handle = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         shim.watch(small.home, handle)
+        if stop_at is not None and fail_at:
+            shim.arm(Fault.FAIL, {Kind.SYNC}, fail_at, errno.EIO)
         stop = threading.Event()
 
         def told(rows: list[int]) -> None:
@@ -85,7 +104,7 @@ def record_run(small: SmallJob, rows_first: int) -> list[Operation]:
         return status
 
     first = forked(lambda: work(rows_first))
-    assert first == INTERRUPTED, first
+    assert first in ((ENDED_WITH_ERROR, INTERRUPTED) if fail_at else (INTERRUPTED,)), first
     assert forked(lambda: work(None)) == DONE
     return list(shim.read_record(record))
 
@@ -93,25 +112,38 @@ def record_run(small: SmallJob, rows_first: int) -> list[Operation]:
 class Replay:
     """Images of one recorded run, each checked once."""
 
-    def __init__(self, root: Path, operations: list[Operation]) -> None:
-        self.root, self.operations = root, operations
+    def __init__(self) -> None:
+        self.operations: Counter[str] = Counter()
+        self.runs = 0
         self.seen: set[str] = set()
         self.images: Counter[str] = Counter()
         self.problems: list[str] = []
 
-    def run(self, small: SmallJob, stride: int, draws: int, seed: int, *, lying: bool) -> None:
+    def run(
+        self,
+        small: SmallJob,
+        operations: list[Operation],
+        options: argparse.Namespace,
+    ) -> None:
+        """Check images of every `stride`-th prefix."""
+        self.runs += 1
+        self.operations.update(operation.kind.name.lower() for operation in operations)
+        failed = any(o.kind == Kind.SYNC and o.offset for o in operations)
+        struck = not failed  # before the failed sync all is as in a run without
         disk, told = Disk(str(small.home)), Acknowledged()
-        for i, operation in enumerate(self.operations):
-            if not (lying and operation.kind == Kind.SYNC):
+        for i, operation in enumerate(operations):
+            struck |= operation.kind == Kind.SYNC and operation.offset > 0
+            if not (options.lying_disk and operation.kind == Kind.SYNC):
                 disk.apply(operation)
             if operation.kind == Kind.NOTE:
                 told.read(operation.path)
-            if i % stride and i + 1 < len(self.operations):
+            if not struck or (i % options.stride and i + 1 < len(operations)):
                 continue
             images = {"nothing unsynced": disk.image(None)}
-            images["everything"] = disk.image(None, everything=True)
-            for number in range(draws):
-                draw = random.Random(f"{seed} {i} {number}")
+            if not failed:
+                images["everything"] = disk.image(None, everything=True)
+            for number in range(options.draws):
+                draw = random.Random(f"{options.seed} {self.runs} {i} {number}")
                 images[f"draw {number}"] = disk.image(draw)
             for name, image in images.items():
                 self._check(f"after {i + 1} operations, {name}", name, image, small, told)
@@ -162,6 +194,9 @@ def main() -> int:
     parser.add_argument(
         "--lying-disk", action="store_true", help="syncs do nothing: losses must be found"
     )
+    parser.add_argument(
+        "--failed-syncs", action="store_true", help="one sync after the other fails before"
+    )
     options = parser.parse_args()
     if missing := shim.why_not():
         print(f"left out: {missing}")
@@ -171,20 +206,25 @@ def main() -> int:
         if not shim.loaded():
             return shim.run_preloaded(Path(name), "tests.faults.powerloss", sys.argv[1:])
         began = time.perf_counter()
-        small = SmallJob(Path(name) / "case", ROWS)
-        small.write_input()
-        replay = Replay(small.root, record_run(small, ROWS // 2))
-        replay.run(small, options.stride, options.draws, options.seed, lying=options.lying_disk)
-    kinds = Counter(operation.kind.name.lower() for operation in replay.operations)
+        replay = Replay()
+        for fail_at in count(1) if options.failed_syncs else [0]:
+            small = SmallJob(Path(name) / str(fail_at), ROWS)
+            small.write_input()
+            operations = record_run(small, ROWS // 2, fail_at)
+            if fail_at and not any(o.kind == Kind.SYNC and o.offset for o in operations):
+                break
+            replay.run(small, operations, options)
+            shutil.rmtree(small.root)
     total = replay.images.total()
-    print(f"{len(replay.operations)} operations, {total} different images")
+    print(f"{replay.operations.total():,} operations, {total:,} different images")
     report = {
         "benchmark": "faults-powerloss",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "rows": ROWS,
         "stride": options.stride,
         "draws": options.draws,
-        "operations": dict(kinds),
+        "failed_syncs": replay.runs if options.failed_syncs else 0,
+        "operations": dict(replay.operations),
         "images": dict(replay.images),
         "total": total,
         "problems": replay.problems,

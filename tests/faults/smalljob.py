@@ -32,6 +32,7 @@ from jobs.errors import LeaseHeld
 from jobs.folder import JobFolder
 from jobs.journal import Journal, Result
 from jobs.spec import InputFile, JobSpec
+from jobs.verify import verify
 
 MAX_TOKENS = 6
 DONE, ENDED_WITH_ERROR, BUG, INTERRUPTED, REFUSED = 0, 3, 4, 5, 6  # exit codes of a worker
@@ -253,6 +254,8 @@ class SmallJob:
     def check_journal(self, job: JobFolder, acknowledged: set[int]) -> set[int]:
         """The journal opens, is whole, and has each acknowledged row with its own answer.
 
+        The product's own `verify` agrees.
+
         Returns:
             The rows that have a result.
         """
@@ -269,6 +272,8 @@ class SmallJob:
             else:
                 want = tuple(token(result.row, 0, p) for p in range(length(result.row)))
                 assert result.token_ids == want, f"row {result.row} has another's answer"
+        problems = verify(job)
+        assert not problems, "; ".join(problems)
         return set(rows)
 
 
