@@ -74,6 +74,10 @@ class Journal(Readings):
         """
         with self._transaction():
             cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
+            # Whoever made the job may have failed to make its name durable.
+            for folder in self.path.parent.absolute().parents[:3]:
+                with suppress(PermissionError):
+                    fsync_directory(folder)
         self._run = cursor.lastrowid or 0
         return self._run
 

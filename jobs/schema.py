@@ -132,11 +132,9 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
         db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
         if not readonly:
             _set_modes(db)
-            # After a failed fsync the log may be whole in memory and have a hole on disk: nothing
-            # may be written behind it. Empty as a rule; a long reader is waited for as for a lock.
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            _settle_log(db, wal)
         _bring_up_to_date(db, path, readonly=readonly)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         if db is not None:
             db.close()
         raise JournalError(
@@ -159,6 +157,23 @@ def _set_modes(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA synchronous=FULL")
     # SQLite's own checkpoints don't say that they failed.
     db.execute("PRAGMA wal_autocheckpoint=0")
+
+
+def _settle_log(db: sqlite3.Connection, log: Path) -> None:
+    """Move what an earlier process left in the log into the database, for certain.
+
+    After a failed fsync a log may look whole and have holes on disk, which no later fsync fills:
+    its pages count as written (Rebello et al., ATC 2020). So it is written anew before SQLite
+    relies on it, and emptied before anything is written behind it.
+    """
+    if log.exists() and log.stat().st_size:
+        with transaction(db), log.open("r+b") as file:  # no one else writes meanwhile
+            data = file.read()
+            file.seek(0)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # waits for readers as for a lock
 
 
 def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> None:
