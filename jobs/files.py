@@ -36,7 +36,12 @@ def make_folders(path: Path) -> None:
     missing = [p for p in (path, *path.parents) if not os.path.exists(p)]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        fsync_directory(folder.parent)
+        try:
+            fsync_directory(folder.parent)
+        except OSError:  # the next one would believe that its name is on disk
+            with suppress(OSError):
+                folder.rmdir()
+            raise
 
 
 def remove(path: Path) -> None:

@@ -181,18 +181,18 @@ def create(root: Path, spec: JobSpec) -> JobFolder:
             JobFolder(building).set_state("new")
             fsync_directory(building)
             building.chmod(0o777 & ~current_umask())  # mkdtemp is for secrets
-            path = _rename_to_new_id(building, spec)
+            building = _rename_to_new_id(building, spec)
+            fsync_directory(folder)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
-        fsync_directory(folder)
     except (OSError, JournalError) as error:
         cause = isinstance(error, OSError) and error.strerror
         raise OutputError(
             f"no job folder can be made in {folder}: {cause or error}",
             hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
         ) from error
-    return JobFolder(path)
+    return JobFolder(building)
 
 
 def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:

@@ -1,5 +1,6 @@
 """A job is a folder: made whole, found by name, movable, its state read from its files."""
 
+import errno
 import os
 import shutil
 import stat
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs import files
+from jobs import folder as folders
 from jobs.errors import JobNotFound, OutputError, SpecChanged
 from jobs.files import current_umask
 from jobs.folder import JobFolder, check_unchanged, create, find, list_jobs
@@ -154,6 +157,27 @@ def test_on_a_full_disk_there_is_no_half_a_job(job, tmp_path, limit):
     assert "BATCHRUN_HOME" in done.stdout
     assert list((home / "jobs").iterdir()) == []
     assert list_jobs(home) == []
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6])
+def test_a_folder_that_cannot_be_synced_leaves_no_job(home, spec, monkeypatch, call):
+    """Nor a name that the next one would take for durable."""
+    calls = []
+
+    def failing(path):
+        calls.append(path)
+        if len(calls) == call:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        for module in (folders, files):
+            patch.setattr(module, "fsync_directory", failing)
+        with pytest.raises(OutputError, match="Input/output error"):
+            create(home, spec)
+    assert len(calls) == call
+    assert list_jobs(home) == []
+    assert [p for p in home.rglob("*") if p != home / "jobs"] == []
+    assert create(home, spec).state() == "new"
 
 
 def test_rubbish_among_the_jobs_is_no_job(home, job):
