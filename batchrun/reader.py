@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from batchrun.channel import Channel
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Completion
 from batchrun.engine.text import PromptError, template_fields
-from jobs.journal import Result
+from jobs.results import Result
 from jobs.source import Row, Source
 from jobs.spec import JobSpec
+
+_CRASHES = 2  # of the process with a row in it; there is no third try
 
 
 def _integer(value: Any) -> int:
@@ -40,7 +43,13 @@ OVERRIDES: dict[str, Callable[[Any], Any]] = {
 
 
 class RowEngine(Protocol):
-    """What a job needs of an engine."""
+    """What a job needs of an engine.
+
+    Attributes:
+        on_admit: Called with each request before it is computed for the first time.
+    """
+
+    on_admit: Callable[[Request], None]
 
     @property
     def has_work(self) -> bool:
@@ -54,6 +63,9 @@ class RowEngine(Protocol):
 
     def step(self) -> list[Completion]:
         """Go one step on; returns what ended."""
+
+    def partials(self) -> Iterable[tuple[Request, tuple[int, ...]]]:
+        """Requests that have not ended, and the tokens of each so far."""
 
 
 class Workbench(Protocol):
@@ -87,6 +99,8 @@ class Reader:
         done: What has a result already.
         workbench: Tokenises, and knows the model's sampling defaults.
         log: Told which columns are taken as sampling parameters.
+        begun: Tokens that an earlier run computed, by (row, sample).
+        crashes: How often the process crashed with a row in it.
     """
 
     def __init__(
@@ -96,8 +110,12 @@ class Reader:
         done: Container[tuple[int, int]],
         workbench: Workbench,
         log: Callable[[str], None],
+        *,
+        begun: Mapping[tuple[int, int], tuple[int, ...]] = MappingProxyType({}),
+        crashes: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self._spec, self._source, self._done = spec, source, done
+        self._begun, self._crashes = begun, crashes
         self._encode = workbench.encode
         self.seconds = 0.0
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()}
@@ -140,6 +158,8 @@ class Reader:
         try:
             if row.error is not None:
                 raise PromptError("bad_row", row.error)
+            if self._crashes.get(row.index, 0) >= _CRASHES:
+                raise PromptError("crashed", f"the process crashed {_CRASHES} times in this row")
             params = self._sampling(row.fields)
             ids = self._encode(row.fields)
         except PromptError as error:
@@ -148,7 +168,10 @@ class Reader:
                 for s in samples
             ]
         seed = params.seed if params.seed is not None else self._spec.seed
-        return [Request(row.index, s, ids, params, seed) for s in samples]
+        return [
+            Request(row.index, s, ids, params, seed, self._begun.get((row.index, s), ()))
+            for s in samples
+        ]
 
     def _sampling(self, fields: Mapping[str, Any]) -> SamplingParams:
         """The job's sampling parameters, with what the row says in columns of their names."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,27 @@ from typing import Any
 from batchrun.channel import Channel, Closed
 from batchrun.engine.core import FinishReason, Request
 from batchrun.engine.engine import Completion
+from batchrun.live import Progress
 from batchrun.models import fingerprint
 from batchrun.reader import Reader, RowEngine, Workbench
 from jobs import folder as folders
-from jobs.errors import JobError, SpecChanged
 from jobs.export import export
 from jobs.folder import JobFolder
-from jobs.journal import DoneSet, Journal, Result
+from jobs.journal import Journal
 from jobs.lease import Lease
+from jobs.results import DoneSet, Partial, Result
 from jobs.source import Source, open_source
 from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
+from jobs.suspects import RunningRows
 
 _QUEUED_REQUESTS = 256  # between reader and engine, and again inside the engine
 _COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
+_CHECKPOINT_SECONDS = 5.0  # between two notes of what unfinished rows have so far
+
+
+Checkpoint = list[Partial]
 
 
 class Outcome(StrEnum):
@@ -43,22 +50,8 @@ class Outcome(StrEnum):
     DONE = "done"
     DONE_WITH_ERRORS = "done-with-errors"
     INTERRUPTED = "interrupted"
+    CANCELLED = "cancelled"
     FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a job is. Rows and samples count those of earlier runs too, tokens only this run's."""
-
-    rows_total: int | None
-    rows_done: int
-    rows_failed: int
-    rows_resumed: int
-    completion_tokens: int
-    running: int
-    waiting: int
-    elapsed_s: float
-    phase: str
 
 
 def run_job(
@@ -68,6 +61,7 @@ def run_job(
     on_progress: Callable[[Progress], None] = lambda _: None,
     log: Callable[[str], None] = lambda _: None,
     open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench] | None = None,
+    held: bool = False,
 ) -> Outcome:
     """Run a job to its end, from wherever it is.
 
@@ -77,6 +71,7 @@ def run_job(
         on_progress: Called often, in this thread.
         log: Told, a line each, what a user should know.
         open_workbench: Loads the engine; the real one by default.
+        held: Whether this process has the job's lease already, from its supervisor.
 
     Returns:
         How it ended.
@@ -86,8 +81,9 @@ def run_job(
         ModelError: The model can't be loaded.
     """
     job = JobFolder(path)
-    with Lease(path):
-        folders.check_unchanged(job)
+    with nullcontext() if held else Lease(path):
+        # A workbench that is given needs no model.
+        folders.check_unchanged(job, None if open_workbench else fingerprint)
         spec = job.spec()
         source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
         run = _Run(job, spec, source, stop=stop, on_progress=on_progress, log=log)
@@ -121,15 +117,20 @@ class _Run:
         with Journal(job.path, spec.n) as journal:
             self._total = self._count_rows(journal)
             self.done = journal.done()
+            self._begun = journal.partials()
+            self._crashes = journal.crash_counts()
             self._earlier = journal.counts()
             self._run_id = journal.begin_run()
         self._samples = self._earlier.samples
         self._failed = self._earlier.failed
         self._failed_rows = DoneSet(1)
+        self._running = RunningRows(job.path)
+        self._running.clear()  # of the run before; its supervisor has taken note
 
     def run(self, open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench]) -> Outcome:
         """Load, compute what is to do, export."""
         outcome = Outcome.FAILED
+        self._reason: str | None = None
         try:
             if self._samples < self._total * self.spec.n:
                 self._report("load")
@@ -137,16 +138,21 @@ class _Run:
                 self.stats.load_s = time.perf_counter() - self._began
                 self._compute(self._workbench)
             if self._samples < self._total * self.spec.n:
-                outcome = Outcome.INTERRUPTED
+                cancelled = self.job.cancel_requested()
+                outcome = Outcome.CANCELLED if cancelled else Outcome.INTERRUPTED
             else:
                 self._export()
                 outcome = Outcome.DONE_WITH_ERRORS if self._failed else Outcome.DONE
         except KeyboardInterrupt:
             outcome = Outcome.INTERRUPTED
             raise
+        except Exception as error:
+            self._reason = str(error)
+            raise
         finally:
             if self._workbench is not None:
                 self._workbench.close()
+            self._running.close()
             self._end(outcome)
         write_summary(self.job)
         return outcome
@@ -165,8 +171,16 @@ class _Run:
     def _compute(self, workbench: Workbench) -> None:
         """Drive the engine until every row has its results, or `stop` is set."""
         requests: Channel[Request] = Channel(_QUEUED_REQUESTS)
-        results: Channel[Result] = Channel(4 * _COMMIT_RESULTS)
-        self._reader = Reader(self.spec, self.source, self.done, workbench, self.log)
+        results: Channel[Result | Checkpoint] = Channel(4 * _COMMIT_RESULTS)
+        self._reader = Reader(
+            self.spec,
+            self.source,
+            self.done,
+            workbench,
+            self.log,
+            begun=self._begun,
+            crashes=self._crashes,
+        )
 
         def guarded(work: Callable[..., None], *channels: Channel[Any]) -> None:
             try:
@@ -199,54 +213,84 @@ class _Run:
             raise self._failures[0]
 
     def _drive(
-        self, engine: RowEngine, requests: Channel[Request], results: Channel[Result]
+        self, engine: RowEngine, requests: Channel[Request], results: Channel[Result | Checkpoint]
     ) -> None:
         more = True
+        engine.on_admit = lambda request: self._running.add(request.row)
+        checkpoint = time.monotonic() + _CHECKPOINT_SECONDS
         while not self.stop.is_set() and not self._failures:
             # What waits inside the engine is bounded too, or it would come to hold the whole file.
             room = _QUEUED_REQUESTS - engine.load()[1]
             try:
                 wait = 0 if engine.has_work else 0.1
                 for request in requests.take(room, wait) if more and room > 0 else []:
-                    engine.add(request)
+                    self._add(engine, request, results)
             except Closed:
                 more = False
             if engine.has_work:
-                for completion in engine.step():
-                    results.put(_result(completion))
-                    self._count(completion)
+                self._step(engine, results)
             elif not more:
                 return
+            if time.monotonic() >= checkpoint:
+                results.put(_checkpoint(engine))
+                checkpoint = time.monotonic() + _CHECKPOINT_SECONDS
             self._report("run", engine)
+        results.put(_checkpoint(engine))
+
+    def _add(
+        self, engine: RowEngine, request: Request, results: Channel[Result | Checkpoint]
+    ) -> None:
+        """Give the engine a request; one that was in a crash gets the engine to itself."""
+        alone = request.row in self._crashes
+        while alone and engine.has_work and not self.stop.is_set():
+            self._step(engine, results)
+        engine.add(request)
+        while alone and engine.has_work and not self.stop.is_set():
+            self._step(engine, results)
+
+    def _step(self, engine: RowEngine, results: Channel[Result | Checkpoint]) -> None:
+        for completion in engine.step():
+            if completion.sequence.admitted is not None:
+                self._running.remove(completion.sequence.request.row)
+            results.put(_result(completion))
+            self._count(completion)
 
     def _count(self, completion: Completion) -> None:
         self.stats.completions += 1
         self.stats.completion_tokens += len(completion.sequence.output_ids)
 
-    def _write(self, results: Channel[Result]) -> None:
+    def _write(self, results: Channel[Result | Checkpoint]) -> None:
         """The journal writer's thread: the only one that writes results."""
         with Journal(self.job.path, self.spec.n) as journal:
             journal.resume_run(self._run_id)
             pending: list[Result] = []
+            partials: Checkpoint = []
             deadline = 0.0
             open_ = True
-            while open_ or pending:
-                timeout = None if not pending else max(0.001, deadline - time.monotonic())
+            while open_ or pending or partials:
+                waiting = pending or partials
+                timeout = max(0.001, deadline - time.monotonic()) if waiting else None
                 try:
                     taken = results.take(_COMMIT_RESULTS - len(pending), timeout)
                 except Closed:
                     taken, open_ = [], False
-                if taken and not pending:
+                if taken and not waiting:
                     deadline = time.monotonic() + _COMMIT_SECONDS
-                pending += taken
+                for item in taken:
+                    if isinstance(item, Result):
+                        pending.append(item)
+                    else:
+                        partials = item
                 due = not open_ or time.monotonic() >= deadline
-                if pending and (due or len(pending) >= _COMMIT_RESULTS):
+                if (pending or partials) and (due or len(pending) >= _COMMIT_RESULTS):
+                    ended = {(r.row, r.sample) for r in pending}
+                    begun = [p for p in partials if (p.row, p.sample) not in ended]
                     began = time.perf_counter()
-                    journal.write(pending, self._figures())
+                    journal.write(pending, self._figures(), begun)
                     self._journal_seconds += time.perf_counter() - began
                     self._samples += len(pending)
                     self._count_failures(pending)
-                    pending = []
+                    pending, partials = [], []
 
     def _count_failures(self, results: list[Result]) -> None:
         """A row has failed when any of its samples has."""
@@ -274,7 +318,8 @@ class _Run:
     def _end(self, outcome: Outcome) -> None:
         with Journal(self.job.path, self.spec.n) as journal:
             journal.resume_run(self._run_id)
-            journal.end_run(str(outcome), self._figures())
+            journal.end_run(str(outcome), self._figures(), self._reason)
+        self.job.set_state(str(outcome), self._reason)
 
     def _figures(self) -> dict[str, Any]:
         """The run's statistics so far."""
@@ -319,6 +364,10 @@ def _peak_rss() -> int:
     return 0
 
 
+def _checkpoint(engine: RowEngine) -> Checkpoint:
+    return [Partial(r.row, r.sample, tokens) for r, tokens in engine.partials()]
+
+
 def _result(completion: Completion) -> Result:
     sequence = completion.sequence
     request = sequence.request
@@ -349,20 +398,9 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
     from batchrun.engine.runtime import Runtime, Settings  # noqa: PLC0415 - imports torch
 
     model = spec.model
-    path = Path(model["path"])
-    now = fingerprint(path) if path.exists() else None
-    if now is None:
-        raise JobError(
-            f"the model's folder {path} is gone", hint="put it back, or submit the job again"
-        )
-    if now != model["fingerprint"]:
-        raise SpecChanged(
-            f"the model in {path} changed since the job was submitted",
-            hint="put the old one back, or submit the job again",
-        )
     runtime = {k: v for k, v in spec.runtime.items() if v is not None}
     settings = Settings(
-        model_path=str(path),
+        model_path=model["path"],
         model_name=model["name"],
         fingerprint=model["fingerprint"],
         cache=folders.home() / "verdicts",

@@ -15,7 +15,7 @@ import pytest
 
 from batchrun.cli.doctor import TESTED
 from batchrun.cli.errors import ExitStatus
-from batchrun.cli.run import submit_command
+from batchrun.cli.run import resume_command, submit_command
 from batchrun.reader import OVERRIDES
 from batchrun.report.text import render
 from jobs.export import output_columns
@@ -73,7 +73,10 @@ def test_every_option_of_submit_is_in_the_readme_and_the_other_way_round():
         if name.startswith("--")
     }
     assert set(re.findall(r"`(--[a-z-]+)`", section("Options of `submit`"))) == options
-    known = options | {"--partial", "--help"}
+    others = {
+        name for param in resume_command.params for name in (*param.opts, *param.secondary_opts)
+    }
+    known = options | others | {"--partial", "--help"}
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 
@@ -81,7 +84,7 @@ def test_output_columns_and_exit_codes_are_those_of_the_readme():
     table = [line for line in section("Output").splitlines() if line.startswith("| `")]
     named = [name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     assert named == output_columns(token_ids=True, n=2)
-    codes = re.findall(r"^\| (\d+) \|", section("Stop and resume"), re.MULTILINE)
+    codes = re.findall(r"^\| (\d+) \|", section("Jobs run on their own"), re.MULTILINE)
     assert [int(code) for code in codes] == list(ExitStatus)
 
 

@@ -16,8 +16,9 @@ import pytest
 from batchrun import worker
 from batchrun.engine.core import EngineError, FinishReason, Sequence
 from batchrun.engine.engine import Completion
+from batchrun.live import Progress
 from batchrun.models import ModelRef, resolve
-from batchrun.worker import Outcome, Progress, run_job
+from batchrun.worker import Outcome, run_job
 from jobs import folder
 from jobs.errors import JobError, JournalError, LeaseHeld, SpecChanged
 from jobs.folder import JobFolder

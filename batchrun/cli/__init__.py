@@ -15,11 +15,17 @@ COMMANDS = {
     "submit": ("batchrun.cli.run", "Run a model over every row of a file."),
     "resume": ("batchrun.cli.run", "Continue a job that was stopped."),
     "stats": ("batchrun.cli.inspect", "Show where a job's rows, time and memory went."),
+    "watch": ("batchrun.cli.control", "Watch a job until it ends."),
+    "logs": ("batchrun.cli.control", "Print a job's log."),
+    "cancel": ("batchrun.cli.control", "Stop a job."),
     "list": ("batchrun.cli.inspect", "List all jobs."),
     "show": ("batchrun.cli.inspect", "Show one job: its inputs, parameters and runs."),
     "export": ("batchrun.cli.export", "Write a job's results to a file."),
+    "verify": ("batchrun.cli.control", "Check a job."),
+    "rm": ("batchrun.cli.control", "Remove jobs."),
     "doctor": ("batchrun.cli.doctor", "Show what this machine can do."),
 }
+_HIDDEN = {"work": "batchrun.cli.work", "run-job": "batchrun.cli.work"}
 
 
 class LazyGroup(click.Group):
@@ -31,9 +37,11 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Imports the command."""
-        if cmd_name not in COMMANDS:
+        module = COMMANDS[cmd_name][0] if cmd_name in COMMANDS else _HIDDEN.get(cmd_name)
+        if module is None:
             return None
-        found = getattr(importlib.import_module(COMMANDS[cmd_name][0]), f"{cmd_name}_command")
+        name = cmd_name.replace("-", "_")
+        found = getattr(importlib.import_module(module), f"{name}_command")
         assert isinstance(found, click.Command)
         return found
 

@@ -32,23 +32,27 @@ def report_errors(command: Callable[[], Any]) -> int:
     try:
         return int(command() or 0)
     except click.Abort:
-        _print("interrupted", None)
+        print_error("interrupted", None)
         return ExitStatus.INTERRUPTED
     except click.UsageError as error:
         command_path = error.ctx.command_path if error.ctx else "batchrun"
-        _print(error.format_message(), f"{command_path} --help")
+        print_error(error.format_message(), f"{command_path} --help")
         return ExitStatus.USAGE
     except click.ClickException as error:
-        _print(error.format_message(), None)
+        print_error(error.format_message(), None)
         return ExitStatus.FAILED
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, went away. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return ExitStatus.FAILED
     except Exception as error:
-        message, hint = describe(error) or _bug(error)
-        _print(message, hint)
+        print_error(*explain(error))
         return ExitStatus.FAILED
+
+
+def explain(error: Exception) -> tuple[str, str | None]:
+    """Message and hint of any error; a bug's traceback goes to a file that the hint names."""
+    return describe(error) or _bug(error)
 
 
 def describe(error: Exception) -> tuple[str, str | None] | None:
@@ -91,7 +95,8 @@ def _bug(error: Exception) -> tuple[str, str]:
     return summary, f"this is a bug in batchrun; its traceback is in {path}"
 
 
-def _print(message: str, hint: str | None) -> None:
+def print_error(message: str, hint: str | None) -> None:
+    """Print an error and what to do about it."""
     click.echo(f"error: {message}", err=True)
     if hint:
         click.echo(f"hint: {hint}", err=True)

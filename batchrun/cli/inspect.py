@@ -61,19 +61,12 @@ def list_command(as_json: bool) -> None:
 def _listed(job: JobFolder) -> dict[str, Any]:
     """One job of the list. A damaged folder is listed with what is wrong, and hides no other."""
     try:
-        spec, counts = job.spec(), job.counts()
-        return {
-            "job": job.id,
-            "state": job.state(),
-            "done": counts.rows,
-            "total": job.total(),
-            "failed": counts.failed,
-            "model": spec.model.get("name", ""),
-            "output": spec.output.get("path", ""),
-        }
+        brief = job.brief()
     except JobError as error:
-        unknown = {"done": None, "total": None, "failed": None, "model": ""}
+        unknown = {"done": None, "total": None, "failed": None, "skipped": None, "model": ""}
         return {"job": job.id, "state": "damaged", **unknown, "output": str(error)}
+    names = ("state", "done", "total", "failed", "skipped", "model", "output")
+    return {"job": job.id, **{name: getattr(brief, name) for name in names}}
 
 
 @click.command()
@@ -88,10 +81,12 @@ def show_command(job: str | None, as_json: bool) -> None:
     spec = folder.spec()
     with folder.journal() as journal:
         counts, runs = journal.counts(), journal.runs()
+    failure = folder.failure()
     shown: dict[str, Any] = {
         "job": folder.id,
         "folder": str(folder.path),
         "state": folder.state(),
+        **({"reason": failure[0]} if failure is not None else {}),
         "rows": {"total": folder.total(), "done": counts.rows, "failed": counts.failed},
         **job_parameters(spec),
         "fingerprint": spec.fingerprint(),

@@ -248,6 +248,13 @@ runtime_options = _section(
         default=None,
         help="Fuse and compile the model's modules; default: on a GPU.",
     ),
+    _option(
+        "--wait/--detach",
+        default=True,
+        show_default=True,
+        help="Watch until the job ends, and exit as it did; or return at once with the job's id.",
+    ),
+    _option("--again", is_flag=True, help="Begin anew though the same work can be resumed."),
     _option("--dry-run", is_flag=True, help="Check everything, show the job, start nothing."),
     _option("--json", "as_json", is_flag=True, help="Print the outcome as JSON."),
 )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from batchrun.report.text import seconds
 
 if TYPE_CHECKING:
-    from batchrun.worker import Progress
+    from batchrun.live import Progress
 
 LINE_EVERY_S = 5.0
 _RATE_WINDOW_S = 20.0

@@ -67,6 +67,9 @@ class Engine:
         eos_ids: Tokens that end a completion unless its parameters ignore them.
         observe: Called after each step with its seconds, while its sequences still hold memory.
         mapping_seconds: Says how long the KV memory's pages were worked on so far.
+
+    Attributes:
+        on_admit: Called with each request before it is computed for the first time.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Engine:
         self._mapped = mapping_seconds()
         self._in_flight: deque[tuple[StepPlan, Ticket, float]] = deque()  # and when planned
         self._collected = 0.0
+        self.on_admit: Callable[[Request], None] = lambda _: None
         self._texts: dict[Sequence, Detokenizer] = {}
 
     @property
@@ -131,6 +135,7 @@ class Engine:
             for segment in plan.segments:
                 if segment.sequence.admitted is None:
                     segment.sequence.admitted = began
+                    self.on_admit(segment.sequence.request)
             self._in_flight.append((plan, self.executor.launch(plan), began))
         elif not self._in_flight and self.scheduler.has_work and not self.scheduler.rejected:
             raise EngineError(

@@ -133,7 +133,7 @@ class CommandLine:
         if path.suffix == ".parquet":
             rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
             return rows
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 @pytest.fixture(scope="session")

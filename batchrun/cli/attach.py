@@ -1,0 +1,121 @@
+"""Watches a job that runs in its own process: progress on stderr, the outcome on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import click
+
+from batchrun import supervisor
+from batchrun.cli.errors import ExitStatus, print_error
+from batchrun.cli.progress import ProgressView, make_view
+from batchrun.cli.work import STATUS
+from batchrun.live import LogTail, read_progress
+from batchrun.report.text import seconds
+from jobs.errors import JobError
+from jobs.folder import JobFolder
+from jobs.lease import Lease, held_by
+from jobs.stats import summarise
+
+_POLL_S = 0.1
+
+
+def run(job: JobFolder, *, as_json: bool, detach: bool = False) -> ExitStatus:
+    """Start a worker for the job, and watch it unless told to leave it alone.
+
+    Raises:
+        LeaseHeld: It has a worker.
+    """
+    with Lease(job.path):
+        pass  # refused at once, by name of who has it
+    log_size = LogTail.size(job.path)
+    process = supervisor.start(job)
+    while held_by(job.path) is None and process.poll() is None:
+        time.sleep(0.01)
+    if detach:
+        if as_json:
+            click.echo(json.dumps({"job": job.id, "state": job.state()}))
+        else:
+            click.echo(f"{job.id}\nnext:   batchrun watch {job.id}")
+        return ExitStatus.DONE
+    return watch(job, as_json=as_json, log_from=log_size, alive=lambda: process.poll() is None)
+
+
+def watch(
+    job: JobFolder,
+    *,
+    as_json: bool,
+    log_from: int = -1,
+    alive: Callable[[], bool] | None = None,
+) -> ExitStatus:
+    """Show the job until its worker ends, then say how it went.
+
+    Args:
+        job: The job.
+        as_json: Print the outcome as JSON.
+        log_from: Where in the log to begin, in bytes; -1 for its end.
+        alive: Whether the worker lives; by default, whether the job's lock is held.
+    """
+    alive = alive or (lambda: held_by(job.path) is not None)
+    view, tail = make_view(sys.stderr), LogTail(job.path, log_from)
+    started = time.monotonic()
+    view.message(f"job {job.id}")
+    try:
+        last = False
+        while not last:
+            last = not alive()  # what was written until then is shown too
+            _show(job, view, tail)
+            if not last:
+                time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        view.close()
+        click.echo(
+            f"\nthe job {job.id} goes on without this view\n"
+            f"next:   batchrun watch {job.id}, or: batchrun cancel {job.id}",
+            err=True,
+        )
+        return ExitStatus.INTERRUPTED
+    finally:
+        tail.close()
+    view.close()
+    return _report(job, time.monotonic() - started, as_json)
+
+
+def _show(job: JobFolder, view: ProgressView, tail: LogTail) -> None:
+    for line in tail.lines():
+        view.message(str(line["message"]))
+    progress = read_progress(job.path)
+    if progress is not None:
+        view.update(progress)
+
+
+def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
+    """Print how the job stands, and return what the process exits with."""
+    state, failure = job.state(), job.failure()
+    status = STATUS.get(state, ExitStatus.FAILED)
+    try:
+        summary = summarise(job)
+    except JobError as error:
+        print_error(str(error), error.hint)
+        return ExitStatus.FAILED
+    rows, output = summary["rows"], summary["output"]
+    if failure is not None and status is not ExitStatus.DONE:
+        print_error(*failure)
+    if as_json:
+        outcome = {"job": job.id, "state": state, "exit_code": int(status), "output": output}
+        click.echo(json.dumps({**outcome, "wall_s": wall_s, "rows": rows}, indent=2))
+        return status
+    total = "?" if rows["total"] is None else f"{rows['total']:,}"
+    line = f"{rows['done']:,} of {total} rows in {seconds(wall_s)}"
+    if rows["resumed"]:
+        line += f", {rows['resumed']:,} of them kept from earlier runs"
+    if rows["failed"]:
+        line += f", {rows['failed']:,} failed (the column `error` says why)"
+    if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+        click.echo(f"{line}\noutput: {output}\nnext:   batchrun stats {job.id}")
+    else:
+        click.echo(f"{state} after {line}\nnext:   batchrun resume {job.id}")
+    return status

@@ -1,0 +1,104 @@
+"""`batchrun watch`, `logs`, `cancel`, `rm` and `verify`: what can be done to a job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import datetime
+
+import click
+
+from batchrun.cli import attach
+from batchrun.cli.errors import ExitStatus
+from batchrun.live import LogTail
+from jobs.errors import JobError
+from jobs.folder import find, home
+from jobs.lease import held_by
+from jobs.verify import verify
+
+_POLL_S = 0.1
+job_argument = click.argument("job", required=False)
+
+
+@click.command()
+@job_argument
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+def watch_command(job: str | None, as_json: bool) -> int:
+    """Watch a job until it ends.
+
+    Exits as the job did. Ctrl-C leaves the view, not the job.
+    """
+    return attach.watch(find(home(), job), as_json=as_json)
+
+
+@click.command()
+@job_argument
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job ends.")
+def logs_command(job: str | None, follow: bool) -> None:
+    """Print a job's log."""
+    folder = find(home(), job)
+    tail, last = LogTail(folder.path), False
+    while not last:
+        last = not follow or held_by(folder.path) is None
+        for line in tail.lines():
+            when = datetime.fromtimestamp(float(str(line["time"]))).astimezone()
+            click.echo(f"{when:%Y-%m-%d %H:%M:%S}  {line['message']}")
+        if not last:
+            time.sleep(_POLL_S)
+
+
+@click.command()
+@job_argument
+def cancel_command(job: str | None) -> int:
+    """Stop a job.
+
+    What it has done is kept, the tokens of begun rows too: `batchrun resume` would go on.
+    """
+    folder = find(home(), job)
+    pid = held_by(folder.path)
+    if pid is None:
+        raise JobError(f"the job {folder.id} does not run: it is {folder.state()}")
+    folder.request_cancel()
+    try:
+        os.kill(pid, signal.SIGTERM)  # the supervisor passes it on
+    except ProcessLookupError:
+        os.killpg(pid, signal.SIGTERM)  # it is gone, and its run still in its group
+    _wait(lambda: held_by(folder.path) is None)
+    click.echo(f"{folder.id} is {folder.state()}\nnext:   batchrun resume {folder.id}")
+    return ExitStatus.DONE
+
+
+@click.command()
+@click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
+def rm_command(jobs: tuple[str, ...]) -> None:
+    """Remove jobs.
+
+    Their folders go, with all results in them. Outputs that were written stay.
+    """
+    root = home()
+    for folder in [find(root, name) for name in jobs]:
+        folder.remove()
+        click.echo(f"removed {folder.id}")
+
+
+@click.command()
+@job_argument
+def verify_command(job: str | None) -> int:
+    """Check a job.
+
+    Is its journal sound, are its inputs and its model unchanged, does the output agree?
+    """
+    folder = find(home(), job)
+    problems = verify(folder)
+    for problem in problems:
+        click.echo(problem)
+    if not problems:
+        click.echo(f"{folder.id} is sound: {folder.counts().rows:,} rows")
+    return ExitStatus.FAILED if problems else ExitStatus.DONE
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(_POLL_S)

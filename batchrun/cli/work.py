@@ -1,0 +1,88 @@
+"""The commands that workers are made of; nobody types them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import click
+
+from batchrun import supervisor
+from batchrun.cli.errors import ExitStatus, explain
+from batchrun.live import Reporter
+from jobs.folder import JobFolder, home
+
+STATUS = {
+    "done": ExitStatus.DONE,
+    "done-with-errors": ExitStatus.FAILED_ROWS,
+    "interrupted": ExitStatus.INTERRUPTED,
+    "cancelled": ExitStatus.INTERRUPTED,
+}
+
+
+class StopOnSignal:
+    """While active, the first SIGINT or SIGTERM sets `event` and the second ends the process."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.event.is_set():
+            # Every acknowledged result is on disk already, so nothing is lost by dying here.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.event.set()
+
+
+@click.command(hidden=True)
+@click.argument("folder", type=click.Path(path_type=Path))
+def work_command(folder: Path) -> int:
+    """Be the supervisor of a job."""
+    return supervisor.work(folder, home())
+
+
+@click.command(hidden=True)
+@click.argument("folder", type=click.Path(path_type=Path))
+def run_job_command(folder: Path) -> int:
+    """Run a job, as its supervisor's child."""
+    # How long a thread of torch's OpenMP spins for work before it sleeps; read when torch is
+    # loaded. The default wins nothing over this on an idle machine, and makes a step three times
+    # as slow where another process wants a core (benchmarks/README.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    job = JobFolder(folder)
+    with Reporter(folder) as reporter, StopOnSignal() as stop:
+        try:
+            from batchrun.worker import run_job  # noqa: PLC0415  (imports torch)
+
+            outcome = run_job(
+                folder,
+                stop=stop.event,
+                on_progress=reporter.update,
+                log=reporter.message,
+                held=os.environ.get(supervisor.LEASE_HELD) == "1",
+            )
+        except Exception as error:
+            message, hint = explain(error)
+            job.set_state("failed", message, hint)
+            return ExitStatus.FAILED
+    return STATUS.get(outcome, ExitStatus.FAILED)

@@ -1,0 +1,127 @@
+"""What a running job tells whoever watches: its progress, and lines of its log.
+
+Neither is durable, nor needed for anything but watching.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+LOG = "log.jsonl"
+_PROGRESS = "progress.json"
+_EVERY_S = 0.25
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job is. Rows and samples count those of earlier runs too, tokens only this run's."""
+
+    rows_total: int | None
+    rows_done: int
+    rows_failed: int
+    rows_resumed: int
+    completion_tokens: int
+    running: int
+    waiting: int
+    elapsed_s: float
+    phase: str
+
+
+class Reporter:
+    """Writes a run's progress and log where others can read them.
+
+    Args:
+        folder: The job's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._progress = folder / _PROGRESS
+        self._log = (folder / LOG).open("a", encoding="utf-8")
+        self._lock = threading.Lock()
+        self._written = 0.0
+        self._phase = ""
+
+    def update(self, progress: Progress) -> None:
+        """Publish the newest state, a few times a second."""
+        now = time.monotonic()
+        if now - self._written >= _EVERY_S or progress.phase != self._phase:
+            self._written, self._phase = now, progress.phase
+            temporary = self._progress.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(asdict(progress)))
+            temporary.replace(self._progress)
+
+    def message(self, text: str) -> None:
+        """Add a line to the log."""
+        line = json.dumps({"time": round(time.time(), 3), "message": text}, ensure_ascii=False)
+        with self._lock:
+            print(line, file=self._log, flush=True)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._log.close()
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """What a run last published; None before the first time."""
+    try:
+        return Progress(**json.loads((folder / _PROGRESS).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+class LogTail:
+    """Reads a job's log as it grows.
+
+    Args:
+        folder: The job's folder.
+        begin: Where to begin: the log's end (`-1`) or a byte offset.
+    """
+
+    def __init__(self, folder: Path, begin: int = 0) -> None:
+        self._path = folder / LOG
+        self._file: IO[bytes] | None = None
+        self._begin = begin
+
+    @staticmethod
+    def size(folder: Path) -> int:
+        """Bytes of log that there are now."""
+        try:
+            return (folder / LOG).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def lines(self) -> Iterator[dict[str, object]]:
+        """What was added since the last call, whole lines only."""
+        if self._file is None:
+            try:
+                self._file = self._path.open("rb")
+            except FileNotFoundError:
+                return
+            self._file.seek(*((0, os.SEEK_END) if self._begin < 0 else (self._begin,)))
+        while True:
+            at = self._file.tell()
+            line = self._file.readline()
+            if not line.endswith(b"\n"):
+                self._file.seek(at)
+                return
+            yield json.loads(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,152 @@
+"""The process that a job lives in: it outlives whoever submitted the job, and sees how runs end.
+
+    submit ──starts──> supervisor ──starts──> run: torch, the engine, the journal
+      └─ attaches a view ───── reads progress.json and log.jsonl ──────┘
+
+The supervisor holds the job's lease, waits for its turn on the device, and starts the run as a
+child that inherits both: they end when both processes are gone. A run that dies by a fault is
+started again. Which rows were in it is counted, so that a row that kills the process twice is not
+tried a third time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from batchrun.live import Reporter
+from jobs.folder import JobFolder
+from jobs.lease import Lease
+from jobs.suspects import RunningRows
+from jobs.turns import Turn
+
+LEASE_HELD = "BATCHRUN_LEASE_HELD"  # in the environment of a run whose supervisor has the lease
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+_POLL_S = 0.2
+_RESTARTS = 4  # in a row, without a result in between
+
+
+def start(job: JobFolder) -> subprocess.Popen[bytes]:
+    """Start a supervisor for the job, in a session of its own: no terminal can take it along."""
+    with (job.path / "worker.log").open("ab") as log:
+        return subprocess.Popen(
+            _command("work", job.path),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def work(path: Path, root: Path) -> int:
+    """Be a job's supervisor.
+
+    Args:
+        path: The job's folder.
+        root: What `home()` says: where the device's queue is.
+
+    Returns:
+        The exit code of the job's last run.
+
+    Raises:
+        LeaseHeld: Another process has the job.
+    """
+    job = JobFolder(path)
+    with Lease(path) as lease, Reporter(path) as reporter, _Signals() as signals:
+        job.set_state("queued")
+        try:
+            with Turn(root, device_of(job)) as turn:
+                _wait_for(turn, reporter)
+                job.set_state("running")
+                return _supervise(job, [lease.fileno(), turn.fileno()], signals, reporter)
+        except _Cancelled:
+            job.set_state("cancelled")
+            return 130
+
+
+def device_of(job: JobFolder) -> str:
+    """The queue that a job waits in, found out without loading torch."""
+    wanted = str(job.spec().runtime.get("device") or "auto")
+    if wanted == "auto":
+        wanted = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    return "cuda:0" if wanted == "cuda" else wanted
+
+
+class _Cancelled(Exception):  # noqa: N818 - a request, not a failure
+    """The job was told to end before its turn came."""
+
+
+class _Signals:
+    """Passes SIGTERM and SIGINT on to the run; before there is one, they end the wait for it."""
+
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.child is None:
+            raise _Cancelled
+        self.child.send_signal(number)
+
+
+def _wait_for(turn: Turn, reporter: Reporter) -> None:
+    """Return when nobody is ahead in the device's line."""
+    told = False
+    while turn.ahead():
+        if not told:
+            reporter.message("waiting for the device, which another job uses")
+            told = True
+        time.sleep(_POLL_S)
+
+
+def _supervise(
+    job: JobFolder, handles: Sequence[int], signals: _Signals, reporter: Reporter
+) -> int:
+    """Run the job, again where a run dies by a fault, until a run ends by itself."""
+    vain = 0
+    while True:
+        before = job.counts().samples
+        child = signals.child = subprocess.Popen(
+            _command("run-job", job.path),
+            stdin=subprocess.DEVNULL,
+            pass_fds=handles,
+            env={**os.environ, LEASE_HELD: "1"},
+        )
+        code = child.wait()
+        if code >= 0:
+            return code
+        name = signal.Signals(-code).name
+        if -code not in _FAULTS:
+            reason = f"the run was ended by {name}"
+            if -code == signal.SIGKILL:
+                reason += ": by somebody, or by the system for want of memory"
+            job.set_state("interrupted", reason)
+            reporter.message(reason)
+            return 1
+        rows = RunningRows(job.path).rows()
+        with job.journal(readonly=False) as journal:
+            journal.count_crash(rows)
+        vain = vain + 1 if job.counts().samples == before else 0
+        reporter.message(f"the run crashed with {name}; {len(rows)} rows were in it")
+        if vain == _RESTARTS:
+            job.set_state("failed", f"the run crashed with {name} {vain} times in a row")
+            return 1
+
+
+def _command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "batchrun", *map(str, arguments)]

@@ -1,0 +1,215 @@
+"""Jobs that run without whoever submitted them: watched, left, cancelled, killed, crashed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from batchrun.supervisor import device_of
+from jobs.folder import JobFolder
+from jobs.lease import held_by
+from jobs.turns import Turn
+from tests.cli.conftest import CommandLine
+
+ROWS = 200
+LONG = ("--max-tokens", 40, "--ignore-eos", "--max-num-seqs", 4, "--temperature", 1)
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"waited in vain for {what}")
+
+
+def started(batchrun: CommandLine, rows: int = ROWS, output: str = "out.jsonl") -> JobFolder:
+    """A detached job over `rows` rows."""
+    source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(rows)])
+    shown = batchrun.submit(source, *LONG, "-o", output, "--detach", "--again")
+    assert shown.code == 0, shown.err
+    return JobFolder(batchrun.home / "jobs" / shown.out.split()[0])
+
+
+def running(job: JobFolder, rows: int = 1) -> None:
+    until(lambda: job.counts().rows >= rows, f"{rows} rows")
+
+
+def processes(job: JobFolder) -> tuple[psutil.Process, psutil.Process]:
+    """The job's supervisor and its run."""
+    pid = held_by(job.path)
+    assert pid is not None
+    supervisor = psutil.Process(pid)
+    return supervisor, until(supervisor.children, "the run")[0]
+
+
+def finished(batchrun: CommandLine, job: JobFolder, output: str = "out.jsonl") -> list[Any]:
+    """The output of a job that ended well, every row once and in order."""
+    assert batchrun("watch", job.id).code == 0
+    rows = batchrun.read(output)
+    assert [row["prompt"] for row in rows] == [f"prompt {i}" for i in range(ROWS)]
+    assert all(row["error"] is None for row in rows)
+    return rows
+
+
+def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine) -> None:
+    source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(ROWS)])
+    process = subprocess.Popen(
+        batchrun.argv("submit", source, *LONG, "-o", "out.jsonl", "--model", batchrun.model),
+        cwd=batchrun.folder,
+        env=batchrun.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("running:"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "goes on without this view" in err
+    job = JobFolder(batchrun.home / "jobs" / err.split("batchrun cancel ")[1].strip())
+    assert held_by(job.path) is not None
+
+    cancelled = batchrun("cancel", job.id)
+    assert (cancelled.code, job.state()) == (0, "cancelled")
+    assert not (batchrun.folder / "out.jsonl").exists()
+    again = batchrun("cancel", job.id)
+    assert (again.code, "does not run: it is cancelled" in again.error) == (1, True)
+    assert batchrun("export", job.id, "--partial", "-o", "partial.jsonl").code == 0
+    refused = batchrun("export", job.id)
+    assert (refused.code, "batchrun resume" in refused.hint) == (1, True)
+
+    begun = job.journal().partials()
+    assert 0 < len(begun) <= 4
+    resumed = batchrun("resume", job.id)
+    assert resumed.code == 0
+    assert f"{ROWS} of {ROWS} rows" in resumed.out
+    rows = finished(batchrun, job)
+    kept = {row["prompt"]: row for row in batchrun.read("partial.jsonl")}
+    assert all(row == kept.get(row["prompt"], row) for row in rows)
+
+    whole = started(batchrun, output="whole.jsonl")
+    assert finished(batchrun, whole, "whole.jsonl") == rows
+
+
+def test_the_same_work_is_not_begun_twice(batchrun: CommandLine) -> None:
+    job = started(batchrun)
+    source = batchrun.folder / "in.jsonl"
+    shown = batchrun.submit(source, *LONG, "-o", "other.jsonl")
+    assert (shown.code, job.id in shown.error) == (1, True)
+    assert f"batchrun resume {job.id}, or submit with --again" in shown.hint
+    assert batchrun("cancel").code == 0
+
+
+def test_jobs_wait_for_the_device_in_order(batchrun: CommandLine) -> None:
+    with Turn(batchrun.home, "cpu"):
+        first, second = started(batchrun, 3, "a.jsonl"), started(batchrun, 3, "b.jsonl")
+        assert device_of(first) == "cpu"
+        assert [first.state(), second.state()] == ["queued", "queued"]
+        assert "waiting for the device" in batchrun("logs", first.id).out
+        assert batchrun("cancel", second.id).code == 0
+        assert second.state() == "cancelled"
+        assert first.state() == "queued"
+    assert batchrun("watch", first.id).code == 0
+    assert not second.journal().runs()
+
+
+def test_a_killed_run_and_a_killed_supervisor(batchrun: CommandLine) -> None:
+    job = started(batchrun)
+    running(job)
+    supervisor, run = processes(job)
+    run.kill()
+    until(lambda: held_by(job.path) is None, "the supervisor's end")
+    assert job.state() == "interrupted"
+    assert "SIGKILL" in batchrun("show", job.id).out
+
+    assert batchrun("resume", job.id, "--detach").code == 0
+    running(job, 20)
+    supervisor, run = processes(job)
+    supervisor.kill()  # the run is on its own then, and has the lease
+    assert held_by(job.path) is not None
+    assert batchrun("resume", job.id).code == 1
+    finished(batchrun, job)
+
+
+def test_a_run_that_crashes_is_started_again(batchrun: CommandLine) -> None:
+    job = started(batchrun)
+    running(job)
+    _, run = processes(job)
+    run.send_signal(signal.SIGSEGV)
+    rows = finished(batchrun, job)
+    assert "the run crashed with SIGSEGV; 4 rows were in it" in batchrun("logs", job.id).out
+    assert job.journal().crash_counts()
+    assert len(job.journal().runs()) == 2
+    assert len(rows) == ROWS
+
+
+def test_a_row_that_crashes_the_process_is_not_tried_a_third_time(
+    batchrun: CommandLine, tmp_path: Path
+) -> None:
+    """A tokenizer hook that aborts the process on one prompt."""
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'run-job' in sys.orig_argv:\n"
+        "    from batchrun.engine.engine import Engine\n"
+        "    step = Engine.step\n"
+        "    def trapped(self):\n"
+        "        if any(s.request.row == 7 for s in self.scheduler.running):\n"
+        "            os.abort()\n"
+        "        return step(self)\n"
+        "    Engine.step = trapped\n"
+    )
+    source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(30)])
+    environment = batchrun.environment()
+    done = subprocess.run(
+        batchrun.argv("submit", source, *LONG, "-o", "out.jsonl", "--model", batchrun.model),
+        cwd=batchrun.folder,
+        env={**environment, "PYTHONPATH": f"{trap}:{environment.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    errors = {i: row["error"] for i, row in enumerate(batchrun.read("out.jsonl")) if row["error"]}
+    assert list(errors) == [7]
+    assert "crashed" in errors[7]
+
+
+def test_logs_follow_a_job_to_its_end(batchrun: CommandLine) -> None:
+    job = started(batchrun, 5)
+    shown = batchrun("logs", job.id, "-f")
+    assert shown.code == 0
+    assert "checked LlamaForCausalLM" in shown.out or shown.out == ""
+    assert job.state() == "done"
+
+
+def test_verify_and_rm(batchrun: CommandLine) -> None:
+    job = started(batchrun, 5)
+    refused = batchrun("rm", job.id)
+    assert refused.code in (0, 1)  # it may have ended by now
+    if refused.code == 1:
+        assert batchrun("watch", job.id).code == 0
+        assert batchrun("verify", job.id).out == f"{job.id} is sound: 5 rows\n"
+        (batchrun.folder / "out.jsonl").write_text("{}\n")
+        shown = batchrun("verify", job.id)
+        assert (shown.code, "out.jsonl" in shown.out) == (1, True)
+        assert batchrun("rm", job.id).code == 0
+    assert not job.path.exists()
+    assert json.loads(batchrun("list", "--json").out) == []
