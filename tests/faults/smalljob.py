@@ -213,9 +213,12 @@ class SmallJob:
             Exception: Whatever the run does.
         """
         jobs = self.jobs()
-        job = jobs[0] if jobs else folder.create(self.home, self.spec())
-        ledger.submit()
-        on_submitted()
+        if jobs:  # perhaps one whose submission failed at its last sync: nobody was told of it
+            job = jobs[0]
+        else:
+            job = folder.create(self.home, self.spec())
+            ledger.submit()
+            on_submitted()
         write = Journal.write
 
         def noting(journal: Journal, results: list[Result], *rest: Any, **more: Any) -> None:
