@@ -2,6 +2,7 @@
 #   make demo     64 real prompts through the embedded model, into demo/completions.parquet
 #   make test     lint, types and the whole test suite
 #   make bench    batchrun against transformers' own generate, on this machine
+#   make crash-test  every fault at every step, power loss, signals and races (docs/durability.md)
 #   make gpu-check  the GPU's tests and benchmarks, into one JSON; see benchmarks/METHOD.md
 # PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS goes to every pip install.
 
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SETUP := $(VENV)/.setup-done
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint bench gpu-check clean
+.PHONY: setup demo test lint bench crash-test gpu-check clean
 
 setup: $(SETUP)
 
@@ -49,6 +50,12 @@ test: lint
 
 bench: $(SETUP)
 	$(BIN)/python benchmarks/throughput.py
+
+crash-test: $(SETUP)
+	$(BIN)/python -m tests.faults.steps
+	$(BIN)/python -m tests.faults.powerloss
+	$(BIN)/python -m tests.crash.signals
+	$(BIN)/python -m tests.crash.races
 
 gpu-check: $(SETUP)
 	$(BIN)/python -m benchmarks.gpu.check
