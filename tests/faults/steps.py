@@ -151,7 +151,7 @@ def strace_case(case: Case, thread: str, syscall: str, fault: str, n: int) -> tu
         return "SIGKILL", status
     lines = log.read_text().splitlines() if log.exists() else []
     struck = next((line for line in lines if "INJECTED" in line), "")
-    assert str(case.small.home) in struck or not struck, f"not an operation on the job: {struck}"
+    assert str(case.small.root) in struck or not struck, f"not an operation on the job: {struck}"
     return struck, status
 
 
