@@ -25,6 +25,7 @@ from batchrun.live import Progress
 from batchrun.models import fingerprint
 from batchrun.reader import Reader, RowEngine, Workbench
 from jobs import folder as folders
+from jobs.errors import Fenced, JournalError
 from jobs.export import export
 from jobs.folder import JobFolder
 from jobs.journal import Journal
@@ -130,7 +131,7 @@ class _Run:
     def run(self, open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench]) -> Outcome:
         """Load, compute what is to do, export."""
         outcome = Outcome.FAILED
-        self._reason: str | None = None
+        self._failure: Exception | None = None
         try:
             if self._samples < self._total * self.spec.n:
                 self._report("load")
@@ -147,7 +148,7 @@ class _Run:
             outcome = Outcome.INTERRUPTED
             raise
         except Exception as error:
-            self._reason = str(error)
+            self._failure = error
             raise
         finally:
             if self._workbench is not None:
@@ -316,10 +317,16 @@ class _Run:
         self.stats.export_s = time.perf_counter() - began
 
     def _end(self, outcome: Outcome) -> None:
-        with Journal(self.job.path, self.spec.n) as journal:
-            journal.resume_run(self._run_id)
-            journal.end_run(str(outcome), self._figures(), self._reason)
-        self.job.set_state(str(outcome), self._reason)
+        """Note how the run ended."""
+        failure = self._failure
+        if isinstance(failure, Fenced):
+            return  # the job is another worker's
+        reason = None if failure is None else str(failure)
+        if not isinstance(failure, JournalError):  # a journal that failed is not written again
+            with Journal(self.job.path, self.spec.n) as journal:
+                journal.resume_run(self._run_id)
+                journal.end_run(str(outcome), self._figures(), reason)
+        self.job.set_state(str(outcome), reason)
 
     def _figures(self) -> dict[str, Any]:
         """The run's statistics so far."""

@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from batchrun import supervisor
-from batchrun.cli.errors import ExitStatus, explain
+from batchrun.cli.errors import ExitStatus, explain, print_error
 from batchrun.live import Reporter
+from jobs.errors import Fenced
 from jobs.folder import JobFolder, home
 
 STATUS = {
@@ -83,6 +84,8 @@ def run_job_command(folder: Path) -> int:
             )
         except Exception as error:
             message, hint = explain(error)
-            job.set_state("failed", message, hint)
+            if not isinstance(error, Fenced):
+                job.set_state("failed", message, hint)
+            print_error(message, hint)  # into worker.log, where a full disk may yet have room
             return ExitStatus.FAILED
     return STATUS.get(outcome, ExitStatus.FAILED)
