@@ -16,6 +16,7 @@ from typing import Any
 from gpu.details import sections
 
 HERE = Path(__file__).parent
+ELSEWHERE = "faults-"  # docs/durability.md tells of these
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 
 
@@ -93,7 +94,8 @@ SECTIONS = {
 
 
 def render() -> str:
-    found = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+    paths = sorted((HERE / "results").glob("*.json"))
+    found = [json.loads(p.read_text()) for p in paths if not p.name.startswith(ELSEWHERE)]
     made = ["\n".join(SECTIONS[result["benchmark"]](result)) for result in found]
     if not any(result["benchmark"] == "gpu-check" for result in found):
         made.append("### GPU\n\nNo check of a GPU has been run yet: no figure of one is known.")
