@@ -138,7 +138,9 @@ def _supervise(
             job.set_state("interrupted", reason)
             reporter.message(reason)
             return 1
-        rows = RunningRows(job.path).rows()
+        running = RunningRows(job.path)
+        rows = running.rows()
+        running.close()
         with job.journal(readonly=False) as journal:
             journal.count_crash(rows)
         vain = vain + 1 if job.counts().samples == before else 0

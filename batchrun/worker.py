@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +25,7 @@ from batchrun.live import Progress
 from batchrun.models import fingerprint
 from batchrun.reader import Reader, RowEngine, Workbench
 from jobs import folder as folders
-from jobs.errors import Fenced, JournalError
+from jobs.errors import Fenced, JobError, JournalError
 from jobs.export import export
 from jobs.folder import JobFolder
 from jobs.journal import Journal
@@ -115,6 +115,8 @@ class _Run:
         self._reader: Reader | None = None
         self._failures: list[BaseException] = []
         self._workbench: Workbench | None = None
+        self._running = RunningRows(job.path)
+        self._running.clear()  # of the run before; its supervisor has taken note
         with Journal(job.path, spec.n) as journal:
             self._total = self._count_rows(journal)
             self.done = journal.done()
@@ -125,8 +127,6 @@ class _Run:
         self._samples = self._earlier.samples
         self._failed = self._earlier.failed
         self._failed_rows = DoneSet(1)
-        self._running = RunningRows(job.path)
-        self._running.clear()  # of the run before; its supervisor has taken note
 
     def run(self, open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench]) -> Outcome:
         """Load, compute what is to do, export."""
@@ -154,8 +154,10 @@ class _Run:
             if self._workbench is not None:
                 self._workbench.close()
             self._running.close()
-            self._end(outcome)
-        write_summary(self.job)
+            # Where the disk fails here too, the error that is on its way says more.
+            with suppress(*(JobError, OSError) if self._failure is not None else ()):
+                self._end(outcome)
+        write_summary(self.job, str(outcome))
         return outcome
 
     def _count_rows(self, journal: Journal) -> int:

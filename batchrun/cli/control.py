@@ -13,6 +13,7 @@ import click
 from batchrun.cli import attach
 from batchrun.cli.errors import ExitStatus
 from batchrun.live import LogTail
+from batchrun.models import fingerprint
 from jobs.errors import JobError
 from jobs.folder import find, home
 from jobs.lease import held_by
@@ -91,7 +92,7 @@ def verify_command(job: str | None) -> int:
     Is its journal sound, are its inputs and its model unchanged, does the output agree?
     """
     folder = find(home(), job)
-    problems = verify(folder)
+    problems = verify(folder, fingerprint)
     for problem in problems:
         click.echo(problem)
     if not problems:

@@ -14,7 +14,7 @@ import click
 from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, explain, print_error
 from batchrun.live import Reporter
-from jobs.errors import Fenced
+from jobs.errors import Fenced, LeaseHeld
 from jobs.folder import JobFolder, home
 
 STATUS = {
@@ -84,7 +84,7 @@ def run_job_command(folder: Path) -> int:
             )
         except Exception as error:
             message, hint = explain(error)
-            if not isinstance(error, Fenced):
+            if not isinstance(error, Fenced | LeaseHeld):
                 job.set_state("failed", message, hint)
             print_error(message, hint)  # into worker.log, where a full disk may yet have room
             return ExitStatus.FAILED

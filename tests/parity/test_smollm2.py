@@ -97,10 +97,10 @@ def test_one_at_a_time(
 
 def test_samples_are_the_same_for_any_batch(model: LoadedModel, prompts: list[list[int]]) -> None:
     params = SamplingParams(max_tokens=10, temperature=1.0, top_p=0.95)
-    few = prompts[:40]
+    few = prompts[:20]
     with rig(model, max_num_batched_tokens=512) as r:
         want = outputs(run(r, few, params, seed=3, check=False))
-    assert len({tuple(w) for w in want}) > 35
+    assert len({tuple(w) for w in want}) > 16
     with rig(model, max_num_seqs=7, max_num_batched_tokens=40) as r:
         backwards = list(reversed(range(len(few))))
         got = outputs(run(r, few, params, seed=3, order=backwards, check=False))
