@@ -46,7 +46,7 @@ lint: $(SETUP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(SETUP)
 	$(BIN)/python benchmarks/throughput.py

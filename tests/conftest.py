@@ -14,6 +14,9 @@ import pytest
 from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the cores; read by torch
+    _threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _threads)))
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 
