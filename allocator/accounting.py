@@ -15,7 +15,8 @@ class Usage:
     Attributes:
         reserved: address space.
         mapped: physical pages held by the pool, mapped or free, each once.
-        live: bytes that hold tokens of open slots.
+        live: bytes that hold tokens of open slots, shared ones once.
+        shared: bytes of pages that sharing saves open slots.
         static: what reserving `max_tokens` for each open slot would use.
         paged: what a cache of 16-token blocks would use for the same sequences.
     """
@@ -23,6 +24,7 @@ class Usage:
     reserved: int
     mapped: int
     live: int
+    shared: int
     static: int
     paged: int
     map_calls: int

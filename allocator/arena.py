@@ -9,36 +9,23 @@ slab's begin, in order, and leave it from its end:
 Claimed pages are those that a running step may touch. Surplus, which is all that a closed slot
 has, stays mapped until another sequence wants the pages, because whoever opens the slot next saves
 mapping them (the deferred reclamation of vAttention, https://arxiv.org/abs/2405.04437).
+
+A page may be mapped in several slots (see `sharing`), and is written only in a slot that has it
+alone. What a slot shares lies before its live tokens' end, so that growing does not write it.
 """
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from .accounting import Usage, paged_blocks, paged_bytes, static_bytes
+from .invariants import check_arena
 from .layout import KVLayout
 from .pages import PagePool
+from .sharing import Copy, Sharing, Slot, at_most
 from .slabs import Slabs
 from .vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
 
 _STEAL_PAGES = 8  # Steal a few pages more than are wanted: one unmap then serves several requests.
 _SPARE_PAGES = 4  # Unused pages that are never too many.
-
-
-@dataclass(slots=True)
-class _Slot:
-    index: int
-    tables: list[list[Handle]]  # per group, the mapped pages from the slab's begin on (Slabs')
-    claimed: tuple[int, ...]  # per group, pages that may be in use; at most len(table)
-    backed: int = -1  # tokens that the claimed pages hold; -1 when closed
-    tokens: int = 0  # live tokens
-    fence: int = -1  # the surplus may be read until this step is retired
-    num_pages: int = 0
-    num_claimed: int = 0
-
-    @property
-    def surplus(self) -> int:
-        return self.num_pages - self.num_claimed
 
 
 class KVArena:
@@ -84,13 +71,13 @@ class KVArena:
         self.slack = slack
         self.pool = PagePool(memory, budget)
         self._slabs = Slabs(memory, layout, self.pool, num_slots)
-        self._none = (0,) * layout.num_groups
-        self._slots = [
-            _Slot(index, tables, self._none) for index, tables in enumerate(self._slabs.tables)
-        ]
-        self._closed = set(range(num_slots))
+        self._sharing = Sharing(layout, self.pool)
+        none = self._none = self._sharing.none
+        self._slots = [Slot(i, tables, none, none) for i, tables in enumerate(self._slabs.tables)]
+        self._closed = set(range(num_slots))  # and not kept
+        self._kept: set[int] = set()
         self._with_surplus: set[int] = set()
-        self._claimed_pages = 0
+        self._claims = 0  # pages of all slots' claims, shared ones as often as they are claimed
         self._live_tokens = 0
         self._live_blocks = 0
         self._retired = -1
@@ -99,65 +86,172 @@ class KVArena:
     def open(self, num_tokens: int = 0) -> int | None:
         """Take a closed slot: the one whose pages fit `num_tokens` best. Maps nothing.
 
-        The pages it has for the first `num_tokens` tokens are claimed at once.
+        The pages it has for the first `num_tokens` tokens are claimed at once. Slots without
+        shared pages come first; of another, the shared pages and those behind them are unmapped.
 
         Returns:
-            The slot, or None when all are open.
+            The slot, or None when no slot is closed but those that are kept and those with shared
+            pages that an unfinished step may read.
         """
         if not self._slabs.reserved:
             raise AllocatorError("this KVArena is released")
-        if not self._closed:
-            return None
         wanted = self.layout.pages_for(num_tokens)
         total = sum(wanted)
 
-        def misfit(index: int) -> tuple[bool, int, int]:
-            pages = self._slots[index].num_pages
-            return pages < total, abs(pages - total), index
+        def misfit(slot: Slot) -> tuple[bool, bool, int, int]:
+            pages = slot.num_pages
+            return slot.aliased_end > 0, pages < total, abs(pages - total), slot.index
 
-        slot = self._slots[min(self._closed, key=misfit)]
+        closed = (self._slots[index] for index in self._closed)
+        free = (s for s in closed if not s.aliased_end or s.fence <= self._retired)
+        slot = min(free, key=misfit, default=None)
+        if slot is None:
+            return None
+        if slot.aliased_end:
+            self._cut(slot, self._usable(slot, self._none, slot.tables))
+            self._sharing.alias(slot, self._none)
         self._closed.remove(slot.index)
-        self._claim(slot, _at_most(wanted, slot.tables))
+        self._claim(slot, at_most(wanted, _lengths(slot)))
         return slot.index
 
-    def ensure(self, slot: int, num_tokens: int) -> bool:
+    def ensure(self, slot: int, num_tokens: int, step: int | None = None) -> bool:
         """Put pages behind the tokens [0, num_tokens) of an open slot, which become its live ones.
 
         New pages hold undefined bytes. What the slot held stays. Asking for fewer tokens than
-        before unmaps nothing.
+        before unmaps nothing. Asking for more again where the slot shares pages is allowed while
+        no unfinished step reads the slot: the shared pages that are to be written are replaced,
+        and what is live on them is copied (`take_copies`).
+
+        Args:
+            slot: an open slot.
+            num_tokens: tokens that will be live: all below the former number stay as they are.
+            step: the step before whose kernels copies will be made. Only where a shared page has
+                to be copied it must be named.
 
         Returns:
-            False when there are no pages for it. The slot then holds what it held, in every group.
+            False when there are no pages for it, or when a page to be replaced is still read by an
+            unfinished step. The slot then holds what it held, in every group.
 
         Raises:
-            AllocatorError: the slot is not open, or cannot hold `num_tokens`.
+            AllocatorError: the slot is not open, or cannot hold `num_tokens`, or a step is missing.
         """
         state = self._slots[slot]
+        before, claimed = state.tokens, state.claimed
         if not 0 <= num_tokens <= state.backed and not self._extend(state, num_tokens):
             return False
-        before = state.tokens
-        if num_tokens != before:
-            state.tokens = num_tokens
-            self._live_tokens += num_tokens - before
-            self._live_blocks += paged_blocks(num_tokens) - paged_blocks(before)
+        if num_tokens == before:
+            return True
+        if before < min(state.aliased_end, num_tokens) and not self._unshare(
+            state, num_tokens, step
+        ):
+            self._claim(state, at_most(claimed, _lengths(state)))
+            return False
+        self._set_live(state, num_tokens)
         return True
 
-    def close(self, slot: int, step: int) -> None:
+    def share(self, source: int, num_shared: int, num_tokens: int, step: int) -> int | None:
+        """Open a slot whose first `num_shared` tokens are those of `source`, and are its live ones.
+
+        Whole pages are the source's own, mapped here too. Of the page that the shared tokens end
+        on, in each group, a copy is ordered (`take_copies`). A closed slot that has the pages
+        already is preferred, then one for which least is mapped and unmapped.
+
+        Args:
+            source: an open slot with at least `num_shared` live tokens, or a closed or kept one
+                that still has the pages. That its bytes are right, and written by steps before
+                `step`, is the caller's to know.
+            num_shared: tokens.
+            num_tokens: a guess how long the new sequence is, as in `open`.
+            step: the step before whose kernels the copies will be made: the source's pages stay
+                put until it is retired.
+
+        Returns:
+            The slot, or None when none can be had now, or no page for the copies. Then nothing has
+            changed, but that pages nobody claims may have been reclaimed.
+
+        Raises:
+            AllocatorError: the source has fewer tokens, or the step is retired.
+        """
+        origin, layout = self._slots[source], self.layout
+        held = self.held_tokens(source)
+        if not 0 <= num_shared <= held:
+            raise AllocatorError(f"slot {source} has {held} tokens; {num_shared} can't be shared")
+        if step <= self._retired:
+            raise AllocatorError(f"step {step} is retired; copies can't be made before it")
+        whole, wanted = layout.whole_pages(num_shared), layout.pages_for(num_shared)
+        expected = layout.pages_for(max(num_shared, num_tokens))
+        slot = self._sharer(origin, whole, sum(expected))
+        if slot is None:
+            return None
+        fence, origin.fence = origin.fence, max(origin.fence, step)  # nobody steals from it
+        self._cut(slot, self._usable(slot, whole, origin.tables))
+        has = _lengths(slot)
+        self._claim(slot, at_most(wanted, has))
+        aliases = [t[n:w] for t, n, w in zip(origin.tables, has, whole, strict=True)]
+        copies = [int(n <= w < c) for n, w, c in zip(has, whole, wanted, strict=True)]
+        if not self._map(slot, copies, aliases):
+            self._claim(slot, self._none, is_open=False)
+            origin.fence = fence
+            return None
+        self._closed.remove(slot.index)
+        self._sharing.alias(origin, tuple(map(max, origin.aliased, whole)))
+        self._sharing.alias(slot, whole)
+        self._claim(slot, at_most(expected, _lengths(slot)))
+        self._set_live(slot, num_shared)
+        for group, page in enumerate(whole):
+            rest = num_shared * layout.group_bytes_per_token(group) - page * layout.page_size
+            if rest:
+                self._sharing.order(group, page, origin, slot, rest)
+        return slot.index
+
+    def fork(self, source: int, step: int) -> int | None:
+        """Open a slot with all live tokens of an open one: see `share`."""
+        state = self._slots[source]
+        self._check_slot_open(state)
+        return self.share(source, state.tokens, state.tokens, step)
+
+    def take_copies(self) -> tuple[Copy, ...]:
+        """What was ordered since the last call, and is to be copied before the next step.
+
+        Before its kernels, that is, after those of the steps before it, and in this order: a copy
+        may read what one before it has written.
+        """
+        copies, self._sharing.copies = tuple(self._sharing.copies), []
+        return copies
+
+    def close(self, slot: int, step: int, keep: int = 0) -> None:
         """End a slot's sequence. Its pages stay mapped for the next, or until they are wanted.
+
+        Copies into the slot that were not taken are dropped, but for those to tokens kept or
+        shared.
 
         Args:
             slot: an open slot.
             step: the last step that may touch the slot. Its pages stay until that is retired.
+            keep: live tokens whose pages stay claimed until `drop`: a kept slot is not opened, and
+                can be shared from.
         """
         state = self._slots[slot]
         self._check_slot_open(state)
-        self._live_tokens -= state.tokens
-        self._live_blocks -= paged_blocks(state.tokens)
-        state.tokens = 0
+        if not 0 <= keep <= state.tokens:
+            raise AllocatorError(f"slot {slot} has {state.tokens} tokens; {keep} can't be kept")
+        self._set_live(state, 0)
         state.fence = max(state.fence, step)
-        self._claim(state, self._none)
-        state.backed = -1
+        self._claim(state, self.layout.pages_for(keep), is_open=False)
+        state.kept = keep
+        (self._kept if keep else self._closed).add(slot)
+        self._sharing.forget_copies(state)
+
+    def drop(self, slot: int) -> None:
+        """Give up what a kept slot kept: it is a closed slot like others now."""
+        if slot not in self._kept:
+            raise AllocatorError(f"slot {slot} keeps nothing")
+        state = self._slots[slot]
+        state.kept = 0
+        self._kept.remove(slot)
         self._closed.add(slot)
+        self._claim(state, self._none, is_open=False)
+        self._sharing.forget_copies(state)
 
     def retire(self, step: int) -> None:
         """Declare all steps up to `step` finished, and bring the pool to the size it should have.
@@ -197,6 +291,11 @@ class KVArena:
         """Where slot 0's slab of `group` begins; slot s's is s * `layout.slab_size(group)` on."""
         return self._slabs.address(group)
 
+    def held_tokens(self, slot: int) -> int:
+        """Live tokens of an open slot; of a closed one, tokens whose pages are still mapped."""
+        state = self._slots[slot]
+        return state.tokens if state.backed >= 0 else self.layout.tokens_in(_lengths(state))
+
     def live_tokens(self, slot: int) -> int:
         """Tokens that `ensure` was last asked for; 0 in a closed slot."""
         return self._slots[slot].tokens
@@ -208,7 +307,7 @@ class KVArena:
     @property
     def num_open(self) -> int:
         """Slots that are open."""
-        return self.num_slots - len(self._closed)
+        return self.num_slots - len(self._closed) - len(self._kept)
 
     def usage(self) -> Usage:
         """What is reserved, mapped and live now. Cheap: nothing is counted up for it."""
@@ -216,7 +315,8 @@ class KVArena:
         return Usage(
             reserved=slabs.reserved,
             mapped=pool.created * layout.page_size,
-            live=self._live_tokens * layout.bytes_per_token,
+            live=self._live_tokens * layout.bytes_per_token - self._sharing.live_twice(),
+            shared=self._sharing.open_claims.excess * layout.page_size,
             static=static_bytes(layout, self.num_open),
             paged=paged_bytes(layout, self._live_blocks),
             map_calls=slabs.mapping.calls,
@@ -232,45 +332,26 @@ class KVArena:
     def release(self) -> None:
         """Close all slots and give everything back. No step may be unfinished. Idempotent."""
         for slot in self._slots:
-            if slot.index not in self._closed:
+            if slot.backed >= 0:
                 self.close(slot.index, self._retired)
-            self._strip(slot, slot.num_pages)
-        self._with_surplus.clear()
+        for index in tuple(self._kept):
+            self.drop(index)
+        for slot in self._slots:
+            self._cut(slot, self._none)
+        self._sharing.copies.clear()
         self.pool.shrink()
         self._slabs.free()
 
     def check(self) -> None:
         """Raise AssertionError, with what is wrong, unless every invariant holds."""
-        self.pool.check()
-        layout, references = self.layout, Counter[Handle]()
-        for slot in self._slots:
-            at, pages = f"slot {slot.index}", tuple(len(table) for table in slot.tables)
-            assert slot.num_pages == sum(pages), f"{at}: {slot.num_pages} pages, table {pages}"
-            assert slot.num_claimed == sum(slot.claimed), f"{at}: claim {slot.claimed}"
-            assert all(c <= p for c, p in zip(slot.claimed, pages, strict=True)), (
-                f"{at}: claims {slot.claimed} of {pages} pages"
-            )
-            if slot.index in self._closed:
-                state = (slot.backed, slot.tokens, slot.num_claimed)
-                assert state == (-1, 0, 0), f"{at} is closed with {state}"
-            else:
-                backed = layout.tokens_in(slot.claimed)
-                assert slot.tokens <= slot.backed == backed, (
-                    f"{at}: {slot.tokens} live, {slot.backed} backed, {backed} fit the claim"
-                )
-            assert (slot.surplus > 0) == (slot.index in self._with_surplus), f"{at}: surplus"
-            for table in slot.tables:
-                references.update(table)
-        for handle, count in references.items():
-            held = self.pool.references(handle)
-            assert held == count, f"page {handle} is mapped {count} times, has {held} references"
-        assert self.pool.in_use == len(references), "a page in use is mapped nowhere"
-        tokens = [slot.tokens for slot in self._slots]
-        assert self._live_tokens == sum(tokens), f"{self._live_tokens} live, slots have {tokens}"
-        assert self._live_blocks == sum(map(paged_blocks, tokens)), "paged blocks"
-        assert self._claimed_pages == sum(s.num_claimed for s in self._slots), "claimed pages"
+        check_arena(self)
 
-    def _extend(self, slot: _Slot, num_tokens: int) -> bool:
+    @property
+    def _claimed_pages(self) -> int:
+        """Pages that open and kept slots claim, each once."""
+        return self._claims - self._sharing.claims.excess
+
+    def _extend(self, slot: Slot, num_tokens: int) -> bool:
         """Claim and map pages for more tokens than `slot.backed`."""
         self._check_slot_open(slot)
         if not 0 <= num_tokens <= self.layout.max_tokens:
@@ -283,58 +364,177 @@ class KVArena:
         if any(missing):
             before = slot.claimed
             # What the slot has of the wanted pages is claimed first: stealing must not take it.
-            self._claim(slot, _at_most(wanted, slot.tables))
-            self._steal(sum(missing) - self.pool.free, self._retired)
-            try:
-                self._slabs.extend(slot.index, missing)
-            except OutOfPages:
-                self._claim(slot, _at_most(before, slot.tables))
+            self._claim(slot, at_most(wanted, _lengths(slot)))
+            if not self._map(slot, missing):
+                self._claim(slot, at_most(before, _lengths(slot)))
                 return False
-            slot.num_pages += sum(missing)
         self._claim(slot, wanted)
         return True
+
+    def _map(self, slot: Slot, counts: list[int], shared: list[list[Handle]] | None = None) -> bool:
+        """Map more pages in a slot, as `Slabs.extend` does; False when they can't be had."""
+        self._steal(sum(counts) - self.pool.free, self._retired)
+        try:
+            self._slabs.extend(slot.index, counts, shared)
+        except OutOfPages:
+            return False
+        slot.num_pages += sum(counts) + sum(map(len, shared or ()))
+        return True
+
+    def _unshare(self, slot: Slot, num_tokens: int, step: int | None) -> bool:
+        """Give a slot pages of its own for the tokens [slot.tokens, num_tokens), all mapped."""
+        layout, references = self.layout, self.pool.references
+        begin, end = layout.whole_pages(slot.tokens), layout.pages_for(num_tokens)
+        spans = [range(*span) for span in zip(begin, at_most(end, slot.aliased), strict=True)]
+        self._reclaim(slot, spans)
+        shared = [
+            (group, page)
+            for group, span in enumerate(spans)
+            for page in span
+            if references(slot.tables[group][page]) > 1
+        ]
+        if shared and slot.fence > self._retired:
+            return False
+        self._steal(len(shared) - self.pool.free, self._retired)
+        for group, page in shared:
+            nbytes = slot.tokens * layout.group_bytes_per_token(group) - page * layout.page_size
+            if nbytes > 0 and step is None:
+                raise AllocatorError(f"slot {slot.index} writes into a shared page: name the step")
+            try:
+                old = self._slabs.replace(slot.index, group, page)
+            except OutOfPages:
+                return False  # what was replaced until now holds the same tokens
+            self._sharing.replaced(slot, group, page, old)
+            if nbytes > 0 and step is not None:
+                other = next(s for s in self._slots if old in s.tables[group][page : page + 1])
+                other.fence = max(other.fence, step)
+                self._sharing.order(group, page, other, slot, nbytes)
+        spare = zip(begin, end, slot.aliased, strict=True)
+        self._sharing.alias(slot, tuple(min(b, a) if a <= e else a for b, e, a in spare))
+        return True
+
+    def _reclaim(self, slot: Slot, spans: list[range]) -> None:
+        """Unmap from closed slots what they share with a slot on the given pages of each slab."""
+        for index in self._closed:
+            other = self._slots[index]
+            if other.aliased_end and other.fence <= self._retired:
+                tables = zip(other.tables, slot.tables, spans, strict=True)
+                keep = (
+                    next((p for p in span if theirs[p : p + 1] == own[p : p + 1]), len(theirs))
+                    for theirs, own, span in tables
+                )
+                self._cut(other, tuple(keep))
+
+    def _sharer(self, origin: Slot, whole: tuple[int, ...], total: int) -> Slot | None:
+        """The closed slot that is cheapest to give the leading pages `whole` of another slot."""
+        best, least = None, (0, 0, 0)
+        for index in self._closed:
+            slot = self._slots[index]
+            keep = self._usable(slot, whole, origin.tables)
+            lost = slot.num_pages - sum(keep)
+            if slot is origin or (lost and slot.fence > self._retired):
+                continue
+            missing = sum(whole) - sum(at_most(whole, keep))
+            cost = lost + missing, abs(sum(keep) - total), index
+            if best is None or cost < least:
+                best, least = slot, cost
+        return best
+
+    def _usable(
+        self, slot: Slot, whole: tuple[int, ...], tables: list[list[Handle]]
+    ) -> tuple[int, ...]:
+        """Pages of each slab that may stay when a closed slot gets the pages `whole` of `tables`.
+
+        They are those that it has already, and what is behind all of them and in no other slot.
+        """
+        references, keep = self.pool.references, []
+        for own, theirs, count, aliased in zip(
+            slot.tables, tables, whole, slot.aliased, strict=True
+        ):
+            if own[:count] == theirs[:count]:
+                rest = (p for p in range(count, aliased) if references(own[p]) > 1)
+            else:
+                rest = (p for p, handle in enumerate(own) if handle != theirs[p])
+            keep.append(next(rest, len(own)))
+        return tuple(keep)
 
     def _steal(self, count: int, fence: int) -> None:
         """Free `count` pages, or as many as there are, from surplus that no step reads.
 
-        Closed slots give first, and the largest surplus first. Only slots whose fence is at most
-        `fence` give.
+        Closed slots give first, and the largest surplus first, but what is shared last. Only slots
+        whose fence is at most `fence` give.
         """
-        while count > 0:
+        while count > 0 and self.pool.in_use > self._claimed_pages:
             givers = [s for i in self._with_surplus if (s := self._slots[i]).fence <= fence]
-            if not givers:
+            closed = [s for s in givers if s.backed < 0]
+            giver = self._largest(closed) or self._largest(givers)
+            if giver is None:
                 return
-            giver = max(givers, key=lambda s: (s.backed < 0, s.surplus, s.index))
             count -= self._strip(giver, max(count, _STEAL_PAGES))
 
-    def _strip(self, slot: _Slot, count: int) -> int:
+    def _largest(self, givers: list[Slot]) -> Slot | None:
+        """The slot with the largest surplus to give, shared by none if possible."""
+        best = max(givers, key=lambda s: (s.unaliased_surplus, s.index), default=None)
+        if best is None or best.unaliased_surplus:
+            return best
+        return next((s for s in givers if sum(self._floor(s)) < s.num_pages), None)
+
+    def _floor(self, slot: Slot) -> tuple[int, ...]:
+        """Pages of each slab beyond which there are pages that no slot claims."""
+        if not slot.aliased_end:
+            return slot.claimed
+        claims, floor = self._sharing.claims.counts, []
+        for table, claimed in zip(slot.tables, slot.claimed, strict=True):
+            loose = (p for p in range(claimed, len(table)) if table[p] not in claims)
+            floor.append(next(loose, len(table)))
+        return tuple(floor)
+
+    def _strip(self, slot: Slot, count: int) -> int:
         """Unmap up to `count` surplus pages of a slot. Returns how many pages became free."""
-        freed = taken = 0
-        for group, (table, claimed) in enumerate(zip(slot.tables, slot.claimed, strict=True)):
-            pages = min(len(table) - claimed, count - taken)
-            if pages > 0:
-                freed += self._slabs.cut(slot.index, group, len(table) - pages)
-                slot.num_pages -= pages
-                taken += pages
+        keep = []
+        for table, floor in zip(slot.tables, self._floor(slot), strict=True):
+            pages = max(0, min(len(table) - floor, count))
+            keep.append(len(table) - pages)
+            count -= pages
+        return self._cut(slot, tuple(keep))
+
+    def _cut(self, slot: Slot, keep: tuple[int, ...]) -> int:
+        """Unmap a slot's surplus past `keep` pages of each slab. Returns how many became free."""
+        freed = 0
+        for group, (table, count) in enumerate(zip(slot.tables, keep, strict=True)):
+            if count < len(table):
+                slot.num_pages -= len(table) - count
+                freed += self._slabs.cut(slot.index, group, count)
+        if slot.aliased_end:
+            self._sharing.alias(slot, at_most(slot.aliased, keep))
         if not slot.surplus:
             self._with_surplus.discard(slot.index)
         return freed
 
-    def _claim(self, slot: _Slot, pages: tuple[int, ...]) -> None:
-        """Set the pages of an open slot that may be in use."""
+    def _set_live(self, slot: Slot, num_tokens: int) -> None:
+        before, slot.tokens = slot.tokens, num_tokens
+        self._live_tokens += num_tokens - before
+        self._live_blocks += paged_blocks(num_tokens) - paged_blocks(before)
+        if min(before, num_tokens) < slot.aliased_end:
+            self._sharing.recount(slot)
+
+    def _claim(self, slot: Slot, pages: tuple[int, ...], *, is_open: bool = True) -> None:
+        """Set the pages of a slot that may be in use, and whether it is open."""
         total = sum(pages)
-        self._claimed_pages += total - slot.num_claimed
+        self._claims += total - slot.num_claimed
         slot.claimed, slot.num_claimed = pages, total
-        slot.backed = self.layout.tokens_in(pages)
+        slot.backed = self.layout.tokens_in(pages) if is_open else -1
         if slot.surplus:
             self._with_surplus.add(slot.index)
         else:
             self._with_surplus.discard(slot.index)
+        if slot.aliased_end:
+            self._sharing.recount(slot)
 
-    def _check_slot_open(self, slot: _Slot) -> None:
-        if slot.index in self._closed:
+    def _check_slot_open(self, slot: Slot) -> None:
+        if slot.backed < 0:
             raise AllocatorError(f"slot {slot.index} is not open")
 
 
-def _at_most(pages: tuple[int, ...], tables: list[list[Handle]]) -> tuple[int, ...]:
-    return tuple(min(count, len(table)) for count, table in zip(pages, tables, strict=True))
+def _lengths(slot: Slot) -> tuple[int, ...]:
+    return tuple(map(len, slot.tables))

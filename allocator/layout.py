@@ -111,6 +111,16 @@ class KVLayout:
         page = self.page_size
         return tuple(-(-num_tokens * token // page) for token in self._token_bytes)
 
+    def whole_pages(self, num_tokens: int) -> tuple[int, ...]:
+        """Pages, per group, that the tokens [0, num_tokens) fill."""
+        page = self.page_size
+        return tuple(num_tokens * token // page for token in self._token_bytes)
+
+    def tokens_on(self, pages: Sequence[int]) -> int:
+        """Tokens of which some group g has a byte on its first `pages[g]` pages."""
+        size = self.page_size
+        return max(-(-n * size // token) for n, token in zip(pages, self._token_bytes, strict=True))
+
     def total_pages_for(self, num_tokens: int) -> int:
         """Pages of all groups that hold the tokens [0, num_tokens)."""
         return sum(self.pages_for(num_tokens))

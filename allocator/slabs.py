@@ -1,5 +1,6 @@
 """The address space of all slots, and which pages are mapped in it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -61,19 +62,29 @@ class Slabs:
         """Address of a page of a slab."""
         return self._bases[group] + slot * self._sizes[group] + page * self._page_size
 
-    def extend(self, slot: int, counts: list[int]) -> None:
-        """Map `counts[group]` more pages of the pool at the end of each slab, or none at all.
+    def extend(
+        self, slot: int, counts: Sequence[int], shared: Sequence[Sequence[Handle]] | None = None
+    ) -> None:
+        """Map more pages at the end of each slab, or none at all.
+
+        Args:
+            slot: whose slabs.
+            counts: per group, pages of the pool.
+            shared: per group, pages in use elsewhere, which come before those.
 
         Raises:
             OutOfPages: the pool has too few pages, or the system no room for the mappings.
         """
-        handles = self._pool.acquire(sum(counts))
+        shared = shared or [()] * len(counts)
+        fresh = self._pool.acquire(sum(counts))
+        aliases = [handle for handles in shared for handle in handles]
+        self._pool.addref(aliases)
         mapped: list[tuple[list[Handle], int, list[Handle]]] = []  # table, address, what it gains
         used = 0
         try:
             for group, (table, count) in enumerate(zip(self.tables[slot], counts, strict=True)):
-                if count:
-                    run = handles[used : used + count]
+                run = [*shared[group], *fresh[used : used + count]]
+                if run:
                     address = self.address(group, slot, len(table))
                     begin = perf_counter()
                     self._memory.map(address, run)
@@ -83,10 +94,33 @@ class Slabs:
         except AllocatorError:
             for _, address, run in mapped:
                 self._memory.unmap(address, len(run))
-            self._pool.release(handles)
+            self._pool.release([*fresh, *aliases])
             raise
         for table, _, run in mapped:
             table.extend(run)
+
+    def replace(self, slot: int, group: int, page: int) -> Handle:
+        """Map a page of the pool in the place of a page, which is returned.
+
+        Raises:
+            OutOfPages: as in `extend`. The page is what it was.
+        """
+        table, address = self.tables[slot][group], self.address(group, slot, page)
+        old, fresh = table[page], self._pool.acquire(1)
+        begin = perf_counter()
+        self._memory.unmap(address, 1)
+        self.unmapping.add(begin)
+        begin = perf_counter()
+        try:
+            self._memory.map(address, fresh)
+        except AllocatorError:
+            self._memory.map(address, [old])
+            self._pool.release(fresh)
+            raise
+        self.mapping.add(begin)
+        table[page] = fresh[0]
+        self._pool.release([old])
+        return old
 
     def cut(self, slot: int, group: int, keep: int) -> int:
         """Unmap a slab's pages from page `keep` on. Returns how many pages became free."""

@@ -1,0 +1,85 @@
+"""What must hold in an arena between calls, worked out from its tables alone."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from .accounting import paged_blocks
+from .vmm import Handle
+
+if TYPE_CHECKING:
+    from .arena import KVArena
+    from .sharing import Slot
+
+
+def check_arena(arena: "KVArena") -> None:
+    """Raise AssertionError, with what is wrong, unless every invariant of an arena holds."""
+    arena.pool.check()
+    references = Counter[Handle]()
+    for slot in arena._slots:
+        _check_slot(arena, slot)
+        for table in slot.tables:
+            references.update(table)
+    for handle, count in references.items():
+        held = arena.pool.references(handle)
+        assert held == count, f"page {handle} is mapped {count} times, has {held} references"
+    assert arena.pool.in_use == len(references), "a page in use is mapped nowhere"
+    tokens = [slot.tokens for slot in arena._slots]
+    assert arena._live_tokens == sum(tokens), f"{arena._live_tokens} live, slots have {tokens}"
+    assert arena._live_blocks == sum(map(paged_blocks, tokens)), "paged blocks"
+    assert arena._claims == sum(s.num_claimed for s in arena._slots), "claims"
+    _check_shared(arena)
+
+
+def _check_slot(arena: "KVArena", slot: "Slot") -> None:
+    layout = arena.layout
+    at, pages = f"slot {slot.index}", tuple(len(table) for table in slot.tables)
+    assert slot.num_pages == sum(pages), f"{at}: {slot.num_pages} pages, table {pages}"
+    assert slot.num_claimed == sum(slot.claimed), f"{at}: claim {slot.claimed}"
+    assert all(c <= p for c, p in zip(slot.claimed, pages, strict=True)), (
+        f"{at}: claims {slot.claimed} of {pages} pages"
+    )
+    state = (slot.backed, slot.tokens, slot.claimed)
+    if slot.index in arena._closed | arena._kept:
+        assert state == (-1, 0, layout.pages_for(slot.kept)), f"{at} is closed with {state}"
+        assert (slot.kept > 0) == (slot.index in arena._kept), f"{at} keeps {slot.kept}"
+    else:
+        backed = layout.tokens_in(slot.claimed)
+        assert slot.tokens <= slot.backed == backed, (
+            f"{at}: {slot.tokens} live, {slot.backed} backed, {backed} fit the claim"
+        )
+        assert slot.kept == 0, f"{at} is open and keeps {slot.kept}"
+    assert (slot.surplus > 0) == (slot.index in arena._with_surplus), f"{at}: surplus"
+    assert slot.aliased_end == layout.tokens_on(slot.aliased), f"{at}: {slot.aliased} aliased"
+    for table, aliased in zip(slot.tables, slot.aliased, strict=True):
+        assert aliased <= len(table), f"{at}: {aliased} of {len(table)} pages aliased"
+        for handle in table[aliased:]:
+            assert arena.pool.references(handle) == 1, f"{at}: page {handle} is shared unawares"
+
+
+def _check_shared(arena: "KVArena") -> None:
+    """Claims, live and shared bytes, page by page; where each page lies; the copies ordered."""
+    layout, places = arena.layout, dict[Handle, set[tuple[int, int]]]()
+    claimed, opened, live = set[Handle](), Counter[Handle](), dict[Handle, int]()
+    for slot in arena._slots:
+        for group, table in enumerate(slot.tables):
+            end = slot.tokens * layout.group_bytes_per_token(group)
+            for page, handle in enumerate(table):
+                places.setdefault(handle, set()).add((group, page))
+                nbytes = min(max(0, end - page * layout.page_size), layout.page_size)
+                live[handle] = max(live.get(handle, 0), nbytes)
+            claimed.update(table[: slot.claimed[group]])
+            if slot.backed >= 0:
+                opened.update(table[: slot.claimed[group]])
+    assert all(len(place) == 1 for place in places.values()), "a page lies at several indices"
+    assert arena._claimed_pages == len(claimed), f"{len(claimed)} pages are claimed"
+    usage, saved = arena.usage(), opened.total() - len(opened)
+    assert usage.live == sum(live.values()), f"{usage.live} live, pages hold {sum(live.values())}"
+    assert usage.shared == saved * layout.page_size, f"{usage.shared} shared, {saved} pages are"
+    for copy in arena._sharing.copies:
+        for at in (copy.source, copy.target):
+            index, offset = divmod(at, layout.slab_size(copy.group))
+            slot, page = arena._slots[index], offset // layout.page_size
+            assert page < len(slot.tables[copy.group]), f"{copy}: slot {index} has no page {page}"
+            assert page < slot.claimed[copy.group] or slot.fence > arena._retired, (
+                f"{copy}: page {page} of slot {index} may be taken"
+            )

@@ -1,0 +1,191 @@
+"""Pages mapped into several slots: which they are, who uses them, and what has to be copied.
+
+Sharing is always a prefix's: a page lies at the same index in every slot that has it. The part of a
+page that a prefix ends on is copied:
+
+    source      |  page 0  |  page 1  |  page 2  |  page 3  |
+    shared          ||         ||       || copy
+    new slot    |  page 0  |  page 1  |  page 9  |
+    tokens      |<------ shared --------->|
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .layout import KVLayout
+from .pages import PagePool
+from .vmm import Handle
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes to be copied inside one slab group before the next step's kernels run.
+
+    Attributes:
+        group: the slab group.
+        source: bytes from `KVArena.address(group)`.
+        target: bytes from `KVArena.address(group)`.
+        nbytes: how many, all in one page.
+    """
+
+    group: int
+    source: int
+    target: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class Slot:
+    """One sequence's place. Open while `backed` is not -1, kept while `kept` is not 0."""
+
+    index: int
+    tables: list[list[Handle]]  # per group, the mapped pages from the slab's begin on (Slabs')
+    claimed: tuple[int, ...]  # per group, pages that may be in use; at most len(table)
+    aliased: tuple[int, ...]  # per group, leading pages that may have other references
+    backed: int = -1  # tokens that the claimed pages hold; -1 when closed
+    tokens: int = 0  # live tokens
+    kept: int = 0  # tokens that a closed slot keeps
+    fence: int = -1  # the surplus may be read until this step is retired
+    num_pages: int = 0
+    num_claimed: int = 0
+    aliased_end: int = 0  # tokens that have bytes on the aliased pages
+    counted: tuple[tuple[int, ...], ...] = field(default=())  # per tally and group, pages
+
+    @property
+    def surplus(self) -> int:
+        """Pages that are mapped and not claimed."""
+        return self.num_pages - self.num_claimed
+
+    @property
+    def unaliased_surplus(self) -> int:
+        """Surplus past the aliased pages: no other slot has it."""
+        if not self.aliased_end:
+            return self.surplus
+        pages = zip(self.tables, self.claimed, self.aliased, strict=True)
+        return sum(len(table) - max(claimed, aliased) for table, claimed, aliased in pages)
+
+
+class Tally:
+    """How many slots count each page for theirs.
+
+    Attributes:
+        counts: of the pages that any slot counts.
+        excess: counts beyond each page's first: pages that sharing saves.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[Handle] = Counter()
+        self.excess = 0
+
+    def add(self, handles: Sequence[Handle]) -> None:
+        """One slot more has these pages."""
+        for handle in handles:
+            self.excess += handle in self.counts
+            self.counts[handle] += 1
+
+    def remove(self, handles: Sequence[Handle]) -> None:
+        """One slot less has them."""
+        for handle in handles:
+            self.counts[handle] -= 1
+            if self.counts[handle]:
+                self.excess -= 1
+            else:
+                del self.counts[handle]
+
+
+class Sharing:
+    """What slots have in common, counted as it changes, and the copies that are ordered.
+
+    Attributes:
+        claims: aliased pages that open or kept slots claim.
+        open_claims: those that open slots claim.
+    """
+
+    def __init__(self, layout: KVLayout, pool: PagePool) -> None:
+        self._layout = layout
+        self._pool = pool
+        self.none = (0,) * layout.num_groups
+        self.claims = Tally()
+        self.open_claims = Tally()
+        self._full = Tally()  # aliased pages all of whose tokens are live
+        self._short: dict[int, Slot] = {}  # whose last live page may be an aliased one
+        self.copies: list[Copy] = []
+
+    def alias(self, slot: Slot, pages: tuple[int, ...]) -> None:
+        """Set how many leading pages of a slot may be shared, and count anew."""
+        slot.aliased, slot.aliased_end = pages, self._layout.tokens_on(pages)
+        self.recount(slot)
+
+    def recount(self, slot: Slot) -> None:
+        """Bring the tallies in line with a slot whose claim, aliased pages or tokens changed."""
+        claimed = at_most(slot.aliased, slot.claimed)
+        reach = (
+            claimed,
+            claimed if slot.backed >= 0 else self.none,
+            at_most(slot.aliased, self._layout.whole_pages(slot.tokens)),
+        )
+        for tally, was, now in zip(
+            self._tallies, slot.counted or (self.none,) * 3, reach, strict=True
+        ):
+            for table, before, after in zip(slot.tables, was, now, strict=True):
+                tally.add(table[before:after])
+                tally.remove(table[after:before])
+        slot.counted = reach
+        if 0 < slot.tokens < slot.aliased_end:
+            self._short[slot.index] = slot
+        else:
+            self._short.pop(slot.index, None)
+
+    def replaced(self, slot: Slot, group: int, page: int, old: Handle) -> None:
+        """Count the page that a slot has now instead of an aliased one."""
+        for tally, reach in zip(self._tallies, slot.counted, strict=True):
+            if page < reach[group]:
+                tally.remove([old])
+                tally.add([slot.tables[group][page]])
+
+    def live_twice(self) -> int:
+        """Bytes of live tokens that a sum over slots counts beyond the first time."""
+        layout, ends = self._layout, dict[Handle, list[int]]()
+        for slot in self._short.values():
+            for group, table in enumerate(slot.tables):
+                live = slot.tokens * layout.group_bytes_per_token(group)
+                page, nbytes = divmod(live, layout.page_size)
+                if nbytes and page < slot.aliased[group]:
+                    ends.setdefault(table[page], []).append(nbytes)
+        twice = (
+            sum(sizes) - (0 if handle in self._full.counts else max(sizes))
+            for handle, sizes in ends.items()
+        )
+        return self._full.excess * layout.page_size + sum(twice)
+
+    def order(self, group: int, page: int, source: Slot, target: Slot, nbytes: int) -> None:
+        """Have the first bytes of a page copied from one slot to another."""
+        at, slab = page * self._layout.page_size, self._layout.slab_size(group)
+        self.copies.append(Copy(group, source.index * slab + at, target.index * slab + at, nbytes))
+
+    def forget_copies(self, slot: Slot) -> None:
+        """Drop the copies to unclaimed pages of a slot, but for what others rely on."""
+        size, wanted, read = self._layout.page_size, list[Copy](), set[tuple[int, int]]()
+        for copy in reversed(self.copies):
+            slab = self._layout.slab_size(copy.group)
+            index, page = copy.target // slab, copy.target % slab // size
+            if (
+                index == slot.index
+                and page >= slot.claimed[copy.group]
+                and (copy.group, copy.target // size) not in read
+                and self._pool.references(slot.tables[copy.group][page]) == 1
+            ):
+                continue
+            wanted.append(copy)
+            read.add((copy.group, copy.source // size))
+        self.copies = wanted[::-1]
+
+    @property
+    def _tallies(self) -> tuple[Tally, Tally, Tally]:
+        return self.claims, self.open_claims, self._full
+
+
+def at_most(pages: tuple[int, ...], others: Sequence[int]) -> tuple[int, ...]:
+    """The smaller count of each group."""
+    return tuple(map(min, pages, others))
