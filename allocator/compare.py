@@ -1,0 +1,171 @@
+"""What other ways to keep a KV cache would hold: static reservation, paging, the vAttention paper.
+
+`CountedSpace` takes the same calls as `KVArena` and only keeps count, so that one scheduler can
+run one trace over each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .accounting import paged_blocks, paged_bytes, static_bytes
+from .layout import KVLayout, LayerKV
+from .vmm import AllocatorError
+
+
+class CountedSpace:
+    """Slots that take `footprint(tokens)` bytes each of a budget.
+
+    What a slot gives up is free at once: whoever takes it next writes it in a later step, and the
+    device runs steps in order. Nothing can be shared.
+
+    Args:
+        footprint: bytes that a slot of so many tokens takes, from its opening (0 tokens) on.
+        budget: bytes for all slots.
+        num_slots: sequences that can be open at once.
+        max_tokens: tokens that a slot can hold.
+
+    Attributes:
+        used: bytes taken now.
+        tokens: tokens of open slots.
+    """
+
+    def __init__(
+        self, footprint: Callable[[int], int], *, budget: int, num_slots: int, max_tokens: int
+    ) -> None:
+        self._footprint = footprint
+        self._budget = budget
+        self._max_tokens = max_tokens
+        self._open: dict[int, int] = {}
+        self._closed = list(range(num_slots))
+        self.used = self.tokens = 0
+
+    def open(self, num_tokens: int = 0) -> int | None:
+        """Take a slot; None when all are open, or there are no bytes for one more."""
+        if not self._closed or self.used + self._footprint(0) > self._budget:
+            return None
+        slot = self._closed.pop()
+        self._open[slot] = 0
+        self.used += self._footprint(0)
+        return slot
+
+    def ensure(self, slot: int, num_tokens: int) -> bool:
+        """Make room for the tokens [0, num_tokens) of an open slot; False where there is none."""
+        before = self._open.get(slot)
+        if before is None or num_tokens > self._max_tokens:
+            raise AllocatorError(f"slot {slot} is not open, or cannot hold {num_tokens} tokens")
+        more = self._footprint(num_tokens) - self._footprint(before)
+        if self.used + more > self._budget:
+            return False
+        self.used += more
+        self.tokens += num_tokens - before
+        self._open[slot] = num_tokens
+        return True
+
+    def close(self, slot: int, step: int, keep: int = 0) -> None:
+        """Give up all that an open slot has."""
+        tokens = self._open.pop(slot)
+        self.used -= self._footprint(tokens)
+        self.tokens -= tokens
+        self._closed.append(slot)
+
+    def retire(self, step: int) -> None:
+        """Nothing waits for a step."""
+
+    def share(self, source: int, num_shared: int, num_tokens: int, step: int) -> int | None:
+        """None: nothing is shared here."""
+
+    def fork(self, source: int, step: int) -> int | None:
+        """None: nothing is shared here."""
+
+    def drop(self, slot: int) -> None:
+        """Nothing is kept here."""
+
+    def held_tokens(self, slot: int) -> int:
+        """A closed slot has nothing."""
+        return self._open.get(slot, 0)
+
+    def take_copies(self) -> tuple[()]:
+        """Nothing is ever copied."""
+        return ()
+
+    def can_fit(self, num_tokens: int) -> bool:
+        """Whether a sequence of `num_tokens` tokens could be held if it were alone."""
+        return num_tokens <= self._max_tokens and self._footprint(num_tokens) <= self._budget
+
+
+def static_space(layout: KVLayout, *, budget: int, num_slots: int) -> CountedSpace:
+    """Every slot takes `layout.max_tokens` tokens from the start: nothing is ever mapped."""
+    whole, tokens = static_bytes(layout, 1), layout.max_tokens
+    return CountedSpace(lambda _: whole, budget=budget, num_slots=num_slots, max_tokens=tokens)
+
+
+def paged_space(layout: KVLayout, *, budget: int, num_slots: int) -> CountedSpace:
+    """Every slot takes whole blocks of 16 tokens, as in PagedAttention (arXiv 2309.06180)."""
+    return CountedSpace(
+        lambda tokens: paged_bytes(layout, paged_blocks(tokens)),
+        budget=budget,
+        num_slots=num_slots,
+        max_tokens=layout.max_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's KV cache in 16-bit elements."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_dim: int = 128
+
+
+SHAPES = (Shape("Yi-6B", 32, 4), Shape("Llama-3-8B", 32, 8), Shape("Yi-34B", 60, 8))
+"""The models of the vAttention paper's Table 8 (arXiv 2405.04437, section 7.4)."""
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """A cell of Table 8: what pages of one size mean for a request under one layout.
+
+    Attributes:
+        page_size: in bytes.
+        interleaved: all layers' K and V lie in one slab; otherwise each is a tensor of its own.
+        tokens_per_page: the block size; not whole in general.
+        waste: bytes of the last pages, on all GPUs together. The paper counts them as wholly lost;
+            they hold one token at least.
+    """
+
+    model: str
+    tensor_parallel: int
+    page_size: int
+    interleaved: bool
+    tokens_per_page: float
+    waste: int
+
+
+def worst_case(shape: Shape, tensor_parallel: int, page_size: int, interleaved: bool) -> WorstCase:
+    """Block size and waste of a model whose heads are split over `tensor_parallel` GPUs."""
+    heads = shape.kv_heads // tensor_parallel
+    # A tensor of its own, K or V, is a layer that has no V, in a slab of its own.
+    count, v_dim = (shape.layers, shape.head_dim) if interleaved else (2 * shape.layers, 0)
+    layers = (LayerKV(heads, shape.head_dim, v_dim),) * count
+    layout = KVLayout(layers, 2, page_size, 1, count if interleaved else 1)
+    return WorstCase(
+        shape.name,
+        tensor_parallel,
+        page_size,
+        interleaved,
+        float(layout.tokens_per_page(0)),
+        tensor_parallel * layout.num_groups * page_size,
+    )
+
+
+def table8() -> list[WorstCase]:
+    """Every cell: pages of 64 KiB to 2 MiB, per layer and interleaved, on one and on two GPUs."""
+    return [
+        worst_case(shape, tensor_parallel, page_size << 10, interleaved)
+        for interleaved in (False, True)
+        for shape in SHAPES
+        for tensor_parallel in (1, 2)
+        for page_size in (64, 128, 256, 2048)
+    ]
