@@ -20,11 +20,10 @@ from .accounting import Usage, paged_blocks, paged_bytes, static_bytes
 from .invariants import check_arena
 from .layout import KVLayout
 from .pages import PagePool
-from .sharing import Copy, Sharing, Slot, at_most
-from .slabs import Slabs
-from .vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+from .sharing import Copy, at_most
+from .slots import Slot, Slots
+from .vmm import AllocatorError, VirtualMemory
 
-_STEAL_PAGES = 8  # Steal a few pages more than are wanted: one unmap then serves several requests.
 _SPARE_PAGES = 4  # Unused pages that are never too many.
 
 
@@ -70,17 +69,11 @@ class KVArena:
         self.num_slots = num_slots
         self.slack = slack
         self.pool = PagePool(memory, budget)
-        self._slabs = Slabs(memory, layout, self.pool, num_slots)
-        self._sharing = Sharing(layout, self.pool)
-        none = self._none = self._sharing.none
-        self._slots = [Slot(i, tables, none, none) for i, tables in enumerate(self._slabs.tables)]
-        self._closed = set(range(num_slots))  # and not kept
-        self._kept: set[int] = set()
-        self._with_surplus: set[int] = set()
-        self._claims = 0  # pages of all slots' claims, shared ones as often as they are claimed
+        self._space = Slots(memory, layout, self.pool, num_slots)
+        self._slots, self._slabs = self._space.slots, self._space.slabs
+        self._sharing = self._space.sharing
         self._live_tokens = 0
         self._live_blocks = 0
-        self._retired = -1
         self._acquired = 0  # by the pool's count, when a step was last retired
 
     def open(self, num_tokens: int = 0) -> int | None:
@@ -102,16 +95,16 @@ class KVArena:
             pages = slot.num_pages
             return slot.aliased_end > 0, pages < total, abs(pages - total), slot.index
 
-        closed = (self._slots[index] for index in self._closed)
-        free = (s for s in closed if not s.aliased_end or s.fence <= self._retired)
+        closed = (self._slots[index] for index in self._space.closed)
+        free = (s for s in closed if not s.aliased_end or s.fence <= self._space.retired)
         slot = min(free, key=misfit, default=None)
         if slot is None:
             return None
         if slot.aliased_end:
-            self._cut(slot, self._usable(slot, self._none, slot.tables))
-            self._sharing.alias(slot, self._none)
-        self._closed.remove(slot.index)
-        self._claim(slot, at_most(wanted, _lengths(slot)))
+            self._space.cut(slot, self._space.usable(slot, self._space.none, slot.tables))
+            self._sharing.alias(slot, self._space.none)
+        self._space.closed.remove(slot.index)
+        self._space.claim(slot, at_most(wanted, slot.lengths))
         return slot.index
 
     def ensure(self, slot: int, num_tokens: int, step: int | None = None) -> bool:
@@ -141,10 +134,10 @@ class KVArena:
             return False
         if num_tokens == before:
             return True
-        if before < min(state.aliased_end, num_tokens) and not self._unshare(
+        if before < min(state.aliased_end, num_tokens) and not self._space.unshare(
             state, num_tokens, step
         ):
-            self._claim(state, at_most(claimed, _lengths(state)))
+            self._space.claim(state, at_most(claimed, state.lengths))
             return False
         self._set_live(state, num_tokens)
         return True
@@ -176,7 +169,7 @@ class KVArena:
         held = self.held_tokens(source)
         if not 0 <= num_shared <= held:
             raise AllocatorError(f"slot {source} has {held} tokens; {num_shared} can't be shared")
-        if step <= self._retired:
+        if step <= self._space.retired:
             raise AllocatorError(f"step {step} is retired; copies can't be made before it")
         whole, wanted = layout.whole_pages(num_shared), layout.pages_for(num_shared)
         expected = layout.pages_for(max(num_shared, num_tokens))
@@ -184,19 +177,19 @@ class KVArena:
         if slot is None:
             return None
         fence, origin.fence = origin.fence, max(origin.fence, step)  # nobody steals from it
-        self._cut(slot, self._usable(slot, whole, origin.tables))
-        has = _lengths(slot)
-        self._claim(slot, at_most(wanted, has))
+        self._space.cut(slot, self._space.usable(slot, whole, origin.tables))
+        has = slot.lengths
+        self._space.claim(slot, at_most(wanted, has))
         aliases = [t[n:w] for t, n, w in zip(origin.tables, has, whole, strict=True)]
         copies = [int(n <= w < c) for n, w, c in zip(has, whole, wanted, strict=True)]
-        if not self._map(slot, copies, aliases):
-            self._claim(slot, self._none, is_open=False)
+        if not self._space.map(slot, copies, aliases):
+            self._space.claim(slot, self._space.none, is_open=False)
             origin.fence = fence
             return None
-        self._closed.remove(slot.index)
+        self._space.closed.remove(slot.index)
         self._sharing.alias(origin, tuple(map(max, origin.aliased, whole)))
         self._sharing.alias(slot, whole)
-        self._claim(slot, at_most(expected, _lengths(slot)))
+        self._space.claim(slot, at_most(expected, slot.lengths))
         self._set_live(slot, num_shared)
         for group, page in enumerate(whole):
             rest = num_shared * layout.group_bytes_per_token(group) - page * layout.page_size
@@ -237,20 +230,20 @@ class KVArena:
             raise AllocatorError(f"slot {slot} has {state.tokens} tokens; {keep} can't be kept")
         self._set_live(state, 0)
         state.fence = max(state.fence, step)
-        self._claim(state, self.layout.pages_for(keep), is_open=False)
+        self._space.claim(state, self.layout.pages_for(keep), is_open=False)
         state.kept = keep
-        (self._kept if keep else self._closed).add(slot)
+        (self._space.kept if keep else self._space.closed).add(slot)
         self._sharing.forget_copies(state)
 
     def drop(self, slot: int) -> None:
         """Give up what a kept slot kept: it is a closed slot like others now."""
-        if slot not in self._kept:
+        if slot not in self._space.kept:
             raise AllocatorError(f"slot {slot} keeps nothing")
         state = self._slots[slot]
         state.kept = 0
-        self._kept.remove(slot)
-        self._closed.add(slot)
-        self._claim(state, self._none, is_open=False)
+        self._space.kept.remove(slot)
+        self._space.closed.add(slot)
+        self._space.claim(state, self._space.none, is_open=False)
         self._sharing.forget_copies(state)
 
     def retire(self, step: int) -> None:
@@ -260,24 +253,24 @@ class KVArena:
         retired by this very call, because the next sequence may be about to open their slot. Of a
         pool beyond its budget, everything unused is. Within both, pages are created ahead of need.
         """
-        settled, self._retired = self._retired, max(step, self._retired)
+        settled, self._space.retired = self._space.retired, max(step, self._space.retired)
         pool = self.pool
-        pool.retire(self._retired)
+        pool.retire(self._space.retired)
         demand, self._acquired = pool.acquired - self._acquired, pool.acquired
         budget = pool.page_budget()
-        unused = pool.created - pool.parked - self._claimed_pages
-        allowed = _SPARE_PAGES + int(self.slack * self._claimed_pages)
+        unused = pool.created - pool.parked - self._space.claimed_pages
+        allowed = _SPARE_PAGES + int(self.slack * self._space.claimed_pages)
         over = 0 if budget is None else pool.created - budget
         excess = max(unused - allowed, over)
         if excess > 0:
-            self._steal(excess - pool.free, self._retired if over > 0 else settled)
+            self._space.steal(excess - pool.free, self._space.retired if over > 0 else settled)
             pool.shrink(max(0, pool.free - excess))
         else:
             pool.stock(min(demand, allowed) - unused, budget)
 
     def trim(self) -> None:
         """Destroy every page that no open slot has claimed and no unfinished step may read."""
-        self._steal(self.pool.created, self._retired)
+        self._space.steal(self.pool.created, self._space.retired)
         self.pool.shrink()
 
     def can_fit(self, num_tokens: int) -> bool:
@@ -294,7 +287,7 @@ class KVArena:
     def held_tokens(self, slot: int) -> int:
         """Live tokens of an open slot; of a closed one, tokens whose pages are still mapped."""
         state = self._slots[slot]
-        return state.tokens if state.backed >= 0 else self.layout.tokens_in(_lengths(state))
+        return state.tokens if state.backed >= 0 else self.layout.tokens_in(state.lengths)
 
     def live_tokens(self, slot: int) -> int:
         """Tokens that `ensure` was last asked for; 0 in a closed slot."""
@@ -307,7 +300,7 @@ class KVArena:
     @property
     def num_open(self) -> int:
         """Slots that are open."""
-        return self.num_slots - len(self._closed) - len(self._kept)
+        return self.num_slots - len(self._space.closed) - len(self._space.kept)
 
     def usage(self) -> Usage:
         """What is reserved, mapped and live now. Cheap: nothing is counted up for it."""
@@ -333,11 +326,11 @@ class KVArena:
         """Close all slots and give everything back. No step may be unfinished. Idempotent."""
         for slot in self._slots:
             if slot.backed >= 0:
-                self.close(slot.index, self._retired)
-        for index in tuple(self._kept):
+                self.close(slot.index, self._space.retired)
+        for index in tuple(self._space.kept):
             self.drop(index)
         for slot in self._slots:
-            self._cut(slot, self._none)
+            self._space.cut(slot, self._space.none)
         self._sharing.copies.clear()
         self.pool.shrink()
         self._slabs.free()
@@ -345,11 +338,6 @@ class KVArena:
     def check(self) -> None:
         """Raise AssertionError, with what is wrong, unless every invariant holds."""
         check_arena(self)
-
-    @property
-    def _claimed_pages(self) -> int:
-        """Pages that open and kept slots claim, each once."""
-        return self._claims - self._sharing.claims.excess
 
     def _extend(self, slot: Slot, num_tokens: int) -> bool:
         """Claim and map pages for more tokens than `slot.backed`."""
@@ -364,152 +352,27 @@ class KVArena:
         if any(missing):
             before = slot.claimed
             # What the slot has of the wanted pages is claimed first: stealing must not take it.
-            self._claim(slot, at_most(wanted, _lengths(slot)))
-            if not self._map(slot, missing):
-                self._claim(slot, at_most(before, _lengths(slot)))
+            self._space.claim(slot, at_most(wanted, slot.lengths))
+            if not self._space.map(slot, missing):
+                self._space.claim(slot, at_most(before, slot.lengths))
                 return False
-        self._claim(slot, wanted)
+        self._space.claim(slot, wanted)
         return True
-
-    def _map(self, slot: Slot, counts: list[int], shared: list[list[Handle]] | None = None) -> bool:
-        """Map more pages in a slot, as `Slabs.extend` does; False when they can't be had."""
-        self._steal(sum(counts) - self.pool.free, self._retired)
-        try:
-            self._slabs.extend(slot.index, counts, shared)
-        except OutOfPages:
-            return False
-        slot.num_pages += sum(counts) + sum(map(len, shared or ()))
-        return True
-
-    def _unshare(self, slot: Slot, num_tokens: int, step: int | None) -> bool:
-        """Give a slot pages of its own for the tokens [slot.tokens, num_tokens), all mapped."""
-        layout, references = self.layout, self.pool.references
-        begin, end = layout.whole_pages(slot.tokens), layout.pages_for(num_tokens)
-        spans = [range(*span) for span in zip(begin, at_most(end, slot.aliased), strict=True)]
-        self._reclaim(slot, spans)
-        shared = [
-            (group, page)
-            for group, span in enumerate(spans)
-            for page in span
-            if references(slot.tables[group][page]) > 1
-        ]
-        if shared and slot.fence > self._retired:
-            return False
-        self._steal(len(shared) - self.pool.free, self._retired)
-        for group, page in shared:
-            nbytes = slot.tokens * layout.group_bytes_per_token(group) - page * layout.page_size
-            if nbytes > 0 and step is None:
-                raise AllocatorError(f"slot {slot.index} writes into a shared page: name the step")
-            try:
-                old = self._slabs.replace(slot.index, group, page)
-            except OutOfPages:
-                return False  # what was replaced until now holds the same tokens
-            self._sharing.replaced(slot, group, page, old)
-            if nbytes > 0 and step is not None:
-                other = next(s for s in self._slots if old in s.tables[group][page : page + 1])
-                other.fence = max(other.fence, step)
-                self._sharing.order(group, page, other, slot, nbytes)
-        spare = zip(begin, end, slot.aliased, strict=True)
-        self._sharing.alias(slot, tuple(min(b, a) if a <= e else a for b, e, a in spare))
-        return True
-
-    def _reclaim(self, slot: Slot, spans: list[range]) -> None:
-        """Unmap from closed slots what they share with a slot on the given pages of each slab."""
-        for index in self._closed:
-            other = self._slots[index]
-            if other.aliased_end and other.fence <= self._retired:
-                tables = zip(other.tables, slot.tables, spans, strict=True)
-                keep = (
-                    next((p for p in span if theirs[p : p + 1] == own[p : p + 1]), len(theirs))
-                    for theirs, own, span in tables
-                )
-                self._cut(other, tuple(keep))
 
     def _sharer(self, origin: Slot, whole: tuple[int, ...], total: int) -> Slot | None:
         """The closed slot that is cheapest to give the leading pages `whole` of another slot."""
         best, least = None, (0, 0, 0)
-        for index in self._closed:
+        for index in self._space.closed:
             slot = self._slots[index]
-            keep = self._usable(slot, whole, origin.tables)
+            keep = self._space.usable(slot, whole, origin.tables)
             lost = slot.num_pages - sum(keep)
-            if slot is origin or (lost and slot.fence > self._retired):
+            if slot is origin or (lost and slot.fence > self._space.retired):
                 continue
             missing = sum(whole) - sum(at_most(whole, keep))
             cost = lost + missing, abs(sum(keep) - total), index
             if best is None or cost < least:
                 best, least = slot, cost
         return best
-
-    def _usable(
-        self, slot: Slot, whole: tuple[int, ...], tables: list[list[Handle]]
-    ) -> tuple[int, ...]:
-        """Pages of each slab that may stay when a closed slot gets the pages `whole` of `tables`.
-
-        They are those that it has already, and what is behind all of them and in no other slot.
-        """
-        references, keep = self.pool.references, []
-        for own, theirs, count, aliased in zip(
-            slot.tables, tables, whole, slot.aliased, strict=True
-        ):
-            if own[:count] == theirs[:count]:
-                rest = (p for p in range(count, aliased) if references(own[p]) > 1)
-            else:
-                rest = (p for p, handle in enumerate(own) if handle != theirs[p])
-            keep.append(next(rest, len(own)))
-        return tuple(keep)
-
-    def _steal(self, count: int, fence: int) -> None:
-        """Free `count` pages, or as many as there are, from surplus that no step reads.
-
-        Closed slots give first, and the largest surplus first, but what is shared last. Only slots
-        whose fence is at most `fence` give.
-        """
-        while count > 0 and self.pool.in_use > self._claimed_pages:
-            givers = [s for i in self._with_surplus if (s := self._slots[i]).fence <= fence]
-            closed = [s for s in givers if s.backed < 0]
-            giver = self._largest(closed) or self._largest(givers)
-            if giver is None:
-                return
-            count -= self._strip(giver, max(count, _STEAL_PAGES))
-
-    def _largest(self, givers: list[Slot]) -> Slot | None:
-        """The slot with the largest surplus to give, shared by none if possible."""
-        best = max(givers, key=lambda s: (s.unaliased_surplus, s.index), default=None)
-        if best is None or best.unaliased_surplus:
-            return best
-        return next((s for s in givers if sum(self._floor(s)) < s.num_pages), None)
-
-    def _floor(self, slot: Slot) -> tuple[int, ...]:
-        """Pages of each slab beyond which there are pages that no slot claims."""
-        if not slot.aliased_end:
-            return slot.claimed
-        claims, floor = self._sharing.claims.counts, []
-        for table, claimed in zip(slot.tables, slot.claimed, strict=True):
-            loose = (p for p in range(claimed, len(table)) if table[p] not in claims)
-            floor.append(next(loose, len(table)))
-        return tuple(floor)
-
-    def _strip(self, slot: Slot, count: int) -> int:
-        """Unmap up to `count` surplus pages of a slot. Returns how many pages became free."""
-        keep = []
-        for table, floor in zip(slot.tables, self._floor(slot), strict=True):
-            pages = max(0, min(len(table) - floor, count))
-            keep.append(len(table) - pages)
-            count -= pages
-        return self._cut(slot, tuple(keep))
-
-    def _cut(self, slot: Slot, keep: tuple[int, ...]) -> int:
-        """Unmap a slot's surplus past `keep` pages of each slab. Returns how many became free."""
-        freed = 0
-        for group, (table, count) in enumerate(zip(slot.tables, keep, strict=True)):
-            if count < len(table):
-                slot.num_pages -= len(table) - count
-                freed += self._slabs.cut(slot.index, group, count)
-        if slot.aliased_end:
-            self._sharing.alias(slot, at_most(slot.aliased, keep))
-        if not slot.surplus:
-            self._with_surplus.discard(slot.index)
-        return freed
 
     def _set_live(self, slot: Slot, num_tokens: int) -> None:
         before, slot.tokens = slot.tokens, num_tokens
@@ -518,23 +381,6 @@ class KVArena:
         if min(before, num_tokens) < slot.aliased_end:
             self._sharing.recount(slot)
 
-    def _claim(self, slot: Slot, pages: tuple[int, ...], *, is_open: bool = True) -> None:
-        """Set the pages of a slot that may be in use, and whether it is open."""
-        total = sum(pages)
-        self._claims += total - slot.num_claimed
-        slot.claimed, slot.num_claimed = pages, total
-        slot.backed = self.layout.tokens_in(pages) if is_open else -1
-        if slot.surplus:
-            self._with_surplus.add(slot.index)
-        else:
-            self._with_surplus.discard(slot.index)
-        if slot.aliased_end:
-            self._sharing.recount(slot)
-
     def _check_slot_open(self, slot: Slot) -> None:
         if slot.backed < 0:
             raise AllocatorError(f"slot {slot.index} is not open")
-
-
-def _lengths(slot: Slot) -> tuple[int, ...]:
-    return tuple(map(len, slot.tables))

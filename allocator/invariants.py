@@ -8,7 +8,7 @@ from .vmm import Handle
 
 if TYPE_CHECKING:
     from .arena import KVArena
-    from .sharing import Slot
+    from .slots import Slot
 
 
 def check_arena(arena: "KVArena") -> None:
@@ -26,7 +26,7 @@ def check_arena(arena: "KVArena") -> None:
     tokens = [slot.tokens for slot in arena._slots]
     assert arena._live_tokens == sum(tokens), f"{arena._live_tokens} live, slots have {tokens}"
     assert arena._live_blocks == sum(map(paged_blocks, tokens)), "paged blocks"
-    assert arena._claims == sum(s.num_claimed for s in arena._slots), "claims"
+    assert arena._space.claims == sum(s.num_claimed for s in arena._slots), "claims"
     _check_shared(arena)
 
 
@@ -39,16 +39,16 @@ def _check_slot(arena: "KVArena", slot: "Slot") -> None:
         f"{at}: claims {slot.claimed} of {pages} pages"
     )
     state = (slot.backed, slot.tokens, slot.claimed)
-    if slot.index in arena._closed | arena._kept:
+    if slot.index in arena._space.closed | arena._space.kept:
         assert state == (-1, 0, layout.pages_for(slot.kept)), f"{at} is closed with {state}"
-        assert (slot.kept > 0) == (slot.index in arena._kept), f"{at} keeps {slot.kept}"
+        assert (slot.kept > 0) == (slot.index in arena._space.kept), f"{at} keeps {slot.kept}"
     else:
         backed = layout.tokens_in(slot.claimed)
         assert slot.tokens <= slot.backed == backed, (
             f"{at}: {slot.tokens} live, {slot.backed} backed, {backed} fit the claim"
         )
         assert slot.kept == 0, f"{at} is open and keeps {slot.kept}"
-    assert (slot.surplus > 0) == (slot.index in arena._with_surplus), f"{at}: surplus"
+    assert (slot.surplus > 0) == (slot.index in arena._space.with_surplus), f"{at}: surplus"
     assert slot.aliased_end == layout.tokens_on(slot.aliased), f"{at}: {slot.aliased} aliased"
     for table, aliased in zip(slot.tables, slot.aliased, strict=True):
         assert aliased <= len(table), f"{at}: {aliased} of {len(table)} pages aliased"
@@ -71,7 +71,7 @@ def _check_shared(arena: "KVArena") -> None:
             if slot.backed >= 0:
                 opened.update(table[: slot.claimed[group]])
     assert all(len(place) == 1 for place in places.values()), "a page lies at several indices"
-    assert arena._claimed_pages == len(claimed), f"{len(claimed)} pages are claimed"
+    assert arena._space.claimed_pages == len(claimed), f"{len(claimed)} pages are claimed"
     usage, saved = arena.usage(), opened.total() - len(opened)
     assert usage.live == sum(live.values()), f"{usage.live} live, pages hold {sum(live.values())}"
     assert usage.shared == saved * layout.page_size, f"{usage.shared} shared, {saved} pages are"
@@ -80,6 +80,6 @@ def _check_shared(arena: "KVArena") -> None:
             index, offset = divmod(at, layout.slab_size(copy.group))
             slot, page = arena._slots[index], offset // layout.page_size
             assert page < len(slot.tables[copy.group]), f"{copy}: slot {index} has no page {page}"
-            assert page < slot.claimed[copy.group] or slot.fence > arena._retired, (
+            assert page < slot.claimed[copy.group] or slot.fence > arena._space.retired, (
                 f"{copy}: page {page} of slot {index} may be taken"
             )

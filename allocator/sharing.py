@@ -11,11 +11,15 @@ page that a prefix ends on is copied:
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .layout import KVLayout
 from .pages import PagePool
 from .vmm import Handle
+
+if TYPE_CHECKING:
+    from .slots import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,37 +37,6 @@ class Copy:
     source: int
     target: int
     nbytes: int
-
-
-@dataclass(slots=True)
-class Slot:
-    """One sequence's place. Open while `backed` is not -1, kept while `kept` is not 0."""
-
-    index: int
-    tables: list[list[Handle]]  # per group, the mapped pages from the slab's begin on (Slabs')
-    claimed: tuple[int, ...]  # per group, pages that may be in use; at most len(table)
-    aliased: tuple[int, ...]  # per group, leading pages that may have other references
-    backed: int = -1  # tokens that the claimed pages hold; -1 when closed
-    tokens: int = 0  # live tokens
-    kept: int = 0  # tokens that a closed slot keeps
-    fence: int = -1  # the surplus may be read until this step is retired
-    num_pages: int = 0
-    num_claimed: int = 0
-    aliased_end: int = 0  # tokens that have bytes on the aliased pages
-    counted: tuple[tuple[int, ...], ...] = field(default=())  # per tally and group, pages
-
-    @property
-    def surplus(self) -> int:
-        """Pages that are mapped and not claimed."""
-        return self.num_pages - self.num_claimed
-
-    @property
-    def unaliased_surplus(self) -> int:
-        """Surplus past the aliased pages: no other slot has it."""
-        if not self.aliased_end:
-            return self.surplus
-        pages = zip(self.tables, self.claimed, self.aliased, strict=True)
-        return sum(len(table) - max(claimed, aliased) for table, claimed, aliased in pages)
 
 
 class Tally:
@@ -112,12 +85,12 @@ class Sharing:
         self._short: dict[int, Slot] = {}  # whose last live page may be an aliased one
         self.copies: list[Copy] = []
 
-    def alias(self, slot: Slot, pages: tuple[int, ...]) -> None:
+    def alias(self, slot: "Slot", pages: tuple[int, ...]) -> None:
         """Set how many leading pages of a slot may be shared, and count anew."""
         slot.aliased, slot.aliased_end = pages, self._layout.tokens_on(pages)
         self.recount(slot)
 
-    def recount(self, slot: Slot) -> None:
+    def recount(self, slot: "Slot") -> None:
         """Bring the tallies in line with a slot whose claim, aliased pages or tokens changed."""
         claimed = at_most(slot.aliased, slot.claimed)
         reach = (
@@ -137,7 +110,7 @@ class Sharing:
         else:
             self._short.pop(slot.index, None)
 
-    def replaced(self, slot: Slot, group: int, page: int, old: Handle) -> None:
+    def replaced(self, slot: "Slot", group: int, page: int, old: Handle) -> None:
         """Count the page that a slot has now instead of an aliased one."""
         for tally, reach in zip(self._tallies, slot.counted, strict=True):
             if page < reach[group]:
@@ -159,12 +132,12 @@ class Sharing:
         )
         return self._full.excess * layout.page_size + sum(twice)
 
-    def order(self, group: int, page: int, source: Slot, target: Slot, nbytes: int) -> None:
+    def order(self, group: int, page: int, source: "Slot", target: "Slot", nbytes: int) -> None:
         """Have the first bytes of a page copied from one slot to another."""
         at, slab = page * self._layout.page_size, self._layout.slab_size(group)
         self.copies.append(Copy(group, source.index * slab + at, target.index * slab + at, nbytes))
 
-    def forget_copies(self, slot: Slot) -> None:
+    def forget_copies(self, slot: "Slot") -> None:
         """Drop the copies to unclaimed pages of a slot, but for what others rely on."""
         size, wanted, read = self._layout.page_size, list[Copy](), set[tuple[int, int]]()
         for copy in reversed(self.copies):

@@ -1,0 +1,218 @@
+"""What each slot has mapped, what it claims, and how pages move from slot to slot."""
+
+from dataclasses import dataclass, field
+
+from .layout import KVLayout
+from .pages import PagePool
+from .sharing import Sharing, at_most
+from .slabs import Slabs
+from .vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+
+_STEAL_PAGES = 8  # Steal a few pages more than are wanted: one unmap then serves several requests.
+
+
+@dataclass(slots=True)
+class Slot:
+    """One sequence's place. Open while `backed` is not -1, kept while `kept` is not 0."""
+
+    index: int
+    tables: list[list[Handle]]  # per group, the mapped pages from the slab's begin on (Slabs')
+    claimed: tuple[int, ...]  # per group, pages that may be in use; at most len(table)
+    aliased: tuple[int, ...]  # per group, leading pages that may have other references
+    backed: int = -1  # tokens that the claimed pages hold; -1 when closed
+    tokens: int = 0  # live tokens
+    kept: int = 0  # tokens that a closed slot keeps
+    fence: int = -1  # the surplus may be read until this step is retired
+    num_pages: int = 0
+    num_claimed: int = 0
+    aliased_end: int = 0  # tokens that have bytes on the aliased pages
+    counted: tuple[tuple[int, ...], ...] = field(default=())  # per tally and group, pages
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Mapped pages per group."""
+        return tuple(map(len, self.tables))
+
+    @property
+    def surplus(self) -> int:
+        """Pages that are mapped and not claimed."""
+        return self.num_pages - self.num_claimed
+
+    @property
+    def unaliased_surplus(self) -> int:
+        """Surplus past the aliased pages: no other slot has it."""
+        if not self.aliased_end:
+            return self.surplus
+        pages = zip(self.tables, self.claimed, self.aliased, strict=True)
+        return sum(len(table) - max(claimed, aliased) for table, claimed, aliased in pages)
+
+
+class Slots:
+    """All slots of an arena, over the pages of its pool.
+
+    Attributes:
+        slots: by index.
+        closed: those that may be opened; neither open nor kept.
+        kept: those that are closed and keep tokens.
+        with_surplus: those with mapped pages beyond their claim.
+        claims: pages of all claims, shared ones as often as they are claimed.
+        retired: the last step that is finished.
+    """
+
+    def __init__(
+        self, memory: VirtualMemory, layout: KVLayout, pool: PagePool, num_slots: int
+    ) -> None:
+        self.layout = layout
+        self.pool = pool
+        self.slabs = Slabs(memory, layout, pool, num_slots)
+        self.sharing = Sharing(layout, pool)
+        none = self.none = self.sharing.none
+        self.slots = [Slot(i, tables, none, none) for i, tables in enumerate(self.slabs.tables)]
+        self.closed = set(range(num_slots))
+        self.kept: set[int] = set()
+        self.with_surplus: set[int] = set()
+        self.claims = 0
+        self.retired = -1
+
+    @property
+    def claimed_pages(self) -> int:
+        """Pages that open and kept slots claim, each once."""
+        return self.claims - self.sharing.claims.excess
+
+    def map(self, slot: Slot, counts: list[int], shared: list[list[Handle]] | None = None) -> bool:
+        """Map more pages in a slot, as `Slabs.extend` does; False when they can't be had."""
+        self.steal(sum(counts) - self.pool.free, self.retired)
+        try:
+            self.slabs.extend(slot.index, counts, shared)
+        except OutOfPages:
+            return False
+        slot.num_pages += sum(counts) + sum(map(len, shared or ()))
+        return True
+
+    def unshare(self, slot: Slot, num_tokens: int, step: int | None) -> bool:
+        """Give a slot pages of its own for the tokens [slot.tokens, num_tokens), all mapped."""
+        layout, references = self.layout, self.pool.references
+        begin, end = layout.whole_pages(slot.tokens), layout.pages_for(num_tokens)
+        spans = [range(*span) for span in zip(begin, at_most(end, slot.aliased), strict=True)]
+        self._reclaim(slot, spans)
+        live = [slot.tokens * layout.group_bytes_per_token(g) for g in range(layout.num_groups)]
+        shared = [
+            (group, page, max(0, live[group] - page * layout.page_size))
+            for group, span in enumerate(spans)
+            for page in span
+            if references(slot.tables[group][page]) > 1
+        ]
+        if step is None and any(nbytes for *_, nbytes in shared):
+            raise AllocatorError(f"slot {slot.index} writes into a shared page: name the step")
+        if shared and slot.fence > self.retired:
+            return False
+        self.steal(len(shared) - self.pool.free, self.retired)
+        for group, page, nbytes in shared:
+            try:
+                old = self.slabs.replace(slot.index, group, page)
+            except OutOfPages:
+                return False  # what was replaced until now holds the same tokens
+            self.sharing.replaced(slot, group, page, old)
+            if nbytes and step is not None:
+                other = next(s for s in self.slots if old in s.tables[group][page : page + 1])
+                other.fence = max(other.fence, step)
+                self.sharing.order(group, page, other, slot, nbytes)
+        spare = zip(begin, end, slot.aliased, strict=True)
+        self.sharing.alias(slot, tuple(min(b, a) if a <= e else a for b, e, a in spare))
+        return True
+
+    def _reclaim(self, slot: Slot, spans: list[range]) -> None:
+        """Unmap from closed slots what they share with a slot on the given pages of each slab."""
+        for index in self.closed:
+            other = self.slots[index]
+            if other.aliased_end and other.fence <= self.retired:
+                tables = zip(other.tables, slot.tables, spans, strict=True)
+                keep = (
+                    next((p for p in span if theirs[p : p + 1] == own[p : p + 1]), len(theirs))
+                    for theirs, own, span in tables
+                )
+                self.cut(other, tuple(keep))
+
+    def usable(
+        self, slot: Slot, whole: tuple[int, ...], tables: list[list[Handle]]
+    ) -> tuple[int, ...]:
+        """Pages of each slab that may stay when a closed slot gets the pages `whole` of `tables`.
+
+        They are those that it has already, and what is behind all of them and in no other slot.
+        """
+        references, keep = self.pool.references, []
+        for own, theirs, count, aliased in zip(
+            slot.tables, tables, whole, slot.aliased, strict=True
+        ):
+            if own[:count] == theirs[:count]:
+                rest = (p for p in range(count, aliased) if references(own[p]) > 1)
+            else:
+                rest = (p for p, handle in enumerate(own) if handle != theirs[p])
+            keep.append(next(rest, len(own)))
+        return tuple(keep)
+
+    def steal(self, count: int, fence: int) -> None:
+        """Free `count` pages, or as many as there are, from surplus that no step reads.
+
+        Closed slots give first, and the largest surplus first, but what is shared last. Only slots
+        whose fence is at most `fence` give.
+        """
+        while count > 0 and self.pool.in_use > self.claimed_pages:
+            givers = [s for i in self.with_surplus if (s := self.slots[i]).fence <= fence]
+            closed = [s for s in givers if s.backed < 0]
+            giver = self._largest(closed) or self._largest(givers)
+            if giver is None:
+                return
+            count -= self._strip(giver, max(count, _STEAL_PAGES))
+
+    def _largest(self, givers: list[Slot]) -> Slot | None:
+        """The slot with the largest surplus to give, shared by none if possible."""
+        best = max(givers, key=lambda s: (s.unaliased_surplus, s.index), default=None)
+        if best is None or best.unaliased_surplus:
+            return best
+        return next((s for s in givers if sum(self._floor(s)) < s.num_pages), None)
+
+    def _floor(self, slot: Slot) -> tuple[int, ...]:
+        """Pages of each slab beyond which there are pages that no slot claims."""
+        if not slot.aliased_end:
+            return slot.claimed
+        claims, floor = self.sharing.claims.counts, []
+        for table, claimed in zip(slot.tables, slot.claimed, strict=True):
+            loose = (p for p in range(claimed, len(table)) if table[p] not in claims)
+            floor.append(next(loose, len(table)))
+        return tuple(floor)
+
+    def _strip(self, slot: Slot, count: int) -> int:
+        """Unmap up to `count` surplus pages of a slot. Returns how many pages became free."""
+        keep = []
+        for table, floor in zip(slot.tables, self._floor(slot), strict=True):
+            pages = max(0, min(len(table) - floor, count))
+            keep.append(len(table) - pages)
+            count -= pages
+        return self.cut(slot, tuple(keep))
+
+    def cut(self, slot: Slot, keep: tuple[int, ...]) -> int:
+        """Unmap a slot's surplus past `keep` pages of each slab. Returns how many became free."""
+        freed = 0
+        for group, (table, count) in enumerate(zip(slot.tables, keep, strict=True)):
+            if count < len(table):
+                slot.num_pages -= len(table) - count
+                freed += self.slabs.cut(slot.index, group, count)
+        if slot.aliased_end:
+            self.sharing.alias(slot, at_most(slot.aliased, keep))
+        if not slot.surplus:
+            self.with_surplus.discard(slot.index)
+        return freed
+
+    def claim(self, slot: Slot, pages: tuple[int, ...], *, is_open: bool = True) -> None:
+        """Set the pages of a slot that may be in use, and whether it is open."""
+        total = sum(pages)
+        self.claims += total - slot.num_claimed
+        slot.claimed, slot.num_claimed = pages, total
+        slot.backed = self.layout.tokens_in(pages) if is_open else -1
+        if slot.surplus:
+            self.with_surplus.add(slot.index)
+        else:
+            self.with_surplus.discard(slot.index)
+        if slot.aliased_end:
+            self.sharing.recount(slot)
