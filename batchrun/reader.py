@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -12,11 +12,13 @@ from batchrun.channel import Channel
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Completion
 from batchrun.engine.text import PromptError, template_fields
+from batchrun.watchdog import Watchdog
 from jobs.results import Result
 from jobs.source import Row, Source
 from jobs.spec import JobSpec
 
 _CRASHES = 2  # of the process with a row in it; there is no third try
+_EMPTY = ("empty_prompt", "null_prompt")
 
 
 def _integer(value: Any) -> int:
@@ -101,6 +103,7 @@ class Reader:
         log: Told which columns are taken as sampling parameters.
         begun: Tokens that an earlier run computed, by (row, sample).
         crashes: How often the process crashed with a row in it.
+        watchdog: Told when it reads.
     """
 
     def __init__(
@@ -113,9 +116,11 @@ class Reader:
         *,
         begun: Mapping[tuple[int, int], tuple[int, ...]] = MappingProxyType({}),
         crashes: Mapping[int, int] = MappingProxyType({}),
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._spec, self._source, self._done = spec, source, done
         self._begun, self._crashes = begun, crashes
+        self._watchdog = watchdog or Watchdog()
         self._encode = workbench.encode
         self.seconds = 0.0
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()}
@@ -138,8 +143,8 @@ class Reader:
             Closed: The other side of a channel is gone.
         """
         spec = self._spec
-        rows = self._source.rows(self._columns, 0, spec.limit)
-        for row in islice(rows, spec.limit):
+        rows = islice(self._source.rows(self._columns, 0, spec.limit), spec.limit)
+        while (row := self._next(rows)) is not None:
             todo = [s for s in range(spec.n) if (row.index, s) not in self._done]
             if not todo:
                 continue
@@ -153,6 +158,10 @@ class Reader:
                     results.put(item)
         requests.close()
 
+    def _next(self, rows: Iterator[Row]) -> Row | None:
+        with self._watchdog.busy("reading the input"):
+            return next(rows, None)
+
     def _requests_of(self, row: Row, samples: list[int]) -> list[Request] | list[Result]:
         """The row's requests, or its errors."""
         try:
@@ -163,6 +172,8 @@ class Reader:
             params = self._sampling(row.fields)
             ids = self._encode(row.fields)
         except PromptError as error:
+            if error.kind in _EMPTY and self._spec.prompt.get("skip_empty"):
+                return [Result(row.index, s, "skipped") for s in samples]
             return [
                 Result(row.index, s, "error", error=str(error), error_kind=error.kind)
                 for s in samples

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from batchrun.live import Reporter
-from jobs.folder import JobFolder
+from jobs.folder import WORKER_LOG, JobFolder
 from jobs.lease import Lease
 from jobs.suspects import RunningRows
 from jobs.turns import Turn
@@ -34,7 +34,7 @@ _RESTARTS = 4  # in a row, without a result in between
 
 def start(job: JobFolder) -> subprocess.Popen[bytes]:
     """Start a supervisor for the job, in a session of its own: no terminal can take it along."""
-    with (job.path / "worker.log").open("ab") as log:
+    with (job.path / WORKER_LOG).open("ab") as log:
         return subprocess.Popen(
             _command("work", job.path),
             stdin=subprocess.DEVNULL,
@@ -118,7 +118,7 @@ def _supervise(
     job: JobFolder, handles: Sequence[int], signals: _Signals, reporter: Reporter
 ) -> int:
     """Run the job, again where a run dies by a fault, until a run ends by itself."""
-    vain = 0
+    vain, oom_kills = 0, _oom_kills()
     while True:
         before = job.counts().samples
         child = signals.child = subprocess.Popen(
@@ -134,7 +134,12 @@ def _supervise(
         if -code not in _FAULTS:
             reason = f"the run was ended by {name}"
             if -code == signal.SIGKILL:
-                reason += ": by somebody, or by the system for want of memory"
+                killed = _oom_kills() > oom_kills
+                reason += (
+                    ": the machine had no memory left; lower --max-num-seqs or --kv-budget"
+                    if killed
+                    else ": by somebody, or by the system for want of memory"
+                )
             job.set_state("interrupted", reason)
             reporter.message(reason)
             return 1
@@ -148,6 +153,15 @@ def _supervise(
         if vain == _RESTARTS:
             job.set_state("failed", f"the run crashed with {name} {vain} times in a row")
             return 1
+
+
+def _oom_kills() -> int:
+    """Processes of this control group that the system has ended for want of memory."""
+    try:
+        events = Path("/sys/fs/cgroup/memory.events").read_text().split()
+    except OSError:
+        return 0
+    return int(events[events.index("oom_kill") + 1]) if "oom_kill" in events else 0
 
 
 def _command(*arguments: object) -> list[str]:

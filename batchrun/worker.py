@@ -24,9 +24,11 @@ from batchrun.engine.engine import Completion
 from batchrun.live import Progress
 from batchrun.models import fingerprint
 from batchrun.reader import Reader, RowEngine, Workbench
+from batchrun.watchdog import Watchdog
 from jobs import folder as folders
 from jobs.errors import Fenced, JobError, JournalError
 from jobs.export import export
+from jobs.files import check_room, free_bytes
 from jobs.folder import JobFolder
 from jobs.journal import Journal
 from jobs.lease import Lease
@@ -40,8 +42,10 @@ _QUEUED_REQUESTS = 256  # between reader and engine, and again inside the engine
 _COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
 _CHECKPOINT_SECONDS = 5.0  # between two notes of what unfinished rows have so far
-
-
+_ROOM_SECONDS = 5.0  # between two looks at how full the disks are
+_RESULT_BYTES = 100  # of a journal: no result takes less
+_PATIENCE = 6  # times as long as a step may take, for loading a model or writing the output
+ENGINE = "a step of the engine"
 Checkpoint = list[Partial]
 
 
@@ -63,6 +67,7 @@ def run_job(
     log: Callable[[str], None] = lambda _: None,
     open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench] | None = None,
     held: bool = False,
+    watchdog: Watchdog | None = None,
 ) -> Outcome:
     """Run a job to its end, from wherever it is.
 
@@ -73,6 +78,7 @@ def run_job(
         log: Told, a line each, what a user should know.
         open_workbench: Loads the engine; the real one by default.
         held: Whether this process has the job's lease already, from its supervisor.
+        watchdog: Told what the threads are at.
 
     Returns:
         How it ended.
@@ -81,13 +87,22 @@ def run_job(
         JobError: The job can't go on, for a reason that the message names.
         ModelError: The model can't be loaded.
     """
-    job = JobFolder(path)
+    job, watchdog = JobFolder(path), watchdog or Watchdog()
     with nullcontext() if held else Lease(path):
-        # A workbench that is given needs no model.
-        folders.check_unchanged(job, None if open_workbench else fingerprint)
-        spec = job.spec()
-        source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
-        run = _Run(job, spec, source, stop=stop, on_progress=on_progress, log=log)
+        with watchdog.busy("looking at the inputs", _PATIENCE):
+            # A workbench that is given needs no model.
+            folders.check_unchanged(job, None if open_workbench else fingerprint)
+            spec = job.spec()
+            source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
+            run = _Run(
+                job,
+                spec,
+                source,
+                stop=stop,
+                on_progress=on_progress,
+                log=log,
+                watchdog=watchdog,
+            )
         return run.run(open_workbench or _open_runtime)
 
 
@@ -103,9 +118,10 @@ class _Run:
         stop: threading.Event,
         on_progress: Callable[[Progress], None],
         log: Callable[[str], None],
+        watchdog: Watchdog,
     ) -> None:
         self.job, self.spec, self.source = job, spec, source
-        self.stop, self.log = stop, log
+        self.stop, self.log, self.watchdog = stop, log, watchdog
         self._on_progress = on_progress
         self._began = time.perf_counter()
         self.stats = RunStats(started_at=time.time())
@@ -127,6 +143,7 @@ class _Run:
         self._samples = self._earlier.samples
         self._failed = self._earlier.failed
         self._failed_rows = DoneSet(1)
+        self._warned = False
 
     def run(self, open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench]) -> Outcome:
         """Load, compute what is to do, export."""
@@ -135,14 +152,17 @@ class _Run:
         try:
             if self._samples < self._total * self.spec.n:
                 self._report("load")
-                self._workbench = open_workbench(self.spec, self.log)
+                self._check_room_ahead()
+                with self.watchdog.busy("loading the model", _PATIENCE):
+                    self._workbench = open_workbench(self.spec, self.log)
                 self.stats.load_s = time.perf_counter() - self._began
                 self._compute(self._workbench)
             if self._samples < self._total * self.spec.n:
                 cancelled = self.job.cancel_requested()
                 outcome = Outcome.CANCELLED if cancelled else Outcome.INTERRUPTED
             else:
-                self._export()
+                with self.watchdog.busy("writing the output", _PATIENCE):
+                    self._export()
                 outcome = Outcome.DONE_WITH_ERRORS if self._failed else Outcome.DONE
         except KeyboardInterrupt:
             outcome = Outcome.INTERRUPTED
@@ -183,6 +203,7 @@ class _Run:
             self.log,
             begun=self._begun,
             crashes=self._crashes,
+            watchdog=self.watchdog,
         )
 
         def guarded(work: Callable[..., None], *channels: Channel[Any]) -> None:
@@ -252,7 +273,9 @@ class _Run:
             self._step(engine, results)
 
     def _step(self, engine: RowEngine, results: Channel[Result | Checkpoint]) -> None:
-        for completion in engine.step():
+        with self.watchdog.busy(ENGINE):
+            completions = engine.step()
+        for completion in completions:
             if completion.sequence.admitted is not None:
                 self._running.remove(completion.sequence.request.row)
             results.put(_result(completion))
@@ -268,7 +291,7 @@ class _Run:
             journal.resume_run(self._run_id)
             pending: list[Result] = []
             partials: Checkpoint = []
-            deadline = 0.0
+            deadline = look = 0.0
             open_ = True
             while open_ or pending or partials:
                 waiting = pending or partials
@@ -289,11 +312,40 @@ class _Run:
                     ended = {(r.row, r.sample) for r in pending}
                     begun = [p for p in partials if (p.row, p.sample) not in ended]
                     began = time.perf_counter()
-                    journal.write(pending, self._figures(), begun)
+                    with self.watchdog.busy("writing the journal"):
+                        journal.write(pending, self._figures(), begun)
                     self._journal_seconds += time.perf_counter() - began
                     self._samples += len(pending)
                     self._count_failures(pending)
                     pending, partials = [], []
+                    if time.monotonic() >= look:
+                        self._watch_room()
+                        look = time.monotonic() + _ROOM_SECONDS
+
+    def _check_room_ahead(self) -> None:
+        """Refuse what can't fit: of results and output the least that they can take."""
+        left = self._total * self.spec.n - self._samples
+        copied = 0 if self.spec.limit else sum(file.size for file in self.spec.inputs) // 4
+        check_room((self.job.path, left * _RESULT_BYTES), (Path(self.spec.output["path"]), copied))
+
+    def _watch_room(self) -> None:
+        """End the run before a disk is full; say once, early, that one will be.
+
+        Raises:
+            OutputError: There is no room for more.
+        """
+        output = Path(self.spec.output["path"])
+        check_room((self.job.path, 0), (output, 0))
+        size = sum(file.stat().st_size for file in self.job.path.glob("journal.db*"))
+        done = max(1, self._samples)
+        needed = size * (self._total * self.spec.n - done) // done
+        free = free_bytes(self.job.path)
+        if free < needed and not self._warned and done > _COMMIT_RESULTS:
+            self._warned = True
+            self.log(
+                f"the disk of {self.job.path} has {free / 2**30:.1f} GiB left and the job will "
+                f"need about {needed / 2**30:.1f} GiB: it will stop, and can be resumed"
+            )
 
     def _count_failures(self, results: list[Result]) -> None:
         """A row has failed when any of its samples has."""
@@ -408,6 +460,7 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
 
     model = spec.model
     runtime = {k: v for k, v in spec.runtime.items() if v is not None}
+    prompt = {k: v for k, v in spec.prompt.items() if k != "skip_empty"}
     settings = Settings(
         model_path=model["path"],
         model_name=model["name"],
@@ -418,4 +471,4 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
         max_model_len=model.get("max_model_len"),
         **runtime,
     )
-    return Runtime(settings, spec.prompt, log)
+    return Runtime(settings, prompt, log)

@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from jobs.errors import OutputError
 
+_SPARE_BYTES = 8 << 20  # of a disk, in which a run that ends for want of room can say so
+
 
 def fsync_directory(path: Path) -> None:
     """Make names created, renamed or removed in a directory durable."""
@@ -55,29 +57,39 @@ def remove(path: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Bytes that can still be written where `path` is, or would be."""
-    path = path.absolute()
-    there = next(p for p in (path, *path.parents) if os.path.exists(p))
-    found = os.statvfs(there)
+    found = os.statvfs(_there(path))
     return found.f_bavail * found.f_frsize
 
 
-def check_room(path: Path, needed: int) -> None:
-    """Refuse to begin what won't fit.
+def _there(path: Path) -> Path:
+    """The path, or what there is of the folders above it."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if os.path.exists(p))
+
+
+def check_room(*needs: tuple[Path, int]) -> None:
+    """Refuse what won't fit, while there still is room to say so.
 
     Args:
-        path: A file or folder, there or to be.
-        needed: Bytes.
+        needs: Files or folders, there or to be, and the bytes that each will take. On top of them
+            8 MiB of a disk stay free, or a sixteenth of a small one.
 
     Raises:
-        OutputError: The disk has less.
+        OutputError: A disk has less.
     """
-    free = free_bytes(path)
-    if free < needed:
-        raise OutputError(
-            f"the disk of {path} has {free / 2**20:,.1f} MiB left and "
-            f"{needed / 2**20:,.1f} MiB are needed",
-            hint=f"make room (df -h '{path.parent}'), or choose a place on another disk",
-        )
+    wanted: dict[int, int] = {}
+    for path, needed in needs:
+        there = _there(path)
+        device, disk = os.stat(there).st_dev, os.statvfs(there)
+        spare = min(_SPARE_BYTES, disk.f_blocks * disk.f_frsize // 16)
+        wanted[device] = wanted.get(device, spare) + needed
+        free = free_bytes(path)
+        if free < wanted[device]:
+            raise OutputError(
+                f"the disk of {path} has {free / 2**20:,.1f} MiB left and "
+                f"{wanted[device] / 2**20:,.1f} MiB are needed",
+                hint=f"make room there (df -h '{there}'), then: batchrun resume",
+            )
 
 
 @contextmanager

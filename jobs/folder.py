@@ -22,6 +22,8 @@ from jobs.lease import CANCEL, Lease, held_by
 from jobs.spec import JobSpec
 from jobs.state import WAITING, Brief
 
+WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
+
 
 def home(environment: Mapping[str, str] = os.environ) -> Path:
     """Where job folders and converted models lie: `BATCHRUN_HOME`, or `~/.batchrun`."""
@@ -96,8 +98,21 @@ class JobFolder:
             return noted.reason, noted.hint
         with self.journal() as journal:
             runs = journal.runs()
-        reason = runs[-1]["reason"] if runs else None
-        return None if reason is None else (reason, None)
+        if not runs or held_by(self.path) is not None:
+            return None
+        last = runs[-1]
+        words = self._last_words(last["started_at"]) if last["state"] is None else None
+        return words if last["reason"] is None else (last["reason"], None)
+
+    def _last_words(self, since: float) -> tuple[str, str | None] | None:
+        """What a run printed that could not note how it ended: its disk may be full."""
+        log = self.path / WORKER_LOG
+        if not log.exists() or log.stat().st_mtime < since:
+            return None
+        _, error, words = log.read_text(errors="replace").rpartition("error: ")
+        reason, _, rest = words.strip().partition("\n")
+        hint = rest.removeprefix("hint: ").partition("\n")[0]
+        return (reason, hint or None) if error else (f"it ended without a word; see {log}", None)
 
     def total(self) -> int | None:
         """Rows of the job, or None while nobody has counted them."""

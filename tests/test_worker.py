@@ -19,8 +19,8 @@ from batchrun.engine.engine import Completion
 from batchrun.live import Progress
 from batchrun.models import ModelRef, resolve
 from batchrun.worker import Outcome, run_job
-from jobs import folder
-from jobs.errors import JobError, JournalError, LeaseHeld, SpecChanged
+from jobs import files, folder
+from jobs.errors import JobError, JournalError, LeaseHeld, OutputError, SpecChanged
 from jobs.folder import JobFolder
 from jobs.lease import Lease
 from jobs.spec import InputFile, JobSpec
@@ -309,3 +309,55 @@ def test_a_finished_job_only_exports_again(submit: Submit) -> None:
 
     assert run(job, open_workbench=no_engine) is Outcome.DONE
     assert path.read_bytes() == want
+
+
+def test_a_run_ends_before_the_disk_is_full(
+    submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "_ROOM_SECONDS", 0.0)
+    job = submit()
+    free = iter([1 << 40] * 12)  # and then none
+    monkeypatch.setattr(files, "free_bytes", lambda _: next(free, 0))
+    with pytest.raises(OutputError, match=r"0\.0 MiB left") as full:
+        run(job)
+    assert "batchrun resume" in str(full.value.hint)
+    assert (job.state(), job.failure()) == ("failed", (str(full.value), None))
+    assert 0 < job.counts().rows < ROWS
+    monkeypatch.setattr(files, "free_bytes", lambda _: 1 << 40)
+    assert run(job) is Outcome.DONE
+
+
+def test_a_job_that_cannot_fit_is_not_begun(
+    submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit()
+    monkeypatch.setattr(files, "free_bytes", lambda _: 0)
+    with pytest.raises(OutputError, match="MiB are needed"):
+        run(job, open_workbench=lambda *_: pytest.fail("a model was loaded"))
+
+
+def test_a_disk_that_will_be_full_is_told_of_early(
+    submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "_ROOM_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "_COMMIT_RESULTS", 4)
+    monkeypatch.setattr(worker, "free_bytes", lambda _: 1)
+    lines: list[str] = []
+    assert run(submit(), log=lines.append) is Outcome.DONE
+    assert sum("it will stop, and can be resumed" in line for line in lines) == 1
+
+
+def test_rows_without_a_prompt_can_be_left_out(submit: Submit) -> None:
+    prompts = [None if i % 3 == 0 else "" if i % 3 == 1 else f"row {i}" for i in range(ROWS)]
+    strict = submit({"prompt": prompts})
+    assert run(strict) is Outcome.DONE_WITH_ERRORS
+    assert strict.counts().failed == 2 * ROWS // 3
+    job = submit({"prompt": prompts}, prompt={**strict.spec().prompt, "skip_empty": True})
+    assert run(job) is Outcome.DONE
+    assert (job.counts().failed, job.counts().skipped) == (0, 2 * ROWS // 3)
+    answered = [text is not None for text in output(job)["completion"].to_pylist()]
+    assert answered == [i % 3 == 2 for i in range(ROWS)]
+    assert output(job)["error"].null_count == ROWS
+    assert job.spec().fingerprint() != strict.spec().fingerprint()

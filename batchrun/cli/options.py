@@ -147,6 +147,11 @@ prompt_options = _section(
         "--chat", is_flag=True, help="Send the prompt as a user message, in the chat template."
     ),
     _option("--system", metavar="TEXT", help="System message to put before it; implies --chat."),
+    _option(
+        "--skip-empty",
+        is_flag=True,
+        help="Leave out rows without a prompt; they are no errors, and have no completion.",
+    ),
     _option("--limit", type=click.IntRange(min=1), metavar="ROWS", help="Only the first rows."),
 )
 

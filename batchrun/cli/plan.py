@@ -149,6 +149,8 @@ def _prompt(
         "template": options["template"],
         "chat": options["chat"],
         "system": options["system"],
+        # Only where it is asked for: the fingerprint of other jobs has never had it.
+        **({"skip_empty": True} if options["skip_empty"] else {}),
     }
 
 

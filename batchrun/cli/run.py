@@ -72,11 +72,13 @@ def submit_command(
         return 0
     same = None if again else find_same(root, spec)
     if same is not None:
-        counts, total = same.counts(), same.total()
+        counts, total, state = same.counts(), same.total(), same.state()
+        only_failed = " --retry-failed" if state == "done-with-errors" else ""
         raise JobError(
-            f"the job {same.id} is the same work, {same.state()} with {counts.rows:,} of "
-            f"{'?' if total is None else format(total, ',')} rows done",
-            hint=f"batchrun resume {same.id}, or submit with --again to begin anew",
+            f"the job {same.id} is the same work, {state} with {counts.rows:,} of "
+            f"{'?' if total is None else format(total, ',')} rows done"
+            + (f", {counts.failed:,} of them failed" if counts.failed else ""),
+            hint=f"batchrun resume {same.id}{only_failed}, or submit with --again to begin anew",
         )
     return attach.run(create(root, spec), as_json=as_json, detach=not wait)
 

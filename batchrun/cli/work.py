@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
@@ -14,8 +15,12 @@ import click
 from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, explain, print_error
 from batchrun.live import Reporter
+from batchrun.watchdog import Watchdog
 from jobs.errors import Fenced, LeaseHeld
 from jobs.folder import JobFolder, home
+
+_STALL = "BATCHRUN_STALL_SECONDS"  # after which a step, a read or a write is taken to hang
+_STALL_S = 600.0
 
 STATUS = {
     "done": ExitStatus.DONE,
@@ -75,12 +80,19 @@ def run_job_command(folder: Path) -> int:
         try:
             from batchrun.worker import run_job  # noqa: PLC0415  (imports torch)
 
+            faulthandler.enable()
+            watchdog = Watchdog(
+                float(os.environ.get(_STALL) or _STALL_S),
+                lambda what, seconds: _stalled(job, reporter, what, seconds),
+            )
+            watchdog.start()
             outcome = run_job(
                 folder,
                 stop=stop.event,
                 on_progress=reporter.update,
                 log=reporter.message,
                 held=os.environ.get(supervisor.LEASE_HELD) == "1",
+                watchdog=watchdog,
             )
         except Exception as error:
             message, hint = explain(error)
@@ -89,3 +101,16 @@ def run_job_command(folder: Path) -> int:
             print_error(message, hint)  # into worker.log, where a full disk may yet have room
             return ExitStatus.FAILED
     return STATUS.get(outcome, ExitStatus.FAILED)
+
+
+def _stalled(job: JobFolder, reporter: Reporter, what: str, seconds: float) -> None:
+    """End a run that hangs; where each thread is goes into worker.log."""
+    from batchrun.worker import ENGINE  # noqa: PLC0415
+
+    reason = f"{what} has not ended in {seconds:.0f} s"
+    reporter.message(reason)
+    if what == ENGINE:
+        os.abort()  # a crash like others: its rows are suspects
+    faulthandler.dump_traceback()
+    job.set_state("failed", reason, "is its disk still there? then: batchrun resume")
+    os._exit(ExitStatus.FAILED)

@@ -117,7 +117,7 @@ class TorchExecutor:
 
     def collect(self, ticket: Ticket) -> StepTokens:
         """See `Executor.collect`."""
-        with _device_errors():
+        with device_errors():
             return StepTokens(ticket.step, tuple(ticket.tokens.get() if ticket.tokens else ()))
 
     def busy(self) -> bool:
@@ -150,7 +150,7 @@ class TorchExecutor:
 
     @contextmanager
     def _step(self) -> Iterator[None]:
-        with _device_errors(), torch.inference_mode(), self.transfers.step():
+        with device_errors(), torch.inference_mode(), self.transfers.step():
             yield
 
     def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
@@ -248,18 +248,22 @@ def _nobody() -> Sequence:
 
 
 @contextmanager
-def _device_errors() -> Iterator[None]:
-    """Tell what a failing device means for the job."""
+def device_errors(
+    of: str = "activations", instead: str = "lower --max-num-batched-tokens or --max-num-seqs"
+) -> Iterator[None]:
+    """Tell what a failing device, or one without memory, means for the job."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise EngineError(
-            f"the device has no memory left for activations: {str(error).splitlines()[0]}",
-            hint="another program may have taken it: free it, or lower --max-num-batched-tokens or "
-            "--max-num-seqs; then `batchrun resume`",
-        ) from error
     except torch.AcceleratorError as error:
         raise EngineError(
             f"the device failed: {str(error).splitlines()[0]}",
             hint="finished rows are safe; `batchrun resume` goes on in a new process",
+        ) from error
+    except RuntimeError as error:
+        # On a CPU torch has no class of its own for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "CPUAllocator" not in str(error):
+            raise
+        raise EngineError(
+            f"there is no memory left for {of}: {str(error).splitlines()[0]}",
+            hint=f"free what another program has taken, or {instead}; then: batchrun resume",
         ) from error

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from batchrun.engine import canary
 from batchrun.engine import model as models
 from batchrun.engine.assembly import Settings, assemble, choose_device
+from batchrun.engine.executor import device_errors
 from batchrun.engine.text import PromptBuilder
 from batchrun.models import ModelError
 
@@ -33,14 +34,15 @@ class Runtime:
     ) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        self.loaded = models.load(
-            settings.model_path,
-            name=settings.model_name,
-            dtype=settings.dtype,
-            device=choose_device(settings.device, log),
-            trust_remote_code=settings.trust_remote_code,
-            max_model_len=settings.max_model_len,
-        )
+        with device_errors("the weights", "use a smaller model"):
+            self.loaded = models.load(
+                settings.model_path,
+                name=settings.model_name,
+                dtype=settings.dtype,
+                device=choose_device(settings.device, log),
+                trust_remote_code=settings.trust_remote_code,
+                max_model_len=settings.max_model_len,
+            )
         for note in self.loaded.notes:
             log(note)
         tokenizer = self.loaded.tokenizer

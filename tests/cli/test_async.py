@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from batchrun.supervisor import device_of
-from jobs.folder import JobFolder
+from jobs.folder import JobFolder, list_jobs
 from jobs.lease import held_by
 from jobs.turns import Turn
 from tests.cli.conftest import CommandLine
@@ -158,38 +159,104 @@ def test_a_run_that_crashes_is_started_again(batchrun: CommandLine) -> None:
     assert len(rows) == ROWS
 
 
-def test_a_row_that_crashes_the_process_is_not_tried_a_third_time(
-    batchrun: CommandLine, tmp_path: Path
-) -> None:
-    """A tokenizer hook that aborts the process on one prompt."""
-    trap = tmp_path / "trap"
-    trap.mkdir()
-    (trap / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if 'run-job' in sys.orig_argv:\n"
-        "    from batchrun.engine.engine import Engine\n"
-        "    step = Engine.step\n"
-        "    def trapped(self):\n"
-        "        if any(s.request.row == 7 for s in self.scheduler.running):\n"
-        "            os.abort()\n"
-        "        return step(self)\n"
-        "    Engine.step = trapped\n"
+def trapped(
+    batchrun: CommandLine, trap: str, *arguments: object, rows: int = 30, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Submit a job whose runs execute `trap` when they begin; wait for it."""
+    folder = batchrun.folder / "trap"
+    folder.mkdir()
+    lines = "".join(f"    {line}\n" for line in trap.splitlines())
+    (folder / "sitecustomize.py").write_text(
+        f"import os, sys, threading\nif 'run-job' in sys.orig_argv:\n{lines}"
     )
-    source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(30)])
-    environment = batchrun.environment()
-    done = subprocess.run(
-        batchrun.argv("submit", source, *LONG, "-o", "out.jsonl", "--model", batchrun.model),
+    source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(rows)])
+    own = batchrun.environment()
+    path = f"{folder}:{own.get('PYTHONPATH', '')}"
+    arguments = (source, *LONG, "-o", "out.jsonl", "--model", batchrun.model, *arguments)
+    return subprocess.run(
+        batchrun.argv("submit", *arguments),
         cwd=batchrun.folder,
-        env={**environment, "PYTHONPATH": f"{trap}:{environment.get('PYTHONPATH', '')}"},
+        env={**own, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
         check=False,
     )
+
+
+HANG = "threading.Event().wait()"
+
+
+def in_step(what: str) -> str:
+    """A trap that does something in a step with row 7."""
+    return (
+        "from batchrun.engine.engine import Engine\n"
+        "step = Engine.step\n"
+        "def trapped(self):\n"
+        "    if any(s.request.row == 7 for s in self.scheduler.running):\n"
+        f"        {what}\n"
+        "    return step(self)\n"
+        "Engine.step = trapped"
+    )
+
+
+@pytest.mark.parametrize("what", ["os.abort()", HANG])
+def test_a_row_that_brings_the_process_down_is_not_tried_a_third_time(
+    batchrun: CommandLine, what: str
+) -> None:
+    done = trapped(batchrun, in_step(what), BATCHRUN_STALL_SECONDS="4")
     assert done.returncode == 3, done.stderr
     errors = {i: row["error"] for i, row in enumerate(batchrun.read("out.jsonl")) if row["error"]}
     assert list(errors) == [7]
     assert "crashed" in errors[7]
+    assert ("a step of the engine has not ended" in done.stderr) == (what == HANG)
+
+
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [
+        ("looking at the inputs", "jobs.jsonl.JsonlSource.count"),
+        ("reading the input", "batchrun.reader.islice"),
+        ("writing the journal", "jobs.journal.Journal.write"),
+    ],
+)
+def test_a_disk_that_hangs_ends_the_job_with_the_reason(
+    batchrun: CommandLine, what: str, place: str
+) -> None:
+    module, name = re.match(r"([a-z.]+)\.([A-Zi].*)", place).groups()
+    trap = (
+        f"import {module}\n"
+        f"def hanging(*_):\n    {HANG}\n{'    yield' if 'islice' in name else ''}\n"
+        f"{module}.{name} = hanging"
+    )
+    done = trapped(batchrun, trap, BATCHRUN_STALL_SECONDS="3")
+    assert done.returncode == 1
+    assert f"error: {what} has not ended in" in done.stderr
+    [job] = list_jobs(batchrun.home)
+    assert job.state() == "failed"
+    assert what in batchrun("show", job.id).out
+    assert "in hanging" in (job.path / "worker.log").read_text()
+    assert batchrun("resume", job.id).code == 0
+    assert len(batchrun.read("out.jsonl")) == 30
+
+
+def test_a_run_that_cannot_note_why_it_ends_is_asked_for_its_last_words(
+    batchrun: CommandLine,
+) -> None:
+    full = "raise OSError(28, 'No space left on device')"
+    trap = (
+        "from jobs.journal import Journal\nfrom jobs.folder import JobFolder\n"
+        f"def full(*_):\n    {full}\n"
+        "JobFolder.set_state = Journal.write = Journal.end_run = full"
+    )
+    done = trapped(batchrun, trap)
+    assert done.returncode == 130
+    [job] = list_jobs(batchrun.home)
+    assert (job.state(), job.failure()) == (
+        "interrupted",
+        ("No space left on device", "free some space, then: batchrun resume"),
+    )
+    assert "error: No space left on device" in done.stderr
 
 
 def test_logs_follow_a_job_to_its_end(batchrun: CommandLine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import transformers as tf
 from batchrun.engine import canary, model
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
+from batchrun.engine.core import EngineError
+from batchrun.engine.executor import device_errors
 from batchrun.models import ModelError
 from tests.parity.models import build
 from tests.parity.runner import rig
@@ -147,3 +150,29 @@ def test_sampling_defaults_are_the_models_own() -> None:
     assert wanted.items() <= model.sampling_defaults(llama).items()
     llama.generation_config = tf.GenerationConfig(do_sample=False, repetition_penalty=1.1)
     assert model.sampling_defaults(llama) == {"repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            lambda: torch.empty(1 << 60, dtype=torch.uint8),
+            "there is no memory left for activations",
+        ),
+        (lambda: _raise(torch.OutOfMemoryError("CUDA out of memory")), "CUDA out of memory"),
+        (
+            lambda: _raise(torch.AcceleratorError("an illegal access\nmore")),
+            "the device failed: an",
+        ),
+    ],
+)
+def test_a_device_that_fails_is_said_to_be_one(error: Any, says: str) -> None:
+    with pytest.raises(EngineError, match=says) as raised, device_errors():
+        error()
+    assert "batchrun resume" in str(raised.value.hint)
+    with pytest.raises(RuntimeError, match="a defect"), device_errors():
+        _raise(RuntimeError("a defect"))
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -1,0 +1,54 @@
+"""Notices that a thread is at something that will not end by itself."""
+
+from __future__ import annotations
+
+import faulthandler
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_LOOKS = 20  # in the time after which something is taken to hang
+
+
+class Watchdog:
+    """Watches what threads say that they are at; inert until it is started.
+
+    Args:
+        limit_s: Seconds that one thing may take.
+        on_stall: Called once, in the watchdog's thread, with what takes longer and its seconds.
+            It is expected to end the process: no thread can be interrupted from outside.
+    """
+
+    def __init__(
+        self, limit_s: float = float("inf"), on_stall: Callable[[str, float], None] | None = None
+    ) -> None:
+        self._limit_s = limit_s
+        self._on_stall = on_stall
+        self._busy: dict[int, tuple[str, float, float]] = {}  # what, since, until
+
+    @contextmanager
+    def busy(self, what: str, patience: float = 1) -> Iterator[None]:
+        """The calling thread is at `what`, for `patience` times the limit at most."""
+        thread, now = threading.get_ident(), time.monotonic()
+        self._busy[thread] = what, now, now + patience * self._limit_s
+        try:
+            yield
+        finally:
+            del self._busy[thread]
+
+    def start(self) -> None:
+        """Begin to watch, for as long as the process lives."""
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            # Where a thread hangs in C with the interpreter's lock, this one can't look any more;
+            # the timer of faulthandler needs no lock. It prints where each thread is, and exits.
+            faulthandler.dump_traceback_later(2 * self._limit_s, exit=True)
+            time.sleep(self._limit_s / _LOOKS)
+            now = time.monotonic()
+            for what, since, until in list(self._busy.values()):
+                if now > until and self._on_stall is not None:
+                    self._on_stall(what, now - since)
+                    return
