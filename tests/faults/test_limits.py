@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ import pytest
 from batchrun.worker import Outcome
 from jobs import folder
 from jobs.errors import InputError, JobError
+from jobs.lease import held_by
 from jobs.stats import summarise
+from jobs.verify import verify
 from tests.faults.smalljob import DONE, ENDED_WITH_ERROR, Ledger, SmallJob, forked, outcome_of
+from tests.tiny import write_tiny_model
 
 ROWS = 1200
 
@@ -178,3 +182,53 @@ def test_ten_thousand_jobs_are_listed_in_a_second(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["briefs_cpu_s"] < 1.0  # others use the cores
+
+
+def test_a_disk_that_fills_up_under_a_real_run_leaves_the_reason(tiny_disk: SmallJob) -> None:
+    """No byte is left, not for `state.json` either: the run's last words are in its log."""
+    remount(tiny_disk, "size=64m")
+    root, ballast = tiny_disk.root, tiny_disk.home / "ballast"
+    model, prompts = write_tiny_model(root / "tiny"), root / "rows.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "number {i}"}}\n' for i in range(20_000)))
+    settings = {"BATCHRUN_HOME": str(tiny_disk.home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def batchrun(*arguments: object) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "batchrun", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, **settings},
+        )
+        return done.returncode, done.stdout
+
+    def wait_for_rows(count: int) -> int:
+        while (done := job.counts().rows) < count:
+            assert held_by(job.path) is not None, (job.path / "worker.log").read_text()
+            time.sleep(0.02)
+        return done
+
+    out = ("--max-tokens", 8, "-o", tiny_disk.home / "out.jsonl")
+    assert batchrun("submit", prompts, "-m", model, "--detach", *out)[0] == 0
+    [job] = tiny_disk.jobs()
+    wait_for_rows(50)
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    status, shown = batchrun("watch", job.id)
+    assert status in (1, 130), shown
+    assert job.state() in ("failed", "interrupted")
+    failure = job.failure()
+    assert failure is not None
+    assert "disk" in f"{failure}", failure
+    assert failure[0] in batchrun("show", job.id)[1]
+    ballast.unlink()
+    had = job.counts().rows
+    assert had >= 50
+    assert batchrun("resume", job.id, "--detach")[0] == 0
+    wait_for_rows(had + 1)
+    assert batchrun("cancel", job.id)[0] == 0
+    assert job.state() == "cancelled"
+    assert verify(job) == []
