@@ -280,6 +280,17 @@ class KVArena:
             budget is None or self.layout.total_pages_for(num_tokens) <= budget
         )
 
+    def has_room(self, num_tokens: int, spare: float) -> bool:
+        """Whether so many tokens more could be held now with a part of the budget to spare.
+
+        Pages that no open or kept slot claims count as room: they can be taken.
+        """
+        budget = self.pool.page_budget()
+        return budget is None or (
+            self._space.claimed_pages + self.layout.total_pages_for(num_tokens)
+            <= (1 - spare) * budget
+        )
+
     def address(self, group: int) -> int:
         """Where slot 0's slab of `group` begins; slot s's is s * `layout.slab_size(group)` on."""
         return self._slabs.address(group)

@@ -92,6 +92,10 @@ class CountedSpace:
         """Whether a sequence of `num_tokens` tokens could be held if it were alone."""
         return num_tokens <= self._max_tokens and self._footprint(num_tokens) <= self._budget
 
+    def has_room(self, num_tokens: int, spare: float) -> bool:
+        """Whether so many tokens more could be held now with a part of the budget to spare."""
+        return self.used + self._footprint(num_tokens) <= (1 - spare) * self._budget
+
 
 def static_space(layout: KVLayout, *, budget: int, num_slots: int) -> CountedSpace:
     """Every slot takes `layout.max_tokens` tokens from the start: nothing is ever mapped."""

@@ -99,26 +99,25 @@ class Slabs:
         for table, _, run in mapped:
             table.extend(run)
 
-    def replace(self, slot: int, group: int, page: int) -> Handle:
-        """Map a page of the pool in the place of a page, which is returned.
+    def replace(self, slot: int, group: int, page: int, fresh: Handle) -> Handle:
+        """Map an acquired page in the place of another, which is returned and released.
 
         Raises:
-            OutOfPages: as in `extend`. The page is what it was.
+            OutOfPages: the system has no room for the mapping. The page is what it was.
         """
         table, address = self.tables[slot][group], self.address(group, slot, page)
-        old, fresh = table[page], self._pool.acquire(1)
+        old = table[page]
         begin = perf_counter()
         self._memory.unmap(address, 1)
         self.unmapping.add(begin)
         begin = perf_counter()
         try:
-            self._memory.map(address, fresh)
+            self._memory.map(address, [fresh])
         except AllocatorError:
             self._memory.map(address, [old])
-            self._pool.release(fresh)
             raise
         self.mapping.add(begin)
-        table[page] = fresh[0]
+        table[page] = fresh
         self._pool.release([old])
         return old
 

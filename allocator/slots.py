@@ -107,11 +107,17 @@ class Slots:
         if shared and slot.fence > self.retired:
             return False
         self.steal(len(shared) - self.pool.free, self.retired)
+        try:
+            fresh = self.pool.acquire(len(shared))
+        except OutOfPages:
+            return False
         for group, page, nbytes in shared:
             try:
-                old = self.slabs.replace(slot.index, group, page)
+                old = self.slabs.replace(slot.index, group, page, fresh[-1])
             except OutOfPages:
+                self.pool.release(fresh)
                 return False  # what was replaced until now holds the same tokens
+            fresh.pop()
             self.sharing.replaced(slot, group, page, old)
             if nbytes and step is not None:
                 other = next(s for s in self.slots if old in s.tables[group][page : page + 1])
@@ -122,14 +128,13 @@ class Slots:
         return True
 
     def _reclaim(self, slot: Slot, spans: list[range]) -> None:
-        """Unmap from closed slots what they share with a slot on the given pages of each slab."""
-        for index in self.closed:
-            other = self.slots[index]
-            if other.aliased_end and other.fence <= self.retired:
-                tables = zip(other.tables, slot.tables, spans, strict=True)
+        """Unmap the surplus of others that they share with a slot on the given pages."""
+        for other in [self.slots[index] for index in self.with_surplus]:
+            if other is not slot and other.aliased_end and other.fence <= self.retired:
+                pages = zip(other.tables, slot.tables, other.claimed, spans, strict=True)
                 keep = (
-                    next((p for p in span if theirs[p : p + 1] == own[p : p + 1]), len(theirs))
-                    for theirs, own, span in tables
+                    next((p for p in span if p >= c and theirs[p : p + 1] == [own[p]]), len(theirs))
+                    for theirs, own, c, span in pages
                 )
                 self.cut(other, tuple(keep))
 

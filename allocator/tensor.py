@@ -46,6 +46,16 @@ def strided_view(
     return empty.set_(storage, offset, shape, strides)
 
 
+def slab_bytes(arena: KVArena, group: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """All slots' slabs of a group as bytes, in which `Copy.source` and `Copy.target` count.
+
+    Returns:
+        uint8 `[num_slots * slab_size]`; valid until `arena.release()`.
+    """
+    size = arena.num_slots * arena.layout.slab_size(group)
+    return strided_view(arena.address(group), size, (size,), (1,), torch.uint8, device=device)
+
+
 def layer_views(
     arena: KVArena, layer: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
