@@ -194,7 +194,7 @@ class KVArena:
         for group, page in enumerate(whole):
             rest = num_shared * layout.group_bytes_per_token(group) - page * layout.page_size
             if rest:
-                self._sharing.order(group, page, origin, slot, rest)
+                self._sharing.order(group, page, origin, slot, rest, step)
         return slot.index
 
     def fork(self, source: int, step: int) -> int | None:
@@ -209,8 +209,8 @@ class KVArena:
         Before its kernels, that is, after those of the steps before it, and in this order: a copy
         may read what one before it has written.
         """
-        copies, self._sharing.copies = tuple(self._sharing.copies), []
-        return copies
+        copies, self._sharing.copies = self._sharing.copies, []
+        return tuple(copy for _, copy in copies)
 
     def close(self, slot: int, step: int, keep: int = 0) -> None:
         """End a slot's sequence. Its pages stay mapped for the next, or until they are wanted.

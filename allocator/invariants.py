@@ -75,7 +75,7 @@ def _check_shared(arena: "KVArena") -> None:
     usage, saved = arena.usage(), opened.total() - len(opened)
     assert usage.live == sum(live.values()), f"{usage.live} live, pages hold {sum(live.values())}"
     assert usage.shared == saved * layout.page_size, f"{usage.shared} shared, {saved} pages are"
-    for copy in arena._sharing.copies:
+    for _, copy in arena._sharing.copies:
         for at in (copy.source, copy.target):
             index, offset = divmod(at, layout.slab_size(copy.group))
             slot, page = arena._slots[index], offset // layout.page_size

@@ -83,7 +83,7 @@ class Sharing:
         self.open_claims = Tally()
         self._full = Tally()  # aliased pages all of whose tokens are live
         self._short: dict[int, Slot] = {}  # whose last live page may be an aliased one
-        self.copies: list[Copy] = []
+        self.copies: list[tuple[int, Copy]] = []  # before which step's kernels, what
 
     def alias(self, slot: "Slot", pages: tuple[int, ...]) -> None:
         """Set how many leading pages of a slot may be shared, and count anew."""
@@ -132,15 +132,25 @@ class Sharing:
         )
         return self._full.excess * layout.page_size + sum(twice)
 
-    def order(self, group: int, page: int, source: "Slot", target: "Slot", nbytes: int) -> None:
+    def order(
+        self, group: int, page: int, source: "Slot", target: "Slot", nbytes: int, step: int
+    ) -> None:
         """Have the first bytes of a page copied from one slot to another."""
         at, slab = page * self._layout.page_size, self._layout.slab_size(group)
-        self.copies.append(Copy(group, source.index * slab + at, target.index * slab + at, nbytes))
+        copy = Copy(group, source.index * slab + at, target.index * slab + at, nbytes)
+        self.copies.append((step, copy))
 
     def forget_copies(self, slot: "Slot") -> None:
-        """Drop the copies to unclaimed pages of a slot, but for what others rely on."""
-        size, wanted, read = self._layout.page_size, list[Copy](), set[tuple[int, int]]()
-        for copy in reversed(self.copies):
+        """Drop the copies to unclaimed pages of a slot that closes, but for what others rely on.
+
+        The pages of the other copies stay until they are made.
+        """
+        size, wanted, read = (
+            self._layout.page_size,
+            list[tuple[int, Copy]](),
+            set[tuple[int, int]](),
+        )
+        for step, copy in reversed(self.copies):
             slab = self._layout.slab_size(copy.group)
             index, page = copy.target // slab, copy.target % slab // size
             if (
@@ -150,7 +160,9 @@ class Sharing:
                 and self._pool.references(slot.tables[copy.group][page]) == 1
             ):
                 continue
-            wanted.append(copy)
+            if index == slot.index:
+                slot.fence = max(slot.fence, step)
+            wanted.append((step, copy))
             read.add((copy.group, copy.source // size))
         self.copies = wanted[::-1]
 

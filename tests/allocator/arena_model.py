@@ -17,7 +17,7 @@ from allocator.sharing import Copy
 from allocator.tensor import strided_view
 from allocator.vmm import Handle
 
-MAX_TOKENS = 48
+MAX_TOKENS = 96
 LAYOUTS = [
     # 400, 1000 and 1028 bytes a token where pages are 4 KiB: they hold 10.24, 4.1 and 3.98 tokens.
     KVLayout((LayerKV(SCALE, 25, 25),) * 2, 4, PAGE, MAX_TOKENS, 2),

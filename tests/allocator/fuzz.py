@@ -31,8 +31,8 @@ def fuzz(operations: int, seed: int) -> dict[str, object]:
     for first in range(0, operations, EPISODE):
         model = ArenaModel(
             LAYOUTS[first // EPISODE % len(LAYOUTS)],
-            num_slots=rng.randint(3, 10),
-            budget=rng.choice([None, rng.randint(6, 30), rng.randint(20, 80)]),
+            num_slots=rng.randint(3, 12),
+            budget=rng.choice([None, rng.randint(8, 40), rng.randint(40, 120)]),
             slack=rng.choice([0.0, 0.05, 1.0]),
         )
         for number in range(first, min(first + EPISODE, operations)):
@@ -58,10 +58,10 @@ def fuzz(operations: int, seed: int) -> dict[str, object]:
 def operate(model, rng: random.Random) -> str:
     """One random operation. Returns its name."""
     live, kept, left = sorted(model.open_slots), sorted(model.kept), sorted(model.left)
-    tokens = rng.choice([rng.randint(0, 48), rng.randint(0, 12)])
+    tokens = rng.choice([rng.randint(0, 96), rng.randint(0, 16)])
     choices = {"open": 6, "launch": 12, "retire": 8, "trim": 1, "run_alone": 0.1}
     choices |= {"share": 10} if live or kept or left else {}
-    choices |= {"grow": 14, "fork": 5, "truncate": 2, "close": 6, "keep": 2} if live else {}
+    choices |= {"grow": 14, "fork": 5, "truncate": 2, "close": 10, "keep": 2} if live else {}
     shared = [s for s in live if model.arena._slots[s].aliased_end]
     choices |= {"rewrite": 6} if shared else {}
     choices |= {"drop": 1 + len(kept)} if kept else {}
@@ -74,12 +74,12 @@ def operate(model, rng: random.Random) -> str:
             model.open(tokens)
         case "share":
             groups = [slots for slots in (live, kept, left) if slots]
-            model.share(rng.choice(rng.choice(groups)), tokens, rng.randint(0, 48))
+            model.share(rng.choice(rng.choice(groups)), tokens, rng.randint(0, 96))
         case "fork":
             model.share(slot, model.shareable(slot), tokens)
         case "grow":
             length = len(model.open_slots[slot].names)
-            model.ensure(slot, min(48, length + rng.choice([0, 1, 1, 2, 5, 16])))
+            model.ensure(slot, min(96, length + rng.choice([0, 1, 1, 2, 5, 20, 50])))
         case "truncate":
             model.ensure(slot, rng.randint(0, len(model.open_slots[slot].names)))
         case "rewrite":
@@ -87,7 +87,7 @@ def operate(model, rng: random.Random) -> str:
             end = min(len(model.open_slots[slot].names), model.arena._slots[slot].aliased_end)
             begin = rng.randint(0, end)
             if model.ensure(slot, begin):
-                model.ensure(slot, rng.randint(begin, 48))
+                model.ensure(slot, rng.randint(begin, 96))
         case "close" | "keep":
             model.close(slot, tokens if name == "keep" else 0, late=rng.random() < 0.5)
         case "drop":
