@@ -29,8 +29,10 @@ from typing import Protocol
 
 import pyarrow.parquet as pq
 
+from batchrun.live import read_progress
 from jobs.errors import JobError
 from jobs.lease import held_by
+from jobs.verify import verify
 from tests.faults.smalljob import (
     BUG,
     DONE,
@@ -42,31 +44,35 @@ from tests.faults.smalljob import (
 )
 
 STRIKES = ("worker", "viewer", "both", "group", "stop")
+SPARING = ("viewer", "stop", "supervisor")  # the job goes on
 ENDED = {"done", "done-with-errors"}
 
 
-@dataclass(frozen=True)
-class Running:
-    """A job at work: its processes, and the process group that a terminal would signal."""
-
-    worker: int
-    viewer: int
-    group: int
-
-
 class Launcher(Protocol):
-    """What a trial needs of a way to run jobs."""
+    """What a trial needs of a way to run jobs.
+
+    Attributes:
+        strikes: What can be struck.
+    """
+
+    strikes: tuple[str, ...]
 
     def begin(self) -> None:
         """A fresh job."""
 
-    def start(self) -> Running:
+    def start(self) -> None:
         """Go on with it, in processes of its own."""
+
+    def wait_for_work(self) -> None:
+        """Return when rows are being computed, or the job has ended."""
+
+    def victims(self, how: str) -> list[int]:
+        """The processes to strike, groups by minus their number; none where all have ended."""
 
     def contend(self) -> int:
         """Run it here while another has it; the exit code."""
 
-    def reap(self, running: Running) -> None:
+    def reap(self) -> None:
         """Wait until its processes have ended, whatever ended them."""
 
     def ended(self) -> bool:
@@ -82,9 +88,11 @@ class Launcher(Protocol):
 class Forked:
     """`run_job` over an engine that computes nothing; the viewer asks for the counts."""
 
+    strikes = STRIKES
+
     def __init__(self, root: Path, rows: int) -> None:
         self._root, self._rows = root, rows
-        self._number = 0
+        self._number = self._worker = self._viewer = 0
         self._ledger = Ledger(rows)
 
     def begin(self) -> None:
@@ -103,18 +111,26 @@ class Forked:
             time.sleep(0.005)
         return DONE
 
-    def start(self) -> Running:
-        worker = spawn(self._run, 0)
-        return Running(worker, spawn(lambda: self._look(worker), worker), worker)
+    def start(self) -> None:
+        self._worker = worker = spawn(self._run, 0)
+        self._viewer = spawn(lambda: self._look(worker), worker)
+
+    def wait_for_work(self) -> None:
+        pass  # there is little before it
+
+    def victims(self, how: str) -> list[int]:
+        both = [self._worker, self._viewer]
+        named = {"viewer": [self._viewer], "both": both, "group": [-self._worker]}
+        return named.get(how, [self._worker])
 
     def contend(self) -> int:
         if not (jobs := self._small.jobs()) or held_by(jobs[0].path) is None:
             return REFUSED  # stopped before it had the job
         return forked(self._run)
 
-    def reap(self, running: Running) -> None:
-        _, code = os.waitpid(running.worker, 0)
-        _, seen = os.waitpid(running.viewer, 0)
+    def reap(self) -> None:
+        _, code = os.waitpid(self._worker, 0)
+        _, seen = os.waitpid(self._viewer, 0)
         for status in (code, seen):
             killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
             assert killed or os.WEXITSTATUS(status) == DONE, f"a process ended with {status}"
@@ -134,7 +150,9 @@ class Forked:
 
 
 class CommandLine:
-    """`batchrun` itself with the tiny model; its worker is whoever holds the job's lock."""
+    """`batchrun` itself with the tiny model: a viewer, a supervisor, the run that it started."""
+
+    strikes = (*STRIKES, "supervisor")
 
     def __init__(self, root: Path, rows: int) -> None:
         from batchrun.models import resolve  # noqa: PLC0415
@@ -148,19 +166,36 @@ class CommandLine:
         self._make = lambda output: make_job(root, self._prompts, ref, output, 64)
         self.begin()
         self._reference = self._output
-        self.reap(self.start())
+        self.start()
+        self.reap()
 
     def begin(self) -> None:
         self._number += 1
         self._output = self._root / f"out-{self._number}.parquet"
         self._job = self._make(self._output)
+        self._again = 0
 
-    def start(self) -> Running:
-        viewer = self._command()
-        while (worker := held_by(self._job.path)) is None and viewer.poll() is None:
+    def start(self) -> None:
+        (self._job.path / "progress.json").unlink(missing_ok=True)
+        self._before = self._kept()
+        self._viewer = self._command()
+        while held_by(self._job.path) is None and self._viewer.poll() is None:
             time.sleep(0.005)
-        self._viewer = viewer
-        return Running(worker or viewer.pid, viewer.pid, viewer.pid)
+
+    def wait_for_work(self) -> None:
+        while held_by(self._job.path) is not None:
+            seen = read_progress(self._job.path)
+            if seen is not None and seen.phase == "run":
+                break
+            time.sleep(0.01)
+
+    def victims(self, how: str) -> list[int]:
+        supervisor = held_by(self._job.path)
+        if supervisor is None or not (runs := children(supervisor)):
+            return []
+        viewer = self._viewer.pid
+        named = {"viewer": [viewer], "both": [*runs, viewer], "supervisor": [supervisor]}
+        return named.get(how, [-supervisor] if how == "group" else runs)
 
     def _command(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -174,24 +209,43 @@ class CommandLine:
     def contend(self) -> int:
         return REFUSED if self._command().wait(120) else DONE
 
-    def reap(self, running: Running) -> None:
+    def reap(self) -> None:
         self._viewer.wait(300)
         while held_by(self._job.path) is not None:
             time.sleep(0.02)
+        seen = read_progress(self._job.path)  # what the run said last, at most 0.25 s before
+        if seen is not None and seen.phase == "run":
+            self._again += max(0, self._before + seen.completion_tokens - self._kept())
+
+    def _kept(self) -> int:
+        """Tokens that are in the journal, of results and of rows that are not done."""
+        with self._job.journal() as journal:
+            begun = sum(map(len, journal.partials().values()))
+            return journal.counts().completion_tokens + begun
 
     def ended(self) -> bool:
         with self._job.journal() as journal:
             journal.check()
+        problems = verify(self._job)
+        assert not problems, problems
         return self._job.state() in ENDED
 
     def check(self) -> None:
         assert pq.read_table(self._output).equals(pq.read_table(self._reference))
 
     def again(self) -> int:
-        """Tokens that the runs generated beyond those of the answers, as their statistics say."""
-        with self._job.journal() as journal:
-            decoded = sum(run["stats"].get("decode_tokens", 0) for run in journal.runs())
-            return max(0, decoded - journal.counts().completion_tokens)
+        return self._again
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that live."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 @dataclass
@@ -219,27 +273,23 @@ def spawn(work: Callable[[], int], group: int) -> int:
     return pid
 
 
-def strike(launcher: Launcher, running: Running, how: str, trials: Trials) -> None:
-    """Send what the trial's name says."""
+def strike(launcher: Launcher, how: str, trials: Trials) -> bool:
+    """Send what the trial's name says; whether there was anybody to send it to."""
 
-    def send(number: int, *pids: int) -> bool:
-        try:
-            for pid in pids:
+    def send(number: int) -> bool:
+        for pid in victims:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-        except ProcessLookupError:
-            return False
-        return True
+        return bool(victims)
 
-    if how == "stop":
-        if send(signal.SIGSTOP, running.worker):
-            assert launcher.contend() == REFUSED, "two workers have one job"
-            trials.refused += 1
-            send(signal.SIGCONT, running.worker)
-    elif how == "group":
-        os.killpg(running.group, signal.SIGKILL)
-    else:
-        both = {"worker": [running.worker], "viewer": [running.viewer]}
-        send(signal.SIGKILL, *both.get(how, [running.worker, running.viewer]))
+    victims = launcher.victims(how)
+    if how != "stop":
+        return send(signal.SIGKILL)
+    if send(signal.SIGSTOP):
+        assert launcher.contend() == REFUSED, "two workers have one job"
+        trials.refused += 1
+        send(signal.SIGCONT)
+    return bool(victims)
 
 
 def series(launcher: Launcher, trials_wanted: int, seed: int) -> Trials:
@@ -250,31 +300,38 @@ def series(launcher: Launcher, trials_wanted: int, seed: int) -> Trials:
     """
     rng, trials = random.Random(seed), Trials()
     launcher.begin()
+    launcher.start()
     began = time.monotonic()
-    launcher.reap(launcher.start())
+    launcher.wait_for_work()
+    loaded = time.monotonic() - began
+    launcher.reap()
     full = time.monotonic() - began
     launcher.check()
     while trials.struck.total() < trials_wanted:
         launcher.begin()
         trials.jobs += 1
         while True:
-            how = rng.choice(STRIKES)
+            how = rng.choice(launcher.strikes)
             last = trials.struck.total() >= trials_wanted
-            running = launcher.start()
+            struck = False
+            launcher.start()
             if not last:
-                time.sleep(rng.uniform(0, full))
-                strike(launcher, running, how, trials)
-                trials.struck[how] += 1
-            launcher.reap(running)
+                if rng.random() < 0.8:  # loading has fewer moments that differ
+                    launcher.wait_for_work()
+                    time.sleep(rng.uniform(0, full - loaded))
+                else:
+                    time.sleep(rng.uniform(0, full))
+                struck = strike(launcher, how, trials)
+                trials.struck[how] += struck
+            launcher.reap()
             try:
                 ended = launcher.ended()
             except JobError as error:
                 raise AssertionError(f"after a signal to {how}: {error}") from error
             if ended:
                 break
-            spared = how in ("viewer", "stop") and running.worker != running.viewer
-            assert not spared, f"the job did not go on after a signal to {how}"
-            assert not last, "a run that nothing struck did not end"
+            assert struck, "a run that nothing struck did not end"
+            assert how not in SPARING, f"the job did not go on after a signal to {how}"
         launcher.check()
         trials.again.append(launcher.again())
     return trials
@@ -283,20 +340,21 @@ def series(launcher: Launcher, trials_wanted: int, seed: int) -> Trials:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--rows", type=int, help="60, or 600 of the tiny model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--real", action="store_true", help="batchrun, with the tiny model")
     options = parser.parse_args()
+    rows = options.rows or (600 if options.real else 60)
     with tempfile.TemporaryDirectory(prefix="signals-") as name:
         kind = CommandLine if options.real else Forked
-        launcher: Launcher = kind(Path(name), options.rows)
+        launcher: Launcher = kind(Path(name), rows)
         began = time.perf_counter()
         trials = series(launcher, options.trials, options.seed)
     report = {
         "benchmark": "faults-signals",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "workers": "batchrun, tiny model" if options.real else "run_job, null engine",
-        "rows": options.rows,
+        "rows": rows,
         "trials": trials.struck.total(),
         "struck": dict(trials.struck),
         "jobs": trials.jobs,
