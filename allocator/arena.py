@@ -194,7 +194,7 @@ class KVArena:
         for group, page in enumerate(whole):
             rest = num_shared * layout.group_bytes_per_token(group) - page * layout.page_size
             if rest:
-                self._sharing.order(group, page, origin, slot, rest, step)
+                self._sharing.order(step, (group, page), origin, slot, rest)
         return slot.index
 
     def fork(self, source: int, step: int) -> int | None:

@@ -133,9 +133,14 @@ class Sharing:
         return self._full.excess * layout.page_size + sum(twice)
 
     def order(
-        self, group: int, page: int, source: "Slot", target: "Slot", nbytes: int, step: int
+        self, step: int, place: tuple[int, int], source: "Slot", target: "Slot", nbytes: int
     ) -> None:
-        """Have the first bytes of a page copied from one slot to another."""
+        """Have the first bytes of a page, at a group and index, copied to another slot's.
+
+        The source's page is put nowhere else until the step is retired.
+        """
+        group, page = place
+        source.fence = max(source.fence, step)
         at, slab = page * self._layout.page_size, self._layout.slab_size(group)
         copy = Copy(group, source.index * slab + at, target.index * slab + at, nbytes)
         self.copies.append((step, copy))
@@ -145,11 +150,8 @@ class Sharing:
 
         The pages of the other copies stay until they are made.
         """
-        size, wanted, read = (
-            self._layout.page_size,
-            list[tuple[int, Copy]](),
-            set[tuple[int, int]](),
-        )
+        size, read = self._layout.page_size, set[tuple[int, int]]()
+        wanted: list[tuple[int, Copy]] = []
         for step, copy in reversed(self.copies):
             slab = self._layout.slab_size(copy.group)
             index, page = copy.target // slab, copy.target % slab // size

@@ -121,8 +121,7 @@ class Slots:
             self.sharing.replaced(slot, group, page, old)
             if nbytes and step is not None:
                 other = next(s for s in self.slots if old in s.tables[group][page : page + 1])
-                other.fence = max(other.fence, step)
-                self.sharing.order(group, page, other, slot, nbytes, step)
+                self.sharing.order(step, (group, page), other, slot, nbytes)
         spare = zip(begin, end, slot.aliased, strict=True)
         self.sharing.alias(slot, tuple(min(b, a) if a <= e else a for b, e, a in spare))
         return True
