@@ -107,21 +107,7 @@ class Journal(Readings):
         """
         run = self._run
         rows = [
-            (
-                self._number(r),
-                r.status,
-                r.text,
-                array("i", r.token_ids).tobytes(),
-                r.finish_reason,
-                r.prompt_tokens,
-                r.completion_tokens,
-                r.error,
-                r.error_kind,
-                r.queue_s,
-                r.prefill_s,
-                r.decode_s,
-                run,
-            )
+            (self._number(r), *r[2:4], array("i", r.token_ids).tobytes(), *r[5:], run)
             for r in results
         ]
         kept = [(self._number(p), array("i", p.token_ids).tobytes()) for p in partials]
@@ -129,7 +115,8 @@ class Journal(Readings):
             self._db.executemany(_INSERT, rows)
             if kept:
                 self._db.executemany(_PARTIAL, kept)
-            self._db.executemany("DELETE FROM partials WHERE id = ?", [row[:1] for row in rows])
+            if self._db.execute("SELECT 1 FROM partials LIMIT 1").fetchone():
+                self._db.executemany("DELETE FROM partials WHERE id = ?", [row[:1] for row in rows])
             if stats is not None:
                 self._db.execute("UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run))
         self._logged += sum(_ROW_BYTES + len(row[2] or "") + len(row[3]) for row in rows)

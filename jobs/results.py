@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """What became of one sample of one row. Times in seconds; None where it never got there.
 
     `status` is `ok`, `error`, or `skipped` where the user asked to leave such rows out: no
