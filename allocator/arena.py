@@ -215,8 +215,8 @@ class KVArena:
     def close(self, slot: int, step: int, keep: int = 0) -> None:
         """End a slot's sequence. Its pages stay mapped for the next, or until they are wanted.
 
-        Copies into the slot that were not taken are dropped, but for those to tokens kept or
-        shared.
+        Copies into the slot that were not taken are dropped, but for those to tokens that are kept
+        or copied on.
 
         Args:
             slot: an open slot.
@@ -283,13 +283,15 @@ class KVArena:
     def has_room(self, num_tokens: int, spare: float) -> bool:
         """Whether so many tokens more could be held now with a part of the budget to spare.
 
-        Pages that no open or kept slot claims count as room: they can be taken.
+        That part is at least a page for each slab in use. Pages that no open or kept slot claims
+        count as room: they can be taken.
         """
         budget = self.pool.page_budget()
-        return budget is None or (
-            self._space.claimed_pages + self.layout.total_pages_for(num_tokens)
-            <= (1 - spare) * budget
-        )
+        if budget is None:
+            return True
+        spared = max(int(spare * budget), self.num_open * self.layout.num_groups)
+        wanted = self.layout.total_pages_for(num_tokens)
+        return self._space.claimed_pages + wanted + spared <= budget
 
     def address(self, group: int) -> int:
         """Where slot 0's slab of `group` begins; slot s's is s * `layout.slab_size(group)` on."""

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .layout import KVLayout
-from .pages import PagePool
 from .vmm import Handle
 
 if TYPE_CHECKING:
@@ -75,9 +74,8 @@ class Sharing:
         open_claims: those that open slots claim.
     """
 
-    def __init__(self, layout: KVLayout, pool: PagePool) -> None:
+    def __init__(self, layout: KVLayout) -> None:
         self._layout = layout
-        self._pool = pool
         self.none = (0,) * layout.num_groups
         self.claims = Tally()
         self.open_claims = Tally()
@@ -146,7 +144,7 @@ class Sharing:
         self.copies.append((step, copy))
 
     def forget_copies(self, slot: "Slot") -> None:
-        """Drop the copies to unclaimed pages of a slot that closes, but for what others rely on.
+        """Drop the copies to unclaimed pages of a slot that closes, unless another copy reads them.
 
         The pages of the other copies stay until they are made.
         """
@@ -159,7 +157,6 @@ class Sharing:
                 index == slot.index
                 and page >= slot.claimed[copy.group]
                 and (copy.group, copy.target // size) not in read
-                and self._pool.references(slot.tables[copy.group][page]) == 1
             ):
                 continue
             if index == slot.index:

@@ -65,7 +65,7 @@ class Slots:
         self.layout = layout
         self.pool = pool
         self.slabs = Slabs(memory, layout, pool, num_slots)
-        self.sharing = Sharing(layout, pool)
+        self.sharing = Sharing(layout)
         none = self.none = self.sharing.none
         self.slots = [Slot(i, tables, none, none) for i, tables in enumerate(self.slabs.tables)]
         self.closed = set(range(num_slots))

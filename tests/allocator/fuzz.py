@@ -70,8 +70,8 @@ def operate(model, rng: random.Random) -> str:
     name = rng.choices([*choices], [*choices.values()])[0]
     slot = rng.choice(live) if live else 0
     match name:
-        case "open":
-            model.open(tokens)
+        case "open" | "run_alone":
+            getattr(model, name)(tokens)
         case "share":
             groups = [slots for slots in (live, kept, left) if slots]
             model.share(rng.choice(rng.choice(groups)), tokens, rng.randint(0, 96))
@@ -96,8 +96,6 @@ def operate(model, rng: random.Random) -> str:
             model.retire(rng.choice([0, 0, 1, 1, 2, 3]))
         case "budget":
             model.set_budget(rng.randint(-8, 16))
-        case "run_alone":
-            model.run_alone(tokens)
         case _:
             getattr(model, name)()
     return name

@@ -218,6 +218,26 @@ def test_a_closed_source_is_not_stolen_from_before_its_step(make_arena: MakeAren
     arena.check()
 
 
+def test_a_prefix_that_is_in_use_stays_mapped_in_closed_slots(make_arena: MakeArena) -> None:
+    arena = make_arena(num_slots=4, budget=10 * PAGE)
+    writer = Writer(arena)
+    kept = writer.open("abcdefgh")
+    arena.close(kept, step=0, keep=8)
+    slots = [arena.share(kept, 8, 12, step=1) for _ in range(2)]
+    for slot in slots:
+        writer.append(slot, "1234")
+        arena.close(slot, step=1)
+    arena.retire(1)
+    other = arena.open()
+    assert arena.ensure(other, 32)
+    assert [arena.mapped_pages(slot) for slot in slots] == [2, 2], "what gives no page is not taken"
+    assert not arena.ensure(other, 36)
+    arena.drop(kept)
+    assert arena.ensure(other, 40)
+    assert [arena.mapped_pages(slot) for slot in (kept, *slots)] == [0, 0, 0]
+    arena.check()
+
+
 def test_share_that_cannot_be_had_changes_nothing(make_arena: MakeArena) -> None:
     arena = make_arena(num_slots=2, budget=2 * PAGE)
     writer = Writer(arena)
@@ -230,6 +250,8 @@ def test_share_that_cannot_be_had_changes_nothing(make_arena: MakeArena) -> None
     arena.retire(0)
     assert arena.open() == 1 - source
     assert arena.fork(source, step=1) is None, "no slot"
+    arena.close(source, step=0)
+    assert arena.ensure(1 - source, 8), "no step reads the source after all"
     assert arena.take_copies() == ()
     arena.check()
 

@@ -14,6 +14,8 @@ SHARED = [
     "test_page_pool.py",
     "test_kv_arena.py",
     "test_kv_arena_machine.py",
+    "test_kv_sharing.py",
+    "test_kv_fuzz.py",
     "test_kv_tensors.py",
     "test_kv_accounting.py",
 ]
