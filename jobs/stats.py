@@ -10,7 +10,7 @@ from typing import Any
 from jobs.files import write_json
 from jobs.folder import JobFolder
 
-_KV = ("reserved", "mapped", "live", "static", "paged")
+_KV = ("reserved", "mapped", "live", "shared", "static", "paged")
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -34,6 +34,7 @@ class RunStats:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     recomputed_tokens: int = 0
+    shared_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     sequence_s: float = 0.0
@@ -43,11 +44,13 @@ class RunStats:
     kv_reserved_s: float = 0.0
     kv_mapped_s: float = 0.0
     kv_live_s: float = 0.0
+    kv_shared_s: float = 0.0
     kv_static_s: float = 0.0
     kv_paged_s: float = 0.0
     peak_kv_reserved: int = 0
     peak_kv_mapped: int = 0
     peak_kv_live: int = 0
+    peak_kv_shared: int = 0
     peak_kv_static: int = 0
     peak_kv_paged: int = 0
     map_calls: int = 0
@@ -104,10 +107,11 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         JSON-able: `job`, `state`, `model`, `device`, `attention`, `output`, `rows` (`total`,
         `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`, and `skipped` where the user
         left some out; they are among the done ones), `finish_reasons`, `tokens`
-        (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`), `time` (seconds),
+        (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`, and
+        `shared`: of prompts, not computed because another row had), `time` (seconds),
         `throughput` (per second), `batch`, `kv` (bytes: `time_averaged` and `peak` of reserved,
-        mapped, live, static, paged; `utilisation` is live over mapped; None where nothing was
-        measured; seconds of mapping that computing hid and that it waited for), `device_time`
+        mapped, live, shared, static, paged; `utilisation` is live over mapped; None where nothing
+        was measured; seconds of mapping that computing hid and that it waited for), `device_time`
         (seconds in steps and between them; 0 on a CPU), `preemptions`, `peak_rss`,
         `weights_bytes`, `peak_activations`, `runs`, `row_seconds` (quantiles of queue, prefill,
         decode).
@@ -149,6 +153,7 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
             "prefilled": stats.prefill_tokens,
             "decoded": stats.decode_tokens,
             "recomputed": stats.recomputed_tokens,
+            "shared": stats.shared_tokens,
         },
         "time": {
             k: getattr(stats, k)

@@ -237,6 +237,12 @@ runtime_options = _section(
         help="Layers that share a KV slab; default: all.",
     ),
     _option(
+        "--share-prefixes/--no-share-prefixes",
+        default=True,
+        show_default=True,
+        help="Compute and hold once what prompts begin with alike.",
+    ),
+    _option(
         "--overlap/--no-overlap",
         default=True,
         show_default=True,

@@ -37,6 +37,7 @@ _RUNTIME = (
     "kv_budget",
     "page_size",
     "layers_per_slab",
+    "share_prefixes",
     "overlap",
     "graphs",
     "optimize",

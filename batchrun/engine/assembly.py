@@ -15,7 +15,7 @@ from allocator.arena import KVArena
 from allocator.cuda import CudaMemory, Driver
 from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views
+from allocator.tensor import layer_views, slab_bytes
 from allocator.vmm import AllocatorError, VirtualMemory
 from batchrun.engine import attention
 from batchrun.engine.attention import Geometry
@@ -25,7 +25,7 @@ from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.graphs import batch_sizes
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.optimize import optimize
-from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.scheduler import KEPT, Scheduler
 from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
 from batchrun.models import ModelError
 
@@ -52,6 +52,7 @@ class Settings:
         kv_budget: Bytes of KV pages at most; None for what the device has.
         page_size: Bytes of a KV page; None for 256 KiB on a CPU and the driver's least on a GPU.
         layers_per_slab: Layers whose keys and values lie together; None for all.
+        share_prefixes: Whether rows with a common prefix compute and hold it once.
         overlap: Whether the host works on the next step while the device computes one.
         graphs: Whether decode steps are recorded as CUDA graphs.
         optimize: Whether the model's modules are fused and compiled; None where that measured
@@ -72,6 +73,7 @@ class Settings:
     kv_budget: int | None = None
     page_size: int | None = None
     layers_per_slab: int | None = None
+    share_prefixes: bool = True
     overlap: bool = True
     graphs: bool = True
     optimize: bool | None = None
@@ -176,6 +178,7 @@ class Assembly:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=loaded.max_model_len,
+            share=settings.share_prefixes,
         )
         self.engine = Engine(
             self.executor,
@@ -194,6 +197,7 @@ class Assembly:
             "prefill_tokens": stats.prefill_tokens,
             "decode_tokens": stats.decode_tokens,
             "recomputed_tokens": stats.recomputed_tokens,
+            "shared_tokens": self.scheduler.num_shared_tokens,
             "prefill_s": stats.prefill_seconds,
             "decode_s": stats.decode_seconds,
             "sequence_s": stats.sequence_seconds,
@@ -246,7 +250,7 @@ class Assembly:
         arena = KVArena(
             memory,
             _layout(self.loaded, page, self.settings.layers_per_slab),
-            num_slots=self.max_num_seqs + self._cuda,  # one for the fillers of graphs
+            num_slots=self.max_num_seqs + KEPT + self._cuda,  # one for the fillers of graphs
             budget=measured if self.settings.kv_budget is None else self.settings.kv_budget,
         )
         self._resources.callback(arena.release)
@@ -277,7 +281,9 @@ class Assembly:
             ) from error
         layers = range(len(loaded.layers))
         views = [layer_views(self.arena, i, loaded.dtype, loaded.device) for i in layers]
-        return TorchExecutor(loaded, views, backend, transfers, lag=lag)
+        groups = range(self.arena.layout.num_groups)
+        slabs = [slab_bytes(self.arena, group, loaded.device) for group in groups]
+        return TorchExecutor(loaded, views, slabs, backend, transfers, lag=lag)
 
     def _warm_up(self) -> None:
         """Run the largest steps there can be, so that activations have their memory first.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from allocator.sharing import Copy
+
 
 class EngineError(Exception):
     """The engine cannot go on; the message names the number and the cause.
@@ -159,6 +161,12 @@ class Sequence:
     first_token: float | None = None
     finished: float | None = None
     high_water: int = 0
+    blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
+
+    @property
+    def known_ids(self) -> tuple[int, ...]:
+        """Prompt and collected output."""
+        return (*self.request.prompt_ids, *self.output_ids)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -203,10 +211,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The segments of one step, single-token ones (decodes) first."""
+    """The segments of one step, single-token ones (decodes) first.
+
+    `copies` are to be made in KV memory before them, and after the steps before.
+    """
 
     step: int
     segments: tuple[Segment, ...]
+    copies: tuple[Copy, ...] = ()
 
     @property
     def num_tokens(self) -> int:

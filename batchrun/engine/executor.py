@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from allocator.sharing import Copy
 from batchrun.engine.attention import AttentionBackend, LayerAttention
 from batchrun.engine.core import (
     EngineError,
@@ -67,6 +68,7 @@ class TorchExecutor:
     Args:
         loaded: The model.
         views: Each layer's keys and values, `[num_slots, slot_tokens, kv_heads, dim]`.
+        slabs: Each slab group's bytes, in which copies are made.
         backend: The attention kernels.
         transfers: The way to the device and back.
         lag: See `Executor`; 0 unless `transfers` are asynchronous.
@@ -76,6 +78,7 @@ class TorchExecutor:
         self,
         loaded: LoadedModel,
         views: Seq[tuple[torch.Tensor, torch.Tensor]],
+        slabs: Seq[torch.Tensor],
         backend: AttentionBackend,
         transfers: Transfers,
         *,
@@ -86,7 +89,7 @@ class TorchExecutor:
         self.transfers = transfers
         self.lag = lag
         self.graphs: DecodeGraphs | None = None
-        self._views = views
+        self._views, self._slabs = views, slabs
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
         self._sampler = Sampler(num_slots, transfers.upload, self._stop_ids)
@@ -107,6 +110,7 @@ class TorchExecutor:
         """See `Executor.launch`."""
         sampled = [s for s in plan.segments if s.sampled]
         with self._step():
+            self._copy(plan.copies)
             logits = self._logits(plan.segments)
             if not sampled:
                 return Ticket(plan.step, None)
@@ -147,6 +151,14 @@ class TorchExecutor:
 
         with self._step():
             self.graphs = DecodeGraphs(self._forward, prepare, sizes, filler, record)
+
+    def _copy(self, copies: Seq[Copy]) -> None:
+        if copies:
+            with self.transfers.copying():
+                for copy in copies:
+                    slab, size = self._slabs[copy.group], copy.nbytes
+                    source = slab[copy.source : copy.source + size]
+                    slab[copy.target : copy.target + size].copy_(source, non_blocking=True)
 
     @contextmanager
     def _step(self) -> Iterator[None]:

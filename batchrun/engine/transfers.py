@@ -43,6 +43,11 @@ class Transfers(Protocol):
         """The uploads, kernels and download of one step are issued in this context."""
         yield
 
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """Copies on the device, after the steps before and before this step's kernels."""
+        yield
+
     def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """Copy an array to the device without waiting for it.
 
@@ -83,6 +88,11 @@ class HostTransfers:
     @contextmanager
     def step(self) -> Iterator[None]:
         """See `Transfers.step`."""
+        yield
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """See `Transfers.copying`."""
         yield
 
     def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -149,6 +159,14 @@ class CudaTransfers:
             stage.begin.record(self.compute)
             yield
             stage.end.record(self.compute)
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """See `Transfers.copying`."""
+        self._copy.wait_stream(self.compute)
+        with torch.cuda.stream(self._copy):
+            yield
+        self.compute.wait_stream(self._copy)
 
     def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """See `Transfers.upload`."""

@@ -42,8 +42,10 @@ class EchoExecutor:
 
     device_seconds = idle_seconds = 0.0
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, lag: int = 0) -> None:
-        self.keys, self.values, self.lag = keys, values, lag
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, slab: torch.Tensor, lag: int = 0
+    ) -> None:
+        self.keys, self.values, self.slab, self.lag = keys, values, slab, lag
         self._queue: deque[StepPlan] = deque()
         self._ids: dict[Segment, list[int]] = {}
         self._last: dict[int, int] = {}
@@ -67,6 +69,9 @@ class EchoExecutor:
         return bool(self._queue)
 
     def _run(self, plan: StepPlan) -> Iterator[int]:
+        for c in plan.copies:
+            source = self.slab[c.source : c.source + c.nbytes]
+            self.slab[c.target : c.target + c.nbytes] = source
         for s in plan.segments:
             known = [self._last[s.slot]] if s.pending else self._ids.pop(s)
             ids = torch.tensor(known, dtype=torch.float64)

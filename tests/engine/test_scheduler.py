@@ -11,10 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from allocator.arena import KVArena
 from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views
+from allocator.tensor import layer_views, slab_bytes
 from batchrun.engine.core import FinishReason, Request, SamplingParams
 from batchrun.engine.engine import Completion, Engine
-from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.scheduler import KEPT, Scheduler
 from tests.engine.echo import EchoExecutor, expected
 
 PAGE = 4096
@@ -32,15 +32,21 @@ class Rig:
         pages: int | None,
         lag: int = 0,
         eos: frozenset[int] = frozenset(),
+        share: bool = True,
     ) -> None:
         self.memory = HostMemory(PAGE)
         layout = KVLayout((LayerKV(1, 37, 37),), 8, PAGE, MAX_LEN, 1)
         budget = None if pages is None else pages * PAGE
-        self.arena = KVArena(self.memory, layout, num_slots=seqs, budget=budget)
+        self.arena = KVArena(self.memory, layout, num_slots=seqs + KEPT, budget=budget)
         self.scheduler = Scheduler(
-            self.arena, max_num_seqs=seqs, max_num_batched_tokens=batched, max_model_len=MAX_LEN
+            self.arena,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=batched,
+            max_model_len=MAX_LEN,
+            share=share,
         )
-        executor = EchoExecutor(*layer_views(self.arena, 0, torch.float64), lag)
+        views = layer_views(self.arena, 0, torch.float64)
+        executor = EchoExecutor(*views, slab_bytes(self.arena, 0), lag)
         self.eos = eos
         self.engine = Engine(executor, self.scheduler, None, eos)
         self.done: dict[int, Completion] = {}
@@ -113,6 +119,19 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def add(self, length: int, first: int, max_tokens: int) -> None:
         self.rig.add([(first + i) % 997 for i in range(length)], max_tokens)
+
+    @rule(
+        family=st.integers(0, 2),
+        common=st.integers(15, 50),
+        own=st.integers(0, 9),
+        max_tokens=st.integers(1, 30),
+        rows=st.integers(1, 4),
+    )
+    def add_family(self, family: int, common: int, own: int, max_tokens: int, rows: int) -> None:
+        """Rows that begin alike, with each other and with other families of the same number."""
+        for row in range(rows):
+            prompt = [*range(family, family + common), *range(500 + row, 500 + row + own)]
+            self.rig.add(prompt, max_tokens)
 
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
@@ -223,3 +242,83 @@ def test_each_step_stays_within_the_token_budget(make_rig):  # type: ignore[no-u
     rig.drain()
     rig.verify()
     assert largest == 7
+
+
+def prefilled(rig: Rig) -> int:
+    return rig.engine.stats.prefill_tokens
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_common_prefix_is_computed_once(make_rig, lag):  # type: ignore[no-untyped-def]
+    rig = make_rig(seqs=4, batched=16, pages=None, lag=lag)
+    for row in range(12):
+        rig.add([*range(48), 100 + row, 200 + row], 5)
+    rig.drain()
+    rig.verify()
+    assert prefilled(rig) == 48 + 12 * 2
+    assert rig.scheduler.num_shared_tokens == 11 * 48
+
+
+def test_a_prefix_of_a_prefix_is_shared_too(make_rig):  # type: ignore[no-untyped-def]
+    rig = make_rig(seqs=8, batched=64, pages=None)
+    for row in range(12):
+        document = [row % 3] * 20
+        rig.add([*range(20), *document, 300 + row], 5)
+    rig.drain()
+    rig.verify()
+    assert prefilled(rig) == 20 + 3 * 20 + 12
+
+
+def test_samples_of_a_row_compute_its_prompt_once(make_rig):  # type: ignore[no-untyped-def]
+    rig = make_rig(seqs=8, batched=64, pages=None)
+    for _ in range(8):
+        rig.add(list(range(48)), 6)
+    rig.drain()
+    rig.verify()
+    assert prefilled(rig) == 48 + 7  # each computes the last token itself: its logits are wanted
+
+
+def test_rows_that_begin_alike_are_admitted_together(make_rig):  # type: ignore[no-untyped-def]
+    rig = make_rig(seqs=1, batched=64, pages=None)
+    for row in range(12):
+        rig.add([*range(row % 3, row % 3 + 30), 100 + row], 5)
+    order = []
+    rig.engine.on_admit = lambda request: order.append(request.row % 3)
+    rig.drain()
+    assert order == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_a_prefix_is_kept_for_rows_to_come_and_given_up_for_memory(make_rig):  # type: ignore[no-untyped-def]
+    rig = make_rig(seqs=1, batched=64, pages=10)
+    rig.add([*range(40), 900], 3)
+    rig.add([*range(40), 901], 3)
+    while not rig.done:
+        rig.step()
+    assert rig.arena.held_tokens(next(iter(rig.scheduler._kept))) >= 32
+    rig.drain()
+    assert prefilled(rig) == 42
+    assert not rig.scheduler._kept
+    rig.add([*range(32), 900], 3)
+    rig.add([7] * 30, 30)
+    rig.add([*range(32), 901], 3)
+    rig.drain()
+    rig.verify()
+
+
+def test_nothing_is_shared_where_it_is_switched_off(make_rig):  # type: ignore[no-untyped-def]
+    rig = make_rig(seqs=4, batched=64, pages=None, share=False)
+    for row in range(4):
+        rig.add([*range(40), row], 5)
+    rig.drain()
+    rig.verify()
+    assert (prefilled(rig), rig.scheduler.num_shared_tokens) == (4 * 41, 0)
+
+
+def test_more_than_memory_holds_recomputes_little(make_rig):  # type: ignore[no-untyped-def]
+    rig = make_rig(seqs=24, batched=64, pages=60)
+    for first in range(0, 600, 10):
+        rig.add([first, first + 1], 20 + first // 20)
+    rig.drain()
+    rig.verify()
+    stats = rig.engine.stats
+    assert 0 < stats.recomputed_tokens < 0.15 * (stats.prefill_tokens + stats.decode_tokens)

@@ -6,10 +6,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
+from allocator.arena import KVArena
 from batchrun.engine import canary
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Request, SamplingParams, Segment
@@ -55,16 +57,61 @@ def test_greedy_equals_generate(name: str, shape: str) -> None:
     assert outputs(done) == wanted(name)
 
 
+@pytest.fixture
+def greedy_admission(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Admit whatever fits now, so that rows are preempted all the time."""
+    monkeypatch.setattr(KVArena, "has_room", lambda *_: True)
+
+
+def bytes_per_token(model: LoadedModel) -> int:
+    return sum(s.kv_heads * (s.k_dim + s.v_dim) for s in model.layers) * 4
+
+
+@pytest.mark.usefixtures("greedy_admission")
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_equals_generate_when_memory_is_short(name: str, lag: int) -> None:
     model = loaded(name)
-    layout_bytes = sum(s.kv_heads * (s.k_dim + s.v_dim) for s in model.layers) * 4
-    with rig(model, kv_budget=layout_bytes * 170, lag=lag) as r:
+    with rig(model, kv_budget=bytes_per_token(model) * 170, lag=lag) as r:
         done = run(r, prompts(), SamplingParams(max_tokens=MAX_TOKENS))
         assert r.scheduler.num_preemptions > 3
         assert r.engine.stats.recomputed_tokens > 0
     assert outputs(done) == wanted(name)
+
+
+@cache
+def families() -> list[list[int]]:
+    """Prompts of which many begin alike, on several levels, in no order."""
+    rng = random.Random(6)
+
+    def words(count: int) -> list[int]:
+        return [rng.randrange(3, 199) for _ in range(count)]
+
+    system = words(21)
+    documents = [words(count) for count in (19, 40, 3)]
+    rows = [system + rng.choice(documents) + words(rng.choice([1, 4, 17])) for _ in range(20)]
+    return [*rows, *prompts(4), rows[0], rows[0], system]
+
+
+@cache
+def wanted_of_families(name: str) -> list[list[int]]:
+    return [generate(loaded(name).model, p, MAX_TOKENS) for p in families()]
+
+
+@pytest.mark.parametrize("shape", [{"max_num_batched_tokens": 24}, {"lag": 1, "short": True}])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_that_begin_alike_share_it_and_equal_generate(
+    name: str, shape: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    model, shape = loaded(name), dict(shape)
+    if shape.pop("short", False):
+        request.getfixturevalue("greedy_admission")
+        shape["kv_budget"] = bytes_per_token(model) * 190
+    with rig(model, **shape) as r:
+        done = run(r, families(), SamplingParams(max_tokens=MAX_TOKENS))
+        assert r.scheduler.num_shared_tokens > 400
+        assert ("kv_budget" in shape) == (r.scheduler.num_preemptions > 0)
+    assert outputs(done) == wanted_of_families(name)
 
 
 def rerun(function: Callable[[], torch.Tensor]) -> Recorded:
@@ -133,6 +180,7 @@ def test_samples_are_the_same_for_any_batch_order_and_chunk(name: str) -> None:
         assert outputs(run(r, prompts(), SAMPLED, seed=12)) != want
 
 
+@pytest.mark.usefixtures("greedy_admission")
 def test_penalties_are_the_same_pipelined_and_preempted() -> None:
     model = loaded("llama")
     each = [
