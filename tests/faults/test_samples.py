@@ -48,6 +48,12 @@ def test_a_fault_at_every_seventeenth_step(library: Path) -> None:
         assert {"SIGKILL", "EIO", "ENOSPC"} <= set(report["cases"])
 
 
+def test_a_fault_at_every_nineteenth_step_of_what_is_done_between_runs(library: Path) -> None:
+    report = run(library, "tests.faults.operations", "--stride", "19")
+    assert set(report["cases"]) == {"create", "migrate", "relocate", "retry", "remove"}
+    assert all(sum(faults.values()) >= 6 for faults in report["cases"].values())
+
+
 def test_power_loss_after_every_twentieth_operation(library: Path) -> None:
     report = run(library, "tests.faults.powerloss", "--stride", "20", "--draws", "3")
     assert report["total"] > 30
