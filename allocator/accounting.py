@@ -8,6 +8,9 @@ PAGED_BLOCK_TOKENS = 16
 """Block size of the paged cache that `Usage.paged` compares with (vLLM's default)."""
 
 
+_BYTES = ("reserved", "mapped", "live", "shared", "static", "paged")
+
+
 @dataclass(frozen=True)
 class Usage:
     """One moment of an arena, in bytes; counters and seconds run from its creation.
@@ -62,8 +65,8 @@ class UsageIntegral:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._reserved = self._mapped = self._live = self._static = self._paged = 0.0
-        self._peaks: tuple[int, ...] = (0, 0, 0, 0, 0)
+        self._sums = dict.fromkeys(_BYTES, 0.0)
+        self._peaks = dict.fromkeys(_BYTES, 0)
         self._latest: Usage | None = None
 
     def add(self, usage: Usage, seconds: float) -> None:
@@ -71,27 +74,23 @@ class UsageIntegral:
         if seconds < 0:
             raise ValueError(f"time went backwards by {-seconds} seconds")
         self.seconds += seconds
-        self._reserved += usage.reserved * seconds
-        self._mapped += usage.mapped * seconds
-        self._live += usage.live * seconds
-        self._static += usage.static * seconds
-        self._paged += usage.paged * seconds
-        now = (usage.reserved, usage.mapped, usage.live, usage.static, usage.paged)
-        self._peaks = tuple(map(max, self._peaks, now))
+        for name in _BYTES:
+            value = getattr(usage, name)
+            self._sums[name] += value * seconds
+            self._peaks[name] = max(self._peaks[name], value)
         self._latest = usage
 
     @property
     def utilisation(self) -> float:
         """Time-averaged live over time-averaged mapped; 1 when nothing was mapped."""
-        return self._live / self._mapped if self._mapped else 1.0
+        live, mapped = self._sums["live"], self._sums["mapped"]
+        return live / mapped if mapped else 1.0
 
     def as_dict(self) -> dict[str, float]:
         """Byte-seconds (`kv_live_s`), peaks (`peak_kv_live`) and the latest counters, by name."""
-        names = ("reserved", "mapped", "live", "static", "paged")
-        sums = (self._reserved, self._mapped, self._live, self._static, self._paged)
         result: dict[str, float] = {"kv_s": self.seconds}
-        result |= {f"kv_{name}_s": value for name, value in zip(names, sums, strict=True)}
-        result |= {f"peak_kv_{name}": peak for name, peak in zip(names, self._peaks, strict=True)}
+        result |= {f"kv_{name}_s": value for name, value in self._sums.items()}
+        result |= {f"peak_kv_{name}": peak for name, peak in self._peaks.items()}
         for work in ("map", "unmap", "create"):
             result[f"{work}_calls"] = getattr(self._latest, f"{work}_calls", 0)
             result[f"{work}_s"] = getattr(self._latest, f"{work}_seconds", 0.0)

@@ -155,8 +155,8 @@ class KVArena:
                 `step`, is the caller's to know.
             num_shared: tokens.
             num_tokens: a guess how long the new sequence is, as in `open`.
-            step: the step before whose kernels the copies will be made: the source's pages stay
-                put until it is retired.
+            step: the step before whose kernels the copies will be made: until it is retired, a
+                source that is copied from keeps its pages.
 
         Returns:
             The slot, or None when none can be had now, or no page for the copies. Then nothing has
@@ -173,7 +173,7 @@ class KVArena:
             raise AllocatorError(f"step {step} is retired; copies can't be made before it")
         whole, wanted = layout.whole_pages(num_shared), layout.pages_for(num_shared)
         expected = layout.pages_for(max(num_shared, num_tokens))
-        slot = self._sharer(origin, whole, sum(expected))
+        slot = self._space.sharer(origin, whole, sum(expected))
         if slot is None:
             return None
         fence, origin.fence = origin.fence, max(origin.fence, step)  # nobody steals from it
@@ -182,9 +182,10 @@ class KVArena:
         self._space.claim(slot, at_most(wanted, has))
         aliases = [t[n:w] for t, n, w in zip(origin.tables, has, whole, strict=True)]
         copies = [int(n <= w < c) for n, w, c in zip(has, whole, wanted, strict=True)]
-        if not self._space.map(slot, copies, aliases):
+        mapped = self._space.map(slot, copies, aliases)
+        origin.fence = fence
+        if not mapped:
             self._space.claim(slot, self._space.none, is_open=False)
-            origin.fence = fence
             return None
         self._space.closed.remove(slot.index)
         self._sharing.alias(origin, tuple(map(max, origin.aliased, whole)))
@@ -371,21 +372,6 @@ class KVArena:
                 return False
         self._space.claim(slot, wanted)
         return True
-
-    def _sharer(self, origin: Slot, whole: tuple[int, ...], total: int) -> Slot | None:
-        """The closed slot that is cheapest to give the leading pages `whole` of another slot."""
-        best, least = None, (0, 0, 0)
-        for index in self._space.closed:
-            slot = self._slots[index]
-            keep = self._space.usable(slot, whole, origin.tables)
-            lost = slot.num_pages - sum(keep)
-            if slot is origin or (lost and slot.fence > self._space.retired):
-                continue
-            missing = sum(whole) - sum(at_most(whole, keep))
-            cost = lost + missing, abs(sum(keep) - total), index
-            if best is None or cost < least:
-                best, least = slot, cost
-        return best
 
     def _set_live(self, slot: Slot, num_tokens: int) -> None:
         before, slot.tokens = slot.tokens, num_tokens

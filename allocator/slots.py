@@ -137,6 +137,21 @@ class Slots:
                 )
                 self.cut(other, tuple(keep))
 
+    def sharer(self, origin: Slot, whole: tuple[int, ...], total: int) -> Slot | None:
+        """The closed slot that is cheapest to give the leading pages `whole` of another slot."""
+        best, least = None, (0, 0, 0)
+        for index in self.closed:
+            slot = self.slots[index]
+            keep = self.usable(slot, whole, origin.tables)
+            lost = slot.num_pages - sum(keep)
+            if slot is origin or (lost and slot.fence > self.retired):
+                continue
+            missing = sum(whole) - sum(at_most(whole, keep))
+            cost = lost + missing, abs(sum(keep) - total), index
+            if best is None or cost < least:
+                best, least = slot, cost
+        return best
+
     def usable(
         self, slot: Slot, whole: tuple[int, ...], tables: list[list[Handle]]
     ) -> tuple[int, ...]:

@@ -109,7 +109,8 @@ def main() -> None:
     args = parser.parse_args()
     if os.environ.get("BATCHRUN_TEST_MEMORY") == args.memory:
         sys.path[:0] = [str(HERE)]
-        print(json.dumps({"memory": args.memory, **fuzz(args.operations, args.seed)}))
+        result = fuzz(args.operations, args.seed)
+        print(json.dumps({"benchmark": "fuzz-arena", "memory": args.memory, **result}))
         return
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "BATCHRUN_TEST_MEMORY": args.memory}

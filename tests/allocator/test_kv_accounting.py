@@ -48,7 +48,9 @@ def test_an_empty_arena_is_fully_utilised(make_arena) -> None:
 
 def test_integral_weighs_by_time_and_keeps_peaks() -> None:
     integral = UsageIntegral()
-    integral.add(usage(reserved=100, mapped=10, live=9, static=80, paged=12, map_calls=1), 2.0)
+    integral.add(
+        usage(reserved=100, mapped=10, live=9, shared=3, static=80, paged=12, map_calls=1), 2.0
+    )
     integral.add(usage(reserved=100, mapped=30, live=6, static=40, paged=7, map_calls=4), 0.5)
     assert integral.seconds == 2.5
     assert integral.utilisation == pytest.approx((18 + 3) / (20 + 15))
@@ -57,11 +59,13 @@ def test_integral_weighs_by_time_and_keeps_peaks() -> None:
         "kv_reserved_s": 250.0,
         "kv_mapped_s": 35.0,
         "kv_live_s": 21.0,
+        "kv_shared_s": 6.0,
         "kv_static_s": 180.0,
         "kv_paged_s": 27.5,
         "peak_kv_reserved": 100,
         "peak_kv_mapped": 30,
         "peak_kv_live": 9,
+        "peak_kv_shared": 3,
         "peak_kv_static": 80,
         "peak_kv_paged": 12,
         "map_calls": 4,

@@ -2,12 +2,11 @@
 
 import pytest
 from fuzz import fuzz
-from memory_twins import examples
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_operations_keep_every_byte_and_rule(seed: int) -> None:
-    result = fuzz(operations=examples(3000), seed=seed)
+    result = fuzz(operations=4000, seed=seed)
     counts = result["counts"]
     rare = {"copies", "copies_on_write", "pages_shared", "preempted", "unmaps_to_grow"}
     assert {name for name in rare if not counts.get(name)} == set(), "the sample is too tame"

@@ -28,6 +28,8 @@ def test_qwen3_0_6b() -> None:
     assert layout.pages_for(19) == (2,)  # the nineteenth token lies across two pages
     assert layout.pages_for(128) == (7,)
     assert layout.pages_for(129) == (8,)
+    assert [layout.whole_pages(n) for n in (0, 18, 19, 127, 128)] == [(0,), (0,), (1,), (6,), (7,)]
+    assert [layout.tokens_on((n,)) for n in (0, 1, 7)] == [0, 19, 128]
     assert layout.waste_bytes(128) == 0
     assert layout.waste_bytes(129) == 2 * MIB - 114_688
     assert layout.slab_size(0) == 8192 * 114_688 == 448 * 2 * MIB
