@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from batchrun.channel import Channel
-from batchrun.engine.core import Request, SamplingParams
+from batchrun.engine.core import Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.engine.text import PromptError, template_fields
 from batchrun.watchdog import Watchdog
@@ -66,8 +66,8 @@ class RowEngine(Protocol):
     def step(self) -> list[Completion]:
         """Go one step on; returns what ended."""
 
-    def partials(self) -> Iterable[tuple[Request, tuple[int, ...]]]:
-        """Requests that have not ended, and the tokens of each so far."""
+    def partials(self) -> Iterable[Sequence]:
+        """What has not ended and has tokens already."""
 
 
 class Workbench(Protocol):

@@ -426,7 +426,9 @@ def _peak_rss() -> int:
 
 
 def _checkpoint(engine: RowEngine) -> Checkpoint:
-    return [Partial(r.row, r.sample, tokens) for r, tokens in engine.partials()]
+    return [
+        Partial(s.request.row, s.request.sample, tuple(s.output_ids)) for s in engine.partials()
+    ]
 
 
 def _result(completion: Completion) -> Result:

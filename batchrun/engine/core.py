@@ -40,6 +40,7 @@ class SamplingParams:
         stop: Texts that end the completion; they are not part of it.
         stop_token_ids: Tokens that end it, beside the model's own end tokens.
         ignore_eos: The model's own end tokens do not end it.
+        logprobs: The log-probabilities of its tokens are summed up.
 
     Raises:
         ValueError: A value is out of range; the message names it.
@@ -58,6 +59,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         for name, value, valid, rule in (
@@ -111,7 +113,8 @@ class Request:
     """One completion to compute.
 
     Its random stream derives from (seed, row, sample, position) and from nothing else.
-    `generated_ids` are tokens of it that an earlier run computed: it goes on behind them.
+    `generated_ids` are tokens of it that an earlier run computed, `generated_logprob` the sum of
+    their log-probabilities: it goes on behind them.
     """
 
     row: int
@@ -120,6 +123,7 @@ class Request:
     params: SamplingParams
     seed: int
     generated_ids: tuple[int, ...] = ()
+    generated_logprob: float = 0.0
 
 
 class FinishReason(StrEnum):
@@ -144,11 +148,13 @@ class Sequence:
 
     `num_computed_tokens` counts the leading tokens whose keys and values are in the slot once the
     launched steps have run. `num_pending` tokens were sampled by steps that are not collected yet:
-    they exist, and only the device knows them. Times are `time.perf_counter` seconds.
+    they exist, and only the device knows them. `logprob` is the sum of the output's
+    log-probabilities where the parameters ask for it. Times are `time.perf_counter` seconds.
     """
 
     request: Request
     output_ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
     num_computed_tokens: int = 0
     num_pending: int = 0
     slot: int | None = None
@@ -228,7 +234,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """What a step produced: one token for each sampled segment, in the plan's order."""
+    """What a step produced: one token for each sampled segment, in the plan's order.
+
+    `logprobs` are their log-probabilities under the model's own distribution, before penalties,
+    temperature and filters; none where no segment's parameters ask for them.
+    """
 
     step: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()

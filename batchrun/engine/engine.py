@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from batchrun.engine.core import (
@@ -107,14 +107,13 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request."""
-        sequence = Sequence(request, list(request.generated_ids), arrived=time.perf_counter())
-        self.scheduler.add(sequence)
+        begun, logprob = list(request.generated_ids), request.generated_logprob
+        self.scheduler.add(Sequence(request, begun, logprob, arrived=time.perf_counter()))
 
-    def partials(self) -> Iterator[tuple[Request, tuple[int, ...]]]:
-        """Requests that have not ended, and the tokens collected for each so far."""
-        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-            if sequence.output_ids:
-                yield sequence.request, tuple(sequence.output_ids)
+    def partials(self) -> list[Sequence]:
+        """What has not ended and has tokens already, as collected so far."""
+        unfinished = (*self.scheduler.running, *self.scheduler.waiting)
+        return [sequence for sequence in unfinished if sequence.output_ids]
 
     def step(self) -> list[Completion]:
         """Plan and launch one step, and collect those that are due.
@@ -163,10 +162,12 @@ class Engine:
         self._observe(seconds)
         sampled = [s.sequence for s in plan.segments if s.sampled]
         done: list[Completion] = []
-        for sequence, token in zip(sampled, tokens.token_ids, strict=True):
+        logprobs = tokens.logprobs or (0.0,) * len(sampled)
+        for sequence, token, logprob in zip(sampled, tokens.token_ids, logprobs, strict=True):
             if sequence.status is Status.FINISHED:
                 continue  # it ended while this step, one too many, was on its way
             sequence.output_ids.append(token)
+            sequence.logprob += logprob
             self.stats.generated_tokens += 1
             if sequence.first_token is None:
                 sequence.first_token = now

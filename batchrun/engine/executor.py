@@ -114,15 +114,16 @@ class TorchExecutor:
             logits = self._logits(plan.segments)
             if not sampled:
                 return Ticket(plan.step, None)
-            tokens = self._sampler.sample(logits.float(), sampled)
+            chosen = self._sampler.sample(logits.float(), sampled)
             slots = self.transfers.upload(np.array([s.slot for s in sampled]))
-            self._last.index_copy_(0, slots, tokens)
-            return Ticket(plan.step, self.transfers.download(tokens))
+            self._last.index_copy_(0, slots, chosen[0])
+            return Ticket(plan.step, self.transfers.download(*chosen))
 
     def collect(self, ticket: Ticket) -> StepTokens:
         """See `Executor.collect`."""
         with device_errors():
-            return StepTokens(ticket.step, tuple(ticket.tokens.get() if ticket.tokens else ()))
+            token_ids, *logprobs = ticket.tokens.get() if ticket.tokens else [()]
+            return StepTokens(ticket.step, tuple(token_ids), *map(tuple, logprobs))
 
     def busy(self) -> bool:
         """See `Executor.busy`."""

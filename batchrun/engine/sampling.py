@@ -48,7 +48,7 @@ class Sampler:
         self._stop_ids = stop_ids
         self._seen: _Seen | None = None
 
-    def sample(self, logits: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, segments: Seq[Segment]) -> tuple[torch.Tensor, ...]:
         """Choose the token that follows each segment.
 
         Args:
@@ -56,21 +56,24 @@ class Sampler:
             segments: The N sampled segments; a draw belongs to the position that it fills.
 
         Returns:
-            `[N]` int64 token ids on the device of `logits`.
+            `[N]` int64 token ids on the device of `logits`; and, where any segment asks for them,
+            `[N]` float32, the tokens' log-probabilities under `logits` as they came.
         """
         params = [s.sequence.request.params for s in segments]
+        scored = any(p.logprobs for p in params)
         penalised = [i for i, p in enumerate(params) if p.penalised]
-        if penalised:
-            if self._seen is None:
-                self._seen = _Seen(self._num_slots, logits, self._upload)
-            rows = self._upload(np.array(penalised))
-            self._seen.penalise(logits, rows, [segments[i] for i in penalised])
         banned = [
             (i, token)
             for i, (segment, p) in enumerate(zip(segments, params, strict=True))
             if p.min_tokens > _generated(segment)
             for token in self._stop_ids(segment.sequence)
         ]
+        own = logits.clone() if scored and (penalised or banned) else logits
+        if penalised:
+            if self._seen is None:
+                self._seen = _Seen(self._num_slots, logits, self._upload)
+            rows = self._upload(np.array(penalised))
+            self._seen.penalise(logits, rows, [segments[i] for i in penalised])
         if banned:
             index = self._upload(np.array(banned).T)
             logits[index[0], index[1]] = -torch.inf
@@ -84,7 +87,9 @@ class Sampler:
                 tokens[index] = self._draw(logits[index], [segments[i] for i in drawn])
         if penalised and self._seen is not None:
             self._seen.count(tokens[rows], [segments[i] for i in penalised])
-        return tokens
+        if not scored:
+            return (tokens,)
+        return tokens, own.gather(1, tokens[:, None])[:, 0] - own.logsumexp(dim=-1)
 
     def _draw(self, logits: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
         """Draw from `[N, V]` by inverting each row's distribution at its own uniform number."""

@@ -23,8 +23,8 @@ _ALIGNMENT = 256  # bytes, as cudaMalloc aligns
 class Download(Protocol):
     """Numbers on their way to the host."""
 
-    def get(self) -> list[int]:
-        """Wait for them."""
+    def get(self) -> list[list[Any]]:
+        """Wait for them: a list of numbers for each tensor."""
 
 
 class Transfers(Protocol):
@@ -58,8 +58,8 @@ class Transfers(Protocol):
     def started(self) -> None:
         """The step's inputs are on their way: its kernels come next."""
 
-    def download(self, tensor: torch.Tensor) -> Download:
-        """Fetch a tensor `[N]` of int64 once the kernels so far have run."""
+    def download(self, *tensors: torch.Tensor) -> Download:
+        """Fetch tensors once the kernels so far have run; once a step at most."""
 
     def busy(self) -> bool:
         """Whether kernels of a step still run or wait to."""
@@ -71,12 +71,11 @@ class Transfers(Protocol):
 class _Arrived:
     """A download that was never away."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._tensors = tensors
 
-    def get(self) -> list[int]:
-        values: list[int] = self._tensor.tolist()
-        return values
+    def get(self) -> list[list[Any]]:
+        return [tensor.tolist() for tensor in self._tensors]
 
 
 class HostTransfers:
@@ -102,9 +101,9 @@ class HostTransfers:
     def started(self) -> None:
         """See `Transfers.started`."""
 
-    def download(self, tensor: torch.Tensor) -> Download:
+    def download(self, *tensors: torch.Tensor) -> Download:
         """See `Transfers.download`."""
-        return _Arrived(tensor)
+        return _Arrived(tensors)
 
     def busy(self) -> bool:
         """See `Transfers.busy`."""
@@ -191,15 +190,16 @@ class CudaTransfers:
         """See `Transfers.started`."""
         self._stage.begin.record(self.compute)
 
-    def download(self, tensor: torch.Tensor) -> Download:
+    def download(self, *tensors: torch.Tensor) -> Download:
         """See `Transfers.download`."""
         stage = self._stage
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        hosts = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
         self._copy.wait_stream(self.compute)
         with torch.cuda.stream(self._copy):
-            host.copy_(tensor, non_blocking=True)
+            for host, tensor in zip(hosts, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
             stage.arrived.record(self._copy)
-        return _OnItsWay(self, stage, tensor, host)
+        return _OnItsWay(self, stage, tensors, hosts)
 
     def busy(self) -> bool:
         """See `Transfers.busy`."""
@@ -221,16 +221,19 @@ class CudaTransfers:
 
 
 class _OnItsWay:
-    """A download on the copy stream; keeps its source alive until it has arrived."""
+    """A download on the copy stream; keeps its sources alive until they have arrived."""
 
     def __init__(
-        self, transfers: CudaTransfers, stage: _Stage, source: torch.Tensor, host: torch.Tensor
+        self,
+        transfers: CudaTransfers,
+        stage: _Stage,
+        sources: tuple[torch.Tensor, ...],
+        hosts: list[torch.Tensor],
     ) -> None:
-        self._transfers, self._stage, self._source, self._host = transfers, stage, source, host
+        self._transfers, self._stage, self._sources, self._hosts = transfers, stage, sources, hosts
 
-    def get(self) -> list[int]:
+    def get(self) -> list[list[Any]]:
         self._stage.arrived.synchronize()
         self._stage.end.synchronize()
         self._transfers._count(self._stage)
-        values: list[int] = self._host.tolist()
-        return values
+        return [host.tolist() for host in self._hosts]

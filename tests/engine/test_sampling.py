@@ -31,7 +31,8 @@ def sample(
     rows: torch.Tensor, sequences: list[Sequence], stop_ids: frozenset[int] = frozenset()
 ) -> torch.Tensor:
     sampler = Sampler(len(sequences), torch.tensor, lambda _: stop_ids)
-    return sampler.sample(rows, segments(sequences))
+    [tokens] = sampler.sample(rows, segments(sequences))
+    return tokens
 
 
 def segments(sequences: list[Sequence]) -> list[Segment]:
@@ -128,7 +129,7 @@ def test_penalties_know_the_tokens_that_the_host_does_not() -> None:
         want = rows.clone()
         sample(want, [sequence(0, output=output, **params)])
         end = target.num_prompt_tokens + len(output)
-        token = sampler.sample(rows, [Segment(target, slot, end - 1, 1, True)])
+        [token] = sampler.sample(rows, [Segment(target, slot, end - 1, 1, True)])
         assert torch.equal(rows, want)
         outputs.append(int(token))
 
@@ -141,6 +142,23 @@ def test_penalties_know_the_tokens_that_the_host_does_not() -> None:
     penalised(second, 1, (9, 9))
     del outputs[-1]
     penalised(first, 0, tuple(outputs))  # back again: slot 0 has counted less
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    """Of the raw logits, whatever penalties, bans and filters made of them."""
+    rows = logits(4)
+    want = torch.log_softmax(rows, -1)
+    sequences = [
+        sequence(0, logprobs=True),
+        sequence(1, temperature=1.7, top_k=5, logprobs=True),
+        sequence(2, repetition_penalty=2.0, output=(9,), logprobs=True),
+        sequence(3, min_tokens=2, logprobs=True),
+    ]
+    stop = frozenset({int(rows[3].argmax())})
+    sampler = Sampler(4, torch.tensor, lambda _: stop)
+    tokens, got = sampler.sample(rows, segments(sequences))
+    assert int(tokens[3]) not in stop
+    torch.testing.assert_close(got, want.gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=0)
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +114,8 @@ class NullEngine:
         assert request.row not in self.ledger.acknowledged(), "an answered row is computed again"
         self._sequences.append(Sequence(request, list(request.generated_ids)))
 
-    def partials(self) -> Iterator[tuple[Request, tuple[int, ...]]]:
-        for sequence in self._sequences:
-            if sequence.output_ids:
-                yield sequence.request, tuple(sequence.output_ids)
+    def partials(self) -> list[Sequence]:
+        return [sequence for sequence in self._sequences if sequence.output_ids]
 
     def step(self) -> list[Completion]:
         self.before_step(self._ended)

@@ -42,8 +42,8 @@ def test_steps_in_flight_keep_their_own_inputs(transfers: CudaTransfers, count: 
             waiting.append(transfers.download(slow(torch.cat([first, second]))))
         sent.append(np.arange(count) * 100 + step)
         while len(waiting) > LAG:
-            got.append(waiting.pop(0).get())
-    got += [download.get() for download in waiting]
+            got += waiting.pop(0).get()
+    got += [numbers for download in waiting for numbers in download.get()]
     for step in range(9):
         assert got[step] == [*sent[step], *(sent[step] + 50)]
 
@@ -54,7 +54,7 @@ def test_time_is_split_into_steps_and_what_is_between_them(transfers: CudaTransf
             transfers.started()
             download = transfers.download(slow(transfers.upload(np.arange(4))))
         assert transfers.busy()
-        assert download.get() == [0, 1, 2, 3]
+        assert download.get() == [[0, 1, 2, 3]]
         assert not transfers.busy()
     assert transfers.device_seconds > 0
     assert transfers.idle_seconds > 0

@@ -221,9 +221,37 @@ def test_another_engine_goes_on_in_mid_generation(lag: int) -> None:
                 for completion in r.engine.step() if r.engine.has_work else ():
                     sequence = completion.sequence
                     done[sequence.request.row] = sequence.output_ids
-            begun = {request.row: tokens for request, tokens in r.engine.partials()}
+            begun = {s.request.row: tuple(s.output_ids) for s in r.engine.partials()}
             assert begun or not r.engine.has_work
     assert [done[row] for row in range(len(prompts()))] == want
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_log_probabilities_are_those_of_a_forward(lag: int) -> None:
+    """Also of tokens that an earlier engine sampled, and of preempted sequences."""
+    model, done, begun = loaded("llama"), {}, {}
+    params = SamplingParams(max_tokens=20, temperature=1.3, top_k=50, logprobs=True)
+    preemptions = 0
+    for steps in (4, 9, 1000):
+        with rig(model, lag=lag, kv_budget=45 * 4096, max_num_batched_tokens=50) as r:
+            for row, prompt in enumerate(prompts()):
+                if row not in done:
+                    r.engine.add(Request(row, 0, tuple(prompt), params, 3, *begun.get(row, ())))
+            for _ in range(steps):
+                for completion in r.engine.step() if r.engine.has_work else ():
+                    done[completion.sequence.request.row] = completion.sequence
+            left = r.engine.partials()
+            begun = {s.request.row: (tuple(s.output_ids), s.logprob) for s in left}
+            preemptions += r.scheduler.num_preemptions
+    assert preemptions > 0
+    for row, prompt in enumerate(prompts()):
+        ids = torch.tensor([[*prompt, *done[row].output_ids]])
+        model.model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            scores = model.model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        model.model.set_attn_implementation("batchrun")
+        want = scores.gather(1, ids[0, len(prompt) :, None]).mean()
+        assert abs(done[row].logprob / len(done[row].output_ids) - float(want)) < 1e-4
 
 
 def test_end_tokens_min_tokens_and_ignore_eos() -> None:
