@@ -134,7 +134,7 @@ class KVArena:
             return False
         if num_tokens == before:
             return True
-        if before < min(state.aliased_end, num_tokens) and not self._space.unshare(
+        if num_tokens > before < state.aliased_end and not self._space.unshare(
             state, num_tokens, step
         ):
             self._space.claim(state, at_most(claimed, state.lengths))
@@ -377,7 +377,7 @@ class KVArena:
         before, slot.tokens = slot.tokens, num_tokens
         self._live_tokens += num_tokens - before
         self._live_blocks += paged_blocks(num_tokens) - paged_blocks(before)
-        if min(before, num_tokens) < slot.aliased_end:
+        if before < slot.aliased_end or num_tokens < slot.aliased_end:
             self._sharing.recount(slot)
 
     def _check_slot_open(self, slot: Slot) -> None:
