@@ -76,6 +76,11 @@ class Reporter:
         self._log.close()
 
 
+def forget_progress(folder: Path) -> None:
+    """Remove what an earlier run published."""
+    (folder / _PROGRESS).unlink(missing_ok=True)
+
+
 def read_progress(folder: Path) -> Progress | None:
     """What a run last published; None before the first time."""
     try:

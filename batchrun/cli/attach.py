@@ -13,7 +13,7 @@ from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, print_error
 from batchrun.cli.progress import ProgressView, make_view
 from batchrun.cli.work import STATUS
-from batchrun.live import LogTail, read_progress
+from batchrun.live import LogTail, forget_progress, read_progress
 from batchrun.report.text import seconds
 from jobs.errors import JobError
 from jobs.folder import JobFolder
@@ -29,8 +29,8 @@ def run(job: JobFolder, *, as_json: bool, detach: bool = False) -> ExitStatus:
     Raises:
         LeaseHeld: It has a worker.
     """
-    with Lease(job.path):
-        pass  # refused at once, by name of who has it
+    with Lease(job.path):  # refused at once, by name of who has it
+        forget_progress(job.path)
     log_size = LogTail.size(job.path)
     process = supervisor.start(job)
     while held_by(job.path) is None and process.poll() is None:

@@ -76,7 +76,7 @@ class Rates:
 
 
 class BarView:
-    """A tqdm bar. It starts at the rows of earlier runs, so its ETA is of the rows still to do."""
+    """A tqdm bar. It starts at the rows that are done when it appears: its rate is of others."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -89,7 +89,7 @@ class BarView:
         if self._bar is None:
             self._bar = tqdm(
                 total=progress.rows_total,
-                initial=progress.rows_resumed,
+                initial=progress.rows_done,
                 unit="row",
                 file=self._stream,
                 dynamic_ncols=True,

@@ -15,6 +15,7 @@ Cells = tuple[str, ...]
 _KV_ROWS = (
     ("live", "bytes holding tokens"),
     ("mapped", "physical memory used"),
+    ("shared", "more, if prefixes were not shared"),
     ("paged", "16-token blocks would hold"),
     ("static", "max-length slots would hold"),
     ("reserved", "address space, costs nothing"),
@@ -78,6 +79,7 @@ def _tokens(summary: Mapping[str, Any]) -> str:
             f"{tokens['prefilled']:,} prefilled, {tokens['decoded']:,} decoded, "
             f"{tokens['recomputed']:,} recomputed after {summary['preemptions']:,} preemptions",
         ),
+        *([("shared", f"{tokens['shared']:,} prompt tokens")] if tokens["shared"] else []),
         (
             "throughput",
             f"{_rate(rate['completion_tokens_per_s'])} completion tokens/s, "
@@ -125,6 +127,7 @@ def _kv(kv: Mapping[str, Any]) -> str:
             meaning,
         )
         for name, meaning in _KV_ROWS
+        if name != "shared" or peak[name]
     ]
     return _table(lines)
 

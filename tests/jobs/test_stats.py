@@ -9,7 +9,7 @@ from jobs.journal import Result
 from jobs.lease import Lease
 from jobs.stats import RunStats, summarise, write_summary
 
-KV = ("reserved", "mapped", "live", "static", "paged")
+KV = ("reserved", "mapped", "live", "shared", "static", "paged")
 
 
 def ok(row, sample=0, **more):
@@ -85,7 +85,7 @@ def run(job, results, state, **stats):
 def two_runs(job):
     """A run that was killed and the one that resumed it: 9 of 10 rows, 2 of them failed."""
     integrals = {
-        f"kv_{name}_s": amount for name, amount in zip(KV, (80, 20, 18, 36, 20), strict=True)
+        f"kv_{name}_s": amount for name, amount in zip(KV, (80, 20, 18, 6, 36, 20), strict=True)
     }
     first = [ok(i, queue_s=float(i), prefill_s=0.5, decode_s=2.0) for i in range(5)]
     run(
@@ -153,6 +153,7 @@ def test_the_summary_of_two_runs(two_runs):
         "prefilled": 35,
         "decoded": 14,
         "recomputed": 0,
+        "shared": 0,
     }
     assert (summary["time"]["wall_s"], summary["time"]["load_s"]) == (7.0, 2.0)
     throughput = summary["throughput"]
@@ -162,7 +163,7 @@ def test_the_summary_of_two_runs(two_runs):
     assert throughput["rows_per_s"] == 3.0
     assert summary["batch"] == {"steps": 10, "mean_occupancy": 3.0, "max_num_seqs": 8}
     kv = summary["kv"]
-    assert kv["time_averaged"] == dict(zip(KV, (40.0, 10.0, 9.0, 18.0, 10.0), strict=True))
+    assert kv["time_averaged"] == dict(zip(KV, (40.0, 10.0, 9.0, 3.0, 18.0, 10.0), strict=True))
     assert (kv["utilisation"], kv["static_utilisation"], kv["paged_utilisation"]) == (0.9, 0.5, 0.9)
     assert (kv["peak"]["mapped"], kv["map_calls"], summary["preemptions"]) == (12, 5, 1)
     assert summary["row_seconds"]["queue"] == {"p50": 2.0, "p90": 4.0, "p99": 4.0, "max": 4.0}

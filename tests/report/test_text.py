@@ -30,6 +30,7 @@ SUMMARY = {
         "prefilled": 51200,
         "decoded": 40300,
         "recomputed": 128,
+        "shared": 9876,
     },
     "time": {
         "wall_s": 100.0,
@@ -51,6 +52,7 @@ SUMMARY = {
             "reserved": 64 << 30,
             "mapped": 110 << 20,
             "live": 100 << 20,
+            "shared": 17 << 20,
             "static": 9 << 30,
             "paged": 104 << 20,
         },
@@ -58,6 +60,7 @@ SUMMARY = {
             "reserved": 64 << 30,
             "mapped": 150 << 20,
             "live": 140 << 20,
+            "shared": 23 << 20,
             "static": 11 << 30,
             "paged": 145 << 20,
         },
@@ -104,6 +107,7 @@ def summary():
         "97 completions were cut off at --max-tokens",
         "51,234 prompt, 40,321 completion",
         "128 recomputed after 7 preemptions",
+        "shared       9,876 prompt tokens",
         "403 completion tokens/s, 12.6 rows/s",
         "prefill 1,234 tokens/s, decode 457 tokens/s (mixed steps are split by token count)",
         "41.2 of 64 sequences running on average, 987 steps",
@@ -136,10 +140,11 @@ def test_a_gpus_time_and_memory_are_shown_where_there_is_one(summary):
 
 def test_the_memory_table_is_aligned_and_says_what_each_line_means(summary):
     lines = render(summary).splitlines()
-    table = lines[lines.index(next(line for line in lines if line.startswith("KV memory"))) :][:6]
+    table = lines[lines.index(next(line for line in lines if line.startswith("KV memory"))) :][:7]
     assert [line.split()[0] for line in table[1:]] == [
         "live",
         "mapped",
+        "shared",
         "paged",
         "static",
         "reserved",
