@@ -2,7 +2,7 @@
 #   make demo     64 real prompts through the embedded model, into demo/completions.parquet
 #   make test     lint, types and the whole test suite
 #   make bench    batchrun against transformers' own generate, on this machine
-#   make crash-test  every fault at every step, power loss, signals and races (docs/durability.md)
+#   make crash-test  every fault at every step, power loss, signals, races, the arena's fuzz
 #   make gpu-check  the GPU's tests and benchmarks, into one JSON; see benchmarks/METHOD.md
 # PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS goes to every pip install.
 
@@ -59,6 +59,8 @@ crash-test: $(SETUP)
 	$(BIN)/python -m tests.crash.signals
 	$(BIN)/python -m tests.crash.signals --real
 	$(BIN)/python -m tests.crash.races
+	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory host
+	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory fake-cuda
 
 gpu-check: $(SETUP)
 	$(BIN)/python -m benchmarks.gpu.check

@@ -71,6 +71,9 @@ class CountedSpace:
     def retire(self, step: int) -> None:
         """Nothing waits for a step."""
 
+    def trim(self) -> None:
+        """Nothing is held that no slot has."""
+
     def share(self, source: int, num_shared: int, num_tokens: int, step: int) -> int | None:
         """None: nothing is shared here."""
 

@@ -16,7 +16,7 @@ from typing import Any
 from gpu.details import sections
 
 HERE = Path(__file__).parent
-ELSEWHERE = "faults-"  # docs/durability.md tells of these
+ELSEWHERE = ("faults-", "fuzz-")  # docs/durability.md and docs/memory.md tell of these
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 
 

@@ -50,6 +50,9 @@ class KVSpace(Protocol):
     def retire(self, step: int) -> None:
         """Every step up to and including `step` has finished reading and writing."""
 
+    def trim(self) -> None:
+        """Give back what no slot holds tokens in: nothing is to do for now."""
+
     def can_fit(self, num_tokens: int) -> bool:
         """Whether a sequence of that length could ever be held, were it alone."""
 
@@ -204,6 +207,8 @@ class Scheduler:
             self.running = [s for s in self.running if s.status is Status.RUNNING]
         self._committed = plan.step
         self.space.retire(plan.step)
+        if not self.has_work and self._committed == self._launched:
+            self.space.trim()
 
     def _continue(self, segments: list[Segment]) -> bool:
         """Plan the running sequences; False if that has to wait for the steps in flight."""

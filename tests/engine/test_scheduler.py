@@ -305,6 +305,18 @@ def test_a_prefix_is_kept_for_rows_to_come_and_given_up_for_memory(make_rig):  #
     rig.verify()
 
 
+def test_an_idle_engine_gives_its_memory_back_and_takes_it_again(make_rig):  # type: ignore[no-untyped-def]
+    rig = make_rig(seqs=4, batched=64, pages=None)
+    for _ in range(2):
+        for row in range(6):
+            rig.add([*range(40), row], 5)
+        rig.step()
+        assert rig.arena.pool.created > 0
+        rig.drain()
+        assert rig.arena.pool.created == 0
+    rig.verify()
+
+
 def test_nothing_is_shared_where_it_is_switched_off(make_rig):  # type: ignore[no-untyped-def]
     rig = make_rig(seqs=4, batched=64, pages=None, share=False)
     for row in range(4):
