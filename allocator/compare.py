@@ -96,8 +96,12 @@ class CountedSpace:
         return num_tokens <= self._max_tokens and self._footprint(num_tokens) <= self._budget
 
     def has_room(self, num_tokens: int, spare: float) -> bool:
-        """Whether so many tokens more could be held now with a part of the budget to spare."""
-        return self.used + self._footprint(num_tokens) <= (1 - spare) * self._budget
+        """Whether so many tokens more could be held now with a part of the budget to spare.
+
+        Where slots never grow, nothing has to be spared.
+        """
+        grows = self._footprint(0) < self._footprint(self._max_tokens)
+        return self.used + self._footprint(num_tokens) <= (1 - spare * grows) * self._budget
 
 
 def static_space(layout: KVLayout, *, budget: int, num_slots: int) -> CountedSpace:
