@@ -45,12 +45,7 @@ FAULTS = {
     "torn write": (Fault.TORN, {Kind.WRITE}, 0),
     "failed sync": (Fault.FAIL, {Kind.SYNC}, errno.EIO),
 }
-BEFORE_TODAY = (  # a journal of today becomes one of version 1
-    "DROP TABLE partials",
-    "DROP TABLE crashes",
-    "ALTER TABLE runs DROP COLUMN reason",
-    "PRAGMA user_version=1",
-)
+SINCE_VERSION_1 = (("runs", "reason"), ("results", "logprob"))  # columns
 
 
 class Scene:
@@ -118,8 +113,10 @@ def _halfway(scene: Scene) -> None:
 def _as_of_version_1(scene: Scene) -> None:
     _halfway(scene)
     with closing(sqlite3.connect(scene.small.jobs()[0].path / "journal.db")) as db:
-        for statement in BEFORE_TODAY:
-            db.execute(statement)
+        for table, column in SINCE_VERSION_1:
+            if column in {row[1] for row in db.execute(f"PRAGMA table_info({table})")}:
+                db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        db.executescript("DROP TABLE partials; DROP TABLE crashes; PRAGMA user_version=1")
 
 
 def _move_input(scene: Scene) -> None:
