@@ -13,7 +13,7 @@ from batchrun.engine.core import Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.engine.text import PromptError, template_fields
 from batchrun.watchdog import Watchdog
-from jobs.results import Result
+from jobs.results import Partial, Result
 from jobs.source import Row, Source
 from jobs.spec import JobSpec
 
@@ -101,7 +101,7 @@ class Reader:
         done: What has a result already.
         workbench: Tokenises, and knows the model's sampling defaults.
         log: Told which columns are taken as sampling parameters.
-        begun: Tokens that an earlier run computed, by (row, sample).
+        begun: What an earlier run computed, by (row, sample).
         crashes: How often the process crashed with a row in it.
         watchdog: Told when it reads.
     """
@@ -114,7 +114,7 @@ class Reader:
         workbench: Workbench,
         log: Callable[[str], None],
         *,
-        begun: Mapping[tuple[int, int], tuple[int, ...]] = MappingProxyType({}),
+        begun: Mapping[tuple[int, int], Partial] = MappingProxyType({}),
         crashes: Mapping[int, int] = MappingProxyType({}),
         watchdog: Watchdog | None = None,
     ) -> None:
@@ -124,7 +124,11 @@ class Reader:
         self._encode = workbench.encode
         self.seconds = 0.0
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()}
-        self._params = {**workbench.sampling_defaults, **given}
+        self._params = {
+            **workbench.sampling_defaults,
+            **given,
+            "logprobs": spec.keep is not None,  # best-of ranks by them
+        }
         names = source.column_names
         self._overrides = [name for name in OVERRIDES if name in names]
         prompt = spec.prompt
@@ -135,6 +139,8 @@ class Reader:
         self._columns = list(dict.fromkeys([*needed, *self._overrides]))
         if self._overrides:
             log(f"sampling parameters taken from columns: {', '.join(self._overrides)}")
+        if spec.n > 1 and not self._params.get("temperature") and "temperature" not in names:
+            log("the temperature is 0: all samples of a row will be the same")
 
     def read(self, requests: Channel[Request], results: Channel[Result]) -> None:
         """Put every row that has no result yet, in order, and close `requests`.
@@ -179,9 +185,11 @@ class Reader:
                 for s in samples
             ]
         seed = params.seed if params.seed is not None else self._spec.seed
+        none = Partial(row.index, 0, ())
+        begun = [self._begun.get((row.index, s), none) for s in samples]
         return [
-            Request(row.index, s, ids, params, seed, self._begun.get((row.index, s), ()))
-            for s in samples
+            Request(row.index, s, ids, params, seed, b.token_ids, b.logprob or 0.0)
+            for s, b in zip(samples, begun, strict=True)
         ]
 
     def _sampling(self, fields: Mapping[str, Any]) -> SamplingParams:

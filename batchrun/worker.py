@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.channel import Channel, Closed
-from batchrun.engine.core import FinishReason, Request
+from batchrun.engine.core import FinishReason, Request, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.live import Progress
 from batchrun.models import fingerprint
@@ -367,6 +367,7 @@ class _Run:
                 token_ids=bool(spec.output.get("token_ids")),
                 n=spec.n,
                 limit=spec.limit,
+                keep=spec.keep,
             )
         self.stats.export_s = time.perf_counter() - began
 
@@ -427,8 +428,13 @@ def _peak_rss() -> int:
 
 def _checkpoint(engine: RowEngine) -> Checkpoint:
     return [
-        Partial(s.request.row, s.request.sample, tuple(s.output_ids)) for s in engine.partials()
+        Partial(s.request.row, s.request.sample, tuple(s.output_ids), _logprob(s))
+        for s in engine.partials()
     ]
+
+
+def _logprob(sequence: Sequence) -> float | None:
+    return sequence.logprob if sequence.request.params.logprobs else None
 
 
 def _result(completion: Completion) -> Result:
@@ -453,6 +459,7 @@ def _result(completion: Completion) -> Result:
         queue_s=between(sequence.arrived, sequence.admitted),
         prefill_s=between(sequence.admitted, sequence.first_token),
         decode_s=between(sequence.first_token, sequence.finished),
+        logprob=_logprob(sequence) if ok else None,
     )
 
 

@@ -32,13 +32,15 @@ _GROUP_ROWS = 1 << 17
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_columns(column_names: Sequence[str], token_ids: bool, n: int) -> None:
+def check_columns(
+    column_names: Sequence[str], token_ids: bool, n: int, keep: int | None = None
+) -> None:
     """Refuse an input that has a column which the output adds.
 
     Raises:
         OutputError: It has; the message names it.
     """
-    clash = [name for name in output_columns(token_ids, n) if name in column_names]
+    clash = [name for name in output_columns(token_ids, n, keep) if name in column_names]
     if clash:
         names = ", ".join(f"'{name}'" for name in clash)
         raise OutputError(
@@ -106,10 +108,11 @@ def export(
     n: int,
     limit: int | None,
     partial: bool = False,
+    keep: int | None = None,
 ) -> int:
     """Write the output file: every input column as it is, then those of `output_columns`.
 
-    A row with n samples is there n times. Memory does not grow with the number of rows. An input
+    A row is there once for each sample. Memory does not grow with the number of rows. An input
     column of an added one's name, which JSON Lines may bring up after the rows that
     `check_columns` saw, is kept as `input_<name>`.
 
@@ -122,6 +125,7 @@ def export(
         n: Samples a row.
         limit: Input rows at most.
         partial: Leave out what has no result yet.
+        keep: The best samples of a row at most; see `Answers`.
 
     Returns:
         The number of rows written.
@@ -131,8 +135,8 @@ def export(
         InputError: The input can't be read any more.
         JobError: A result is missing and `partial` is not set, or is of no row.
     """
-    answers = Answers(results, n, partial)
-    names = output_columns(token_ids, n)
+    answers = Answers(results, n, partial, keep)
+    names = output_columns(token_ids, n, keep)
     try:
         with atomic_write(destination) as file:
             if format == "parquet":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
@@ -25,17 +26,19 @@ _ADDED: dict[str, tuple[pa.DataType, Callable[[Result], Any]]] = {
         pa.list_(pa.field("element", pa.int32())),
         lambda result: result.token_ids,
     ),
+    "mean_logprob": (pa.float64(), lambda result: result.mean_logprob),
     "sample": (pa.int64(), lambda result: result.sample),
 }
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
 
-def output_columns(token_ids: bool, n: int) -> list[str]:
+def output_columns(token_ids: bool, n: int, keep: int | None = None) -> list[str]:
     """Columns that the export adds after the input's, in order."""
     return [
         *OUTPUT_COLUMNS,
         *(["completion_token_ids"] if token_ids else []),
-        *(["sample"] if n > 1 else []),
+        *(["mean_logprob"] if keep is not None else []),
+        *(["sample"] if (keep or n) > 1 else []),
     ]
 
 
@@ -46,17 +49,21 @@ class Answers:
         results: In (row, sample) order.
         n: Samples a row.
         partial: Whether samples may be missing.
+        keep: Of a row's samples only so many, the best first by mean log-probability, numbered
+            anew; of a row that lacks samples none, since its best may be among them.
     """
 
-    def __init__(self, results: Iterator[Result], n: int, partial: bool) -> None:
-        self.n = n
+    def __init__(
+        self, results: Iterator[Result], n: int, partial: bool, keep: int | None = None
+    ) -> None:
+        self.n, self._keep = n, keep
         self._results = results
         self._samples = list(range(n))
         self._partial = partial
         self._next = next(results, None)
 
     def take(self, row: int) -> list[Result]:
-        """All results of the next row."""
+        """The results of the next row."""
         found: list[Result] = []
         while self._next is not None and self._next.row <= row:
             found.append(self._next)
@@ -73,7 +80,10 @@ class Answers:
                     else f"results out of order at row {row}",
                     hint="batchrun resume, or batchrun export --partial for the finished rows",
                 )
-        return found
+        if self._keep is None:
+            return found
+        best = sorted(found, key=_rank)[: self._keep if samples == self._samples else 0]
+        return [result._replace(sample=i) for i, result in enumerate(best)]
 
     def finish(self) -> None:
         """Check that no result is left."""
@@ -82,6 +92,12 @@ class Answers:
                 f"there is a result of row {self._next.row}, which the input does not have",
                 hint="was the input replaced? submit the job again",
             )
+
+
+def _rank(result: Result) -> tuple[bool, float, int]:
+    """Sorts the likeliest first and errors last."""
+    mean = result.mean_logprob
+    return (result.status != "ok", math.inf if mean is None else -mean, result.sample)
 
 
 def joined_schema(source: Source, names: Sequence[str]) -> pa.Schema:

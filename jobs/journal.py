@@ -29,9 +29,9 @@ STATE = "state.json"  # what `list` remembers of a journal, as long as nobody wr
 
 _CHECKPOINT_BYTES = 4 << 20  # of results, until they move from the log into the database
 _ROW_BYTES = 160  # of a result besides its text and tokens
-_INSERT = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _PARTIAL = (
-    "INSERT OR REPLACE INTO partials SELECT ?1, ?2 "
+    "INSERT OR REPLACE INTO partials SELECT ?1, ?2, ?3 "
     "WHERE NOT EXISTS (SELECT 1 FROM results WHERE id = ?1)"
 )
 
@@ -107,10 +107,10 @@ class Journal(Readings):
         """
         run = self._run
         rows = [
-            (self._number(r), *r[2:4], array("i", r.token_ids).tobytes(), *r[5:], run)
+            (self._number(r), *r[2:4], array("i", r.token_ids).tobytes(), *r[5:-1], run, r.logprob)
             for r in results
         ]
-        kept = [(self._number(p), array("i", p.token_ids).tobytes()) for p in partials]
+        kept = [(self._number(p), array("i", p.token_ids).tobytes(), p.logprob) for p in partials]
         with self._write():
             self._db.executemany(_INSERT, rows)
             if kept:
@@ -120,7 +120,7 @@ class Journal(Readings):
             if stats is not None:
                 self._db.execute("UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run))
         self._logged += sum(_ROW_BYTES + len(row[2] or "") + len(row[3]) for row in rows)
-        self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens in kept)
+        self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens, _ in kept)
         if self._logged >= _CHECKPOINT_BYTES:
             self._checkpoint()
 

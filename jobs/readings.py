@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import JournalError
-from jobs.results import Counts, DoneSet, Result
+from jobs.results import Counts, DoneSet, Partial, Result
 
-_SELECT = "SELECT * FROM results WHERE id >= ? ORDER BY id"
+_SELECT = (
+    "SELECT id, status, text, token_ids, finish_reason, prompt_tokens, completion_tokens, error, "
+    "error_kind, queue_s, prefill_s, decode_s, logprob FROM results WHERE id >= ? ORDER BY id"
+)
 _CONTRADICTIONS = {
     "a sample has both a result and tokens to go on from": (
         "SELECT 1 FROM partials JOIN results USING (id) LIMIT 1"
@@ -53,10 +56,14 @@ class Readings:
                 done.add(number)
         return done
 
-    def partials(self) -> dict[tuple[int, int], tuple[int, ...]]:
+    def partials(self) -> dict[tuple[int, int], Partial]:
         """Tokens so far of samples that have no result, by (row, sample)."""
-        found = self._all("SELECT id, token_ids FROM partials ORDER BY id")
-        return {divmod(number, self.n): _tokens(ids) for number, ids in found}
+        found = self._all("SELECT id, token_ids, logprob FROM partials ORDER BY id")
+        partials = (
+            Partial(number // self.n, number % self.n, _tokens(ids), logprob)
+            for number, ids, logprob in found
+        )
+        return {(p.row, p.sample): p for p in partials}
 
     def crash_counts(self) -> dict[int, int]:
         """In how many crashes a row was in the engine, by row."""
@@ -111,7 +118,7 @@ class Readings:
             cursor = self._db.execute(_SELECT, (first_row * self.n,))
             for number, status, text, ids, *rest in cursor:
                 row, sample = divmod(number, self.n)
-                yield Result(row, sample, status, text, _tokens(ids), *rest[:-1])
+                yield Result(row, sample, status, text, _tokens(ids), *rest)
 
     def runs(self) -> list[dict[str, Any]]:
         """Every worker's run: `id`, `started_at`, `ended_at`, `state`, `stats`, `reason`."""

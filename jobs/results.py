@@ -12,6 +12,7 @@ class Result(NamedTuple):
 
     `status` is `ok`, `error`, or `skipped` where the user asked to leave such rows out: no
     completion and no error, counted apart, and not among those that are tried again.
+    `logprob` is the sum of its tokens' log-probabilities, None where no one asked for it.
     """
 
     row: int
@@ -27,15 +28,24 @@ class Result(NamedTuple):
     queue_s: float | None = None
     prefill_s: float | None = None
     decode_s: float | None = None
+    logprob: float | None = None
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Of its tokens; None without any."""
+        if self.logprob is None or not self.completion_tokens:
+            return None
+        return self.logprob / self.completion_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """The tokens that a sample without a result has so far."""
+    """The tokens that a sample without a result has so far; `logprob` as of a result."""
 
     row: int
     sample: int
     token_ids: tuple[int, ...]
+    logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,14 @@ from urllib.parse import quote
 from jobs.errors import JournalError
 
 NAME = "journal.db"
-VERSION = 2
+VERSION = 3
 _APPLICATION = 0x62617463  # "batc"
 
 _PARTIALS = """
 CREATE TABLE partials (                   -- tokens of samples that have no result yet
     id INTEGER PRIMARY KEY,               -- row * n + sample
-    token_ids BLOB NOT NULL               -- little-endian int32
+    token_ids BLOB NOT NULL,              -- little-endian int32
+    logprob REAL
 )"""
 _CRASHES = """
 CREATE TABLE crashes (                    -- rows that were in the engine as a run's process died
@@ -41,7 +42,8 @@ CREATE TABLE results (
     error TEXT,
     error_kind TEXT,
     queue_s REAL, prefill_s REAL, decode_s REAL,
-    run INTEGER NOT NULL
+    run INTEGER NOT NULL,
+    logprob REAL                          -- sum over its tokens; null where no one asked for it
 );
 CREATE TABLE runs (                       -- one a worker's life; the id is its fencing token
     id INTEGER PRIMARY KEY,
@@ -64,7 +66,8 @@ class Migration:
     Args:
         name: What it brings.
         write: Statements that change the file.
-        read: Statements that put temporary tables and views over a file that must stay as it is.
+        read: Statements that put temporary tables and views over a file of that version, which
+            must stay as it is: it looks like one of today.
     """
 
     name: str
@@ -76,17 +79,34 @@ def _temporary(create: str) -> str:
     return create.replace("CREATE TABLE", "CREATE TEMP TABLE")
 
 
+_OLD_RESULTS = "CREATE TEMP VIEW results AS SELECT *, NULL AS logprob FROM main.results"
 # By the version that they start from.
 MIGRATIONS = {
     1: Migration(
         "in-flight tokens, crash counts and the reasons of failures",
-        write=("ALTER TABLE runs ADD COLUMN reason TEXT", _PARTIALS, _CRASHES),
+        write=(
+            "ALTER TABLE runs ADD COLUMN reason TEXT",
+            "CREATE TABLE partials (id INTEGER PRIMARY KEY, token_ids BLOB NOT NULL)",
+            _CRASHES,
+        ),
         read=(
             "CREATE TEMP VIEW runs AS SELECT *, NULL AS reason FROM main.runs",
+            _OLD_RESULTS,
             _temporary(_PARTIALS),
             _temporary(_CRASHES),
         ),
-    )
+    ),
+    2: Migration(
+        "log-probabilities",
+        write=(
+            "ALTER TABLE results ADD COLUMN logprob REAL",
+            "ALTER TABLE partials ADD COLUMN logprob REAL",
+        ),
+        read=(
+            _OLD_RESULTS,
+            "CREATE TEMP VIEW partials AS SELECT *, NULL AS logprob FROM main.partials",
+        ),
+    ),
 }
 
 
@@ -185,9 +205,8 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> 
         )
     if readonly:
         db.execute("PRAGMA temp_store=MEMORY")
-        for step in range(version, VERSION):
-            for statement in MIGRATIONS[step].read:
-                db.execute(statement)
+        for statement in MIGRATIONS[version].read if version < VERSION else ():
+            db.execute(statement)
     elif version < VERSION:
         with transaction(db):
             for step in range(_version(db), VERSION):  # another writer may have been quicker

@@ -75,6 +75,7 @@ class JobSpec:
         sampling: Sampling parameters that the user gave, by name.
         seed: Of the whole job.
         n: Completions a row.
+        keep: How many of them the output has, the best by mean log-probability; None for all.
         limit: Rows at most; None for all.
         output: `path`, `format`, `token_ids`. Not part of the fingerprint.
         runtime: How to run: device, batch limits, KV budget. Not part of the fingerprint.
@@ -91,6 +92,7 @@ class JobSpec:
     output: Mapping[str, Any] = field(default_factory=dict)
     runtime: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
+    keep: int | None = None
 
     def fingerprint(self) -> str:
         """Digest of what determines the output; the same after inputs or model were moved."""
@@ -165,6 +167,8 @@ class JobSpec:
 
     def _content(self) -> dict[str, Any]:
         content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}
+        if self.keep is None:  # as it was before there was such a thing
+            del content["keep"]
         content["inputs"] = [i.fingerprint for i in self.inputs]
         content["model"] = {k: v for k, v in self.model.items() if k not in {"path", "name"}}
         return content

@@ -82,8 +82,8 @@ def _output(spec: JobSpec, journal: Journal, source: Source) -> Iterator[str]:
     if not path.exists():
         yield f"the output {path} is gone; the journal has its rows: batchrun export"
         return
-    answers = Answers(journal.results(), spec.n, partial=False)
-    names = output_columns(bool(spec.output.get("token_ids")), spec.n)
+    answers = Answers(journal.results(), spec.n, partial=False, keep=spec.keep)
+    names = output_columns(bool(spec.output.get("token_ids")), spec.n, spec.keep)
     compare = _parquet if spec.output["format"] == "parquet" else _jsonl
     try:
         found = list(islice(compare(path, source, answers, names, spec.limit), _SHOWN))

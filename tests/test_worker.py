@@ -25,6 +25,7 @@ from jobs.folder import JobFolder
 from jobs.lease import Lease
 from jobs.spec import InputFile, JobSpec
 from jobs.stats import summarise
+from jobs.verify import verify
 from tests.tiny import write_tiny_model
 
 ROWS = 30
@@ -159,6 +160,31 @@ def test_samples_of_a_row_differ_and_stand_together(submit: Submit) -> None:
     alone = submit()
     run(alone)
     assert texts[::3] == output(alone)["completion"].to_pylist()
+
+
+def test_the_best_are_the_same_after_any_number_of_runs(
+    submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of samples that were stopped in the middle: their sums go on."""
+    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
+    whole = submit(n=4, keep=2)
+    assert run(whole) is Outcome.DONE
+    job = submit(n=4, keep=2)
+    outcome, begun = Outcome.INTERRUPTED, 0
+    while outcome is Outcome.INTERRUPTED:
+        stop = threading.Event()
+        rows = job.counts().rows
+        outcome = run(job, stop=stop, on_progress=stop_after(rows + 5, stop))
+        with job.journal() as journal:
+            partials = journal.partials().values()
+            assert all(p.logprob is not None and p.logprob < 0 for p in partials)
+            begun += len(partials)
+    assert begun > 0
+    got, want = output(job), output(whole)
+    assert got["sample"].to_pylist() == [0, 1] * ROWS
+    assert got.drop(["mean_logprob"]).equals(want.drop(["mean_logprob"]))
+    assert got["mean_logprob"].to_pylist() == pytest.approx(want["mean_logprob"].to_pylist())
+    assert verify(job) == []
 
 
 def test_figures_add_up(submit: Submit) -> None:

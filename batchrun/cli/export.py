@@ -41,6 +41,7 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
             token_ids=bool(spec.output.get("token_ids")),
             n=spec.n,
             limit=spec.limit,
+            keep=spec.keep,
             partial=partial,
         )
     click.echo(f"{rows:,} rows in {destination}")

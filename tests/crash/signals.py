@@ -220,7 +220,7 @@ class CommandLine:
     def _kept(self) -> int:
         """Tokens that are in the journal, of results and of rows that are not done."""
         with self._job.journal() as journal:
-            begun = sum(map(len, journal.partials().values()))
+            begun = sum(len(p.token_ids) for p in journal.partials().values())
             return journal.counts().completion_tokens + begun
 
     def ended(self) -> bool:

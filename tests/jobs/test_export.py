@@ -52,7 +52,7 @@ def source(tmp_path):
     return open_source([path], "parquet")
 
 
-def write(source, path, results, *, n=1, token_ids=False, limit=None, partial=False):
+def write(source, path, results, *, n=1, token_ids=False, limit=None, partial=False, keep=None):
     return export(
         source,
         results,
@@ -62,7 +62,12 @@ def write(source, path, results, *, n=1, token_ids=False, limit=None, partial=Fa
         n=n,
         limit=limit,
         partial=partial,
+        keep=keep,
     )
+
+
+def scored(row, sample, sums):
+    return answer(row, sample)._replace(logprob=sums[sample] if row % 5 < 4 else None)
 
 
 def read(path):
@@ -108,6 +113,28 @@ class TestContent:
         ]
         assert rows[4]["completion"] == "answer 1.1"
         assert rows[4]["completion_token_ids"] == [1, 1]
+
+    def test_the_best_of_the_samples(self, source, tmp_path, name):
+        """Two tokens each; two of them tie, one has no log-probability."""
+        sums = (-4.0, -1.0, None, -1.0)
+        results = [scored(row, sample, sums) for row in range(10) for sample in range(4)]
+        for result in (results[3 * 4 + 1], results[3 * 4 + 3]):  # the best of row 3 failed
+            results[result.row * 4 + result.sample] = result._replace(status="error", logprob=None)
+        assert write(source, tmp_path / name, iter(results), n=4, keep=3) == 30
+        rows = read(tmp_path / name)
+        assert list(rows[0]) == ["id", "prompt", *OUTPUT_COLUMNS, "mean_logprob", "sample"]
+        assert [row["sample"] for row in rows] == [0, 1, 2] * 10
+        assert [row["completion"] for row in rows[:3]] == [f"answer 0.{k}" for k in (1, 3, 0)]
+        assert [row["mean_logprob"] for row in rows[:3]] == [-0.5, -0.5, -2.0]
+        assert [row["completion"] for row in rows[9:12]] == [f"answer 3.{k}" for k in (0, 2, 1)]
+        assert [row["mean_logprob"] for row in rows[9:12]] == [-2.0, None, None]
+        assert [row["mean_logprob"] for row in rows[12:15]] == [None] * 3
+
+        del results[5]
+        assert write(source, tmp_path / name, iter(results), n=4, keep=1, partial=True) == 9
+        rows = read(tmp_path / name)
+        assert [row["id"] for row in rows] == [0, *range(2, 10)]
+        assert "sample" not in rows[0]
 
     def test_limit(self, source, tmp_path, name):
         assert write(source, tmp_path / name, answers(6), limit=6) == 6

@@ -99,7 +99,12 @@ class JobMachine(RuleBasedStateMachine):
         half = len(chosen) // 2
         new = [self.answer(key, attempt) for key in chosen[:half]]
         tokens = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple))
-        partials = [Partial(*key, (*self.partials.get(key, ()), *tokens)) for key in chosen[half:]]
+        none = Partial(0, 0, (), 0.0)
+        before = [self.partials.get(key, none) for key in chosen[half:]]
+        partials = [
+            Partial(*key, (*b.token_ids, *tokens), b.logprob - 0.1 * len(tokens))
+            for key, b in zip(chosen[half:], before, strict=True)
+        ]
         if self.results:  # tokens that were under way when their sample ended come too late
             partials.append(Partial(*data.draw(st.sampled_from(sorted(self.results))), tokens))
         self.worker.journal.write(new, {"steps": attempt}, partials)
@@ -107,9 +112,7 @@ class JobMachine(RuleBasedStateMachine):
             self.results[result.row, result.sample] = result
             self.partials.pop((result.row, result.sample), None)
         late = set(self.results)
-        self.partials |= {
-            (p.row, p.sample): p.token_ids for p in partials if (p.row, p.sample) not in late
-        }
+        self.partials |= {(p.row, p.sample): p for p in partials if (p.row, p.sample) not in late}
 
     def work_all_off(self, attempt):
         new = [self.answer(key, attempt) for key in self.todo()]

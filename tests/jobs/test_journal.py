@@ -15,6 +15,7 @@ import pytest
 
 from jobs.errors import JournalError
 from jobs.journal import Journal, Result
+from jobs.schema import VERSION
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,7 +153,7 @@ def test_a_newer_journal_is_refused(tmp_path):
     with sqlite3.connect(tmp_path / "journal.db") as db:
         db.execute("PRAGMA user_version=9")
     db.close()
-    with pytest.raises(JournalError, match="version 9, this program knows up to 2") as refused:
+    with pytest.raises(JournalError, match=f"knows up to {VERSION}") as refused:
         Journal(tmp_path, 1)
     assert refused.value.hint == "upgrade batchrun"
 

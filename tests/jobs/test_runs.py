@@ -60,7 +60,7 @@ def test_a_run_that_woke_up_late_writes_nothing(folder, same_connection):
                 write()
         second.write([ok(1)])
         assert [r.row for r in second.results()] == [0, 1]
-        assert second.partials() == {(5, 0): (1,)}
+        assert second.partials() == {(5, 0): Partial(5, 0, (1,))}
         assert second.crash_counts() == {}
         assert second.meta("rows_total") is None
         assert [(run["state"], run["stats"]) for run in second.runs()] == [
@@ -115,9 +115,10 @@ def test_nothing_is_written_before_a_run_begins(folder):
 def test_partials_are_replaced_and_go_with_their_result(journal, folder):
     journal.write([], None, [Partial(0, 1, (1, 2)), Partial(3, 0, (4,))])
     journal.write([ok(0, 0)], {"steps": 1}, [Partial(0, 1, (1, 2, 3))])
-    assert journal.partials() == {(0, 1): (1, 2, 3), (3, 0): (4,)}
+    kept = {(0, 1): Partial(0, 1, (1, 2, 3)), (3, 0): Partial(3, 0, (4,))}
+    assert journal.partials() == kept
     journal.write([ok(0, 1)])
-    assert journal.partials() == {(3, 0): (4,)}
+    assert journal.partials() == {(3, 0): Partial(3, 0, (4,))}
     journal.write([ok(3, 0)], None, [Partial(3, 0, (4, 5)), Partial(0, 1, (9,))])
     with Journal(folder, 2, readonly=True) as reader:
         assert reader.partials() == {}

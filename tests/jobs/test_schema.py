@@ -39,17 +39,26 @@ INSERT INTO runs VALUES (1, 10.0, 20.0, 'interrupted', '{"steps": 3}');
 INSERT INTO meta VALUES ('rows_total', '5');
 PRAGMA user_version=1;
 """
+V2 = f"""
+{V1}
+ALTER TABLE runs ADD COLUMN reason TEXT;
+CREATE TABLE partials (id INTEGER PRIMARY KEY, token_ids BLOB NOT NULL);
+CREATE TABLE crashes (
+    row INTEGER NOT NULL, run INTEGER NOT NULL, PRIMARY KEY (row, run)
+) WITHOUT ROWID;
+PRAGMA user_version=2;
+"""
 RESULTS = [
     Result(0, 0, "ok", "zero", (5,), "stop", 2, 1, None, None, 0, 0, 0),
     Result(3, 0, "error", error="bad", error_kind="input", queue_s=0, prefill_s=0, decode_s=0),
 ]
 
 
-@pytest.fixture
-def old(tmp_path):
+@pytest.fixture(params=[V1, V2], ids=["1", "2"])
+def old(tmp_path, request):
     db = sqlite3.connect(tmp_path / "journal.db")
     db.execute("PRAGMA journal_mode=WAL")
-    db.executescript(V1)
+    db.executescript(request.param)
     db.close()
     return tmp_path
 
@@ -84,11 +93,13 @@ def test_a_writer_brings_an_older_journal_up_to_date(old, tmp_path_factory):
         check_content(journal)
         check_content(reader)
         assert journal.begin_run() == 2
-        journal.write([Result(1, 0, "ok")], partials=[Partial(2, 0, (7, 8))])
+        new = Result(1, 0, "ok", logprob=-1.5)
+        journal.write([new], partials=[Partial(2, 0, (7, 8), -0.25)])
         journal.end_run("failed", {}, "no disk")
     with Journal(old, 1, readonly=True) as journal:
         assert journal.runs()[1]["reason"] == "no disk"
-        assert journal.partials() == {(2, 0): (7, 8)}
+        assert list(journal.results()) == [RESULTS[0], new, RESULTS[1]]
+        assert journal.partials() == {(2, 0): Partial(2, 0, (7, 8), -0.25)}
         journal.check()
     fresh = tmp_path_factory.mktemp("fresh")
     Journal.create(fresh)
@@ -101,11 +112,11 @@ def test_every_older_version_has_a_named_step():
 
 
 def test_a_migration_is_whole_or_not_there(old, monkeypatch):
-    step = schema.MIGRATIONS[1]
+    step = schema.MIGRATIONS[schema.VERSION - 1]
     broken = schema.Migration(step.name, (*step.write, "INSERT INTO nothing VALUES (1)"), step.read)
     before = tables(old)
     with monkeypatch.context() as patch:
-        patch.setitem(schema.MIGRATIONS, 1, broken)
+        patch.setitem(schema.MIGRATIONS, schema.VERSION - 1, broken)
         with pytest.raises(JournalError, match="can't be opened"):
             Journal(old, 1)
     assert tables(old) == before

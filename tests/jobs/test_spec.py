@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from hashlib import blake2b
 
 import pytest
 
@@ -41,6 +42,7 @@ def test_what_only_says_how_to_run_is_no_change(spec, tmp_path):
         ({"seed": 2}, "seed: 1, now 2"),
         ({"n": 2}, "n: 1, now 2"),
         ({"limit": 10}, "limit: null, now 10"),
+        ({"keep": 1}, "keep: null, now 1"),
         ({"model": {"dtype": "bfloat16"}}, 'model.dtype: "float32", now "bfloat16"'),
         ({"model": {"fingerprint": "m2"}}, 'model.fingerprint: "m1", now "m2"'),
         ({"input_format": "jsonl"}, 'input_format: "parquet", now "jsonl"'),
@@ -71,6 +73,19 @@ def test_an_input_that_is_gone_says_what_to_do_if_it_has_moved(tmp_path):
     with pytest.raises(InputError, match=r"prompts\.parquet") as gone:
         InputFile.of(tmp_path / "prompts.parquet")
     assert "--moved" in gone.value.hint
+
+
+def test_a_job_of_before_best_of_is_the_same_job(spec, tmp_path):
+    spec.save(tmp_path)
+    path = tmp_path / "job.json"
+    older = {k: v for k, v in json.loads(path.read_text()).items() if k != "keep"}
+    path.write_text(json.dumps(older))
+    assert JobSpec.load(tmp_path) == spec
+    content = {k: v for k, v in older.items() if k not in {"output", "runtime", "version"}}
+    content["inputs"] = [i.fingerprint for i in spec.inputs]
+    content["model"] = {"fingerprint": "m1", "dtype": "float32"}
+    digest = blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    assert spec.fingerprint() == digest
 
 
 def test_moving_changes_no_work(spec):
@@ -108,7 +123,7 @@ def test_a_large_file_is_sampled_at_its_head_its_tail_and_between(tmp_path):
 
 
 def test_a_saved_specification_reads_back_equal(spec, tmp_path):
-    spec = replace(spec, n=3, limit=7)
+    spec = replace(spec, n=3, limit=7, keep=2)
     spec.save(tmp_path)
     loaded = JobSpec.load(tmp_path)
     assert loaded == spec

@@ -43,7 +43,11 @@ def done(make_job, tmp_path, suffix):
 
 
 def finish(job):
-    results = [Result(r, s, "ok", f"{r}.{s}", (r, s), "stop", 1, 2) for r in (0, 1) for s in (0, 1)]
+    results = [
+        Result(r, s, "ok", f"{r}.{s}", (r, s), "stop", 1, 2, logprob=s * 2 * (r - 0.5) - 5)
+        for r in (0, 1)
+        for s in (0, 1)
+    ]
     results += [Result(2, s, "error", error="no", error_kind="x") for s in (0, 1)]
     results += [Result(3, s, "skipped") for s in (0, 1)]
     spec = job.spec()
@@ -68,6 +72,7 @@ def write(job, journal):
         token_ids=True,
         n=spec.n,
         limit=spec.limit,
+        keep=spec.keep,
     )
 
 
@@ -88,6 +93,14 @@ def test_a_sound_job_has_no_problems(done):
     assert {name: after[name] for name in before} == before
 
 
+def test_the_best_samples_are_those_of_the_journal(make_job, done):
+    job = make_job(inputs=done.spec().inputs, output=done.spec().output, n=2, keep=1)
+    finish(job)
+    assert verify(job) == []
+    edit(job, "UPDATE results SET logprob = -99 WHERE id = 3")
+    assert any("differs from the job" in problem for problem in verify(job))
+
+
 def test_jobs_that_are_not_finished_have_no_problems(make_job):
     job = make_job()
     assert verify(job) == []
@@ -106,7 +119,7 @@ def test_jobs_that_are_not_finished_have_no_problems(make_job):
         ("UPDATE results SET id = 99 WHERE id = 2", "1 results of rows that the input does not"),
         ("UPDATE results SET status = 'fine' WHERE id = 2", "a status that no program gives"),
         ("UPDATE results SET run = 7 WHERE id = 2", "of a run that never was"),
-        ("INSERT INTO partials VALUES (2, x'')", "both a result and tokens"),
+        ("INSERT INTO partials VALUES (2, x'', NULL)", "both a result and tokens"),
         (
             "UPDATE meta SET value = '5' WHERE key = 'rows_total'",
             "the input has 4 rows, the journal",
