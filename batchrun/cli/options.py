@@ -195,6 +195,12 @@ sampling_options = _section(
         show_default=True,
         help="Samples for each row.",
     ),
+    _option(
+        "--best-of",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Draw N samples and keep the --n likeliest, by mean log-probability of their tokens.",
+    ),
 )
 
 output_options = _section(

@@ -66,7 +66,8 @@ def make_spec(
     output = output_settings(options["output"] or _default_output(paths[0], input_format))
     source = open_source(paths, input_format)
     prompt = _prompt(options, fields, source)
-    check_columns(source.column_names, options["token_ids"], options["n"])
+    n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
+    check_columns(source.column_names, options["token_ids"], n, keep)
     destination = Path(output["path"])
     if destination.resolve() in {path.resolve() for path in paths}:
         raise OutputError(f"{destination} is an input of this job", hint="choose another --output")
@@ -78,7 +79,8 @@ def make_spec(
         model=_model(options, home, log),
         sampling=sampling,
         seed=options["seed"],
-        n=options["n"],
+        n=n,
+        keep=keep,
         limit=options["limit"],
         output={**output, "token_ids": options["token_ids"]},
         runtime={name: options[name] for name in _RUNTIME},
@@ -97,6 +99,11 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         given["ignore_eos"] = True
     if not -(2**63) <= options["seed"] < 2**63:
         raise click.UsageError(f"--seed {options['seed']} does not fit into 64 bits")
+    best_of = options["best_of"]
+    if best_of is not None and best_of < options["n"]:
+        raise click.UsageError(f"--best-of {best_of} is less than --n {options['n']}")
+    if best_of is not None and best_of > 1 and options["temperature"] == 0:
+        raise click.UsageError("--best-of with --temperature 0: all samples would be the same")
     if "" in options["stop"]:
         raise click.UsageError("--stop must not be empty")
     try:
