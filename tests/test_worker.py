@@ -162,6 +162,13 @@ def test_samples_of_a_row_differ_and_stand_together(submit: Submit) -> None:
     assert texts[::3] == output(alone)["completion"].to_pylist()
 
 
+def test_samples_that_can_not_differ_are_told(submit: Submit) -> None:
+    for sampling, told in (({"max_tokens": 1}, True), (SAMPLED, False)):
+        lines: list[str] = []
+        run(submit(n=2, sampling=sampling), log=lines.append)
+        assert any("will be the same" in line for line in lines) is told
+
+
 def test_the_best_are_the_same_after_any_number_of_runs(
     submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

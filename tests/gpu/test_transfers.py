@@ -62,6 +62,13 @@ def test_time_is_split_into_steps_and_what_is_between_them(transfers: CudaTransf
     assert transfers.device_seconds == transfers.idle_seconds == 0
 
 
+def test_several_tensors_arrive_as_one_step(transfers: CudaTransfers) -> None:
+    with transfers.step():
+        numbers = slow(transfers.upload(np.arange(3)))
+        download = transfers.download(numbers, numbers.float() / 2)
+    assert download.get() == [[0, 1, 2], [0.0, 0.5, 1.0]]
+
+
 def test_nothing_to_send_is_sent(transfers: CudaTransfers) -> None:
     with transfers.step():
         assert transfers.upload(np.array([], dtype=np.int64)).shape == (0,)
