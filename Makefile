@@ -53,11 +53,12 @@ bench: $(SETUP)
 
 crash-test: $(SETUP)
 	$(BIN)/python -m tests.faults.steps
+	$(BIN)/python -m tests.faults.operations
 	$(BIN)/python -m tests.faults.powerloss
 	$(BIN)/python -m tests.faults.powerloss --failed-syncs --stride 14 --draws 2
 	$(BIN)/python -m tests.faults.listing --cli
 	$(BIN)/python -m tests.crash.signals
-	$(BIN)/python -m tests.crash.signals --real
+	$(BIN)/python -m tests.crash.signals --real --trials 40
 	$(BIN)/python -m tests.crash.races
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory host
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory fake-cuda

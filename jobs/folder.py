@@ -101,8 +101,10 @@ class JobFolder:
         if not runs or held_by(self.path) is not None:
             return None
         last = runs[-1]
-        words = self._last_words(last["started_at"]) if last["state"] is None else None
-        return words if last["reason"] is None else (last["reason"], None)
+        if last["state"] is None:
+            gone = "its processes are gone: killed, or the machine went down"
+            return self._last_words(last["started_at"]) or (gone, None)
+        return None if last["reason"] is None else (last["reason"], None)
 
     def _last_words(self, since: float) -> tuple[str, str | None] | None:
         """What a run printed that could not note how it ended: its disk may be full."""
@@ -112,7 +114,7 @@ class JobFolder:
         _, error, words = log.read_text(errors="replace").rpartition("error: ")
         reason, _, rest = words.strip().partition("\n")
         hint = rest.removeprefix("hint: ").partition("\n")[0]
-        return (reason, hint or None) if error else (f"it ended without a word; see {log}", None)
+        return (reason, hint or None) if error else None
 
     def total(self) -> int | None:
         """Rows of the job, or None while nobody has counted them."""

@@ -116,8 +116,9 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
     Raises:
         JournalError: It can't be made.
     """
-    db = sqlite3.connect(folder / NAME, isolation_level=None)
+    db: sqlite3.Connection | None = None
     try:
+        db = sqlite3.connect(folder / NAME, isolation_level=None)
         _set_modes(db)
         db.executescript(
             f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
@@ -129,7 +130,8 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
     except sqlite3.Error as error:
         raise JournalError(f"{folder / NAME} can't be made: {error}") from error
     finally:
-        db.close()
+        if db is not None:
+            db.close()
 
 
 def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:

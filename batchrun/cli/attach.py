@@ -102,6 +102,9 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
         print_error(str(error), error.hint)
         return ExitStatus.FAILED
     rows, output = summary["rows"], summary["output"]
+    progress = read_progress(job.path)
+    if progress is not None:
+        wall_s = progress.elapsed_s  # the run's, which may be longer than the view of it
     if failure is not None and status is not ExitStatus.DONE:
         print_error(*failure)
     if as_json:

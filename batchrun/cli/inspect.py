@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import click
@@ -46,16 +47,26 @@ def list_command(as_json: bool) -> None:
     if not rows:
         click.echo(f"no jobs in {home()}; start one with: batchrun submit prompts.parquet")
         return
-    lines = [("JOB", "STATE", "ROWS", "FAILED", "MODEL", "OUTPUT")]
+    lines: list[tuple[str, ...]] = [("JOB", "STATE", "ROWS", "FAILED", "MODEL", "OUTPUT")]
     for row in rows:
         total = "?" if row["total"] is None else f"{row['total']:,}"
         done = "" if row["done"] is None else f"{row['done']:,}/{total}"
         failed = "" if not row["failed"] else f"{row['failed']:,}"
-        lines.append((row["job"], row["state"], done, failed, row["model"], row["output"]))
+        lines.append((row["job"], row["state"], done, failed, row["model"], _short(row["output"])))
+    if not any(row["failed"] for row in rows):
+        lines = [line[:3] + line[4:] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         click.echo("  ".join(cells).rstrip())
+
+
+def _short(path: str) -> str:
+    """A path as one would type it here."""
+    for folder, name in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if Path(path).is_relative_to(folder):
+            return name + str(Path(path).relative_to(folder))
+    return path
 
 
 def _listed(job: JobFolder) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 5.0
 _RATE_WINDOW_S = 20.0
+_MARGIN = 4  # columns right of the bar: a ^C there must not wrap it
 _ROWS_TO_TELL = 5  # the first rows of a batch end long after it began: they say little
 _PHASES = {"load": "loading the model", "run": "running", "export": "writing the output"}
 
@@ -90,19 +92,22 @@ class BarView:
             self._bar = tqdm(
                 total=progress.rows_total,
                 initial=progress.rows_done,
-                unit="row",
                 file=self._stream,
-                dynamic_ncols=True,
-                smoothing=0.05,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}",
+                delay=1e-9,  # the first draw has a description too
             )
         bar = self._bar
         bar.total = progress.rows_total
-        if progress.phase != self._phase:
-            self._phase = progress.phase
-            bar.unpause()  # the time that loading took is not the rows'
-        bar.set_description(_PHASES.get(progress.phase, progress.phase), refresh=False)
+        bar.ncols = shutil.get_terminal_size().columns - _MARGIN
+        bar.set_description_str(_PHASES.get(progress.phase, progress.phase), refresh=False)
         self._rates.add(time.monotonic(), progress)
-        bar.set_postfix_str(", ".join(_details(progress, self._rates)), refresh=False)
+        details = _details(progress, self._rates)
+        left = self._rates.seconds_left(progress.rows_total, progress.rows_done)
+        details += [f"{seconds(left)} left"] if left else []
+        bar.set_postfix_str(", ".join(details), refresh=False)
+        if progress.phase != self._phase or progress.rows_done == bar.n:
+            self._phase = progress.phase
+            bar.refresh()
         bar.update(progress.rows_done - bar.n)
 
     def message(self, text: str) -> None:
