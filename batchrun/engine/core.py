@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
 
 from allocator.sharing import Copy
+
+if TYPE_CHECKING:
+    from batchrun.engine.beams import BeamGroup
+
+Candidates = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
 
 
 class EngineError(Exception):
@@ -41,6 +47,10 @@ class SamplingParams:
         stop_token_ids: Tokens that end it, beside the model's own end tokens.
         ignore_eos: The model's own end tokens do not end it.
         logprobs: The log-probabilities of its tokens are summed up.
+        num_beams: The likeliest answer is searched among so many at once, instead of sampling.
+        length_penalty: An answer's log-probability is divided by its length to the power of it.
+        early_stopping: Search ends when there are `num_beams` answers; if not, when none to come
+            is likely to be better; "never", when none can be, for a length penalty of 0 or more.
 
     Raises:
         ValueError: A value is out of range; the message names it.
@@ -60,47 +70,41 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
-        for name, value, valid, rule in (
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            ("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more"),
-            ("temperature", self.temperature, 0 <= self.temperature < 1e6, "0 or more"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                0 < self.repetition_penalty < 1e6,
-                "above 0",
-            ),
-            (
-                "presence_penalty",
-                self.presence_penalty,
-                abs(self.presence_penalty) < 1e6,
-                "a finite number",
-            ),
-            (
-                "frequency_penalty",
-                self.frequency_penalty,
-                abs(self.frequency_penalty) < 1e6,
-                "a finite number",
-            ),
-            (
-                "min_tokens",
-                self.min_tokens,
-                self.min_tokens <= self.max_tokens,
-                "max_tokens at most",
-            ),
+        repetition, finite = self.repetition_penalty, "a finite number"
+        for name, valid, rule in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", self.min_tokens >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < 1e6, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < repetition < 1e6, "above 0"),
+            ("presence_penalty", abs(self.presence_penalty) < 1e6, finite),
+            ("frequency_penalty", abs(self.frequency_penalty) < 1e6, finite),
+            ("min_tokens", self.min_tokens <= self.max_tokens, "max_tokens at most"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("length_penalty", abs(self.length_penalty) < 100, finite),
+            ("early_stopping", self.early_stopping in (True, False, "never"), "a flag, or never"),
+            ("temperature", self.greedy or not self.beams, "0 with beam search"),
+            ("stop", not (self.stop and self.beams), "left out with beam search"),
         ):
             if not valid:
-                raise ValueError(f"{name} must be {rule}, not {value}")
+                raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken without a draw."""
         return self.temperature == 0
+
+    @property
+    def beams(self) -> bool:
+        """Whether tokens are chosen by beam search."""
+        return self.num_beams > 1
 
     @property
     def penalised(self) -> bool:
@@ -168,6 +172,7 @@ class Sequence:
     finished: float | None = None
     high_water: int = 0
     blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
+    group: BeamGroup | None = None  # whose round it is part of
 
     @property
     def known_ids(self) -> tuple[int, ...]:
@@ -237,9 +242,11 @@ class StepTokens:
     """What a step produced: one token for each sampled segment, in the plan's order.
 
     `logprobs` are their log-probabilities under the model's own distribution, before penalties,
-    temperature and filters; none where no segment's parameters ask for them.
+    temperature and filters; none where no segment's parameters ask for them. `candidates` are
+    those of each segment whose sequence is in a beam group, in order: its token means nothing.
     """
 
     step: int
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
+    candidates: tuple[Candidates, ...] = ()

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import (
     EngineError,
     FinishReason,
@@ -14,6 +15,7 @@ from batchrun.engine.core import (
     Sequence,
     Status,
     StepPlan,
+    StepTokens,
 )
 from batchrun.engine.executor import Executor, Ticket
 from batchrun.engine.scheduler import Scheduler
@@ -108,12 +110,20 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request."""
         begun, logprob = list(request.generated_ids), request.generated_logprob
-        self.scheduler.add(Sequence(request, begun, logprob, arrived=time.perf_counter()))
+        sequence = Sequence(request, begun, logprob, arrived=time.perf_counter())
+        if request.params.beams:
+            room = self.scheduler.max_model_len - sequence.num_prompt_tokens
+            most = min(request.params.max_tokens, room)
+            sequence.group = BeamGroup(sequence, most, self._stop_ids(request))
+        self.scheduler.add(sequence)
 
     def partials(self) -> list[Sequence]:
-        """What has not ended and has tokens already, as collected so far."""
+        """What has not ended and has tokens already, as collected so far.
+
+        Not those of beam searches: a run that goes on begins them anew, to the same end.
+        """
         unfinished = (*self.scheduler.running, *self.scheduler.waiting)
-        return [sequence for sequence in unfinished if sequence.output_ids]
+        return [s for s in unfinished if s.output_ids and s.group is None]
 
     def step(self) -> list[Completion]:
         """Plan and launch one step, and collect those that are due.
@@ -166,19 +176,61 @@ class Engine:
         for sequence, token, logprob in zip(sampled, tokens.token_ids, logprobs, strict=True):
             if sequence.status is Status.FINISHED:
                 continue  # it ended while this step, one too many, was on its way
+            if sequence.first_token is None:
+                sequence.first_token = now
+            if sequence.group is not None:
+                continue
             sequence.output_ids.append(token)
             sequence.logprob += logprob
             self.stats.generated_tokens += 1
-            if sequence.first_token is None:
-                sequence.first_token = now
             reason, text = self._ending(sequence, token)
             if reason is not None:
                 sequence.finish_reason = reason
                 sequence.finished = now
                 done.append(Completion(sequence, text))
-        self.scheduler.commit(plan, tokens, [c.sequence for c in done])
+        ended = [c.sequence for c in done]
+        beams, forks = self._advance([s for s in sampled if s.group is not None], tokens)
+        for completion in beams:
+            completion.sequence.finished = now
+            group = completion.sequence.group
+            ended += group.sequences if group is not None else ()
+        self.scheduler.commit(plan, tokens, ended, forks)
         self._count_mapping()
-        return done
+        return done + beams
+
+    def _advance(
+        self, sampled: list[Sequence], tokens: StepTokens
+    ) -> tuple[list[Completion], list[tuple[Sequence, Sequence]]]:
+        """Take in what beams may go on with; where a round is over, decide how they do.
+
+        Returns:
+            The rows that have ended; and those of other rows that go on elsewhere, as of
+            `BeamGroup.advance`.
+        """
+        done: list[Completion] = []
+        forks: list[tuple[Sequence, Sequence]] = []
+        for sequence, candidates in zip(sampled, tokens.candidates, strict=True):
+            group = sequence.group
+            assert group is not None
+            group.report(sequence, candidates)
+            if not group.is_complete:
+                continue
+            forks += group.advance()
+            self.stats.generated_tokens += 1
+            if group.ended:
+                leader, text = group.leader, None
+                leader.finish_reason = group.finish()
+                if self._tokenizer is not None:
+                    detokenizer = Detokenizer(self._tokenizer, leader.request.prompt_ids)
+                    detokenizer.push(leader.output_ids)
+                    text = detokenizer.finish()
+                done.append(Completion(leader, text))
+        return done, forks
+
+    def _stop_ids(self, request: Request) -> frozenset[int]:
+        """Tokens that end the request's completion."""
+        own = frozenset(request.params.stop_token_ids)
+        return own if request.params.ignore_eos else own | self._eos_ids
 
     def _ending(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
         """Whether the token just appended ends the sequence, and then the whole text."""

@@ -122,8 +122,11 @@ class TorchExecutor:
     def collect(self, ticket: Ticket) -> StepTokens:
         """See `Executor.collect`."""
         with device_errors():
-            token_ids, *logprobs = ticket.tokens.get() if ticket.tokens else [()]
-            return StepTokens(ticket.step, tuple(token_ids), *map(tuple, logprobs))
+            token_ids, *others = ticket.tokens.get() if ticket.tokens else [()]
+        logprobs = tuple(others[0]) if others else ()
+        of_beams = others[1] if len(others) > 1 else ()
+        candidates = tuple(tuple((int(token), p) for token, p in each) for each in of_beams)
+        return StepTokens(ticket.step, tuple(token_ids), logprobs, candidates)
 
     def busy(self) -> bool:
         """See `Executor.busy`."""

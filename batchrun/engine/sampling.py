@@ -10,6 +10,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+from batchrun.engine.beams import width
 from batchrun.engine.core import SamplingParams, Segment, Sequence
 
 _HEAD = 1024  # most likely tokens looked at before a whole vocabulary is sorted
@@ -57,10 +58,13 @@ class Sampler:
 
         Returns:
             `[N]` int64 token ids on the device of `logits`; and, where any segment asks for them,
-            `[N]` float32, the tokens' log-probabilities under `logits` as they came.
+            `[N]` float32, the tokens' log-probabilities under `logits` as they came. Where M
+            segments are beams, both, and `[M, K, 2]` float64: the ids and log-probabilities of K
+            candidates each.
         """
         params = [s.sequence.request.params for s in segments]
-        scored = any(p.logprobs for p in params)
+        beams = [i for i, p in enumerate(params) if p.beams]
+        scored = any(p.logprobs for p in params) or bool(beams)
         penalised = [i for i, p in enumerate(params) if p.penalised]
         banned = [
             (i, token)
@@ -69,6 +73,9 @@ class Sampler:
             for token in self._stop_ids(segment.sequence)
         ]
         own = logits.clone() if scored and (penalised or banned) else logits
+        if beams:  # whose penalties come after the softmax, in transformers too
+            at = self._upload(np.array(beams))
+            logits[at] = logits[at].log_softmax(dim=-1)
         if penalised:
             if self._seen is None:
                 self._seen = _Seen(self._num_slots, logits, self._upload)
@@ -85,11 +92,25 @@ class Sampler:
             if drawn:
                 index = self._upload(np.array(drawn))
                 tokens[index] = self._draw(logits[index], [segments[i] for i in drawn])
-        if penalised and self._seen is not None:
-            self._seen.count(tokens[rows], [segments[i] for i in penalised])
+        counted = [i for i in penalised if not params[i].beams]
+        if counted and self._seen is not None:
+            index = rows if counted == penalised else self._upload(np.array(counted))
+            self._seen.count(tokens[index], [segments[i] for i in counted])
         if not scored:
             return (tokens,)
-        return tokens, own.gather(1, tokens[:, None])[:, 0] - own.logsumexp(dim=-1)
+        logprobs = own.gather(1, tokens[:, None])[:, 0] - own.logsumexp(dim=-1)
+        if not beams:
+            return tokens, logprobs
+        return tokens, logprobs, self._candidates(logits[at], [segments[i] for i in beams])
+
+    def _candidates(self, logprobs: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
+        """The likeliest tokens of `[M, V]`, and their log-probabilities: `[M, K, 2]` float64."""
+        most = max(
+            width(s.sequence.request.params.num_beams, len(self._stop_ids(s.sequence)))
+            for s in segments
+        )
+        values, ids = logprobs.topk(min(most, logprobs.shape[1]))
+        return torch.stack((ids.double(), values.double()), dim=-1)
 
     def _draw(self, logits: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
         """Draw from `[N, V]` by inverting each row's distribution at its own uniform number."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter, deque
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Protocol
 
 from allocator.sharing import Copy
+from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import FinishReason, Segment, Sequence, Status, StepPlan, StepTokens
 from batchrun.engine.prefixes import BLOCK, Match, PrefixIndex, blocks_of
 
@@ -76,6 +79,10 @@ class Scheduler:
     and waits while that one computes it. A finished slot keeps what waiting rows need, until memory
     is needed more.
 
+    The beams of a row are sequences like others, in a `BeamGroup`. One that has computed all its
+    tokens is idle until the others have; where idle ones hold all the memory, the youngest give
+    way. A row that is admitted has a place in the batch for all its beams.
+
     Args:
         space: Where keys and values live. It should have `KEPT` slots beyond `max_num_seqs`.
         max_num_seqs: Sequences that may run at once.
@@ -100,7 +107,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission: the youngest is last
+        self.running: list[Sequence] = []  # in order of arrival: the youngest is last
         self.rejected: list[Sequence] = []
         self.step = 0
         self.num_preemptions = 0
@@ -109,6 +116,8 @@ class Scheduler:
         self._launched = self._committed = 0  # the last steps with segments
         self._admitting = True  # False from a preemption until memory has come back
         self._share = share
+        self._groups: dict[BeamGroup, None] = {}  # those that have begun
+        self._uncopied = set[int]()  # slots of beams, until the copies ordered for them are made
         self._owners: dict[int, Sequence] = {}  # slot -> the running sequence
         self._kept: dict[int, None] = {}  # slots, the oldest first
         self._wanted = Counter[int]()  # blocks of waiting sequences
@@ -130,6 +139,13 @@ class Scheduler:
                 "kv_budget",
                 f"the prompt has {sequence.num_prompt_tokens} tokens, whose keys and values "
                 "exceed the KV budget; raise --kv-budget",
+            )
+        elif _width(sequence) > self.max_num_seqs:
+            self._reject(
+                sequence,
+                "bad_parameter",
+                f"the row has {_width(sequence)} beams and {self.max_num_seqs} sequences run at "
+                "once; raise --max-num-seqs or lower --num-beams",
             )
         else:
             if self._share:
@@ -155,35 +171,49 @@ class Scheduler:
             return StepPlan(self.step, ())
         # Whoever was preempted in this step had its segment taken back by `_ensure`.
         budget = self.max_num_batched_tokens - sum(s.length for s in segments)
+        busy = bool(segments) or self._committed < self._launched
         # Admitting right after a preemption would only preempt again: wait for memory.
-        self._admitting = self._admitting or not self.running
+        self._admitting = self._admitting or not busy
         share = self._share
-        while budget and self.waiting and self._admitting and len(self.running) < self.max_num_seqs:
-            segment = self._admit(budget, share)
+        while budget and self.waiting and self._admitting:
+            segment = self._admit(budget, share, _SPARE if busy else 0)
             if segment is not None:
                 segments.append(segment)
                 budget -= segment.length
-            elif self.running or self._committed < self._launched:
+                busy = True
+            elif busy:
                 break
-            else:  # nothing runs, so nothing but what earlier sequences left can be in the way
+            else:  # nothing is computed, so what idle and earlier sequences hold is in the way
                 self.space.retire(self.step)
                 self.step += 1
-                if not self._drop_oldest():
-                    if not share:
-                        break
+                if self._drop_oldest():
+                    continue
+                if self.running:
+                    self._preempt(self.running[-1])
+                    self._admitting = True
+                elif share:
                     share = False
+                elif not self._reject_hopeless():
+                    break
         self._drop_unwanted()
         for segment in segments:
             sequence, end = segment.sequence, segment.start + segment.length
             self.num_recomputed_tokens += max(0, min(end, sequence.high_water) - segment.start)
             sequence.num_computed_tokens = end
             sequence.high_water = max(sequence.high_water, end)
-            sequence.num_pending += segment.sampled
+            sequence.num_pending += segment.sampled and sequence.group is None
+        self._uncopied.clear()
         if segments:
             self._launched = self.step
         return StepPlan(self.step, tuple(segments), self.space.take_copies())
 
-    def commit(self, plan: StepPlan, tokens: StepTokens, finished: list[Sequence]) -> None:
+    def commit(
+        self,
+        plan: StepPlan,
+        tokens: StepTokens,
+        finished: list[Sequence],
+        forks: Seq[tuple[Sequence, Sequence]] = (),
+    ) -> None:
         """Take in a collected step; steps are committed in the order of their plans.
 
         Args:
@@ -191,24 +221,53 @@ class Scheduler:
             tokens: One token per sampled segment, already appended to `output_ids` by the caller
                 who knows about stop conditions.
             finished: The sequences that ended with this step; their slots are closed.
+            forks: Beams that go on from where others are: see `BeamGroup.advance`.
         """
         assert plan.step == tokens.step
         for segment in plan.segments:
-            segment.sequence.num_pending -= segment.sampled
-        for sequence in finished:
-            if sequence.slot is not None:
-                self._leave(sequence, self._worth_keeping(sequence.slot))
-            else:  # preempted while its last token was on the way
-                self.waiting.remove(sequence)
-                self._wanted.subtract(sequence.blocks)
-            sequence.status = Status.FINISHED
-        if finished:
-            self._admitting = True
-            self.running = [s for s in self.running if s.status is Status.RUNNING]
+            segment.sequence.num_pending -= segment.sampled and segment.sequence.group is None
+        self._finish(finished)
         self._committed = plan.step
+        for child, _ in forks:
+            if child.slot is not None:  # idle: no step that is not committed reads it
+                self._leave(child, self._worth_keeping(child.slot), self._committed)
+                self.running.remove(child)
+            elif child in self.waiting:
+                self._unqueue(child)
         self.space.retire(plan.step)
+        for child, parent in forks:
+            self._fork(child, parent)
         if not self.has_work and self._committed == self._launched:
             self.space.trim()
+
+    def _finish(self, sequences: Seq[Sequence]) -> None:
+        """Close the slots of sequences that have ended, or take them out of the queue."""
+        for sequence in sequences:
+            if sequence.slot is not None:
+                self._leave(sequence, self._worth_keeping(sequence.slot))
+            else:  # preempted while its last token was on the way, or its group's
+                self._unqueue(sequence)
+            sequence.status = Status.FINISHED
+            if sequence.group is not None:
+                self._groups.pop(sequence.group, None)
+        if sequences:
+            self._admitting = True
+            self.running = [s for s in self.running if s.status is Status.RUNNING]
+
+    def _fork(self, child: Sequence, parent: Sequence) -> None:
+        """Let a beam go on from its parent's memory, or wait to compute its tokens anew."""
+        shared = child.num_tokens - 1
+        slot = None
+        if parent.slot is not None:
+            slot = self.space.share(parent.slot, shared, child.num_tokens, self.step + 1)
+            if slot is None and self._share:  # more may be shared of it later
+                ids = parent.known_ids[:shared]
+                self._prefixes.put(parent.slot, ids, blocks_of(ids))
+        if slot is None:
+            self._requeue(child)
+            return
+        self._uncopied.add(slot)
+        self._start(child, slot, shared)
 
     def _continue(self, segments: list[Segment]) -> bool:
         """Plan the running sequences; False if that has to wait for the steps in flight."""
@@ -223,6 +282,8 @@ class Scheduler:
             if sequence.slot is None or self._is_complete(sequence):
                 continue
             length = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            if length == 0:
+                continue  # a beam that waits for others
             fits = self._ensure(sequence, sequence.num_computed_tokens + length, segments)
             if fits is None:
                 return False
@@ -239,18 +300,14 @@ class Scheduler:
             or sequence.num_tokens >= self.max_model_len
         )
 
-    def _admit(self, budget: int, share: bool) -> Segment | None:
+    def _admit(self, budget: int, share: bool, spare: float) -> Segment | None:
         """Start the first waiting sequence that can: open a slot and back its first chunk."""
-        for sequence in self.waiting:
-            if sequence.num_pending:  # preempted; its last token is not known yet
-                return None
-            match, coming = self._match(sequence)
-            if coming - match.num_ready < BLOCK:
-                break  # else a running one computes what it needs: share it then
-        else:
+        found = self._next()
+        if found is None:
             return None
+        sequence, match = found
         shared, slot = match.num_ready * share, None
-        if self.running and not self.space.has_room(sequence.num_tokens - shared, _SPARE):
+        if spare and not self.space.has_room(sequence.num_tokens - shared, spare):
             return None
         if shared >= BLOCK:
             slot = self.space.share(match.slot, shared, sequence.num_tokens, self.step)
@@ -258,21 +315,73 @@ class Scheduler:
             shared, slot = 0, self.space.open(sequence.num_tokens)
         if slot is None:
             return None
-        self._prefixes.remove(slot)
         length = min(sequence.num_tokens - shared, budget)
         if not self.space.ensure(slot, shared + length):
+            self._prefixes.remove(slot)
             self.space.close(slot, self._launched)
             return None
-        self.waiting.remove(sequence)
-        self._wanted.subtract(sequence.blocks)
+        self._unqueue(sequence)
+        self._start(sequence, slot, shared)
         self._prefixes.put(slot, sequence.known_ids, sequence.blocks)
+        if sequence.group is not None:
+            self._groups[sequence.group] = None
+        return _segment(sequence, length)
+
+    def _next(self) -> tuple[Sequence, Match] | None:
+        """Who is to be admitted, and where most of its tokens are."""
+        places = self._places()
+        for sequence in self.waiting:
+            if sequence.group in self._groups:
+                if sequence.group.has_reported(sequence):
+                    continue
+            elif _width(sequence) > places:
+                if not self._groups:
+                    break
+                places = 0  # none but beams of rows begun overtakes it
+                continue
+            if sequence.num_pending:  # preempted; its last token is not known yet
+                break
+            match, coming = self._match(sequence)
+            if coming - match.num_ready < BLOCK:
+                return sequence, match
+            # else a running one computes what it needs: share it then
+        return None
+
+    def _start(self, sequence: Sequence, slot: int, shared: int) -> None:
+        """Let a sequence run in a slot that has its first tokens already."""
+        self._prefixes.remove(slot)
         self._owners[slot] = sequence
         self.num_shared_tokens += shared
         sequence.slot = slot
         sequence.num_computed_tokens = shared
         sequence.status = Status.RUNNING
-        self.running.append(sequence)
-        return _segment(sequence, length)
+        # Waiting for memory makes nobody younger, or two could take it from each other for ever.
+        insort(self.running, sequence, key=lambda s: s.arrived)
+
+    def _places(self) -> int:
+        """Sequences that may be admitted beside those that run and the beams of rows begun."""
+        plain = sum(sequence.group is None for sequence in self.running)
+        return self.max_num_seqs - plain - sum(g.params.num_beams for g in self._groups)
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self._wanted.subtract(sequence.blocks)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Let a sequence that has run wait, before those that have not and those that came later.
+
+        Else beams of a younger row would be computed before those that elder ones wait for.
+        """
+        if self._share:
+            sequence.blocks = blocks_of(sequence.known_ids)
+        sequence.status = Status.WAITING
+        place = 0
+        for other in self.waiting:
+            if not other.high_water or other.arrived >= sequence.arrived:
+                break
+            place += 1
+        self.waiting.insert(place, sequence)
+        self._wanted.update(sequence.blocks)
 
     def _match(self, sequence: Sequence) -> tuple[Match, int]:
         """Where most of a sequence's tokens are by now, and how many a running one will have.
@@ -348,23 +457,23 @@ class Scheduler:
                 return None
             if self._drop_oldest():
                 continue
-            victim = self.running[-1]
+            victim = self._victim(sequence)
             segments[:] = [s for s in segments if s.sequence is not victim]
             if victim is sequence and len(self.running) == 1:
-                self._leave(sequence)
-                self.running.remove(sequence)
-                self._reject(
-                    sequence,
-                    "kv_budget",
-                    f"the row needs the keys and values of {num_tokens} tokens "
-                    f"({sequence.num_prompt_tokens} of them the prompt), more than the KV budget "
-                    "holds; raise --kv-budget or lower --max-tokens",
-                )
+                self._reject_begun(sequence, num_tokens)
                 return False
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
+
+    def _victim(self, sequence: Sequence) -> Sequence:
+        """Who gives way to a sequence: the youngest, or an idle beam of its group before itself."""
+        victim, group = self.running[-1], sequence.group
+        if victim is sequence and group is not None:
+            idle = [s for s in self.running if s.group is group and group.has_reported(s)]
+            return idle[-1] if idle else victim
+        return victim
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take the slot away; the sequence recomputes from its tokens when admitted again."""
@@ -372,26 +481,47 @@ class Scheduler:
         self._admitting = False
         slot, computed = sequence.slot, sequence.known_ids[: sequence.num_computed_tokens]
         self._leave(sequence)
-        if self._share and slot is not None:
+        if self._share and slot is not None and slot not in self._uncopied:
             self._prefixes.put(slot, computed, blocks_of(computed))
-            sequence.blocks = blocks_of(sequence.known_ids)
         self.running.remove(sequence)
-        sequence.status = Status.WAITING
-        self.waiting.appendleft(sequence)
-        self._wanted.update(sequence.blocks)
+        self._requeue(sequence)
 
-    def _leave(self, sequence: Sequence, keep: int = 0) -> None:
+    def _leave(self, sequence: Sequence, keep: int = 0, step: int | None = None) -> None:
         """Close the sequence's slot; what it holds can be shared until its memory is taken."""
         slot = sequence.slot
         assert slot is not None
         if len(self._kept) == KEPT and keep:
             self._drop_oldest()
-        self.space.close(slot, self._launched, keep)
+        self.space.close(slot, self._launched if step is None else step, keep)
         if keep:
             self._kept[slot] = None
         del self._owners[slot]
         sequence.slot = None
         sequence.num_computed_tokens = 0
+
+    def _reject_hopeless(self) -> bool:
+        """Give up a waiting sequence that has grown beyond all memory; False if there is none."""
+        for sequence in self.waiting:
+            if not self.space.can_fit(sequence.num_tokens):
+                self._reject_begun(sequence, sequence.num_tokens)
+                return True
+        return False
+
+    def _reject_begun(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give up a row that has come to need more memory than there is, with all its beams."""
+        group = sequence.group
+        sequences = [sequence] if group is None else group.sequences
+        for each in sequences:
+            if each.slot is not None:  # which was to have more tokens than it has come to
+                self._prefixes.remove(each.slot)
+        self._finish(sequences)
+        self._reject(
+            sequence if group is None else group.leader,
+            "kv_budget",
+            f"the row needs the keys and values of {num_tokens} tokens "
+            f"({sequence.num_prompt_tokens} of them the prompt), more than the KV budget "
+            "holds; raise --kv-budget or lower --max-tokens",
+        )
 
     def _reject(self, sequence: Sequence, kind: str, reason: str) -> None:
         sequence.status = Status.FINISHED
@@ -409,6 +539,9 @@ class Scheduler:
         wanted = Counter(block for s in self.waiting for block in s.blocks)
         assert +self._wanted == wanted, "blocks of waiting sequences"
         assert len(set(slots)) == len(slots), f"a slot is used twice: {slots}"
+        assert self._places() >= 0
+        beams = {s for group in self._groups for s in group.sequences}
+        assert beams == {s for s in (*self.running, *self.waiting) if s.group in self._groups}
         assert len(self.running) <= self.max_num_seqs
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
@@ -417,6 +550,11 @@ class Scheduler:
             assert sequence.status is Status.WAITING
             assert sequence.slot is None
             assert sequence.num_computed_tokens == 0
+
+
+def _width(sequence: Sequence) -> int:
+    """Places in the batch that a row may need."""
+    return 1 if sequence.group is None else sequence.group.params.num_beams
 
 
 def _segment(sequence: Sequence, length: int) -> Segment:

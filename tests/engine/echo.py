@@ -12,7 +12,8 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from batchrun.engine.core import Segment, StepPlan, StepTokens
+from batchrun.engine.beams import BeamGroup, width
+from batchrun.engine.core import Candidates, Request, Segment, Sequence, StepPlan, StepTokens
 from batchrun.engine.executor import Ticket
 
 VOCAB = 997
@@ -33,6 +34,29 @@ def expected(prompt: Seq[int], max_tokens: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+def candidates(ids: Seq[int], count: int) -> Candidates:
+    """What may follow `ids`, the likeliest first: no two answers score alike, but by chance."""
+    first = next_token(ids)
+    tokens = [(first + 31 * i * i) % VOCAB for i in range(count)]
+    return tuple((t, -0.3 - i * (1 + first % 7) / 5) for i, t in enumerate(dict.fromkeys(tokens)))
+
+
+def expected_of_beams(request: Request, max_tokens: int, stops: frozenset[int]) -> list[int]:
+    """The best answer, by a search without an engine."""
+    leader = Sequence(request)
+    group = BeamGroup(leader, max_tokens, stops)
+    while not group.ended:
+        for sequence in group.sequences:
+            group.report(sequence, candidates(sequence.known_ids, _count(sequence, stops)))
+        group.advance()
+    group.finish()
+    return leader.output_ids
+
+
+def _count(sequence: Sequence, stops: frozenset[int]) -> int:
+    return width(sequence.request.params.num_beams, len(stops))
+
+
 class EchoExecutor:
     """Keys `[slots, tokens, 1, dim]` of float64 hold the token ids, in every element.
 
@@ -43,12 +67,18 @@ class EchoExecutor:
     device_seconds = idle_seconds = 0.0
 
     def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, slab: torch.Tensor, lag: int = 0
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slab: torch.Tensor,
+        lag: int = 0,
+        stops: frozenset[int] = frozenset(),
     ) -> None:
         self.keys, self.values, self.slab, self.lag = keys, values, slab, lag
         self._queue: deque[StepPlan] = deque()
         self._ids: dict[Segment, list[int]] = {}
         self._last: dict[int, int] = {}
+        self._stops = stops
 
     def launch(self, plan: StepPlan) -> Ticket:
         for s in plan.segments:
@@ -63,12 +93,16 @@ class EchoExecutor:
     def collect(self, ticket: Ticket) -> StepTokens:
         plan = self._queue.popleft()
         assert plan.step == ticket.step, "steps are collected out of order"
-        return StepTokens(plan.step, tuple(self._run(plan)))
+        read = list(self._run(plan))
+        of_beams = tuple(
+            candidates(ids, _count(s, self._stops)) for s, ids in read if s.group is not None
+        )
+        return StepTokens(plan.step, tuple(next_token(ids) for _, ids in read), (), of_beams)
 
     def busy(self) -> bool:
         return bool(self._queue)
 
-    def _run(self, plan: StepPlan) -> Iterator[int]:
+    def _run(self, plan: StepPlan) -> Iterator[tuple[Sequence, list[int]]]:
         for c in plan.copies:
             source = self.slab[c.source : c.source + c.nbytes]
             self.slab[c.target : c.target + c.nbytes] = source
@@ -79,8 +113,9 @@ class EchoExecutor:
             self.values[s.slot, s.start : s.start + s.length] = -ids[:, None, None]
         for s in plan.segments:
             if s.sampled:
-                self._last[s.slot] = next_token(self._read(s))
-                yield self._last[s.slot]
+                ids = self._read(s)
+                self._last[s.slot] = next_token(ids)
+                yield s.sequence, ids
 
     def _read(self, segment: Segment) -> list[int]:
         end = segment.start + segment.length

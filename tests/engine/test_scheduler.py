@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
@@ -15,7 +17,7 @@ from allocator.tensor import layer_views, slab_bytes
 from batchrun.engine.core import FinishReason, Request, SamplingParams
 from batchrun.engine.engine import Completion, Engine
 from batchrun.engine.scheduler import KEPT, Scheduler
-from tests.engine.echo import EchoExecutor, expected
+from tests.engine.echo import EchoExecutor, expected, expected_of_beams
 
 PAGE = 4096
 MAX_LEN = 60
@@ -46,15 +48,15 @@ class Rig:
             share=share,
         )
         views = layer_views(self.arena, 0, torch.float64)
-        executor = EchoExecutor(*views, slab_bytes(self.arena, 0), lag)
+        executor = EchoExecutor(*views, slab_bytes(self.arena, 0), lag, eos)
         self.eos = eos
         self.engine = Engine(executor, self.scheduler, None, eos)
         self.done: dict[int, Completion] = {}
         self.requests: list[Request] = []
 
-    def add(self, prompt: list[int], max_tokens: int) -> None:
+    def add(self, prompt: list[int], max_tokens: int, **more: Any) -> None:
         row = len(self.requests)
-        request = Request(row, 0, tuple(prompt), SamplingParams(max_tokens=max_tokens), 0)
+        request = Request(row, 0, tuple(prompt), SamplingParams(max_tokens=max_tokens, **more), 0)
         self.requests.append(request)
         self.engine.add(request)
 
@@ -82,14 +84,21 @@ class Rig:
             request, sequence = self.requests[row], completion.sequence
             room = MAX_LEN - len(request.prompt_ids)
             if sequence.finish_reason is FinishReason.ERROR:
+                if sequence.error_kind == "bad_parameter":
+                    assert request.params.num_beams > self.scheduler.max_num_seqs
+                    continue
                 assert sequence.error_kind in {"prompt_too_long", "kv_budget"}
                 need = len(request.prompt_ids) + min(request.params.max_tokens, max(1, room)) - 1
                 assert need >= MAX_LEN or not self.arena.can_fit(need)
             else:
                 length = min(request.params.max_tokens, room)
-                want = expected(request.prompt_ids, length)
-                ends = [i for i, token in enumerate(want, 1) if token in self.eos]
-                assert sequence.output_ids == want[: ends[0] if ends else length]
+                if request.params.beams:
+                    want = expected_of_beams(request, length, self.eos)
+                else:
+                    want = expected(request.prompt_ids, length)
+                    ends = [i for i, token in enumerate(want, 1) if token in self.eos]
+                    want = want[: ends[0] if ends else length]
+                assert sequence.output_ids == want
             assert sequence.num_pending == 0
 
     def close(self) -> None:
@@ -132,6 +141,22 @@ class EngineMachine(RuleBasedStateMachine):
         for row in range(rows):
             prompt = [*range(family, family + common), *range(500 + row, 500 + row + own)]
             self.rig.add(prompt, max_tokens)
+
+    @rule(
+        length=st.integers(1, 50),
+        max_tokens=st.integers(1, 40),
+        rows=st.integers(1, 3),
+        search=st.fixed_dictionaries(
+            {
+                "num_beams": st.integers(2, 5),
+                "length_penalty": st.sampled_from([-1.0, 0.5, 1.0, 2.0]),
+                "early_stopping": st.sampled_from([False, True, "never"]),
+            }
+        ),
+    )
+    def add_beams(self, length: int, max_tokens: int, rows: int, search: dict[str, Any]) -> None:
+        for row in range(rows):
+            self.rig.add([*range(row // 2, length), row], max_tokens, **search)
 
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:

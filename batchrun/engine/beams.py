@@ -1,0 +1,162 @@
+"""Beam search: which continuations of a row live on. Pure decisions over candidates; no torch."""
+
+from __future__ import annotations
+
+from ctypes import c_float
+from dataclasses import dataclass
+
+from batchrun.engine.core import Candidates, FinishReason, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """An answer that has ended: its tokens, and their log-probability over length ** penalty."""
+
+    score: float
+    token_ids: tuple[int, ...]
+
+
+class BeamGroup:
+    """The continuations of one row, each a sequence of its own: transformers' beam search.
+
+    It begins as one sequence. In each round every sequence reports its candidates, and `advance`
+    makes the best of all of them the sequences of the next round. A sequence with a survivor goes
+    on as its first one; the others are taken over, and new ones made while there are too few.
+
+    Scores are rounded to float32 where transformers' are, so that ties fall alike.
+
+    Args:
+        leader: The row's sequence, with nothing generated.
+        max_tokens: Tokens that an answer may have.
+        stop_ids: Tokens that end one.
+
+    Attributes:
+        sequences: Those that live, the likeliest first.
+        finished: The best answers, `num_beams` at most, the best first.
+        ended: Whether `finished` is final.
+    """
+
+    def __init__(self, leader: Sequence, max_tokens: int, stop_ids: frozenset[int]) -> None:
+        self.leader = leader
+        self.params = leader.request.params
+        self.sequences = [leader]
+        self.finished: list[Hypothesis] = []
+        self.ended = False
+        self._max_tokens = max_tokens
+        self._stop_ids = stop_ids
+        self._scores = [0.0]  # sums of log-probabilities
+        self._reports: dict[Sequence, Candidates] = {}
+
+    def report(self, sequence: Sequence, candidates: Candidates) -> None:
+        """Take in what may follow a sequence: at least its `width(...)` likeliest tokens."""
+        self._reports[sequence] = candidates
+
+    def has_reported(self, sequence: Sequence) -> bool:
+        """Whether the sequence waits for others of this round."""
+        return sequence in self._reports
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all sequences have reported: `advance` is due."""
+        return len(self._reports) == len(self.sequences)
+
+    def advance(self) -> list[tuple[Sequence, Sequence]]:
+        """End the round.
+
+        Changes the sequences' output; where one is taken over, what is computed for it is void.
+
+        Returns:
+            The sequences that are taken over or new, each with the one whose tokens, but for the
+            last, are its own now. Empty when the group has ended.
+        """
+        length = len(self.sequences[0].output_ids) + 1
+        best = self._best_candidates()
+        self._reports.clear()
+        is_last = length >= self._max_tokens
+        for score, rank, token in best[: self.params.num_beams]:
+            if is_last or token in self._stop_ids:
+                ids = (*self.sequences[rank].output_ids, token)
+                self.finished.append(Hypothesis(self._penalised(score, length), ids))
+        self.finished.sort(key=lambda h: -h.score)
+        del self.finished[self.params.num_beams :]
+        survivors = [c for c in best if c[2] not in self._stop_ids][: self.params.num_beams]
+        if is_last or not survivors or not self._may_improve(survivors[0][0], length):
+            self.ended = True
+            return []
+        return self._take_over(survivors, length)
+
+    def finish(self) -> FinishReason:
+        """Give the leader the best answer; returns why that one ended."""
+        self.leader.output_ids = list(self.finished[0].token_ids)
+        stopped = self.leader.output_ids[-1] in self._stop_ids
+        return FinishReason.STOP if stopped else FinishReason.LENGTH
+
+    def _best_candidates(self) -> list[tuple[float, int, int]]:
+        """Score, rank of the sequence, and token of the best candidates, the best first."""
+        found = [
+            (_float32(score + logprob), rank, token)
+            for rank, (sequence, score) in enumerate(zip(self.sequences, self._scores, strict=True))
+            for token, logprob in self._reports[sequence]
+        ]
+        found.sort(key=lambda c: (-c[0], c[1], c[2]))
+        return found[: width(self.params.num_beams, len(self._stop_ids))]
+
+    def _penalised(self, score: float, length: int) -> float:
+        return _float32(score / _float32(length**self.params.length_penalty))
+
+    def _may_improve(self, score: float, length: int) -> bool:
+        """Whether an answer to come could be better than the worst that is there.
+
+        Args:
+            score: Of the likeliest sequence, `length` tokens long.
+            length: In tokens.
+        """
+        params = self.params
+        if len(self.finished) < params.num_beams:
+            return True
+        if params.early_stopping is True:
+            return False
+        if params.early_stopping == "never" and params.length_penalty > 0:
+            length = self._max_tokens
+        return self._penalised(score, length) > self.finished[-1].score
+
+    def _take_over(
+        self, survivors: list[tuple[float, int, int]], length: int
+    ) -> list[tuple[Sequence, Sequence]]:
+        parents = self.sequences
+        outputs = [sequence.output_ids for sequence in parents]
+        fertile = {rank for _, rank, _ in survivors}
+        free = [s for rank, s in enumerate(parents) if rank not in fertile]
+        forks: list[tuple[Sequence, Sequence]] = []
+        self.sequences = []
+        for _, rank, token in survivors:
+            child = parents[rank]
+            if rank in fertile:
+                fertile.remove(rank)  # the next one must go elsewhere
+            else:
+                child = free.pop() if free else self._make()
+                forks.append((child, parents[rank]))
+            child.output_ids = [*outputs[rank], token]
+            child.high_water = child.num_prompt_tokens + length - 1
+            self.sequences.append(child)
+        self._scores = [score for score, _, _ in survivors]
+        return forks
+
+    def _make(self) -> Sequence:
+        leader = self.leader
+        return Sequence(
+            leader.request,
+            arrived=leader.arrived,
+            admitted=leader.admitted,
+            first_token=leader.first_token,
+            group=self,
+        )
+
+
+def width(num_beams: int, num_stop_ids: int) -> int:
+    """Candidates of which `num_beams` go on, whichever of the others are stop tokens."""
+    return max(2, 1 + num_stop_ids) * num_beams
+
+
+def _float32(value: float) -> float:
+    return c_float(value).value
