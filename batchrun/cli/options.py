@@ -201,6 +201,24 @@ sampling_options = _section(
         metavar="N",
         help="Draw N samples and keep the --n likeliest, by mean log-probability of their tokens.",
     ),
+    _option(
+        "--num-beams",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Search the likeliest answer among N at once, instead of sampling (beam search).",
+    ),
+    _option(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="Of beams: above 1 favours long answers, below 1 short ones; default: 1.",
+    ),
+    _option(
+        "--early-stopping",
+        type=click.Choice(["no", "yes", "never"]),
+        help="Of beams: yes ends with the first N answers, never only when none can be better; "
+        "default: no, when none is likely to be.",
+    ),
 )
 
 output_options = _section(

@@ -28,7 +28,10 @@ _SAMPLING = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "num_beams",
+    "length_penalty",
 )
+_EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
 _RUNTIME = (
     "device",
     "attention",
@@ -104,6 +107,7 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         raise click.UsageError(f"--best-of {best_of} is less than --n {options['n']}")
     if best_of is not None and best_of > 1 and options["temperature"] == 0:
         raise click.UsageError("--best-of with --temperature 0: all samples would be the same")
+    given |= _beam_settings(options)
     if "" in options["stop"]:
         raise click.UsageError("--stop must not be empty")
     try:
@@ -112,6 +116,31 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         name, _, rest = str(error).partition(" ")
         raise click.UsageError(f"--{name.replace('_', '-')} {rest}") from error
     return given
+
+
+def _beam_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What beam search adds: the model may ask for sampling, which it does not do."""
+    beams = (options["num_beams"] or 1) > 1
+    for name in ("length_penalty", "early_stopping"):
+        if options[name] is not None and not beams:
+            flag = name.replace("_", "-")
+            raise click.UsageError(f"--{flag} is of beam search: add --num-beams")
+    if not beams:
+        return {}
+    for name, value in (("best-of", options["best_of"]), ("n", options["n"])):
+        if value is not None and value > 1:
+            raise click.UsageError(
+                f"--num-beams with --{name}: beam search has one answer for each row"
+            )
+    if options["temperature"]:
+        raise click.UsageError("--num-beams with --temperature: beam search does not sample")
+    if options["stop"]:
+        raise click.UsageError("--num-beams with --stop: use --stop-token-id, or cut the text")
+    early = options["early_stopping"]
+    return {
+        "temperature": 0.0,
+        **({} if early is None else {"early_stopping": _EARLY_STOPPING[early]}),
+    }
 
 
 def output_settings(path: str) -> dict[str, Any]:
