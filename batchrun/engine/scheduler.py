@@ -360,6 +360,8 @@ class Scheduler:
 
     def _places(self) -> int:
         """Sequences that may be admitted beside those that run and the beams of rows begun."""
+        if not self._groups:
+            return self.max_num_seqs - len(self.running)
         plain = sum(sequence.group is None for sequence in self.running)
         return self.max_num_seqs - plain - sum(g.params.num_beams for g in self._groups)
 

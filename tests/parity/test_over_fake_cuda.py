@@ -11,3 +11,9 @@ def test_parity_over_the_fake_cuda_driver(fake_cuda: Path) -> None:
     file = Path(__file__).parent / "test_generate.py"
     options = ("-k", "llama or gemma2 or penalties or recorded")
     run_suite(file, "fake-cuda", fake_cuda, *options, FAKE_CUDA_GRANULARITY="4096")
+
+
+def test_beams_over_the_fake_cuda_driver(fake_cuda: Path) -> None:
+    file = Path(__file__).parent / "test_beams.py"
+    options = ("-k", "llama or gemma2 or beams_that")
+    run_suite(file, "fake-cuda", fake_cuda, *options, FAKE_CUDA_GRANULARITY="4096")
