@@ -25,7 +25,8 @@ from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.graphs import batch_sizes
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.optimize import optimize
-from batchrun.engine.scheduler import KEPT, Scheduler
+from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.sharing import KEPT
 from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
 from batchrun.models import ModelError
 

@@ -14,8 +14,8 @@ import torch
 
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.executor import TorchExecutor
+from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.model import HOOK, LoadedModel
-from batchrun.engine.scheduler import KVSpace
 from batchrun.models import ModelError
 
 _TOLERANCE = {torch.float32: 2e-3}  # of the largest logit; half precision differs by rounding

@@ -3,64 +3,18 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import replace
-from typing import Protocol
 
-from allocator.sharing import Copy
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import FinishReason, Segment, Sequence, Status, StepPlan, StepTokens
-from batchrun.engine.prefixes import BLOCK, Match, PrefixIndex, blocks_of
+from batchrun.engine.kvspace import KVSpace
+from batchrun.engine.prefixes import BLOCK, Match
+from batchrun.engine.sharing import SharedPrefixes
 
 # Part of the budget that admitting leaves to sequences that grow: or else the youngest would be
 # preempted again and again. It saves nine in ten recomputed tokens for 2 to 4% more steps.
 _SPARE = 0.05
-KEPT = 32  # slots at most that keep a prefix for rows to come, beside those of running sequences
-
-
-class KVSpace(Protocol):
-    """All that the scheduler sees of KV memory."""
-
-    def open(self, num_tokens: int = 0) -> int | None:
-        """Take a slot meant for about `num_tokens`; None while all are taken."""
-
-    def ensure(self, slot: int, num_tokens: int) -> bool:
-        """Back tokens `[0, num_tokens)` of the slot with memory: all of them, or no change."""
-
-    def share(self, source: int, num_shared: int, num_tokens: int, step: int) -> int | None:
-        """Take a slot that begins with the first tokens of another; None while there is none.
-
-        `num_tokens` is meant as in `open`. The shared tokens count as ensured, and must have been
-        written by steps before `step`.
-        """
-
-    def take_copies(self) -> tuple[Copy, ...]:
-        """Copies that `share` has ordered, to be made before the step's kernels."""
-
-    def held_tokens(self, slot: int) -> int:
-        """Leading tokens of a closed slot that still have their memory."""
-
-    def close(self, slot: int, step: int, keep: int = 0) -> None:
-        """Give the slot up; `step` is the last one that may read it.
-
-        With `keep` its first tokens stay, for others to share, until `drop`.
-        """
-
-    def drop(self, slot: int) -> None:
-        """Give up what a closed slot keeps."""
-
-    def retire(self, step: int) -> None:
-        """Every step up to and including `step` has finished reading and writing."""
-
-    def trim(self) -> None:
-        """Give back what no slot holds tokens in: nothing is to do for now."""
-
-    def can_fit(self, num_tokens: int) -> bool:
-        """Whether a sequence of that length could ever be held, were it alone."""
-
-    def has_room(self, num_tokens: int, spare: float) -> bool:
-        """Whether so many tokens more could be held now with a part of the budget to spare."""
 
 
 class Scheduler:
@@ -84,7 +38,7 @@ class Scheduler:
     way. A row that is admitted has a place in the batch for all its beams.
 
     Args:
-        space: Where keys and values live. It should have `KEPT` slots beyond `max_num_seqs`.
+        space: Where keys and values live; with `sharing.KEPT` slots beyond `max_num_seqs`.
         max_num_seqs: Sequences that may run at once.
         max_num_batched_tokens: Tokens computed in one step at most.
         max_model_len: Tokens of prompt and output together at most.
@@ -118,10 +72,7 @@ class Scheduler:
         self._share = share
         self._groups: dict[BeamGroup, None] = {}  # those that have begun
         self._uncopied = set[int]()  # slots of beams, until the copies ordered for them are made
-        self._owners: dict[int, Sequence] = {}  # slot -> the running sequence
-        self._kept: dict[int, None] = {}  # slots, the oldest first
-        self._wanted = Counter[int]()  # blocks of waiting sequences
-        self._prefixes = PrefixIndex(self._ready)
+        self._prefixes = SharedPrefixes(space, share)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; one that can never fit is rejected with the reason at once."""
@@ -148,10 +99,8 @@ class Scheduler:
                 "once; raise --max-num-seqs or lower --num-beams",
             )
         else:
-            if self._share:
-                sequence.blocks = blocks_of(sequence.known_ids)
-            self.waiting.insert(self._place(sequence), sequence)
-            self._wanted.update(sequence.blocks)
+            self.waiting.insert(self._prefixes.place(sequence, self.waiting), sequence)
+            self._prefixes.want(sequence)
 
     @property
     def has_work(self) -> bool:
@@ -186,7 +135,7 @@ class Scheduler:
             else:  # nothing is computed, so what idle and earlier sequences hold is in the way
                 self.space.retire(self.step)
                 self.step += 1
-                if self._drop_oldest():
+                if self._prefixes.drop_oldest():
                     continue
                 if self.running:
                     self._preempt(self.running[-1])
@@ -195,7 +144,7 @@ class Scheduler:
                     share = False
                 elif not self._reject_hopeless():
                     break
-        self._drop_unwanted()
+        self._prefixes.drop_unwanted()
         for segment in segments:
             sequence, end = segment.sequence, segment.start + segment.length
             self.num_recomputed_tokens += max(0, min(end, sequence.high_water) - segment.start)
@@ -230,7 +179,7 @@ class Scheduler:
         self._committed = plan.step
         for child, _ in forks:
             if child.slot is not None:  # idle: no step that is not committed reads it
-                self._leave(child, self._worth_keeping(child.slot), self._committed)
+                self._leave(child, self._prefixes.worth_keeping(child.slot), self._committed)
                 self.running.remove(child)
             elif child in self.waiting:
                 self._unqueue(child)
@@ -244,7 +193,7 @@ class Scheduler:
         """Close the slots of sequences that have ended, or take them out of the queue."""
         for sequence in sequences:
             if sequence.slot is not None:
-                self._leave(sequence, self._worth_keeping(sequence.slot))
+                self._leave(sequence, self._prefixes.worth_keeping(sequence.slot))
             else:  # preempted while its last token was on the way, or its group's
                 self._unqueue(sequence)
             sequence.status = Status.FINISHED
@@ -260,9 +209,8 @@ class Scheduler:
         slot = None
         if parent.slot is not None:
             slot = self.space.share(parent.slot, shared, child.num_tokens, self.step + 1)
-            if slot is None and self._share:  # more may be shared of it later
-                ids = parent.known_ids[:shared]
-                self._prefixes.put(parent.slot, ids, blocks_of(ids))
+            if slot is None:  # more may be shared of it later
+                self._prefixes.note(parent.slot, parent.known_ids[:shared])
         if slot is None:
             self._requeue(child)
             return
@@ -317,12 +265,12 @@ class Scheduler:
             return None
         length = min(sequence.num_tokens - shared, budget)
         if not self.space.ensure(slot, shared + length):
-            self._prefixes.remove(slot)
+            self._prefixes.forget(slot)
             self.space.close(slot, self._launched)
             return None
         self._unqueue(sequence)
         self._start(sequence, slot, shared)
-        self._prefixes.put(slot, sequence.known_ids, sequence.blocks)
+        self._prefixes.expect(sequence)
         if sequence.group is not None:
             self._groups[sequence.group] = None
         return _segment(sequence, length)
@@ -341,7 +289,7 @@ class Scheduler:
                 continue
             if sequence.num_pending:  # preempted; its last token is not known yet
                 break
-            match, coming = self._match(sequence)
+            match, coming = self._prefixes.match(sequence)
             if coming - match.num_ready < BLOCK:
                 return sequence, match
             # else a running one computes what it needs: share it then
@@ -349,8 +297,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, slot: int, shared: int) -> None:
         """Let a sequence run in a slot that has its first tokens already."""
-        self._prefixes.remove(slot)
-        self._owners[slot] = sequence
+        self._prefixes.begin(sequence, slot)
         self.num_shared_tokens += shared
         sequence.slot = slot
         sequence.num_computed_tokens = shared
@@ -367,15 +314,13 @@ class Scheduler:
 
     def _unqueue(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
-        self._wanted.subtract(sequence.blocks)
+        self._prefixes.unwant(sequence)
 
     def _requeue(self, sequence: Sequence) -> None:
         """Let a sequence that has run wait, before those that have not and those that came later.
 
         Else beams of a younger row would be computed before those that elder ones wait for.
         """
-        if self._share:
-            sequence.blocks = blocks_of(sequence.known_ids)
         sequence.status = Status.WAITING
         place = 0
         for other in self.waiting:
@@ -383,68 +328,7 @@ class Scheduler:
                 break
             place += 1
         self.waiting.insert(place, sequence)
-        self._wanted.update(sequence.blocks)
-
-    def _match(self, sequence: Sequence) -> tuple[Match, int]:
-        """Where most of a sequence's tokens are by now, and how many a running one will have.
-
-        Its last token is computed in any case: its logits are wanted.
-        """
-        best, coming = Match(-1, 0, 0), 0
-        if not sequence.blocks:
-            return best, coming
-        most = sequence.num_tokens - 1
-        for match in self._prefixes.matches(sequence.known_ids, sequence.blocks):
-            if match.num_ready > best.num_ready:
-                best = replace(match, num_ready=min(most, match.num_ready))
-            if match.num_ready == match.num_tokens:
-                break  # others have less in common
-            if match.slot in self._owners:
-                coming = max(coming, min(most, match.num_tokens))
-        return best, coming
-
-    def _ready(self, slot: int) -> int:
-        """Tokens of a slot that launched steps have computed."""
-        owner = self._owners.get(slot)
-        return self.space.held_tokens(slot) if owner is None else owner.num_computed_tokens
-
-    def _place(self, sequence: Sequence) -> int:
-        """Where in the queue: behind those that it has most in common with, or at the end."""
-        for depth in range(len(sequence.blocks), 0, -1):
-            block = sequence.blocks[depth - 1]
-            if self._wanted[block]:
-                for i in range(len(self.waiting), 0, -1):
-                    if block in self.waiting[i - 1].blocks[depth - 1 : depth]:
-                        return i
-        return len(self.waiting)
-
-    def _worth_keeping(self, slot: int) -> int:
-        """Leading tokens of a slot that waiting sequences need and no other slot has."""
-        blocks = self._prefixes.blocks(slot)
-        for depth in range(len(blocks), 0, -1):
-            if self._wanted[blocks[depth - 1]]:
-                held = any(
-                    other != slot
-                    and (other in self._owners or other in self._kept)
-                    and self._ready(other) >= depth * BLOCK
-                    for other in self._prefixes.holders(blocks[depth - 1])
-                )
-                return 0 if held else self._prefixes.length(slot, depth)
-        return 0
-
-    def _drop_unwanted(self) -> None:
-        """Give up kept prefixes that no waiting sequence needs, or that others have too."""
-        for slot in [s for s in self._kept if not self._worth_keeping(s)]:
-            del self._kept[slot]
-            self.space.drop(slot)
-
-    def _drop_oldest(self) -> bool:
-        """Give up a kept prefix, for want of memory; False where there is none."""
-        slot = next(iter(self._kept), None)
-        if slot is not None:
-            del self._kept[slot]
-            self.space.drop(slot)
-        return slot is not None
+        self._prefixes.want(sequence)
 
     def _ensure(self, sequence: Sequence, num_tokens: int, segments: list[Segment]) -> bool | None:
         """Back `num_tokens` of a running sequence, preempting the youngest until it succeeds.
@@ -457,7 +341,7 @@ class Scheduler:
         while not self.space.ensure(sequence.slot, num_tokens):
             if self._committed < self._launched:
                 return None
-            if self._drop_oldest():
+            if self._prefixes.drop_oldest():
                 continue
             victim = self._victim(sequence)
             segments[:] = [s for s in segments if s.sequence is not victim]
@@ -483,8 +367,8 @@ class Scheduler:
         self._admitting = False
         slot, computed = sequence.slot, sequence.known_ids[: sequence.num_computed_tokens]
         self._leave(sequence)
-        if self._share and slot is not None and slot not in self._uncopied:
-            self._prefixes.put(slot, computed, blocks_of(computed))
+        if slot is not None and slot not in self._uncopied:
+            self._prefixes.note(slot, computed)
         self.running.remove(sequence)
         self._requeue(sequence)
 
@@ -492,12 +376,8 @@ class Scheduler:
         """Close the sequence's slot; what it holds can be shared until its memory is taken."""
         slot = sequence.slot
         assert slot is not None
-        if len(self._kept) == KEPT and keep:
-            self._drop_oldest()
         self.space.close(slot, self._launched if step is None else step, keep)
-        if keep:
-            self._kept[slot] = None
-        del self._owners[slot]
+        self._prefixes.leave(slot, keep)
         sequence.slot = None
         sequence.num_computed_tokens = 0
 
@@ -515,7 +395,7 @@ class Scheduler:
         sequences = [sequence] if group is None else group.sequences
         for each in sequences:
             if each.slot is not None:  # which was to have more tokens than it has come to
-                self._prefixes.remove(each.slot)
+                self._prefixes.forget(each.slot)
         self._finish(sequences)
         self._reject(
             sequence if group is None else group.leader,
@@ -536,10 +416,7 @@ class Scheduler:
         """Assert what must hold between steps."""
         slots = [s.slot for s in self.running]
         assert None not in slots, "a running sequence has no slot"
-        assert self._owners == {s.slot: s for s in self.running}, "slots are another's"
-        assert not self._kept.keys() & self._owners.keys(), "a slot is kept and runs"
-        wanted = Counter(block for s in self.waiting for block in s.blocks)
-        assert +self._wanted == wanted, "blocks of waiting sequences"
+        self._prefixes.check(self.running, self.waiting)
         assert len(set(slots)) == len(slots), f"a slot is used twice: {slots}"
         assert self._places() >= 0
         beams = {s for group in self._groups for s in group.sequences}

@@ -16,7 +16,8 @@ from allocator.layout import KVLayout, LayerKV
 from allocator.tensor import layer_views, slab_bytes
 from batchrun.engine.core import FinishReason, Request, SamplingParams
 from batchrun.engine.engine import Completion, Engine
-from batchrun.engine.scheduler import KEPT, Scheduler
+from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.sharing import KEPT
 from tests.engine.echo import EchoExecutor, expected, expected_of_beams
 
 PAGE = 4096
@@ -319,10 +320,10 @@ def test_a_prefix_is_kept_for_rows_to_come_and_given_up_for_memory(make_rig):  #
     rig.add([*range(40), 901], 3)
     while not rig.done:
         rig.step()
-    assert rig.arena.held_tokens(next(iter(rig.scheduler._kept))) >= 32
+    assert rig.arena.held_tokens(next(iter(rig.scheduler._prefixes._kept))) >= 32
     rig.drain()
     assert prefilled(rig) == 42
-    assert not rig.scheduler._kept
+    assert not rig.scheduler._prefixes._kept
     rig.add([*range(32), 900], 3)
     rig.add([7] * 30, 30)
     rig.add([*range(32), 901], 3)
