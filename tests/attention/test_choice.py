@@ -17,7 +17,7 @@ from tests.attention.slots import upload
 LAYER = LayerSpec(4, 2, 64, 64, 0.125)
 CPU = Geometry((LAYER,), 64, 2, 2, 16, torch.bfloat16, torch.device("cpu"))
 CUDA = replace(CPU, device=torch.device("cuda"))
-KERNELS = [name for name in attention.NAMES if name != "sdpa"]
+KERNELS = [name for name in attention.NAMES if name not in {"sdpa", "native"}]
 
 
 def with_layer(**changes: object) -> Geometry:
@@ -64,9 +64,9 @@ def test_a_missing_wheel_is_a_reason() -> None:
     assert found == "flashinfer-python can't be imported: No module named 'flashinfer'"
 
 
-def test_auto_is_sdpa_on_a_cpu_and_in_float32_and_says_nothing() -> None:
+def test_auto_is_sdpa_for_float32_on_a_gpu_and_says_nothing() -> None:
     lines: list[str] = []
-    for geometry in (None, CPU, replace(CUDA, dtype=torch.float32)):
+    for geometry in (None, replace(CUDA, dtype=torch.float32)):
         assert attention.create("auto", geometry, upload, lines.append).name == "sdpa"
     assert lines == []
 
@@ -81,7 +81,7 @@ def test_auto_says_in_one_line_what_it_could_not_use() -> None:
 
 
 def test_a_name_that_is_none_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'fast'; there are auto, sdpa, torch-flash, flashinfer"):
+    with pytest.raises(ValueError, match=r"'fast'; there are auto, sdpa, native, torch-flash"):
         attention.create("fast")
     with pytest.raises(ValueError, match="nothing is known of the model"):
         attention.create("torch-flash")

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "batchrun" / "engine" / "attention"
 PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", PAGE, re.MULTILINE)
+ROWS = re.findall(r"^\| `(\w+\.(?:py|cpp))` \|.*\| (\d+) \|$", PAGE, re.MULTILINE)
 _LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -26,6 +26,9 @@ _LAYOUT = {
 
 def lines_of_code(source: str) -> int:
     """Lines that hold anything but comments and docstrings."""
+    if source.startswith("//"):
+        lines = [line.strip() for line in source.splitlines()]
+        return sum(line != "" and not line.startswith("//") for line in lines)
     skipped: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -40,10 +43,11 @@ def lines_of_code(source: str) -> int:
 def test_lines_are_counted() -> None:
     source = '"""A docstring\nof two."""\n\nx = (  # comment\n    1,\n)\n# more\ny = """a\nb"""\n'
     assert lines_of_code(source) == 5
+    assert lines_of_code("// A comment\n\nint x;  // one\n  // more\n") == 1
 
 
 def test_every_file_is_on_the_page() -> None:
-    assert {name for name, _ in ROWS} == {path.name for path in FOLDER.glob("*.py")}
+    assert {name for name, _ in ROWS} == {path.name for path in FOLDER.glob("*.*")}
 
 
 @pytest.mark.parametrize(("name", "count"), ROWS)

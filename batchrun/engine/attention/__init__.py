@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "sdpa": "sdpa",
+    "native": "native",
     "torch-flash": "torch_flash",
     "flashinfer-fa2": "flashinfer",
     "flashinfer-fa3": "flashinfer",
@@ -144,7 +145,7 @@ class _Library(Protocol):
 def why_not(name: str, geometry: Geometry, *, compiled: bool = False) -> str | None:
     """Why the backend of that name can't serve a model here; None where it can.
 
-    With `compiled`, kernels that would have to be compiled first are a reason too.
+    With `compiled`, kernels that would first have to be compiled for minutes are a reason too.
     """
     return _library(name).why_not(geometry, name, compiled=compiled)
 
@@ -157,8 +158,8 @@ def create(
 ) -> AttentionBackend:
     """Make the backend of that name; `auto` takes the best one for this model and machine.
 
-    `auto` is `sdpa` on a CPU and in float32. It never compiles kernels: that takes minutes, so the
-    user asks for it by the backend's name.
+    `auto` is `native` on a CPU, and `sdpa` where that can't be compiled and for float32 on a GPU.
+    Kernels that take minutes to compile it leaves alone: the user asks for them by name.
 
     Args:
         name: One of `NAMES`, or `auto`.
@@ -184,8 +185,12 @@ def _best(
     geometry: Geometry | None, upload: Upload | None, log: Callable[[str], None]
 ) -> AttentionBackend:
     skipped = []
-    wanted = geometry is not None and geometry.device.type == "cuda" and geometry.dtype.itemsize < 4
-    for name in _BEST_FIRST if wanted else ():
+    names: tuple[str, ...] = ()
+    if geometry is not None and geometry.device.type == "cpu":
+        names = ("native",)
+    elif geometry is not None and geometry.dtype.itemsize < 4:
+        names = _BEST_FIRST
+    for name in names:
         assert geometry is not None
         try:
             reason = why_not(name, geometry, compiled=True)

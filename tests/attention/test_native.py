@@ -1,0 +1,274 @@
+"""The CPU kernel against plain torch in float64, over slots at whose end memory ends."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from allocator.arena import KVArena
+from allocator.host import HostMemory
+from allocator.layout import KVLayout, LayerKV
+from allocator.tensor import layer_views
+from batchrun.engine import attention
+from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec, native
+from batchrun.engine.attention.check import check
+from batchrun.engine.core import SamplingParams, Segment
+from batchrun.engine.model import LoadedModel, prepare
+from tests.attention.slots import segment
+from tests.parity.models import build
+from tests.parity.runner import generate, outputs, rig, run
+
+CPU = torch.device("cpu")
+PLAIN = LayerSpec(4, 2, 64, 64, 0.125)
+LAYERS = {
+    "grouped": PLAIN,
+    "three to one": LayerSpec(9, 3, 64, 64, 0.125),
+    "one key head": LayerSpec(7, 1, 80, 80, 0.11),
+    "no groups": LayerSpec(3, 3, 128, 128, 0.09),
+    "wide": LayerSpec(2, 1, 256, 256, 0.06),
+    "odd widths": LayerSpec(4, 4, 24, 12, 0.2),
+    "window": replace(PLAIN, window=40),
+    "window of one": replace(PLAIN, window=1),
+    "window beyond all": replace(PLAIN, window=100_000),
+    "cap": replace(PLAIN, softcap=2.0),
+    "sinks": replace(PLAIN, sinks=True),
+    "everything": LayerSpec(6, 2, 40, 24, 0.3, window=300, softcap=5.0, sinks=True),
+}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # of values near 1
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+
+
+def geometry(spec: LayerSpec, dtype: torch.dtype) -> Geometry:
+    return Geometry((spec,), 1024, 8, 8, 1000, dtype, CPU)
+
+
+def make(spec: LayerSpec, dtype: torch.dtype) -> AttentionBackend:
+    return attention.create("native", geometry(spec, dtype))
+
+
+@contextmanager
+def full_slots(
+    spec: LayerSpec, dtype: torch.dtype, lengths: list[int], layers: int = 3
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of a middle layer: a page behind each slot's last token there is nothing."""
+    memory = HostMemory(4096)
+    kv = LayerKV(spec.kv_heads, spec.k_dim, spec.v_dim)
+    layout = KVLayout((kv,) * layers, dtype.itemsize, 4096, 1024, layers)
+    arena = KVArena(memory, layout, num_slots=len(lengths))
+    try:
+        keys, values = layer_views(arena, layers // 2, dtype)
+        for length in lengths:
+            slot = arena.open()
+            assert slot is not None
+            assert arena.ensure(slot, length)
+            keys[slot, :length].normal_()
+            values[slot, :length].normal_()
+        yield keys, values
+    finally:
+        arena.release()
+        memory.close()
+
+
+def expected(
+    layer: LayerAttention, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """One query `[Hq, Dk]` over `[s, Hkv, D]`, in float64."""
+    group = query.shape[0] // keys.shape[1]
+    first = max(0, len(keys) - (layer.window or len(keys)))
+    keys, values = (t[first:].double().repeat_interleave(group, 1) for t in (keys, values))
+    scores = torch.einsum("hd,shd->hs", query.double(), keys) * layer.scale
+    if layer.softcap:
+        scores = layer.softcap * torch.tanh(scores / layer.softcap)
+    if layer.sinks is not None:
+        scores = torch.cat([scores, layer.sinks.double()[:, None]], 1)
+    weights = torch.softmax(scores, 1)[:, : len(keys)]
+    return torch.einsum("hs,shd->hd", weights, values)
+
+
+def asked(spec: LayerSpec) -> LayerAttention:
+    sinks = torch.randn(spec.q_heads) if spec.sinks else None
+    return LayerAttention(spec.scale, spec.window, spec.softcap, sinks)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", LAYERS)
+def test_decodes_are_right_up_to_the_last_byte_of_memory(name: str, dtype: torch.dtype) -> None:
+    spec = LAYERS[name]
+    rng = random.Random(name)
+    backend, layer = make(spec, dtype), asked(spec)
+    for _ in range(6):
+        lengths = [rng.choice([1, 2, 31, 32, 33, 256, 257, rng.randint(1, 1000)]) for _ in range(5)]
+        with full_slots(spec, dtype, lengths) as (keys, values):
+            chosen = rng.sample(range(5), rng.randint(1, 5))
+            query = torch.randn(spec.q_heads, len(chosen), spec.k_dim).to(dtype).transpose(0, 1)
+            backend.plan([segment(slot, lengths[slot] - 1, 1) for slot in chosen])
+            got = backend.run(layer, query, keys, values)
+            assert got.shape == (len(chosen), spec.q_heads, spec.v_dim)
+            assert got.dtype == dtype
+            for i, slot in enumerate(chosen):
+                k, v = keys[slot, : lengths[slot]], values[slot, : lengths[slot]]
+                difference = (got[i].double() - expected(layer, query[i], k, v)).abs().max()
+                assert float(difference) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_mixed_step_uses_both(dtype: torch.dtype) -> None:
+    lengths = [300, 17, 129, 64]
+    with full_slots(PLAIN, dtype, lengths) as (keys, values):
+        steps: list[list[Segment]] = [
+            [segment(0, 299, 1), segment(2, 20, 1), segment(1, 0, 17), segment(3, 10, 54)],
+            [segment(1, 3, 14), segment(0, 30, 1)],
+            [segment(0, 0, 300)],
+        ]
+        backend, layer = make(PLAIN, dtype), asked(PLAIN)
+        for segments in steps:
+            query = torch.randn(sum(s.length for s in segments), 4, 64).to(dtype)
+            backend.plan(segments)
+            got, at = backend.run(layer, query, keys, values), 0
+            for one in segments:
+                for token in range(one.start, one.start + one.length):
+                    k, v = keys[one.slot, : token + 1], values[one.slot, : token + 1]
+                    want = expected(layer, query[at], k, v)
+                    assert float((got[at].double() - want).abs().max()) < 3 * TOLERANCE[dtype]
+                    at += 1
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_the_threads() -> None:
+    lengths = [700, 1, 300, 513]
+    threads = torch.get_num_threads()
+    with full_slots(PLAIN, torch.float32, lengths) as (keys, values):
+        backend, layer = make(PLAIN, torch.float32), asked(PLAIN)
+        query = torch.randn(4, 4, 64)
+        backend.plan([segment(i, length - 1, 1) for i, length in enumerate(lengths)])
+        together = backend.run(layer, query, keys, values)
+        try:
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                for i, length in enumerate(lengths):
+                    backend.plan([segment(i, length - 1, 1)])
+                    alone = backend.run(layer, query[i : i + 1], keys, values)
+                    assert torch.equal(alone[0], together[i])
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_large_scores_and_what_is_no_number() -> None:
+    with full_slots(PLAIN, torch.float32, [50]) as (keys, values):
+        backend, layer = make(PLAIN, torch.float32), asked(PLAIN)
+        backend.plan([segment(0, 49, 1)])
+        query = torch.randn(1, 4, 64) * 1000
+        want = expected(layer, query[0], keys[0, :50], values[0, :50])
+        got = backend.run(layer, query, keys, values)
+        torch.testing.assert_close(got[0].double(), want, rtol=1e-4, atol=1e-4)
+        keys[0, 7, 0, 3] = torch.nan
+        got = backend.run(layer, query, keys, values)
+        assert got[0, :2].isnan().all()
+        assert not got[0, 2:].isnan().any()
+
+
+@cache
+def loaded(name: str) -> LoadedModel:
+    return prepare(build(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2-softcap", "gpt-oss-sinks", "mistral-window", "deepseek-mla", "phi3"]
+)
+@pytest.mark.parametrize("chunk", [256, 13])
+def test_greedy_equals_generate(name: str, chunk: int) -> None:
+    rng = random.Random(8)
+    lengths = [1, 2, 5, 12, 33, 60, 3, 7]
+    prompts = [[rng.randrange(3, 199) for _ in range(length)] for length in lengths]
+    with rig(loaded(name), attention="native", max_num_batched_tokens=chunk) as made:
+        assert made.executor.backend.name == "native"
+        done = run(made, prompts, SamplingParams(max_tokens=14))
+    assert outputs(done) == [generate(loaded(name).model, prompt, 14) for prompt in prompts]
+
+
+def test_auto_takes_it_and_doctor_finds_it_right() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert attention.create("auto", geometry(PLAIN, dtype)).name == "native"
+        works, what = check("native", CPU, dtype)
+        assert works, what
+    half = geometry(PLAIN, torch.float16)
+    lines: list[str] = []
+    assert attention.create("auto", half, None, lines.append).name == "sdpa"
+    assert lines == [
+        "attention by sdpa (native: it computes in float32 and bfloat16, not in float16)"
+    ]
+
+
+def empty_cache(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("XDG_CACHE_HOME", str(folder))
+
+
+def test_without_a_compiler_sdpa_computes_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    empty_cache(monkeypatch, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    lines: list[str] = []
+    made = attention.create("auto", geometry(PLAIN, torch.float32), None, lines.append)
+    assert made.name == "sdpa"
+    reason = "it can't be compiled: there is no C++ compiler (g++ or c++)"
+    assert lines == [f"attention by sdpa (native: {reason})"]
+    with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
+        make(PLAIN, torch.float32)
+    assert check("native", CPU, torch.float32) == (False, f"it fails: {reason}")
+
+
+def test_a_compiler_that_fails_is_told_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    empty_cache(monkeypatch, tmp_path)
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'in a file:' >&2; echo 'error: no such thing' >&2; exit 1")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(ValueError, match="it can't be compiled: error: no such thing"):
+        make(PLAIN, torch.float32)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_library_that_is_damaged_is_compiled_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    empty_cache(monkeypatch, tmp_path)
+    path = native.build()
+    path.unlink()
+    path.write_bytes(b"")
+    lines: list[str] = []
+    made = attention.create("native", geometry(PLAIN, torch.float32), None, lines.append)
+    assert made.name == "native"
+    assert len(lines) == 1
+
+
+def _build(folder: str) -> tuple[list[str], str]:
+    os.environ["XDG_CACHE_HOME"] = folder
+    lines: list[str] = []
+    path = native.build(lines.append)
+    ctypes.CDLL(str(path))
+    return lines, path.name
+
+
+def test_two_processes_that_build_at_once_compile_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        found = list(pool.map(_build, [str(tmp_path)] * 2))
+    assert len({name for _, name in found}) == 1
+    assert sum(len(lines) for lines, _ in found) == 1
+    assert [path.suffix for path in sorted((tmp_path / "batchrun").iterdir())] == [".lock", ".so"]
