@@ -116,7 +116,7 @@ def samples(loaded: LoadedModel, settings: Settings, rows: int, n: int = 8) -> d
 def pressure(loaded: LoadedModel, settings: Settings, rows: int) -> dict[str, Any]:
     """Rows of which three times as many would run at once as memory holds."""
     rng = np.random.default_rng(3)
-    lengths = rng.lognormal(3.6, 0.9, rows).clip(4, 300).astype(int)
+    lengths = rng.lognormal(3.2, 0.7, rows).clip(4, 96).astype(int)
     requests = [
         Request(row, 0, tokens(rng, 40), SamplingParams(max_tokens=int(n), ignore_eos=True), 0)
         for row, n in enumerate(lengths)
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--parts", nargs="*", default=["prefix", "samples", "pressure"])
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--rows", type=int, default=256, help="of prefix and pressure")
+    parser.add_argument("--rows", type=int, default=256, help="of prefix")
     args = parser.parse_args()
     ref = resolve(args.model, home() / "models")
     settings = Settings(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts")
@@ -160,7 +160,7 @@ def main() -> None:
     for name, part in (
         ("prefix", lambda: prefix(loaded, settings, args.rows)),
         ("samples", lambda: samples(loaded, settings, 8)),
-        ("pressure", lambda: pressure(loaded, settings, args.rows)),
+        ("pressure", lambda: pressure(loaded, settings, 96)),
     ):
         if name in args.parts:
             print(name, file=sys.stderr)

@@ -19,7 +19,6 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
