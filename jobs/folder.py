@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jobs.errors import JobError, JobNotFound, JournalError, OutputError, SpecChanged
-from jobs.files import current_umask, fsync_directory, make_folders
+from jobs.files import current_umask, free_bytes, fsync_directory, make_folders
 from jobs.identity import ModelFingerprint, changes, load_places, move
 from jobs.journal import NAME, Counts, Journal
 from jobs.lease import CANCEL, Lease, held_by
@@ -103,6 +103,8 @@ class JobFolder:
         last = runs[-1]
         if last["state"] is None:
             gone = "its processes are gone: killed, or the machine went down"
+            if not free_bytes(self.path):
+                gone = "its processes are gone, and its disk is full"
             return self._last_words(last["started_at"]) or (gone, None)
         return None if last["reason"] is None else (last["reason"], None)
 

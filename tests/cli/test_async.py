@@ -215,7 +215,6 @@ def test_a_row_that_brings_the_process_down_is_not_tried_a_third_time(
 @pytest.mark.parametrize(
     ("what", "place"),
     [
-        ("looking at the inputs", "jobs.jsonl.JsonlSource.count"),
         ("reading the input", "batchrun.reader.islice"),
         ("writing the journal", "jobs.journal.Journal.write"),
     ],

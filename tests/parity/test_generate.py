@@ -98,8 +98,13 @@ def wanted_of_families(name: str) -> list[list[int]]:
     return [generate(loaded(name).model, p, MAX_TOKENS) for p in families()]
 
 
-@pytest.mark.parametrize("shape", [{"max_num_batched_tokens": 24}, {"lag": 1, "short": True}])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *((name, {"lag": 1, "short": True}) for name in CONFIGS),
+        ("llama", {"max_num_batched_tokens": 24}),
+    ],
+)
 def test_rows_that_begin_alike_share_it_and_equal_generate(
     name: str, shape: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
