@@ -22,6 +22,7 @@ from jobs.lease import CANCEL, Lease, held_by
 from jobs.spec import JobSpec
 from jobs.state import WAITING, Brief
 
+_FULL = 1 << 20  # bytes left on a disk that is full for all purposes
 WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
 
 
@@ -103,7 +104,7 @@ class JobFolder:
         last = runs[-1]
         if last["state"] is None:
             gone = "its processes are gone: killed, or the machine went down"
-            if not free_bytes(self.path):
+            if free_bytes(self.path) < _FULL:
                 gone = "its processes are gone, and its disk is full"
             return self._last_words(last["started_at"]) or (gone, None)
         return None if last["reason"] is None else (last["reason"], None)
