@@ -12,6 +12,7 @@ import click
 
 from batchrun.cli import attach
 from batchrun.cli.errors import ExitStatus
+from batchrun.cli.inspect import job_argument
 from batchrun.live import LogTail
 from batchrun.models import fingerprint
 from jobs.errors import JobError
@@ -20,7 +21,6 @@ from jobs.lease import held_by
 from jobs.verify import verify
 
 _POLL_S = 0.1
-job_argument = click.argument("job", required=False)
 
 
 @click.command()

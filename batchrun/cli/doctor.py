@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from batchrun.cli.describe import print_fields
+from batchrun.cli.inspect import json_option
 from batchrun.engine.attention import NAMES
 from batchrun.models import DEFAULT_MODEL, embedded_gguf
 from batchrun.report.text import size
@@ -45,7 +46,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def doctor_command(as_json: bool) -> int:
     """Show what this machine can do: versions, memory, devices, and what stands in the way.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from batchrun.cli.inspect import job_argument
 from batchrun.cli.plan import output_settings
 from jobs.export import check_destination, export
 from jobs.folder import check_unchanged, find, home
@@ -13,7 +14,7 @@ from jobs.source import open_source
 
 
 @click.command()
-@click.argument("job", required=False)
+@job_argument
 @click.option(
     "--output", "-o", metavar="FILE", help="A .parquet or .jsonl file; default: the job's own."
 )

@@ -10,6 +10,7 @@ import click
 
 from batchrun.cli import attach
 from batchrun.cli.describe import job_parameters, print_fields
+from batchrun.cli.inspect import job_argument
 from batchrun.cli.options import (
     SectionCommand,
     model_options,
@@ -84,7 +85,7 @@ def submit_command(
 
 
 @click.command()
-@click.argument("job", required=False)
+@job_argument
 @click.option("--all", "every", is_flag=True, help="Continue every job that is not done.")
 @click.option("--retry-failed", is_flag=True, help="Do the failed rows again, and only those.")
 @click.option(

@@ -101,6 +101,11 @@ class SamplingParams:
         """Whether the most likely token is taken without a draw."""
         return self.temperature == 0
 
+    def stop_ids(self, eos_ids: frozenset[int]) -> frozenset[int]:
+        """Tokens that end the completion, of a model with these end tokens."""
+        own = frozenset(self.stop_token_ids)
+        return own if self.ignore_eos else own | eos_ids
+
     @property
     def beams(self) -> bool:
         """Whether tokens are chosen by beam search."""

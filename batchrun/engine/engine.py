@@ -114,7 +114,7 @@ class Engine:
         if request.params.beams:
             room = self.scheduler.max_model_len - sequence.num_prompt_tokens
             most = min(request.params.max_tokens, room)
-            sequence.group = BeamGroup(sequence, most, self._stop_ids(request))
+            sequence.group = BeamGroup(sequence, most, request.params.stop_ids(self._eos_ids))
         self.scheduler.add(sequence)
 
     def partials(self) -> list[Sequence]:
@@ -226,11 +226,6 @@ class Engine:
                     text = detokenizer.finish()
                 done.append(Completion(leader, text))
         return done, forks
-
-    def _stop_ids(self, request: Request) -> frozenset[int]:
-        """Tokens that end the request's completion."""
-        own = frozenset(request.params.stop_token_ids)
-        return own if request.params.ignore_eos else own | self._eos_ids
 
     def _ending(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
         """Whether the token just appended ends the sequence, and then the whole text."""

@@ -171,9 +171,7 @@ class TorchExecutor:
 
     def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
         """Tokens that end the sequence."""
-        params = sequence.request.params
-        own = frozenset(params.stop_token_ids)
-        return own if params.ignore_eos else own | self.loaded.eos_ids
+        return sequence.request.params.stop_ids(self.loaded.eos_ids)
 
     def _logits(self, segments: Seq[Segment]) -> torch.Tensor:
         """As `logits`, within a step."""

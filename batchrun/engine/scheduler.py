@@ -99,6 +99,7 @@ class Scheduler:
                 "once; raise --max-num-seqs or lower --num-beams",
             )
         else:
+            self._prefixes.read(sequence)
             self.waiting.insert(self._prefixes.place(sequence, self.waiting), sequence)
             self._prefixes.want(sequence)
 
@@ -328,6 +329,7 @@ class Scheduler:
                 break
             place += 1
         self.waiting.insert(place, sequence)
+        self._prefixes.read(sequence)
         self._prefixes.want(sequence)
 
     def _ensure(self, sequence: Sequence, num_tokens: int, segments: list[Segment]) -> bool | None:

@@ -30,11 +30,14 @@ class SharedPrefixes:
         self._wanted = Counter[int]()  # blocks of waiting sequences
         self._index = PrefixIndex(self._ready)
 
-    def want(self, sequence: Sequence) -> None:
-        """A sequence begins to wait."""
+    def read(self, sequence: Sequence) -> None:
+        """Take the blocks of the tokens that a sequence has now; to be called before it waits."""
         if self._active:
             sequence.blocks = blocks_of(sequence.known_ids)
-            self._wanted.update(sequence.blocks)
+
+    def want(self, sequence: Sequence) -> None:
+        """A sequence begins to wait."""
+        self._wanted.update(sequence.blocks)
 
     def unwant(self, sequence: Sequence) -> None:
         """A sequence waits no longer."""
@@ -45,9 +48,8 @@ class SharedPrefixes:
 
     def place(self, sequence: Sequence, waiting: Seq[Sequence]) -> int:
         """Where in the queue: behind those that it has most in common with, or at the end."""
-        blocks = blocks_of(sequence.known_ids) if self._active else ()
-        for depth in range(len(blocks), 0, -1):
-            block = blocks[depth - 1]
+        for depth in range(len(sequence.blocks), 0, -1):
+            block = sequence.blocks[depth - 1]
             if block in self._wanted:
                 for i in range(len(waiting), 0, -1):
                     if block in waiting[i - 1].blocks[depth - 1 : depth]:
