@@ -53,6 +53,11 @@ class Channel(Generic[T]):
             self._changed.notify_all()
             return taken
 
+    @property
+    def full(self) -> bool:
+        """Whether `put` would wait, as long as nobody else puts or takes."""
+        return len(self._items) >= self._size
+
     def close(self, *, discard: bool = False) -> None:
         """End it: no more `put`. Items inside can still be taken, unless they are discarded."""
         with self._changed:

@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from batchrun.channel import Channel
+from batchrun.duplicates import Duplicates
 from batchrun.engine.core import Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.engine.text import PromptError, template_fields
+from batchrun.planner import Planner, Waiting
 from batchrun.watchdog import Watchdog
-from jobs.results import Partial, Result
+from jobs.results import Copy, Partial, Result
 from jobs.source import Row, Source
 from jobs.spec import JobSpec
+
+ItemT_contra = TypeVar("ItemT_contra", contravariant=True)
 
 _CRASHES = 2  # of the process with a row in it; there is no third try
 _EMPTY = ("empty_prompt", "null_prompt")
@@ -42,6 +45,20 @@ OVERRIDES: dict[str, Callable[[Any], Any]] = {
     "stop_token_ids": lambda v: tuple(map(_integer, v)),
     "ignore_eos": _flag,
 }
+
+
+class Sink(Protocol[ItemT_contra]):
+    """Where the reader puts things: a `Channel`, or who merely counts."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the next `put` would wait."""
+
+    def put(self, item: ItemT_contra) -> None:
+        """Hand it on."""
+
+    def close(self) -> None:
+        """There is no more."""
 
 
 class RowEngine(Protocol):
@@ -104,6 +121,11 @@ class Reader:
         begun: What an earlier run computed, by (row, sample).
         crashes: How often the process crashed with a row in it.
         watchdog: Told when it reads.
+
+    Attributes:
+        seconds: Spent on making requests.
+        planner: Puts them in order; None where they stay in the file's.
+        duplicates: Knows which of them need no computing.
     """
 
     def __init__(
@@ -123,6 +145,8 @@ class Reader:
         self._watchdog = watchdog or Watchdog()
         self._encode = workbench.encode
         self.seconds = 0.0
+        self.duplicates = Duplicates(spec.n)
+        self.planner = Planner() if spec.runtime.get("plan", True) else None
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()}
         self._params = {
             **workbench.sampling_defaults,
@@ -142,12 +166,35 @@ class Reader:
         if spec.n > 1 and not self._params.get("temperature") and "temperature" not in names:
             log("the temperature is 0: all samples of a row will be the same")
 
-    def read(self, requests: Channel[Request], results: Channel[Result]) -> None:
-        """Put every row that has no result yet, in order, and close `requests`.
+    def read(self, requests: Sink[Request], results: Sink[Result | Copy]) -> None:
+        """Put every row that has no result yet, as planned, and close `requests`.
 
         Raises:
             Closed: The other side of a channel is gone.
         """
+        rows = self._to_do(results)
+        if self.planner is None:
+            for request in rows:
+                requests.put(request)
+        else:
+            to_compute = self._without_duplicates(rows, results)
+            for waiting in self.planner.planned(to_compute, lambda: requests.full):
+                requests.put(waiting.request())
+        requests.close()
+
+    def _without_duplicates(
+        self, requests: Iterable[Request], results: Sink[Result | Copy]
+    ) -> Iterator[Waiting]:
+        for request in requests:
+            waiting = Waiting.of(request)
+            claimed = self.duplicates.claim(waiting)
+            if isinstance(claimed, Copy):
+                results.put(claimed)
+            elif claimed:
+                yield waiting
+
+    def _to_do(self, results: Sink[Result | Copy]) -> Iterator[Request]:
+        """Requests in file order; results of rows that can't be one go where results do."""
         spec = self._spec
         rows = islice(self._source.rows(self._columns, 0, spec.limit), spec.limit)
         while (row := self._next(rows)) is not None:
@@ -159,10 +206,9 @@ class Reader:
             self.seconds += time.perf_counter() - began
             for item in made:
                 if isinstance(item, Request):
-                    requests.put(item)
+                    yield item
                 else:
                     results.put(item)
-        requests.close()
 
     def _next(self, rows: Iterator[Row]) -> Row | None:
         with self._watchdog.busy("reading the input"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -32,7 +32,7 @@ from jobs.files import check_room, free_bytes
 from jobs.folder import JobFolder
 from jobs.journal import Journal
 from jobs.lease import Lease
-from jobs.results import DoneSet, Partial, Result
+from jobs.results import Copy, DoneSet, Partial, Result
 from jobs.source import Source, open_source
 from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
@@ -47,6 +47,7 @@ _RESULT_BYTES = 100  # of a journal: no result takes less
 _PATIENCE = 6  # times as long as a step may take, for loading a model or writing the output
 ENGINE = "a step of the engine"
 Checkpoint = list[Partial]
+Item = Result | Copy | Checkpoint  # of what goes to the journal
 
 
 class Outcome(StrEnum):
@@ -129,6 +130,7 @@ class _Run:
         self._engine_began: float | None = None
         self._engine_ended: float | None = None
         self._reader: Reader | None = None
+        self._last_at: dict[int, float] = {}  # when so many sequences ran last
         self._failures: list[BaseException] = []
         self._workbench: Workbench | None = None
         self._running = RunningRows(job.path)
@@ -194,7 +196,7 @@ class _Run:
     def _compute(self, workbench: Workbench) -> None:
         """Drive the engine until every row has its results, or `stop` is set."""
         requests: Channel[Request] = Channel(_QUEUED_REQUESTS)
-        results: Channel[Result | Checkpoint] = Channel(4 * _COMMIT_RESULTS)
+        results: Channel[Item] = Channel(4 * _COMMIT_RESULTS)
         self._reader = Reader(
             self.spec,
             self.source,
@@ -236,9 +238,7 @@ class _Run:
         if self._failures:
             raise self._failures[0]
 
-    def _drive(
-        self, engine: RowEngine, requests: Channel[Request], results: Channel[Result | Checkpoint]
-    ) -> None:
+    def _drive(self, engine: RowEngine, requests: Channel[Request], results: Channel[Item]) -> None:
         more = True
         engine.on_admit = lambda request: self._running.add(request.row)
         checkpoint = time.monotonic() + _CHECKPOINT_SECONDS
@@ -261,9 +261,7 @@ class _Run:
             self._report("run", engine)
         results.put(_checkpoint(engine))
 
-    def _add(
-        self, engine: RowEngine, request: Request, results: Channel[Result | Checkpoint]
-    ) -> None:
+    def _add(self, engine: RowEngine, request: Request, results: Channel[Item]) -> None:
         """Give the engine a request; one that was in a crash gets the engine to itself."""
         alone = request.row in self._crashes
         while alone and engine.has_work and not self.stop.is_set():
@@ -272,24 +270,31 @@ class _Run:
         while alone and engine.has_work and not self.stop.is_set():
             self._step(engine, results)
 
-    def _step(self, engine: RowEngine, results: Channel[Result | Checkpoint]) -> None:
+    def _step(self, engine: RowEngine, results: Channel[Item]) -> None:
         with self.watchdog.busy(ENGINE):
             completions = engine.step()
+        self._last_at[engine.load()[0]] = time.perf_counter()
         for completion in completions:
             if completion.sequence.admitted is not None:
                 self._running.remove(completion.sequence.request.row)
-            results.put(_result(completion))
-            self._count(completion)
+            self._end_row(completion.sequence.request, _result(completion), results)
 
-    def _count(self, completion: Completion) -> None:
+    def _end_row(self, request: Request, result: Result, results: Channel[Item]) -> None:
+        """Hand a result on, and those of rows that ask the same."""
+        results.put(result)
         self.stats.completions += 1
-        self.stats.completion_tokens += len(completion.sequence.output_ids)
+        self.stats.completion_tokens += result.completion_tokens
+        assert self._reader is not None
+        if self._reader.planner is not None:
+            self._reader.planner.learn(request, result.completion_tokens)
+            for same in self._reader.duplicates.settle(request, result):
+                results.put(same)
 
-    def _write(self, results: Channel[Result | Checkpoint]) -> None:
+    def _write(self, results: Channel[Item]) -> None:
         """The journal writer's thread: the only one that writes results."""
         with Journal(self.job.path, self.spec.n) as journal:
             journal.resume_run(self._run_id)
-            pending: list[Result] = []
+            pending: list[Result | Copy] = []
             partials: Checkpoint = []
             deadline = look = 0.0
             open_ = True
@@ -303,7 +308,7 @@ class _Run:
                 if taken and not waiting:
                     deadline = time.monotonic() + _COMMIT_SECONDS
                 for item in taken:
-                    if isinstance(item, Result):
+                    if isinstance(item, Result | Copy):
                         pending.append(item)
                     else:
                         partials = item
@@ -347,10 +352,11 @@ class _Run:
                 f"need about {needed / 2**30:.1f} GiB: it will stop, and can be resumed"
             )
 
-    def _count_failures(self, results: list[Result]) -> None:
-        """A row has failed when any of its samples has."""
+    def _count_failures(self, results: list[Result | Copy]) -> None:
+        """A row has failed when any of its samples has; what is copied has not."""
         for result in results:
-            if result.status == "error" and (result.row, 0) not in self._failed_rows:
+            failed = isinstance(result, Result) and result.status == "error"
+            if failed and (result.row, 0) not in self._failed_rows:
                 self._failed_rows.add(result.row)
                 self._failed += 1
 
@@ -392,12 +398,27 @@ class _Run:
         stats = replace(
             self.stats,
             wall_s=now - self._began,
-            tokenise_s=self._reader.seconds if self._reader is not None else 0.0,
             journal_s=self._journal_seconds,
+            tail_s=self._tail(measured),
             peak_rss=_peak_rss(),
             **measured,
         )
+        if self._reader is not None:
+            stats.tokenise_s = self._reader.seconds
+            stats.plan_s = self._reader.planner.seconds if self._reader.planner else 0.0
+            stats.duplicates = self._reader.duplicates.rows
+            stats.duplicate_tokens = self._reader.duplicates.tokens
+            stats.completions += stats.duplicates
         return stats.as_dict()
+
+    def _tail(self, measured: Mapping[str, Any]) -> float:
+        """Seconds since half as many sequences ran last as ran on average, once all have ended."""
+        seconds = measured.get("kv_s")
+        if not seconds or self._engine_ended is None:
+            return 0.0
+        half = measured["sequence_s"] / seconds / 2
+        full = [at for running, at in self._last_at.items() if running >= half]
+        return self._engine_ended - max(full, default=self._engine_ended)
 
     def _report(self, phase: str, engine: RowEngine | None = None) -> None:
         running, waiting, generated = (0, 0, self.stats.completion_tokens)
@@ -468,7 +489,7 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
     from batchrun.engine.runtime import Runtime, Settings  # noqa: PLC0415 - imports torch
 
     model = spec.model
-    runtime = {k: v for k, v in spec.runtime.items() if v is not None}
+    runtime = {k: v for k, v in spec.runtime.items() if v is not None and k != "plan"}
     prompt = {k: v for k, v in spec.prompt.items() if k != "skip_empty"}
     settings = Settings(
         model_path=model["path"],

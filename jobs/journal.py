@@ -20,16 +20,22 @@ from jobs.errors import Fenced, JournalError
 from jobs.files import fsync_directory, remove
 from jobs.lease import Lease
 from jobs.readings import Readings
-from jobs.results import Counts, DoneSet, Partial, Result
+from jobs.results import Copy, Counts, DoneSet, Partial, Result
 from jobs.schema import NAME, connect, create, transaction
 
-__all__ = ["NAME", "STATE", "Counts", "DoneSet", "Journal", "Partial", "Result"]
+__all__ = ["NAME", "STATE", "Copy", "Counts", "DoneSet", "Journal", "Partial", "Result"]
 
 STATE = "state.json"  # what `list` remembers of a journal, as long as nobody writes to it
 
 _CHECKPOINT_BYTES = 4 << 20  # of results, until they move from the log into the database
 _ROW_BYTES = 160  # of a result besides its text and tokens
 _INSERT = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_COPY = (
+    "INSERT INTO results SELECT ?1, status, text, token_ids, finish_reason, prompt_tokens, "
+    "completion_tokens, error, error_kind, NULL, NULL, NULL, ?3, logprob FROM results "
+    "WHERE id = ?2 AND status = 'ok'"
+)
+_TOKEN_BYTES = 9  # of a copied result, text and number
 _PARTIAL = (
     "INSERT OR REPLACE INTO partials SELECT ?1, ?2, ?3 "
     "WHERE NOT EXISTS (SELECT 1 FROM results WHERE id = ?1)"
@@ -87,7 +93,7 @@ class Journal(Readings):
 
     def write(
         self,
-        results: Sequence[Result],
+        results: Sequence[Result | Copy],
         stats: dict[str, Any] | None = None,
         partials: Sequence[Partial] = (),
     ) -> None:
@@ -101,26 +107,39 @@ class Journal(Readings):
 
         Raises:
             Fenced: A later run has the job. Nothing was written.
-            JournalError: A result is there already or of a sample that the job hasn't: nothing
-                was written. Or the disk refuses: then the run must end, since what a failed
-                fsync left on disk cannot be known, and what a resume finds is what counts.
+            JournalError: A result is there already or of a sample that the job hasn't, or there is
+                none to copy: nothing was written. Or the disk refuses: then the run must end,
+                since what a failed fsync left on disk cannot be known, and what a resume finds is
+                what counts.
         """
         run = self._run
         rows = [
             (self._number(r), *r[2:4], array("i", r.token_ids).tobytes(), *r[5:-1], run, r.logprob)
             for r in results
+            if isinstance(r, Result)
+        ]
+        copies = [
+            (self._number(c), c.of_row * self.n + c.of_sample, run)
+            for c in results
+            if isinstance(c, Copy)
         ]
         kept = [(self._number(p), array("i", p.token_ids).tobytes(), p.logprob) for p in partials]
         with self._write():
             self._db.executemany(_INSERT, rows)
+            if copies and self._db.executemany(_COPY, copies).rowcount != len(copies):
+                raise JournalError("a result was about to be copied that is not in the journal")
             if kept:
                 self._db.executemany(_PARTIAL, kept)
             if self._db.execute("SELECT 1 FROM partials LIMIT 1").fetchone():
-                self._db.executemany("DELETE FROM partials WHERE id = ?", [row[:1] for row in rows])
+                ended = [row[:1] for row in (*rows, *copies)]
+                self._db.executemany("DELETE FROM partials WHERE id = ?", ended)
             if stats is not None:
                 self._db.execute("UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run))
         self._logged += sum(_ROW_BYTES + len(row[2] or "") + len(row[3]) for row in rows)
         self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens, _ in kept)
+        self._logged += sum(
+            _ROW_BYTES + _TOKEN_BYTES * c.tokens for c in results if isinstance(c, Copy)
+        )
         if self._logged >= _CHECKPOINT_BYTES:
             self._checkpoint()
 
@@ -186,7 +205,7 @@ class Journal(Readings):
         finally:
             self._close()
 
-    def _number(self, item: Result | Partial) -> int:
+    def _number(self, item: Result | Copy | Partial) -> int:
         # Out of range it would be stored as another row's.
         if not (item.row >= 0 and 0 <= item.sample < self.n):
             raise JournalError(

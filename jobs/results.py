@@ -38,6 +38,19 @@ class Result(NamedTuple):
         return self.logprob / self.completion_tokens
 
 
+class Copy(NamedTuple):
+    """A sample whose result is that of another one, which is journalled before it or with it.
+
+    It has that one's completion, of about `tokens` tokens, and no times of its own.
+    """
+
+    row: int
+    sample: int
+    of_row: int
+    of_sample: int
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Partial:
     """The tokens that a sample without a result has so far; `logprob` as of a result."""

@@ -20,12 +20,16 @@ class RunStats:
 
     `prefill_s` and `decode_s` share a mixed step's time by tokens. `kv_*_s` are byte-seconds over
     `kv_s` seconds of engine time; `sequence_s` is the same integral of running sequences.
+    `duplicates` are results that were not computed, since another row asked the same;
+    `completions` counts them, `completion_tokens` does not. `tail_s` is the end of the engine's
+    time, from when half as many sequences ran last as ran on average.
     """
 
     started_at: float = 0.0
     wall_s: float = 0.0
     load_s: float = 0.0
     tokenise_s: float = 0.0
+    plan_s: float = 0.0
     engine_s: float = 0.0
     journal_s: float = 0.0
     export_s: float = 0.0
@@ -39,6 +43,9 @@ class RunStats:
     decode_s: float = 0.0
     sequence_s: float = 0.0
     completion_tokens: int = 0
+    duplicates: int = 0
+    duplicate_tokens: int = 0
+    tail_s: float = 0.0
     max_num_seqs: int = 0
     kv_s: float = 0.0
     kv_reserved_s: float = 0.0
@@ -108,13 +115,14 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`, and `skipped` where the user
         left some out; they are among the done ones), `finish_reasons`, `tokens`
         (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`, and
-        `shared`: of prompts, not computed because another row had), `time` (seconds),
-        `throughput` (per second), `batch`, `kv` (bytes: `time_averaged` and `peak` of reserved,
-        mapped, live, shared, static, paged; `utilisation` is live over mapped; None where nothing
-        was measured; seconds of mapping that computing hid and that it waited for), `device_time`
-        (seconds in steps and between them; 0 on a CPU), `preemptions`, `peak_rss`,
-        `weights_bytes`, `peak_activations`, `runs`, `row_seconds` (quantiles of queue, prefill,
-        decode).
+        `shared`: of prompts, not computed because another row had), `duplicates` (`rows` and
+        completion `tokens` that were taken from another row), `time` (seconds), `throughput` (of
+        what was computed, per second; rows of all), `batch` (with the seconds of its tail), `kv`
+        (bytes: `time_averaged` and `peak` of reserved, mapped, live, shared, static, paged;
+        `utilisation` is live over mapped; None where nothing was measured; seconds of mapping that
+        computing hid and that it waited for), `device_time` (seconds in steps and between them; 0
+        on a CPU), `preemptions`, `peak_rss`, `weights_bytes`, `peak_activations`, `runs`,
+        `row_seconds` (quantiles of queue, prefill, decode).
     """
     spec = job.spec()
     with job.journal() as journal:
@@ -155,9 +163,10 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
             "recomputed": stats.recomputed_tokens,
             "shared": stats.shared_tokens,
         },
+        "duplicates": {"rows": stats.duplicates, "tokens": stats.duplicate_tokens},
         "time": {
-            k: getattr(stats, k)
-            for k in ("wall_s", "load_s", "tokenise_s", "engine_s", "journal_s", "export_s")
+            f"{k}_s": getattr(stats, f"{k}_s")
+            for k in ("wall", "load", "tokenise", "plan", "engine", "journal", "export")
         },
         "throughput": {
             "prefill_tokens_per_s": _per(stats.prefill_tokens, stats.prefill_s),
@@ -169,6 +178,7 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
             "steps": stats.steps,
             "mean_occupancy": _per(stats.sequence_s, stats.kv_s),
             "max_num_seqs": stats.max_num_seqs,
+            "tail_s": stats.tail_s,
         },
         "kv": {
             "time_averaged": averages,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from batchrun.cli.inspect import job_argument
-from batchrun.cli.plan import output_settings
+from batchrun.cli.specs import output_settings
 from jobs.export import check_destination, export
 from jobs.folder import check_unchanged, find, home
 from jobs.source import open_source

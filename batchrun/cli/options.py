@@ -284,6 +284,12 @@ runtime_options = _section(
         help="Fuse and compile the model's modules; default: on a GPU.",
     ),
     _option(
+        "--plan/--no-plan",
+        default=True,
+        show_default=True,
+        help="Compute equal rows once, rows that begin alike together, long ones early.",
+    ),
+    _option(
         "--wait/--detach",
         default=True,
         show_default=True,

@@ -19,7 +19,7 @@ from batchrun.cli.options import (
     runtime_options,
     sampling_options,
 )
-from batchrun.cli.plan import make_spec
+from batchrun.cli.specs import make_spec
 from batchrun.models import fingerprint
 from jobs.errors import JobError
 from jobs.folder import create, find, find_same, home, list_jobs

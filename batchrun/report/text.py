@@ -23,6 +23,7 @@ _KV_ROWS = (
 _TIME_ROWS = (
     ("load_s", "load the model"),
     ("tokenise_s", "tokenise"),
+    ("plan_s", "plan"),
     ("engine_s", "engine"),
     ("journal_s", "journal"),
     ("export_s", "export"),
@@ -72,6 +73,7 @@ def _rows(summary: Mapping[str, Any]) -> str:
 
 def _tokens(summary: Mapping[str, Any]) -> str:
     tokens, rate, batch = summary["tokens"], summary["throughput"], summary["batch"]
+    same, tail = summary["duplicates"], batch["tail_s"]
     lines = [
         ("tokens", f"{tokens['prompt']:,} prompt, {tokens['completion']:,} completion"),
         (
@@ -80,6 +82,11 @@ def _tokens(summary: Mapping[str, Any]) -> str:
             f"{tokens['recomputed']:,} recomputed after {summary['preemptions']:,} preemptions",
         ),
         *([("shared", f"{tokens['shared']:,} prompt tokens")] if tokens["shared"] else []),
+        *(
+            [("duplicates", f"{same['rows']:,} rows, {same['tokens']:,} completion tokens")]
+            if same["rows"]
+            else []
+        ),
         (
             "throughput",
             f"{_rate(rate['completion_tokens_per_s'])} completion tokens/s, "
@@ -96,6 +103,7 @@ def _tokens(summary: Mapping[str, Any]) -> str:
             f"{_rate(batch['mean_occupancy'])} of {batch['max_num_seqs']:,} sequences running "
             f"on average, {batch['steps']:,} steps",
         ),
+        *([("", f"under half of that in the last {seconds(tail)}")] if tail else []),
     ]
     return _table(lines)
 

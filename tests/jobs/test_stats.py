@@ -161,7 +161,12 @@ def test_the_summary_of_two_runs(two_runs):
     assert throughput["decode_tokens_per_s"] == 7.0
     assert throughput["completion_tokens_per_s"] == 7.0
     assert throughput["rows_per_s"] == 3.0
-    assert summary["batch"] == {"steps": 10, "mean_occupancy": 3.0, "max_num_seqs": 8}
+    assert summary["batch"] == {
+        "steps": 10,
+        "mean_occupancy": 3.0,
+        "max_num_seqs": 8,
+        "tail_s": 0.0,
+    }
     kv = summary["kv"]
     assert kv["time_averaged"] == dict(zip(KV, (40.0, 10.0, 9.0, 3.0, 18.0, 10.0), strict=True))
     assert (kv["utilisation"], kv["static_utilisation"], kv["paged_utilisation"]) == (0.9, 0.5, 0.9)

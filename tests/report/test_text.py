@@ -36,6 +36,7 @@ SUMMARY = {
         "wall_s": 100.0,
         "load_s": 2.5,
         "tokenise_s": 0.25,
+        "plan_s": 0.05,
         "engine_s": 95.0,
         "journal_s": 1.0,
         "export_s": 0.5,
@@ -46,7 +47,8 @@ SUMMARY = {
         "completion_tokens_per_s": 403.2,
         "rows_per_s": 12.6,
     },
-    "batch": {"steps": 987, "mean_occupancy": 41.25, "max_num_seqs": 64},
+    "duplicates": {"rows": 0, "tokens": 0},
+    "batch": {"steps": 987, "mean_occupancy": 41.25, "max_num_seqs": 64, "tail_s": 1.25},
     "kv": {
         "time_averaged": {
             "reserved": 64 << 30,
@@ -111,6 +113,7 @@ def summary():
         "403 completion tokens/s, 12.6 rows/s",
         "prefill 1,234 tokens/s, decode 457 tokens/s (mixed steps are split by token count)",
         "41.2 of 64 sequences running on average, 987 steps",
+        "under half of that in the last 1.2 s",
         "1 min 40 s",
         "1 min 35 s",
         "engine (95%)",
@@ -120,6 +123,12 @@ def summary():
 )
 def test_every_figure_is_shown_with_its_unit(summary, shown):
     assert shown in render(summary)
+
+
+def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):
+    assert "duplicates" not in render(summary)
+    summary["duplicates"] = {"rows": 4321, "tokens": 98765}
+    assert "duplicates   4,321 rows, 98,765 completion tokens" in render(summary)
 
 
 def test_a_gpus_time_and_memory_are_shown_where_there_is_one(summary):
@@ -181,7 +190,7 @@ def test_a_clean_job_mentions_no_failures_and_no_truncation(summary):
 def test_a_job_that_never_ran_shows_no_memory(summary):
     summary["rows"] |= {"total": None, "done": 0, "remaining": None, "failed": 0, "resumed": 0}
     summary["rows"]["failed_by_reason"] = {}
-    summary["batch"] = {"steps": 0, "mean_occupancy": None, "max_num_seqs": 0}
+    summary["batch"] = {"steps": 0, "mean_occupancy": None, "max_num_seqs": 0, "tail_s": 0.0}
     summary["throughput"] = dict.fromkeys(summary["throughput"])
     summary["time"] = dict.fromkeys(summary["time"], 0.0)
     text = render(summary)

@@ -44,6 +44,7 @@ _RUNTIME = (
     "overlap",
     "graphs",
     "optimize",
+    "plan",
 )
 
 
