@@ -1,0 +1,354 @@
+"""The same file through batchrun and through its peers, in turn, in one run.
+
+    make peers                                  # each into an environment of its own
+    python -m benchmarks.peers                  # every workload, every peer that is installed
+    python -m benchmarks.peers --workloads mixed --only batchrun vllm --rows 40 --repeat 1
+
+Every peer has the same model in bfloat16, all cores, and the settings that its own documentation
+recommends; the adapters in `benchmarks/peers/` tell them with the reasons. Decoding is greedy and
+every row makes exactly its `max_tokens`, which each adapter checks.
+
+Tokens/s are completion tokens over the seconds from the first prompt, as text, until the last
+answer: tokenising is counted; loading, compiling and warming up are not. For batchrun these are the
+job's seconds without loading and export, with its reading, planning and durable journal. Process
+seconds are all of it, from start to exit. Peak memory is that of the whole process tree: the
+proportional set size, where a page that several processes share or map twice counts once, looked at
+every second; beside it the processes' largest resident sets, summed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from batchrun.models import DEFAULT_MODEL, resolve
+from benchmarks.workloads import WORKLOADS, generate, write
+from jobs.folder import home
+
+ROOT = Path(__file__).parents[1]
+PEERS = ROOT / ".peers"  # where `make peers` puts them
+ADAPTERS = Path(__file__).parent / "peers"
+_SUBREAPER = 36  # prctl: what a peer leaves behind becomes our child, and is seen
+_EVERY = 1.0  # seconds between two looks at the memory
+BATCHRUN = "batchrun"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a peer is started.
+
+    Attributes:
+        python: The interpreter of its environment.
+        adapter: A script in `benchmarks/peers/`.
+        needs: Files without which it is not installed.
+        prepare: Makes its form of the model, if there is none yet: a command.
+        options: Given to the adapter.
+        devices: Where it can compute.
+    """
+
+    python: Path
+    adapter: str
+    needs: tuple[Path, ...] = ()
+    prepare: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cpu",)
+
+
+def peers() -> dict[str, Peer]:
+    """All that this benchmark knows, installed or not."""
+    ours, both = Path(sys.executable), ("cpu", "cuda")
+    openvino, llama = PEERS / "openvino" / "bin", PEERS / "llama"
+    server = llama / "bin" / "llama-server"
+    export = (str(openvino / "optimum-cli"), "export", "openvino", "--model", "{model}", "--task")
+    convert = (sys.executable, str(llama / "src" / "convert_hf_to_gguf.py"), "{model}")
+    return {
+        "transformers static": Peer(ours, "transformers_ways.py", devices=both),
+        "transformers generate_batch": Peer(
+            ours, "transformers_ways.py", options={"continuous": True}, devices=both
+        ),
+        "vllm": Peer(
+            PEERS / "vllm" / "bin" / "python",
+            "vllm_offline.py",
+            needs=(PEERS / "vllm" / ".done",),
+            devices=both,
+        ),
+        "openvino": Peer(
+            openvino / "python",
+            "openvino_cb.py",
+            needs=(PEERS / "openvino" / ".done",),
+            prepare=(*export, "text-generation-with-past", "--weight-format", "fp16", "{made}"),
+        ),
+        "llama.cpp": Peer(
+            ours,
+            "llama_server.py",
+            needs=(server,),
+            prepare=(*convert, "--outtype", "bf16", "--outfile", "{made}"),
+            options={"binary": str(server)},
+        ),
+    }
+
+
+class Memory(threading.Thread):
+    """The peak memory of all descendants of this process."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._resident: dict[int, int] = {}  # largest, by process
+        self.proportional = 0
+        self._ended = threading.Event()
+
+    @property
+    def resident(self) -> int:
+        """Bytes: the largest resident set of each process, summed; shared pages count in each."""
+        return sum(self._resident.values())
+
+    def run(self) -> None:
+        """Look until told to stop."""
+        while True:
+            self._look()
+            if self._ended.wait(_EVERY):
+                return
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._ended.set()
+        self.join()
+
+    def _look(self) -> None:
+        found = 0
+        for process in psutil.Process().children(recursive=True):
+            with suppress(OSError):
+                folder = Path(f"/proc/{process.pid}")
+                found += 1024 * _kib(folder / "smaps_rollup", "Pss:")
+                self._resident[process.pid] = 1024 * _kib(folder / "status", "VmHWM:")
+        self.proportional = max(self.proportional, found)
+
+
+def _kib(path: Path, name: str) -> int:
+    lines = path.read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+
+
+def measured(command: list[str], environment: Mapping[str, str], log: Path) -> dict[str, Any]:
+    """Run a command to its end; its seconds and memory.
+
+    Raises:
+        RuntimeError: It failed; with the end of what it printed.
+    """
+    memory = Memory()
+    memory.start()
+    began = time.perf_counter()
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, env={**os.environ, **environment}, stdout=file, stderr=file, check=False
+        )
+    seconds = time.perf_counter() - began
+    memory.stop()
+    if done.returncode:
+        raise RuntimeError("\n".join(log.read_text().splitlines()[-15:]))
+    return {
+        "process_s": seconds,
+        "peak_memory": memory.proportional,
+        "peak_resident_sum": memory.resident,
+    }
+
+
+def run_peer(peer: Peer, model: Path, file: Path, device: str, folder: Path) -> dict[str, Any]:
+    """One run of a peer's adapter."""
+    out = folder / "result.json"
+    arguments = {"--model": model, "--input": file, "--out": out, "--device": device}
+    command = [str(peer.python), str(ADAPTERS / peer.adapter), "--options"]
+    command.append(json.dumps(dict(peer.options)))
+    command += [str(part) for pair in arguments.items() for part in pair]
+    figures = measured(command, {"HF_HUB_OFFLINE": "1"}, folder / "log.txt")
+    return {**json.loads(out.read_text()), **figures}
+
+
+def run_batchrun(model: Path, file: Path, device: str, folder: Path) -> dict[str, Any]:
+    """One job, as a user starts it, in a home of its own that knows the model's verdict already."""
+    made = folder / "home"
+    made.mkdir(exist_ok=True)
+    if (home() / "verdicts").is_dir() and not (made / "verdicts").exists():
+        shutil.copytree(home() / "verdicts", made / "verdicts")
+    output = folder / "completions.jsonl"
+    where = "cuda" if device == "cuda" else "cpu"
+    command = [sys.executable, "-m", "batchrun", "submit", str(file), "--model", str(model)]
+    command += ["--dtype", "bfloat16", "--device", where, "--temperature", "0", "--again"]
+    command += ["--output", str(output), "--overwrite", "--json"]
+    figures = measured(command, {"BATCHRUN_HOME": str(made)}, folder / "log.txt")
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    wrong = [row for row in rows if row["completion_tokens"] != row["max_tokens"]]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} of {len(rows)} rows have not the tokens they ask for")
+    newest = max((made / "jobs").iterdir(), key=lambda job: job.stat().st_mtime)
+    stats = json.loads((newest / "stats.json").read_text())
+    spent = stats["time"]
+    return {
+        "seconds": spent["wall"] - spent["load"] - spent["export"],
+        "load_s": spent["load"],
+        "completion_tokens": sum(row["completion_tokens"] for row in rows),
+        "settings": {"dtype": "bfloat16", "attention": stats["attention"]},
+        "versions": {name: version(name) for name in ("batchrun", "torch", "transformers")},
+        **figures,
+    }
+
+
+def prepared(name: str, peer: Peer, model: Path, fingerprint: str) -> Path:
+    """The model in the form that a peer reads, made when there is none yet."""
+    if not peer.prepare:
+        return model
+    made = PEERS / "models" / f"{fingerprint[:16]}-{name}"
+    if not made.exists():
+        print(f"{name}: converting the model", file=sys.stderr)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        part = made.with_name(f"part-{made.name}")
+        values = {"model": model, "made": part}
+        command = [word.format(**values) for word in peer.prepare]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        part.rename(made)
+    return made
+
+
+def compare(
+    name: str, file: Path, models: dict[str, Path], args: argparse.Namespace
+) -> dict[str, Any]:
+    """One workload through all, in turn; medians."""
+    runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in models}
+    failures: dict[str, str] = {}
+    known = peers()
+    for number in range(args.repeat):
+        for peer, model in models.items():
+            if peer in failures:
+                continue
+            with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+                try:
+                    if peer == BATCHRUN:
+                        run = run_batchrun(model, file, args.device, Path(folder))
+                    else:
+                        run = run_peer(known[peer], model, file, args.device, Path(folder))
+                except RuntimeError as error:
+                    failures[peer] = str(error)
+                    print(f"{name}, {peer}: failed\n{error}", file=sys.stderr)
+                    continue
+            runs[peer].append(run)
+            speed = run["completion_tokens"] / run["seconds"]
+            print(f"{name}, {peer}, {number + 1}: {speed:.0f} tokens/s", file=sys.stderr)
+    ways = {peer: summary(found) for peer, found in runs.items() if found}
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {
+        "rows": len(rows),
+        "completion_tokens": sum(row["max_tokens"] for row in rows),
+        "ways": ways,
+        "failures": failures,
+        "ratios": ratios(ways),
+    }
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of a way's runs, and what does not change between them."""
+    middle = statistics.median(run["seconds"] for run in runs)
+    return {
+        "tokens_per_s": round(runs[0]["completion_tokens"] / middle, 1),
+        "seconds": [round(run["seconds"], 2) for run in runs],
+        "process_s": round(statistics.median(run["process_s"] for run in runs), 1),
+        "load_s": round(statistics.median(run["load_s"] for run in runs), 1),
+        "peak_memory": int(statistics.median(run["peak_memory"] for run in runs)),
+        "peak_resident_sum": int(statistics.median(run["peak_resident_sum"] for run in runs)),
+        "settings": runs[0]["settings"],
+        "versions": runs[0]["versions"],
+    }
+
+
+def ratios(ways: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Speed of batchrun over each other way's, and memory over the leanest's."""
+    others = {name: way for name, way in ways.items() if name != BATCHRUN}
+    if BATCHRUN not in ways or not others:
+        return {}
+    ours = ways[BATCHRUN]
+    found = {name: ours["tokens_per_s"] / way["tokens_per_s"] for name, way in others.items()}
+    leanest = min(way["peak_memory"] for way in others.values())
+    found["fastest peer"] = min(found.values())
+    found["memory of the leanest"] = ours["peak_memory"] / leanest
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def table(name: str, result: Mapping[str, Any]) -> None:
+    print(f"\n{name}: {result['rows']} rows, {result['completion_tokens']:,} completion tokens")
+    print(f"{'':28} {'tokens/s':>9} {'process s':>10} {'peak MiB':>9} {'batchrun is':>12}")
+    for way, figures in result["ways"].items():
+        ratio = result["ratios"].get(way)
+        print(
+            f"{way:28} {figures['tokens_per_s']:9.1f} {figures['process_s']:10.1f} "
+            f"{figures['peak_memory'] / 2**20:9.0f} {f'{ratio:.2f}x' if ratio else '':>12}"
+        )
+
+
+def installed(device: str) -> dict[str, Peer]:
+    """The peers that can run here."""
+    return {
+        name: peer
+        for name, peer in peers().items()
+        if device in peer.devices and all(path.exists() for path in (peer.python, *peer.needs))
+    }
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown'}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--only", nargs="*", choices=[BATCHRUN, *peers()], metavar="NAME")
+    parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rows", type=int, help="default: as each workload says")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    args = parser.parse_args()
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    ref = resolve(args.model, home() / "models")
+    chosen = {k: p for k, p in installed(args.device).items() if not args.only or k in args.only}
+    models = {} if args.only and BATCHRUN not in args.only else {BATCHRUN: ref.path}
+    models |= {k: prepared(k, peer, ref.path, ref.fingerprint) for k, peer in chosen.items()}
+    print(f"missing: {', '.join(set(args.only or peers()) - set(models))}", file=sys.stderr)
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="workloads-") as folder:
+        for name in args.workloads:
+            file = Path(folder) / f"{name}.jsonl"
+            write(file, generate(name, args.rows))
+            results[name] = compare(name, file, models, args)
+            table(name, results[name])
+    line = {
+        "benchmark": "peers",
+        "command": " ".join(["python -m benchmarks.peers", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "device": args.device,
+        "model": ref.name,
+        "dtype": "bfloat16",
+        "workloads": results,
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

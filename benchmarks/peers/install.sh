@@ -1,0 +1,48 @@
+#!/bin/sh
+# Installs the peers that batchrun is compared with, each into an environment of its own.
+#   benchmarks/peers/install.sh [vllm] [openvino] [llama]     default: all
+# PYTHON chooses the interpreter, PIP_ARGS goes to every pip install.
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+peers=$(cd "$here/../.." && pwd)/.peers
+python=${PYTHON:-python3}
+mkdir -p "$peers"
+echo '*' > "$peers/.gitignore"
+
+# Everything is pinned, so nothing is resolved: no dependency brings another build of torch.
+environment() {
+  [ -e "$peers/$1/.done" ] && return
+  "$python" -m venv "$peers/$1"
+  # shellcheck disable=SC2086
+  "$peers/$1/bin/python" -m pip install --quiet --no-deps ${PIP_ARGS:-} -r "$here/$1.txt"
+  touch "$peers/$1/.done"
+}
+
+# llama.cpp's source lies in this package; the server is built for this machine's instructions.
+llama() {
+  [ -x "$peers/llama/bin/llama-server" ] && return
+  work=$peers/llama/work
+  mkdir -p "$work" "$peers/llama/bin"
+  # shellcheck disable=SC2086
+  "$python" -m pip download --quiet --no-deps --no-binary :all: ${PIP_ARGS:-} -d "$work" \
+    -r "$here/llama.txt"
+  tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
+  rm -rf "$peers/llama/src"
+  mv "$work"/llama_cpp_python-*/vendor/llama.cpp "$peers/llama/src"
+  cmake -S "$peers/llama/src" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+    -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+  cmake --build "$work/build" --target llama-server -j "$(nproc)"
+  cp "$work/build/bin/llama-server" "$peers/llama/bin/"
+  rm -rf "$work"
+}
+
+[ $# -gt 0 ] || set -- vllm openvino llama
+for name; do
+  case $name in
+    vllm | openvino) environment "$name" ;;
+    llama) llama ;;
+    *) echo "error: no peer of the name $name" >&2; exit 1 ;;
+  esac
+done

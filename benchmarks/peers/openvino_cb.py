@@ -1,0 +1,65 @@
+"""OpenVINO GenAI's `ContinuousBatchingPipeline`, as its samples set it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import openvino_genai as genai
+from measure import main
+
+
+class OpenVino:
+    """A pipeline whose steps this drives itself, so that token counts can be seen."""
+
+    def __init__(self, model: Path, device: str, options: dict[str, Any]) -> None:
+        scheduler = genai.SchedulerConfig()
+        chosen = {
+            "cache_size": 4,
+            "max_num_batched_tokens": 256,
+            "max_num_seqs": 256,
+            "dynamic_split_fuse": True,
+            "enable_prefix_caching": True,
+            **options.pop("scheduler", {}),
+        }
+        for name, value in chosen.items():
+            setattr(scheduler, name, value)
+        properties = {
+            "PERFORMANCE_HINT": "THROUGHPUT",
+            "INFERENCE_PRECISION_HINT": "bf16",
+            "KV_CACHE_PRECISION": "bf16",
+            **options,
+        }
+        self.settings = {**chosen, **properties}
+        self._pipe = genai.ContinuousBatchingPipeline(
+            str(model), scheduler, device.upper(), properties
+        )
+        self._tokenizer = self._pipe.get_tokenizer()
+
+    def run(self, prompts: Sequence[str], counts: Sequence[int]) -> list[int]:
+        """Add all requests, step until none is left, detokenise."""
+        configs = []
+        for count in counts:
+            config = genai.GenerationConfig()
+            config.max_new_tokens = count
+            config.ignore_eos = True
+            config.apply_chat_template = False
+            config.do_sample = False
+            configs.append(config)
+        handles = [
+            self._pipe.add_request(number, prompt, config)
+            for number, (prompt, config) in enumerate(zip(prompts, configs, strict=True))
+        ]
+        while self._pipe.has_non_finished_requests():
+            self._pipe.step()
+        answers = [handle.read_all()[0].generated_ids for handle in handles]
+        self._tokenizer.decode(answers)
+        return [len(ids) for ids in answers]
+
+    def close(self) -> None:
+        """Nothing is left to end."""
+
+
+if __name__ == "__main__":
+    main(OpenVino, ["openvino-genai", "openvino"])
