@@ -14,7 +14,7 @@ from hashlib import blake2b
 from threading import Lock
 
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.planner import Waiting
+from batchrun.planner import Waiting, pack
 from jobs.results import Copy, Result
 
 _SETS = 1 << 16  # of the table
@@ -30,7 +30,7 @@ class Duplicates:
         n: Samples a row.
 
     Attributes:
-        rows: Results that were not computed.
+        rows: Results that were not computed, errors aside.
         tokens: Their tokens.
     """
 
@@ -81,7 +81,7 @@ class Duplicates:
         """
         if not request.params.greedy:
             return []
-        digest = _digest(Waiting.of(request).prompt, request.params)
+        digest = _digest(pack(request.prompt_ids), request.params)
         number = request.row * self._n + request.sample
         with self._lock:
             if self._leaders.get(digest) != number:
@@ -89,9 +89,9 @@ class Duplicates:
             del self._leaders[digest]
             followers = self._followers.pop(number, array("q"))
             self._attached -= len(followers)
-            self.rows += len(followers)
-            self.tokens += len(followers) * result.completion_tokens
             if result.status == "ok":
+                self.rows += len(followers)
+                self.tokens += len(followers) * result.completion_tokens
                 self._note(digest, number, result.completion_tokens)
         bare = result._replace(queue_s=None, prefill_s=None, decode_s=None)
         return [bare._replace(row=f // self._n, sample=f % self._n) for f in followers]

@@ -1,7 +1,8 @@
 """What knowing the whole file buys: an order in which each shared prefix is used up at once.
 
-Rows are planned in windows, so that memory stays flat however long the file is. Within one a prefix
-tree is walked depth first: no prefix, at any level, is left before its last use. BatchLLM (arXiv
+As many rows are planned at once as keep memory flat, however long the file is, and again whenever
+as many have been read again. Their prefix tree is walked depth first: no prefix, at any level, is
+left before its last use. BatchLLM (arXiv
 2412.03594) orders by such a tree; that the order of rows decides what is shared is measured in Liu
 et al. (arXiv 2403.05821). What shares nothing goes by length: the longest rows first, as in list
 scheduling (Graham 1969), so that no long one is left to run alone, and decode-heavy before
@@ -10,6 +11,7 @@ prefill-heavy ones as in BlendServe (arXiv 2411.16102).
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections import deque
@@ -19,10 +21,11 @@ from typing import NamedTuple
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.prefixes import BLOCK
 
-_FIRST = 512  # rows of the first window: the engine is to begin at once
-_ROWS = 16_384  # of a window at most
-_TOKENS = 4 << 20  # of its prompts, about
+_FIRST = 512  # rows that are planned at first: the engine is to begin at once
+_ROWS = 16_384  # at once at most, while half as many are read for the next time
+_TOKENS = 4 << 20  # of their prompts, about
 _WIDTH = 4  # bytes of a token
+_BEGUN = 1e9  # tokens: longer than any row
 
 
 class Waiting(NamedTuple):
@@ -34,13 +37,18 @@ class Waiting(NamedTuple):
     @classmethod
     def of(cls, request: Request) -> Waiting:
         """Pack it."""
-        return cls(array("I", request.prompt_ids).tobytes(), _with_prompt(request, ()))
+        return cls(pack(request.prompt_ids), _with_prompt(request, ()))
 
     def request(self) -> Request:
         """Unpack it."""
         ids = array("I")
         ids.frombytes(self.prompt)
         return _with_prompt(self.rest, tuple(ids))
+
+
+def pack(ids: tuple[int, ...]) -> bytes:
+    """Tokens, 4 bytes each."""
+    return array("I", ids).tobytes()
 
 
 def _with_prompt(r: Request, ids: tuple[int, ...]) -> Request:
@@ -136,31 +144,39 @@ class Planner:
         return max(params.min_tokens, params.max_tokens * self.share)
 
     def planned(self, rows: Iterable[Waiting], full: Callable[[], bool]) -> Iterator[Waiting]:
-        """The same rows, window by window.
+        """The same rows in another order.
 
         Args:
             rows: In file order.
-            full: Whether whoever takes the rows has enough for now: then the next window is read.
+            full: Whether whoever takes the rows has enough for now: then more are read.
         """
         ready: deque[Waiting] = deque()
-        window: list[Waiting] = []
-        most, size = _FIRST, 0
+        new: list[Waiting] = []
+        last = b""  # prompt that was given away
+        most, size, fresh = _FIRST, 0, 0  # rows to read, bytes of all, bytes of new ones
         for row in rows:
-            window.append(row)
+            new.append(row)
             size += len(row.prompt)
-            if len(window) >= most or size >= _TOKENS * _WIDTH:
-                while ready:
-                    yield ready.popleft()
-                ready = self._ordered(window)
-                window, size, most = [], 0, min(2 * most, _ROWS)
-            while ready and not full():
-                yield ready.popleft()
-        yield from ready
-        yield from self._ordered(window)
+            fresh += len(row.prompt)
+            enough = len(new) >= most or fresh >= _TOKENS * _WIDTH // 2
+            while ready and (
+                len(ready) + len(new) > _ROWS or size > _TOKENS * _WIDTH if enough else not full()
+            ):
+                waiting = ready.popleft()
+                last = waiting.prompt
+                size -= len(last)
+                yield waiting
+            if enough:
+                ready = self._ordered([*ready, *new], last)
+                new, fresh, most = [], 0, min(2 * most, _ROWS // 2)
+        yield from self._ordered([*ready, *new], last)
 
-    def _ordered(self, window: list[Waiting]) -> deque[Waiting]:
+    def _ordered(self, rows: list[Waiting], last: bytes) -> deque[Waiting]:
+        """What shares most with the last row that was given away comes first: it is open still."""
         began = time.perf_counter()
-        lengths = [self.expected(w.rest.params) - len(w.rest.generated_ids) for w in window]
-        ordered = deque(window[i] for i in order([w.prompt for w in window], lengths))
+        # Rows that an earlier run began come before all others: they are what a stop leaves open.
+        lengths = [self.expected(w.rest.params) + _BEGUN * bool(w.rest.generated_ids) for w in rows]
+        at = order([*(w.prompt for w in rows), last], [*lengths, math.inf])
+        ordered = deque(rows[i] for i in at if i < len(rows))
         self.seconds += time.perf_counter() - began
         return ordered

@@ -87,12 +87,8 @@ class RowEngine(Protocol):
         """What has not ended and has tokens already."""
 
 
-class Workbench(Protocol):
-    """An engine with what surrounds it: `batchrun.engine.runtime.Runtime`."""
-
-    @property
-    def engine(self) -> RowEngine:
-        """Where requests go."""
+class Prompts(Protocol):
+    """What the reader needs of a model."""
 
     @property
     def encode(self) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
@@ -101,6 +97,14 @@ class Workbench(Protocol):
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
         """What the model asks for where neither job nor row says."""
+
+
+class Workbench(Prompts, Protocol):
+    """An engine with what surrounds it: `batchrun.engine.runtime.Runtime`."""
+
+    @property
+    def engine(self) -> RowEngine:
+        """Where requests go."""
 
     def measurements(self) -> Mapping[str, Any]:
         """Figures by the names of `RunStats`."""
@@ -133,7 +137,7 @@ class Reader:
         spec: JobSpec,
         source: Source,
         done: Container[tuple[int, int]],
-        workbench: Workbench,
+        workbench: Prompts,
         log: Callable[[str], None],
         *,
         begun: Mapping[tuple[int, int], Partial] = MappingProxyType({}),

@@ -22,6 +22,7 @@ from batchrun.channel import Channel, Closed
 from batchrun.engine.core import FinishReason, Request, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.live import Progress
+from batchrun.measured import Measured, Sampler
 from batchrun.models import fingerprint
 from batchrun.reader import Reader, RowEngine, Workbench
 from batchrun.watchdog import Watchdog
@@ -38,7 +39,8 @@ from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
 from jobs.suspects import RunningRows
 
-_QUEUED_REQUESTS = 256  # between reader and engine, and again inside the engine
+_QUEUED_REQUESTS = 256  # inside the engine
+_HANDED_REQUESTS = 64  # between reader and engine: what is not there yet can be planned again
 _COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
 _CHECKPOINT_SECONDS = 5.0  # between two notes of what unfinished rows have so far
@@ -130,6 +132,7 @@ class _Run:
         self._engine_began: float | None = None
         self._engine_ended: float | None = None
         self._reader: Reader | None = None
+        self._sampler = Sampler()
         self._last_at: dict[int, float] = {}  # when so many sequences ran last
         self._failures: list[BaseException] = []
         self._workbench: Workbench | None = None
@@ -180,7 +183,19 @@ class _Run:
             with suppress(*(JobError, OSError) if self._failure is not None else ()):
                 self._end(outcome)
         write_summary(self.job, str(outcome))
+        self._remember()
         return outcome
+
+    def _remember(self) -> None:
+        """Keep how long steps took, for `batchrun plan`."""
+        measured, planner = self._sampler.measured, self._reader and self._reader.planner
+        if not measured.seconds:
+            return
+        home, measured.load_s = folders.home(), self.stats.load_s
+        if planner:
+            measured.share = planner.share
+        with suppress(JobError, OSError):  # the job is done, and this a hint for others
+            measured.after(Measured.load(home, self.spec)).save(home, self.spec)
 
     def _count_rows(self, journal: Journal) -> int:
         total = journal.meta("rows_total")
@@ -195,7 +210,7 @@ class _Run:
 
     def _compute(self, workbench: Workbench) -> None:
         """Drive the engine until every row has its results, or `stop` is set."""
-        requests: Channel[Request] = Channel(_QUEUED_REQUESTS)
+        requests: Channel[Request] = Channel(_HANDED_REQUESTS)
         results: Channel[Item] = Channel(4 * _COMMIT_RESULTS)
         self._reader = Reader(
             self.spec,
@@ -316,9 +331,11 @@ class _Run:
                 if (pending or partials) and (due or len(pending) >= _COMMIT_RESULTS):
                     ended = {(r.row, r.sample) for r in pending}
                     begun = [p for p in partials if (p.row, p.sample) not in ended]
+                    figures = self._figures()
+                    self._sampler.observe(figures)
                     began = time.perf_counter()
                     with self.watchdog.busy("writing the journal"):
-                        journal.write(pending, self._figures(), begun)
+                        journal.write(pending, figures, begun)
                     self._journal_seconds += time.perf_counter() - began
                     self._samples += len(pending)
                     self._count_failures(pending)

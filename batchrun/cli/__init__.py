@@ -13,6 +13,7 @@ from batchrun.cli.errors import report_errors
 # name -> (module, what `batchrun --help` says of it)
 COMMANDS = {
     "submit": ("batchrun.cli.run", "Run a model over every row of a file."),
+    "plan": ("batchrun.cli.plan", "Say what a job would take, before any weight is loaded."),
     "resume": ("batchrun.cli.run", "Continue a job that was stopped."),
     "stats": ("batchrun.cli.inspect", "Show where a job's rows, time and memory went."),
     "watch": ("batchrun.cli.control", "Watch a job until it ends."),

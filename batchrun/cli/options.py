@@ -13,6 +13,7 @@ from batchrun.engine import attention
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_RUNNING = "Running (these never change an answer)"
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -234,7 +235,7 @@ output_options = _section(
 )
 
 runtime_options = _section(
-    "Running (these never change an answer)",
+    _RUNNING,
     _option(
         "--max-num-seqs",
         type=click.IntRange(min=1),
@@ -289,6 +290,10 @@ runtime_options = _section(
         show_default=True,
         help="Compute equal rows once, rows that begin alike together, long ones early.",
     ),
+)
+
+submit_options = _section(
+    _RUNNING,
     _option(
         "--wait/--detach",
         default=True,

@@ -18,6 +18,7 @@ from batchrun.cli.options import (
     prompt_options,
     runtime_options,
     sampling_options,
+    submit_options,
 )
 from batchrun.cli.specs import make_spec
 from batchrun.models import fingerprint
@@ -45,6 +46,7 @@ def _watching(command: Callable[..., Any]) -> Callable[..., Any]:
 @sampling_options
 @output_options
 @runtime_options
+@submit_options
 def submit_command(
     inputs: tuple[str, ...],
     dry_run: bool,

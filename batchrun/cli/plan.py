@@ -1,0 +1,83 @@
+"""`batchrun plan`: what a job would take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from batchrun.cli.describe import print_fields
+from batchrun.cli.inspect import json_option
+from batchrun.cli.options import (
+    SectionCommand,
+    model_options,
+    prompt_options,
+    runtime_options,
+    sampling_options,
+)
+from batchrun.cli.specs import make_spec
+from batchrun.report.text import seconds, size
+from jobs.folder import home
+
+
+@click.command(cls=SectionCommand)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@model_options
+@prompt_options
+@sampling_options
+@runtime_options
+@json_option
+def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Say what a job would take, before any weight is loaded.
+
+    Reads, tokenises and plans the whole input as `submit` with the same options would. The time is
+    an estimate, from how long the steps of earlier jobs took on this machine with this model.
+    """
+
+    def log(line: str) -> None:
+        click.echo(line, err=True)
+
+    unused = {"output": None, "overwrite": True, "token_ids": False}
+    spec = make_spec(inputs, home(), {**options, **unused}, log=log)
+    from batchrun.forecast import forecast  # noqa: PLC0415 - imports numpy
+
+    found = forecast(spec, log)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        print_fields(_shown(found))
+
+
+def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
+    kv, same, time = found["kv"], found["duplicates"], found["seconds"]
+    rows = [f"{found['rows']:,}"]
+    rows += [f"{found['skipped']:,} left out"] * bool(found["skipped"])
+    rows += [f"{count:,} that will fail: {kind}" for kind, count in found["errors"].items()]
+    if same["rows"]:
+        rows.append(f"{same['rows']:,} equal to others, not computed")
+    each = "of these lengths fit into" if kv["sequences"] else "of these lengths do not fit into"
+    took = "nothing was measured yet on this machine with this model: any job will do"
+    if time is not None:
+        took = (
+            f"about {seconds(time['engine'])}, and {seconds(time['load'])} to load the model "
+            f"(an estimate, from {found['measured_runs']:,} runs)"
+        )
+    return {
+        "rows": rows,
+        "prompts": [
+            f"{found['prompt_tokens']:,} tokens",
+            f"{found['shared_tokens']:,} of them shared, not computed",
+        ],
+        "completions": [
+            f"{found['completion_tokens']:,} tokens at most",
+            f"about {found['expected_tokens']:,} to compute",
+        ],
+        "KV memory": [
+            f"{size(kv['token_bytes'])} a token",
+            f"{kv['sequences'] or 0:,} sequences {each} {size(kv['budget_bytes'])}",
+        ],
+        "steps": f"about {found['steps']:,}, of {found['max_num_seqs']:,} sequences at most",
+        "time": took,
+    }

@@ -1,0 +1,255 @@
+"""What a job will be: its rows read and planned as a run would, and no weight loaded.
+
+The model is built from its config on torch's meta device, which has shapes and no data. So the
+same gates look at it as at a real one, and its keys and values have the size that they will have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from heapq import heapreplace
+from pathlib import Path
+from typing import Any
+
+from batchrun.engine.core import Request
+from batchrun.engine.prefixes import BLOCK
+from batchrun.measured import Measured
+from batchrun.models import ModelError
+from batchrun.reader import Reader
+from jobs.folder import home
+from jobs.results import Copy, DoneSet, Result
+from jobs.source import open_source
+from jobs.spec import JobSpec
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A model of which only the papers are read.
+
+    Attributes:
+        encode: Makes prompt tokens of a row's fields.
+        sampling_defaults: What the model asks for where nobody says.
+        device: Where it would run.
+        max_model_len: Tokens of prompt and answer together at most.
+        token_bytes: Keys and values of one token.
+        budget: Bytes that there are for them.
+        max_num_seqs: Sequences at once.
+        max_num_batched_tokens: Tokens in a step.
+    """
+
+    encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
+    sampling_defaults: Mapping[str, Any]
+    device: str
+    max_model_len: int
+    token_bytes: int
+    budget: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class Slots:
+    """Counts the steps of continuous batching: a row takes the place of the first that ends.
+
+    A step computes one token of each sequence that generates, and beside them prompts, one after
+    the other, as far as its budget goes.
+
+    Args:
+        places: Sequences at once.
+        budget: Tokens in a step.
+    """
+
+    def __init__(self, places: int, budget: int) -> None:
+        self._free = [0.0] * places  # the step in which each place becomes free, as a heap
+        self._prompt_rate = max(budget - places, budget // 8, 1)
+        self._prompted = 0.0  # the step by which all prompts so far are computed
+
+    def add(self, prompt: int, answer: float) -> None:
+        """A row, of so many tokens to compute and to generate."""
+        self._prompted = max(self._prompted, self._free[0]) + prompt / self._prompt_rate
+        heapreplace(self._free, self._prompted + answer)
+
+    @property
+    def steps(self) -> float:
+        """Until all rows have ended."""
+        return max(self._free)
+
+
+@dataclass
+class Tally:
+    """Takes the place of the engine and the journal, and counts. Tokens, and bytes of memory."""
+
+    paper: Paper
+    measured: Measured
+    reader: Reader
+    share: bool
+    slots: Slots
+    full: bool = False
+    completion: int = 0
+    expected: float = 0.0
+    shared: int = 0
+    computed: int = 0
+    requests: int = 0
+    held: float = 0.0  # tokens times steps
+    longest: float = 0.0  # tokens of all rows at their ends, less what they share
+    problems: Counter[str] = field(default_factory=Counter)
+    _previous: tuple[int, ...] = ()
+
+    def put(self, item: Request | Result | Copy) -> None:
+        """A request to compute, or a result in its place."""
+        if isinstance(item, Request):
+            self._request(item)
+        elif isinstance(item, Result):
+            self.problems[item.error_kind or item.status] += 1
+
+    def close(self) -> None:
+        """There is no more."""
+
+    def _request(self, request: Request) -> None:
+        prompt, room = request.prompt_ids, self.paper.max_model_len - len(request.prompt_ids)
+        most = min(request.params.max_tokens, room)
+        result = Result(request.row, request.sample, "ok", completion_tokens=most)
+        if most < 1:
+            result = result._replace(status="error", completion_tokens=0)
+            self.problems["prompt_too_long"] += 1
+        else:
+            shared = _common(prompt, self._previous) if self.share else 0
+            stops = not request.params.ignore_eos
+            answer = max(1.0, most * (self.measured.share if stops else 1.0))
+            self.requests += 1
+            self.completion += most
+            self.expected += answer
+            self.shared += shared
+            self.computed += len(prompt) - shared
+            self.held += answer * (len(prompt) + answer / 2)
+            self.longest += len(prompt) - shared + answer
+            self.slots.add(len(prompt) - shared, answer)
+            self._previous = prompt
+        if self.reader.planner is not None:
+            same = self.reader.duplicates.settle(request, result)
+            if most < 1:
+                self.problems["prompt_too_long"] += len(same)
+
+
+def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
+    """Leading tokens that need no computing after `others`; of planned rows none share more."""
+    if ids[:BLOCK] != others[:BLOCK] or len(ids) <= BLOCK:
+        return 0
+    end = min(len(ids) - 1, len(others))  # the last one's logits are wanted
+    return next((i for i in range(BLOCK, end) if ids[i] != others[i]), end)
+
+
+def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
+    """Read and plan the whole input.
+
+    Returns:
+        JSON-able, for all rows unless it says otherwise: `rows`, `prompt_tokens`,
+        `completion_tokens` (at most), `expected_tokens` (of completions, as runs so far ended
+        early), `duplicates` (`rows` and completion `tokens` at most, taken from other rows),
+        `shared_tokens` (of prompts), `errors` by kind, `skipped`, `kv` (`token_bytes`,
+        `budget_bytes`, and how many `sequences` of these lengths fit), `max_num_seqs`, `steps`,
+        `seconds` (`load`, `engine`; None where nothing was measured yet), `measured_runs`.
+
+    Raises:
+        JobError: An input can't be read.
+        ModelError: The model would be refused.
+    """
+    source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
+    paper = read_papers(spec, log)
+    known = Measured.load(home(), spec)
+    prompt_tokens = 0
+
+    def encode(fields: Mapping[str, Any]) -> tuple[int, ...]:
+        nonlocal prompt_tokens
+        ids = paper.encode(fields)
+        prompt_tokens += len(ids) * spec.n
+        return ids
+
+    reader = Reader(spec, source, DoneSet(spec.n), replace(paper, encode=encode), log)
+    tally = Tally(
+        paper,
+        known or Measured(),
+        reader,
+        bool(spec.runtime.get("share_prefixes", True)),
+        Slots(paper.max_num_seqs, paper.max_num_batched_tokens),
+    )
+    reader.read(tally, tally)
+    same, problems = reader.duplicates, dict(tally.problems)
+    each = tally.longest / max(1, tally.requests) * paper.token_bytes
+    fit = int(max(0, paper.budget) / each) if each else None
+    crowded = 1.0 if fit is None else max(1.0, paper.max_num_seqs / max(1, fit))
+    steps = tally.slots.steps * crowded
+    amounts = (steps, tally.computed + tally.expected, tally.held * paper.token_bytes)
+    return {
+        "rows": (tally.requests + same.rows + sum(problems.values())) // spec.n,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": tally.completion + same.tokens,
+        "expected_tokens": round(tally.expected),
+        "duplicates": {"rows": same.rows, "tokens": same.tokens},
+        "shared_tokens": tally.shared,
+        "skipped": problems.pop("skipped", 0),
+        "errors": problems,
+        "kv": {
+            "token_bytes": paper.token_bytes,
+            "budget_bytes": paper.budget,
+            "sequences": fit,
+        },
+        "max_num_seqs": paper.max_num_seqs,
+        "steps": round(steps),
+        "seconds": None
+        if known is None
+        else {"load": known.load_s, "engine": known.predict(amounts)},
+        "measured_runs": 0 if known is None else known.runs,
+    }
+
+
+def read_papers(spec: JobSpec, log: Callable[[str], None]) -> Paper:
+    """Config, tokenizer and generation config of a job's model, and what they mean on this machine.
+
+    Raises:
+        ModelError: They can't be read, or the architecture is refused.
+    """
+    import torch  # noqa: PLC0415
+    from transformers import (  # noqa: PLC0415
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+    )
+
+    from batchrun.engine import assembly, model  # noqa: PLC0415
+    from batchrun.engine.text import PromptBuilder  # noqa: PLC0415
+
+    path, trusted = spec.model["path"], bool(spec.model.get("trust_remote_code"))
+    device = assembly.choose_device(spec.runtime.get("device") or "auto", log)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+        dtype = model._dtype(spec.model.get("dtype", "auto"), config, device)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{spec.model['name']} can't be read: {error}") from error
+    if Path(path, "generation_config.json").exists():
+        empty.generation_config = GenerationConfig.from_pretrained(path)
+    loaded = model.prepare(empty, tokenizer, max_model_len=spec.model.get("max_model_len"))
+    limits = assembly._LIMITS[device.partition(":")[0]]
+    budget = spec.runtime.get("kv_budget")
+    if budget is None:
+        free = assembly.available_memory()
+        if device != "cpu":
+            free = torch.cuda.mem_get_info(device)[0] - assembly._DEVICE_HEADROOM
+        budget = free - loaded.weights_bytes
+    prompt = {k: v for k, v in spec.prompt.items() if k != "skip_empty"}
+    longest = max(map(len, tokenizer.get_vocab()))
+    return Paper(
+        PromptBuilder(tokenizer, **prompt, max_chars=longest * loaded.max_model_len),
+        model.sampling_defaults(empty),
+        device,
+        loaded.max_model_len,
+        sum(s.kv_heads * (s.k_dim + s.v_dim) for s in loaded.layers) * dtype.itemsize,
+        budget,
+        spec.runtime.get("max_num_seqs") or limits.max_num_seqs,
+        spec.runtime.get("max_num_batched_tokens") or limits.max_num_batched_tokens,
+    )

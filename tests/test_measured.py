@@ -1,0 +1,94 @@
+"""What steps took, learned from runs' figures and remembered."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchrun.measured import Measured, Sampler
+from jobs.spec import JobSpec
+
+COSTS = (0.004, 0.0007, 2e-11)
+
+
+def spec(**changes: Any) -> JobSpec:
+    fields: dict[str, Any] = {
+        "inputs": (),
+        "input_format": "jsonl",
+        "prompt": {},
+        "model": {"name": "m", "path": "/m", "fingerprint": "abc", "dtype": "float32"},
+        "sampling": {},
+        "runtime": {"device": "auto", "max_num_seqs": 8, "plan": True},
+    }
+    return JobSpec(**{**fields, **changes})
+
+
+def intervals(costs: tuple[float, ...], count: int = 50) -> Measured:
+    rng, measured = random.Random(2), Measured(runs=1)
+    for _ in range(count):
+        steps = rng.randint(1, 9)
+        amounts = (float(steps), steps * rng.uniform(1, 512), steps * rng.uniform(0, 5e8))
+        seconds = sum(c * a for c, a in zip(costs, amounts, strict=True))
+        measured.add(amounts, seconds * rng.uniform(0.98, 1.02))
+    return measured
+
+
+def test_costs_are_found() -> None:
+    assert intervals(COSTS).costs() == pytest.approx(COSTS, rel=0.2)
+    assert intervals(COSTS).predict((1000.0, 2e5, 2e11)) == pytest.approx(4 + 140 + 4, rel=0.05)
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1e6)] * 4), min_size=1, max_size=5))
+def test_whatever_was_measured_no_cost_is_below_zero(found: list[tuple[float, ...]]) -> None:
+    measured = Measured()
+    for *amounts, seconds in found:
+        measured.add((amounts[0], amounts[1], amounts[2]), seconds)
+    assert all(cost >= 0 for cost in measured.costs())
+
+
+def test_steps_that_are_all_alike_predict_such_steps() -> None:
+    measured = Measured()
+    for _ in range(10):
+        measured.add((5.0, 300.0, 1e8), 2.0)
+    assert measured.predict((50.0, 3000.0, 1e9)) == pytest.approx(20, rel=0.01)
+
+
+def test_later_runs_count_more() -> None:
+    old, new = Measured(runs=1), Measured(runs=1, load_s=3.0, share=0.5)
+    old.add((1.0, 0.0, 0.0), 1.0)
+    new.add((1.0, 0.0, 0.0), 4.0)
+    both = new.after(old)
+    assert both.predict((1.0, 0.0, 0.0)) == pytest.approx(3.0)
+    assert (both.runs, both.load_s, both.share, both.seconds) == (2, 3.0, 0.5, 5.0)
+    assert new.after(None) is new
+
+
+def test_figures_that_grow_become_intervals() -> None:
+    sampler = Sampler()
+    figures = {"engine_s": 1.0, "steps": 4, "prefill_tokens": 90, "decode_tokens": 10}
+    figures |= {"kv_s": 2.0, "kv_live_s": 600.0}
+    sampler.observe(figures)
+    sampler.observe(figures)  # nothing happened
+    assert sampler.measured.moments[:3] == [16.0, 400.0, 4800.0]
+    assert sampler.measured.products == [4.0, 100.0, 1200.0]
+    sampler.observe({**figures, "engine_s": 3.0, "steps": 6, "kv_s": 3.0})
+    assert sampler.measured.seconds == 3.0
+
+
+def test_what_is_remembered_is_of_the_same_model_and_settings(tmp_path: Path) -> None:
+    measured = intervals(COSTS)
+    measured.save(tmp_path, spec())
+    assert Measured.load(tmp_path, spec()) == measured
+    model, runtime = spec().model, spec().runtime
+    assert Measured.load(tmp_path, spec(model={**model, "path": "/elsewhere"})) == measured
+    assert Measured.load(tmp_path, spec(runtime={**runtime, "max_num_seqs": 2})) == measured
+    assert Measured.load(tmp_path, spec(model={**model, "dtype": "bfloat16"})) is None
+    assert Measured.load(tmp_path, spec(runtime={**runtime, "device": "cuda:0"})) is None
+    [path] = (tmp_path / "measured").iterdir()
+    path.write_text("{")
+    assert Measured.load(tmp_path, spec()) is None
