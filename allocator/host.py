@@ -16,14 +16,17 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE demands FALLOC_FL_KEEP_SIZE
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_SPARE_PLACES = 1 << 34  # pages: behind any reservation
 _NO_MEMORY = {errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT}
 
 
 class HostMemory:
     """Pages of a memfd, mapped shared into reservations that otherwise fault.
 
-    A handle is the index of a page in the memfd, so pages with consecutive handles at consecutive
-    addresses need one `mmap` call and one kernel mapping. Linux bounds the mappings of a process
+    The memfd is as large as all reservations together, and sparse. A page gets its place in it, and
+    memory, when it is first mapped: the place that belongs to that address, unless a page has it
+    that is mapped elsewhere by now. So pages of neighbouring addresses are neighbours in the file,
+    and one kernel mapping, however they came to be there. Linux bounds the mappings of a process
     (vm.max_map_count), and past that bound even unmapping can fail; this class counts its own and
     stops short of it.
 
@@ -47,8 +50,12 @@ class HostMemory:
         self._libc = _load_libc()
         self.ledger = Ledger(page_size)
         self._fd = os.memfd_create("batchrun-kv")
-        self._file_pages = 0
-        self._holes: list[int] = []  # ascending: pages of the file with nothing behind them
+        self._created = 0  # handles given out so far
+        self._places: dict[Handle, int] = {}  # page -> where it is in the file, in pages
+        self._taken: set[int] = set()  # those places
+        self._begins: dict[int, int] = {}  # reservation -> the place of its first page
+        self._end = 0  # of the places of all reservations there ever were
+        self._spare = _SPARE_PLACES
         self._mappings = 0
 
     def reserve(self, size: int) -> int:
@@ -56,6 +63,8 @@ class HostMemory:
         self.ledger.check_reserve(size)
         address = self._mmap(None, size, None)
         self.ledger.reservations[address] = size
+        self._begins[address] = self._end
+        self._end += size // self.granularity
         self._mappings += 1
         return address
 
@@ -64,52 +73,46 @@ class HostMemory:
         self.ledger.check_free(address, size)
         if self._libc.munmap(address, size):
             raise _os_error("munmap", f"{size} bytes at {address:#x}")
-        del self.ledger.reservations[address]
+        del self.ledger.reservations[address], self._begins[address]
         self._mappings -= 1
 
     def create(self, count: int) -> list[Handle]:
         """See `VirtualMemory.create`."""
         self.ledger.check_create(count)
-        reused = self._holes[:count]
-        end = self._file_pages + count - len(reused)
-        indices = reused + list(range(self._file_pages, end))
-        committed: list[int] = []
-        for start, stop in _runs(indices):
-            failure = self._fallocate(0, indices[start], stop - start)
-            if failure:
-                self._punch(committed)
-                raise self._create_error(count, failure)
-            committed += indices[start:stop]
-        del self._holes[: len(reused)]
-        self._file_pages = end
-        handles = [Handle(index) for index in indices]
+        handles = [Handle(self._created + i) for i in range(count)]
+        self._created += count
         self.ledger.mapped_at.update(dict.fromkeys(handles, 0))
         return handles
 
     def destroy(self, handles: Sequence[Handle]) -> None:
         """See `VirtualMemory.destroy`."""
         self.ledger.check_destroy(handles)
-        self._punch(sorted(handles))
+        self._displace([handle for handle in handles if handle in self._places])
         for handle in handles:
             del self.ledger.mapped_at[handle]
-        self._holes = sorted([*self._holes, *handles])
 
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         """See `VirtualMemory.map`."""
         pages, page = self.ledger.check_map(address, handles), self.granularity
-        runs = list(_runs(handles))
-        # A run cuts the mapping that it lands in at both ends, at worst.
-        if self._mappings + len(runs) + 1 > self.max_mappings:
-            raise self._out_of_mappings(len(runs))
-        before = self._cuts(address, len(handles))
-        for start, stop in runs:
-            try:
-                self._mmap(address + start * page, (stop - start) * page, handles[start])
-            except AllocatorError:
-                # At the kernel's bound mmap would fail again; taking access away does not.
-                if start and self._libc.mprotect(address, start * page, 0):
-                    raise _os_error("mprotect", f"{start} pages at {address:#x}") from None
-                raise
+        placed = self._place(address, handles)
+        try:
+            places = [self._places[handle] for handle in handles]
+            runs = list(_runs(places))
+            # A run cuts the mapping that it lands in at both ends, at worst.
+            if self._mappings + len(runs) + 1 > self.max_mappings:
+                raise self._out_of_mappings(len(runs))
+            before = self._cuts(address, len(handles))
+            for start, stop in runs:
+                try:
+                    self._mmap(address + start * page, (stop - start) * page, places[start])
+                except AllocatorError:
+                    # At the kernel's bound mmap would fail again; taking access away does not.
+                    if start and self._libc.mprotect(address, start * page, 0):
+                        raise _os_error("mprotect", f"{start} pages at {address:#x}") from None
+                    raise
+        except AllocatorError:
+            self._displace(placed)
+            raise
         self.ledger.mapped(pages, handles)
         self._mappings += self._cuts(address, len(handles)) - before
 
@@ -130,11 +133,14 @@ class HostMemory:
             self._libc.munmap(address, size)
         os.close(self._fd)
         self.ledger.close()
+        self._places.clear()
+        self._taken.clear()
+        self._begins.clear()
         self._mappings = 0
 
     def _cuts(self, address: int, count: int) -> int:
         """Places in and around a range where one kernel mapping ends and another begins."""
-        page, table = self.granularity, self.ledger.table
+        page, table, places = self.granularity, self.ledger.table, self._places
         base, size = self.ledger.reservation_of(address, count)
         first = max(address, base + page)
         last = min(address + count * page, base + size - page)
@@ -144,23 +150,56 @@ class HostMemory:
             if left is None or right is None:
                 cuts += left is not right
             else:
-                cuts += right != left + 1
+                cuts += places[right] != places[left] + 1
         return cuts
 
-    def _mmap(self, address: int | None, size: int, handle: Handle | None) -> int:
-        """Map pages from `handle` on at `address`; without a handle, reserve the range."""
+    def _place(self, address: int, handles: Sequence[Handle]) -> list[Handle]:
+        """Give those pages that have none a place in the file, and memory; returns them."""
+        page = self.granularity
+        base, _ = self.ledger.reservation_of(address, len(handles))
+        own = self._begins[base] + (address - base) // page
+        placed: list[Handle] = []
+        for position, handle in enumerate(handles):
+            if handle in self._places:
+                continue
+            place = own + position
+            if place in self._taken:
+                place = self._spare
+                self._spare += 1
+            self._places[handle] = place
+            self._taken.add(place)
+            placed.append(handle)
+        places = [self._places[handle] for handle in placed]
+        for start, stop in _runs(places):
+            failure = self._fallocate(0, places[start], stop - start)
+            if failure:
+                error = self._commit_error(len(placed), failure)
+                self._displace(placed)
+                raise error
+        return placed
+
+    def _displace(self, handles: Sequence[Handle]) -> None:
+        """Take pages' memory and their places in the file away."""
+        places = sorted(self._places.pop(handle) for handle in handles)
+        self._taken.difference_update(places)
+        for start, stop in _runs(places):
+            if self._fallocate(_PUNCH_HOLE, places[start], stop - start):
+                raise _os_error("fallocate", f"punching {stop - start} pages")
+
+    def _mmap(self, address: int | None, size: int, place: int | None) -> int:
+        """Map the file from a place on at `address`; without a place, reserve the range."""
         fixed = 0 if address is None else _MAP_FIXED
         protection, fd, offset = 0, -1, 0
-        if handle is None:
+        if place is None:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | fixed
         else:
             protection, fd = mmap.PROT_READ | mmap.PROT_WRITE, self._fd
-            offset = handle * self.granularity
+            offset = place * self.granularity
             # Populating now costs one call; otherwise each 4 KiB faults when it is first touched.
             flags = mmap.MAP_SHARED | mmap.MAP_POPULATE | fixed
         got = self._libc.mmap(address, size, protection, flags, fd, offset)
         if got == _MAP_FAILED:
-            if ctypes.get_errno() == errno.ENOMEM and handle is not None:
+            if ctypes.get_errno() == errno.ENOMEM and place is not None:
                 raise self._out_of_mappings(1)
             raise _os_error("mmap", f"{size} bytes")
         return int(got)
@@ -173,19 +212,16 @@ class HostMemory:
                 return ctypes.get_errno()
         return 0
 
-    def _punch(self, indices: Sequence[int]) -> None:
-        for start, stop in _runs(indices):
-            if self._fallocate(_PUNCH_HOLE, indices[start], stop - start):
-                raise _os_error("fallocate", f"punching {stop - start} pages")
-
-    def _create_error(self, count: int, number: int) -> AllocatorError:
+    def _commit_error(self, count: int, number: int) -> AllocatorError:
         if number not in _NO_MEMORY:
             return AllocatorError(f"cannot commit {count} pages: {os.strerror(number)}")
-        held = len(self.ledger.mapped_at)
+        held = len(self._places)
+        cure = "free memory, or use a smaller KV budget"
+        if number == errno.EFBIG:
+            cure = "lift the limit on file sizes (`ulimit -f unlimited`)"
         return OutOfPages(
             f"cannot commit {count} pages of {self.granularity} bytes: {os.strerror(number)} "
-            f"({held} pages are held, {held * self.granularity} bytes); free memory, or use a "
-            "smaller KV budget"
+            f"({held - count} pages are held, {(held - count) * self.granularity} bytes); {cure}"
         )
 
     def _out_of_mappings(self, more: int) -> OutOfPages:

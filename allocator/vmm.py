@@ -44,9 +44,10 @@ class VirtualMemory(Protocol):
         """Give back a whole reservation, in which nothing is mapped any more."""
 
     def create(self, count: int) -> list[Handle]:
-        """Commit `count` physical pages, consecutive handles where possible.
+        """Make `count` physical pages, consecutive handles where possible.
 
-        A new page's contents are undefined.
+        A new page's contents are undefined. It has memory from now on, or from when it is first
+        mapped.
 
         Raises:
             OutOfPages: the machine has no memory for all of them.
@@ -61,7 +62,7 @@ class VirtualMemory(Protocol):
         The range must lie in one reservation and be unmapped. A page may be mapped elsewhere too.
 
         Raises:
-            OutOfPages: the system has no room for another mapping.
+            OutOfPages: the system has no room for another mapping, or no memory.
         """
 
     def unmap(self, address: int, count: int) -> None:

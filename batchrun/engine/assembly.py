@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from mmap import PAGESIZE
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ from batchrun.engine.sharing import KEPT
 from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
 from batchrun.models import ModelError
 
-_HOST_PAGE = 256 << 10  # bytes
+_HOST_PAGE = 256 << 10  # bytes, of all slabs of a slot together
+_LEAST_HOST_PAGE = 16 << 10  # bytes: mapping smaller ones takes longer than filling them
 _HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
 _DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
 
@@ -51,8 +53,10 @@ class Settings:
         max_num_batched_tokens: Tokens computed in one step at most.
         max_model_len: Context length; None for the model's own.
         kv_budget: Bytes of KV pages at most; None for what the device has.
-        page_size: Bytes of a KV page; None for 256 KiB on a CPU and the driver's least on a GPU.
-        layers_per_slab: Layers whose keys and values lie together; None for all.
+        page_size: Bytes of a KV page; None for 16 to 256 KiB on a CPU, the more the fewer slabs,
+            and the driver's least on a GPU.
+        layers_per_slab: Layers whose keys and values lie together; None for all on a GPU, and on a
+            CPU for one where a layer's share of a token is less than what a TLB entry covers.
         share_prefixes: Whether rows with a common prefix compute and hold it once.
         overlap: Whether the host works on the next step while the device computes one.
         graphs: Whether decode steps are recorded as CUDA graphs.
@@ -234,9 +238,19 @@ class Assembly:
         """
         page_size = self.settings.page_size
         if not self._cuda:
-            return HostMemory(page_size or _HOST_PAGE), available_memory
+            slabs = -(-len(self.loaded.layers) // self._layers_per_slab())
+            fair = 1 << (_HOST_PAGE // slabs).bit_length() - 1
+            return HostMemory(page_size or max(_LEAST_HOST_PAGE, fair)), available_memory
         memory = CudaMemory(self.loaded.device.index or 0, page_size=page_size)
         return memory, lambda: memory.memory_info()[0] - _DEVICE_HEADROOM
+
+    def _layers_per_slab(self) -> int:
+        layers, wanted = self.loaded.layers, self.settings.layers_per_slab
+        if wanted is None:
+            token = max(s.kv_heads * (s.k_dim + s.v_dim) for s in layers)
+            dense = not self._cuda and token * self.loaded.dtype.itemsize < PAGESIZE
+            wanted = 1 if dense else len(layers)
+        return min(wanted, len(layers))
 
     def _make_arena(self) -> KVArena:
         memory, free = self._make_memory()
@@ -250,7 +264,7 @@ class Assembly:
 
         arena = KVArena(
             memory,
-            _layout(self.loaded, page, self.settings.layers_per_slab),
+            _layout(self.loaded, page, self._layers_per_slab()),
             num_slots=self.max_num_seqs + KEPT + self._cuda,  # one for the fillers of graphs
             budget=measured if self.settings.kv_budget is None else self.settings.kv_budget,
         )
@@ -374,14 +388,14 @@ def assemble(
     return assembly
 
 
-def _layout(loaded: LoadedModel, page_size: int, layers_per_slab: int | None) -> KVLayout:
+def _layout(loaded: LoadedModel, page_size: int, layers_per_slab: int) -> KVLayout:
     layers = tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers)
     return KVLayout(
         layers,
         loaded.dtype.itemsize,
         page_size,
         loaded.max_model_len,
-        min(layers_per_slab or len(layers), len(layers)),
+        layers_per_slab,
     )
 
 

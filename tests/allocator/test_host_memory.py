@@ -1,5 +1,6 @@
 """What only the Linux implementation promises: errors of the kernel, coalescing, no leaks."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +29,16 @@ def test_page_sizes_that_cannot_be(size: int) -> None:
         HostMemory(size)
 
 
-def test_pages_are_committed_by_create_and_returned_by_destroy(memory: HostMemory) -> None:
-    handles = memory.create(10)
-    assert resident(memory) == 10 * 4096
+def test_pages_are_committed_when_first_mapped_and_returned_by_destroy(memory: HostMemory) -> None:
+    base, handles = memory.reserve(16 * 4096), memory.create(10)
+    assert resident(memory) == 0
+    memory.map(base, handles[:8])
+    assert resident(memory) == 8 * 4096
+    memory.unmap(base, 8)
+    assert resident(memory) == 8 * 4096, "what they hold stays"
     memory.destroy(handles[2:5])
-    assert resident(memory) == 7 * 4096
-    assert sorted(memory.create(3)) == handles[2:5], "holes are filled before the file grows"
+    assert resident(memory) == 5 * 4096
+    memory.map(base + 8 * 4096, [*memory.create(3), *handles[8:]])
     assert resident(memory) == 10 * 4096
 
 
@@ -58,6 +63,26 @@ def test_consecutive_pages_need_one_kernel_mapping(memory: HostMemory) -> None:
     assert memory._mappings == 3
 
 
+def test_pages_in_any_order_need_one_kernel_mapping(memory: HostMemory) -> None:
+    slabs = [memory.reserve(8 * 4096) for _ in range(4)]
+    for i in range(8):
+        for slab in slabs:
+            memory.map(slab + i * 4096, memory.create(1))
+    assert memory._mappings == 4
+
+
+def test_a_page_that_moved_keeps_its_place_and_its_bytes(memory: HostMemory) -> None:
+    base = memory.reserve(4 * 4096)
+    first, second = memory.create(2)
+    memory.map(base, [first])
+    ctypes.memset(base, 7, 4096)
+    memory.unmap(base, 1)
+    memory.map(base + 4096, [first])
+    memory.map(base, [second])
+    ctypes.memset(base, 8, 4096)
+    assert ctypes.string_at(base + 4096, 4096) == bytes([7]) * 4096
+
+
 def test_close_leaves_no_descriptor_and_no_mapping() -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     memory = HostMemory(4096)
@@ -68,37 +93,43 @@ def test_close_leaves_no_descriptor_and_no_mapping() -> None:
     assert "batchrun-kv" not in Path("/proc/self/maps").read_text()
 
 
-def test_create_beyond_what_the_system_grants_takes_nothing() -> None:
-    # The file size limit is the one shortage of memory that a process can have alone. The holes
-    # make create() commit several runs, of which the last fails.
+def test_mapping_beyond_what_the_system_grants_changes_nothing() -> None:
+    # The file size limit is the one shortage of memory that a process can have alone. The pages
+    # that are there cut the range in several runs, of which the last fails.
     done = run_python("""
 import os, resource
 from allocator.host import HostMemory
 from allocator.vmm import OutOfPages
 memory = HostMemory(4096)
-handles = memory.create(10)
-memory.destroy(handles[1::2])
+base = memory.reserve(16 * 4096)
+for i in range(0, 10, 2):
+    memory.map(base + i * 4096, memory.create(1))
+    memory.unmap(base + i * 4096, 1)
+there = list(range(5))
+more = memory.create(8)
 resource.setrlimit(resource.RLIMIT_FSIZE, (12 * 4096, 12 * 4096))
 try:
-    memory.create(8)
+    memory.map(base, [there[0], more[0], there[1], *more[1:]])
 except OutOfPages as error:
     print(error)
 print(os.fstat(memory._fd).st_blocks * 512 // 4096)
-print(sorted(memory.create(7)))
-base = memory.reserve(12 * 4096)
-memory.map(base, list(range(12)))
+print([memory.ledger.mapped_at[page] for page in [*there, *more]])
 """)
-    message, committed, created = done.stdout.splitlines()
+    message, committed, mapped = done.stdout.splitlines()
     assert message.startswith("cannot commit 8 pages of 4096 bytes: File too large (5 pages are")
+    assert "ulimit -f" in message
     assert committed == "5"
-    assert created == "[1, 3, 5, 7, 9, 10, 11]"
+    assert mapped == str([0] * 13)
     assert done.returncode == 0, done.stderr
 
 
 def test_too_many_mappings_is_out_of_pages_and_says_what_to_do() -> None:
     memory = HostMemory(4096, max_mappings=7)
-    base = memory.reserve(16 * 4096)
+    base, elsewhere = memory.reserve(16 * 4096), memory.reserve(16 * 4096)
     handles = memory.create(16)
+    memory.map(elsewhere, handles)
+    memory.unmap(elsewhere, 16)
+    memory.free(elsewhere, 16 * 4096)
     memory.map(base, handles[::2][:5])
     with pytest.raises(OutOfPages, match=r"6 of 7 .*`sysctl -w vm.max_map_count=\d+"):
         memory.map(base + 6 * 4096, handles[1::2])
@@ -149,8 +180,10 @@ def fill(memory, addresses):
 
 def reserve():
     memory = HostMemory(4096, max_mappings=10**9)
-    memory.create(17)
-    return memory, memory.reserve(1 << 30)
+    base = memory.reserve(1 << 30)
+    memory.map(base, memory.create(17))
+    memory.unmap(base, 17)
+    return memory, base
 
 memory, base = reserve()
 most = fill(memory, range(base, base + (1 << 30), 8192))
