@@ -9,8 +9,8 @@ own, so that the peaks of memory compare. The time is set against that of the fa
 for such rows: the embedded model, one token each, on the device of `--tokens-per-s` (the default
 is what two cores computed in bfloat16: 400 GFLOP/s over 0.27 GFLOP a token).
 
-`--real` runs the same file with `--plan` and with `--no-plan`: 2,400 rows, which are 8 questions
-each to 300 documents of 300 tokens, in random order. The last line of stdout is one JSON object.
+`--real ROWS` runs a job with `--plan` and with `--no-plan`: 8 questions each to documents of 300
+tokens, in random order, with short answers. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ import numpy as np
 from batchrun.duplicates import Duplicates
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.planner import Planner, Waiting
+from benchmarks.workloads import generate, write
 from jobs.results import Result
 
 PROMPT, PREFIX, PREFIXES = 200, 100, 1000  # tokens, tokens, prefixes
-QUEUE = 64  # rows that the engine's channel takes: `worker._HANDED_REQUESTS`
 VOCABULARY = 49_152
 TOKENS_PER_S = 1480.0
 ALLOWED_SHARE, ALLOWED_RATIO = 0.01, 1.25
@@ -87,15 +88,13 @@ def plan(rows: int) -> dict[str, Any]:
     }
 
 
-def real() -> dict[str, Any]:
+def real(rows: int) -> dict[str, Any]:
     """One file with a plan and without."""
-    from benchmarks.workloads import documents, Draw, write  # noqa: PLC0415, I001
-
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="planner-") as folder:
         source, output = Path(folder, "in.jsonl"), Path(folder, "out.jsonl")
-        rows = (r for r in documents(Draw(0), 2400))
-        write(source, (type(r)(r.prompt, 4 + r.max_tokens % 8) for r in rows))
+        short = (replace(r, max_tokens=4 + r.max_tokens % 8) for r in generate("documents", rows))
+        write(source, short)
         answers = {}
         for option in ("--plan", "--no-plan"):
             command = [sys.executable, "-m", "batchrun", "submit", source, "--output", output]
@@ -136,15 +135,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--tokens-per-s", type=float, default=TOKENS_PER_S)
-    parser.add_argument("--real", action="store_true", help="run a job with and without a plan")
+    parser.add_argument("--real", type=int, metavar="ROWS", help="run a job, planned and not")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
         print(json.dumps(plan(args.one)))
         return 0
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    if args.real:
-        print(json.dumps({"benchmark": "planner-real", **real()}))
+    if args.real is not None:
+        print(json.dumps({"benchmark": "planner-real", "rows": args.real, **real(args.real)}))
         return 0
     command = [sys.executable, "-m", "benchmarks.planner", "--one"]
     small, large = (

@@ -1,0 +1,128 @@
+"""What a plan saves, in tokens and steps: the real scheduler and KV memory, without a model.
+
+    python -m benchmarks.plancounts
+
+Workloads of `benchmarks.workloads` go through the engine planned and not; a word is a token. What
+is counted is what a real job would compute, and no other load on the machine changes it. The last
+line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+import torch
+
+from allocator.arena import KVArena
+from allocator.host import HostMemory
+from allocator.layout import KVLayout, LayerKV
+from batchrun.engine.core import Request, SamplingParams, StepPlan, StepTokens
+from batchrun.engine.engine import Engine
+from batchrun.engine.executor import Ticket
+from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.sharing import KEPT
+from batchrun.planner import Planner, Waiting
+from benchmarks.workloads import generate
+
+QUEUE, WAITING = 64, 256  # rows between reader and engine, and in its queue: as in `worker`
+SEQUENCES, LONGEST, PAGE = 64, 8192, 1 << 16  # at once; tokens; bytes
+COUNTED = (
+    ("shared-prefix", 2000),
+    ("documents", 1000),
+    ("documents", 4000),
+    ("documents", 12_000),
+    ("long-tail", 2000),
+    ("mixed", 160),
+    ("mixed", 2000),
+)
+
+
+class NoModel:
+    """An executor that computes nothing and answers 1."""
+
+    device_seconds = idle_seconds = 0.0
+    lag = 0
+
+    def __init__(self) -> None:
+        self.tokens = self.sequences = 0
+        self._plan: StepPlan | None = None
+
+    def launch(self, plan: StepPlan) -> Ticket:
+        """Count it."""
+        self.tokens += plan.num_tokens
+        self.sequences += len(plan.segments)
+        self._plan = plan
+        return Ticket(plan.step, torch.empty(0))
+
+    def collect(self, ticket: Ticket) -> StepTokens:
+        """A token for each that asks for one."""
+        assert self._plan is not None
+        return StepTokens(ticket.step, (1,) * sum(s.sampled for s in self._plan.segments))
+
+    def busy(self) -> bool:
+        """Never."""
+        return False
+
+
+def count(name: str, rows: int, *, planned: bool) -> dict[str, Any]:
+    """Tokens and steps of a workload, its words being its tokens."""
+    layout = KVLayout((LayerKV(1, 2, 2),), 4, PAGE, LONGEST, 1)
+    memory = HostMemory(PAGE)
+    arena = KVArena(memory, layout, num_slots=SEQUENCES + KEPT, budget=1 << 30)
+    limits = {"max_num_seqs": SEQUENCES, "max_num_batched_tokens": 512, "max_model_len": LONGEST}
+    scheduler, executor = Scheduler(arena, **limits), NoModel()
+    engine = Engine(executor, scheduler, None, frozenset())
+    made = (
+        Waiting.of(
+            Request(
+                i,
+                0,
+                tuple(zlib.crc32(word.encode()) & 0xFFFF for word in row.prompt.split()),
+                SamplingParams(max_tokens=row.max_tokens, ignore_eos=row.ignore_eos),
+                0,
+            )
+        )
+        for i, row in enumerate(generate(name, rows))
+    )
+    given = 0
+    # On a CPU a file of some thousand rows has been read before the engine's queue has moved.
+    source = Planner().planned(made, lambda: given >= WAITING + QUEUE) if planned else made
+    more = True
+    while more or engine.has_work:
+        while more and len(scheduler.waiting) < WAITING:
+            waiting = next(source, None)
+            more = waiting is not None
+            if waiting is not None:
+                given += 1
+                engine.add(waiting.request())
+        if engine.has_work:
+            engine.step()
+    arena.release()
+    memory.close()
+    steps = engine.stats.steps
+    shared = scheduler.num_shared_tokens
+    return {
+        "computed": executor.tokens,
+        "shared": shared,
+        "steps": steps,
+        "mean": executor.sequences / steps,
+    }
+
+
+def counts() -> dict[str, Any]:
+    """Workloads planned and not."""
+    found: dict[str, Any] = {}
+    for name, rows in COUNTED:
+        found[f"{name}-{rows}"] = both = {
+            "planned": count(name, rows, planned=True),
+            "unplanned": count(name, rows, planned=False),
+        }
+        both["ratio"] = both["unplanned"]["computed"] / both["planned"]["computed"]
+        print(f"{name}, {rows:,} rows: {both}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps({"benchmark": "plancounts", "workloads": counts()}))
