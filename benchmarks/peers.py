@@ -77,7 +77,8 @@ def peers() -> dict[str, Peer]:
     openvino, llama = PEERS / "openvino" / "bin", PEERS / "llama"
     server = llama / "bin" / "llama-server"
     export = (str(openvino / "optimum-cli"), "export", "openvino", "--model", "{model}", "--task")
-    convert = (sys.executable, str(llama / "src" / "convert_hf_to_gguf.py"), "{model}")
+    convert = ("env", f"PYTHONPATH={llama / 'convert'}", sys.executable)
+    convert += (str(llama / "src" / "convert_hf_to_gguf.py"), "{model}")
     return {
         "transformers static": Peer(ours, "transformers_ways.py", devices=both),
         "transformers generate_batch": Peer(
@@ -201,8 +202,8 @@ def run_batchrun(model: Path, file: Path, device: str, folder: Path) -> dict[str
     stats = json.loads((newest / "stats.json").read_text())
     spent = stats["time"]
     return {
-        "seconds": spent["wall"] - spent["load"] - spent["export"],
-        "load_s": spent["load"],
+        "seconds": spent["wall_s"] - spent["load_s"] - spent["export_s"],
+        "load_s": spent["load_s"],
         "completion_tokens": sum(row["completion_tokens"] for row in rows),
         "settings": {"dtype": "bfloat16", "attention": stats["attention"]},
         "versions": {name: version(name) for name in ("batchrun", "torch", "transformers")},
@@ -329,7 +330,8 @@ def main() -> None:
     chosen = {k: p for k, p in installed(args.device).items() if not args.only or k in args.only}
     models = {} if args.only and BATCHRUN not in args.only else {BATCHRUN: ref.path}
     models |= {k: prepared(k, peer, ref.path, ref.fingerprint) for k, peer in chosen.items()}
-    print(f"missing: {', '.join(set(args.only or peers()) - set(models))}", file=sys.stderr)
+    if missing := sorted(set(args.only or peers()) - set(models)):
+        print(f"not here: {', '.join(missing)}; `make peers` installs them", file=sys.stderr)
     results = {}
     with tempfile.TemporaryDirectory(prefix="workloads-") as folder:
         for name in args.workloads:

@@ -30,6 +30,9 @@ llama() {
   tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
   rm -rf "$peers/llama/src"
   mv "$work"/llama_cpp_python-*/vendor/llama.cpp "$peers/llama/src"
+  # shellcheck disable=SC2086
+  "$python" -m pip install --quiet --no-deps ${PIP_ARGS:-} --target "$peers/llama/convert" \
+    -r "$here/llama-convert.txt"
   cmake -S "$peers/llama/src" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
     -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF

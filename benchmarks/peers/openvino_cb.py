@@ -26,7 +26,7 @@ class OpenVino:
         for name, value in chosen.items():
             setattr(scheduler, name, value)
         properties = {
-            "PERFORMANCE_HINT": "THROUGHPUT",
+            "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16",
             "KV_CACHE_PRECISION": "bf16",
             **options,

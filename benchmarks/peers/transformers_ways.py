@@ -34,10 +34,10 @@ class Transformers:
 
     def run(self, prompts: Sequence[str], counts: Sequence[int]) -> list[int]:
         """Tokenise, generate, detokenise."""
-        with torch.inference_mode():
-            ways = self._by_request if self._continuous else self._static
-            return ways(prompts, counts)
+        ways = self._by_request if self._continuous else self._static
+        return ways(prompts, counts)
 
+    @torch.inference_mode()
     def _static(self, prompts: Sequence[str], counts: Sequence[int]) -> list[int]:
         made = [0] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda row: (counts[row], len(prompts[row])))
