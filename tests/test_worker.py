@@ -99,6 +99,34 @@ def test_every_row_gets_its_answer_whatever_the_batching(submit: Submit) -> None
         assert job.spec().fingerprint() == plain.spec().fingerprint()
 
 
+@pytest.mark.parametrize("sampling", [SAMPLED, {"max_tokens": 10}])
+def test_a_plan_changes_no_token(submit: Submit, sampling: dict[str, Any]) -> None:
+    """Of rows that repeat, share prefixes far apart and are of all lengths."""
+    prompts = [f"{'a common beginning ' * (i % 4)}row {i % 20}" for i in range(ROWS)]
+    columns = {"prompt": prompts, "max_tokens": [3 + i % 20 % 7 for i in range(ROWS)]}
+    planned = submit(columns, sampling=sampling)
+    runtime = {**planned.spec().runtime, "plan": False}
+    plain = submit(columns, sampling=sampling, runtime=runtime)
+    assert plain.spec().fingerprint() == planned.spec().fingerprint()
+    assert [run(planned), run(plain)] == [Outcome.DONE] * 2
+    assert output(planned).equals(output(plain))
+    same = [summarise(job)["duplicates"]["rows"] for job in (planned, plain)]
+    assert same == [0 if sampling is SAMPLED else ROWS - 20, 0]
+
+
+def test_a_plan_changes_no_token_of_a_real_model(submit: Submit, smollm2: ModelRef) -> None:
+    prompts = [f"{'The sea is calm today. ' * (i % 3 * 2)}My name is" for i in range(9)]
+    model = {"name": smollm2.name, "path": str(smollm2.path), "dtype": "float32"}
+    model["fingerprint"] = smollm2.fingerprint
+    jobs = [
+        submit({"prompt": prompts}, limit=None, model=model, sampling={"max_tokens": 6}, **more)
+        for more in ({}, {"runtime": {"plan": False}})
+    ]
+    assert [run(job) for job in jobs] == [Outcome.DONE] * 2
+    assert output(jobs[0]).equals(output(jobs[1]))
+    assert summarise(jobs[0])["duplicates"]["rows"] == 6
+
+
 def stop_after(results: int, stop: threading.Event) -> Callable[[Progress], None]:
     def watch(progress: Progress) -> None:
         if progress.rows_done >= results:
