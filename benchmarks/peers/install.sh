@@ -19,6 +19,16 @@ environment() {
   touch "$peers/$1/.done"
 }
 
+# vLLM's page on CPUs asks for tcmalloc; where the system has none it is laid beside the packages.
+tcmalloc() {
+  ls /usr/lib/*/libtcmalloc_minimal.so.4 "$peers"/vllm/usr/lib/*/libtcmalloc_minimal.so.4 \
+    > /dev/null 2>&1 && return
+  work=$(mktemp -d)
+  (cd "$work" && apt-get download --quiet libtcmalloc-minimal4 && dpkg -x ./*.deb "$peers/vllm") ||
+    echo "warning: no tcmalloc for vLLM: it will be somewhat slower" >&2
+  rm -rf "$work"
+}
+
 # llama.cpp's source lies in this package; the server is built for this machine's instructions.
 llama() {
   [ -x "$peers/llama/bin/llama-server" ] && return
@@ -44,7 +54,8 @@ llama() {
 [ $# -gt 0 ] || set -- vllm openvino llama
 for name; do
   case $name in
-    vllm | openvino) environment "$name" ;;
+    vllm) environment vllm; tcmalloc ;;
+    openvino) environment openvino ;;
     llama) llama ;;
     *) echo "error: no peer of the name $name" >&2; exit 1 ;;
   esac
