@@ -20,8 +20,7 @@ PROMPTS = [
 
 def test_the_plan_of_a_job_is_what_it_does(batchrun: CommandLine) -> None:
     source = batchrun.write("in.parquet", PROMPTS)
-    options = ("--max-tokens", 6, "--ignore-eos", "--max-num-seqs", 8, "--n", 2)
-    options += ("--dtype", "float32")
+    options = ("--max-tokens=6", "--ignore-eos", "--max-num-seqs=8", "--n=2", "--dtype=float32")
     model = ("--model", batchrun.model)
     ahead = batchrun("plan", source, *options, *model, "--json").json
     assert ahead["seconds"] is None
