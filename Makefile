@@ -3,6 +3,7 @@
 #   make test     lint, types and the whole test suite
 #   make bench    batchrun against transformers' own generate, on this machine
 #   make crash-test  every fault at every step, power loss, signals, races, the arena's fuzz
+#   make peers    other engines, each in an environment of its own, for benchmarks/peers.py
 #   make gpu-check  the GPU's tests and benchmarks, into one JSON; see benchmarks/METHOD.md
 # PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS goes to every pip install.
 
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SETUP := $(VENV)/.setup-done
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint bench crash-test gpu-check clean
+.PHONY: setup demo test lint bench peers crash-test gpu-check clean
 
 setup: $(SETUP)
 
@@ -50,6 +51,9 @@ test: lint
 
 bench: $(SETUP)
 	$(BIN)/python benchmarks/throughput.py
+
+peers: $(SETUP)
+	PYTHON=$(BIN)/python PIP_ARGS="$(PIP_ARGS)" sh benchmarks/peers/install.sh
 
 crash-test: $(SETUP)
 	$(BIN)/python -m tests.faults.steps

@@ -156,8 +156,8 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
         ModelError: The model would be refused.
     """
     source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
-    paper = read_papers(spec, log)
     known = Measured.load(home(), spec)
+    paper = read_papers(spec, known.step_cost if known else None, log)
     prompt_tokens = 0
 
     def encode(fields: Mapping[str, Any]) -> tuple[int, ...]:
@@ -204,7 +204,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def read_papers(spec: JobSpec, log: Callable[[str], None]) -> Paper:
+def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], None]) -> Paper:
     """Config, tokenizer and generation config of a job's model, and what they mean on this machine.
 
     Raises:
@@ -225,7 +225,7 @@ def read_papers(spec: JobSpec, log: Callable[[str], None]) -> Paper:
     device = assembly.choose_device(spec.runtime.get("device") or "auto", log)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-        dtype = model._dtype(spec.model.get("dtype", "auto"), config, device)
+        dtype = model.choose_dtype(spec.model.get("dtype", "auto"), config, device)
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
@@ -234,12 +234,12 @@ def read_papers(spec: JobSpec, log: Callable[[str], None]) -> Paper:
     if Path(path, "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(path)
     loaded = model.prepare(empty, tokenizer, max_model_len=spec.model.get("max_model_len"))
-    limits = assembly._LIMITS[device.partition(":")[0]]
+    limits = assembly.LIMITS[device.partition(":")[0]]
     budget = spec.runtime.get("kv_budget")
     if budget is None:
         free = assembly.available_memory()
         if device != "cpu":
-            free = torch.cuda.mem_get_info(device)[0] - assembly._DEVICE_HEADROOM
+            free = torch.cuda.mem_get_info(device)[0] - assembly.DEVICE_HEADROOM
         budget = free - loaded.weights_bytes
     prompt = {k: v for k, v in spec.prompt.items() if k != "skip_empty"}
     longest = max(map(len, tokenizer.get_vocab()))
@@ -251,5 +251,5 @@ def read_papers(spec: JobSpec, log: Callable[[str], None]) -> Paper:
         sum(s.kv_heads * (s.k_dim + s.v_dim) for s in loaded.layers) * dtype.itemsize,
         budget,
         spec.runtime.get("max_num_seqs") or limits.max_num_seqs,
-        spec.runtime.get("max_num_batched_tokens") or limits.max_num_batched_tokens,
+        spec.runtime.get("max_num_batched_tokens") or limits.step_tokens(step_cost),
     )

@@ -98,6 +98,12 @@ class Measured:
         """Seconds that such amounts will take."""
         return float(np.dot(self.costs(), amounts))
 
+    @property
+    def step_cost(self) -> float | None:
+        """What a step takes beside its tokens, in the time of one token; None where unknown."""
+        step, token, _ = self.costs()
+        return step / token if step and token else None
+
     def costs(self) -> list[float]:
         """Seconds that one of each amount takes: those at least 0 that fit best.
 

@@ -508,6 +508,7 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
     model = spec.model
     runtime = {k: v for k, v in spec.runtime.items() if v is not None and k != "plan"}
     prompt = {k: v for k, v in spec.prompt.items() if k != "skip_empty"}
+    measured = Measured.load(folders.home(), spec)
     settings = Settings(
         model_path=model["path"],
         model_name=model["name"],
@@ -516,6 +517,7 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
         dtype=model.get("dtype", "auto"),
         trust_remote_code=bool(model.get("trust_remote_code")),
         max_model_len=model.get("max_model_len"),
+        step_cost=measured.step_cost if measured else None,
         **runtime,
     )
     return Runtime(settings, prompt, log)

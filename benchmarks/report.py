@@ -63,6 +63,79 @@ def sigkill(result: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def sharing(result: dict[str, Any]) -> Iterator[str]:
+    yield f"### Shared prefixes, samples, too little memory: {result['model']}, {result['dtype']}"
+    yield ""
+    yield f"{result['machine']}; `{result['command']}`."
+    yield ""
+    if part := result.get("prefix"):
+        yield (
+            f"* {part['rows']} rows with 600 tokens in common: {part['prefill_tokens']:,} prompt "
+            f"tokens computed, the least is {part['prefill_tokens_least']:,}; without sharing "
+            f"{part['prefill_tokens_without']:,}. {part['tokens_per_s_ratio']:.2f} times the "
+            f"speed, {part['kv_mapped_ratio']:.1f} times less memory on average, "
+            f"{part['peak_kv_mapped_ratio']:.1f} times at the peak. {part['same_completions']} of "
+            f"{part['rows']} completions are the same."
+        )
+    if part := result.get("samples"):
+        yield (
+            f"* {part['n']} samples of {part['rows']} prompts of 512 tokens: at its peak memory is "
+            f"{part['peak_to_ideal']:.3f} times the tokens' own bytes."
+        )
+    if part := result.get("pressure"):
+        yield (
+            f"* {part['rows']} rows with a third of the memory that they take together: "
+            f"{part['preemptions']} preemptions, {part['recomputed_share']:.1%} of the tokens "
+            f"computed twice, {part['same_completions']} of {part['rows']} completions the same, "
+            f"{part['seconds'] / part['seconds_with_ample_memory']:.2f} times the time."
+        )
+
+
+def peers(result: dict[str, Any]) -> Iterator[str]:
+    yield f"### Peers: {result['model']}, {result['dtype']}"
+    yield ""
+    yield f"{result['machine']}; {result['date']}; `{result['command']}`. Medians; memory is the "
+    yield "process tree's proportional set size."
+    for name, found in result["workloads"].items():
+        yield ""
+        yield f"{name}: {found['rows']:,} rows, {found['completion_tokens']:,} completion tokens"
+        yield ""
+        yield "| | tokens/s | seconds, each run | whole process | peak memory | batchrun is |"
+        yield "|---|---|---|---|---|---|"
+        for way, figures in found["ways"].items():
+            seconds = ", ".join(f"{s:.1f}" for s in figures["seconds"])
+            ratio = found["ratios"].get(way)
+            versions = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
+            yield (
+                f"| {way} ({versions}) | {figures['tokens_per_s']:.1f} | {seconds} "
+                f"| {figures['process_s']:.0f} s | {figures['peak_memory'] / 2**20:,.0f} MiB "
+                f"| {f'{ratio:.2f}x' if ratio else ''} |"
+            )
+        for way, reason in found["failures"].items():
+            yield f"\n{way} failed: {reason.splitlines()[-1]}"
+
+
+def plancounts(result: dict[str, Any]) -> Iterator[str]:
+    yield "### Planned and unplanned, counted without a model"
+    yield ""
+    yield "| workload, rows | prompt tokens computed, planned | unplanned | ratio |"
+    yield "|---|---|---|---|"
+    for name, found in result["workloads"].items():
+        planned, unplanned = found["planned"]["computed"], found["unplanned"]["computed"]
+        yield f"| {name} | {planned:,} | {unplanned:,} | {found['ratio']:.2f} |"
+
+
+def planner(result: dict[str, Any]) -> Iterator[str]:
+    large, small = result["large"], result["small"]
+    yield "### Planning alone, prompts of 200 tokens"
+    yield ""
+    yield (
+        f"{large['rows']:,} rows: {large['us_a_row']:.0f} us a row, {result['share']:.2%} of a job "
+        f"of {result['job_s']:,.0f} s; {large['peak_rss'] / 2**20:.0f} MiB at the peak, "
+        f"{result['ratio']:.3f} times that of {small['rows']:,} rows."
+    )
+
+
 def gpu_check(result: dict[str, Any]) -> Iterator[str]:
     device = result["device"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
@@ -89,6 +162,10 @@ SECTIONS = {
     "throughput": throughput,
     "joblayer": joblayer,
     "sigkill": sigkill,
+    "sharing": sharing,
+    "peers": peers,
+    "plancounts": plancounts,
+    "planner": planner,
     "gpu-check": gpu_check,
 }
 

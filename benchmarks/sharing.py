@@ -66,10 +66,14 @@ def tokens(rng: np.random.Generator, count: int) -> Ids:
 
 
 def prefix(loaded: LoadedModel, settings: Settings, rows: int) -> dict[str, Any]:
-    """Rows of one 600-token prefix and 8 to 40 tokens of their own."""
+    """Rows of one 600-token prefix and 8 to 40 tokens of their own, 64 at a time.
+
+    So many run at once both ways. Were more allowed, sharing would run more.
+    """
     rng = np.random.default_rng(1)
     common = tokens(rng, 600)
-    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    params = SamplingParams(max_tokens=32, ignore_eos=True)
+    settings = replace(settings, max_num_seqs=64)
     prompts = [common + tokens(rng, int(rng.integers(8, 41))) for _ in range(rows)]
     requests = [Request(row, 0, ids, params, 0) for row, ids in enumerate(prompts)]
     shared = run(loaded, settings, requests)
@@ -146,10 +150,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["prefix", "samples", "pressure"])
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--rows", type=int, default=256, help="of prefix")
+    parser.add_argument("--dtype", default="float32", help="in others tokens may differ")
     args = parser.parse_args()
     ref = resolve(args.model, home() / "models")
     settings = Settings(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts")
-    loaded = load(str(ref.path), name=ref.name)
+    loaded = load(str(ref.path), name=ref.name, dtype=args.dtype)
     result: dict[str, Any] = {
         "benchmark": "sharing",
         "machine": f"{cpu_name()}, {os.cpu_count()} cores",

@@ -1,9 +1,9 @@
 """The same prompts through batchrun and through transformers' own two ways, in one run.
 
-Greedy, float32, the same chat prompts and the same bound on new tokens, so that all three compute
-the same completions; how many agree token for token is printed beside the speed. Each way is
-measured several times, in turn, because machines are noisy; the median counts. The model is loaded
-once and its loading is not counted, nor is tokenising.
+Greedy, one dtype, the same chat prompts and the same bound on new tokens, so that in float32 all
+three compute the same completions; how many agree token for token is printed beside the speed. Each
+way is measured several times, in turn, because machines are noisy; the median counts. The model is
+loaded once and its loading is not counted, nor is tokenising.
 
     python benchmarks/throughput.py [--input examples/prompts.parquet] [--max-tokens 64]
 """
@@ -110,10 +110,11 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="*", default=[16, 64], help="of generate")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", help="in others the ways' tokens may differ")
     args = parser.parse_args()
 
     ref = resolve(args.model, home() / "models")
-    settings = Settings(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts")
+    settings = Settings(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts", args.dtype)
     texts = pq.read_table(args.input, columns=["prompt"])["prompt"].to_pylist()
     figures: dict[str, Any] = {}
     with Runtime(settings, {"chat": True}, print) as runtime:
@@ -161,7 +162,7 @@ def main() -> None:
                 "torch": version("torch"),
                 "transformers": version("transformers"),
                 "model": Path(ref.name).name,
-                "dtype": "float32",
+                "dtype": args.dtype,
                 "rows": len(prompts),
                 "completion_tokens": tokens,
                 "utilisation": round(utilisation, 3),

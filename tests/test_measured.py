@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchrun.engine.assembly import Limits
 from batchrun.measured import Measured, Sampler
 from jobs.spec import JobSpec
 
@@ -66,6 +67,14 @@ def test_later_runs_count_more() -> None:
     assert both.predict((1.0, 0.0, 0.0)) == pytest.approx(3.0)
     assert (both.runs, both.load_s, both.share, both.seconds) == (2, 3.0, 0.5, 5.0)
     assert new.after(None) is new
+
+
+def test_a_step_has_the_tokens_that_make_its_own_cost_a_tenth() -> None:
+    limits = Limits(256, 1024)
+    assert intervals((0.06, 0.001, 0.0)).step_cost == pytest.approx(60, rel=0.2)
+    assert limits.step_tokens(60) == 512
+    assert [limits.step_tokens(cost) for cost in (None, 1, 25, 1e9)] == [1024, 256, 256, 2048]
+    assert intervals((0.0, 0.001, 0.0)).step_cost is None
 
 
 def test_figures_that_grow_become_intervals() -> None:

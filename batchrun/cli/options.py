@@ -106,7 +106,8 @@ model_options = _section(
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         show_default=True,
-        help="Type of weights and KV cache. auto: float32 on a CPU, else the model's own.",
+        help="Type of weights and KV cache. auto: the model's own on a GPU; on a CPU bfloat16 "
+        "where it has instructions for it, else float32.",
     ),
     _option(
         "--device",
@@ -281,8 +282,9 @@ runtime_options = _section(
     ),
     _option(
         "--optimize/--no-optimize",
-        default=None,
-        help="Fuse and compile the model's modules; default: on a GPU.",
+        default=True,
+        show_default=True,
+        help="Fuse the model's modules, and on a GPU compile them.",
     ),
     _option(
         "--plan/--no-plan",

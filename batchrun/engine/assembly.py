@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import log2
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -32,9 +33,9 @@ from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
 from batchrun.models import ModelError
 
 _HOST_PAGE = 256 << 10  # bytes, of all slabs of a slot together
-_LEAST_HOST_PAGE = 16 << 10  # bytes: mapping smaller ones takes longer than filling them
+_LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than filling them
 _HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
-_DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
+DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,20 @@ class Settings:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         attention: Name of the attention backend.
         max_num_seqs: Sequences that run at once; None for the device's default, as below.
-        max_num_batched_tokens: Tokens computed in one step at most.
+        max_num_batched_tokens: Tokens computed in one step at most; None for the device's default,
+            or what `step_cost` makes of it.
+        step_cost: What a step takes beside its tokens, in the time of one token, as measured in
+            earlier runs; None where there were none.
         max_model_len: Context length; None for the model's own.
         kv_budget: Bytes of KV pages at most; None for what the device has.
-        page_size: Bytes of a KV page; None for 16 to 256 KiB on a CPU, the more the fewer slabs,
+        page_size: Bytes of a KV page; None for 8 to 256 KiB on a CPU, the more the fewer slabs,
             and the driver's least on a GPU.
         layers_per_slab: Layers whose keys and values lie together; None for all on a GPU, and on a
             CPU for one where a layer's share of a token is less than what a TLB entry covers.
         share_prefixes: Whether rows with a common prefix compute and hold it once.
         overlap: Whether the host works on the next step while the device computes one.
         graphs: Whether decode steps are recorded as CUDA graphs.
-        optimize: Whether the model's modules are fused and compiled; None where that measured
-            better.
+        optimize: Whether the model's modules are fused, and compiled on a GPU.
         trust_remote_code: Whether the model's own Python code may run.
     """
 
@@ -74,6 +77,7 @@ class Settings:
     attention: str = "auto"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    step_cost: float | None = None
     max_model_len: int | None = None
     kv_budget: int | None = None
     page_size: int | None = None
@@ -81,19 +85,31 @@ class Settings:
     share_prefixes: bool = True
     overlap: bool = True
     graphs: bool = True
-    optimize: bool | None = None
+    optimize: bool = True
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
     """What a step is made of, where the user did not say."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
 
+    def step_tokens(self, step_cost: float | None) -> int:
+        """Tokens of a step: so many that what it costs beside them is a tenth of its time.
 
-_LIMITS = {"cpu": _Limits(64, 512), "cuda": _Limits(256, 8192)}
+        A quarter to twice the default, and the default where the cost is not known.
+        """
+        if not step_cost:
+            return self.max_num_batched_tokens
+        wanted = 1 << max(0, round(log2(step_cost / _STEP_SHARE)))
+        least = max(self.max_num_seqs, self.max_num_batched_tokens // 4)
+        return max(least, min(wanted, 2 * self.max_num_batched_tokens))
+
+
+_STEP_SHARE = 0.1
+LIMITS = {"cpu": Limits(256, 1024), "cuda": Limits(256, 8192)}
 
 
 def choose_device(name: str, log: Callable[[str], None] = lambda _: None) -> str:
@@ -151,12 +167,12 @@ class Assembly:
         settings: Settings,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
-        limits = _LIMITS[loaded.device.type]
+        limits = LIMITS[loaded.device.type]
         self.loaded = loaded
         self.settings = settings
         self.max_num_seqs = settings.max_num_seqs or limits.max_num_seqs
-        self.max_num_batched_tokens = (
-            settings.max_num_batched_tokens or limits.max_num_batched_tokens
+        self.max_num_batched_tokens = settings.max_num_batched_tokens or limits.step_tokens(
+            settings.step_cost
         )
         self.usage = UsageIntegral()
         self.kernels: tuple[str, ...] = ()
@@ -242,7 +258,7 @@ class Assembly:
             fair = 1 << (_HOST_PAGE // slabs).bit_length() - 1
             return HostMemory(page_size or max(_LEAST_HOST_PAGE, fair)), available_memory
         memory = CudaMemory(self.loaded.device.index or 0, page_size=page_size)
-        return memory, lambda: memory.memory_info()[0] - _DEVICE_HEADROOM
+        return memory, lambda: memory.memory_info()[0] - DEVICE_HEADROOM
 
     def _layers_per_slab(self) -> int:
         layers, wanted = self.loaded.layers, self.settings.layers_per_slab
@@ -381,8 +397,8 @@ def assemble(
     loaded: LoadedModel, settings: Settings, log: Callable[[str], None] = lambda _: None
 ) -> Assembly:
     """Make a model faster where that pays, and put its engine together: see `Assembly`."""
-    fuse = loaded.device.type == "cuda" if settings.optimize is None else settings.optimize
-    made = optimize(loaded.model, compile=loaded.device.type == "cuda", log=log) if fuse else ()
+    compiled = loaded.device.type == "cuda"
+    made = optimize(loaded.model, compile=compiled, log=log) if settings.optimize else ()
     assembly = Assembly(loaded, settings, log)
     assembly.kernels = (assembly.executor.backend.name, *made)
     return assembly

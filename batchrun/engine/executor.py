@@ -114,7 +114,7 @@ class TorchExecutor:
             logits = self._logits(plan.segments)
             if not sampled:
                 return Ticket(plan.step, None)
-            chosen = self._sampler.sample(logits.float(), sampled)
+            chosen = self._sampler.sample(logits, sampled)
             slots = self.transfers.upload(np.array([s.slot for s in sampled]))
             self._last.index_copy_(0, slots, chosen[0])
             return Ticket(plan.step, self.transfers.download(*chosen))

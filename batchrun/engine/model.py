@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from batchrun.engine.attention import LayerAttention, LayerSpec
+from batchrun.machine import multiplies_bfloat16
 from batchrun.models import ModelError
 
 HOOK = "batchrun"
@@ -147,7 +148,8 @@ def load(
     Args:
         path: A folder with safetensors weights, or a hub id.
         name: What to call it in messages.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, else the config's.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: on a GPU the config's; on a CPU bfloat16
+            where it has instructions for it, else float32.
         device: A torch device.
         trust_remote_code: Whether the model's own Python code may run.
         max_model_len: Context length wanted; the model's own bounds it.
@@ -158,7 +160,7 @@ def load(
     name = name or path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        wanted = _dtype(dtype, config, device)
+        wanted = choose_dtype(dtype, config, device)
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -276,11 +278,12 @@ def _refused(name: str, reason: str) -> ModelError:
     )
 
 
-def _dtype(name: str, config: Any, device: str) -> torch.dtype:
+def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
+    """The dtype that `--dtype` means for a model with this config: see `load`."""
     if name in DTYPES:
         return DTYPES[name]
     if device == "cpu":
-        return torch.float32
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     found = config.get_text_config().dtype
     return found if isinstance(found, torch.dtype) else torch.bfloat16
 

@@ -53,7 +53,7 @@ class Sampler:
         """Choose the token that follows each segment.
 
         Args:
-            logits: `[N, V]`, float32; changed in place.
+            logits: `[N, V]`; changed in place if they are float32.
             segments: The N sampled segments; a draw belongs to the position that it fills.
 
         Returns:
@@ -72,6 +72,9 @@ class Sampler:
             if p.min_tokens > _generated(segment)
             for token in self._stop_ids(segment.sequence)
         ]
+        if not (scored or penalised or banned) and all(p.greedy for p in params):
+            return (_most_likely(logits),)
+        logits = logits.float()
         own = logits.clone() if scored and (penalised or banned) else logits
         if beams:  # whose penalties come after the softmax, in transformers too
             at = self._upload(np.array(beams))
@@ -88,7 +91,7 @@ class Sampler:
         if len(drawn) == len(segments):
             tokens = self._draw(logits, segments)
         else:
-            tokens = logits.argmax(dim=-1)
+            tokens = _most_likely(logits)
             if drawn:
                 index = self._upload(np.array(drawn))
                 tokens[index] = self._draw(logits[index], [segments[i] for i in drawn])
@@ -143,6 +146,11 @@ class Sampler:
         # Strictly below the end, so that rounding can never choose a token of probability zero.
         target = torch.minimum(columns[0] * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cdf, target, right=True)[:, 0]
+
+
+def _most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the highest of each row: torch's `argmax` takes four times as long on a CPU."""
+    return logits.max(dim=-1).indices if logits.device.type == "cpu" else logits.argmax(dim=-1)
 
 
 def _generated(segment: Segment) -> int:

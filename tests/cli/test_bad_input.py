@@ -68,7 +68,9 @@ def test_a_row_that_no_budget_can_hold_is_that_rows_error(batchrun):
     source = batchrun.write("in.jsonl", ["fine", "z" * 200])
     # Two layers of two KV heads of eight float32: 256 bytes a token, 128 tokens in eight pages.
     shown = batchrun.submit(
-        source, *("--max-tokens", 3, "--page-size", 4096, "--kv-budget", "32KiB", "-o", "out.jsonl")
+        source,
+        *("--max-tokens", 3, "--dtype", "float32", "--layers-per-slab", 2),
+        *("--page-size", 4096, "--kv-budget", "32KiB", "-o", "out.jsonl"),
     )
     assert shown.code == 3
     fine, big = batchrun.read("out.jsonl")
@@ -185,8 +187,9 @@ def test_a_full_disk_leaves_no_half_output_and_a_job_that_can_be_exported(batchr
     # Incompressible columns make the output larger than any other file of the job.
     noise = [os.urandom(1 << 20).hex() for _ in range(3)]
     source = batchrun.write("in.parquet", ["one", "two", "three"], noise=noise)
-    full = limit_files(1 << 20)
-    shown = batchrun.submit(source, "--max-tokens", 2, "-o", "out.parquet", before=full)
+    full = limit_files(1 << 20)  # which the address space of all slots counts against too
+    few = ("--max-num-seqs", 4, "--max-model-len", 64, "--page-size", 4096)
+    shown = batchrun.submit(source, "--max-tokens", 2, *few, "-o", "out.parquet", before=full)
     assert shown.code == 1
     assert "out.parquet can't be written: File too large" in shown.error
     assert "batchrun export" in shown.hint

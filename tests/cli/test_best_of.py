@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.conftest import CommandLine
 
-SAMPLED = ("--temperature", 1.2, "--top-k", 40, "--repetition-penalty", 1.1, "--max-tokens", 9)
+SAMPLED = (
+    *("--temperature", 1.2, "--top-k", 40, "--repetition-penalty", 1.1, "--max-tokens", 9),
+    *("--dtype", "float32"),
+)
 PROMPTS = ["one", "a second row", "three"]
 
 

@@ -12,6 +12,7 @@ import torch
 from allocator.arena import KVArena
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.model import HOOK, LoadedModel, load
+from batchrun.engine.optimize import optimize
 from batchrun.models import ModelRef
 from tests.parity.runner import outputs, rig, run
 
@@ -23,7 +24,15 @@ MAX_TOKENS = 8
 
 @pytest.fixture(scope="module")
 def model(smollm2: ModelRef) -> LoadedModel:
-    return load(str(smollm2.path))
+    return load(str(smollm2.path), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def fused(smollm2: ModelRef) -> LoadedModel:
+    """As jobs have it."""
+    loaded = load(str(smollm2.path), dtype="float32")
+    optimize(loaded.model, compile=False, log=pytest.fail)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +72,10 @@ def wanted(model: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def test_two_hundred_prompts(
-    model: LoadedModel, prompts: list[list[int]], wanted: list[list[int]]
+    fused: LoadedModel, prompts: list[list[int]], wanted: list[list[int]]
 ) -> None:
     assert len(prompts) == 200
-    with rig(model, max_num_batched_tokens=512, page_size=256 << 10) as r:
+    with rig(fused, max_num_batched_tokens=512, page_size=256 << 10) as r:
         done = run(r, prompts, SamplingParams(max_tokens=MAX_TOKENS), check=False)
     assert outputs(done) == wanted
 

@@ -25,6 +25,7 @@ from batchrun.engine.attention import Geometry, LayerAttention, Upload
 from batchrun.engine.attention.batch import split
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Segment
+from batchrun.machine import cpu_features
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _CPU = {"x86_64": ("-march=native", "-mprefer-vector-width=512")}
@@ -193,9 +194,7 @@ def _compile(compiler: str, to: Path) -> None:
 @cache
 def _key() -> str:
     """What a library depends on: source, flags, torch, and what the CPU can do."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = [_SOURCE.read_text(encoding="utf-8"), *_FLAGS, torch.__version__, features]
+    parts = [_SOURCE.read_text(encoding="utf-8"), *_FLAGS, torch.__version__, cpu_features()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
