@@ -128,7 +128,7 @@ class CudaMemory:
         self.ledger.check_reserve(size)
         self._enter()
         address = int(self.driver.call("cuMemAddressReserve", size, 0, 0, 0))
-        self.ledger.reservations[address] = size
+        self.ledger.reserved(address, size)
         return address
 
     def free(self, address: int, size: int) -> None:
@@ -136,7 +136,7 @@ class CudaMemory:
         self.ledger.check_free(address, size)
         self._enter()
         self.driver.call("cuMemAddressFree", address, size)
-        del self.ledger.reservations[address]
+        self.ledger.freed(address)
 
     def create(self, count: int) -> list[Handle]:
         """See `VirtualMemory.create`."""

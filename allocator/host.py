@@ -62,7 +62,7 @@ class HostMemory:
         """See `VirtualMemory.reserve`."""
         self.ledger.check_reserve(size)
         address = self._mmap(None, size, None)
-        self.ledger.reservations[address] = size
+        self.ledger.reserved(address, size)
         self._begins[address] = self._end
         self._end += size // self.granularity
         self._mappings += 1
@@ -73,7 +73,8 @@ class HostMemory:
         self.ledger.check_free(address, size)
         if self._libc.munmap(address, size):
             raise _os_error("munmap", f"{size} bytes at {address:#x}")
-        del self.ledger.reservations[address], self._begins[address]
+        self.ledger.freed(address)
+        del self._begins[address]
         self._mappings -= 1
 
     def create(self, count: int) -> list[Handle]:

@@ -1,5 +1,6 @@
 """What a `VirtualMemory` has given out, and the rules of that protocol checked against it."""
 
+from bisect import bisect_right, insort
 from collections.abc import Sequence
 
 from .vmm import AllocatorError, Handle
@@ -23,6 +24,7 @@ class Ledger:
     def __init__(self, granularity: int) -> None:
         self.granularity = granularity
         self.reservations: dict[int, int] = {}
+        self._bases: list[int] = []  # of them, ascending
         self.mapped_at: dict[Handle, int] = {}
         self.table: dict[int, Handle] = {}
         self.closed = False
@@ -103,6 +105,16 @@ class Ledger:
                 )
         return pages
 
+    def reserved(self, address: int, size: int) -> None:
+        """Enter a reservation."""
+        self.reservations[address] = size
+        insort(self._bases, address)
+
+    def freed(self, address: int) -> None:
+        """Enter that a reservation is given back."""
+        del self.reservations[address]
+        self._bases.remove(address)
+
     def mapped(self, pages: range, handles: Sequence[Handle]) -> None:
         """Enter that `handles` are mapped at the addresses `pages`."""
         for at, handle in zip(pages, handles, strict=True):
@@ -118,14 +130,18 @@ class Ledger:
         """Forget everything; every check raises from now on."""
         self.closed = True
         self.reservations.clear()
+        self._bases.clear()
         self.mapped_at.clear()
         self.table.clear()
 
     def reservation_of(self, address: int, count: int) -> tuple[int, int]:
         """Address and size of the reservation that holds a range of `count` pages."""
         end = address + count * self.granularity
-        for base, size in self.reservations.items():
-            if base <= address and end <= base + size:
+        at = bisect_right(self._bases, address)
+        if at:
+            base = self._bases[at - 1]
+            size = self.reservations[base]
+            if end <= base + size:
                 return base, size
         raise AllocatorError(f"{count} pages at {address:#x} do not lie in one reservation")
 
