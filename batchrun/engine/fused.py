@@ -21,22 +21,23 @@ class MergedProjections(nn.Module):
     def __init__(self, parts: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.sizes = [part.out_features for part in parts]
-        self.weight = nn.Parameter(torch.cat([p.weight.data for p in parts]), requires_grad=False)
         biases = [part.bias.data for part in parts if part.bias is not None]
-        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        weight = torch.cat([part.weight.data for part in parts])
+        joined = _linear(weight, torch.cat(biases) if biases else None)
         # The old parameters become views, so that no layer's weights exist twice.
-        for part, weight in zip(parts, self.weight.split(self.sizes), strict=True):
+        for part, weight in zip(parts, joined.weight.split(self.sizes), strict=True):
             part.weight.data = weight
-        if self.bias is not None:
-            for part, bias in zip(parts, self.bias.split(self.sizes), strict=True):
+        if biases:
+            for part, bias in zip(parts, joined.bias.split(self.sizes), strict=True):
                 part.bias.data = bias
+        self.joined: nn.Module = joined
         self.input: torch.Tensor | None = None
         self.products: tuple[torch.Tensor, ...] = ()
 
     def forward(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Part `index` of the product: computed for the first part, kept until the last."""
         if index == 0 or x is not self.input:
-            products = functional.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+            products = self.joined(x).split(self.sizes, dim=-1)
             self.input, self.products = x, products
         product: torch.Tensor = self.products[index]
         if index == len(self.sizes) - 1:
@@ -55,7 +56,7 @@ class Projection(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The part's rows, `[out, in]`, for models that ask for its dtype."""
-        parts: tuple[torch.Tensor, ...] = self.merged.weight.split(self.merged.sizes)
+        parts: tuple[torch.Tensor, ...] = self.merged.joined.weight.split(self.merged.sizes)  # type: ignore[operator]  # Tensor or Module to mypy
         return parts[self.index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,6 +122,60 @@ def _is_plain_linear(module: nn.Module) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with its weights as oneDNN's kernels read them, who else copy them each time.
+
+    Args:
+        linear: In bfloat16, on a CPU.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, _PACKED_FOR)
+        self.bias = linear.bias
+        self.nbytes = linear.weight.nbytes
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[out, in]`, unpacked for whoever asks."""
+        weight: torch.Tensor = self.packed.to_dense()
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.packed, self.bias, "none", [], ""
+        )
+        return out
+
+
+_PACKED_FOR = 64  # tokens of a step; it serves others too
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Pack each plain linear layer in bfloat16. Peak memory is the model and its largest weight."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if _is_plain_linear(child) and child.weight.dtype == torch.bfloat16:
+                setattr(parent, name, PackedLinear(cast("nn.Linear", child)))
+
+
+def unpack_weights(model: nn.Module) -> None:
+    """Undo it."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PackedLinear):
+                setattr(parent, name, _linear(child.weight, child.bias))
 
 
 class FusedNorm(nn.Module):

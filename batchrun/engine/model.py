@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from batchrun.engine.attention import LayerAttention, LayerSpec
+from batchrun.engine.fused import PackedLinear
 from batchrun.machine import multiplies_bfloat16
 from batchrun.models import ModelError
 
@@ -129,9 +130,10 @@ class LoadedModel:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of parameters and buffers, tied ones once."""
+        """Bytes of parameters and buffers, tied ones once, and of weights that were packed."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        packed = sum(m.nbytes for m in self.model.modules() if isinstance(m, PackedLinear))
+        return packed + sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def load(

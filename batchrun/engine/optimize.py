@@ -20,7 +20,16 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from batchrun.engine.attention import LayerAttention
-from batchrun.engine.fused import FusedNorm, Projection, Undo, fuse_norms, merge_projections
+from batchrun.engine.fused import (
+    FusedNorm,
+    PackedLinear,
+    Projection,
+    Undo,
+    fuse_norms,
+    merge_projections,
+    pack_weights,
+    unpack_weights,
+)
 from batchrun.engine.model import HOOK, Step, _hook
 
 _TOLERANCE = {torch.float32: 1e-4}  # of the largest logit
@@ -47,7 +56,8 @@ def optimize(
         log: Told, one line each, what is unavailable and what runs instead.
 
     Returns:
-        What the model has now, of `merged projections`, `fused norms` and `compiled layers`.
+        What the model has now, of `merged projections`, `fused norms`, `packed weights` (bfloat16
+        on a CPU) and `compiled layers`.
     """
     want = _logits(model, _FEWER_TOKENS)
     undo: Undo = []
@@ -59,6 +69,13 @@ def optimize(
         for parent, name, module in undo:
             setattr(parent, name, module)
         log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
+    if model.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        try:
+            pack_weights(model)
+            _check(model, want)
+        except Exception as error:  # as above
+            unpack_weights(model)
+            log(f"the model's weights stay as they are, because packed ones fail: {_brief(error)}")
     if compile and not _compiled_layers(model):
         try:
             with warnings.catch_warnings():
@@ -79,6 +96,7 @@ def optimize(
     found = {
         "merged projections": Projection in kinds,
         "fused norms": FusedNorm in kinds,
+        "packed weights": PackedLinear in kinds,
         "compiled layers": bool(_compiled_layers(model)),
     }
     return tuple(name for name, there in found.items() if there)

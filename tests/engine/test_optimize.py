@@ -16,9 +16,16 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from batchrun.engine import canary
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.fused import FusedNorm, Projection, Undo, merge_projections
+from batchrun.engine.fused import (
+    FusedNorm,
+    PackedLinear,
+    Projection,
+    Undo,
+    merge_projections,
+    unpack_weights,
+)
 from batchrun.engine.model import LoadedModel, prepare
-from batchrun.engine.optimize import optimize
+from batchrun.engine.optimize import _logits, optimize
 from tests.parity.models import CONFIGS, build
 from tests.parity.runner import generate, outputs, rig, run
 from tests.parity.test_generate import prompts
@@ -126,7 +133,8 @@ def test_half_precision_differs_by_rounding_alone(name: str) -> None:
     model.to(torch.bfloat16)
     prepare(model)
     plain = (eager_logits(model) - exact).abs().mean()
-    assert optimize(model, compile=False, log=pytest.fail) == ("merged projections", "fused norms")
+    applied = optimize(model, compile=False, log=pytest.fail)
+    assert applied[:2] == ("merged projections", "fused norms")
     fused = (eager_logits(model) - exact).abs().mean()
     assert fused < 1.2 * plain
 
@@ -212,6 +220,29 @@ def test_a_model_that_fusing_would_change_stays_as_it_is() -> None:
     assert "logits differ" in log[0]
     assert [*model.state_dict()] == names
     torch.testing.assert_close(eager_logits(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no bfloat16"
+)
+def test_packed_weights_are_the_weights() -> None:
+    model = build("llama").bfloat16()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    loaded = prepare(model)
+    size, want = loaded.weights_bytes, _logits(loaded.model, 17)
+    applied = optimize(loaded.model, compile=False, log=pytest.fail)
+    assert applied == ("merged projections", "fused norms", "packed weights")
+    assert loaded.weights_bytes >= size
+    got = _logits(loaded.model, 17)
+    scale = 0.05 * float(want.abs().max())
+    torch.testing.assert_close(got, want, rtol=0, atol=scale)
+    assert modules(loaded.model, PackedLinear)
+    assert not modules(loaded.model, nn.Linear)
+    mlp = loaded.model.model.layers[1].mlp
+    torch.testing.assert_close(mlp.down_proj.weight, before["model.layers.1.mlp.down_proj.weight"])
+    unpack_weights(loaded.model)
+    assert not modules(loaded.model, PackedLinear)
+    torch.testing.assert_close(_logits(loaded.model, 17), got, rtol=0, atol=scale)
 
 
 ALL = ("merged projections", "fused norms", "compiled layers")
