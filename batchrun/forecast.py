@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.engine.core import Request
-from batchrun.engine.prefixes import BLOCK
+from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.measured import Measured
 from batchrun.models import ModelError
 from batchrun.reader import Reader
@@ -134,10 +134,8 @@ class Tally:
 
 def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
     """Leading tokens that need no computing after `others`; of planned rows none share more."""
-    if ids[:BLOCK] != others[:BLOCK] or len(ids) <= BLOCK:
-        return 0
-    end = min(len(ids) - 1, len(others))  # the last one's logits are wanted
-    return next((i for i in range(BLOCK, end) if ids[i] != others[i]), end)
+    # The last one is computed in any case: its logits are wanted.
+    return min(common_length(ids, others, BLOCK), len(ids) - 1) if len(ids) > BLOCK else 0
 
 
 def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from batchrun.channel import Channel, Closed
 from batchrun.engine.core import FinishReason, Request, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.live import Progress
+from batchrun.machine import peak_rss
 from batchrun.measured import Measured, Sampler
 from batchrun.models import fingerprint
 from batchrun.reader import Reader, RowEngine, Workbench
@@ -417,7 +418,7 @@ class _Run:
             wall_s=now - self._began,
             journal_s=self._journal_seconds,
             tail_s=self._tail(measured),
-            peak_rss=_peak_rss(),
+            peak_rss=peak_rss(),
             **measured,
         )
         if self._reader is not None:
@@ -454,14 +455,6 @@ class _Run:
                 phase=phase,
             )
         )
-
-
-def _peak_rss() -> int:
-    """Bytes of memory that this process had at most; `getrusage` would count its parent's too."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _checkpoint(engine: RowEngine) -> Checkpoint:

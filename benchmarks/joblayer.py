@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from batchrun.machine import peak_rss
 from jobs.export import export
 from jobs.folder import create
 from jobs.journal import Journal, Result
@@ -252,14 +253,6 @@ def check(output: Path, count: int) -> None:
                 assert text.startswith(f"{index}: ")
                 index += 1
     assert index == count
-
-
-def peak_rss() -> int:
-    """Peak resident bytes of this process alone: `getrusage` counts the parent's before exec."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 if __name__ == "__main__":

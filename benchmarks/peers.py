@@ -38,6 +38,7 @@ from typing import Any
 
 import psutil
 
+from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, resolve
 from benchmarks.workloads import WORKLOADS, generate, write
 from jobs.folder import home
@@ -310,12 +311,6 @@ def installed(device: str) -> dict[str, Peer]:
     }
 
 
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown'}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--only", nargs="*", choices=[BATCHRUN, *peers()], metavar="NAME")
@@ -343,7 +338,7 @@ def main() -> None:
         "benchmark": "peers",
         "command": " ".join(["python -m benchmarks.peers", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
+        "machine": description(),
         "device": args.device,
         "model": ref.name,
         "dtype": "bfloat16",

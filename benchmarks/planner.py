@@ -32,6 +32,7 @@ import numpy as np
 
 from batchrun.duplicates import Duplicates
 from batchrun.engine.core import Request, SamplingParams
+from batchrun.machine import peak_rss
 from batchrun.planner import Planner, Waiting
 from benchmarks.workloads import generate, write
 from jobs.results import Result
@@ -121,14 +122,6 @@ def real(rows: int) -> dict[str, Any]:
         )
     found["ratio"] = found["no-plan"]["engine_s"] / found["plan"]["engine_s"]
     return found
-
-
-def peak_rss() -> int:
-    """Peak resident bytes of this process alone: `getrusage` counts the parent's before exec."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 def main() -> int:

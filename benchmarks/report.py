@@ -118,7 +118,7 @@ def peers(result: dict[str, Any]) -> Iterator[str]:
 def plancounts(result: dict[str, Any]) -> Iterator[str]:
     yield "### Planned and unplanned, counted without a model"
     yield ""
-    yield "| workload, rows | prompt tokens computed, planned | unplanned | ratio |"
+    yield "| workload, rows | tokens computed, planned | unplanned | ratio |"
     yield "|---|---|---|---|"
     for name, found in result["workloads"].items():
         planned, unplanned = found["planned"]["computed"], found["unplanned"]["computed"]

@@ -21,11 +21,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
-from throughput import cpu_name
 
 from batchrun.engine.assembly import Assembly, Settings
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.model import LoadedModel, load
+from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, resolve
 from jobs.folder import home
 
@@ -157,7 +157,7 @@ def main() -> None:
     loaded = load(str(ref.path), name=ref.name, dtype=args.dtype)
     result: dict[str, Any] = {
         "benchmark": "sharing",
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+        "machine": description(),
         "model": ref.name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "command": "python benchmarks/sharing.py",

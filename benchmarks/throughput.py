@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ from transformers import GenerationConfig
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.model import HOOK
 from batchrun.engine.runtime import Runtime, Settings
+from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, resolve
 from jobs.folder import home
 
@@ -97,12 +97,6 @@ def _cut(ids: list[int], eos: frozenset[int]) -> list[int]:
     return ids
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--input", default="examples/prompts.parquet")
@@ -158,7 +152,7 @@ def main() -> None:
                 "benchmark": "throughput",
                 "command": " ".join(["python", *sys.argv]),
                 "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+                "machine": description(),
                 "torch": version("torch"),
                 "transformers": version("transformers"),
                 "model": Path(ref.name).name,

@@ -36,6 +36,7 @@ _HOST_PAGE = 256 << 10  # bytes, of all slabs of a slot together
 _LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than filling them
 _HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
 DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
+_STEP_SHARE = 0.1  # of a step's time, what it costs beside its tokens
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,6 @@ class Limits:
         return max(least, min(wanted, 2 * self.max_num_batched_tokens))
 
 
-_STEP_SHARE = 0.1
 LIMITS = {"cpu": Limits(256, 1024), "cuda": Limits(256, 8192)}
 
 
@@ -177,6 +177,7 @@ class Assembly:
         self.usage = UsageIntegral()
         self.kernels: tuple[str, ...] = ()
         self._log = log
+        self._weights_bytes = loaded.weights_bytes
         self._cuda = loaded.device.type == "cuda"
         self._resources = ExitStack()
         try:
@@ -229,7 +230,7 @@ class Assembly:
             "idle_s": stats.idle_seconds,
             "max_num_seqs": self.max_num_seqs,
             "preemptions": self.scheduler.num_preemptions,
-            "weights_bytes": self.loaded.weights_bytes,
+            "weights_bytes": self._weights_bytes,
             "peak_activations": self._peak_activations(),
             "device": str(self.loaded.device),
             "attention": self.executor.backend.name,
@@ -390,7 +391,7 @@ class Assembly:
         if not self._cuda:
             return 0
         held = torch.cuda.max_memory_reserved(self.loaded.device)
-        return max(0, held - self.loaded.weights_bytes)
+        return max(0, held - self._weights_bytes)
 
 
 def assemble(

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 Undo = list[tuple[nn.Module, str, nn.Module]]  # parent, name, what was there
 
+_PACKED_FOR = 64  # tokens of a step; it serves others too
+
 
 class MergedProjections(nn.Module):
     """The stacked weights of several linear layers, `[sum(out), in]`, and their last products."""
@@ -30,7 +32,7 @@ class MergedProjections(nn.Module):
         if biases:
             for part, bias in zip(parts, joined.bias.split(self.sizes), strict=True):
                 part.bias.data = bias
-        self.joined: nn.Module = joined
+        self.joined: nn.Linear | PackedLinear = joined
         self.input: torch.Tensor | None = None
         self.products: tuple[torch.Tensor, ...] = ()
 
@@ -56,7 +58,7 @@ class Projection(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The part's rows, `[out, in]`, for models that ask for its dtype."""
-        parts: tuple[torch.Tensor, ...] = self.merged.joined.weight.split(self.merged.sizes)  # type: ignore[operator]  # Tensor or Module to mypy
+        parts: tuple[torch.Tensor, ...] = self.merged.joined.weight.split(self.merged.sizes)
         return parts[self.index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,7 +161,11 @@ class PackedLinear(nn.Module):
         return out
 
 
-_PACKED_FOR = 64  # tokens of a step; it serves others too
+def can_pack() -> bool:
+    """Whether oneDNN is there and has kernels for bfloat16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def pack_weights(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from batchrun.engine.fused import (
     PackedLinear,
     Projection,
     Undo,
+    can_pack,
     fuse_norms,
     merge_projections,
     pack_weights,
@@ -69,7 +70,7 @@ def optimize(
         for parent, name, module in undo:
             setattr(parent, name, module)
         log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
-    if model.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and can_pack():
         try:
             pack_weights(model)
             _check(model, want)

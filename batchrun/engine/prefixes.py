@@ -95,12 +95,12 @@ class PrefixIndex:
             for slot in levels[depth - 1]:
                 if slot not in seen:
                     seen.add(slot)
-                    common = _common(ids, self._tokens[slot][0], depth * BLOCK)
+                    common = common_length(ids, self._tokens[slot][0], depth * BLOCK)
                     if common:
                         yield Match(slot, common, min(common, self._ready(slot)))
 
 
-def _common(ids: tuple[int, ...], others: tuple[int, ...], expected: int) -> int:
+def common_length(ids: tuple[int, ...], others: tuple[int, ...], expected: int) -> int:
     """Leading tokens in common, of which `expected` are likely; 0 where they differ earlier."""
     if ids[:expected] != others[:expected]:
         return 0

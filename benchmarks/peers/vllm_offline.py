@@ -45,7 +45,8 @@ class Vllm:
 
         self.settings = {
             "dtype": "bfloat16",
-            **{k: v for k, v in os.environ.items() if k.startswith(("VLLM_CPU", "LD_PRELOAD"))},
+            **{k: v for k, v in os.environ.items() if k.startswith("VLLM_CPU")},
+            "LD_PRELOAD": [Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p],
             **options,
         }
         self._llm = LLM(str(model), dtype="bfloat16", max_model_len=2048, **options)
