@@ -21,7 +21,7 @@ from allocator.arena import KVArena
 from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
 from allocator.tensor import layer_views
-from batchrun.engine import attention
+from batchrun.engine import attention, compiled
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec, native
 from batchrun.engine.attention.check import check
 from batchrun.engine.core import SamplingParams, Segment
@@ -248,7 +248,7 @@ def test_a_library_that_is_damaged_is_compiled_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     empty_cache(monkeypatch, tmp_path)
-    path = native.build()
+    path = compiled.build(native.SOURCE)
     path.unlink()
     path.write_bytes(b"")
     lines: list[str] = []
@@ -260,7 +260,7 @@ def test_a_library_that_is_damaged_is_compiled_again(
 def _build(folder: str) -> tuple[list[str], str]:
     os.environ["XDG_CACHE_HOME"] = folder
     lines: list[str] = []
-    path = native.build(lines.append)
+    path = compiled.build(native.SOURCE, lines.append)
     ctypes.CDLL(str(path))
     return lines, path.name
 

@@ -8,31 +8,19 @@ it computes on the threads that torch has, whose OpenMP is in the process before
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
 
+from batchrun.engine import compiled
 from batchrun.engine.attention import Geometry, LayerAttention, Upload
 from batchrun.engine.attention.batch import split
 from batchrun.engine.attention.sdpa import SDPA
+from batchrun.engine.compiled import CompileError
 from batchrun.engine.core import Segment
-from batchrun.machine import cpu_features
 
-_SOURCE = Path(__file__).with_name("native.cpp")
-_CPU = {"x86_64": ("-march=native", "-mprefer-vector-width=512")}
-_FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp"),
-    *_CPU.get(platform.machine(), ("-mcpu=native",)),
-)
+SOURCE = Path(__file__).with_name("native.cpp")
 _FUNCTIONS = {
     torch.float32: "batchrun_decode_float32",
     torch.bfloat16: "batchrun_decode_bfloat16",
@@ -56,9 +44,9 @@ def make(
 ) -> Native:
     """See `attention.create`; compiles at first use, and keeps the result in the user's cache."""
     try:
-        library = _load(build(log), log)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ValueError(f"it can't be compiled: {_told(error)}") from error
+        library = compiled.load(SOURCE, log)
+    except CompileError as error:
+        raise ValueError(f"it can't be compiled: {error}") from error
     return Native(getattr(library, _FUNCTIONS[geometry.dtype]))
 
 
@@ -143,62 +131,3 @@ class Native:
         if self._longer:
             out[at:] = self._prefills.run(layer, query[at:], keys, values)
         return out
-
-
-def _load(path: Path, log: Callable[[str], None]) -> ctypes.CDLL:
-    """Load the library; one that a full disk or a crash has damaged is compiled again."""
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:
-        path.unlink(missing_ok=True)
-        return ctypes.CDLL(str(build(log)))
-
-
-def build(log: Callable[[str], None] = lambda line: None) -> Path:
-    """The shared library for this source, torch and CPU, compiled unless it is there.
-
-    Raises:
-        OSError: There is no compiler, or the cache can't be written.
-        subprocess.SubprocessError: The compiler fails.
-    """
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(root) / "batchrun" / f"native-{_key()}.so"
-    if path.exists():
-        return path
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++"))), "")
-    if not compiler:
-        raise OSError("there is no C++ compiler (g++ or c++)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            return path
-        log("compiling the attention kernel for this CPU, once: takes some seconds")
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            _compile(compiler, made)
-            made.replace(path)
-    return path
-
-
-def _compile(compiler: str, to: Path) -> None:
-    compiled = to.with_suffix(".o")
-    # Linked without -fopenmp, which would bring a second OpenMP with threads of its own.
-    for command in (
-        [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
-        [compiler, "-shared", "-Wl,-z,now", str(compiled), "-o", str(to)],
-    ):
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-
-
-@cache
-def _key() -> str:
-    """What a library depends on: source, flags, torch, and what the CPU can do."""
-    parts = [_SOURCE.read_text(encoding="utf-8"), *_FLAGS, torch.__version__, cpu_features()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _told(error: OSError | subprocess.SubprocessError) -> str:
-    """The error's first line that says something."""
-    lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
-    return next((line for line in lines if "error" in line), lines[0] if lines else repr(error))
