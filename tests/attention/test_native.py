@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from allocator.tensor import layer_views
 from batchrun.engine import attention, compiled
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec, native
 from batchrun.engine.attention.check import check
+from batchrun.engine.attention.native import Level
 from batchrun.engine.core import SamplingParams, Segment
 from batchrun.engine.model import LoadedModel, prepare
 from tests.attention.slots import segment
@@ -57,6 +59,14 @@ def geometry(spec: LayerSpec, dtype: torch.dtype) -> Geometry:
 
 def make(spec: LayerSpec, dtype: torch.dtype) -> AttentionBackend:
     return attention.create("native", geometry(spec, dtype))
+
+
+def of_level(spec: LayerSpec, level: Level) -> AttentionBackend:
+    """For bfloat16, with what multiplies it at that level; skips the test where nothing does."""
+    backend = native.make(geometry(spec, torch.bfloat16), None, lambda line: None, level=level)
+    if getattr(backend, "level", Level.NOTHING) != level:
+        pytest.skip(f"this CPU has no {level.name.lower()} of bfloat16")
+    return backend
 
 
 @contextmanager
@@ -122,6 +132,75 @@ def test_decodes_are_right_up_to_the_last_byte_of_memory(name: str, dtype: torch
                 k, v = keys[slot, : lengths[slot]], values[slot, : lengths[slot]]
                 difference = (got[i].double() - expected(layer, query[i], k, v)).abs().max()
                 assert float(difference) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("level", Level)
+@pytest.mark.parametrize("name", LAYERS)
+def test_segments_are_right_up_to_the_last_byte_of_memory(name: str, level: Level) -> None:
+    spec = LAYERS[name]
+    rng = random.Random(name)
+    backend, layer = of_level(spec, level), asked(spec)
+    for _ in range(3):
+        lengths = [rng.choice([1, 2, 31, 32, 33, 256, 257, rng.randint(1, 1000)]) for _ in range(5)]
+        with full_slots(spec, torch.bfloat16, lengths) as (keys, values):
+            chosen = rng.sample(range(5), rng.randint(1, 5))
+            asks = {slot: rng.choice([1, rng.randint(1, lengths[slot])]) for slot in chosen}
+            chosen.sort(key=lambda slot: asks[slot] > 1)
+            query = torch.randn(spec.q_heads, sum(asks.values()), spec.k_dim)
+            query = query.bfloat16().transpose(0, 1)
+            backend.plan([segment(slot, lengths[slot] - asks[slot], asks[slot]) for slot in chosen])
+            got, at = backend.run(layer, query, keys, values), 0
+            for slot in chosen:
+                for token in {0, asks[slot] - 1, *rng.choices(range(asks[slot]), k=10)}:
+                    end = lengths[slot] - asks[slot] + token + 1
+                    want = expected(layer, query[at + token], keys[slot, :end], values[slot, :end])
+                    difference = (got[at + token].double() - want).abs().max()
+                    assert float(difference) < TOLERANCE[torch.bfloat16] * (1 if level else 3)
+                at += asks[slot]
+
+
+def cuts(rng: random.Random, length: int) -> list[tuple[int, int]]:
+    """A sequence as segments: start and length of each."""
+    at = [0]
+    while at[-1] < length:
+        at.append(min(length, at[-1] + rng.choice([1, 1, 2, 17, 63, 64, 100, rng.randint(1, 400)])))
+    return [(begin, end - begin) for begin, end in pairwise(at)]
+
+
+@pytest.mark.parametrize("level", [Level.VECTORS, Level.TILES])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_query_gets_the_same_bits_however_its_sequence_is_cut_and_batched(
+    name: str, level: Level
+) -> None:
+    spec = LAYERS[name]
+    rng = random.Random(name)
+    backend, layer = of_level(spec, level), asked(spec)
+    lengths = [1000, 1, 257, 300, 640]
+    threads = torch.get_num_threads()
+    with full_slots(spec, torch.bfloat16, lengths) as (keys, values):
+        queries = [torch.randn(n, spec.q_heads, spec.k_dim).bfloat16() for n in lengths]
+
+        def attend(segments: list[Segment]) -> list[torch.Tensor]:
+            backend.plan(segments)
+            asked = [queries[s.slot][s.start : s.start + s.length] for s in segments]
+            return list(
+                backend.run(layer, torch.cat(asked), keys, values).split([len(q) for q in asked])
+            )
+
+        whole = [attend([segment(slot, 0, n)])[0] for slot, n in enumerate(lengths)]
+        left = [segment(slot, *cut) for slot, n in enumerate(lengths) for cut in cuts(rng, n)]
+        left += [segment(0, at, 1) for at in (0, 31, 32, 255, 256, 511, 512, 999)]
+        rng.shuffle(left)
+        try:
+            while left:
+                torch.set_num_threads(rng.choice([1, 2, 3]))
+                count = rng.randint(1, 12)
+                step, left = sorted(left[:count], key=lambda s: s.length > 1), left[count:]
+                for one, got in zip(step, attend(step), strict=True):
+                    want = whole[one.slot][one.start : one.start + one.length]
+                    assert torch.equal(got, want), (one.slot, one.start, one.length)
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

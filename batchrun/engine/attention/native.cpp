@@ -42,10 +42,12 @@ struct Call {
   void* out;                     // [n, q_heads, v_dim], dense
   const float* sinks;            // [q_heads] or null
   const int32_t *slots, *ends;   // [n]
+  const int32_t* starts;         // unused
   int64_t n, q_heads, kv_heads, k_dim, v_dim;
   int64_t query_stride[2], key_stride[3], value_stride[3];
   int64_t window;  // 0: none
   int64_t threads;
+  int64_t level;  // unused
   float scale, softcap;  // 0: none
 };
 

@@ -1,34 +1,46 @@
-"""Decodes on a CPU by a kernel of our own, native.cpp; longer segments by SDPA.
+"""Attends on a CPU by kernels of our own: native_bf16.cpp, and native.cpp where that can't.
 
 SDPA is called once a sequence, where waking the kernel costs more than reading the keys. The
-library takes all sequences in one call. It needs neither torch's headers nor an OpenMP of its own:
-it computes on the threads that torch has, whose OpenMP is in the process before it is loaded.
+libraries take all sequences in one call. They need neither torch's headers nor an OpenMP of their
+own: they compute on the threads that torch has, whose OpenMP is in the process before they are
+loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from batchrun.engine import compiled
-from batchrun.engine.attention import Geometry, LayerAttention, Upload
-from batchrun.engine.attention.batch import split
+from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, Upload
+from batchrun.engine.attention.batch import Batch, split
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.compiled import CompileError
 from batchrun.engine.core import Segment
 
 SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE_BF16 = Path(__file__).with_name("native_bf16.cpp")
 _FUNCTIONS = {
     torch.float32: "batchrun_decode_float32",
     torch.bfloat16: "batchrun_decode_bfloat16",
 }
 
 
+class Level(IntEnum):
+    """What multiplies bfloat16 in this process: as in native_bf16.cpp."""
+
+    NOTHING = 0
+    VECTORS = 1  # AVX512-BF16
+    TILES = 2  # AMX
+
+
 def why_not(geometry: Geometry, name: str = "native", *, compiled: bool = False) -> str | None:
-    """See `attention.why_not`. A compiler takes two seconds: having to is no reason."""
+    """See `attention.why_not`. A compiler takes some seconds: having to is no reason."""
     if geometry.device.type != "cpu":
         return "it computes on a CPU"
     if geometry.dtype not in _FUNCTIONS:
@@ -41,9 +53,18 @@ def make(
     upload: Upload | None,
     log: Callable[[str], None],
     name: str = "native",
-) -> Native:
-    """See `attention.create`; compiles at first use, and keeps the result in the user's cache."""
+    level: Level = Level.TILES,
+) -> AttentionBackend:
+    """See `attention.create`; compiles at first use, and keeps the result in the user's cache.
+
+    At most what `level` says multiplies bfloat16.
+    """
     try:
+        if geometry.dtype == torch.bfloat16 and level:
+            library = compiled.load(SOURCE_BF16, log)
+            level = min(level, Level(library.batchrun_level()))
+            if level:
+                return NativeBF16(library.batchrun_attend, level)
         library = compiled.load(SOURCE, log)
     except CompileError as error:
         raise ValueError(f"it can't be compiled: {error}") from error
@@ -55,27 +76,108 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "sinks")),
-        *((name, ctypes.c_void_p) for name in ("slots", "ends")),
+        *((name, ctypes.c_void_p) for name in ("slots", "ends", "starts")),
         *((name, ctypes.c_int64) for name in ("n", "q_heads", "kv_heads", "k_dim", "v_dim")),
         ("query_stride", ctypes.c_int64 * 2),
         ("key_stride", ctypes.c_int64 * 3),
         ("value_stride", ctypes.c_int64 * 3),
-        ("window", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("window", "threads", "level")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )
 
 
+def _call(
+    batch: Batch,
+    layer: LayerAttention,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    by: Callable[..., object],
+    level: Level = Level.NOTHING,
+) -> torch.Tensor:
+    """Have a library's function attend for a batch, whose queries are the first of `query`."""
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
+    out = query.new_empty(*query.shape[:2], values.shape[3])
+    starts = batch.starts
+    call = _Call(
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        batch.slots.ctypes.data,
+        batch.ends.ctypes.data,
+        starts.ctypes.data,
+        len(batch),
+        query.shape[1],
+        keys.shape[2],
+        *(keys.shape[3], values.shape[3]),
+        query.stride()[:2],
+        keys.stride()[:3],
+        values.stride()[:3],
+        layer.window or 0,
+        torch.get_num_threads(),
+        level,
+        layer.scale,
+        layer.softcap or 0.0,
+    )
+    by(ctypes.byref(call))
+    return out
+
+
+def _batch(segments: Sequence[Segment]) -> Batch:
+    rows = np.array([(s.slot, s.length, s.start + s.length) for s in segments], np.int32)
+    return Batch(*np.ascontiguousarray(rows.reshape(-1, 3).T))
+
+
+class NativeBF16:
+    """One call for a step. What a query gets depends on its own sequence alone, bit for bit.
+
+    Args:
+        attend: The library's function, which takes a pointer to a `_Call`.
+        level: What is to multiply.
+    """
+
+    name = "native"
+    capturable = False  # there are no graphs on a CPU
+
+    def __init__(self, attend: Callable[..., object], level: Level) -> None:
+        self._attend = attend
+        self.level = level
+        self._batch = _batch(())
+
+    def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
+        """See `AttentionBackend.plan`."""
+        if fixed:
+            raise ValueError("native computes on a CPU, which records no graphs")
+        self._batch = _batch(segments)
+
+    def run(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.run`."""
+        return _call(self._batch, layer, query, keys, values, by=self._attend, level=self.level)
+
+
 class Native:
     """One call for all decodes of a step, which reads each key and each value once.
+
+    Longer segments are SDPA's.
 
     Args:
         decode: One of the library's functions, which takes a pointer to a `_Call`.
     """
 
     name = "native"
-    capturable = False  # there are no graphs on a CPU
+    capturable = False
 
     def __init__(self, decode: Callable[..., object]) -> None:
         self._decode = decode
@@ -100,34 +202,10 @@ class Native:
         values: torch.Tensor,
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
-        at, batch = len(self._decodes), self._decodes
+        at = len(self._decodes)
         if not at:
             return self._prefills.run(layer, query, keys, values)
-        if query.stride(2) != 1:
-            query = query.contiguous()
-        sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
-        out = query.new_empty(*query.shape[:2], values.shape[3])
-        call = _Call(
-            query.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            out.data_ptr(),
-            None if sinks is None else sinks.data_ptr(),
-            batch.slots.ctypes.data,
-            batch.ends.ctypes.data,
-            at,
-            query.shape[1],
-            keys.shape[2],
-            *(keys.shape[3], values.shape[3]),
-            query.stride()[:2],
-            keys.stride()[:3],
-            values.stride()[:3],
-            layer.window or 0,
-            torch.get_num_threads(),
-            layer.scale,
-            layer.softcap or 0.0,
-        )
-        self._decode(ctypes.byref(call))
+        out = _call(self._decodes, layer, query, keys, values, by=self._decode)
         if self._longer:
             out[at:] = self._prefills.run(layer, query[at:], keys, values)
         return out

@@ -1,0 +1,558 @@
+// Attention in bfloat16 on CPUs that have products of it: whole steps, over slots in place, in one call.
+//
+// A query's numbers are those of its own sequence alone, bit for bit: not of the batch, the threads,
+// or of how a prompt was cut into segments. Keys are taken in parts of kPart tokens that begin at
+// multiples of kPart. Each part has a softmax of its own, and its sums are added to those of the parts
+// before (Flash-Decoding). A token that a query may not see adds an exact 0, so one that is computed
+// among others (a prompt's) and one alone (a decode) go through the same additions.
+//
+//   task    queries [tokens x group] of one segment, which share key heads: a prompt's part or a decode
+//   part    K packed to tiles [32 of k_dim, 16 tokens], V to tiles [32 tokens, 16 of v_dim]
+//   panel   at most kPanel queries: scores = Q . K, weights = 2^(scores - highest), sums = weights . V
+//
+// Tiles are 16 rows of 16 pairs of numbers: what AMX multiplies, and AVX512-BF16 row by row.
+// No byte behind a sequence's last token is read: there is no memory.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    defined(__AVX512VL__)
+#include <immintrin.h>
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HAS_AMX
+#endif
+
+enum Level : int64_t { kNothing, kVectors, kTiles };  // as in native.py
+
+// As in native.py. Strides count elements; the last one of each tensor is 1.
+struct Call {
+  const uint16_t* query;           // [tokens, q_heads, k_dim]
+  const uint16_t *keys, *values;   // [slots, tokens, kv_heads, dim]
+  uint16_t* out;                   // [tokens, q_heads, v_dim], dense
+  const float* sinks;              // [q_heads] or null
+  const int32_t *slots, *ends;     // [n]
+  const int32_t* starts;           // [n + 1]: each segment's first query, which are its last tokens
+  int64_t n, q_heads, kv_heads, k_dim, v_dim;
+  int64_t query_stride[2], key_stride[3], value_stride[3];
+  int64_t window;  // 0: none
+  int64_t threads;
+  int64_t level;
+  float scale, softcap;  // 0: none
+};
+
+namespace {
+
+constexpr int64_t kBlock = 32;
+constexpr int64_t kPart = 256;
+constexpr int64_t kPanel = 32;
+constexpr int64_t kTile = 512;                   // numbers of a tile
+constexpr int64_t kScores = kPart + 16;          // strides of a panel's rows, no power of 2
+constexpr int64_t kWeights = kPart + 32;
+constexpr int64_t kRows = 192;                   // queries of a task: enough to be worth packing for
+constexpr int64_t kPacked = 512 * 1024;          // bytes of packed heads that stay in the L2 cache
+constexpr float kLog2e = 1.44269504f;
+constexpr float kLowest = -3e38f;                // the highest score of none
+
+// Memory that starts at a cache line and is kept from call to call.
+class Buffer {
+ public:
+  void* get(int64_t bytes) {
+    if (int64_t(memory_.size()) < bytes + 64) memory_.resize(bytes + 64);
+    auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<void*>((address + 63) & ~uintptr_t(63));
+  }
+
+ private:
+  std::vector<char> memory_;
+};
+
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+inline __m512 all(float x) { return _mm512_set1_ps(x); }
+
+// 2^x to a part in 300,000; exactly 1 of 0.
+inline __m512 power(__m512 x) {
+  const __m512 r = _mm512_reduce_ps(x, 0x09);  // what is left of x above the next whole number
+  __m512 p = _mm512_fmadd_ps(all(0.0134267087f), r, all(0.0522424355f));
+  p = _mm512_fmadd_ps(p, r, all(0.2412802279f));
+  p = _mm512_fmadd_ps(p, r, all(0.6930448413f));
+  p = _mm512_fmadd_ps(p, r, all(1.0f));
+  return _mm512_scalef_ps(p, x);
+}
+
+inline float power(float x) { return _mm512_cvtss_f32(power(all(x))); }
+
+// ---- tiles ----
+
+// c [rows, 16 cols] = a [rows, 32 depth] . b, whose tiles of a column lie one behind the other and
+// those of the next one `step` on. cols is even; rows of a and c up to a multiple of 16 are touched.
+struct Product {
+  const uint16_t* a;
+  int64_t a_stride, rows;
+  const uint16_t* b;
+  int64_t step, cols, depth;
+  float* c;
+  int64_t c_stride;
+};
+
+void multiply_vectors(const Product& p) {
+  for (int64_t r = 0; r < p.rows; r += 4)
+    for (int64_t n = 0; n < p.cols; n += 2) {
+      const uint16_t *left = p.b + n * p.step, *right = left + p.step;
+      const uint16_t* a = p.a + r * p.a_stride;
+      __m512 sum[4][2] = {};
+      for (int64_t k = 0; k < p.depth * 16; k++) {
+        const auto x = (__m512bh)_mm512_loadu_si512(left + k * 32);
+        const auto y = (__m512bh)_mm512_loadu_si512(right + k * 32);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          int32_t pair;
+          __builtin_memcpy(&pair, a + i * p.a_stride + k * 2, 4);
+          const auto q = (__m512bh)_mm512_set1_epi32(pair);
+          sum[i][0] = _mm512_dpbf16_ps(sum[i][0], q, x);
+          sum[i][1] = _mm512_dpbf16_ps(sum[i][1], q, y);
+        }
+      }
+      for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++)
+          _mm512_storeu_ps(p.c + (r + i) * p.c_stride + (n + j) * 16, sum[i][j]);
+    }
+}
+
+#ifdef HAS_AMX
+// Of 16 or 32 rows.
+template <bool two>
+inline void multiply_panel(const Product& p, int64_t r) {
+  const uint16_t *a = p.a + r * p.a_stride, *below = a + 16 * p.a_stride;
+  for (int64_t n = 0; n < p.cols; n += 2) {
+    const uint16_t* b = p.b + n * p.step;
+    float* c = p.c + r * p.c_stride + n * 16;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two) _tile_zero(2);
+    if (two) _tile_zero(3);
+    for (int64_t k = 0; k < p.depth; k++) {
+      _tile_loadd(4, a + k * 32, p.a_stride * 2);
+      _tile_loadd(6, b + k * kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + p.step + k * kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if (two) {
+        _tile_loadd(5, below + k * 32, p.a_stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, c, p.c_stride * 4);
+    _tile_stored(1, c + 16, p.c_stride * 4);
+    if (two) _tile_stored(2, c + 16 * p.c_stride, p.c_stride * 4);
+    if (two) _tile_stored(3, c + 16 * p.c_stride + 16, p.c_stride * 4);
+  }
+}
+
+void multiply_tiles(const Product& p) {
+  asm volatile("" ::: "memory");  // tile loads are no reads to the compiler
+  for (int64_t r = 0; r < p.rows; r += 32)
+    p.rows - r > 16 ? multiply_panel<true>(p, r) : multiply_panel<false>(p, r);
+}
+
+void use_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, zero[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+int64_t level() {  // tiles are the kernel's to grant, once a process
+  static const bool granted = !syscall(SYS_arch_prctl, 0x1023, 18);
+  return granted ? kTiles : kVectors;
+}
+#else
+void multiply_tiles(const Product& p) { multiply_vectors(p); }
+void use_tiles() {}
+int64_t level() { return kVectors; }
+#endif
+
+// ---- packing ----
+
+// A block of one head, of which `count` tokens are there: 0 beyond them and beyond `dim`.
+// Returns it, or a copy with the zeros, and sets the stride to match.
+inline const uint16_t* whole(const uint16_t* from, int64_t* stride, int64_t count, int64_t dim,
+                             uint16_t* copy) {
+  if (count >= kBlock && dim % 32 == 0) return from;
+  const int64_t width = round_up(dim, 32);
+  for (int64_t t = 0; t < kBlock; t++)
+    for (int64_t d = 0; d < width; d += 32) {
+      const int64_t left = t < count ? std::min<int64_t>(dim - d, 32) : 0;
+      const auto mask = __mmask32((uint64_t(1) << left) - 1);
+      _mm512_storeu_si512(copy + t * width + d,
+                          _mm512_maskz_loadu_epi16(mask, from + t * *stride + d));
+    }
+  *stride = width;
+  return copy;
+}
+
+// 16 tokens x 32 numbers to a tile whose columns are the tokens.
+inline void pack_key(const uint16_t* from, int64_t stride, uint16_t* tile) {
+  for (int quarter = 0; quarter < 4; quarter++, from += 8) {
+    __m512i z[4];  // of tokens i, 4 + i, 8 + i, 12 + i
+    for (int i = 0; i < 4; i++) {
+      auto at = [&](int j) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (4 * j + i) * stride));
+      };
+      z[i] = _mm512_castsi128_si512(at(0));
+      z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x00f0, at(1));
+      z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x0f00, at(2));
+      z[i] = _mm512_mask_broadcast_i32x4(z[i], 0xf000, at(3));
+    }
+    const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpacklo_epi32(z[2], z[3]);
+    const __m512i c = _mm512_unpackhi_epi32(z[0], z[1]), d = _mm512_unpackhi_epi32(z[2], z[3]);
+    uint16_t* to = tile + quarter * 128;
+    _mm512_store_si512(to, _mm512_unpacklo_epi64(a, b));
+    _mm512_store_si512(to + 32, _mm512_unpackhi_epi64(a, b));
+    _mm512_store_si512(to + 64, _mm512_unpacklo_epi64(c, d));
+    _mm512_store_si512(to + 96, _mm512_unpackhi_epi64(c, d));
+  }
+}
+
+// 32 tokens x 16 numbers to a tile of pairs of tokens.
+inline void pack_value(const uint16_t* from, int64_t stride, uint16_t* tile) {
+  for (int i = 0; i < 16; i++, from += 2 * stride) {
+    auto at = [&](const uint16_t* x) {
+      return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    };
+    const __m512i odd = _mm512_slli_epi32(at(from + stride), 16);
+    _mm512_store_si512(tile + i * 32, _mm512_or_si512(at(from), odd));
+  }
+}
+
+// ---- softmax ----
+
+// weights = 2^(scores * factor - highest) at tokens [begin, end), and 0 elsewhere in [from, to), a
+// range of whole blocks. The scores elsewhere become -inf.
+inline void softmax(float* scores, uint16_t* weights, int64_t from, int64_t to, int64_t begin,
+                    int64_t end, float factor, float* top, float* total) {
+  begin = std::min(std::max(begin, from), to);
+  end = std::max(std::min(end, to), begin);
+  const float none = -std::numeric_limits<float>::infinity();
+  std::fill(scores + from, scores + begin, none);
+  std::fill(scores + end, scores + to, none);
+  __m512 most = all(none);
+  for (int64_t t = from; t < to; t += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + t));
+  *top = std::max(kLowest, _mm512_reduce_max_ps(most) * factor);
+  const __m512 highest = all(*top), scale = all(factor);
+  const auto ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+  __m512 sum = _mm512_setzero_ps();  // of the weights as they are rounded
+  for (int64_t t = from; t < to; t += kBlock) {
+    const __m512 x = power(_mm512_fmsub_ps(_mm512_load_ps(scores + t), scale, highest));
+    const __m512 y = power(_mm512_fmsub_ps(_mm512_load_ps(scores + t + 16), scale, highest));
+    const __m512bh both = _mm512_cvtne2ps_pbh(y, x);
+    _mm512_store_si512(weights + t, (__m512i)both);
+    sum = _mm512_dpbf16_ps(sum, both, ones);
+  }
+  *total = _mm512_reduce_add_ps(sum);
+}
+
+// scores = cap * tanh(scores * inverse): the cap is in units of log2(e), and so are they then.
+inline void cap_scores(float* scores, int64_t from, int64_t to, float cap, float inverse) {
+  const __m512 limit = all(20.0f);
+  for (int64_t t = from; t < to; t += 16) {
+    __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + t), all(inverse));
+    x = _mm512_max_ps(_mm512_min_ps(limit, x), _mm512_sub_ps(_mm512_setzero_ps(), limit));
+    const __m512 y = _mm512_add_ps(power(_mm512_mul_ps(x, all(2 * kLog2e))), all(1.0f));
+    x = _mm512_sub_ps(all(1.0f), _mm512_div_ps(all(2.0f), y));
+    _mm512_store_ps(scores + t, _mm512_mul_ps(x, all(cap)));
+  }
+}
+
+// What is known of one query after some parts: sums [v_width], highest score, total weight.
+struct State {
+  float* sums;
+  int64_t width;
+
+  static int64_t size(int64_t width) { return width + 16; }
+  float& top() const { return sums[width]; }
+  float& total() const { return sums[width + 1]; }
+
+  void clear() const {
+    std::fill(sums, sums + width, 0.0f);
+    top() = kLowest;
+    total() = 0;
+  }
+
+  // Adds a part. One of no tokens changes nothing; one to no tokens is only copied.
+  void add(const float* part, float part_top, float part_total) const {
+    const float most = std::max(top(), part_top);
+    const __m512 old = power(all(top() - most)), scale = power(all(part_top - most));
+    for (int64_t d = 0; d < width; d += 16) {
+      const __m512 sum = _mm512_mul_ps(_mm512_load_ps(sums + d), old);
+      _mm512_store_ps(sums + d, _mm512_fmadd_ps(_mm512_load_ps(part + d), scale, sum));
+    }
+    top() = most;
+    total() = _mm512_cvtss_f32(_mm512_fmadd_ps(all(part_total), scale, _mm512_mul_ps(all(total()), old)));
+  }
+
+  void finish(const Call& c, int64_t token, int64_t head) const {
+    float scale = 1, sum = total();
+    if (c.sinks) {
+      const float sink = c.sinks[head] * kLog2e, most = std::max(top(), sink);
+      scale = power(top() - most);
+      sum = __builtin_fmaf(sum, scale, power(sink - most));
+    }
+    uint16_t* out = c.out + (token * c.q_heads + head) * c.v_dim;
+    for (int64_t d = 0; d < c.v_dim; d += 16) {
+      const auto mask = __mmask16((1u << std::min<int64_t>(c.v_dim - d, 16)) - 1);
+      const __m512 x = _mm512_mul_ps(_mm512_load_ps(sums + d), all(scale / sum));
+      _mm256_mask_storeu_epi16(out + d, mask, (__m256i)_mm512_cvtneps_pbh(x));
+    }
+  }
+};
+
+// ---- tasks ----
+
+struct Task {
+  int64_t segment, head, heads;  // key heads
+  int64_t token, tokens;         // of the segment's queries
+  int64_t begin, end;            // tokens that they attend to
+  float* states;                 // of a decode's part: [heads, group]; else null
+};
+
+class Worker {
+ public:
+  explicit Worker(const Call& call)
+      : c(call),
+        multiply(call.level == kTiles ? multiply_tiles : multiply_vectors),
+        group(c.q_heads / c.kv_heads),
+        k_width(round_up(c.k_dim, 32)),
+        v_width(round_up(c.v_dim, 32)),
+        state(State::size(v_width)) {}
+
+  void run(const Task& task, const Task* next) {
+    const int64_t rows = task.tokens * group;
+    reserve(task, rows);
+    float* states = task.states ? task.states : own_states;
+    for (int64_t i = 0; i < task.heads * rows; i++) State{states + i * state, v_width}.clear();
+    const int64_t row_space = round_up(rows, kPanel);
+    for (int64_t h = 0; h < task.heads; h++) pack_queries(task, h, queries + h * row_space * k_width);
+    for (int64_t base = task.begin / kPart * kPart; base < task.end; base += kPart) {
+      pack(task, base, next);
+      for (int64_t h = 0; h < task.heads; h++)
+        for (int64_t row = 0; row < rows; row += kPanel)
+          panel(task, base, h, row, std::min(kPanel, rows - row),
+                queries + (h * row_space + row) * k_width, states + (h * rows + row) * state);
+    }
+    if (task.states) return;
+    for (int64_t h = 0; h < task.heads; h++)
+      for (int64_t r = 0; r < rows; r++)
+        State{states + (h * rows + r) * state, v_width}.finish(
+            c, c.starts[task.segment] + task.token + r / group,
+            (task.head + h) * group + r % group);
+  }
+
+ private:
+  const Call& c;
+  void (*const multiply)(const Product&);
+  const int64_t group, k_width, v_width, state;
+  uint16_t *queries, *keys, *values, *weights, *copy;
+  float *scores, *sums, *own_states;
+
+  void reserve(const Task& task, int64_t rows) {
+    static thread_local Buffer buffer;
+    const int64_t space = round_up(rows, kPanel);
+    const int64_t halves[] = {task.heads * space * k_width, task.heads * kPart * k_width,
+                              task.heads * kPart * v_width, kPanel * kWeights,
+                              kBlock * std::max(k_width, v_width)};
+    const int64_t floats[] = {kPanel * kScores, kPanel * v_width, task.heads * rows * state};
+    int64_t bytes = 0;
+    for (int64_t n : halves) bytes += n * 2;
+    for (int64_t n : floats) bytes += n * 4;
+    auto at = static_cast<char*>(buffer.get(bytes));
+    uint16_t** const half[] = {&queries, &keys, &values, &weights, &copy};
+    float** const single[] = {&scores, &sums, &own_states};
+    for (int i = 0; i < 5; at += halves[i++] * 2) *half[i] = reinterpret_cast<uint16_t*>(at);
+    for (int i = 0; i < 3; at += floats[i++] * 4) *single[i] = reinterpret_cast<float*>(at);
+  }
+
+  const uint16_t* key(int64_t segment, int64_t head, int64_t token) const {
+    return c.keys + c.slots[segment] * c.key_stride[0] + token * c.key_stride[1] +
+           head * c.key_stride[2];
+  }
+
+  const uint16_t* value(int64_t segment, int64_t head, int64_t token) const {
+    return c.values + c.slots[segment] * c.value_stride[0] + token * c.value_stride[1] +
+           head * c.value_stride[2];
+  }
+
+  int64_t position(const Task& task, int64_t row) const {
+    const int64_t length = c.starts[task.segment + 1] - c.starts[task.segment];
+    return c.ends[task.segment] - length + task.token + row / group;
+  }
+
+  void pack_queries(const Task& task, int64_t h, uint16_t* to) const {
+    for (int64_t row = 0; row < task.tokens * group; row++, to += k_width) {
+      const uint16_t* from = c.query +
+                             (c.starts[task.segment] + task.token + row / group) * c.query_stride[0] +
+                             ((task.head + h) * group + row % group) * c.query_stride[1];
+      std::copy(from, from + c.k_dim, to);
+      std::fill(to + c.k_dim, to + k_width, uint16_t(0));
+    }
+  }
+
+  // Packs what the task needs of a part. Tokens may lie pages apart, which no hardware prefetches:
+  // the next block is asked for.
+  void pack(const Task& task, int64_t base, const Task* next) {
+    const int64_t end = std::min(base + kPart, task.end);
+    for (int64_t t = std::max(base, task.begin / kBlock * kBlock); t < end; t += kBlock) {
+      const Task* then = &task;
+      int64_t soon = t + kBlock;
+      if (soon >= task.end) {
+        then = next;
+        soon = next ? next->begin : 0;
+      }
+      const int64_t ahead = then ? std::min(kBlock, then->end - soon) : 0;
+      const int64_t block = (t - base) / kBlock;
+      for (int64_t h = 0; h < task.heads; h++) {
+        if (ahead > 0 && h < then->heads) {
+          prefetch(key(then->segment, then->head + h, soon), c.key_stride[1], ahead, c.k_dim);
+          prefetch(value(then->segment, then->head + h, soon), c.value_stride[1], ahead, c.v_dim);
+        }
+        int64_t stride = c.key_stride[1];
+        const uint16_t* k = whole(key(task.segment, task.head + h, t), &stride, task.end - t,
+                                  c.k_dim, copy);
+        uint16_t* to = keys + (h * kPart + block * kBlock) * k_width;
+        for (int64_t half = 0; half < 2; half++, k += 16 * stride)
+          for (int64_t d = 0; d < k_width; d += 32, to += kTile) pack_key(k + d, stride, to);
+        stride = c.value_stride[1];
+        const uint16_t* v = whole(value(task.segment, task.head + h, t), &stride, task.end - t,
+                                  c.v_dim, copy);
+        to = values + h * kPart * v_width + block * kTile;
+        for (int64_t d = 0; d < v_width; d += 16, to += kPart / kBlock * kTile)
+          pack_value(v + d, stride, to);
+      }
+    }
+  }
+
+  static void prefetch(const uint16_t* from, int64_t stride, int64_t count, int64_t dim) {
+    for (int64_t t = 0; t < count; t++, from += stride)
+      for (int64_t d = 0; d < dim; d += 32) __builtin_prefetch(from + d);
+  }
+
+  // `rows` queries from `row` on, against one part of one head.
+  void panel(const Task& task, int64_t base, int64_t h, int64_t row, int64_t rows,
+             const uint16_t* query, float* states) {
+    const int64_t first = position(task, row), last = position(task, row + rows - 1);
+    const int64_t lowest = c.window ? std::max<int64_t>(0, first - c.window + 1) : 0;
+    const int64_t from = std::max<int64_t>(0, lowest - base) / kBlock * kBlock;
+    const int64_t to = std::min(kPart, round_up(last + 1 - base, kBlock));
+    if (from >= to) return;
+    const uint16_t* k = keys + (h * kPart + from) * k_width;
+    multiply({query, k_width, rows, k, k_width * 16, (to - from) / 16, k_width / 32,
+              scores + from, kScores});
+    float tops[kPanel], totals[kPanel];
+    for (int64_t r = 0; r < rows; r++) {
+      float *score = scores + r * kScores, factor = c.scale * kLog2e;
+      const int64_t end = position(task, row + r) + 1 - base;
+      if (c.softcap > 0) {
+        cap_scores(score, from, to, c.softcap * kLog2e, c.scale / c.softcap);
+        factor = 1;
+      }
+      softmax(score, weights + r * kWeights, from, to, c.window ? end - c.window : from, end, factor,
+              tops + r, totals + r);
+    }
+    const uint16_t* v = values + h * kPart * v_width + from / kBlock * kTile;
+    multiply({weights + from, kWeights, rows, v, kPart / kBlock * kTile, v_width / 16,
+              (to - from) / kBlock, sums, v_width});
+    for (int64_t r = 0; r < rows; r++)
+      State{states + r * state, v_width}.add(sums + r * v_width, tops[r], totals[r]);
+  }
+};
+
+void attend(const Call& c) {
+  static thread_local Buffer kept;
+  const int64_t group = c.q_heads / c.kv_heads;
+  const int64_t k_width = round_up(c.k_dim, 32), v_width = round_up(c.v_dim, 32);
+  const int64_t state = State::size(v_width), part_size = c.q_heads * state;
+  const int64_t tokens = std::max<int64_t>(1, kRows / group);
+  const int64_t heads =
+      std::min(c.kv_heads, std::max<int64_t>(1, kPacked / (kPart * (k_width + v_width) * 2)));
+  std::vector<Task> tasks;
+  std::vector<int64_t> decodes, firsts;  // segments of one token, and the first part of each
+  int64_t num_parts = 0;
+  for (int64_t i = 0; i < c.n; i++) {
+    const int64_t length = c.starts[i + 1] - c.starts[i], end = c.ends[i];
+    auto begin = [&](int64_t position) {
+      return c.window ? std::max<int64_t>(0, position - c.window + 1) : 0;
+    };
+    if (length == 1) {
+      decodes.push_back(i);
+      firsts.push_back(num_parts);
+      num_parts += (end - 1) / kPart + 1 - begin(end - 1) / kPart;
+      continue;
+    }
+    for (int64_t token = (length - 1) / tokens * tokens; token >= 0; token -= tokens) {
+      const int64_t count = std::min(tokens, length - token), first = end - length + token;
+      for (int64_t head = 0; head < c.kv_heads; head++)
+        tasks.push_back({i, head, 1, token, count, begin(first), first + count, nullptr});
+    }
+  }
+  firsts.push_back(num_parts);
+  auto memory = static_cast<float*>(kept.get(num_parts * part_size * 4));
+  for (size_t d = 0; d < decodes.size(); d++) {
+    const int64_t end = c.ends[decodes[d]];
+    int64_t begin = c.window ? std::max<int64_t>(0, end - c.window) : 0;
+    for (int64_t part = firsts[d]; part < firsts[d + 1]; part++) {
+      const int64_t stop = std::min(end, (begin / kPart + 1) * kPart);
+      for (int64_t head = 0; head < c.kv_heads; head += heads)
+        tasks.push_back({decodes[d], head, std::min(heads, c.kv_heads - head), 0, 1, begin, stop,
+                         memory + part * part_size + head * group * state});
+      begin = stop;
+    }
+  }
+  const auto num_tasks = int64_t(tasks.size());
+  std::atomic<int64_t> taken{0};
+#pragma omp parallel num_threads(c.threads)
+  {
+    if (c.level == kTiles) use_tiles();
+    Worker worker(c);
+    for (int64_t i = taken++; i < num_tasks;) {
+      const int64_t next = taken++;  // a task early, to ask for its keys
+      worker.run(tasks[i], next < num_tasks ? &tasks[next] : nullptr);
+      i = next;
+    }
+#ifdef HAS_AMX
+    if (c.level == kTiles) _tile_release();
+#endif
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < int64_t(decodes.size()) * c.q_heads; i++) {
+      const int64_t d = i / c.q_heads, head = i % c.q_heads;
+      const State all_parts{memory + firsts[d] * part_size + head * state, v_width};
+      for (int64_t part = firsts[d] + 1; part < firsts[d + 1]; part++) {
+        const State other{memory + part * part_size + head * state, v_width};
+        all_parts.add(other.sums, other.top(), other.total());
+      }
+      all_parts.finish(c, c.starts[decodes[d]], head);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" int64_t batchrun_level() { return level(); }
+
+extern "C" void batchrun_attend(const Call* call) { attend(*call); }
+
+#else
+
+extern "C" int64_t batchrun_level() { return 0; }
+
+#endif
