@@ -30,13 +30,20 @@ class HostMemory:
     (vm.max_map_count), and past that bound even unmapping can fail; this class counts its own and
     stops short of it.
 
+    Without guard a reservation shows the memfd from the start: a page that is mapped at its own
+    place needs no mapping of its own, only memory, which is three system calls and a fault for
+    each 4 KiB less. Addresses without a page do not fault then; they are not to be touched.
+
     Args:
         page_size: bytes of one page, a multiple of the system's page size.
+        guard: whether touching an address without a page is a fault.
         max_mappings: kernel mappings to use at most; by default three quarters of what a process
             may have, which leaves the rest to libraries, threads and files.
     """
 
-    def __init__(self, page_size: int = 256 << 10, *, max_mappings: int | None = None) -> None:
+    def __init__(
+        self, page_size: int = 256 << 10, *, guard: bool = True, max_mappings: int | None = None
+    ) -> None:
         if sys.platform != "linux":
             raise AllocatorError(f"HostMemory needs Linux (memfd, mmap); this is {sys.platform}")
         if page_size <= 0 or page_size % mmap.PAGESIZE:
@@ -47,6 +54,7 @@ class HostMemory:
             max_mappings = int(Path("/proc/sys/vm/max_map_count").read_text()) * 3 // 4
         self.granularity = page_size
         self.max_mappings = max_mappings
+        self._guard = guard
         self._libc = _load_libc()
         self.ledger = Ledger(page_size)
         self._fd = os.memfd_create("batchrun-kv")
@@ -61,7 +69,7 @@ class HostMemory:
     def reserve(self, size: int) -> int:
         """See `VirtualMemory.reserve`."""
         self.ledger.check_reserve(size)
-        address = self._mmap(None, size, None)
+        address = self._mmap(None, size, None if self._guard else self._end)
         self.ledger.reserved(address, size)
         self._begins[address] = self._end
         self._end += size // self.granularity
@@ -94,37 +102,26 @@ class HostMemory:
 
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         """See `VirtualMemory.map`."""
-        pages, page = self.ledger.check_map(address, handles), self.granularity
-        placed = self._place(address, handles)
+        pages = self.ledger.check_map(address, handles)
+        own = self._own_place(address, len(handles))
+        placed = self._place(own, handles)
         try:
             places = [self._places[handle] for handle in handles]
-            runs = list(_runs(places))
-            # A run cuts the mapping that it lands in at both ends, at worst.
-            if self._mappings + len(runs) + 1 > self.max_mappings:
-                raise self._out_of_mappings(len(runs))
-            before = self._cuts(address, len(handles))
-            for start, stop in runs:
-                try:
-                    self._mmap(address + start * page, (stop - start) * page, places[start])
-                except AllocatorError:
-                    # At the kernel's bound mmap would fail again; taking access away does not.
-                    if start and self._libc.mprotect(address, start * page, 0):
-                        raise _os_error("mprotect", f"{start} pages at {address:#x}") from None
-                    raise
+            if self._guard or places != list(range(own, own + len(places))):
+                self._show(address, places, populate=True)
         except AllocatorError:
             self._displace(placed)
             raise
         self.ledger.mapped(pages, handles)
-        self._mappings += self._cuts(address, len(handles)) - before
 
     def unmap(self, address: int, count: int) -> None:
         """See `VirtualMemory.unmap`."""
         pages = self.ledger.check_unmap(address, count)
-        before = self._cuts(address, count)
-        # Mapping nothing over it, rather than munmap, keeps the range reserved.
-        self._mmap(address, count * self.granularity, None)
+        own = self._own_place(address, count)
+        unguarded = list(range(own, own + count))
+        if self._guard or [self._places[self.ledger.table[at]] for at in pages] != unguarded:
+            self._show(address, [None] * count if self._guard else unguarded)
         self.ledger.unmapped(pages)
-        self._mappings += self._cuts(address, count) - before
 
     def close(self) -> None:
         """See `VirtualMemory.close`."""
@@ -139,26 +136,44 @@ class HostMemory:
         self._begins.clear()
         self._mappings = 0
 
-    def _cuts(self, address: int, count: int) -> int:
-        """Places in and around a range where one kernel mapping ends and another begins."""
-        page, table, places = self.granularity, self.ledger.table, self._places
-        base, size = self.ledger.reservation_of(address, count)
-        first = max(address, base + page)
-        last = min(address + count * page, base + size - page)
-        cuts = 0
-        for at in range(first, last + page, page):
-            left, right = table.get(at - page), table.get(at)
-            if left is None or right is None:
-                cuts += left is not right
-            else:
-                cuts += places[right] != places[left] + 1
-        return cuts
+    def _own_place(self, address: int, count: int) -> int:
+        """The place that belongs to an address."""
+        base, _ = self.ledger.reservation_of(address, count)
+        return self._begins[base] + (address - base) // self.granularity
 
-    def _place(self, address: int, handles: Sequence[Handle]) -> list[Handle]:
-        """Give those pages that have none a place in the file, and memory; returns them."""
+    def _show(self, address: int, places: Sequence[int | None], *, populate: bool = False) -> None:
+        """Have addresses show these places of the file, or nothing; all of them or none."""
         page = self.granularity
-        base, _ = self.ledger.reservation_of(address, len(handles))
-        own = self._begins[base] + (address - base) // page
+        base, size = self.ledger.reservation_of(address, len(places))
+        end = address + len(places) * page
+        left = [self._shown(address - page)] if address > base else []
+        right = [self._shown(end)] if end < base + size else []
+        before = [self._shown(at) for at in range(address, end, page)]
+        runs = list(_runs(places))
+        # A run cuts the mapping that it lands in at both ends, at worst.
+        if populate and self._mappings + len(runs) + 1 > self.max_mappings:
+            raise self._out_of_mappings(len(runs))
+        for start, stop in runs:
+            try:
+                at, length = address + start * page, (stop - start) * page
+                self._mmap(at, length, places[start], populate=populate)
+            except AllocatorError:
+                # At the kernel's bound mmap would fail again; taking access away does not.
+                if start and self._libc.mprotect(address, start * page, 0):
+                    raise _os_error("mprotect", f"{start} pages at {address:#x}") from None
+                self._guard = True  # those pages do not show their own places any more
+                raise
+        self._mappings += _cuts([*left, *places, *right]) - _cuts([*left, *before, *right])
+
+    def _shown(self, address: int) -> int | None:
+        """The place that an address shows."""
+        handle = self.ledger.table.get(address)
+        if handle is not None:
+            return self._places[handle]
+        return None if self._guard else self._own_place(address, 1)
+
+    def _place(self, own: int, handles: Sequence[Handle]) -> list[Handle]:
+        """Give those pages that have none a place in the file, and memory; returns them."""
         placed: list[Handle] = []
         for position, handle in enumerate(handles):
             if handle in self._places:
@@ -187,7 +202,9 @@ class HostMemory:
             if self._fallocate(_PUNCH_HOLE, places[start], stop - start):
                 raise _os_error("fallocate", f"punching {stop - start} pages")
 
-    def _mmap(self, address: int | None, size: int, place: int | None) -> int:
+    def _mmap(
+        self, address: int | None, size: int, place: int | None, *, populate: bool = False
+    ) -> int:
         """Map the file from a place on at `address`; without a place, reserve the range."""
         fixed = 0 if address is None else _MAP_FIXED
         protection, fd, offset = 0, -1, 0
@@ -197,10 +214,10 @@ class HostMemory:
             protection, fd = mmap.PROT_READ | mmap.PROT_WRITE, self._fd
             offset = place * self.granularity
             # Populating now costs one call; otherwise each 4 KiB faults when it is first touched.
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE | fixed
+            flags = mmap.MAP_SHARED | _MAP_NORESERVE | fixed | (populate and mmap.MAP_POPULATE)
         got = self._libc.mmap(address, size, protection, flags, fd, offset)
         if got == _MAP_FAILED:
-            if ctypes.get_errno() == errno.ENOMEM and place is not None:
+            if ctypes.get_errno() == errno.ENOMEM and address and place is not None:
                 raise self._out_of_mappings(1)
             raise _os_error("mmap", f"{size} bytes")
         return int(got)
@@ -233,13 +250,24 @@ class HostMemory:
         )
 
 
-def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Positions [start, stop) of each maximal run of consecutive numbers."""
+def _runs(places: Sequence[int | None]) -> Iterator[tuple[int, int]]:
+    """Positions [start, stop) of each maximal run of consecutive places, or of none."""
     start = 0
-    for position in range(1, len(indices) + 1):
-        if position == len(indices) or indices[position] != indices[position - 1] + 1:
+    for position in range(1, len(places) + 1):
+        if position == len(places) or _cut(places[position - 1], places[position]):
             yield start, position
             start = position
+
+
+def _cuts(places: Sequence[int | None]) -> int:
+    """How often one kernel mapping ends and another begins in addresses that show these places."""
+    return sum(map(_cut, places, places[1:]))
+
+
+def _cut(left: int | None, right: int | None) -> bool:
+    if left is None or right is None:
+        return left is not right
+    return right != left + 1
 
 
 def _os_error(call: str, what: str) -> AllocatorError:

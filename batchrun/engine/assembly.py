@@ -257,7 +257,8 @@ class Assembly:
         if not self._cuda:
             slabs = -(-len(self.loaded.layers) // self._layers_per_slab())
             fair = 1 << (_HOST_PAGE // slabs).bit_length() - 1
-            return HostMemory(page_size or max(_LEAST_HOST_PAGE, fair)), available_memory
+            size = page_size or max(_LEAST_HOST_PAGE, fair)
+            return HostMemory(size, guard=False), available_memory
         memory = CudaMemory(self.loaded.device.index or 0, page_size=page_size)
         return memory, lambda: memory.memory_info()[0] - DEVICE_HEADROOM
 

@@ -104,7 +104,8 @@ def operate(model, rng: random.Random) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--operations", type=int, default=100_000)
-    parser.add_argument("--memory", choices=["host", "fake-cuda", "cuda"], default="host")
+    memories = ["host", "unguarded-host", "fake-cuda", "cuda"]
+    parser.add_argument("--memory", choices=memories, default="host")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if os.environ.get("BATCHRUN_TEST_MEMORY") == args.memory:

@@ -1,4 +1,4 @@
-"""The tests of this folder again, in processes whose memory is a CUDA device's, or a fake one's."""
+"""The tests of this folder again, in processes whose memory is another."""
 
 from pathlib import Path
 
@@ -19,6 +19,11 @@ SHARED = [
     "test_kv_tensors.py",
     "test_kv_accounting.py",
 ]
+
+
+@pytest.mark.parametrize("file", SHARED)
+def test_over_host_memory_that_guards_nothing(file: str) -> None:
+    run_suite(HERE / file, "unguarded-host", None, "-k", "not fault")
 
 
 @pytest.mark.parametrize("file", [*SHARED, "cuda_memory_suite.py"])

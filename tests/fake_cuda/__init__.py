@@ -15,7 +15,7 @@ def run_suite(
 
     Args:
         file: The tests.
-        twin: `host`, `fake-cuda` or `cuda`.
+        twin: `host`, `unguarded-host`, `fake-cuda` or `cuda`.
         library: Folder of the fake driver.
         options: More of pytest's.
         environment: More variables.
