@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-Undo = list[tuple[nn.Module, str, nn.Module]]  # parent, name, what was there
+from batchrun.engine.cpu_layers import NativeLinear
 
-_PACKED_FOR = 64  # tokens of a step; it serves others too
+Undo = list[tuple[nn.Module, str, nn.Module]]  # parent, name, what was there
 
 
 class MergedProjections(nn.Module):
@@ -32,7 +32,7 @@ class MergedProjections(nn.Module):
         if biases:
             for part, bias in zip(parts, joined.bias.split(self.sizes), strict=True):
                 part.bias.data = bias
-        self.joined: nn.Linear | PackedLinear = joined
+        self.joined: nn.Linear | NativeLinear = joined
         self.input: torch.Tensor | None = None
         self.products: tuple[torch.Tensor, ...] = ()
 
@@ -132,56 +132,6 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
-
-
-class PackedLinear(nn.Module):
-    """A linear layer with its weights as oneDNN's kernels read them, who else copy them each time.
-
-    Args:
-        linear: In bfloat16, on a CPU.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, _PACKED_FOR)
-        self.bias = linear.bias
-        self.nbytes = linear.weight.nbytes
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """`[out, in]`, unpacked for whoever asks."""
-        weight: torch.Tensor = self.packed.to_dense()
-        return weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` to `[..., out]`."""
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.packed, self.bias, "none", [], ""
-        )
-        return out
-
-
-def can_pack() -> bool:
-    """Whether oneDNN is there and has kernels for bfloat16 on this CPU."""
-    return torch.backends.mkldnn.is_available() and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def pack_weights(model: nn.Module) -> None:
-    """Pack each plain linear layer in bfloat16. Peak memory is the model and its largest weight."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if _is_plain_linear(child) and child.weight.dtype == torch.bfloat16:
-                setattr(parent, name, PackedLinear(cast("nn.Linear", child)))
-
-
-def unpack_weights(model: nn.Module) -> None:
-    """Undo it."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PackedLinear):
-                setattr(parent, name, _linear(child.weight, child.bias))
 
 
 class FusedNorm(nn.Module):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from batchrun.engine.attention import LayerAttention, LayerSpec
-from batchrun.engine.fused import PackedLinear
+from batchrun.engine.cpu_layers import NativeLayer, NativeLinear
 from batchrun.machine import multiplies_bfloat16
 from batchrun.models import ModelError
 
@@ -132,8 +132,10 @@ class LoadedModel:
     def weights_bytes(self) -> int:
         """Bytes of parameters and buffers, tied ones once, and of weights that were packed."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        packed = sum(m.nbytes for m in self.model.modules() if isinstance(m, PackedLinear))
-        return packed + sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        native = (m for m in self.model.modules() if isinstance(m, (NativeLayer, NativeLinear)))
+        return sum(m.nbytes for m in native) + sum(
+            {t.data_ptr(): t.nbytes for t in tensors}.values()
+        )
 
 
 def load(

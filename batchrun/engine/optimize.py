@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,17 +19,15 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from batchrun.engine import cpu_layers
 from batchrun.engine.attention import LayerAttention
+from batchrun.engine.compiled import CompileError
 from batchrun.engine.fused import (
     FusedNorm,
-    PackedLinear,
     Projection,
     Undo,
-    can_pack,
     fuse_norms,
     merge_projections,
-    pack_weights,
-    unpack_weights,
 )
 from batchrun.engine.model import HOOK, Step, _hook
 
@@ -61,6 +59,9 @@ def optimize(
         on a CPU) and `compiled layers`.
     """
     want = _logits(model, _FEWER_TOKENS)
+    native = _can_be_native(model, log)
+    if native:
+        _use_native_layers(model)
     undo: Undo = []
     try:
         merge_projections(model, lambda: _logits(model, _FEWER_TOKENS), undo)
@@ -70,13 +71,8 @@ def optimize(
         for parent, name, module in undo:
             setattr(parent, name, module)
         log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and can_pack():
-        try:
-            pack_weights(model)
-            _check(model, want)
-        except Exception as error:  # as above
-            unpack_weights(model)
-            log(f"the model's weights stay as they are, because packed ones fail: {_brief(error)}")
+    if native:
+        _use_native_linears(model)
     if compile and not _compiled_layers(model):
         try:
             with warnings.catch_warnings():
@@ -95,9 +91,9 @@ def optimize(
         torch.cuda.reset_peak_memory_stats(model.device)
     kinds = {type(module) for module in model.modules()}
     found = {
+        "native layers": cpu_layers.NativeLayer in kinds,
         "merged projections": Projection in kinds,
         "fused norms": FusedNorm in kinds,
-        "packed weights": PackedLinear in kinds,
         "compiled layers": bool(_compiled_layers(model)),
     }
     return tuple(name for name, there in found.items() if there)
@@ -194,24 +190,15 @@ def _compile_layers(model: PreTrainedModel, log: Callable[[str], None]) -> None:
 
     Only the layers are: their graph is small, and the rest of a forward is a few operators.
     """
-    probe = _Causal()
-    _logits(model, _FEWER_TOKENS, probe)
-    wanted = [{i} for i in range(len(probe.layers))]
-    stacks = [
-        list(m)
-        for m in model.modules()
-        if isinstance(m, nn.ModuleList) and [_layer_numbers(layer) for layer in m] == wanted
-    ]
-    if len(stacks) != 1:
-        raise ValueError(f"{len(stacks)} lists of decoder layers found")
+    layers, attentions = _decoder_layers(model)
     AttentionInterface.register(HOOK, _traceable_hook)
     compiled = {
         kind: torch.compile(kind.forward, fullgraph=True, dynamic=True)
-        for kind in {type(layer) for layer in stacks[0]}
+        for kind in {type(layer) for layer in layers}
     }
     failed = partial(_uncompile, model, log)
-    for i, layer in enumerate(stacks[0]):
-        layer._compiled_call_impl = _Layer(layer, compiled[type(layer)], i, probe.layers[i], failed)
+    for i, layer in enumerate(layers):
+        layer._compiled_call_impl = _Layer(layer, compiled[type(layer)], i, attentions[i], failed)
 
 
 def _compiled_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -224,9 +211,89 @@ def _uncompile(model: PreTrainedModel, log: Callable[[str], None], error: Except
     log(f"the model's layers run uncompiled, because compiling them fails: {_brief(error)}")
 
 
+def _decoder_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, dict[int, LayerAttention]]:
+    """The model's list of layers, and what each asks of attention."""
+    probe = _Causal()
+    _logits(model, _FEWER_TOKENS, probe)
+    wanted = [{i} for i in range(len(probe.layers))]
+    stacks = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and [_layer_numbers(layer) for layer in m] == wanted
+    ]
+    if len(stacks) != 1:
+        raise ValueError(f"{len(stacks)} lists of decoder layers found")
+    return stacks[0], probe.layers
+
+
 def _layer_numbers(layer: nn.Module) -> set[int]:
     found = (getattr(module, "layer_idx", None) for module in layer.modules())
     return {number for number in found if isinstance(number, int)}
+
+
+# --- native code on a CPU ---
+
+
+def _can_be_native(model: PreTrainedModel, log: Callable[[str], None]) -> bool:
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return False
+    reason = cpu_layers.why_not()
+    try:
+        if reason is None:
+            cpu_layers.library()
+    except CompileError as error:
+        reason = f"it can't be compiled: {error}"
+    if reason is not None:
+        log(f"layers are computed by torch, not by native code: {reason}")
+    return reason is None
+
+
+def _use_native_layers(model: PreTrainedModel) -> None:
+    """Replace the decoder layers that native code computes the same, one after the other.
+
+    Their old weights are dropped: there is no way back, and no moment with all weights twice.
+    """
+    try:
+        layers, attentions = _decoder_layers(model)
+    except ValueError:  # it is built in some way of its own
+        return
+    calls: dict[int, tuple[torch.Tensor, dict[str, Any], torch.Tensor]] = {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, args, kwargs, out, i=i: calls.update({i: (args[0], kwargs, out)}),
+            with_kwargs=True,
+        )
+        for i, layer in enumerate(layers)
+    ]
+    _logits(model, _FEWER_TOKENS)
+    for hook in hooks:
+        hook.remove()
+    for i, layer in enumerate(layers):
+        try:
+            native = cpu_layers.NativeLayer(layer, i, attentions[i])
+        except ValueError:
+            continue
+        if _same(native, *calls[i]):
+            layers[i] = native
+
+
+def _use_native_linears(model: PreTrainedModel) -> None:
+    """Replace all other linear layers: the head, and those of layers that are built otherwise."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if cpu_layers.fits(child):
+                setattr(parent, name, cpu_layers.NativeLinear(cast("nn.Linear", child)))
+
+
+@torch.inference_mode()
+def _same(native: nn.Module, x: torch.Tensor, kwargs: dict[str, Any], want: torch.Tensor) -> bool:
+    """Whether a layer computes what another one did, to bfloat16's precision, token by token."""
+    try:
+        got = native(x, **kwargs).float()
+    except (TypeError, ValueError, RuntimeError):  # it is called otherwise
+        return False
+    off, change = (torch.linalg.vector_norm(t, dim=-1) for t in (got - want, want.float() - x))
+    return bool((off <= 0.05 * change + 0.01 * torch.linalg.vector_norm(x.float(), dim=-1)).all())
 
 
 # --- forward passes to judge by ---

@@ -238,28 +238,40 @@ inline void pack_value(const uint16_t* from, int64_t stride, uint16_t* tile) {
 // ---- softmax ----
 
 // weights = 2^(scores * factor - highest) at tokens [begin, end), and 0 elsewhere in [from, to), a
-// range of whole blocks. The scores elsewhere become -inf.
-inline void softmax(float* scores, uint16_t* weights, int64_t from, int64_t to, int64_t begin,
-                    int64_t end, float factor, float* top, float* total) {
-  begin = std::min(std::max(begin, from), to);
-  end = std::max(std::min(end, to), begin);
-  const float none = -std::numeric_limits<float>::infinity();
-  std::fill(scores + from, scores + begin, none);
-  std::fill(scores + end, scores + to, none);
-  __m512 most = all(none);
-  for (int64_t t = from; t < to; t += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + t));
-  *top = std::max(kLowest, _mm512_reduce_max_ps(most) * factor);
-  const __m512 highest = all(*top), scale = all(factor);
+// range of whole blocks. The scores elsewhere become -inf. Stores the weights' sums in 16 lanes, and
+// returns the highest score in each lane.
+inline __m512 softmax(float* scores, uint16_t* weights, int64_t from, int64_t to, int64_t begin,
+                      int64_t end, float factor, float* total) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512 none = all(-std::numeric_limits<float>::infinity());
+  for (int64_t t = from; t < std::min(begin, to); t += 16)
+    _mm512_mask_store_ps(scores + t, _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(begin - t)),
+                         none);
+  for (int64_t t = std::max(from, end / 16 * 16); t < to; t += 16)
+    _mm512_mask_store_ps(scores + t, _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(end - t)),
+                         none);
+  __m512 most = none, other = none;
+  for (int64_t t = from; t < to; t += kBlock) {
+    most = _mm512_max_ps(most, _mm512_load_ps(scores + t));
+    other = _mm512_max_ps(other, _mm512_load_ps(scores + t + 16));
+  }
+  most = _mm512_max_ps(most, other);
+  most = _mm512_max_ps(most, _mm512_shuffle_f32x4(most, most, 0x4e));
+  most = _mm512_max_ps(most, _mm512_shuffle_f32x4(most, most, 0xb1));
+  most = _mm512_max_ps(most, _mm512_permute_ps(most, 0x4e));
+  most = _mm512_max_ps(most, _mm512_permute_ps(most, 0xb1));
+  const __m512 scale = all(factor), top = _mm512_max_ps(all(kLowest), _mm512_mul_ps(most, scale));
   const auto ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
   __m512 sum = _mm512_setzero_ps();  // of the weights as they are rounded
   for (int64_t t = from; t < to; t += kBlock) {
-    const __m512 x = power(_mm512_fmsub_ps(_mm512_load_ps(scores + t), scale, highest));
-    const __m512 y = power(_mm512_fmsub_ps(_mm512_load_ps(scores + t + 16), scale, highest));
+    const __m512 x = power(_mm512_fmsub_ps(_mm512_load_ps(scores + t), scale, top));
+    const __m512 y = power(_mm512_fmsub_ps(_mm512_load_ps(scores + t + 16), scale, top));
     const __m512bh both = _mm512_cvtne2ps_pbh(y, x);
     _mm512_store_si512(weights + t, (__m512i)both);
     sum = _mm512_dpbf16_ps(sum, both, ones);
   }
-  *total = _mm512_reduce_add_ps(sum);
+  _mm512_store_ps(total, sum);
+  return top;
 }
 
 // scores = cap * tanh(scores * inverse): the cap is in units of log2(e), and so are they then.
@@ -274,44 +286,43 @@ inline void cap_scores(float* scores, int64_t from, int64_t to, float cap, float
   }
 }
 
-// What is known of one query after some parts: sums [v_width], highest score, total weight.
+// What is known of one query after some parts: sums [v_width], total weight [16], highest score [16].
+// The total is in lanes that sum to it, the score is the same in all of them.
 struct State {
   float* sums;
   int64_t width;
 
-  static int64_t size(int64_t width) { return width + 16; }
-  float& top() const { return sums[width]; }
-  float& total() const { return sums[width + 1]; }
+  static int64_t size(int64_t width) { return width + 32; }
+  float* top() const { return sums + width + 16; }
 
   void clear() const {
-    std::fill(sums, sums + width, 0.0f);
-    top() = kLowest;
-    total() = 0;
+    std::fill(sums, top(), 0.0f);
+    std::fill(top(), top() + 16, kLowest);
   }
 
-  // Adds a part. One of no tokens changes nothing; one to no tokens is only copied.
-  void add(const float* part, float part_top, float part_total) const {
-    const float most = std::max(top(), part_top);
-    const __m512 old = power(all(top() - most)), scale = power(all(part_top - most));
-    for (int64_t d = 0; d < width; d += 16) {
+  // Adds a part's sums and total. One of no tokens changes nothing; one to no tokens is copied.
+  void add(const float* part, __m512 part_top) const {
+    const __m512 most = _mm512_max_ps(_mm512_load_ps(top()), part_top);
+    const __m512 old = power(_mm512_sub_ps(_mm512_load_ps(top()), most));
+    const __m512 scale = power(_mm512_sub_ps(part_top, most));
+    for (int64_t d = 0; d < width + 16; d += 16) {
       const __m512 sum = _mm512_mul_ps(_mm512_load_ps(sums + d), old);
       _mm512_store_ps(sums + d, _mm512_fmadd_ps(_mm512_load_ps(part + d), scale, sum));
     }
-    top() = most;
-    total() = _mm512_cvtss_f32(_mm512_fmadd_ps(all(part_total), scale, _mm512_mul_ps(all(total()), old)));
+    _mm512_store_ps(top(), most);
   }
 
   void finish(const Call& c, int64_t token, int64_t head) const {
-    float scale = 1, sum = total();
+    float scale = 1, total = _mm512_reduce_add_ps(_mm512_load_ps(sums + width));
     if (c.sinks) {
-      const float sink = c.sinks[head] * kLog2e, most = std::max(top(), sink);
-      scale = power(top() - most);
-      sum = __builtin_fmaf(sum, scale, power(sink - most));
+      const float sink = c.sinks[head] * kLog2e, most = std::max(*top(), sink);
+      scale = power(*top() - most);
+      total = __builtin_fmaf(total, scale, power(sink - most));
     }
     uint16_t* out = c.out + (token * c.q_heads + head) * c.v_dim;
     for (int64_t d = 0; d < c.v_dim; d += 16) {
       const auto mask = __mmask16((1u << std::min<int64_t>(c.v_dim - d, 16)) - 1);
-      const __m512 x = _mm512_mul_ps(_mm512_load_ps(sums + d), all(scale / sum));
+      const __m512 x = _mm512_mul_ps(_mm512_load_ps(sums + d), all(scale / total));
       _mm256_mask_storeu_epi16(out + d, mask, (__m256i)_mm512_cvtneps_pbh(x));
     }
   }
@@ -371,7 +382,7 @@ class Worker {
     const int64_t halves[] = {task.heads * space * k_width, task.heads * kPart * k_width,
                               task.heads * kPart * v_width, kPanel * kWeights,
                               kBlock * std::max(k_width, v_width)};
-    const int64_t floats[] = {kPanel * kScores, kPanel * v_width, task.heads * rows * state};
+    const int64_t floats[] = {kPanel * kScores, kPanel * (v_width + 16), task.heads * rows * state};
     int64_t bytes = 0;
     for (int64_t n : halves) bytes += n * 2;
     for (int64_t n : floats) bytes += n * 4;
@@ -457,7 +468,8 @@ class Worker {
     const uint16_t* k = keys + (h * kPart + from) * k_width;
     multiply({query, k_width, rows, k, k_width * 16, (to - from) / 16, k_width / 32,
               scores + from, kScores});
-    float tops[kPanel], totals[kPanel];
+    const int64_t width = v_width + 16;  // sums and total
+    __m512 tops[kPanel];
     for (int64_t r = 0; r < rows; r++) {
       float *score = scores + r * kScores, factor = c.scale * kLog2e;
       const int64_t end = position(task, row + r) + 1 - base;
@@ -465,14 +477,14 @@ class Worker {
         cap_scores(score, from, to, c.softcap * kLog2e, c.scale / c.softcap);
         factor = 1;
       }
-      softmax(score, weights + r * kWeights, from, to, c.window ? end - c.window : from, end, factor,
-              tops + r, totals + r);
+      tops[r] = softmax(score, weights + r * kWeights, from, to, c.window ? end - c.window : from,
+                        end, factor, sums + r * width + v_width);
     }
     const uint16_t* v = values + h * kPart * v_width + from / kBlock * kTile;
     multiply({weights + from, kWeights, rows, v, kPart / kBlock * kTile, v_width / 16,
-              (to - from) / kBlock, sums, v_width});
+              (to - from) / kBlock, sums, width});
     for (int64_t r = 0; r < rows; r++)
-      State{states + r * state, v_width}.add(sums + r * v_width, tops[r], totals[r]);
+      State{states + r * state, v_width}.add(sums + r * width, tops[r]);
   }
 };
 
@@ -538,7 +550,7 @@ void attend(const Call& c) {
       const State all_parts{memory + firsts[d] * part_size + head * state, v_width};
       for (int64_t part = firsts[d] + 1; part < firsts[d + 1]; part++) {
         const State other{memory + part * part_size + head * state, v_width};
-        all_parts.add(other.sums, other.top(), other.total());
+        all_parts.add(other.sums, _mm512_load_ps(other.top()));
       }
       all_parts.finish(c, c.starts[decodes[d]], head);
     }

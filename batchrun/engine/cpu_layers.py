@@ -1,0 +1,297 @@
+"""Decoder layers and linear layers in bfloat16 by native code of our own, cpu_layers.cpp.
+
+A layer is two calls with attention between them, in place of some thirty operators: norm,
+projections and rotation; then output projection, norm, gated MLP and both residual sums. Weights
+are packed once, in the order in which the tiles of AMX read them; AVX512-BF16 reads the same.
+
+Each row's numbers depend on that row alone: neither the batch nor the number of threads changes
+them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from batchrun.engine import compiled
+from batchrun.machine import cpu_features
+
+if TYPE_CHECKING:
+    from batchrun.engine.attention import LayerAttention
+    from batchrun.engine.model import Step
+
+_SOURCE = Path(__file__).with_name("cpu_layers.cpp")
+_COLUMNS = 32  # of a panel
+
+
+def why_not() -> str | None:
+    """Why this CPU can't run it; None where it can."""
+    if "avx512_bf16" not in cpu_features().split():
+        return "the CPU has no AVX512-BF16"
+    return None
+
+
+@cache
+def library(*, amx: bool = True) -> ctypes.CDLL:
+    """The compiled library, made to use AMX where the CPU has it.
+
+    Raises:
+        CompileError: It can't be compiled.
+    """
+    found = compiled.load(_SOURCE)
+    found.batchrun_layers_use_amx(int(amx))
+    return found
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    )
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", _Matrix),
+        *((name, ctypes.c_void_p) for name in ("x", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "threads")),
+    )
+
+
+class _Project(ctypes.Structure):
+    _fields_ = (
+        ("weight", _Matrix),
+        ("norm", ctypes.c_void_p),
+        ("heads_norm", ctypes.c_void_p * 2),
+        ("heads", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("dim", "rotary")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "threads")),
+    )
+
+
+class _Finish(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("output", "gate_up", "down")),
+        ("norm", ctypes.c_void_p),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("attended", "x", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "threads")),
+    )
+
+
+class PackedWeight:
+    """A weight `[n, k]` as panels, and its bias.
+
+    Args:
+        weight: bfloat16 `[n, k]`, k a multiple of 32.
+        bias: `[n]`, or none.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.n, self.k = weight.shape
+        missing = -self.n % _COLUMNS
+        if missing:
+            weight = torch.cat([weight, weight.new_zeros(missing, self.k)])
+        tiles = weight.view(-1, 2, 16, self.k // 32, 16, 2)  # panel, half, column, step, pair
+        self._panels = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+        self._bias = None
+        if bias is not None:
+            self._bias = torch.cat([bias.float(), torch.zeros(missing)]).contiguous()
+        self.nbytes = self._panels.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        self.matrix = _Matrix(
+            self._panels.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            self.n,
+            self.k,
+        )
+
+    def unpack(self) -> torch.Tensor:
+        """`[n, k]` again."""
+        rows = self._panels.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.k)
+        return rows[: self.n]
+
+
+def fits(linear: object) -> bool:
+    """Whether a module is a linear layer that can be packed."""
+    return (
+        type(linear) is nn.Linear
+        and linear.weight.dtype == torch.bfloat16
+        and linear.in_features % 32 == 0
+    )
+
+
+class NativeLinear(nn.Module):
+    """A linear layer.
+
+    Args:
+        linear: One that `fits`.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = PackedWeight(linear.weight.data, linear.bias)
+        self.nbytes = self.packed.nbytes
+        self._call = _Linear(weight=self.packed.matrix)
+        self._compute = library().batchrun_linear
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[out, in]`, unpacked for whoever asks."""
+        return self.packed.unpack()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], self.packed.n)
+        call = self._call
+        call.x, call.out = x.data_ptr(), out.data_ptr()
+        call.rows, call.threads = x.numel() // self.packed.k, torch.get_num_threads()
+        if call.rows:
+            self._compute(ctypes.byref(call))
+        return out
+
+
+class NativeLayer(nn.Module):
+    """A pre-norm decoder layer: grouped-query attention with rotary positions, SiLU-gated MLP.
+
+    Args:
+        layer: With the modules that Llama's has; Qwen's biases and norms of heads may be there.
+        index: Its number.
+        attention: What it asks of attention.
+
+    Raises:
+        ValueError: It is no such layer, as far as its modules tell. That it computes the same is
+            for the caller to check.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, attention: LayerAttention) -> None:
+        super().__init__()
+        parts = _Parts(layer)
+        self.layer_idx = index
+        self.attention = attention
+        dim = self.dim = parts.dim
+        inputs = [parts.q, parts.k, parts.v]
+        self.heads = [linear.out_features // dim for linear in inputs]
+        self._norms = [_weights(norm) for norm in (parts.norm, parts.mlp_norm, *parts.head_norms)]
+        gate_up = _interleaved([parts.gate.weight, parts.up.weight])
+        gate_up_bias = None
+        if parts.gate.bias is not None:
+            gate_up_bias = _interleaved([parts.gate.bias, parts.up.bias])
+        self._weights = [
+            _stacked(inputs),
+            PackedWeight(parts.o.weight.data, parts.o.bias),
+            PackedWeight(gate_up, gate_up_bias),
+            PackedWeight(parts.down.weight.data, parts.down.bias),
+        ]
+        self.nbytes = sum(w.nbytes for w in self._weights) + sum(n.nbytes for n in self._norms)
+        matrices = [w.matrix for w in self._weights]
+        self._project = _Project(
+            weight=matrices[0],
+            norm=self._norms[0].data_ptr(),
+            heads_norm=tuple(norm.data_ptr() for norm in self._norms[2:]),
+            heads=tuple(self.heads[:2]),
+            dim=dim,
+            eps=parts.eps,
+        )
+        self._finish = _Finish(*matrices[1:], norm=self._norms[1].data_ptr(), eps=parts.eps)
+        self._library = library()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        batchrun_step: Step,
+        **_: Any,
+    ) -> torch.Tensor:
+        """`[1, T, n]` to the same, with cosines and sines `[1, T, rotary]`."""
+        x = hidden_states.contiguous()
+        cos, sin = (tensor.contiguous() for tensor in position_embeddings)
+        rows, threads = x.shape[1], torch.get_num_threads()
+        out = x.new_empty(rows, sum(self.heads), self.dim)
+        call = self._project
+        call.x, call.out, call.cos, call.sin = (t.data_ptr() for t in (x, out, cos, sin))
+        call.rotary, call.rows, call.threads = cos.shape[-1], rows, threads
+        self._library.batchrun_project(ctypes.byref(call))
+        query, key, value = out.split(self.heads, dim=1)
+        attended = batchrun_step.attend(
+            self.layer_idx, self.attention, query, key, value
+        ).contiguous()
+        result = torch.empty_like(x)
+        last = self._finish
+        last.attended, last.x, last.out = (t.data_ptr() for t in (attended, x, result))
+        last.rows, last.threads = rows, threads
+        self._library.batchrun_finish(ctypes.byref(last))
+        return result
+
+
+class _Parts:
+    """The modules of a layer that is built as Llama's is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        linears = [getattr(attention, name, None) for name in names]
+        linears += [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        self.norm = getattr(layer, "input_layernorm", None)
+        self.mlp_norm = getattr(layer, "post_attention_layernorm", None)
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.head_norms = [norm for norm in norms if norm is not None]
+        used = {*linears, self.norm, self.mlp_norm, *self.head_norms}
+        holders = {id(p) for module in used if module for p in module.parameters()}
+        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (
+            cast("nn.Linear", linear) for linear in linears
+        )
+        self.dim = getattr(attention, "head_dim", 0)
+        eps = {
+            getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+            for norm in (self.norm, self.mlp_norm, *self.head_norms)
+        }
+        if (
+            not all(fits(linear) for linear in linears)
+            or {id(p) for p in layer.parameters()} != holders
+            or not isinstance(self.dim, int)
+            or not self.dim
+            or self.dim % 32
+            or any(linear.out_features % 32 for linear in (self.q, self.k, self.v, self.o))
+            or self.gate.out_features % 32
+            or len({linear.bias is None for linear in (self.q, self.k, self.v)}) > 1
+            or (self.gate.bias is None) != (self.up.bias is None)
+            or not isinstance(getattr(mlp, "act_fn", None), nn.SiLU | _silu())
+            or len(eps) != 1
+            or len(self.head_norms) == 1
+        ):
+            raise ValueError("it is not built as Llama's layers are")
+        self.eps = eps.pop()
+
+
+@cache
+def _silu() -> type:
+    from transformers.activations import ACT2FN  # noqa: PLC0415 - torch alone is enough elsewhere
+
+    return type(ACT2FN["silu"])
+
+
+def _weights(norm: Any) -> torch.Tensor:
+    weight: torch.Tensor = norm.weight.data.float()
+    return weight
+
+
+def _interleaved(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of the first and of the second in turn, 16 at a time."""
+    return torch.stack([t.data.unflatten(0, (-1, 16)) for t in tensors], 1).flatten(0, 2)
+
+
+def _stacked(linears: list[nn.Linear]) -> PackedWeight:
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    bias = torch.cat([b.data for b in biases]) if biases else None
+    return PackedWeight(torch.cat([linear.weight.data for linear in linears]), bias)

@@ -1,0 +1,210 @@
+"""Native layers compute what transformers' do, and a row's numbers depend on that row alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from batchrun.engine import cpu_layers
+from batchrun.engine.attention import LayerAttention
+from batchrun.engine.core import SamplingParams
+from batchrun.engine.cpu_layers import NativeLayer, NativeLinear, PackedWeight
+from batchrun.engine.model import prepare
+from batchrun.engine.optimize import _logits, optimize
+from tests.parity.models import _SMALL
+from tests.parity.runner import outputs, rig, run
+from tests.parity.test_generate import prompts
+
+pytestmark = [
+    pytest.mark.skipif(cpu_layers.why_not() is not None, reason=str(cpu_layers.why_not())),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
+]
+SMALL = {**_SMALL, "head_dim": 32}
+NATIVE = {
+    "llama": tf.LlamaConfig(**SMALL),
+    "biases": tf.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "no groups": tf.LlamaConfig(**{**SMALL, "num_key_value_heads": 4}),
+    "one key head": tf.LlamaConfig(**{**SMALL, "num_key_value_heads": 1}),
+    "wide": tf.LlamaConfig(**{**SMALL, "hidden_size": 416, "intermediate_size": 1056}),
+    "qwen2": tf.Qwen2Config(**{**_SMALL, "hidden_size": 128}),
+    "qwen3": tf.Qwen3Config(**SMALL),
+    "mistral": tf.MistralConfig(**SMALL, sliding_window=11),
+}
+OTHERS = {
+    "heads of 16": tf.LlamaConfig(**_SMALL),
+    "another activation": tf.LlamaConfig(**SMALL, hidden_act="gelu"),
+    "residual multiplier": tf.GraniteConfig(**SMALL, residual_multiplier=0.5),
+    "norms behind": tf.Olmo2Config(**SMALL),
+    "norms of one plus the weight": tf.GemmaConfig(**SMALL, hidden_activation="silu"),
+    "experts": tf.Qwen3MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+}
+
+
+@pytest.fixture(params=["amx", "avx512"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With each of the two ways to multiply tiles."""
+    amx = request.param == "amx"
+    if cpu_layers.library().batchrun_layers_use_amx(int(amx)) != amx:
+        pytest.skip("the CPU has no AMX")
+    yield request.param
+    cpu_layers.library().batchrun_layers_use_amx(1)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def made(config: tf.PretrainedConfig) -> tf.PreTrainedModel:
+    torch.manual_seed(3)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+            elif "bias" in name:
+                parameter.normal_(std=0.3)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.bfloat16()
+
+
+def layers(model: nn.Module) -> list[NativeLayer]:
+    return [module for module in model.modules() if isinstance(module, NativeLayer)]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_layers_built_like_llamas_become_native(name: str, path: str) -> None:
+    exact = _logits(prepare(made(NATIVE[name]).float()).model, 17)
+    loaded = prepare(made(NATIVE[name]))
+    before, size = _logits(loaded.model, 17), loaded.weights_bytes
+    assert optimize(loaded.model, compile=False, log=pytest.fail)[0] == "native layers"
+    assert len(layers(loaded.model)) == 3
+    assert not [m for m in loaded.model.modules() if type(m) is nn.Linear]
+    assert loaded.weights_bytes >= size
+    after = _logits(loaded.model, 17)
+    # No further from the numbers in float32 than transformers is in bfloat16.
+    assert torch.dist(after, exact) < 1.2 * torch.dist(before, exact)
+    assert optimize(loaded.model, compile=False, log=pytest.fail)[0] == "native layers"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_keep_their_layers_and_get_native_linear_layers(name: str) -> None:
+    loaded = prepare(made(OTHERS[name]))
+    before = _logits(loaded.model, 17)
+    optimize(loaded.model, compile=False, log=pytest.fail)
+    assert not layers(loaded.model)
+    assert [m for m in loaded.model.modules() if isinstance(m, NativeLinear)]
+    scale = 0.05 * float(before.abs().max())
+    torch.testing.assert_close(_logits(loaded.model, 17), before, rtol=0, atol=scale)
+
+
+def test_layers_without_positions_stay_among_native_ones() -> None:
+    config = tf.SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 1])
+    loaded = prepare(made(config))
+    before = _logits(loaded.model, 17)
+    optimize(loaded.model, compile=False, log=pytest.fail)
+    assert [layer.layer_idx for layer in layers(loaded.model)] == [0, 2]
+    scale = 0.05 * float(before.abs().max())
+    torch.testing.assert_close(_logits(loaded.model, 17), before, rtol=0, atol=scale)
+
+
+def linear(n: int, k: int, *, bias: bool = True) -> nn.Linear:
+    return nn.Linear(k, n, bias).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("k", [32, 96, 1536])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 200])
+def test_linear_layers(n: int, k: int, path: str, threads: int) -> None:
+    torch.manual_seed(n + k)
+    torchs = linear(n, k, bias=n % 2 == 1)
+    native = NativeLinear(torchs)
+    assert torch.equal(native.weight, torchs.weight)
+    x = torch.randn(700, k, dtype=torch.bfloat16)
+    exact = torchs.double()(x.double())
+    with torch.inference_mode():
+        whole = native(x)
+        torch.testing.assert_close(whole.double(), exact, rtol=8e-3, atol=8e-3)
+        for rows in (0, 1, 15, 16, 17, 33, 256, 513):
+            assert torch.equal(native(x[:rows]), whole[:rows])
+            assert torch.equal(native(x[700 - rows :]), whole[700 - rows :])
+
+
+class RowByRow:
+    """Attention that makes of each row something of its own."""
+
+    def attend(
+        self,
+        layer_index: int,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        group = query.shape[1] // key.shape[1]
+        return query + key.repeat_interleave(group, 1) * value.repeat_interleave(group, 1)
+
+
+@pytest.mark.parametrize("name", ["biases", "wide", "qwen3"])
+def test_a_rows_numbers_depend_on_that_row_alone(name: str, path: str, threads: int) -> None:
+    model = made(NATIVE[name])
+    layer = NativeLayer(model.model.layers[1], 1, LayerAttention(1.0))
+    x = torch.randn(1, 700, model.config.hidden_size, dtype=torch.bfloat16)
+    angles = torch.rand(1, 700, 16).repeat(1, 1, 2) * 6
+    positions = (angles.cos().bfloat16(), angles.sin().bfloat16())
+
+    def rows(begin: int, end: int) -> torch.Tensor:
+        cos, sin = (tensor[:, begin:end] for tensor in positions)
+        part: Any = x[:, begin:end]
+        out: torch.Tensor = layer(part, position_embeddings=(cos, sin), batchrun_step=RowByRow())
+        return out[0]
+
+    with torch.inference_mode():
+        torch.set_num_threads(1)
+        whole = rows(0, 700)
+        torch.set_num_threads(threads)
+        for begin, end in ((0, 700), (0, 1), (5, 37), (130, 386), (699, 700), (300, 301), (0, 520)):
+            assert torch.equal(rows(begin, end), whole[begin:end])
+
+
+def test_a_weight_that_native_code_cannot_take_stays() -> None:
+    assert not cpu_layers.fits(linear(8, 48))
+    assert not cpu_layers.fits(nn.Linear(32, 8))
+    assert not cpu_layers.fits(nn.Identity())
+    weight = torch.randn(70, 64, dtype=torch.bfloat16)
+    assert torch.equal(PackedWeight(weight, None).unpack(), weight)
+
+
+def test_a_cpu_without_the_instructions_keeps_torchs_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_layers, "cpu_features", lambda: "avx2 fma")
+    loaded = prepare(made(NATIVE["llama"]))
+    lines: list[str] = []
+    applied = optimize(loaded.model, compile=False, log=lines.append)
+    assert applied == ("merged projections", "fused norms")
+    assert lines == ["layers are computed by torch, not by native code: the CPU has no AVX512-BF16"]
+
+
+def test_tokens_do_not_depend_on_the_batch() -> None:
+    """In bfloat16, where sums in another order would give other tokens."""
+    loaded = prepare(made(NATIVE["llama"]))
+    optimize(loaded.model, compile=False, log=pytest.fail)
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    many = prompts()[:12]
+    with rig(loaded, max_num_batched_tokens=64) as made_:
+        together = outputs(run(made_, many, params))
+    with rig(loaded, max_num_batched_tokens=23, max_num_seqs=1) as made_:
+        alone = outputs(run(made_, many, params))
+    assert together == alone
