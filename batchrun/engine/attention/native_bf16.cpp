@@ -237,19 +237,18 @@ inline void pack_value(const uint16_t* from, int64_t stride, uint16_t* tile) {
 
 // ---- softmax ----
 
-// weights = 2^(scores * factor - highest) at tokens [begin, end), and 0 elsewhere in [from, to), a
-// range of whole blocks. The scores elsewhere become -inf. Stores the weights' sums in 16 lanes, and
-// returns the highest score in each lane.
-inline __m512 softmax(float* scores, uint16_t* weights, int64_t from, int64_t to, int64_t begin,
-                      int64_t end, float factor, float* total) {
+// The highest of the scores at tokens [begin, end), in each lane. Those elsewhere in [from, to), a
+// range of whole blocks, become -inf.
+inline __m512 highest(float* scores, int64_t from, int64_t to, int64_t begin, int64_t end) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512 none = all(-std::numeric_limits<float>::infinity());
+  auto hide = [&](int64_t t, __mmask16 hidden) {  // stored whole: loads wait for masked stores
+    _mm512_store_ps(scores + t, _mm512_mask_mov_ps(_mm512_load_ps(scores + t), hidden, none));
+  };
   for (int64_t t = from; t < std::min(begin, to); t += 16)
-    _mm512_mask_store_ps(scores + t, _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(begin - t)),
-                         none);
+    hide(t, _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(begin - t)));
   for (int64_t t = std::max(from, end / 16 * 16); t < to; t += 16)
-    _mm512_mask_store_ps(scores + t, _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(end - t)),
-                         none);
+    hide(t, _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(end - t)));
   __m512 most = none, other = none;
   for (int64_t t = from; t < to; t += kBlock) {
     most = _mm512_max_ps(most, _mm512_load_ps(scores + t));
@@ -259,10 +258,14 @@ inline __m512 softmax(float* scores, uint16_t* weights, int64_t from, int64_t to
   most = _mm512_max_ps(most, _mm512_shuffle_f32x4(most, most, 0x4e));
   most = _mm512_max_ps(most, _mm512_shuffle_f32x4(most, most, 0xb1));
   most = _mm512_max_ps(most, _mm512_permute_ps(most, 0x4e));
-  most = _mm512_max_ps(most, _mm512_permute_ps(most, 0xb1));
-  const __m512 scale = all(factor), top = _mm512_max_ps(all(kLowest), _mm512_mul_ps(most, scale));
+  return _mm512_max_ps(most, _mm512_permute_ps(most, 0xb1));
+}
+
+// weights = 2^(scores * scale - top); returns lanes that sum to their total, as they are rounded.
+inline __m512 weigh(const float* scores, uint16_t* weights, int64_t from, int64_t to, __m512 scale,
+                    __m512 top) {
   const auto ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
-  __m512 sum = _mm512_setzero_ps();  // of the weights as they are rounded
+  __m512 sum = _mm512_setzero_ps();
   for (int64_t t = from; t < to; t += kBlock) {
     const __m512 x = power(_mm512_fmsub_ps(_mm512_load_ps(scores + t), scale, top));
     const __m512 y = power(_mm512_fmsub_ps(_mm512_load_ps(scores + t + 16), scale, top));
@@ -270,8 +273,7 @@ inline __m512 softmax(float* scores, uint16_t* weights, int64_t from, int64_t to
     _mm512_store_si512(weights + t, (__m512i)both);
     sum = _mm512_dpbf16_ps(sum, both, ones);
   }
-  _mm512_store_ps(total, sum);
-  return top;
+  return sum;
 }
 
 // scores = cap * tanh(scores * inverse): the cap is in units of log2(e), and so are they then.
@@ -469,17 +471,21 @@ class Worker {
     multiply({query, k_width, rows, k, k_width * 16, (to - from) / 16, k_width / 32,
               scores + from, kScores});
     const int64_t width = v_width + 16;  // sums and total
+    const __m512 scale = all(c.softcap > 0 ? 1 : c.scale * kLog2e);
     __m512 tops[kPanel];
-    for (int64_t r = 0; r < rows; r++) {
-      float *score = scores + r * kScores, factor = c.scale * kLog2e;
-      const int64_t end = position(task, row + r) + 1 - base;
-      if (c.softcap > 0) {
-        cap_scores(score, from, to, c.softcap * kLog2e, c.scale / c.softcap);
-        factor = 1;
+    for (int64_t r = 0, end = first + 1 - base, left = group - row % group; r < rows; r++, left--) {
+      if (!left) {
+        left = group;
+        end++;
       }
-      tops[r] = softmax(score, weights + r * kWeights, from, to, c.window ? end - c.window : from,
-                        end, factor, sums + r * width + v_width);
+      float* score = scores + r * kScores;
+      if (c.softcap > 0) cap_scores(score, from, to, c.softcap * kLog2e, c.scale / c.softcap);
+      const __m512 most = highest(score, from, to, c.window ? end - c.window : from, end);
+      tops[r] = _mm512_max_ps(all(kLowest), _mm512_mul_ps(most, scale));
     }
+    for (int64_t r = 0; r < rows; r++)
+      _mm512_store_ps(sums + r * width + v_width, weigh(scores + r * kScores, weights + r * kWeights,
+                                                        from, to, scale, tops[r]));
     const uint16_t* v = values + h * kPart * v_width + from / kBlock * kTile;
     multiply({weights + from, kWeights, rows, v, kPart / kBlock * kTile, v_width / 16,
               (to - from) / kBlock, sums, width});
