@@ -20,9 +20,35 @@ from batchrun.models import ModelError
 
 _TOLERANCE = {torch.float32: 2e-3}  # of the largest logit; half precision differs by rounding
 _HALF_TOLERANCE = 0.06
+_COMPARED = 4  # the last chunk's end, and the decodes behind it
 
 
-def verify(loaded: LoadedModel, executor: TorchExecutor, space: KVSpace, chunk: int) -> float:
+def reference(loaded: LoadedModel) -> list[torch.Tensor]:
+    """The model's own logits, by eager attention: for each test sequence the last few, `[n, V]`.
+
+    To be had before `optimize`, which puts other attention into the model's own modules.
+    """
+    found = []
+    loaded.model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            for sequence in _sequences(loaded):
+                ids = torch.tensor([sequence.request.prompt_ids], device=loaded.device)
+                keep = torch.arange(ids.shape[1], device=loaded.device)[-_COMPARED:]
+                output = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=keep)
+                found.append(output.logits[0].float())
+    finally:
+        loaded.model.set_attn_implementation(HOOK)
+    return found
+
+
+def verify(
+    loaded: LoadedModel,
+    executor: TorchExecutor,
+    space: KVSpace,
+    chunk: int,
+    want: list[torch.Tensor] | None = None,
+) -> float:
     """Compare packed, chunked logits over slots with the model's eager attention.
 
     Two sequences of different lengths, the longer one longer than any window and than two chunks,
@@ -33,6 +59,7 @@ def verify(loaded: LoadedModel, executor: TorchExecutor, space: KVSpace, chunk: 
         executor: The executor to judge.
         space: An idle KV space; idle again afterwards.
         chunk: Tokens computed in a step at most.
+        want: Its `reference`; None to compute it now.
 
     Returns:
         The largest difference, as a share of the largest logit.
@@ -40,26 +67,16 @@ def verify(loaded: LoadedModel, executor: TorchExecutor, space: KVSpace, chunk: 
     Raises:
         ModelError: They differ; the message names the architecture and by how much.
     """
-    longest = min(loaded.max_model_len, max(loaded.max_window + 19, 48))
-    lengths = [longest, max(2, longest * 2 // 3)]
-    vocab = int(loaded.model.config.get_text_config().vocab_size)
-    rng = random.Random(0)
-    sequences = [
-        _sequence(i, [rng.randrange(vocab) for _ in range(n)]) for i, n in enumerate(lengths)
-    ]
+    sequences = _sequences(loaded)
+    longest = sequences[0].num_tokens
+    want = reference(loaded) if want is None else want
+    worst = 0.0
     with torch.inference_mode():
-        got = _through_slots(sequences, executor, space, max(1, min(chunk // 2, longest // 3)))
-        worst = 0.0
-        loaded.model.set_attn_implementation("eager")
-        try:
-            for sequence, ends, logits in got:
-                ids = torch.tensor([sequence.request.prompt_ids], device=loaded.device)
-                keep = torch.tensor(ends, device=loaded.device) - 1
-                want = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
-                scale = want.float().abs().max().clamp_min(1e-6)
-                worst = max(worst, float((logits.float() - want.float()).abs().max() / scale))
-        finally:
-            loaded.model.set_attn_implementation(HOOK)
+        chunk = max(1, min(chunk // 2, longest // 3))
+        for sequence, logits in _through_slots(sequences, executor, space, chunk):
+            wanted = want[sequence.request.row][-len(logits) :]
+            scale = wanted.abs().max().clamp_min(1e-6)
+            worst = max(worst, float((logits.float() - wanted).abs().max() / scale))
     tolerance = _TOLERANCE.get(loaded.dtype, _HALF_TOLERANCE)
     if not worst <= tolerance:  # also refuses NaN
         raise ModelError(
@@ -69,6 +86,11 @@ def verify(loaded: LoadedModel, executor: TorchExecutor, space: KVSpace, chunk: 
             hint="its attention does something that this version does not know",
         )
     return worst
+
+
+def seen(loaded: LoadedModel, fingerprint: str, cache: Path) -> bool:
+    """Whether the model has passed with any kernels; arguments as of `verify_once`."""
+    return any(cache.glob(f"{_key(loaded, fingerprint)}-*"))
 
 
 def verify_once(
@@ -86,9 +108,7 @@ def verify_once(
     Returns:
         What `check` returned, or None where the verdict was remembered.
     """
-    versions = [version(name) for name in ("batchrun", "torch", "transformers")]
-    key = "-".join([fingerprint, str(loaded.dtype), str(loaded.device), kernels, *versions])
-    path = cache / f"{key.replace('/', '_')}.json"
+    path = cache / f"{_key(loaded, fingerprint)}-{kernels.replace('/', '_')}.json"
     if path.exists():
         return None
     worst = check()
@@ -100,19 +120,29 @@ def verify_once(
     return worst
 
 
-def _sequence(row: int, ids: list[int]) -> Sequence:
-    return Sequence(Request(row, 0, tuple(ids), SamplingParams(), 0))
+def _key(loaded: LoadedModel, fingerprint: str) -> str:
+    versions = [version(name) for name in ("batchrun", "torch", "transformers")]
+    return "-".join([fingerprint, str(loaded.dtype), str(loaded.device), *versions])
+
+
+def _sequences(loaded: LoadedModel) -> list[Sequence]:
+    longest = min(loaded.max_model_len, max(loaded.max_window + 19, 48))
+    vocab = int(loaded.model.config.get_text_config().vocab_size)
+    rng = random.Random(0)
+    return [
+        Sequence(Request(i, 0, tuple(rng.randrange(vocab) for _ in range(n)), SamplingParams(), 0))
+        for i, n in enumerate([longest, max(2, longest * 2 // 3)])
+    ]
 
 
 def _through_slots(
     sequences: list[Sequence], executor: TorchExecutor, space: KVSpace, chunk: int
-) -> list[tuple[Sequence, list[int], torch.Tensor]]:
-    """Each sequence, its sampled ends (token counts) and the logits `[len(ends), V]` after them."""
+) -> list[tuple[Sequence, torch.Tensor]]:
+    """Each sequence, and the logits `[n, V]` after its last tokens."""
     for sequence in sequences:
         sequence.slot = space.open(sequence.num_tokens)
     # With a single slot there is no second sequence to mix in.
     sequences = [s for s in sequences if s.slot is not None]
-    ends: list[list[int]] = [[] for _ in sequences]
     logits: list[list[torch.Tensor]] = [[] for _ in sequences]
     while any(s.num_computed_tokens < s.num_tokens for s in sequences):
         segments = []
@@ -130,10 +160,9 @@ def _through_slots(
         rows = executor.logits(segments)
         for segment, row in zip(segments, rows, strict=True):
             segment.sequence.num_computed_tokens += segment.length
-            ends[segment.sequence.request.row].append(segment.sequence.num_computed_tokens)
             logits[segment.sequence.request.row].append(row)
     for sequence in sequences:
         if sequence.slot is not None:
             space.close(sequence.slot, 0)
     space.retire(0)
-    return [(s, e, torch.stack(r)) for s, e, r in zip(sequences, ends, logits, strict=False)]
+    return [(s, torch.stack(r[-_COMPARED:])) for s, r in zip(sequences, logits, strict=False)]

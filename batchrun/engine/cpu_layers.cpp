@@ -3,7 +3,8 @@
 // A matrix product is cut into blocks of 32 rows by panels of 32 columns, in the tiles of AMX:
 //
 //   A  rows     [rows / 16][k / 32][16 rows][32]        packed anew for each product
-//   B  panels   [n / 32][k / 32][2][16 pairs][16 columns][2]   weights, packed once
+//   B  panels   [n / 32][k / 32][2][16 pairs][16 columns][2]   weights, packed once; 8-bit ones
+//                                                             become bfloat16 a panel at a time
 //   C  block    [32][32] float: what an epilogue makes the result of
 //
 // Each number is summed over k in one order, whatever the batch and the number of threads: a row's
@@ -25,8 +26,9 @@
 
 // As in cpu_layers.py.
 struct Matrix {
-  const uint16_t* panels;
-  const float* bias;  // [n] or null
+  const void* panels;   // bfloat16, or int8 where there are scales
+  const float* scales;  // [n] or null
+  const float* bias;    // [n] or null
   int64_t n, k;       // k: a multiple of 32
 };
 
@@ -96,6 +98,17 @@ inline __m512 widen(const uint16_t* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// Weights of 8 bits: bfloat16 holds whole numbers up to 256.
+inline void widen(const int8_t* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; i += 32) {
+    const auto bytes = reinterpret_cast<const __m128i*>(from + i);
+    const __m512i low = _mm512_cvtepi8_epi32(_mm_load_si128(bytes));
+    const __m512i high = _mm512_cvtepi8_epi32(_mm_load_si128(bytes + 1));
+    _mm512_store_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high),
+                                                            _mm512_cvtepi32_ps(low)));
+  }
+}
+
 inline void narrow(__m512 x, uint16_t* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
@@ -104,21 +117,15 @@ inline void narrow(__m512 low, __m512 high, uint16_t* to) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// exp, to 2 units in the last place.
-inline __m512 exp(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fmadd_ps(whole, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                  5.0000001201e-1f, 1.0f, 1.0f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, whole);
-}
-
+// x / (1 + exp(-x)), to a tenth of bfloat16's precision.
 inline __m512 silu(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+  const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
+  const __m512 whole = _mm512_roundscale_ps(power, 0), part = _mm512_sub_ps(power, whole);
+  __m512 p = _mm512_set1_ps(9.6181291e-3f);  // 2^part by its Taylor series
+  for (float c : {5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(c));
+  const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, whole));
+  return _mm512_mul_ps(x, _mm512_rcp14_ps(sum));
 }
 
 // 1 / sqrt(mean(x * x) + eps)
@@ -251,6 +258,7 @@ void multiply(const uint16_t* a, int64_t rows, const uint16_t* b, int64_t k, flo
               Ahead ahead) {
 #ifdef __AMX_BF16__
   if (amx) {
+    asm volatile("" ::: "memory");  // the compiler takes tile loads for no reads
     if (rows > 16) {
       multiply_amx<true>(a, b, k, c, ahead);
     } else {
@@ -300,25 +308,31 @@ struct Share {
 template <class Epilogue>
 void product(const uint16_t* a, int64_t rows, const Matrix& w, const Share& share,
              Epilogue epilogue) {
+  static thread_local Buffer<uint16_t> kept;
   alignas(64) float block[32 * 32];
-  const int64_t panels = (w.n + 31) / 32, size = 32 * w.k;
+  const int64_t panels = (w.n + 31) / 32, size = 32 * w.k, bytes = w.scales ? size : 2 * size;
+  uint16_t* wide = w.scales ? kept.get(size) : nullptr;
   const int64_t first = std::min(panels, panels * share.part / share.parts);
   const int64_t last = std::min(panels, panels * (share.part + 1) / share.parts);
-  const int64_t blocks = (rows + 31) / 32, lines = (32 + blocks - 1) / blocks;
+  const int64_t blocks = (rows + 31) / 32, all = bytes / (2 * w.k);  // lines of a panel and step
+  const int64_t lines = (all + blocks - 1) / blocks;
   for (int64_t panel = first; panel < last; panel++) {
-    const uint16_t* b = w.panels + panel * size;
+    const char* weights = static_cast<const char*>(w.panels) + panel * bytes;
+    if (w.scales) widen(reinterpret_cast<const int8_t*>(weights), size, wide);
+    const uint16_t* b = w.scales ? wide : reinterpret_cast<const uint16_t*>(weights);
     for (int64_t row = 0, i = 0; row < rows; row += 32, i++) {
-      const char* next = reinterpret_cast<const char*>(b + size) + i * lines * 2 * w.k;
-      const bool wanted = panel + 1 < last && i * lines < 32;
+      const char* next = weights + bytes + i * lines * 2 * w.k;
+      const bool wanted = panel + 1 < last && i * lines < all;
       multiply(a + row * w.k, rows - row, b, w.k, block, {next, wanted ? lines : 0});
       epilogue(row, std::min<int64_t>(32, rows - row), panel * 32, block);
     }
   }
 }
 
-// Column by column of a row of a block, 16 at a time, with the bias added.
+// Sixteen columns of a row of a block, scaled and with the bias added.
 inline __m512 sixteen(const Matrix& w, const float* block, int64_t row, int64_t column, int half) {
-  const __m512 sum = _mm512_load_ps(block + row * 32 + half * 16);
+  __m512 sum = _mm512_load_ps(block + row * 32 + half * 16);
+  if (w.scales) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(w.scales + column + half * 16));
   return w.bias ? _mm512_add_ps(sum, _mm512_loadu_ps(w.bias + column + half * 16)) : sum;
 }
 
@@ -350,15 +364,11 @@ void linear(const Linear& c) {
       product(a, end - at, w, share, [&](int64_t row, int64_t rows, int64_t column, float* block) {
         for (int64_t r = 0; r < rows; r++) {
           uint16_t* to = c.out + (at + row + r) * w.n + column;
-          if (column + 32 <= w.n) {
-            narrow(sixteen(w, block, r, column, 0), sixteen(w, block, r, column, 1), to);
-          } else {
-            for (int64_t i = 0; i < w.n - column; i++) {
-              alignas(64) uint16_t one[16];
-              narrow(_mm512_set1_ps(block[r * 32 + i] + (w.bias ? w.bias[column + i] : 0)), one);
-              to[i] = one[0];
-            }
-          }
+          uint16_t last[32];
+          const bool whole = column + 32 <= w.n;
+          narrow(sixteen(w, block, r, column, 0), sixteen(w, block, r, column, 1),
+                 whole ? to : last);
+          if (!whole) std::copy(last, last + w.n - column, to);
         }
       });
     }

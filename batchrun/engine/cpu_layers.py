@@ -11,14 +11,17 @@ them.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from batchrun.engine import compiled
+from batchrun.engine.quantize import Int8Linear
 from batchrun.machine import cpu_features
 
 if TYPE_CHECKING:
@@ -50,8 +53,7 @@ def library(*, amx: bool = True) -> ctypes.CDLL:
 
 class _Matrix(ctypes.Structure):
     _fields_ = (
-        ("panels", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("panels", "scales", "bias")),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
     )
@@ -92,41 +94,41 @@ class PackedWeight:
     """A weight `[n, k]` as panels, and its bias.
 
     Args:
-        weight: bfloat16 `[n, k]`, k a multiple of 32.
+        weight: bfloat16 `[n, k]`, k a multiple of 32; or int8.
+        scales: Of int8 weights, float32 `[n]`.
         bias: `[n]`, or none.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> None:
         self.n, self.k = weight.shape
         missing = -self.n % _COLUMNS
-        if missing:
-            weight = torch.cat([weight, weight.new_zeros(missing, self.k)])
-        tiles = weight.view(-1, 2, 16, self.k // 32, 16, 2)  # panel, half, column, step, pair
+        tiles = functional.pad(weight, (0, 0, 0, missing)).view(-1, 2, 16, self.k // 32, 16, 2)
+        # From panel, half, column, step, pair to panel, step, half, pair, column.
         self._panels = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
-        self._bias = None
-        if bias is not None:
-            self._bias = torch.cat([bias.float(), torch.zeros(missing)]).contiguous()
-        self.nbytes = self._panels.nbytes + (0 if self._bias is None else self._bias.nbytes)
-        self.matrix = _Matrix(
-            self._panels.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
-            self.n,
-            self.k,
-        )
+        vectors = [
+            v if v is None else functional.pad(v.float(), (0, missing)) for v in (scales, bias)
+        ]
+        self._held = [self._panels, *(v for v in vectors if v is not None)]
+        self.nbytes = sum(tensor.nbytes for tensor in self._held)
+        addresses = [None if v is None else v.data_ptr() for v in vectors]
+        self.matrix = _Matrix(self._panels.data_ptr(), *addresses, self.n, self.k)
+        self._scales = vectors[0]
 
     def unpack(self) -> torch.Tensor:
-        """`[n, k]` again."""
+        """`[n, k]` again, in bfloat16."""
         rows = self._panels.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.k)
+        if self._scales is not None:
+            rows = (rows * self._scales[:, None]).bfloat16()
         return rows[: self.n]
 
 
 def fits(linear: object) -> bool:
     """Whether a module is a linear layer that can be packed."""
-    return (
-        type(linear) is nn.Linear
-        and linear.weight.dtype == torch.bfloat16
-        and linear.in_features % 32 == 0
-    )
+    if type(linear) is nn.Linear:
+        return linear.weight.dtype == torch.bfloat16 and linear.in_features % 32 == 0
+    return isinstance(linear, Int8Linear) and linear.in_features % 32 == 0
 
 
 class NativeLinear(nn.Module):
@@ -136,9 +138,9 @@ class NativeLinear(nn.Module):
         linear: One that `fits`.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear | Int8Linear) -> None:
         super().__init__()
-        self.packed = PackedWeight(linear.weight.data, linear.bias)
+        self.packed = _packed([linear])
         self.nbytes = self.packed.nbytes
         self._call = _Linear(weight=self.packed.matrix)
         self._compute = library().batchrun_linear
@@ -179,18 +181,13 @@ class NativeLayer(nn.Module):
         self.layer_idx = index
         self.attention = attention
         dim = self.dim = parts.dim
-        inputs = [parts.q, parts.k, parts.v]
-        self.heads = [linear.out_features // dim for linear in inputs]
+        self.heads = [linear.out_features // dim for linear in (parts.q, parts.k, parts.v)]
         self._norms = [_weights(norm) for norm in (parts.norm, parts.mlp_norm, *parts.head_norms)]
-        gate_up = _interleaved([parts.gate.weight, parts.up.weight])
-        gate_up_bias = None
-        if parts.gate.bias is not None:
-            gate_up_bias = _interleaved([parts.gate.bias, parts.up.bias])
         self._weights = [
-            _stacked(inputs),
-            PackedWeight(parts.o.weight.data, parts.o.bias),
-            PackedWeight(gate_up, gate_up_bias),
-            PackedWeight(parts.down.weight.data, parts.down.bias),
+            _packed([parts.q, parts.k, parts.v]),
+            _packed([parts.o]),
+            _packed([parts.gate, parts.up], interleave=True),
+            _packed([parts.down]),
         ]
         self.nbytes = sum(w.nbytes for w in self._weights) + sum(n.nbytes for n in self._norms)
         matrices = [w.matrix for w in self._weights]
@@ -210,10 +207,13 @@ class NativeLayer(nn.Module):
         hidden_states: torch.Tensor,
         *,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        batchrun_step: Step,
+        batchrun_step: Step | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """`[1, T, n]` to the same, with cosines and sines `[1, T, rotary]`."""
+        """`[1, T, n]` to the same, with cosines and sines `[1, T, rotary]`.
+
+        Without a step the tokens are one sequence, from its begin on.
+        """
         x = hidden_states.contiguous()
         cos, sin = (tensor.contiguous() for tensor in position_embeddings)
         rows, threads = x.shape[1], torch.get_num_threads()
@@ -223,9 +223,11 @@ class NativeLayer(nn.Module):
         call.rotary, call.rows, call.threads = cos.shape[-1], rows, threads
         self._library.batchrun_project(ctypes.byref(call))
         query, key, value = out.split(self.heads, dim=1)
-        attended = batchrun_step.attend(
-            self.layer_idx, self.attention, query, key, value
-        ).contiguous()
+        if batchrun_step is None:
+            attended = _causal(self.attention, query, key, value)
+        else:
+            attended = batchrun_step.attend(self.layer_idx, self.attention, query, key, value)
+        attended = attended.contiguous()
         result = torch.empty_like(x)
         last = self._finish
         last.attended, last.x, last.out = (t.data_ptr() for t in (attended, x, result))
@@ -249,9 +251,10 @@ class _Parts:
         used = {*linears, self.norm, self.mlp_norm, *self.head_norms}
         holders = {id(p) for module in used if module for p in module.parameters()}
         self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (
-            cast("nn.Linear", linear) for linear in linears
+            cast("nn.Linear | Int8Linear", linear) for linear in linears
         )
         self.dim = getattr(attention, "head_dim", 0)
+        shared = ((self.q, self.k, self.v), (self.gate, self.up))
         eps = {
             getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
             for norm in (self.norm, self.mlp_norm, *self.head_norms)
@@ -264,8 +267,7 @@ class _Parts:
             or self.dim % 32
             or any(linear.out_features % 32 for linear in (self.q, self.k, self.v, self.o))
             or self.gate.out_features % 32
-            or len({linear.bias is None for linear in (self.q, self.k, self.v)}) > 1
-            or (self.gate.bias is None) != (self.up.bias is None)
+            or any(len({(type(x), x.bias is None) for x in xs}) > 1 for xs in shared)
             or not isinstance(getattr(mlp, "act_fn", None), nn.SiLU | _silu())
             or len(eps) != 1
             or len(self.head_norms) == 1
@@ -286,12 +288,29 @@ def _weights(norm: Any) -> torch.Tensor:
     return weight
 
 
-def _interleaved(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of the first and of the second in turn, 16 at a time."""
-    return torch.stack([t.data.unflatten(0, (-1, 16)) for t in tensors], 1).flatten(0, 2)
+def _packed(linears: Sequence[nn.Linear | Int8Linear], *, interleave: bool = False) -> PackedWeight:
+    """Linear layers with one input as one weight: rows one behind the other, or 16 in turn."""
+
+    def joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+        if interleave and tensors:
+            return torch.stack([t.unflatten(0, (-1, 16)) for t in tensors], 1).flatten(0, 2)
+        return torch.cat(tensors) if tensors else None
+
+    weight = joined([linear.weight.data for linear in linears])
+    assert weight is not None
+    scales = joined([linear.scales for linear in linears if isinstance(linear, Int8Linear)])
+    bias = joined([linear.bias.data for linear in linears if linear.bias is not None])
+    return PackedWeight(weight, scales, bias)
 
 
-def _stacked(linears: list[nn.Linear]) -> PackedWeight:
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    bias = torch.cat([b.data for b in biases]) if biases else None
-    return PackedWeight(torch.cat([linear.weight.data for linear in linears]), bias)
+def _causal(
+    layer: LayerAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Attention among the tokens of one sequence, as transformers' eager one."""
+    rows, group = query.shape[0], query.shape[1] // key.shape[1]
+    q, k, v = (t.transpose(0, 1).float() for t in (query, key, value))
+    scores = q @ k.repeat_interleave(group, 0).mT * layer.scale
+    distance = torch.arange(rows)[:, None] - torch.arange(rows)
+    hidden = (distance < 0) | (distance >= (layer.window or rows))
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ v.repeat_interleave(group, 0)).transpose(0, 1).to(query.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from batchrun.engine import canary
@@ -57,15 +58,17 @@ class Runtime:
                 hint="give plain prompts without --chat and --system, or use an instruct model",
             )
         self.sampling_defaults = models.sampling_defaults(self.loaded.model)
+        known = canary.seen(self.loaded, settings.fingerprint, settings.cache)
+        want = None if known else canary.reference(self.loaded)
         self.assembly = assemble(self.loaded, settings, log)
         self.engine, self.measurements = self.assembly.engine, self.assembly.measurements
         try:
-            self._check(log)
+            self._check(want, log)
         except BaseException:
             self.close()
             raise
 
-    def _check(self, log: Callable[[str], None]) -> None:
+    def _check(self, want: list[torch.Tensor] | None, log: Callable[[str], None]) -> None:
         """The third gate."""
         loaded, assembly, settings = self.loaded, self.assembly, self.assembly.settings
         difference = canary.verify_once(
@@ -74,7 +77,7 @@ class Runtime:
             settings.cache,
             "-".join(assembly.kernels).replace(" ", "-"),
             lambda: canary.verify(
-                loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens
+                loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens, want
             ),
         )
         if difference is not None:

@@ -183,7 +183,7 @@ def test_a_weight_that_native_code_cannot_take_stays() -> None:
     assert not cpu_layers.fits(nn.Linear(32, 8))
     assert not cpu_layers.fits(nn.Identity())
     weight = torch.randn(70, 64, dtype=torch.bfloat16)
-    assert torch.equal(PackedWeight(weight, None).unpack(), weight)
+    assert torch.equal(PackedWeight(weight, None, None).unpack(), weight)
 
 
 def test_a_cpu_without_the_instructions_keeps_torchs_layers(
@@ -203,8 +203,8 @@ def test_tokens_do_not_depend_on_the_batch() -> None:
     optimize(loaded.model, compile=False, log=pytest.fail)
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     many = prompts()[:12]
-    with rig(loaded, max_num_batched_tokens=64) as made_:
+    with rig(loaded, attention="native", max_num_batched_tokens=64) as made_:
         together = outputs(run(made_, many, params))
-    with rig(loaded, max_num_batched_tokens=23, max_num_seqs=1) as made_:
+    with rig(loaded, attention="native", max_num_batched_tokens=23, max_num_seqs=1) as made_:
         alone = outputs(run(made_, many, params))
     assert together == alone
