@@ -217,6 +217,7 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     )
 
     from batchrun.engine import assembly, model  # noqa: PLC0415
+    from batchrun.engine.quantize import int8_weights  # noqa: PLC0415
     from batchrun.engine.text import PromptBuilder  # noqa: PLC0415
 
     path, trusted = spec.model["path"], bool(spec.model.get("trust_remote_code"))
@@ -229,6 +230,8 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
             empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{spec.model['name']} can't be read: {error}") from error
+    if spec.model.get("quantize"):
+        int8_weights(empty)
     if Path(path, "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(path)
     loaded = model.prepare(empty, tokenizer, max_model_len=spec.model.get("max_model_len"))

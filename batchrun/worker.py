@@ -508,6 +508,7 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
         fingerprint=model["fingerprint"],
         cache=folders.home() / "verdicts",
         dtype=model.get("dtype", "auto"),
+        quantize=model.get("quantize"),
         trust_remote_code=bool(model.get("trust_remote_code")),
         max_model_len=model.get("max_model_len"),
         step_cost=measured.step_cost if measured else None,

@@ -110,6 +110,11 @@ model_options = _section(
         "where it has instructions for it, else float32.",
     ),
     _option(
+        "--quantize",
+        type=click.Choice(["int8"]),
+        help="Weights of 8 bits: half the memory; answers differ a little from the model's own.",
+    ),
+    _option(
         "--device",
         type=Device(),
         metavar="auto|cpu|cuda|cuda:N",

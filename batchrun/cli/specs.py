@@ -224,6 +224,7 @@ def _model(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -
         "path": str(ref.path),
         "fingerprint": ref.fingerprint,
         "dtype": options["dtype"],
+        **({"quantize": options["quantize"]} if options["quantize"] else {}),
         "trust_remote_code": trusted,
         "max_model_len": options["max_model_len"],
     }

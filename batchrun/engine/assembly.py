@@ -49,6 +49,7 @@ class Settings:
         fingerprint: Of the model's content, for remembered verdicts.
         cache: Folder of remembered verdicts.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        quantize: `int8` for weights of 8 bits, or None.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         attention: Name of the attention backend.
         max_num_seqs: Sequences that run at once; None for the device's default, as below.
@@ -74,6 +75,7 @@ class Settings:
     fingerprint: str
     cache: Path
     dtype: str = "auto"
+    quantize: str | None = None
     device: str = "auto"
     attention: str = "auto"
     max_num_seqs: int | None = None

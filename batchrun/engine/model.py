@@ -17,6 +17,7 @@ from transformers import (
 
 from batchrun.engine.attention import LayerAttention, LayerSpec
 from batchrun.engine.cpu_layers import NativeLayer, NativeLinear
+from batchrun.engine.quantize import int8_weights
 from batchrun.machine import multiplies_bfloat16
 from batchrun.models import ModelError
 
@@ -143,6 +144,7 @@ def load(
     *,
     name: str | None = None,
     dtype: str = "auto",
+    quantize: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
     max_model_len: int | None = None,
@@ -154,6 +156,7 @@ def load(
         name: What to call it in messages.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: on a GPU the config's; on a CPU bfloat16
             where it has instructions for it, else float32.
+        quantize: `int8` for weights of 8 bits, or None.
         device: A torch device.
         trust_remote_code: Whether the model's own Python code may run.
         max_model_len: Context length wanted; the model's own bounds it.
@@ -180,6 +183,8 @@ def load(
             hint="it must be a causal language model of a released transformers architecture, "
             "with safetensors weights and a tokenizer; see `batchrun doctor`",
         ) from error
+    if quantize:
+        int8_weights(model)
     model = model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
     return prepare(model, tokenizer, max_model_len=max_model_len)
 

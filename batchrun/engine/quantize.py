@@ -32,7 +32,7 @@ class Int8Linear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-def quantize(model: nn.Module) -> None:
+def int8_weights(model: nn.Module) -> None:
     """Give each linear layer weights of 8 bits. Peak memory is the model and one layer more."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

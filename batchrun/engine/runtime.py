@@ -40,6 +40,7 @@ class Runtime:
                 settings.model_path,
                 name=settings.model_name,
                 dtype=settings.dtype,
+                quantize=settings.quantize,
                 device=choose_device(settings.device, log),
                 trust_remote_code=settings.trust_remote_code,
                 max_model_len=settings.max_model_len,
@@ -58,7 +59,8 @@ class Runtime:
                 hint="give plain prompts without --chat and --system, or use an instruct model",
             )
         self.sampling_defaults = models.sampling_defaults(self.loaded.model)
-        known = canary.seen(self.loaded, settings.fingerprint, settings.cache)
+        self._weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
+        known = canary.seen(self.loaded, self._weights, settings.cache)
         want = None if known else canary.reference(self.loaded)
         self.assembly = assemble(self.loaded, settings, log)
         self.engine, self.measurements = self.assembly.engine, self.assembly.measurements
@@ -73,7 +75,7 @@ class Runtime:
         loaded, assembly, settings = self.loaded, self.assembly, self.assembly.settings
         difference = canary.verify_once(
             loaded,
-            settings.fingerprint,
+            self._weights,
             settings.cache,
             "-".join(assembly.kernels).replace(" ", "-"),
             lambda: canary.verify(
