@@ -29,7 +29,7 @@ import torch
 from transformers import GenerationConfig
 
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.model import HOOK
+from batchrun.engine.model import LoadedModel, load
 from batchrun.engine.runtime import Runtime, Settings
 from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, resolve
@@ -39,7 +39,6 @@ Outputs = list[list[int]]
 
 
 def run_batchrun(runtime: Runtime, prompts: Outputs, max_tokens: int) -> Outputs:
-    runtime.loaded.model.set_attn_implementation(HOOK)
     params = SamplingParams(max_tokens=max_tokens)
     for row, ids in enumerate(prompts):
         runtime.engine.add(Request(row, 0, tuple(ids), params, 0))
@@ -50,9 +49,9 @@ def run_batchrun(runtime: Runtime, prompts: Outputs, max_tokens: int) -> Outputs
     return [done[row] for row in range(len(prompts))]
 
 
-def run_generate(runtime: Runtime, prompts: Outputs, max_tokens: int, batch: int) -> Outputs:
+def run_generate(loaded: LoadedModel, prompts: Outputs, max_tokens: int, batch: int) -> Outputs:
     """`generate` over left-padded batches in file order, as its documentation shows."""
-    model, eos = runtime.loaded.model, runtime.loaded.eos_ids
+    model, eos = loaded.model, loaded.eos_ids
     model.set_attn_implementation("sdpa")
     pad = min(eos)
     done: Outputs = []
@@ -73,9 +72,9 @@ def run_generate(runtime: Runtime, prompts: Outputs, max_tokens: int, batch: int
     return done
 
 
-def run_generate_batch(runtime: Runtime, prompts: Outputs, max_tokens: int) -> Outputs:
+def run_generate_batch(loaded: LoadedModel, prompts: Outputs, max_tokens: int) -> Outputs:
     """Transformers' own continuous batching."""
-    model, eos = runtime.loaded.model, runtime.loaded.eos_ids
+    model, eos = loaded.model, loaded.eos_ids
     model.set_attn_implementation("sdpa")
     config = GenerationConfig(
         max_new_tokens=max_tokens,
@@ -111,17 +110,18 @@ def main() -> None:
     settings = Settings(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts", args.dtype)
     texts = pq.read_table(args.input, columns=["prompt"])["prompt"].to_pylist()
     figures: dict[str, Any] = {}
+    plain = load(str(ref.path), dtype=args.dtype)
     with Runtime(settings, {"chat": True}, print) as runtime:
         prompts = [list(runtime.encode({"prompt": text})) for text in texts]
         ways: dict[str, Callable[[], Outputs]] = {
             "batchrun": lambda: run_batchrun(runtime, prompts, args.max_tokens),
             **{
                 f"generate, batches of {size}": partial(
-                    run_generate, runtime, prompts, args.max_tokens, size
+                    run_generate, plain, prompts, args.max_tokens, size
                 )
                 for size in args.batch
             },
-            "generate_batch": lambda: run_generate_batch(runtime, prompts, args.max_tokens),
+            "generate_batch": lambda: run_generate_batch(plain, prompts, args.max_tokens),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         outputs: dict[str, Outputs] = {}

@@ -461,6 +461,31 @@ void finish(const Finish& c) {
   });
 }
 
+// The first of the highest of each row [rows, n].
+void argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 highest = _mm512_set1_ps(-__builtin_inff());
+    __m512i places = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += 16) {
+      uint16_t last[16];
+      const uint16_t* from = x + row * n + i;
+      if (i + 16 > n) {
+        std::fill(last, last + 16, uint16_t(0xff80));  // -inf
+        std::copy(from, from + n - i, last);
+        from = last;
+      }
+      const __m512 values = widen(from);
+      const __mmask16 higher = _mm512_cmp_ps_mask(values, highest, _CMP_GT_OQ);
+      highest = _mm512_mask_mov_ps(highest, higher, values);
+      places = _mm512_mask_mov_epi32(places, higher, _mm512_add_epi32(lanes, _mm512_set1_epi32(i)));
+    }
+    const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
+    found[row] = _mm512_mask_reduce_min_epi32(_mm512_cmp_ps_mask(highest, most, _CMP_EQ_OQ), places);
+  }
+}
+
 }  // namespace
 
 // Whether AMX computes: a process has to ask for its registers.
@@ -471,6 +496,11 @@ extern "C" int batchrun_layers_use_amx(int wanted) {
 #else
   return 0;
 #endif
+}
+
+extern "C" void batchrun_argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found,
+                                int64_t threads) {
+  argmax(x, rows, n, found, threads);
 }
 
 extern "C" void batchrun_linear(const Linear* call) { linear(*call); }

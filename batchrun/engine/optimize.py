@@ -21,7 +21,6 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from batchrun.engine import cpu_layers
 from batchrun.engine.attention import LayerAttention
-from batchrun.engine.compiled import CompileError
 from batchrun.engine.fused import (
     FusedNorm,
     Projection,
@@ -238,11 +237,6 @@ def _can_be_native(model: PreTrainedModel, log: Callable[[str], None]) -> bool:
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return False
     reason = cpu_layers.why_not()
-    try:
-        if reason is None:
-            cpu_layers.library()
-    except CompileError as error:
-        reason = f"it can't be compiled: {error}"
     if reason is not None:
         log(f"layers are computed by torch, not by native code: {reason}")
     return reason is None

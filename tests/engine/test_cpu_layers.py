@@ -190,11 +190,23 @@ def test_a_cpu_without_the_instructions_keeps_torchs_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu_layers, "cpu_features", lambda: "avx2 fma")
+    monkeypatch.setattr(cpu_layers, "why_not", cpu_layers.why_not.__wrapped__)
     loaded = prepare(made(NATIVE["llama"]))
     lines: list[str] = []
     applied = optimize(loaded.model, compile=False, log=lines.append)
     assert applied == ("merged projections", "fused norms")
     assert lines == ["layers are computed by torch, not by native code: the CPU has no AVX512-BF16"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (9, 4096), (2, 151936)])
+def test_the_first_of_the_highest(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(shape).bfloat16()
+    logits[0, shape[1] // 2 :: 5] = 9
+    assert torch.equal(cpu_layers.argmax(logits), logits.max(dim=-1).indices)
+    assert torch.equal(cpu_layers.argmax(logits[:, ::2]), logits[:, ::2].max(dim=-1).indices)
+    logits[:] = -torch.inf
+    assert cpu_layers.argmax(logits).tolist() == [0] * shape[0]
 
 
 def test_tokens_do_not_depend_on_the_batch() -> None:
