@@ -421,23 +421,18 @@ class Worker {
   }
 
   // Packs what the task needs of a part. Tokens may lie pages apart, which no hardware prefetches:
-  // the next block is asked for.
+  // the next block is asked for, a token at a time and all at once. Spread between the tiles it takes
+  // longer: few tokens' pages are looked up at a time then.
   void pack(const Task& task, int64_t base, const Task* next) {
     const int64_t end = std::min(base + kPart, task.end);
     for (int64_t t = std::max(base, task.begin / kBlock * kBlock); t < end; t += kBlock) {
-      const Task* then = &task;
-      int64_t soon = t + kBlock;
-      if (soon >= task.end) {
-        then = next;
-        soon = next ? next->begin : 0;
+      if (t + kBlock < task.end) {
+        prefetch(task, t + kBlock);
+      } else if (next) {
+        prefetch(*next, next->begin);
       }
-      const int64_t ahead = then ? std::min(kBlock, then->end - soon) : 0;
       const int64_t block = (t - base) / kBlock;
       for (int64_t h = 0; h < task.heads; h++) {
-        if (ahead > 0 && h < then->heads) {
-          prefetch(key(then->segment, then->head + h, soon), c.key_stride[1], ahead, c.k_dim);
-          prefetch(value(then->segment, then->head + h, soon), c.value_stride[1], ahead, c.v_dim);
-        }
         int64_t stride = c.key_stride[1];
         const uint16_t* k = whole(key(task.segment, task.head + h, t), &stride, task.end - t,
                                   c.k_dim, copy);
@@ -454,9 +449,16 @@ class Worker {
     }
   }
 
-  static void prefetch(const uint16_t* from, int64_t stride, int64_t count, int64_t dim) {
-    for (int64_t t = 0; t < count; t++, from += stride)
-      for (int64_t d = 0; d < dim; d += 32) __builtin_prefetch(from + d);
+  // Inlined: calls that only prefetch are dropped as if they did nothing.
+  __attribute__((always_inline)) void prefetch(const Task& task, int64_t token) const {
+    auto ask = [&](const uint16_t* from, int64_t stride, int64_t dim) {
+      for (int64_t h = 0; h < task.heads; h++, from += stride)
+        for (int64_t d = 0; d < dim; d += 32) __builtin_prefetch(from + d, 0, 2);
+    };
+    for (const int64_t end = std::min(token + kBlock, task.end); token < end; token++) {
+      ask(key(task.segment, task.head, token), c.key_stride[2], c.k_dim);
+      ask(value(task.segment, task.head, token), c.value_stride[2], c.v_dim);
+    }
   }
 
   // `rows` queries from `row` on, against one part of one head.
