@@ -39,6 +39,8 @@ LAYERS = {
     "three to one": LayerSpec(9, 3, 64, 64, 0.125),
     "one key head": LayerSpec(7, 1, 80, 80, 0.11),
     "no groups": LayerSpec(3, 3, 128, 128, 0.09),
+    "many to one": LayerSpec(40, 1, 32, 32, 0.18),
+    "more heads than a task takes": LayerSpec(6, 6, 128, 128, 0.09),
     "wide": LayerSpec(2, 1, 256, 256, 0.06),
     "odd widths": LayerSpec(4, 4, 24, 12, 0.2),
     "window": replace(PLAIN, window=40),
@@ -244,14 +246,16 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_threads() -> None:
             torch.set_num_threads(threads)
 
 
-def test_large_scores_and_what_is_no_number() -> None:
-    with full_slots(PLAIN, torch.float32, [50]) as (keys, values):
-        backend, layer = make(PLAIN, torch.float32), asked(PLAIN)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_large_scores_and_what_is_no_number(dtype: torch.dtype) -> None:
+    with full_slots(PLAIN, dtype, [50]) as (keys, values):
+        backend, layer = make(PLAIN, dtype), asked(PLAIN)
         backend.plan([segment(0, 49, 1)])
-        query = torch.randn(1, 4, 64) * 1000
+        query = (torch.randn(1, 4, 64) * 1000).to(dtype)
         want = expected(layer, query[0], keys[0, :50], values[0, :50])
         got = backend.run(layer, query, keys, values)
-        torch.testing.assert_close(got[0].double(), want, rtol=1e-4, atol=1e-4)
+        close = 1e-4 if dtype == torch.float32 else 2 * TOLERANCE[dtype]
+        torch.testing.assert_close(got[0].double(), want, rtol=close, atol=close)
         keys[0, 7, 0, 3] = torch.nan
         got = backend.run(layer, query, keys, values)
         assert got[0, :2].isnan().all()

@@ -18,7 +18,7 @@ import torch
 
 from batchrun.engine import compiled
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, Upload
-from batchrun.engine.attention.batch import Batch, split
+from batchrun.engine.attention.batch import Batch, Ints, split
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.compiled import CompileError
 from batchrun.engine.core import Segment
@@ -95,6 +95,7 @@ def _call(
     values: torch.Tensor,
     *,
     by: Callable[..., object],
+    starts: Ints | None = None,
     level: Level = Level.NOTHING,
 ) -> torch.Tensor:
     """Have a library's function attend for a batch, whose queries are the first of `query`."""
@@ -102,7 +103,6 @@ def _call(
         query = query.contiguous()
     sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
     out = query.new_empty(*query.shape[:2], values.shape[3])
-    starts = batch.starts
     call = _Call(
         query.data_ptr(),
         keys.data_ptr(),
@@ -111,7 +111,7 @@ def _call(
         None if sinks is None else sinks.data_ptr(),
         batch.slots.ctypes.data,
         batch.ends.ctypes.data,
-        starts.ctypes.data,
+        None if starts is None else starts.ctypes.data,
         len(batch),
         query.shape[1],
         keys.shape[2],
@@ -149,12 +149,14 @@ class NativeBF16:
         self._attend = attend
         self.level = level
         self._batch = _batch(())
+        self._starts = self._batch.starts
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """See `AttentionBackend.plan`."""
         if fixed:
             raise ValueError("native computes on a CPU, which records no graphs")
         self._batch = _batch(segments)
+        self._starts = self._batch.starts
 
     def run(
         self,
@@ -164,7 +166,8 @@ class NativeBF16:
         values: torch.Tensor,
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
-        return _call(self._batch, layer, query, keys, values, by=self._attend, level=self.level)
+        by, starts, level = self._attend, self._starts, self.level
+        return _call(self._batch, layer, query, keys, values, by=by, starts=starts, level=level)
 
 
 class Native:
