@@ -65,6 +65,7 @@ crash-test: $(SETUP)
 	$(BIN)/python -m tests.crash.signals --real --trials 40
 	$(BIN)/python -m tests.crash.races
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory host
+	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory unguarded-host
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory fake-cuda
 
 gpu-check: $(SETUP)
