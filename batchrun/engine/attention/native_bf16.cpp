@@ -1,14 +1,15 @@
-// Attention in bfloat16 on CPUs that have products of it: whole steps, over slots in place, in one call.
+// Attention in bfloat16 on CPUs that multiply it: whole steps, over slots in place, in one call.
 //
-// A query's numbers are those of its own sequence alone, bit for bit: not of the batch, the threads,
-// or of how a prompt was cut into segments. Keys are taken in parts of kPart tokens that begin at
-// multiples of kPart. Each part has a softmax of its own, and its sums are added to those of the parts
-// before (Flash-Decoding). A token that a query may not see adds an exact 0, so one that is computed
-// among others (a prompt's) and one alone (a decode) go through the same additions.
+// A query's numbers depend on its own sequence alone, bit for bit: not on the batch, the threads or
+// how a prompt was cut into segments. Keys are taken in parts of kPart tokens that begin at
+// multiples of kPart. Each part has a softmax of its own, and its sums are added to those of the
+// parts before (Flash-Decoding). A token that a query may not see adds an exact 0. So a query that
+// is computed among others (a prompt's) and one alone (a decode) go through the same additions.
 //
-//   task    queries [tokens x group] of one segment, which share key heads: a prompt's part or a decode
+//   task    queries [tokens, group] of one segment that share key heads: of a prompt, or a decode
 //   part    K packed to tiles [32 of k_dim, 16 tokens], V to tiles [32 tokens, 16 of v_dim]
-//   panel   at most kPanel queries: scores = Q . K, weights = 2^(scores - highest), sums = weights . V
+//   panel   at most kPanel queries of one key head:
+//             scores = Q . K, weights = 2^(scores - highest), sums = weights . V
 //
 // Tiles are 16 rows of 16 pairs of numbers: what AMX multiplies, and AVX512-BF16 row by row.
 // No byte behind a sequence's last token is read: there is no memory.
@@ -51,13 +52,13 @@ namespace {
 constexpr int64_t kBlock = 32;
 constexpr int64_t kPart = 256;
 constexpr int64_t kPanel = 32;
-constexpr int64_t kTile = 512;                   // numbers of a tile
-constexpr int64_t kScores = kPart + 16;          // strides of a panel's rows, no power of 2
+constexpr int64_t kTile = 512;             // numbers of a tile
+constexpr int64_t kScores = kPart + 16;    // strides of a panel's rows: no powers of 2
 constexpr int64_t kWeights = kPart + 32;
-constexpr int64_t kRows = 192;                   // queries of a task: enough to be worth packing for
-constexpr int64_t kPacked = 512 * 1024;          // bytes of packed heads that stay in the L2 cache
+constexpr int64_t kRows = 192;             // queries of a task: enough to be worth packing for
+constexpr int64_t kPacked = 512 * 1024;    // bytes of packed heads that stay in the L2 cache
 constexpr float kLog2e = 1.44269504f;
-constexpr float kLowest = -3e38f;                // the highest score of none
+constexpr float kLowest = -3e38f;          // the highest score of no tokens
 
 // Memory that starts at a cache line and is kept from call to call.
 class Buffer {
@@ -91,7 +92,7 @@ inline float power(float x) { return _mm512_cvtss_f32(power(all(x))); }
 // ---- tiles ----
 
 // c [rows, 16 cols] = a [rows, 32 depth] . b, whose tiles of a column lie one behind the other and
-// those of the next one `step` on. cols is even; rows of a and c up to a multiple of 16 are touched.
+// those of the next one `step` on. cols is even. a and c have room for multiples of 16.
 struct Product {
   const uint16_t* a;
   int64_t a_stride, rows;
@@ -288,8 +289,8 @@ inline void cap_scores(float* scores, int64_t from, int64_t to, float cap, float
   }
 }
 
-// What is known of one query after some parts: sums [v_width], total weight [16], highest score [16].
-// The total is in lanes that sum to it, the score is the same in all of them.
+// What is known of one query after some parts: sums [v_width], total weight [16] in lanes that sum
+// to it, highest score [16] in each lane.
 struct State {
   float* sums;
   int64_t width;
@@ -355,7 +356,8 @@ class Worker {
     float* states = task.states ? task.states : own_states;
     for (int64_t i = 0; i < task.heads * rows; i++) State{states + i * state, v_width}.clear();
     const int64_t row_space = round_up(rows, kPanel);
-    for (int64_t h = 0; h < task.heads; h++) pack_queries(task, h, queries + h * row_space * k_width);
+    for (int64_t h = 0; h < task.heads; h++)
+      pack_queries(task, h, queries + h * row_space * k_width);
     for (int64_t base = task.begin / kPart * kPart; base < task.end; base += kPart) {
       pack(task, base, next);
       for (int64_t h = 0; h < task.heads; h++)
@@ -412,17 +414,17 @@ class Worker {
 
   void pack_queries(const Task& task, int64_t h, uint16_t* to) const {
     for (int64_t row = 0; row < task.tokens * group; row++, to += k_width) {
-      const uint16_t* from = c.query +
-                             (c.starts[task.segment] + task.token + row / group) * c.query_stride[0] +
-                             ((task.head + h) * group + row % group) * c.query_stride[1];
+      const int64_t token = c.starts[task.segment] + task.token + row / group;
+      const int64_t head = (task.head + h) * group + row % group;
+      const uint16_t* from = c.query + token * c.query_stride[0] + head * c.query_stride[1];
       std::copy(from, from + c.k_dim, to);
       std::fill(to + c.k_dim, to + k_width, uint16_t(0));
     }
   }
 
   // Packs what the task needs of a part. Tokens may lie pages apart, which no hardware prefetches:
-  // the next block is asked for, a token at a time and all at once. Spread between the tiles it takes
-  // longer: few tokens' pages are looked up at a time then.
+  // the next block is asked for, all at once. Between the tiles fewer pages would be looked up at a
+  // time.
   void pack(const Task& task, int64_t base, const Task* next) {
     const int64_t end = std::min(base + kPart, task.end);
     for (int64_t t = std::max(base, task.begin / kBlock * kBlock); t < end; t += kBlock) {
@@ -485,9 +487,11 @@ class Worker {
       const __m512 most = highest(score, from, to, c.window ? end - c.window : from, end);
       tops[r] = _mm512_max_ps(all(kLowest), _mm512_mul_ps(most, scale));
     }
-    for (int64_t r = 0; r < rows; r++)
-      _mm512_store_ps(sums + r * width + v_width, weigh(scores + r * kScores, weights + r * kWeights,
-                                                        from, to, scale, tops[r]));
+    for (int64_t r = 0; r < rows; r++) {
+      const __m512 total =
+          weigh(scores + r * kScores, weights + r * kWeights, from, to, scale, tops[r]);
+      _mm512_store_ps(sums + r * width + v_width, total);
+    }
     const uint16_t* v = values + h * kPart * v_width + from / kBlock * kTile;
     multiply({weights + from, kWeights, rows, v, kPart / kBlock * kTile, v_width / 16,
               (to - from) / kBlock, sums, width});
