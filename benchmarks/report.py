@@ -136,6 +136,41 @@ def planner(result: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def cpusteps(result: dict[str, Any]) -> Iterator[str]:
+    yield f"### A CPU's steps: {result['model']}, bfloat16, {result['workload']}"
+    yield ""
+    yield f"{result['machine']}; torch {result['torch']}; {result['date']}; `{result['command']}`. "
+    yield f"Ceilings in the same run: {result['bandwidth'] / 1e9:.1f} GB/s read, "
+    yield f"{result['matrix'] / 1e9:,.0f} GFLOP/s."
+    yield ""
+    yield "| | all steps | decode steps |"
+    yield "|---|---|---|"
+    share, of_decodes = result["of_roofline"], result["of_roofline_decodes"]
+    yield f"| of the roofline model | {share:.2f} | {of_decodes:.2f} |"
+    outside, in_decodes = result["outside_forward"], result["outside_forward_decodes"]
+    yield f"| outside the model's forward | {outside:.1%} | {in_decodes:.1%} |"
+    yield ""
+    yield f"{result['tokens_per_s']:,.0f} completion tokens/s."
+
+
+def quality(result: dict[str, Any]) -> Iterator[str]:
+    yield f"### What shorter numbers change: {result['model']}"
+    yield ""
+    yield f"{result['machine']}; torch {result['torch']}; {result['date']}; `{result['command']}`; "
+    yield f"{result['tokens']:,} tokens of this project's documents."
+    yield ""
+    sizes = [*next(iter(result["ways"].values()))["tokens_per_s"]]
+    speeds = " | ".join(f"decode tokens/s, {size} sequences" for size in sizes)
+    yield f"| | perplexity | likeliest token is float32's | divergence | weights | {speeds} |"
+    yield f"|---|---|---|---|---|{'---|' * len(sizes)}"
+    for way, row in result["ways"].items():
+        rates = " | ".join(f"{rate:,.0f}" for rate in row["tokens_per_s"].values())
+        yield (
+            f"| {way} | {row['perplexity']:.2f} | {row['same_top']:.1%} | {row['divergence']:.4f} "
+            f"| {row['weights_mib']:.0f} MiB | {rates} |"
+        )
+
+
 def gpu_check(result: dict[str, Any]) -> Iterator[str]:
     device = result["device"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
@@ -166,6 +201,8 @@ SECTIONS = {
     "peers": peers,
     "plancounts": plancounts,
     "planner": planner,
+    "cpusteps": cpusteps,
+    "quality": quality,
     "gpu-check": gpu_check,
 }
 
