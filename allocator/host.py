@@ -32,7 +32,9 @@ class HostMemory:
 
     Without guard a reservation shows the memfd from the start: a page that is mapped at its own
     place needs no mapping of its own, only memory, which is three system calls and a fault for
-    each 4 KiB less. Addresses without a page do not fault then; they are not to be touched.
+    each 4 KiB less. Addresses without a page do not fault then; they are not to be touched. And a
+    page that is mapped nowhere loses its place, its memory and what was in it, so that it can have
+    its own place again wherever it is mapped next.
 
     Args:
         page_size: bytes of one page, a multiple of the system's page size.
@@ -117,11 +119,17 @@ class HostMemory:
     def unmap(self, address: int, count: int) -> None:
         """See `VirtualMemory.unmap`."""
         pages = self.ledger.check_unmap(address, count)
+        if self._guard:
+            self._show(address, [None] * count)
+            self.ledger.unmapped(pages)
+            return
         own = self._own_place(address, count)
-        unguarded = list(range(own, own + count))
-        if self._guard or [self._places[self.ledger.table[at]] for at in pages] != unguarded:
-            self._show(address, [None] * count if self._guard else unguarded)
+        handles = [self.ledger.table[at] for at in pages]
+        places = list(range(own, own + count))
+        if [self._places[handle] for handle in handles] != places:
+            self._show(address, places)
         self.ledger.unmapped(pages)
+        self._displace([h for h in dict.fromkeys(handles) if not self.ledger.mapped_at[h]])
 
     def close(self) -> None:
         """See `VirtualMemory.close`."""

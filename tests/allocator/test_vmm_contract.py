@@ -272,8 +272,9 @@ class MemoryMachine(RuleBasedStateMachine):
                 self.memory.unmap(address, count)
             return
         self.memory.unmap(address, count)
-        for page in pages:
-            del self.table[page]
+        gone = {self.table.pop(page) for page in pages}
+        if memory_twins.TWIN == "unguarded-host":  # what is mapped nowhere is forgotten there
+            self.contents.update(dict.fromkeys(gone - set(self.table.values()), -1))
 
     @rule(doomed=st.lists(handles, max_size=4))
     def destroy(self, doomed: list[Handle]) -> None:
