@@ -13,6 +13,7 @@ import torch
 
 from allocator.sharing import Copy
 from batchrun.engine.attention import AttentionBackend, LayerAttention
+from batchrun.engine.attention.native import NativeBF16
 from batchrun.engine.core import (
     EngineError,
     Request,
@@ -252,6 +253,8 @@ class _SlotStep:
         value: torch.Tensor,
     ) -> torch.Tensor:
         keys, values = self.views[layer_index]
+        if isinstance(self.backend, NativeBF16):
+            return self.backend.run(layer, query, keys, values, (key, value))
         keys.view(-1, *keys.shape[2:])[self.rows] = key
         values.view(-1, *values.shape[2:])[self.rows] = value
         return self.backend.run(layer, query, keys, values)

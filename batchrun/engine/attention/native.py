@@ -72,7 +72,7 @@ def make(
 
 
 class _Call(ctypes.Structure):
-    """As in native.cpp."""
+    """As in native.cpp, and with what only native_bf16.cpp reads at the end."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "sinks")),
@@ -84,6 +84,9 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("window", "threads", "level")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("new_keys", "new_values")),
+        ("new_key_stride", ctypes.c_int64 * 2),
+        ("new_value_stride", ctypes.c_int64 * 2),
     )
 
 
@@ -97,6 +100,7 @@ def _call(
     by: Callable[..., object],
     starts: Ints | None = None,
     level: Level = Level.NOTHING,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Have a library's function attend for a batch, whose queries are the first of `query`."""
     if query.stride(2) != 1:
@@ -125,6 +129,11 @@ def _call(
         layer.scale,
         layer.softcap or 0.0,
     )
+    if new is not None:
+        new_keys, new_values = (t if t.stride(2) == 1 else t.contiguous() for t in new)
+        call.new_keys, call.new_values = new_keys.data_ptr(), new_values.data_ptr()
+        call.new_key_stride[:] = new_keys.stride()[:2]
+        call.new_value_stride[:] = new_values.stride()[:2]
     by(ctypes.byref(call))
     return out
 
@@ -164,10 +173,16 @@ class NativeBF16:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """See `AttentionBackend.run`."""
+        """See `AttentionBackend.run`.
+
+        `new` are keys and values `[T, Hkv, D]` of the queries' tokens, put into the slots first.
+        """
         by, starts, level = self._attend, self._starts, self.level
-        return _call(self._batch, layer, query, keys, values, by=by, starts=starts, level=level)
+        return _call(
+            self._batch, layer, query, keys, values, by=by, starts=starts, level=level, new=new
+        )
 
 
 class Native:

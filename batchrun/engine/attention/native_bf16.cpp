@@ -45,6 +45,8 @@ struct Call {
   int64_t threads;
   int64_t level;
   float scale, softcap;  // 0: none
+  const uint16_t *new_keys, *new_values;  // [tokens, kv_heads, dim] to put in place first, or null
+  int64_t new_key_stride[2], new_value_stride[2];
 };
 
 namespace {
@@ -350,8 +352,21 @@ class Worker {
         v_width(round_up(c.v_dim, 32)),
         state(State::size(v_width)) {}
 
+  // Puts a segment's new token's keys and values of some heads into the slot.
+  void write(int64_t segment, int64_t query, int64_t token, int64_t head, int64_t heads) const {
+    for (int64_t h = head; h < head + heads; h++) {
+      const uint16_t* k = c.new_keys + query * c.new_key_stride[0] + h * c.new_key_stride[1];
+      const uint16_t* v = c.new_values + query * c.new_value_stride[0] + h * c.new_value_stride[1];
+      std::copy(k, k + c.k_dim, const_cast<uint16_t*>(key(segment, h, token)));
+      std::copy(v, v + c.v_dim, const_cast<uint16_t*>(value(segment, h, token)));
+    }
+  }
+
   void run(const Task& task, const Task* next) {
     const int64_t rows = task.tokens * group;
+    // A decode's new token is written where it is read: its page is found once.
+    if (task.states && c.new_keys && task.end == c.ends[task.segment])
+      write(task.segment, c.starts[task.segment], task.end - 1, task.head, task.heads);
     reserve(task, rows);
     float* states = task.states ? task.states : own_states;
     for (int64_t i = 0; i < task.heads * rows; i++) State{states + i * state, v_width}.clear();
@@ -547,6 +562,16 @@ void attend(const Call& c) {
   {
     if (c.level == kTiles) use_tiles();
     Worker worker(c);
+    if (c.new_keys && int64_t(decodes.size()) < c.n) {
+      for (int64_t i = 0; i < c.n; i++) {
+        const int64_t first = c.starts[i], length = c.starts[i + 1] - first;
+        if (length == 1) continue;
+#pragma omp for schedule(static) nowait
+        for (int64_t t = 0; t < length; t++)
+          worker.write(i, first + t, c.ends[i] - length + t, 0, c.kv_heads);
+      }
+#pragma omp barrier
+    }
     for (int64_t i = taken++; i < num_tasks;) {
       const int64_t next = taken++;  // a task early, to ask for its keys
       worker.run(tasks[i], next < num_tasks ? &tasks[next] : nullptr);
