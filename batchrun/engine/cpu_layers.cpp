@@ -138,6 +138,13 @@ inline float inverse_rms(const uint16_t* x, int64_t n, double eps) {
   return float(1.0 / __builtin_sqrt(_mm512_reduce_add_ps(sum) / double(n) + eps));
 }
 
+// Thirty-two numbers of a row, scaled and times their weights.
+inline void normed(const uint16_t* x, __m512 scale, const float* weight, uint16_t* to) {
+  const __m512 low = _mm512_mul_ps(widen(x), scale), high = _mm512_mul_ps(widen(x + 16), scale);
+  narrow(_mm512_mul_ps(low, _mm512_loadu_ps(weight)),
+         _mm512_mul_ps(high, _mm512_loadu_ps(weight + 16)), to);
+}
+
 // --- rows as tiles ---
 
 // Rows [begin, end) to tiles, each by copy(row, to); what is beyond becomes 0.
@@ -168,12 +175,7 @@ void pack_normed(const uint16_t* x, const float* weight, double eps, int64_t beg
   pack(begin, end, k, to, [&](int64_t row, uint16_t* into) {
     const uint16_t* from = x + row * k;
     const __m512 scale = _mm512_set1_ps(inverse_rms(from, k, eps));
-    for (int64_t i = 0; i < k; i += 32, into += kTile) {
-      const __m512 low = _mm512_mul_ps(widen(from + i), scale);
-      const __m512 high = _mm512_mul_ps(widen(from + i + 16), scale);
-      narrow(_mm512_mul_ps(low, _mm512_loadu_ps(weight + i)),
-             _mm512_mul_ps(high, _mm512_loadu_ps(weight + i + 16)), into);
-    }
+    for (int64_t i = 0; i < k; i += 32, into += kTile) normed(from + i, scale, weight + i, into);
   });
 }
 
@@ -461,6 +463,17 @@ void finish(const Finish& c) {
   });
 }
 
+void rms_norm(const uint16_t* x, const float* weight, uint16_t* out, double eps, int64_t rows,
+              int64_t n, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const uint16_t* from = x + row * n;
+    const __m512 scale = _mm512_set1_ps(inverse_rms(from, n, eps));
+    for (int64_t i = 0; i < n; i += 32)
+      normed(from + i, scale, weight + i, out + row * n + i);
+  }
+}
+
 // The first of the highest of each row [rows, n].
 void argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -496,6 +509,11 @@ extern "C" int batchrun_layers_use_amx(int wanted) {
 #else
   return 0;
 #endif
+}
+
+extern "C" void batchrun_rms_norm(const uint16_t* x, const float* weight, uint16_t* out, double eps,
+                                  int64_t rows, int64_t n, int64_t threads) {
+  rms_norm(x, weight, out, eps, rows, n, threads);
 }
 
 extern "C" void batchrun_argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found,

@@ -168,6 +168,19 @@ class NativeLinear(nn.Module):
         return out
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm of bfloat16 `[..., n]`, n a multiple of 32, times float32 `[n]`."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    library().batchrun_rms_norm(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weight, out)),
+        ctypes.c_double(eps),
+        *(ctypes.c_int64(n) for n in (x.numel() // len(weight), len(weight))),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+    return out
+
+
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """The first of the highest of each row: `[N, V]` bfloat16 to `[N]` int64.
 
@@ -240,25 +253,98 @@ class NativeLayer(nn.Module):
         if past_key_values is not None:
             raise ValueError("native layers have no cache but the step's slots")
         x = hidden_states.contiguous()
-        cos, sin = (tensor.contiguous() for tensor in position_embeddings)
-        rows, threads = x.shape[1], torch.get_num_threads()
-        out = x.new_empty(rows, sum(self.heads), self.dim)
-        call = self._project
-        call.x, call.out, call.cos, call.sin = (t.data_ptr() for t in (x, out, cos, sin))
-        call.rotary, call.rows, call.threads = cos.shape[-1], rows, threads
-        self._library.batchrun_project(ctypes.byref(call))
-        query, key, value = out.split(self.heads, dim=1)
-        if batchrun_step is None:
-            attended = _causal(self.attention, query, key, value)
-        else:
-            attended = batchrun_step.attend(self.layer_idx, self.attention, query, key, value)
-        attended = attended.contiguous()
         result = torch.empty_like(x)
-        last = self._finish
-        last.attended, last.x, last.out = (t.data_ptr() for t in (attended, x, result))
-        last.rows, last.threads = rows, threads
-        self._library.batchrun_finish(ctypes.byref(last))
+        self.compute(x, _Frame(x, position_embeddings, self), batchrun_step, result)
         return result
+
+    def compute(
+        self, x: torch.Tensor, frame: _Frame, step: Step | None, result: torch.Tensor
+    ) -> None:
+        """The layer of `x` into `result`, another tensor of its shape."""
+        call, last = self._project, self._finish
+        call.x, last.x, last.out = x.data_ptr(), x.data_ptr(), result.data_ptr()
+        call.out, call.cos, call.sin, call.rotary = frame.addresses
+        call.rows = last.rows = frame.rows
+        call.threads = last.threads = frame.threads
+        self._library.batchrun_project(ctypes.byref(call))
+        if step is None:
+            attended = _causal(self.attention, *frame.parts)
+        else:
+            attended = step.attend(self.layer_idx, self.attention, *frame.parts)
+        attended = attended.contiguous()
+        last.attended = attended.data_ptr()
+        self._library.batchrun_finish(ctypes.byref(last))
+
+
+class _Frame:
+    """What the layers of one step share: positions, and memory for one layer's projections."""
+
+    def __init__(
+        self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], layer: NativeLayer
+    ) -> None:
+        self.rows, self.threads = x.shape[1], torch.get_num_threads()
+        held = [x.new_empty(self.rows, sum(layer.heads), layer.dim)]
+        held += (tensor.contiguous() for tensor in positions)
+        self._held = held
+        self.addresses = (*(tensor.data_ptr() for tensor in held), positions[0].shape[-1])
+        self.parts = held[0].split(layer.heads, dim=1)
+
+
+class NativeStack(nn.Module):
+    """All layers of a model as one.
+
+    Args:
+        layers: They have heads of the same shape.
+    """
+
+    def __init__(self, layers: Sequence[NativeLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        batchrun_step: Step | None = None,
+        past_key_values: object = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """See `NativeLayer`."""
+        if past_key_values is not None:
+            raise ValueError("native layers have no cache but the step's slots")
+        layers = cast("list[NativeLayer]", list(self.layers))
+        x = hidden_states.contiguous()
+        frame = _Frame(x, position_embeddings, layers[0])
+        result, other = x.new_empty(2, *x.shape)
+        for layer in layers:
+            layer.compute(x, frame, batchrun_step, result)
+            x, result, other = result, other, result
+        return x
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines of all positions so far, in place of computing a step's anew.
+
+    Args:
+        rotary: A rotary embedding whose frequencies depend on nothing.
+    """
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self._tables: list[torch.Tensor] = []
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For positions `[1, T]`, both `[1, T, rotary]` of the dtype of `x`."""
+        needed = int(position_ids.max()) + 1
+        if not self._tables or len(self._tables[0]) < needed or self._tables[0].dtype != x.dtype:
+            positions = torch.arange(max(1024, 1 << (needed - 1).bit_length()))[None]
+            self._tables = [table[0] for table in self.rotary(x, position_ids=positions)]
+        cos, sin = (table[position_ids] for table in self._tables)
+        return cos, sin
 
 
 class _Parts:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from batchrun.engine.cpu_layers import NativeLinear
+from batchrun.engine.cpu_layers import NativeLinear, rms_norm
 
 Undo = list[tuple[nn.Module, str, nn.Module]]  # parent, name, what was there
 
@@ -148,10 +148,18 @@ class FusedNorm(nn.Module):
         self.weight = weight
         self.eps = eps
         self.offset = offset
+        self._native: torch.Tensor | None = None
+
+    def use_native(self) -> None:
+        """Compute by native code, which takes bfloat16 on a CPU."""
+        if len(self.weight) % 32 == 0:
+            self._native = self.weight.data.float() + self.offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., n]` to the same."""
         weight = self.weight
+        if self._native is not None and x.dtype == torch.bfloat16:
+            return rms_norm(x, self._native, self.eps)
         if not self.offset and weight.dtype == x.dtype:
             return functional.rms_norm(x, weight.shape, weight, self.eps)
         # As Gemma does, in float32: 1 + weight would lose bits of a half-precision weight.

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from batchrun.engine import cpu_layers
 from batchrun.engine.attention import LayerAttention
+from batchrun.engine.cpu_layers import NativeLayer
 from batchrun.engine.fused import (
     FusedNorm,
     Projection,
@@ -34,6 +35,7 @@ _TOLERANCE = {torch.float32: 1e-4}  # of the largest logit
 _HALF_TOLERANCE = 0.06  # as the canary's: sums in another order, rounded at other places
 # Tokens to compile with: equal to no dimension of a model, or the graph would take both for one.
 _TOKENS, _FEWER_TOKENS = 251, 17
+_STATIC = ("default", "linear", "llama3", "yarn")  # frequencies that depend on no sequence
 
 
 def optimize(
@@ -71,7 +73,7 @@ def optimize(
             setattr(parent, name, module)
         log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
     if native:
-        _use_native_linears(model)
+        _use_native_parts(model)
     if compile and not _compiled_layers(model):
         try:
             with warnings.catch_warnings():
@@ -90,7 +92,7 @@ def optimize(
         torch.cuda.reset_peak_memory_stats(model.device)
     kinds = {type(module) for module in model.modules()}
     found = {
-        "native layers": cpu_layers.NativeLayer in kinds,
+        "native layers": NativeLayer in kinds,
         "merged projections": Projection in kinds,
         "fused norms": FusedNorm in kinds,
         "compiled layers": bool(_compiled_layers(model)),
@@ -264,18 +266,35 @@ def _use_native_layers(model: PreTrainedModel) -> None:
         hook.remove()
     for i, layer in enumerate(layers):
         try:
-            native = cpu_layers.NativeLayer(layer, i, attentions[i])
+            native = NativeLayer(layer, i, attentions[i])
         except ValueError:
             continue
         if _same(native, *calls[i]):
             layers[i] = native
+    all_native = [layer for layer in layers if isinstance(layer, NativeLayer)]
+    shapes = {(*layer.heads, layer.dim) for layer in all_native}
+    fresh = not any(isinstance(m, cpu_layers.NativeStack) for m in model.modules())
+    if len(all_native) == len(layers) and len(shapes) == 1 and fresh:
+        _join(model, layers, all_native)
 
 
-def _use_native_linears(model: PreTrainedModel) -> None:
-    """Replace all other linear layers: the head, and those of layers that are built otherwise."""
+def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLayer]) -> None:
+    """Make one module of a model's native layers, which all get the same positions."""
+    del layers[1:]
+    layers[0] = cpu_layers.NativeStack(native)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if cpu_layers.fits(child):
+            if getattr(child, "rope_type", None) in _STATIC and hasattr(child, "inv_freq"):
+                setattr(parent, name, cpu_layers.RotaryTable(child))
+
+
+def _use_native_parts(model: PreTrainedModel) -> None:
+    """Replace norms and linear layers: the last ones, and those of layers built otherwise."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FusedNorm):
+                child.use_native()
+            elif cpu_layers.fits(child):
                 setattr(parent, name, cpu_layers.NativeLinear(cast("nn.Linear", child)))
 
 

@@ -246,6 +246,43 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_threads() -> None:
             torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", ["three to one", "odd widths", "window"])
+def test_new_keys_and_values_are_put_in_place_first(name: str, threads: int) -> None:
+    spec, before = LAYERS[name], torch.get_num_threads()
+    backend, layer = of_level(spec, Level.VECTORS), asked(spec)
+    assert isinstance(backend, native.NativeBF16)
+    lengths = [1, 40, 257, 300, 513, 1000]
+    torch.set_num_threads(threads)
+    try:
+        with full_slots(spec, torch.bfloat16, lengths) as (keys, values):
+            step = [
+                segment(slot, lengths[slot] - new, new)
+                for slot, new in ((0, 1), (2, 1), (4, 1), (1, 40), (3, 7), (5, 290))
+            ]
+            tokens = sum(s.length for s in step)
+            # As a layer's one product has them: between queries, and heads before tokens.
+            heads = spec.q_heads + 2 * spec.kv_heads
+            made = torch.randn(tokens, heads, max(spec.k_dim, spec.v_dim)).bfloat16()
+            query, key, value = made.split([spec.q_heads, spec.kv_heads, spec.kv_heads], 1)
+            query, key, value = (
+                query[..., : spec.k_dim],
+                key[..., : spec.k_dim],
+                value[..., : spec.v_dim],
+            )
+            backend.plan(step)
+            got = backend.run(layer, query, keys, values, (key, value))
+            at = 0
+            for s in step:
+                end = s.start + s.length
+                assert torch.equal(keys[s.slot, s.start : end], key[at : at + s.length])
+                assert torch.equal(values[s.slot, s.start : end], value[at : at + s.length])
+                at += s.length
+            assert torch.equal(backend.run(layer, query, keys, values), got)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_large_scores_and_what_is_no_number(dtype: torch.dtype) -> None:
     with full_slots(PLAIN, dtype, [50]) as (keys, values):

@@ -209,6 +209,42 @@ def test_the_first_of_the_highest(shape: tuple[int, int]) -> None:
     assert cpu_layers.argmax(logits).tolist() == [0] * shape[0]
 
 
+@pytest.mark.parametrize("rows", [0, 1, 5, 300])
+def test_norms(rows: int) -> None:
+    torch.manual_seed(0)
+    x = (
+        torch.randn(rows, 96).bfloat16()
+        * torch.logspace(-3, 3, max(rows, 1))[:rows, None].bfloat16()
+    )
+    weight = torch.randn(96)
+    want = nn.functional.rms_norm(x.float(), (96,), weight, 1e-5)
+    got = cpu_layers.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(got.float(), want, rtol=5e-3, atol=1e-6)
+
+
+def test_a_table_of_positions_has_what_the_model_computes() -> None:
+    rotary = made(NATIVE["llama"]).model.rotary_emb
+    table = cpu_layers.RotaryTable(rotary)
+    for dtype, positions in (
+        (torch.bfloat16, [0, 7, 7, 200]),
+        (torch.bfloat16, [1023, 1024]),  # more than it holds at first
+        (torch.bfloat16, [5]),
+        (torch.float32, [70_000]),
+    ):
+        x, ids = torch.zeros(1, dtype=dtype), torch.tensor([positions])
+        for got, want in zip(table(x, ids), rotary(x, position_ids=ids), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_layers_of_one_shape_become_one_module() -> None:
+    model = made(NATIVE["llama"])
+    optimize(prepare(model).model, compile=False, log=pytest.fail)
+    assert [type(layer) for layer in model.model.layers] == [cpu_layers.NativeStack]
+    assert isinstance(model.model.rotary_emb, cpu_layers.RotaryTable)
+    with pytest.raises(ValueError, match="no cache"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+
+
 def test_tokens_do_not_depend_on_the_batch() -> None:
     """In bfloat16, where sums in another order would give other tokens."""
     loaded = prepare(made(NATIVE["llama"]))
