@@ -1,8 +1,9 @@
-"""Makes a hooked model faster in place: merged projections, fused norms, compiled layers.
+"""Makes a hooked model faster in place: native code on a CPU, compiled layers on a GPU.
 
-The forward stays the model's own. Modules are replaced by others that compute the same, and each
-decoder layer becomes one compiled graph in which attention is a single opaque operator. What can't
-be done, or does not give the model's own logits, is left as it was, with one line in the log.
+Modules are replaced by others that compute the same: decoder layers and linear layers by native
+code where a CPU has it, projections by merged ones, norms by fused ones; and on a GPU each decoder
+layer becomes one compiled graph in which attention is a single opaque operator. What can't be done,
+or does not give the model's own logits, is left as it was, with one line in the log.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from batchrun.engine.fused import (
     merge_projections,
 )
 from batchrun.engine.model import HOOK, Step, _hook
+from batchrun.models import ModelError
 
 _TOLERANCE = {torch.float32: 1e-4}  # of the largest logit
 _HALF_TOLERANCE = 0.06  # as the canary's: sums in another order, rounded at other places
@@ -56,8 +58,11 @@ def optimize(
         log: Told, one line each, what is unavailable and what runs instead.
 
     Returns:
-        What the model has now, of `merged projections`, `fused norms`, `packed weights` (bfloat16
-        on a CPU) and `compiled layers`.
+        What the model has now, of `native layers` (bfloat16 on a CPU), `merged projections`, `fused
+        norms` and `compiled layers`.
+
+    Raises:
+        ModelError: Native code gives other logits than the model did.
     """
     want = _logits(model, _FEWER_TOKENS)
     native = _can_be_native(model, log)
@@ -74,6 +79,13 @@ def optimize(
         log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
     if native:
         _use_native_parts(model)
+        try:
+            _check(model, want)
+        except ValueError as error:  # their old weights are gone
+            raise ModelError(
+                f"native code computes {type(model).__name__} wrongly: {error}",
+                hint="run it by torch's operators: --no-optimize",
+            ) from error
     if compile and not _compiled_layers(model):
         try:
             with warnings.catch_warnings():

@@ -11,12 +11,13 @@ import torch
 import transformers as tf
 from torch import nn
 
-from batchrun.engine import cpu_layers
+from batchrun.engine import cpu_layers, fused
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.cpu_layers import NativeLayer, NativeLinear, PackedWeight
 from batchrun.engine.model import prepare
 from batchrun.engine.optimize import _logits, optimize
+from batchrun.models import ModelError
 from tests.parity.models import _SMALL
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import prompts
@@ -243,6 +244,12 @@ def test_layers_of_one_shape_become_one_module() -> None:
     assert isinstance(model.model.rotary_emb, cpu_layers.RotaryTable)
     with pytest.raises(ValueError, match="no cache"):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+
+
+def test_native_code_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "rms_norm", lambda x, weight, eps: x * 0.5)
+    with pytest.raises(ModelError, match="computes LlamaForCausalLM wrongly: logits differ"):
+        optimize(prepare(made(NATIVE["llama"])).model, compile=False, log=pytest.fail)
 
 
 def test_tokens_do_not_depend_on_the_batch() -> None:
