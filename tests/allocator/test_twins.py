@@ -21,7 +21,7 @@ SHARED = [
 ]
 
 
-@pytest.mark.parametrize("file", SHARED)
+@pytest.mark.parametrize("file", [*SHARED[:1], *SHARED[2:6]])
 def test_over_host_memory_that_guards_nothing(file: str) -> None:
     run_suite(HERE / file, "unguarded-host", None, "-k", "not fault and not survive_unmapping")
 
