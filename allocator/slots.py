@@ -8,7 +8,7 @@ from .sharing import Sharing, at_most
 from .slabs import Slabs
 from .vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
 
-_STEAL_PAGES = 8  # Steal a few pages more than are wanted: one unmap then serves several requests.
+_STEAL_PAGES = 8  # of each slab, where there are many: one unmap then serves several requests
 
 
 @dataclass(slots=True)
@@ -142,7 +142,7 @@ class Slots:
         best, least = None, (0, 0, 0)
         for index in self.closed:
             slot = self.slots[index]
-            keep = self.usable(slot, whole, origin.tables)
+            keep = self.usable(slot, whole, origin.tables) if slot.num_pages else self.none
             lost = slot.num_pages - sum(keep)
             if slot is origin or (lost and slot.fence > self.retired):
                 continue
@@ -182,7 +182,8 @@ class Slots:
             giver = self._largest(closed) or self._largest(givers)
             if giver is None:
                 return
-            count -= self._strip(giver, max(count, _STEAL_PAGES))
+            more = min(_STEAL_PAGES * self.layout.num_groups, giver.surplus // 2)
+            count -= self._strip(giver, max(count, _STEAL_PAGES, more))
 
     def _largest(self, givers: list[Slot]) -> Slot | None:
         """The slot with the largest surplus to give, shared by none if possible."""
