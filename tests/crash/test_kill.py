@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_kills_change_nothing() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.crash.harness", "--tiny", "--kills", "20", "--rows", "80"],
+        [sys.executable, "-m", "tests.crash.harness", "--tiny", "--kills", "12", "--rows", "80"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -23,6 +23,6 @@ def test_kills_change_nothing() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["kills"] == 20
+    assert report["kills"] == 12
     assert report["outputs_equal"]
     assert report["runs_that_left_part_of_the_rows"] > 4

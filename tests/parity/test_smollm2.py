@@ -19,7 +19,7 @@ from tests.parity.runner import outputs, rig, run
 EXAMPLES = Path(__file__).parents[2] / "examples" / "prompts.parquet"
 LENGTHS = (1, 3, 7, 12, 20, 33, 50, 75, 110, 160)
 EACH = 20
-MAX_TOKENS = 8
+MAX_TOKENS = 6
 
 
 @pytest.fixture(scope="module")
