@@ -27,6 +27,7 @@ import torch
 from torch.nn import functional
 
 from batchrun.engine.core import Request, SamplingParams
+from batchrun.engine.model import HOOK
 from batchrun.engine.runtime import Runtime, Settings
 from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
@@ -100,7 +101,7 @@ def main() -> None:
                 dtype=torch.float64,
             )
     for runtime in runtimes.values():
-        runtime.loaded.model.set_attn_implementation("batchrun")
+        runtime.loaded.model.set_attn_implementation(HOOK)
     rates: dict[str, dict[int, list[float]]] = {w: {n: [] for n in SEQUENCES} for w in WAYS}
     for _ in range(ROUNDS):
         for way, runtime in runtimes.items():

@@ -184,7 +184,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """The first of the highest of each row: `[N, V]` bfloat16 to `[N]` int64.
 
-    torch's `max` takes ten times as long on a CPU, and its `argmax` four times as long as that.
+    torch's `max` takes some seven times as long on a CPU, and its `argmax` longer still.
     """
     logits = logits.contiguous()
     found = logits.new_empty(len(logits), dtype=torch.int64)
@@ -217,7 +217,8 @@ class NativeLayer(nn.Module):
         self.attention = attention
         dim = self.dim = parts.dim
         self.heads = [linear.out_features // dim for linear in (parts.q, parts.k, parts.v)]
-        self._norms = [_weights(norm) for norm in (parts.norm, parts.mlp_norm, *parts.head_norms)]
+        norms: list[Any] = [parts.norm, parts.mlp_norm, *parts.head_norms]
+        self._norms = [norm.weight.data.float() for norm in norms]
         self._weights = [
             _packed([parts.q, parts.k, parts.v]),
             _packed([parts.o]),
@@ -237,25 +238,9 @@ class NativeLayer(nn.Module):
         self._finish = _Finish(*matrices[1:], norm=self._norms[1].data_ptr(), eps=parts.eps)
         self._library = library()
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        batchrun_step: Step | None = None,
-        past_key_values: object = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        """`[1, T, n]` to the same, with cosines and sines `[1, T, rotary]`.
-
-        Without a step the tokens are one sequence, from its begin on.
-        """
-        if past_key_values is not None:
-            raise ValueError("native layers have no cache but the step's slots")
-        x = hidden_states.contiguous()
-        result = torch.empty_like(x)
-        self.compute(x, _Frame(x, position_embeddings, self), batchrun_step, result)
-        return result
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """See `_through`."""
+        return _through([self], hidden_states, **kwargs)
 
     def compute(
         self, x: torch.Tensor, frame: _Frame, step: Step | None, result: torch.Tensor
@@ -301,26 +286,33 @@ class NativeStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        batchrun_step: Step | None = None,
-        past_key_values: object = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        """See `NativeLayer`."""
-        if past_key_values is not None:
-            raise ValueError("native layers have no cache but the step's slots")
-        layers = cast("list[NativeLayer]", list(self.layers))
-        x = hidden_states.contiguous()
-        frame = _Frame(x, position_embeddings, layers[0])
-        result, other = x.new_empty(2, *x.shape)
-        for layer in layers:
-            layer.compute(x, frame, batchrun_step, result)
-            x, result, other = result, other, result
-        return x
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """See `_through`."""
+        return _through(cast("list[NativeLayer]", list(self.layers)), hidden_states, **kwargs)
+
+
+def _through(
+    layers: Sequence[NativeLayer],
+    hidden_states: torch.Tensor,
+    *,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    batchrun_step: Step | None = None,
+    past_key_values: object = None,
+    **_: Any,
+) -> torch.Tensor:
+    """One layer after the other: `[1, T, n]` to the same, with cosines and sines `[1, T, rotary]`.
+
+    Without a step the tokens are one sequence, from its begin on.
+    """
+    if past_key_values is not None:
+        raise ValueError("native layers have no cache but the step's slots")
+    x = hidden_states.contiguous()
+    frame = _Frame(x, position_embeddings, layers[0])
+    result, other = x.new_empty(2, *x.shape)
+    for layer in layers:
+        layer.compute(x, frame, batchrun_step, result)
+        x, result, other = result, other, result
+    return x
 
 
 class RotaryTable(nn.Module):
@@ -392,11 +384,6 @@ def _silu() -> type:
     from transformers.activations import ACT2FN  # noqa: PLC0415 - torch alone is enough elsewhere
 
     return type(ACT2FN["silu"])
-
-
-def _weights(norm: Any) -> torch.Tensor:
-    weight: torch.Tensor = norm.weight.data.float()
-    return weight
 
 
 def _packed(linears: Sequence[nn.Linear | Int8Linear], *, interleave: bool = False) -> PackedWeight:

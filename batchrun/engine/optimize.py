@@ -261,6 +261,8 @@ def _use_native_layers(model: PreTrainedModel) -> None:
 
     Their old weights are dropped: there is no way back, and no moment with all weights twice.
     """
+    if any(isinstance(module, cpu_layers.NativeStack) for module in model.modules()):
+        return
     try:
         layers, attentions = _decoder_layers(model)
     except ValueError:  # it is built in some way of its own
@@ -285,8 +287,7 @@ def _use_native_layers(model: PreTrainedModel) -> None:
             layers[i] = native
     all_native = [layer for layer in layers if isinstance(layer, NativeLayer)]
     shapes = {(*layer.heads, layer.dim) for layer in all_native}
-    fresh = not any(isinstance(m, cpu_layers.NativeStack) for m in model.modules())
-    if len(all_native) == len(layers) and len(shapes) == 1 and fresh:
+    if len(all_native) == len(layers) and len(shapes) == 1:
         _join(model, layers, all_native)
 
 

@@ -39,10 +39,16 @@ class Batch:
         return cumulative(self.lengths)
 
 
+def together(segments: Sequence[Segment]) -> Batch:
+    """All segments as one launch."""
+    rows = np.array([(s.slot, s.length, s.start + s.length) for s in segments], np.int32)
+    return Batch(*np.ascontiguousarray(rows.reshape(-1, 3).T))
+
+
 def split(segments: Sequence[Segment]) -> tuple[Batch, Batch]:
     """The leading single-token segments, and all others: kernels do best when they are apart."""
-    rows = np.array([(s.slot, s.length, s.start + s.length) for s in segments], np.int32)
-    slots, lengths, ends = np.ascontiguousarray(rows.reshape(-1, 3).T)
+    batch = together(segments)
+    slots, lengths, ends = batch.slots, batch.lengths, batch.ends
     longer = np.flatnonzero(lengths > 1)
     at = int(longer[0]) if len(longer) else len(segments)
     return Batch(slots[:at], lengths[:at], ends[:at]), Batch(slots[at:], lengths[at:], ends[at:])

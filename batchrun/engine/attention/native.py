@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from batchrun.engine import compiled
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, Upload
-from batchrun.engine.attention.batch import Batch, Ints, split
+from batchrun.engine.attention.batch import Batch, Ints, split, together
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.compiled import CompileError
 from batchrun.engine.core import Segment
@@ -138,11 +137,6 @@ def _call(
     return out
 
 
-def _batch(segments: Sequence[Segment]) -> Batch:
-    rows = np.array([(s.slot, s.length, s.start + s.length) for s in segments], np.int32)
-    return Batch(*np.ascontiguousarray(rows.reshape(-1, 3).T))
-
-
 class NativeBF16:
     """One call for a step. What a query gets depends on its own sequence alone, bit for bit.
 
@@ -157,14 +151,14 @@ class NativeBF16:
     def __init__(self, attend: Callable[..., object], level: Level) -> None:
         self._attend = attend
         self.level = level
-        self._batch = _batch(())
+        self._batch = together(())
         self._starts = self._batch.starts
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """See `AttentionBackend.plan`."""
         if fixed:
             raise ValueError("native computes on a CPU, which records no graphs")
-        self._batch = _batch(segments)
+        self._batch = together(segments)
         self._starts = self._batch.starts
 
     def run(
