@@ -159,6 +159,9 @@ class Sequence:
     launched steps have run. `num_pending` tokens were sampled by steps that are not collected yet:
     they exist, and only the device knows them. `logprob` is the sum of the output's
     log-probabilities where the parameters ask for it. Times are `time.perf_counter` seconds.
+
+    `origin` is the number of its stay in the slot. `inherited` says whose tokens it begins with:
+    ends, and the origins of those who have computed the tokens before them, as they had them then.
     """
 
     request: Request
@@ -176,6 +179,8 @@ class Sequence:
     first_token: float | None = None
     finished: float | None = None
     high_water: int = 0
+    inherited: tuple[tuple[int, int], ...] = ()
+    origin: int = -1
     blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
     group: BeamGroup | None = None  # whose round it is part of
 

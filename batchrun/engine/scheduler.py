@@ -207,16 +207,16 @@ class Scheduler:
     def _fork(self, child: Sequence, parent: Sequence) -> None:
         """Let a beam go on from its parent's memory, or wait to compute its tokens anew."""
         shared = child.num_tokens - 1
-        slot = None
-        if parent.slot is not None:
-            slot = self.space.share(parent.slot, shared, child.num_tokens, self.step + 1)
+        source, slot = parent.slot, None
+        if source is not None:
+            slot = self.space.share(source, shared, child.num_tokens, self.step + 1)
             if slot is None:  # more may be shared of it later
-                self._prefixes.note(parent.slot, parent.known_ids[:shared])
-        if slot is None:
+                self._prefixes.note(source, parent.known_ids[:shared])
+        if source is None or slot is None:
             self._requeue(child)
             return
         self._uncopied.add(slot)
-        self._start(child, slot, shared)
+        self._start(child, slot, source, shared)
 
     def _continue(self, segments: list[Segment]) -> bool:
         """Plan the running sequences; False if that has to wait for the steps in flight."""
@@ -270,7 +270,7 @@ class Scheduler:
             self.space.close(slot, self._launched)
             return None
         self._unqueue(sequence)
-        self._start(sequence, slot, shared)
+        self._start(sequence, slot, match.slot, shared)
         self._prefixes.expect(sequence)
         if sequence.group is not None:
             self._groups[sequence.group] = None
@@ -296,9 +296,9 @@ class Scheduler:
             # else a running one computes what it needs: share it then
         return None
 
-    def _start(self, sequence: Sequence, slot: int, shared: int) -> None:
-        """Let a sequence run in a slot that has its first tokens already."""
-        self._prefixes.begin(sequence, slot)
+    def _start(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
+        """Let a sequence run in a slot that has its first tokens already, from another one."""
+        self._prefixes.begin(sequence, slot, source, shared)
         self.num_shared_tokens += shared
         sequence.slot = slot
         sequence.num_computed_tokens = shared

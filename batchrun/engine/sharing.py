@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from itertools import pairwise
 
 from batchrun.engine.core import Sequence
 from batchrun.engine.kvspace import KVSpace
@@ -26,6 +28,8 @@ class SharedPrefixes:
         self._space = space
         self._active = active
         self._owners: dict[int, Sequence] = {}  # slot -> the running sequence
+        self._origins: dict[int, tuple[tuple[int, int], ...]] = {}  # of a slot's tokens, up to ends
+        self._stays = 0
         self._kept: dict[int, None] = {}  # slots, the oldest first
         self._wanted = Counter[int]()  # blocks of waiting sequences
         self._index = PrefixIndex(self._ready)
@@ -74,8 +78,19 @@ class SharedPrefixes:
                 coming = max(coming, min(most, match.num_tokens))
         return best, coming
 
-    def begin(self, sequence: Sequence, slot: int) -> None:
-        """A sequence runs in a slot from now on; what that had is gone."""
+    def begin(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
+        """A sequence runs in a slot from now on; what that had is gone.
+
+        Its first `shared` tokens are those of slot `source`, which may be the same one.
+        """
+        sequence.inherited = tuple(
+            (min(end, shared), origin)
+            for (begin, _), (end, origin) in pairwise(((0, 0), *self._origins.get(source, ())))
+            if begin < shared
+        )
+        self._stays += 1
+        sequence.origin = self._stays
+        self._origins[slot] = (*sequence.inherited, (sys.maxsize, sequence.origin))
         self._index.remove(slot)
         self._owners[slot] = sequence
 

@@ -205,6 +205,43 @@ def test_a_query_gets_the_same_bits_however_its_sequence_is_cut_and_batched(
             torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("level", [Level.VECTORS, Level.TILES])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_decodes_have_in_common_is_read_once_and_changes_no_bit(
+    name: str, level: Level
+) -> None:
+    spec = LAYERS[name]
+    backend, layer = of_level(spec, level), asked(spec)
+    lengths = [700, 1000, 513, 514, 300, 900, 900]
+    # 1 begins with 600 tokens of 0, 2 with all of 0 but the last ones, 3 with 520 of 1; 6 is alone.
+    inherited = {1: ((600, 0),), 2: ((512, 0),), 3: ((512, 0), (513, 1)), 4: ((299, 0),)}
+    with full_slots(spec, torch.bfloat16, lengths) as (keys, values):
+        for slot, ranges in inherited.items():
+            begin = 0
+            for end, source in ranges:
+                for tensor in (keys, values):
+                    tensor[slot, begin:end] = tensor[source, begin:end]
+                begin = end
+        query = torch.randn(8 + 40, spec.q_heads, spec.k_dim).bfloat16()
+        step = [segment(slot, lengths[slot] - 1, 1) for slot in (3, 0, 4, 6, 1, 2)]
+        step += [segment(0, 650, 1), segment(3, 200, 1), segment(5, 860, 40)]
+        rows = [query[i : i + 1] for i in range(8)] + [query[8:]]
+        alone = []
+        for one, row in zip(step, rows, strict=True):
+            backend.plan([one])
+            alone.append(backend.run(layer, row, keys, values))
+        for one in step:
+            one.sequence.origin, one.sequence.inherited = one.slot, inherited.get(one.slot, ())
+        backend.plan(step)
+        got = backend.run(layer, query, keys, values)  # what fails is shown, and keys can't be
+        assert torch.equal(got, torch.cat(alone))
+        if spec.window is None and spec.q_heads < 40 * spec.kv_heads:  # one task for all
+            for slot in (0, 1, 2, 4):  # 3 comes first: who has the same reads it there
+                keys[slot, :256], values[slot, :256] = torch.nan, torch.nan
+            got = backend.run(layer, query, keys, values)
+            assert torch.equal(got, torch.cat(alone))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_mixed_step_uses_both(dtype: torch.dtype) -> None:
     lengths = [300, 17, 129, 64]

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from itertools import pairwise
 
 import torch
 
+from batchrun.engine.attention.batch import SharedParts, shared_parts
 from batchrun.engine.beams import BeamGroup, width
 from batchrun.engine.core import Candidates, Request, Segment, Sequence, StepPlan, StepTokens
 from batchrun.engine.executor import Ticket
 
 VOCAB = 997
+PART = 4  # tokens whose attention is a sum of its own
 
 
 def next_token(ids: Seq[int]) -> int:
@@ -75,7 +78,8 @@ class EchoExecutor:
         stops: frozenset[int] = frozenset(),
     ) -> None:
         self.keys, self.values, self.slab, self.lag = keys, values, slab, lag
-        self._queue: deque[StepPlan] = deque()
+        self._queue: deque[tuple[StepPlan, SharedParts | None]] = deque()
+        self.num_shared_parts = 0  # of decodes, as often as another's could be read instead
         self._ids: dict[Segment, list[int]] = {}
         self._last: dict[int, int] = {}
         self._stops = stops
@@ -86,14 +90,14 @@ class EchoExecutor:
             if not s.pending:
                 self._ids[s] = s.sequence.token_ids(s.start, s.length)
                 assert len(self._ids[s]) == s.length, "a token was planned before it is known"
-        self._queue.append(plan)
+        self._queue.append((plan, shared_parts(plan.segments, PART)))
         assert len(self._queue) <= self.lag + 1
         return Ticket(plan.step, torch.empty(0))
 
     def collect(self, ticket: Ticket) -> StepTokens:
-        plan = self._queue.popleft()
+        plan, shared = self._queue.popleft()
         assert plan.step == ticket.step, "steps are collected out of order"
-        read = list(self._run(plan))
+        read = list(self._run(plan, shared))
         of_beams = tuple(
             candidates(ids, _count(s, self._stops)) for s, ids in read if s.group is not None
         )
@@ -102,10 +106,14 @@ class EchoExecutor:
     def busy(self) -> bool:
         return bool(self._queue)
 
-    def _run(self, plan: StepPlan) -> Iterator[tuple[Sequence, list[int]]]:
+    def _run(
+        self, plan: StepPlan, shared: SharedParts | None
+    ) -> Iterator[tuple[Sequence, list[int]]]:
         for c in plan.copies:
             source = self.slab[c.source : c.source + c.nbytes]
             self.slab[c.target : c.target + c.nbytes] = source
+        if shared is not None:
+            self._compare(plan.segments, shared)
         for s in plan.segments:
             known = [self._last[s.slot]] if s.pending else self._ids.pop(s)
             ids = torch.tensor(known, dtype=torch.float64)
@@ -116,6 +124,23 @@ class EchoExecutor:
                 ids = self._read(s)
                 self._last[s.slot] = next_token(ids)
                 yield s.sequence, ids
+
+    def _compare(self, segments: Seq[Segment], shared: SharedParts) -> None:
+        """What attention may read in any one member's slot is the same in all."""
+        for part, (begin, end) in zip(shared.part, pairwise(shared.starts), strict=True):
+            tokens = slice(part * PART, (part + 1) * PART)
+            members = [segments[i] for i in shared.members[begin:end]]
+            assert len(members) > 1
+            for s in members:
+                assert s.length == 1
+                assert tokens.stop <= s.start
+                assert torch.equal(self.keys[s.slot, tokens], self.keys[members[0].slot, tokens])
+            self.num_shared_parts += len(members) - 1
+        of_each = [set[int]() for _ in segments]
+        for part, (begin, end) in zip(shared.part, pairwise(shared.starts), strict=True):
+            for i in shared.members[begin:end]:
+                of_each[i].add(int(part))
+        assert of_each == [set(range(own)) for own in shared.own]
 
     def _read(self, segment: Segment) -> list[int]:
         end = segment.start + segment.length

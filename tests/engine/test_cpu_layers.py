@@ -252,12 +252,16 @@ def test_native_code_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -
         optimize(prepare(made(NATIVE["llama"])).model, compile=False, log=pytest.fail)
 
 
-def test_tokens_do_not_depend_on_the_batch() -> None:
-    """In bfloat16, where sums in another order would give other tokens."""
+@pytest.mark.parametrize("common", [0, 170])
+def test_tokens_do_not_depend_on_the_batch(common: int) -> None:
+    """In bfloat16, where sums in another order would give other tokens.
+
+    Nor on whether others begin alike, whose common keys are then read once.
+    """
     loaded = prepare(made(NATIVE["llama"]))
     optimize(loaded.model, compile=False, log=pytest.fail)
     params = SamplingParams(max_tokens=24, ignore_eos=True)
-    many = prompts()[:12]
+    many = [(*(7 * i % 90 for i in range(common)), *prompt) for prompt in prompts()[:12]]
     with rig(loaded, attention="native", max_num_batched_tokens=64) as made_:
         together = outputs(run(made_, many, params))
     with rig(loaded, attention="native", max_num_batched_tokens=23, max_num_seqs=1) as made_:

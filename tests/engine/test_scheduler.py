@@ -283,6 +283,8 @@ def test_a_common_prefix_is_computed_once(make_rig, lag):  # type: ignore[no-unt
     rig.verify()
     assert prefilled(rig) == 48 + 12 * 2
     assert rig.scheduler.num_shared_tokens == 11 * 48
+    # By three of four rows, in 4 steps of 3 rounds: 12 parts of 4 tokens.
+    assert rig.engine.executor.num_shared_parts == 3 * 4 * 3 * 12
 
 
 def test_a_prefix_of_a_prefix_is_shared_too(make_rig):  # type: ignore[no-untyped-def]

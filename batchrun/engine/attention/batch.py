@@ -54,6 +54,54 @@ def split(segments: Sequence[Segment]) -> tuple[Batch, Batch]:
     return Batch(slots[:at], lengths[:at], ends[:at]), Batch(slots[at:], lengths[at:], ends[at:])
 
 
+@dataclass(frozen=True)
+class SharedParts:
+    """Parts of some tokens each that several single-token segments have in common.
+
+    Args:
+        part: Of each, which part it is of its sequences; `[n]`.
+        starts: Where the members of each begin, and where the last one's end; `[n + 1]`.
+        members: Segments.
+        own: The first part of each segment that it shares with none; `[segments]`.
+    """
+
+    part: Ints
+    starts: Ints
+    members: Ints
+    own: Ints
+
+
+def shared_parts(segments: Sequence[Segment], size: int) -> SharedParts | None:
+    """What decodes have in common, in parts of `size` tokens; None where it is nothing.
+
+    Tokens are in common that were shared from one stay in a slot (`Sequence.inherited`). Whoever
+    has a part in common has all before it in common too.
+    """
+    origins = {origin for s in segments for _, origin in s.sequence.inherited}
+    if not origins:
+        return None
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, segment in enumerate(segments):
+        if segment.length == 1:
+            sequence, first = segment.sequence, 0
+            for end, origin in (*sequence.inherited, (segment.start, sequence.origin)):
+                last = min(end, segment.start) // size
+                if origin in origins:
+                    for part in range(first, last):
+                        found.setdefault((part, origin), []).append(i)
+                first = last
+    shared = {key: members for key, members in found.items() if len(members) > 1}
+    own = np.zeros(len(segments), np.int32)
+    for members in shared.values():
+        own[members] += 1
+    return SharedParts(
+        np.array([part for part, _ in shared], np.int32),
+        cumulative(np.array([len(members) for members in shared.values()], np.int32)),
+        np.array([i for members in shared.values() for i in members], np.int32),
+        own,
+    )
+
+
 def cumulative(lengths: NDArray[Any]) -> Ints:
     """Running sums with a leading 0: `[n]` to `[n + 1]`."""
     sums = np.zeros(len(lengths) + 1, np.int32)

@@ -17,7 +17,14 @@ import torch
 
 from batchrun.engine import compiled
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, Upload
-from batchrun.engine.attention.batch import Batch, Ints, split, together
+from batchrun.engine.attention.batch import (
+    Batch,
+    Ints,
+    SharedParts,
+    shared_parts,
+    split,
+    together,
+)
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.compiled import CompileError
 from batchrun.engine.core import Segment
@@ -63,7 +70,7 @@ def make(
             library = compiled.load(SOURCE_BF16, log)
             level = min(level, Level(library.batchrun_level()))
             if level:
-                return NativeBF16(library.batchrun_attend, level)
+                return NativeBF16(library.batchrun_attend, level, library.batchrun_part())
         library = compiled.load(SOURCE, log)
     except CompileError as error:
         raise ValueError(f"it can't be compiled: {error}") from error
@@ -86,6 +93,9 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("new_keys", "new_values")),
         ("new_key_stride", ctypes.c_int64 * 2),
         ("new_value_stride", ctypes.c_int64 * 2),
+        ("n_shared", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("shared_part", "shared_starts", "shared_members")),
+        ("own_part", ctypes.c_void_p),
     )
 
 
@@ -100,6 +110,7 @@ def _call(
     starts: Ints | None = None,
     level: Level = Level.NOTHING,
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    shared: SharedParts | None = None,
 ) -> torch.Tensor:
     """Have a library's function attend for a batch, whose queries are the first of `query`."""
     if query.stride(2) != 1:
@@ -133,6 +144,10 @@ def _call(
         call.new_keys, call.new_values = new_keys.data_ptr(), new_values.data_ptr()
         call.new_key_stride[:] = new_keys.stride()[:2]
         call.new_value_stride[:] = new_values.stride()[:2]
+    if shared is not None:
+        call.n_shared = len(shared.part)
+        call.shared_part, call.shared_starts = shared.part.ctypes.data, shared.starts.ctypes.data
+        call.shared_members, call.own_part = shared.members.ctypes.data, shared.own.ctypes.data
     by(ctypes.byref(call))
     return out
 
@@ -140,19 +155,22 @@ def _call(
 class NativeBF16:
     """One call for a step. What a query gets depends on its own sequence alone, bit for bit.
 
+    What sequences of a step share of each other's tokens is read once for all of them.
+
     Args:
         attend: The library's function, which takes a pointer to a `_Call`.
         level: What is to multiply.
+        part: Tokens whose attention is a sum of its own.
     """
 
     name = "native"
     capturable = False  # there are no graphs on a CPU
 
-    def __init__(self, attend: Callable[..., object], level: Level) -> None:
+    def __init__(self, attend: Callable[..., object], level: Level, part: int) -> None:
         self._attend = attend
         self.level = level
-        self._batch = together(())
-        self._starts = self._batch.starts
+        self._part = part
+        self.plan(())
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """See `AttentionBackend.plan`."""
@@ -160,6 +178,7 @@ class NativeBF16:
             raise ValueError("native computes on a CPU, which records no graphs")
         self._batch = together(segments)
         self._starts = self._batch.starts
+        self._shared = shared_parts(segments, self._part)
 
     def run(
         self,
@@ -173,9 +192,13 @@ class NativeBF16:
 
         `new` are keys and values `[T, Hkv, D]` of the queries' tokens, put into the slots first.
         """
-        by, starts, level = self._attend, self._starts, self.level
         return _call(
-            self._batch, layer, query, keys, values, by=by, starts=starts, level=level, new=new
+            *(self._batch, layer, query, keys, values),
+            by=self._attend,
+            starts=self._starts,
+            level=self.level,
+            new=new,
+            shared=self._shared,
         )
 
 

@@ -6,7 +6,8 @@
 // parts before (Flash-Decoding). A token that a query may not see adds an exact 0. So a query that
 // is computed among others (a prompt's) and one alone (a decode) go through the same additions.
 //
-//   task    queries [tokens, group] of one segment that share key heads: of a prompt, or a decode
+//   task    queries [tokens, group] that share key heads: of a prompt, or of decodes whose sequences
+//           have a part in common, which is read once for all of them
 //   part    K packed to tiles [32 of k_dim, 16 tokens], V to tiles [32 tokens, 16 of v_dim]
 //   panel   at most kPanel queries of one key head:
 //             scores = Q . K, weights = 2^(scores - highest), sums = weights . V
@@ -47,12 +48,16 @@ struct Call {
   float scale, softcap;  // 0: none
   const uint16_t *new_keys, *new_values;  // [tokens, kv_heads, dim] to put in place first, or null
   int64_t new_key_stride[2], new_value_stride[2];
+  int64_t n_shared;            // parts that several decodes have in common, from their first on
+  const int32_t* shared_part;  // [n_shared]: which it is, of each of its members
+  const int32_t *shared_starts, *shared_members;  // [n_shared + 1], [...] segments
+  const int32_t* own_part;                        // [n]: the first that is not shared
 };
 
 namespace {
 
 constexpr int64_t kBlock = 32;
-constexpr int64_t kPart = 256;
+constexpr int64_t kPart = 128;
 constexpr int64_t kPanel = 32;
 constexpr int64_t kTile = 512;             // numbers of a tile
 constexpr int64_t kScores = kPart + 16;    // strides of a panel's rows: no powers of 2
@@ -336,10 +341,11 @@ struct State {
 // ---- tasks ----
 
 struct Task {
-  int64_t segment, head, heads;  // key heads
-  int64_t token, tokens;         // of the segment's queries
+  int64_t segment, head, heads;  // whose keys, and key heads
+  int64_t token, tokens;         // of the segment's queries; of decodes: 0, and how many
   int64_t begin, end;            // tokens that they attend to
-  float* states;                 // of a decode's part: [heads, group]; else null
+  const int64_t* decodes;        // of a part: segments; of a prompt: null
+  float* const* states;          // of each decode: [q_heads, state]
 };
 
 class Worker {
@@ -365,27 +371,25 @@ class Worker {
   void run(const Task& task, const Task* next) {
     const int64_t rows = task.tokens * group;
     // A decode's new token is written where it is read: its page is found once.
-    if (task.states && c.new_keys && task.end == c.ends[task.segment])
+    if (task.decodes && c.new_keys && task.end == c.ends[task.segment])
       write(task.segment, c.starts[task.segment], task.end - 1, task.head, task.heads);
     reserve(task, rows);
-    float* states = task.states ? task.states : own_states;
-    for (int64_t i = 0; i < task.heads * rows; i++) State{states + i * state, v_width}.clear();
     const int64_t row_space = round_up(rows, kPanel);
-    for (int64_t h = 0; h < task.heads; h++)
+    for (int64_t h = 0; h < task.heads; h++) {
+      for (int64_t row = 0; row < rows; row++) state_of(task, h, row).clear();
       pack_queries(task, h, queries + h * row_space * k_width);
+    }
     for (int64_t base = task.begin / kPart * kPart; base < task.end; base += kPart) {
       pack(task, base, next);
       for (int64_t h = 0; h < task.heads; h++)
         for (int64_t row = 0; row < rows; row += kPanel)
           panel(task, base, h, row, std::min(kPanel, rows - row),
-                queries + (h * row_space + row) * k_width, states + (h * rows + row) * state);
+                queries + (h * row_space + row) * k_width);
     }
-    if (task.states) return;
+    if (task.decodes) return;
     for (int64_t h = 0; h < task.heads; h++)
-      for (int64_t r = 0; r < rows; r++)
-        State{states + (h * rows + r) * state, v_width}.finish(
-            c, c.starts[task.segment] + task.token + r / group,
-            (task.head + h) * group + r % group);
+      for (int64_t row = 0; row < rows; row++)
+        state_of(task, h, row).finish(c, token_of(task, row), head_of(task, h, row));
   }
 
  private:
@@ -422,16 +426,32 @@ class Worker {
            head * c.value_stride[2];
   }
 
+  State state_of(const Task& task, int64_t h, int64_t row) const {
+    float* at = task.decodes
+                    ? task.states[row / group] + head_of(task, h, row) * state
+                    : own_states + (h * task.tokens * group + row) * state;
+    return {at, v_width};
+  }
+
+  int64_t token_of(const Task& task, int64_t row) const {
+    if (task.decodes) return c.starts[task.decodes[row / group]];
+    return c.starts[task.segment] + task.token + row / group;
+  }
+
+  int64_t head_of(const Task& task, int64_t h, int64_t row) const {
+    return (task.head + h) * group + row % group;
+  }
+
   int64_t position(const Task& task, int64_t row) const {
+    if (task.decodes) return c.ends[task.segment] - 1;  // behind what several have in common
     const int64_t length = c.starts[task.segment + 1] - c.starts[task.segment];
     return c.ends[task.segment] - length + task.token + row / group;
   }
 
   void pack_queries(const Task& task, int64_t h, uint16_t* to) const {
     for (int64_t row = 0; row < task.tokens * group; row++, to += k_width) {
-      const int64_t token = c.starts[task.segment] + task.token + row / group;
-      const int64_t head = (task.head + h) * group + row % group;
-      const uint16_t* from = c.query + token * c.query_stride[0] + head * c.query_stride[1];
+      const uint16_t* from = c.query + token_of(task, row) * c.query_stride[0] +
+                             head_of(task, h, row) * c.query_stride[1];
       std::copy(from, from + c.k_dim, to);
       std::fill(to + c.k_dim, to + k_width, uint16_t(0));
     }
@@ -480,7 +500,7 @@ class Worker {
 
   // `rows` queries from `row` on, against one part of one head.
   void panel(const Task& task, int64_t base, int64_t h, int64_t row, int64_t rows,
-             const uint16_t* query, float* states) {
+             const uint16_t* query) {
     const int64_t first = position(task, row), last = position(task, row + rows - 1);
     const int64_t lowest = c.window ? std::max<int64_t>(0, first - c.window + 1) : 0;
     const int64_t from = std::max<int64_t>(0, lowest - base) / kBlock * kBlock;
@@ -495,7 +515,7 @@ class Worker {
     for (int64_t r = 0, end = first + 1 - base, left = group - row % group; r < rows; r++, left--) {
       if (!left) {
         left = group;
-        end++;
+        end += !task.decodes;
       }
       float* score = scores + r * kScores;
       if (c.softcap > 0) cap_scores(score, from, to, c.softcap * kLog2e, c.scale / c.softcap);
@@ -511,61 +531,128 @@ class Worker {
     multiply({weights + from, kWeights, rows, v, kPart / kBlock * kTile, v_width / 16,
               (to - from) / kBlock, sums, width});
     for (int64_t r = 0; r < rows; r++)
-      State{states + r * state, v_width}.add(sums + r * width, tops[r]);
+      state_of(task, h, row + r).add(sums + r * width, tops[r]);
+  }
+};
+
+// What is to be computed for a step, and the states of its decodes' parts.
+class Step {
+ public:
+  explicit Step(const Call& call)
+      : c(call),
+        group(c.q_heads / c.kv_heads),
+        k_width(round_up(c.k_dim, 32)),
+        v_width(round_up(c.v_dim, 32)),
+        state(State::size(v_width)),
+        firsts(c.n + 1) {
+    for (int64_t i = 0; i < c.n; i++) {
+      const int64_t end = c.ends[i];
+      firsts[i + 1] = firsts[i];
+      if (is_decode(i)) firsts[i + 1] += (end - 1) / kPart + 1 - begin(end - 1) / kPart;
+    }
+    static thread_local Buffer kept;
+    states = static_cast<float*>(kept.get(firsts[c.n] * c.q_heads * state * 4));
+    decodes.reserve(firsts[c.n]);  // pointers to them stay
+    places.reserve(firsts[c.n]);
+    add_shared();
+    for (int64_t i = 0; i < c.n; i++)
+      if (!is_decode(i)) add_prompt(i);
+    for (int64_t i = 0; i < c.n; i++)
+      if (is_decode(i)) add_own(i);
+  }
+
+  std::vector<Task> tasks;
+
+  bool is_decode(int64_t segment) const { return c.starts[segment + 1] - c.starts[segment] == 1; }
+
+  // Adds up the parts of one query.
+  void finish(int64_t segment, int64_t head) const {
+    const State sum = part(firsts[segment], head);
+    for (int64_t p = firsts[segment] + 1; p < firsts[segment + 1]; p++)
+      sum.add(part(p, head).sums, _mm512_load_ps(part(p, head).top()));
+    sum.finish(c, c.starts[segment], head);
+  }
+
+ private:
+  const Call& c;
+  const int64_t group, k_width, v_width, state;
+  std::vector<int64_t> firsts;  // the first part of each segment, of all decodes'
+  float* states;                // [parts, q_heads, state]
+  std::vector<int64_t> decodes;
+  std::vector<float*> places;
+
+  State part(int64_t number, int64_t head) const {
+    return {states + (number * c.q_heads + head) * state, v_width};
+  }
+
+  int64_t begin(int64_t position) const {
+    return c.window ? std::max<int64_t>(0, position - c.window + 1) : 0;
+  }
+
+  void take(int64_t segment, int64_t number) {
+    decodes.push_back(segment);
+    places.push_back(part(firsts[segment] + number, 0).sums);
+  }
+
+  // A part [from, to) of the decodes that were taken last.
+  void add(int64_t count, int64_t from, int64_t to) {
+    const auto at = int64_t(decodes.size()) - count;
+    const int64_t fit = std::min(kPacked / (kPart * (k_width + v_width) * 2),
+                                 count > 1 ? kRows / (count * group) : c.kv_heads);
+    for (int64_t head = 0, heads; head < c.kv_heads; head += heads) {
+      heads = std::min(c.kv_heads - head, std::max<int64_t>(1, fit));
+      tasks.push_back({decodes[at], head, heads, 0, count, from, to, &decodes[at], &places[at]});
+    }
+  }
+
+  void add_shared() {
+    const int64_t most = std::max<int64_t>(1, kRows / group);
+    for (int64_t i = 0; i < (c.window ? 0 : c.n_shared); i++) {
+      const int64_t number = c.shared_part[i], end = c.shared_starts[i + 1];
+      for (int64_t at = c.shared_starts[i], count; at < end; at += count) {
+        count = std::min(most, end - at);
+        for (int64_t m = at; m < at + count; m++) take(c.shared_members[m], number);
+        add(count, number * kPart, (number + 1) * kPart);
+      }
+    }
+  }
+
+  void add_prompt(int64_t segment) {
+    const int64_t tokens = std::max<int64_t>(1, kRows / group);
+    const int64_t length = c.starts[segment + 1] - c.starts[segment];
+    for (int64_t token = (length - 1) / tokens * tokens; token >= 0; token -= tokens) {
+      const int64_t count = std::min(tokens, length - token);
+      const int64_t first = c.ends[segment] - length + token;
+      for (int64_t head = 0; head < c.kv_heads; head++)
+        tasks.push_back({segment, head, 1, token, count, begin(first), first + count});
+    }
+  }
+
+  void add_own(int64_t segment) {
+    const int64_t end = c.ends[segment];
+    const int64_t skipped = c.window || !c.n_shared ? 0 : c.own_part[segment];
+    int64_t from = std::max(begin(end - 1), skipped * kPart);
+    for (int64_t p = skipped; p < firsts[segment + 1] - firsts[segment]; p++) {
+      const int64_t to = std::min(end, (from / kPart + 1) * kPart);
+      take(segment, p);
+      add(1, from, to);
+      from = to;
+    }
   }
 };
 
 void attend(const Call& c) {
-  static thread_local Buffer kept;
-  const int64_t group = c.q_heads / c.kv_heads;
-  const int64_t k_width = round_up(c.k_dim, 32), v_width = round_up(c.v_dim, 32);
-  const int64_t state = State::size(v_width), part_size = c.q_heads * state;
-  const int64_t tokens = std::max<int64_t>(1, kRows / group);
-  const int64_t heads =
-      std::min(c.kv_heads, std::max<int64_t>(1, kPacked / (kPart * (k_width + v_width) * 2)));
-  std::vector<Task> tasks;
-  std::vector<int64_t> decodes, firsts;  // segments of one token, and the first part of each
-  int64_t num_parts = 0;
-  for (int64_t i = 0; i < c.n; i++) {
-    const int64_t length = c.starts[i + 1] - c.starts[i], end = c.ends[i];
-    auto begin = [&](int64_t position) {
-      return c.window ? std::max<int64_t>(0, position - c.window + 1) : 0;
-    };
-    if (length == 1) {
-      decodes.push_back(i);
-      firsts.push_back(num_parts);
-      num_parts += (end - 1) / kPart + 1 - begin(end - 1) / kPart;
-      continue;
-    }
-    for (int64_t token = (length - 1) / tokens * tokens; token >= 0; token -= tokens) {
-      const int64_t count = std::min(tokens, length - token), first = end - length + token;
-      for (int64_t head = 0; head < c.kv_heads; head++)
-        tasks.push_back({i, head, 1, token, count, begin(first), first + count, nullptr});
-    }
-  }
-  firsts.push_back(num_parts);
-  auto memory = static_cast<float*>(kept.get(num_parts * part_size * 4));
-  for (size_t d = 0; d < decodes.size(); d++) {
-    const int64_t end = c.ends[decodes[d]];
-    int64_t begin = c.window ? std::max<int64_t>(0, end - c.window) : 0;
-    for (int64_t part = firsts[d]; part < firsts[d + 1]; part++) {
-      const int64_t stop = std::min(end, (begin / kPart + 1) * kPart);
-      for (int64_t head = 0; head < c.kv_heads; head += heads)
-        tasks.push_back({decodes[d], head, std::min(heads, c.kv_heads - head), 0, 1, begin, stop,
-                         memory + part * part_size + head * group * state});
-      begin = stop;
-    }
-  }
-  const auto num_tasks = int64_t(tasks.size());
+  const Step step(c);
+  const auto num_tasks = int64_t(step.tasks.size());
   std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(c.threads)
   {
     if (c.level == kTiles) use_tiles();
     Worker worker(c);
-    if (c.new_keys && int64_t(decodes.size()) < c.n) {
+    if (c.new_keys && c.starts[c.n] > c.n) {  // prompts
       for (int64_t i = 0; i < c.n; i++) {
         const int64_t first = c.starts[i], length = c.starts[i + 1] - first;
-        if (length == 1) continue;
+        if (step.is_decode(i)) continue;
 #pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < length; t++)
           worker.write(i, first + t, c.ends[i] - length + t, 0, c.kv_heads);
@@ -574,7 +661,7 @@ void attend(const Call& c) {
     }
     for (int64_t i = taken++; i < num_tasks;) {
       const int64_t next = taken++;  // a task early, to ask for its keys
-      worker.run(tasks[i], next < num_tasks ? &tasks[next] : nullptr);
+      worker.run(step.tasks[i], next < num_tasks ? &step.tasks[next] : nullptr);
       i = next;
     }
 #ifdef HAS_AMX
@@ -582,21 +669,16 @@ void attend(const Call& c) {
 #endif
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < int64_t(decodes.size()) * c.q_heads; i++) {
-      const int64_t d = i / c.q_heads, head = i % c.q_heads;
-      const State all_parts{memory + firsts[d] * part_size + head * state, v_width};
-      for (int64_t part = firsts[d] + 1; part < firsts[d + 1]; part++) {
-        const State other{memory + part * part_size + head * state, v_width};
-        all_parts.add(other.sums, _mm512_load_ps(other.top()));
-      }
-      all_parts.finish(c, c.starts[decodes[d]], head);
-    }
+    for (int64_t i = 0; i < c.n * c.q_heads; i++)
+      if (step.is_decode(i / c.q_heads)) step.finish(i / c.q_heads, i % c.q_heads);
   }
 }
 
 }  // namespace
 
 extern "C" int64_t batchrun_level() { return level(); }
+
+extern "C" int64_t batchrun_part() { return kPart; }
 
 extern "C" void batchrun_attend(const Call* call) { attend(*call); }
 
