@@ -19,35 +19,28 @@ every second; beside it the processes' largest resident sets, summed.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, resolve
+from benchmarks.processes import FailedError, adopt_orphans, measured
 from benchmarks.workloads import WORKLOADS, generate, write
 from jobs.folder import home
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".peers"  # where `make peers` puts them
 ADAPTERS = Path(__file__).parent / "peers"
-_SUBREAPER = 36  # prctl: what a peer leaves behind becomes our child, and is seen
-_EVERY = 1.0  # seconds between two looks at the memory
 BATCHRUN = "batchrun"
 
 
@@ -107,98 +100,35 @@ def peers() -> dict[str, Peer]:
     }
 
 
-class Memory(threading.Thread):
-    """The peak memory of all descendants of this process."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._resident: dict[int, int] = {}  # largest, by process
-        self.proportional = 0
-        self._ended = threading.Event()
-
-    @property
-    def resident(self) -> int:
-        """Bytes: the largest resident set of each process, summed; shared pages count in each."""
-        return sum(self._resident.values())
-
-    def run(self) -> None:
-        """Look until told to stop."""
-        while True:
-            self._look()
-            if self._ended.wait(_EVERY):
-                return
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._ended.set()
-        self.join()
-
-    def _look(self) -> None:
-        found = 0
-        for process in psutil.Process().children(recursive=True):
-            with suppress(OSError):
-                folder = Path(f"/proc/{process.pid}")
-                found += 1024 * _kib(folder / "smaps_rollup", "Pss:")
-                self._resident[process.pid] = 1024 * _kib(folder / "status", "VmHWM:")
-        self.proportional = max(self.proportional, found)
-
-
-def _kib(path: Path, name: str) -> int:
-    lines = path.read_text().splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)
-
-
-def measured(command: list[str], environment: Mapping[str, str], log: Path) -> dict[str, Any]:
-    """Run a command to its end; its seconds and memory.
-
-    Raises:
-        RuntimeError: It failed; with the end of what it printed.
-    """
-    memory = Memory()
-    memory.start()
-    began = time.perf_counter()
-    with log.open("w") as file:
-        done = subprocess.run(
-            command, env={**os.environ, **environment}, stdout=file, stderr=file, check=False
-        )
-    seconds = time.perf_counter() - began
-    memory.stop()
-    if done.returncode:
-        raise RuntimeError("\n".join(log.read_text().splitlines()[-15:]))
-    return {
-        "process_s": seconds,
-        "peak_memory": memory.proportional,
-        "peak_resident_sum": memory.resident,
-    }
-
-
-def run_peer(peer: Peer, model: Path, file: Path, device: str, folder: Path) -> dict[str, Any]:
+def run_peer(
+    peer: Peer, model: Path, file: Path, folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
     """One run of a peer's adapter."""
     out = folder / "result.json"
-    arguments = {"--model": model, "--input": file, "--out": out, "--device": device}
+    arguments = {"--model": model, "--input": file, "--out": out, "--device": args.device}
     command = [str(peer.python), str(ADAPTERS / peer.adapter), "--options"]
     command.append(json.dumps(dict(peer.options)))
     command += [str(part) for pair in arguments.items() for part in pair]
-    figures = measured(command, {"HF_HUB_OFFLINE": "1"}, folder / "log.txt")
+    figures = measured(command, {"HF_HUB_OFFLINE": "1"}, folder / "log.txt", args.timeout)
     return {**json.loads(out.read_text()), **figures}
 
 
-def run_batchrun(model: Path, file: Path, device: str, folder: Path) -> dict[str, Any]:
+def run_batchrun(model: Path, file: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One job, as a user starts it, in a home of its own that knows the model's verdict already."""
     made = folder / "home"
     made.mkdir(exist_ok=True)
     if (home() / "verdicts").is_dir() and not (made / "verdicts").exists():
         shutil.copytree(home() / "verdicts", made / "verdicts")
     output = folder / "completions.jsonl"
-    where = "cuda" if device == "cuda" else "cpu"
     command = [sys.executable, "-m", "batchrun", "submit", str(file), "--model", str(model)]
-    command += ["--dtype", "bfloat16", "--device", where, "--temperature", "0", "--again"]
+    command += ["--dtype", "bfloat16", "--device", args.device, "--temperature", "0", "--again"]
     command += ["--output", str(output), "--overwrite", "--json"]
-    figures = measured(command, {"BATCHRUN_HOME": str(made)}, folder / "log.txt")
+    environment = {"BATCHRUN_HOME": str(made)}
+    figures = measured(command, environment, folder / "log.txt", args.timeout)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     wrong = [row for row in rows if row["completion_tokens"] != row["max_tokens"]]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} of {len(rows)} rows have not the tokens they ask for")
+        raise FailedError(f"{len(wrong)} of {len(rows)} rows have not the tokens that they ask for")
     newest = max((made / "jobs").iterdir(), key=lambda job: job.stat().st_mtime)
     stats = json.loads((newest / "stats.json").read_text())
     spent = stats["time"]
@@ -213,7 +143,11 @@ def run_batchrun(model: Path, file: Path, device: str, folder: Path) -> dict[str
 
 
 def prepared(name: str, peer: Peer, model: Path, fingerprint: str) -> Path:
-    """The model in the form that a peer reads, made when there is none yet."""
+    """The model in the form that a peer reads, made when there is none yet.
+
+    Raises:
+        FailedError: It could not be made.
+    """
     if not peer.prepare:
         return model
     made = PEERS / "models" / f"{fingerprint[:16]}-{name}"
@@ -223,44 +157,83 @@ def prepared(name: str, peer: Peer, model: Path, fingerprint: str) -> Path:
         part = made.with_name(f"part-{made.name}")
         values = {"model": model, "made": part}
         command = [word.format(**values) for word in peer.prepare]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        if code := subprocess.run(command, check=False, stdout=sys.stderr).returncode:
+            raise FailedError(f"converting the model ended with {code}")
         part.rename(made)
     return made
 
 
-def compare(
-    name: str, file: Path, models: dict[str, Path], args: argparse.Namespace
-) -> dict[str, Any]:
-    """One workload through all, in turn; medians."""
-    runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in models}
+Way = Callable[[Path, Path], dict[str, Any]]  # one run on a file, in an empty folder
+
+
+def ways(args: argparse.Namespace) -> tuple[dict[str, Way], dict[str, str]]:
+    """How each chosen engine is run, and why those cannot be whose model could not be made."""
+    ref = resolve(args.model, home() / "models")
+    found: dict[str, Way] = {}
     failures: dict[str, str] = {}
-    known = peers()
-    for number in range(args.repeat):
-        for peer, model in models.items():
-            if peer in failures:
-                continue
-            with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-                try:
-                    if peer == BATCHRUN:
-                        run = run_batchrun(model, file, args.device, Path(folder))
-                    else:
-                        run = run_peer(known[peer], model, file, args.device, Path(folder))
-                except RuntimeError as error:
-                    failures[peer] = str(error)
-                    print(f"{name}, {peer}: failed\n{error}", file=sys.stderr)
-                    continue
-            runs[peer].append(run)
-            speed = run["completion_tokens"] / run["seconds"]
-            print(f"{name}, {peer}, {number + 1}: {speed:.0f} tokens/s", file=sys.stderr)
-    ways = {peer: summary(found) for peer, found in runs.items() if found}
+    if not args.only or BATCHRUN in args.only:
+        found[BATCHRUN] = lambda file, folder: run_batchrun(ref.path, file, folder, args)
+    for name, peer in installed(args.device).items():
+        if args.only and name not in args.only:
+            continue
+        try:
+            model = prepared(name, peer, ref.path, ref.fingerprint)
+        except (FailedError, OSError) as error:
+            failures[name] = str(error)
+            continue
+        found[name] = lambda file, folder, peer=peer, model=model: run_peer(
+            peer, model, file, folder, args
+        )
+    return found, failures
+
+
+def compare(
+    name: str,
+    file: Path,
+    ways: Mapping[str, Way],
+    args: argparse.Namespace,
+    done: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """One workload through all, in turn; medians.
+
+    A way that fails is not run again, and spoils nothing: what it has finished counts, and its
+    reason is told. One that is slow is not run again either.
+
+    Args:
+        name: Of the workload, for what is printed.
+        file: Its rows.
+        ways: Runs of each engine.
+        args: `repeat` and `once_over`.
+        done: Takes the result so far, after each run.
+    """
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return {
+    result: dict[str, Any] = {
         "rows": len(rows),
         "completion_tokens": sum(row["max_tokens"] for row in rows),
-        "ways": ways,
-        "failures": failures,
-        "ratios": ratios(ways),
+        "ways": {},
+        "failures": {},
+        "ratios": {},
     }
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for number in range(args.repeat):
+        for way, run in ways.items():
+            slow = any(figures["process_s"] > args.once_over for figures in runs[way])
+            if slow or way in result["failures"]:
+                continue
+            label = f"{name}, {way}, {number + 1}"
+            try:
+                with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+                    runs[way].append(run(file, Path(folder)))
+            except (FailedError, OSError, ValueError, KeyError) as error:
+                result["failures"][way] = str(error)
+                print(f"{label}: failed: {error}\n{getattr(error, 'log', '')}", file=sys.stderr)
+            else:
+                speed = runs[way][-1]["completion_tokens"] / runs[way][-1]["seconds"]
+                print(f"{label}: {speed:.0f} tokens/s", file=sys.stderr)
+                result["ways"] = {way: summary(found) for way, found in runs.items() if found}
+                result["ratios"] = ratios(result["ways"])
+            done(result)
+    return result
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -300,6 +273,8 @@ def table(name: str, result: Mapping[str, Any]) -> None:
             f"{way:28} {figures['tokens_per_s']:9.1f} {figures['process_s']:10.1f} "
             f"{figures['peak_memory'] / 2**20:9.0f} {f'{ratio:.2f}x' if ratio else '':>12}"
         )
+    for way, reason in result["failures"].items():
+        print(f"{way:28} failed: {reason}")
 
 
 def installed(device: str) -> dict[str, Peer]:
@@ -317,34 +292,55 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rows", type=int, help="default: as each workload says")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--once-over",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="what took longer than this, with loading, is not repeated",
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="for each run; a peer that is slower fails"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--out", type=Path, help="the JSON line, written after each run")
     args = parser.parse_args()
-    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
-    ref = resolve(args.model, home() / "models")
-    chosen = {k: p for k, p in installed(args.device).items() if not args.only or k in args.only}
-    models = {} if args.only and BATCHRUN not in args.only else {BATCHRUN: ref.path}
-    models |= {k: prepared(k, peer, ref.path, ref.fingerprint) for k, peer in chosen.items()}
-    if missing := sorted(set(args.only or peers()) - set(models)):
+    adopt_orphans()
+    chosen, failures = ways(args)
+    if missing := sorted(set(args.only or peers()) - set(chosen) - set(failures)):
         print(f"not here: {', '.join(missing)}; `make peers` installs them", file=sys.stderr)
-    results = {}
-    with tempfile.TemporaryDirectory(prefix="workloads-") as folder:
-        for name in args.workloads:
-            file = Path(folder) / f"{name}.jsonl"
-            write(file, generate(name, args.rows))
-            results[name] = compare(name, file, models, args)
-            table(name, results[name])
-    line = {
+    line: dict[str, Any] = {
         "benchmark": "peers",
         "command": " ".join(["python -m benchmarks.peers", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": description(),
         "device": args.device,
-        "model": ref.name,
+        "model": resolve(args.model, home() / "models").name,
         "dtype": "bfloat16",
-        "workloads": results,
+        "workloads": {},
     }
+
+    with tempfile.TemporaryDirectory(prefix="workloads-") as folder:
+        for name in args.workloads:
+            file = Path(folder) / f"{name}.jsonl"
+            write(file, generate(name, args.rows))
+
+            def done(result: dict[str, Any], name: str = name) -> None:
+                result["failures"] = {**failures, **result["failures"]}
+                line["workloads"][name] = result
+                if args.out:
+                    keep(args.out, line)
+
+            table(name, compare(name, file, chosen, args, done))
     print(json.dumps(line))
+
+
+def keep(path: Path, line: Mapping[str, Any]) -> None:
+    """Put the line in a file at once: what is read there is always whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(f"{json.dumps(line)}\n")
+    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
 """llama.cpp's `llama-server`, built for this machine's instructions, asked over HTTP.
 
-Continuous batching in 64 slots over one unified KV cache, flash attention, a thread for each core;
-weights and KV cache in bfloat16. `--cache-ram 0`: prompts of slots that end are not copied aside.
-Twice as many clients as slots keep all slots busy.
+- Continuous batching and prompt caching, its defaults; flash attention; a thread for each core.
+- Weights in bfloat16; the KV cache in float16, its default: as wide, and its fast attention on a
+  CPU (tiles of queries) knows float16 and float32 alone, so bfloat16 there would slow it down.
+- `SLOTS` slots over one unified KV cache of 65,536 tokens: room for every workload's sequences.
+- `--cache-ram 0`: prompts of slots that end are not copied aside.
+- Sampling is top-k with k = 1 alone: greedy, without sorting the vocabulary for other samplers.
+- Twice as many clients as slots, and threads for all of them, keep the slots busy.
+
+Prompts are the tokens that all other peers see: the converted model says to add none in front.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -20,39 +27,35 @@ from typing import Any
 
 from measure import main
 
+SLOTS = 64
+_GREEDY = {"temperature": 0, "samplers": ["top_k"], "top_k": 1}
+
 
 class LlamaServer:
     """A server with a model, and clients that keep all its slots busy."""
 
     def __init__(self, model: Path, device: str, options: dict[str, Any]) -> None:
         binary = options.pop("binary")
-        slots = options.pop("slots", 64)
+        self._slots = options.pop("--parallel", SLOTS)
         cores = len(os.sched_getaffinity(0))
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self._port = found.getsockname()[1]
-        chosen = {
+        self.settings = {
             "--threads": cores,
             "--threads-batch": cores,
-            "--parallel": slots,
+            "--parallel": self._slots,
             "--ctx-size": 65536,
-            "--batch-size": 2048,
-            "--ubatch-size": 512,
             "--flash-attn": "on",
-            "--cache-type-k": "bf16",
-            "--cache-type-v": "bf16",
             "--cache-ram": 0,
+            "--threads-http": 2 * self._slots + 2,
             **options,
         }
-        self.settings = {**chosen, "--kv-unified": True, "--cont-batching": True}
-        flags = [str(part) for pair in chosen.items() for part in pair]
+        flags = [str(part) for pair in self.settings.items() for part in pair]
         where = ["--model", str(model), "--host", "127.0.0.1", "--port", str(self._port)]
-        self._server = subprocess.Popen(
-            [binary, *where, "--kv-unified", "--cont-batching", "--no-ui", *flags],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL if not os.environ.get("PEER_LOG") else None,
-        )
-        self._slots = slots
+        how = ["--kv-unified", "--no-ui", "--log-verbosity", "1"]  # 1: errors
+        self.settings |= {"--kv-unified": True, **_GREEDY}
+        self._server = subprocess.Popen([binary, *where, *how, *flags])
         while not self._healthy():
             if self._server.poll() is not None:
                 raise RuntimeError(f"llama-server ended with {self._server.returncode}")
@@ -65,7 +68,7 @@ class LlamaServer:
             return False
 
     def _ask(self, method: str, path: str, body: Any) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port)
         try:
             text = None if body is None else json.dumps(body)
             connection.request(method, path, text, {"Content-Type": "application/json"})
@@ -78,10 +81,12 @@ class LlamaServer:
         """Ask for all; answers come in the prompts' order."""
 
         def one(prompt: str, count: int) -> int:
-            wanted = {"prompt": prompt, "n_predict": count, "ignore_eos": True, "temperature": 0}
-            status, answer = self._ask("POST", "/completion", {**wanted, "cache_prompt": True})
+            wanted = {"prompt": prompt, "n_predict": count, "ignore_eos": True, **_GREEDY}
+            status, answer = self._ask("POST", "/completion", wanted)
             if status != 200:
                 raise RuntimeError(f"llama-server: {answer}")
+            if answer["truncated"]:
+                raise RuntimeError("llama-server: a prompt was cut")
             return int(answer["tokens_predicted"])
 
         # More askers than slots, so that a slot that becomes free finds work waiting.
@@ -94,5 +99,14 @@ class LlamaServer:
         self._server.wait()
 
 
+def built(options: dict[str, Any]) -> dict[str, str]:
+    """The version that the server tells of itself."""
+    told = subprocess.run(
+        [options["binary"], "--version"], capture_output=True, text=True, check=True
+    )
+    found = re.search(r"version: (.+)", told.stdout + told.stderr)
+    return {"llama.cpp": found[1] if found else "unknown"}
+
+
 if __name__ == "__main__":
-    main(LlamaServer, [])
+    main(LlamaServer, [], built)

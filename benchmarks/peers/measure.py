@@ -41,12 +41,17 @@ class Peer(Protocol):
         """Give everything back."""
 
 
-def main(load: Callable[[Path, str, dict[str, Any]], Peer], packages: Sequence[str]) -> None:
+def main(
+    load: Callable[[Path, str, dict[str, Any]], Peer],
+    packages: Sequence[str],
+    program: Callable[[dict[str, Any]], Mapping[str, str]] | None = None,
+) -> None:
     """Measure one peer on one file.
 
     Args:
         load: Loads a model's folder for a device ("cpu" or "cuda"), with options.
         packages: Those whose versions are noted.
+        program: Tells the versions of what is no package, from the options.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
@@ -57,13 +62,18 @@ def main(load: Callable[[Path, str, dict[str, Any]], Peer], packages: Sequence[s
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.input.read_text().splitlines()]
     prompts, counts = [row["prompt"] for row in rows], [row["max_tokens"] for row in rows]
+    versions = {name: version(name) for name in packages}
+    versions |= program(args.options) if program else {}
     began = time.perf_counter()
     peer = load(args.model, args.device, args.options)
-    loaded = time.perf_counter()
-    peer.run(_WARM, [8] * len(_WARM))
-    warm = time.perf_counter()
-    made = peer.run(prompts, counts)
-    ended = time.perf_counter()
+    try:
+        loaded = time.perf_counter()
+        peer.run(_WARM, [8] * len(_WARM))
+        warm = time.perf_counter()
+        made = peer.run(prompts, counts)
+        ended = time.perf_counter()
+    finally:
+        peer.close()
     if made != counts:
         wrong = sum(a != b for a, b in zip(made, counts, strict=True))
         sys.exit(f"{wrong} of {len(counts)} rows have not the tokens that they ask for")
@@ -73,10 +83,9 @@ def main(load: Callable[[Path, str, dict[str, Any]], Peer], packages: Sequence[s
         "warm_up_s": warm - loaded,
         "completion_tokens": sum(made),
         "settings": peer.settings,
-        "versions": {name: version(name) for name in packages},
+        "versions": versions,
     }
     args.out.write_text(json.dumps(result))
-    peer.close()
 
 
 def with_environment(wanted: Mapping[str, str]) -> None:
