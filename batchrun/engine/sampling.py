@@ -10,11 +10,9 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from batchrun.engine import cpu_layers
+from batchrun.engine import cpu_layers, cpu_sampling
 from batchrun.engine.beams import width
 from batchrun.engine.core import SamplingParams, Segment, Sequence
-
-_HEAD = 1024  # most likely tokens looked at before a whole vocabulary is sorted
 
 
 def uniform(seed: int, row: int, sample: int, position: int) -> float:
@@ -75,7 +73,8 @@ class Sampler:
         ]
         if not (scored or penalised or banned) and all(p.greedy for p in params):
             return (_most_likely(logits),)
-        logits = logits.float()
+        if beams or penalised or banned or not _on_cpu(logits):
+            logits = logits.float()
         own = logits.clone() if scored and (penalised or banned) else logits
         if beams:  # whose penalties come after the softmax, in transformers too
             at = self._upload(np.array(beams))
@@ -102,7 +101,8 @@ class Sampler:
             self._seen.count(tokens[index], [segments[i] for i in counted])
         if not scored:
             return (tokens,)
-        logprobs = own.gather(1, tokens[:, None])[:, 0] - own.logsumexp(dim=-1)
+        norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else own.logsumexp(dim=-1)
+        logprobs = own.gather(1, tokens[:, None])[:, 0] - norm
         if not beams:
             return tokens, logprobs
         return tokens, logprobs, self._candidates(logits[at], [segments[i] for i in beams])
@@ -124,6 +124,14 @@ class Sampler:
             uniform(r.seed, r.row, r.sample, s.start + s.length)
             for r, s in zip(requests, segments, strict=True)
         ]
+        if _on_cpu(logits):
+            return cpu_sampling.draw(logits, params, numbers)
+        return self._draw_at_once(logits, params, numbers)
+
+    def _draw_at_once(
+        self, logits: torch.Tensor, params: Seq[SamplingParams], numbers: Seq[float]
+    ) -> torch.Tensor:
+        """The same for a device that nobody waits for."""
         columns = self._upload(
             np.array(
                 [
@@ -137,11 +145,7 @@ class Sampler:
             )
         )[:, :, None]
         logits = logits / columns[1].float()
-        if logits.device.type == "cpu":
-            for i, p in enumerate(params):
-                _filter_row(logits[i], p)
-        else:
-            logits = filter_rows(logits, params, columns[2], columns[3], columns[4].long())
+        logits = filter_rows(logits, params, columns[2], columns[3], columns[4].long())
         cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
         total = cdf[:, -1:]
         # Strictly below the end, so that rounding can never choose a token of probability zero.
@@ -151,11 +155,15 @@ class Sampler:
 
 def _most_likely(logits: torch.Tensor) -> torch.Tensor:
     """The first of the highest of each row."""
-    if logits.device.type != "cpu":
+    if not _on_cpu(logits):
         return logits.argmax(dim=-1)
     if logits.dtype == torch.bfloat16 and cpu_layers.why_not() is None:
         return cpu_layers.argmax(logits)
     return logits.max(dim=-1).indices  # argmax takes four times as long
+
+
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _generated(segment: Segment) -> int:
@@ -193,7 +201,7 @@ class _Seen:
                 self._rebuild(segment)
         slots = self._slots(segments)
         params = [s.sequence.request.params for s in segments]
-        repetition, presence, frequency = self._upload(
+        penalties = self._upload(
             np.array(
                 [
                     [p.repetition_penalty for p in params],
@@ -202,7 +210,12 @@ class _Seen:
                 ],
                 dtype=np.float32,
             )
-        )[:, :, None]
+        )
+        if _on_cpu(logits) and cpu_sampling.penalise(
+            logits, rows, slots, penalties, counts=self.counts, prompt=self.prompt
+        ):
+            return
+        repetition, presence, frequency = penalties[:, :, None]
         values, counts = logits[rows], self.counts[slots]
         repeated = torch.where(values < 0, values * repetition, values / repetition)
         values = torch.where(self.prompt[slots] | (counts > 0), repeated, values)
@@ -257,23 +270,3 @@ def filter_rows(
         limit = logits.amax(1, keepdim=True) + min_p.float().log()
         logits = logits.masked_fill(logits < limit, -torch.inf)
     return logits
-
-
-def _filter_row(logits: torch.Tensor, params: SamplingParams) -> None:
-    """The same on one row `[V]`, in place: without sorting a vocabulary where a head will do."""
-    vocab = logits.shape[0]
-    if 0 < params.top_k < vocab:
-        logits[logits < logits.topk(params.top_k).values[-1]] = -torch.inf
-    if params.top_p < 1:
-        total = logits.double().logsumexp(0)
-        for size in (min(_HEAD, vocab), vocab):
-            head = logits.topk(size).values
-            mass = (head.double() - total).exp().cumsum(0)
-            if mass[-1] >= params.top_p or size == vocab:
-                break
-        # The token that reaches top_p is the last one kept.
-        last = min(int(torch.searchsorted(mass, params.top_p)), size - 1)
-        logits[logits < head[last]] = -torch.inf
-    if params.min_p > 0:
-        threshold = logits.max() + torch.log(torch.tensor(params.min_p))
-        logits[logits < threshold] = -torch.inf

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -15,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchrun.engine import sampling
+from batchrun.engine import cpu_sampling, sampling
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.sampling import Sampler, filter_rows
 
@@ -43,6 +45,21 @@ def logits(count: int, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed)) * spread
 
 
+@pytest.fixture
+def compiled() -> None:
+    if cpu_sampling.library() is None:
+        pytest.skip("there is no C++ compiler")
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler, and as if there were none."""
+    if request.param == "compiled":
+        request.getfixturevalue("compiled")
+    else:
+        monkeypatch.setattr(cpu_sampling, "library", lambda: None)
+
+
 def test_uniform_numbers_are_uniform_and_independent() -> None:
     draws = torch.tensor(
         [
@@ -67,7 +84,7 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
         {"temperature": 0.7},
         {"temperature": 1.0, "top_k": 13},
         {"temperature": 1.3, "top_p": 0.8},
-        {"temperature": 1.0, "top_p": 0.9999},  # beyond the head: the whole vocabulary is sorted
+        {"temperature": 1.0, "top_p": 0.9999},  # a sum of nearly all
         {"temperature": 0.9, "min_p": 0.05},
         {"temperature": 1.5, "top_k": 50, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3},
     ],
@@ -83,19 +100,14 @@ def test_filters_keep_what_transformers_keeps(params: dict[str, float], spread: 
     sequences = [sequence(row, output=(11, 3), **params) for row in range(4)]
     ids = torch.tensor([[*s.request.prompt_ids, *s.output_ids] for s in sequences])
     want = torch.softmax(chain(ids, rows.clone()), -1)
-    seen: dict[str, torch.Tensor] = {}
-    real = torch.searchsorted
-
-    def spy(cdf: torch.Tensor, target: torch.Tensor, **kwargs: bool) -> torch.Tensor:
-        if cdf.ndim == 2:
-            seen["cdf"] = cdf
-        return real(cdf, target, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "searchsorted", spy)
-        sample(rows, sequences)
-    got = torch.diff(seen["cdf"], dim=-1, prepend=torch.zeros(4, 1, dtype=torch.float64))
-    assert torch.equal(got > 0, want > 0)
+    sample(rows, sequences)
+    weights = [
+        cpu_sampling.weights(row, s.request.params) for row, s in zip(rows, sequences, strict=True)
+    ]
+    got = torch.tensor(np.array(weights), dtype=torch.float64)
+    got /= got.sum(-1, keepdim=True)
+    possible = want > want.amax(-1, keepdim=True) * 2**-44  # what is less has no weight
+    assert torch.equal(got > 0, possible)
     torch.testing.assert_close(got.float(), want, atol=1e-6, rtol=1e-4)
 
 
@@ -112,9 +124,71 @@ def test_filtering_all_rows_at_once_is_filtering_each(spread: float) -> None:
         [[p.top_p, p.min_p, p.top_k or VOCAB] for p in params], dtype=torch.float64
     )
     got = filter_rows(rows, params, columns[:, :1], columns[:, 1:2], columns[:, 2:].long())
-    for row, p in zip(rows, params, strict=True):
-        sampling._filter_row(row, p)
-    assert torch.equal(got, rows)
+    for row, kept, p in zip(rows, got, params, strict=True):
+        assert np.array_equal(cpu_sampling.weights(row, p) > 0, kept > -torch.inf)
+        assert torch.equal(kept[kept > -torch.inf], row[kept > -torch.inf])
+
+
+FILTERS = [
+    SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m)
+    for t in (0.05, 0.8, 1.9)
+    for k in (0, 1, 13, VOCAB + 5)
+    for p in (0.001, 0.6, 0.95, math.nextafter(1, 0), 1.0)
+    for m in (0.0, 0.05, 1.0)
+]
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 12.0])
+@pytest.mark.parametrize("vocab", [5, 256, 257, VOCAB])
+def test_a_compiler_changes_no_draw(vocab: int, spread: float, dtype: torch.dtype) -> None:
+    rows = logits(len(FILTERS), spread)[:, :vocab].to(dtype)
+    rows[0::9, :3] = -torch.inf
+    rows[1::9, 1] = torch.inf
+    rows[2::9, 2:4] = torch.nan
+    rows[3::9, 1:] = -torch.inf
+    rows[4::9, 3] = 1e30
+    rows[5] = -torch.inf
+    rows[6] = torch.nan
+    choice = random.Random(vocab)
+    numbers = [
+        choice.choice([0.0, choice.random(), choice.random(), math.nextafter(1, 0)])
+        for _ in FILTERS
+    ]
+    got = cpu_sampling.draw(rows, FILTERS, numbers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_sampling, "library", lambda: None)
+        assert torch.equal(got, cpu_sampling.draw(rows, FILTERS, numbers))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("params", FILTERS[::7])
+def test_each_token_has_its_share_of_the_numbers(params: SamplingParams) -> None:
+    """A compiled draw changes from token to token where the sums of the weights say."""
+    [row] = logits(1)
+    cdf = cpu_sampling.weights(row, params).cumsum()
+    total, tokens = float(cdf[-1]), np.unique(np.searchsorted(cdf, cdf, "left"))
+    tokens = tokens[:: len(tokens) // 50 + 1]
+    begins = np.array([cdf[t - 1] if t else 0 for t in tokens])
+    # Near a token's first number, near its last, and between; a number has 53 bits.
+    for at in (begins + 1024, cdf[tokens] - 1024, (begins + cdf[tokens]) / 2):
+        numbers = (at / total).tolist()
+        keep = [n for n, (b, e) in enumerate(zip(begins, cdf[tokens], strict=True)) if e - b > 4096]
+        rows = row.repeat(len(keep), 1)
+        got = cpu_sampling.draw(rows, [params] * len(keep), [numbers[n] for n in keep])
+        assert got.tolist() == tokens[keep].tolist()
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_a_device_that_nobody_waits_for_draws_the_same(spread: float) -> None:
+    """But for a number so close to a boundary that rounding decides: none of these is."""
+    params = [p for p in FILTERS if p.temperature > 0.5]
+    rows = logits(len(params), spread)
+    numbers = [sampling.uniform(1, row, 0, 0) for row in range(len(params))]
+    sampler = Sampler(1, torch.tensor, lambda _: frozenset())
+    got = sampler._draw_at_once(rows, params, numbers)
+    assert torch.equal(got, cpu_sampling.draw(rows, params, numbers))
 
 
 def test_penalties_know_the_tokens_that_the_host_does_not() -> None:
@@ -144,10 +218,12 @@ def test_penalties_know_the_tokens_that_the_host_does_not() -> None:
     penalised(first, 0, tuple(outputs))  # back again: slot 0 has counted less
 
 
-def test_log_probabilities_are_the_models_own() -> None:
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_are_the_models_own(dtype: torch.dtype) -> None:
     """Of the raw logits, whatever penalties, bans and filters made of them."""
-    rows = logits(4)
-    want = torch.log_softmax(rows, -1)
+    rows = logits(4).to(dtype)
+    want = torch.log_softmax(rows.float(), -1)
     sequences = [
         sequence(0, logprobs=True),
         sequence(1, temperature=1.7, top_k=5, logprobs=True),
@@ -161,6 +237,7 @@ def test_log_probabilities_are_the_models_own() -> None:
     torch.testing.assert_close(got, want.gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("either")
 def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.1, 0.025])
     count = 4000
@@ -171,8 +248,10 @@ def test_draws_follow_the_distribution() -> None:
     assert chi2 < 20  # 4 degrees of freedom: p = 0.0005
 
 
-def test_a_draw_depends_on_its_row_alone() -> None:
-    rows = logits(24)
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draw_depends_on_its_row_alone(dtype: torch.dtype) -> None:
+    rows = logits(24).to(dtype)
     mixed = [
         sequence(
             i, output=(1,) * (i % 3), temperature=[0.0, 0.8, 1.2][i % 3], top_p=[1, 0.9][i % 2]
@@ -185,6 +264,13 @@ def test_a_draw_depends_on_its_row_alone() -> None:
         assert alone[0] == together[i]
     backwards = sample(rows.flip(0).clone(), mixed[::-1])
     assert torch.equal(backwards.flip(0), together)
+    threads = torch.get_num_threads()
+    for other in (1, 5):
+        torch.set_num_threads(other)
+        try:
+            assert torch.equal(sample(rows.clone(), mixed), together)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def test_greedy_takes_the_largest_logit() -> None:
@@ -193,6 +279,7 @@ def test_greedy_takes_the_largest_logit() -> None:
     assert torch.equal(tokens, rows.argmax(-1))
 
 
+@pytest.mark.usefixtures("either")
 def test_penalties_change_seen_tokens_as_defined() -> None:
     row = logits(1)
     penalised = row.clone()
@@ -213,6 +300,25 @@ def test_no_stop_token_before_min_tokens() -> None:
     assert tokens[1] == 8
 
 
+@pytest.mark.usefixtures("compiled")
+def test_a_compiler_changes_no_penalty() -> None:
+    params = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.4}
+    sequences = [
+        sequence(0, output=(9, 9, 3), **params),
+        sequence(1),
+        sequence(2, output=(11,), **params),
+        sequence(3, repetition_penalty=0.7),
+    ]
+    got, want = logits(4), logits(4)
+    sample(got, sequences)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_sampling, "library", lambda: None)
+        sample(want, sequences)
+    assert torch.equal(got, want)
+    assert not torch.equal(got[0], logits(4)[0])
+
+
+@pytest.mark.usefixtures("either")
 def test_a_draw_at_the_very_end_is_a_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "uniform", lambda *_: math.nextafter(1, 0))
     rows = torch.full((1, VOCAB), -torch.inf)
