@@ -2,7 +2,11 @@
 
 Static batches are at their best here: rows sorted by how long their answers will be, which a user
 does not know ahead, so that few sequences of a batch wait for its longest; SDPA; bfloat16.
-`generate_batch` has its defaults: the documentation's one advice on a CPU is to leave them.
+
+`generate_batch` is continuous batching; its manager is started once, as for a service, and not
+counted. On a CPU its defaults take nine tenths of the memory and make steps of up to 8,192 tokens,
+which warm up for half a minute: here it has pages for 65,536 tokens and 256 tokens a step, as
+OpenVINO has. On a GPU it has its defaults.
 """
 
 from __future__ import annotations
@@ -13,7 +17,14 @@ from typing import Any
 
 import torch
 from measure import main
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+)
+
+_ON_CPU = {"page_size": 256, "num_blocks": 256, "max_batch_tokens": 256}
 
 
 class Transformers:
@@ -29,7 +40,16 @@ class Transformers:
         self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         self._tokenizer.pad_token_id = self._tokenizer.eos_token_id
         self.settings = {"dtype": "bfloat16", "attention": "sdpa"}
-        if not self._continuous:
+        if self._continuous:
+            chosen = {**(_ON_CPU if device == "cpu" else {}), **options}
+            self._manager = self._model.init_continuous_batching(
+                generation_config=self._config(max_new_tokens=2048),
+                continuous_batching_config=ContinuousBatchingConfig(**chosen),
+            )
+            self._manager.warmup()
+            self._manager.start()
+            self.settings |= chosen
+        else:
             self.settings |= {"batch": self._batch, "sorted": True}
 
     def run(self, prompts: Sequence[str], counts: Sequence[int]) -> list[int]:
@@ -58,17 +78,17 @@ class Transformers:
 
     def _by_request(self, prompts: Sequence[str], counts: Sequence[int]) -> list[int]:
         inputs = self._tokenizer(list(prompts))["input_ids"]
-        config = self._config(max_new_tokens=max(counts))
         answers: dict[str, list[int]] = {}
-        with self._model.continuous_batching_context_manager(generation_config=config) as manager:
-            for number, (ids, count) in enumerate(zip(inputs, counts, strict=True)):
-                manager.add_request(ids, request_id=str(number), max_new_tokens=count)
-            while len(answers) < len(prompts):
-                result = manager.get_result(timeout=1)
-                if result is not None and result.is_finished():
-                    answers[result.request_id] = result.generated_tokens
-                elif result is None and not manager.is_running():
-                    raise RuntimeError("the generation thread ended early")
+        for number, (ids, count) in enumerate(zip(inputs, counts, strict=True)):
+            self._manager.add_request(ids, request_id=str(number), max_new_tokens=count)
+        while len(answers) < len(prompts):
+            result = self._manager.get_result(timeout=1)
+            if result is not None and result.error is not None:
+                raise RuntimeError(result.error)
+            if result is not None and result.is_finished():
+                answers[result.request_id] = result.generated_tokens
+            elif result is None and not self._manager.is_running():
+                raise RuntimeError("the generation thread ended early")
         self._tokenizer.batch_decode(list(answers.values()))
         return [len(answers[str(number)]) for number in range(len(prompts))]
 
@@ -78,7 +98,9 @@ class Transformers:
         return config
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """End the generation thread."""
+        if self._continuous:
+            self._manager.stop(block=True)
 
 
 if __name__ == "__main__":
