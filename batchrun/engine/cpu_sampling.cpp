@@ -2,12 +2,12 @@
 //
 // A token's weight is exp(logit - highest) as a whole number of 2^-44: sums of whole numbers are
 // exact in whatever order, so neither vectors nor threads nor the batch change a draw; 64 bits hold
-// those of half a million tokens. No product is fused with a sum, so that numpy gets the same weights
-// where there is no compiler (cpu_sampling.py).
+// those of half a million tokens. No product is fused with a sum, so that numpy gets the same
+// weights where there is no compiler (cpu_sampling.py).
 //
-// Top-k, top-p and min-p all keep the logits that reach some limit. It is found by bisection between
-// the lowest and the highest logit that it can be: each round reads only what the former one has
-// left, soon some hundred of a vocabulary.
+// Top-k, top-p and min-p all keep the logits that reach some limit. It is found by bisection
+// between the lowest and the highest logit that it can be: each round reads only what the former
+// one has left, soon some hundred of a vocabulary.
 
 #ifndef __clang__
 // Without traps a choice between two numbers is no branch, and AVX2 has it too.
