@@ -29,13 +29,14 @@ tcmalloc() {
   rm -rf "$work"
 }
 
-# llama.cpp's source lies in this package; the server is built for this machine's instructions.
+# llama.cpp's source comes with the source package of llama-cpp-python on PyPI, which pins it; the
+# server is built from it for this machine's instructions, with cmake and a C++ compiler.
 llama() {
   [ -x "$peers/llama/bin/llama-server" ] && return
   work=$peers/llama/work
   mkdir -p "$work" "$peers/llama/bin"
   # shellcheck disable=SC2086
-  "$python" -m pip download --quiet --no-deps --no-binary :all: ${PIP_ARGS:-} -d "$work" \
+  "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python ${PIP_ARGS:-} -d "$work" \
     -r "$here/llama.txt"
   tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
   rm -rf "$peers/llama/src"

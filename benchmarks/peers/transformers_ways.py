@@ -1,7 +1,10 @@
 """Transformers' own two ways: `generate` over static batches, and `generate_batch`.
 
 Static batches are at their best here: rows sorted by how long their answers will be, which a user
-does not know ahead, so that few sequences of a batch wait for its longest; SDPA; bfloat16.
+does not know ahead, so that few sequences of a batch wait for its longest; SDPA; bfloat16. In
+batches of 64: on two cores with AMX a step at 100 tokens of context takes 85 ms with 16 sequences,
+102 ms with 32, 156 ms with 64, which is 190, 310 and 410 tokens/s. `torch.compile` is left out: its
+documentation pairs it with a static cache, whose shapes change with every batch of these files.
 
 `generate_batch` is continuous batching; its manager is started once, as for a service, and not
 counted. On a CPU its defaults take nine tenths of the memory and make steps of up to 8,192 tokens,
