@@ -1,6 +1,6 @@
 """The KV cache of a batch: slots of contiguous addresses, with pages under the tokens there are.
 
-Every slot has one slab per layer group, in one reservation per group. Pages are mapped from a
+Every slot has one slab per layer group, or one in each plane of it. Pages are mapped from a
 slab's begin, in order, and leave it from its end:
 
     slab of a slot  |<-- live tokens -->|                         |
@@ -41,7 +41,7 @@ class KVArena:
 
     Args:
         memory: where address space and pages come from; stays the caller's to close.
-        layout: what a token is. `layout.page_size` must be `memory.granularity`.
+        layout: what a token is. Its pages and planes must be the memory's.
         num_slots: sequences that can be open at once.
         budget: bytes of pages to hold at most: a number, or a function that says it, asked once
             at each growth and each `retire`; None for as much as the machine has.
@@ -57,10 +57,11 @@ class KVArena:
         budget: int | Callable[[], int] | None = None,
         slack: float = 0.05,
     ) -> None:
-        if layout.page_size != memory.granularity:
+        wanted, has = (layout.page_size, layout.planes), (memory.granularity, memory.planes)
+        if wanted != has:
             raise AllocatorError(
-                f"the layout's pages have {layout.page_size} bytes, the memory's "
-                f"{memory.granularity}"
+                f"the layout's pages have {wanted[0]} bytes in each of {wanted[1]} planes, the "
+                f"memory's {has[0]} in {has[1]}"
             )
         if num_slots < 1 or slack < 0:
             raise AllocatorError(f"num_slots {num_slots} is below 1, or slack {slack} below 0")
@@ -294,9 +295,9 @@ class KVArena:
         wanted = self.layout.total_pages_for(num_tokens)
         return self._space.claimed_pages + wanted + spared <= budget
 
-    def address(self, group: int) -> int:
+    def address(self, group: int, plane: int = 0) -> int:
         """Where slot 0's slab of `group` begins; slot s's is s * `layout.slab_size(group)` on."""
-        return self._slabs.address(group)
+        return self._slabs.address(group, plane * self.num_slots)
 
     def held_tokens(self, slot: int) -> int:
         """Live tokens of an open slot; of a closed one, tokens whose pages are still mapped."""
@@ -321,9 +322,9 @@ class KVArena:
         layout, pool, slabs = self.layout, self.pool, self._slabs
         return Usage(
             reserved=slabs.reserved,
-            mapped=pool.created * layout.page_size,
+            mapped=pool.created * layout.page_bytes,
             live=self._live_tokens * layout.bytes_per_token - self._sharing.live_twice(),
-            shared=self._sharing.open_claims.excess * layout.page_size,
+            shared=self._sharing.open_claims.excess * layout.page_bytes,
             static=static_bytes(layout, self.num_open),
             paged=paged_bytes(layout, self._live_blocks),
             map_calls=slabs.mapping.calls,

@@ -79,13 +79,14 @@ class CudaMemory:
 
     Args:
         device: its number among those that CUDA_VISIBLE_DEVICES shows.
-        page_size: bytes of a page, a multiple of the driver's minimum; None for that.
+        page_size: bytes of a page in each plane, a multiple of the driver's minimum; None for that.
+        planes: parts of a page, each an allocation of its own.
 
     Raises:
         AllocatorError: no driver, no such device, or one without virtual memory management.
     """
 
-    def __init__(self, device: int = 0, *, page_size: int | None = None) -> None:
+    def __init__(self, device: int = 0, *, page_size: int | None = None, planes: int = 1) -> None:
         self.driver = Driver()
         types, call = self.driver.types, self.driver.call
         self._device = call("cuDeviceGet", device)
@@ -105,13 +106,14 @@ class CudaMemory:
             self._properties,
             types.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
         )
+        self.planes = planes
         self.granularity = minimum if page_size is None else page_size
         if self.granularity <= 0 or self.granularity % minimum:
             raise AllocatorError(
                 f"page size {page_size} is not a positive multiple of the driver's {minimum}"
             )
         self.ledger = Ledger(self.granularity)
-        self._allocations: dict[Handle, Any] = {}  # page -> the driver's handle
+        self._allocations: dict[Handle, list[Any]] = {}  # page -> the driver's handles, by plane
         self._created = 0  # handles are never used again: a stale one is always told
         self._context = call("cuDevicePrimaryCtxRetain", self._device)
         self._enter()
@@ -127,7 +129,7 @@ class CudaMemory:
         """See `VirtualMemory.reserve`."""
         self.ledger.check_reserve(size)
         self._enter()
-        address = int(self.driver.call("cuMemAddressReserve", size, 0, 0, 0))
+        address = int(self.driver.call("cuMemAddressReserve", size * self.planes, 0, 0, 0))
         self.ledger.reserved(address, size)
         return address
 
@@ -135,7 +137,7 @@ class CudaMemory:
         """See `VirtualMemory.free`."""
         self.ledger.check_free(address, size)
         self._enter()
-        self.driver.call("cuMemAddressFree", address, size)
+        self.driver.call("cuMemAddressFree", address, size * self.planes)
         self.ledger.freed(address)
 
     def create(self, count: int) -> list[Handle]:
@@ -145,7 +147,7 @@ class CudaMemory:
         call, size = self.driver.call, self.granularity
         made: list[Any] = []
         try:
-            for _ in range(count):
+            for _ in range(count * self.planes):
                 made.append(call("cuMemCreate", size, self._properties, 0))
         except AllocatorError as error:
             for allocation in made:
@@ -155,7 +157,9 @@ class CudaMemory:
             raise
         handles = [Handle(self._created + position) for position in range(count)]
         self._created += count
-        self._allocations.update(zip(handles, made, strict=True))
+        for position, handle in enumerate(handles):
+            begin = position * self.planes
+            self._allocations[handle] = made[begin : begin + self.planes]
         self.ledger.mapped_at.update(dict.fromkeys(handles, 0))
         return handles
 
@@ -164,14 +168,25 @@ class CudaMemory:
         self.ledger.check_destroy(handles)
         self._enter()
         for handle in handles:
-            self.driver.call("cuMemRelease", self._allocations[handle])
+            parts = self._allocations[handle]
+            while parts:
+                self.driver.call("cuMemRelease", parts[-1])
+                parts.pop()
             del self._allocations[handle], self.ledger.mapped_at[handle]
 
     def map(self, address: int, handles: Sequence[Handle]) -> None:
-        """See `VirtualMemory.map`. Grants access to the whole range in one call, the dear one."""
+        """See `VirtualMemory.map`. Grants access to a plane's range in one call, the dear one."""
         pages = self.ledger.check_map(address, handles)
         self._enter()
-        self._join(pages, handles)
+        joined: list[range] = []
+        try:
+            for plane, part in enumerate(self._parts(pages)):
+                self._join(part, [self._allocations[handle][plane] for handle in handles])
+                joined.append(part)
+        except AllocatorError:
+            for part in joined:
+                self._part(part)
+            raise
         self.ledger.mapped(pages, handles)
 
     def unmap(self, address: int, count: int) -> None:
@@ -181,13 +196,19 @@ class CudaMemory:
         page is its own call.
         """
         pages = self.ledger.check_unmap(address, count)
+        handles = [self._allocations[self.ledger.table[page]] for page in pages]
         self._enter()
-        for done, at in enumerate(pages):
+        for plane, part in enumerate(self._parts(pages)):
+            done = 0
             try:
-                self.driver.call("cuMemUnmap", at, self.granularity)
+                for at in part:
+                    self.driver.call("cuMemUnmap", at, self.granularity)
+                    done += 1
             except AllocatorError:
-                if done:
-                    self._join(pages[:done], [self.ledger.table[page] for page in pages[:done]])
+                for other, again in enumerate(self._parts(pages)):
+                    upto = count if other < plane else done if other == plane else 0
+                    if upto:
+                        self._join(again[:upto], [parts[other] for parts in handles[:upto]])
                 raise
         self.ledger.unmapped(pages)
 
@@ -195,10 +216,13 @@ class CudaMemory:
         """See `VirtualMemory.close`. Every call is tried before the first error is raised."""
         if self.ledger.closed:
             return
+        mapped = (part[0] for at in self.ledger.table for part in self._parts(range(at, at + 1)))
+        held = (part for parts in self._allocations.values() for part in parts)
+        reserved = self.ledger.reservations.items()
         calls: list[tuple[Any, ...]] = [
-            *(("cuMemUnmap", address, self.granularity) for address in self.ledger.table),
-            *(("cuMemRelease", allocation) for allocation in self._allocations.values()),
-            *(("cuMemAddressFree", *range_) for range_ in self.ledger.reservations.items()),
+            *(("cuMemUnmap", address, self.granularity) for address in mapped),
+            *(("cuMemRelease", allocation) for allocation in held),
+            *(("cuMemAddressFree", at, size * self.planes) for at, size in reserved),
             ("cuDevicePrimaryCtxRelease", self._device),
         ]
         self.ledger.close()
@@ -218,24 +242,34 @@ class CudaMemory:
         if int(self.driver.call("cuCtxGetCurrent")) != int(self._context):
             self.driver.call("cuCtxSetCurrent", self._context)
 
-    def _join(self, pages: range, handles: Sequence[Handle]) -> None:
-        """Map pages and grant access, or leave none of them mapped."""
+    def _parts(self, pages: range) -> list[range]:
+        """The addresses of some pages in each plane."""
+        _, size = self.ledger.reservation_of(pages.start, 1)
+        starts = range(pages.start, pages.start + size * self.planes, size)
+        return [range(at, at + len(pages) * self.granularity, self.granularity) for at in starts]
+
+    def _join(self, pages: range, allocations: Sequence[Any]) -> None:
+        """Map pages of one plane and grant access, or leave none of them mapped."""
         call, size = self.driver.call, self.granularity
         done = 0
         try:
-            for at, handle in zip(pages, handles, strict=True):
-                call("cuMemMap", at, size, 0, self._allocations[handle], 0)
+            for at, allocation in zip(pages, allocations, strict=True):
+                call("cuMemMap", at, size, 0, allocation, 0)
                 done += 1
             call("cuMemSetAccess", pages.start, len(pages) * size, [self._access], 1)
         except AllocatorError:
-            for at in pages[:done]:
-                call("cuMemUnmap", at, size)
+            self._part(pages[:done])
             raise
+
+    def _part(self, pages: range) -> None:
+        """Undo what `_join` has mapped."""
+        for at in pages:
+            self.driver.call("cuMemUnmap", at, self.granularity)
 
     def _out_of_pages(self, count: int, error: OutOfPages) -> OutOfPages:
         free, total = self.memory_info()
         return OutOfPages(
-            f"{error}; {count} pages of {self.granularity} bytes are wanted, {free} of {total} "
-            f"bytes are free on the device and {len(self._allocations)} pages are held; "
-            "end what else uses the device, or use a smaller KV budget"
+            f"{error}; {count} pages of {self.granularity * self.planes} bytes are wanted, "
+            f"{free} of {total} bytes are free on the device and {len(self._allocations)} pages "
+            "are held; end what else uses the device, or use a smaller KV budget"
         )

@@ -16,7 +16,8 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE demands FALLOC_FL_KEEP_SIZE
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_SPARE_PLACES = 1 << 34  # pages: behind any reservation
+_SPARE_PLACES = 1 << 31  # pages: behind any reservation
+_PLANE_PLACES = 1 << 32  # pages of a plane, in the file
 _NO_MEMORY = {errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT}
 
 
@@ -37,14 +38,20 @@ class HostMemory:
     its own place again wherever it is mapped next.
 
     Args:
-        page_size: bytes of one page, a multiple of the system's page size.
+        page_size: bytes of one page in each plane, a multiple of the system's page size.
+        planes: parts of a page. Each plane has a range of the file for itself.
         guard: whether touching an address without a page is a fault.
         max_mappings: kernel mappings to use at most; by default three quarters of what a process
             may have, which leaves the rest to libraries, threads and files.
     """
 
     def __init__(
-        self, page_size: int = 256 << 10, *, guard: bool = True, max_mappings: int | None = None
+        self,
+        page_size: int = 256 << 10,
+        *,
+        planes: int = 1,
+        guard: bool = True,
+        max_mappings: int | None = None,
     ) -> None:
         if sys.platform != "linux":
             raise AllocatorError(f"HostMemory needs Linux (memfd, mmap); this is {sys.platform}")
@@ -55,6 +62,7 @@ class HostMemory:
         if max_mappings is None:
             max_mappings = int(Path("/proc/sys/vm/max_map_count").read_text()) * 3 // 4
         self.granularity = page_size
+        self.planes = planes
         self.max_mappings = max_mappings
         self._guard = guard
         self._libc = _load_libc()
@@ -66,14 +74,23 @@ class HostMemory:
         self._begins: dict[int, int] = {}  # reservation -> the place of its first page
         self._end = 0  # of the places of all reservations there ever were
         self._spare = _SPARE_PLACES
-        self._mappings = 0
+        self._mappings = 0  # of each plane
 
     def reserve(self, size: int) -> int:
         """See `VirtualMemory.reserve`."""
         self.ledger.check_reserve(size)
-        address = self._mmap(None, size, None if self._guard else self._end)
+        address = self._mmap(None, size * self.planes, None)
         self.ledger.reserved(address, size)
         self._begins[address] = self._end
+        if not self._guard:
+            try:
+                for plane in range(self.planes):
+                    self._mmap(address + plane * size, size, self._end, plane)
+            except AllocatorError:
+                self._libc.munmap(address, size * self.planes)
+                self.ledger.freed(address)
+                del self._begins[address]
+                raise
         self._end += size // self.granularity
         self._mappings += 1
         return address
@@ -81,7 +98,7 @@ class HostMemory:
     def free(self, address: int, size: int) -> None:
         """See `VirtualMemory.free`."""
         self.ledger.check_free(address, size)
-        if self._libc.munmap(address, size):
+        if self._libc.munmap(address, size * self.planes):
             raise _os_error("munmap", f"{size} bytes at {address:#x}")
         self.ledger.freed(address)
         del self._begins[address]
@@ -136,7 +153,7 @@ class HostMemory:
         if self.ledger.closed:
             return
         for address, size in self.ledger.reservations.items():
-            self._libc.munmap(address, size)
+            self._libc.munmap(address, size * self.planes)
         os.close(self._fd)
         self.ledger.close()
         self._places.clear()
@@ -159,19 +176,41 @@ class HostMemory:
         before = [self._shown(at) for at in range(address, end, page)]
         runs = list(_runs(places))
         # A run cuts the mapping that it lands in at both ends, at worst.
-        if populate and self._mappings + len(runs) + 1 > self.max_mappings:
+        if populate and (self._mappings + len(runs) + 1) * self.planes > self.max_mappings:
             raise self._out_of_mappings(len(runs))
-        for start, stop in runs:
-            try:
-                at, length = address + start * page, (stop - start) * page
-                self._mmap(at, length, places[start], populate=populate)
-            except AllocatorError:
-                # At the kernel's bound mmap would fail again; taking access away does not.
-                if start and self._libc.mprotect(address, start * page, 0):
-                    raise _os_error("mprotect", f"{start} pages at {address:#x}") from None
-                self._guard = True  # those pages do not show their own places any more
-                raise
+        for plane in range(self.planes):
+            for start, stop in runs:
+                try:
+                    at = address + plane * size + start * page
+                    self._mmap(at, (stop - start) * page, places[start], plane, populate=populate)
+                except AllocatorError:
+                    self._undo(address, size, before, plane, start, hide=populate)
+                    raise
         self._mappings += _cuts([*left, *places, *right]) - _cuts([*left, *before, *right])
+
+    def _undo(
+        self,
+        address: int,
+        size: int,
+        before: Sequence[int | None],
+        plane: int,
+        done: int,
+        *,
+        hide: bool,
+    ) -> None:
+        """Take back what `_show` has done in all planes before one, and to `done` pages in that.
+
+        At the kernel's bound mmap would fail again, where something is to be shown no more; taking
+        access away does not.
+        """
+        for other in range(plane + 1):
+            count, at = done if other == plane else len(before), address + other * size
+            if hide and count and self._libc.mprotect(at, count * self.granularity, 0):
+                raise _os_error("mprotect", f"{count} pages at {at:#x}") from None
+            for start, stop in _runs(before[:count]) if not hide and count else ():
+                length = (stop - start) * self.granularity
+                self._mmap(at + start * self.granularity, length, before[start], other)
+        self._guard = self._guard or hide  # those pages do not show their own places any more
 
     def _shown(self, address: int) -> int | None:
         """The place that an address shows."""
@@ -211,16 +250,22 @@ class HostMemory:
                 raise _os_error("fallocate", f"punching {stop - start} pages")
 
     def _mmap(
-        self, address: int | None, size: int, place: int | None, *, populate: bool = False
+        self,
+        address: int | None,
+        size: int,
+        place: int | None,
+        plane: int = 0,
+        *,
+        populate: bool = False,
     ) -> int:
-        """Map the file from a place on at `address`; without a place, reserve the range."""
+        """Map a plane's file from a place on at `address`; without a place, reserve the range."""
         fixed = 0 if address is None else _MAP_FIXED
         protection, fd, offset = 0, -1, 0
         if place is None:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | fixed
         else:
             protection, fd = mmap.PROT_READ | mmap.PROT_WRITE, self._fd
-            offset = place * self.granularity
+            offset = (plane * _PLANE_PLACES + place) * self.granularity
             # Populating now costs one call; otherwise each 4 KiB faults when it is first touched.
             flags = mmap.MAP_SHARED | _MAP_NORESERVE | fixed | (populate and mmap.MAP_POPULATE)
         got = self._libc.mmap(address, size, protection, flags, fd, offset)
@@ -231,29 +276,31 @@ class HostMemory:
         return int(got)
 
     def _fallocate(self, mode: int, index: int, count: int) -> int:
-        """Commit or punch pages of the file. Returns 0 or the errno."""
+        """Commit or punch pages of the file, in all planes. Returns 0 or the errno."""
         page = self.granularity
-        while self._libc.fallocate(self._fd, mode, index * page, count * page):
-            if ctypes.get_errno() != errno.EINTR:
-                return ctypes.get_errno()
+        for plane in range(self.planes):
+            at = (plane * _PLANE_PLACES + index) * page
+            while self._libc.fallocate(self._fd, mode, at, count * page):
+                if ctypes.get_errno() != errno.EINTR:
+                    return ctypes.get_errno()
         return 0
 
     def _commit_error(self, count: int, number: int) -> AllocatorError:
         if number not in _NO_MEMORY:
             return AllocatorError(f"cannot commit {count} pages: {os.strerror(number)}")
-        held = len(self._places)
+        held, size = len(self._places), self.granularity * self.planes
         cure = "free memory, or use a smaller KV budget"
         if number == errno.EFBIG:
             cure = "lift the limit on file sizes (`ulimit -f unlimited`)"
         return OutOfPages(
-            f"cannot commit {count} pages of {self.granularity} bytes: {os.strerror(number)} "
-            f"({held - count} pages are held, {(held - count) * self.granularity} bytes); {cure}"
+            f"cannot commit {count} pages of {size} bytes: {os.strerror(number)} "
+            f"({held - count} pages are held, {(held - count) * size} bytes); {cure}"
         )
 
     def _out_of_mappings(self, more: int) -> OutOfPages:
         return OutOfPages(
-            f"cannot add {more} memory mappings: {self._mappings} of {self.max_mappings} are in "
-            "use, and Linux bounds them by vm.max_map_count; run "
+            f"cannot add {more * self.planes} memory mappings: {self._mappings * self.planes} of "
+            f"{self.max_mappings} are in use, and Linux bounds them by vm.max_map_count; run "
             "`sysctl -w vm.max_map_count=1048576`, or use larger pages or fewer sequences at once"
         )
 

@@ -73,8 +73,9 @@ def _check_shared(arena: "KVArena") -> None:
     assert all(len(place) == 1 for place in places.values()), "a page lies at several indices"
     assert arena._space.claimed_pages == len(claimed), f"{len(claimed)} pages are claimed"
     usage, saved = arena.usage(), opened.total() - len(opened)
-    assert usage.live == sum(live.values()), f"{usage.live} live, pages hold {sum(live.values())}"
-    assert usage.shared == saved * layout.page_size, f"{usage.shared} shared, {saved} pages are"
+    total = sum(live.values()) * layout.planes
+    assert usage.live == total, f"{usage.live} live, pages hold {total}"
+    assert usage.shared == saved * layout.page_bytes, f"{usage.shared} shared, {saved} pages are"
     for _, copy in arena._sharing.copies:
         for at in (copy.source, copy.target):
             index, offset = divmod(at, layout.slab_size(copy.group))

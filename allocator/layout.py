@@ -7,6 +7,9 @@ contiguous in virtual memory and token-major, so that it grows at one end:
                       | layer a: K V | layer a+1: K V | ... layer b  | layer a: K V | ...
                                each K or V: [kv_heads, dim]
     pages:            |<------- page 0 ------->|<------- page 1 ------->|   need not align to tokens
+
+Slabs of the same shape need not be groups of their own: as planes of one group they always have the
+same pages mapped, each of which has a part in every plane, and cost the bookkeeping of one.
 """
 
 from collections.abc import Sequence
@@ -44,10 +47,12 @@ class KVLayout:
     Attributes:
         layers: one entry per layer that caches keys and values; they may differ.
         dtype_bytes: bytes of one element.
-        page_size: bytes of one physical page.
+        page_size: bytes of one physical page in each plane.
         max_tokens: tokens that one slot can hold.
         layers_per_slab: layers interleaved in one slab. All of them: least memory lost to partly
             filled pages. One: each layer touches the fewest pages.
+        planes: slabs of each group. The layers are split into so many equal shares, one a plane,
+            which are shaped alike; the groups are those of a share.
     """
 
     layers: tuple[LayerKV, ...]
@@ -55,9 +60,10 @@ class KVLayout:
     page_size: int
     max_tokens: int
     layers_per_slab: int
+    planes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dtype_bytes", "page_size", "max_tokens", "layers_per_slab"):
+        for name in ("dtype_bytes", "page_size", "max_tokens", "layers_per_slab", "planes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if not self.layers:
@@ -66,22 +72,29 @@ class KVLayout:
             raise ValueError(
                 f"page size {self.page_size} is not a multiple of dtype_bytes {self.dtype_bytes}"
             )
+        if self.layers != self.layers[: self._share] * self.planes:
+            raise ValueError(f"{len(self.layers)} layers are not {self.planes} times the same")
 
     @cached_property
     def groups(self) -> tuple[range, ...]:
-        """The layers of each slab group."""
-        total, step = len(self.layers), self.layers_per_slab
+        """The layers of each slab group in the first plane."""
+        total, step = self._share, self.layers_per_slab
         return tuple(range(a, min(a + step, total)) for a in range(0, total, step))
 
     @property
     def num_groups(self) -> int:
-        """Slabs that one slot has."""
+        """Slabs that one slot has in each plane."""
         return len(self.groups)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one physical page in all planes."""
+        return self.page_size * self.planes
 
     @cached_property
     def bytes_per_token(self) -> int:
         """Bytes of one token's K and V in all layers."""
-        return sum(self._token_bytes)
+        return sum(self._token_bytes) * self.planes
 
     def group_bytes_per_token(self, group: int) -> int:
         """Bytes of one token in a slab of `group`: the stride between tokens."""
@@ -99,7 +112,7 @@ class KVLayout:
         return -(-self.max_tokens // step) * step
 
     def slab_size(self, group: int) -> int:
-        """Bytes of address space of one slot's slab, whole pages."""
+        """Bytes of address space of one slot's slab in one plane, whole pages."""
         return self.slot_tokens * self._token_bytes[group]
 
     def tokens_per_page(self, group: int) -> Fraction:
@@ -133,16 +146,22 @@ class KVLayout:
 
     def waste_bytes(self, num_tokens: int) -> int:
         """Bytes of the pages that hold `num_tokens` tokens which hold no token."""
-        mapped = self.total_pages_for(num_tokens) * self.page_size
+        mapped = self.total_pages_for(num_tokens) * self.page_bytes
         return mapped - num_tokens * self.bytes_per_token
 
     def offsets(self, layer: int) -> tuple[int, int]:
         """Bytes from a token's begin in its slab to K and to V of `layer`."""
-        return self._offsets[layer]
+        return self._offsets[self.place_of(layer)[2]]
 
-    def group_of(self, layer: int) -> int:
-        """The slab group that holds `layer`."""
-        return range(len(self.layers))[layer] // self.layers_per_slab
+    def place_of(self, layer: int) -> tuple[int, int, int]:
+        """The plane that holds `layer`, the slab group, and which layer of its plane it is."""
+        plane, within = divmod(range(len(self.layers))[layer], self._share)
+        return plane, within // self.layers_per_slab, within
+
+    @property
+    def _share(self) -> int:
+        """Layers of one plane."""
+        return len(self.layers) // self.planes
 
     @cached_property
     def _token_bytes(self) -> tuple[int, ...]:
@@ -162,3 +181,10 @@ class KVLayout:
                 for begin, s in zip(begins, shapes, strict=False)
             ]
         return tuple(offsets)
+
+
+def planes_of(layers: Sequence[LayerKV], layers_per_slab: int) -> int:
+    """How many planes make these slabs a single group: 1 where they are not alike."""
+    whole = len(layers) % layers_per_slab == 0
+    alike = tuple(layers) == tuple(layers[:layers_per_slab]) * (len(layers) // layers_per_slab)
+    return len(layers) // layers_per_slab if whole and alike else 1

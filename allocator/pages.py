@@ -34,6 +34,7 @@ class PagePool:
         batch: int = 8,
     ) -> None:
         self._memory = memory
+        self._page_bytes = memory.granularity * memory.planes
         self._budget = budget
         self._batch = batch
         self._free: list[Handle] = []
@@ -65,7 +66,7 @@ class PagePool:
     def page_budget(self) -> int | None:
         """Pages that the budget allows to hold now; None where there is no budget."""
         budget = self._budget() if callable(self._budget) else self._budget
-        return None if budget is None else max(0, budget // self._memory.granularity)
+        return None if budget is None else max(0, budget // self._page_bytes)
 
     def acquire(self, count: int) -> list[Handle]:
         """Take `count` pages, with one reference each and undefined contents.
@@ -174,7 +175,7 @@ class PagePool:
         if budget is not None:
             room = max(0, budget - self.created)
             if room < count:
-                page = self._memory.granularity
+                page = self._page_bytes
                 raise OutOfPages(
                     f"{count} more pages of {page} bytes are wanted, and the KV budget of "
                     f"{budget * page} bytes has room for {room}; "

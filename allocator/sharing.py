@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes to be copied inside one slab group before the next step's kernels run.
+    """Bytes to be copied in each plane of one slab group before the next step's kernels run.
 
     Attributes:
         group: the slab group.
@@ -128,7 +128,7 @@ class Sharing:
             sum(sizes) - (0 if handle in self._full.counts else max(sizes))
             for handle, sizes in ends.items()
         )
-        return self._full.excess * layout.page_size + sum(twice)
+        return self._full.excess * layout.page_bytes + sum(twice) * layout.planes
 
     def order(
         self, step: int, place: tuple[int, int], source: "Slot", target: "Slot", nbytes: int

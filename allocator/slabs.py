@@ -23,7 +23,7 @@ class Work:
 
 
 class Slabs:
-    """One reservation per slab group, cut into one slab per slot.
+    """One reservation per slab group, each plane of it cut into one slab per slot.
 
     A slab's pages are mapped from its begin on, in order, and leave it from its end.
 
@@ -38,6 +38,7 @@ class Slabs:
         self._memory = memory
         self._pool = pool
         self._page_size = layout.page_size
+        self._planes = layout.planes
         self._sizes = [layout.slab_size(group) for group in range(layout.num_groups)]
         self._num_slots = num_slots
         self._bases: list[int] = []
@@ -56,7 +57,7 @@ class Slabs:
     @property
     def reserved(self) -> int:
         """Bytes of address space; 0 once freed."""
-        return self._num_slots * sum(self._sizes) if self._bases else 0
+        return self._num_slots * sum(self._sizes) * self._planes if self._bases else 0
 
     def address(self, group: int, slot: int = 0, page: int = 0) -> int:
         """Address of a page of a slab."""

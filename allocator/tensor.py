@@ -50,10 +50,12 @@ def slab_bytes(arena: KVArena, group: int, device: torch.device | str = "cpu") -
     """All slots' slabs of a group as bytes, in which `Copy.source` and `Copy.target` count.
 
     Returns:
-        uint8 `[num_slots * slab_size]`; valid until `arena.release()`.
+        uint8 `[planes, num_slots * slab_size]`; valid until `arena.release()`.
     """
-    size = arena.num_slots * arena.layout.slab_size(group)
-    return strided_view(arena.address(group), size, (size,), (1,), torch.uint8, device=device)
+    planes, size = arena.layout.planes, arena.num_slots * arena.layout.slab_size(group)
+    return strided_view(
+        arena.address(group), planes * size, (planes, size), (size, 1), torch.uint8, device=device
+    )
 
 
 def layer_views(
@@ -73,12 +75,12 @@ def layer_views(
         raise ValueError(
             f"{dtype} has {dtype.itemsize} bytes, the layout's elements have {layout.dtype_bytes}"
         )
-    shape, group = layout.layers[layer], layout.group_of(layer)
+    shape, (plane, group, _) = layout.layers[layer], layout.place_of(layer)
     token_stride = layout.group_bytes_per_token(group) // dtype.itemsize
 
     def view(dim: int, offset: int) -> torch.Tensor:
         return strided_view(
-            arena.address(group),
+            arena.address(group, plane),
             arena.num_slots * layout.slab_size(group),
             (arena.num_slots, layout.slot_tokens, shape.kv_heads, dim),
             (layout.slot_tokens * token_stride, token_stride, dim, 1),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NewType, Protocol
 
 Handle = NewType("Handle", int)
-"""One physical page of `VirtualMemory.granularity` bytes."""
+"""One physical page: `VirtualMemory.granularity` bytes in each of its planes."""
 
 
 class AllocatorError(Exception):
@@ -27,21 +27,29 @@ class VirtualMemory(Protocol):
     nothing: when it raises, the state is as before the call. A broken rule (overlapping map, unmap
     of an unmapped page, destroying a mapped page, ...) raises `AllocatorError`. Instances are used
     by one thread at a time.
+
+    A page may have a part in each of several planes, as an array of structures is turned into a
+    structure of arrays. What is said of an address then holds in all planes of its reservation,
+    which lie one behind the other; calls name the address in the first.
     """
 
     @property
     def granularity(self) -> int:
-        """Bytes of one physical page."""
+        """Bytes of one physical page in each plane."""
+
+    @property
+    def planes(self) -> int:
+        """Parts of a page."""
 
     def reserve(self, size: int) -> int:
-        """Reserve `size` bytes of address space, without memory; touching it is a fault.
+        """Reserve `size` bytes of address space a plane, without memory; touching it is a fault.
 
         Returns:
-            The address, a multiple of the system's page size.
+            The address, a multiple of the system's page size. Plane k begins `k * size` on.
         """
 
     def free(self, address: int, size: int) -> None:
-        """Give back a whole reservation, in which nothing is mapped any more."""
+        """Give back a whole reservation of `size` bytes a plane, in which nothing is mapped."""
 
     def create(self, count: int) -> list[Handle]:
         """Make `count` physical pages, consecutive handles where possible.

@@ -16,7 +16,7 @@ from allocator.accounting import Usage, UsageIntegral, paged_bytes, static_bytes
 from allocator.arena import KVArena
 from allocator.cuda import CudaMemory, Driver
 from allocator.host import HostMemory
-from allocator.layout import KVLayout, LayerKV
+from allocator.layout import KVLayout, LayerKV, planes_of
 from allocator.tensor import layer_views, slab_bytes
 from allocator.vmm import AllocatorError, VirtualMemory
 from batchrun.engine import attention
@@ -255,13 +255,14 @@ class Assembly:
 
         Below 0 when another program took more than was left: then the cache gives pages back.
         """
-        page_size = self.settings.page_size
+        page_size, per_slab = self.settings.page_size, self._layers_per_slab()
+        planes = planes_of(_cached(self.loaded), per_slab)
         if not self._cuda:
-            slabs = -(-len(self.loaded.layers) // self._layers_per_slab())
+            slabs = -(-len(self.loaded.layers) // per_slab)
             fair = 1 << (_HOST_PAGE // slabs).bit_length() - 1
             size = page_size or max(_LEAST_HOST_PAGE, fair)
-            return HostMemory(size, guard=False), available_memory
-        memory = CudaMemory(self.loaded.device.index or 0, page_size=page_size)
+            return HostMemory(size, planes=planes, guard=False), available_memory
+        memory = CudaMemory(self.loaded.device.index or 0, page_size=page_size, planes=planes)
         return memory, lambda: memory.memory_info()[0] - DEVICE_HEADROOM
 
     def _layers_per_slab(self) -> int:
@@ -275,16 +276,23 @@ class Assembly:
     def _make_arena(self) -> KVArena:
         memory, free = self._make_memory()
         self._resources.callback(memory.close)
-        page = memory.granularity
+        layout = KVLayout(
+            _cached(self.loaded),
+            self.loaded.dtype.itemsize,
+            memory.granularity,
+            self.loaded.max_model_len,
+            self._layers_per_slab(),
+            memory.planes,
+        )
 
         def measured() -> int:
             """What the pool may hold: what it has and what is free beside it."""
             held = self.arena.pool.created if hasattr(self, "arena") else 0
-            return held * page + free()
+            return held * layout.page_bytes + free()
 
         arena = KVArena(
             memory,
-            _layout(self.loaded, page, self._layers_per_slab()),
+            layout,
             num_slots=self.max_num_seqs + KEPT + self._cuda,  # one for the fillers of graphs
             budget=measured if self.settings.kv_budget is None else self.settings.kv_budget,
         )
@@ -408,15 +416,8 @@ def assemble(
     return assembly
 
 
-def _layout(loaded: LoadedModel, page_size: int, layers_per_slab: int) -> KVLayout:
-    layers = tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers)
-    return KVLayout(
-        layers,
-        loaded.dtype.itemsize,
-        page_size,
-        loaded.max_model_len,
-        layers_per_slab,
-    )
+def _cached(loaded: LoadedModel) -> tuple[LayerKV, ...]:
+    return tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers)
 
 
 def available_memory() -> int:

@@ -69,7 +69,7 @@ class TorchExecutor:
     Args:
         loaded: The model.
         views: Each layer's keys and values, `[num_slots, slot_tokens, kv_heads, dim]`.
-        slabs: Each slab group's bytes, in which copies are made.
+        slabs: Each slab group's bytes `[planes, bytes]`, in which copies are made.
         backend: The attention kernels.
         transfers: The way to the device and back.
         lag: See `Executor`; 0 unless `transfers` are asynchronous.
@@ -162,8 +162,8 @@ class TorchExecutor:
             with self.transfers.copying():
                 for copy in copies:
                     slab, size = self._slabs[copy.group], copy.nbytes
-                    source = slab[copy.source : copy.source + size]
-                    slab[copy.target : copy.target + size].copy_(source, non_blocking=True)
+                    source = slab[:, copy.source : copy.source + size]
+                    slab[:, copy.target : copy.target + size].copy_(source, non_blocking=True)
 
     @contextmanager
     def _step(self) -> Iterator[None]:

@@ -26,6 +26,9 @@ LAYOUTS = [
         (LayerKV(2 * SCALE, 31, 33), LayerKV(3 * SCALE, 64, 64), LayerKV(SCALE, 7, 1)),
         *(4, PAGE, MAX_TOKENS, 2),
     ),
+    KVLayout(
+        (LayerKV(SCALE, 25, 25), LayerKV(5 * SCALE, 30, 20)) * 3, 4, PAGE, MAX_TOKENS, 1, planes=3
+    ),
 ]
 _TOKENS = torch.arange(MAX_TOKENS, dtype=torch.int32, device=DEVICE)
 
@@ -62,17 +65,18 @@ class ArenaModel:
     """Operations on an arena as an engine makes them, each with what must be true after it."""
 
     def __init__(self, layout: KVLayout, num_slots: int, budget: int | None, slack: float) -> None:
-        self.memory = open_memory()
+        self.memory = open_memory(planes=layout.planes)
         self.twin = Twin(self.memory)
         self.layout, self.budget, self.ceiling = layout, budget, budget
         self.arena = KVArena(
             self.memory,
             layout,
             num_slots=num_slots,
-            budget=None if budget is None else lambda: self.budget * PAGE,
+            budget=None if budget is None else lambda: self.budget * layout.page_bytes,
             slack=slack,
         )
-        self.words = [self._words(group) for group in range(layout.num_groups)]
+        planes, groups = range(layout.planes), range(layout.num_groups)
+        self.words = [self._words(group, plane) for plane in planes for group in groups]
         self.open_slots: dict[int, Occupant] = {}  # in order of admission
         self.kept: dict[int, Occupant] = {}
         self.left: dict[int, Occupant] = {}  # closed, and not opened since
@@ -228,12 +232,13 @@ class ArenaModel:
         """Run the eldest launched step."""
         step = self.running.popleft()
         for copy in step.copies:
-            base = self.arena.address(copy.group)
-            data = self.twin.read(base + copy.source, copy.nbytes)
-            self.twin.write(base + copy.target, data)
+            for plane in range(self.layout.planes):
+                base = self.arena.address(copy.group, plane)
+                data = self.twin.read_plane(base + copy.source, copy.nbytes)
+                self.twin.write_plane(base + copy.target, data)
         for _, slot, begin, end, name in step.writes:
-            for group, words in enumerate(self.words):
-                words[slot, begin:end] = self.pattern(group, name, begin, end)[:, None]
+            for slab, words in enumerate(self.words):
+                words[slot, begin:end] = self.pattern(slab, name, begin, end)[:, None]
         for occupant, slot, names in step.reads:
             self.verify(slot, names)
             self.settle(occupant, names)
@@ -313,7 +318,8 @@ class ArenaModel:
         for slot, occupant in self.open_slots.items():
             assert self.arena.live_tokens(slot) == len(occupant.names)
         usage, created = self.arena.usage(), self.arena.pool.created
-        assert usage.mapped == created * PAGE == len(self.memory.ledger.mapped_at) * PAGE
+        assert created == len(self.memory.ledger.mapped_at)
+        assert usage.mapped == created * self.layout.page_bytes
         assert self.ceiling is None or created <= self.ceiling
         lengths = [len(occupant.names) for occupant in self.open_slots.values()]
         assert usage.paged == sum(-(-n // 16) * 16 for n in lengths) * self.layout.bytes_per_token
@@ -322,21 +328,21 @@ class ArenaModel:
         assert self.arena.num_open == len(self.open_slots)
 
     def verify(self, slot: int, names: torch.Tensor) -> None:
-        for group, words in enumerate(self.words if len(names) else ()):
+        for slab, words in enumerate(self.words if len(names) else ()):
             found = words[slot, : len(names)]
-            wanted = self.pattern(group, names, 0, len(names))[:, None]
-            assert torch.equal(found, wanted.expand_as(found)), f"slot {slot}, group {group}"
+            wanted = self.pattern(slab, names, 0, len(names))[:, None]
+            assert torch.equal(found, wanted.expand_as(found)), f"slot {slot}, slab {slab}"
 
-    def pattern(self, group: int, names: torch.Tensor | int, begin: int, end: int) -> torch.Tensor:
+    def pattern(self, slab: int, names: torch.Tensor | int, begin: int, end: int) -> torch.Tensor:
         """What each word of the tokens [begin, end) must be."""
-        return (names * self.layout.num_groups + group) * MAX_TOKENS + _TOKENS[begin:end]
+        return (names * len(self.words) + slab) * MAX_TOKENS + _TOKENS[begin:end]
 
-    def _words(self, group: int) -> torch.Tensor:
-        """All slabs of a group, as [slots, tokens, words of 32 bits]."""
+    def _words(self, group: int, plane: int) -> torch.Tensor:
+        """All slabs of a group in a plane, as [slots, tokens, words of 32 bits]."""
         slots, tokens = self.arena.num_slots, self.layout.slot_tokens
         size = self.layout.group_bytes_per_token(group) // 4
         return strided_view(
-            self.arena.address(group),
+            self.arena.address(group, plane),
             slots * self.layout.slab_size(group),
             (slots, tokens, size),
             (tokens * size, size, 1),

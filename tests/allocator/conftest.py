@@ -9,9 +9,9 @@ from allocator.layout import KVLayout, LayerKV
 from allocator.vmm import VirtualMemory
 
 
-@pytest.fixture
-def twin() -> Iterator[Twin]:
-    twin = memory_twins.open_twin()
+@pytest.fixture(params=[1, 3], ids=["", "planes"])
+def twin(request: pytest.FixtureRequest) -> Iterator[Twin]:
+    twin = memory_twins.open_twin(planes=request.param)
     yield twin
     twin.memory.close()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_twins import PAGE, open_memory, opened, run_python
+from memory_twins import PAGE, Twin, open_memory, opened, run_python
 
 from allocator.cuda import CudaMemory
 from allocator.vmm import AllocatorError, OutOfPages
@@ -86,27 +86,34 @@ def test_create_beyond_the_device_takes_nothing_and_says_what_is_free(memory: Cu
     FAKE.fake_others_take(0)
 
 
-@pytest.mark.parametrize("nth", [1, 3, 5])
+@pytest.mark.parametrize(("nth", "planes"), [(1, 1), (3, 1), (5, 1), (1, 3), (6, 3), (13, 3)])
 @pytest.mark.parametrize("code", [OUT_OF_MEMORY, INVALID_CONTEXT])
 @pytest.mark.parametrize("function", ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap"])
 def test_a_driver_error_in_the_middle_is_undone(
-    memory: CudaMemory, function: str, nth: int, code: int
+    function: str, nth: int, planes: int, code: int
 ) -> None:
+    with opened(open_memory(planes=planes)) as memory:
+        undo(memory, function, nth, code)
+    assert (FAKE.fake_committed(), FAKE.fake_mappings(), FAKE.fake_reservations()) == (0, 0, 0)
+
+
+def undo(memory: CudaMemory, function: str, nth: int, code: int) -> None:
+    twin = Twin(memory)
     base = memory.reserve(16 * PAGE)
     held, more = memory.create(5), memory.create(5)
     memory.map(base, held)
-    ctypes.memset(base, 7, 5 * PAGE)
+    twin.write(base, b"\7" * 5 * PAGE)
     act = {
         "cuMemCreate": lambda: memory.create(5),
         "cuMemUnmap": lambda: memory.unmap(base, 5),
     }.get(function, lambda: memory.map(base + 5 * PAGE, more))
     before = state(memory)
-    fail(function, 1 if function == "cuMemSetAccess" else nth, code)
+    fail(function, -(-nth // 5) if function == "cuMemSetAccess" else nth, code)
     with pytest.raises(AllocatorError, match=rf"^{function} failed with .* \({code}\)") as raised:
         act()
     assert isinstance(raised.value, OutOfPages) == (code == OUT_OF_MEMORY)
     assert state(memory) == before
-    assert ctypes.string_at(base, 5 * PAGE) == b"\7" * 5 * PAGE
+    assert twin.read(base, 5 * PAGE) == b"\7" * 5 * PAGE
     act()
 
 
@@ -252,7 +259,7 @@ def test_the_fake_driver_keeps_the_rules(memory: CudaMemory, rule: str) -> None:
     base, driver = memory.reserve(8 * PAGE), memory.driver
     memory.map(base, memory.create(3))
     (page,) = memory.create(1)
-    allocation = memory._allocations[page]
+    allocation = memory._allocations[page][0]
     driver.call("cuMemMap", base + 4 * PAGE, PAGE, 0, allocation, 0)
     before = state(memory)
     with pytest.raises(AllocatorError, match=r"CUDA_ERROR_INVALID_VALUE \(1\)"):

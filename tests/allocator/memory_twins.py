@@ -28,13 +28,13 @@ SCALE = PAGE // 4096
 """What tests multiply the bytes of a token by, so that a page holds as many of them anywhere."""
 
 
-def open_memory(page_size: int = PAGE) -> HostMemory | CudaMemory:
+def open_memory(page_size: int = PAGE, planes: int = 1) -> HostMemory | CudaMemory:
     """A memory of this process's twin, with pages of `page_size` bytes or the least above it."""
     if TWIN in {"host", "unguarded-host"}:
-        return HostMemory(page_size, guard=TWIN == "host")
+        return HostMemory(page_size, planes=planes, guard=TWIN == "host")
     if TWIN == "cuda":
         _keep_context()
-    return CudaMemory(page_size=max(page_size, PAGE))
+    return CudaMemory(page_size=max(page_size, PAGE), planes=planes)
 
 
 @cache
@@ -45,26 +45,45 @@ def _keep_context() -> CudaMemory:
 
 @dataclass(frozen=True)
 class Twin:
-    """A memory and how to touch it: a copy by the device's driver, or the processor itself."""
+    """A memory and how to touch it: a copy by the device's driver, or the processor itself.
+
+    What is written differs from plane to plane, and is read back from all of them.
+    """
 
     memory: HostMemory | CudaMemory
 
     def read(self, address: int, size: int) -> bytes:
+        parts = [self.read_plane(at, size) for at in self._planes(address)]
+        seen = [bytes(byte ^ plane for byte in part) for plane, part in enumerate(parts)]
+        assert seen == seen[:1] * len(seen), "planes disagree"
+        return seen[0]
+
+    def write(self, address: int, data: bytes) -> None:
+        for plane, at in enumerate(self._planes(address)):
+            self.write_plane(at, bytes(byte ^ plane for byte in data) if plane else data)
+
+    def _planes(self, address: int) -> range:
+        if self.memory.planes == 1:
+            return range(address, address + 1)
+        _, size = self.memory.ledger.reservation_of(address, 0)
+        return range(address, address + size * self.memory.planes, size)
+
+    def read_plane(self, address: int, size: int) -> bytes:
         if TWIN != "cuda":
             return ctypes.string_at(address, size)
         data = bytearray(size)
         self.memory.driver.call("cuMemcpyDtoH", data, address, size)
         return bytes(data)
 
-    def write(self, address: int, data: bytes) -> None:
+    def write_plane(self, address: int, data: bytes) -> None:
         if TWIN != "cuda":
             ctypes.memmove(address, data, len(data))
         else:
             self.memory.driver.call("cuMemcpyHtoD", address, data, len(data))
 
 
-def open_twin(page_size: int = max(PAGE, 64 << 10)) -> Twin:
-    return Twin(open_memory(page_size))
+def open_twin(page_size: int = max(PAGE, 64 << 10), planes: int = 1) -> Twin:
+    return Twin(open_memory(page_size, planes))
 
 
 def examples(count: int) -> int:

@@ -138,14 +138,16 @@ def test_too_many_mappings_is_out_of_pages_and_says_what_to_do() -> None:
     memory.close()
 
 
+@pytest.mark.parametrize("planes", [1, 3])
 @pytest.mark.parametrize("limit", ["", ", max_mappings=10**9"], ids=["ours", "the kernel's"])
-def test_the_mappings_a_process_really_has_run_out_as_out_of_pages(limit: str) -> None:
+def test_the_mappings_a_process_really_has_run_out_as_out_of_pages(limit: str, planes: int) -> None:
     done = run_python(f"""
 from allocator.host import HostMemory
 from allocator.vmm import OutOfPages
-memory = HostMemory(4096{limit})
+memory = HostMemory(4096, planes={planes}{limit})
 base = memory.reserve(1 << 30)
 (page,) = memory.create(1)
+before = open("/proc/self/maps").read().count(" rw-s ")
 addresses = range(base, base + (1 << 30), 8192)
 try:
     for count, address in enumerate(addresses):
@@ -153,7 +155,11 @@ try:
 except OutOfPages as error:
     print(error)
 print(count)
-if not {limit!r}:
+if {planes} > 1:  # no plane of the page that was refused is mapped
+    memory._libc.munmap(base, 8192 * 1000)  # room for reading the list of mappings
+    left = open("/proc/self/maps").read().count(" rw-s ") - before
+    assert left == {planes} * count - 1000, (left, count)
+elif not {limit!r}:
     for address in addresses[:count]:
         memory.unmap(address, 1)
     memory.free(base, 1 << 30)
@@ -163,7 +169,7 @@ memory.close()
     message, count = done.stdout.splitlines()
     assert "vm.max_map_count" in message
     allowed = int(Path("/proc/sys/vm/max_map_count").read_text())
-    assert allowed / 4 < int(count) <= allowed / 2
+    assert allowed / 4 < int(count) * planes <= allowed / 2
 
 
 def test_a_run_that_the_kernel_cuts_short_is_not_left_half_mapped() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.layout import KVLayout, LayerKV
+from allocator.layout import KVLayout, LayerKV, planes_of
 
 MIB = 1 << 20
 
@@ -64,7 +64,7 @@ def test_layers_of_different_shapes() -> None:
     assert layout.offsets(0) == (0, 4 * 64 * 2)
     assert layout.offsets(1) == (384 * 2, 384 * 2 + 64 * 2)
     assert layout.offsets(2) == (0, 1152)
-    assert [layout.group_of(layer) for layer in range(3)] == [0, 0, 1]
+    assert [layout.place_of(layer)[1] for layer in range(3)] == [0, 0, 1]
     assert layout.pages_for(4) == (1, 2)
     assert layout.tokens_in([1, 1]) == 3  # the second group holds fewer tokens a page
 
@@ -74,7 +74,7 @@ def test_a_last_group_that_is_not_full() -> None:
     assert layout.groups == (range(0, 3), range(3, 6), range(6, 7))
     assert [layout.group_bytes_per_token(g) for g in range(3)] == [96, 96, 32]
     with pytest.raises(IndexError):
-        layout.group_of(7)
+        layout.place_of(7)
 
 
 def test_a_slot_never_holds_more_than_max_tokens() -> None:
@@ -109,8 +109,9 @@ def test_layers_that_cannot_be() -> None:
 
 shapes = st.builds(LayerKV, st.integers(1, 8), st.integers(1, 300), st.integers(0, 300))
 layouts = st.builds(
-    KVLayout,
+    lambda layers, planes, *more: KVLayout(layers * planes, *more, planes=planes),
     st.lists(shapes, min_size=1, max_size=6).map(tuple),
+    st.integers(1, 3),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([4096, 65536]),
     st.integers(1, 5000),
@@ -131,7 +132,7 @@ def test_pages_and_tokens_are_inverse(layout: KVLayout, data: st.DataObject) -> 
         assert count * layout.page_size <= layout.slab_size(group)
         assert layout.slab_size(group) % layout.page_size == 0
         assert layout.slab_size(group) == layout.slot_tokens * layout.group_bytes_per_token(group)
-    assert 0 <= layout.waste_bytes(tokens) < layout.num_groups * layout.page_size
+    assert 0 <= layout.waste_bytes(tokens) < layout.num_groups * layout.page_bytes
     fewer = [max(0, count - 1) for count in pages]
     assert tokens == 0 or layout.tokens_in(fewer) < tokens
 
@@ -139,10 +140,26 @@ def test_pages_and_tokens_are_inverse(layout: KVLayout, data: st.DataObject) -> 
 @settings(deadline=None)
 @given(layouts)
 def test_every_byte_of_a_token_belongs_to_one_tensor(layout: KVLayout) -> None:
-    owners = [[0] * layout.group_bytes_per_token(g) for g in range(layout.num_groups)]
+    groups, planes = range(layout.num_groups), range(layout.planes)
+    owners = [[[0] * layout.group_bytes_per_token(g) for g in groups] for _ in planes]
     for layer, shape in enumerate(layout.layers):
-        record = owners[layout.group_of(layer)]
+        plane, group, _ = layout.place_of(layer)
+        record = owners[plane][group]
         for begin, dim in zip(layout.offsets(layer), (shape.k_dim, shape.v_dim), strict=True):
             for byte in range(begin, begin + shape.kv_heads * dim * layout.dtype_bytes):
                 record[byte] += 1
-    assert all(count == 1 for record in owners for count in record)
+    assert all(count == 1 for plane in owners for record in plane for count in record)
+    assert sum(len(record) for plane in owners for record in plane) == layout.bytes_per_token
+
+
+def test_slabs_that_are_alike_are_planes() -> None:
+    one, other = LayerKV(3, 64, 64), LayerKV(1, 64, 64)
+    assert planes_of((one,) * 30, 1) == 30
+    assert planes_of((one, other) * 3, 2) == 3
+    assert planes_of((one,) * 30, 30) == 1
+    assert planes_of((one,) * 5, 2) == 1, "the last one is shorter"
+    assert planes_of((one, other) * 3, 1) == 1
+    with pytest.raises(ValueError, match="4 layers are not 2 times the same"):
+        KVLayout((one, one, other, one), 2, 4096, 8, 1, planes=2)
+    with pytest.raises(ValueError, match="5 layers are not 2 times the same"):
+        KVLayout((one,) * 5, 2, 4096, 8, 1, planes=2)

@@ -110,8 +110,8 @@ class EchoExecutor:
         self, plan: StepPlan, shared: SharedParts | None
     ) -> Iterator[tuple[Sequence, list[int]]]:
         for c in plan.copies:
-            source = self.slab[c.source : c.source + c.nbytes]
-            self.slab[c.target : c.target + c.nbytes] = source
+            source = self.slab[:, c.source : c.source + c.nbytes]
+            self.slab[:, c.target : c.target + c.nbytes] = source
         if shared is not None:
             self._compare(plan.segments, shared)
         for s in plan.segments:
