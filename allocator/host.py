@@ -174,7 +174,7 @@ class HostMemory:
         left = [self._shown(address - page)] if address > base else []
         right = [self._shown(end)] if end < base + size else []
         before = [self._shown(at) for at in range(address, end, page)]
-        runs = list(_runs(places))
+        runs = [r for r in _runs(places) if before[slice(*r)] != list(places[slice(*r)])]
         # A run cuts the mapping that it lands in at both ends, at worst.
         if populate and (self._mappings + len(runs) + 1) * self.planes > self.max_mappings:
             raise self._out_of_mappings(len(runs))

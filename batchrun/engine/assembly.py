@@ -425,13 +425,14 @@ def available_memory() -> int:
 
     The tighter one of the machine's `MemAvailable` and this control group's limit.
     """
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
+    with open("/proc/meminfo", "rb") as file:
+        free = 1024 * int(file.read().partition(b"MemAvailable:")[2].split(None, 1)[0])
     try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+        with open("/sys/fs/cgroup/memory.max", "rb") as file:
+            limit = file.read().strip()
+        if limit != b"max":
+            with open("/sys/fs/cgroup/memory.current", "rb") as file:
+                free = min(free, int(limit) - int(file.read()))
     except FileNotFoundError:
         pass  # the root group, or a machine without control groups: no limit
     return free - _HOST_HEADROOM

@@ -98,58 +98,56 @@ class _Call(ctypes.Structure):
         ("own_part", ctypes.c_void_p),
     )
 
+    def attend(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        by: Callable[..., object],
+        new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Have a library's function attend for the batch, whose queries are the first ones."""
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
+        _, _, self.kv_heads, self.k_dim = keys.shape
+        self.q_heads, self.v_dim = query.shape[1], values.shape[3]
+        out = query.new_empty(*query.shape[:2], values.shape[3])
+        self.query, self.out = query.data_ptr(), out.data_ptr()
+        self.keys, self.values = keys.data_ptr(), values.data_ptr()
+        self.sinks = None if sinks is None else sinks.data_ptr()
+        self.query_stride = query.stride()[:2]
+        self.key_stride, self.value_stride = keys.stride()[:3], values.stride()[:3]
+        self.window, self.scale = layer.window or 0, layer.scale
+        self.softcap = layer.softcap or 0.0
+        self.new_keys = None
+        if new is not None:
+            new_keys, new_values = (t if t.stride(2) == 1 else t.contiguous() for t in new)
+            self.new_keys, self.new_values = new_keys.data_ptr(), new_values.data_ptr()
+            self.new_key_stride = new_keys.stride()[:2]
+            self.new_value_stride = new_values.stride()[:2]
+        by(ctypes.byref(self))
+        return out
+
 
 def _call(
     batch: Batch,
-    layer: LayerAttention,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    by: Callable[..., object],
     starts: Ints | None = None,
-    level: Level = Level.NOTHING,
-    new: tuple[torch.Tensor, torch.Tensor] | None = None,
     shared: SharedParts | None = None,
-) -> torch.Tensor:
-    """Have a library's function attend for a batch, whose queries are the first of `query`."""
-    if query.stride(2) != 1:
-        query = query.contiguous()
-    sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
-    out = query.new_empty(*query.shape[:2], values.shape[3])
-    call = _Call(
-        query.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        out.data_ptr(),
-        None if sinks is None else sinks.data_ptr(),
-        batch.slots.ctypes.data,
-        batch.ends.ctypes.data,
-        None if starts is None else starts.ctypes.data,
-        len(batch),
-        query.shape[1],
-        keys.shape[2],
-        *(keys.shape[3], values.shape[3]),
-        query.stride()[:2],
-        keys.stride()[:3],
-        values.stride()[:3],
-        layer.window or 0,
-        torch.get_num_threads(),
-        level,
-        layer.scale,
-        layer.softcap or 0.0,
-    )
-    if new is not None:
-        new_keys, new_values = (t if t.stride(2) == 1 else t.contiguous() for t in new)
-        call.new_keys, call.new_values = new_keys.data_ptr(), new_values.data_ptr()
-        call.new_key_stride[:] = new_keys.stride()[:2]
-        call.new_value_stride[:] = new_values.stride()[:2]
+    level: Level = Level.NOTHING,
+) -> _Call:
+    """What the calls of a step have in common. The arrays must outlive it."""
+    call = _Call(n=len(batch), threads=torch.get_num_threads(), level=level)
+    call.slots, call.ends = batch.slots.ctypes.data, batch.ends.ctypes.data
+    if starts is not None:
+        call.starts = starts.ctypes.data
     if shared is not None:
         call.n_shared = len(shared.part)
         call.shared_part, call.shared_starts = shared.part.ctypes.data, shared.starts.ctypes.data
         call.shared_members, call.own_part = shared.members.ctypes.data, shared.own.ctypes.data
-    by(ctypes.byref(call))
-    return out
+    return call
 
 
 class NativeBF16:
@@ -167,7 +165,7 @@ class NativeBF16:
     capturable = False  # there are no graphs on a CPU
 
     def __init__(self, attend: Callable[..., object], level: Level, part: int) -> None:
-        self._attend = attend
+        self._function = attend
         self.level = level
         self._part = part
         self.plan(())
@@ -176,9 +174,9 @@ class NativeBF16:
         """See `AttentionBackend.plan`."""
         if fixed:
             raise ValueError("native computes on a CPU, which records no graphs")
-        self._batch = together(segments)
-        self._starts = self._batch.starts
-        self._shared = shared_parts(segments, self._part)
+        batch = together(segments)
+        arrays = batch, batch.starts, shared_parts(segments, self._part)
+        self._call, self._held = _call(*arrays, self.level), arrays
 
     def run(
         self,
@@ -192,14 +190,7 @@ class NativeBF16:
 
         `new` are keys and values `[T, Hkv, D]` of the queries' tokens, put into the slots first.
         """
-        return _call(
-            *(self._batch, layer, query, keys, values),
-            by=self._attend,
-            starts=self._starts,
-            level=self.level,
-            new=new,
-            shared=self._shared,
-        )
+        return self._call.attend(layer, query, keys, values, by=self._function, new=new)
 
 
 class Native:
@@ -240,7 +231,7 @@ class Native:
         at = len(self._decodes)
         if not at:
             return self._prefills.run(layer, query, keys, values)
-        out = _call(self._decodes, layer, query, keys, values, by=self._decode)
+        out = _call(self._decodes).attend(layer, query, keys, values, by=self._decode)
         if self._longer:
             out[at:] = self._prefills.run(layer, query[at:], keys, values)
         return out
