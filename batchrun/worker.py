@@ -9,6 +9,7 @@ An error in any of them closes both channels and is raised in the caller's threa
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -514,4 +515,6 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
         step_cost=measured.step_cost if measured else None,
         **runtime,
     )
-    return Runtime(settings, prompt, log)
+    opened = Runtime(settings, prompt, log)
+    gc.freeze()  # or each collection would go through all of torch and the model again
+    return opened
