@@ -5,6 +5,7 @@ import errno
 import mmap
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _MAP_NORESERVE = 0x4000
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE demands FALLOC_FL_KEEP_SIZE
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _SPARE_PLACES = 1 << 31  # pages: behind any reservation
-_PLANE_PLACES = 1 << 32  # pages of a plane, in the file
+_SPARE_STRIDE = 1 << 32  # pages from a plane to the next, of those
 _NO_MEMORY = {errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT}
 
 
@@ -39,7 +40,7 @@ class HostMemory:
 
     Args:
         page_size: bytes of one page in each plane, a multiple of the system's page size.
-        planes: parts of a page. Each plane has a range of the file for itself.
+        planes: parts of a page. Each plane of a reservation has a range of the file for itself.
         guard: whether touching an address without a page is a fault.
         max_mappings: kernel mappings to use at most; by default three quarters of what a process
             may have, which leaves the rest to libraries, threads and files.
@@ -73,6 +74,7 @@ class HostMemory:
         self._taken: set[int] = set()  # those places
         self._begins: dict[int, int] = {}  # reservation -> the place of its first page
         self._end = 0  # of the places of all reservations there ever were
+        self._ranges: list[tuple[int, int]] = []  # of each: its first place, pages of a plane
         self._spare = _SPARE_PLACES
         self._mappings = 0  # of each plane
 
@@ -81,18 +83,17 @@ class HostMemory:
         self.ledger.check_reserve(size)
         address = self._mmap(None, size * self.planes, None)
         self.ledger.reserved(address, size)
-        self._begins[address] = self._end
-        if not self._guard:
-            try:
-                for plane in range(self.planes):
-                    self._mmap(address + plane * size, size, self._end, plane)
-            except AllocatorError:
-                self._libc.munmap(address, size * self.planes)
-                self.ledger.freed(address)
-                del self._begins[address]
-                raise
-        self._end += size // self.granularity
+        begin, pages = self._end, size // self.granularity
+        self._begins[address] = begin
+        self._ranges.append((begin, pages))
+        self._end += pages * self.planes
         self._mappings += 1
+        try:
+            for plane in range(0 if self._guard else self.planes):
+                self._mmap(address + plane * size, size, begin, plane)
+        except AllocatorError:
+            self.free(address, size)
+            raise
         return address
 
     def free(self, address: int, size: int) -> None:
@@ -265,7 +266,7 @@ class HostMemory:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | fixed
         else:
             protection, fd = mmap.PROT_READ | mmap.PROT_WRITE, self._fd
-            offset = (plane * _PLANE_PLACES + place) * self.granularity
+            offset = self._offset(place, plane)
             # Populating now costs one call; otherwise each 4 KiB faults when it is first touched.
             flags = mmap.MAP_SHARED | _MAP_NORESERVE | fixed | (populate and mmap.MAP_POPULATE)
         got = self._libc.mmap(address, size, protection, flags, fd, offset)
@@ -275,11 +276,21 @@ class HostMemory:
             raise _os_error("mmap", f"{size} bytes")
         return int(got)
 
+    def _offset(self, place: int, plane: int) -> int:
+        """Where a plane's part of a place is in the file: no further than there is address space.
+
+        A limit on the size of files then allows what it would without planes.
+        """
+        stride = _SPARE_STRIDE
+        if plane and place < _SPARE_PLACES:
+            stride = self._ranges[bisect_right(self._ranges, (place, sys.maxsize)) - 1][1]
+        return (place + plane * stride) * self.granularity
+
     def _fallocate(self, mode: int, index: int, count: int) -> int:
         """Commit or punch pages of the file, in all planes. Returns 0 or the errno."""
         page = self.granularity
         for plane in range(self.planes):
-            at = (plane * _PLANE_PLACES + index) * page
+            at = self._offset(index, plane)
             while self._libc.fallocate(self._fd, mode, at, count * page):
                 if ctypes.get_errno() != errno.EINTR:
                     return ctypes.get_errno()
