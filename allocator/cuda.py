@@ -180,12 +180,12 @@ class CudaMemory:
         self._enter()
         joined: list[range] = []
         try:
-            for plane, part in enumerate(self._parts(pages)):
-                self._join(part, [self._allocations[handle][plane] for handle in handles])
-                joined.append(part)
+            for plane, addresses in enumerate(self._of_planes(pages)):
+                self._join(addresses, [self._allocations[handle][plane] for handle in handles])
+                joined.append(addresses)
         except AllocatorError:
-            for part in joined:
-                self._part(part)
+            for addresses in joined:
+                self._unjoin(addresses)
             raise
         self.ledger.mapped(pages, handles)
 
@@ -196,27 +196,26 @@ class CudaMemory:
         page is its own call.
         """
         pages = self.ledger.check_unmap(address, count)
-        handles = [self._allocations[self.ledger.table[page]] for page in pages]
+        held = [self._allocations[self.ledger.table[page]] for page in pages]
         self._enter()
-        for plane, part in enumerate(self._parts(pages)):
-            done = 0
-            try:
-                for at in part:
+        done: list[tuple[int, Any]] = []
+        try:
+            for plane, addresses in enumerate(self._of_planes(pages)):
+                for at, allocations in zip(addresses, held, strict=True):
                     self.driver.call("cuMemUnmap", at, self.granularity)
-                    done += 1
-            except AllocatorError:
-                for other, again in enumerate(self._parts(pages)):
-                    upto = count if other < plane else done if other == plane else 0
-                    if upto:
-                        self._join(again[:upto], [parts[other] for parts in handles[:upto]])
-                raise
+                    done.append((at, allocations[plane]))
+        except AllocatorError:
+            for at, allocation in done:
+                self._join(range(at, at + self.granularity, self.granularity), [allocation])
+            raise
         self.ledger.unmapped(pages)
 
     def close(self) -> None:
         """See `VirtualMemory.close`. Every call is tried before the first error is raised."""
         if self.ledger.closed:
             return
-        mapped = (part[0] for at in self.ledger.table for part in self._parts(range(at, at + 1)))
+        pages = (range(at, at + 1) for at in self.ledger.table)
+        mapped = (addresses[0] for page in pages for addresses in self._of_planes(page))
         held = (part for parts in self._allocations.values() for part in parts)
         reserved = self.ledger.reservations.items()
         calls: list[tuple[Any, ...]] = [
@@ -242,7 +241,7 @@ class CudaMemory:
         if int(self.driver.call("cuCtxGetCurrent")) != int(self._context):
             self.driver.call("cuCtxSetCurrent", self._context)
 
-    def _parts(self, pages: range) -> list[range]:
+    def _of_planes(self, pages: range) -> list[range]:
         """The addresses of some pages in each plane."""
         _, size = self.ledger.reservation_of(pages.start, 1)
         starts = range(pages.start, pages.start + size * self.planes, size)
@@ -258,10 +257,10 @@ class CudaMemory:
                 done += 1
             call("cuMemSetAccess", pages.start, len(pages) * size, [self._access], 1)
         except AllocatorError:
-            self._part(pages[:done])
+            self._unjoin(pages[:done])
             raise
 
-    def _part(self, pages: range) -> None:
+    def _unjoin(self, pages: range) -> None:
         """Undo what `_join` has mapped."""
         for at in pages:
             self.driver.call("cuMemUnmap", at, self.granularity)

@@ -179,38 +179,30 @@ class HostMemory:
         # A run cuts the mapping that it lands in at both ends, at worst.
         if populate and (self._mappings + len(runs) + 1) * self.planes > self.max_mappings:
             raise self._out_of_mappings(len(runs))
-        for plane in range(self.planes):
-            for start, stop in runs:
-                try:
+        done: list[tuple[int, Sequence[int | None], int]] = []  # address, what it showed, plane
+        try:
+            for plane in range(self.planes):
+                for start, stop in runs:
                     at = address + plane * size + start * page
                     self._mmap(at, (stop - start) * page, places[start], plane, populate=populate)
-                except AllocatorError:
-                    self._undo(address, size, before, plane, start, hide=populate)
-                    raise
+                    done.append((at, before[start:stop], plane))
+        except AllocatorError:
+            self._undo(done, hide=populate)
+            raise
         self._mappings += _cuts([*left, *places, *right]) - _cuts([*left, *before, *right])
 
-    def _undo(
-        self,
-        address: int,
-        size: int,
-        before: Sequence[int | None],
-        plane: int,
-        done: int,
-        *,
-        hide: bool,
-    ) -> None:
-        """Take back what `_show` has done in all planes before one, and to `done` pages in that.
+    def _undo(self, done: Sequence[tuple[int, Sequence[int | None], int]], *, hide: bool) -> None:
+        """Have addresses show again what they did, or nothing.
 
         At the kernel's bound mmap would fail again, where something is to be shown no more; taking
         access away does not.
         """
-        for other in range(plane + 1):
-            count, at = done if other == plane else len(before), address + other * size
-            if hide and count and self._libc.mprotect(at, count * self.granularity, 0):
-                raise _os_error("mprotect", f"{count} pages at {at:#x}") from None
-            for start, stop in _runs(before[:count]) if not hide and count else ():
-                length = (stop - start) * self.granularity
-                self._mmap(at + start * self.granularity, length, before[start], other)
+        page = self.granularity
+        for address, before, plane in done:
+            if hide and self._libc.mprotect(address, len(before) * page, 0):
+                raise _os_error("mprotect", f"{len(before)} pages at {address:#x}") from None
+            for start, stop in () if hide else _runs(before):
+                self._mmap(address + start * page, (stop - start) * page, before[start], plane)
         self._guard = self._guard or hide  # those pages do not show their own places any more
 
     def _shown(self, address: int) -> int | None:

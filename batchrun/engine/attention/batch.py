@@ -91,6 +91,8 @@ def shared_parts(segments: Sequence[Segment], size: int) -> SharedParts | None:
                         found.setdefault((part, origin), []).append(i)
                 first = last
     shared = {key: members for key, members in found.items() if len(members) > 1}
+    if not shared:
+        return None
     own = np.zeros(len(segments), np.int32)
     for members in shared.values():
         own[members] += 1

@@ -208,14 +208,14 @@ class Native:
     def __init__(self, decode: Callable[..., object]) -> None:
         self._decode = decode
         self._prefills = SDPA()
-        self._decodes, _ = split(())
-        self._longer = False
+        self.plan(())
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """See `AttentionBackend.plan`."""
         if fixed:
             raise ValueError("native computes on a CPU, which records no graphs")
         self._decodes, _ = split(segments)
+        self._call = _call(self._decodes)
         longer = segments[len(self._decodes) :]
         self._longer = len(longer) > 0
         self._prefills.plan(longer)
@@ -231,7 +231,7 @@ class Native:
         at = len(self._decodes)
         if not at:
             return self._prefills.run(layer, query, keys, values)
-        out = _call(self._decodes).attend(layer, query, keys, values, by=self._decode)
+        out = self._call.attend(layer, query, keys, values, by=self._decode)
         if self._longer:
             out[at:] = self._prefills.run(layer, query[at:], keys, values)
         return out
