@@ -310,6 +310,7 @@ struct Share {
 template <class Epilogue>
 void product(const uint16_t* a, int64_t rows, const Matrix& w, const Share& share,
              Epilogue epilogue) {
+  if (rows <= 0) return;  // a band may end before the largest does
   static thread_local Buffer<uint16_t> kept;
   alignas(64) float block[32 * 32];
   const int64_t panels = (w.n + 31) / 32, size = 32 * w.k, bytes = w.scales ? size : 2 * size;

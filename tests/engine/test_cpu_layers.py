@@ -32,7 +32,7 @@ NATIVE = {
     "biases": tf.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
     "no groups": tf.LlamaConfig(**{**SMALL, "num_key_value_heads": 4}),
     "one key head": tf.LlamaConfig(**{**SMALL, "num_key_value_heads": 1}),
-    "wide": tf.LlamaConfig(**{**SMALL, "hidden_size": 416, "intermediate_size": 1056}),
+    "wide": tf.LlamaConfig(**{**SMALL, "hidden_size": 416, "intermediate_size": 1536}),
     "qwen2": tf.Qwen2Config(**{**_SMALL, "hidden_size": 128}),
     "qwen3": tf.Qwen3Config(**SMALL),
     "mistral": tf.MistralConfig(**SMALL, sliding_window=11),
