@@ -65,10 +65,10 @@ class Slots:
         self._prompt_rate = max(budget - places, budget // 8, 1)
         self._prompted = 0.0  # the step by which all prompts so far are computed
 
-    def add(self, prompt: int, answer: float) -> None:
-        """A row, of so many tokens to compute and to generate."""
+    def add(self, prompt: int, steps: float) -> None:
+        """A row, of so many tokens to compute first and steps to generate in."""
         self._prompted = max(self._prompted, self._free[0]) + prompt / self._prompt_rate
-        heapreplace(self._free, self._prompted + answer)
+        heapreplace(self._free, self._prompted + steps)
 
     @property
     def steps(self) -> float:
@@ -117,14 +117,15 @@ class Tally:
             shared = _common(prompt, self._previous) if self.share else 0
             stops = not request.params.ignore_eos
             answer = max(1.0, most * (self.measured.share if stops else 1.0))
+            steps = max(1.0, answer * (1 - self.measured.guessed))
             self.requests += 1
             self.completion += most
             self.expected += answer
             self.shared += shared
             self.computed += len(prompt) - shared
-            self.held += answer * (len(prompt) + answer / 2)
+            self.held += steps * (len(prompt) + answer / 2)
             self.longest += len(prompt) - shared + answer
-            self.slots.add(len(prompt) - shared, answer)
+            self.slots.add(len(prompt) - shared, steps)
             self._previous = prompt
         if self.reader.planner is not None:
             same = self.reader.duplicates.settle(request, result)
@@ -178,7 +179,8 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
     fit = int(max(0, paper.budget) / each) if each else None
     crowded = 1.0 if fit is None else max(1.0, paper.max_num_seqs / max(1, fit))
     steps = tally.slots.steps * crowded
-    amounts = (steps, tally.computed + tally.expected, tally.held * paper.token_bytes)
+    tokens = tally.computed + tally.expected * (1 + tally.measured.missed)
+    amounts = (steps, tokens, tally.held * paper.token_bytes)
     return {
         "rows": (tally.requests + same.rows + sum(problems.values())) // spec.n,
         "prompt_tokens": prompt_tokens,

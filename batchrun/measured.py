@@ -39,6 +39,8 @@ class Measured:
         seconds: Of the intervals that were measured, all runs together.
         load_s: Until the last one's model was loaded, in seconds.
         share: Of the tokens that rows might generate, what they did if they might stop early.
+        guessed: Of the tokens that they generated, those that took no step, guessed before.
+        missed: Wrong guesses to a token that they generated.
         runs: How many.
     """
 
@@ -47,6 +49,8 @@ class Measured:
     seconds: float = 0.0
     load_s: float = 0.0
     share: float = 1.0
+    guessed: float = 0.0
+    missed: float = 0.0
     runs: int = 0
 
     @classmethod
@@ -91,6 +95,8 @@ class Measured:
             earlier.seconds + self.seconds,
             self.load_s,
             self.share,
+            self.guessed,
+            self.missed,
             earlier.runs + self.runs,
         )
 
@@ -142,6 +148,7 @@ class Sampler:
         """Take in the figures of `RunStats` as they are now."""
         now = {name: figures[name] for name in self._before if name != "tokens"}
         now["tokens"] = figures["prefill_tokens"] + figures["decode_tokens"]
+        now["tokens"] += figures["drafted_tokens"] - figures["accepted_tokens"]
         passed = {name: now[name] - before for name, before in self._before.items()}
         if passed["steps"] > 0 and passed["kv_s"] > 0:
             held = passed["steps"] * passed["kv_live_s"] / passed["kv_s"]

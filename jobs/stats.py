@@ -37,6 +37,8 @@ class RunStats:
     completions: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     recomputed_tokens: int = 0
     shared_tokens: int = 0
     prefill_s: float = 0.0
@@ -114,8 +116,9 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         JSON-able: `job`, `state`, `model`, `device`, `attention`, `output`, `rows` (`total`,
         `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`, and `skipped` where the user
         left some out; they are among the done ones), `finish_reasons`, `tokens`
-        (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`, and
-        `shared`: of prompts, not computed because another row had), `duplicates` (`rows` and
+        (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`,
+        `drafted` and `accepted`: guessed, and of these right; and `shared`: of prompts, not
+        computed because another row had), `duplicates` (`rows` and
         completion `tokens` that were taken from another row), `time` (seconds), `throughput` (of
         what was computed, per second; rows of all), `batch` (with the seconds of its tail), `kv`
         (bytes: `time_averaged` and `peak` of reserved, mapped, live, shared, static, paged;
@@ -161,6 +164,8 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
             "prefilled": stats.prefill_tokens,
             "decoded": stats.decode_tokens,
             "recomputed": stats.recomputed_tokens,
+            "drafted": stats.drafted_tokens,
+            "accepted": stats.accepted_tokens,
             "shared": stats.shared_tokens,
         },
         "duplicates": {"rows": stats.duplicates, "tokens": stats.duplicate_tokens},

@@ -60,12 +60,13 @@ def test_steps_that_are_all_alike_predict_such_steps() -> None:
 
 
 def test_later_runs_count_more() -> None:
-    old, new = Measured(runs=1), Measured(runs=1, load_s=3.0, share=0.5)
+    old, new = Measured(runs=1), Measured(runs=1, load_s=3.0, share=0.5, guessed=0.4, missed=0.1)
     old.add((1.0, 0.0, 0.0), 1.0)
     new.add((1.0, 0.0, 0.0), 4.0)
     both = new.after(old)
     assert both.predict((1.0, 0.0, 0.0)) == pytest.approx(3.0)
     assert (both.runs, both.load_s, both.share, both.seconds) == (2, 3.0, 0.5, 5.0)
+    assert (both.guessed, both.missed) == (0.4, 0.1)
     assert new.after(None) is new
 
 
@@ -79,7 +80,8 @@ def test_a_step_has_the_tokens_that_make_its_own_cost_a_tenth() -> None:
 
 def test_figures_that_grow_become_intervals() -> None:
     sampler = Sampler()
-    figures = {"engine_s": 1.0, "steps": 4, "prefill_tokens": 90, "decode_tokens": 10}
+    figures = {"engine_s": 1.0, "steps": 4, "prefill_tokens": 90, "decode_tokens": 7}
+    figures |= {"drafted_tokens": 5, "accepted_tokens": 2}  # 3 were computed in vain
     figures |= {"kv_s": 2.0, "kv_live_s": 600.0}
     sampler.observe(figures)
     sampler.observe(figures)  # nothing happened

@@ -274,6 +274,12 @@ runtime_options = _section(
         help="Compute and hold once what prompts begin with alike.",
     ),
     _option(
+        "--drafts/--no-drafts",
+        default=True,
+        show_default=True,
+        help="On a CPU in bfloat16: guess tokens from a row's own text, and check many at once.",
+    ),
+    _option(
         "--overlap/--no-overlap",
         default=True,
         show_default=True,

@@ -41,6 +41,7 @@ _RUNTIME = (
     "page_size",
     "layers_per_slab",
     "share_prefixes",
+    "drafts",
     "overlap",
     "graphs",
     "optimize",

@@ -21,7 +21,9 @@ from allocator.tensor import layer_views, slab_bytes
 from allocator.vmm import AllocatorError, VirtualMemory
 from batchrun.engine import attention
 from batchrun.engine.attention import Geometry
+from batchrun.engine.attention.native import NativeBF16
 from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, Sequence, StepPlan
+from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.graphs import batch_sizes
@@ -36,6 +38,7 @@ _HOST_PAGE = 256 << 10  # bytes, of all slabs of a slot together
 _LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than filling them
 _HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
 DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
+_DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no guess is worth
 _STEP_SHARE = 0.1  # of a step's time, what it costs beside its tokens
 
 
@@ -64,6 +67,7 @@ class Settings:
         layers_per_slab: Layers whose keys and values lie together; None for all on a GPU, and on a
             CPU for one where a layer's share of a token is less than what a TLB entry covers.
         share_prefixes: Whether rows with a common prefix compute and hold it once.
+        drafts: Whether tokens are guessed where `_drafts` can check them.
         overlap: Whether the host works on the next step while the device computes one.
         graphs: Whether decode steps are recorded as CUDA graphs.
         optimize: Whether the model's modules are fused, and compiled on a GPU.
@@ -86,6 +90,7 @@ class Settings:
     page_size: int | None = None
     layers_per_slab: int | None = None
     share_prefixes: bool = True
+    drafts: bool = True
     overlap: bool = True
     graphs: bool = True
     optimize: bool = True
@@ -203,6 +208,7 @@ class Assembly:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=loaded.max_model_len,
             share=settings.share_prefixes,
+            drafts=self._drafts(),
         )
         self.engine = Engine(
             self.executor,
@@ -220,6 +226,8 @@ class Assembly:
             "steps": stats.steps,
             "prefill_tokens": stats.prefill_tokens,
             "decode_tokens": stats.decode_tokens,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
             "recomputed_tokens": stats.recomputed_tokens,
             "shared_tokens": self.scheduler.num_shared_tokens,
             "prefill_s": stats.prefill_seconds,
@@ -327,6 +335,17 @@ class Assembly:
         groups = range(self.arena.layout.num_groups)
         slabs = [slab_bytes(self.arena, group, loaded.device) for group in groups]
         return TorchExecutor(loaded, views, slabs, backend, transfers, lag=lag)
+
+    def _drafts(self) -> Drafts | None:
+        """Guesses, where computing more tokens of a row changes no bit of those before.
+
+        Elsewhere a step at a time computes on a CPU, one call a row: that costs more than it saves.
+        """
+        exact = isinstance(self.executor.backend, NativeBF16) and not self.executor.lag
+        if not (exact and self.settings.drafts):
+            return None
+        row = self.loaded.model.config.get_text_config().vocab_size * self.loaded.dtype.itemsize
+        return Drafts(_DRAFT_LOGITS // row)
 
     def _warm_up(self) -> None:
         """Run the largest steps there can be, so that activations have their memory first.

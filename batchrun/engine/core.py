@@ -10,6 +10,7 @@ from allocator.sharing import Copy
 
 if TYPE_CHECKING:
     from batchrun.engine.beams import BeamGroup
+    from batchrun.engine.drafts import Lookup
 
 Candidates = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
 
@@ -183,6 +184,7 @@ class Sequence:
     origin: int = -1
     blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
     group: BeamGroup | None = None  # whose round it is part of
+    lookup: Lookup | None = None  # what guesses its tokens
 
     @property
     def known_ids(self) -> tuple[int, ...]:
@@ -219,7 +221,8 @@ class Segment:
     """Tokens `[start, start + length)` of one sequence, computed in one step.
 
     `sampled` says that the segment reaches the sequence's last token, so that its last logits
-    yield the next one. `pending` says that its one token is known to the device alone.
+    yield the next one. `pending` says that its one token is known to the device alone. `drafts` are
+    tokens at the end of a sampled segment that are only guessed; what they follow yields one too.
     """
 
     sequence: Sequence
@@ -228,6 +231,12 @@ class Segment:
     length: int
     sampled: bool
     pending: bool = False
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens of it that are no guesses."""
+        return self.length - len(self.drafts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +258,9 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """What a step produced: one token for each sampled segment, in the plan's order.
+    """What a step produced: the token after each sampled segment, in the plan's order.
+
+    Those of a segment with drafts are one after what is known, and one after each of the drafts.
 
     `logprobs` are their log-probabilities under the model's own distribution, before penalties,
     temperature and filters; none where no segment's parameters ask for them. `candidates` are

@@ -6,12 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import (
     EngineError,
     FinishReason,
     Request,
+    Segment,
     Sequence,
     Status,
     StepPlan,
@@ -28,6 +30,8 @@ class EngineStats:
 
     Attributes:
         seconds: Wall time in which at least one step was under way.
+        decode_tokens: Those computed behind prompts, but for wrong guesses.
+        drafted_tokens, accepted_tokens: Guessed, and those of them that were right.
         map_hidden_seconds, map_exposed_seconds: Mapping, unmapping and creating pages while the
             device computed, and while it had nothing to do.
         map_stalls: Times that the device ran out of work while pages were being mapped.
@@ -39,6 +43,8 @@ class EngineStats:
     seconds: float = 0.0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     recomputed_tokens: int = 0
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -170,26 +176,24 @@ class Engine:
         self._collected = now
         self._count(plan, seconds)
         self._observe(seconds)
-        sampled = [s.sequence for s in plan.segments if s.sampled]
+        sampled = [s for s in plan.segments if s.sampled]
         done: list[Completion] = []
-        logprobs = tokens.logprobs or (0.0,) * len(sampled)
-        for sequence, token, logprob in zip(sampled, tokens.token_ids, logprobs, strict=True):
+        logprobs = tokens.logprobs or (0.0,) * len(tokens.token_ids)
+        produced = zip(tokens.token_ids, logprobs, strict=True)
+        for segment in sampled:
+            sequence, found = segment.sequence, list(islice(produced, 1 + len(segment.drafts)))
             if sequence.status is Status.FINISHED:
                 continue  # it ended while this step, one too many, was on its way
             if sequence.first_token is None:
                 sequence.first_token = now
-            if sequence.group is not None:
-                continue
-            sequence.output_ids.append(token)
-            sequence.logprob += logprob
-            self.stats.generated_tokens += 1
-            reason, text = self._ending(sequence, token)
-            if reason is not None:
-                sequence.finish_reason = reason
-                sequence.finished = now
-                done.append(Completion(sequence, text))
+            if sequence.group is None:
+                completion = self._append(segment, found)
+                if completion is not None:
+                    sequence.finished = now
+                    done.append(completion)
         ended = [c.sequence for c in done]
-        beams, forks = self._advance([s for s in sampled if s.group is not None], tokens)
+        groups = [s.sequence for s in sampled if s.sequence.group is not None]
+        beams, forks = self._advance(groups, tokens)
         for completion in beams:
             completion.sequence.finished = now
             group = completion.sequence.group
@@ -197,6 +201,23 @@ class Engine:
         self.scheduler.commit(plan, tokens, ended, forks)
         self._count_mapping()
         return done + beams
+
+    def _append(self, segment: Segment, found: list[tuple[int, float]]) -> Completion | None:
+        """Take in tokens and their log-probabilities, up to the first after a wrong guess."""
+        sequence, stats = segment.sequence, self.stats
+        for number, (token, logprob) in enumerate(found):
+            sequence.output_ids.append(token)
+            sequence.logprob += logprob
+            stats.generated_tokens += 1
+            stats.decode_tokens += number > 0  # the one before was right, and computed
+            stats.accepted_tokens += number > 0
+            reason, text = self._ending(sequence, token)
+            if reason is not None:
+                sequence.finish_reason = reason
+                return Completion(sequence, text)
+            if segment.drafts[number : number + 1] != (token,):
+                break
+        return None
 
     def _advance(
         self, sampled: list[Sequence], tokens: StepTokens
@@ -260,11 +281,13 @@ class Engine:
 
     def _count(self, plan: StepPlan, seconds: float) -> None:
         prefill = sum(s.length for s in plan.segments if s.start < s.sequence.num_prompt_tokens)
+        drafted = sum(len(s.drafts) for s in plan.segments)
         stats = self.stats
         stats.steps += 1
         stats.seconds += seconds
         stats.prefill_tokens += prefill
-        stats.decode_tokens += plan.num_tokens - prefill
+        stats.drafted_tokens += drafted
+        stats.decode_tokens += plan.num_tokens - prefill - drafted
         stats.recomputed_tokens = self.scheduler.num_recomputed_tokens
         stats.prefill_seconds += seconds * prefill / plan.num_tokens
         stats.decode_seconds += seconds * (plan.num_tokens - prefill) / plan.num_tokens

@@ -109,15 +109,16 @@ class TorchExecutor:
 
     def launch(self, plan: StepPlan) -> Ticket:
         """See `Executor.launch`."""
-        sampled = [s for s in plan.segments if s.sampled]
+        sampled = list(_sampled(plan.segments))
         with self._step():
             self._copy(plan.copies)
             logits = self._logits(plan.segments)
             if not sampled:
                 return Ticket(plan.step, None)
             chosen = self._sampler.sample(logits, sampled)
-            slots = self.transfers.upload(np.array([s.slot for s in sampled]))
-            self._last.index_copy_(0, slots, chosen[0])
+            if self.lag:
+                slots = self.transfers.upload(np.array([s.slot for s in sampled]))
+                self._last.index_copy_(0, slots, chosen[0])
             return Ticket(plan.step, self.transfers.download(*chosen))
 
     def collect(self, ticket: Ticket) -> StepTokens:
@@ -214,10 +215,11 @@ class TorchExecutor:
                 ids.append(0)
                 sources.append(segment.slot)
             else:
-                ids += segment.sequence.token_ids(start, length)
+                ids += segment.sequence.token_ids(start, segment.num_known_tokens)
+                ids += segment.drafts
                 sources += [-1] * length
             if segment.sampled:
-                last.append(len(ids) - 1)
+                last += range(len(ids) - 1 - len(segment.drafts), len(ids))
         upload = self.transfers.upload
         return upload(np.array([ids, positions, rows, sources])), upload(np.array(last, np.int64))
 
@@ -258,6 +260,15 @@ class _SlotStep:
         keys.view(-1, *keys.shape[2:])[self.rows] = key
         values.view(-1, *values.shape[2:])[self.rows] = value
         return self.backend.run(layer, query, keys, values)
+
+
+def _sampled(segments: Seq[Segment]) -> Iterator[Segment]:
+    """A segment for each token that is sampled: up to what is known, and up to each draft."""
+    for s in segments:
+        if s.sampled:
+            for length in range(s.num_known_tokens, s.length):
+                yield Segment(s.sequence, s.slot, s.start, length, sampled=True)
+            yield s
 
 
 def _nobody() -> Sequence:

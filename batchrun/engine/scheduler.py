@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import FinishReason, Segment, Sequence, Status, StepPlan, StepTokens
+from batchrun.engine.drafts import Drafts
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.prefixes import BLOCK, Match
 from batchrun.engine.sharing import SharedPrefixes
@@ -43,6 +44,7 @@ class Scheduler:
         max_num_batched_tokens: Tokens computed in one step at most.
         max_model_len: Tokens of prompt and output together at most.
         share: Whether common prefixes are shared.
+        drafts: What guesses tokens to come; for executors without steps in flight.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         share: bool = True,
+        drafts: Drafts | None = None,
     ) -> None:
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
@@ -70,6 +73,7 @@ class Scheduler:
         self._launched = self._committed = 0  # the last steps with segments
         self._admitting = True  # False from a preemption until memory has come back
         self._share = share
+        self._drafts = drafts
         self._groups: dict[BeamGroup, None] = {}  # those that have begun
         self._uncopied = set[int]()  # slots of beams, until the copies ordered for them are made
         self._prefixes = SharedPrefixes(space, share)
@@ -146,8 +150,9 @@ class Scheduler:
                 elif not self._reject_hopeless():
                     break
         self._prefixes.drop_unwanted()
+        self._guess(segments, budget)
         for segment in segments:
-            sequence, end = segment.sequence, segment.start + segment.length
+            sequence, end = segment.sequence, segment.start + segment.num_known_tokens
             self.num_recomputed_tokens += max(0, min(end, sequence.high_water) - segment.start)
             sequence.num_computed_tokens = end
             sequence.high_water = max(sequence.high_water, end)
@@ -168,7 +173,7 @@ class Scheduler:
 
         Args:
             plan: The plan that was run.
-            tokens: One token per sampled segment, already appended to `output_ids` by the caller
+            tokens: Those of the sampled segments, already appended to `output_ids` by the caller
                 who knows about stop conditions.
             finished: The sequences that ended with this step; their slots are closed.
             forks: Beams that go on from where others are: see `BeamGroup.advance`.
@@ -177,6 +182,7 @@ class Scheduler:
         for segment in plan.segments:
             segment.sequence.num_pending -= segment.sampled and segment.sequence.group is None
         self._finish(finished)
+        self._settle(plan)
         self._committed = plan.step
         for child, _ in forks:
             if child.slot is not None:  # idle: no step that is not committed reads it
@@ -240,6 +246,23 @@ class Scheduler:
                 segments.append(_segment(sequence, length))
                 budget -= length
         return True
+
+    def _guess(self, segments: list[Segment], budget: int) -> None:
+        """Add guesses to a step where there is memory for more than what is sure to come."""
+        drafts = self._drafts
+        if drafts is not None and self._admitting and self.space.has_room(budget, _SPARE):
+            drafts.extend(segments, budget, self.max_model_len, self.space.ensure)
+
+    def _settle(self, plan: StepPlan) -> None:
+        """Count the right guesses of a step as computed."""
+        for segment in plan.segments:
+            sequence = segment.sequence
+            if sequence.lookup is not None and sequence.status is Status.RUNNING:
+                sequence.lookup.settle()
+                if segment.drafts:
+                    assert plan.step == self._launched, "a step was planned upon guesses"
+                    sequence.num_computed_tokens = sequence.num_known_tokens - 1
+                    sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
 
     def _is_complete(self, sequence: Sequence) -> bool:
         """Whether no token may follow those that were sampled, known or pending."""

@@ -82,6 +82,7 @@ def _tokens(summary: Mapping[str, Any]) -> str:
             f"{tokens['recomputed']:,} recomputed after {summary['preemptions']:,} preemptions",
         ),
         *([("shared", f"{tokens['shared']:,} prompt tokens")] if tokens["shared"] else []),
+        *([("guessed", _guesses(tokens))] if tokens["drafted"] else []),
         *(
             [("duplicates", f"{same['rows']:,} rows, {same['tokens']:,} completion tokens")]
             if same["rows"]
@@ -106,6 +107,11 @@ def _tokens(summary: Mapping[str, Any]) -> str:
         *([("", f"under half of that in the last {seconds(tail)}")] if tail else []),
     ]
     return _table(lines)
+
+
+def _guesses(tokens: Mapping[str, int]) -> str:
+    drafted, accepted = tokens["drafted"], tokens["accepted"]
+    return f"{drafted:,} tokens from rows' own text, {accepted:,} right{_share(accepted, drafted)}"
 
 
 def _time(summary: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from batchrun.engine import cpu_layers, fused
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.cpu_layers import NativeLayer, NativeLinear, PackedWeight
+from batchrun.engine.engine import EngineStats
 from batchrun.engine.model import prepare
 from batchrun.engine.optimize import _logits, optimize
 from batchrun.models import ModelError
@@ -267,3 +268,31 @@ def test_tokens_do_not_depend_on_the_batch(common: int) -> None:
     with rig(loaded, attention="native", max_num_batched_tokens=23, max_num_seqs=1) as made_:
         alone = outputs(run(made_, many, params))
     assert together == alone
+
+
+def test_guessed_tokens_are_those_of_one_step_each() -> None:
+    """In bfloat16, with everything that depends on a token's place: draws, scores, ends."""
+    loaded = prepare(made(NATIVE["llama"]))
+    optimize(loaded.model, compile=False, log=pytest.fail)
+    kinds: list[dict[str, Any]] = [
+        {"ignore_eos": True},
+        {"temperature": 0.3, "top_p": 0.9, "logprobs": True, "ignore_eos": True},
+        {"min_tokens": 20, "stop_token_ids": tuple(range(0, 99, 7))},
+        {"presence_penalty": 0.5, "max_tokens": 9},
+        {"num_beams": 2, "max_tokens": 9},
+    ]
+    many = [prompt * 3 for prompt in prompts()[:20]]
+    each = [SamplingParams(**{"max_tokens": 70, **kinds[i % 5]}) for i in range(len(many))]
+
+    def results(*, drafts: bool) -> tuple[EngineStats, list[tuple[object, ...]]]:
+        with rig(loaded, attention="native", drafts=drafts) as made_:
+            done = [c.sequence for c in run(made_, many, each)]
+            return made_.engine.stats, [(s.output_ids, s.logprob, s.finish_reason) for s in done]
+
+    stepwise, wanted = results(drafts=False)
+    guessing, found = results(drafts=True)
+    assert found == wanted
+    assert stepwise.drafted_tokens == 0
+    assert 100 < guessing.accepted_tokens < guessing.drafted_tokens
+    assert guessing.decode_tokens == stepwise.decode_tokens
+    assert guessing.generated_tokens == stepwise.generated_tokens

@@ -15,10 +15,11 @@ from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
 from allocator.tensor import layer_views, slab_bytes
 from batchrun.engine.core import FinishReason, Request, SamplingParams
+from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Completion, Engine
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
-from tests.engine.echo import EchoExecutor, expected, expected_of_beams
+from tests.engine.echo import EchoExecutor, Oracle, expected, expected_of_beams
 
 PAGE = 4096
 MAX_LEN = 60
@@ -36,6 +37,7 @@ class Rig:
         lag: int = 0,
         eos: frozenset[int] = frozenset(),
         share: bool = True,
+        drafts: Drafts | None = None,
     ) -> None:
         self.memory = HostMemory(PAGE)
         layout = KVLayout((LayerKV(1, 37, 37),), 8, PAGE, MAX_LEN, 1)
@@ -47,6 +49,7 @@ class Rig:
             max_num_batched_tokens=batched,
             max_model_len=MAX_LEN,
             share=share,
+            drafts=drafts,
         )
         views = layer_views(self.arena, 0, torch.float64)
         executor = EchoExecutor(*views, slab_bytes(self.arena, 0), lag, eos)
@@ -107,6 +110,12 @@ class Rig:
         self.memory.close()
 
 
+# Steps in flight, or logits for guesses.
+_WAYS = st.one_of(
+    st.tuples(st.integers(0, 2), st.just(0)), st.tuples(st.just(0), st.integers(1, 40))
+)
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Any requests, any limits, any order: each row ends once, with the tokens that are its own."""
 
@@ -116,13 +125,20 @@ class EngineMachine(RuleBasedStateMachine):
         seqs=st.integers(1, 6),
         batched=st.integers(1, 40),
         pages=st.one_of(st.none(), st.integers(9, 16)),
-        lag=st.integers(0, 2),
+        way=_WAYS,
         eos=st.sampled_from([frozenset(), frozenset(range(0, 997, 11))]),
     )
     def start(
-        self, seqs: int, batched: int, pages: int | None, lag: int, eos: frozenset[int]
+        self,
+        seqs: int,
+        batched: int,
+        pages: int | None,
+        way: tuple[int, int],
+        eos: frozenset[int],
     ) -> None:
-        self.rig = Rig(seqs=seqs, batched=batched, pages=pages, lag=lag, eos=eos)
+        lag, logits = way
+        drafts = Drafts(logits, Oracle) if logits else None
+        self.rig = Rig(seqs=seqs, batched=batched, pages=pages, lag=lag, eos=eos, drafts=drafts)
 
     @rule(
         length=st.integers(1, MAX_LEN + 3), first=st.integers(0, 900), max_tokens=st.integers(1, 40)

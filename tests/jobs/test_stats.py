@@ -101,6 +101,8 @@ def two_runs(job):
         prefill_tokens=25,
         prefill_s=0.5,
         decode_tokens=10,
+        drafted_tokens=5,
+        accepted_tokens=3,
         decode_s=1.5,
         completion_tokens=15,
         map_calls=3,
@@ -128,6 +130,8 @@ def two_runs(job):
         prefill_tokens=10,
         prefill_s=0.5,
         decode_tokens=4,
+        drafted_tokens=4,
+        accepted_tokens=1,
         decode_s=0.5,
         completion_tokens=6,
         map_calls=2,
@@ -153,6 +157,8 @@ def test_the_summary_of_two_runs(two_runs):
         "prefilled": 35,
         "decoded": 14,
         "recomputed": 0,
+        "drafted": 9,
+        "accepted": 4,
         "shared": 0,
     }
     assert (summary["time"]["wall_s"], summary["time"]["load_s"]) == (7.0, 2.0)

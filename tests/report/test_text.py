@@ -30,6 +30,8 @@ SUMMARY = {
         "prefilled": 51200,
         "decoded": 40300,
         "recomputed": 128,
+        "drafted": 20000,
+        "accepted": 15000,
         "shared": 9876,
     },
     "time": {
@@ -110,6 +112,7 @@ def summary():
         "51,234 prompt, 40,321 completion",
         "128 recomputed after 7 preemptions",
         "shared       9,876 prompt tokens",
+        "guessed      20,000 tokens from rows' own text, 15,000 right (75%)",
         "403 completion tokens/s, 12.6 rows/s",
         "prefill 1,234 tokens/s, decode 457 tokens/s (mixed steps are split by token count)",
         "41.2 of 64 sequences running on average, 987 steps",
@@ -129,6 +132,8 @@ def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):
     assert "duplicates" not in render(summary)
     summary["duplicates"] = {"rows": 4321, "tokens": 98765}
     assert "duplicates   4,321 rows, 98,765 completion tokens" in render(summary)
+    summary["tokens"] |= {"drafted": 0, "accepted": 0}
+    assert "guessed" not in render(summary)
 
 
 def test_a_gpus_time_and_memory_are_shown_where_there_is_one(summary):
