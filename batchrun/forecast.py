@@ -91,7 +91,7 @@ class Tally:
     shared: int = 0
     computed: int = 0
     requests: int = 0
-    held: float = 0.0  # tokens times steps
+    held: float = 0.0  # tokens times steps, shared ones once
     longest: float = 0.0  # tokens of all rows at their ends, less what they share
     problems: Counter[str] = field(default_factory=Counter)
     _previous: tuple[int, ...] = ()
@@ -123,7 +123,7 @@ class Tally:
             self.expected += answer
             self.shared += shared
             self.computed += len(prompt) - shared
-            self.held += steps * (len(prompt) + answer / 2)
+            self.held += steps * (len(prompt) - shared + answer / 2)
             self.longest += len(prompt) - shared + answer
             self.slots.add(len(prompt) - shared, steps)
             self._previous = prompt

@@ -148,12 +148,16 @@ class Sampler:
         """Take in the figures of `RunStats` as they are now."""
         now = {name: figures[name] for name in self._before if name != "tokens"}
         now["tokens"] = figures["prefill_tokens"] + figures["decode_tokens"]
-        now["tokens"] += figures["drafted_tokens"] - figures["accepted_tokens"]
+        decoded, right = figures["decode_tokens"], figures["accepted_tokens"]
+        missed = figures["drafted_tokens"] - right
+        now["tokens"] += missed
         passed = {name: now[name] - before for name, before in self._before.items()}
         if passed["steps"] > 0 and passed["kv_s"] > 0:
             held = passed["steps"] * passed["kv_live_s"] / passed["kv_s"]
             self.measured.add((passed["steps"], passed["tokens"], held), passed["engine_s"])
             self._before = now
+            if decoded:
+                self.measured.guessed, self.measured.missed = right / decoded, missed / decoded
 
 
 def _path(home: Path, spec: JobSpec) -> Path:

@@ -196,10 +196,6 @@ class _Run:
         home, measured.load_s = folders.home(), self.stats.load_s
         if planner:
             measured.share = planner.share
-        if decoded := self.stats.decode_tokens:
-            right = self.stats.accepted_tokens
-            measured.guessed = right / decoded
-            measured.missed = (self.stats.drafted_tokens - right) / decoded
         with suppress(JobError, OSError):  # the job is done, and this a hint for others
             measured.after(Measured.load(home, self.spec)).save(home, self.spec)
 

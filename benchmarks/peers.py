@@ -84,11 +84,31 @@ def peers() -> dict[str, Peer]:
             needs=(PEERS / "vllm" / ".done",),
             devices=both,
         ),
+        "vllm ngram": Peer(
+            PEERS / "vllm" / "bin" / "python",
+            "vllm_offline.py",
+            needs=(PEERS / "vllm" / ".done",),
+            options={
+                "speculative_config": {  # as its documentation has it
+                    "method": "ngram",
+                    "num_speculative_tokens": 5,
+                    "prompt_lookup_max": 4,
+                }
+            },
+            devices=both,
+        ),
         "openvino": Peer(
             openvino / "python",
             "openvino_cb.py",
             needs=(PEERS / "openvino" / ".done",),
             prepare=(*export, "text-generation-with-past", "--weight-format", "fp16", "{made}"),
+        ),
+        "openvino lookup": Peer(
+            openvino / "python",
+            "openvino_cb.py",
+            needs=(PEERS / "openvino" / ".done",),
+            prepare=(*export, "text-generation-with-past", "--weight-format", "fp16", "{made}"),
+            options={"prompt_lookup": True},
         ),
         "llama.cpp": Peer(
             ours,

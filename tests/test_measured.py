@@ -89,6 +89,7 @@ def test_figures_that_grow_become_intervals() -> None:
     assert sampler.measured.products == [4.0, 100.0, 1200.0]
     sampler.observe({**figures, "engine_s": 3.0, "steps": 6, "kv_s": 3.0})
     assert sampler.measured.seconds == 3.0
+    assert (sampler.measured.guessed, sampler.measured.missed) == (2 / 7, 3 / 7)
 
 
 def test_what_is_remembered_is_of_the_same_model_and_settings(tmp_path: Path) -> None:

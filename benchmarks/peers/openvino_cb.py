@@ -6,6 +6,7 @@
 - `dynamic_split_fuse` with 256 tokens a step: prompts are cut so that decodes never wait for them.
 - The hint LATENCY is one stream on all cores, which is what one pipeline needs; THROUGHPUT, one
   for each core, ends in a floating point exception on two cores with 16-bit precision (2026.4.1).
+- With `prompt_lookup`, 5 guesses after up to 3 tokens that came before, as its sample has it.
 - The chat template is not applied: the prompts are the tokens that all other peers see.
 """
 
@@ -40,6 +41,7 @@ class OpenVino:
             "KV_CACHE_PRECISION": "bf16",
             **options,
         }
+        self._guesses = properties.get("prompt_lookup", False)
         self.settings = {**chosen, **properties}
         self._pipe = genai.ContinuousBatchingPipeline(
             str(model), scheduler, device.upper(), properties
@@ -55,6 +57,8 @@ class OpenVino:
             config.ignore_eos = True
             config.apply_chat_template = False
             config.do_sample = False
+            if self._guesses:
+                config.num_assistant_tokens, config.max_ngram_size = 5, 3
             configs.append(config)
         handles = [
             self._pipe.add_request(number, prompt, config)
