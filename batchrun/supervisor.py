@@ -29,6 +29,12 @@ from jobs.turns import Turn
 LEASE_HELD = "BATCHRUN_LEASE_HELD"  # in the environment of a run whose supervisor has the lease
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _POLL_S = 0.2
+# Of glibc, in bytes: tensors up to this size stay in the heap when a step has done with them. Else
+# the kernel would make and zero their pages anew in the next one (benchmarks/README.md).
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(128 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
 _RESTARTS = 4  # in a row, without a result in between
 
 
@@ -125,7 +131,7 @@ def _supervise(
             _command("run-job", job.path),
             stdin=subprocess.DEVNULL,
             pass_fds=handles,
-            env={**os.environ, LEASE_HELD: "1"},
+            env={**_ALLOCATOR, **os.environ, LEASE_HELD: "1"},
         )
         code = child.wait()
         if code >= 0:

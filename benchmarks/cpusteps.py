@@ -5,6 +5,7 @@
 The roofline model is that of docs/performance.md: weights once a step and the keys and values that
 attention reads over the measured bandwidth, or operations over the measured matrix rate, whichever
 takes longer. Both ceilings are measured before and after the run, and the better one counts.
+Tokens are not guessed: the model is one of steps that compute one token a row.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def main() -> None:
         *(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts"),
         dtype="bfloat16",
         device="cpu",
+        drafts=False,
     )
     measured, runs = [ceilings()], []
     with Runtime(settings, {}, lambda line: print(line, file=sys.stderr)) as runtime:

@@ -6,7 +6,9 @@
 
 Every peer has the same model in bfloat16, all cores, and the settings that its own documentation
 recommends; the adapters in `benchmarks/peers/` tell them with the reasons. Decoding is greedy and
-every row makes exactly its `max_tokens`, which each adapter checks.
+every row makes exactly its `max_tokens`, which each adapter checks. Peers that can guess tokens
+from a row's own text, as batchrun does on a CPU, run with and without: it pays where answers repeat
+themselves, as greedy answers to prompts without meaning do.
 
 Tokens/s are completion tokens over the seconds from the first prompt, as text, until the last
 answer: tokenising is counted; loading, compiling and warming up are not. For batchrun these are the
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -338,7 +341,7 @@ def main() -> None:
         print(f"not here: {', '.join(missing)}; `make peers` installs them", file=sys.stderr)
     line: dict[str, Any] = {
         "benchmark": "peers",
-        "command": " ".join(["python -m benchmarks.peers", *_told(sys.argv[1:])]),
+        "command": f"python -m benchmarks.peers {shlex.join(_told(sys.argv[1:]))}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": description(),
         "device": args.device,

@@ -32,7 +32,7 @@ import numpy as np
 
 from batchrun.duplicates import Duplicates
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.machine import peak_rss
+from batchrun.machine import description, peak_rss
 from batchrun.planner import Planner, Waiting
 from benchmarks.workloads import generate, write
 from jobs.results import Result
@@ -136,7 +136,15 @@ def main() -> int:
         return 0
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     if args.real is not None:
-        print(json.dumps({"benchmark": "planner-real", "rows": args.real, **real(args.real)}))
+        found = {
+            "benchmark": "planner-real",
+            "command": f"python -m benchmarks.planner --real {args.real}",
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": description(),
+            "rows": args.real,
+            **real(args.real),
+        }
+        print(json.dumps(found))
         return 0
     command = [sys.executable, "-m", "benchmarks.planner", "--one"]
     small, large = (

@@ -136,6 +136,23 @@ def planner(result: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def planner_real(result: dict[str, Any]) -> Iterator[str]:
+    yield "### A job planned and not: 8 questions each to documents of 300 tokens, in any order"
+    yield ""
+    yield f"{result['machine']}; {result['date']}; `{result['command']}`. "
+    yield f"{result['same_rows']:,} of {result['rows']:,} rows have the same answer."
+    yield ""
+    yield "| | seconds of the engine | prompt tokens computed | steps | tail |"
+    yield "|---|---|---|---|---|"
+    for name, way in (("planned", result["plan"]), ("`--no-plan`", result["no-plan"])):
+        yield (
+            f"| {name} | {way['engine_s']:.1f} | {way['prefilled']:,} | {way['steps']:,} "
+            f"| {way['tail_s']:.1f} s |"
+        )
+    yield ""
+    yield f"{result['ratio']:.2f} times as fast."
+
+
 def cpusteps(result: dict[str, Any]) -> Iterator[str]:
     yield f"### A CPU's steps: {result['model']}, bfloat16, {result['workload']}"
     yield ""
@@ -201,6 +218,7 @@ SECTIONS = {
     "peers": peers,
     "plancounts": plancounts,
     "planner": planner,
+    "planner-real": planner_real,
     "cpusteps": cpusteps,
     "quality": quality,
     "gpu-check": gpu_check,

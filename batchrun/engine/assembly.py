@@ -21,7 +21,7 @@ from allocator.tensor import layer_views, slab_bytes
 from allocator.vmm import AllocatorError, VirtualMemory
 from batchrun.engine import attention
 from batchrun.engine.attention import Geometry
-from batchrun.engine.attention.native import NativeBF16
+from batchrun.engine.attention.native import Level, NativeBF16
 from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, Sequence, StepPlan
 from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Engine
@@ -341,11 +341,12 @@ class Assembly:
 
         Elsewhere a step at a time computes on a CPU, one call a row: that costs more than it saves.
         """
-        exact = isinstance(self.executor.backend, NativeBF16) and not self.executor.lag
-        if not (exact and self.settings.drafts):
+        backend = self.executor.backend
+        if not self.settings.drafts or self.executor.lag or not isinstance(backend, NativeBF16):
             return None
         row = self.loaded.model.config.get_text_config().vocab_size * self.loaded.dtype.itemsize
-        return Drafts(_DRAFT_LOGITS // row)
+        # The rows of a tile; vectors multiply 8 rows at a time.
+        return Drafts(_DRAFT_LOGITS // row, free=16 if backend.level is Level.TILES else 8)
 
     def _warm_up(self) -> None:
         """Run the largest steps there can be, so that activations have their memory first.

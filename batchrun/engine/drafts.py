@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 from batchrun.engine.core import Segment, Sequence
 
-FREE = 16  # tokens of a step that take no longer than one: the rows of a tile, and weights are read
 LONGEST = 15  # tokens of a draft
 _NGRAMS = (3, 2)  # last tokens to look for, the best sign first
 _TYPE = "i"
@@ -82,11 +81,15 @@ class Drafts:
 
     Args:
         num_logits: Of a step at most, with guesses: each is one of the whole vocabulary.
+        free: Tokens of a step that take no longer than one, as weights are read either way.
         lookup: Makes what guesses for a sequence.
     """
 
-    def __init__(self, num_logits: int, lookup: Callable[[Sequence], Lookup] = Lookup) -> None:
+    def __init__(
+        self, num_logits: int, free: int, lookup: Callable[[Sequence], Lookup] = Lookup
+    ) -> None:
         self.num_logits = num_logits
+        self.free = free
         self._lookup = lookup
 
     def extend(
@@ -105,7 +108,7 @@ class Drafts:
             ensure: Gives a slot memory for so many tokens, or says that there is none.
         """
         able = [i for i, segment in enumerate(segments) if _takes_drafts(segment)]
-        free = FREE - sum(segment.length for segment in segments)
+        free = self.free - sum(segment.length for segment in segments)
         places = min(budget, self.num_logits - sum(segment.sampled for segment in segments))
         for number, i in enumerate(able):
             segment, others = segments[i], len(able) - number

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.core import Sequence as Row
-from batchrun.engine.drafts import FREE, LONGEST, Drafts, Lookup
+from batchrun.engine.drafts import LONGEST, Drafts, Lookup
 from tests.engine.echo import Oracle
 from tests.engine.test_scheduler import MAX_LEN, Rig
 
@@ -81,19 +81,19 @@ def test_what_costs_nothing_is_shared_out_and_the_rest_is_for_those_trusted() ->
 
     rows = [row([1, 2] * 5, max_tokens=40) for _ in range(4)]
     plan = segments(*rows)
-    Drafts(100).extend(plan, 100, 1000, ensure)
+    Drafts(100, 16).extend(plan, 100, 1000, ensure)
     # Of 16 tokens 12 are free: 3 each, and what the one without memory leaves.
     assert [len(s.drafts) for s in plan] == [3, 0, 4, 5]
     assert [s.length for s in plan] == [4, 1, 5, 6]
     assert plan[0].drafts == (1, 2, 1)
     assert given_ == [(0, 13), (1, 13), (2, 14), (3, 15)]
-    assert sum(s.length for s in plan) == FREE
+    assert sum(s.length for s in plan) == 16
     for each in rows:
         assert each.lookup is not None
         each.lookup.trust = LONGEST
     for logits, budget, wanted in ((100, 100, 15), (24, 100, 5), (100, 8, 2), (4, 100, 0)):
         plan = segments(*rows)
-        Drafts(logits).extend(plan, budget, 1000, lambda *_: True)
+        Drafts(logits, 16).extend(plan, budget, 1000, lambda *_: True)
         assert [len(s.drafts) for s in plan] == [wanted] * 4
 
 
@@ -101,13 +101,13 @@ def test_no_guess_goes_beyond_a_rows_end() -> None:
     short, full = row([1, 2] * 3, max_tokens=3), row([1, 2] * 5)
     last, penalised = row([1, 2] * 5, max_tokens=1), row([1, 2] * 5, presence_penalty=0.5)
     plan = segments(short, full, last, penalised)
-    Drafts(100).extend(plan, 100, 12, lambda *_: True)
+    Drafts(100, 16).extend(plan, 100, 12, lambda *_: True)
     assert [len(s.drafts) for s in plan] == [2, 1, 0, 0]
 
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    made = Rig(seqs=4, batched=64, pages=None, drafts=Drafts(64, Oracle))
+    made = Rig(seqs=4, batched=64, pages=None, drafts=Drafts(64, 16, Oracle))
     yield made
     made.close()
 

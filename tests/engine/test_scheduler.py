@@ -137,7 +137,7 @@ class EngineMachine(RuleBasedStateMachine):
         eos: frozenset[int],
     ) -> None:
         lag, logits = way
-        drafts = Drafts(logits, Oracle) if logits else None
+        drafts = Drafts(logits, 16, Oracle) if logits else None
         self.rig = Rig(seqs=seqs, batched=batched, pages=pages, lag=lag, eos=eos, drafts=drafts)
 
     @rule(
