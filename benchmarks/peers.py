@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,43 +76,29 @@ def peers() -> dict[str, Peer]:
     export = (str(openvino / "optimum-cli"), "export", "openvino", "--model", "{model}", "--task")
     convert = ("env", f"PYTHONPATH={llama / 'convert'}", sys.executable)
     convert += (str(llama / "src" / "convert_hf_to_gguf.py"), "{model}")
+    vllm = Peer(
+        PEERS / "vllm" / "bin" / "python",
+        "vllm_offline.py",
+        needs=(PEERS / "vllm" / ".done",),
+        devices=both,
+    )
+    # As its documentation has it.
+    ngram = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
+    genai = Peer(
+        openvino / "python",
+        "openvino_cb.py",
+        needs=(PEERS / "openvino" / ".done",),
+        prepare=(*export, "text-generation-with-past", "--weight-format", "fp16", "{made}"),
+    )
     return {
         "transformers static": Peer(ours, "transformers_ways.py", devices=both),
         "transformers generate_batch": Peer(
             ours, "transformers_ways.py", options={"continuous": True}, devices=both
         ),
-        "vllm": Peer(
-            PEERS / "vllm" / "bin" / "python",
-            "vllm_offline.py",
-            needs=(PEERS / "vllm" / ".done",),
-            devices=both,
-        ),
-        "vllm ngram": Peer(
-            PEERS / "vllm" / "bin" / "python",
-            "vllm_offline.py",
-            needs=(PEERS / "vllm" / ".done",),
-            options={
-                "speculative_config": {  # as its documentation has it
-                    "method": "ngram",
-                    "num_speculative_tokens": 5,
-                    "prompt_lookup_max": 4,
-                }
-            },
-            devices=both,
-        ),
-        "openvino": Peer(
-            openvino / "python",
-            "openvino_cb.py",
-            needs=(PEERS / "openvino" / ".done",),
-            prepare=(*export, "text-generation-with-past", "--weight-format", "fp16", "{made}"),
-        ),
-        "openvino lookup": Peer(
-            openvino / "python",
-            "openvino_cb.py",
-            needs=(PEERS / "openvino" / ".done",),
-            prepare=(*export, "text-generation-with-past", "--weight-format", "fp16", "{made}"),
-            options={"prompt_lookup": True},
-        ),
+        "vllm": vllm,
+        "vllm ngram": replace(vllm, options={"speculative_config": ngram}),
+        "openvino": genai,
+        "openvino lookup": replace(genai, options={"prompt_lookup": True}),
         "llama.cpp": Peer(
             ours,
             "llama_server.py",
@@ -173,7 +159,7 @@ def prepared(name: str, peer: Peer, model: Path, fingerprint: str) -> Path:
     """
     if not peer.prepare:
         return model
-    made = PEERS / "models" / f"{fingerprint[:16]}-{name}"
+    made = PEERS / "models" / f"{fingerprint[:16]}-{Path(peer.adapter).stem}"
     if not made.exists():
         print(f"{name}: converting the model", file=sys.stderr)
         made.parent.mkdir(parents=True, exist_ok=True)

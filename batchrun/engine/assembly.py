@@ -67,7 +67,7 @@ class Settings:
         layers_per_slab: Layers whose keys and values lie together; None for all on a GPU, and on a
             CPU for one where a layer's share of a token is less than what a TLB entry covers.
         share_prefixes: Whether rows with a common prefix compute and hold it once.
-        drafts: Whether tokens are guessed where `_drafts` can check them.
+        drafts: Whether tokens are guessed; only on a CPU, in bfloat16.
         overlap: Whether the host works on the next step while the device computes one.
         graphs: Whether decode steps are recorded as CUDA graphs.
         optimize: Whether the model's modules are fused, and compiled on a GPU.
@@ -337,9 +337,10 @@ class Assembly:
         return TorchExecutor(loaded, views, slabs, backend, transfers, lag=lag)
 
     def _drafts(self) -> Drafts | None:
-        """Guesses, where computing more tokens of a row changes no bit of those before.
+        """Guesses, where attention takes several tokens of each row in one call.
 
-        Elsewhere a step at a time computes on a CPU, one call a row: that costs more than it saves.
+        Other attention on a CPU takes a call for each such row, which costs more than it saves; on
+        a GPU a step is planned before the tokens of the one before it are known.
         """
         backend = self.executor.backend
         if not self.settings.drafts or self.executor.lag or not isinstance(backend, NativeBF16):
