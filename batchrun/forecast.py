@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from heapq import heapreplace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,13 @@ from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.measured import Measured
 from batchrun.models import ModelError
 from batchrun.reader import Reader
+from batchrun.savings import Slots
 from jobs.folder import home
 from jobs.results import Copy, DoneSet, Result
 from jobs.source import open_source
 from jobs.spec import JobSpec
+
+_TAKEN = 320  # rows that an engine takes ahead: the rest of a file is read, and planned, meanwhile
 
 
 @dataclass(frozen=True)
@@ -49,33 +51,6 @@ class Paper:
     max_num_batched_tokens: int
 
 
-class Slots:
-    """Counts the steps of continuous batching: a row takes the place of the first that ends.
-
-    A step computes one token of each sequence that generates, and beside them prompts, one after
-    the other, as far as its budget goes.
-
-    Args:
-        places: Sequences at once.
-        budget: Tokens in a step.
-    """
-
-    def __init__(self, places: int, budget: int) -> None:
-        self._free = [0.0] * places  # the step in which each place becomes free, as a heap
-        self._prompt_rate = max(budget - places, budget // 8, 1)
-        self._prompted = 0.0  # the step by which all prompts so far are computed
-
-    def add(self, prompt: int, steps: float) -> None:
-        """A row, of so many tokens to compute first and steps to generate in."""
-        self._prompted = max(self._prompted, self._free[0]) + prompt / self._prompt_rate
-        heapreplace(self._free, self._prompted + steps)
-
-    @property
-    def steps(self) -> float:
-        """Until all rows have ended."""
-        return max(self._free)
-
-
 @dataclass
 class Tally:
     """Takes the place of the engine and the journal, and counts. Tokens, and bytes of memory."""
@@ -85,7 +60,6 @@ class Tally:
     reader: Reader
     share: bool
     slots: Slots
-    full: bool = False
     completion: int = 0
     expected: float = 0.0
     shared: int = 0
@@ -95,6 +69,11 @@ class Tally:
     longest: float = 0.0  # tokens of all rows at their ends, less what they share
     problems: Counter[str] = field(default_factory=Counter)
     _previous: tuple[int, ...] = ()
+
+    @property
+    def full(self) -> bool:
+        """Whether an engine that has computed nothing yet would take no more."""
+        return self.requests >= _TAKEN
 
     def put(self, item: Request | Result | Copy) -> None:
         """A request to compute, or a result in its place."""
@@ -128,7 +107,7 @@ class Tally:
             self.slots.add(len(prompt) - shared, steps)
             self._previous = prompt
         if self.reader.planner is not None:
-            same = self.reader.duplicates.settle(request, result)
+            same = self.reader.settle(request, result)
             if most < 1:
                 self.problems["prompt_too_long"] += len(same)
 
@@ -146,9 +125,10 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
         JSON-able, for all rows unless it says otherwise: `rows`, `prompt_tokens`,
         `completion_tokens` (at most), `expected_tokens` (of completions, as runs so far ended
         early), `duplicates` (`rows` and completion `tokens` at most, taken from other rows),
-        `shared_tokens` (of prompts), `errors` by kind, `skipped`, `kv` (`token_bytes`,
-        `budget_bytes`, and how many `sequences` of these lengths fit), `max_num_seqs`, `steps`,
-        `seconds` (`load`, `engine`; None where nothing was measured yet), `measured_runs`.
+        `shared_tokens` (of prompts), `saved` by planning (`prompt_tokens` and `steps`), `errors`
+        by kind, `skipped`, `kv` (`token_bytes`, `budget_bytes`, and how many `sequences` of these
+        lengths fit), `max_num_seqs`, `steps`, `seconds` (`load`, `engine`; None where nothing was
+        measured yet), `measured_runs`.
 
     Raises:
         JobError: An input can't be read.
@@ -179,6 +159,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
     fit = int(max(0, paper.budget) / each) if each else None
     crowded = 1.0 if fit is None else max(1.0, paper.max_num_seqs / max(1, fit))
     steps = tally.slots.steps * crowded
+    saved = reader.saved()
     tokens = tally.computed + tally.expected * (1 + tally.measured.missed)
     amounts = (steps, tokens, tally.held * paper.token_bytes)
     return {
@@ -188,6 +169,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
         "expected_tokens": round(tally.expected),
         "duplicates": {"rows": same.rows, "tokens": same.tokens},
         "shared_tokens": tally.shared,
+        "saved": {"prompt_tokens": saved.prompt_tokens, "steps": round(steps * saved.steps)},
         "skipped": problems.pop("skipped", 0),
         "errors": problems,
         "kv": {

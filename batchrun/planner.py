@@ -24,7 +24,7 @@ from batchrun.engine.prefixes import BLOCK
 _FIRST = 512  # rows that are planned at first: the engine is to begin at once
 _ROWS = 16_384  # at once at most, while half as many are read for the next time
 _TOKENS = 4 << 20  # of their prompts, about
-_WIDTH = 4  # bytes of a token
+WIDTH = 4  # bytes of a token
 _BEGUN = 1e9  # tokens: longer than any row
 
 
@@ -102,7 +102,7 @@ def _joined(units: list[_Unit]) -> _Unit:
 
 def common_blocks(a: bytes, b: bytes) -> int:
     """Whole blocks of `prefixes.BLOCK` tokens that two prompts begin with alike."""
-    size = BLOCK * _WIDTH
+    size = BLOCK * WIDTH
     if a[:size] != b[:size]:
         return 0
     low, high = 0, min(len(a), len(b)) // size
@@ -158,9 +158,9 @@ class Planner:
             new.append(row)
             size += len(row.prompt)
             fresh += len(row.prompt)
-            enough = len(new) >= most or fresh >= _TOKENS * _WIDTH // 2
+            enough = len(new) >= most or fresh >= _TOKENS * WIDTH // 2
             while ready and (
-                len(ready) + len(new) > _ROWS or size > _TOKENS * _WIDTH if enough else not full()
+                len(ready) + len(new) > _ROWS or size > _TOKENS * WIDTH if enough else not full()
             ):
                 waiting = ready.popleft()
                 last = waiting.prompt

@@ -13,6 +13,7 @@ from batchrun.engine.core import Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.engine.text import PromptError, template_fields
 from batchrun.planner import Planner, Waiting
+from batchrun.savings import Saved, Savings
 from batchrun.watchdog import Watchdog
 from jobs.results import Copy, Partial, Result
 from jobs.source import Row, Source
@@ -98,6 +99,14 @@ class Prompts(Protocol):
     def sampling_defaults(self) -> Mapping[str, Any]:
         """What the model asks for where neither job nor row says."""
 
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences at once."""
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Tokens in a step."""
+
 
 class Workbench(Prompts, Protocol):
     """An engine with what surrounds it: `batchrun.engine.runtime.Runtime`."""
@@ -151,6 +160,11 @@ class Reader:
         self.seconds = 0.0
         self.duplicates = Duplicates(spec.n)
         self.planner = Planner() if spec.runtime.get("plan", True) else None
+        self._savings = Savings(
+            workbench.max_num_seqs,
+            workbench.max_num_batched_tokens,
+            share=bool(spec.runtime.get("share_prefixes", True)),
+        )
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()}
         self._params = {
             **workbench.sampling_defaults,
@@ -181,18 +195,33 @@ class Reader:
             for request in rows:
                 requests.put(request)
         else:
-            to_compute = self._without_duplicates(rows, results)
+            to_compute = self._without_duplicates(self.planner, rows, results)
             for waiting in self.planner.planned(to_compute, lambda: requests.full):
+                self._savings.put(waiting, self.planner.expected(waiting.rest.params))
                 requests.put(waiting.request())
         requests.close()
 
+    def settle(self, request: Request, result: Result) -> list[Result]:
+        """A row that was planned has ended: the results of those that ask the same."""
+        tokens = result.completion_tokens
+        same = self.duplicates.settle(request, result)
+        for row, sample in ((r.row, r.sample) for r in (result, *same)):
+            self._savings.end(row, sample, tokens)
+        return same
+
+    def saved(self) -> Saved:
+        """What planning saved: see `Savings.saved`."""
+        return self._savings.saved()
+
     def _without_duplicates(
-        self, requests: Iterable[Request], results: Sink[Result | Copy]
+        self, planner: Planner, requests: Iterable[Request], results: Sink[Result | Copy]
     ) -> Iterator[Waiting]:
         for request in requests:
             waiting = Waiting.of(request)
+            self._savings.read(waiting, planner.expected(request.params))
             claimed = self.duplicates.claim(waiting)
             if isinstance(claimed, Copy):
+                self._savings.end(claimed.row, claimed.sample, claimed.tokens)
                 results.put(claimed)
             elif claimed:
                 yield waiting

@@ -29,9 +29,13 @@ from jobs.turns import Turn
 LEASE_HELD = "BATCHRUN_LEASE_HELD"  # in the environment of a run whose supervisor has the lease
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _POLL_S = 0.2
-# Of glibc, in bytes: tensors up to this size stay in the heap when a step has done with them. Else
-# the kernel would make and zero their pages anew in the next one (benchmarks/README.md).
-_ALLOCATOR = {
+# What libraries of a run read when they are loaded; figures are in benchmarks/README.md.
+RUN_ENVIRONMENT = {
+    # How long a thread of torch's OpenMP spins for work before it sleeps. The default wins nothing
+    # over this on an idle machine, and takes three times as long where others want a core.
+    "GOMP_SPINCOUNT": "20000",
+    # Of glibc, in bytes: tensors up to this size stay in the heap when a step has done with them.
+    # Else the kernel would make and zero their pages anew in the next one.
     "MALLOC_MMAP_THRESHOLD_": str(128 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
 }
@@ -131,7 +135,7 @@ def _supervise(
             _command("run-job", job.path),
             stdin=subprocess.DEVNULL,
             pass_fds=handles,
-            env={**_ALLOCATOR, **os.environ, LEASE_HELD: "1"},
+            env={**RUN_ENVIRONMENT, **os.environ, LEASE_HELD: "1"},
         )
         code = child.wait()
         if code >= 0:

@@ -304,7 +304,7 @@ class _Run:
         assert self._reader is not None
         if self._reader.planner is not None:
             self._reader.planner.learn(request, result.completion_tokens)
-            for same in self._reader.duplicates.settle(request, result):
+            for same in self._reader.settle(request, result):
                 results.put(same)
 
     def _write(self, results: Channel[Item]) -> None:
@@ -428,6 +428,12 @@ class _Run:
             stats.duplicates = self._reader.duplicates.rows
             stats.duplicate_tokens = self._reader.duplicates.tokens
             stats.completions += stats.duplicates
+            saved = self._reader.saved()
+            stats.saved_prompt_tokens = saved.prompt_tokens
+            stats.saved_steps = round(saved.steps * stats.steps)
+            if saved.tail:  # as many tokens in more steps: what a step costs beside them
+                cost = self._sampler.measured.costs()[0] or stats.engine_s / max(1, stats.steps)
+                stats.saved_tail_s = saved.tail * stats.steps * cost
         return stats.as_dict()
 
     def _tail(self, measured: Mapping[str, Any]) -> float:

@@ -45,6 +45,8 @@ ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".peers"  # where `make peers` puts them
 ADAPTERS = Path(__file__).parent / "peers"
 BATCHRUN = "batchrun"
+# With its defaults, and with as many sequences at once as llama.cpp, the leanest, does best with.
+OURS: dict[str, tuple[str, ...]] = {BATCHRUN: (), "batchrun 16": ("--max-num-seqs", "16")}
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ def run_peer(
     return {**json.loads(out.read_text()), **figures}
 
 
-def run_batchrun(model: Path, file: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def run_batchrun(
+    more: tuple[str, ...], model: Path, file: Path, folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
     """One job, as a user starts it, in a home of its own that knows the model's verdict already."""
     made = folder / "home"
     made.mkdir(exist_ok=True)
@@ -131,7 +135,7 @@ def run_batchrun(model: Path, file: Path, folder: Path, args: argparse.Namespace
     output = folder / "completions.jsonl"
     command = [sys.executable, "-m", "batchrun", "submit", str(file), "--model", str(model)]
     command += ["--dtype", "bfloat16", "--device", args.device, "--temperature", "0", "--again"]
-    command += ["--output", str(output), "--overwrite", "--json"]
+    command += ["--output", str(output), "--overwrite", "--json", *more]
     environment = {"BATCHRUN_HOME": str(made)}
     figures = measured(command, environment, folder / "log.txt", args.timeout)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -145,7 +149,11 @@ def run_batchrun(model: Path, file: Path, folder: Path, args: argparse.Namespace
         "seconds": spent["wall_s"] - spent["load_s"] - spent["export_s"],
         "load_s": spent["load_s"],
         "completion_tokens": sum(row["completion_tokens"] for row in rows),
-        "settings": {"dtype": "bfloat16", "attention": stats["attention"]},
+        "settings": {
+            "dtype": "bfloat16",
+            "attention": stats["attention"],
+            **dict(zip(more[::2], more[1::2], strict=True)),
+        },
         "versions": {name: version(name) for name in ("batchrun", "torch", "transformers")},
         **figures,
     }
@@ -180,8 +188,11 @@ def ways(args: argparse.Namespace) -> tuple[dict[str, Way], dict[str, str]]:
     ref = resolve(args.model, home() / "models")
     found: dict[str, Way] = {}
     failures: dict[str, str] = {}
-    if not args.only or BATCHRUN in args.only:
-        found[BATCHRUN] = lambda file, folder: run_batchrun(ref.path, file, folder, args)
+    for name, more in OURS.items():
+        if not args.only or name in args.only:
+            found[name] = lambda file, folder, more=more: run_batchrun(
+                more, ref.path, file, folder, args
+            )
     for name, peer in installed(args.device).items():
         if args.only and name not in args.only:
             continue
@@ -262,7 +273,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def ratios(ways: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Speed of batchrun over each other way's, and memory over the leanest's."""
-    others = {name: way for name, way in ways.items() if name != BATCHRUN}
+    others = {name: way for name, way in ways.items() if name not in OURS}
     if BATCHRUN not in ways or not others:
         return {}
     ours = ways[BATCHRUN]
@@ -303,7 +314,7 @@ def _told(words: list[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--only", nargs="*", choices=[BATCHRUN, *peers()], metavar="NAME")
+    parser.add_argument("--only", nargs="*", choices=[*OURS, *peers()], metavar="NAME")
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rows", type=int, help="default: as each workload says")
     parser.add_argument("--repeat", type=int, default=3)

@@ -3,14 +3,16 @@
     python -m benchmarks.plancounts
 
 Workloads of `benchmarks.workloads` go through the engine planned and not; a word is a token. What
-is counted is what a real job would compute, and no other load on the machine changes it. The last
-line of stdout is one JSON object.
+is counted is what a real job would compute, and no other load on the machine changes it. Beside it
+stands what `batchrun stats` would say of the planned one: that is an estimate. The last line of
+stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,10 +26,12 @@ from batchrun.engine.executor import Ticket
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
 from batchrun.planner import Planner, Waiting
+from batchrun.savings import Savings
 from benchmarks.workloads import generate
 
 QUEUE, WAITING = 64, 256  # rows between reader and engine, and in its queue: as in `worker`
-SEQUENCES, LONGEST, PAGE = 64, 8192, 1 << 16  # at once; tokens; bytes
+SEQUENCES, BUDGET = 64, 512  # at once; tokens of a step
+LONGEST, PAGE = 8192, 1 << 16  # tokens; bytes
 COUNTED = (
     ("shared-prefix", 2000),
     ("documents", 1000),
@@ -71,10 +75,15 @@ def count(name: str, rows: int, *, planned: bool) -> dict[str, Any]:
     layout = KVLayout((LayerKV(1, 2, 2),), 4, PAGE, LONGEST, 1)
     memory = HostMemory(PAGE)
     arena = KVArena(memory, layout, num_slots=SEQUENCES + KEPT, budget=1 << 30)
-    limits = {"max_num_seqs": SEQUENCES, "max_num_batched_tokens": 512, "max_model_len": LONGEST}
+    limits = {
+        "max_num_seqs": SEQUENCES,
+        "max_num_batched_tokens": BUDGET,
+        "max_model_len": LONGEST,
+    }
     scheduler, executor = Scheduler(arena, **limits), NoModel()
     engine = Engine(executor, scheduler, None, frozenset())
-    made = (
+    planner, savings = Planner(), Savings(SEQUENCES, BUDGET, share=True)
+    made: Iterator[Waiting] = (
         Waiting.of(
             Request(
                 i,
@@ -88,7 +97,9 @@ def count(name: str, rows: int, *, planned: bool) -> dict[str, Any]:
     )
     given = 0
     # On a CPU a file of some thousand rows has been read before the engine's queue has moved.
-    source = Planner().planned(made, lambda: given >= WAITING + QUEUE) if planned else made
+    if planned:
+        made = planner.planned(_told(made, savings.read), lambda: given >= WAITING + QUEUE)
+    source = _told(made, savings.put)
     more = True
     while more or engine.has_work:
         while more and len(scheduler.waiting) < WAITING:
@@ -97,18 +108,26 @@ def count(name: str, rows: int, *, planned: bool) -> dict[str, Any]:
             if waiting is not None:
                 given += 1
                 engine.add(waiting.request())
-        if engine.has_work:
-            engine.step()
+        for completion in engine.step() if engine.has_work else ():
+            sequence = completion.sequence
+            savings.end(sequence.request.row, 0, len(sequence.output_ids))
     arena.release()
     memory.close()
     steps = engine.stats.steps
-    shared = scheduler.num_shared_tokens
+    shared, saved = scheduler.num_shared_tokens, savings.saved()
     return {
         "computed": executor.tokens,
         "shared": shared,
         "steps": steps,
         "mean": executor.sequences / steps,
+        **({"saved": [saved.prompt_tokens, round(saved.steps * steps)]} if planned else {}),
     }
+
+
+def _told(rows: Iterable[Waiting], told: Callable[[Waiting, float], None]) -> Iterator[Waiting]:
+    for row in rows:
+        told(row, row.rest.params.max_tokens)
+        yield row
 
 
 def counts() -> dict[str, Any]:

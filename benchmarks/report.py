@@ -118,11 +118,19 @@ def peers(result: dict[str, Any]) -> Iterator[str]:
 def plancounts(result: dict[str, Any]) -> Iterator[str]:
     yield "### Planned and unplanned, counted without a model"
     yield ""
-    yield "| workload, rows | tokens computed, planned | unplanned | ratio |"
-    yield "|---|---|---|---|"
+    yield (
+        "| workload, rows | tokens computed, planned | unplanned | ratio | `stats` says "
+        "| steps, planned | unplanned | `stats` says |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
     for name, found in result["workloads"].items():
-        planned, unplanned = found["planned"]["computed"], found["unplanned"]["computed"]
-        yield f"| {name} | {planned:,} | {unplanned:,} | {found['ratio']:.2f} |"
+        planned, unplanned = found["planned"], found["unplanned"]
+        tokens, steps = planned["saved"]
+        yield (
+            f"| {name} | {planned['computed']:,} | {unplanned['computed']:,} "
+            f"| {found['ratio']:.2f} | {tokens:,} saved "
+            f"| {planned['steps']:,} | {unplanned['steps']:,} | {steps:,} saved |"
+        )
 
 
 def planner(result: dict[str, Any]) -> Iterator[str]:

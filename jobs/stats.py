@@ -22,7 +22,8 @@ class RunStats:
     `kv_s` seconds of engine time; `sequence_s` is the same integral of running sequences.
     `duplicates` are results that were not computed, since another row asked the same;
     `completions` counts them, `completion_tokens` does not. `tail_s` is the end of the engine's
-    time, from when half as many sequences ran last as ran on average.
+    time, from when half as many sequences ran last as ran on average. `saved_*` is what the file's
+    order would have taken more, about; 0 for a run that ended early.
     """
 
     started_at: float = 0.0
@@ -48,6 +49,9 @@ class RunStats:
     duplicates: int = 0
     duplicate_tokens: int = 0
     tail_s: float = 0.0
+    saved_prompt_tokens: int = 0
+    saved_steps: int = 0
+    saved_tail_s: float = 0.0
     max_num_seqs: int = 0
     kv_s: float = 0.0
     kv_reserved_s: float = 0.0
@@ -119,13 +123,14 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`,
         `drafted` and `accepted`: guessed, and of these right; and `shared`: of prompts, not
         computed because another row had), `duplicates` (`rows` and
-        completion `tokens` that were taken from another row), `time` (seconds), `throughput` (of
-        what was computed, per second; rows of all), `batch` (with the seconds of its tail), `kv`
-        (bytes: `time_averaged` and `peak` of reserved, mapped, live, shared, static, paged;
-        `utilisation` is live over mapped; None where nothing was measured; seconds of mapping that
-        computing hid and that it waited for), `device_time` (seconds in steps and between them; 0
-        on a CPU), `preemptions`, `peak_rss`, `weights_bytes`, `peak_activations`, `runs`,
-        `row_seconds` (quantiles of queue, prefill, decode).
+        completion `tokens` that were taken from another row), `saved` by planning (about so many
+        `prompt_tokens`, `steps` and seconds of the tail), `time` (seconds), `throughput` (of what
+        was computed, per second; rows of all), `batch` (with the seconds of its tail), `kv` (bytes:
+        `time_averaged` and `peak` of reserved, mapped, live, shared, static, paged; `utilisation`
+        is live over mapped; None where nothing was measured; seconds of mapping that computing hid
+        and that it waited for), `device_time` (seconds in steps and between them; 0 on a CPU),
+        `preemptions`, `peak_rss`, `weights_bytes`, `peak_activations`, `runs`, `row_seconds`
+        (quantiles of queue, prefill, decode).
     """
     spec = job.spec()
     with job.journal() as journal:
@@ -169,6 +174,7 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
             "shared": stats.shared_tokens,
         },
         "duplicates": {"rows": stats.duplicates, "tokens": stats.duplicate_tokens},
+        "saved": {k: getattr(stats, f"saved_{k}") for k in ("prompt_tokens", "steps", "tail_s")},
         "time": {
             f"{k}_s": getattr(stats, f"{k}_s")
             for k in ("wall", "load", "tokenise", "plan", "engine", "journal", "export")

@@ -184,6 +184,8 @@ class _Workbench:
     engine: _Engine
 
     sampling_defaults: Mapping[str, Any] = None  # type: ignore[assignment]
+    max_num_seqs = 4
+    max_num_batched_tokens = 64
 
     def encode(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(fields["prompt"].encode())

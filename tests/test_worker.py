@@ -337,6 +337,7 @@ class _SlowWorkbench:
     def __init__(self) -> None:
         self.engine = _SlowEngine()
         self.sampling_defaults: dict[str, Any] = {}
+        self.max_num_seqs, self.max_num_batched_tokens = 4, 64
 
     def encode(self, fields: Any) -> tuple[int, ...]:
         return (1,)

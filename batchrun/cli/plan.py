@@ -57,6 +57,9 @@ def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
     rows += [f"{count:,} that will fail: {kind}" for kind, count in found["errors"].items()]
     if same["rows"]:
         rows.append(f"{same['rows']:,} equal to others, not computed")
+    saved, planning = found["saved"], "saves nothing against the file's order"
+    if any(saved.values()):
+        planning = f"saves about {saved['prompt_tokens']:,} prompt tokens, {saved['steps']:,} steps"
     each = "of these lengths fit into" if kv["sequences"] else "of these lengths do not fit into"
     took = "nothing was measured yet on this machine with this model: any job will do"
     if time is not None:
@@ -79,5 +82,6 @@ def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
             f"{kv['sequences'] or 0:,} sequences {each} {size(kv['budget_bytes'])}",
         ],
         "steps": f"about {found['steps']:,}, of {found['max_num_seqs']:,} sequences at most",
+        "planning": planning,
         "time": took,
     }

@@ -64,6 +64,8 @@ class Runtime:
         want = None if known else canary.reference(self.loaded)
         self.assembly = assemble(self.loaded, settings, log)
         self.engine, self.measurements = self.assembly.engine, self.assembly.measurements
+        self.max_num_seqs = self.assembly.max_num_seqs
+        self.max_num_batched_tokens = self.assembly.max_num_batched_tokens
         try:
             self._check(want, log)
         except BaseException:

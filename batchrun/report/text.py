@@ -88,6 +88,7 @@ def _tokens(summary: Mapping[str, Any]) -> str:
             if same["rows"]
             else []
         ),
+        *([("planned", _saved(summary["saved"]))] if any(summary["saved"].values()) else []),
         (
             "throughput",
             f"{_rate(rate['completion_tokens_per_s'])} completion tokens/s, "
@@ -107,6 +108,13 @@ def _tokens(summary: Mapping[str, Any]) -> str:
         *([("", f"under half of that in the last {seconds(tail)}")] if tail else []),
     ]
     return _table(lines)
+
+
+def _saved(saved: Mapping[str, Any]) -> str:
+    return (
+        f"saved about {saved['prompt_tokens']:,} prompt tokens, {saved['steps']:,} steps, "
+        f"{seconds(saved['tail_s'])} of tail"
+    )
 
 
 def _guesses(tokens: Mapping[str, int]) -> str:

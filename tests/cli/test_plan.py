@@ -39,6 +39,8 @@ def test_the_plan_of_a_job_is_what_it_does(batchrun: CommandLine) -> None:
     assert ahead["shared_tokens"] == pytest.approx(found["tokens"]["shared"], rel=0.1)
     assert ahead["steps"] == pytest.approx(found["batch"]["steps"], rel=0.35)
     assert ahead["kv"]["token_bytes"] == 2 * 2 * 2 * 8 * 4  # layers, K and V, heads, dim, float32
+    assert ahead["saved"]["steps"] > 0
+    assert found["saved"]["steps"] > 0
     again = batchrun("plan", source, *options, *model, "--json").json
     assert again["measured_runs"] == 1
     assert again["seconds"]["engine"] > 0
@@ -50,6 +52,7 @@ def test_a_plan_without_planning(batchrun: CommandLine) -> None:
     model = ("--model", batchrun.model, "--max-tokens", 4)
     plain = batchrun("plan", source, *model, "--no-plan", "--json").json
     assert plain["duplicates"] == {"rows": 0, "tokens": 0}
+    assert plain["saved"] == {"prompt_tokens": 0, "steps": 0}
     alone = batchrun("plan", source, *model, "--no-share-prefixes", "--json").json
     assert (alone["shared_tokens"], alone["duplicates"]["rows"]) == (0, 20)
 

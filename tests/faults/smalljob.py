@@ -139,6 +139,7 @@ class NullWorkbench:
     def __init__(self, engine: NullEngine) -> None:
         self.engine = engine
         self.sampling_defaults: Mapping[str, Any] = {}
+        self.max_num_seqs, self.max_num_batched_tokens = 4, 64
 
     def encode(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         if fields["prompt"] is None:

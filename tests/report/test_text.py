@@ -50,6 +50,7 @@ SUMMARY = {
         "rows_per_s": 12.6,
     },
     "duplicates": {"rows": 0, "tokens": 0},
+    "saved": {"prompt_tokens": 0, "steps": 0, "tail_s": 0.0},
     "batch": {"steps": 987, "mean_occupancy": 41.25, "max_num_seqs": 64, "tail_s": 1.25},
     "kv": {
         "time_averaged": {
@@ -132,6 +133,10 @@ def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):
     assert "duplicates" not in render(summary)
     summary["duplicates"] = {"rows": 4321, "tokens": 98765}
     assert "duplicates   4,321 rows, 98,765 completion tokens" in render(summary)
+    assert "planned" not in render(summary)
+    summary["saved"] = {"prompt_tokens": 12345, "steps": 67, "tail_s": 1.5}
+    planned = "planned      saved about 12,345 prompt tokens, 67 steps, 1.5 s of tail"
+    assert planned in render(summary)
     summary["tokens"] |= {"drafted": 0, "accepted": 0}
     assert "guessed" not in render(summary)
 
