@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux calls them; the last one on Arm
 
 
@@ -30,6 +32,29 @@ def peak_rss() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def return_freed_memory() -> None:
+    """Have the C library give large blocks back to the kernel when they are freed."""
+    _tune_heap(128 << 10, 128 << 10)
+
+
+def keep_freed_memory() -> None:
+    """Have it keep them, but for those that are free now.
+
+    What each step allocates and frees would otherwise be made and zeroed by the kernel page by
+    page, every time (benchmarks/README.md).
+    """
+    _tune_heap(128 << 20, 256 << 20)
+
+
+def _tune_heap(mapped: int, trimmed: int) -> None:
+    """Set from which size on blocks get a mapping, and free memory at the heap's end goes back."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_THRESHOLD, mapped)
+        libc.mallopt(_M_TRIM_THRESHOLD, trimmed)
 
 
 def _of_cpu(*names: str) -> str:

@@ -29,16 +29,6 @@ from jobs.turns import Turn
 LEASE_HELD = "BATCHRUN_LEASE_HELD"  # in the environment of a run whose supervisor has the lease
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _POLL_S = 0.2
-# What libraries of a run read when they are loaded; figures are in benchmarks/README.md.
-RUN_ENVIRONMENT = {
-    # How long a thread of torch's OpenMP spins for work before it sleeps. The default wins nothing
-    # over this on an idle machine, and takes three times as long where others want a core.
-    "GOMP_SPINCOUNT": "20000",
-    # Of glibc, in bytes: tensors up to this size stay in the heap when a step has done with them.
-    # Else the kernel would make and zero their pages anew in the next one.
-    "MALLOC_MMAP_THRESHOLD_": str(128 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-}
 _RESTARTS = 4  # in a row, without a result in between
 
 
@@ -135,7 +125,7 @@ def _supervise(
             _command("run-job", job.path),
             stdin=subprocess.DEVNULL,
             pass_fds=handles,
-            env={**RUN_ENVIRONMENT, **os.environ, LEASE_HELD: "1"},
+            env={**os.environ, LEASE_HELD: "1"},
         )
         code = child.wait()
         if code >= 0:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 import torch
 
@@ -32,7 +33,6 @@ from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, resolve
 from benchmarks.gpu.roofline import Ceilings, Span, Work, work
 from benchmarks.gpu.shapes import Shape
-from benchmarks.processes import as_in_a_run
 from benchmarks.workloads import WORKLOADS, generate
 from jobs.folder import home
 
@@ -192,5 +192,4 @@ def _shape(runtime: Runtime) -> Shape:
 
 
 if __name__ == "__main__":
-    as_in_a_run()
     main()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -18,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-from batchrun.supervisor import RUN_ENVIRONMENT
 
 _SUBREAPER = 36  # prctl: orphans below us become our children
 _EVERY = 1.0  # seconds between two looks at the memory
@@ -36,13 +33,6 @@ class FailedError(RuntimeError):
 def adopt_orphans() -> None:
     """Make this process the parent of all that its children leave behind."""
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
-
-
-def as_in_a_run() -> None:
-    """Start this program anew, if need be, with the environment that a job's run has."""
-    if any(name not in os.environ for name in RUN_ENVIRONMENT):
-        command = [sys.executable, *sys.orig_argv[1:]]
-        os.execve(sys.executable, command, {**RUN_ENVIRONMENT, **os.environ})
 
 
 class Memory(threading.Thread):

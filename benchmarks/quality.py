@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 import torch
 from torch.nn import functional
@@ -30,7 +31,6 @@ from batchrun.engine.model import HOOK
 from batchrun.engine.runtime import Runtime, Settings
 from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
-from benchmarks.processes import as_in_a_run
 from jobs.folder import home
 
 ROOT = Path(__file__).parents[1]
@@ -138,5 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    as_in_a_run()
     main()

@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the cores; read by torch
     _threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _threads)))
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as a run has it
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 # They take minutes: begun last, one of them would run alone while the other cores are idle.
 _LONG = ("test_smollm2", "test_async", "test_bad_input", "test_check", "test_docs", "test_best_of")

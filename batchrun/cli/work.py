@@ -71,6 +71,10 @@ def work_command(folder: Path) -> int:
 @click.argument("folder", type=click.Path(path_type=Path))
 def run_job_command(folder: Path) -> int:
     """Run a job, as its supervisor's child."""
+    # How long a thread of torch's OpenMP spins for work before it sleeps; read when torch is
+    # loaded. The default wins nothing over this on an idle machine, and makes a step three times
+    # as slow where another process wants a core (benchmarks/README.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     job = JobFolder(folder)
     with Reporter(folder) as reporter, StopOnSignal() as stop:
         try:

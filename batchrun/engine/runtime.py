@@ -13,6 +13,7 @@ from batchrun.engine import model as models
 from batchrun.engine.assembly import Settings, assemble, choose_device
 from batchrun.engine.executor import device_errors
 from batchrun.engine.text import PromptBuilder
+from batchrun.machine import keep_freed_memory, return_freed_memory
 from batchrun.models import ModelError
 
 __all__ = ["Runtime", "Settings", "assemble"]
@@ -35,6 +36,7 @@ class Runtime:
     ) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        return_freed_memory()  # loading and packing leave hundreds of MiB behind
         with device_errors("the weights", "use a smaller model"):
             self.loaded = models.load(
                 settings.model_path,
@@ -71,6 +73,7 @@ class Runtime:
         except BaseException:
             self.close()
             raise
+        keep_freed_memory()
 
     def _check(self, want: list[torch.Tensor] | None, log: Callable[[str], None]) -> None:
         """The third gate."""
