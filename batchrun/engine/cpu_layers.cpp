@@ -229,29 +229,42 @@ void multiply_amx(const uint16_t* a, const uint16_t* b, int64_t k, float* c, Ahe
 }
 #endif
 
+// So many rows that lie in one tile.
+template <int count>
+void multiply_avx512(const uint16_t* a, const uint16_t* b, int64_t k, float* c, Ahead ahead) {
+  __m512 sum[count][2] = {};
+  for (int64_t i = 0; i < k * 16; i += kTile) {
+    for (int64_t pair = 0; pair < 16; pair++) {
+      const auto left = (__m512bh)_mm512_load_si512(b + 2 * i + pair * 32);
+      const auto right = (__m512bh)_mm512_load_si512(b + 2 * i + kTile + pair * 32);
+#pragma GCC unroll 8
+      for (int r = 0; r < count; r++) {
+        int32_t two;
+        __builtin_memcpy(&two, a + i + r * 32 + pair * 2, 4);
+        const auto spread = (__m512bh)_mm512_set1_epi32(two);
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], spread, left);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], spread, right);
+      }
+    }
+    ahead.step();
+  }
+  for (int r = 0; r < count; r++) {
+    _mm512_store_ps(c + r * 32, sum[r][0]);
+    _mm512_store_ps(c + r * 32 + 16, sum[r][1]);
+  }
+}
+
 void multiply_avx512(const uint16_t* a, int64_t rows, const uint16_t* b, int64_t k, float* c,
                      Ahead ahead) {
-  for (int64_t row = 0; row < rows; row += 8) {
-    __m512 sum[8][2] = {};
+  for (int64_t row = 0, count; row < rows; row += count, ahead.lines = 0) {
     const uint16_t* from = a + row / 16 * 16 * k + row % 16 * 32;
-    for (int64_t i = 0; i < k * 16; i += kTile) {
-      for (int64_t pair = 0; pair < 16; pair++) {
-        const auto left = (__m512bh)_mm512_load_si512(b + 2 * i + pair * 32);
-        const auto right = (__m512bh)_mm512_load_si512(b + 2 * i + kTile + pair * 32);
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) {
-          int32_t two;
-          __builtin_memcpy(&two, from + i + r * 32 + pair * 2, 4);
-          const auto spread = (__m512bh)_mm512_set1_epi32(two);
-          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], spread, left);
-          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], spread, right);
-        }
-      }
-      if (row == 0) ahead.step();
-    }
-    for (int r = 0; r < 8; r++) {
-      _mm512_store_ps(c + (row + r) * 32, sum[r][0]);
-      _mm512_store_ps(c + (row + r) * 32 + 16, sum[r][1]);
+    float* to = c + row * 32;
+    if (rows - row >= 8) {
+      multiply_avx512<8>(from, b, k, to, ahead), count = 8;
+    } else if (rows - row >= 4) {
+      multiply_avx512<4>(from, b, k, to, ahead), count = 4;
+    } else {
+      multiply_avx512<1>(from, b, k, to, ahead), count = 1;
     }
   }
 }
@@ -269,7 +282,7 @@ void multiply(const uint16_t* a, int64_t rows, const uint16_t* b, int64_t k, flo
     return;
   }
 #endif
-  multiply_avx512(a, rows > 16 ? 32 : 16, b, k, c, ahead);
+  multiply_avx512(a, std::min<int64_t>(rows, 32), b, k, c, ahead);
 }
 
 // --- a thread's share ---
