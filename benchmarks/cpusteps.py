@@ -4,8 +4,9 @@
 
 The roofline model is that of docs/performance.md: weights once a step and the keys and values that
 attention reads over the measured bandwidth, or operations over the measured matrix rate, whichever
-takes longer. Both ceilings are measured before and after the run, and the better one counts.
-Tokens are not guessed: the model is one of steps that compute one token a row.
+takes longer. Both ceilings are measured before and after each run, and the better one counts.
+The model is one of steps that compute one token a row, and so do these; then the same rows run with
+guessed tokens, as jobs do by default, and that time too is set against the model of these steps.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from batchrun.engine import cpu_layers
 from batchrun.engine.core import Request, SamplingParams, StepPlan
 from batchrun.engine.runtime import Runtime, Settings
 from batchrun.machine import description
-from batchrun.models import DEFAULT_MODEL, resolve
+from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
 from benchmarks.gpu.roofline import Ceilings, Span, Work, work
 from benchmarks.gpu.shapes import Shape
-from benchmarks.workloads import WORKLOADS, generate
+from benchmarks.workloads import WORKLOADS, Row, generate
 from jobs.folder import home
 
 
@@ -122,25 +123,20 @@ def figures(steps: list[Timed], best: Ceilings) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--workload", default="decode-heavy", choices=list(WORKLOADS))
-    parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    args = parser.parse_args()
-    ref = resolve(args.model, home() / "models")
+def repeated(
+    ref: ModelRef, rows: list[Row], repeat: int, *, drafts: bool
+) -> tuple[list[list[Timed]], list[Ceilings]]:
+    """The steps of some runs after one that warms up, and the ceilings around them."""
     settings = Settings(
         *(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts"),
         dtype="bfloat16",
         device="cpu",
-        drafts=False,
+        drafts=drafts,
     )
     measured, runs = [ceilings()], []
     with Runtime(settings, {}, lambda line: print(line, file=sys.stderr)) as runtime:
         watch = Watch(runtime)
-        rows = list(generate(args.workload, args.rows, 0))
-        for _ in range(args.repeat + 1):
+        for _ in range(repeat + 1):
             watch.steps = []
             for i, row in enumerate(rows):
                 ids = tuple(runtime.encode({"prompt": row.prompt}))
@@ -150,11 +146,29 @@ def main() -> None:
                 watch.step()
             runs.append(watch.steps)
             measured.append(ceilings())
-        tokens = sum(row.max_tokens for row in rows)
+    return runs[1:], measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--workload", default="decode-heavy", choices=list(WORKLOADS))
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    args = parser.parse_args()
+    ref = resolve(args.model, home() / "models")
+    rows = list(generate(args.workload, args.rows, 0))
+    alone, measured = repeated(ref, rows, args.repeat, drafts=False)
+    guessing, more = repeated(ref, rows, args.repeat, drafts=True)
+    measured += more
     best = Ceilings(max(c.bandwidth for c in measured), max(c.matrix for c in measured))
-    each = [figures(steps, best) for steps in runs[1:]]  # the first one warmed up
+    each = [figures(steps, best) for steps in alone]
     middle = {key: statistics.median(run[key] for run in each) for key in each[0]}
+    tokens = sum(row.max_tokens for row in rows)
+    guessed = statistics.median(sum(step.seconds for step in steps) for steps in guessing)
     middle["tokens_per_s"] = tokens / middle["seconds"]
+    middle["guessing_tokens_per_s"] = tokens / guessed
+    middle["guessing_of_roofline"] = middle["of_roofline"] * middle["seconds"] / guessed
     for key, value in middle.items():
         print(f"{key:24} {value:10.4g}")
     result = {
