@@ -16,14 +16,12 @@ from batchrun.engine.core import Request
 from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.measured import Measured
 from batchrun.models import ModelError
-from batchrun.reader import Reader
+from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader
 from batchrun.savings import Slots
 from jobs.folder import home
 from jobs.results import Copy, DoneSet, Result
 from jobs.source import open_source
 from jobs.spec import JobSpec
-
-_TAKEN = 320  # rows that an engine takes ahead: the rest of a file is read, and planned, meanwhile
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Tally:
     @property
     def full(self) -> bool:
         """Whether an engine that has computed nothing yet would take no more."""
-        return self.requests >= _TAKEN
+        return self.requests >= QUEUED_REQUESTS + HANDED_REQUESTS
 
     def put(self, item: Request | Result | Copy) -> None:
         """A request to compute, or a result in its place."""

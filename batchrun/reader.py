@@ -21,6 +21,8 @@ from jobs.spec import JobSpec
 
 ItemT_contra = TypeVar("ItemT_contra", contravariant=True)
 
+QUEUED_REQUESTS = 256  # inside the engine
+HANDED_REQUESTS = 64  # between reader and engine: what is not there yet can be planned again
 _CRASHES = 2  # of the process with a row in it; there is no third try
 _EMPTY = ("empty_prompt", "null_prompt")
 
@@ -203,10 +205,9 @@ class Reader:
 
     def settle(self, request: Request, result: Result) -> list[Result]:
         """A row that was planned has ended: the results of those that ask the same."""
-        tokens = result.completion_tokens
         same = self.duplicates.settle(request, result)
-        for row, sample in ((r.row, r.sample) for r in (result, *same)):
-            self._savings.end(row, sample, tokens)
+        for ended in (result, *same):
+            self._savings.end(ended.row, ended.sample, ended.completion_tokens)
         return same
 
     def saved(self) -> Saved:

@@ -11,14 +11,13 @@ from heapq import heapreplace
 from threading import Lock
 from typing import NamedTuple
 
-from batchrun.engine.prefixes import BLOCK
+from batchrun.engine.prefixes import BLOCK, blocks_of
 from batchrun.planner import WIDTH, Waiting
 
 # Rows that come later than those that run and yet find what they compute: of the engine's queue of
 # 256 three quarters, as counted with the real scheduler (benchmarks/plancounts.py).
 _QUEUED = 192
 _OPEN = 1 << 15  # rows whose length an order waits for; more than a plan holds
-_BLOCK = BLOCK * WIDTH  # bytes
 
 
 class Slots:
@@ -162,9 +161,8 @@ class _Recent:
         self._row += 1
         while self._seen and next(iter(self._seen.values())) < self._row - self._rows:
             self._seen.popitem(last=False)
-        depth, blocks, key = 0, len(prompt) // _BLOCK, 0
-        for block in range(blocks):
-            key = hash((key, prompt[block * _BLOCK : (block + 1) * _BLOCK]))
+        depth = 0
+        for block, key in enumerate(blocks_of(prompt, BLOCK * WIDTH)):
             depth += depth == block and key in self._seen
             self._seen[key] = self._row
             self._seen.move_to_end(key)

@@ -26,7 +26,7 @@ from batchrun.live import Progress
 from batchrun.machine import peak_rss
 from batchrun.measured import Measured, Sampler
 from batchrun.models import fingerprint
-from batchrun.reader import Reader, RowEngine, Workbench
+from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, RowEngine, Workbench
 from batchrun.watchdog import Watchdog
 from jobs import folder as folders
 from jobs.errors import Fenced, JobError, JournalError
@@ -41,8 +41,6 @@ from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
 from jobs.suspects import RunningRows
 
-_QUEUED_REQUESTS = 256  # inside the engine
-_HANDED_REQUESTS = 64  # between reader and engine: what is not there yet can be planned again
 _COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
 _CHECKPOINT_SECONDS = 5.0  # between two notes of what unfinished rows have so far
@@ -212,7 +210,7 @@ class _Run:
 
     def _compute(self, workbench: Workbench) -> None:
         """Drive the engine until every row has its results, or `stop` is set."""
-        requests: Channel[Request] = Channel(_HANDED_REQUESTS)
+        requests: Channel[Request] = Channel(HANDED_REQUESTS)
         results: Channel[Item] = Channel(4 * _COMMIT_RESULTS)
         self._reader = Reader(
             self.spec,
@@ -261,7 +259,7 @@ class _Run:
         checkpoint = time.monotonic() + _CHECKPOINT_SECONDS
         while not self.stop.is_set() and not self._failures:
             # What waits inside the engine is bounded too, or it would come to hold the whole file.
-            room = _QUEUED_REQUESTS - engine.load()[1]
+            room = QUEUED_REQUESTS - engine.load()[1]
             try:
                 wait = 0 if engine.has_work else 0.1
                 for request in requests.take(room, wait) if more and room > 0 else []:

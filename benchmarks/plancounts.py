@@ -26,11 +26,12 @@ from batchrun.engine.executor import Ticket
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
 from batchrun.planner import Planner, Waiting
+from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS
 from batchrun.savings import Savings
 from benchmarks.workloads import generate
 
-QUEUE, WAITING = 64, 256  # rows between reader and engine, and in its queue: as in `worker`
 SEQUENCES, BUDGET = 64, 512  # at once; tokens of a step
+TAKEN = QUEUED_REQUESTS + HANDED_REQUESTS  # before a row has ended
 LONGEST, PAGE = 8192, 1 << 16  # tokens; bytes
 COUNTED = (
     ("shared-prefix", 2000),
@@ -98,11 +99,11 @@ def count(name: str, rows: int, *, planned: bool) -> dict[str, Any]:
     given = 0
     # On a CPU a file of some thousand rows has been read before the engine's queue has moved.
     if planned:
-        made = planner.planned(_told(made, savings.read), lambda: given >= WAITING + QUEUE)
+        made = planner.planned(_told(made, savings.read), lambda: given >= TAKEN)
     source = _told(made, savings.put)
     more = True
     while more or engine.has_work:
-        while more and len(scheduler.waiting) < WAITING:
+        while more and len(scheduler.waiting) < QUEUED_REQUESTS:
             waiting = next(source, None)
             more = waiting is not None
             if waiting is not None:

@@ -355,7 +355,7 @@ def test_a_slow_engine_does_not_come_to_hold_the_whole_file(submit: Submit, tmp_
     job = submit(inputs=(InputFile.of(path),))
     workbench = _SlowWorkbench()
     assert run(job, open_workbench=lambda *_: workbench) is Outcome.DONE
-    assert 1 < workbench.engine.most <= worker._QUEUED_REQUESTS
+    assert 1 < workbench.engine.most <= worker.QUEUED_REQUESTS
     assert output(job)["completion"].to_pylist() == ["text"] * 5000
 
 

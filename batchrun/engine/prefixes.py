@@ -7,18 +7,17 @@ prefix caching; but a slot is contiguous, so a match need not end where a block 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 BLOCK = 16  # tokens: no shorter prefix is shared
 
 
-def blocks_of(ids: Seq[int]) -> tuple[int, ...]:
-    """A hash of each whole block and all before it."""
+def blocks_of(ids: tuple[int, ...] | bytes, size: int = BLOCK) -> tuple[int, ...]:
+    """A hash of each whole block and all before it; `size` is that of a block of packed tokens."""
     found: list[int] = []
     value = 0
-    for begin in range(0, len(ids) - BLOCK + 1, BLOCK):
-        value = hash((value, tuple(ids[begin : begin + BLOCK])))
+    for begin in range(0, len(ids) - size + 1, size):
+        value = hash((value, ids[begin : begin + size]))
         found.append(value)
     return tuple(found)
 
