@@ -44,7 +44,7 @@ class KVArena:
         layout: what a token is. Its pages and planes must be the memory's.
         num_slots: sequences that can be open at once.
         budget: bytes of pages to hold at most: a number, or a function that says it, asked once
-            at each growth and each `retire`; None for as much as the machine has.
+            after each `retire`; None for as much as the machine has.
         slack: unused pages to keep, as a part of the claimed ones.
     """
 

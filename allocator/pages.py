@@ -15,8 +15,8 @@ class PagePool:
 
     Args:
         memory: where pages come from. The pool destroys only what it created.
-        budget: bytes of pages to hold at most, now: a number, or a function that is asked once at
-            each growth; None for as much as the machine has.
+        budget: bytes of pages to hold at most, now: a number, or a function that is asked at most
+            once between two calls of `retire`; None for as much as the machine has.
         batch: pages to create at once at most when fewer are wanted. The pool grows by a small part
             of itself, so that a small cache does not hold a large one's spare pages.
 
@@ -36,6 +36,7 @@ class PagePool:
         self._memory = memory
         self._page_bytes = memory.granularity * memory.planes
         self._budget = budget
+        self._measured: int | None = None  # what the function said since the last `retire`
         self._batch = batch
         self._free: list[Handle] = []
         self._references: dict[Handle, int] = {}
@@ -65,7 +66,11 @@ class PagePool:
 
     def page_budget(self) -> int | None:
         """Pages that the budget allows to hold now; None where there is no budget."""
-        budget = self._budget() if callable(self._budget) else self._budget
+        budget = self._budget
+        if callable(budget):
+            if self._measured is None:
+                self._measured = budget()
+            budget = self._measured
         return None if budget is None else max(0, budget // self._page_bytes)
 
     def acquire(self, count: int) -> list[Handle]:
@@ -121,7 +126,8 @@ class PagePool:
         return len(unused)
 
     def retire(self, step: int) -> None:
-        """Free the pages parked for steps up to and including `step`."""
+        """Free the pages parked for steps up to and including `step`; ask for the budget anew."""
+        self._measured = None
         while self._parked and self._parked[0][0] <= step:
             self._free += self._parked.popleft()[1]
 

@@ -334,7 +334,9 @@ class Assembly:
         views = [layer_views(self.arena, i, loaded.dtype, loaded.device) for i in layers]
         groups = range(self.arena.layout.num_groups)
         slabs = [slab_bytes(self.arena, group, loaded.device) for group in groups]
-        return TorchExecutor(loaded, views, slabs, backend, transfers, lag=lag)
+        return TorchExecutor(
+            loaded, views, slabs, backend, transfers, lag=lag, relieve=self._relieve
+        )
 
     def _drafts(self) -> Drafts | None:
         """Guesses, where attention takes several tokens of each row in one call.
@@ -350,19 +352,27 @@ class Assembly:
         return Drafts(_DRAFT_LOGITS // row, free=16 if backend.level is Level.TILES else 8)
 
     def _warm_up(self) -> None:
-        """Run the largest steps there can be, so that activations have their memory first.
+        """Record decode steps, then run the largest steps there can be.
 
-        torch keeps what it once took, and the KV budget is what is free after that: nothing is
-        guessed. Then decode steps are recorded.
+        torch keeps what activations took here, and the KV budget is what is free after that:
+        nothing is guessed. Not the other way round: whoever records a graph gives back what torch
+        keeps. The pages that were created stay for the first steps.
         """
+        torch.cuda.synchronize()  # what was filled on other streams than the steps'
+        if self.settings.graphs and self.executor.backend.capturable:
+            self._capture()
         longest = min(self.max_num_batched_tokens, self.loaded.max_model_len)
         rows = -(-self.max_num_batched_tokens // longest)
         self._run_alone(min(rows, self.max_num_seqs), longest)
         self._run_alone(min(self.max_num_seqs, self.max_num_batched_tokens), 1)
-        if self.settings.graphs and self.executor.backend.capturable:
-            self._capture()
-        self.arena.trim()
         self.executor.transfers.drain()
+
+    def _relieve(self) -> None:
+        """Give the device the KV pages that nobody needs, and what torch keeps for later."""
+        self._log("the device has no memory for a step: giving unused memory back to it")
+        torch.cuda.synchronize()
+        self.arena.trim()
+        torch.cuda.empty_cache()
 
     def _run_alone(self, rows: int, length: int) -> None:
         """One step of `rows` sequences of `length` tokens, or as many as memory holds."""

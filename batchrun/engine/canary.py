@@ -7,7 +7,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -121,8 +121,15 @@ def verify_once(
 
 
 def _key(loaded: LoadedModel, fingerprint: str) -> str:
-    versions = [version(name) for name in ("batchrun", "torch", "transformers")]
+    versions = [_version(name) for name in ("batchrun", "torch", "transformers")]
     return "-".join([fingerprint, str(loaded.dtype), str(loaded.device), *versions])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # it runs from a checkout
+        return "uninstalled"
 
 
 def _sequences(loaded: LoadedModel) -> list[Sequence]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ from batchrun.engine.transfers import Download, Transfers
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A launched step, to be collected."""
+    """A launched step, to be collected: it has ended when its tokens are there."""
 
     step: int
-    tokens: Download | None
+    tokens: Download
 
 
 class Executor(Protocol):
@@ -57,7 +57,10 @@ class Executor(Protocol):
         """Start a step whose memory is in place."""
 
     def collect(self, ticket: Ticket) -> StepTokens:
-        """Wait for the oldest step that is not collected; its tokens are valid from then on."""
+        """Wait until the oldest step that is not collected has ended; returns its tokens.
+
+        From then on what it read may be changed or unmapped, also where it sampled nothing.
+        """
 
     def busy(self) -> bool:
         """Whether the device still computes what was launched."""
@@ -73,6 +76,8 @@ class TorchExecutor:
         backend: The attention kernels.
         transfers: The way to the device and back.
         lag: See `Executor`; 0 unless `transfers` are asynchronous.
+        relieve: Called when the device has no memory for a step, which is then tried once more:
+            waits for the device and gives unused memory back to it.
     """
 
     def __init__(
@@ -84,12 +89,14 @@ class TorchExecutor:
         transfers: Transfers,
         *,
         lag: int = 0,
+        relieve: Callable[[], None] = lambda: None,
     ) -> None:
         self.loaded = loaded
         self.backend = backend
         self.transfers = transfers
         self.lag = lag
         self.graphs: DecodeGraphs | None = None
+        self._relieve = relieve
         self._views, self._slabs = views, slabs
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
@@ -112,19 +119,29 @@ class TorchExecutor:
         sampled = list(_sampled(plan.segments))
         with self._step():
             self._copy(plan.copies)
-            logits = self._logits(plan.segments)
-            if not sampled:
-                return Ticket(plan.step, None)
-            chosen = self._sampler.sample(logits, sampled)
-            if self.lag:
-                slots = self.transfers.upload(np.array([s.slot for s in sampled]))
-                self._last.index_copy_(0, slots, chosen[0])
+            try:
+                chosen = self._choose(plan.segments, sampled)
+            except torch.OutOfMemoryError:
+                self._relieve()
+                # What was written so far is written again: the same numbers to the same places.
+                chosen = self._choose(plan.segments, sampled)
             return Ticket(plan.step, self.transfers.download(*chosen))
+
+    def _choose(self, segments: Seq[Segment], sampled: Seq[Segment]) -> tuple[torch.Tensor, ...]:
+        """Compute the segments; what `Sampler.sample` returns, or nothing where none is sampled."""
+        logits = self._logits(segments)
+        if not sampled:
+            return ()
+        chosen = self._sampler.sample(logits, sampled)
+        if self.lag:
+            slots = self.transfers.upload(np.array([s.slot for s in sampled]))
+            self._last.index_copy_(0, slots, chosen[0])
+        return chosen
 
     def collect(self, ticket: Ticket) -> StepTokens:
         """See `Executor.collect`."""
         with device_errors():
-            token_ids, *others = ticket.tokens.get() if ticket.tokens else [()]
+            token_ids, *others = ticket.tokens.get() or [[]]
         logprobs = tuple(others[0]) if others else ()
         of_beams = others[1] if len(others) > 1 else ()
         candidates = tuple(tuple((int(token), p) for token, p in each) for each in of_beams)
@@ -135,9 +152,12 @@ class TorchExecutor:
         return self.transfers.busy()
 
     def logits(self, segments: Seq[Segment]) -> torch.Tensor:
-        """Compute the segments alone; returns the logits that follow the sampled ones, `[N, V]`."""
+        """Compute the segments alone; returns the logits that follow the sampled ones, `[N, V]`.
+
+        They are the caller's: a recorded step's own are overwritten by the next one.
+        """
         with self._step():
-            logits = self._logits(segments)
+            logits = self._logits(segments).clone()
         self.transfers.drain()
         return logits
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from allocator.tensor import strided_view
 from batchrun.engine.core import Segment
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,11 +39,13 @@ class DecodeGraphs:
         record: Record | None = None,
     ) -> None:
         self._filler = filler
-        self._graphs: dict[int, tuple[torch.Tensor, Recorded]] = {}
+        # By size: the inputs at the addresses that a graph reads, and the graph.
+        self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, Recorded]] = {}
         record = record or CudaRecorder()
         for size in sorted(sizes, reverse=True):  # the largest first: the others fit its memory
             packed, last = (tensor.clone() for tensor in prepare(size))
-            self._graphs[size] = (packed, record(lambda p=packed, n=last: forward(p, n)))  # type: ignore[misc]
+            recorded = record(lambda p=packed, n=last: forward(p, n))  # type: ignore[misc]
+            self._graphs[size] = packed, last, recorded
         self._sizes = sorted(sizes)
 
     def fits(self, segments: Seq[Segment]) -> bool:
@@ -58,7 +61,7 @@ class DecodeGraphs:
 
     def replay(self, packed: torch.Tensor) -> torch.Tensor:
         """Compute a planned step of a recorded size; its logits `[B, V]` stay until the next."""
-        inputs, (run, logits) = self._graphs[packed.shape[1]]
+        inputs, _, (run, logits) = self._graphs[packed.shape[1]]
         inputs.copy_(packed)
         run()
         return logits
@@ -80,7 +83,23 @@ class CudaRecorder:
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         ):
             logits = function()
-        return graph.replay, logits
+        # The tensor itself would keep its memory from the graphs that are captured after this one:
+        # they never run at once, so that one buffer serves all. The pool lives as long as a graph.
+        return graph.replay, _unowned(logits)
+
+
+def _unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, but one that does not keep its memory."""
+    storage = tensor.untyped_storage()
+    return strided_view(
+        storage.data_ptr(),
+        storage.nbytes(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        offset=int(tensor.storage_offset()),
+        device=tensor.device,
+    )
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:

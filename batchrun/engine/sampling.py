@@ -95,17 +95,17 @@ class Sampler:
             if drawn:
                 index = self._upload(np.array(drawn))
                 tokens[index] = self._draw(logits[index], [segments[i] for i in drawn])
+        chosen: tuple[torch.Tensor, ...] = (tokens,)
+        if scored:
+            norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else own.logsumexp(dim=-1)
+            chosen += (own.gather(1, tokens[:, None])[:, 0] - norm,)
+        if beams:
+            chosen += (self._candidates(logits[at], [segments[i] for i in beams]),)
         counted = [i for i in penalised if not params[i].beams]
-        if counted and self._seen is not None:
+        if counted and self._seen is not None:  # last, so that a failed step can be tried again
             index = rows if counted == penalised else self._upload(np.array(counted))
             self._seen.count(tokens[index], [segments[i] for i in counted])
-        if not scored:
-            return (tokens,)
-        norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else own.logsumexp(dim=-1)
-        logprobs = own.gather(1, tokens[:, None])[:, 0] - norm
-        if not beams:
-            return tokens, logprobs
-        return tokens, logprobs, self._candidates(logits[at], [segments[i] for i in beams])
+        return chosen
 
     def _candidates(self, logprobs: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
         """The likeliest tokens of `[M, V]`, and their log-probabilities: `[M, K, 2]` float64."""

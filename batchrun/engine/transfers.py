@@ -1,11 +1,13 @@
 """How data reach the device and come back: at once on the host, on a stream of their own on CUDA.
 
-    copy stream     | up n+1 |        | down n |   | up n+2 |        | down n+1 |
-    compute stream  |  step n   |  step n+1        |  step n+2           |
+    up stream       | up n+1 |           | up n+2 |
+    down stream                 | down n |           | down n+1 |
+    compute stream  |  step n   |  step n+1          |  step n+2           |
     host               plan n+1, map, launch   plan n+2, map, launch
 
-A step's uploads come before its kernels and its download after them, by events; the staging memory
-of a step is used again only when that step has ended.
+A step's uploads come before its kernels and its download after them, by events. A step is over for
+the host only when its own kernels have ended, whether it sends anything back or not; from then on
+its staging memory may be used again, and the pages that it read may go.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ _ALIGNMENT = 256  # bytes, as cudaMalloc aligns
 
 
 class Download(Protocol):
-    """Numbers on their way to the host."""
+    """The end of a step, and numbers on their way to the host."""
 
     def get(self) -> list[list[Any]]:
-        """Wait for them: a list of numbers for each tensor."""
+        """Wait until the step has ended; a list of numbers for each tensor, maybe none."""
 
 
 class Transfers(Protocol):
@@ -59,7 +61,7 @@ class Transfers(Protocol):
         """The step's inputs are on their way: its kernels come next."""
 
     def download(self, *tensors: torch.Tensor) -> Download:
-        """Fetch tensors once the kernels so far have run; once a step at most."""
+        """Fetch tensors once the kernels so far have run; once in each step, maybe of none."""
 
     def busy(self) -> bool:
         """Whether kernels of a step still run or wait to."""
@@ -138,6 +140,7 @@ class CudaTransfers:
 
     def __init__(self, device: torch.device, lag: int, size: int = 4 << 20) -> None:
         self.compute = torch.cuda.Stream(device)
+        self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._copy = torch.cuda.Stream(device)
         self._stages = [_Stage(device, size) for _ in range(lag + 2)]
         self._stage = self._stages[0]
@@ -174,16 +177,16 @@ class CudaTransfers:
         if begin + size > stage.host.numel():
             host = torch.empty_like(source, pin_memory=True).copy_(source)
             target = torch.empty_like(source, device=stage.device.device)
-            self._copy.wait_stream(self.compute)  # whose kernels may still use that memory
+            self._up.wait_stream(self.compute)  # whose kernels may still use that memory
             stage.larger += [host, target]
         else:
             stage.used = -(-(begin + size) // _ALIGNMENT) * _ALIGNMENT
             host = stage.host[begin : begin + size].view(source.dtype).view(source.shape)
             target = stage.device[begin : begin + size].view(source.dtype).view(source.shape)
             host.copy_(source)
-        with torch.cuda.stream(self._copy):
+        with torch.cuda.stream(self._up):
             target.copy_(host, non_blocking=True)
-        self.compute.wait_stream(self._copy)
+        self.compute.wait_stream(self._up)
         return target
 
     def started(self) -> None:
@@ -194,11 +197,12 @@ class CudaTransfers:
         """See `Transfers.download`."""
         stage = self._stage
         hosts = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-        self._copy.wait_stream(self.compute)
-        with torch.cuda.stream(self._copy):
-            for host, tensor in zip(hosts, tensors, strict=True):
-                host.copy_(tensor, non_blocking=True)
-            stage.arrived.record(self._copy)
+        if tensors:
+            self._down.wait_stream(self.compute)
+            with torch.cuda.stream(self._down):
+                for host, tensor in zip(hosts, tensors, strict=True):
+                    host.copy_(tensor, non_blocking=True)
+                stage.arrived.record(self._down)
         return _OnItsWay(self, stage, tensors, hosts)
 
     def busy(self) -> bool:
@@ -207,8 +211,8 @@ class CudaTransfers:
 
     def drain(self) -> None:
         """See `Transfers.drain`."""
-        self.compute.synchronize()
-        self._copy.synchronize()
+        for stream in (self.compute, self._up, self._down, self._copy):
+            stream.synchronize()
         self.device_seconds = self.idle_seconds = 0.0
         self._last_end = None
 
@@ -221,7 +225,7 @@ class CudaTransfers:
 
 
 class _OnItsWay:
-    """A download on the copy stream; keeps its sources alive until they have arrived."""
+    """A step's end, and its download; keeps the sources alive until they have arrived."""
 
     def __init__(
         self,
@@ -233,7 +237,8 @@ class _OnItsWay:
         self._transfers, self._stage, self._sources, self._hosts = transfers, stage, sources, hosts
 
     def get(self) -> list[list[Any]]:
-        self._stage.arrived.synchronize()
+        if self._hosts:
+            self._stage.arrived.synchronize()
         self._stage.end.synchronize()
         self._transfers._count(self._stage)
         return [host.tolist() for host in self._hosts]

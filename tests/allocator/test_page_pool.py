@@ -36,17 +36,28 @@ def test_acquire_is_all_or_nothing(memory: VirtualMemory) -> None:
     assert len(set(held + pool.acquire(2))) == 5
 
 
-def test_a_budget_that_moves_is_asked_at_each_growth(memory: VirtualMemory) -> None:
-    budget = 2 * PAGE
-    pool = PagePool(memory, budget=lambda: budget)
+def test_a_budget_that_moves_is_asked_once_after_each_step(memory: VirtualMemory) -> None:
+    budget, asked = 2 * PAGE, 0
+
+    def measure() -> int:
+        nonlocal asked
+        asked += 1
+        return budget
+
+    pool = PagePool(memory, budget=measure)
     pool.acquire(2)
     with pytest.raises(OutOfPages):
         pool.acquire(1)
+    assert pool.page_budget() == 2
+    assert asked == 1
     budget = 3 * PAGE
+    pool.retire(1)
     pool.acquire(1)
     budget = PAGE  # less than what is held already
+    pool.retire(2)
     with pytest.raises(OutOfPages, match="room for 0"):
         pool.acquire(1)
+    assert asked == 3
 
 
 def test_released_pages_are_reused_before_the_pool_grows(memory: VirtualMemory) -> None:
