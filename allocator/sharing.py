@@ -30,12 +30,14 @@ class Copy:
         source: bytes from `KVArena.address(group)`.
         target: bytes from `KVArena.address(group)`.
         nbytes: how many, all in one page.
+        slots: whose page is read, and whose is written.
     """
 
     group: int
     source: int
     target: int
     nbytes: int
+    slots: tuple[int, int]
 
 
 class Tally:
@@ -140,7 +142,9 @@ class Sharing:
         group, page = place
         source.fence = max(source.fence, step)
         at, slab = page * self._layout.page_size, self._layout.slab_size(group)
-        copy = Copy(group, source.index * slab + at, target.index * slab + at, nbytes)
+        slots = source.index, target.index
+        begin, end = (index * slab + at for index in slots)
+        copy = Copy(group, begin, end, nbytes, slots)
         self.copies.append((step, copy))
 
     def forget_copies(self, slot: "Slot") -> None:

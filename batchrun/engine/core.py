@@ -243,12 +243,14 @@ class Segment:
 class StepPlan:
     """The segments of one step, single-token ones (decodes) first.
 
-    `copies` are to be made in KV memory before them, and after the steps before.
+    `copies` are to be made in KV memory before them, in their order, and after step `copies_after`,
+    the last one that uses what they read and write. Steps behind that may still run.
     """
 
     step: int
     segments: tuple[Segment, ...]
     copies: tuple[Copy, ...] = ()
+    copies_after: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from allocator.sharing import Copy
 from batchrun.engine.attention import AttentionBackend, LayerAttention
 from batchrun.engine.attention.native import NativeBF16
 from batchrun.engine.core import (
@@ -97,6 +96,7 @@ class TorchExecutor:
         self.lag = lag
         self.graphs: DecodeGraphs | None = None
         self._relieve = relieve
+        self._collected = 0  # the last step that has ended
         self._views, self._slabs = views, slabs
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
@@ -118,7 +118,7 @@ class TorchExecutor:
         """See `Executor.launch`."""
         sampled = list(_sampled(plan.segments))
         with self._step():
-            self._copy(plan.copies)
+            self._copy(plan)
             try:
                 chosen = self._choose(plan.segments, sampled)
             except torch.OutOfMemoryError:
@@ -142,6 +142,7 @@ class TorchExecutor:
         """See `Executor.collect`."""
         with device_errors():
             token_ids, *others = ticket.tokens.get() or [[]]
+        self._collected = ticket.step
         logprobs = tuple(others[0]) if others else ()
         of_beams = others[1] if len(others) > 1 else ()
         candidates = tuple(tuple((int(token), p) for token, p in each) for each in of_beams)
@@ -178,10 +179,10 @@ class TorchExecutor:
         with self._step():
             self.graphs = DecodeGraphs(self._forward, prepare, sizes, filler, record)
 
-    def _copy(self, copies: Seq[Copy]) -> None:
-        if copies:
-            with self.transfers.copying():
-                for copy in copies:
+    def _copy(self, plan: StepPlan) -> None:
+        if plan.copies:
+            with self.transfers.copying(beside=plan.copies_after <= self._collected):
+                for copy in plan.copies:
                     slab, size = self._slabs[copy.group], copy.nbytes
                     source = slab[:, copy.source : copy.source + size]
                     slab[:, copy.target : copy.target + size].copy_(source, non_blocking=True)

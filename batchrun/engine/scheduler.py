@@ -76,6 +76,7 @@ class Scheduler:
         self._drafts = drafts
         self._groups: dict[BeamGroup, None] = {}  # those that have begun
         self._uncopied = set[int]()  # slots of beams, until the copies ordered for them are made
+        self._used: dict[int, int] = {}  # slot -> the last step that may read or write its pages
         self._prefixes = SharedPrefixes(space, share)
 
     def add(self, sequence: Sequence) -> None:
@@ -158,9 +159,12 @@ class Scheduler:
             sequence.high_water = max(sequence.high_water, end)
             sequence.num_pending += segment.sampled and sequence.group is None
         self._uncopied.clear()
+        copies = self.space.take_copies()
+        after = max((self._used.get(slot, 0) for c in copies for slot in c.slots), default=0)
+        self._used.update((segment.slot, self.step) for segment in segments)
         if segments:
             self._launched = self.step
-        return StepPlan(self.step, tuple(segments), self.space.take_copies())
+        return StepPlan(self.step, tuple(segments), copies, after)
 
     def commit(
         self,
@@ -322,6 +326,8 @@ class Scheduler:
     def _start(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
         """Let a sequence run in a slot that has its first tokens already, from another one."""
         self._prefixes.begin(sequence, slot, source, shared)
+        if shared:  # whoever wrote those pages is still to be waited for
+            self._used[slot] = max(self._used.get(slot, 0), self._used.get(source, 0))
         self.num_shared_tokens += shared
         sequence.slot = slot
         sequence.num_computed_tokens = shared

@@ -1,6 +1,7 @@
 """How data reach the device and come back: at once on the host, on a stream of their own on CUDA.
 
     up stream       | up n+1 |           | up n+2 |
+    copy stream     | KV copies |
     down stream                 | down n |           | down n+1 |
     compute stream  |  step n   |  step n+1          |  step n+2           |
     host               plan n+1, map, launch   plan n+2, map, launch
@@ -46,8 +47,12 @@ class Transfers(Protocol):
         yield
 
     @contextmanager
-    def copying(self) -> Iterator[None]:
-        """Copies on the device, after the steps before and before this step's kernels."""
+    def copying(self, *, beside: bool) -> Iterator[None]:
+        """Copies on the device before this step's kernels.
+
+        Args:
+            beside: They need not wait for the steps before, which may still run.
+        """
         yield
 
     def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -92,7 +97,7 @@ class HostTransfers:
         yield
 
     @contextmanager
-    def copying(self) -> Iterator[None]:
+    def copying(self, *, beside: bool) -> Iterator[None]:
         """See `Transfers.copying`."""
         yield
 
@@ -163,9 +168,10 @@ class CudaTransfers:
             stage.end.record(self.compute)
 
     @contextmanager
-    def copying(self) -> Iterator[None]:
+    def copying(self, *, beside: bool) -> Iterator[None]:
         """See `Transfers.copying`."""
-        self._copy.wait_stream(self.compute)
+        if not beside:
+            self._copy.wait_stream(self.compute)
         with torch.cuda.stream(self._copy):
             yield
         self.compute.wait_stream(self._copy)

@@ -68,7 +68,8 @@ def test_whole_pages_are_aliased_and_the_last_is_copied(arena: KVArena, writer: 
     pages = arena.pool.in_use
     slot = arena.share(source, 7, num_tokens=12, step=0)
     slab = arena.layout.slab_size(0)
-    assert arena.take_copies() == (Copy(0, source * slab + PAGE, slot * slab + PAGE, 3 * TOKEN),)
+    copy = Copy(0, source * slab + PAGE, slot * slab + PAGE, 3 * TOKEN, (source, slot))
+    assert arena.take_copies() == (copy,)
     assert arena.pool.in_use == pages + 1
     assert (arena.live_tokens(slot), arena.held_tokens(slot)) == (7, 7)
     usage = arena.usage()

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 
+from allocator.sharing import Copy
 from batchrun.engine.attention.batch import SharedParts, shared_parts
 from batchrun.engine.beams import BeamGroup, width
 from batchrun.engine.core import Candidates, Request, Segment, Sequence, StepPlan, StepTokens
@@ -92,11 +93,12 @@ class EchoExecutor:
         stops: frozenset[int] = frozenset(),
     ) -> None:
         self.keys, self.values, self.slab, self.lag = keys, values, slab, lag
-        self._queue: deque[tuple[StepPlan, SharedParts | None]] = deque()
+        self._queue: deque[tuple[StepPlan, Seq[Copy], SharedParts | None]] = deque()
         self.num_shared_parts = 0  # of decodes, as often as another's could be read instead
         self._ids: dict[Segment, list[int]] = {}
         self._last: dict[int, int] = {}
         self._stops = stops
+        self._collected = 0
 
     def launch(self, plan: StepPlan) -> Ticket:
         for s in plan.segments:
@@ -105,13 +107,19 @@ class EchoExecutor:
                 known = s.sequence.token_ids(s.start, s.num_known_tokens)
                 self._ids[s] = [*known, *s.drafts]
                 assert len(self._ids[s]) == s.length, "a token was planned before it is known"
-        self._queue.append((plan, shared_parts(plan.segments, PART)))
+        copies = plan.copies
+        if plan.copies_after <= self._collected:  # as early as may be: others are still to run
+            self._copy(copies)
+            copies = ()
+        self._queue.append((plan, copies, shared_parts(plan.segments, PART)))
         assert len(self._queue) <= self.lag + 1
         return Ticket(plan.step, torch.empty(0))
 
     def collect(self, ticket: Ticket) -> StepTokens:
-        plan, shared = self._queue.popleft()
+        plan, copies, shared = self._queue.popleft()
         assert plan.step == ticket.step, "steps are collected out of order"
+        self._copy(copies)
+        self._collected = plan.step
         read = list(self._run(plan, shared))
         of_beams = tuple(
             candidates(ids, _count(s, self._stops)) for s, ids in read if s.group is not None
@@ -121,12 +129,14 @@ class EchoExecutor:
     def busy(self) -> bool:
         return bool(self._queue)
 
+    def _copy(self, copies: Seq[Copy]) -> None:
+        for c in copies:
+            source = self.slab[:, c.source : c.source + c.nbytes]
+            self.slab[:, c.target : c.target + c.nbytes] = source
+
     def _run(
         self, plan: StepPlan, shared: SharedParts | None
     ) -> Iterator[tuple[Sequence, list[int]]]:
-        for c in plan.copies:
-            source = self.slab[:, c.source : c.source + c.nbytes]
-            self.slab[:, c.target : c.target + c.nbytes] = source
         if shared is not None:
             self._compare(plan.segments, shared)
         for s in plan.segments:
