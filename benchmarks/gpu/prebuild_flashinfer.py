@@ -10,12 +10,18 @@ and on the machine with the GPU, where `wheels` and `kernels` were carried to:
     PYTHONPATH=wheels python -m benchmarks.gpu.prebuild_flashinfer --use kernels
 
 which links the folder to where FlashInfer looks for ready kernels; nothing is compiled then, and
-neither nvcc nor ninja is needed there. The library that is compiled for must be the one that runs.
+neither nvcc nor ninja is needed there. The library that is compiled for must be the one that runs,
+and apache-tvm-ffi's wheel one for the Python there. The kernels use neither Python nor torch's
+C++, so these may differ; CUDA must be of the same major version.
+
+Where `wheels` is too large to carry: of `flashinfer/data`, which is most of it, ready kernels need
+only `csrc/*.jinja` and `csrc/batch_prefill*`, and of `tvm_ffi` no `include`, `src` and `3rdparty`.
+The rest is 12 MiB as .tar.xz; a kernel is 2 MiB.
 
 To compile takes torch, nvcc 12.8 or later, ninja, g++, and the CUDA headers. Where the toolkit
 lacks cuRAND's (fa3 includes them), `pip install --no-deps --target curand nvidia-curand` and
 `CPATH=curand/nvidia/cu13/include` supply them. A module of one head width and dtype took two
-minutes (fa2, on two busy cores) and eighteen (fa3, on one).
+minutes (fa2) and fifteen (fa3) on two busy cores.
 """
 
 from __future__ import annotations
@@ -109,6 +115,8 @@ def use(kernels: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kernel in sorted(kernels.glob("*/*.so")):
         link = folder / kernel.parent.name
+        if link.is_symlink():
+            link.unlink()  # It may lead to an older folder, or nowhere.
         if not link.exists():
             link.symlink_to(kernel.parent)
         print(link)
