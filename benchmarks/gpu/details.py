@@ -11,19 +11,44 @@ Figures = Mapping[str, Any]
 def sections(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
     """A table for each part that has one, its title first; parts without figures are left out."""
     makers = {
+        "submit": submit,
         "ceilings": ceilings,
         "steps": steps,
         "job": job,
         "vmm": vmm,
         "slabs": slabs,
         "layouts": layouts,
-        "tests": tests,
+        "memory": tests,
+        "parity": tests,
         "sanitizer": tests,
     }
     for name, make in makers.items():
         figures = parts.get(name, {}).get("figures")
         if figures:
             yield [f"**{name}**", "", *make(figures)]
+
+
+def submit(figures: Figures) -> Iterator[str]:
+    """The command line's job, and the one that was killed."""
+    if "device" in figures:
+        yield (
+            f"- {figures['rows']:,} rows on {figures['device']} with {figures['attention']}: "
+            f"{figures['tokens']:,} tokens in {figures['engine_s']:.1f} s and {figures['steps']:,} "
+            f"steps, after {figures['load_s']:.1f} s of loading"
+        )
+        yield (
+            f"- mapping {figures['map_hidden_s']:.3f} s hidden, {figures['map_exposed_s']:.3f} s "
+            f"exposed; device busy for {figures['device_s']:.2f} s, idle between steps for "
+            f"{figures['idle_s']:.2f} s; {figures['preemptions']} preemptions"
+        )
+        yield from (f"- its log: {line}" for line in figures["log"])
+    if "answers_in_killed" in figures:
+        yield (
+            f"- killed with {figures['rows_at_kill']:,} rows done and resumed: "
+            f"{figures['answers_in_killed']:,} rows answered, in order and of the right length"
+        )
+    if "same_completions" in figures:
+        yield f"- completions equal to the uninterrupted job's: {figures['same_completions']:.1%}"
 
 
 def ceilings(figures: Figures) -> Iterator[str]:

@@ -6,13 +6,17 @@ python -m benchmarks.gpu.part NAME --out FILE [--toy]
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
+import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +27,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from benchmarks.gpu.bench import Bench, Unavailable
+from benchmarks.gpu.outcome import TOY_DEVICE
 
+_PR_SET_PDEATHSIG = 1
 PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "cuda-bindings", "numpy")
 
 
@@ -41,7 +47,7 @@ def versions() -> dict[str, str]:
 def device(toy: bool) -> dict[str, Any]:
     """What is measured on."""
     if toy:
-        return {"name": "CPU rehearsal, 1 thread"}
+        return {"name": TOY_DEVICE}
     properties = torch.cuda.get_device_properties(0)
     found = {
         "name": properties.name,
@@ -75,26 +81,38 @@ def write(path: Path, record: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
+def prepared(args: argparse.Namespace, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Import the part and make its CUDA context; then its clock begins, and its figures."""
+    if not args.toy:
+        if not torch.cuda.is_available():
+            raise Unavailable(f"torch {torch.__version__} finds no CUDA device")
+        torch.zeros(1, device="cuda")
+    record |= {"device": device(args.toy), "versions": versions()}
+    module = importlib.import_module(f"benchmarks.gpu.{args.name}")
+    if args.ready is not None:
+        os.write(args.ready, b".")
+        os.close(args.ready)
+    limit = min(args.limit, args.deadline - time.monotonic())
+    found: Iterator[dict[str, Any]] = module.run(Bench(args.toy, args.attention, limit))
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("name")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--limit", type=float, default=600.0)
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds, once it is ready")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="by the monotonic clock")
+    parser.add_argument("--ready", type=int, help="file descriptor to say so on")
     args = parser.parse_args()
-    bench = Bench(args.toy, args.attention, args.limit)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # where the check is killed
     if args.toy:
         torch.set_num_threads(1)  # toy sizes gain nothing from more
     record: dict[str, Any] = {"status": "unfinished", "figures": {}}
     try:
-        if not args.toy and not torch.cuda.is_available():
-            raise Unavailable(f"torch {torch.__version__} finds no CUDA device")
-        record |= {"device": device(args.toy), "versions": versions()}
-        found: Iterator[dict[str, Any]] = importlib.import_module(
-            f"benchmarks.gpu.{args.name}"
-        ).run(bench)
-        for figures in found:
+        for figures in prepared(args, record):
             record["figures"] |= figures
             write(args.out, record)
             print(json.dumps(figures), flush=True)

@@ -1,0 +1,214 @@
+"""The command line as users type it: a job, the same job killed and resumed, its statistics."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.gpu.bench import Bench
+from jobs.folder import JobFolder
+from jobs.lease import held_by
+from tests.tiny import byte_vocabulary, write_tokenizer
+
+_POLL_S = 0.02
+
+
+def run(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Figures of the uninterrupted job, then of the one that is killed, each checked row by row."""
+    with tempfile.TemporaryDirectory() as name:
+        trial = Trial(bench, Path(name))
+        try:
+            whole = trial.submit("whole.parquet", "--device", "cpu" if bench.toy else "cuda")
+            yield trial.figures(whole["job"]) | {"wall_s": whole["wall_s"]}
+            yield trial.answers("whole.parquet")
+            yield trial.killed()
+            yield trial.answers("killed.parquet")
+            yield {"same_completions": trial.same("whole.parquet", "killed.parquet")}
+        finally:
+            trial.print_logs()
+
+
+class Trial:
+    """A folder with a model, a file of prompts, and the jobs made of them."""
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self.bench = bench
+        self.folder = folder
+        self.home = folder / "home"
+        self.sequences = bench.size(64, 4)
+        write_model(bench, folder / "model")
+        self.rows = write_rows(bench, folder / "rows.parquet")
+
+    def cli(self, *arguments: str) -> Any:
+        """What `batchrun ... --json` prints.
+
+        Raises:
+            RuntimeError: It failed; the message ends with what it said last.
+        """
+        done = subprocess.run(
+            [sys.executable, "-m", "batchrun", *arguments, "--json"],
+            cwd=self.folder,
+            env={**os.environ, "BATCHRUN_HOME": str(self.home), "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        print(done.stderr, flush=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            wrong = [line for line in said if line.startswith("error")] or said[-1:]
+            raise RuntimeError(f"batchrun {arguments[0]}, exit code {done.returncode}: {wrong}")
+        return json.loads(done.stdout)
+
+    def submit(self, output: str, *more: str) -> Any:
+        """Submit the job, its answers to go to `output`."""
+        options = ["--model", str(self.folder / "model"), "--attention", self.bench.attention]
+        options += ["--dtype", "float32" if self.bench.toy else "bfloat16", "--temperature", "0"]
+        options += ["--ignore-eos", "--token-ids", "--max-num-seqs", str(self.sequences)]
+        return self.cli("submit", "rows.parquet", *options, "--again", "--output", output, *more)
+
+    def killed(self) -> dict[str, Any]:
+        """Submit, kill all processes of the job when it has some of its rows, resume."""
+        more = ["--device", "cpu"] if self.bench.toy else []  # else what `auto` chooses
+        found = self.submit("killed.parquet", "--detach", *more)["job"]
+        job = JobFolder(self.home / "jobs" / found)
+        while job.counts().rows < self.rows // 8:
+            if held_by(job.path) is None:
+                raise RuntimeError(f"the job was {job.state()} before it could be killed")
+            time.sleep(_POLL_S)
+        pid = held_by(job.path)
+        if pid is not None:
+            os.killpg(pid, signal.SIGKILL)  # its supervisor and the run
+        while held_by(job.path) is not None:
+            time.sleep(_POLL_S)
+        kept = job.counts().rows
+        if not 0 < kept < self.rows or job.state() != "interrupted":
+            raise RuntimeError(f"the killed job is {job.state()} with {kept} of {self.rows} rows")
+        resumed = self.cli("resume", found)["rows"]["resumed"]
+        if resumed != kept:
+            raise RuntimeError(f"{kept} rows were done, but {resumed} were kept")
+        return {"rows_at_kill": kept}
+
+    def figures(self, job: str) -> dict[str, Any]:
+        """What `batchrun stats` says of a job, and whether it ran where it should have."""
+        stats = self.cli("stats", job)
+        wanted = "cpu" if self.bench.toy else "cuda:0"
+        if stats["device"] != wanted:
+            raise RuntimeError(f"the job ran on {stats['device']}, not on {wanted}")
+        kv, times, tokens = stats["kv"], stats["time"], stats["tokens"]
+        return {
+            "device": stats["device"],
+            "attention": stats["attention"],
+            "rows": stats["rows"]["done"],
+            "tokens": tokens["completion"],
+            "recomputed": tokens["recomputed"],
+            "preemptions": stats["preemptions"],
+            "load_s": times["load_s"],
+            "engine_s": times["engine_s"],
+            "tokens_per_s": stats["throughput"]["completion_tokens_per_s"],
+            "steps": stats["batch"]["steps"],
+            "map_hidden_s": kv["map_hidden_s"],
+            "map_exposed_s": kv["map_exposed_s"],
+            "device_s": stats["device_time"]["busy_s"],
+            "idle_s": stats["device_time"]["idle_s"],
+            "log": [line["message"] for line in self._log(job)],
+        }
+
+    def answers(self, output: str) -> dict[str, Any]:
+        """Whether each row has its answer, in the order of the input and of the length asked for.
+
+        Raises:
+            RuntimeError: One has not.
+        """
+        given, got = (pq.read_table(self.folder / name) for name in ("rows.parquet", output))
+        if got["id"].to_pylist() != given["id"].to_pylist():
+            raise RuntimeError(f"{output} has {got.num_rows} rows, or not in the input's order")
+        prompts = [len(prompt) for prompt in given["prompt"].to_pylist()]  # a token a character
+        for name, wanted in (
+            ("prompt_tokens", prompts),
+            ("completion_tokens", given["max_tokens"].to_pylist()),
+            ("error", [None] * self.rows),
+            ("finish_reason", ["length"] * self.rows),
+        ):
+            values = got[name].to_pylist()
+            if values != wanted:
+                row = next(i for i in range(self.rows) if values[i] != wanted[i])
+                what = f"{name} is {values[row]!r} and not {wanted[row]!r}"
+                raise RuntimeError(f"row {row} of {output}: {what}")
+        return {f"answers_in_{Path(output).stem}": got.num_rows}
+
+    def same(self, *outputs: str) -> float:
+        """The share of rows with the same tokens in both: a near tie may go either way."""
+        one, other = (
+            pq.read_table(self.folder / name)["completion_token_ids"].to_pylist()
+            for name in outputs
+        )
+        return sum(a == b for a, b in zip(one, other, strict=True)) / self.rows
+
+    def print_logs(self) -> None:
+        """What the jobs' processes said, into the part's own log."""
+        for job in sorted((self.home / "jobs").glob("*")):
+            for name in ("worker.log", "log.jsonl", "stats.json"):
+                if (job / name).exists():
+                    print(f"--- {job.name}/{name}\n{(job / name).read_text()}", flush=True)
+
+    def _log(self, job: str) -> list[dict[str, Any]]:
+        lines = (self.home / "jobs" / job / "log.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def write_model(bench: Bench, folder: Path) -> None:
+    """A Llama of random weights with heads as wide as the kernels have them."""
+    torch.manual_seed(7)
+    hidden = bench.size(512, 64)
+    config = LlamaConfig(
+        vocab_size=len(byte_vocabulary()),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=bench.size(4, 2),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=bench.size(16384, 2048),
+        initializer_range=0.05,  # so that tokens are chosen by more than rounding
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    dtype = torch.float32 if bench.toy else torch.bfloat16
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def write_rows(bench: Bench, path: Path) -> int:
+    """Prompts of many lengths, some that begin alike, one longer than a step; returns how many."""
+    rng = random.Random(3)
+    count = bench.size(1024, 48)
+    longest = bench.size(12_000, 1_500)
+
+    def text(length: int) -> str:
+        return "".join(rng.choices("abcdefghij klmnop", k=length))
+
+    common = text(bench.size(600, 100))
+    prompts = [text(rng.randint(3, 200)) for _ in range(count)]
+    prompts[::5] = [common + prompt for prompt in prompts[::5]]
+    prompts[count // 3] = text(longest)
+    lengths = [rng.randint(16, bench.size(400, 80)) for _ in range(count)]
+    lengths[::16] = [1] * len(lengths[::16])
+    table = {"id": list(range(count)), "prompt": prompts, "max_tokens": lengths}
+    pq.write_table(pa.table(table), path)
+    return count
