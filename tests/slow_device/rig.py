@@ -1,0 +1,133 @@
+"""The engine over a slow device, as `tests.parity.runner` builds it over the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from allocator.arena import KVArena
+from allocator.vmm import VirtualMemory
+from batchrun.engine import assembly
+from batchrun.engine.assembly import Assembly
+from batchrun.engine.attention.sdpa import SDPA
+from batchrun.engine.core import Segment, StepPlan, StepTokens
+from batchrun.engine.executor import Ticket
+from batchrun.engine.graphs import Recorded
+from batchrun.engine.model import LoadedModel
+from batchrun.engine.transfers import CudaTransfers
+from tests.parity import runner
+from tests.slow_device.device import SlowDevice, TooEarlyError
+from tests.slow_device.steps import WatchedMemory, uses_of
+
+
+class Transfers(CudaTransfers):
+    """The product's, whose steps the device knows."""
+
+    def __init__(self, device: SlowDevice, lag: int, size: int) -> None:
+        super().__init__(torch.device("cpu"), lag, size)
+        self._steps_of_device = device.steps
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        with self._steps_of_device.launch(self.compute), super().step():
+            yield
+
+
+@contextmanager
+def rig(
+    device: SlowDevice,
+    loaded: LoadedModel,
+    *,
+    lag: int = 1,
+    staging: int = 1 << 16,
+    graphs: Sequence[int] = (),
+    collects: bool = True,
+    **settings: Any,
+) -> Iterator[Assembly]:
+    """An engine over an installed slow device, with that many bytes of staging memory.
+
+    Args:
+        device: Over which.
+        loaded: The model.
+        lag: Steps in flight.
+        staging: Bytes of staging memory for a step.
+        graphs: Batch sizes to record, if any.
+        collects: Whether a step that is collected before it is over is told at once.
+        settings: As of `runner.rig`.
+    """
+
+    def watched(memory: VirtualMemory, *args: Any, **kwargs: Any) -> KVArena:
+        return KVArena(WatchedMemory(memory, device.steps), *args, **kwargs)
+
+    with (
+        patch.object(assembly, "HostTransfers", lambda: Transfers(device, lag, staging)),
+        patch.object(assembly, "KVArena", watched),
+        runner.rig(loaded, lag=lag, **settings) as made,
+    ):
+        scratch = _record(made, graphs) if graphs else None
+        _watch(made, device, scratch, collects=collects)
+        yield made
+
+
+def _watch(rig: Assembly, device: SlowDevice, scratch: int | None, *, collects: bool) -> None:
+    """Tell the device what each step uses, and that a collected step must be over."""
+    executor, steps = rig.executor, device.steps
+    launch, collect, launched = executor.launch, executor.collect, {}
+
+    def watched_launch(plan: StepPlan) -> Ticket:
+        steps.next_uses = uses_of(plan, rig.arena, scratch)
+        ticket = launch(plan)
+        launched[plan.step] = steps.last
+        return ticket
+
+    def watched_collect(ticket: Ticket) -> StepTokens:
+        tokens = collect(ticket)
+        if launched.pop(ticket.step) in steps.unfinished() and collects:
+            raise TooEarlyError("a step was collected before it was over")
+        return tokens
+
+    executor.launch, executor.collect = watched_launch, watched_collect  # type: ignore[method-assign]
+
+
+def _record(rig: Assembly, sizes: Sequence[int]) -> int:
+    """Record decode steps of these sizes; returns the slot of what fills them up."""
+    scratch = rig.arena.open(1)
+    assert scratch is not None
+    assert rig.arena.ensure(scratch, 1)
+    if isinstance(rig.executor.backend, SDPA):
+        rig.executor.backend = Rereading()
+    rig.executor.capture(sizes, scratch, Recorder())
+    return scratch
+
+
+class Recorder:
+    """Records as CUDA graphs do: the outputs of all lie in one memory, which each replay spoils."""
+
+    def __init__(self) -> None:
+        self._outputs: torch.Tensor | None = None
+
+    def __call__(self, function: Callable[[], torch.Tensor]) -> Recorded:
+        made = function()
+        if self._outputs is None:  # the largest comes first
+            self._outputs = torch.empty_like(made)
+        outputs = self._outputs
+        output = outputs[: len(made)]
+
+        def replay() -> None:
+            outputs.fill_(torch.nan)
+            output.copy_(function())
+
+        return replay, output
+
+
+class Rereading(SDPA):
+    """SDPA under a `Recorder`, which freezes nothing."""
+
+    capturable = True
+
+    def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
+        super().plan(segments)
