@@ -36,6 +36,9 @@ from batchrun.models import ModelError
 
 _HOST_PAGE = 256 << 10  # bytes, of all slabs of a slot together
 _LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than filling them
+# The driver takes as long to map an allocation of 128 MiB as one of 2 MiB (docs/memory.md).
+_DEVICE_PAGE_TOKENS = 32
+_LEAST_DEVICE_PAGE = 2 << 20  # bytes
 _HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
 DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no guess is worth
@@ -63,7 +66,7 @@ class Settings:
         max_model_len: Context length; None for the model's own.
         kv_budget: Bytes of KV pages at most; None for what the device has.
         page_size: Bytes of a KV page; None for 8 to 256 KiB on a CPU, the more the fewer slabs,
-            and the driver's least on a GPU.
+            and on a GPU for some 32 tokens, but the driver's least at least.
         layers_per_slab: Layers whose keys and values lie together; None for all on a GPU, and on a
             CPU for one where a layer's share of a token is less than what a TLB entry covers.
         share_prefixes: Whether rows with a common prefix compute and hold it once.
@@ -270,6 +273,11 @@ class Assembly:
             fair = 1 << (_HOST_PAGE // slabs).bit_length() - 1
             size = page_size or max(_LEAST_HOST_PAGE, fair)
             return HostMemory(size, planes=planes, guard=False), available_memory
+        if page_size is None:
+            token = sum(s.kv_heads * (s.k_dim + s.v_dim) for s in self.loaded.layers)
+            slab = token * self.loaded.dtype.itemsize * per_slab / len(self.loaded.layers)
+            wanted = 1 << round(log2(_DEVICE_PAGE_TOKENS * slab))
+            page_size = max(_LEAST_DEVICE_PAGE, wanted)
         memory = CudaMemory(self.loaded.device.index or 0, page_size=page_size, planes=planes)
         return memory, lambda: memory.memory_info()[0] - DEVICE_HEADROOM
 

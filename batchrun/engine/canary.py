@@ -6,11 +6,14 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.executor import TorchExecutor
@@ -20,26 +23,80 @@ from batchrun.models import ModelError
 
 _TOLERANCE = {torch.float32: 2e-3}  # of the largest logit; half precision differs by rounding
 _HALF_TOLERANCE = 0.06
+_TIMES_ROUNDING = 3  # as often as the model itself is off in its dtype; at most so much:
+_MOST_TOLERANCE = 0.5  # what attends to other tokens differs by more
 _COMPARED = 4  # the last chunk's end, and the decodes behind it
 
 
-def reference(loaded: LoadedModel) -> list[torch.Tensor]:
-    """The model's own logits, by eager attention: for each test sequence the last few, `[n, V]`.
+@dataclass(frozen=True)
+class Reference:
+    """The model's own logits for the test sequences.
 
-    To be had before `optimize`, which puts other attention into the model's own modules.
+    Args:
+        logits: Of each, the last few, `[n, V]`, by eager attention.
+        rounding: How far they are from float32's, as a share of the largest: what many layers of
+            half precision make of rounding. 0 in float32, and where that can't be had.
     """
-    found = []
+
+    logits: tuple[torch.Tensor, ...]
+    rounding: float
+
+
+def reference(loaded: LoadedModel) -> Reference:
+    """Compute it; to be done before `optimize` puts other attention into the model's modules."""
     loaded.model.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
-            for sequence in _sequences(loaded):
-                ids = torch.tensor([sequence.request.prompt_ids], device=loaded.device)
-                keep = torch.arange(ids.shape[1], device=loaded.device)[-_COMPARED:]
-                output = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=keep)
-                found.append(output.logits[0].float())
+            logits, rounding = _own_logits(loaded), 0.0
+            if loaded.dtype.itemsize < 4:
+                with suppress(RuntimeError, TypeError, ValueError), _in_float32(loaded.model):
+                    pairs = zip(logits, _own_logits(loaded), strict=True)
+                    rounding = max(_difference(*pair) for pair in pairs)
     finally:
         loaded.model.set_attn_implementation(HOOK)
-    return found
+    return Reference(logits, rounding)
+
+
+def _own_logits(loaded: LoadedModel) -> tuple[torch.Tensor, ...]:
+    found = []
+    for sequence in _sequences(loaded):
+        ids = torch.tensor([sequence.request.prompt_ids], device=loaded.device)
+        keep = torch.arange(ids.shape[1], device=loaded.device)[-_COMPARED:]
+        output = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=keep)
+        found.append(output.logits[0].float())
+    return tuple(found)
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Each module computes in float32; no more than one has its weights twice at a time."""
+    halves: dict[nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: nn.Module, _: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                halves[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in halves:
+                parameter.data = halves.pop(parameter)
+
+    hooks = [m.register_forward_pre_hook(widen) for m in model.modules()]
+    hooks += [m.register_forward_hook(restore) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, half in halves.items():  # of a forward that failed
+            parameter.data = half
+
+
+def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest number wanted."""
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
 
 
 def verify(
@@ -47,7 +104,7 @@ def verify(
     executor: TorchExecutor,
     space: KVSpace,
     chunk: int,
-    want: list[torch.Tensor] | None = None,
+    want: Reference | None = None,
 ) -> float:
     """Compare packed, chunked logits over slots with the model's eager attention.
 
@@ -74,10 +131,12 @@ def verify(
     with torch.inference_mode():
         chunk = max(1, min(chunk // 2, longest // 3))
         for sequence, logits in _through_slots(sequences, executor, space, chunk):
-            wanted = want[sequence.request.row][-len(logits) :]
-            scale = wanted.abs().max().clamp_min(1e-6)
-            worst = max(worst, float((logits.float() - wanted).abs().max() / scale))
-    tolerance = _TOLERANCE.get(loaded.dtype, _HALF_TOLERANCE)
+            wanted = want.logits[sequence.request.row][-len(logits) :]
+            worst = max(worst, _difference(logits.float(), wanted))
+    tolerance = max(
+        _TOLERANCE.get(loaded.dtype, _HALF_TOLERANCE),
+        min(_MOST_TOLERANCE, _TIMES_ROUNDING * want.rounding),
+    )
     if not worst <= tolerance:  # also refuses NaN
         raise ModelError(
             f"the architecture {loaded.architecture} is refused: on a test prompt of {longest} "

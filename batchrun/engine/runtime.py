@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from batchrun.engine import canary
@@ -75,7 +74,7 @@ class Runtime:
             raise
         keep_freed_memory()
 
-    def _check(self, want: list[torch.Tensor] | None, log: Callable[[str], None]) -> None:
+    def _check(self, want: canary.Reference | None, log: Callable[[str], None]) -> None:
         """The third gate."""
         loaded, assembly, settings = self.loaded, self.assembly, self.assembly.settings
         difference = canary.verify_once(

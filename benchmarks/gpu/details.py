@@ -95,6 +95,12 @@ def vmm(figures: Figures) -> Iterator[str]:
     for row in ranges:
         yield f"| {row['pages']} | {' | '.join(f'{row[name]:,.1f} us' for name in names)} |"
     yield ""
+    if "sizes" in figures:
+        yield from _head("one page of", *names)
+        for row in figures["sizes"]:
+            cells = " | ".join(f"{row[name]:,.1f} us" for name in names)
+            yield f"| {row['bytes'] >> 10:,} KiB | {cells} |"
+        yield ""
     yield from _head(
         "while copies run", "idle", "beside copies", "longest", "copies alone", "beside the calls"
     )

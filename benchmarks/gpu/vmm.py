@@ -15,6 +15,7 @@ from allocator.vmm import Handle, VirtualMemory
 from benchmarks.gpu.bench import Bench
 
 LENGTHS = (1, 2, 4, 16, 64, 256)  # pages in one range
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # of one page, as multiples of the least
 CALLS = {
     "cuMemCreate": "create",
     "cuMemMap": "map",
@@ -26,7 +27,7 @@ RUN = 16  # pages a call while kernels run
 
 
 def run(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Cost by range length on an idle device; the same calls while kernels run."""
+    """Cost by range length and page size on an idle device; the same calls while kernels run."""
     memory = open_memory(bench)
     try:
         yield {"granularity": memory.granularity}
@@ -35,16 +36,26 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
             yield {f"under_{name}": under(bench, prepare, memory)}
     finally:
         memory.close()
+    yield {"sizes": [by_size(bench, size * memory.granularity) for size in SIZES]}
 
 
-def open_memory(bench: Bench) -> Any:
+def by_size(bench: Bench, page_size: int) -> dict[str, float]:
+    """The same for one page of that size."""
+    memory = open_memory(bench, page_size)
+    try:
+        return {"bytes": page_size} | costs(bench, memory, 1)
+    finally:
+        memory.close()
+
+
+def open_memory(bench: Bench, page_size: int | None = None) -> Any:
     """The device's memory, or the host's."""
     if bench.toy:
-        return HostMemory(64 << 10)
+        return HostMemory(page_size or 64 << 10)
     from allocator.cuda import CudaMemory  # noqa: PLC0415 - only where there is a driver
 
     torch.zeros(1, device=bench.device)  # the context that torch makes and the memory retains
-    return CudaMemory()
+    return CudaMemory(page_size=page_size)
 
 
 class TimedDriver:

@@ -17,6 +17,7 @@ from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.model import LoadedModel, prepare
+from batchrun.models import ModelError
 from tests.parity.models import CONFIGS, build
 from tests.parity.runner import generate, outputs, rig, run
 
@@ -279,3 +280,23 @@ def test_end_tokens_min_tokens_and_ignore_eos() -> None:
     want = generate(model.model, prompt, 10, eos_token_id=stop, min_new_tokens=8)
     assert held == [want]
     assert stop not in want[:8]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_canary_knows_what_rounding_does(dtype: torch.dtype) -> None:
+    model = build("llama")
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    half = prepare(model.to(dtype))
+    found = canary.reference(half)
+    assert 0 < found.rounding < 0.1
+    assert all(p.dtype == dtype for p in half.model.parameters())
+    for name, parameter in half.model.named_parameters():
+        assert torch.equal(parameter, weights[name].to(dtype)), name
+    with rig(half) as r:
+        assert canary.verify(half, r.executor, r.arena, 64, found) < 0.06
+        # As much rounding as no limit for wrong attention may grow with.
+        noisy = canary.Reference(found.logits, rounding=5.0)
+        wrong = tuple(logits.flip(-1) for logits in found.logits)
+        assert canary.verify(half, r.executor, r.arena, 64, noisy) < 0.06
+        with pytest.raises(ModelError, match="is refused"):
+            canary.verify(half, r.executor, r.arena, 64, canary.Reference(wrong, 5.0))
