@@ -28,7 +28,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
-        product = functional.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
+        # In this order: `linear * scales` is a pattern of inductor, which fails on a GPU.
+        product = self.scales.to(x.dtype) * functional.linear(x, self.weight.to(x.dtype))
         return product if self.bias is None else product + self.bias
 
 
