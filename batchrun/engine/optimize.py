@@ -400,5 +400,6 @@ def _check(model: PreTrainedModel, want: torch.Tensor, calls: Sequence[LayerCall
 
 
 def _brief(error: Exception) -> str:
+    error = getattr(error, "inner_exception", error)  # a failed compiler's first line has no reason
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
