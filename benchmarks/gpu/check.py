@@ -26,15 +26,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import details, outcome, runner, table
+from benchmarks.gpu import details, needs, outcome, runner, table
 from benchmarks.gpu.outcome import Records
-from benchmarks.gpu.parts import PARTS, ROOT, Part
+from benchmarks.gpu.parts import PARTS, ROOT, Part, why_not
 
 FAILURES = ("failed", "timed out")
 
 
 def main() -> int:
     args = _arguments()
+    if lacking := needs.missing(needs.MODULES | ({} if args.toy else needs.DRIVER)):
+        print(needs.error(lacking), file=sys.stderr)
+        return 1
     device = outcome.TOY_DEVICE if args.toy else cuda_device()
     if device is None:
         print(
@@ -43,6 +46,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
+    for note in () if args.toy else needs.notes():
+        print(f"note: {note}", flush=True)
     earlier: dict[str, Any] = {}
     if args.earlier:
         earlier, reason = outcome.earlier_check(args.earlier, args.commit, device)
@@ -124,18 +129,18 @@ def run_all(
         if earlier.get(part.name, {}).get("status") == "done":
             print("done before", flush=True)
             continue
-        if part.limit > left:
+        if (reason := why_not(part, args)) is not None:
+            record = {"status": "unavailable", "reason": reason, "figures": {}}
+            records[part.name] = record
+        elif part.limit > left:
             reason = f"its {part.limit:.0f} s do not fit into the {max(0.0, left):.0f} s left"
             record = {"status": "skipped", "reason": reason, "figures": {}}
             records.setdefault(part.name, record)
-            keep(records)
-            print(f"skipped: {reason}", flush=True)
-            continue
-        given = replace(part, limit=part.limit + spare)
-        record = records[part.name] = runner.run(given, args, logs, deadline=deadline)
-        if "seconds" in record:
+        else:
+            given = replace(part, limit=part.limit + spare)
+            record = records[part.name] = runner.run(given, args, logs, deadline=deadline)
             spare = max(0.0, given.limit - (record["seconds"] - record["start_s"]))
-        run.append(part.name)
+            run.append(part.name)
         keep(records)
         _report(record, logs / f"{part.name}.log")
     return run

@@ -15,6 +15,7 @@ def sections(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
         "ceilings": ceilings,
         "steps": steps,
         "job": job,
+        "pressure": pressure,
         "vmm": vmm,
         "slabs": slabs,
         "layouts": layouts,
@@ -84,7 +85,21 @@ def job(figures: Figures) -> Iterator[str]:
         f"{figures['stalls']:.0f} exposed stalls; device idle for {figures['idle']:.2%}"
     )
     if "tokens_per_s_without_overlap" in figures:
-        yield f"- without overlap {figures['tokens_per_s_without_overlap']:,.0f} tokens/s"
+        yield (
+            f"- without overlap {figures['tokens_per_s_without_overlap']:,.0f} tokens/s; mapping "
+            f"hidden for {figures['hidden_without_overlap']:.2%}, device idle for "
+            f"{figures['idle_without_overlap']:.2%}"
+        )
+
+
+def pressure(figures: Figures) -> Iterator[str]:
+    """The job with too little memory."""
+    yield (
+        f"- {figures['kv_budget'] / 2**30:.1f} GiB for keys and values: {figures['tokens']:,} "
+        f"tokens in {figures['seconds']:.2f} s ({figures['tokens_per_s']:,.0f} tokens/s); "
+        f"{figures['preemptions']:.0f} preemptions, {figures['recomputed']:,.0f} tokens computed "
+        f"again; live / mapped {figures['utilisation']:.2f}"
+    )
 
 
 def vmm(figures: Figures) -> Iterator[str]:

@@ -18,15 +18,25 @@ from benchmarks.gpu.steps import add, assembled, drain
 def run(bench: Bench) -> Iterator[dict[str, Any]]:
     """The measured job, then the same one with every mapping in the open."""
     shape, load = bench.shape("qwen3-0.6b"), TOY_LOAD if bench.toy else Load()
-    sizes = {"max_num_seqs": bench.size(256, 8), "max_num_batched_tokens": bench.size(8192, 64)}
-    settings = {**sizes, "max_model_len": 2 * load.longest}
+    settings = settings_of(bench, load)
     found = measure(bench, shape, load, settings)
+    sizes = {k: settings[k] for k in ("max_num_seqs", "max_num_batched_tokens")}
     yield {"load": {"shape": shape.name, **asdict(load), **sizes}} | found
     gc.collect()
     if not bench.toy:
         torch.cuda.empty_cache()
     without = measure(bench, shape, load, settings | {"overlap": False})
-    yield {f"{name}_without_overlap": without[name] for name in ("exposed", "tokens_per_s")}
+    names = ("exposed", "hidden", "idle", "tokens_per_s")
+    yield {f"{name}_without_overlap": without[name] for name in names}
+
+
+def settings_of(bench: Bench, load: Load) -> dict[str, Any]:
+    """The engine's settings for the load."""
+    return {
+        "max_num_seqs": bench.size(256, 8),
+        "max_num_batched_tokens": bench.size(8192, 64),
+        "max_model_len": 2 * load.longest,
+    }
 
 
 def measure(bench: Bench, shape: Shape, load: Load, settings: dict[str, Any]) -> dict[str, Any]:
@@ -62,4 +72,5 @@ def measure(bench: Bench, shape: Shape, load: Load, settings: dict[str, Any]) ->
             "idle": gone["idle_s"] / seconds,
             "device_s": gone["device_s"],
             "preemptions": gone["preemptions"],
+            "recomputed": gone["recomputed_tokens"],
         }

@@ -59,17 +59,15 @@ def device(toy: bool) -> dict[str, Any]:
 
 
 def query(*names: str) -> dict[str, str]:
-    """Readings of nvidia-smi; none where it is missing. It only reads."""
+    """Readings of nvidia-smi; none where it is missing, or hangs. It only reads."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
-    done = subprocess.run(
-        [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=20,
-    )
+    command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except subprocess.TimeoutExpired:
+        return {}
     values = [value.strip() for value in done.stdout.strip().split(",")]
     return dict(zip(names, values, strict=False)) if done.returncode == 0 else {}
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpu import needs
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,24 +34,28 @@ class Part:
     sanitized: bool = False
 
 
+_MEMORY = ("tests/gpu/test_memory.py", "tests/gpu/test_transfers.py")
+
 PARTS = (
     Part("submit", 150, "`batchrun submit`, a tiny model in bf16: killed, resumed, compared"),
     Part(
         "memory",
         60,
         "pytest -m gpu: the allocator, aliases, fences and copies",
-        ("tests/gpu/test_memory.py", "tests/gpu/test_transfers.py", "tests/allocator"),
+        (*_MEMORY, "tests/allocator"),
     ),
     Part(
         "parity",
         120,
         "pytest -m gpu: attention kernels, and tokens against `generate`",
-        ("tests/gpu/test_parity.py", "tests/attention"),
+        ("tests/gpu", "tests/attention", *(f"--ignore={name}" for name in _MEMORY)),
     ),
     Part("ceilings", 20, "copy bandwidth and bf16 matrix rate"),
     Part("steps", 100, "Llama-3-8B shape: decode steps, prefill chunks, idle time"),
     Part("job", 75, "256 requests, Qwen3-0.6B shape: throughput, mapping, KV utilisation"),
+    Part("pressure", 45, "the same with 8 GiB for keys and values: sequences are preempted"),
     Part("peer", 70, "the same through transformers' generate_batch"),
+    Part("vllm", 150, "the same through vLLM, where it is installed"),
     Part("vmm", 30, "driver calls: create, map, set-access, unmap"),
     Part("layouts", 50, "contiguous slots against 16-token pages"),
     Part("slabs", 35, "layers_per_slab: decode attention time and waste"),
@@ -58,7 +64,7 @@ PARTS = (
         "sanitizer",
         35,
         "compute-sanitizer over the memory tests",
-        ("tests/gpu/test_memory.py", "-k", "not cuda-1 and not cuda-2"),
+        (_MEMORY[0], "-k", "not cuda-1 and not cuda-2"),
         sanitized=True,
     ),
 )
@@ -70,18 +76,33 @@ def parts_table() -> Iterator[str]:
         yield f"| `{part.name}` | {part.limit:.0f} s | {part.about} |"
 
 
-def command(part: Part, args: argparse.Namespace, out: Path) -> list[str] | None:
-    """What runs the part; None where its tool is missing."""
+def why_not(part: Part, args: argparse.Namespace) -> str | None:
+    """Why the part can't be run here; None where it can."""
+    if part.tests and (lacking := needs.missing(needs.TESTS)):
+        return f"{', '.join(lacking)} not installed"
+    if part.name == "vllm" and (args.toy or needs.missing(needs.VLLM)):
+        return "vllm is not rehearsed" if args.toy else "vllm is not installed"
+    if part.sanitized and args.toy:
+        return "there is no device to watch"
+    if part.sanitized and _sanitizer() is None:
+        return "compute-sanitizer is not here"
+    return None
+
+
+def command(part: Part, args: argparse.Namespace, out: Path) -> list[str]:
+    """What runs the part."""
     if not part.tests:
         measure = [sys.executable, "-m", "benchmarks.gpu.part", part.name, f"--out={out}"]
         measure += [f"--attention={args.attention}", f"--limit={part.limit}"]
         return measure + (["--toy"] if args.toy else [])
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts="]
     pytest += [f"--junitxml={out.with_suffix('.xml')}"]
-    if not part.sanitized:
-        return [*pytest, *(["--collect-only", "-q"] if args.toy else ["-v"]), *part.tests]
+    if part.sanitized:
+        tool = str(_sanitizer())
+        return [tool, "--tool=memcheck", "--error-exitcode=99", *pytest, *part.tests]
+    return [*pytest, *(["--collect-only", "-q"] if args.toy else ["-v"]), *part.tests]
+
+
+def _sanitizer() -> str | None:
     # Beside nvcc, where the CUDA toolkit puts it, when it is not on the path.
-    tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-    if tool is None or args.toy:
-        return None
-    return [tool, "--tool=memcheck", "--error-exitcode=99", *pytest, *part.tests]
+    return shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")

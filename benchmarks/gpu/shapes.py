@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,18 @@ def build(shape: Shape, device: str, *, seed: int = 0) -> PreTrainedModel:
     import torch  # noqa: PLC0415 - the shapes alone are wanted without torch
     import transformers  # noqa: PLC0415
 
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config(shape), dtype=dtype_of(shape))
+    return model.eval()
+
+
+def config(shape: Shape) -> PretrainedConfig:
+    """The model's numbers as transformers has them."""
+    import transformers  # noqa: PLC0415
+
     kind = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[shape.family]
-    config = kind(
+    return kind(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -78,10 +88,6 @@ def build(shape: Shape, device: str, *, seed: int = 0) -> PreTrainedModel:
         eos_token_id=2,
         pad_token_id=0,
     )
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype_of(shape))
-    return model.eval()
 
 
 def dtype_of(shape: Shape) -> torch.dtype:

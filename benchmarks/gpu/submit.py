@@ -25,6 +25,7 @@ from jobs.lease import held_by
 from tests.tiny import byte_vocabulary, write_tokenizer
 
 _POLL_S = 0.02
+_SPARE_S = 5.0  # to print what the jobs said, when they take too long
 
 
 def run(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -67,6 +68,7 @@ class Trial:
             capture_output=True,
             text=True,
             check=False,
+            timeout=self.bench.left - _SPARE_S,
         )
         print(done.stderr, flush=True)
         if done.returncode:
@@ -90,6 +92,8 @@ class Trial:
         while job.counts().rows < self.rows // 8:
             if held_by(job.path) is None:
                 raise RuntimeError(f"the job was {job.state()} before it could be killed")
+            if self.bench.left < _SPARE_S:
+                raise TimeoutError(f"{job.counts().rows} of {self.rows} rows are done")
             time.sleep(_POLL_S)
         pid = held_by(job.path)
         if pid is not None:

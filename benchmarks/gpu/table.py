@@ -90,6 +90,9 @@ def _rows(figures: Figures, parts: Mapping[str, Mapping[str, Any]]) -> Iterator[
         3.0,
         note=_peer_note(parts),
     )
+    if parts.get("vllm", {}).get("figures", {}).get("tokens_per_s"):
+        theirs = figures.get("vllm", "tokens_per_s")
+        yield _row("end to end, times vLLM", _ratio(ours, theirs, lambda a, b: a[0] / b[0]), None)
     seconds, ceilings = (
         figures.get("job", "seconds"),
         figures.get("ceilings", "bandwidth", "matrix"),
