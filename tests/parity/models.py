@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers as tf
 
@@ -58,13 +60,28 @@ CONFIGS: dict[str, tf.PretrainedConfig] = {
 
 
 def build(name: str) -> tf.PreTrainedModel:
-    """The model of that name with seeded float32 weights, wide enough to make choices differ."""
+    """The model of that name: see `seeded`."""
+    model = seeded(CONFIGS[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 and "sink" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+    return model
+
+
+def seeded(config: tf.PretrainedConfig) -> tf.PreTrainedModel:
+    """A model with seeded float32 weights, wide enough to make choices differ."""
     torch.manual_seed(7)
-    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(4.0)
-            if parameter.ndim == 1 and "sink" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.5)
     return model
+
+
+def with_head_dim(name: str, dim: int) -> tf.PretrainedConfig:
+    """The configuration of that name with heads of another width."""
+    config = copy.deepcopy(CONFIGS[name])
+    config.head_dim = dim
+    return config

@@ -115,13 +115,14 @@ class SlowDevice:
     def __init__(self, early: float = 0.0, seed: int = 0) -> None:
         self.streams: list[Stream] = []
         self.done: Counter[Stream] = Counter()
-        self.copies = Copies(_break)
-        self.steps = Steps(lambda: self.done, _break)
+        self.copies = Copies(self.broken)
+        self.steps = Steps(lambda: self.done, self.broken)
         self.default = self.current = self._outer = Stream(self)
         self._early, self._random = early, random.Random(seed)
         self._moments: list[Counter[Stream]] = []  # recorded, and not over
         self._allocated: dict[int, tuple[Stream, int]] = {}
         self._time = 0
+        self._is_broken = False
 
     @contextmanager
     def installed(self) -> Iterator[SlowDevice]:
@@ -161,15 +162,13 @@ class SlowDevice:
         if self._apart and self.copies.is_pinned(source):
             user, since = self._allocated.get(target.untyped_storage().data_ptr(), (outer, 0))
             if before[user] < since and user is not self.default:
-                raise TooEarlyError(
-                    "memory of one stream was written by another that did not wait for it"
-                )
+                self.broken("memory of one stream was written by another that did not wait for it")
             self.steps.staging(before, target.data_ptr(), target.nbytes)
         elif self._apart:
             size = source.shape[-1] * source.element_size()
             of_pages = self.steps.copying(before, source.data_ptr(), target.data_ptr(), size)
             if not of_pages and before[outer] < outer.after[outer]:
-                raise TooEarlyError("a copy did not wait for the kernels before it")
+                self.broken("a copy did not wait for the kernels before it")
         number = stream.enqueue()
         self.copies.enqueue(stream, number, target, source, apart=self._apart)
         return target
@@ -210,13 +209,15 @@ class SlowDevice:
         self._time += 1
         return self._time
 
+    def broken(self, what: str) -> None:
+        """Raise an error, unless one was raised already: it may have left anything behind."""
+        if not self._is_broken:
+            self._is_broken = True
+            raise TooEarlyError(what)
+
     def _maybe_finish(self) -> None:
         if self._moments and self._random.random() < self._early:
             self.wait(self._random.choice(self._moments))
-
-
-def _break(what: str) -> None:
-    raise TooEarlyError(what)
 
 
 class _Tensors(TorchFunctionMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ from allocator.arena import KVArena
 from allocator.vmm import VirtualMemory
 from batchrun.engine import assembly
 from batchrun.engine.assembly import Assembly
+from batchrun.engine.attention import AttentionBackend, Geometry, Upload
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Segment, StepPlan, StepTokens
 from batchrun.engine.executor import Ticket
@@ -20,7 +22,7 @@ from batchrun.engine.graphs import Recorded
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.transfers import CudaTransfers
 from tests.parity import runner
-from tests.slow_device.device import SlowDevice, TooEarlyError
+from tests.slow_device.device import SlowDevice
 from tests.slow_device.steps import WatchedMemory, uses_of
 
 
@@ -46,6 +48,7 @@ def rig(
     staging: int = 1 << 16,
     graphs: Sequence[int] = (),
     collects: bool = True,
+    backend: Callable[[Geometry, Upload], AttentionBackend] | None = None,
     **settings: Any,
 ) -> Iterator[Assembly]:
     """An engine over an installed slow device, with that many bytes of staging memory.
@@ -57,6 +60,7 @@ def rig(
         staging: Bytes of staging memory for a step.
         graphs: Batch sizes to record, if any.
         collects: Whether a step that is collected before it is over is told at once.
+        backend: Makes the attention kernels; None for SDPA.
         settings: As of `runner.rig`.
     """
 
@@ -68,6 +72,8 @@ def rig(
         patch.object(assembly, "KVArena", watched),
         runner.rig(loaded, lag=lag, **settings) as made,
     ):
+        if backend is not None:
+            made.executor.backend = backend(_geometry(made), made.executor.transfers.upload)
         scratch = _record(made, graphs) if graphs else None
         _watch(made, device, scratch, collects=collects)
         yield made
@@ -87,7 +93,7 @@ def _watch(rig: Assembly, device: SlowDevice, scratch: int | None, *, collects: 
     def watched_collect(ticket: Ticket) -> StepTokens:
         tokens = collect(ticket)
         if launched.pop(ticket.step) in steps.unfinished() and collects:
-            raise TooEarlyError("a step was collected before it was over")
+            device.broken("a step was collected before it was over")
         return tokens
 
     executor.launch, executor.collect = watched_launch, watched_collect  # type: ignore[method-assign]
@@ -98,20 +104,40 @@ def _record(rig: Assembly, sizes: Sequence[int]) -> int:
     scratch = rig.arena.open(1)
     assert scratch is not None
     assert rig.arena.ensure(scratch, 1)
-    if isinstance(rig.executor.backend, SDPA):
-        rig.executor.backend = Rereading()
-    rig.executor.capture(sizes, scratch, Recorder())
+    executor = rig.executor
+    if isinstance(executor.backend, SDPA):
+        executor.backend = Rereading()
+    executor.capture(sizes, scratch, Recorder(executor.backend))
     return scratch
 
 
-class Recorder:
-    """Records as CUDA graphs do: the outputs of all lie in one memory, which each replay spoils."""
+def _geometry(rig: Assembly) -> Geometry:
+    return Geometry(
+        layers=rig.loaded.layers,
+        slot_tokens=rig.arena.layout.slot_tokens,
+        num_slots=rig.arena.num_slots,
+        max_num_seqs=rig.max_num_seqs,
+        max_num_batched_tokens=rig.max_num_batched_tokens,
+        dtype=rig.loaded.dtype,
+        device=rig.loaded.device,
+    )
 
-    def __init__(self) -> None:
+
+class Recorder:
+    """Records as CUDA graphs do.
+
+    A replay sees the attributes of the backend as they were when it was recorded, and what their
+    tensors hold by now. The outputs of all graphs lie in one memory, which each replay spoils.
+    """
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        self._backend = backend
         self._outputs: torch.Tensor | None = None
 
     def __call__(self, function: Callable[[], torch.Tensor]) -> Recorded:
-        made = function()
+        torch.cuda.synchronize()  # as torch.cuda.graph does
+        made, attributes = function(), vars(self._backend)
+        recorded = {} if isinstance(self._backend, Rereading) else _frozen(attributes)
         if self._outputs is None:  # the largest comes first
             self._outputs = torch.empty_like(made)
         outputs = self._outputs
@@ -119,9 +145,23 @@ class Recorder:
 
         def replay() -> None:
             outputs.fill_(torch.nan)
+            now = dict(attributes)
+            attributes.update(recorded)
             output.copy_(function())
+            attributes.update(now)
 
         return replay, output
+
+
+def _frozen(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The same attributes, whatever becomes of their lists, dictionaries and what is in these."""
+    return {
+        name: {key: copy(each) for key, each in value.items()}
+        if isinstance(value, dict)
+        else copy(value)
+        for name, value in attributes.items()
+        if not isinstance(value, torch.Tensor)
+    }
 
 
 class Rereading(SDPA):

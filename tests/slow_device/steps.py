@@ -89,8 +89,10 @@ class Steps:
         """What is enqueued in this block is a step, on the given stream and those it waits for."""
         step, self.next_uses = Step(self.next_uses), Uses()
         self._steps = [*self.unfinished(), step]
-        yield
-        step.end = stream, stream.after[stream]
+        try:
+            yield
+        finally:
+            step.end = stream, stream.after[stream]
 
     @property
     def last(self) -> Step:

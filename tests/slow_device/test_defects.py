@@ -103,6 +103,17 @@ def test_pages_that_go_a_step_too_early_are_found(monkeypatch: pytest.MonkeyPatc
     assert "memory was unmapped under a step that is not over" in found
 
 
+def test_copies_that_run_beside_a_step_they_depend_on_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launch = TorchExecutor.launch
+    monkeypatch.setattr(
+        TorchExecutor, "launch", lambda self, plan: launch(self, replace(plan, copies_after=0))
+    )
+    found = {failure(seed) for seed in range(10)}
+    assert "a copy reads a page under a step that writes it" in found
+
+
 def end_at_work() -> None:
     """An engine that is closed while a step is on its way."""
     with SlowDevice().installed() as device, rig(device, loaded("llama")) as r:

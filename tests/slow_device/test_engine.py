@@ -1,0 +1,86 @@
+"""Any job over the slow device gives what it gives elsewhere, and breaks no rule of the device."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchrun.engine.core import Request, SamplingParams
+from tests.parity import runner, test_beams
+from tests.parity.runner import outputs, run
+from tests.parity.test_generate import MAX_TOKENS, families, loaded, wanted_of_families
+from tests.slow_device.shapes import Shape, shapes
+
+LEAST = 100  # tokens of memory for the longest row, of whose pages some hold less than others
+
+
+@st.composite
+def rows(draw: st.DrawFn, most: int) -> list[tuple[int, int]]:
+    """Prompts by number, in any order, and how many tokens are wanted after each."""
+    numbers = st.integers(0, len(families()) - 1)
+    wanted = st.sampled_from([1, 1, 3, MAX_TOKENS])
+    return draw(st.lists(st.tuples(numbers, wanted), min_size=1, max_size=most))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows(14), shapes(LEAST), st.lists(st.integers(1, 12), max_size=2))
+def test_any_job_equals_generate(
+    job: list[tuple[int, int]], shape: Shape, lives: list[int]
+) -> None:
+    """In one life of the engine or in several: what was generated in one, the next goes on with."""
+    model, want = loaded("llama"), wanted_of_families("llama")
+    params = [SamplingParams(max_tokens=count) for _, count in job]
+    done: dict[int, list[int]] = {}
+    begun: dict[int, tuple[int, ...]] = {}
+    for steps in (*lives, 10_000):
+        with shape.rig(model) as r:
+            for row, (number, _) in enumerate(job):
+                if row not in done:
+                    prompt = tuple(families()[number])
+                    r.engine.add(Request(row, 0, prompt, params[row], 0, begun.get(row, ())))
+            while r.engine.has_work and (steps := steps - 1) >= 0:
+                for completion in r.engine.step():
+                    sequence = completion.sequence
+                    done[sequence.request.row] = sequence.output_ids
+                r.scheduler.check()
+                r.arena.check()
+            begun = {s.request.row: tuple(s.output_ids) for s in r.engine.partials()}
+    for row, (number, count) in enumerate(job):
+        assert done[row] == want[number][:count]
+
+
+@cache
+def beams_elsewhere() -> list[list[int]]:
+    everything = [test_beams.params(row) for row in range(len(test_beams.prompts()))]
+    with runner.rig(test_beams.loaded("llama")) as r:
+        return outputs(run(r, test_beams.prompts(), everything, seed=3))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sets(st.integers(0, 25), min_size=1, max_size=8), shapes(170, least_sequences=4))
+def test_beams_and_draws_are_the_same(chosen: set[int], shape: Shape) -> None:
+    prompts, done = test_beams.prompts(), {}
+    with shape.rig(test_beams.loaded("llama")) as r:
+        for row in chosen:
+            r.engine.add(Request(row, 0, tuple(prompts[row]), test_beams.params(row), 3))
+        while r.engine.has_work:
+            for completion in r.engine.step():
+                done[completion.sequence.request.row] = completion.sequence.output_ids
+            r.scheduler.check()
+            r.arena.check()
+    assert done == {row: beams_elsewhere()[row] for row in chosen}
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_shapes_come_to_what_they_are_for(graphs: bool) -> None:
+    """Rows are preempted, computed again, and share what they have in common; graphs run."""
+    shape = Shape(tokens=190, greedy=True, graphs=graphs)
+    with shape.rig(loaded("llama")) as r:
+        done = run(r, families(), SamplingParams(max_tokens=MAX_TOKENS))
+        assert r.scheduler.num_preemptions > 0
+        assert r.scheduler.num_shared_tokens > 400
+        assert r.engine.stats.recomputed_tokens > 0
+    assert outputs(done) == wanted_of_families("llama")
