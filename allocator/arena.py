@@ -248,12 +248,17 @@ class KVArena:
         self._space.claim(state, self._space.none, is_open=False)
         self._sharing.forget_copies(state)
 
-    def retire(self, step: int) -> None:
+    def retire(self, step: int, ahead: int = 0) -> None:
         """Declare all steps up to `step` finished, and bring the pool to the size it should have.
 
         Pages unused beyond `slack` are destroyed, except those that became unused in the steps
         retired by this very call, because the next sequence may be about to open their slot. Of a
         pool beyond its budget, everything unused is. Within both, pages are created ahead of need.
+
+        Args:
+            step: the last finished one.
+            ahead: tokens that will be live soon. Pages for them are created and kept; without,
+                as many as the last step took, within `slack`.
         """
         settled, self._space.retired = self._space.retired, max(step, self._space.retired)
         pool = self.pool
@@ -261,14 +266,15 @@ class KVArena:
         demand, self._acquired = pool.acquired - self._acquired, pool.acquired
         budget = pool.page_budget()
         unused = pool.created - pool.parked - self._space.claimed_pages
-        allowed = _SPARE_PAGES + int(self.slack * self._space.claimed_pages)
+        coming = -(-ahead * self.layout.bytes_per_token // self.layout.page_bytes)
+        allowed = max(coming, _SPARE_PAGES + int(self.slack * self._space.claimed_pages))
         over = 0 if budget is None else pool.created - budget
         excess = max(unused - allowed, over)
         if excess > 0:
             self._space.steal(excess - pool.free, self._space.retired if over > 0 else settled)
             pool.shrink(max(0, pool.free - excess))
         else:
-            pool.stock(min(demand, allowed) - unused, budget)
+            pool.stock(min(max(coming, demand), allowed) - unused, budget)
 
     def trim(self) -> None:
         """Destroy every page that no open slot has claimed and no unfinished step may read."""

@@ -68,7 +68,7 @@ class CountedSpace:
         self.tokens -= tokens
         self._closed.append(slot)
 
-    def retire(self, step: int) -> None:
+    def retire(self, step: int, ahead: int = 0) -> None:
         """Nothing waits for a step."""
 
     def trim(self) -> None:

@@ -39,6 +39,7 @@ _LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than fill
 # The driver takes as long to map an allocation of 128 MiB as one of 2 MiB (docs/memory.md).
 _DEVICE_PAGE_TOKENS = 32
 _LEAST_DEVICE_PAGE = 2 << 20  # bytes
+_LOOKAHEAD = 16  # steps: one in so many decodes needs a page
 _HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
 DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no guess is worth
@@ -212,6 +213,7 @@ class Assembly:
             max_model_len=loaded.max_model_len,
             share=settings.share_prefixes,
             drafts=self._drafts(),
+            lookahead=_LOOKAHEAD if self.executor.lag else 0,
         )
         self.engine = Engine(
             self.executor,

@@ -141,6 +141,7 @@ class TorchExecutor:
         if self.lag:
             slots = self.transfers.upload(np.array([s.slot for s in sampled]))
             self._last.index_copy_(0, slots, chosen[0])
+        self._sampler.took(chosen[0], sampled)  # last: it can't be done twice
         return chosen
 
     def collect(self, ticket: Ticket) -> StepTokens:

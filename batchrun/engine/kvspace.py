@@ -38,8 +38,11 @@ class KVSpace(Protocol):
     def drop(self, slot: int) -> None:
         """Give up what a closed slot keeps."""
 
-    def retire(self, step: int) -> None:
-        """Every step up to and including `step` has finished reading and writing."""
+    def retire(self, step: int, ahead: int = 0) -> None:
+        """Every step up to and including `step` has finished reading and writing.
+
+        So many tokens more are likely to be ensured in the next steps: memory may be prepared.
+        """
 
     def trim(self) -> None:
         """Give back what no slot holds tokens in: nothing is to do for now."""

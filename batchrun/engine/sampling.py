@@ -49,7 +49,7 @@ class Sampler:
         self._seen: _Seen | None = None
 
     def sample(self, logits: torch.Tensor, segments: Seq[Segment]) -> tuple[torch.Tensor, ...]:
-        """Choose the token that follows each segment.
+        """Choose the token that follows each segment; `took` is to be told once they stand.
 
         Args:
             logits: `[N, V]`; changed in place if they are float32.
@@ -101,11 +101,18 @@ class Sampler:
             chosen += (own.gather(1, tokens[:, None])[:, 0] - norm,)
         if beams:
             chosen += (self._candidates(logits[at], [segments[i] for i in beams]),)
-        counted = [i for i in penalised if not params[i].beams]
-        if counted and self._seen is not None:  # last, so that a failed step can be tried again
-            index = rows if counted == penalised else self._upload(np.array(counted))
-            self._seen.count(tokens[index], [segments[i] for i in counted])
         return chosen
+
+    def took(self, tokens: torch.Tensor, segments: Seq[Segment]) -> None:
+        """Count the tokens `[N]` that were chosen for penalties to come.
+
+        Apart from `sample`, so that a step that fails there may be tried again.
+        """
+        each = [s.sequence.request.params for s in segments]
+        counted = [i for i, p in enumerate(each) if p.penalised and not p.beams]
+        if counted and self._seen is not None:
+            index = self._upload(np.array(counted))
+            self._seen.count(tokens[index], [segments[i] for i in counted])
 
     def _candidates(self, logprobs: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
         """The likeliest tokens of `[M, V]`, and their log-probabilities: `[M, K, 2]` float64."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import FinishReason, Segment, Sequence, Status, StepPlan, StepTokens
@@ -45,6 +46,8 @@ class Scheduler:
         max_model_len: Tokens of prompt and output together at most.
         share: Whether common prefixes are shared.
         drafts: What guesses tokens to come; for executors without steps in flight.
+        lookahead: Steps for which memory is prepared while the device computes; 0 where preparing
+            it early saves no time.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Scheduler:
         max_model_len: int,
         share: bool = True,
         drafts: Drafts | None = None,
+        lookahead: int = 0,
     ) -> None:
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
@@ -74,6 +78,7 @@ class Scheduler:
         self._admitting = True  # False from a preemption until memory has come back
         self._share = share
         self._drafts = drafts
+        self._lookahead = lookahead
         self._groups: dict[BeamGroup, None] = {}  # those that have begun
         self._uncopied = set[int]()  # slots of beams, until the copies ordered for them are made
         self._used: dict[int, int] = {}  # slot -> the last step that may read or write its pages
@@ -194,11 +199,27 @@ class Scheduler:
                 self.running.remove(child)
             elif child in self.waiting:
                 self._unqueue(child)
-        self.space.retire(plan.step)
+        self.space.retire(plan.step, self._coming())
         for child, parent in forks:
             self._fork(child, parent)
         if not self.has_work and self._committed == self._launched:
             self.space.trim()
+
+    def _coming(self) -> int:
+        """Tokens that the next steps will write: those of the running, and one chunk of others."""
+        if not self._lookahead:
+            return 0
+        tokens = 0
+        for s in self.running:
+            known = s.num_tokens - s.num_computed_tokens
+            left = s.num_prompt_tokens + s.request.params.max_tokens - s.num_tokens
+            tokens += max(0, min(known, self.max_num_batched_tokens) + min(left, self._lookahead))
+        chunk = 0
+        for s in islice(self.waiting, max(0, self.max_num_seqs - len(self.running))):
+            if chunk >= self.max_num_batched_tokens:
+                break
+            chunk += s.num_tokens
+        return tokens + min(chunk, self.max_num_batched_tokens)
 
     def _finish(self, sequences: Seq[Sequence]) -> None:
         """Close the slots of sequences that have ended, or take them out of the queue."""

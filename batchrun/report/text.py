@@ -173,7 +173,10 @@ def _memory(summary: Mapping[str, Any]) -> str:
             f"{seconds(kv['map_hidden_s'])} hidden behind computing, {seconds(exposed)} not"
             f"{_share(exposed, wall)}, {kv['map_stalls']:,} stalls",
         ),
-        ("GPU time", f"{seconds(busy)} in steps, {seconds(idle)} between them{_share(idle, busy)}"),
+        (
+            "GPU time",
+            f"{seconds(busy)} in steps, {seconds(idle)} between them{_share(idle, busy + idle)}",
+        ),
         ("GPU memory", f"{weights}, {size(summary['peak_activations'])} activations at most"),
         ("peak RSS", rss),
     ]

@@ -21,7 +21,7 @@ The rest is 12 MiB as .tar.xz; a kernel is 2 MiB.
 To compile takes torch, nvcc 12.8 or later, ninja, g++, and the CUDA headers. Where the toolkit
 lacks cuRAND's (fa3 includes them), `pip install --no-deps --target curand nvidia-curand` and
 `CPATH=curand/nvidia/cu13/include` supply them. A module of one head width and dtype took two
-minutes (fa2) and fifteen (fa3) on two busy cores.
+minutes (fa2) and fifteen to twenty (fa3) on two busy cores.
 """
 
 from __future__ import annotations

@@ -267,6 +267,7 @@ class ArenaModel:
         created = self.arena.pool.created
         self.budget = max(0, created + room)
         self.ceiling = max(self.budget, created)
+        self.arena.pool.retire(self.retired)  # it asks anew once a step, and this is the next
 
     def trim(self) -> None:
         self.arena.trim()

@@ -450,3 +450,21 @@ def test_only_the_tensor_module_imports_torch() -> None:
         "print('torch' in sys.modules)"
     )
     assert done.stdout == "False\n", done.stderr
+
+
+def test_pages_for_what_comes_are_created_whatever_the_slack(make_arena: MakeArena) -> None:
+    arena = make_arena(slack=0.0, num_slots=8)
+    opened(arena, 20)
+    tokens = 40 * arena.layout.page_size // arena.layout.bytes_per_token
+    arena.retire(0, ahead=tokens)
+    assert arena.pool.free == 40
+    calls = arena.usage().create_calls
+    arena.retire(1, ahead=tokens)
+    slots = [opened(arena, tokens // 8) for _ in range(4)]
+    assert arena.usage().create_calls == calls, "a burst creates nothing"
+    for slot in slots:
+        arena.close(slot, 1)
+    arena.retire(1)
+    arena.retire(2)
+    assert arena.pool.created < 20, "what does not come after all goes back"
+    arena.check()

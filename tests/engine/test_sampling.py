@@ -203,8 +203,10 @@ def test_penalties_know_the_tokens_that_the_host_does_not() -> None:
         want = rows.clone()
         sample(want, [sequence(0, output=output, **params)])
         end = target.num_prompt_tokens + len(output)
-        [token] = sampler.sample(rows, [Segment(target, slot, end - 1, 1, True)])
+        segment = Segment(target, slot, end - 1, 1, True)
+        [token] = sampler.sample(rows, [segment])
         assert torch.equal(rows, want)
+        sampler.took(token, [segment])
         outputs.append(int(token))
 
     outputs: list[int] = []
