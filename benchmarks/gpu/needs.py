@@ -63,9 +63,7 @@ def _found(module: str) -> bool:
 def _compiled() -> bool:
     """Whether FlashInfer has any ready kernel: brought along, or compiled when it was used."""
     spec = find_spec("flashinfer")
-    places = [
-        Path(name) / "data" / "aot" for name in (spec and spec.submodule_search_locations) or []
-    ]
+    folders = (spec and spec.submodule_search_locations) or ()
     base = os.environ.get("FLASHINFER_WORKSPACE_BASE") or os.path.expanduser("~")
-    places.append(Path(base) / ".cache" / "flashinfer")
-    return any(next(place.glob("**/*.so"), None) for place in places)
+    brought = [kernel for name in folders for kernel in Path(name).glob("data/aot/*/*.so")]
+    return bool(brought) or any((Path(base) / ".cache" / "flashinfer").glob("**/*.so"))

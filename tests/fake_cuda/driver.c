@@ -181,6 +181,13 @@ API Result cuDeviceGet(int *device, int ordinal) {
     return leave(SUCCESS);
 }
 
+API Result cuDeviceGetName(char *name, int size, int device) {
+    ENTER;
+    CHECK(device >= 0 && device < num_devices, INVALID_DEVICE);
+    snprintf(name, (size_t)size, "Fake CUDA device");
+    return leave(SUCCESS);
+}
+
 API Result cuDeviceGetAttribute(int *value, int attribute, int device) {
     ENTER;
     CHECK(device >= 0 && device < num_devices, INVALID_DEVICE);
@@ -452,7 +459,8 @@ API Result cuGetErrorString(Result error, const char **text) { return describe(e
 #define FUNCTION_V2(name) {#name, (void *)name##_v2}
 static const struct { const char *name; void *function; } functions[] = {
     FUNCTION(cuInit), FUNCTION(cuDriverGetVersion), FUNCTION(cuDeviceGet),
-    FUNCTION(cuDeviceGetCount), FUNCTION(cuDeviceGetAttribute), FUNCTION(cuDevicePrimaryCtxRetain),
+    FUNCTION(cuDeviceGetCount), FUNCTION(cuDeviceGetName), FUNCTION(cuDeviceGetAttribute),
+    FUNCTION(cuDevicePrimaryCtxRetain),
     FUNCTION_V2(cuDevicePrimaryCtxRelease), FUNCTION(cuCtxGetCurrent), FUNCTION(cuCtxSetCurrent),
     FUNCTION_V2(cuMemGetInfo), FUNCTION(cuMemGetAllocationGranularity),
     FUNCTION(cuMemAddressReserve), FUNCTION(cuMemAddressFree), FUNCTION(cuMemCreate),

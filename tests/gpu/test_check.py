@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.gpu import check, details, outcome, runner, table
+from benchmarks.gpu import check, details, needs, outcome, runner, table
 from benchmarks.gpu.parts import PARTS, Part, parts_table
 from tests.test_docs import ROOT
 
@@ -306,6 +307,41 @@ def test_a_python_without_the_packages_is_told_which() -> None:
     assert done.stdout == ""
     assert "has no click, jinja2, numpy, " in done.stderr
     assert "torch" in done.stderr
+
+
+def test_ready_kernels_are_found_behind_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    kernels, package = tmp_path / "kernels" / "prefill", tmp_path / "flashinfer"
+    (package / "data" / "aot").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    assert any("are not compiled" in note for note in needs.notes())
+    kernels.mkdir(parents=True)
+    (kernels / "prefill.so").touch()
+    (package / "data" / "aot" / "prefill").symlink_to(kernels)
+    assert not any("flashinfer" in note.lower() for note in needs.notes())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_driver_without_a_device_of_torchs_is_said_part_by_part(
+    tmp_path: Path, fake_cuda: Path
+) -> None:
+    out = tmp_path / "check.json"
+    done = subprocess.run(
+        [*CHECK, "--only=ceilings,vmm,vllm", f"--out={out}"],
+        cwd=ROOT,
+        env={**os.environ, "LD_LIBRARY_PATH": str(fake_cuda)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "note: vllm is not installed: nothing is compared with it" in done.stdout
+    result = json.loads(out.read_text())
+    assert set(statuses(result).values()) == {"unavailable"}
+    assert "finds no CUDA device" in result["parts"]["vmm"]["reason"]
 
 
 @pytest.mark.skipif(check.cuda_device() is not None, reason="there is a CUDA device")
