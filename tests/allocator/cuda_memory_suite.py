@@ -11,22 +11,7 @@ from memory_twins import PAGE, Twin, open_memory, opened, run_python
 
 from allocator.cuda import CudaMemory
 from allocator.vmm import AllocatorError, OutOfPages
-
-OUT_OF_MEMORY, INVALID_CONTEXT = 2, 201
-FAKE = ctypes.CDLL("libcuda.so.1")
-FAKE.fake_calls.restype = FAKE.fake_mappings.restype = FAKE.fake_reservations.restype = (
-    ctypes.c_long
-)
-FAKE.fake_committed.restype = ctypes.c_size_t
-FAKE.fake_others_take.argtypes = [ctypes.c_size_t]
-
-
-def fail(function: str, nth: int, code: int) -> None:
-    FAKE.fake_fail(function.encode(), ctypes.c_long(nth), code)
-
-
-def calls(function: str) -> int:
-    return FAKE.fake_calls(function.encode())
+from tests.fake_cuda.control import FAKE, INVALID_CONTEXT, OUT_OF_MEMORY, calls, fail
 
 
 def state(memory: CudaMemory) -> tuple[object, ...]:

@@ -26,7 +26,7 @@ def test_over_host_memory_that_guards_nothing(file: str) -> None:
     run_suite(HERE / file, "unguarded-host", None, "-k", "not fault and not survive_unmapping")
 
 
-@pytest.mark.parametrize("file", [*SHARED, "cuda_memory_suite.py"])
+@pytest.mark.parametrize("file", [*SHARED, "cuda_memory_suite.py", "cuda_costs_suite.py"])
 def test_over_the_fake_cuda_driver(fake_cuda: Path, file: str) -> None:
     run_suite(HERE / file, "fake-cuda", fake_cuda, FAKE_CUDA_GRANULARITY="4096")
 

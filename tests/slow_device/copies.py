@@ -54,6 +54,10 @@ class _Copy:
     read: bool = False  # the source may change
     written: bool = False  # the target is there
 
+    def reads(self, written: torch.Tensor) -> bool:
+        source = self.source.tensor()
+        return source is not None and _meet(source, written)
+
     def is_before(self, moment: Done) -> bool:
         return bool(moment[self.stream] >= self.number)
 
@@ -82,6 +86,9 @@ class Copies:
         self, stream: Any, number: int, target: torch.Tensor, source: torch.Tensor, *, apart: bool
     ) -> None:
         """Copy as the given operation of a stream; `apart` from another one that goes on."""
+        for before in self._copies:  # what it overwrites may have been read on its own stream
+            if before.stream is stream and not before.from_host and before.reads(target):
+                self._finish(before, source=True, target=False)
         hosts = self.is_pinned(source), self.is_pinned(target)
         copy = _Copy(stream, number, _Memory(source), target, source.clone(), *hosts, not apart)
         copy.read = not (apart or copy.from_host)
@@ -136,6 +143,13 @@ class Copies:
 def _garble(tensor: torch.Tensor) -> None:
     wrong = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
     tensor.fill_(wrong)
+
+
+def _meet(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors, each without gaps, have a byte in common."""
+    begins = one.data_ptr(), other.data_ptr()
+    ends = begins[0] + one.nbytes, begins[1] + other.nbytes
+    return max(begins) < min(ends)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

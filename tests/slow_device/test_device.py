@@ -177,3 +177,15 @@ def test_copies_of_the_current_stream_are_in_order(device: SlowDevice) -> None:
             target += 5
     compute.synchronize()
     assert target.tolist() == [7]
+
+
+def test_copies_apart_may_read_and_write_what_those_before_them_did(device: SlowDevice) -> None:
+    compute, aside = torch.cuda.Stream(), torch.cuda.Stream()
+    one, other, third = (torch.tensor([n, n + 1]) for n in (1, 3, 5))
+    with torch.cuda.stream(compute):
+        with torch.cuda.stream(aside):
+            other.copy_(one, non_blocking=True)
+            one.copy_(other, non_blocking=True)
+            other.copy_(third, non_blocking=True)
+        compute.wait_stream(aside)
+        assert (one.tolist(), other.tolist()) == ([1, 2], [5, 6])

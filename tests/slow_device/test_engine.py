@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import pytest
@@ -14,6 +15,7 @@ from tests.parity.runner import outputs, run
 from tests.parity.test_generate import MAX_TOKENS, families, loaded, wanted_of_families
 from tests.slow_device.shapes import Shape, shapes
 
+FEWER = 3 if os.environ.get("BATCHRUN_TEST_MEMORY") == "fake-cuda" else 1
 LEAST = 100  # tokens of memory for the longest row, of whose pages some hold less than others
 
 
@@ -25,7 +27,7 @@ def rows(draw: st.DrawFn, most: int) -> list[tuple[int, int]]:
     return draw(st.lists(st.tuples(numbers, wanted), min_size=1, max_size=most))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60 // FEWER, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rows(14), shapes(LEAST), st.lists(st.integers(1, 12), max_size=2))
 def test_any_job_equals_generate(
     job: list[tuple[int, int]], shape: Shape, lives: list[int]
@@ -59,7 +61,7 @@ def beams_elsewhere() -> list[list[int]]:
         return outputs(run(r, test_beams.prompts(), everything, seed=3))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20 // FEWER, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sets(st.integers(0, 25), min_size=1, max_size=8), shapes(170, least_sequences=4))
 def test_beams_and_draws_are_the_same(chosen: set[int], shape: Shape) -> None:
     prompts, done = test_beams.prompts(), {}
