@@ -1,14 +1,21 @@
-"""torch's scaled_dot_product_attention, one call a sequence: portable, and the reference."""
+"""torch's scaled_dot_product_attention: portable, and the reference.
+
+One call a sequence on a CPU; on a GPU, where each call has its price, one for many decodes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from batchrun.engine.attention import Geometry, LayerAttention, Upload
+from batchrun.engine.attention import Geometry, LayerAttention, Upload, explicit
+from batchrun.engine.attention.explicit import Problem, blocks, mask
+from batchrun.engine.attention.gathered import Decodes
 from batchrun.engine.core import Segment
 
 
@@ -24,23 +31,34 @@ def make(
     name: str = "sdpa",
 ) -> SDPA:
     """It needs to know nothing beforehand."""
-    return SDPA()
+    return SDPA(upload)
 
 
 class SDPA:
-    """Reads each slot in place through a strided view; nothing is gathered or padded."""
+    """Reads each slot in place through a strided view, but for decodes that it batches.
+
+    What it allocates is bounded whatever the lengths: see `explicit.SCORES`, `gathered.NUMBERS`.
+
+    Args:
+        upload: How arrays reach the device; a copy that waits for it by default.
+        batched: Whether many decodes are one call, over keys and values gathered for it, so that
+            last bits depend on the batch; by default not on a CPU.
+    """
 
     name = "sdpa"
     capturable = False  # lengths are shapes here
 
-    def __init__(self) -> None:
-        self._segments: Sequence[Segment] = ()
+    def __init__(self, upload: Upload | None = None, *, batched: bool | None = None) -> None:
+        self._upload = upload
+        self._batched = batched
+        self.plan(())
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """Remember the step's segments."""
         if fixed:
             raise ValueError("sdpa takes lengths as shapes, which a CUDA graph would freeze")
         self._segments = segments
+        self._decodes: Decodes | None = None
 
     def run(
         self,
@@ -51,21 +69,58 @@ class SDPA:
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
         out = query.new_empty(*query.shape[:2], values.shape[-1])
-        plain = layer.softcap is None and layer.sinks is None
-        attend = _fused if plain else _explicit
+        on_cpu = query.device.type == "cpu"
+        batched = not on_cpu if self._batched is None else self._batched
+        done = self._run_batched(layer, query, keys, values, out) if batched else frozenset()
+        attend = _grouped if batched else _fused
+        if not _plain(layer):
+            attend = explicit.attend
         decodes = sum(s.length == 1 for s in self._segments)
         offset = 0
-        with _one_thread(query.device.type == "cpu" and decodes > 1) as all_threads:
+        with _one_thread(on_cpu and decodes > 1) as all_threads:
             for i, segment in enumerate(self._segments):
                 if i == decodes:
                     all_threads()
-                end = segment.start + segment.length
-                first = 0 if layer.window is None else max(0, segment.start - layer.window + 1)
-                q = query[offset : offset + segment.length]
-                k, v = keys[segment.slot, first:end], values[segment.slot, first:end]
-                attend(layer, q, k, v, out[offset : offset + segment.length])
-                offset += segment.length
+                end, after = segment.start + segment.length, offset + segment.length
+                if i not in done:
+                    first = 0 if layer.window is None else max(0, segment.start - layer.window + 1)
+                    k, v = keys[segment.slot, first:end], values[segment.slot, first:end]
+                    attend(layer, (query[offset:after], k, v, out[offset:after]))
+                offset = after
         return out
+
+    def _run_batched(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+    ) -> frozenset[int]:
+        """Compute the decodes that can be put together; returns which segments these were."""
+        if self._decodes is None:
+
+            def copied(array: np.ndarray[Any, Any]) -> torch.Tensor:
+                return torch.from_numpy(array).to(query.device)
+
+            self._decodes = Decodes(self._segments, self._upload or copied)
+        numbers = keys.shape[2] * (keys.shape[3] + values.shape[3])
+        buckets, done = self._decodes.buckets(layer.window, keys.shape[1], numbers)
+        for bucket in buckets:
+            k, v = bucket.gather(keys), bucket.gather(values)
+            q = query[bucket.members].unflatten(1, (k.shape[1], -1))  # [n, Hkv, G, D]
+            seen = bucket.seen[:, None, None]
+            if _plain(layer):
+                got = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=layer.scale)
+            else:
+                hidden = ~seen[:, :, None]
+                got = explicit.weighed(layer, q[:, :, :, None], k, v, hidden)[:, :, :, 0]
+            out[bucket.members] = got.flatten(1, 2)
+        return done
+
+
+def _plain(layer: LayerAttention) -> bool:
+    return layer.softcap is None and layer.sinks is None
 
 
 @contextmanager
@@ -84,54 +139,84 @@ def _one_thread(wanted: bool) -> Iterator[Callable[[], None]]:
         torch.set_num_threads(threads)
 
 
-def _fused(
-    layer: LayerAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
-) -> None:
-    """One segment by the fused kernel: q `[t, Hq, D]`, k and v `[s, Hkv, D]`, out `[t, Hq, Dv]`."""
-    length, num_heads, dim = q.shape
-    total, num_kv_heads = k.shape[:2]
-    k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    if length == 1:
-        # Query heads that share a key head become queries of it: nothing to repeat, no mask.
-        folded = q.view(1, num_kv_heads, num_heads // num_kv_heads, dim)
-        got = scaled_dot_product_attention(folded, k, v, scale=layer.scale)
-        out.copy_(got.reshape(1, num_heads, -1))
+def _fused(layer: LayerAttention, problem: Problem) -> None:
+    """One segment by the CPU's fused kernel, which knows grouped heads of equal widths."""
+    tiled = problem[1].shape[-1] == problem[2].shape[-1]
+    if tiled and len(problem[0]) == 1:
+        _single(layer, *problem)
         return
-    causal = length == total and (layer.window is None or total <= layer.window)
-    got = scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k,
-        v,
-        attn_mask=None if causal else _mask(layer, length, total, q.device),
-        is_causal=causal,
-        scale=layer.scale,
-        enable_gqa=num_heads != num_kv_heads,
-    )
-    out.copy_(got[0].transpose(0, 1))
+    for q, k, v, out in _calls(layer, problem, tiled=tiled):
+        if len(q) == 1:
+            _single(layer, q, k, v, out)
+            continue
+        causal = _is_causal(layer, len(q), len(k))
+        got = scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=None if causal else mask(layer, len(q), len(k), q.device),
+            is_causal=causal,
+            scale=layer.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        out.copy_(got[0].transpose(0, 1))
 
 
-def _explicit(
+def _single(
     layer: LayerAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """The same with a score cap (Gemma 2) or attention sinks (Xiao et al. 2023), in plain torch."""
-    length, num_heads, dim = q.shape
-    total, num_kv_heads = k.shape[:2]
-    q = q.view(length, num_kv_heads, num_heads // num_kv_heads, dim).permute(1, 2, 0, 3)
-    scores = torch.matmul(q, k.permute(1, 2, 0)[:, None]) * layer.scale  # [Hkv, G, t, s]
-    if layer.softcap is not None:
-        scores = torch.tanh(scores / layer.softcap) * layer.softcap
-    scores = scores.float().masked_fill(~_mask(layer, length, total, q.device), -torch.inf)
-    if layer.sinks is not None:
-        sinks = layer.sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, length, 1)
-        scores = torch.cat([scores, sinks], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., :total].to(v.dtype)
-    got = torch.matmul(weights, v.transpose(0, 1)[:, None])  # [Hkv, G, t, Dv]
-    out.copy_(got.permute(2, 0, 1, 3).reshape(length, num_heads, -1))
+    """A problem of one query.
+
+    Query heads that share a key head become queries of it: nothing to repeat, no mask.
+    """
+    _, num_heads, dim = q.shape
+    num_kv_heads = k.shape[1]
+    folded = q.view(1, num_kv_heads, num_heads // num_kv_heads, dim)
+    keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    got = scaled_dot_product_attention(folded, keys, values, scale=layer.scale)
+    out.copy_(got.reshape(1, num_heads, -1))
 
 
-def _mask(layer: LayerAttention, length: int, total: int, device: torch.device) -> torch.Tensor:
-    """Which of `total` keys each of the last `length` positions sees, bool `[length, total]`."""
-    mask = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
-    if layer.window is not None:
-        mask = mask.triu(total - length - layer.window + 1)
-    return mask
+def _grouped(layer: LayerAttention, problem: Problem) -> None:
+    """One segment by a GPU's kernels, of which only flash attention knows grouped heads.
+
+    Key heads are the batch, and a view repeats each for the query heads that share it.
+    """
+    aligned = all(tensor.shape[-1] % 8 == 0 for tensor in problem[1:3])  # or none fits
+    for q, k, v, out in _calls(layer, problem, tiled=aligned):
+        if len(q) == 1:
+            _single(layer, q, k, v, out)
+            continue
+        folded = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # [Hkv, G, t, Dk]
+        group = folded.shape[1]
+        causal = _is_causal(layer, len(q), len(k))
+        got = scaled_dot_product_attention(
+            folded,
+            k.transpose(0, 1)[:, None].expand(-1, group, -1, -1),
+            v.transpose(0, 1)[:, None].expand(-1, group, -1, -1),
+            attn_mask=None if causal else mask(layer, len(q), len(k), q.device),
+            is_causal=causal,
+            scale=layer.scale,
+        )
+        out.copy_(got.permute(2, 0, 1, 3).flatten(1, 2))
+
+
+def _calls(layer: LayerAttention, problem: Problem, *, tiled: bool) -> Iterator[Problem]:
+    """The segment in as many calls as bound what they allocate; none if it is computed already.
+
+    A `tiled` kernel allocates nothing but its mask, if it needs one. The one that is left where
+    none is keeps all scores, and repeats the keys for each query head: it takes small segments.
+    """
+    q, k = problem[:2]
+    heads, length, total = q.shape[1], len(q), len(k)
+    if tiled and _is_causal(layer, length, total):
+        yield problem
+    elif tiled or heads * total * max(length, q.shape[2]) <= explicit.SCORES:
+        yield from blocks(layer, problem, 1)
+    else:
+        explicit.attend(layer, problem)
+
+
+def _is_causal(layer: LayerAttention, length: int, total: int) -> bool:
+    """Whether the kernels' own mask, aligned to the top left, is the right one."""
+    return length == total and (layer.window is None or total <= layer.window)

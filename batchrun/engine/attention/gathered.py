@@ -1,0 +1,106 @@
+"""Decodes of many sequences as one padded batch, for where a call a sequence costs the most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from batchrun.engine.attention import Upload
+from batchrun.engine.attention.batch import Batch, Ints, split
+from batchrun.engine.core import Segment
+
+NUMBERS = 1 << 26  # keys and values that are gathered at a time: 256 MiB in float32
+_ALIGNED = 16  # the memory-efficient kernel would copy masks of other lengths
+_SHORT = 256  # tokens; shorter sequences are padded up to them rather than called apart
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Decodes of similar lengths.
+
+    Args:
+        members: Which segments, int64 `[n]`.
+        rows: Their tokens among those of all slots; past a sequence's end, where there is no
+            memory, its last token again. int64 `[n, s]`.
+        seen: Which of these are tokens of the sequence, bool `[n, s]`.
+    """
+
+    members: torch.Tensor
+    rows: torch.Tensor
+    seen: torch.Tensor
+
+    def gather(self, slots: torch.Tensor) -> torch.Tensor:
+        """Keys or values `[num_slots, slot_tokens, Hkv, D]` to `[n, Hkv, s, D]`."""
+        tokens = slots.view(-1, *slots.shape[2:])
+        heads = torch.arange(tokens.shape[1], device=slots.device)[:, None]
+        return tokens[self.rows[:, None], heads]
+
+
+class Decodes:
+    """The leading single-token segments of a step, put together by length.
+
+    Args:
+        segments: All of the step's.
+        upload: How arrays reach the device.
+    """
+
+    def __init__(self, segments: Sequence[Segment], upload: Upload) -> None:
+        self._batch, _ = split(segments)
+        self._upload = upload
+        self._found: dict[tuple[int, int], tuple[list[Bucket], frozenset[int]]] = {}
+
+    def buckets(
+        self, window: int | None, slot_tokens: int, numbers: int
+    ) -> tuple[list[Bucket], frozenset[int]]:
+        """Buckets for layers with this window, and the segments that are in one.
+
+        A segment that would be alone in a bucket is in none: nothing is gathered for it.
+
+        Args:
+            window: Keys that a query sees; None sees all.
+            slot_tokens: Tokens of address space of one slot.
+            numbers: Of keys and values, a token's.
+        """
+        key = (window or 0, numbers)
+        if key not in self._found:
+            used = np.minimum(self._batch.ends, window or slot_tokens)
+            groups = _groups(used, NUMBERS // numbers)
+            made = [self._bucket(group, used[group], slot_tokens) for group in groups]
+            self._found[key] = made, frozenset(int(i) for group in groups for i in group)
+        return self._found[key]
+
+    def _bucket(self, group: Ints, used: Ints, slot_tokens: int) -> Bucket:
+        batch: Batch = self._batch
+        firsts = batch.ends[group] - used
+        sent = self._upload(np.concatenate([group, batch.slots[group], firsts, used]))
+        members, slots, first, length = sent.long().view(4, -1)
+        tokens = torch.arange(_padded(int(used.max())), device=sent.device)
+        rows = torch.minimum(tokens, length[:, None] - 1) + (slots * slot_tokens + first)[:, None]
+        return Bucket(members, rows, tokens < length[:, None])
+
+
+def _groups(used: Ints, tokens: int) -> list[Ints]:
+    """Indices of sequences that are padded to the same length, two or more together.
+
+    Args:
+        used: Tokens of each sequence.
+        tokens: Padded ones of a group at most.
+    """
+    order = np.argsort(-used, kind="stable").astype(np.int32)
+    groups = []
+    while len(order):
+        longest = _padded(int(used[order[0]]))
+        # At most half of what is gathered for long ones is padding.
+        close = used[order] >= (longest // 2 if longest > _SHORT else 0)
+        count = max(1, min(tokens // longest, int(close.sum())))
+        if count > 1:
+            groups.append(order[:count])
+        order = order[count:]
+    return groups
+
+
+def _padded(length: int) -> int:
+    return -(-length // _ALIGNED) * _ALIGNED
