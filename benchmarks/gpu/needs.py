@@ -21,6 +21,7 @@ MODULES = {  # by the package that brings it
 }
 DRIVER = {"cuda-bindings": "cuda.bindings"}
 VLLM = {"vllm": "vllm"}
+PARALLEL = {"pytest-xdist": "xdist"}
 TESTS = {"hypothesis": "hypothesis", "pytest": "pytest", "pytest-timeout": "pytest_timeout"}
 
 

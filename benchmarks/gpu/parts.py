@@ -100,7 +100,11 @@ def command(part: Part, args: argparse.Namespace, out: Path) -> list[str]:
     if part.sanitized:
         tool = str(_sanitizer())
         return [tool, "--tool=memcheck", "--error-exitcode=99", *pytest, *part.tests]
-    return [*pytest, *(["--collect-only", "-q"] if args.toy else ["-v"]), *part.tests]
+    if args.toy:
+        return [*pytest, "--collect-only", "-q", *part.tests]
+    # Most of their time is imports, and kernels that are compiled.
+    parallel = [] if needs.missing(needs.PARALLEL) else ["-n", str(min(6, os.cpu_count() or 1))]
+    return [*pytest, "-v", *parallel, *part.tests]
 
 
 def _sanitizer() -> str | None:
