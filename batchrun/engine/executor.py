@@ -225,30 +225,25 @@ class TorchExecutor:
             tokens whose logits are wanted.
         """
         ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        sources: list[int] = []
         last: list[int] = []
+        each: list[tuple[int, int, int, int]] = []
         for segment in segments:
-            start, length = segment.start, segment.length
-            base = segment.slot * self._slot_tokens + start
-            if length == 1:
-                positions.append(start)
-                rows.append(base)
-            else:
-                positions += range(start, start + length)
-                rows += range(base, base + length)
+            start, slot = segment.start, segment.slot
             if segment.pending:
                 ids.append(0)
-                sources.append(segment.slot)
             else:
                 ids += segment.sequence.token_ids(start, segment.num_known_tokens)
                 ids += segment.drafts
-                sources += [-1] * length
             if segment.sampled:
                 last += range(len(ids) - 1 - len(segment.drafts), len(ids))
-        upload = self.transfers.upload
-        return upload(np.array([ids, positions, rows, sources])), upload(np.array(last, np.int64))
+            source = slot if segment.pending else -1
+            each.append((segment.length, start, slot * self._slot_tokens + start, source))
+        lengths, starts, bases, sources = np.array(each, np.int64).T
+        packed = np.empty((4, len(ids)), np.int64)
+        packed[0] = ids
+        packed[1:] = np.repeat([starts, bases, sources], lengths, axis=1)
+        packed[1:3] += np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return self.transfers.upload(packed), self.transfers.upload(np.array(last, np.int64))
 
     def _forward(self, packed: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """The model over packed tokens, `[4, T]` and `[N]`, to logits `[N, V]`."""
