@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from transformers import (
 
 from batchrun.engine.attention import LayerAttention, LayerSpec
 from batchrun.engine.cpu_layers import NativeLayer, NativeLinear
+from batchrun.engine.int8_gpu import why_not
 from batchrun.engine.quantize import int8_weights
 from batchrun.machine import multiplies_bfloat16
 from batchrun.models import ModelError
@@ -186,7 +187,12 @@ def load(
     if quantize:
         int8_weights(model)
     model = model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
-    return prepare(model, tokenizer, max_model_len=max_model_len)
+    loaded = prepare(model, tokenizer, max_model_len=max_model_len)
+    reason = why_not(loaded.device, wanted) if quantize and loaded.device.type == "cuda" else None
+    if reason is None:
+        return loaded
+    note = f"weights of 8 bits save memory and cost time here: each step widens them, as {reason}"
+    return replace(loaded, notes=(*loaded.notes, note))
 
 
 def prepare(

@@ -36,6 +36,14 @@ def test_each_weight_is_within_half_a_step_of_what_it_was() -> None:
     assert eight.weight.nbytes == 40 * 96
 
 
+def test_sums_of_whole_weights_stay_within_float16() -> None:
+    linear = nn.Linear(8192, 3, bias=False)
+    linear.weight.data.fill_(0.01)
+    x = torch.full((1, 8192), 4.0, dtype=torch.float16)
+    got = Int8Linear(linear)(x)
+    torch.testing.assert_close(got.float(), torch.full((1, 3), 327.68), rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt-neox", "phi3"])
 def test_any_architecture_computes_with_them(name: str) -> None:
     whole = _logits(prepare(build(name)).model, 17)
