@@ -46,7 +46,7 @@ PARTS = (
     ),
     Part(
         "parity",
-        120,
+        60,
         "pytest -m gpu: attention kernels, and tokens against `generate`",
         ("tests/gpu", "tests/attention", *(f"--ignore={name}" for name in _MEMORY)),
     ),
