@@ -15,6 +15,7 @@ import click
 from batchrun.cli.describe import print_fields
 from batchrun.cli.inspect import json_option
 from batchrun.engine.attention import NAMES
+from batchrun.machine import multiplies_bfloat16
 from batchrun.models import DEFAULT_MODEL, embedded_gguf
 from batchrun.report.text import size
 from jobs.folder import home
@@ -50,7 +51,8 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 def doctor_command(as_json: bool) -> int:
     """Show what this machine can do: versions, memory, devices, and what stands in the way.
 
-    Each attention kernel is run on a small case and compared with float32.
+    Each attention kernel is run on a small case and compared with float32, and each kind of
+    attention by what `--attention auto` takes for it: a kernel, or SDPA, which is slow.
 
     Exits with 1 if something would keep a job from running.
     """
@@ -75,6 +77,7 @@ def examine() -> dict[str, Any]:
     problems += [f"{name} is not installed" for name, found in versions.items() if not found]
     versions |= {name: _version(name) for name in _CUDA_PACKAGES}
     embedded = embedded_gguf()
+    attention, of_models = _attention()
     return {
         "batchrun": _version("batchrun"),
         "python": platform.python_version(),
@@ -84,7 +87,8 @@ def examine() -> dict[str, Any]:
         "memory": _memory(),
         "max_map_count": _max_map_count(),
         "devices": _devices(),
-        "attention": _attention(),
+        "attention": attention,
+        "attention_of_models": of_models,
         "home": str(folder),
         "home_free": shutil.disk_usage(existing).free,
         "default_model": f"{DEFAULT_MODEL}, "
@@ -135,13 +139,25 @@ def _devices() -> list[str]:
     return names
 
 
-def _attention() -> dict[str, str]:
-    """What each kernel library says to a small case on the best device."""
+def _attention() -> tuple[dict[str, str], dict[str, str]]:
+    """What each kernel library says to a small case on the best device, and what each model gets.
+
+    Returns:
+        By library, and by kind of attention.
+    """
     import torch  # noqa: PLC0415  (slow to import)
 
-    from batchrun.engine.attention.check import check  # noqa: PLC0415  (needs torch)
+    from batchrun.engine.attention.check import check, check_kinds  # noqa: PLC0415  (needs torch)
 
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    found = {name: check(name, device, torch.bfloat16 if cuda else torch.float32) for name in NAMES}
-    return {name: f"{'works' if works else 'no'}: {what}" for name, (works, what) in found.items()}
+    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.float32
+    if cuda or multiplies_bfloat16():
+        dtype = torch.bfloat16
+    found = {name: check(name, device, dtype) for name in NAMES}
+    return (
+        {name: f"{'works' if works else 'no'}: {what}" for name, (works, what) in found.items()},
+        {
+            kind: f"{'fast' if fast else 'works, slowly'}: {what}"
+            for kind, (fast, what) in check_kinds(device, dtype).items()
+        },
+    )

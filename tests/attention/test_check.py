@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from batchrun.cli.doctor import examine
+from batchrun.cli.doctor import TESTED, examine
 from batchrun.engine import attention
 from batchrun.engine.attention import sdpa
-from batchrun.engine.attention.check import check
+from batchrun.engine.attention.check import KINDS, check, check_kinds
+from tests.attention.test_native import HAS_COMPILER
 
 CPU = torch.device("cpu")
 
@@ -56,6 +58,31 @@ def test_doctor_names_every_kernel() -> None:
     assert found["sdpa"].startswith("works: ")
     if not torch.cuda.is_available():
         assert found["torch-flash"] == "no: it needs a CUDA device"
+
+
+def test_doctor_says_which_models_have_a_kernel_here() -> None:
+    found = examine()["attention_of_models"]
+    assert set(found) == set(KINDS)
+    named = re.findall(r"\w+", " ".join(re.findall(r"\((.*?)\)", " ".join(KINDS))))
+    assert set(named) <= set(TESTED)
+    if not torch.cuda.is_available() and HAS_COMPILER:
+        assert all(what.startswith("fast: native, ") for what in found.values())
+
+
+def test_without_a_kernel_they_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "candidates", lambda geometry: ("torch-flash",))
+    for fast, what in check_kinds(CPU, torch.float32).values():
+        assert not fast
+        assert re.fullmatch(r"sdpa, \S+ from float32, in float32", what)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_each_kind_of_attention_is_right_on_a_gpu(dtype: torch.dtype) -> None:
+    for kind, spec in KINDS.items():
+        works, what = check("sdpa", torch.device("cuda"), dtype, spec)
+        assert works, f"{kind}: {what}"
 
 
 @pytest.mark.gpu

@@ -181,16 +181,20 @@ def create(
     return library.make(geometry, upload, log, name)
 
 
+def candidates(geometry: Geometry | None) -> tuple[str, ...]:
+    """The kernels that `auto` tries before it takes `sdpa`, the best one first."""
+    if geometry is None:
+        return ()
+    if geometry.device.type == "cpu":
+        return ("native",)
+    return _BEST_FIRST if geometry.dtype.itemsize < 4 else ()
+
+
 def _best(
     geometry: Geometry | None, upload: Upload | None, log: Callable[[str], None]
 ) -> AttentionBackend:
     skipped = []
-    names: tuple[str, ...] = ()
-    if geometry is not None and geometry.device.type == "cpu":
-        names = ("native",)
-    elif geometry is not None and geometry.dtype.itemsize < 4:
-        names = _BEST_FIRST
-    for name in names:
+    for name in candidates(geometry):
         assert geometry is not None
         try:
             reason = why_not(name, geometry, compiled=True)
