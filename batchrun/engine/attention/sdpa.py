@@ -180,25 +180,27 @@ def _single(
 def _grouped(layer: LayerAttention, problem: Problem) -> None:
     """One segment by a GPU's kernels, of which only flash attention knows grouped heads.
 
-    Key heads are the batch, and a view repeats each for the query heads that share it.
+    Query heads that share a key head are apart in the batch, all of which is the same keys: a view
+    of stride 0. Of heads such a view must not be: where one query is left over, the
+    memory-efficient kernel takes the heads for queries then, and reads another row of the mask.
     """
     aligned = all(tensor.shape[-1] % 8 == 0 for tensor in problem[1:3])  # or none fits
     for q, k, v, out in _calls(layer, problem, tiled=aligned):
         if len(q) == 1:
             _single(layer, q, k, v, out)
             continue
-        folded = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # [Hkv, G, t, Dk]
-        group = folded.shape[1]
+        folded = q.unflatten(1, (k.shape[1], -1)).permute(2, 1, 0, 3)  # [G, Hkv, t, Dk]
+        group = len(folded)
         causal = _is_causal(layer, len(q), len(k))
         got = scaled_dot_product_attention(
             folded,
-            k.transpose(0, 1)[:, None].expand(-1, group, -1, -1),
-            v.transpose(0, 1)[:, None].expand(-1, group, -1, -1),
+            k.transpose(0, 1)[None].expand(group, -1, -1, -1),
+            v.transpose(0, 1)[None].expand(group, -1, -1, -1),
             attn_mask=None if causal else mask(layer, len(q), len(k), q.device),
             is_causal=causal,
             scale=layer.scale,
         )
-        out.copy_(got.permute(2, 0, 1, 3).flatten(1, 2))
+        out.copy_(got.permute(2, 1, 0, 3).flatten(1, 2))
 
 
 def _calls(layer: LayerAttention, problem: Problem, *, tiled: bool) -> Iterator[Problem]:
