@@ -72,6 +72,7 @@ def rig(
         patch.object(assembly, "KVArena", watched),
         runner.rig(loaded, lag=lag, **settings) as made,
     ):
+        made.scheduler._lookahead = assembly._LOOKAHEAD if lag else 0  # as on a device
         if backend is not None:
             made.executor.backend = backend(_geometry(made), made.executor.transfers.upload)
         scratch = _record(made, graphs) if graphs else None
