@@ -13,6 +13,7 @@ from batchrun.engine.core import Request, SamplingParams
 from tests.parity import runner, test_beams
 from tests.parity.runner import outputs, run
 from tests.parity.test_generate import MAX_TOKENS, families, loaded, wanted_of_families
+from tests.parity.test_out_of_memory import failing
 from tests.slow_device.shapes import Shape, shapes
 
 FEWER = 3 if os.environ.get("BATCHRUN_TEST_MEMORY") == "fake-cuda" else 1
@@ -85,4 +86,17 @@ def test_shapes_come_to_what_they_are_for(graphs: bool) -> None:
         assert r.scheduler.num_preemptions > 0
         assert r.scheduler.num_shared_tokens > 400
         assert r.engine.stats.recomputed_tokens > 0
+    assert outputs(done) == wanted_of_families("llama")
+
+
+@pytest.mark.parametrize("place", ["_forward", "sample"])
+def test_what_a_step_without_memory_gives_back_no_other_step_uses(place: str) -> None:
+    """It is not over itself, and the one before it may run until then."""
+    with Shape(tokens=200, greedy=True).rig(loaded("llama")) as r:
+        owner = r.executor if place == "_forward" else r.executor._sampler
+        every_third = (i % 3 == 0 for i in range(1000))
+        setattr(owner, place, failing(getattr(owner, place), every_third))
+        unmapped = r.arena.usage().unmap_calls
+        done = run(r, families(), SamplingParams(max_tokens=MAX_TOKENS))
+        assert r.arena.usage().unmap_calls > unmapped
     assert outputs(done) == wanted_of_families("llama")
