@@ -130,19 +130,24 @@ class TorchExecutor:
                 self._relieve()
                 # What was written so far is written again: the same numbers to the same places.
                 chosen = self._choose(plan.segments, sampled)
+            if sampled:
+                self._settle(chosen[0], sampled)
             return Ticket(plan.step, self.transfers.download(*chosen))
 
     def _choose(self, segments: Seq[Segment], sampled: Seq[Segment]) -> tuple[torch.Tensor, ...]:
-        """Compute the segments; what `Sampler.sample` returns, or nothing where none is sampled."""
+        """Compute the segments; what `Sampler.sample` returns, or nothing where none is sampled.
+
+        May be done twice: it changes nothing that it reads.
+        """
         logits = self._logits(segments)
-        if not sampled:
-            return ()
-        chosen = self._sampler.sample(logits, sampled)
+        return self._sampler.sample(logits, sampled) if sampled else ()
+
+    def _settle(self, tokens: torch.Tensor, sampled: Seq[Segment]) -> None:
+        """Let the next step know the tokens `[N]`: its inputs, and what penalties count."""
         if self.lag:
             slots = self.transfers.upload(np.array([s.slot for s in sampled]))
-            self._last.index_copy_(0, slots, chosen[0])
-        self._sampler.took(chosen[0], sampled)  # last: it can't be done twice
-        return chosen
+            self._last.index_copy_(0, slots, tokens)
+        self._sampler.took(tokens, sampled)
 
     def collect(self, ticket: Ticket) -> StepTokens:
         """See `Executor.collect`."""

@@ -54,7 +54,7 @@ PARTS = (
     Part("steps", 100, "Llama-3-8B shape: decode steps, prefill chunks, idle time"),
     Part("job", 75, "256 requests, Qwen3-0.6B shape: throughput, mapping, KV utilisation"),
     Part("pressure", 45, "the same with 8 GiB for keys and values: sequences are preempted"),
-    Part("peer", 70, "the same through transformers' generate_batch"),
+    Part("peer", 40, "the same through transformers' generate_batch"),
     Part("vllm", 150, "the same through vLLM, where it is installed"),
     Part("vmm", 30, "driver calls: create, map, set-access, unmap"),
     Part("layouts", 50, "contiguous slots against 16-token pages"),

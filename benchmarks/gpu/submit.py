@@ -201,7 +201,7 @@ def write_model(bench: Bench, folder: Path) -> None:
 def write_rows(bench: Bench, path: Path) -> int:
     """Prompts of many lengths, some that begin alike, one longer than a step; returns how many."""
     rng = random.Random(3)
-    count = bench.size(1024, 48)
+    count = bench.size(512, 48)
     longest = bench.size(12_000, 1_500)
 
     def text(length: int) -> str:

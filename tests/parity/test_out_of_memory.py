@@ -52,3 +52,11 @@ def test_a_second_refusal_says_what_to_do() -> None:
             run(r, prompts(), PENALISED)
         assert len(relieved) == 1
         assert "batchrun resume" in str(caught.value.hint)
+
+
+def test_what_can_t_be_done_twice_is_not() -> None:
+    with rig(loaded("llama"), lag=1) as r:
+        r.executor._relieve = lambda: pytest.fail("a step was tried again")
+        r.executor._sampler.took = failing(r.executor._sampler.took, iter([False, True]))  # type: ignore[method-assign]
+        with pytest.raises(EngineError, match="no memory left"):
+            run(r, prompts(), PENALISED)
