@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def _convert(file: Path, folder: Path) -> None:
             hint="pip install 'batchrun[demo]'",
         )
     import torch  # noqa: PLC0415
+    from gguf import GGUFReader  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     with _quiet_transformers():
@@ -86,7 +87,9 @@ def _convert(file: Path, folder: Path) -> None:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
             )
-            _set_pre_tokenizer(tokenizer, file)
+            fields = GGUFReader(file).fields
+            _set_special_tokens(tokenizer, fields)
+            _set_pre_tokenizer(tokenizer, fields, file)
         except ModelError:
             raise
         except Exception as error:  # the readers raise anything at all over a broken file
@@ -104,22 +107,31 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _set_pre_tokenizer(tokenizer: Any, file: Path) -> None:
+def _set_special_tokens(tokenizer: Any, fields: Mapping[str, Any]) -> None:
+    """Names the special tokens as the file does: older transformers take one for the other."""
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        token = None if field is None else tokenizer.convert_ids_to_tokens(int(field.contents()))
+        if token is not None and getattr(tokenizer, name) != token:
+            setattr(tokenizer, name, token)
+
+
+def _set_pre_tokenizer(tokenizer: Any, fields: Mapping[str, Any], file: Path) -> None:
     """Splits text as the model's own tokenizer does, where transformers does not know how.
 
     A GGUF names its splitting rule (`tokenizer.ggml.pre`). transformers knows most names and falls
     back on GPT-2's rule for the rest, which gives other tokens for some texts, silently.
     """
-    from gguf import GGUFReader  # noqa: PLC0415
     from tokenizers import pre_tokenizers  # noqa: PLC0415
-    from transformers.integrations.gguf import gguf_tokenizer_mapping as known  # noqa: PLC0415
+    from transformers.integrations.gguf import gguf_tokenizer_mapping  # noqa: PLC0415
 
-    fields = GGUFReader(file).fields
     family, rule = (
         field.contents() if (field := fields.get(key)) else None
         for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
     )
-    if family != "gpt2" or rule in known.GGUF_PRE_TOKENIZER_SPLITS or rule in {"gpt-2", "gpt2"}:
+    # Releases of transformers without that table know GPT-2's rule alone.
+    known = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {})
+    if family != "gpt2" or rule in known or rule in {"gpt-2", "gpt2"}:
         return
     if rule not in {"smollm", "starcoder", "refact", "command-r"}:
         raise ModelError(

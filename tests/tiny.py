@@ -65,7 +65,7 @@ def write_tiny_gguf(path: Path, *, pre: str = "smollm", layers: int = 1) -> Path
     import numpy as np  # noqa: PLC0415
 
     hidden, inner, heads, kv_heads = 32, 64, 4, 2
-    vocabulary = [*byte_vocabulary(), "ab"]
+    vocabulary = [*byte_vocabulary(), "ab", "abc"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(hidden)
@@ -80,7 +80,7 @@ def write_tiny_gguf(path: Path, *, pre: str = "smollm", layers: int = 1) -> Path
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(vocabulary) - len(SPECIAL)))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])  # older transformers misread a list of one
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
