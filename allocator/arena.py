@@ -46,6 +46,8 @@ class KVArena:
         budget: bytes of pages to hold at most: a number, or a function that says it, asked once
             after each `retire`; None for as much as the machine has.
         slack: unused pages to keep, as a part of the claimed ones.
+        give_back: pages beyond that to give back in one `retire` at most, as long as the budget
+            holds, so that none takes long; None for all.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class KVArena:
         num_slots: int,
         budget: int | Callable[[], int] | None = None,
         slack: float = 0.05,
+        give_back: int | None = None,
     ) -> None:
         wanted, has = (layout.page_size, layout.planes), (memory.granularity, memory.planes)
         if wanted != has:
@@ -69,6 +72,7 @@ class KVArena:
         self.layout = layout
         self.num_slots = num_slots
         self.slack = slack
+        self.give_back = give_back
         self.pool = PagePool(memory, budget)
         self._space = Slots(memory, layout, self.pool, num_slots)
         self._slots, self._slabs = self._space.slots, self._space.slabs
@@ -270,7 +274,11 @@ class KVArena:
         allowed = max(coming, _SPARE_PAGES + int(self.slack * self._space.claimed_pages))
         over = 0 if budget is None else pool.created - budget
         excess = max(unused - allowed, over)
-        if excess > 0:
+        if excess > 0 >= over and self.give_back is not None:
+            excess = min(excess, self.give_back)
+            self._space.steal(excess - pool.free, settled, more=False)
+            pool.shrink(max(0, pool.free - excess))
+        elif excess > 0:
             self._space.steal(excess - pool.free, self._space.retired if over > 0 else settled)
             pool.shrink(max(0, pool.free - excess))
         else:

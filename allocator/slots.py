@@ -170,11 +170,11 @@ class Slots:
             keep.append(next(rest, len(own)))
         return tuple(keep)
 
-    def steal(self, count: int, fence: int) -> None:
+    def steal(self, count: int, fence: int, *, more: bool = True) -> None:
         """Free `count` pages, or as many as there are, from surplus that no step reads.
 
         Closed slots give first, and the largest surplus first, but what is shared last. Only slots
-        whose fence is at most `fence` give.
+        whose fence is at most `fence` give. They give some `more` at once, as others will ask soon.
         """
         while count > 0 and self.pool.in_use > self.claimed_pages:
             givers = [s for i in self.with_surplus if (s := self.slots[i]).fence <= fence]
@@ -182,8 +182,8 @@ class Slots:
             giver = self._largest(closed) or self._largest(givers)
             if giver is None:
                 return
-            more = min(_STEAL_PAGES * self.layout.num_groups, giver.surplus // 2)
-            count -= self._strip(giver, max(count, _STEAL_PAGES, more))
+            half = min(_STEAL_PAGES * self.layout.num_groups, giver.surplus // 2)
+            count -= self._strip(giver, max(count, _STEAL_PAGES, half) if more else count)
 
     def _largest(self, givers: list[Slot]) -> Slot | None:
         """The slot with the largest surplus to give, shared by none if possible."""

@@ -215,6 +215,8 @@ def gpu_check(result: dict[str, Any]) -> Iterator[str]:
     for name, part in result["parts"].items():
         if part["status"] != "done":
             yield f"\n`{name}` {part['status']}: {part.get('reason', 'no reason given')}"
+        if "commit" in part:
+            yield f"\n`{name}` is of commit {part['commit']}."
     for lines in sections(result["parts"]):
         yield ""
         yield from lines

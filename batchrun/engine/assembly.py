@@ -39,7 +39,9 @@ _LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than fill
 # The driver takes as long to map an allocation of 128 MiB as one of 2 MiB (docs/memory.md).
 _DEVICE_PAGE_TOKENS = 32
 _LEAST_DEVICE_PAGE = 2 << 20  # bytes
-_LOOKAHEAD = 16  # steps: one in so many decodes needs a page
+_LOOKAHEAD = 4  # steps
+_GIVE_BACK = 8  # pages a step: some 50 us each in the driver, and a short step takes 1 ms
+_DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a part of the claimed ones
 _HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
 DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no guess is worth
@@ -313,6 +315,8 @@ class Assembly:
             layout,
             num_slots=self.max_num_seqs + KEPT + self._cuda,  # one for the fillers of graphs
             budget=measured if self.settings.kv_budget is None else self.settings.kv_budget,
+            slack=_DEVICE_SLACK if self._cuda else _HOST_SLACK,
+            give_back=_GIVE_BACK if self._cuda else None,
         )
         self._resources.callback(arena.release)
         return arena

@@ -16,6 +16,7 @@ def sections(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
         "steps": steps,
         "job": job,
         "pressure": pressure,
+        "host": host,
         "vmm": vmm,
         "slabs": slabs,
         "layouts": layouts,
@@ -48,6 +49,11 @@ def submit(figures: Figures) -> Iterator[str]:
             f"- killed with {figures['rows_at_kill']:,} rows done and resumed: "
             f"{figures['answers_in_killed']:,} rows answered, in order and of the right length"
         )
+        if "kill_s" in figures:
+            yield (
+                f"- its processes were gone {figures['kill_s']:.1f} s after the kill, and resuming "
+                f"it had ended {figures['resume_s']:.1f} s after it"
+            )
     if "same_completions" in figures:
         yield f"- completions equal to the uninterrupted job's: {figures['same_completions']:.1%}"
 
@@ -100,6 +106,19 @@ def pressure(figures: Figures) -> Iterator[str]:
         f"{figures['preemptions']:.0f} preemptions, {figures['recomputed']:,.0f} tokens computed "
         f"again; live / mapped {figures['utilisation']:.2f}"
     )
+
+
+def host(figures: Figures) -> Iterator[str]:
+    """Small steps, and the host's functions in one."""
+    yield from _head(f"{figures['shape']}, sequences", "a step", "on the device", "idle")
+    for row in figures["host"]:
+        times = (f"{1e3 * row[name]:.2f} ms" for name in ("step_s", "device_s", "idle_s"))
+        yield f"| {row['sequences']} | {' | '.join(times)} |"
+    if "functions" in figures:
+        yield ""
+        yield from _head("function, profiled", "calls a step", "own time a step")
+        for row in figures["functions"]:
+            yield f"| `{row['function']}` | {row['calls']:.0f} | {row['us']:,.0f} us |"
 
 
 def vmm(figures: Figures) -> Iterator[str]:

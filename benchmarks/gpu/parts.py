@@ -53,6 +53,7 @@ PARTS = (
     Part("ceilings", 20, "copy bandwidth and bf16 matrix rate"),
     Part("steps", 100, "Llama-3-8B shape: decode steps, prefill chunks, idle time"),
     Part("job", 75, "256 requests, Qwen3-0.6B shape: throughput, mapping, KV utilisation"),
+    Part("host", 45, "what small steps cost the host, and which of its functions"),
     Part("pressure", 45, "the same with 8 GiB for keys and values: sequences are preempted"),
     Part("peer", 40, "the same through transformers' generate_batch"),
     Part("vllm", 150, "the same through vLLM, where it is installed"),

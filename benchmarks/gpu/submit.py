@@ -95,18 +95,19 @@ class Trial:
             if self.bench.left < _SPARE_S:
                 raise TimeoutError(f"{job.counts().rows} of {self.rows} rows are done")
             time.sleep(_POLL_S)
-        pid = held_by(job.path)
+        pid, began = held_by(job.path), time.perf_counter()
         if pid is not None:
             os.killpg(pid, signal.SIGKILL)  # its supervisor and the run
         while held_by(job.path) is not None:
             time.sleep(_POLL_S)
+        gone = time.perf_counter() - began
         kept = job.counts().rows
         if not 0 < kept < self.rows or job.state() != "interrupted":
             raise RuntimeError(f"the killed job is {job.state()} with {kept} of {self.rows} rows")
         resumed = self.cli("resume", found)["rows"]["resumed"]
         if resumed != kept:
             raise RuntimeError(f"{kept} rows were done, but {resumed} were kept")
-        return {"rows_at_kill": kept}
+        return {"rows_at_kill": kept, "kill_s": gone, "resume_s": time.perf_counter() - began}
 
     def figures(self, job: str) -> dict[str, Any]:
         """What `batchrun stats` says of a job, and whether it ran where it should have."""

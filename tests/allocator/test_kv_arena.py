@@ -1,6 +1,7 @@
 """The arena, rule by rule; random sequences of operations are in test_kv_arena_machine.py."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 from memory_twins import PAGE, Twin, Wrapped, faulted, run_python
@@ -468,3 +469,25 @@ def test_pages_for_what_comes_are_created_whatever_the_slack(make_arena: MakeAre
     arena.retire(2)
     assert arena.pool.created < 20, "what does not come after all goes back"
     arena.check()
+
+
+def test_pages_go_back_a_few_at_a_time_as_long_as_the_budget_holds(make_arena: MakeArena) -> None:
+    budget = 100 * PAGE
+    arena = make_arena(slack=0.0, num_slots=4, give_back=3, budget=lambda: budget)
+    for slot in [opened(arena, 40), opened(arena, 40)]:
+        arena.close(slot, step=1)
+    arena.retire(1)
+    held = [arena.pool.created]
+    for step in range(2, 20):
+        arena.retire(step)
+        held.append(arena.pool.created)
+        arena.check()
+    steps = [before - after for before, after in pairwise(held)]
+    assert max(steps) == 3
+    assert sorted(held, reverse=True) == held
+    assert held[-1] == 4, "the spare ones stay"
+    slot = opened(arena, 40)
+    arena.close(slot, step=20)
+    budget = 2 * PAGE
+    arena.retire(20)
+    assert arena.pool.created == 2, "at once, where another process needs the memory"

@@ -91,4 +91,5 @@ def test_each_kind_of_attention_is_right_on_a_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", attention.NAMES)
 def test_kernels_on_a_gpu_are_right_or_say_why_not(name: str, dtype: torch.dtype) -> None:
     works, what = check(name, torch.device("cuda"), dtype)
-    assert works or what.startswith(("flashinfer-python", "its kernels", "it needs")), what
+    expected = ("flashinfer-python", "its kernels", "it needs", "it computes on a CPU")
+    assert works or what.startswith(expected), what
