@@ -14,7 +14,7 @@ A page may be mapped in several slots (see `sharing`), and is written only in a 
 alone. What a slot shares lies before its live tokens' end, so that growing does not write it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .accounting import Usage, paged_blocks, paged_bytes, static_bytes
 from .invariants import check_arena
@@ -252,7 +252,7 @@ class KVArena:
         self._space.claim(state, self._space.none, is_open=False)
         self._sharing.forget_copies(state)
 
-    def retire(self, step: int, ahead: int = 0) -> None:
+    def retire(self, step: int, coming: Iterable[tuple[int, int]] = (), others: int = 0) -> None:
         """Declare all steps up to `step` finished, and bring the pool to the size it should have.
 
         Pages unused beyond `slack` are destroyed, except those that became unused in the steps
@@ -261,8 +261,9 @@ class KVArena:
 
         Args:
             step: the last finished one.
-            ahead: tokens that will be live soon. Pages for them are created and kept; without,
-                as many as the last step took, within `slack`.
+            coming: open slots, and tokens that will be live there soon. Pages for them are created
+                and kept; without, as many as the last step took, within `slack`.
+            others: tokens that will be live soon in slots that are not open yet.
         """
         settled, self._space.retired = self._space.retired, max(step, self._space.retired)
         pool = self.pool
@@ -270,8 +271,9 @@ class KVArena:
         demand, self._acquired = pool.acquired - self._acquired, pool.acquired
         budget = pool.page_budget()
         unused = pool.created - pool.parked - self._space.claimed_pages
-        coming = -(-ahead * self.layout.bytes_per_token // self.layout.page_bytes)
-        allowed = max(coming, _SPARE_PAGES + int(self.slack * self._space.claimed_pages))
+        missing = sum(self._missing(*each) for each in coming)
+        missing += -(-others * self.layout.bytes_per_token // self.layout.page_bytes)
+        allowed = max(missing, _SPARE_PAGES + int(self.slack * self._space.claimed_pages))
         over = 0 if budget is None else pool.created - budget
         excess = max(unused - allowed, over)
         if excess > 0 >= over and self.give_back is not None:
@@ -282,7 +284,7 @@ class KVArena:
             self._space.steal(excess - pool.free, self._space.retired if over > 0 else settled)
             pool.shrink(max(0, pool.free - excess))
         else:
-            pool.stock(min(max(coming, demand), allowed) - unused, budget)
+            pool.stock(min(max(missing, demand), allowed) - unused, budget)
 
     def trim(self) -> None:
         """Destroy every page that no open slot has claimed and no unfinished step may read."""
@@ -367,6 +369,11 @@ class KVArena:
     def check(self) -> None:
         """Raise AssertionError, with what is wrong, unless every invariant holds."""
         check_arena(self)
+
+    def _missing(self, slot: int, num_tokens: int) -> int:
+        """Pages that a slot lacks for so many tokens."""
+        tables, wanted = self._slots[slot].tables, self.layout.pages_for(num_tokens)
+        return sum(max(0, n - len(t)) for n, t in zip(wanted, tables, strict=True))
 
     def _extend(self, slot: Slot, num_tokens: int) -> bool:
         """Claim and map pages for more tokens than `slot.backed`."""

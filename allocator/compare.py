@@ -4,7 +4,7 @@
 run one trace over each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .accounting import paged_blocks, paged_bytes, static_bytes
@@ -68,7 +68,7 @@ class CountedSpace:
         self.tokens -= tokens
         self._closed.append(slot)
 
-    def retire(self, step: int, ahead: int = 0) -> None:
+    def retire(self, step: int, coming: Iterable[tuple[int, int]] = (), others: int = 0) -> None:
         """Nothing waits for a step."""
 
     def trim(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from allocator.sharing import Copy
@@ -38,10 +39,11 @@ class KVSpace(Protocol):
     def drop(self, slot: int) -> None:
         """Give up what a closed slot keeps."""
 
-    def retire(self, step: int, ahead: int = 0) -> None:
+    def retire(self, step: int, coming: Iterable[tuple[int, int]] = (), others: int = 0) -> None:
         """Every step up to and including `step` has finished reading and writing.
 
-        So many tokens more are likely to be ensured in the next steps: memory may be prepared.
+        Memory may be prepared for tokens that are likely to be ensured soon: in open slots so many
+        in all, and of sequences that have none yet some `others`.
         """
 
     def trim(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import islice
 
@@ -199,27 +200,28 @@ class Scheduler:
                 self.running.remove(child)
             elif child in self.waiting:
                 self._unqueue(child)
-        self.space.retire(plan.step, self._coming())
+        self.space.retire(plan.step, self._coming(), self._others())
         for child, parent in forks:
             self._fork(child, parent)
         if not self.has_work and self._committed == self._launched:
             self.space.trim()
 
-    def _coming(self) -> int:
-        """Tokens that the next steps will write: those of the running, and one chunk of others."""
-        if not self._lookahead:
-            return 0
-        tokens = 0
-        for s in self.running:
-            known = s.num_tokens - s.num_computed_tokens
-            left = s.num_prompt_tokens + s.request.params.max_tokens - s.num_tokens
-            tokens += max(0, min(known, self.max_num_batched_tokens) + min(left, self._lookahead))
-        chunk = 0
+    def _coming(self) -> Iterator[tuple[int, int]]:
+        """Slots, and the tokens that they will hold in some steps."""
+        for s in self.running if self._lookahead else ():
+            if s.slot is not None:
+                ends = s.num_prompt_tokens + s.request.params.max_tokens
+                chunk = min(s.num_tokens, s.num_computed_tokens + self.max_num_batched_tokens)
+                yield s.slot, min(chunk + self._lookahead, ends, self.max_model_len)
+
+    def _others(self) -> int:
+        """Tokens of sequences that may be admitted next, one step's at most."""
+        tokens, most = 0, self.max_num_batched_tokens if self._lookahead else 0
         for s in islice(self.waiting, max(0, self.max_num_seqs - len(self.running))):
-            if chunk >= self.max_num_batched_tokens:
+            if tokens >= most:
                 break
-            chunk += s.num_tokens
-        return tokens + min(chunk, self.max_num_batched_tokens)
+            tokens += s.num_tokens
+        return min(tokens, most)
 
     def _finish(self, sequences: Seq[Sequence]) -> None:
         """Close the slots of sequences that have ended, or take them out of the queue."""

@@ -455,20 +455,31 @@ def test_only_the_tensor_module_imports_torch() -> None:
 
 def test_pages_for_what_comes_are_created_whatever_the_slack(make_arena: MakeArena) -> None:
     arena = make_arena(slack=0.0, num_slots=8)
-    opened(arena, 20)
-    tokens = 40 * arena.layout.page_size // arena.layout.bytes_per_token
-    arena.retire(0, ahead=tokens)
+    slot = opened(arena, 20)  # four tokens a page
+    arena.retire(0, [(slot, 20)], 160)
     assert arena.pool.free == 40
     calls = arena.usage().create_calls
-    arena.retire(1, ahead=tokens)
-    slots = [opened(arena, tokens // 8) for _ in range(4)]
+    arena.retire(1, [(slot, 20)], 160)
+    slots = [opened(arena, 40) for _ in range(4)]
     assert arena.usage().create_calls == calls, "a burst creates nothing"
-    for slot in slots:
-        arena.close(slot, 1)
+    for other in slots:
+        arena.close(other, 1)
     arena.retire(1)
     arena.retire(2)
     assert arena.pool.created < 20, "what does not come after all goes back"
     arena.check()
+
+
+def test_pages_are_created_for_all_slots_that_grow_at_once(make_arena: MakeArena) -> None:
+    arena = make_arena(slack=0.0, num_slots=20)
+    slots = [opened(arena, 8) for _ in range(20)]
+    arena.retire(0, [(slot, 8) for slot in slots])
+    created = arena.pool.created
+    arena.retire(1, [(slot, 9) for slot in slots])
+    assert arena.pool.created - created == 20 - 4, "and no spare ones beside them"
+    calls = arena.usage().create_calls
+    assert all(arena.ensure(slot, 9) for slot in slots)
+    assert arena.usage().create_calls == calls
 
 
 def test_pages_go_back_a_few_at_a_time_as_long_as_the_budget_holds(make_arena: MakeArena) -> None:
