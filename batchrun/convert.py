@@ -129,9 +129,10 @@ def _set_pre_tokenizer(tokenizer: Any, fields: Mapping[str, Any], file: Path) ->
         field.contents() if (field := fields.get(key)) else None
         for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
     )
-    # Releases of transformers without that table know GPT-2's rule alone.
-    known = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {})
-    if family != "gpt2" or rule in known or rule in {"gpt-2", "gpt2"}:
+    known = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", None)
+    if family == "gpt2" and known is None:  # a release without that table
+        _set_byte_level(tokenizer)
+    if family != "gpt2" or rule in (known or {}) or rule in {"gpt-2", "gpt2"}:
         return
     if rule not in {"smollm", "starcoder", "refact", "command-r"}:
         raise ModelError(
@@ -145,6 +146,20 @@ def _set_pre_tokenizer(tokenizer: Any, fields: Mapping[str, Any], file: Path) ->
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+
+
+def _set_byte_level(tokenizer: Any) -> None:
+    """Makes byte-level BPE of what older transformers read as SentencePiece's, in part.
+
+    They make the end token of bytes that have no token; in the model's own tokenizer these vanish.
+    """
+    from tokenizers import decoders  # noqa: PLC0415
+
+    backend = tokenizer.backend_tokenizer
+    backend.model.unk_token = None
+    backend.model.fuse_unk = backend.model.byte_fallback = False
+    backend.decoder = decoders.ByteLevel()
+    tokenizer.clean_up_tokenization_spaces = False
 
 
 @contextmanager
