@@ -372,7 +372,7 @@ class Assembly:
         nothing is guessed. Not the other way round: whoever records a graph gives back what torch
         keeps. The pages that were created stay for the first steps.
         """
-        torch.cuda.synchronize()  # what was filled on other streams than the steps'
+        torch.cuda.synchronize(self.loaded.device)  # other streams filled what steps read
         if self.settings.graphs and self.executor.backend.capturable:
             self._capture()
         longest = min(self.max_num_batched_tokens, self.loaded.max_model_len)
@@ -384,7 +384,7 @@ class Assembly:
     def _relieve(self) -> None:
         """Give the device the KV pages that nobody needs, and what torch keeps for later."""
         self._log("the device has no memory for a step: giving unused memory back to it")
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.loaded.device)
         self.arena.trim()
         torch.cuda.empty_cache()
 
