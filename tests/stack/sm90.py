@@ -34,9 +34,10 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.runtime import triton_helpers
 from triton.backends.compiler import GPUTarget
 
+from batchrun.engine import int8_gpu
 from batchrun.engine import optimize as optimizing
 from batchrun.engine.model import prepare
-from batchrun.engine.quantize import int8_weights
+from batchrun.engine.quantize import Int8Linear, int8_weights
 from benchmarks.gpu import shapes
 from tests.parity import models
 
@@ -122,6 +123,11 @@ def compile_on_cuda(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Calla
     return forward
 
 
+def by_operator(layer: Int8Linear, x: torch.Tensor) -> Any:
+    """`Int8Linear.forward` as it is on a GPU."""
+    return torch.ops.batchrun.int8_linear(x, layer.weight, layer.scales, layer.bias)
+
+
 def build(name: str) -> Any:
     """One layer of a benchmark's model in its real shape, or a tiny model of the parity tests."""
     if name in shapes.SHAPES:
@@ -140,6 +146,8 @@ def main() -> int:
     target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
     triton.runtime.driver.set_active(target)
     model = build(args.name)
+    library = torch.library.Library("batchrun", "FRAGMENT")
+    library.impl("int8_linear", int8_gpu.widened, "CPU")
     if args.int8:
         int8_weights(model)
     log: list[str] = []
@@ -151,6 +159,7 @@ def main() -> int:
             (torch.cuda, "current_device", lambda: 0),
             (torch, "compile", partial(torch.compile, backend=compile_on_cuda)),
             (optimizing, "_can_be_native", lambda *_: False),
+            (Int8Linear, "forward", by_operator),
         ):
             patches.enter_context(mock.patch.object(where, what, by))
         patches.enter_context(torch._inductor.config.patch(WITHOUT_A_DEVICE))

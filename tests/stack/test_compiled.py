@@ -1,4 +1,4 @@
-"""Decoder layers are compiled to sm_90 code by the real inductor, Triton and ptxas."""
+"""What runs on a GPU is compiled for one by the real inductor, Triton and ptxas."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from batchrun.engine.int8_gpu import WIDEN_ABOVE, Tile, tile_for
 from tests.test_docs import ROOT
 
 pytestmark = [
@@ -47,3 +48,34 @@ def test_layers_are_compiled_for_a_hopper_gpu(model: list[str], tmp_path: Path) 
     assert outcome["log"] == []
     assert "compiled layers" in outcome["optimised"]
     assert len({kernel["kernel"] for kernel in kernels}) >= 5
+
+
+H100 = 132  # multiprocessors
+TILES = {tile_for(tokens, n, H100) for tokens in range(1, WIDEN_ABOVE + 1) for n in (1024, 14336)}
+
+
+@pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=lambda t: f"{t.n}x{t.t}x{t.k}")
+@pytest.mark.parametrize(("capability", "memory"), [(90, 227 << 10), (86, 99 << 10)])
+def test_the_kernel_for_8_bit_weights_is_compiled_with_each_tile(
+    capability: int, memory: int, tile: Tile
+) -> None:
+    """For an H100, and for the least shared memory that a device has whose kernel it is."""
+    import triton  # noqa: PLC0415 - there may be none
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+
+    from batchrun.engine.int8_triton import kernel  # noqa: PLC0415
+
+    for dtype, inner, bias in (("bf16", 4096, False), ("fp16", 100, True)):
+        of_call = {"x": f"*{dtype}", "weight": "*i8", "scales": "*fp32", "bias": f"*{dtype}"}
+        of_call |= {"out": f"*{dtype}", "tokens": "i32", "n": "i32", "x_stride": "i32"}
+        constants = {"K": inner, "BLOCK_N": tile.n, "BLOCK_T": tile.t, "BLOCK_K": tile.k}
+        constants["HAS_BIAS"] = bias
+        signature = of_call | dict.fromkeys(constants, "constexpr")
+        made = triton.compile(
+            triton.compiler.ASTSource(kernel, signature, constants),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": tile.warps, "num_stages": tile.stages},
+        )
+        assert f".target sm_{capability}" in made.asm["ptx"]
+        assert made.asm["cubin"].startswith(b"\x7fELF")
+        assert made.metadata.shared <= memory

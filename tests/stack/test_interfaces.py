@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def module_of(path: Path) -> str:
 def test_every_module_can_be_imported() -> None:
     """In another process, for some set environment variables."""
     code = "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(module_of, FILES)]
+    names = [module_of(path) for path in FILES if not missing(path)]
+    command = [sys.executable, "-W", "ignore", "-c", code, *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -72,6 +74,13 @@ def aliases(tree: ast.AST) -> dict[str, str]:
         elif isinstance(node, ast.ImportFrom) and node.module and of_libraries(node.module):
             found |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
     return found
+
+
+def missing(path: Path) -> set[str]:
+    """The libraries of a file that are not installed."""
+    names = aliases(ast.parse(path.read_text(encoding="utf-8"))).values()
+    used = {name.split(".", maxsplit=1)[0] for name in names}
+    return {name for name in used if find_spec(name) is None}
 
 
 def dotted(node: ast.AST, names: dict[str, str]) -> str | None:
@@ -125,6 +134,8 @@ def misuses(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_the_libraries_have_what_a_file_uses(path: Path) -> None:
+    if absent := missing(path):
+        pytest.skip(f"{', '.join(absent)} is not installed")
     import_module("batchrun.engine.optimize")  # defines an operator
     assert list(misuses(ast.parse(path.read_text(encoding="utf-8")))) == []
 
