@@ -36,10 +36,11 @@ def adopt_orphans() -> None:
 
 
 class Memory(threading.Thread):
-    """The peak memory of all descendants of this process."""
+    """The peak memory of all descendants of this process but those that there are `before`."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Iterable[psutil.Process]) -> None:
         super().__init__(daemon=True)
+        self._before = set(before)
         self._resident: dict[int, int] = {}  # largest, by process
         self.proportional = 0
         self._ended = threading.Event()
@@ -63,7 +64,7 @@ class Memory(threading.Thread):
 
     def _look(self) -> None:
         found = 0
-        for process in psutil.Process().children(recursive=True):
+        for process in set(psutil.Process().children(recursive=True)) - self._before:
             with suppress(OSError):
                 folder = Path(f"/proc/{process.pid}")
                 found += 1024 * _kib(folder / "smaps_rollup", "Pss:")
@@ -94,7 +95,7 @@ def measured(
         FailedError: It failed, or was not done in time.
     """
     before = psutil.Process().children(recursive=True)
-    memory = Memory()
+    memory = Memory(before)
     memory.start()
     began = time.perf_counter()
     code: int | None = None
