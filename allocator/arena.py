@@ -276,12 +276,11 @@ class KVArena:
         allowed = max(missing, _SPARE_PAGES + int(self.slack * self._space.claimed_pages))
         over = 0 if budget is None else pool.created - budget
         excess = max(unused - allowed, over)
-        if excess > 0 >= over and self.give_back is not None:
-            excess = min(excess, self.give_back)
-            self._space.steal(excess - pool.free, settled, more=False)
-            pool.shrink(max(0, pool.free - excess))
-        elif excess > 0:
-            self._space.steal(excess - pool.free, self._space.retired if over > 0 else settled)
+        if excess > 0:
+            fence, most = (settled, self.give_back) if over <= 0 else (self._space.retired, None)
+            if most is not None:
+                excess = min(excess, most)
+            self._space.steal(excess - pool.free, fence, more=most is None)
             pool.shrink(max(0, pool.free - excess))
         else:
             pool.stock(min(max(missing, demand), allowed) - unused, budget)
