@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import log2
@@ -22,13 +22,15 @@ from allocator.vmm import AllocatorError, VirtualMemory
 from batchrun.engine import attention
 from batchrun.engine.attention import Geometry
 from batchrun.engine.attention.native import Level, NativeBF16
-from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, Sequence, StepPlan
+from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, StepPlan
+from batchrun.engine.core import Sequence as Row
 from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
-from batchrun.engine.graphs import batch_sizes
+from batchrun.engine.graphs import CudaRecorder, batch_sizes
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.optimize import optimize
+from batchrun.engine.pieces import CudaPieces
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
 from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
@@ -44,6 +46,9 @@ _GIVE_BACK = 8  # pages a step: some 50 us each in the driver, and a short step 
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a part of the claimed ones
 _HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
 DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
+# A step is recorded up to so many times the tokens for which the device takes as long as launching
+# them takes the host, which has more to do than that.
+_RECORDED = 1.5
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no guess is worth
 _STEP_SHARE = 0.1  # of a step's time, what it costs beside its tokens
 
@@ -192,6 +197,7 @@ class Assembly:
         self._log = log
         self._weights_bytes = loaded.weights_bytes
         self._cuda = loaded.device.type == "cuda"
+        self._scratch = False  # whether a slot is open for what fills up recorded steps
         self._resources = ExitStack()
         try:
             self.arena = self._make_arena()
@@ -373,12 +379,19 @@ class Assembly:
         keeps. The pages that were created stay for the first steps.
         """
         torch.cuda.synchronize(self.loaded.device)  # other streams filled what steps read
-        if self.settings.graphs and self.executor.backend.capturable:
-            self._capture()
-        longest = min(self.max_num_batched_tokens, self.loaded.max_model_len)
-        rows = -(-self.max_num_batched_tokens // longest)
-        self._run_alone(min(rows, self.max_num_seqs), longest)
-        self._run_alone(min(self.max_num_seqs, self.max_num_batched_tokens), 1)
+        if self.settings.graphs:
+            self._record()
+        most = self.max_num_batched_tokens
+        longest = min(most, self.loaded.max_model_len)
+        largest = [longest] * (most // longest) + [most % longest]
+        self._run_alone(largest)
+        pieces = self.executor.pieces
+        if pieces is not None:
+            pieces.limit = 0
+            launch, whole = self._run_alone(largest)
+            pieces.limit = int(min(1.0, _RECORDED * launch / whole) * most)
+            self._run_alone(largest)
+        self._run_alone([1] * min(self.max_num_seqs, most))
         self.executor.transfers.drain()
 
     def _relieve(self) -> None:
@@ -388,34 +401,57 @@ class Assembly:
         self.arena.trim()
         torch.cuda.empty_cache()
 
-    def _run_alone(self, rows: int, length: int) -> None:
-        """One step of `rows` sequences of `length` tokens, or as many as memory holds."""
+    def _run_alone(self, lengths: Sequence[int]) -> tuple[float, float]:
+        """One step of sequences of so many tokens, or of as many as memory holds.
+
+        Returns:
+            The seconds that launching it took, and the whole of it.
+        """
         # With top-p, which needs more memory to sample than anything else.
         params = SamplingParams(temperature=1.0, top_p=0.9)
         segments = []
-        for row in range(rows):
+        for row, length in enumerate(filter(None, lengths[: self.max_num_seqs])):
             slot = self.arena.open(length)
             if slot is None:
                 break
             if not self.arena.ensure(slot, length):
                 self.arena.close(slot, 0)
                 break
-            sequence = Sequence(Request(row, 0, (0,) * length, params, 0))
+            sequence = Row(Request(row, 0, (0,) * length, params, 0))
             segments.append(Segment(sequence, slot, 0, length, sampled=True))
+        began = launched = time.perf_counter()
         if segments:
-            self.executor.collect(self.executor.launch(StepPlan(0, tuple(segments))))
+            ticket = self.executor.launch(StepPlan(0, tuple(segments)))
+            launched = time.perf_counter()
+            self.executor.collect(ticket)
+        ended = time.perf_counter()
         for segment in segments:
             self.arena.close(segment.slot, 0)
         self.arena.retire(0)
+        return launched - began, ended - began
 
-    def _capture(self) -> None:
-        began = time.perf_counter()
+    def _record(self) -> None:
+        """Record decode steps now, and let others be recorded when they are met."""
         scratch = self.arena.open(1)
         if scratch is None or not self.arena.ensure(scratch, 1):
             return
+        self._scratch = True
+        recorder = CudaRecorder()
+        if self.executor.backend.capturable:
+            self._capture(scratch, recorder)
+        self.executor.record_pieces(
+            scratch,
+            most=self.max_num_batched_tokens,
+            sampled=self.max_num_seqs,
+            record=CudaPieces(recorder.pool),
+            log=self._log,
+        )
+
+    def _capture(self, scratch: int, recorder: CudaRecorder) -> None:
+        began = time.perf_counter()
         sizes = batch_sizes(self.max_num_seqs)
         try:
-            self.executor.capture(sizes, scratch)
+            self.executor.capture(sizes, scratch, recorder)
         except (RuntimeError, EngineError) as error:
             self.executor.graphs = None
             reason = str(error).splitlines()[0]
@@ -427,7 +463,7 @@ class Assembly:
     def _usage(self) -> Usage:
         """The arena's, without the slot of the fillers, which is no sequence."""
         usage, layout = self.arena.usage(), self.arena.layout
-        if self.executor.graphs is None:
+        if not self._scratch:
             return usage
         return replace(
             usage,

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from batchrun.engine.attention import AttentionBackend, LayerAttention
+from batchrun.engine import pieces
+from batchrun.engine.attention import Attention, AttentionBackend, LayerAttention
 from batchrun.engine.attention.native import NativeBF16
 from batchrun.engine.core import (
     EngineError,
@@ -97,6 +98,7 @@ class TorchExecutor:
         self.transfers = transfers
         self.lag = lag
         self.graphs: DecodeGraphs | None = None
+        self.pieces: pieces.PieceGraphs | None = None
         self._relieve = relieve
         self._collected = 0  # the last step that has ended
         self._views, self._slabs = views, slabs
@@ -125,29 +127,31 @@ class TorchExecutor:
         with self._step():
             self._copy(plan)
             try:
-                chosen = self._choose(plan.segments, sampled)
+                chosen, slots = self._choose(plan.segments, sampled)
             except torch.OutOfMemoryError:
                 self._relieve()
                 # What was written so far is written again: the same numbers to the same places.
-                chosen = self._choose(plan.segments, sampled)
+                chosen, slots = self._choose(plan.segments, sampled)
             if sampled:
-                self._settle(chosen[0], sampled)
+                # The next step's inputs, and what penalties count.
+                if self.lag:
+                    self._last.index_copy_(0, slots, chosen[0])
+                self._sampler.took(chosen[0], sampled)
             return Ticket(plan.step, self.transfers.download(*chosen))
 
-    def _choose(self, segments: Seq[Segment], sampled: Seq[Segment]) -> tuple[torch.Tensor, ...]:
-        """Compute the segments; what `Sampler.sample` returns, or nothing where none is sampled.
+    def _choose(
+        self, segments: Seq[Segment], sampled: Seq[Segment]
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Compute the segments.
 
         May be done twice: it changes nothing that it reads.
-        """
-        logits = self._logits(segments)
-        return self._sampler.sample(logits, sampled) if sampled else ()
 
-    def _settle(self, tokens: torch.Tensor, sampled: Seq[Segment]) -> None:
-        """Let the next step know the tokens `[N]`: its inputs, and what penalties count."""
-        if self.lag:
-            slots = self.transfers.upload(np.array([s.slot for s in sampled]))
-            self._last.index_copy_(0, slots, tokens)
-        self._sampler.took(tokens, sampled)
+        Returns:
+            What `Sampler.sample` returns, or nothing where none is sampled; and the slots of those.
+        """
+        slots = self.transfers.upload(np.array([s.slot for s in sampled], np.int64))
+        logits = self._logits(segments)
+        return (self._sampler.sample(logits, sampled) if sampled else ()), slots
 
     def collect(self, ticket: Ticket) -> StepTokens:
         """See `Executor.collect`."""
@@ -185,10 +189,41 @@ class TorchExecutor:
 
         def prepare(size: int) -> tuple[torch.Tensor, torch.Tensor]:
             self.backend.plan([filler] * size, fixed=True)
-            return self._pack([filler] * size)
+            inputs = tuple(self.transfers.upload(each) for each in self._pack([filler] * size))
+            self.transfers.started()
+            return inputs  # type: ignore[return-value]
 
         with self._step():
             self.graphs = DecodeGraphs(self._forward, prepare, sizes, filler, record)
+
+    def record_pieces(
+        self,
+        scratch: int,
+        *,
+        most: int,
+        sampled: int,
+        record: pieces.Record,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Let steps of all kinds be recorded from now on, but for their attention.
+
+        Args:
+            scratch: As of `capture`: for the tokens that fill up a step.
+            most: Tokens of a step.
+            sampled: Tokens of a step that are sampled, at most.
+            record: See `PieceGraphs`.
+            log: Likewise.
+        """
+        self.pieces = pieces.PieceGraphs(
+            self._forward,
+            self.backend,
+            self.loaded.device,
+            most=most,
+            sampled=min(most, sampled),
+            record=record,
+            log=log,
+        )
+        self._filler = (0, 0, scratch * self._slot_tokens, -1)
 
     def _copy(self, plan: StepPlan) -> None:
         if plan.copies:
@@ -209,20 +244,40 @@ class TorchExecutor:
 
     def _logits(self, segments: Seq[Segment]) -> torch.Tensor:
         """As `logits`, within a step."""
-        graphs = self.graphs
+        graphs, upload = self.graphs, self.transfers.upload
         if graphs is not None and graphs.fits(segments):
             filled = graphs.fill_up(segments)
             self.backend.plan(filled, fixed=True)
-            packed, _ = self._pack(filled)
+            upload(self._pack(filled)[0], graphs.inputs(len(filled)))
             self.transfers.started()
-            return graphs.replay(packed)[: len(segments)]
+            return graphs.replay(len(filled))[: len(segments)]
         self.backend.plan(segments)
         packed, last = self._pack(segments)
+        size = None if self.pieces is None else self.pieces.size_of(packed.shape[1])
+        if size is not None:
+            return self._in_pieces(size, packed, last)
+        inputs = upload(packed), upload(last)
         self.transfers.started()
-        return self._forward(packed, last)
+        return self._forward(*inputs)
 
-    def _pack(self, segments: Seq[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step's inputs on the device.
+    def _in_pieces(
+        self, size: int, packed: np.ndarray[Any, Any], last: np.ndarray[Any, Any]
+    ) -> torch.Tensor:
+        """The same for a step that is filled up to `size` tokens."""
+        assert self.pieces is not None
+        count = packed.shape[1]
+        filled = np.repeat(np.array(self._filler)[:, None], size, axis=1)
+        filled[:, :count] = packed
+        inputs = self.pieces.inputs(size)
+        wanted = np.zeros(len(inputs[1]), np.int64)
+        wanted[: len(last)] = last
+        for array, to in zip((filled, wanted), inputs, strict=True):
+            self.transfers.upload(array, to)
+        self.transfers.started()
+        return self.pieces.compute(size, count)[: len(last)]
+
+    def _pack(self, segments: Seq[Segment]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The step's inputs.
 
         Returns:
             `[4, T]` int64: the token ids; their positions; their rows in the slots, taken as one
@@ -231,35 +286,42 @@ class TorchExecutor:
         """
         ids: list[int] = []
         last: list[int] = []
-        each: list[tuple[int, int, int, int]] = []
         for segment in segments:
-            start, slot = segment.start, segment.slot
             if segment.pending:
                 ids.append(0)
             else:
-                ids += segment.sequence.token_ids(start, segment.num_known_tokens)
+                ids += segment.sequence.token_ids(segment.start, segment.num_known_tokens)
                 ids += segment.drafts
             if segment.sampled:
                 last += range(len(ids) - 1 - len(segment.drafts), len(ids))
-            source = slot if segment.pending else -1
-            each.append((segment.length, start, slot * self._slot_tokens + start, source))
-        lengths, starts, bases, sources = np.array(each, np.int64).T
+        slots = np.array([s.slot for s in segments], np.int64)
+        starts = np.array([s.start for s in segments], np.int64)
+        each = np.empty((3, len(segments)), np.int64)
+        each[0], each[1] = starts, slots * self._slot_tokens + starts
+        each[2] = np.where([s.pending for s in segments], slots, -1)
         packed = np.empty((4, len(ids)), np.int64)
         packed[0] = ids
-        packed[1:] = np.repeat([starts, bases, sources], lengths, axis=1)
-        packed[1:3] += np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
-        return self.transfers.upload(packed), self.transfers.upload(np.array(last, np.int64))
+        if len(ids) == len(segments):
+            packed[1:] = each
+        else:
+            lengths = np.array([s.length for s in segments])
+            packed[1:] = np.repeat(each, lengths, axis=1)
+            packed[1:3] += np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return packed, np.array(last, np.int64)
 
-    def _forward(self, packed: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self, packed: torch.Tensor, last: torch.Tensor, attention: Attention | None = None
+    ) -> torch.Tensor:
         """The model over packed tokens, `[4, T]` and `[N]`, to logits `[N, V]`."""
         ids, positions, rows, sources = packed
         ids = torch.where(sources < 0, ids, self._last[sources.clamp_min(0)])
+        attention = attention or self.backend.run
         output = self.loaded.model(
             input_ids=ids[None],
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=last,
-            batchrun_step=_SlotStep(self._views, self._words, rows, self.backend),
+            batchrun_step=_SlotStep(self._views, self._words, rows, self.backend, attention),
         )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -273,6 +335,7 @@ class _SlotStep:
     words: Seq[tuple[torch.Tensor | None, ...]]
     rows: torch.Tensor
     backend: AttentionBackend
+    attention: Attention
 
     def attend(
         self,
@@ -293,7 +356,7 @@ class _SlotStep:
                 slots.view(-1, *slots.shape[2:])[self.rows] = new
             else:
                 words[self.rows] = wide
-        return self.backend.run(layer, query, keys, values)
+        return self.attention(layer, query, keys, values)
 
 
 def as_words(tensor: torch.Tensor) -> torch.Tensor | None:

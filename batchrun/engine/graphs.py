@@ -59,10 +59,13 @@ class DecodeGraphs:
         size = next(size for size in self._sizes if size >= len(segments))
         return [*segments, *[self._filler] * (size - len(segments))]
 
-    def replay(self, packed: torch.Tensor) -> torch.Tensor:
-        """Compute a planned step of a recorded size; its logits `[B, V]` stay until the next."""
-        inputs, _, (run, logits) = self._graphs[packed.shape[1]]
-        inputs.copy_(packed)
+    def inputs(self, size: int) -> torch.Tensor:
+        """Where the packed tokens `[4, B]` of a step of a recorded size go."""
+        return self._graphs[size][0]
+
+    def replay(self, size: int) -> torch.Tensor:
+        """Compute a planned step from its inputs; its logits `[B, V]` stay until the next."""
+        _, _, (run, logits) = self._graphs[size]
         run()
         return logits
 
@@ -71,7 +74,7 @@ class CudaRecorder:
     """Captures functions on the current stream; all share one pool of memory."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], torch.Tensor]) -> Recorded:
         """Capture `function`, after it has run twice to compile and to allocate its workspaces."""
@@ -80,15 +83,15 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         with torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
         ):
             logits = function()
         # The tensor itself would keep its memory from the graphs that are captured after this one:
         # they never run at once, so that one buffer serves all. The pool lives as long as a graph.
-        return graph.replay, _unowned(logits)
+        return graph.replay, unowned(logits)
 
 
-def _unowned(tensor: torch.Tensor) -> torch.Tensor:
+def unowned(tensor: torch.Tensor) -> torch.Tensor:
     """The same tensor, but one that does not keep its memory."""
     storage = tensor.untyped_storage()
     return strided_view(

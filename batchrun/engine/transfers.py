@@ -21,6 +21,13 @@ import numpy as np
 import torch
 
 _ALIGNMENT = 256  # bytes, as cudaMalloc aligns
+_DTYPES = {
+    np.bool_: torch.bool,
+    np.int32: torch.int32,
+    np.int64: torch.int64,
+    np.float32: torch.float32,
+    np.float64: torch.float64,
+}
 
 
 class Download(Protocol):
@@ -55,15 +62,22 @@ class Transfers(Protocol):
         """
         yield
 
-    def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
         """Copy an array to the device without waiting for it.
 
+        What is uploaded before `started` is sent as one, and there for the kernels behind it.
+
+        Args:
+            array: Free at once.
+            to: Memory of the same dtype and of as many numbers or more, which takes them; None for
+                memory that is valid for the kernels of this step.
+
         Returns:
-            A tensor that is valid for the kernels of this step. The array is free at once.
+            The numbers on the device, in the array's shape.
         """
 
     def started(self) -> None:
-        """The step's inputs are on their way: its kernels come next."""
+        """The step's inputs are all there: its kernels come next."""
 
     def download(self, *tensors: torch.Tensor) -> Download:
         """Fetch tensors once the kernels so far have run; once in each step, maybe of none."""
@@ -73,6 +87,11 @@ class Transfers(Protocol):
 
     def drain(self) -> None:
         """Wait for everything under way, and count times anew."""
+
+
+def _first(memory: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """As many numbers of `memory` from its begin on, in the shape of `numbers`."""
+    return memory.view(-1)[: numbers.numel()].view(numbers.shape)
 
 
 class _Arrived:
@@ -101,9 +120,10 @@ class HostTransfers:
         """See `Transfers.copying`."""
         yield
 
-    def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
         """See `Transfers.upload`."""
-        return torch.from_numpy(array.copy())
+        sent = torch.from_numpy(array.copy())
+        return sent if to is None else _first(to, sent).copy_(sent)
 
     def started(self) -> None:
         """See `Transfers.started`."""
@@ -125,13 +145,23 @@ class _Stage:
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.bytes: np.ndarray[Any, Any] = self.host.numpy()
         self.device = torch.empty(size, dtype=torch.uint8, device=device)
-        self.used = 0
-        self.larger: list[torch.Tensor] = []  # uploads that did not fit, kept for as long
+        self.back = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         self.begin = torch.cuda.Event(enable_timing=True)
-        self.end = torch.cuda.Event(enable_timing=True)
+        self.sent = torch.cuda.Event()
+        self.computed = torch.cuda.Event()
         self.arrived = torch.cuda.Event(blocking=True)
+        self.end = torch.cuda.Event(enable_timing=True)
         self.launched = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew: nothing of the step before is under way."""
+        self.used = self.gone = 0  # bytes filled, and those of them that were sent
+        self.larger: list[torch.Tensor] = []  # uploads that did not fit, kept for as long
+        self.moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # to do once they are there
+        self.gathering = True
 
 
 class CudaTransfers:
@@ -161,7 +191,8 @@ class CudaTransfers:
         self._steps += 1
         if stage.launched:
             stage.end.synchronize()  # long past: that step was collected
-        stage.used, stage.larger, stage.launched = 0, [], True
+        stage.clear()
+        stage.launched = True
         with torch.cuda.stream(self.compute):
             stage.begin.record(self.compute)
             yield
@@ -176,35 +207,45 @@ class CudaTransfers:
             yield
         self.compute.wait_stream(self._copy)
 
-    def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
         """See `Transfers.upload`."""
-        stage, source = self._stage, torch.from_numpy(np.ascontiguousarray(array))
-        begin, size = stage.used, source.nbytes
-        if begin + size > stage.host.numel():
-            host = torch.empty_like(source, pin_memory=True).copy_(source)
-            target = torch.empty_like(source, device=stage.device.device)
-            self._up.wait_stream(self.compute)  # whose kernels may still use that memory
-            stage.larger += [host, target]
+        stage, array = self._stage, np.ascontiguousarray(array)
+        begin, end = stage.used, stage.used + array.nbytes
+        if end > len(stage.bytes):
+            sent = self._upload_apart(array)
         else:
-            stage.used = -(-(begin + size) // _ALIGNMENT) * _ALIGNMENT
-            host = stage.host[begin : begin + size].view(source.dtype).view(source.shape)
-            target = stage.device[begin : begin + size].view(source.dtype).view(source.shape)
-            host.copy_(source)
-        with torch.cuda.stream(self._up):
-            target.copy_(host, non_blocking=True)
-        self.compute.wait_stream(self._up)
-        return target
+            stage.used = -(-end // _ALIGNMENT) * _ALIGNMENT
+            stage.bytes[begin:end] = array.reshape(-1).view(np.uint8)
+            dtype = _DTYPES[array.dtype.type]
+            sent = stage.device[begin:end].view(dtype).view(array.shape)
+        if to is not None:
+            kept = _first(to, sent)
+            stage.moves.append((kept, sent))
+            sent = kept
+        if not stage.gathering:
+            self._send()
+        return sent
 
     def started(self) -> None:
         """See `Transfers.started`."""
+        self._send()
+        self._stage.gathering = False
         self._stage.begin.record(self.compute)
 
     def download(self, *tensors: torch.Tensor) -> Download:
         """See `Transfers.download`."""
-        stage = self._stage
-        hosts = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        stage, used = self._stage, 0
+        hosts = []
+        for tensor in tensors:
+            end = used + tensor.nbytes
+            if end > stage.back.numel():
+                hosts.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+            else:
+                hosts.append(stage.back[used:end].view(tensor.dtype).view(tensor.shape))
+                used = -(-end // _ALIGNMENT) * _ALIGNMENT
         if tensors:
-            self._down.wait_stream(self.compute)
+            stage.computed.record(self.compute)
+            self._down.wait_event(stage.computed)
             with torch.cuda.stream(self._down):
                 for host, tensor in zip(hosts, tensors, strict=True):
                     host.copy_(tensor, non_blocking=True)
@@ -221,6 +262,32 @@ class CudaTransfers:
             stream.synchronize()
         self.device_seconds = self.idle_seconds = 0.0
         self._last_end = None
+
+    def _upload_apart(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Send what is too much for the staging memory, through memory of its own."""
+        stage, source = self._stage, torch.from_numpy(array)
+        host = torch.empty_like(source, pin_memory=True).copy_(source)
+        target = torch.empty_like(source, device=stage.device.device)
+        self._up.wait_stream(self.compute)  # whose kernels may still use that memory
+        stage.larger += [host, target]
+        with torch.cuda.stream(self._up):
+            target.copy_(host, non_blocking=True)
+        self.compute.wait_stream(self._up)
+        return target
+
+    def _send(self) -> None:
+        """Send what was staged and not sent yet, in one copy."""
+        stage = self._stage
+        part = slice(stage.gone, stage.used)
+        if stage.gone < stage.used:
+            with torch.cuda.stream(self._up):
+                stage.device[part].copy_(stage.host[part], non_blocking=True)
+                stage.sent.record(self._up)
+            self.compute.wait_event(stage.sent)
+            stage.gone = stage.used
+        for kept, sent in stage.moves:
+            kept.copy_(sent)
+        stage.moves.clear()
 
     def _count(self, stage: _Stage) -> None:
         """Take the times of a step that has ended."""

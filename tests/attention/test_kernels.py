@@ -162,34 +162,51 @@ def test_slots_at_the_far_end_of_the_address_space_do_not_wrap() -> None:
     assert key_starts[:2].tolist() == [2046 << 20, 2045 << 20]
 
 
-def test_flashinfer_takes_turns_with_pinned_buffers(shared: Slots) -> None:
+def flashinfer(shared: Slots, ctas: int) -> tuple[FlashInfer, PrefillModule]:
+    """A backend for one kind of layer, on a device that runs so many blocks at once."""
     modules: dict[Kind, PrefillModule] = {}
-    geometry = replace(shared.geometry, layers=LAYERS[:1])
     backend = FlashInfer(
-        geometry,
+        replace(shared.geometry, layers=LAYERS[:1]),
         upload,
         lambda kind: modules.setdefault(kind, PrefillModule(kind)),
         "flashinfer-fa2",
     )
-    for step in range(5):
-        backend.plan([segment(0, 20 + step, 1)])
+    backend._ctas = ctas
     (module,) = modules.values()
+    return backend, module
+
+
+def test_flashinfer_takes_turns_with_pinned_buffers(shared: Slots) -> None:
+    backend, module = flashinfer(shared, 100)
+    for step in range(5):
+        backend.plan([segment(0, 20 + 64 * step, 1)])
     pinned = [plan["buffers"][2] for plan in module.plans]
     assert all(one != other for one, other in pairwise(pinned))
     assert len(set(pinned)) == 2
 
 
+@pytest.mark.parametrize("ctas", [100, 1])  # at 1 no graph's decodes are split
+def test_flashinfer_plans_decodes_anew_where_the_plan_is_another(shared: Slots, ctas: int) -> None:
+    backend, module = flashinfer(shared, ctas)
+    block, split = backend._block, ctas == 100
+    for ends, fixed, anew in (
+        ((1,), False, True),
+        ((block,), False, False),  # as many blocks
+        ((block + 1,), False, True),
+        ((block + 1,), True, True),  # a graph's plan is another one
+        ((block + 1,), True, False),
+        ((2 * block + 1,), True, split),
+        ((block + 1, 1), True, True),
+        ((1, block + 1), True, split),
+        ((1, block + 1), False, True),
+    ):
+        before = len(module.plans)
+        backend.plan([segment(slot, end - 1, 1) for slot, end in enumerate(ends)], fixed=fixed)
+        assert len(module.plans) - before == anew, (ends, fixed)
+
+
 def test_flashinfer_never_splits_a_graph_that_fills_the_device(shared: Slots) -> None:
-    modules: dict[Kind, PrefillModule] = {}
-    geometry = replace(shared.geometry, layers=(LAYERS[0],))
-    backend = FlashInfer(
-        geometry,
-        upload,
-        lambda kind: modules.setdefault(kind, PrefillModule(kind)),
-        "flashinfer-fa2",
-    )
-    backend._ctas = 4  # two decodes of two key heads
-    (module,) = modules.values()
+    backend, module = flashinfer(shared, 4)  # two decodes of two key heads
     for count, whole in ((1, False), (2, True), (3, True)):
         backend.plan([segment(slot, 0, 1) for slot in range(count)], fixed=True)
         total, batch, *_, split, disable, colocated, uniform = module.plans[-1]["numbers"]
@@ -207,9 +224,10 @@ def test_a_graph_that_would_be_planned_otherwise_is_an_error(shared: Slots) -> N
 
     geometry = replace(shared.geometry, layers=(LAYERS[0],))
     backend = FlashInfer(geometry, upload, Fickle, "flashinfer-fa2")
+    backend._ctas = 100
     backend.plan([segment(0, 3, 1)], fixed=True)
     with pytest.raises(RuntimeError, match="graph of 1 decodes"):
-        backend.plan([segment(0, 4, 1)], fixed=True)
+        backend.plan([segment(0, 3 + backend._block, 1)], fixed=True)
 
 
 def test_layers_that_differ_in_scale_alone_share_plans_and_modules(shared: Slots) -> None:

@@ -39,6 +39,7 @@ def test_steps_in_flight_keep_their_own_inputs(transfers: CudaTransfers, count: 
             first = transfers.upload(array)
             second = transfers.upload(array + 50)
             array[:] = -1  # free at once
+            transfers.started()
             waiting.append(transfers.download(slow(torch.cat([first, second]))))
         sent.append(np.arange(count) * 100 + step)
         while len(waiting) > LAG:
@@ -51,8 +52,9 @@ def test_steps_in_flight_keep_their_own_inputs(transfers: CudaTransfers, count: 
 def test_time_is_split_into_steps_and_what_is_between_them(transfers: CudaTransfers) -> None:
     for _ in range(5):
         with transfers.step():
+            sent = transfers.upload(np.arange(4))
             transfers.started()
-            download = transfers.download(slow(transfers.upload(np.arange(4))))
+            download = transfers.download(slow(sent))
         assert transfers.busy()
         assert download.get() == [[0, 1, 2, 3]]
         assert not transfers.busy()
@@ -64,7 +66,8 @@ def test_time_is_split_into_steps_and_what_is_between_them(transfers: CudaTransf
 
 def test_several_tensors_arrive_as_one_step(transfers: CudaTransfers) -> None:
     with transfers.step():
-        numbers = slow(transfers.upload(np.arange(3)))
+        transfers.started()
+        numbers = slow(transfers.upload(np.arange(3)))  # once it has started: at once
         download = transfers.download(numbers, numbers.float() / 2)
     assert download.get() == [[0, 1, 2], [0.0, 0.5, 1.0]]
 

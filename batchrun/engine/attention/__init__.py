@@ -78,9 +78,17 @@ class Geometry:
     device: torch.device
 
 
-Upload = Callable[["np.ndarray[Any, Any]"], "torch.Tensor"]
-"""Host array to device tensor. Returns at once; the copy is ordered before whatever the compute
-stream does next, and the caller may reuse the array at once."""
+class Upload(Protocol):
+    """How arrays reach the device."""
+
+    def __call__(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Transfers.upload`."""
+
+
+Attention = Callable[
+    ["LayerAttention", "torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"
+]
+"""What `AttentionBackend.run` is."""
 
 
 class AttentionBackend(Protocol):

@@ -41,8 +41,9 @@ class Batch:
 
 def together(segments: Sequence[Segment]) -> Batch:
     """All segments as one launch."""
-    rows = np.array([(s.slot, s.length, s.start + s.length) for s in segments], np.int32)
-    return Batch(*np.ascontiguousarray(rows.reshape(-1, 3).T))
+    slots = np.array([s.slot for s in segments], np.int32)
+    lengths = np.array([s.length for s in segments], np.int32)
+    return Batch(slots, lengths, np.array([s.start for s in segments], np.int32) + lengths)
 
 
 def split(segments: Sequence[Segment]) -> tuple[Batch, Batch]:
@@ -111,6 +112,16 @@ def cumulative(lengths: NDArray[Any]) -> Ints:
     return sums
 
 
+def copied_to(device: torch.device | str) -> Upload:
+    """An upload that is over when it returns."""
+
+    def upload(array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
+        sent = torch.from_numpy(array.copy()).to(device)
+        return sent if to is None else to[: len(sent)].copy_(sent)
+
+    return upload
+
+
 class Staging:
     """Arrays on the device, one upload for all of them.
 
@@ -132,11 +143,9 @@ class Staging:
         Fixed ones lie at the same addresses in each call whose arrays, but for the last one, have
         the same lengths; they hold until the next such call.
         """
-        sent = self._upload(np.concatenate(arrays))
-        if fixed:
-            if self._buffer is None:
-                self._buffer = torch.empty(self._capacity, dtype=sent.dtype, device=self._device)
-            sent = self._buffer[: len(sent)].copy_(sent)
+        if fixed and self._buffer is None:
+            self._buffer = torch.empty(self._capacity, dtype=torch.int32, device=self._device)
+        sent = self._upload(np.concatenate(arrays), self._buffer if fixed else None)
         return list(sent.split([len(array) for array in arrays]))
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
 
 from batchrun.engine import attention
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
+from batchrun.engine.attention.batch import copied_to
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 
@@ -64,9 +63,6 @@ def check(
     if reason is not None:
         return False, reason
 
-    def upload(array: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(array.copy()).to(device)
-
     generator = torch.Generator().manual_seed(0)
     tokens = sum(segment.length for segment in segments)
     slots = len(segments), geometry.slot_tokens, spec.kv_heads
@@ -75,7 +71,7 @@ def check(
     sinks = torch.randn(spec.q_heads, generator=generator).to(dtype) if spec.sinks else None
     layer = LayerAttention(spec.scale, spec.window, spec.softcap, sinks)
     try:
-        backend = attention.create(name, geometry, upload)
+        backend = attention.create(name, geometry, copied_to(device))
         there = replace(layer, sinks=None if sinks is None else sinks.to(device))
         got = _run(backend, segments, there, tensors)
     except (ValueError, RuntimeError) as error:

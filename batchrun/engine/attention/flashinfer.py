@@ -129,6 +129,7 @@ class _Plan:
         pinned = geometry.device.type == "cuda"
         self._host = [torch.empty(_INTS, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self.info: Any = None
+        self._key: Any = None
         self._fixed: dict[int, list[int]] = {}
 
     def plan(
@@ -138,11 +139,21 @@ class _Plan:
         host: Sequence[torch.Tensor],
         numbers: Sequence[int | bool],
         fixed: int,
+        *,
+        key: object,
     ) -> None:
-        """Plan a launch; `fixed` segments if a graph has it or will have it, else 0."""
+        """Plan a launch; `fixed` segments if a graph has it or will have it, else 0.
+
+        Where `key`, which is what the plan depends on, is the last one's, that one holds; None
+        plans anew.
+        """
+        if key is not None and key == self._key:
+            return
+        self._key = None  # until there is a plan
         self.info = self.module.plan(floats, self.ints, self._host[turn], *host, *numbers)
         if fixed and self._fixed.setdefault(fixed, list(self.info)) != list(self.info):
             raise RuntimeError(f"FlashInfer planned a graph of {fixed} decodes in another way")
+        self._key = key
 
 
 class FlashInfer:
@@ -239,18 +250,22 @@ class FlashInfer:
         if not len(batch):
             return
         host = [torch.from_numpy(array) for array in (*arrays[:2], batch.ends)]
+        # A plan of single tokens depends on how many blocks each has, if they may be split.
+        blocks = arrays[1].tobytes() if decode else b""
         for layer, plan in plans.items():
             heads, dims = (layer.q_heads, layer.kv_heads), (layer.k_dim, layer.v_dim)
             window = -1 if layer.window is None else layer.window - 1
             sizes = int(arrays[0][-1]), len(batch)
             numbers = [*sizes, *heads, self._block, fixed, *dims, not decode, window]
+            full = False
             if decode or self.name == "flashinfer-fa2":
                 # In a graph partial results are merged whether there are any or not, so none are
                 # allowed where the decodes alone fill the device. The others: no fixed split, no
                 # other kernels beside this one, and one token each.
                 full = fixed and len(batch) * layer.kv_heads >= self._ctas
                 numbers += [-1, full, 0, int(fixed)]
-            plan.plan(self._turn, self._floats, host, numbers, len(batch) * fixed)
+            key = (len(batch), fixed, b"" if full else blocks) if decode else None
+            plan.plan(self._turn, self._floats, host, numbers, len(batch) * fixed, key=key)
 
     def _launch(
         self,

@@ -1,0 +1,231 @@
+"""CUDA graphs of steps with prompts: pieces, between which attention is launched.
+
+How attention is launched depends on the lengths of a step's segments; everything else depends on
+the number of its tokens alone. So the model is recorded up to each layer's attention and from there
+on (piecewise graphs, as vLLM has them), for numbers of tokens to which steps are filled up. A layer
+then costs the host two launches instead of twenty.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from batchrun.engine.attention import AttentionBackend, LayerAttention
+from batchrun.engine.graphs import Recorded, unowned
+
+Apart = Callable[[Callable[[], None]], None]  # runs something between two pieces
+Forward = Callable[[torch.Tensor, torch.Tensor, "Padded"], torch.Tensor]
+Record = Callable[[Callable[[Apart], torch.Tensor]], Recorded]
+
+_LEAST = 16  # tokens between two sizes
+
+
+def size_for(num_tokens: int, most: int) -> int:
+    """Tokens that a step is filled up to: `most` at most, four sizes between powers of two."""
+    step = max(_LEAST, 1 << max(0, (num_tokens - 1).bit_length() - 3))
+    return min(-(-num_tokens // step) * step, most)
+
+
+@dataclass
+class _Size:
+    """Steps of so many tokens: their inputs `[4, T]` and `[N]`, at addresses that stay."""
+
+    packed: torch.Tensor
+    last: torch.Tensor
+    has_run: bool = False
+    recorded: Recorded | None = None
+
+
+class PieceGraphs:
+    """Steps of any segments, recorded when a size is met for the second time.
+
+    Args:
+        forward: Computes packed tokens `[4, T]`, of which those at `[N]` are wanted, to logits; the
+            last argument is its attention.
+        backend: Attends.
+        device: Where inputs are.
+        most: Tokens of a step.
+        sampled: Tokens of a step that are wanted, at most.
+        record: Makes something replayable of a function that says what comes between.
+        log: Told why steps can't be recorded.
+
+    Attributes:
+        limit: Steps of more tokens are better not recorded: the device takes longer for them than
+            the host takes to launch them.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        backend: AttentionBackend,
+        device: torch.device,
+        *,
+        most: int,
+        sampled: int,
+        record: Record,
+        log: Callable[[str], None],
+    ) -> None:
+        self.limit = self.most = most
+        self._forward = forward
+        self._device = device
+        self._sampled = sampled
+        self._record = record
+        self._log = log
+        self._attention = Padded(backend, most)
+        self._sizes: dict[int, _Size] = {}
+
+    def size_of(self, num_tokens: int) -> int | None:
+        """Tokens that a step is filled up to; None for one that is computed as it is."""
+        return None if num_tokens > self.limit else size_for(num_tokens, self.most)
+
+    def inputs(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the inputs of a step of that size go: `[4, T]` and `[N]`."""
+        if size not in self._sizes:
+            zeros = partial(torch.zeros, dtype=torch.int64, device=self._device)
+            self._sizes[size] = _Size(zeros((4, size)), zeros(min(size, self._sampled)))
+        each = self._sizes[size]
+        return each.packed, each.last
+
+    def compute(self, size: int, num_tokens: int) -> torch.Tensor:
+        """Compute a planned step from its inputs; the logits `[N, V]` stay until the next one.
+
+        Args:
+            size: As of `size_of`.
+            num_tokens: Tokens of the step itself.
+        """
+        each = self._sizes[size]
+        self._attention.num_tokens = num_tokens
+        if each.has_run and each.recorded is None:  # not at first: kernels are compiled and loaded
+            try:
+                each.recorded = self._record(partial(self._apart, each))
+            except RuntimeError as error:
+                self.limit = 0
+                reason = str(error).splitlines()[0]
+                self._log(f"steps with prompts are launched kernel by kernel ({reason})")
+        each.has_run = True
+        if each.recorded is None:
+            return self._forward(each.packed, each.last, self._attention)
+        run, logits = each.recorded
+        run()
+        return logits
+
+    def _apart(self, size: _Size, apart: Apart) -> torch.Tensor:
+        """Compute a step whose attention is launched by `apart`."""
+        self._attention.apart = apart
+        try:
+            return self._forward(size.packed, size.last, self._attention)
+        finally:
+            self._attention.apart = _at_once
+
+
+def _at_once(call: Callable[[], None]) -> None:
+    call()
+
+
+class Padded:
+    """Attention of a step that is filled up: of its own tokens, and apart from what is recorded.
+
+    Args:
+        backend: Attends.
+        most: Tokens of a step.
+
+    Attributes:
+        num_tokens: Tokens that the step has of its own.
+        apart: Takes the call that launches attention.
+    """
+
+    def __init__(self, backend: AttentionBackend, most: int) -> None:
+        self.num_tokens = 0
+        self.apart: Apart = _at_once
+        self._backend = backend
+        self._most = most
+        # By heads and width. Zeros at first: what fills a step up must never be no number.
+        self._outputs: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `AttentionBackend.run`."""
+        shape = query.shape[1], values.shape[3]
+        if shape not in self._outputs:
+            self._outputs[shape] = query.new_zeros(self._most, *shape)
+        outputs = self._outputs[shape]
+
+        def attend() -> None:
+            count = self.num_tokens
+            outputs[:count] = self._backend.run(layer, query[:count], keys, values)
+
+        self.apart(attend)
+        # All layers have that memory in turn; what a layer makes of it may live longer.
+        return outputs[: len(query)].clone()
+
+
+class CudaPieces:
+    """Captures functions on the current stream as several graphs, in one pool of memory.
+
+    Args:
+        pool: Handle of the pool. The graphs that have it never run at once.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def __call__(self, function: Callable[[Apart], torch.Tensor]) -> Recorded:
+        """Capture `function`, which has run before, up to each call that it makes apart."""
+        calls: list[Callable[[], None]] = []
+        graph = torch.cuda.CUDAGraph()
+
+        def begin() -> None:
+            nonlocal graph
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+        def end() -> None:
+            graph.capture_end()
+            calls.append(graph.replay)
+
+        def apart(call: Callable[[], None]) -> None:
+            end()
+            call()
+            calls.append(call)
+            begin()
+
+        with _no_collection():
+            begin()
+            try:
+                logits = function(apart)
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            end()
+        return partial(_run, calls), unowned(logits)
+
+
+def _run(calls: Seq[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is freed while a stream is captured may call what must not be called then."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
