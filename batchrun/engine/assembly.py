@@ -493,7 +493,8 @@ def assemble(
     compiled = loaded.device.type == "cuda"
     made = optimize(loaded.model, compile=compiled, log=log) if settings.optimize else ()
     assembly = Assembly(loaded, settings, log)
-    assembly.kernels = (assembly.executor.backend.name, *made)
+    recorded = ("recorded pieces",) * (assembly.executor.pieces is not None)
+    assembly.kernels = (assembly.executor.backend.name, *made, *recorded)
     return assembly
 
 

@@ -26,6 +26,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor, "Padded"], torch.Tensor]
 Record = Callable[[Callable[[Apart], torch.Tensor]], Recorded]
 
 _LEAST = 16  # tokens between two sizes
+_TOLERANCE = 0.01  # of the largest logit: the same kernels compute the same numbers
 
 
 def size_for(num_tokens: int, most: int) -> int:
@@ -103,19 +104,34 @@ class PieceGraphs:
         """
         each = self._sizes[size]
         self._attention.num_tokens = num_tokens
-        if each.has_run and each.recorded is None:  # not at first: kernels are compiled and loaded
-            try:
-                each.recorded = self._record(partial(self._apart, each))
-            except RuntimeError as error:
-                self.limit = 0
-                reason = str(error).splitlines()[0]
-                self._log(f"steps with prompts are launched kernel by kernel ({reason})")
-        each.has_run = True
         if each.recorded is None:
-            return self._forward(each.packed, each.last, self._attention)
+            logits = self._forward(each.packed, each.last, self._attention)
+            # Not at first: kernels are compiled and loaded then.
+            if each.has_run and not self._is_recorded(each, logits):
+                # What a wrong replay wrote for the next layers to read is written anew.
+                logits = self._forward(each.packed, each.last, self._attention)
+            each.has_run = True
+            return logits
         run, logits = each.recorded
         run()
         return logits
+
+    def _is_recorded(self, size: _Size, want: torch.Tensor) -> bool:
+        """Record a size; False where it can't be, or where a replay gives other logits."""
+        try:
+            run, logits = recorded = self._record(partial(self._apart, size))
+            run()
+            off = (logits - want).abs().max() / want.abs().max().clamp_min(1e-6)
+            if not float(off) <= _TOLERANCE:  # also refuses NaN
+                raise RuntimeError(f"a replay's logits differ by {float(off):.2g} of the largest")
+        except RuntimeError as error:
+            self.limit = 0
+            self._sizes.clear()
+            reason = str(error).splitlines()[0]
+            self._log(f"steps with prompts are launched kernel by kernel ({reason})")
+            return False
+        size.recorded = recorded
+        return True
 
     def _apart(self, size: _Size, apart: Apart) -> torch.Tensor:
         """Compute a step whose attention is launched by `apart`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -117,11 +118,22 @@ def spoiled(function: Callable[[Apart], torch.Tensor]) -> Recorded:
     return replay, output
 
 
+def wrong(function: Callable[[Apart], torch.Tensor]) -> Recorded:
+    """A recording whose replay forgets the first layer's attention."""
+    output = torch.empty_like(function(lambda call: call()))
+
+    def replay() -> None:
+        calls: list[Callable[[], None]] = []
+        output.copy_(function(lambda call: calls.append(call) if not calls else call()))
+
+    return replay, output
+
+
 def refused(function: Callable[[Apart], torch.Tensor]) -> Recorded:
     raise RuntimeError("no graph of this\nat line 5")
 
 
-@pytest.mark.parametrize("record", [spoiled, refused])
+@pytest.mark.parametrize("record", [spoiled, refused, wrong])
 @pytest.mark.parametrize("name", ["llama", "gemma2-softcap", "mixtral-moe"])
 def test_steps_in_pieces_equal_generate(name: str, record: Any) -> None:
     model, log, sizes = loaded(name), [], Counter[int]()
@@ -142,9 +154,13 @@ def test_steps_in_pieces_equal_generate(name: str, record: Any) -> None:
         pieces.compute = counting  # type: ignore[method-assign]
         done = run(r, prompts(), SamplingParams(max_tokens=MAX_TOKENS))
     assert outputs(done) == wanted(name)
-    if record is refused:
-        assert pieces.limit == 0
-        assert log == ["steps with prompts are launched kernel by kernel (no graph of this)"]
-    else:
+    if record is spoiled:
         assert not log
         assert set(sizes) == {16, 32, 40}
+    else:
+        why = (
+            r"\(no graph of this\)" if record is refused else r"\(a replay's logits differ by .*\)"
+        )
+        (line,) = log
+        assert re.fullmatch("steps with prompts are launched kernel by kernel " + why, line)
+        assert pieces.limit == 0

@@ -13,11 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
+from batchrun.engine.attention.batch import copied_to
 from batchrun.engine.attention.torch_flash import TorchFlash
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from tests.test_docs import ROOT
@@ -201,7 +201,7 @@ def test_the_flash_operator_takes_a_step_of_decodes_and_prefills(window: int | N
     meta = torch.device("meta")
     geometry = Geometry((spec,), 320, 4, 4, 256, torch.bfloat16, meta)
     kernel = torch.ops.aten._flash_attention_forward
-    backend = TorchFlash(geometry, lambda array: torch.from_numpy(np.array(array)).to(meta), kernel)
+    backend = TorchFlash(geometry, copied_to(meta), kernel)
     request = Request(0, 0, (1,), SamplingParams(), 0)
     spans = [(299, 1), (7, 1), (20, 40), (0, 30)]
     segments = [Segment(Sequence(request), i, *span, sampled=True) for i, span in enumerate(spans)]

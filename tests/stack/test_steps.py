@@ -42,8 +42,11 @@ class Unread:
 class ToFakes(HostTransfers):
     """Uploads to the fake device."""
 
-    def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
         source = torch.from_numpy(np.ascontiguousarray(array))
+        if to is not None:
+            assert (to.dtype, to.device) == (source.dtype, CUDA)
+            return to.view(-1)[: source.numel()].view(source.shape)
         return torch.empty(source.shape, dtype=source.dtype, device=CUDA)
 
     def download(self, *tensors: torch.Tensor) -> Download:
@@ -96,6 +99,20 @@ def test_a_recorded_step_stays_on_the_device() -> None:
         made.capture([1, 2, 4], SLOTS - 1, lambda step: (lambda: None, step()))
         (tokens,) = launch(made, [segment(i, 1) for i in range(3)])
         assert tokens.shape == (3,)
+
+
+def unrecorded(step: Any) -> Any:
+    raise AssertionError("a size was met for the second time")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_step_in_pieces_stays_on_the_device(name: str) -> None:
+    with executor(name) as (made, _):
+        made.record_pieces(SLOTS - 1, most=128, sampled=4, record=unrecorded)
+        for lengths in ([1, 20, 20], [1, 1, 1], [20]):
+            (tokens,) = launch(made, [segment(i, n) for i, n in enumerate(lengths)])
+            assert tokens.shape == (len(lengths),)
+            assert tokens.device == CUDA
 
 
 @pytest.mark.parametrize(
