@@ -53,6 +53,9 @@ class SamplingParams:
         early_stopping: Search ends when there are `num_beams` answers; if not, when none to come
             is likely to be better; "never", when none can be, for a length penalty of 0 or more.
 
+    Attributes:
+        plain: The likeliest token is taken, whatever came before: nothing else is asked for.
+
     Raises:
         ValueError: A value is out of range; the message names it.
     """
@@ -74,6 +77,7 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    plain: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         repetition, finite = self.repetition_penalty, "a finite number"
@@ -96,6 +100,8 @@ class SamplingParams:
         ):
             if not valid:
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
+        asked = self.min_tokens or self.logprobs or self.beams or self.penalised
+        object.__setattr__(self, "plain", self.greedy and not asked)
 
     @property
     def greedy(self) -> bool:

@@ -62,6 +62,8 @@ class Sampler:
             candidates each.
         """
         params = [s.sequence.request.params for s in segments]
+        if all(p.plain for p in params):
+            return (_most_likely(logits),)
         beams = [i for i, p in enumerate(params) if p.beams]
         scored = any(p.logprobs for p in params) or bool(beams)
         penalised = [i for i, p in enumerate(params) if p.penalised]
@@ -108,9 +110,11 @@ class Sampler:
 
         Apart from `sample`, so that a step that fails there may be tried again.
         """
+        if self._seen is None:
+            return
         each = [s.sequence.request.params for s in segments]
         counted = [i for i, p in enumerate(each) if p.penalised and not p.beams]
-        if counted and self._seen is not None:
+        if counted:
             index = self._upload(np.array(counted))
             self._seen.count(tokens[index], [segments[i] for i in counted])
 
