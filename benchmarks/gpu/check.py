@@ -7,9 +7,9 @@
     python -m benchmarks.gpu.check --toy             the rehearsal, on a CPU
 
 Each part is a process of its own with a time limit of its own: one that fails or hangs costs its
-own figures and nothing else. They run in the order of their worth, and the JSON is written after
-each: what ends the check early costs what was not done. benchmarks/METHOD.md says what each figure
-means.
+own figures and nothing else. They run in the order of their worth, tests side by side, and the
+JSON is written after each: what ends the check early costs what was not done. benchmarks/METHOD.md
+says what each figure means.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import details, needs, outcome, runner, table
 from benchmarks.gpu.outcome import Records
-from benchmarks.gpu.parts import PARTS, ROOT, Part, why_not
+from benchmarks.gpu.parts import PARTS, ROOT, Part, groups, why_not
 
 FAILURES = ("failed", "timed out")
 
@@ -107,7 +109,7 @@ def run_all(
     deadline: float,
     keep: Callable[[Records], None],
 ) -> list[str]:
-    """Run the parts in turn; each may also use the seconds that those before it left.
+    """Run the parts in turn, tests side by side; each may use the seconds that others left.
 
     Args:
         parts: In order.
@@ -121,36 +123,51 @@ def run_all(
     Returns:
         The names of the parts that were run.
     """
-    records, run, spare = dict(earlier), [], 0.0
+    records, spare = dict(earlier), 0.0
+    run: list[str] = []
     keep(records)
-    for part in parts:
-        print(f"{part.name:10} {part.about} ... ", end="", flush=True)
-        left = deadline - time.monotonic()
-        if earlier.get(part.name, {}).get("status") == "done":
-            print("done before", flush=True)
-            continue
-        if (reason := why_not(part, args)) is not None:
-            record = {"status": "unavailable", "reason": reason, "figures": {}}
-            records[part.name] = record
-        elif part.limit > left:
-            reason = f"its {part.limit:.0f} s do not fit into the {max(0.0, left):.0f} s left"
-            record = {"status": "skipped", "reason": reason, "figures": {}}
-            records.setdefault(part.name, record)
-        else:
-            given = replace(part, limit=part.limit + spare)
-            record = records[part.name] = runner.run(given, args, logs, deadline=deadline)
-            spare = max(0.0, given.limit - (record["seconds"] - record["start_s"]))
-            run.append(part.name)
+    for group in groups(parts):
+        due: list[Part] = []
+        for part in group:
+            if earlier.get(part.name, {}).get("status") == "done":
+                print(f"{part.name:10} done before", flush=True)
+            elif (record := _not_run(part, args, deadline - time.monotonic())) is None:
+                print(f"{part.name:10} {part.about} ...", flush=True)
+                due.append(replace(part, limit=part.limit + spare))
+            else:
+                records[part.name] = records.get(part.name, record)
+                _report(part, record, logs)
+        with ThreadPoolExecutor(max(1, len(due))) as pool:
+            run_one = partial(runner.run, args=args, logs=logs, deadline=deadline)
+            found = list(pool.map(run_one, due))
+        records |= {part.name: record for part, record in zip(due, found, strict=True)}
         keep(records)
-        _report(record, logs / f"{part.name}.log")
+        run += [part.name for part in due]
+        left = []
+        for part, record in zip(due, found, strict=True):
+            _report(part, record, logs)
+            left.append(part.limit - (record["seconds"] - record["start_s"]))
+        spare = max(0.0, min(left, default=spare))
     return run
 
 
-def _report(record: dict[str, Any], log: Path) -> None:
+def _not_run(part: Part, args: argparse.Namespace, left: float) -> dict[str, Any] | None:
+    """The record of a part that can't be run here, or in the seconds left; None where it can."""
+    reason = why_not(part, args)
+    if reason is not None:
+        return {"status": "unavailable", "reason": reason, "figures": {}}
+    if part.limit <= left:
+        return None
+    reason = f"its {part.limit:.0f} s do not fit into the {max(0.0, left):.0f} s left"
+    return {"status": "skipped", "reason": reason, "figures": {}}
+
+
+def _report(part: Part, record: dict[str, Any], logs: Path) -> None:
     reason = f": {record['reason']}" if "reason" in record else ""
     seconds = f", {record['seconds']} s" if "seconds" in record else ""
-    print(f"{record['status']}{seconds}{reason}", flush=True)
+    print(f"{part.name:10} {record['status']}{seconds}{reason}", flush=True)
     if record["status"] in FAILURES:
+        log = logs / f"{part.name}.log"
         print("    " + "\n    ".join(log.read_text(errors="replace").splitlines()[-12:]))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,14 @@ PARTS = (
         "pytest -m gpu: attention kernels, and tokens against `generate`",
         ("tests/gpu", "tests/attention", *(f"--ignore={name}" for name in _MEMORY)),
     ),
+    # Kernels are many times slower under it: fewer tests.
+    Part(
+        "sanitizer",
+        35,
+        "compute-sanitizer over the memory tests",
+        (_MEMORY[0], "-k", "not cuda-1 and not cuda-2"),
+        sanitized=True,
+    ),
     Part("ceilings", 20, "copy bandwidth and bf16 matrix rate"),
     Part("steps", 100, "Llama-3-8B shape: decode steps, prefill chunks, idle time"),
     Part("job", 75, "256 requests, Qwen3-0.6B shape: throughput, mapping, KV utilisation"),
@@ -60,15 +69,18 @@ PARTS = (
     Part("vmm", 30, "driver calls: create, map, set-access, unmap"),
     Part("layouts", 50, "contiguous slots against 16-token pages"),
     Part("slabs", 35, "layers_per_slab: decode attention time and waste"),
-    # Kernels are many times slower under it: fewer tests.
-    Part(
-        "sanitizer",
-        35,
-        "compute-sanitizer over the memory tests",
-        (_MEMORY[0], "-k", "not cuda-1 and not cuda-2"),
-        sanitized=True,
-    ),
 )
+
+
+def groups(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """The parts in order, tests that follow each other together: no time of theirs is a figure."""
+    for _, group in itertools.groupby(parts, key=lambda part: None if part.tests else part.name):
+        yield list(group)
+
+
+def most_seconds(parts: Sequence[Part]) -> float:
+    """What all of them take at most."""
+    return sum(max(part.limit for part in group) for group in groups(parts))
 
 
 def parts_table() -> Iterator[str]:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import check, details, needs, outcome, runner, table
-from benchmarks.gpu.parts import PARTS, Part, parts_table
+from benchmarks.gpu.parts import PARTS, Part, most_seconds, parts_table
 from tests.test_docs import ROOT
 
 CHECK = [sys.executable, "-m", "benchmarks.gpu.check"]
@@ -178,7 +178,7 @@ def test_a_killed_check_leaves_the_parts_that_were_done(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("ceilings"):
+            if line.startswith("ceilings   done"):
                 break
         process.kill()
     result = json.loads(out.read_text())
@@ -200,7 +200,7 @@ def test_a_check_goes_on_where_an_earlier_one_ended(tmp_path: Path) -> None:
     first, _ = rehearse(tmp_path, "--only=ceilings,steps", "--budget=50", "--commit=a")
     go_on = ["--only=ceilings,vmm", f"--continue={tmp_path / 'check.json'}"]
     second, said = rehearse(tmp_path, *go_on, "--commit=a")
-    assert "ceilings   copy bandwidth and bf16 matrix rate ... done before" in said
+    assert "ceilings   done before" in said
     assert statuses(second) == {"ceilings": "done", "steps": "skipped", "vmm": "done"}
     assert second["parts"]["ceilings"] == first["parts"]["ceilings"]
     assert second["command"].startswith(f"{first['command']} && ")
@@ -280,7 +280,7 @@ def test_the_pages_name_the_targets_and_the_parts_as_they_are() -> None:
     assert targets == sorted(numbers)
     method = (ROOT / "benchmarks" / "METHOD.md").read_text(encoding="utf-8")
     assert "\n".join(parts_table()) in method
-    total = sum(part.limit for part in PARTS)
+    total = most_seconds(PARTS)
     assert f"({total:.0f} s at most" in method
     assert total - 150 < 15 * 60, "without vLLM"
 
