@@ -271,7 +271,8 @@ class KVArena:
         demand, self._acquired = pool.acquired - self._acquired, pool.acquired
         budget = pool.page_budget()
         unused = pool.created - pool.parked - self._space.claimed_pages
-        missing = sum(self._missing(*each) for each in coming)
+        slots = self._slots  # most have what is coming claimed: no need to look any closer
+        missing = sum(self._missing(s, n) for s, n in coming if n > slots[s].backed)
         missing += -(-others * self.layout.bytes_per_token // self.layout.page_bytes)
         allowed = max(missing, _SPARE_PAGES + int(self.slack * self._space.claimed_pages))
         over = 0 if budget is None else pool.created - budget

@@ -191,6 +191,12 @@ class Sequence:
     blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
     group: BeamGroup | None = None  # whose round it is part of
     lookup: Lookup | None = None  # what guesses its tokens
+    num_prompt_tokens: int = field(init=False)
+    most_tokens: int = field(init=False)  # prompt and output, as the parameters allow
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.request.prompt_ids)
+        self.most_tokens = self.num_prompt_tokens + self.request.params.max_tokens
 
     @property
     def known_ids(self) -> tuple[int, ...]:
@@ -198,19 +204,14 @@ class Sequence:
         return (*self.request.prompt_ids, *self.output_ids)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Length of the prompt in tokens."""
-        return len(self.request.prompt_ids)
-
-    @property
     def num_known_tokens(self) -> int:
         """Prompt and collected output together, in tokens."""
-        return len(self.request.prompt_ids) + len(self.output_ids)
+        return self.num_prompt_tokens + len(self.output_ids)
 
     @property
     def num_tokens(self) -> int:
         """Prompt and output together, in tokens, pending ones included."""
-        return self.num_known_tokens + self.num_pending
+        return self.num_prompt_tokens + len(self.output_ids) + self.num_pending
 
     def token_ids(self, start: int, length: int) -> list[int]:
         """Tokens `[start, start + length)` of prompt followed by collected output."""
@@ -222,13 +223,14 @@ class Sequence:
         return ids + self.output_ids[: length - len(ids)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that is four times as slow to make
 class Segment:
     """Tokens `[start, start + length)` of one sequence, computed in one step.
 
     `sampled` says that the segment reaches the sequence's last token, so that its last logits
     yield the next one. `pending` says that its one token is known to the device alone. `drafts` are
     tokens at the end of a sampled segment that are only guessed; what they follow yields one too.
+    It is never changed.
     """
 
     sequence: Sequence

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import (
@@ -176,23 +175,28 @@ class Engine:
         self._collected = now
         self._count(plan, seconds)
         self._observe(seconds)
-        sampled = [s for s in plan.segments if s.sampled]
         done: list[Completion] = []
+        groups: list[Sequence] = []
         logprobs = tokens.logprobs or (0.0,) * len(tokens.token_ids)
-        produced = zip(tokens.token_ids, logprobs, strict=True)
-        for segment in sampled:
-            sequence, found = segment.sequence, list(islice(produced, 1 + len(segment.drafts)))
-            if sequence.status is Status.FINISHED:
+        produced = list(zip(tokens.token_ids, logprobs, strict=True))
+        finished, end = Status.FINISHED, 0
+        for segment in plan.segments:
+            if not segment.sampled:
+                continue
+            sequence = segment.sequence
+            begin, end = end, end + 1 + len(segment.drafts)
+            if sequence.group is not None:
+                groups.append(sequence)
+            if sequence.status is finished:
                 continue  # it ended while this step, one too many, was on its way
             if sequence.first_token is None:
                 sequence.first_token = now
             if sequence.group is None:
-                completion = self._append(segment, found)
+                completion = self._append(segment, produced[begin:end])
                 if completion is not None:
                     sequence.finished = now
                     done.append(completion)
         ended = [c.sequence for c in done]
-        groups = [s.sequence for s in sampled if s.sequence.group is not None]
         beams, forks = self._advance(groups, tokens)
         for completion in beams:
             completion.sequence.finished = now
@@ -204,20 +208,23 @@ class Engine:
 
     def _append(self, segment: Segment, found: list[tuple[int, float]]) -> Completion | None:
         """Take in tokens and their log-probabilities, up to the first after a wrong guess."""
-        sequence, stats = segment.sequence, self.stats
-        for number, (token, logprob) in enumerate(found):
+        sequence, drafts, stats = segment.sequence, segment.drafts, self.stats
+        right = 0
+        for token, logprob in found:
             sequence.output_ids.append(token)
             sequence.logprob += logprob
-            stats.generated_tokens += 1
-            stats.decode_tokens += number > 0  # the one before was right, and computed
-            stats.accepted_tokens += number > 0
             reason, text = self._ending(sequence, token)
-            if reason is not None:
-                sequence.finish_reason = reason
-                return Completion(sequence, text)
-            if segment.drafts[number : number + 1] != (token,):
+            if reason is not None or not drafts or drafts[right : right + 1] != (token,):
                 break
-        return None
+            right += 1
+        stats.generated_tokens += right + 1
+        if right:  # those before the last one were computed, too
+            stats.decode_tokens += right
+            stats.accepted_tokens += right
+        if reason is None:
+            return None
+        sequence.finish_reason = reason
+        return Completion(sequence, text)
 
     def _advance(
         self, sampled: list[Sequence], tokens: StepTokens
@@ -251,15 +258,11 @@ class Engine:
     def _ending(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
         """Whether the token just appended ends the sequence, and then the whole text."""
         params = sequence.request.params
-        reason = None
-        if len(sequence.output_ids) >= params.min_tokens:
-            end_token = token in self._eos_ids and not params.ignore_eos
-            if end_token or token in params.stop_token_ids:
-                reason = FinishReason.STOP
-        if reason is None and (
-            len(sequence.output_ids) >= params.max_tokens
-            or sequence.num_known_tokens >= self.scheduler.max_model_len
-        ):
+        length, reason = sequence.num_known_tokens, None
+        stops = token in params.stop_token_ids or (token in self._eos_ids and not params.ignore_eos)
+        if stops and len(sequence.output_ids) >= params.min_tokens:
+            reason = FinishReason.STOP
+        elif length >= sequence.most_tokens or length >= self.scheduler.max_model_len:
             reason = FinishReason.LENGTH
         if self._tokenizer is None or (reason is None and not params.stop):
             return reason, None
@@ -280,17 +283,21 @@ class Engine:
         return reason, text
 
     def _count(self, plan: StepPlan, seconds: float) -> None:
-        prefill = sum(s.length for s in plan.segments if s.start < s.sequence.num_prompt_tokens)
-        drafted = sum(len(s.drafts) for s in plan.segments)
-        stats = self.stats
+        stats, computed, prefill, drafted = self.stats, 0, 0, 0
+        for segment in plan.segments:
+            computed += segment.length
+            if segment.start < segment.sequence.num_prompt_tokens:
+                prefill += segment.length
+            if segment.drafts:
+                drafted += len(segment.drafts)
         stats.steps += 1
         stats.seconds += seconds
         stats.prefill_tokens += prefill
         stats.drafted_tokens += drafted
-        stats.decode_tokens += plan.num_tokens - prefill - drafted
+        stats.decode_tokens += computed - prefill - drafted
         stats.recomputed_tokens = self.scheduler.num_recomputed_tokens
-        stats.prefill_seconds += seconds * prefill / plan.num_tokens
-        stats.decode_seconds += seconds * (plan.num_tokens - prefill) / plan.num_tokens
+        stats.prefill_seconds += seconds * prefill / computed
+        stats.decode_seconds += seconds * (computed - prefill) / computed
         stats.sequence_seconds += seconds * len(plan.segments)
         stats.device_seconds = self.executor.device_seconds
         stats.idle_seconds = self.executor.idle_seconds

@@ -130,7 +130,7 @@ class Scheduler:
         segments: list[Segment] = []
         if not self._continue(segments):
             return StepPlan(self.step, ())
-        # Whoever was preempted in this step had its segment taken back by `_ensure`.
+        # Whoever was preempted in this step had its segment taken back by `_make_room`.
         budget = self.max_num_batched_tokens - sum(s.length for s in segments)
         busy = bool(segments) or self._committed < self._launched
         # Admitting right after a preemption would only preempt again: wait for memory.
@@ -158,19 +158,27 @@ class Scheduler:
                     break
         self._prefixes.drop_unwanted()
         self._guess(segments, budget)
-        for segment in segments:
-            sequence, end = segment.sequence, segment.start + segment.num_known_tokens
-            self.num_recomputed_tokens += max(0, min(end, sequence.high_water) - segment.start)
-            sequence.num_computed_tokens = end
-            sequence.high_water = max(sequence.high_water, end)
-            sequence.num_pending += segment.sampled and sequence.group is None
         self._uncopied.clear()
         copies = self.space.take_copies()
         after = max((self._used.get(slot, 0) for c in copies for slot in c.slots), default=0)
-        self._used.update((segment.slot, self.step) for segment in segments)
+        self._launch(segments)
+        return StepPlan(self.step, tuple(segments), copies, after)
+
+    def _launch(self, segments: list[Segment]) -> None:
+        """Count what this step computes as computed, and what it samples as pending."""
+        for segment in segments:
+            sequence, start = segment.sequence, segment.start
+            end, high = start + segment.length - len(segment.drafts), sequence.high_water
+            if start < high:
+                self.num_recomputed_tokens += min(end, high) - start
+            if end > high:
+                sequence.high_water = end
+            sequence.num_computed_tokens = end
+            if segment.sampled and sequence.group is None:
+                sequence.num_pending += 1
+            self._used[segment.slot] = self.step
         if segments:
             self._launched = self.step
-        return StepPlan(self.step, tuple(segments), copies, after)
 
     def commit(
         self,
@@ -190,9 +198,11 @@ class Scheduler:
         """
         assert plan.step == tokens.step
         for segment in plan.segments:
-            segment.sequence.num_pending -= segment.sampled and segment.sequence.group is None
+            if segment.sampled and segment.sequence.group is None:
+                segment.sequence.num_pending -= 1
         self._finish(finished)
-        self._settle(plan)
+        if self._drafts is not None:
+            self._settle(plan)
         self._committed = plan.step
         for child, _ in forks:
             if child.slot is not None:  # idle: no step that is not committed reads it
@@ -208,11 +218,11 @@ class Scheduler:
 
     def _coming(self) -> Iterator[tuple[int, int]]:
         """Slots, and the tokens that they will hold in some steps."""
-        for s in self.running if self._lookahead else ():
+        chunk, ahead, longest = self.max_num_batched_tokens, self._lookahead, self.max_model_len
+        for s in self.running if ahead else ():
             if s.slot is not None:
-                ends = s.num_prompt_tokens + s.request.params.max_tokens
-                chunk = min(s.num_tokens, s.num_computed_tokens + self.max_num_batched_tokens)
-                yield s.slot, min(chunk + self._lookahead, ends, self.max_model_len)
+                tokens = min(s.num_tokens, s.num_computed_tokens + chunk) + ahead
+                yield s.slot, min(tokens, s.most_tokens, longest)
 
     def _others(self) -> int:
         """Tokens of sequences that may be admitted next, one step's at most."""
@@ -253,24 +263,30 @@ class Scheduler:
 
     def _continue(self, segments: list[Segment]) -> bool:
         """Plan the running sequences; False if that has to wait for the steps in flight."""
-        budget = self.max_num_batched_tokens
+        budget, ensure, longest = self.max_num_batched_tokens, self.space.ensure, self.max_model_len
+        decodes: list[tuple[Sequence, int]] = []
+        prefills: list[tuple[Sequence, int]] = []
+        for sequence in self.running:
+            num_tokens = sequence.num_tokens
+            todo = num_tokens - sequence.num_computed_tokens
+            # Else it is a beam that waits for others, or its last token is on the way.
+            if todo and num_tokens < sequence.most_tokens and num_tokens < longest:
+                (decodes if todo == 1 else prefills).append((sequence, todo))
         # Decodes first: a long prefill must not starve tokens that are one step away.
-        for sequence in sorted(
-            self.running, key=lambda s: s.num_tokens - s.num_computed_tokens > 1
-        ):
-            if budget == 0:
-                break
-            # Preempted by an elder in this very step, or its last token is on the way.
-            if sequence.slot is None or self._is_complete(sequence):
-                continue
-            length = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+        for sequence, todo in decodes + prefills:
+            slot, start, length = sequence.slot, sequence.num_computed_tokens, min(todo, budget)
             if length == 0:
-                continue  # a beam that waits for others
-            fits = self._ensure(sequence, sequence.num_computed_tokens + length, segments)
+                break
+            if slot is None:
+                continue  # preempted by an elder in this very step
+            fits = ensure(slot, start + length) or self._make_room(
+                sequence, start + length, segments
+            )
             if fits is None:
                 return False
             if fits:
-                segments.append(_segment(sequence, length))
+                pending = todo <= sequence.num_pending
+                segments.append(Segment(sequence, slot, start, length, length == todo, pending))
                 budget -= length
         return True
 
@@ -291,14 +307,6 @@ class Scheduler:
                     sequence.num_computed_tokens = sequence.num_known_tokens - 1
                     sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
 
-    def _is_complete(self, sequence: Sequence) -> bool:
-        """Whether no token may follow those that were sampled, known or pending."""
-        generated = len(sequence.output_ids) + sequence.num_pending
-        return (
-            generated >= sequence.request.params.max_tokens
-            or sequence.num_tokens >= self.max_model_len
-        )
-
     def _admit(self, budget: int, share: bool, spare: float) -> Segment | None:
         """Start the first waiting sequence that can: open a slot and back its first chunk."""
         found = self._next()
@@ -314,7 +322,8 @@ class Scheduler:
             shared, slot = 0, self.space.open(sequence.num_tokens)
         if slot is None:
             return None
-        length = min(sequence.num_tokens - shared, budget)
+        todo = sequence.num_tokens - shared
+        length = min(todo, budget)
         if not self.space.ensure(slot, shared + length):
             self._prefixes.forget(slot)
             self.space.close(slot, self._launched)
@@ -324,7 +333,7 @@ class Scheduler:
         self._prefixes.expect(sequence)
         if sequence.group is not None:
             self._groups[sequence.group] = None
-        return _segment(sequence, length)
+        return Segment(sequence, slot, shared, length, length == todo)
 
     def _next(self) -> tuple[Sequence, Match] | None:
         """Who is to be admitted, and where most of its tokens are."""
@@ -384,28 +393,30 @@ class Scheduler:
         self._prefixes.read(sequence)
         self._prefixes.want(sequence)
 
-    def _ensure(self, sequence: Sequence, num_tokens: int, segments: list[Segment]) -> bool | None:
-        """Back `num_tokens` of a running sequence, preempting the youngest until it succeeds.
+    def _make_room(
+        self, sequence: Sequence, num_tokens: int, segments: list[Segment]
+    ) -> bool | None:
+        """Preempt the youngest until the memory for `num_tokens` of a running sequence is there.
 
         Returns:
             False when `sequence` itself had to go: preempted, or rejected if it was alone. None
             when steps are in flight: only after them a preemption gives memory back.
         """
-        assert sequence.slot is not None
-        while not self.space.ensure(sequence.slot, num_tokens):
-            if self._committed < self._launched:
-                return None
-            if self._prefixes.drop_oldest():
-                continue
-            victim = self._victim(sequence)
-            segments[:] = [s for s in segments if s.sequence is not victim]
-            if victim is sequence and len(self.running) == 1:
-                self._reject_begun(sequence, num_tokens)
-                return False
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        return True
+        if self._committed < self._launched:
+            return None
+        while True:
+            if not self._prefixes.drop_oldest():
+                victim = self._victim(sequence)
+                segments[:] = [s for s in segments if s.sequence is not victim]
+                if victim is sequence and len(self.running) == 1:
+                    self._reject_begun(sequence, num_tokens)
+                    return False
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+            assert sequence.slot is not None
+            if self.space.ensure(sequence.slot, num_tokens):
+                return True
 
     def _victim(self, sequence: Sequence) -> Sequence:
         """Who gives way to a sequence: the youngest, or an idle beam of its group before itself."""
@@ -488,11 +499,3 @@ class Scheduler:
 def _width(sequence: Sequence) -> int:
     """Places in the batch that a row may need."""
     return 1 if sequence.group is None else sequence.group.params.num_beams
-
-
-def _segment(sequence: Sequence, length: int) -> Segment:
-    assert sequence.slot is not None
-    start = sequence.num_computed_tokens
-    sampled = start + length == sequence.num_tokens
-    pending = start >= sequence.num_known_tokens
-    return Segment(sequence, sequence.slot, start, length, sampled, pending)
