@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
+from threading import Thread
 from typing import Any, cast
 
 import torch
@@ -100,6 +101,7 @@ def optimize(
                 _check(model, want, calls)
         except Exception as error:  # no compiler, no triton, or a layer that can't be one graph
             _uncompile(model, log, error)
+        _Compilers.end()
     if model.device.type == "cuda":
         # Torch keeps the old weights' memory in pieces too small for the next ones: KV pages can
         # use it. Nor is it any step's peak.
@@ -206,6 +208,7 @@ def _compile_layers(model: PreTrainedModel, log: Callable[[str], None]) -> None:
 
     Only the layers are: their graph is small, and the rest of a forward is a few operators.
     """
+    _Compilers.ready()
     layers, attentions = _decoder_layers(model)
     AttentionInterface.register(HOOK, _traceable_hook)
     compiled = {
@@ -215,6 +218,32 @@ def _compile_layers(model: PreTrainedModel, log: Callable[[str], None]) -> None:
     failed = partial(_uncompile, model, log)
     for i, layer in enumerate(layers):
         layer._compiled_call_impl = _Layer(layer, compiled[type(layer)], i, attentions[i], failed)
+
+
+class _Compilers:
+    """Torch's compile processes, for whose end our own process would wait seconds at its own."""
+
+    _ending: Thread | None = None
+
+    @classmethod
+    def ready(cls) -> None:
+        """Wait until those are gone that were told to end: torch would still ask them."""
+        if cls._ending is not None:
+            cls._ending.join()
+
+    @classmethod
+    def end(cls) -> None:
+        """Let them end beside whatever comes next."""
+        cls._ending = Thread(target=cls._end, name="end-compilers", daemon=True)
+        cls._ending.start()
+
+    @staticmethod
+    def _end() -> None:
+        from torch._inductor.async_compile import (  # noqa: PLC0415 - slow, and loaded by now
+            shutdown_compile_workers,
+        )
+
+        shutdown_compile_workers()
 
 
 def _compiled_layers(model: PreTrainedModel) -> list[nn.Module]:

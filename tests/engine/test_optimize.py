@@ -23,7 +23,7 @@ from batchrun.engine.fused import (
     merge_projections,
 )
 from batchrun.engine.model import LoadedModel, prepare
-from batchrun.engine.optimize import optimize
+from batchrun.engine.optimize import _Compilers, optimize
 from tests.parity.models import CONFIGS, build
 from tests.parity.runner import generate, outputs, rig, run
 from tests.parity.test_generate import prompts
@@ -239,6 +239,18 @@ def test_one_compiled_graph_serves_all_layers_and_batches(name: str) -> None:
             assert canary.verify(loaded, r.executor, r.arena, 64) < 1e-4
         torch.testing.assert_close(eager_logits(loaded.model), before, rtol=1e-5, atol=1e-5)
     assert optimize(loaded.model, compile=True, log=pytest.fail) == ALL
+
+
+@needs_compiler
+def test_no_compiler_outlives_the_compilation() -> None:
+    """The process would wait for them, for seconds, when it ends."""
+    from torch._inductor.async_compile import AsyncCompile, _pool_set  # noqa: PLC0415
+
+    AsyncCompile.process_pool()  # as on a machine where this was compiled before, or has one core
+    assert _pool_set
+    assert optimize(prepare(build("llama")).model, compile=True, log=pytest.fail) == ALL
+    _Compilers.ready()
+    assert not _pool_set
 
 
 @needs_compiler
