@@ -96,13 +96,14 @@ class KVArena:
         wanted = self.layout.pages_for(num_tokens)
         total = sum(wanted)
 
-        def misfit(slot: Slot) -> tuple[bool, bool, int, int]:
-            pages = slot.num_pages
-            return slot.aliased_end > 0, pages < total, abs(pages - total), slot.index
-
-        closed = (self._slots[index] for index in self._space.closed)
-        free = (s for s in closed if not s.aliased_end or s.fence <= self._space.retired)
-        slot = min(free, key=misfit, default=None)
+        slot, least = None, (False, False, 0, 0)
+        for index in self._space.closed:
+            each = self._slots[index]
+            if not each.aliased_end or each.fence <= self._space.retired:
+                pages = each.num_pages
+                misfit = each.aliased_end > 0, pages < total, abs(pages - total), index
+                if slot is None or misfit < least:
+                    slot, least = each, misfit
         if slot is None:
             return None
         if slot.aliased_end:

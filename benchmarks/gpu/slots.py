@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 
 from allocator.arena import KVArena
@@ -15,6 +13,7 @@ from allocator.layout import KVLayout, LayerKV
 from allocator.tensor import layer_views
 from batchrun.engine import attention
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
+from batchrun.engine.attention.batch import copied_to
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from benchmarks.gpu.bench import Bench, Unavailable
 from benchmarks.gpu.shapes import Shape, dtype_of
@@ -80,12 +79,9 @@ class Slots:
         reason = None if name == "auto" else attention.why_not(name, geometry, compiled=True)
         if reason is not None:
             raise Unavailable(reason)
-        made = attention.create(name, geometry, self._upload, print)
+        made = attention.create(name, geometry, copied_to(self.bench.device), print)
         made.plan(self.segments(length))
         return made
-
-    def _upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(array.copy()).to(self.bench.device)
 
 
 @contextmanager
