@@ -222,7 +222,9 @@ class Scheduler:
         for s in self.running if ahead else ():
             if s.slot is not None:
                 tokens = min(s.num_tokens, s.num_computed_tokens + chunk) + ahead
-                yield s.slot, min(tokens, s.most_tokens, longest)
+                if tokens > s.most_tokens or tokens > longest:
+                    tokens = min(s.most_tokens, longest)
+                yield s.slot, tokens
 
     def _others(self) -> int:
         """Tokens of sequences that may be admitted next, one step's at most."""

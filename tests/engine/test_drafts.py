@@ -123,3 +123,11 @@ def test_guesses_save_steps_and_change_no_token(rig: Rig) -> None:
     assert stats.decode_tokens == stats.generated_tokens - 4
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
     assert stats.recomputed_tokens == 0
+
+
+def test_guesses_behind_a_prompts_last_token_are_counted(rig: Rig) -> None:
+    rig.add([1], 30)
+    rig.drain()
+    stats = rig.engine.stats
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    assert stats.prefill_tokens + stats.decode_tokens == 30  # each token once, but for the last

@@ -166,7 +166,9 @@ class SlowDevice:
             self.steps.staging(before, target.data_ptr(), target.nbytes)
         elif self._apart:
             size = source.shape[-1] * source.element_size()
-            of_pages = self.steps.copying(before, source.data_ptr(), target.data_ptr(), size)
+            of_pages = self.steps.copying(
+                stream, before, source.data_ptr(), target.data_ptr(), size
+            )
             if not of_pages and before[outer] < outer.after[outer]:
                 self.broken("a copy did not wait for the kernels before it")
         number = stream.enqueue()

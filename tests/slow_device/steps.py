@@ -21,18 +21,27 @@ _NOTHING = range(0)
 
 @dataclass(eq=False)
 class Uses:
-    """Pages that a step has at some addresses, and the bytes of them that it touches."""
+    """Pages that a step has at some addresses, and the bytes of them that its kernels touch.
+
+    `copied` are those that its copies touch before: other copies are on the same stream, in order.
+    """
 
     addresses: set[int] = field(default_factory=set)
     read: dict[Handle, range] = field(default_factory=dict)
     written: dict[Handle, range] = field(default_factory=dict)
+    copied: dict[Handle, range] = field(default_factory=dict)
 
     def add(
-        self, arena: KVArena, group: int, slot: int, first: int, last: int, *, write: bool
+        self,
+        pages: dict[Handle, range],
+        arena: KVArena,
+        group: int,
+        slot: int,
+        bytes_: tuple[int, int],
     ) -> None:
         """Bytes `[first, last)` of a slab are touched."""
+        first, last = bytes_
         size, table = arena.layout.page_size, arena._slabs.tables[slot][group]
-        pages = self.written if write else self.read
         for page in range(first // size, -(-last // size)):
             self.addresses.add(arena._slabs.address(group, slot, page))
             touched = range(max(first - page * size, 0), min(last - page * size, size))
@@ -48,12 +57,12 @@ def uses_of(plan: StepPlan, arena: KVArena, scratch: int | None = None) -> Uses:
     for slot, start, end in spans:
         for group in range(layout.num_groups):
             size = layout.group_bytes_per_token(group)
-            uses.add(arena, group, slot, 0, end * size, write=False)
-            uses.add(arena, group, slot, start * size, end * size, write=True)
+            uses.add(uses.read, arena, group, slot, (0, end * size))
+            uses.add(uses.written, arena, group, slot, (start * size, end * size))
     for copy in plan.copies:
-        for at, write in ((copy.source, False), (copy.target, True)):
+        for at in (copy.source, copy.target):
             slot, first = divmod(at, layout.slab_size(copy.group))
-            uses.add(arena, copy.group, slot, first, first + copy.nbytes, write=write)
+            uses.add(uses.copied, arena, copy.group, slot, (first, first + copy.nbytes))
     return uses
 
 
@@ -83,6 +92,7 @@ class Steps:
         self._steps: list[Step] = []
         self.next_uses = Uses()
         self.memory: WatchedMemory | None = None
+        self._copying_stream: Any = None
 
     @contextmanager
     def launch(self, stream: Any) -> Iterator[None]:
@@ -112,7 +122,7 @@ class Steps:
         if self._steps and self.last.end is None:
             self.last.staged.append(written)
 
-    def copying(self, after: Done, source: int, target: int, nbytes: int) -> bool:
+    def copying(self, stream: Any, after: Done, source: int, target: int, nbytes: int) -> bool:
         """Bytes of pages are copied for the step being launched, after these operations.
 
         Returns:
@@ -121,6 +131,9 @@ class Steps:
         places = [self.memory.page_at(at, nbytes) for at in (source, target) if self.memory]
         if None in places or not places:
             return False
+        self._copying_stream = self._copying_stream or stream
+        if stream is not self._copying_stream:
+            self._broken("copies of pages are on two streams, in no order")
         self._copying(after, *places)
         return True
 
@@ -142,7 +155,8 @@ class Steps:
         addresses, pages = set(addresses), set(pages)
         for step in self.unfinished():
             uses = step.uses
-            if uses.addresses & addresses or (uses.read.keys() | uses.written.keys()) & pages:
+            used = uses.read.keys() | uses.written.keys() | uses.copied.keys()
+            if uses.addresses & addresses or used & pages:
                 self._broken(f"{what} under a step that is not over")
 
 

@@ -6,7 +6,7 @@ import os
 from functools import cache
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams
@@ -64,6 +64,7 @@ def beams_elsewhere() -> list[list[int]]:
 
 @settings(max_examples=20 // FEWER, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sets(st.integers(0, 25), min_size=1, max_size=8), shapes(170, least_sequences=4))
+@example({1, 17, 21, 24}, Shape(chunk=33, sequences=4, layers_per_slab=1))  # copy after copy
 def test_beams_and_draws_are_the_same(chosen: set[int], shape: Shape) -> None:
     prompts, done = test_beams.prompts(), {}
     with shape.rig(test_beams.loaded("llama")) as r:
