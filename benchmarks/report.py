@@ -211,7 +211,7 @@ def gpu_check(result: dict[str, Any]) -> Iterator[str]:
     verdicts = {True: "met", False: "missed", None: ""}
     for row in result["table"]:
         cells = (row["figure"], row["shown"], row["target"], verdicts[row["met"]])
-        yield f"| {' | '.join(cells)} |"
+        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
     for name, part in result["parts"].items():
         if part["status"] != "done":
             yield f"\n`{name}` {part['status']}: {part.get('reason', 'no reason given')}"

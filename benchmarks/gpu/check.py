@@ -133,7 +133,7 @@ def run_all(
                 print(f"{part.name:10} done before", flush=True)
             elif (record := _not_run(part, args, deadline - time.monotonic())) is None:
                 print(f"{part.name:10} {part.about} ...", flush=True)
-                due.append(replace(part, limit=part.limit + spare))
+                due.append(part if part.greedy else replace(part, limit=part.limit + spare))
             else:
                 records[part.name] = records.get(part.name, record)
                 _report(part, record, logs)
@@ -146,7 +146,8 @@ def run_all(
         left = []
         for part, record in zip(due, found, strict=True):
             _report(part, record, logs)
-            left.append(part.limit - (record["seconds"] - record["start_s"]))
+            given = part.limit + spare * part.greedy
+            left.append(given - (record["seconds"] - record["start_s"]))
         spare = max(0.0, min(left, default=spare))
     return run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -113,6 +114,30 @@ def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     for name in ("submit", "pressure", "vmm", "slabs", "layouts"):
         assert f"**{name}**" in said
     assert time.monotonic() - began < 300, "two minutes on two idle cores"
+
+
+def test_time_that_is_left_goes_to_parts_that_end_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, float] = {}
+
+    def run(part: Part, *_: Any, **__: Any) -> dict[str, Any]:
+        given[part.name] = part.limit
+        return {"status": "done", "figures": {}, "start_s": 5.0, "seconds": 15.0}
+
+    monkeypatch.setattr(runner, "run", run)
+    tests = ("tests/gpu",)
+    parts = [
+        Part("one", 30, ""),
+        Part("two", 30, "", tests),
+        Part("three", 50, "", tests),  # beside it
+        Part("four", 30, "", greedy=True),
+        Part("five", 30, ""),
+    ]
+    assert most_seconds(parts) == 30 + 50 + 30 + 30
+    done = check.run_all(parts, TOY, tmp_path, {}, deadline=math.inf, keep=lambda _: None)
+    assert done == ["one", "two", "three", "four", "five"]
+    assert given == {"one": 30, "two": 50, "three": 70, "four": 30, "five": 30 + 40 + 20}
 
 
 def test_the_clock_of_a_part_begins_when_it_is_ready(tmp_path: Path) -> None:
