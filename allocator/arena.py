@@ -334,6 +334,13 @@ class KVArena:
         """Slots that are open."""
         return self.num_slots - len(self._space.closed) - len(self._space.kept)
 
+    @property
+    def work_seconds(self) -> float:
+        """Time that creating, mapping, unmapping and destroying pages has taken so far."""
+        slabs, pool = self._slabs, self.pool
+        mapping = slabs.mapping.seconds + slabs.unmapping.seconds
+        return mapping + pool.create_seconds + pool.destroy_seconds
+
     def usage(self) -> Usage:
         """What is reserved, mapped and live now. Cheap: nothing is counted up for it."""
         layout, pool, slabs = self.layout, self.pool, self._slabs

@@ -289,7 +289,7 @@ runtime_options = _section(
         "--graphs/--no-graphs",
         default=True,
         show_default=True,
-        help="On a GPU: record decode steps as CUDA graphs.",
+        help="On a GPU: record steps as CUDA graphs.",
     ),
     _option(
         "--optimize/--no-optimize",

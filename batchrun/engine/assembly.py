@@ -80,7 +80,7 @@ class Settings:
         share_prefixes: Whether rows with a common prefix compute and hold it once.
         drafts: Whether tokens are guessed; only on a CPU, in bfloat16.
         overlap: Whether the host works on the next step while the device computes one.
-        graphs: Whether decode steps are recorded as CUDA graphs.
+        graphs: Whether steps are recorded as CUDA graphs, those with prompts in pieces.
         optimize: Whether the model's modules are fused, and compiled on a GPU.
         trust_remote_code: Whether the model's own Python code may run.
     """
@@ -229,7 +229,7 @@ class Assembly:
             loaded.tokenizer,
             loaded.eos_ids,
             observe=lambda seconds: self.usage.add(self._usage(), seconds),
-            mapping_seconds=self._mapping_seconds,
+            mapping_seconds=lambda: self.arena.work_seconds,
         )
 
     def measurements(self) -> dict[str, float | str]:
@@ -470,12 +470,6 @@ class Assembly:
             live=usage.live - layout.bytes_per_token,
             static=usage.static - static_bytes(layout, 1),
             paged=usage.paged - paged_bytes(layout, 1),
-        )
-
-    def _mapping_seconds(self) -> float:
-        usage = self.arena.usage()
-        return (
-            usage.map_seconds + usage.unmap_seconds + usage.create_seconds + usage.destroy_seconds
         )
 
     def _peak_activations(self) -> int:

@@ -39,6 +39,9 @@ def test_usage_of_a_few_slots(make_arena) -> None:
     assert arena.usage().unmap_seconds > 0
     assert arena.usage().destroy_seconds > 0
     assert arena.usage().destroy_calls == 1
+    now = arena.usage()
+    parts = (now.map_seconds, now.unmap_seconds, now.create_seconds, now.destroy_seconds)
+    assert arena.work_seconds == pytest.approx(sum(parts))
 
 
 def test_an_empty_arena_is_fully_utilised(make_arena) -> None:
