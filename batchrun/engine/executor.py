@@ -134,22 +134,25 @@ class TorchExecutor:
                 chosen, slots = self._choose(plan.segments, sampled)
             if sampled:
                 # The next step's inputs, and what penalties count.
-                if self.lag:
+                if slots is not None:
                     self._last.index_copy_(0, slots, chosen[0])
                 self._sampler.took(chosen[0], sampled)
             return Ticket(plan.step, self.transfers.download(*chosen))
 
     def _choose(
         self, segments: Seq[Segment], sampled: Seq[Segment]
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """Compute the segments.
 
         May be done twice: it changes nothing that it reads.
 
         Returns:
-            What `Sampler.sample` returns, or nothing where none is sampled; and the slots of those.
+            What `Sampler.sample` returns, or nothing where none is sampled; and the slots of those
+            where the next step reads their tokens on the device.
         """
-        slots = self.transfers.upload(np.array([s.slot for s in sampled], np.int64))
+        slots = None
+        if self.lag:
+            slots = self.transfers.upload(np.array([s.slot for s in sampled], np.int64))
         logits = self._logits(segments)
         return (self._sampler.sample(logits, sampled) if sampled else ()), slots
 
@@ -189,9 +192,10 @@ class TorchExecutor:
 
         def prepare(size: int) -> tuple[torch.Tensor, torch.Tensor]:
             self.backend.plan([filler] * size, fixed=True)
-            inputs = tuple(self.transfers.upload(each) for each in self._pack([filler] * size))
+            upload, filled = self.transfers.upload, [filler] * size
+            inputs = upload(self._pack(filled)), upload(_wanted(filled))
             self.transfers.started()
-            return inputs  # type: ignore[return-value]
+            return inputs
 
         with self._step():
             self.graphs = DecodeGraphs(self._forward, prepare, sizes, filler, record)
@@ -248,11 +252,11 @@ class TorchExecutor:
         if graphs is not None and graphs.fits(segments):
             filled = graphs.fill_up(segments)
             self.backend.plan(filled, fixed=True)
-            upload(self._pack(filled)[0], graphs.inputs(len(filled)))
+            upload(self._pack(filled), graphs.inputs(len(filled)))
             self.transfers.started()
             return graphs.replay(len(filled))[: len(segments)]
         self.backend.plan(segments)
-        packed, last = self._pack(segments)
+        packed, last = self._pack(segments), _wanted(segments)
         size = None if self.pieces is None else self.pieces.size_of(packed.shape[1])
         if size is not None:
             return self._in_pieces(size, packed, last)
@@ -276,24 +280,20 @@ class TorchExecutor:
         self.transfers.started()
         return self.pieces.compute(size, count)[: len(last)]
 
-    def _pack(self, segments: Seq[Segment]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """The step's inputs.
+    def _pack(self, segments: Seq[Segment]) -> np.ndarray[Any, Any]:
+        """The step's tokens.
 
         Returns:
             `[4, T]` int64: the token ids; their positions; their rows in the slots, taken as one
-            tensor of tokens; the slots whose last sampled token they are, or -1. And `[N]`, the
-            tokens whose logits are wanted.
+            tensor of tokens; the slots whose last sampled token they are, or -1.
         """
         ids: list[int] = []
-        last: list[int] = []
         for segment in segments:
             if segment.pending:
                 ids.append(0)
             else:
                 ids += segment.sequence.token_ids(segment.start, segment.num_known_tokens)
                 ids += segment.drafts
-            if segment.sampled:
-                last += range(len(ids) - 1 - len(segment.drafts), len(ids))
         slots = np.array([s.slot for s in segments], np.int64)
         starts = np.array([s.start for s in segments], np.int64)
         each = np.empty((3, len(segments)), np.int64)
@@ -307,7 +307,7 @@ class TorchExecutor:
             lengths = np.array([s.length for s in segments])
             packed[1:] = np.repeat(each, lengths, axis=1)
             packed[1:3] += np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
-        return packed, np.array(last, np.int64)
+        return packed
 
     def _forward(
         self, packed: torch.Tensor, last: torch.Tensor, attention: Attention | None = None
@@ -369,6 +369,17 @@ def as_words(tensor: torch.Tensor) -> torch.Tensor | None:
     if tensor.stride(-1) != 1 or any(step % words for step in steps):
         return None
     return tensor.view(-1, *tensor.shape[-2:]).view(_WORD)
+
+
+def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:
+    """Which of a step's tokens have logits that are wanted, `[N]` int64."""
+    last: list[int] = []
+    end = 0
+    for segment in segments:
+        end += segment.length
+        if segment.sampled:
+            last += range(end - 1 - len(segment.drafts), end)
+    return np.array(last, np.int64)
 
 
 def _sampled(segments: Seq[Segment]) -> Iterator[Segment]:

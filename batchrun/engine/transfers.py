@@ -94,6 +94,17 @@ def _first(memory: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return memory.view(-1)[: numbers.numel()].view(numbers.shape)
 
 
+def copied(
+    array: np.ndarray[Any, Any],
+    to: torch.Tensor | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """As `Transfers.upload`, but over when it returns."""
+    sent = torch.from_numpy(array.copy()).to(device)
+    return sent if to is None else _first(to, sent).copy_(sent)
+
+
 class _Arrived:
     """A download that was never away."""
 
@@ -122,8 +133,7 @@ class HostTransfers:
 
     def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
         """See `Transfers.upload`."""
-        sent = torch.from_numpy(array.copy())
-        return sent if to is None else _first(to, sent).copy_(sent)
+        return copied(array, to)
 
     def started(self) -> None:
         """See `Transfers.started`."""

@@ -135,7 +135,8 @@ def run_all(
                 print(f"{part.name:10} {part.about} ...", flush=True)
                 due.append(part if part.greedy else replace(part, limit=part.limit + spare))
             else:
-                records[part.name] = records.get(part.name, record)
+                if record["status"] == "unavailable" or part.name not in records:
+                    records[part.name] = record
                 _report(part, record, logs)
         with ThreadPoolExecutor(max(1, len(due))) as pool:
             run_one = partial(runner.run, args=args, logs=logs, deadline=deadline)

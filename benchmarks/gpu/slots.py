@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,8 +14,8 @@ from allocator.layout import KVLayout, LayerKV
 from allocator.tensor import layer_views
 from batchrun.engine import attention
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
-from batchrun.engine.attention.batch import copied_to
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.transfers import copied
 from benchmarks.gpu.bench import Bench, Unavailable
 from benchmarks.gpu.shapes import Shape, dtype_of
 from benchmarks.gpu.vmm import open_memory
@@ -79,7 +80,7 @@ class Slots:
         reason = None if name == "auto" else attention.why_not(name, geometry, compiled=True)
         if reason is not None:
             raise Unavailable(reason)
-        made = attention.create(name, geometry, copied_to(self.bench.device), print)
+        made = attention.create(name, geometry, partial(copied, device=self.bench.device), print)
         made.plan(self.segments(length))
         return made
 

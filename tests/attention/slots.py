@@ -15,10 +15,10 @@ from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV
 from allocator.tensor import layer_views
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
-from batchrun.engine.attention.batch import copied_to
 from batchrun.engine.attention.flashinfer import Kind
 from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.core import Sequence as Row
+from batchrun.engine.transfers import copied
 
 DIM = 64
 TOKENS = (300, 1, 64, 129, 17, 200)  # that slot 0, 1, ... has memory for
@@ -80,7 +80,7 @@ def segment(slot: int, start: int, length: int) -> Segment:
 
 def upload(array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
     assert array.dtype == np.int32
-    return copied_to("cpu")(array, to)
+    return copied(array, to)
 
 
 def attend(

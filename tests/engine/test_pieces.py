@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.pieces import Apart, CudaPieces, size_for
-from tests.parity.runner import outputs, rig, run
+from tests.parity.runner import outputs, rig, run, spoiled
 from tests.parity.test_generate import MAX_TOKENS, loaded, prompts, wanted
 
 
@@ -105,17 +105,6 @@ def test_a_capture_that_fails_is_ended(graphs: Graphs) -> None:
         CudaPieces("pool")(waits)
     assert graphs.captured is None
     assert gc.isenabled()
-
-
-def spoiled(function: Callable[[Apart], torch.Tensor]) -> Recorded:
-    """A recording that computes anew, in memory that is spoiled before."""
-    output = torch.empty_like(function(lambda call: call()))
-
-    def replay() -> None:
-        output.fill_(torch.nan)
-        output.copy_(function(lambda call: call()))
-
-    return replay, output
 
 
 def wrong(function: Callable[[Apart], torch.Tensor]) -> Recorded:

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from allocator.cuda import CudaMemory
 from batchrun.engine.assembly import Assembly, Settings
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Completion
+from batchrun.engine.graphs import Recorded
 from batchrun.engine.model import LoadedModel
+from batchrun.engine.pieces import Apart
 
 
 class _OverFakeDriver(Assembly):
@@ -81,3 +85,14 @@ def generate(model: Any, prompt: Sequence[int], max_tokens: int, **kwargs: Any) 
     finally:
         model.set_attn_implementation("batchrun")
     return got[0, len(prompt) :].tolist()
+
+
+def spoiled(function: Callable[[Apart], torch.Tensor]) -> Recorded:
+    """A recording that computes anew, in memory that is spoiled before."""
+    output = torch.empty_like(function(lambda call: call()))
+
+    def replay() -> None:
+        output.fill_(torch.nan)
+        output.copy_(function(lambda call: call()))
+
+    return replay, output

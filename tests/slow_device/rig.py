@@ -20,7 +20,6 @@ from batchrun.engine.core import Segment, StepPlan, StepTokens
 from batchrun.engine.executor import Ticket
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.model import LoadedModel
-from batchrun.engine.pieces import Apart
 from batchrun.engine.transfers import CudaTransfers
 from tests.parity import runner
 from tests.slow_device.device import SlowDevice
@@ -109,10 +108,9 @@ def _record(rig: Assembly, sizes: Sequence[int]) -> int:
     executor = rig.executor
     if isinstance(executor.backend, SDPA):
         executor.backend = Rereading()
-    recorder = Recorder(executor.backend)
-    executor.capture(sizes, scratch, recorder)
+    executor.capture(sizes, scratch, Recorder(executor.backend))
     most, sampled = rig.max_num_batched_tokens, rig.max_num_seqs
-    executor.record_pieces(scratch, most=most, sampled=sampled, record=recorder.pieces)
+    executor.record_pieces(scratch, most=most, sampled=sampled, record=runner.spoiled)
     return scratch
 
 
@@ -154,17 +152,6 @@ class Recorder:
             attributes.update(recorded)
             output.copy_(function())
             attributes.update(now)
-
-        return replay, output
-
-    def pieces(self, function: Callable[[Apart], torch.Tensor]) -> Recorded:
-        """The same but for what is called apart, which sees the backend as it is."""
-        torch.cuda.synchronize()
-        output = torch.empty_like(function(lambda call: call()))
-
-        def replay() -> None:
-            output.fill_(torch.nan)
-            output.copy_(function(lambda call: call()))
 
         return replay, output
 

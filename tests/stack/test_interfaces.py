@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +18,9 @@ import pytest
 import torch
 
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
-from batchrun.engine.attention.batch import copied_to
 from batchrun.engine.attention.torch_flash import TorchFlash
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.transfers import copied
 from tests.test_docs import ROOT
 
 LIBRARIES = ("torch", "transformers", "triton")
@@ -201,7 +202,7 @@ def test_the_flash_operator_takes_a_step_of_decodes_and_prefills(window: int | N
     meta = torch.device("meta")
     geometry = Geometry((spec,), 320, 4, 4, 256, torch.bfloat16, meta)
     kernel = torch.ops.aten._flash_attention_forward
-    backend = TorchFlash(geometry, copied_to(meta), kernel)
+    backend = TorchFlash(geometry, partial(copied, device=meta), kernel)
     request = Request(0, 0, (1,), SamplingParams(), 0)
     spans = [(299, 1), (7, 1), (20, 40), (0, 30)]
     segments = [Segment(Sequence(request), i, *span, sampled=True) for i, span in enumerate(spans)]

@@ -112,16 +112,6 @@ def cumulative(lengths: NDArray[Any]) -> Ints:
     return sums
 
 
-def copied_to(device: torch.device | str) -> Upload:
-    """An upload that is over when it returns."""
-
-    def upload(array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
-        sent = torch.from_numpy(array.copy()).to(device)
-        return sent if to is None else to[: len(sent)].copy_(sent)
-
-    return upload
-
-
 class Staging:
     """Arrays on the device, one upload for all of them.
 

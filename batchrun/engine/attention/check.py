@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from batchrun.engine import attention
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
-from batchrun.engine.attention.batch import copied_to
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.transfers import copied
 
 _PLAIN = LayerSpec(4, 2, 128, 128, 128**-0.5)  # the usual width: its kernels are compiled first
 KINDS = {
@@ -71,7 +72,7 @@ def check(
     sinks = torch.randn(spec.q_heads, generator=generator).to(dtype) if spec.sinks else None
     layer = LayerAttention(spec.scale, spec.window, spec.softcap, sinks)
     try:
-        backend = attention.create(name, geometry, copied_to(device))
+        backend = attention.create(name, geometry, partial(copied, device=device))
         there = replace(layer, sinks=None if sinks is None else sinks.to(device))
         got = _run(backend, segments, there, tensors)
     except (ValueError, RuntimeError) as error:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from batchrun.engine.attention import Geometry, LayerAttention, Upload, explicit
-from batchrun.engine.attention.batch import copied_to
 from batchrun.engine.attention.explicit import Problem, blocks, mask
 from batchrun.engine.attention.gathered import Decodes
 from batchrun.engine.core import Segment
+from batchrun.engine.transfers import copied
 
 
 def why_not(geometry: Geometry, name: str = "sdpa", *, compiled: bool = False) -> str | None:
@@ -98,7 +99,9 @@ class SDPA:
     ) -> frozenset[int]:
         """Compute the decodes that can be put together; returns which segments these were."""
         if self._decodes is None:
-            self._decodes = Decodes(self._segments, self._upload or copied_to(query.device))
+            self._decodes = Decodes(
+                self._segments, self._upload or partial(copied, device=query.device)
+            )
         numbers = keys.shape[2] * (keys.shape[3] + values.shape[3])
         buckets, done = self._decodes.buckets(layer.window, keys.shape[1], numbers)
         for bucket in buckets:
