@@ -16,6 +16,8 @@ from tests.parity.test_generate import bytes_per_token
 from tests.slow_device.device import SlowDevice
 from tests.slow_device.rig import rig
 
+PAGE = 4096  # bytes, as of `tests.parity.runner.rig`
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -24,7 +26,7 @@ class Shape:
     Args:
         lag: Steps in flight.
         early: See `SlowDevice`, and `seed`.
-        tokens: That memory is for; None for as many as there are.
+        tokens: That memory is for, beside what fills graphs up; None for as many as there are.
         greedy: Whether whatever fits is admitted, to be preempted soon after.
         graphs: Whether decode steps are recorded.
     """
@@ -45,6 +47,8 @@ class Shape:
     def rig(self, model: LoadedModel) -> Iterator[Assembly]:
         """The engine, over a device of its own."""
         budget = None if self.tokens is None else self.tokens * bytes_per_token(model)
+        if budget is not None and self.graphs:  # a page in each slab of a slot of its own
+            budget += PAGE * -(-len(model.layers) // self.layers_per_slab)
         anyone = patch.object(KVArena, "has_room", lambda *_: True)
         with (
             anyone if self.greedy else nullcontext(),

@@ -30,6 +30,7 @@ def rows(draw: st.DrawFn, most: int) -> list[tuple[int, int]]:
 
 @settings(max_examples=60 // FEWER, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rows(14), shapes(LEAST), st.lists(st.integers(1, 12), max_size=2))
+@example([(9, 14)], Shape(tokens=LEAST, chunk=3, sequences=1, graphs=True), [])  # the longest
 def test_any_job_equals_generate(
     job: list[tuple[int, int]], shape: Shape, lives: list[int]
 ) -> None:
