@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import math
 from collections.abc import Iterator, Sequence
-from datetime import date, datetime, time, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.errors import InputError
+from jobs.jsonable import Errors, json_values, jsonable
 from jobs.row import BATCH_BYTES, BATCH_ROWS, Row, missing_column, reading
+
+__all__ = ["ParquetSource", "jsonable"]
 
 _BUFFER = 1 << 18  # bytes read ahead a column, instead of whole column chunks
 _PROBE = 8  # rows
@@ -83,7 +83,7 @@ class ParquetSource:
             return
         index = start
         for batch in self._read(names, start, limit):
-            for values in _python_rows(batch, errors="strict"):
+            for values in _json_rows(batch, errors="strict"):
                 if isinstance(values, str):
                     yield Row(index, {}, f"row {index}: {values}")
                 else:
@@ -99,8 +99,8 @@ class ParquetSource:
         """See `Source.objects`. Text that is not UTF-8 has U+FFFD in place of what is not."""
         names = self.column_names
         for batch in self._read(names, 0, limit):
-            for values in _python_rows(batch, errors="replace"):
-                yield dict(zip(names, map(jsonable, values), strict=True))
+            for values in _json_rows(batch, errors="replace"):
+                yield dict(zip(names, values, strict=True))
 
     def _read(
         self, columns: Sequence[str], start: int, limit: int | None
@@ -176,57 +176,15 @@ def _check_same(expected: pa.Schema, schema: pa.Schema, first: Path, path: Path)
     )
 
 
-def _python_rows(
-    batch: pa.RecordBatch, errors: Literal["strict", "replace"]
-) -> Iterator[Sequence[Any] | str]:
+def _json_rows(batch: pa.RecordBatch, errors: Errors) -> Iterator[Sequence[Any] | str]:
     """Values of each row, or, with `strict`, what is wrong with it."""
     try:
-        columns = [column.to_pylist() for column in batch.columns]
-    except (ValueError, OverflowError):  # text that is not UTF-8, a time that Python can't hold
+        columns = [json_values(column, errors) for column in batch.columns]
+    except UnicodeDecodeError:
         for i in range(batch.num_rows):
             try:
-                yield [_python(column[i], errors) for column in batch.columns]
+                yield [json_values(column.slice(i, 1), errors)[0] for column in batch.columns]
             except UnicodeDecodeError as error:
                 yield f"text that is not valid UTF-8: {error}"
         return
     yield from zip(*columns, strict=True)
-
-
-def _python(cell: Any, errors: Literal["strict", "replace"]) -> Any:
-    """The Python value, as text where Python has no type for it."""
-    try:
-        return cell.as_py()
-    except (ValueError, OverflowError):
-        pass
-    if isinstance(cell, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar):
-        return cell.as_buffer().to_pybytes().decode(errors=errors)
-    if isinstance(cell, pa.DictionaryScalar | pa.ExtensionScalar):
-        return _python(cell.value, errors)
-    if isinstance(cell, pa.StructScalar):
-        return {name: _python(item, errors) for name, item in cell.items()}
-    if isinstance(cell, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
-        return [_python(item, errors) for item in cell]
-    return cell.cast(pa.string()).as_py()
-
-
-def jsonable(value: Any) -> Any:  # noqa: PLR0911 - one for each kind of value
-    """What JSON can hold of a Parquet value.
-
-    Times are ISO 8601, durations seconds, binary is base64, decimals are text; NaN and infinities,
-    which JSON does not have, are null.
-    """
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    return str(value)
