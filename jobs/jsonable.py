@@ -33,6 +33,7 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.arrowtypes import is_binary, is_list, is_text
 from jobs.moments import clock_text, date_text, seconds_text, timestamp_text, zone_named
 
 Errors = Literal["strict", "replace"]
@@ -197,39 +198,14 @@ def _of_python(array: pa.Array[Any], errors: Errors) -> list[Any]:
     return [jsonable(value) for value in array.to_pylist()]
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind)
-        or pa.types.is_binary_view(kind)
-    )
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_fixed_size_list(kind)
-        or pa.types.is_list_view(kind)
-        or pa.types.is_large_list_view(kind)
-    )
-
-
 def _is_plain(kind: Any) -> bool:
     """Whether Python's own values are what JSON can hold."""
     if pa.types.is_struct(kind):
         return all(_is_plain(field.type) for field in kind)
-    if _is_list(kind):
+    if is_list(kind):
         return _is_plain(kind.value_type)
     return (
-        _is_text(kind)
+        is_text(kind)
         or pa.types.is_integer(kind)
         or pa.types.is_boolean(kind)
         or pa.types.is_null(kind)
@@ -241,17 +217,17 @@ def _is_extension(kind: pa.DataType) -> bool:
 
 
 _RULES: list[tuple[Callable[[Any], bool], Callable[[Any, Errors], list[Any]]]] = [
-    (_is_text, _text),
+    (is_text, _text),
     (pa.types.is_floating, _float),
     (pa.types.is_struct, _struct),
-    (_is_list, _list),
+    (is_list, _list),
     (pa.types.is_dictionary, _dictionary),
     (pa.types.is_timestamp, _timestamp),
     (pa.types.is_date, _date),
     (pa.types.is_time, _time),
     (pa.types.is_duration, _duration),
     (pa.types.is_decimal, _decimal),
-    (_is_binary, _binary),
+    (is_binary, _binary),
     (pa.types.is_map, _map),
     (_is_extension, _extension),
     (pa.types.is_run_end_encoded, _run_ends),

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 
 from jobs.errors import InputError
 from jobs.jsonable import Errors, json_values, jsonable
+from jobs.parts import united
 from jobs.row import BATCH_BYTES, BATCH_ROWS, Row, missing_column, reading
+from jobs.unify import conform
 
 __all__ = ["ParquetSource", "jsonable"]
 
@@ -20,36 +22,22 @@ _PROBE = 8  # rows
 
 
 class ParquetSource:
-    """Parquet files of one schema.
+    """Parquet files whose schemas are one, or become one without a value changed.
 
     Raises:
-        InputError: A file is damaged or can't be read, schemas differ, or there are no rows.
+        InputError: A file is damaged or can't be read, no schema holds the values of all, or there
+            are no rows.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
-        self._counts: list[int] = []
-        schemas: list[pa.Schema] = []
-        for path in self._paths:
-            with reading(path), pq.ParquetFile(path) as file:
-                self._counts.append(file.metadata.num_rows)
-                schemas.append(file.schema_arrow)
-        self._schema = schemas[0]
-        for path, schema in zip(self._paths, schemas, strict=True):
-            _check_same(self._schema, schema, self._paths[0], path)
-        names = self.column_names
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise InputError(
-                f"{self._paths[0]} has more than one column named '{twice[0]}'",
-                hint="give its columns different names",
-            )
+        self._schema, self._counts = united(self._paths)
         if self.num_rows == 0:
             raise InputError(f"{self._paths[0]}: the input has no rows", hint="check what wrote it")
 
     @property
     def column_names(self) -> list[str]:
-        """Columns, in the file's order."""
+        """Columns, the first file's first."""
         return list(self._schema.names)
 
     @property
@@ -62,7 +50,7 @@ class ParquetSource:
         return self.num_rows
 
     def schema(self) -> pa.Schema:
-        """The first file's schema, metadata and all."""
+        """Of all files: the first one's, metadata and all, unless others have more."""
         return self._schema
 
     def rows(
@@ -107,36 +95,48 @@ class ParquetSource:
     ) -> Iterator[pa.RecordBatch]:
         """Batches of bounded size of rows `start` on, columns in the order asked for."""
         stop = self.num_rows if limit is None else min(self.num_rows, start + limit)
+        schema = pa.schema([self._schema.field(name) for name in columns])
         first = 0
         for path, count in zip(self._paths, self._counts, strict=True):
             if first < stop and first + count > start:
                 with reading(path):
-                    yield from _read_file(path, columns, start - first, stop - first)
+                    yield from _read_file(path, schema, start - first, stop - first)
             first += count
 
 
-def _read_file(
-    path: Path, columns: Sequence[str], start: int, stop: int
-) -> Iterator[pa.RecordBatch]:
+def _read_file(path: Path, schema: pa.Schema, start: int, stop: int) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path, buffer_size=_BUFFER) as file:
+        there = set(file.schema_arrow.names)
+        names = [name for name in schema.names if name in there]
         first = 0  # of the row group, then of the batch
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if not rows or first >= stop or first + rows <= start:
                 first += rows
                 continue
-            size = _batch_rows(file, group, columns)
-            for batch in file.iter_batches(
-                size, row_groups=[group], columns=list(columns), use_threads=False
-            ):
+            size = _batch_rows(file, group, names, schema)
+            for batch in _batches(file, group, names, size):
                 low, high = max(start - first, 0), min(stop - first, batch.num_rows)
                 first += batch.num_rows
                 if low < high:
-                    # `a.b` asked for is also field b of a column a: take the column alone.
-                    yield batch.slice(low, high - low).select(list(columns))
+                    yield conform(batch.slice(low, high - low), schema)
 
 
-def _batch_rows(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
+def _batches(
+    file: pq.ParquetFile, group: int, names: list[str], size: int
+) -> Iterator[pa.RecordBatch]:
+    """A row group's rows with these columns, of which there may be none."""
+    if not names:
+        rows = file.metadata.row_group(group).num_rows
+        for first in range(0, rows, size):
+            yield pa.RecordBatch.from_arrays([pa.nulls(min(size, rows - first))], [""]).select([])
+        return
+    for batch in file.iter_batches(size, row_groups=[group], columns=names, use_threads=False):
+        # `a.b` asked for is also field b of a column a: take the column alone.
+        yield batch.select(names)
+
+
+def _batch_rows(file: pq.ParquetFile, group: int, names: list[str], schema: pa.Schema) -> int:
     """How many rows of a row group make a batch of bounded bytes."""
     meta = file.metadata.row_group(group)
     size, dictionaries = 0, False
@@ -144,36 +144,15 @@ def _batch_rows(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int
         chunk = meta.column(i)
         if any(
             chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")
-            for name in columns
+            for name in names
         ):
             size += chunk.total_uncompressed_size
             dictionaries |= chunk.has_dictionary_page
     row_bytes = size / max(meta.num_rows, 1)
     if dictionaries:  # the file has each value once, the batch has it in each row
-        probe = next(
-            file.iter_batches(_PROBE, row_groups=[group], columns=list(columns), use_threads=False)
-        )
+        probe = conform(next(_batches(file, group, names, _PROBE)), schema)
         row_bytes = max(row_bytes, probe.nbytes / max(probe.num_rows, 1))
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(row_bytes, 1))))
-
-
-def _check_same(expected: pa.Schema, schema: pa.Schema, first: Path, path: Path) -> None:
-    if schema.equals(expected):
-        return
-    for name in dict.fromkeys([*expected.names, *schema.names]):
-        was = expected.field(name) if name in expected.names else None
-        now = schema.field(name) if name in schema.names else None
-        if was is None or now is None or was != now:  # a Field compares with Fields only
-            there = f"{was.type}{'' if was.nullable else ' not null'}" if was else "not there"
-            here = f"{now.type}{'' if now.nullable else ' not null'}" if now else "not there"
-            break
-    else:
-        name, there, here = expected.names[0], "in another order", "in this order"
-    raise InputError(
-        f"the Parquet files differ in their columns: '{name}' is {there} in {first}, "
-        f"{here} in {path}",
-        hint="submit them as separate jobs, or write them with one schema",
-    )
 
 
 def _json_rows(batch: pa.RecordBatch, errors: Errors) -> Iterator[Sequence[Any] | str]:

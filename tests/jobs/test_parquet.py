@@ -101,14 +101,6 @@ def test_empty_row_groups_are_passed_over(tmp_path):
     assert pa.Table.from_batches(source.batches(table.schema)).num_rows == 2
 
 
-def test_columns_in_another_order_are_another_schema(tmp_path):
-    paths = [tmp_path / "1.parquet", tmp_path / "2.parquet"]
-    pq.write_table(pa.table({"id": [1], "prompt": ["a"]}), paths[0])
-    pq.write_table(pa.table({"prompt": ["a"], "id": [1]}), paths[1])
-    with pytest.raises(InputError, match="another order"):
-        ParquetSource(paths)
-
-
 def test_what_json_can_hold_of_rich_types(tmp_path):
     moment = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
     columns = {

@@ -245,13 +245,11 @@ def test_damage_inside_a_parquet_file_is_an_input_error(tmp_path):
 
 def test_parquet_files_must_agree_in_their_columns(tmp_path):
     pq.write_table(pa.table({"id": [1], "prompt": ["a"]}), tmp_path / "1.parquet")
-    for column, kind in [(["b"], "int64"), ([2.5], "double")]:
-        other = {"id": column, "prompt": ["a"]} if kind == "double" else {"id": [1]}
-        pq.write_table(pa.table(other), tmp_path / "2.parquet")
-        with pytest.raises(InputError, match="differ in their columns") as refused:
-            opened(tmp_path)
-        assert "2.parquet" in str(refused.value)
-    assert "'id' is int64 in" in str(refused.value)
+    pq.write_table(pa.table({"id": ["b"], "prompt": ["a"]}), tmp_path / "2.parquet")
+    with pytest.raises(InputError, match="differ in their columns: 'id' is int64 in") as refused:
+        opened(tmp_path)
+    assert "string in" in str(refused.value)
+    assert "2.parquet" in str(refused.value)
 
 
 def test_a_missing_parquet_column_names_those_there_are_and_the_closest(tmp_path):
