@@ -200,16 +200,16 @@ def _of_python(array: pa.Array[Any], errors: Errors) -> list[Any]:
 
 def _is_plain(kind: Any) -> bool:
     """Whether Python's own values are what JSON can hold."""
-    if pa.types.is_struct(kind):
-        return all(_is_plain(field.type) for field in kind)
-    if is_list(kind):
-        return _is_plain(kind.value_type)
-    return (
+    if (
         is_text(kind)
         or pa.types.is_integer(kind)
         or pa.types.is_boolean(kind)
         or pa.types.is_null(kind)
-    )
+    ):
+        return True
+    if pa.types.is_struct(kind):
+        return all(_is_plain(field.type) for field in kind)
+    return is_list(kind) and _is_plain(kind.value_type)
 
 
 def _is_extension(kind: pa.DataType) -> bool:

@@ -56,7 +56,9 @@ class ParquetSource:
     def rows(
         self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
     ) -> Iterator[Row]:
-        """See `Source.rows`. Reads these columns only, and no row group that ends before `start`.
+        """See `Source.rows`; the values are those that `jobs.jsonable` makes.
+
+        Reads these columns only, and no row group that ends before `start`.
 
         Raises:
             InputError: There is no such column, or a file turns out to be damaged.
