@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,10 @@ from typing import IO, Any
 from jobs.errors import OutputError
 
 _SPARE_BYTES = 8 << 20  # of a disk, in which a run that ends for want of room can say so
+# What file systems without hard links say when asked for one.
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+MayReplace = Callable[[os.stat_result], bool]
 
 
 def fsync_directory(path: Path) -> None:
@@ -93,15 +98,23 @@ def check_room(*needs: tuple[Path, int]) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block ends without an error.
+def atomic_write(
+    path: Path, *, durable: bool = True, may_replace: MayReplace = lambda _: True
+) -> Iterator[IO[bytes]]:
+    """A binary file that takes the name `path` when the block ends without an error.
 
     The data are on disk before the name is: temporary file in the same directory, fsync, rename,
     fsync of the directory (Pillai et al., OSDI 2014). An error leaves `path` as it was and nothing
-    beside it; what a killed process left beside it is removed by the next one. Without `durable`
-    nothing is synced: for what the next seconds make worthless.
+    beside it; what a killed process left beside it is removed by the next one.
+
+    Args:
+        path: The file.
+        durable: Without it nothing is synced: for what the next seconds make worthless.
+        may_replace: Told the finished file's stat, says whether it may replace what is there. If
+            not, it takes the name only if nothing has it, in one step.
 
     Raises:
+        FileExistsError: The name is taken, and what has it may not be replaced.
         OSError: The file can't be written; a failed fsync is never tried again.
     """
     _remove_abandoned(path)
@@ -116,7 +129,11 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             os.fchmod(handle, 0o666 & ~current_umask())  # mkstemp is for secrets
             if durable:
                 os.fsync(handle)
-        temporary.replace(path)
+            # Still locked: nobody takes it for abandoned.
+            if may_replace(os.fstat(handle)):
+                temporary.replace(path)
+            else:
+                _take_name(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -124,9 +141,27 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         fsync_directory(path.parent)
 
 
+def _take_name(temporary: Path, path: Path) -> None:
+    """Give a file a name that nothing has; a link fails where something has it, a rename not."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        path.touch(exist_ok=False)  # holds the name; replacing an empty file loses nothing
+        try:
+            temporary.replace(path)
+        except BaseException:
+            path.unlink()
+            raise
+    else:
+        temporary.unlink()
+
+
 def _remove_abandoned(path: Path) -> None:
     """Remove temporary files whose writer is dead: its lock on them died with it."""
-    for name in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent):
+    # As many characters as `mkstemp` draws: `.out.old.tmp` is somebody's own file.
+    for name in glob.glob(f".{glob.escape(path.name)}.????????.tmp", root_dir=path.parent):
         with suppress(OSError), (path.parent / name).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (path.parent / name).unlink()

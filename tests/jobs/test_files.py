@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, whenever the writer dies."""
 
+import errno
 import json
 import os
 import shutil
@@ -61,16 +62,17 @@ def test_an_error_leaves_what_was_there(tmp_path):
 def test_a_killed_writer_leaves_the_old_file_and_its_rubbish_goes_with_the_next(tmp_path):
     path = tmp_path / "out[1].json"
     path.write_bytes(b"old")
-    for other in (".other.x.tmp", "out[1].json.keep", ".out1.json.x.tmp"):
+    others = {".other.x.tmp", "out[1].json.keep", ".out1.json.abcdefgh.tmp", ".out[1].json.my.tmp"}
+    for other in others:
         (tmp_path / other).write_bytes(b"of others")
     with writer(path) as process:
         process.send_signal(signal.SIGKILL)
     assert path.read_bytes() == b"old"
     before = {p.name for p in tmp_path.iterdir()}
-    assert len(before) == 5
+    assert len(before) == 6
     write_json(path, {"a": "ü"})
     left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"out[1].json", ".other.x.tmp", "out[1].json.keep", ".out1.json.x.tmp"}
+    assert left == {"out[1].json", *others}
     assert path.read_text() == '{\n  "a": "ü"\n}\n'
 
 
@@ -83,6 +85,77 @@ def test_a_living_writer_is_left_alone(tmp_path):
         process.communicate("")
     assert process.returncode == 0
     assert path.read_bytes() == b"half"
+
+
+def no_links(*_, **__):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.fixture(params=["links", "no links"])
+def new_names(request, monkeypatch):
+    """On a file system with hard links, and on one without."""
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", no_links)
+
+
+@pytest.mark.usefixtures("new_names")
+class TestANewName:
+    def test_nothing_has_it(self, tmp_path):
+        path = tmp_path / "out"
+        with atomic_write(path, may_replace=lambda made: made.st_size != 3) as file:
+            file.write(b"new")
+        assert path.read_bytes() == b"new"
+        assert path.stat().st_nlink == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize("there", ["a file", "a link that leads nowhere"])
+    def test_something_took_it_meanwhile(self, tmp_path, there):
+        path = tmp_path / "out"
+
+        def meanwhile(_):
+            path.write_bytes(b"old") if there == "a file" else path.symlink_to("nowhere")
+            return False
+
+        with pytest.raises(FileExistsError), atomic_write(path, may_replace=meanwhile) as file:
+            file.write(b"new")
+        assert path.is_symlink() or path.read_bytes() == b"old"
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def test_it_is_on_disk_after_the_data_and_before_the_end(self, tmp_path, monkeypatch):
+        path, done = tmp_path / "out", []
+        real = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda h: (done.append(path.exists()), real(h)))
+        with atomic_write(path, may_replace=lambda _: False):
+            pass
+        assert done == [False, True]
+
+
+def test_a_name_that_was_held_and_not_given_is_free_again(tmp_path, monkeypatch):
+    def failing(*_):
+        assert (tmp_path / "out").read_bytes() == b""
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "replace", failing)
+    write = atomic_write(tmp_path / "out", may_replace=lambda _: False)
+    with pytest.raises(OSError, match="Input/output error"), write as file:
+        file.write(b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_file_is_taken_for_abandoned_by_nobody(tmp_path):
+    """Not even when it is whole and waits for its name."""
+
+    def meanwhile(_):
+        with atomic_write(path) as other:
+            other.write(b"other")
+        return True
+
+    path = tmp_path / "out"
+    with atomic_write(path, may_replace=meanwhile) as file:
+        file.write(b"mine")
+    assert path.read_bytes() == b"mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_file_s_mode_is_like_any_other_file_s(tmp_path):
