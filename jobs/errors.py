@@ -22,6 +22,10 @@ class OutputError(JobError):
     """An output can't be written."""
 
 
+class OutputTaken(OutputError):  # noqa: N818 - a state of the file, not a failure of it
+    """What an output would replace is another job's, or something that nobody said may go."""
+
+
 class JournalError(JobError):
     """A journal is damaged, of a newer version, or would lose a result."""
 

@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.errors import OutputError
-from jobs.files import atomic_write
+from jobs.errors import OutputError, OutputTaken
+from jobs.files import MayReplace, atomic_write
 from jobs.joined import (
     Answers,
     joined_batches,
@@ -48,25 +48,6 @@ def check_columns(
             "which the output adds",
             hint=f"rename in the input, for example '{clash[0]}' to 'input_{clash[0]}'",
         )
-
-
-def output_format(path: Path) -> Literal["parquet", "jsonl"]:
-    """The format that a file's name asks for.
-
-    Raises:
-        OutputError: None that is known.
-    """
-    suffix = path.suffix.lower()
-    if suffix in {".parquet", ".pq"}:
-        return "parquet"
-    if suffix in {".gz", ".zst"}:
-        suffix = Path(path.stem).suffix.lower()
-    if suffix in {".jsonl", ".ndjson"}:
-        return "jsonl"
-    raise OutputError(
-        f"{path}: its name does not say which format to write",
-        hint="names end in .parquet, .pq, .jsonl or .ndjson, the last two also with .gz or .zst",
-    )
 
 
 def check_destination(path: Path, overwrite: bool) -> None:
@@ -109,6 +90,7 @@ def export(
     limit: int | None,
     partial: bool = False,
     keep: int | None = None,
+    may_replace: MayReplace = lambda _: True,
 ) -> int:
     """Write the output file: every input column as it is, then those of `output_columns`.
 
@@ -119,18 +101,20 @@ def export(
     Args:
         source: The input.
         results: In (row, sample) order.
-        destination: The file; it is replaced.
+        destination: The file.
         format: `parquet` or `jsonl`; a name ending in .gz or .zst compresses the latter.
         token_ids: Whether to add `completion_token_ids`.
         n: Samples a row.
         limit: Input rows at most.
         partial: Leave out what has no result yet.
         keep: The best samples of a row at most; see `Answers`.
+        may_replace: Whether it may replace what is there when it is whole; see `atomic_write`.
 
     Returns:
         The number of rows written.
 
     Raises:
+        OutputTaken: It may not replace what is there, which appeared meanwhile.
         OutputError: The file can't be written. What was there before is as it was.
         InputError: The input can't be read any more.
         JobError: A result is missing and `partial` is not set, or is of no row.
@@ -138,13 +122,19 @@ def export(
     answers = Answers(results, n, partial, keep)
     names = output_columns(token_ids, n, keep)
     try:
-        with atomic_write(destination) as file:
+        with atomic_write(destination, may_replace=may_replace) as file:
             if format == "parquet":
                 count = _write_parquet(file, source, answers, names, limit)
             else:
                 with _compressed(file, destination.suffix.lower()) as packed:
                     count = _write_jsonl(packed, source, answers, names, limit)
             answers.finish()
+    except FileExistsError as error:
+        raise OutputTaken(
+            f"{destination} appeared meanwhile, and nobody said that it may be replaced; "
+            "the results are safe in the job",
+            hint="batchrun export --output OTHER",
+        ) from error
     except (OSError, pa.ArrowException) as error:
         code = error.errno if isinstance(error, OSError) else None
         cause = os.strerror(code) if code is not None else str(error)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import JobError, JobNotFound, JournalError, OutputError, SpecChanged
 from jobs.files import current_umask, free_bytes, fsync_directory, make_folders
@@ -138,6 +139,18 @@ class JobFolder:
         """
         with self.journal(readonly=False) as journal:
             return journal.retry_failed()
+
+    def remember(self, key: str, value: Any) -> None:
+        """Note a small JSON value in the journal; the state stays as it is. Needs the lease.
+
+        Raises:
+            JobError: The journal or the state can't be written.
+        """
+        noted = Brief.load(self.path)
+        with self.journal(readonly=False) as journal:  # which removes state.json
+            journal.set_meta(key, value)
+        if noted is not None:
+            noted.save(self.path)
 
     def request_cancel(self) -> None:
         """Ask the worker that has the job to give it up when it ends."""

@@ -16,7 +16,7 @@ from jobs.spec import InputFile, JobSpec
 
 ModelFingerprint = Callable[[Path], str]
 
-_PLACES = "places.json"
+PLACES = "places.json"
 
 
 def load_places(folder: Path) -> dict[str, str]:
@@ -25,7 +25,7 @@ def load_places(folder: Path) -> dict[str, str]:
     Raises:
         JobError: The file is damaged.
     """
-    path = folder / _PLACES
+    path = folder / PLACES
     try:
         return {str(old): str(new) for old, new in json.loads(path.read_bytes()).items()}
     except FileNotFoundError:
@@ -35,6 +35,23 @@ def load_places(folder: Path) -> dict[str, str]:
             f"{path} can't be read: {error}",
             hint="remove it, then tell again: batchrun resume --moved OLD=NEW",
         ) from error
+
+
+def places_with_output(folder: Path, spec: JobSpec, output: Path | None) -> dict[str, str]:
+    """What `load_places` says, and that the output goes elsewhere unless that is None.
+
+    Args:
+        folder: The job's.
+        spec: As it was submitted.
+        output: Where the output goes now.
+
+    Raises:
+        JobError: The file is damaged.
+    """
+    places = load_places(folder)
+    if output is not None:
+        places[str(spec.output["path"])] = str(output)
+    return {old: new for old, new in places.items() if old != new}
 
 
 def move(
@@ -73,7 +90,7 @@ def move(
             f"{after} is not what the job was submitted with: {'; '.join(found)}",
             hint="find the old one, or submit the new one as a job of its own",
         )
-    write_json(folder / _PLACES, places | moved)
+    write_json(folder / PLACES, places | moved)
 
 
 def changes(

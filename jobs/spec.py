@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jobs.errors import InputError, JobError
+from jobs.errors import InputError, JobError, OutputError
 from jobs.files import write_json
 
 VERSION = 1
@@ -19,6 +19,25 @@ _SAMPLES = 32
 
 # Where things are and how fast they go, not what comes out.
 _NOT_CONTENT = {"output", "runtime", "version"}
+
+
+def output_format(path: Path) -> Literal["parquet", "jsonl"]:
+    """The format that a file's name asks for.
+
+    Raises:
+        OutputError: None that is known.
+    """
+    suffix = path.suffix.lower()
+    if suffix in {".parquet", ".pq"}:
+        return "parquet"
+    if suffix in {".gz", ".zst"}:
+        suffix = Path(path.stem).suffix.lower()
+    if suffix in {".jsonl", ".ndjson"}:
+        return "jsonl"
+    raise OutputError(
+        f"{path}: its name does not say which format to write",
+        hint="names end in .parquet, .pq, .jsonl or .ndjson, the last two also with .gz or .zst",
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,8 @@ class JobSpec:
         n: Completions a row.
         keep: How many of them the output has, the best by mean log-probability; None for all.
         limit: Rows at most; None for all.
-        output: `path`, `format`, `token_ids`. Not part of the fingerprint.
+        output: `path`, `format`, `token_ids`, and `overwrite` where what is at `path` may be
+            replaced. Not part of the fingerprint.
         runtime: How to run: device, batch limits, KV budget. Not part of the fingerprint.
     """
 
@@ -121,12 +141,23 @@ class JobSpec:
         return [i.path for i in self.inputs] + ([str(model)] if model else [])
 
     def at(self, places: Mapping[str, str]) -> JobSpec:
-        """The same job with inputs and model where `places` says that their paths lead."""
+        """The same job with inputs, model and output where `places` says that their paths lead.
+
+        An output that goes elsewhere has the format of its new name, and replaces nothing there.
+
+        Raises:
+            OutputError: The output's new name says no format.
+        """
         if not places:
             return self
         inputs = tuple(replace(i, path=places.get(i.path, i.path)) for i in self.inputs)
         model = {k: places.get(v, v) if k == "path" else v for k, v in self.model.items()}
-        return replace(self, inputs=inputs, model=model)
+        output = dict(self.output)
+        if output.get("path") in places:
+            output["path"] = places[output["path"]]
+            output["format"] = output_format(Path(output["path"]))
+            output.pop("overwrite", None)
+        return replace(self, inputs=inputs, model=model, output=output)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -12,11 +12,12 @@ import pyarrow as pa
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.text import template_fields
 from batchrun.models import resolve
-from jobs.errors import InputError, OutputError
-from jobs.export import check_columns, check_destination, output_format
+from jobs.destination import check_place
+from jobs.errors import InputError
+from jobs.export import check_columns, check_destination
 from jobs.parquet import ParquetSource
 from jobs.source import Source, expand_inputs, missing_column, open_source
-from jobs.spec import InputFile, JobSpec
+from jobs.spec import InputFile, JobSpec, output_format
 
 _SAMPLING = (
     "max_tokens",
@@ -74,8 +75,7 @@ def make_spec(
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
     check_columns(source.column_names, options["token_ids"], n, keep)
     destination = Path(output["path"])
-    if destination.resolve() in {path.resolve() for path in paths}:
-        raise OutputError(f"{destination} is an input of this job", hint="choose another --output")
+    check_place(home, destination, paths)
     check_destination(destination, options["overwrite"])
     return JobSpec(
         inputs=tuple(InputFile.of(path) for path in paths),
@@ -87,7 +87,11 @@ def make_spec(
         n=n,
         keep=keep,
         limit=options["limit"],
-        output={**output, "token_ids": options["token_ids"]},
+        output={
+            **output,
+            "token_ids": options["token_ids"],
+            **({"overwrite": True} if options["overwrite"] else {}),
+        },
         runtime={name: options[name] for name in _RUNTIME},
     )
 

@@ -23,11 +23,11 @@ from jobs.export import (
     check_destination,
     export,
     output_columns,
-    output_format,
 )
 from jobs.joined import OUTPUT_COLUMNS
 from jobs.journal import Result
 from jobs.source import open_source
+from jobs.spec import output_format
 
 REPO = Path(__file__).parents[2]
 
@@ -437,7 +437,8 @@ EXPORT = """
     import os, resource, signal, sys
     from pathlib import Path
     from jobs.errors import OutputError
-    from jobs.export import check_destination, export, output_format
+    from jobs.export import check_destination, export
+    from jobs.spec import output_format
     from jobs.journal import Result
     from jobs.source import open_source
 
