@@ -29,7 +29,8 @@ from batchrun.models import fingerprint
 from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, RowEngine, Workbench
 from batchrun.watchdog import Watchdog
 from jobs import folder as folders
-from jobs.errors import Fenced, JobError, JournalError
+from jobs.destination import Claim
+from jobs.errors import Fenced, JobError, JournalError, OutputTaken
 from jobs.export import export
 from jobs.files import check_room, free_bytes
 from jobs.folder import JobFolder
@@ -380,18 +381,27 @@ class _Run:
     def _export(self) -> None:
         self._report("export")
         began = time.perf_counter()
-        spec = self.spec
-        with self.job.journal() as journal:
-            export(
-                self.source,
-                journal.results(),
-                Path(spec.output["path"]),
-                format=spec.output["format"],
-                token_ids=bool(spec.output.get("token_ids")),
-                n=spec.n,
-                limit=spec.limit,
-                keep=spec.keep,
-            )
+        spec, path = self.spec, Path(self.spec.output["path"])
+        with Journal(self.job.path, spec.n) as journal:
+            journal.resume_run(self._run_id)
+            try:
+                export(
+                    self.source,
+                    journal.results(),
+                    path,
+                    format=spec.output["format"],
+                    token_ids=bool(spec.output.get("token_ids")),
+                    n=spec.n,
+                    limit=spec.limit,
+                    keep=spec.keep,
+                    may_replace=Claim(journal, path, overwrite=bool(spec.output.get("overwrite"))),
+                )
+            except OutputTaken as error:
+                error.hint = (
+                    f"batchrun export {self.job.id} --output OTHER, "
+                    f"or batchrun resume {self.job.id} --overwrite to replace it"
+                )
+                raise
         self.stats.export_s = time.perf_counter() - began
 
     def _end(self, outcome: Outcome) -> None:

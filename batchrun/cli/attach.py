@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import click
 
@@ -23,18 +24,31 @@ from jobs.stats import summarise
 _POLL_S = 0.1
 
 
-def run(job: JobFolder, *, as_json: bool, detach: bool = False) -> ExitStatus:
+def run(
+    job: JobFolder,
+    *,
+    as_json: bool,
+    detach: bool = False,
+    guard: AbstractContextManager[object] | None = None,
+) -> ExitStatus:
     """Start a worker for the job, and watch it unless told to leave it alone.
+
+    Args:
+        job: The job.
+        as_json: Print the outcome as JSON.
+        detach: Leave it alone.
+        guard: Entered before anything is done, and left when the worker has the job.
 
     Raises:
         LeaseHeld: It has a worker.
     """
-    with Lease(job.path):  # refused at once, by name of who has it
-        forget_progress(job.path)
-    log_size = LogTail.size(job.path)
-    process = supervisor.start(job)
-    while held_by(job.path) is None and process.poll() is None:
-        time.sleep(0.01)
+    with guard or nullcontext():
+        with Lease(job.path):  # refused at once, by name of who has it
+            forget_progress(job.path)
+        log_size = LogTail.size(job.path)
+        process = supervisor.start(job)
+        while held_by(job.path) is None and process.poll() is None:
+            time.sleep(0.01)
     if detach:
         if as_json:
             click.echo(json.dumps({"job": job.id, "state": job.state()}))

@@ -8,7 +8,8 @@ import click
 
 from batchrun.cli.inspect import job_argument
 from batchrun.cli.specs import output_settings
-from jobs.export import check_destination, export
+from jobs.destination import exporting
+from jobs.export import export
 from jobs.folder import check_unchanged, find, home
 from jobs.source import open_source
 
@@ -26,23 +27,25 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     JOB is its id or the beginning of one; without it, the latest job is exported. `submit` and
     `resume` do this by themselves when the last row is done.
     """
-    folder = find(home(), job)
+    root = home()
+    folder = find(root, job)
     spec = folder.spec()
     target = output_settings(output) if output else spec.output
     destination = Path(target["path"])
-    check_destination(destination, overwrite)
-    source = open_source([Path(file.path) for file in spec.inputs], spec.input_format)
-    check_unchanged(folder)
-    with folder.journal() as journal:
-        rows = export(
-            source,
-            journal.results(),
-            destination,
-            format=target["format"],
-            token_ids=bool(spec.output.get("token_ids")),
-            n=spec.n,
-            limit=spec.limit,
-            keep=spec.keep,
-            partial=partial,
-        )
+    with exporting(root, folder, destination, overwrite=overwrite) as may_replace:
+        source = open_source([Path(file.path) for file in spec.inputs], spec.input_format)
+        check_unchanged(folder)
+        with folder.journal() as journal:
+            rows = export(
+                source,
+                journal.results(),
+                destination,
+                format=target["format"],
+                token_ids=bool(spec.output.get("token_ids")),
+                n=spec.n,
+                limit=spec.limit,
+                keep=spec.keep,
+                partial=partial,
+                may_replace=may_replace,
+            )
     click.echo(f"{rows:,} rows in {destination}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
 from batchrun.cli import attach
 from batchrun.cli.describe import job_parameters, print_fields
+from batchrun.cli.errors import ExitStatus, print_error
 from batchrun.cli.inspect import job_argument
 from batchrun.cli.options import (
     SectionCommand,
@@ -20,10 +23,13 @@ from batchrun.cli.options import (
     sampling_options,
     submit_options,
 )
-from batchrun.cli.specs import make_spec
+from batchrun.cli.specs import make_spec, output_settings
 from batchrun.models import fingerprint
-from jobs.errors import JobError
-from jobs.folder import create, find, find_same, home, list_jobs
+from jobs.destination import check_apart, one_at_a_time, resuming
+from jobs.errors import JobError, OutputTaken
+from jobs.export import check_destination
+from jobs.folder import JobFolder, create, find, find_same, home, list_jobs
+from jobs.spec import JobSpec
 
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
 
@@ -67,12 +73,21 @@ def submit_command(
     root = home()
     spec = make_spec(inputs, root, options, log=lambda line: click.echo(line, err=True))
     if dry_run:
+        _check_free(root, spec, again=again)
         if as_json:
             click.echo(json.dumps(job_parameters(spec), indent=2))
         else:
             print_fields(job_parameters(spec))
             click.echo("\neverything checks out; nothing was started (--dry-run)")
         return 0
+    with one_at_a_time(root):
+        _check_free(root, spec, again=again)
+        job = create(root, spec)
+    return attach.run(job, as_json=as_json, detach=not wait)
+
+
+def _check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
+    """Refuse what another job does, or whose destination is another job's by now."""
     same = None if again else find_same(root, spec)
     if same is not None:
         counts, total, state = same.counts(), same.total(), same.state()
@@ -83,7 +98,9 @@ def submit_command(
             + (f", {counts.failed:,} of them failed" if counts.failed else ""),
             hint=f"batchrun resume {same.id}{only_failed}, or submit with --again to begin anew",
         )
-    return attach.run(create(root, spec), as_json=as_json, detach=not wait)
+    destination = Path(spec.output["path"])
+    check_apart(root, destination, [Path(file.path) for file in spec.inputs])
+    check_destination(destination, bool(spec.output.get("overwrite")))  # it may be there by now
 
 
 @click.command()
@@ -96,6 +113,8 @@ def submit_command(
     metavar="OLD=NEW",
     help="An input or the model that lies elsewhere now; its content must be the same.",
 )
+@click.option("--output", "-o", metavar="FILE", help="Another file for the output, from now on.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there now, whoever wrote it.")
 @_watching
 def resume_command(
     job: str | None,
@@ -103,6 +122,8 @@ def resume_command(
     every: bool,
     retry_failed: bool,
     moved: tuple[str, ...],
+    output: str | None,
+    overwrite: bool,
     wait: bool,
     as_json: bool,
 ) -> int:
@@ -111,17 +132,39 @@ def resume_command(
     JOB is its id or the beginning of one; without it, the latest job continues.
     """
     root = home()
+    if every and (output or overwrite):
+        raise click.UsageError("--all with --output or --overwrite: these are of one job")
     if every:
         jobs = [found for found in list_jobs(root) if found.state() in _RESUMABLE]
     else:
         jobs = [find(root, job)]
+    path = Path(output_settings(output)["path"]) if output else None
     for found in jobs:
         for pair in moved:
             old, equals, new = pair.partition("=")
             if not equals:
                 raise click.UsageError(f"--moved {pair}: write OLD=NEW")
             found.relocate(old, new, fingerprint)
+    status = 0
+    for found in jobs:
+        guard = _resuming(root, found, path, overwrite=overwrite, retry_failed=retry_failed)
+        try:
+            ended = attach.run(found, as_json=as_json, detach=not wait, guard=guard)
+        except OutputTaken as error:
+            if not every:
+                raise
+            print_error(str(error), error.hint)  # and the others go on
+            ended = ExitStatus.FAILED
+        status = max(status, ended)
+    return status
+
+
+@contextmanager
+def _resuming(
+    root: Path, job: JobFolder, output: Path | None, *, overwrite: bool, retry_failed: bool
+) -> Iterator[None]:
+    with resuming(root, job, output, overwrite=overwrite):
         if retry_failed:
-            count = found.retry_failed()
-            click.echo(f"{count:,} failed results of {found.id} are to do again", err=True)
-    return max((attach.run(found, as_json=as_json, detach=not wait) for found in jobs), default=0)
+            count = job.retry_failed()
+            click.echo(f"{count:,} failed results of {job.id} are to do again", err=True)
+        yield

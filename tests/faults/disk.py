@@ -121,6 +121,9 @@ class Disk:
         elif kind in (Kind.UNLINK, Kind.RMDIR):
             folder, name = self._place(path)
             folder.apply({name: None})
+        elif kind == Kind.LINK:
+            (old, name), (new, other) = self._place(path), self._place(operation.other)
+            new.apply({other: old.now[name]})
         elif kind == Kind.RENAME:
             (old, name), (new, other) = self._place(path), self._place(operation.other)
             assert old is new, "renames between directories are not modelled"

@@ -23,7 +23,7 @@
 #define API __attribute__((visibility("default")))
 
 /* Kinds of operation; the numbers are those of tests/faults/shim.py. */
-enum { WRITE = 1, TRUNCATE, SYNC, CREATE, RENAME, UNLINK, MKDIR, RMDIR, NOTE };
+enum { WRITE = 1, TRUNCATE, SYNC, CREATE, RENAME, UNLINK, MKDIR, RMDIR, NOTE, LINK };
 /* Faults. */
 enum { FAIL = 1, SHORT, TORN, KILL };
 
@@ -246,6 +246,20 @@ static int do_rename(int from, const char *old, int to, const char *new)
 
 API int rename(const char *a, const char *b) { return do_rename(AT_FDCWD, a, AT_FDCWD, b); }
 API int renameat(int f, const char *a, int t, const char *b) { return do_rename(f, a, t, b); }
+
+API int link(const char *old, const char *new)
+{
+    REAL(link);
+    char path[PATH_MAX], other[PATH_MAX];
+    if (!folder_length || !path_at(AT_FDCWD, old, path) || !path_at(AT_FDCWD, new, other))
+        return real(old, new);
+    pthread_mutex_lock(&mutex);
+    int failed = due(LINK) ? -1 : real(old, new);
+    if (!failed)
+        note(LINK, 0, 0, path, other, NULL, 0);
+    pthread_mutex_unlock(&mutex);
+    return failed;
+}
 
 static int do_unlink(int directory, const char *name, int flags)
 {

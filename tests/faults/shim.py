@@ -24,6 +24,7 @@ class Kind(IntEnum):
     MKDIR = 7
     RMDIR = 8
     NOTE = 9
+    LINK = 10
 
 
 class Fault(IntEnum):

@@ -33,7 +33,7 @@ from tests.faults.shim import Fault, Kind, Operation
 from tests.faults.smalljob import BUG, DONE, Ledger, SmallJob, forked, outcome_of
 
 ROWS = 7
-SYSCALLS = ("write", "pwrite64", "fsync", "fdatasync", "rename", "ftruncate", "unlink")
+SYSCALLS = ("write", "pwrite64", "fsync", "fdatasync", "rename", "link", "ftruncate", "unlink")
 THREADS = ("MainThread", "journal")
 STRACE = {"SIGKILL": "signal=KILL", "EIO": "error=EIO", "ENOSPC": "error=ENOSPC"}
 LIBRARY = {
