@@ -136,7 +136,7 @@ class LoadedModel:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         native = (m for m in self.model.modules() if isinstance(m, (NativeLayer, NativeLinear)))
         return sum(m.nbytes for m in native) + sum(
-            {t.data_ptr(): t.nbytes for t in tensors}.values()
+            {t.data_ptr() or id(t): t.nbytes for t in tensors}.values()  # 0 on torch's meta device
         )
 
 

@@ -72,6 +72,7 @@ class Sampler:
             for i, (segment, p) in enumerate(zip(segments, params, strict=True))
             if p.min_tokens > _generated(segment)
             for token in self._stop_ids(segment.sequence)
+            if token < logits.shape[1]  # a row may name any, and none beyond is ever drawn
         ]
         if not (scored or penalised or banned) and all(p.greedy for p in params):
             return (_most_likely(logits),)

@@ -140,6 +140,15 @@ def test_a_context_beyond_the_models_is_refused() -> None:
         model.prepare(build("llama"), max_model_len=300)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_take_as_many_bytes_before_there_are_any(tied: bool) -> None:
+    config = tf.LlamaConfig(**SIZES, intermediate_size=48, tie_word_embeddings=tied)
+    real = tf.LlamaForCausalLM(config)
+    with torch.device("meta"):
+        empty = tf.LlamaForCausalLM(config)
+    assert model.prepare(empty).weights_bytes == model.prepare(real).weights_bytes
+
+
 def test_sampling_defaults_are_the_models_own() -> None:
     llama = build("llama")
     assert model.sampling_defaults(llama) == {}
