@@ -16,7 +16,7 @@ from batchrun.engine.core import Request
 from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.measured import Measured
 from batchrun.models import ModelError
-from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader
+from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, prompt_options
 from batchrun.savings import Slots
 from jobs.folder import home
 from jobs.results import Copy, DoneSet, Result
@@ -224,10 +224,11 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
         if device != "cpu":
             free = torch.cuda.mem_get_info(device)[0] - assembly.DEVICE_HEADROOM
         budget = free - loaded.weights_bytes
-    prompt = {k: v for k, v in spec.prompt.items() if k != "skip_empty"}
     longest = max(map(len, tokenizer.get_vocab()))
     return Paper(
-        PromptBuilder(tokenizer, **prompt, max_chars=longest * loaded.max_model_len),
+        PromptBuilder(
+            tokenizer, **prompt_options(spec), max_chars=longest * loaded.max_model_len
+        ),
         model.sampling_defaults(empty),
         device,
         loaded.max_model_len,

@@ -11,10 +11,12 @@ from typing import Any, Protocol, TypeVar
 from batchrun.duplicates import Duplicates
 from batchrun.engine.core import Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
-from batchrun.engine.text import PromptError, template_fields
+from batchrun.engine.template import Template
+from batchrun.engine.text import PromptError
 from batchrun.planner import Planner, Waiting
 from batchrun.savings import Saved, Savings
 from batchrun.watchdog import Watchdog
+from jobs.parquet import jsonable
 from jobs.results import Copy, Partial, Result
 from jobs.source import Row, Source
 from jobs.spec import JobSpec
@@ -25,6 +27,12 @@ QUEUED_REQUESTS = 256  # inside the engine
 HANDED_REQUESTS = 64  # between reader and engine: what is not there yet can be planned again
 _CRASHES = 2  # of the process with a row in it; there is no third try
 _EMPTY = ("empty_prompt", "null_prompt")
+
+
+def prompt_options(spec: JobSpec) -> dict[str, Any]:
+    """What `PromptBuilder` is told of a job: the rest of `prompt` is the reader's."""
+    own = {"skip_empty"}
+    return {**{k: v for k, v in spec.prompt.items() if k not in own}, "plain": jsonable}
 
 
 def _integer(value: Any) -> int:
@@ -177,7 +185,7 @@ class Reader:
         self._overrides = [name for name in OVERRIDES if name in names]
         prompt = spec.prompt
         if prompt.get("template"):
-            needed = template_fields(prompt["template"])
+            needed = Template(prompt["template"]).columns
         else:
             needed = [prompt.get("column") or "prompt"]
         self._columns = list(dict.fromkeys([*needed, *self._overrides]))

@@ -26,7 +26,14 @@ from batchrun.live import Progress
 from batchrun.machine import peak_rss
 from batchrun.measured import Measured, Sampler
 from batchrun.models import fingerprint
-from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, RowEngine, Workbench
+from batchrun.reader import (
+    HANDED_REQUESTS,
+    QUEUED_REQUESTS,
+    Reader,
+    RowEngine,
+    Workbench,
+    prompt_options,
+)
 from batchrun.watchdog import Watchdog
 from jobs import folder as folders
 from jobs.destination import Claim
@@ -515,7 +522,6 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
 
     model = spec.model
     runtime = {k: v for k, v in spec.runtime.items() if v is not None and k != "plan"}
-    prompt = {k: v for k, v in spec.prompt.items() if k != "skip_empty"}
     measured = Measured.load(folders.home(), spec)
     settings = Settings(
         model_path=model["path"],
@@ -529,6 +535,6 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
         step_cost=measured.step_cost if measured else None,
         **runtime,
     )
-    opened = Runtime(settings, prompt, log)
+    opened = Runtime(settings, prompt_options(spec), log)
     gc.freeze()  # or each collection would go through all of torch and the model again
     return opened

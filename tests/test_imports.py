@@ -72,7 +72,7 @@ def test_engine_knows_neither_jobs_nor_the_command_line():
     assert violations("batchrun/engine", {"jobs", "batchrun.cli", "batchrun.worker"}) == []
 
 
-@pytest.mark.parametrize("name", ["core", "scheduler", "text"])
+@pytest.mark.parametrize("name", ["core", "scheduler", "template", "text"])
 def test_pure_parts_of_the_engine_never_import_torch(name):
     found = list(imports(ROOT / "batchrun" / "engine" / f"{name}.py"))
     assert [name for name in found if under(name, TORCH)] == []

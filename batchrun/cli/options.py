@@ -148,7 +148,8 @@ prompt_options = _section(
     _option(
         "--template",
         metavar="TEXT",
-        help="Build the prompt from columns: 'Summarise: {text}'. {{ and }} are literal braces.",
+        help="Build the prompt from columns: 'Summarise: {text}'. Any column's name can stand in "
+        "the braces; {{ and }} are literal ones.",
     ),
     _option(
         "--chat", is_flag=True, help="Send the prompt as a user message, in the chat template."

@@ -10,7 +10,7 @@ import click
 import pyarrow as pa
 
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.text import template_fields
+from batchrun.engine.template import Template, looks_like_json
 from batchrun.models import resolve
 from jobs.destination import check_place
 from jobs.errors import InputError
@@ -170,7 +170,7 @@ def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
     if options["prompt_column"] is not None:
         raise click.UsageError("--template and --prompt-column exclude each other")
     try:
-        return template_fields(template)
+        return Template(template).columns
     except ValueError as error:
         raise click.UsageError(f"--template: {error}") from error
 
@@ -198,8 +198,11 @@ def _prompt(
 
 
 def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputError:
-    error = missing_column(name, names)
-    if error.hint is None and not in_template:
+    error = missing_column(" ".join(name.split()) if "\n" in name else name, names)
+    if in_template and looks_like_json(name):
+        doubled = "braces that are no column's are doubled: {{ and }}"
+        error.hint = f"{error.hint} {doubled}" if error.hint else doubled
+    elif error.hint is None and not in_template:
         error.hint = f"say which one holds the prompts: --prompt-column {names[0]}"
     return error
 

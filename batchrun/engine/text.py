@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from batchrun.engine.template import Template
 
 _CONTEXT = 8  # prompt tokens that precede the output when it is decoded
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -40,27 +41,6 @@ class PromptError(Exception):
         self.kind = kind
 
 
-def template_fields(template: str) -> list[str]:
-    """Names of the columns that a template such as `Summarise: {text}` uses, in order.
-
-    Raises:
-        ValueError: The template is malformed, or uses more than plain `{column}` fields.
-    """
-    names: list[str] = []
-    for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is None:
-            continue
-        if not name or spec or conversion or not name.replace("_", "a").replace("-", "a").isalnum():
-            raise ValueError(
-                f"template field {{{name}}}: only plain column names in braces are allowed; "
-                "write {{ and }} for literal braces"
-            )
-        names.append(name)
-    if not names:
-        raise ValueError(f"the template {template!r} names no column; write for example {{text}}")
-    return list(dict.fromkeys(names))
-
-
 @dataclass(frozen=True)
 class PromptBuilder:
     """Makes the prompt tokens of a row.
@@ -72,6 +52,10 @@ class PromptBuilder:
         chat: Wrap a plain prompt as a user message with the model's chat template.
         system: System message put before it; implies `chat`.
         max_chars: Longer texts can not fit the context, so they are not even tokenised.
+        plain: Makes what JSON can hold of a value that a template shows.
+
+    Raises:
+        ValueError: The template is malformed.
     """
 
     tokenizer: Tokenizer
@@ -80,6 +64,12 @@ class PromptBuilder:
     chat: bool = False
     system: str | None = None
     max_chars: int | None = None
+    plain: Callable[[Any], Any] = lambda value: value
+    _template: Template | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.template is not None:
+            object.__setattr__(self, "_template", Template(self.template))
 
     def __call__(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         """Token ids of the row's prompt.
@@ -116,19 +106,17 @@ class PromptBuilder:
         return tuple(ids)
 
     def _value(self, fields: Mapping[str, Any]) -> Any:
-        if self.template is None:
+        if self._template is None:
             column = self.column or "prompt"
             if column not in fields:
                 raise PromptError("missing_field", f"the row has no field {column!r}")
             return fields[column]
-        values = {}
-        for name in template_fields(self.template):
+        for name in self._template.columns:
             if name not in fields:
                 raise PromptError("missing_field", f"the row has no field {name!r}")
             if fields[name] is None:
                 raise PromptError("null_prompt", f"the field {name!r} is null")
-            values[name] = fields[name]
-        return self.template.format_map(values)
+        return self._template.fill(fields, self.plain)
 
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         if self.system is not None and messages[0].get("role") != "system":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from datetime import date, datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -9,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.engine.core import FinishReason
+from batchrun.engine.template import Template
 from batchrun.engine.text import (
     Detokenizer,
     PromptBuilder,
     PromptError,
     find_stop,
-    template_fields,
 )
+from jobs.parquet import jsonable
 
 HARD = [
     "naïve café",
@@ -131,10 +135,80 @@ def test_bad_rows_say_what_is_wrong(
     assert caught.value.kind == kind
 
 
-@pytest.mark.parametrize("template", ["no field", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>5}"])
-def test_templates_take_plain_columns_only(template: str) -> None:
-    with pytest.raises(ValueError, match="template"):
-        template_fields(template)
+@pytest.mark.parametrize(
+    ("template", "columns", "filled"),
+    [
+        ("{Review Text}: {price (EUR)}", ["Review Text", "price (EUR)"], "<1>: <2>"),
+        ("{a.b}{a:b}{x!r}{0}", ["a.b", "a:b", "x!r", "0"], "<1><2><3><4>"),
+        ("{a[0]} {\u4fa1\u683c} { }", ["a[0]", "\u4fa1\u683c", " "], "<1> <2> <3>"),
+        ("{a}{a}", ["a"], "<1><1>"),
+        ('{{"text": "{a}"}}', ["a"], '{"text": "<1>"}'),
+        ("{a}}}", ["a"], "<1>}"),
+        ("{{{a}}}", ["a"], "{<1>}"),
+        ("{a}}}}}{b}{{}}", ["a", "b"], "<1>}}<2>{}"),
+        ("{a{{b}}} {{{{", ["a{b}"], "<1> {{"),
+        ("{a{{{{b}}}}c}", ["a{{b}}c"], "<1>"),
+    ],
+)
+def test_any_column_can_stand_in_a_template(template: str, columns: list[str], filled: str) -> None:
+    made = Template(template)
+    assert made.columns == columns
+    values = {name: f"<{i}>" for i, name in enumerate(columns, 1)}
+    assert made.fill(values, lambda value: value) == filled
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("no field", "names no column"),
+        ("{{a}}", "names no column"),
+        ("{}", "field {} at character 1"),
+        ("{a} {", "begins at character 5 has no end"),
+        ("{a}}", "lone } in the template at character 4"),
+        ("} {a}", "lone } in the template at character 1"),
+        ("{a{b}", "lone { in the template field {a at character 3"),
+        ("{a{{b}c}", "lone } in the template field {a{b at character 6"),
+    ],
+)
+def test_a_brace_that_is_neither_of_a_field_nor_doubled(template: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Template(template)
+
+
+names = st.text(alphabet="ab !:[].\n", min_size=1)
+
+
+@given(parts=st.lists(st.tuples(st.text(alphabet="x{}"), names), min_size=1))
+def test_a_template_is_what_was_written(parts: list[tuple[str, str]]) -> None:
+    def doubled(text: str) -> str:
+        return text.replace("{", "{{").replace("}", "}}")
+
+    template = "".join(f"{doubled(text)}{{{name}}}" for text, name in parts)
+    values = {name: f"{{{name}}}" for _, name in parts}  # which is never read as a field
+    want = "".join(text + values[name] for text, name in parts)
+    assert Template(template).fill(values, lambda value: value) == want
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["a", 'b"', None, True], '["a", "b\\"", null, true]'),
+        ({"k": {"n": 1.5}, "\u00e9": "\u4fa1"}, '{"k": {"n": 1.5}, "\u00e9": "\u4fa1"}'),
+        (True, "true"),
+        (3, "3"),
+        (0.1, "0.1"),
+        (Decimal("1.50"), "1.50"),
+        (date(2024, 1, 2), "2024-01-02"),
+        (
+            {"at": datetime(2024, 1, 2, 3), "raw": b"\xff"},
+            '{"at": "2024-01-02T03:00:00", "raw": "/w=="}',
+        ),
+        (b"\x00\x01", "AAE="),
+        ("{a}", "{a}"),
+    ],
+)
+def test_a_template_shows_values_as_json_does(value: Any, text: str) -> None:
+    assert Template("{a}").fill({"a": value}, jsonable) == text
 
 
 def test_finish_reasons_are_the_fields_usual_words() -> None:

@@ -1,0 +1,96 @@
+"""Prompts made from columns: text with `{column}` fields."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_BRACES = re.compile(r"\{\{|\}\}|[{}]")
+_HELP = "write {column} for a column, {{ and }} for literal braces"
+
+
+class Template:
+    """A template, read once. What a row puts into it is never read as a template again.
+
+    The name of a field is everything between its braces. Outside of fields `{{` and `}}` stand for
+    literal braces; inside, a pair of them stands for braces of the name: `{a{{b}}}` is the column
+    `a{b}`.
+
+    Args:
+        text: Such as `Summarise: {text}`.
+
+    Attributes:
+        columns: The names of its fields, each once, in order.
+
+    Raises:
+        ValueError: A brace is neither of a field nor doubled, or there is no field.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._parts = _split(text)  # literal text and names of columns, in turns
+        self.columns = list(dict.fromkeys(self._parts[1::2]))
+        if not self.columns:
+            raise ValueError(f"the template {text!r} names no column; write for example {{text}}")
+
+    def fill(self, values: Mapping[str, Any], plain: Callable[[Any], Any]) -> str:
+        """The template with a row's values in it.
+
+        Args:
+            values: By column, none of them None.
+            plain: Makes what JSON can hold of any other value.
+        """
+        parts = list(self._parts)
+        parts[1::2] = [_text(values[name], plain) for name in parts[1::2]]
+        return "".join(parts)
+
+
+def looks_like_json(name: str) -> bool:
+    """Whether what stands between braces is more likely JSON than the name of a column."""
+    return not name.strip() or any(sign in name for sign in '":\n')
+
+
+def _split(text: str) -> list[str]:
+    """Literal text and names in turns, beginning and ending with literal text."""
+    parts = [""]
+    opened = at = depth = 0  # where the field began; how many `{{` of its name are open
+    while brace := _BRACES.search(text, at):
+        parts[-1] += text[at : brace.start()]
+        sign, inside, number = brace[0], len(parts) % 2 == 0, brace.start() + 1
+        at = brace.end()
+        if inside and sign[0] == "}" and not depth:
+            if not parts[-1]:
+                raise ValueError(f"template field {{}} at character {opened}: {_HELP}")
+            parts.append("")
+            at = number  # what follows is not of the field
+        elif len(sign) == 2:
+            parts[-1] += sign[0]
+            depth += (1 if sign == "{{" else -1) * inside
+        elif sign == "{" and not inside:
+            opened = number
+            parts.append("")
+        else:
+            where = f"in the template field {{{_short(parts[-1])}" if inside else "in the template"
+            raise ValueError(f"there is a lone {sign} {where} at character {number}: {_HELP}")
+    if len(parts) % 2 == 0:
+        raise ValueError(
+            f"the template field that begins at character {opened} has no end: {_HELP}"
+        )
+    parts[-1] += text[at:]
+    return parts
+
+
+def _short(name: str) -> str:
+    """On one line of a message."""
+    name = " ".join(name.split())
+    return name if len(name) <= 40 else f"{name[:37]}..."
+
+
+def _text(value: Any, plain: Callable[[Any], Any]) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    value = plain(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
