@@ -25,7 +25,10 @@ from jobs.spec import JobSpec
 _AMOUNTS = 3
 _KEPT = 0.5  # weight of earlier runs, each time that there is a new one: machines and code change
 # What changes the number of steps, not what one takes.
-_NOT_SPEED = {"max_num_seqs", "max_num_batched_tokens", "kv_budget", "plan", "share_prefixes"}
+_NOT_SPEED = {
+    *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "plan", "share_prefixes"),
+    "param_columns",
+}
 _RIDGE = 1e-9  # of the diagonal: runs all of whose steps are alike can't tell amounts apart
 
 

@@ -13,6 +13,7 @@ from batchrun.engine.core import Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.engine.template import Template
 from batchrun.engine.text import PromptError
+from batchrun.param_columns import OVERRIDES, parameters_taken, read_parameter
 from batchrun.planner import Planner, Waiting
 from batchrun.savings import Saved, Savings
 from batchrun.watchdog import Watchdog
@@ -31,31 +32,8 @@ _EMPTY = ("empty_prompt", "null_prompt")
 
 def prompt_options(spec: JobSpec) -> dict[str, Any]:
     """What `PromptBuilder` is told of a job: the rest of `prompt` is the reader's."""
-    own = {"skip_empty"}
+    own = {"skip_empty", "ignore_param_columns"}
     return {**{k: v for k, v in spec.prompt.items() if k not in own}, "plain": jsonable}
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value):
-        raise ValueError
-    return int(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-# Columns of these names are the row's own sampling parameters.
-OVERRIDES: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("max_tokens", "min_tokens", "top_k", "seed"), _integer),
-    **dict.fromkeys(("temperature", "top_p", "min_p"), float),
-    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), float),
-    "stop": lambda v: (v,) if isinstance(v, str) else tuple(map(str, v)),
-    "stop_token_ids": lambda v: tuple(map(_integer, v)),
-    "ignore_eos": _flag,
-}
 
 
 class Sink(Protocol[ItemT_contra]):
@@ -181,18 +159,23 @@ class Reader:
             **given,
             "logprobs": spec.keep is not None,  # best-of ranks by them
         }
-        names = source.column_names
-        self._overrides = [name for name in OVERRIDES if name in names]
-        prompt = spec.prompt
+        prompt, self._log = spec.prompt, log
         if prompt.get("template"):
             needed = Template(prompt["template"]).columns
         else:
             needed = [prompt.get("column") or "prompt"]
+        known = [name for name in OVERRIDES if name in source.column_names]
+        # Where a row can bring a column that no row before it had, each is asked for all.
+        whole = source.num_rows is not None
+        self._overrides = known if whole else list(OVERRIDES)
+        if prompt.get("ignore_param_columns"):
+            known, self._overrides = [], []
         self._columns = list(dict.fromkeys([*needed, *self._overrides]))
-        if self._overrides:
-            log(f"sampling parameters taken from columns: {', '.join(self._overrides)}")
-        if spec.n > 1 and not self._params.get("temperature") and "temperature" not in names:
-            log("the temperature is 0: all samples of a row will be the same")
+        self._told = set(spec.runtime.get("param_columns", ()))  # when the job was submitted
+        self._tell(known)
+        if spec.n > 1 and not self._params.get("temperature") and "temperature" not in known:
+            own = "" if whole or not self._overrides else " without a temperature of its own"
+            log(f"the temperature is 0: all samples of a row{own} will be the same")
 
     def read(self, requests: Sink[Request], results: Sink[Result | Copy]) -> None:
         """Put every row that has no result yet, as planned, and close `requests`.
@@ -283,17 +266,19 @@ class Reader:
     def _sampling(self, fields: Mapping[str, Any]) -> SamplingParams:
         """The job's sampling parameters, with what the row says in columns of their names."""
         values = dict(self._params)
-        for name in self._overrides:
-            value = fields.get(name)
-            if value is None:
-                continue
-            try:
-                values[name] = OVERRIDES[name](value)
-            except (TypeError, ValueError):
-                raise PromptError(
-                    "bad_parameter", f"the column {name} holds {value!r}, which is no {name}"
-                ) from None
         try:
+            for name in self._overrides:
+                value = fields.get(name)
+                if value is not None and (found := read_parameter(name, value)) is not None:
+                    values[name] = found
+                    self._tell([name])
             return SamplingParams(**values)
         except ValueError as error:
             raise PromptError("bad_parameter", str(error)) from None
+
+    def _tell(self, names: Iterable[str]) -> None:
+        """Log, once, what is taken as a parameter and was not told of before the job began."""
+        new = [name for name in names if name not in self._told]
+        if new:
+            self._told.update(new)
+            self._log(parameters_taken(new))

@@ -521,7 +521,8 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
     from batchrun.engine.runtime import Runtime, Settings  # noqa: PLC0415 - imports torch
 
     model = spec.model
-    runtime = {k: v for k, v in spec.runtime.items() if v is not None and k != "plan"}
+    not_engine = {"plan", "param_columns"}
+    runtime = {k: v for k, v in spec.runtime.items() if v is not None and k not in not_engine}
     measured = Measured.load(folders.home(), spec)
     settings = Settings(
         model_path=model["path"],

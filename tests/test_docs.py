@@ -16,7 +16,7 @@ import pytest
 from batchrun.cli.doctor import TESTED
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.run import resume_command, submit_command
-from batchrun.reader import OVERRIDES
+from batchrun.param_columns import OVERRIDES
 from batchrun.report.text import render
 from jobs.export import output_columns
 from tests.parity.models import CONFIGS

@@ -94,6 +94,12 @@ def test_the_command_line_never_imports_torch_when_it_is_imported():
     assert violations("batchrun/report", heavy | {"jobs"}) == []
 
 
+def test_what_submit_checks_imports_no_torch():
+    for name in ("param_columns", "reader"):
+        found = imports(ROOT / "batchrun" / f"{name}.py")
+        assert [n for n in found if under(n, TORCH)] == []
+
+
 def test_models_import_torch_only_to_convert():
     assert [n for n in imports(ROOT / "batchrun/models.py") if under(n, {"torch"})] == []
     found = imports(ROOT / "batchrun/models.py", module_level=True)

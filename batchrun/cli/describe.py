@@ -13,13 +13,20 @@ from jobs.spec import JobSpec
 def job_parameters(spec: JobSpec) -> dict[str, Any]:
     """What a job was asked for, JSON-able; what was left to its default is left out."""
     samples = {"n": spec.n} if spec.keep is None else {"n": spec.keep, "best_of": spec.n}
+    runtime = dict(spec.runtime)
+    columns = runtime.pop("param_columns", [])
     parameters: dict[str, Any] = {
         "inputs": [file.path for file in spec.inputs],
         "prompt": _given(spec.prompt),
         "model": _given(spec.model),
-        "sampling": {**_given(spec.sampling), "seed": spec.seed, **samples},
+        "sampling": {
+            **_given(spec.sampling),
+            "seed": spec.seed,
+            **samples,
+            **({"from_columns": columns} if columns else {}),
+        },
         "output": _given(spec.output),
-        "runtime": _given(spec.runtime),
+        "runtime": _given(runtime),
     }
     if spec.limit is not None:
         parameters["limit"] = spec.limit

@@ -161,6 +161,11 @@ prompt_options = _section(
         help="Leave out rows without a prompt; they are no errors, and have no completion.",
     ),
     _option("--limit", type=click.IntRange(min=1), metavar="ROWS", help="Only the first rows."),
+    _option(
+        "--ignore-param-columns",
+        is_flag=True,
+        help="A column named like a sampling parameter (temperature, seed, stop, ...) is data.",
+    ),
 )
 
 sampling_options = _section(

@@ -12,6 +12,7 @@ import pyarrow as pa
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.template import Template, looks_like_json
 from batchrun.models import resolve
+from batchrun.param_columns import param_columns, parameters_taken
 from jobs.destination import check_place
 from jobs.errors import InputError
 from jobs.export import check_columns, check_destination
@@ -71,7 +72,8 @@ def make_spec(
     paths, input_format = expand_inputs(inputs)
     output = output_settings(options["output"] or _default_output(paths[0], input_format))
     source = open_source(paths, input_format)
-    prompt = _prompt(options, fields, source)
+    prompt = _prompt(options, fields, source, log)
+    own = _param_columns(options, source, sampling, log)
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
     check_columns(source.column_names, options["token_ids"], n, keep)
     destination = Path(output["path"])
@@ -92,7 +94,10 @@ def make_spec(
             "token_ids": options["token_ids"],
             **({"overwrite": True} if options["overwrite"] else {}),
         },
-        runtime={name: options[name] for name in _RUNTIME},
+        runtime={
+            **{name: options[name] for name in _RUNTIME},
+            **({"param_columns": own} if own else {}),  # noted for whoever looks at the job
+        },
     )
 
 
@@ -176,15 +181,27 @@ def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
 
 
 def _prompt(
-    options: Mapping[str, Any], fields: Sequence[str] | None, source: Source
+    options: Mapping[str, Any],
+    fields: Sequence[str] | None,
+    source: Source,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """How a row becomes a prompt. A `messages` column is used where there is no `prompt`."""
-    names, column = source.column_names, options["prompt_column"]
-    if fields is None and column is None:
-        column = "messages" if "messages" in names and "prompt" not in names else "prompt"
-    for name in fields if fields is not None else [column]:
+
+    def needed(names: Sequence[str]) -> list[str]:
+        if fields is not None:
+            return list(fields)
+        usual = "messages" if "messages" in names and "prompt" not in names else "prompt"
+        return [options["prompt_column"] or usual]
+
+    names = source.column_names
+    if not set(needed(names)) <= set(names) and source.num_rows is None:
+        log("the first rows lack a column that makes the prompt: reading all rows to find it")
+        names = source.schema().names
+    for name in needed(names):
         if name not in names:
             raise _missing(name, names, in_template=fields is not None)
+    column = None if fields is not None else needed(names)[0]
     if isinstance(source, ParquetSource) and column is not None:
         _check_type(source.schema().field(column))
     return {
@@ -192,8 +209,8 @@ def _prompt(
         "template": options["template"],
         "chat": options["chat"],
         "system": options["system"],
-        # Only where it is asked for: the fingerprint of other jobs has never had it.
-        **({"skip_empty": True} if options["skip_empty"] else {}),
+        # Only where they are asked for: the fingerprint of other jobs has never had them.
+        **{name: True for name in ("skip_empty", "ignore_param_columns") if options[name]},
     }
 
 
@@ -205,6 +222,21 @@ def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputErro
     elif error.hint is None and not in_template:
         error.hint = f"say which one holds the prompts: --prompt-column {names[0]}"
     return error
+
+
+def _param_columns(
+    options: Mapping[str, Any],
+    source: Source,
+    sampling: Mapping[str, Any],
+    log: Callable[[str], None],
+) -> list[str]:
+    """The columns that act as sampling parameters, which `log` is told."""
+    if options["ignore_param_columns"]:
+        return []
+    found = param_columns(source, sampling, options["limit"])
+    if found:
+        log(parameters_taken(found))
+    return found
 
 
 def _check_type(field: pa.Field[Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from batchrun.models import ModelRef
-from batchrun.reader import OVERRIDES
+from batchrun.param_columns import OVERRIDES
 from benchmarks.workloads import WORKLOADS, Row, generate
 
 ROOT = Path(__file__).parents[2]
