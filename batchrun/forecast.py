@@ -15,9 +15,9 @@ from typing import Any
 from batchrun.engine.core import Request
 from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.measured import Measured
-from batchrun.models import ModelError
 from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, prompt_options
 from batchrun.savings import Slots
+from batchrun.worker import engine_settings
 from jobs.folder import home
 from jobs.results import Copy, DoneSet, Result
 from jobs.source import open_source
@@ -37,6 +37,7 @@ class Paper:
         budget: Bytes that there are for them.
         max_num_seqs: Sequences at once.
         max_num_batched_tokens: Tokens in a step.
+        can_fit: Whether so many tokens of one row could be held, where a KV budget was given.
     """
 
     encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
@@ -47,6 +48,7 @@ class Paper:
     budget: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    can_fit: Callable[[int], bool]
 
 
 @dataclass
@@ -131,6 +133,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
     Raises:
         JobError: An input can't be read.
         ModelError: The model would be refused.
+        EngineError: So would the attention backend.
     """
     source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
     known = Measured.load(home(), spec)
@@ -187,8 +190,12 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
 def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], None]) -> Paper:
     """Config, tokenizer and generation config of a job's model, and what they mean on this machine.
 
+    What a run refuses without its weights is refused here.
+
     Raises:
-        ModelError: They can't be read, or the architecture is refused.
+        ModelError: They can't be read, the architecture is refused, it has no chat template, or the
+            KV budget holds no row.
+        EngineError: An attention backend asked for by name can't be used.
     """
     import torch  # noqa: PLC0415
     from transformers import (  # noqa: PLC0415
@@ -197,43 +204,61 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
         AutoTokenizer,
         GenerationConfig,
     )
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
-    from batchrun.engine import assembly, model  # noqa: PLC0415
+    from batchrun.engine import assembly, canary, model  # noqa: PLC0415
     from batchrun.engine.quantize import int8_weights  # noqa: PLC0415
-    from batchrun.engine.text import PromptBuilder  # noqa: PLC0415
+    from batchrun.engine.text import prompt_builder  # noqa: PLC0415
 
-    path, trusted = spec.model["path"], bool(spec.model.get("trust_remote_code"))
-    device = assembly.choose_device(spec.runtime.get("device") or "auto", log)
+    transformers_logging.set_verbosity_error()
+    settings = engine_settings(spec, step_cost)
+    path, trusted = settings.model_path, settings.trust_remote_code
+    device = assembly.choose_device(settings.device, log)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-        dtype = model.choose_dtype(spec.model.get("dtype", "auto"), config, device)
+        dtype = model.choose_dtype(settings.dtype, config, device)
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{spec.model['name']} can't be read: {error}") from error
-    if spec.model.get("quantize"):
+    except model.CANNOT_LOAD as error:
+        raise model.cannot_load(settings.model_name, error) from error
+    if settings.quantize:
         int8_weights(empty)
     if Path(path, "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(path)
-    loaded = model.prepare(empty, tokenizer, max_model_len=spec.model.get("max_model_len"))
+    loaded = model.prepare(empty, tokenizer, max_model_len=settings.max_model_len)
+    encode = prompt_builder(
+        tokenizer,
+        prompt_options(spec),
+        max_model_len=loaded.max_model_len,
+        model=settings.model_name,
+    )
     limits = assembly.LIMITS[device.partition(":")[0]]
-    budget = spec.runtime.get("kv_budget")
+    max_num_seqs = settings.max_num_seqs or limits.max_num_seqs
+    step_tokens = settings.max_num_batched_tokens or limits.step_tokens(step_cost)
+    assembly.check_backend(loaded, settings, device, max_num_seqs, step_tokens)
+    layout = assembly.kv_layout(loaded, settings, cuda=device != "cpu")
+    given = budget = settings.kv_budget
     if budget is None:
         free = assembly.available_memory()
         if device != "cpu":
             free = torch.cuda.mem_get_info(device)[0] - assembly.DEVICE_HEADROOM
         budget = free - loaded.weights_bytes
-    longest = max(map(len, tokenizer.get_vocab()))
+
+    def can_fit(tokens: int) -> bool:
+        pages = layout.total_pages_for(tokens)
+        return given is None or pages * layout.page_bytes <= given
+
+    if not can_fit(canary.prompt_tokens(loaded)):
+        raise canary.budget_too_small(canary.prompt_tokens(loaded))
     return Paper(
-        PromptBuilder(
-            tokenizer, **prompt_options(spec), max_chars=longest * loaded.max_model_len
-        ),
+        encode,
         model.sampling_defaults(empty),
         device,
         loaded.max_model_len,
-        sum(s.kv_heads * (s.k_dim + s.v_dim) for s in loaded.layers) * dtype.itemsize,
+        layout.bytes_per_token,
         budget,
-        spec.runtime.get("max_num_seqs") or limits.max_num_seqs,
-        spec.runtime.get("max_num_batched_tokens") or limits.step_tokens(step_cost),
+        max_num_seqs,
+        step_tokens,
+        can_fit,
     )

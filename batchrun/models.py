@@ -29,6 +29,7 @@ _CONVERSION = 1  # raise it when converting the same file gives other tokens tha
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_TEMPLATE = "chat_template"  # in tokenizer_config.json
 _HUB_TIMEOUT_S = 10.0
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -100,6 +101,30 @@ def resolve(
             hint=f"check the path, or leave --model away to use {DEFAULT_MODEL}",
         )
     return _from_hub(name, trust_remote_code, log, asked=name)
+
+
+def no_chat_template(name: str) -> ModelError:
+    """The error for a job of chats with a model that has no template for them."""
+    return ModelError(
+        f"the model {name} has no chat template",
+        hint="give plain prompts without --chat and --system, or use an instruct model",
+    )
+
+
+def lacks_chat_template(folder: Path) -> bool:
+    """Whether a model's files say for certain that it has no chat template.
+
+    False where only loading its tokenizer would tell: code of its own may bring one, and so may
+    the libraries that read a `tekken.json`.
+    """
+    templates = [*folder.glob("*.jinja"), *folder.glob("*/*.jinja")]
+    if templates or (folder / "tekken.json").exists():
+        return False
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and not ("auto_map" in settings or settings.get(_TEMPLATE))
 
 
 def fingerprint(path: Path) -> str:

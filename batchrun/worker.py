@@ -17,7 +17,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchrun.channel import Channel, Closed
 from batchrun.engine.core import FinishReason, Request, Sequence
@@ -48,6 +48,9 @@ from jobs.source import Source, open_source
 from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
 from jobs.suspects import RunningRows
+
+if TYPE_CHECKING:
+    from batchrun.engine.assembly import Settings
 
 _COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
@@ -518,13 +521,28 @@ def _result(completion: Completion) -> Result:
 
 def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
     """The real engine for a job."""
-    from batchrun.engine.runtime import Runtime, Settings  # noqa: PLC0415 - imports torch
+    from batchrun.engine.runtime import Runtime  # noqa: PLC0415 - imports torch
+
+    measured = Measured.load(folders.home(), spec)
+    settings = engine_settings(spec, measured.step_cost if measured else None)
+    opened = Runtime(settings, prompt_options(spec), log)
+    gc.freeze()  # or each collection would go through all of torch and the model again
+    return opened
+
+
+def engine_settings(spec: JobSpec, step_cost: float | None) -> Settings:
+    """How a job's model is to run.
+
+    Args:
+        spec: The job.
+        step_cost: What a step takes beside its tokens, in the time of one; None where unknown.
+    """
+    from batchrun.engine.assembly import Settings  # noqa: PLC0415 - imports torch
 
     model = spec.model
     not_engine = {"plan", "param_columns"}
     runtime = {k: v for k, v in spec.runtime.items() if v is not None and k not in not_engine}
-    measured = Measured.load(folders.home(), spec)
-    settings = Settings(
+    return Settings(
         model_path=model["path"],
         model_name=model["name"],
         fingerprint=model["fingerprint"],
@@ -533,9 +551,6 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
         quantize=model.get("quantize"),
         trust_remote_code=bool(model.get("trust_remote_code")),
         max_model_len=model.get("max_model_len"),
-        step_cost=measured.step_cost if measured else None,
+        step_cost=step_cost,
         **runtime,
     )
-    opened = Runtime(settings, prompt_options(spec), log)
-    gc.freeze()  # or each collection would go through all of torch and the model again
-    return opened

@@ -320,6 +320,11 @@ submit_options = _section(
         help="Watch until the job ends, and exit as it did; or return at once with the job's id.",
     ),
     _option("--again", is_flag=True, help="Begin anew though the same work can be resumed."),
-    _option("--dry-run", is_flag=True, help="Check everything, show the job, start nothing."),
+    _option(
+        "--dry-run",
+        is_flag=True,
+        help="Check everything but the weights, try the first 20 rows, show the job, start "
+        "nothing. It fails where the run would, or where none of these rows makes a prompt.",
+    ),
     _option("--json", "as_json", is_flag=True, help="Print the outcome as JSON."),
 )

@@ -71,9 +71,16 @@ def submit_command(
     The job runs in a process of its own. Ctrl-C leaves the view, not the job.
     """
     root = home()
-    spec = make_spec(inputs, root, options, log=lambda line: click.echo(line, err=True))
+
+    def log(line: str) -> None:
+        click.echo(line, err=True)
+
+    spec = make_spec(inputs, root, options, log=log)
     if dry_run:
+        from batchrun.dry_run import dry_run as check  # noqa: PLC0415 - reads what a model is
+
         _check_free(root, spec, again=again)
+        check(spec, log)
         if as_json:
             click.echo(json.dumps(job_parameters(spec), indent=2))
         else:

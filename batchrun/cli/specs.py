@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.template import Template, looks_like_json
-from batchrun.models import resolve
+from batchrun.models import lacks_chat_template, no_chat_template, resolve
 from batchrun.param_columns import param_columns, parameters_taken
 from jobs.destination import check_place
 from jobs.errors import InputError
@@ -79,11 +79,13 @@ def make_spec(
     destination = Path(output["path"])
     check_place(home, destination, paths)
     check_destination(destination, options["overwrite"])
+    model = _model(options, home, log)
+    _check_chat_template(prompt, source, model)
     return JobSpec(
         inputs=tuple(InputFile.of(path) for path in paths),
         input_format=input_format,
         prompt=prompt,
-        model=_model(options, home, log),
+        model=model,
         sampling=sampling,
         seed=options["seed"],
         n=n,
@@ -237,6 +239,23 @@ def _param_columns(
     if found:
         log(parameters_taken(found))
     return found
+
+
+def _check_chat_template(
+    prompt: Mapping[str, Any], source: Source, model: Mapping[str, Any]
+) -> None:
+    """Refuse chats for a model that is known to have no template for them.
+
+    Raises:
+        ModelError: So it is. What only loading the tokenizer would tell is left to the run.
+    """
+    chats = prompt["chat"] or prompt["system"] is not None or prompt["column"] == "messages"
+    if isinstance(source, ParquetSource) and prompt["column"] is not None:
+        kind = source.schema().field(prompt["column"]).type
+        chats = chats or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    code = model["trust_remote_code"]
+    if chats and not code and lacks_chat_template(Path(model["path"])):
+        raise no_chat_template(model["name"])
 
 
 def _check_type(field: pa.Field[Any]) -> None:

@@ -276,40 +276,19 @@ class Assembly:
 
         Below 0 when another program took more than was left: then the cache gives pages back.
         """
-        page_size, per_slab = self.settings.page_size, self._layers_per_slab()
-        planes = planes_of(_cached(self.loaded), per_slab)
+        layout = kv_layout(self.loaded, self.settings, cuda=self._cuda)
         if not self._cuda:
-            slabs = -(-len(self.loaded.layers) // per_slab)
-            fair = 1 << (_HOST_PAGE // slabs).bit_length() - 1
-            size = page_size or max(_LEAST_HOST_PAGE, fair)
-            return HostMemory(size, planes=planes, guard=False), available_memory
-        if page_size is None:
-            token = sum(s.kv_heads * (s.k_dim + s.v_dim) for s in self.loaded.layers)
-            slab = token * self.loaded.dtype.itemsize * per_slab / len(self.loaded.layers)
-            wanted = 1 << round(log2(_DEVICE_PAGE_TOKENS * slab))
-            page_size = max(_LEAST_DEVICE_PAGE, wanted)
-        memory = CudaMemory(self.loaded.device.index or 0, page_size=page_size, planes=planes)
+            return HostMemory(layout.page_size, planes=layout.planes, guard=False), available_memory
+        memory = CudaMemory(
+            self.loaded.device.index or 0, page_size=layout.page_size, planes=layout.planes
+        )
         return memory, lambda: memory.memory_info()[0] - DEVICE_HEADROOM
-
-    def _layers_per_slab(self) -> int:
-        layers, wanted = self.loaded.layers, self.settings.layers_per_slab
-        if wanted is None:
-            token = max(s.kv_heads * (s.k_dim + s.v_dim) for s in layers)
-            dense = not self._cuda and token * self.loaded.dtype.itemsize < PAGESIZE
-            wanted = 1 if dense else len(layers)
-        return min(wanted, len(layers))
 
     def _make_arena(self) -> KVArena:
         memory, free = self._make_memory()
         self._resources.callback(memory.close)
-        layout = KVLayout(
-            _cached(self.loaded),
-            self.loaded.dtype.itemsize,
-            memory.granularity,
-            self.loaded.max_model_len,
-            self._layers_per_slab(),
-            memory.planes,
-        )
+        wanted = kv_layout(self.loaded, self.settings, cuda=self._cuda)
+        layout = replace(wanted, page_size=memory.granularity, planes=memory.planes)
 
         def measured() -> int:
             """What the pool may hold: what it has and what is free beside it."""
@@ -347,9 +326,7 @@ class Assembly:
         try:
             backend = attention.create(settings.attention, geometry, transfers.upload, self._log)
         except ValueError as error:
-            raise EngineError(
-                str(error), hint="use --attention auto; `batchrun doctor` says what works here"
-            ) from error
+            raise _no_backend(error) from error
         layers = range(len(loaded.layers))
         views = [layer_views(self.arena, i, loaded.dtype, loaded.device) for i in layers]
         groups = range(self.arena.layout.num_groups)
@@ -492,8 +469,53 @@ def assemble(
     return assembly
 
 
-def _cached(loaded: LoadedModel) -> tuple[LayerKV, ...]:
-    return tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers)
+def kv_layout(loaded: LoadedModel, settings: Settings, *, cuda: bool) -> KVLayout:
+    """The shape of a model's KV memory. A device's driver may make its pages larger."""
+    layers = tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers)
+    element, per_slab = loaded.dtype.itemsize, settings.layers_per_slab
+    if per_slab is None:
+        dense = not cuda and max(layer.width for layer in layers) * element < PAGESIZE
+        per_slab = 1 if dense else len(layers)
+    per_slab = min(per_slab, len(layers))
+    page_size = settings.page_size
+    if page_size is None and cuda:
+        slab = sum(layer.width for layer in layers) * element * per_slab / len(layers)
+        page_size = max(_LEAST_DEVICE_PAGE, 1 << round(log2(_DEVICE_PAGE_TOKENS * slab)))
+    elif page_size is None:
+        fair = 1 << (_HOST_PAGE // -(-len(layers) // per_slab)).bit_length() - 1
+        page_size = max(_LEAST_HOST_PAGE, fair)
+    planes = planes_of(layers, per_slab)
+    return KVLayout(layers, element, page_size, loaded.max_model_len, per_slab, planes)
+
+
+def check_backend(
+    loaded: LoadedModel, settings: Settings, device: str, max_num_seqs: int, step_tokens: int
+) -> None:
+    """Refuse, before there are weights, an attention backend that was asked for by name.
+
+    Raises:
+        EngineError: It can't serve this model on this device.
+    """
+    cuda = device != "cpu"
+    geometry = Geometry(
+        layers=loaded.layers,
+        slot_tokens=kv_layout(loaded, settings, cuda=cuda).slot_tokens,
+        num_slots=max_num_seqs + KEPT + cuda,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=step_tokens,
+        dtype=loaded.dtype,
+        device=torch.device(device),
+    )
+    try:
+        attention.check(settings.attention, geometry)
+    except ValueError as error:
+        raise _no_backend(error) from error
+
+
+def _no_backend(error: ValueError) -> EngineError:
+    return EngineError(
+        str(error), hint="use --attention auto; `batchrun doctor` says what works here"
+    )
 
 
 def available_memory() -> int:

@@ -191,8 +191,20 @@ def _version(name: str) -> str:
         return "uninstalled"
 
 
+def prompt_tokens(loaded: LoadedModel) -> int:
+    """Tokens of the longer test prompt: beyond a window, where there is one."""
+    return min(loaded.max_model_len, max(loaded.max_window + 19, 48))
+
+
+def budget_too_small(tokens: int) -> ModelError:
+    """The error for KV memory that does not hold a test prompt of so many tokens."""
+    return ModelError(
+        f"the KV budget can't hold a test prompt of {tokens} tokens", hint="raise --kv-budget"
+    )
+
+
 def _sequences(loaded: LoadedModel) -> list[Sequence]:
-    longest = min(loaded.max_model_len, max(loaded.max_window + 19, 48))
+    longest = prompt_tokens(loaded)
     vocab = int(loaded.model.config.get_text_config().vocab_size)
     rng = random.Random(0)
     return [
@@ -218,10 +230,7 @@ def _through_slots(
             length = min(max(1, sequence.num_tokens - 3 - start), chunk)
             if start < sequence.num_tokens and sequence.slot is not None:
                 if not space.ensure(sequence.slot, start + length):
-                    raise ModelError(
-                        f"the KV budget can't hold a test prompt of {sequence.num_tokens} tokens",
-                        hint="raise --kv-budget",
-                    )
+                    raise budget_too_small(sequence.num_tokens)
                 segments.append(Segment(sequence, sequence.slot, start, length, sampled=True))
         rows = executor.logits(segments)
         for segment, row in zip(segments, rows, strict=True):

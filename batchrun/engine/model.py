@@ -177,13 +177,8 @@ def load(
             trust_remote_code=trust_remote_code,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(
-            f"the model {name} can't be loaded: {first}",
-            hint="it must be a causal language model of a released transformers architecture, "
-            "with safetensors weights and a tokenizer; see `batchrun doctor`",
-        ) from error
+    except CANNOT_LOAD as error:
+        raise cannot_load(name, error) from error
     if quantize:
         int8_weights(model)
     model = model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
@@ -193,6 +188,19 @@ def load(
         return loaded
     note = f"weights of 8 bits save memory and cost time here: each step widens them, as {reason}"
     return replace(loaded, notes=(*loaded.notes, note))
+
+
+CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError)  # of transformers
+
+
+def cannot_load(name: str, error: Exception) -> ModelError:
+    """The error for a model that transformers can't load."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return ModelError(
+        f"the model {name} can't be loaded: {first}",
+        hint="it must be a causal language model of a released transformers architecture, "
+        "with safetensors weights and a tokenizer; see `batchrun doctor`",
+    )
 
 
 def prepare(

@@ -11,9 +11,8 @@ from batchrun.engine import canary
 from batchrun.engine import model as models
 from batchrun.engine.assembly import Settings, assemble, choose_device
 from batchrun.engine.executor import device_errors
-from batchrun.engine.text import PromptBuilder
+from batchrun.engine.text import prompt_builder
 from batchrun.machine import keep_freed_memory, return_freed_memory
-from batchrun.models import ModelError
 
 __all__ = ["Runtime", "Settings", "assemble"]
 
@@ -48,17 +47,12 @@ class Runtime:
             )
         for note in self.loaded.notes:
             log(note)
-        tokenizer = self.loaded.tokenizer
-        longest = max(map(len, tokenizer.get_vocab()))
-        self.encode = PromptBuilder(
-            tokenizer, **prompt, max_chars=longest * self.loaded.max_model_len
+        self.encode = prompt_builder(
+            self.loaded.tokenizer,
+            prompt,
+            max_model_len=self.loaded.max_model_len,
+            model=settings.model_name,
         )
-        needs_template = self.encode.chat or self.encode.system or self.encode.column == "messages"
-        if needs_template and not tokenizer.chat_template:
-            raise ModelError(
-                f"the model {settings.model_name} has no chat template",
-                hint="give plain prompts without --chat and --system, or use an instruct model",
-            )
         self.sampling_defaults = models.sampling_defaults(self.loaded.model)
         self._weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
         known = canary.seen(self.loaded, self._weights, settings.cache)

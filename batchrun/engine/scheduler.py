@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import islice
 
@@ -87,28 +87,15 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; one that can never fit is rejected with the reason at once."""
-        need = sequence.num_prompt_tokens + 1
-        if need > self.max_model_len:
-            self._reject(
-                sequence,
-                "prompt_too_long",
-                f"the prompt has {sequence.num_prompt_tokens} tokens and the context holds "
-                f"{self.max_model_len}, one of them for the answer",
-            )
-        elif not self.space.can_fit(need):
-            self._reject(
-                sequence,
-                "kv_budget",
-                f"the prompt has {sequence.num_prompt_tokens} tokens, whose keys and values "
-                "exceed the KV budget; raise --kv-budget",
-            )
-        elif _width(sequence) > self.max_num_seqs:
-            self._reject(
-                sequence,
-                "bad_parameter",
-                f"the row has {_width(sequence)} beams and {self.max_num_seqs} sequences run at "
-                "once; raise --max-num-seqs or lower --num-beams",
-            )
+        refused = why_refused(
+            sequence.num_prompt_tokens,
+            _width(sequence),
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            can_fit=self.space.can_fit,
+        )
+        if refused is not None:
+            self._reject(sequence, *refused)
         else:
             self._prefixes.read(sequence)
             self.waiting.insert(self._prefixes.place(sequence, self.waiting), sequence)
@@ -496,6 +483,36 @@ class Scheduler:
             assert sequence.status is Status.WAITING
             assert sequence.slot is None
             assert sequence.num_computed_tokens == 0
+
+
+def why_refused(
+    prompt_tokens: int,
+    beams: int,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    can_fit: Callable[[int], bool],
+) -> tuple[str, str] | None:
+    """Why a row can never be computed: a kind of failure, and the reason. None where it can."""
+    if prompt_tokens + 1 > max_model_len:
+        return (
+            "prompt_too_long",
+            f"the prompt has {prompt_tokens} tokens and the context holds "
+            f"{max_model_len}, one of them for the answer",
+        )
+    if not can_fit(prompt_tokens + 1):
+        return (
+            "kv_budget",
+            f"the prompt has {prompt_tokens} tokens, whose keys and values "
+            "exceed the KV budget; raise --kv-budget",
+        )
+    if beams > max_num_seqs:
+        return (
+            "bad_parameter",
+            f"the row has {beams} beams and {max_num_seqs} sequences run at "
+            "once; raise --max-num-seqs or lower --num-beams",
+        )
+    return None
 
 
 def _width(sequence: Sequence) -> int:

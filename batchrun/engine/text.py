@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from batchrun.engine.template import Template
+from batchrun.models import no_chat_template
 
 _CONTEXT = 8  # prompt tokens that precede the output when it is decoded
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -20,6 +21,9 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
         """Text to `input_ids`."""
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """All tokens, as the tokenizer writes them."""
 
     def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
         """Tokens to text."""
@@ -70,6 +74,11 @@ class PromptBuilder:
     def __post_init__(self) -> None:
         if self.template is not None:
             object.__setattr__(self, "_template", Template(self.template))
+
+    @property
+    def needs_chat_template(self) -> bool:
+        """Whether every prompt is a chat."""
+        return self.chat or self.system is not None or self.column == "messages"
 
     def __call__(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         """Token ids of the row's prompt.
@@ -128,6 +137,27 @@ class PromptBuilder:
         except Exception as error:  # a template is the model's program and may raise anything
             raise PromptError("chat_template", f"the chat template refused it: {error}") from error
         return str(text)
+
+
+def prompt_builder(
+    tokenizer: Tokenizer, prompt: Mapping[str, Any], *, max_model_len: int, model: str
+) -> PromptBuilder:
+    """What makes a job's prompts for a model.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: Keyword arguments of `PromptBuilder`.
+        max_model_len: Tokens that the context holds.
+        model: What to call the model in messages.
+
+    Raises:
+        ModelError: The prompts are chats, and the model has no template for them.
+    """
+    longest = max(map(len, tokenizer.get_vocab()))
+    builder = PromptBuilder(tokenizer, **prompt, max_chars=longest * max_model_len)
+    if builder.needs_chat_template and not tokenizer.chat_template:
+        raise no_chat_template(model)
+    return builder
 
 
 def _parse_messages(text: str) -> Any:

@@ -185,8 +185,26 @@ def create(
     if geometry is None and name != "sdpa":
         reason = "nothing is known of the model"
     if reason is not None:
-        raise ValueError(f"the attention backend {name} can't be used: {reason}")
+        raise _cannot_use(name, reason)
     return library.make(geometry, upload, log, name)
+
+
+def check(name: str, geometry: Geometry) -> None:
+    """Do all of `create` but compile what takes minutes.
+
+    Raises:
+        ValueError: As `create`.
+    """
+    if name == "native":  # compiled in seconds, once
+        create(name, geometry)
+    elif name != "auto":
+        reason = why_not(name, geometry)
+        if reason is not None:
+            raise _cannot_use(name, reason)
+
+
+def _cannot_use(name: str, reason: str) -> ValueError:
+    return ValueError(f"the attention backend {name} can't be used: {reason}")
 
 
 def candidates(geometry: Geometry | None) -> tuple[str, ...]:

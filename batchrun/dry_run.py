@@ -1,0 +1,116 @@
+"""What a run would refuse, found without one: the model's papers read, the first rows tried."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from batchrun.engine.core import Request
+from batchrun.engine.scheduler import why_refused
+from batchrun.forecast import Paper, read_papers
+from batchrun.measured import Measured
+from batchrun.models import ModelError
+from batchrun.reader import Reader
+from jobs.errors import InputError
+from jobs.folder import home
+from jobs.results import Copy, DoneSet, Result
+from jobs.source import open_source
+from jobs.spec import JobSpec
+
+_ROWS = 20
+
+
+@dataclass
+class _Tried:
+    """Takes the place of the engine and the journal, and notes how each row fares."""
+
+    paper: Paper
+    rows: set[int] = field(default_factory=set)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    full = False
+
+    def put(self, item: Request | Result | Copy) -> None:
+        """A request to compute, or a result in its place."""
+        self.rows.add(item.row)
+        if isinstance(item, Result) and item.status == "error":
+            self.failed[item.row] = item.error or item.status
+        elif isinstance(item, Request):
+            refused = why_refused(
+                len(item.prompt_ids),
+                item.params.num_beams,
+                max_model_len=self.paper.max_model_len,
+                max_num_seqs=self.paper.max_num_seqs,
+                can_fit=self.paper.can_fit,
+            )
+            if refused is not None:
+                self.failed[item.row] = refused[1]
+
+    def close(self) -> None:
+        """There is no more."""
+
+
+def dry_run(spec: JobSpec, log: Callable[[str], None]) -> None:
+    """Check what can be checked without loading weights, and make prompts of the first 20 rows.
+
+    Args:
+        spec: A job that was checked as `make_spec` does.
+        log: Told, a line each, what the user should know.
+
+    Raises:
+        JobError: An input can't be read, or not one of the first rows can be computed.
+        ModelError: The model would be refused, or its weights are cut short.
+        EngineError: An attention backend asked for by name can't be used.
+    """
+    known = Measured.load(home(), spec)
+    paper = read_papers(spec, known.step_cost if known else None, log)
+    _check_weights(spec)
+    if paper.budget <= 0:
+        log("the memory that is free now does not hold the model's weights and keys and values")
+    source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
+    few = replace(
+        spec, limit=min(_ROWS, spec.limit or _ROWS), runtime={**spec.runtime, "plan": False}
+    )
+    tried = _Tried(paper)
+    Reader(few, source, DoneSet(spec.n), paper, log).read(tried, tried)
+    if not tried.failed:
+        return
+    row, reason = next(iter(tried.failed.items()))
+    if len(tried.failed) == len(tried.rows):
+        raise InputError(
+            f"not one of the first {len(tried.rows):,} rows can be computed; row {row}: {reason}",
+            hint="mend them, or look at the options that say what makes the prompt: "
+            "batchrun submit --help",
+        )
+    log(
+        f"{len(tried.failed):,} of the first {len(tried.rows):,} rows will fail; "
+        f"row {row}: {reason}"
+    )
+
+
+def _check_weights(spec: JobSpec) -> None:
+    """Look at the heads of the weight files: a download that broke off has not all bytes.
+
+    Raises:
+        ModelError: One is cut short or missing.
+    """
+    folder = Path(spec.model["path"])
+    files = set(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            files |= {
+                folder / name for name in json.loads(index.read_bytes())["weight_map"].values()
+            }
+        for file in sorted(files):
+            with safe_open(file, framework="numpy"):
+                pass
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the model {spec.model['name']} can't be loaded: {error}",
+            hint="download or convert it again",
+        ) from error
