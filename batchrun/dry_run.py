@@ -17,7 +17,7 @@ from batchrun.models import ModelError
 from batchrun.reader import Reader
 from jobs.errors import InputError
 from jobs.folder import home
-from jobs.results import Copy, DoneSet, Result
+from jobs.results import Copy, DoneSet, Result, RowDigests
 from jobs.source import open_source
 from jobs.spec import JobSpec
 
@@ -34,8 +34,10 @@ class _Tried:
 
     full = False
 
-    def put(self, item: Request | Result | Copy) -> None:
+    def put(self, item: Request | Result | Copy | RowDigests) -> None:
         """A request to compute, or a result in its place."""
+        if isinstance(item, RowDigests):
+            return
         self.rows.add(item.row)
         if isinstance(item, Result) and item.status == "error":
             self.failed[item.row] = item.error or item.status
@@ -71,7 +73,8 @@ def dry_run(spec: JobSpec, log: Callable[[str], None]) -> None:
     _check_weights(spec)
     if paper.budget <= 0:
         log("the memory that is free now does not hold the model's weights and keys and values")
-    source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
+    source = open_source([file.part for file in spec.inputs], spec.input_format)
+    source.count()  # through to the end: an array may be cut short, a quote never closed
     few = replace(
         spec, limit=min(_ROWS, spec.limit or _ROWS), runtime={**spec.runtime, "plan": False}
     )

@@ -8,6 +8,7 @@ table that never grows; one that was replaced in it is computed again.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -44,8 +45,12 @@ class Duplicates:
         self._table = array("Q")
         self._turn = 0
 
-    def claim(self, waiting: Waiting) -> Copy | bool:
+    def claim(self, waiting: Waiting, before: Callable[[], None] = lambda: None) -> Copy | bool:
         """Say what becomes of a row.
+
+        Args:
+            waiting: The row.
+            before: Called before a `settle` can give its result.
 
         Returns:
             True: compute it, then `settle` it. False: `settle` of another row gives its result. Or
@@ -61,6 +66,7 @@ class Duplicates:
             if leader is not None:
                 if self._attached == _ATTACHED:
                     return True
+                before()
                 self._followers.setdefault(leader, array("q")).append(number)
                 self._attached += 1
                 return False

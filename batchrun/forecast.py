@@ -19,7 +19,7 @@ from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, prompt_opt
 from batchrun.savings import Slots
 from batchrun.worker import engine_settings
 from jobs.folder import home
-from jobs.results import Copy, DoneSet, Result
+from jobs.results import Copy, DoneSet, Result, RowDigests
 from jobs.source import open_source
 from jobs.spec import JobSpec
 
@@ -75,7 +75,7 @@ class Tally:
         """Whether an engine that has computed nothing yet would take no more."""
         return self.requests >= QUEUED_REQUESTS + HANDED_REQUESTS
 
-    def put(self, item: Request | Result | Copy) -> None:
+    def put(self, item: Request | Result | Copy | RowDigests) -> None:
         """A request to compute, or a result in its place."""
         if isinstance(item, Request):
             self._request(item)
@@ -135,7 +135,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
         ModelError: The model would be refused.
         EngineError: So would the attention backend.
     """
-    source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
+    source = open_source([file.part for file in spec.inputs], spec.input_format)
     known = Measured.load(home(), spec)
     paper = read_papers(spec, known.step_cost if known else None, log)
     prompt_tokens = 0

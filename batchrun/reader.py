@@ -17,23 +17,26 @@ from batchrun.param_columns import OVERRIDES, parameters_taken, read_parameter
 from batchrun.planner import Planner, Waiting
 from batchrun.savings import Saved, Savings
 from batchrun.watchdog import Watchdog
-from jobs.parquet import jsonable
-from jobs.results import Copy, Partial, Result
+from jobs.joined import Digests, row_changed
+from jobs.jsontext import encode
+from jobs.results import Copy, Partial, Result, RowDigests
 from jobs.source import Row, Source
 from jobs.spec import JobSpec
 
+Read = Result | Copy | RowDigests  # what the reader has for the journal
 ItemT_contra = TypeVar("ItemT_contra", contravariant=True)
 
 QUEUED_REQUESTS = 256  # inside the engine
 HANDED_REQUESTS = 64  # between reader and engine: what is not there yet can be planned again
 _CRASHES = 2  # of the process with a row in it; there is no third try
+_PAGE = 1024  # digests of rows that are looked up, or handed on, at a time
 _EMPTY = ("empty_prompt", "null_prompt")
 
 
 def prompt_options(spec: JobSpec) -> dict[str, Any]:
     """What `PromptBuilder` is told of a job: the rest of `prompt` is the reader's."""
     own = {"skip_empty", "ignore_param_columns"}
-    return {**{k: v for k, v in spec.prompt.items() if k not in own}, "plain": jsonable}
+    return {**{k: v for k, v in spec.prompt.items() if k not in own}, "plain": encode}
 
 
 class Sink(Protocol[ItemT_contra]):
@@ -121,9 +124,11 @@ class Reader:
         log: Told which columns are taken as sampling parameters.
         begun: What an earlier run computed, by (row, sample).
         crashes: How often the process crashed with a row in it.
+        digests: What the rows were that an earlier run read: of so many from one on, by row.
         watchdog: Told when it reads.
 
     Attributes:
+        columns: What is read of each row.
         seconds: Spent on making requests.
         planner: Puts them in order; None where they stay in the file's.
         duplicates: Knows which of them need no computing.
@@ -139,10 +144,14 @@ class Reader:
         *,
         begun: Mapping[tuple[int, int], Partial] = MappingProxyType({}),
         crashes: Mapping[int, int] = MappingProxyType({}),
+        digests: Digests = lambda first, count: {},
         watchdog: Watchdog | None = None,
     ) -> None:
         self._spec, self._source, self._done = spec, source, done
         self._begun, self._crashes = begun, crashes
+        self._digests = digests
+        self._known: Mapping[int, int] = {}
+        self._seen: list[tuple[int, int]] = []
         self._watchdog = watchdog or Watchdog()
         self._encode = workbench.encode
         self.seconds = 0.0
@@ -170,28 +179,34 @@ class Reader:
         self._overrides = known if whole else list(OVERRIDES)
         if prompt.get("ignore_param_columns"):
             known, self._overrides = [], []
-        self._columns = list(dict.fromkeys([*needed, *self._overrides]))
+        self.columns = list(dict.fromkeys([*needed, *self._overrides]))
         self._told = set(spec.runtime.get("param_columns", ()))  # when the job was submitted
         self._tell(known)
         if spec.n > 1 and not self._params.get("temperature") and "temperature" not in known:
             own = "" if whole or not self._overrides else " without a temperature of its own"
             log(f"the temperature is 0: all samples of a row{own} will be the same")
 
-    def read(self, requests: Sink[Request], results: Sink[Result | Copy]) -> None:
+    def read(self, requests: Sink[Request], results: Sink[Read]) -> None:
         """Put every row that has no result yet, as planned, and close `requests`.
+
+        What a row was is put where results go, before the row is put anywhere.
 
         Raises:
             Closed: The other side of a channel is gone.
+            SpecChanged: A row is not what it was when an earlier run read it.
         """
         rows = self._to_do(results)
         if self.planner is None:
             for request in rows:
+                self._note(results)
                 requests.put(request)
         else:
             to_compute = self._without_duplicates(self.planner, rows, results)
             for waiting in self.planner.planned(to_compute, lambda: requests.full):
                 self._savings.put(waiting, self.planner.expected(waiting.rest.params))
+                self._note(results)
                 requests.put(waiting.request())
+        self._note(results)
         requests.close()
 
     def settle(self, request: Request, result: Result) -> list[Result]:
@@ -206,23 +221,25 @@ class Reader:
         return self._savings.saved()
 
     def _without_duplicates(
-        self, planner: Planner, requests: Iterable[Request], results: Sink[Result | Copy]
+        self, planner: Planner, requests: Iterable[Request], results: Sink[Read]
     ) -> Iterator[Waiting]:
         for request in requests:
             waiting = Waiting.of(request)
             self._savings.read(waiting, planner.expected(request.params))
-            claimed = self.duplicates.claim(waiting)
+            claimed = self.duplicates.claim(waiting, lambda: self._note(results))
             if isinstance(claimed, Copy):
                 self._savings.end(claimed.row, claimed.sample, claimed.tokens)
+                self._note(results)
                 results.put(claimed)
             elif claimed:
                 yield waiting
 
-    def _to_do(self, results: Sink[Result | Copy]) -> Iterator[Request]:
+    def _to_do(self, results: Sink[Read]) -> Iterator[Request]:
         """Requests in file order; results of rows that can't be one go where results do."""
         spec = self._spec
-        rows = islice(self._source.rows(self._columns, 0, spec.limit), spec.limit)
+        rows = islice(self._source.rows(self.columns, 0, spec.limit), spec.limit)
         while (row := self._next(rows)) is not None:
+            self._compare(row, results)
             todo = [s for s in range(spec.n) if (row.index, s) not in self._done]
             if not todo:
                 continue
@@ -233,7 +250,25 @@ class Reader:
                 if isinstance(item, Request):
                     yield item
                 else:
+                    self._note(results)
                     results.put(item)
+
+    def _compare(self, row: Row, results: Sink[Read]) -> None:
+        """Refuse a row that changed since it was read before; remember one that was not."""
+        if row.index % _PAGE == 0:
+            self._known = self._digests(row.index, _PAGE)
+        was = self._known.get(row.index)
+        if was is None:
+            self._seen.append((row.index, row.digest))
+            if len(self._seen) >= _PAGE:
+                self._note(results)
+        elif was != row.digest:
+            raise row_changed(row.index)
+
+    def _note(self, results: Sink[Read]) -> None:
+        if self._seen:
+            results.put(RowDigests(self._seen))
+            self._seen = []
 
     def _next(self, rows: Iterator[Row]) -> Row | None:
         with self._watchdog.busy("reading the input"):

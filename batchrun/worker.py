@@ -38,12 +38,14 @@ from batchrun.watchdog import Watchdog
 from jobs import folder as folders
 from jobs.destination import Claim
 from jobs.errors import Fenced, JobError, JournalError, OutputTaken
-from jobs.export import export
 from jobs.files import check_room, free_bytes
 from jobs.folder import JobFolder
+from jobs.identity import grown
+from jobs.joined import input_ended
 from jobs.journal import Journal
 from jobs.lease import Lease
-from jobs.results import Copy, DoneSet, Partial, Result
+from jobs.rejoin import READ, export_job
+from jobs.results import Copy, DoneSet, Partial, Result, RowDigests
 from jobs.source import Source, open_source
 from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
@@ -60,7 +62,7 @@ _RESULT_BYTES = 100  # of a journal: no result takes less
 _PATIENCE = 6  # times as long as a step may take, for loading a model or writing the output
 ENGINE = "a step of the engine"
 Checkpoint = list[Partial]
-Item = Result | Copy | Checkpoint  # of what goes to the journal
+Item = Result | Copy | RowDigests | Checkpoint  # of what goes to the journal
 
 
 class Outcome(StrEnum):
@@ -107,7 +109,7 @@ def run_job(
             # A workbench that is given needs no model.
             folders.check_unchanged(job, None if open_workbench else fingerprint)
             spec = job.spec()
-            source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
+            source = open_source([file.part for file in spec.inputs], spec.input_format)
             run = _Run(
                 job,
                 spec,
@@ -173,6 +175,8 @@ class _Run:
                     self._workbench = open_workbench(self.spec, self.log)
                 self.stats.load_s = time.perf_counter() - self._began
                 self._compute(self._workbench)
+                if self._samples < self._total * self.spec.n and not self.stop.is_set():
+                    raise input_ended(self._total)
             if self._samples < self._total * self.spec.n:
                 cancelled = self.job.cancel_requested()
                 outcome = Outcome.CANCELLED if cancelled else Outcome.INTERRUPTED
@@ -224,15 +228,21 @@ class _Run:
         requests: Channel[Request] = Channel(HANDED_REQUESTS)
         results: Channel[Item] = Channel(4 * _COMMIT_RESULTS)
         self._reader = Reader(
-            self.spec,
+            replace(self.spec, limit=self._total),  # not what a file has got in the meantime
             self.source,
             self.done,
             workbench,
             self.log,
             begun=self._begun,
             crashes=self._crashes,
+            digests=self._digests,
             watchdog=self.watchdog,
         )
+
+        with Journal(self.job.path, self.spec.n) as journal:
+            journal.resume_run(self._run_id)
+            if journal.meta(READ) is None:
+                journal.set_meta(READ, self._reader.columns)
 
         def guarded(work: Callable[..., None], *channels: Channel[Any]) -> None:
             try:
@@ -263,6 +273,10 @@ class _Run:
             self._engine_ended = time.perf_counter()
         if self._failures:
             raise self._failures[0]
+
+    def _digests(self, first: int, count: int) -> Mapping[int, int]:
+        with self.job.journal() as journal:
+            return journal.digests(first, count)
 
     def _drive(self, engine: RowEngine, requests: Channel[Request], results: Channel[Item]) -> None:
         more = True
@@ -322,10 +336,11 @@ class _Run:
             journal.resume_run(self._run_id)
             pending: list[Result | Copy] = []
             partials: Checkpoint = []
+            digests: list[tuple[int, int]] = []
             deadline = look = 0.0
             open_ = True
-            while open_ or pending or partials:
-                waiting = pending or partials
+            while open_ or pending or partials or digests:
+                waiting = pending or partials or digests
                 timeout = max(0.001, deadline - time.monotonic()) if waiting else None
                 try:
                     taken = results.take(_COMMIT_RESULTS - len(pending), timeout)
@@ -336,21 +351,23 @@ class _Run:
                 for item in taken:
                     if isinstance(item, Result | Copy):
                         pending.append(item)
+                    elif isinstance(item, RowDigests):
+                        digests += item.digests
                     else:
                         partials = item
                 due = not open_ or time.monotonic() >= deadline
-                if (pending or partials) and (due or len(pending) >= _COMMIT_RESULTS):
+                if (pending or partials or digests) and (due or len(pending) >= _COMMIT_RESULTS):
                     ended = {(r.row, r.sample) for r in pending}
                     begun = [p for p in partials if (p.row, p.sample) not in ended]
                     figures = self._figures()
                     self._sampler.observe(figures)
                     began = time.perf_counter()
                     with self.watchdog.busy("writing the journal"):
-                        journal.write(pending, figures, begun)
+                        journal.write(pending, figures, begun, digests)
                     self._journal_seconds += time.perf_counter() - began
                     self._samples += len(pending)
                     self._count_failures(pending)
-                    pending, partials = [], []
+                    pending, partials, digests = [], [], []
                     if time.monotonic() >= look:
                         self._watch_room()
                         look = time.monotonic() + _ROOM_SECONDS
@@ -395,15 +412,11 @@ class _Run:
         with Journal(self.job.path, spec.n) as journal:
             journal.resume_run(self._run_id)
             try:
-                export(
-                    self.source,
-                    journal.results(),
+                export_job(
+                    spec,
+                    journal,
                     path,
                     format=spec.output["format"],
-                    token_ids=bool(spec.output.get("token_ids")),
-                    n=spec.n,
-                    limit=spec.limit,
-                    keep=spec.keep,
                     may_replace=Claim(journal, path, overwrite=bool(spec.output.get("overwrite"))),
                 )
             except OutputTaken as error:
@@ -412,6 +425,8 @@ class _Run:
                     f"or batchrun resume {self.job.id} --overwrite to replace it"
                 )
                 raise
+        for line in grown(spec):
+            self.log(line)
         self.stats.export_s = time.perf_counter() - began
 
     def _end(self, outcome: Outcome) -> None:

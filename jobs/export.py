@@ -15,17 +15,11 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.cells import delimiter_of
 from jobs.errors import OutputError, OutputTaken
 from jobs.files import MayReplace, atomic_write
-from jobs.joined import (
-    Answers,
-    joined_batches,
-    joined_lines,
-    joined_schema,
-    output_columns,
-)
-from jobs.results import Result
-from jobs.row import BATCH_ROWS, Source
+from jobs.joined import Joined, output_columns
+from jobs.row import BATCH_ROWS
 
 _GROUP_BYTES = 32 << 20  # of a Parquet row group before encoding
 _GROUP_ROWS = 1 << 17
@@ -33,20 +27,26 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_columns(
-    column_names: Sequence[str], token_ids: bool, n: int, keep: int | None = None
+    column_names: Sequence[str],
+    token_ids: bool,
+    n: int,
+    keep: int | None = None,
+    prefix: str = "",
 ) -> None:
     """Refuse an input that has a column which the output adds.
 
     Raises:
         OutputError: It has; the message names it.
     """
-    clash = [name for name in output_columns(token_ids, n, keep) if name in column_names]
+    added = output_columns(token_ids, n, keep, prefix)
+    clash = [name for name in added if name in column_names]
     if clash:
         names = ", ".join(f"'{name}'" for name in clash)
         raise OutputError(
             f"the input has {'columns' if len(clash) > 1 else 'a column'} {names}, "
             "which the output adds",
-            hint=f"rename in the input, for example '{clash[0]}' to 'input_{clash[0]}'",
+            hint=f"rename in the input, for example '{clash[0]}' to 'input_{clash[0]}', or name "
+            "what is added apart: --output-prefix new_",
         )
 
 
@@ -80,34 +80,22 @@ def check_destination(path: Path, overwrite: bool) -> None:
 
 
 def export(
-    source: Source,
-    results: Iterator[Result],
+    joined: Joined,
     destination: Path,
     *,
     format: str,  # noqa: A002 - the field's word
-    token_ids: bool,
-    n: int,
-    limit: int | None,
-    partial: bool = False,
-    keep: int | None = None,
     may_replace: MayReplace = lambda _: True,
 ) -> int:
-    """Write the output file: every input column as it is, then those of `output_columns`.
+    """Write an output file.
 
     A row is there once for each sample. Memory does not grow with the number of rows. An input
     column of an added one's name, which JSON Lines may bring up after the rows that
     `check_columns` saw, is kept as `input_<name>`.
 
     Args:
-        source: The input.
-        results: In (row, sample) order.
+        joined: Its rows.
         destination: The file.
-        format: `parquet` or `jsonl`; a name ending in .gz or .zst compresses the latter.
-        token_ids: Whether to add `completion_token_ids`.
-        n: Samples a row.
-        limit: Input rows at most.
-        partial: Leave out what has no result yet.
-        keep: The best samples of a row at most; see `Answers`.
+        format: `parquet`, `jsonl` or `csv`; a name ending in .gz or .zst compresses the latter two.
         may_replace: Whether it may replace what is there when it is whole; see `atomic_write`.
 
     Returns:
@@ -117,18 +105,16 @@ def export(
         OutputTaken: It may not replace what is there, which appeared meanwhile.
         OutputError: The file can't be written. What was there before is as it was.
         InputError: The input can't be read any more.
-        JobError: A result is missing and `partial` is not set, or is of no row.
+        JobError: What `joined` raises.
     """
-    answers = Answers(results, n, partial, keep)
-    names = output_columns(token_ids, n, keep)
     try:
         with atomic_write(destination, may_replace=may_replace) as file:
             if format == "parquet":
-                count = _write_parquet(file, source, answers, names, limit)
+                count = _write_parquet(file, joined)
             else:
                 with _compressed(file, destination.suffix.lower()) as packed:
-                    count = _write_jsonl(packed, source, answers, names, limit)
-            answers.finish()
+                    count = _write_text(packed, joined, format, destination)
+            joined.finish()
     except FileExistsError as error:
         raise OutputTaken(
             f"{destination} appeared meanwhile, and nobody said that it may be replaced; "
@@ -146,10 +132,8 @@ def export(
     return count
 
 
-def _write_parquet(
-    file: IO[bytes], source: Source, answers: Answers, names: Sequence[str], limit: int | None
-) -> int:
-    schema = joined_schema(source, names)
+def _write_parquet(file: IO[bytes], joined: Joined) -> int:
+    schema = joined.schema()
     # Names inside of list types are part of a column's type: they stay as they are.
     writer = pq.ParquetWriter(file, schema, compression="zstd", use_compliant_nested_type=False)
     count = size = 0
@@ -160,7 +144,7 @@ def _write_parquet(
         group.clear()
 
     try:
-        for batch in joined_batches(source, answers, names, schema, limit):
+        for batch in joined.batches():
             group.append(batch)
             count += batch.num_rows
             size += batch.nbytes
@@ -176,12 +160,15 @@ def _write_parquet(
     return count
 
 
-def _write_jsonl(
-    file: IO[bytes], source: Source, answers: Answers, names: Sequence[str], limit: int | None
-) -> int:
+def _write_text(file: IO[bytes], joined: Joined, format: str, name: Path) -> int:  # noqa: A002
     count = 0
-    for line in joined_lines(source, answers, names, limit):
-        file.write(line)
+    if format == "csv":
+        records = joined.delimited(delimiter_of(name))
+        file.write(next(records))
+    else:
+        records = joined.lines()
+    for record in records:
+        file.write(record)
         count += 1
     return count
 

@@ -45,7 +45,7 @@ class JobFolder:
 
     def spec(self) -> JobSpec:
         """The job's specification, with inputs and model where they are now."""
-        return JobSpec.load(self.path).at(load_places(self.path))
+        return JobSpec.load(self.path).at(load_places(self.path)).within(self.path)
 
     def journal(self, *, readonly: bool = True) -> Journal:
         """The job's journal, open."""
@@ -194,12 +194,13 @@ class JobFolder:
         )
 
 
-def create(root: Path, spec: JobSpec) -> JobFolder:
+def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
     """Make a job's folder: whole and durable on return, or not there at all.
 
     Args:
         root: What `home()` says.
         spec: The job.
+        own: An input that is to lie in the folder; it is moved there.
 
     Raises:
         OutputError: It can't be made.
@@ -209,6 +210,10 @@ def create(root: Path, spec: JobSpec) -> JobFolder:
         make_folders(folder)
         building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder))
         try:
+            if own is not None:
+                kept = f"stdin{own.suffix}"
+                own.rename(building / kept)
+                spec = spec.at({str(own): kept})
             spec.save(building)
             Journal.create(building, {"spec": spec.as_dict()})
             JobFolder(building).set_state("new")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container
+from contextlib import suppress
 from pathlib import Path
 
 from jobs.errors import InputError, JobError, SpecChanged
@@ -93,12 +94,28 @@ def move(
     write_json(folder / PLACES, places | moved)
 
 
+def grown(spec: JobSpec) -> list[str]:
+    """What was appended to text inputs since the submission, a line each: no part of the job."""
+    lines = []
+    for was in spec.inputs if spec.input_format != "parquet" else ():
+        with suppress(OSError):
+            more = Path(was.path).stat().st_size - was.size
+            if more > 0:
+                lines.append(
+                    f"{was.path} has {more:,} bytes more than when the job was submitted: "
+                    "they are no part of it"
+                )
+    return lines
+
+
 def changes(
     spec: JobSpec,
     model_fingerprint: ModelFingerprint | None = None,
     only: Container[str] | None = None,
 ) -> list[str]:
     """Inputs, and the model, whose content is not what it was at submission, a line each.
+
+    A file of text that has only grown is as it was.
 
     Args:
         spec: The job, with paths as they are now.
@@ -112,6 +129,9 @@ def changes(
     for was in spec.inputs:
         if only is None or was.path in only:
             now = InputFile.of(Path(was.path))
+            if now.size > was.size and spec.input_format != "parquet":
+                # What was appended is no part of the job: sources read no further than it was.
+                now = InputFile.of(Path(was.path), size=was.size)
             if was.size != now.size:
                 lines.append(f"{was.path}: it had {was.size} bytes and now has {now.size}")
             elif was.fingerprint != now.fingerprint:

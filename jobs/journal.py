@@ -29,6 +29,7 @@ STATE = "state.json"  # what `list` remembers of a journal, as long as nobody wr
 
 _CHECKPOINT_BYTES = 4 << 20  # of results, until they move from the log into the database
 _ROW_BYTES = 160  # of a result besides its text and tokens
+_DIGEST_BYTES = 16
 _INSERT = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _COPY = (
     "INSERT INTO results SELECT ?1, status, text, token_ids, finish_reason, prompt_tokens, "
@@ -96,6 +97,7 @@ class Journal(Readings):
         results: Sequence[Result | Copy],
         stats: dict[str, Any] | None = None,
         partials: Sequence[Partial] = (),
+        digests: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Add results in one transaction: all of them are durable on return, or none is.
 
@@ -104,6 +106,8 @@ class Journal(Readings):
             stats: The run's statistics so far; they replace those written before.
             partials: Tokens so far; they replace those of the same samples. Of a sample that has
                 a result they are dropped.
+            digests: Numbers of input rows, and what tells each from any other content. They are to
+                be there before a result of the row is.
 
         Raises:
             Fenced: A later run has the job. Nothing was written.
@@ -125,6 +129,7 @@ class Journal(Readings):
         ]
         kept = [(self._number(p), array("i", p.token_ids).tobytes(), p.logprob) for p in partials]
         with self._write():
+            self._db.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?)", digests)
             self._db.executemany(_INSERT, rows)
             if copies and self._db.executemany(_COPY, copies).rowcount != len(copies):
                 raise JournalError("a result was about to be copied that is not in the journal")
@@ -135,6 +140,7 @@ class Journal(Readings):
                 self._db.executemany("DELETE FROM partials WHERE id = ?", ended)
             if stats is not None:
                 self._db.execute("UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run))
+        self._logged += _DIGEST_BYTES * len(digests)
         self._logged += sum(_ROW_BYTES + len(row[2] or "") + len(row[3]) for row in rows)
         self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens, _ in kept)
         self._logged += sum(

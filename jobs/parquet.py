@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.arrowtypes import is_text
+from jobs.columnar import ColumnarChunk
 from jobs.errors import InputError
-from jobs.jsonable import Errors, json_values, jsonable
-from jobs.parts import united
-from jobs.row import BATCH_BYTES, BATCH_ROWS, Row, missing_column, reading
+from jobs.row import BATCH_BYTES, BATCH_ROWS, Part, Row, missing_column, reading
 from jobs.unify import conform
-
-__all__ = ["ParquetSource", "jsonable"]
+from jobs.united import united
 
 _BUFFER = 1 << 18  # bytes read ahead a column, instead of whole column chunks
 _PROBE = 8  # rows
@@ -29,11 +27,17 @@ class ParquetSource:
             are no rows.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
-        self._schema, self._counts = united(self._paths)
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = list(parts)
+        paths = [part.path for part in parts]
+        self._schema, self._counts = united(paths)
+        for field in _partition_fields(parts):
+            if field.name not in self._schema.names:
+                self._schema = self._schema.append(field)
+            else:
+                _check_partition(self._parts, self._schema.field(field.name))
         if self.num_rows == 0:
-            raise InputError(f"{self._paths[0]}: the input has no rows", hint="check what wrote it")
+            raise InputError(f"{paths[0]}: the input has no rows", hint="check what wrote it")
 
     @property
     def column_names(self) -> list[str]:
@@ -56,9 +60,18 @@ class ParquetSource:
     def rows(
         self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
     ) -> Iterator[Row]:
-        """See `Source.rows`; the values are those that `jobs.jsonable` makes.
+        """See `Source.rows`.
 
-        Reads these columns only, and no row group that ends before `start`.
+        Raises:
+            InputError: There is no such column, or a file turns out to be damaged.
+        """
+        for chunk in self.chunks(columns, start, limit):
+            yield from chunk.rows()
+
+    def chunks(
+        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+    ) -> Iterator[ColumnarChunk]:
+        """See `Source.chunks`. Reads these columns only, and no row group that ends before `start`.
 
         Raises:
             InputError: There is no such column, or a file turns out to be damaged.
@@ -67,30 +80,9 @@ class ParquetSource:
         for name in names:
             if name not in self.column_names:
                 raise missing_column(name, self.column_names)
-        if not names:
-            stop = self.num_rows if limit is None else min(self.num_rows, start + limit)
-            yield from (Row(index, {}) for index in range(start, stop))
-            return
-        index = start
         for batch in self._read(names, start, limit):
-            for values in _json_rows(batch, errors="strict"):
-                if isinstance(values, str):
-                    yield Row(index, {}, f"row {index}: {values}")
-                else:
-                    yield Row(index, dict(zip(names, values, strict=True)))
-                index += 1
-
-    def batches(self, schema: pa.Schema, limit: int | None = None) -> Iterator[pa.RecordBatch]:
-        """See `Source.batches`."""
-        for batch in self._read(schema.names, 0, limit):
-            yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-
-    def objects(self, limit: int | None = None) -> Iterator[dict[str, Any] | None]:
-        """See `Source.objects`. Text that is not UTF-8 has U+FFFD in place of what is not."""
-        names = self.column_names
-        for batch in self._read(names, 0, limit):
-            for values in _json_rows(batch, errors="replace"):
-                yield dict(zip(names, values, strict=True))
+            yield ColumnarChunk(start, batch)
+            start += batch.num_rows
 
     def _read(
         self, columns: Sequence[str], start: int, limit: int | None
@@ -99,17 +91,47 @@ class ParquetSource:
         stop = self.num_rows if limit is None else min(self.num_rows, start + limit)
         schema = pa.schema([self._schema.field(name) for name in columns])
         first = 0
-        for path, count in zip(self._paths, self._counts, strict=True):
+        for part, count in zip(self._parts, self._counts, strict=True):
             if first < stop and first + count > start:
-                with reading(path):
-                    yield from _read_file(path, schema, start - first, stop - first)
+                with reading(part.path):
+                    yield from _read_file(part, schema, start - first, stop - first)
             first += count
 
 
-def _read_file(path: Path, schema: pa.Schema, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path, buffer_size=_BUFFER) as file:
+def _partition_fields(parts: Sequence[Part]) -> Iterator[pa.Field[Any]]:
+    """What the names of folders say, as columns: integers where all are."""
+    for name in dict.fromkeys(name for part in parts for name in part.partition):
+        values = [part.partition.get(name) for part in parts]
+        texts = any(isinstance(value, str) for value in values)
+        yield pa.field(name, pa.string() if texts else pa.int64())
+
+
+def _check_partition(parts: Sequence[Part], field: pa.Field[Any]) -> None:
+    """Refuse what folders' names say of files without a column that others have as another type."""
+    for part in parts:
+        value = part.partition.get(field.name)
+        try:
+            _constant(value, field.type)
+        except (pa.ArrowException, OverflowError):
+            with reading(part.path), pq.ParquetFile(part.path) as file:
+                if field.name in file.schema_arrow.names:
+                    continue
+            raise InputError(
+                f"the column '{field.name}' is {field.type} in some files, and the folder of "
+                f"{part.path} says {value}",
+                hint="submit them as separate jobs, or rename the folders",
+            ) from None
+
+
+def _constant(value: int | str | None, kind: pa.DataType) -> Any:
+    return pa.scalar(str(value) if is_text(kind) and value is not None else value, kind)
+
+
+def _read_file(part: Part, schema: pa.Schema, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(part.path, buffer_size=_BUFFER) as file:
         there = set(file.schema_arrow.names)
         names = [name for name in schema.names if name in there]
+        said = {name: part.partition[name] for name in schema.names if name in part.partition}
         first = 0  # of the row group, then of the batch
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -121,7 +143,17 @@ def _read_file(path: Path, schema: pa.Schema, start: int, stop: int) -> Iterator
                 low, high = max(start - first, 0), min(stop - first, batch.num_rows)
                 first += batch.num_rows
                 if low < high:
-                    yield conform(batch.slice(low, high - low), schema)
+                    rows_read = conform(batch.slice(low, high - low), schema)
+                    for name in said.keys() - there:
+                        rows_read = _with_constant(rows_read, name, said[name])
+                    yield rows_read
+
+
+def _with_constant(batch: pa.RecordBatch, name: str, value: int | str | None) -> pa.RecordBatch:
+    """The batch with one value in all of a column."""
+    i = batch.schema.get_field_index(name)
+    array = pa.repeat(_constant(value, batch.schema.field(i).type), batch.num_rows)
+    return batch.set_column(i, batch.schema.field(i), array)
 
 
 def _batches(
@@ -155,17 +187,3 @@ def _batch_rows(file: pq.ParquetFile, group: int, names: list[str], schema: pa.S
         probe = conform(next(_batches(file, group, names, _PROBE)), schema)
         row_bytes = max(row_bytes, probe.nbytes / max(probe.num_rows, 1))
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(row_bytes, 1))))
-
-
-def _json_rows(batch: pa.RecordBatch, errors: Errors) -> Iterator[Sequence[Any] | str]:
-    """Values of each row, or, with `strict`, what is wrong with it."""
-    try:
-        columns = [json_values(column, errors) for column in batch.columns]
-    except UnicodeDecodeError:
-        for i in range(batch.num_rows):
-            try:
-                yield [json_values(column.slice(i, 1), errors)[0] for column in batch.columns]
-            except UnicodeDecodeError as error:
-                yield f"text that is not valid UTF-8: {error}"
-        return
-    yield from zip(*columns, strict=True)

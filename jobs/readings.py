@@ -120,6 +120,11 @@ class Readings:
                 row, sample = divmod(number, self.n)
                 yield Result(row, sample, status, text, _tokens(ids), *rest)
 
+    def digests(self, first: int, count: int) -> dict[int, int]:
+        """Digests of the input rows that were read, of `count` from row `first` on, by row."""
+        query = "SELECT row, digest FROM rows WHERE row >= ? AND row < ?"
+        return dict(self._all(query, first, first + count))
+
     def runs(self) -> list[dict[str, Any]]:
         """Every worker's run: `id`, `started_at`, `ended_at`, `state`, `stats`, `reason`."""
         names = ("id", "started_at", "ended_at", "state", "stats", "reason")

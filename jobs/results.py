@@ -51,6 +51,12 @@ class Copy(NamedTuple):
     tokens: int
 
 
+class RowDigests(NamedTuple):
+    """What rows were as they were read; it is journalled before their results are."""
+
+    digests: list[tuple[int, int]]  # row, digest
+
+
 @dataclass(frozen=True, slots=True)
 class Partial:
     """The tokens that a sample without a result has so far; `logprob` as of a result."""

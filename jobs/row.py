@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +16,25 @@ import pyarrow as pa
 
 from jobs.errors import InputError
 
-BATCH_BYTES = 16 << 20  # a batch of input rows is about this large, whatever a row's size
+BATCH_BYTES = 16 << 20  # a chunk of input rows is about this large, whatever a row's size
 BATCH_ROWS = 256  # and never has more rows: an average says little where lengths are skewed
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One input file as a source reads it.
+
+    Args:
+        path: Where it is.
+        size: Bytes of it that are the input; None for all.
+        partition: Columns that its folders' names say (`lang=de`), the same in all its rows.
+    """
+
+    path: Path
+    size: int | None = None
+    partition: Mapping[str, int | str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +45,46 @@ class Row:
         index: Number of the row over all input files, from 0.
         fields: Values by column.
         error: Why the row can't be used; `fields` is empty then.
+        digest: Of what was read of it: 64 bits, signed.
     """
 
     index: int
     fields: dict[str, Any]
     error: str | None = None
+    digest: int = 0
+
+
+class Chunk(Protocol):
+    """Consecutive input rows, of bounded size."""
+
+    @property
+    def first(self) -> int:
+        """Index of the first."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows."""
+        ...
+
+    def digests(self, columns: Sequence[str]) -> Sequence[int | None]:
+        """What rows of these columns have as `digest`; None where nothing is known."""
+        ...
+
+    def arrow(self, schema: pa.Schema) -> pa.RecordBatch:
+        """The rows in the types of `Source.schema()`; a bad row is nulls."""
+        ...
+
+    def objects(self, taken: Sequence[str] = ()) -> Iterator[str | dict[str, Any] | None]:
+        """What JSON can hold of each row, None for a bad one.
+
+        A row that is a JSON object already is its text, if it has none of the names `taken`.
+        """
+        ...
+
+    def delimited(self, delimiter: str, names: Sequence[str]) -> Iterator[str | None]:
+        """Each row's values of these columns as a record of CSV, None for a bad one."""
+        ...
 
 
 class Source(Protocol):
@@ -61,12 +112,25 @@ class Source(Protocol):
         """Arrow schema of all columns; JSON Lines are read through once for it."""
         ...
 
+    def chunks(
+        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+    ) -> Iterator[Chunk]:
+        """The rows from `start` on, `limit` at most.
+
+        Args:
+            columns: No others are asked for; all by default.
+            start: Index of the first row.
+            limit: Rows at most.
+        """
+        ...
+
     def rows(
         self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
     ) -> Iterator[Row]:
         """Rows as Python values, `limit` at most, from row `start` on.
 
-        Text is valid Unicode: a lone surrogate has become U+FFFD.
+        Text is valid Unicode: a lone surrogate has become U+FFFD. Values are those that JSON has:
+        NaN is None, times are ISO 8601.
 
         Args:
             columns: The columns wanted, all by default. One that a row lacks is None.
@@ -75,13 +139,10 @@ class Source(Protocol):
         """
         ...
 
-    def batches(self, schema: pa.Schema, limit: int | None = None) -> Iterator[pa.RecordBatch]:
-        """The first `limit` rows in order, in the types of `schema()`; a bad row is nulls."""
-        ...
 
-    def objects(self, limit: int | None = None) -> Iterator[dict[str, Any] | None]:
-        """The first `limit` rows in order as what JSON can hold; None for a bad row."""
-        ...
+def digest_of(data: bytes) -> int:
+    """64 bits that tell a row from what it was, as SQLite's integers are."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 @contextmanager
@@ -109,17 +170,6 @@ def valid_text(text: str) -> str:
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def valid_value(value: Any) -> Any:
-    """A JSON value with `valid_text` done to all its strings and keys."""
-    if isinstance(value, str):
-        return valid_text(value)
-    if isinstance(value, list):
-        return [valid_value(item) for item in value]
-    if isinstance(value, dict):
-        return {valid_text(key): valid_value(item) for key, item in value.items()}
-    return value
 
 
 def missing_column(name: str, available: Sequence[str]) -> InputError:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from jobs.errors import JournalError
 
 NAME = "journal.db"
-VERSION = 3
+VERSION = 4
 _APPLICATION = 0x62617463  # "batc"
 
 _PARTIALS = """
@@ -30,6 +30,11 @@ CREATE TABLE crashes (                    -- rows that were in the engine as a r
     run INTEGER NOT NULL,
     PRIMARY KEY (row, run)
 ) WITHOUT ROWID"""
+_ROWS = """
+CREATE TABLE rows (                       -- input rows as they were read
+    row INTEGER PRIMARY KEY,
+    digest INTEGER NOT NULL               -- 64 bits
+)"""
 _SCHEMA = f"""
 CREATE TABLE results (
     id INTEGER PRIMARY KEY,               -- row * n + sample
@@ -56,6 +61,7 @@ CREATE TABLE runs (                       -- one a worker's life; the id is its 
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 {_PARTIALS};
 {_CRASHES};
+{_ROWS};
 """
 
 
@@ -94,6 +100,7 @@ MIGRATIONS = {
             _OLD_RESULTS,
             _temporary(_PARTIALS),
             _temporary(_CRASHES),
+            _temporary(_ROWS),
         ),
     ),
     2: Migration(
@@ -105,8 +112,10 @@ MIGRATIONS = {
         read=(
             _OLD_RESULTS,
             "CREATE TEMP VIEW partials AS SELECT *, NULL AS logprob FROM main.partials",
+            _temporary(_ROWS),
         ),
     ),
+    3: Migration("digests of input rows", write=(_ROWS,), read=(_temporary(_ROWS),)),
 }
 
 

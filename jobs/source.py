@@ -1,69 +1,113 @@
-"""Where rows come from: files, folders and globs of Parquet or JSON Lines."""
+"""Where rows come from: files, folders and globs of Parquet, JSON or CSV."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
+from jobs.cells import PACKED
+from jobs.delimited import DelimitedSource
 from jobs.errors import InputError
-from jobs.jsonl import JsonlSource
+from jobs.jsonl import JsonSource
 from jobs.parquet import ParquetSource
-from jobs.row import Row, Source, missing_column, reading
+from jobs.row import Part, Row, Source, missing_column, reading
+from jobs.stream import text_of
 
-__all__ = ["Format", "Row", "Source", "expand_inputs", "missing_column", "open_source"]
+__all__ = [
+    "Format",
+    "Part",
+    "Row",
+    "Source",
+    "expand_inputs",
+    "missing_column",
+    "open_source",
+    "sniffed",
+]
 
-Format = Literal["parquet", "jsonl"]
+Format = Literal["parquet", "jsonl", "csv"]
 
-_PARQUET = {".parquet", ".pq"}
-_JSONL = {".jsonl", ".ndjson", ".json"}
-_COMPRESSED = {".gz", ".zst"}
-_FORMATS = ".parquet, .pq, .jsonl, .ndjson or .json, the last three also with .gz or .zst"
+_SUFFIXES: dict[str, Format] = {
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+}
+_NAMES = {"parquet": "Parquet", "jsonl": "JSON", "csv": "CSV"}
+_TEXT: dict[str, type[JsonSource] | type[DelimitedSource]] = {
+    "jsonl": JsonSource,
+    "csv": DelimitedSource,
+}
+_FORMATS = ", ".join(_SUFFIXES) + ", all but Parquet's also with .gz, .zst, .bz2 or .xz"
+# What describes a dataset and is no part of it.
+_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_LONE_COLUMNS = (b"prompt", b'"prompt"', b"messages", b'"messages"')
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
-def expand_inputs(paths: Sequence[str]) -> tuple[list[Path], Format]:
+def expand_inputs(
+    paths: Sequence[str], log: Callable[[str], None] = lambda _: None
+) -> tuple[list[Part], Format]:
     """The files that files, folders and globs name, and the one format they have.
 
     A folder stands for all files of a known format beneath it, hidden ones and those whose names
     begin with `_` left out. Files come in natural order (`part-2` before `part-10`), each once.
+    Folders named like `lang=de` on the way to a file are columns of its rows.
+
+    Args:
+        paths: What a user named.
+        log: Told which files of a folder are left out.
 
     Raises:
-        InputError: A path leads to nothing, or to files of unknown or of both formats.
+        InputError: A path leads to nothing, or to files of unknown or of several formats.
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        for file in _expand(path):
+        for file in _expand(path, log):
             found.setdefault(file.resolve(), file)
     if not found:
         raise InputError("no input files were given", hint="batchrun submit prompts.parquet")
     files = sorted(found.values(), key=_natural)
-    formats = {_known_format(file): file for file in reversed(files)}
+    formats = {_format(file) or sniffed(file): file for file in reversed(files)}
     if len(formats) > 1:
+        each = [f"{file} is {_NAMES[kind]}" for kind, file in formats.items() if kind]
         raise InputError(
-            f"the input mixes formats: {formats['parquet']} is Parquet, "
-            f"{formats['jsonl']} is JSON Lines",
+            f"the input mixes formats: {', '.join(sorted(each))}",
             hint="submit them as separate jobs",
         )
-    return files, next(iter(formats))
+    kind = next(iter(formats))
+    assert kind is not None  # `_files` yields no other
+    return [Part(file, None, values) for file, values in _partitions(files)], kind
 
 
-def open_source(paths: Sequence[Path], format: str) -> Source:  # noqa: A002 - the field's word
+def open_source(
+    parts: Sequence[Part | Path],
+    format: str,  # noqa: A002 - the field's word
+    *,
+    lenient: bool = False,
+) -> Source:
     """Open files of one format as one sequence of rows.
 
     Reads metadata and beginnings only.
 
+    Args:
+        parts: The files.
+        format: Theirs.
+        lenient: Of text files: what can't be read is the end of the rows, no error.
+
     Raises:
         InputError: A file is damaged or unreadable, Parquet schemas differ, or there are no rows.
     """
+    files = [p if isinstance(p, Part) else Part(p) for p in parts]
     if format == "parquet":
-        return ParquetSource(paths)
-    return JsonlSource(paths)
+        return ParquetSource(files)
+    return _TEXT[format](files, lenient=lenient)
 
 
-def _expand(path: str) -> Iterator[Path]:
+def _expand(path: str, log: Callable[[str], None]) -> Iterator[Path]:
     where = Path(path).expanduser()
     with reading(where):
         try:
@@ -72,7 +116,7 @@ def _expand(path: str) -> Iterator[Path]:
         except (FileNotFoundError, NotADirectoryError):
             there = False
     if there:
-        yield from _files(where)
+        yield from _files(where, log)
         return
     if not has_magic(path):
         raise InputError(
@@ -83,55 +127,116 @@ def _expand(path: str) -> Iterator[Path]:
     if not matches:
         raise InputError(f"no file matches {path}", hint="check the pattern, quotes around it")
     for match in matches:
-        yield from _files(Path(match))
+        yield from _files(Path(match), log)
 
 
-def _files(path: Path) -> Iterator[Path]:
+def _files(path: Path, log: Callable[[str], None]) -> Iterator[Path]:
     """The file itself, or the input files beneath a folder."""
-    if not os.path.isdir(path):
-        if not os.path.exists(path):
-            raise InputError(f"{path} is a link to a file that is not there", f"ls -l '{path}'")
-        if not os.path.isfile(path):
-            raise InputError(f"{path} is not a regular file", hint="write its content to a file")
-        if _format(path) is None:
-            raise InputError(
-                f"{path} has no known input format (by its name)",
-                hint=f"names end in {_FORMATS}",
-            )
-        yield path
+    if os.path.isdir(path):
+        yield from _beneath(path, log)
         return
+    if not os.path.exists(path):
+        raise InputError(f"{path} is a link to a file that is not there", f"ls -l '{path}'")
+    if not os.path.isfile(path):
+        raise InputError(
+            f"{path} is not a regular file", hint=f"pipe it in: batchrun submit - < '{path}'"
+        )
+    if (_format(path) or sniffed(path)) is None:
+        raise InputError(
+            f"{path} has no known input format (by its name)", hint=f"names end in {_FORMATS}"
+        )
+    yield path
 
+
+def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise InputError(
             f"{error.filename} can't be read: {error.strerror}", f"ls -ld '{error.filename}'"
         ) from error
 
-    some = False
-    for folder, folders, names in os.walk(path, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+    some, others, arrow = False, [], False
+    been: set[tuple[int, int]] = set()  # a link may lead back up
+    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        names.sort()
+        folders[:] = sorted(
+            (name for name in folders if not name.startswith((".", "_"))),
+            key=lambda name: (os.path.islink(os.path.join(folder, name)), name),
+        )
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in been:
+            folders.clear()
+            continue
+        been.add((here.st_dev, here.st_ino))
         for name in names:
-            if not name.startswith((".", "_")) and _format(Path(name)) is not None:
-                some = True
-                yield Path(folder, name)
+            if name.startswith((".", "_")):
+                continue
+            if name in _ABOUT or _format(Path(name)) is None:
+                others.append(name)
+                arrow |= name.endswith(".arrow")
+                continue
+            some = True
+            yield Path(folder, name)
     if not some:
         raise InputError(
-            f"folder {path} has no input files", hint=f"input files' names end in {_FORMATS}"
+            f"folder {path} has no input files"
+            + (", but Arrow files, as datasets' save_to_disk writes them" if arrow else ""),
+            hint=f"datasets.load_from_disk('{path}').to_parquet('rows.parquet')"
+            if arrow
+            else f"input files' names end in {_FORMATS}",
         )
+    if others:
+        shown = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
+        log(f"{path}: {len(others)} files are left out, by their names: {shown}")
 
 
 def _format(path: Path) -> Format | None:
+    """The format that a file's name says."""
     suffix = path.suffix.lower()
-    if suffix in _PARQUET:
-        return "parquet"
-    if suffix in _COMPRESSED:
-        suffix = Path(path.stem).suffix.lower()
-    return "jsonl" if suffix in _JSONL else None
+    if suffix in PACKED:
+        packed = _SUFFIXES.get(Path(path.stem).suffix.lower())
+        return None if packed == "parquet" else packed
+    return _SUFFIXES.get(suffix)
 
 
-def _known_format(path: Path) -> Format:
-    known = _format(path)
-    assert known is not None  # `_files` yields no other
-    return known
+def sniffed(path: Path) -> Format | None:
+    """The format that a file has by how it begins; None where that says nothing.
+
+    Raises:
+        InputError: It can't be read, or is known to be of another kind.
+    """
+    with reading(path), path.open("rb") as file:
+        if file.read(4) == b"PAR1":
+            return "parquet"
+    with text_of(path) as text:
+        head = text.peek(1 << 16).lstrip()
+    if head.startswith((b"{", b"[")):
+        return "jsonl"
+    header = head.partition(b"\n")[0].strip()
+    return "csv" if any(d in header for d in b",;\t|") or header in _LONE_COLUMNS else None
+
+
+def _partitions(files: Sequence[Path]) -> Iterator[tuple[Path, dict[str, int | str | None]]]:
+    """Each file with what the folders on the way to it say, as hive names them."""
+    said: list[dict[str, str]] = []
+    for file in files:
+        pairs = [part.partition("=") for part in file.parts[:-1]]
+        said.append(
+            {unquote(name): unquote(value) for name, equals, value in pairs if name and equals}
+        )
+    # `01` would come out as 1.
+    numbers = {
+        name
+        for name in {name for values in said for name in values}
+        if all(re.fullmatch(r"0|-?[1-9]\d{0,17}|" + _NO_VALUE, v.get(name, "0")) for v in said)
+    }
+    for file, values in zip(files, said, strict=True):
+        yield (
+            file,
+            {
+                name: None if value == _NO_VALUE else int(value) if name in numbers else value
+                for name, value in values.items()
+            },
+        )
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from jobs.errors import InputError, JobError, OutputError
 from jobs.files import write_json
+from jobs.row import Part
 
 VERSION = 1
 _WHOLE = 64 << 20  # files up to this size are hashed whole
@@ -21,7 +22,7 @@ _SAMPLES = 32
 _NOT_CONTENT = {"output", "runtime", "version"}
 
 
-def output_format(path: Path) -> Literal["parquet", "jsonl"]:
+def output_format(path: Path) -> Literal["parquet", "jsonl", "csv"]:
     """The format that a file's name asks for.
 
     Raises:
@@ -34,9 +35,12 @@ def output_format(path: Path) -> Literal["parquet", "jsonl"]:
         suffix = Path(path.stem).suffix.lower()
     if suffix in {".jsonl", ".ndjson"}:
         return "jsonl"
+    if suffix in {".csv", ".tsv"}:
+        return "csv"
     raise OutputError(
         f"{path}: its name does not say which format to write",
-        hint="names end in .parquet, .pq, .jsonl or .ndjson, the last two also with .gz or .zst",
+        hint="names end in .parquet, .pq, .jsonl, .ndjson, .csv or .tsv, "
+        "all but Parquet's also with .gz or .zst",
     )
 
 
@@ -48,26 +52,38 @@ class InputFile:
         path: Absolute path.
         size: In bytes.
         fingerprint: Of the content, so that a moved file is not a changed one.
+        partition: Columns that the names of its folders say; see `jobs.row.Part`.
     """
 
     path: str
     size: int
     fingerprint: str
+    partition: Mapping[str, int | str | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path) -> InputFile:
+    def of(
+        cls,
+        path: Path,
+        partition: Mapping[str, int | str | None] | None = None,
+        size: int | None = None,
+    ) -> InputFile:
         """Look at a file: whole up to 64 MiB, beyond that its ends and 32 samples.
+
+        Args:
+            path: Where it is.
+            partition: What the names of its folders say.
+            size: Look at so many bytes of it; all by default.
 
         Raises:
             InputError: It can't be read.
         """
         try:
-            size = path.stat().st_size
+            size = path.stat().st_size if size is None else size
             digest = blake2b(str(size).encode(), digest_size=16)
             with path.open("rb") as file:
                 if size <= _WHOLE:
-                    for block in iter(lambda: file.read(_SAMPLE), b""):
-                        digest.update(block)
+                    for begin in range(0, size, _SAMPLE):
+                        digest.update(file.read(min(_SAMPLE, size - begin)))
                 else:
                     for i in range(_SAMPLES + 1):
                         file.seek((size - _SAMPLE) * i // _SAMPLES)
@@ -79,7 +95,12 @@ class InputFile:
                 if isinstance(error, FileNotFoundError)
                 else "check that the file is readable",
             ) from error
-        return cls(str(path.absolute()), size, digest.hexdigest())
+        return cls(str(path.absolute()), size, digest.hexdigest(), dict(partition or {}))
+
+    @property
+    def part(self) -> Part:
+        """For a source: no more of it than there was."""
+        return Part(Path(self.path), self.size, self.partition)
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class JobSpec:
 
     Args:
         inputs: The input files, in row order.
-        input_format: `parquet` or `jsonl`.
+        input_format: `parquet`, `jsonl` or `csv`.
         prompt: How a row becomes a prompt: `column`, `template`, `chat`, `system`.
         model: `name`, `path`, `fingerprint`, `dtype`, `trust_remote_code`.
         sampling: Sampling parameters that the user gave, by name.
@@ -96,8 +117,9 @@ class JobSpec:
         n: Completions a row.
         keep: How many of them the output has, the best by mean log-probability; None for all.
         limit: Rows at most; None for all.
-        output: `path`, `format`, `token_ids`, and `overwrite` where what is at `path` may be
-            replaced. Not part of the fingerprint.
+        output: `path`, `format`, `token_ids`, `prefix` of added columns' names, `overwrite` where
+            what is at `path` may be replaced, `stdout` where it is handed out in the end. Not part
+            of the fingerprint.
         runtime: How to run: device, batch limits, KV budget. Not part of the fingerprint.
     """
 
@@ -157,7 +179,16 @@ class JobSpec:
             output["path"] = places[output["path"]]
             output["format"] = output_format(Path(output["path"]))
             output.pop("overwrite", None)
+            output.pop("stdout", None)
         return replace(self, inputs=inputs, model=model, output=output)
+
+    def within(self, folder: Path) -> JobSpec:
+        """The same job, with full paths of what lies in its folder: stdin, and stdout-to-be."""
+        inputs = tuple(replace(file, path=str(folder / file.path)) for file in self.inputs)
+        output = dict(self.output)
+        if output.get("path"):
+            output["path"] = str(folder / output["path"])
+        return replace(self, inputs=inputs, output=output)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -200,7 +231,9 @@ class JobSpec:
         content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}
         if self.keep is None:  # as it was before there was such a thing
             del content["keep"]
-        content["inputs"] = [i.fingerprint for i in self.inputs]
+        content["inputs"] = [
+            [i.fingerprint, i.partition] if i.partition else i.fingerprint for i in self.inputs
+        ]
         content["model"] = {k: v for k, v in self.model.items() if k not in {"path", "name"}}
         return content
 

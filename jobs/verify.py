@@ -10,15 +10,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.cells import delimiter_of
 from jobs.errors import JobError
 from jobs.folder import JobFolder, check_unchanged
 from jobs.identity import ModelFingerprint
-from jobs.joined import Answers, joined_batches, joined_lines, joined_schema, output_columns
+from jobs.joined import Joined
 from jobs.journal import Journal
-from jobs.jsonl import lines
+from jobs.rejoin import rejoin
 from jobs.row import BATCH_ROWS, Source
 from jobs.source import open_source
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, output_format
+from jobs.stream import text_of
 
 _FINISHED = ("done", "done-with-errors")
 _SHOWN = 5  # differences of one output at most
@@ -43,7 +45,7 @@ def verify(job: JobFolder, model_fingerprint: ModelFingerprint | None = None) ->
             problems = []
             try:
                 check_unchanged(job, model_fingerprint)
-                source = open_source([Path(i.path) for i in spec.inputs], spec.input_format)
+                source = open_source([file.part for file in spec.inputs], spec.input_format)
             except JobError as error:
                 problems.append(str(error))
                 source = None
@@ -82,22 +84,19 @@ def _output(spec: JobSpec, journal: Journal, source: Source) -> Iterator[str]:
     if not path.exists():
         yield f"the output {path} is gone; the journal has its rows: batchrun export"
         return
-    answers = Answers(journal.results(), spec.n, partial=False, keep=spec.keep)
-    names = output_columns(bool(spec.output.get("token_ids")), spec.n, spec.keep)
-    compare = _parquet if spec.output["format"] == "parquet" else _jsonl
+    joined = rejoin(spec, journal, source)
+    compare = _parquet if spec.output["format"] == "parquet" else _text
     try:
-        found = list(islice(compare(path, source, answers, names, spec.limit), _SHOWN))
+        found = list(islice(compare(path, joined), _SHOWN))
         if not found:
-            answers.finish()
+            joined.finish()
         yield from found
     except (OSError, pa.ArrowException) as error:
         yield f"the output {path} can't be read: {error}"
 
 
-def _parquet(
-    path: Path, source: Source, answers: Answers, names: list[str], limit: int | None
-) -> Iterator[str]:
-    schema = joined_schema(source, names)
+def _parquet(path: Path, joined: Joined) -> Iterator[str]:
+    schema = joined.schema()
     with pq.ParquetFile(path) as file:
         if file.schema_arrow.names != schema.names:
             yield (
@@ -108,7 +107,7 @@ def _parquet(
         written = file.iter_batches(BATCH_ROWS, use_threads=False)
         ahead = pa.Table.from_batches([], file.schema_arrow)
         row = 0
-        for batch in joined_batches(source, answers, names, schema, limit):
+        for batch in joined.batches():
             while ahead.num_rows < batch.num_rows and (more := next(written, None)) is not None:
                 ahead = pa.concat_tables([ahead, pa.Table.from_batches([more])])
             for name in schema.names:
@@ -132,14 +131,14 @@ def _first_difference(want: pa.Array[Any], got: pa.ChunkedArray[Any]) -> int | N
     return len(got) if first is None and len(got) < len(want) else first
 
 
-def _jsonl(
-    path: Path, source: Source, answers: Answers, names: list[str], limit: int | None
-) -> Iterator[str]:
-    want = joined_lines(source, answers, names, limit)
-    got = (line for _, line in lines(path))
-    for row, (a, b) in enumerate(zip_longest(want, got)):
-        if a is None:
-            yield f"the output {path} has more rows than the job, from row {row} on"
-            return
-        if a != b:
-            yield f"the output {path} differs from the job in row {row}"
+def _text(path: Path, joined: Joined) -> Iterator[str]:
+    records = joined.lines()
+    if output_format(path) == "csv":
+        records = joined.delimited(delimiter_of(path))
+    with text_of(path) as file:
+        for number, want in enumerate(records):
+            if file.read(len(want)) != want:
+                yield f"the output {path} differs from the job in row {number}"
+                return
+        if file.read(1):
+            yield f"the output {path} has more rows than the job"

@@ -18,7 +18,7 @@ from batchrun.cli.errors import ExitStatus
 from batchrun.cli.run import resume_command, submit_command
 from batchrun.param_columns import OVERRIDES
 from batchrun.report.text import render
-from jobs.export import output_columns
+from jobs.joined import output_columns
 from tests.parity.models import CONFIGS
 from tests.report.test_text import SUMMARY
 
@@ -83,7 +83,7 @@ def test_every_option_of_submit_is_in_the_readme_and_the_other_way_round():
 def test_output_columns_and_exit_codes_are_those_of_the_readme():
     table = [line for line in section("Output").splitlines() if line.startswith("| `")]
     named = [name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])]
-    assert named == output_columns(token_ids=True, n=4, keep=2)
+    assert named == list(output_columns(token_ids=True, n=4, keep=2))
     codes = re.findall(r"^\| (\d+) \|", section("Jobs run on their own"), re.MULTILINE)
     assert [int(code) for code in codes] == list(ExitStatus)
 

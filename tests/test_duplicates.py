@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from batchrun.engine.core import FinishReason, Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.live import Progress
 from batchrun.planner import Waiting
+from batchrun.reader import Reader
 from batchrun.worker import Outcome, run_job
 from jobs import folder
 from jobs.errors import JournalError
 from jobs.folder import JobFolder
 from jobs.journal import Journal
-from jobs.results import Copy, Result
+from jobs.results import Copy, DoneSet, Result
+from jobs.source import open_source
 from jobs.spec import InputFile, JobSpec
 from jobs.stats import summarise
 from jobs.verify import verify
@@ -229,6 +231,52 @@ def run(job: JobFolder, rng: random.Random, stop_at: int | None) -> tuple[Outcom
     return outcome, engine
 
 
+class _Sink:
+    full = False
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+    def put(self, item: Any) -> None:
+        self.items.append(item)
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_row_was_is_noted_before_another_ones_end_can_answer_it(tmp_path: Path) -> None:
+    """From the instant on at which it is attached, its result may be journalled."""
+    job = make_job(tmp_path, [("a", 3, 0.0)] * 5, n=1, keep=None)
+    spec, requests, results = job.spec(), _Sink(), _Sink()
+    source = open_source([file.part for file in spec.inputs], spec.input_format)
+    bench = _Workbench(_Engine(random.Random(1)), {})
+    reader = Reader(spec, source, DoneSet(1), bench, lambda _: None)
+    claim, attached = reader.duplicates.claim, []
+
+    def claimed(waiting: Waiting, before: Callable[[], None]) -> Copy | bool:
+        found = claim(waiting, before)
+        if found is False:
+            noted = {row for item in results.items for row, _ in item.digests}
+            assert waiting.rest.row in noted
+            attached.append(waiting.rest.row)
+        return found
+
+    reader.duplicates.claim = claimed  # type: ignore[method-assign]
+    reader.read(requests, results)
+    assert attached == [1, 2, 3, 4]
+
+
+def proven(write: Callable[..., None]) -> Callable[..., None]:
+    """After each commit, where a kill may come, the rows of all results are known."""
+
+    def checked(journal: Journal, *args: Any, **kwargs: Any) -> None:
+        write(journal, *args, **kwargs)
+        rows = {result.row for result in journal.results()}
+        assert rows <= journal.digests(0, max(rows, default=0) + 1).keys()
+
+    return checked
+
+
 some_rows = st.lists(
     st.tuples(
         st.sampled_from(["a", "b", "c", "!d", "ee"]),
@@ -260,6 +308,7 @@ def test_every_row_has_its_own_answer(
         patch.setenv("BATCHRUN_HOME", name)
         patch.setattr(worker, "_COMMIT_SECONDS", rng.choice([0.0, 0.5]))
         patch.setattr(duplicates, "_SETS", 4)
+        patch.setattr(Journal, "write", proven(Journal.write))
         patch.setattr("batchrun.planner._FIRST", rng.choice([2, 7, 512]))
         job = make_job(Path(name), rows, n=n, keep=keep)
         for stop_at in (*stops, None):

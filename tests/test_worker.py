@@ -23,6 +23,7 @@ from jobs import files, folder
 from jobs.errors import JobError, JournalError, LeaseHeld, OutputError, SpecChanged
 from jobs.folder import JobFolder
 from jobs.lease import Lease
+from jobs.results import Result
 from jobs.spec import InputFile, JobSpec
 from jobs.stats import summarise
 from jobs.verify import verify
@@ -357,6 +358,70 @@ def test_a_slow_engine_does_not_come_to_hold_the_whole_file(submit: Submit, tmp_
     assert run(job, open_workbench=lambda *_: workbench) is Outcome.DONE
     assert 1 < workbench.engine.most <= worker.QUEUED_REQUESTS
     assert output(job)["completion"].to_pylist() == ["text"] * 5000
+
+
+@pytest.mark.parametrize("rows", [4, 5, 6, 9])
+@pytest.mark.parametrize("plan", [True, False])
+def test_an_input_that_has_other_rows_than_were_counted(
+    submit: Submit, tmp_path: Path, rows: int, plan: bool
+) -> None:
+    """It was rewritten, in as many bytes, while the model was loaded."""
+
+    def written(count: int) -> list[str]:
+        lines = [json.dumps({"prompt": f"{count} {i}"}) for i in range(count)]
+        text = "".join(f"{line}\n" for line in lines)
+        path.write_text(text + "\n" * (1000 - len(text)))
+        return [f"{count} {i}" for i in range(count)]
+
+    path = tmp_path / "in.jsonl"
+    written(6)
+    out = {"path": str(tmp_path / "out.jsonl"), "format": "jsonl"}
+    job = submit(
+        inputs=(InputFile.of(path),), input_format="jsonl", output=out, runtime={"plan": plan}
+    )
+    prompts: list[str] = []
+
+    def opened(*_: Any) -> _SlowWorkbench:
+        prompts.extend(written(rows))
+        return _SlowWorkbench()
+
+    if rows < 6:
+        with pytest.raises(SpecChanged, match="the input ended before its 6 rows were read"):
+            run(job, open_workbench=opened)
+        assert (job.state(), job.counts().rows) == ("failed", rows)
+        assert not (tmp_path / "out.jsonl").exists()
+    else:
+        assert run(job, open_workbench=opened) is Outcome.DONE
+        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [row["prompt"] for row in found] == prompts[:6]
+    with job.journal() as journal:
+        assert [result.row for result in journal.results()] == list(range(min(6, rows)))
+        assert list(journal.digests(0, 99)) == list(range(min(6, rows)))
+
+
+def test_what_an_older_version_has_computed_is_known_once_the_job_goes_on(
+    submit: Submit, tmp_path: Path
+) -> None:
+    """Also of the rows behind the last one that is still to do."""
+    job = submit()
+    with job.journal(readonly=False) as journal:
+        journal.begin_run()
+        journal.write([Result(row, 0, "ok", "text") for row in range(ROWS) if row != 7])
+        assert journal.digests(0, ROWS) == {}
+    assert run(job, open_workbench=lambda *_: _SlowWorkbench()) is Outcome.DONE
+    with job.journal() as journal:
+        assert list(journal.digests(0, 2 * ROWS)) == list(range(ROWS))
+    assert verify(job) == []
+
+
+def test_a_row_that_is_not_what_an_earlier_run_read_ends_the_next_one(submit: Submit) -> None:
+    """Where the files' own fingerprint does not tell, as it may not in a large one."""
+    job = submit()
+    with job.journal(readonly=False) as journal:
+        journal.begin_run()
+        journal.write([], digests=[(3, 12345)])
+    with pytest.raises(SpecChanged, match="row 3 of the input is not the row that the job read"):
+        run(job, open_workbench=lambda *_: _SlowWorkbench())
 
 
 def test_a_finished_job_only_exports_again(submit: Submit) -> None:

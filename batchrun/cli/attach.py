@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import click
 
 from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, print_error
+from batchrun.cli.piped import hand_out
 from batchrun.cli.progress import ProgressView, make_view
 from batchrun.cli.work import STATUS
 from batchrun.live import LogTail, forget_progress, read_progress
@@ -55,7 +57,11 @@ def run(
         else:
             click.echo(f"{job.id}\nnext:   batchrun watch {job.id}")
         return ExitStatus.DONE
-    return watch(job, as_json=as_json, log_from=log_size, alive=lambda: process.poll() is None)
+    status = watch(job, as_json=as_json, log_from=log_size, alive=lambda: process.poll() is None)
+    output = job.spec().output
+    if output.get("stdout") and status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+        hand_out(Path(output["path"]))
+    return status
 
 
 def watch(
@@ -131,8 +137,9 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
         line += f", {rows['resumed']:,} of them kept from earlier runs"
     if rows["failed"]:
         line += f", {rows['failed']:,} failed (the column `error` says why)"
+    aside = bool(job.spec().output.get("stdout"))  # stdout has the answers
     if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
-        click.echo(f"{line}\noutput: {output}\nnext:   batchrun stats {job.id}")
+        click.echo(f"{line}\noutput: {output}\nnext:   batchrun stats {job.id}", err=aside)
     else:
-        click.echo(f"{state} after {line}\nnext:   batchrun resume {job.id}")
+        click.echo(f"{state} after {line}\nnext:   batchrun resume {job.id}", err=aside)
     return status

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import click
 
 from batchrun.cli.inspect import job_argument
+from batchrun.cli.piped import PIPE, hand_out
 from batchrun.cli.specs import output_settings
 from jobs.destination import exporting
-from jobs.export import export
-from jobs.folder import check_unchanged, find, home
-from jobs.source import open_source
+from jobs.folder import find, home
+from jobs.rejoin import export_job
 
 
 @click.command()
 @job_argument
 @click.option(
-    "--output", "-o", metavar="FILE", help="A .parquet or .jsonl file; default: the job's own."
+    "--output",
+    "-o",
+    metavar="FILE",
+    help="A .parquet, .jsonl, .csv or .tsv file, or - for stdout; default: the job's own.",
 )
-@click.option("--partial", is_flag=True, help="Also if rows are missing; only finished ones.")
+@click.option(
+    "--partial",
+    is_flag=True,
+    help="Also if rows are missing, or the input is no more what it was: what there is.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def export_command(job: str | None, output: str | None, partial: bool, overwrite: bool) -> None:
     """Write a job's results to a file.
@@ -30,22 +38,32 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     root = home()
     folder = find(root, job)
     spec = folder.spec()
-    target = output_settings(output) if output else spec.output
-    destination = Path(target["path"])
-    with exporting(root, folder, destination, overwrite=overwrite) as may_replace:
-        source = open_source([Path(file.path) for file in spec.inputs], spec.input_format)
-        check_unchanged(folder)
-        with folder.journal() as journal:
-            rows = export(
-                source,
-                journal.results(),
-                destination,
+    if output == PIPE:
+        kind = "csv" if spec.input_format == "csv" else "jsonl"
+        with tempfile.TemporaryDirectory() as place, folder.journal() as journal:
+            path = Path(place, f"output.{kind}")
+            found = export_job(spec, journal, path, format=kind, partial=partial)
+            hand_out(path)
+    else:
+        target = output_settings(output) if output else spec.output
+        path = Path(target["path"])
+        with (
+            exporting(root, folder, path, overwrite=overwrite) as may_replace,
+            folder.journal() as journal,
+        ):
+            found = export_job(
+                spec,
+                journal,
+                path,
                 format=target["format"],
-                token_ids=bool(spec.output.get("token_ids")),
-                n=spec.n,
-                limit=spec.limit,
-                keep=spec.keep,
                 partial=partial,
                 may_replace=may_replace,
             )
-    click.echo(f"{rows:,} rows in {destination}")
+    where = "stdout" if output == PIPE else path
+    click.echo(f"{found.rows:,} rows in {where}", err=output == PIPE)
+    if found.unknown is not None:
+        click.echo(
+            f"the input is not what it was: {found.unknown:,} of these rows are without their "
+            "input columns; the column `row` says which they are, from 0",
+            err=True,
+        )

@@ -240,7 +240,14 @@ output_options = _section(
         "--output",
         "-o",
         metavar="FILE",
-        help="A .parquet or .jsonl file; default: INPUT-completions.parquet in this folder.",
+        help="A .parquet, .jsonl, .csv or .tsv file, or - for stdout; default: "
+        "INPUT-completions, in the input's format, in this folder.",
+    ),
+    _option(
+        "--output-prefix",
+        metavar="TEXT",
+        default="",
+        help="Put before the names of added columns: judge_ makes judge_completion, and so on.",
     ),
     _option("--overwrite", is_flag=True, help="Replace the output file if it exists."),
     _option("--token-ids", is_flag=True, help="Add the column completion_token_ids."),

@@ -17,6 +17,7 @@ from batchrun.cli.options import (
     runtime_options,
     sampling_options,
 )
+from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec
 from batchrun.report.text import seconds, size
 from jobs.folder import home
@@ -39,11 +40,13 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
     def log(line: str) -> None:
         click.echo(line, err=True)
 
-    unused = {"output": None, "overwrite": True, "token_ids": False}
-    spec = make_spec(inputs, home(), {**options, **unused}, log=log)
-    from batchrun.forecast import forecast  # noqa: PLC0415 - imports numpy
+    # An input may well have columns that an output would add.
+    unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True, "token_ids": False}
+    with taken_in(inputs, home()) as (paths, _):
+        spec = make_spec(paths, home(), {**options, **unused}, log=log)
+        from batchrun.forecast import forecast  # noqa: PLC0415 - imports numpy
 
-    found = forecast(spec, log)
+        found = forecast(spec, log)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:

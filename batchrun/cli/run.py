@@ -23,6 +23,7 @@ from batchrun.cli.options import (
     sampling_options,
     submit_options,
 )
+from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec, output_settings
 from batchrun.models import fingerprint
 from jobs.destination import check_apart, one_at_a_time, resuming
@@ -63,7 +64,7 @@ def submit_command(
 ) -> int:
     """Run a model over every row of a file.
 
-    INPUT is a Parquet or JSON Lines file (also .gz, .zst), a folder of them or a glob; several make
+    INPUT is a Parquet, JSON or CSV file, a folder of them, a glob, or - for stdin; several make
     one job. Every row has a column `prompt` (text) or `messages` (a chat), or gets its prompt from
     --template. The output has all input columns, then completion, finish_reason, prompt_tokens,
     completion_tokens and error, in input order.
@@ -75,22 +76,31 @@ def submit_command(
     def log(line: str) -> None:
         click.echo(line, err=True)
 
-    spec = make_spec(inputs, root, options, log=log)
-    if dry_run:
-        from batchrun.dry_run import dry_run as check  # noqa: PLC0415 - reads what a model is
-
-        _check_free(root, spec, again=again)
-        check(spec, log)
-        if as_json:
-            click.echo(json.dumps(job_parameters(spec), indent=2))
-        else:
-            print_fields(job_parameters(spec))
-            click.echo("\neverything checks out; nothing was started (--dry-run)")
-        return 0
-    with one_at_a_time(root):
-        _check_free(root, spec, again=again)
-        job = create(root, spec)
+    if options["output"] == PIPE and (as_json or not wait):
+        raise click.UsageError("--output - with --json or --detach: stdout has the answers")
+    with taken_in(inputs, root) as (paths, own):
+        spec = make_spec(paths, root, options, log=log)
+        if dry_run:
+            _dry_run(root, spec, log, again=again, as_json=as_json)
+            return 0
+        with one_at_a_time(root):
+            _check_free(root, spec, again=again)
+            job = create(root, spec, own)
     return attach.run(job, as_json=as_json, detach=not wait)
+
+
+def _dry_run(
+    root: Path, spec: JobSpec, log: Callable[[str], None], *, again: bool, as_json: bool
+) -> None:
+    from batchrun.dry_run import dry_run  # noqa: PLC0415 - reads what a model is
+
+    _check_free(root, spec, again=again)
+    dry_run(spec, log)
+    if as_json:
+        click.echo(json.dumps(job_parameters(spec), indent=2))
+    else:
+        print_fields(job_parameters(spec))
+        click.echo("\neverything checks out; nothing was started (--dry-run)")
 
 
 def _check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
@@ -105,6 +115,8 @@ def _check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
             + (f", {counts.failed:,} of them failed" if counts.failed else ""),
             hint=f"batchrun resume {same.id}{only_failed}, or submit with --again to begin anew",
         )
+    if spec.output.get("stdout"):
+        return
     destination = Path(spec.output["path"])
     check_apart(root, destination, [Path(file.path) for file in spec.inputs])
     check_destination(destination, bool(spec.output.get("overwrite")))  # it may be there by now

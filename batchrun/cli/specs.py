@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import click
 import pyarrow as pa
 
+from batchrun.cli.piped import PIPE
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.template import Template, looks_like_json
 from batchrun.models import lacks_chat_template, no_chat_template, resolve
 from batchrun.param_columns import param_columns, parameters_taken
+from jobs.cells import delimiter_of
 from jobs.destination import check_place
 from jobs.errors import InputError
 from jobs.export import check_columns, check_destination
@@ -69,20 +72,24 @@ def make_spec(
     """
     sampling = sampling_settings(options)
     fields = _template_fields(options)
-    paths, input_format = expand_inputs(inputs)
-    output = output_settings(options["output"] or _default_output(paths[0], input_format))
-    source = open_source(paths, input_format)
+    parts, input_format = expand_inputs(inputs, log)
+    if options["output"] == PIPE:
+        output = _to_stdout(input_format)
+    else:
+        output = output_settings(options["output"] or _default_output(parts[0].path, input_format))
+    source = open_source(parts, input_format)
     prompt = _prompt(options, fields, source, log)
     own = _param_columns(options, source, sampling, log)
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
-    check_columns(source.column_names, options["token_ids"], n, keep)
-    destination = Path(output["path"])
-    check_place(home, destination, paths)
-    check_destination(destination, options["overwrite"])
+    prefix = options["output_prefix"]
+    check_columns(source.column_names, options["token_ids"], n, keep, prefix)
+    if not output.get("stdout"):
+        check_place(home, Path(output["path"]), [part.path for part in parts])
+        check_destination(Path(output["path"]), options["overwrite"])
     model = _model(options, home, log)
     _check_chat_template(prompt, source, model)
     return JobSpec(
-        inputs=tuple(InputFile.of(path) for path in paths),
+        inputs=tuple(InputFile.of(part.path, part.partition) for part in parts),
         input_format=input_format,
         prompt=prompt,
         model=model,
@@ -94,6 +101,7 @@ def make_spec(
         output={
             **output,
             "token_ids": options["token_ids"],
+            **({"prefix": prefix} if prefix else {}),
             **({"overwrite": True} if options["overwrite"] else {}),
         },
         runtime={
@@ -167,7 +175,16 @@ def output_settings(path: str) -> dict[str, Any]:
 
 
 def _default_output(first: Path, input_format: str) -> str:
-    return f"{first.name.split('.')[0]}-completions.{input_format}"
+    name = first.name.removeprefix(".stdin-")
+    stem = "stdin" if name != first.name else name.split(".")[0]
+    suffix = "tsv" if input_format == "csv" and delimiter_of(first) == "\t" else input_format
+    return f"{stem}-completions.{suffix}"
+
+
+def _to_stdout(input_format: str) -> dict[str, Any]:
+    """Settings of an output that lies in the job's folder until it is handed out."""
+    kind = "csv" if input_format == "csv" else "jsonl"
+    return {"path": f"output.{kind}", "format": kind, "stdout": True}
 
 
 def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
@@ -222,7 +239,7 @@ def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputErro
         doubled = "braces that are no column's are doubled: {{ and }}"
         error.hint = f"{error.hint} {doubled}" if error.hint else doubled
     elif error.hint is None and not in_template:
-        error.hint = f"say which one holds the prompts: --prompt-column {names[0]}"
+        error.hint = f"say which one holds the prompts: --prompt-column {shlex.quote(names[0])}"
     return error
 
 

@@ -180,7 +180,9 @@ def _check_messages(value: list[Any]) -> list[dict[str, Any]]:
 
 
 def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+    if isinstance(value, int | float):
+        return "true or false" if isinstance(value, bool) else "a number"
+    return {type(None): "null", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
 
 
 class Detokenizer:

@@ -42,7 +42,7 @@ def test_bad_rows_become_error_rows_and_the_others_finish(batchrun):
     for number, said in {
         1: "empty",
         2: "null",
-        3: "int",
+        3: "a number",
         4: "10,000,000 characters",
         5: f"{CONTEXT + 1} tokens",
         6: "line 7",
@@ -116,7 +116,7 @@ def cut(path):
         ("in.parquet", lambda path: path.write_bytes(b""), "in.parquet"),
         ("in.jsonl", lambda path: path.write_bytes(b""), "in.jsonl"),
         ("in.jsonl", lambda path: path.unlink(), "in.jsonl: there is no such file"),
-        ("in.csv", lambda path: None, "in.csv has no known input format"),
+        ("in.xls", lambda path: path.write_text("a sheet"), "in.xls has no known input format"),
     ],
 )
 def test_a_file_that_is_damaged_empty_absent_or_of_no_known_kind(batchrun, name, damage, error):

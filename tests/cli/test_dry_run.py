@@ -167,6 +167,6 @@ def test_rows_of_which_some_make_none(batchrun: CommandLine) -> None:
     source = batchrun.write("in.jsonl", ["fine", 7, "fine", None])
     dry = batchrun.submit(source, "--dry-run", "--n", 2, "--temperature", 1)
     assert (dry.code, dry.out.endswith(FINE + "\n")) == (0, True)
-    assert dry.err == "2 of the first 4 rows will fail; row 1: the prompt is a int, not text\n"
+    assert dry.err == "2 of the first 4 rows will fail; row 1: the prompt is a number, not text\n"
     limited = batchrun.submit(source, "--dry-run", "--limit", 1)
     assert (limited.code, limited.err) == (0, "")

@@ -100,7 +100,7 @@ def test_a_bad_value_further_down_is_that_rows_error(batchrun: CommandLine) -> N
 
 
 def test_a_seed_beyond_64_bits_is_that_rows_error_and_ends_no_run(batchrun: CommandLine) -> None:
-    source = batchrun.write("in.jsonl", ["a", "b", "c"], seed=[1, 2**63, 1e400])
+    source = batchrun.write("in.jsonl", ["a", "b", "c"], seed=[1, 2**63, 2**64])
     shown = batchrun.submit(
         source, "--max-tokens", 2, "--temperature", 1, "--limit", 3, "-o", "out.jsonl"
     )

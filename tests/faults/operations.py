@@ -125,7 +125,9 @@ def _as_of_version_1(scene: Scene) -> None:
         for table, column in SINCE_VERSION_1:
             if column in {row[1] for row in db.execute(f"PRAGMA table_info({table})")}:
                 db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        db.executescript("DROP TABLE partials; DROP TABLE crashes; PRAGMA user_version=1")
+        for table in ("partials", "crashes", "rows"):
+            db.execute(f"DROP TABLE {table}")
+        db.executescript("PRAGMA user_version=1")
 
 
 def _move_input(scene: Scene) -> None:

@@ -17,18 +17,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.answers import Answers
 from jobs.errors import JobError, OutputError
 from jobs.export import (
     check_columns,
     check_destination,
     export,
-    output_columns,
 )
-from jobs.joined import OUTPUT_COLUMNS
+from jobs.joined import Joined, output_columns
 from jobs.journal import Result
 from jobs.source import open_source
 from jobs.spec import output_format
 
+OUTPUT_COLUMNS = ("completion", "finish_reason", "prompt_tokens", "completion_tokens", "error")
 REPO = Path(__file__).parents[2]
 
 
@@ -53,17 +54,9 @@ def source(tmp_path):
 
 
 def write(source, path, results, *, n=1, token_ids=False, limit=None, partial=False, keep=None):
-    return export(
-        source,
-        results,
-        path,
-        format=output_format(path),
-        token_ids=token_ids,
-        n=n,
-        limit=limit,
-        partial=partial,
-        keep=keep,
-    )
+    added = output_columns(token_ids, n, keep)
+    joined = Joined(source, Answers(results, n, partial, keep), added, limit)
+    return export(joined, path, format=output_format(path))
 
 
 def scored(row, sample, sums):
@@ -194,8 +187,7 @@ class TestContent:
         (row,) = read(tmp_path / name)
         assert row["completion"] == "y\ufffd"
         assert row["error"] == "\ufffd"
-        kept = "x\ufffd" if name == "o.parquet" else "x" + chr(0xD800)
-        assert row["prompt"] == kept
+        assert row["prompt"] == "x\ufffd"
 
 
 class TestTypes:
@@ -272,7 +264,8 @@ class TestTypes:
             {"mixed": {}, "prompt": "ü", "late": True},
         ]
         path = tmp_path / "in.jsonl"
-        path.write_text("\n".join(map(json.dumps, records)) + "\nbroken\n")
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        path.write_text("\n".join(lines) + "\nbroken\n")
         write(open_source([path], "jsonl"), tmp_path / "o.jsonl", answers(3))
         rows = read(tmp_path / "o.jsonl")
         for record, row in zip(records, rows, strict=False):
@@ -360,7 +353,9 @@ class TestChecks:
             assert output_format(Path(name)) == "parquet"
         for name in ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.x.ndjson.ZST"]:
             assert output_format(Path(name)) == "jsonl"
-        for name in ["a", "a.csv", "a.gz", "a.parquet.gz", "jsonl"]:
+        for name in ["a.csv", "a.TSV", "a.csv.gz"]:
+            assert output_format(Path(name)) == "csv"
+        for name in ["a", "a.json", "a.xlsx", "a.gz", "a.parquet.gz", "jsonl"]:
             with pytest.raises(OutputError, match="which format") as info:
                 output_format(Path(name))
             assert ".jsonl" in info.value.hint
@@ -437,7 +432,9 @@ EXPORT = """
     import os, resource, signal, sys
     from pathlib import Path
     from jobs.errors import OutputError
+    from jobs.answers import Answers
     from jobs.export import check_destination, export
+    from jobs.joined import Joined, output_columns
     from jobs.spec import output_format
     from jobs.journal import Result
     from jobs.source import open_source
@@ -445,11 +442,10 @@ EXPORT = """
     source, out, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
     def run():
-        export(
-            open_source([source], source.suffix[1:]),
-            (Result(i, 0, "ok", os.urandom(40).hex()) for i in range(count)),
-            out, format=output_format(out), token_ids=False, n=1, limit=None,
-        )
+        results = (Result(i, 0, "ok", os.urandom(40).hex()) for i in range(count))
+        source_ = open_source([source], source.suffix[1:])
+        joined = Joined(source_, Answers(results, 1, False), output_columns(False, 1))
+        export(joined, out, format=output_format(out))
 """
 
 

@@ -25,10 +25,10 @@ from hypothesis.stateful import (
 )
 
 from jobs.errors import Fenced, LeaseHeld
-from jobs.export import export
 from jobs.folder import JobFolder, create, find_same, list_jobs
 from jobs.journal import Partial, Result
 from jobs.lease import Lease
+from jobs.rejoin import READ, export_job
 from jobs.source import open_source
 from jobs.spec import InputFile, JobSpec
 from jobs.suspects import RunningRows
@@ -48,6 +48,7 @@ class Worker:
         self.journal = self.stack.enter_context(job.journal(readonly=False))
         self.run = self.journal.begin_run()
         self.journal.set_meta("rows_total", ROWS)
+        self.journal.set_meta(READ, ["prompt"])
         self.engine = RunningRows(job.path)
         self.stack.callback(self.engine.close)
         self.engine.clear()
@@ -71,6 +72,8 @@ class JobMachine(RuleBasedStateMachine):
         self.n, self.home = n, self.root / "0"
         self.job = create(self.home, spec)
         self.results, self.partials, self.crashes = {}, {}, {}
+        self.rows = {row.index: row.digest for row in open_source([path], "parquet").rows()}
+        self.read = set()  # rows whose digests are journalled
         self.states = []  # of the runs
         self.state = "new"
 
@@ -107,7 +110,7 @@ class JobMachine(RuleBasedStateMachine):
         ]
         if self.results:  # tokens that were under way when their sample ended come too late
             partials.append(Partial(*data.draw(st.sampled_from(sorted(self.results))), tokens))
-        self.worker.journal.write(new, {"steps": attempt}, partials)
+        self.worker.journal.write(new, {"steps": attempt}, partials, self.digests(new))
         for result in new:
             self.results[result.row, result.sample] = result
             self.partials.pop((result.row, result.sample), None)
@@ -116,9 +119,20 @@ class JobMachine(RuleBasedStateMachine):
 
     def work_all_off(self, attempt):
         new = [self.answer(key, attempt) for key in self.todo()]
-        self.worker.journal.write(new)
+        self.worker.journal.write(new, digests=self.digests(new))
         self.results |= {(result.row, result.sample): result for result in new}
         self.partials = {}
+
+    def digests(self, results, ahead=()):
+        """Of rows as they come in with their results, and of others ahead of these."""
+        rows = {result.row for result in results} | set(ahead)
+        self.read |= rows
+        return [(row, self.rows[row]) for row in sorted(rows)]
+
+    @running
+    @rule(ahead=st.sets(st.integers(0, ROWS - 1)))
+    def read_ahead(self, ahead):
+        self.worker.journal.write([], digests=self.digests([], ahead))
 
     def answer(self, key, attempt):
         row, sample = key
@@ -160,15 +174,7 @@ class JobMachine(RuleBasedStateMachine):
 
     def export(self, journal):
         spec = self.job.spec()
-        export(
-            open_source([Path(spec.inputs[0].path)], "parquet"),
-            journal.results(),
-            Path(spec.output["path"]),
-            format="jsonl",
-            token_ids=False,
-            n=self.n,
-            limit=None,
-        )
+        export_job(spec, journal, Path(spec.output["path"]), format="jsonl")
 
     # --- what happens to it ----------------------------------------------------------------------
 
@@ -212,6 +218,7 @@ class JobMachine(RuleBasedStateMachine):
         for write in (
             lambda: worker.journal.write([Result(row, 0, "ok", "stale")]),
             lambda: worker.journal.write([], None, [Partial(row, 0, (1,))]),
+            lambda: worker.journal.write([], digests=[(row, 0)]),
             lambda: worker.journal.end_run("done", {}),
             worker.journal.retry_failed,
         ):
@@ -247,6 +254,8 @@ class JobMachine(RuleBasedStateMachine):
         with self.job.journal() as journal:
             assert list(journal.results()) == [self.results[key] for key in sorted(self.results)]
             assert journal.partials() == self.partials
+            assert journal.digests(0, ROWS) == {row: self.rows[row] for row in self.read}
+            assert {row for row, _ in self.results} <= self.read
             counted = {row: len(runs) for row, runs in self.crashes.items()}
             assert journal.crash_counts() == counted
             assert [run["state"] for run in journal.runs()] == self.states
@@ -280,6 +289,7 @@ class JobMachine(RuleBasedStateMachine):
         assert list_jobs(self.home) == []
         self.job = create(self.home, spec)
         self.results, self.partials, self.crashes, self.states = {}, {}, {}, []
+        self.read = set()
         self.state = "new"
 
     def teardown(self):

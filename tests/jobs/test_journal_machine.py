@@ -20,9 +20,11 @@ from jobs.errors import JournalError
 from jobs.journal import Journal, Result
 
 ROWS = 40
+EVERY = range(ROWS)
 
 texts = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 seconds = st.none() | st.floats(0, 1e6)
+row_digests = st.tuples(st.integers(0, ROWS - 1), st.integers(-(2**63), 2**63 - 1))
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple)
 
 
@@ -56,6 +58,7 @@ class JournalMachine(RuleBasedStateMachine):
     def create(self, n):
         self.n = n
         self.model = {}
+        self.digests = {}
         self.stats = []
         self.folder = self.root / "0"
         self.folder.mkdir()
@@ -73,7 +76,10 @@ class JournalMachine(RuleBasedStateMachine):
             st.lists(results(self.n), max_size=6, unique_by=lambda r: (r.row, r.sample))
         )
         batch = [r for r in batch if (r.row, r.sample) not in self.model]
-        self.journal.write(batch, stats)
+        digests = data.draw(st.lists(row_digests, max_size=3))
+        self.journal.write(batch, stats, digests=digests)
+        for row, digest in digests:  # the first one counts
+            self.digests.setdefault(row, digest)
         self.model |= {(r.row, r.sample): r for r in batch}
         if stats is not None:
             self.stats[-1] = stats
@@ -85,7 +91,9 @@ class JournalMachine(RuleBasedStateMachine):
         new = data.draw(results(self.n))
         duplicate = Result(old.row, old.sample, "ok", text="other")
         with pytest.raises(JournalError):
-            self.journal.write([new, duplicate], {"steps": -1})
+            self.journal.write(
+                [new, duplicate], {"steps": -1}, digests=[(row, -1) for row in EVERY]
+            )
 
     @rule()
     def crash(self):
@@ -121,6 +129,10 @@ class JournalMachine(RuleBasedStateMachine):
         whole = [row for row in range(ROWS) if all((row, s) in self.model for s in range(self.n))]
         assert counts.rows == len(whole)
         assert [run["stats"] for run in self.journal.runs()] == self.stats
+        assert self.journal.digests(0, ROWS) == self.digests
+        first, count = ROWS // 4, ROWS // 2
+        within = {row: d for row, d in self.digests.items() if first <= row < first + count}
+        assert self.journal.digests(first, count) == within
 
     def teardown(self):
         if self.journal is not None:

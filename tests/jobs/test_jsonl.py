@@ -9,15 +9,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import InputError
-from jobs.jsonl import JsonlSource
-from jobs.row import valid_text
+from jobs.jsonl import JsonSource
+from jobs.row import Part, valid_text
+from tests.jobs.reading import batches, objects
 
 
 def jsonl(path, *lines):
     path.write_bytes(
         b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines)
     )
-    return JsonlSource([path])
+    return JsonSource([Part(path)])
+
+
+def valid(value):
+    """What an output has of it: no reader takes lone surrogates."""
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list):
+        return [valid(item) for item in value]
+    if isinstance(value, dict):
+        return {valid_text(name): valid(item) for name, item in value.items()}
+    return value
 
 
 VALUES = st.recursive(
@@ -38,8 +50,8 @@ VALUES = st.recursive(
 def test_any_objects_have_a_schema_that_parquet_holds(tmp_path_factory, records):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     source = jsonl(path, *records)
-    assert list(source.objects()) == records
-    table = pa.Table.from_batches(source.batches(source.schema()), source.schema())
+    assert objects(source) == [valid(record) for record in records]
+    table = pa.Table.from_batches(batches(source, source.schema()), source.schema())
     assert table.num_rows == len(records)
     if table.num_columns:
         pq.write_table(table, path.with_suffix(".parquet"))
@@ -63,14 +75,14 @@ def test_valid_text_can_be_encoded_and_leaves_the_rest(text):
         assert valid_text(text) == text
 
 
-def test_lone_surrogates_are_mended_in_names_and_batches_and_kept_in_objects(tmp_path):
+def test_lone_surrogates_are_mended_everywhere(tmp_path):
     line = b'{"prompt": "x\\ud83d", "ok": "\\ud83d\\ude00", "k\\udc00": ["\\uDFFF"]}'
     source = jsonl(tmp_path / "x.jsonl", line)
     expected = {"prompt": "x\ufffd", "ok": "😀", "k\ufffd": ["\ufffd"]}
     assert [row.fields for row in source.rows()] == [expected]
-    (batch,) = source.batches(source.schema())
+    (batch,) = batches(source, source.schema())
     assert batch.to_pylist() == [expected]
-    assert list(source.objects()) == [json.loads(line)]
+    assert objects(source) == [expected]
 
 
 def test_an_object_with_ever_new_keys_does_not_become_a_type(tmp_path):
@@ -84,7 +96,7 @@ def test_text_and_other_content_of_messages_stay_in_one_list_type(tmp_path):
         {"messages": [{"role": "user", "content": "hi"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
     )
-    batch = pa.Table.from_batches(source.batches(source.schema()))
+    batch = pa.Table.from_batches(batches(source, source.schema()))
     assert [row[0]["content"] for row in batch["messages"].to_pylist()] == [
         "hi",
         '[{"type": "text", "text": "hi"}]',
@@ -92,17 +104,16 @@ def test_text_and_other_content_of_messages_stay_in_one_list_type(tmp_path):
 
 
 def test_an_endless_line_is_an_error_instead_of_all_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.jsonl._MAX_LINE", 1000)
+    monkeypatch.setattr("jobs.jsonl.MAX_RECORD", 1000)
     with pytest.raises(InputError, match=r"line 2 of .* is longer than"):
         jsonl(tmp_path / "x.jsonl", {"prompt": "a"}, {"prompt": "a" * 1000})
 
 
-@pytest.mark.parametrize("text", ['[{"p": "a"},\n{"p": "b"}]', '{\n"p": "a"\n}', "just text\n"])
-def test_json_that_is_not_lines_is_told_what_to_do(tmp_path, text):
+def test_json_that_is_not_lines_is_told_what_to_do(tmp_path):
     path = tmp_path / "x.json"
-    path.write_text(text)
+    path.write_text("just text\n")
     with pytest.raises(InputError, match="no JSON object in the first") as refused:
-        JsonlSource([path])
+        JsonSource([Part(path)])
     assert "jq" in refused.value.hint
 
 
@@ -110,7 +121,7 @@ def test_an_empty_part_among_others_is_fine(tmp_path):
     parts = [tmp_path / f"{i}.jsonl" for i in range(3)]
     for path, text in zip(parts, ['{"p": 1}\n', "", '{"p": 2}'], strict=True):
         path.write_text(text)
-    source = JsonlSource(parts)
+    source = JsonSource([Part(p) for p in parts])
     assert [(row.index, row.fields) for row in source.rows()] == [(0, {"p": 1}), (1, {"p": 2})]
     assert source.count() == 2
 
@@ -118,3 +129,69 @@ def test_an_empty_part_among_others_is_fine(tmp_path):
 def test_the_columns_of_the_first_100_rows_in_order_of_appearance(tmp_path):
     rows = [{"b": 1, "a": 2}, {"c": 3, "a": 4}, *[{"a": 0}] * 98, {"late": 1}]
     assert jsonl(tmp_path / "x.jsonl", *rows).column_names == ["b", "a", "c"]
+
+
+LAYOUTS = [
+    json.dumps,
+    lambda objects: json.dumps(objects, indent=2, ensure_ascii=False),
+    lambda objects: "[" + ",\n".join(map(json.dumps, objects)) + "]\n",
+    lambda objects: "[\n" + "\n,".join(map(json.dumps, objects)) + "\n]",
+    lambda objects: "\n".join(json.dumps(o, indent=1) for o in objects),
+    lambda objects: "{\n" + " ".join(json.dumps(o) for o in objects)[1:],
+    lambda objects: "\n".join(map(json.dumps, objects)),
+]
+TEXTS = st.text(st.sampled_from('[]{},:"\\\n ü😀a'), max_size=6)
+OBJECTS = st.lists(
+    st.dictionaries(
+        st.just("p") | TEXTS,
+        st.none() | TEXTS | st.lists(TEXTS, max_size=2) | st.dictionaries(TEXTS, TEXTS, max_size=2),
+        min_size=1,
+        max_size=3,
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(OBJECTS, st.sampled_from(LAYOUTS), st.sampled_from([1, 2, 3, 7, 64, 1 << 18]))
+@settings(max_examples=300, deadline=None)
+def test_every_layout_has_the_same_rows_however_it_is_read(tmp_path_factory, objects, layout, size):
+    path = tmp_path_factory.getbasetemp() / "layout.json"
+    path.write_text(layout(objects))
+    with pytest.MonkeyPatch.context() as patch:
+        source = JsonSource([Part(path)])
+        patch.setattr("jobs.jsonl._READ", size)
+        assert [row.fields for row in source.rows()] == objects
+        assert [row.index for row in source.rows(start=1)] == list(range(1, len(objects)))
+        assert source.count() == len(objects)
+
+
+def test_a_row_is_named_by_the_line_in_which_it_begins(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('[\n {"a": 1},\n\n {"a":\n  oops},\n 5, {"a": 3}\n]\n')
+    first, broken, number, last = JsonSource([Part(path)]).rows()
+    assert (first.fields, last.fields) == ({"a": 1}, {"a": 3})
+    assert broken.error.startswith("line 4 of x.json is not valid JSON")
+    assert number.error == "line 6 of x.json is not a JSON object but a number"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('[{"a": 1}, {"a": 2}', "cut short"),
+        ('[{"a": 1}, {"a": "x', "cut short"),
+        ('{\n "a": 1', "cut short"),
+        ('[{"a": 1}] {"a": 2}', "goes on after the end of its array in line 1"),
+    ],
+)
+def test_a_file_that_does_not_end_as_it_began(tmp_path, text, why):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=why):
+        JsonSource([Part(path)]).count()
+
+
+def test_arrays_as_lines_are_bad_rows(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('[1, 2]\n{"a": 1}\n[3]\n')
+    assert [row.error is None for row in JsonSource([Part(path)]).rows()] == [False, True, False]

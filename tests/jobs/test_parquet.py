@@ -17,16 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import InputError
-from jobs.parquet import ParquetSource
 from jobs.row import BATCH_BYTES, missing_column
 from jobs.source import open_source
+from tests.jobs.reading import batches as batches_of
+from tests.jobs.reading import objects as objects_of
 
 REPO = Path(__file__).parents[2]
 
 
 def parquet(path, table, **options):
     pq.write_table(table, path, **options)
-    return ParquetSource([path])
+    return open_source([path], "parquet")
 
 
 def run_python(code, *arguments):
@@ -56,7 +57,7 @@ def thousand(tmp_path_factory):
     for low, high in [(0, 333), (333, 334), (334, 1000)]:
         paths.append(tmp_path_factory.getbasetemp() / f"thousand-{low}.parquet")
         pq.write_table(pa.table({"id": range(low, high)}), paths[-1], row_group_size=70)
-    return ParquetSource(paths)
+    return open_source(paths, "parquet")
 
 
 @given(st.integers(0, 1100), st.none() | st.integers(0, 1100))
@@ -96,9 +97,9 @@ def test_empty_row_groups_are_passed_over(tmp_path):
     with pq.ParquetWriter(path, table.schema) as writer:
         for size in (1, 0, 1, 0):
             writer.write_table(table.slice(0, size), row_group_size=1)
-    source = ParquetSource([path])
+    source = open_source([path], "parquet")
     assert [row.fields["id"] for row in source.rows()] == [7, 7]
-    assert pa.Table.from_batches(source.batches(table.schema)).num_rows == 2
+    assert pa.Table.from_batches(batches_of(source, table.schema)).num_rows == 2
 
 
 def test_what_json_can_hold_of_rich_types(tmp_path):
@@ -119,7 +120,7 @@ def test_what_json_can_hold_of_rich_types(tmp_path):
         "messages": pa.array([[{"role": "user", "content": "hi"}]]),
     }
     source = parquet(tmp_path / "x.parquet", pa.table(columns))
-    (row,) = source.objects()
+    (row,) = objects_of(source)
     assert next(iter(source.rows())).fields == row  # templates see the same
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     assert row["when"] == "2026-01-02T03:04:05.000678+00:00"
@@ -143,7 +144,7 @@ def test_batches_keep_the_schema_and_its_metadata(tmp_path):
     table = pa.table([pa.array(range(500), pa.uint16()), ["a", "b"] * 250], schema=schema)
     source = parquet(tmp_path / "x.parquet", table, row_group_size=90)
     assert source.schema().metadata == {b"made": b"here"}
-    batches = list(source.batches(source.schema(), limit=400))
+    batches = batches_of(source, source.schema(), 400)
     assert all(batch.schema.equals(source.schema(), check_metadata=True) for batch in batches)
     assert pa.Table.from_batches(batches).to_pylist() == table.slice(0, 400).to_pylist()
 
@@ -152,7 +153,7 @@ def test_batches_are_small_where_the_file_has_a_large_cell_once_and_the_rows_man
     cells = [f"{i % 2}" * 400_000 for i in range(300)]
     source = parquet(tmp_path / "x.parquet", pa.table({"prompt": cells}))
     assert (tmp_path / "x.parquet").stat().st_size < 1_000_000
-    batches = list(source.batches(source.schema()))
+    batches = batches_of(source, source.schema())
     assert max(batch.nbytes for batch in batches) <= BATCH_BYTES
     assert sum(batch.num_rows for batch in batches) == 300
 
@@ -226,7 +227,7 @@ def test_a_large_file_streams(tmp_path, kind):
         next(source.rows(["prompt"]))
         before = peak()
         count = sum(1 for _ in source.rows(["prompt"]))
-        rows = sum(batch.num_rows for batch in source.batches(source.schema()))
+        rows = sum(chunk.num_rows for chunk in source.chunks())
         assert count == rows == 100_000, (count, rows)
         print(peak() - before)
     """

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from jobs.errors import InputError
 from jobs.jsonable import json_values
-from jobs.parquet import ParquetSource
 from jobs.row import BATCH_BYTES
+from jobs.source import open_source
 from jobs.unify import cast, unite
+from tests.jobs.reading import batches, objects
 
 EXACT = 1 << 53
 WORD = pa.dictionary(pa.int32(), pa.string())
@@ -32,11 +33,11 @@ def column(kind, *values, name="x"):
 
 
 def opened(folder, *tables, **options):
-    return ParquetSource(written(folder, *tables, **options))
+    return open_source(written(folder, *tables, **options), "parquet")
 
 
 def stored(source):
-    return pa.Table.from_batches(source.batches(source.schema()), source.schema())
+    return pa.Table.from_batches(batches(source, source.schema()), source.schema())
 
 
 def values(source):
@@ -162,7 +163,7 @@ def test_types_that_differ_harmlessly_are_one(tmp_path, was, now, united, swappe
     found = [fields["x"] for fields in values(source)]
     assert same(found, expected), (found, expected)
     assert json_values(stored(source)["x"].combine_chunks()) == found
-    assert [o["x"] for o in source.objects()] == found
+    assert [o["x"] for o in objects(source)] == found
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -176,7 +177,7 @@ def test_types_that_no_type_holds_are_refused(tmp_path, was, now, wrap, swapped)
     with pytest.raises(
         InputError, match=r"the Parquet files differ in their columns: 'x"
     ) as refused:
-        ParquetSource(paths)
+        open_source(paths, "parquet")
     message = str(refused.value)
     assert str(paths[0]) in message
     assert str(paths[1]) in message
@@ -218,7 +219,7 @@ def test_the_files_named_are_those_that_differ(tmp_path):
     tables = [column(kind, None) for kind in (pa.null(), pa.int8(), pa.int64(), pa.string())]
     paths = written(tmp_path, *tables)
     with pytest.raises(InputError) as refused:
-        ParquetSource(paths)
+        open_source(paths, "parquet")
     assert str(refused.value).endswith(f"'x' is int8 in {paths[1]}, string in {paths[3]}")
 
 
@@ -256,7 +257,7 @@ class TestProof:
         assert len(values(source)) == 5
         paths = written(tmp_path, *[good, bad, third][::order])
         with pytest.raises(InputError, match="differ in their columns: 'x' is ") as refused:
-            ParquetSource(paths)
+            open_source(paths, "parquet")
         message, last = str(refused.value), paths[::order][2]
         assert f"{kind} in {paths[1]}, {other} in {last}" in message
         assert f"{paths[1]} has the value {value}: exact in" in message
@@ -272,7 +273,7 @@ class TestProof:
         paths = written(tmp_path, *tables, write_statistics=False)
         message = f"int64 in {paths[0]}, double in {paths[1]}, and {paths[0]} has no statistics"
         with pytest.raises(InputError, match=re.escape(message)) as refused:
-            ParquetSource(paths)
+            open_source(paths, "parquet")
         assert ("'x.y' is" in str(refused.value)) == inside
 
     def test_each_row_group_is_looked_at(self, tmp_path):
@@ -381,7 +382,7 @@ def test_columns_that_are_not_asked_for_are_not_read(tmp_path):
     data = bytearray(paths[1].read_bytes())
     data[4:400] = b"\xff" * 396  # inside of `big`, which is first
     paths[1].write_bytes(data)
-    source = ParquetSource(paths)
+    source = open_source(paths, "parquet")
     assert [row.fields["a"] for row in source.rows(["a"])] == [1, *range(9)]
     with pytest.raises(InputError, match="damaged"):
         list(source.rows(["big"]))
@@ -391,9 +392,9 @@ def test_batches_stay_small_where_a_dictionary_becomes_plain(tmp_path):
     cells = [f"{i % 2}" * 400_000 for i in range(300)]
     words = pa.table({"x": pa.array(cells).dictionary_encode()})
     source = opened(tmp_path, words, column(pa.string(), "plain"))
-    batches = list(source.batches(source.schema()))
-    assert max(batch.nbytes for batch in batches) <= BATCH_BYTES
-    assert [cell for batch in batches for cell in batch["x"].to_pylist()] == [*cells, "plain"]
+    read = batches(source, source.schema())
+    assert max(batch.nbytes for batch in read) <= BATCH_BYTES
+    assert [cell for batch in read for cell in batch["x"].to_pylist()] == [*cells, "plain"]
 
 
 def test_a_cast_that_arrow_does_not_have_is_found_before_the_job_starts(tmp_path, monkeypatch):
@@ -401,16 +402,16 @@ def test_a_cast_that_arrow_does_not_have_is_found_before_the_job_starts(tmp_path
         raise pa.ArrowNotImplementedError("no such cast")
 
     paths = written(tmp_path, column(pa.int8(), 1), column(pa.int16(), 1))
-    monkeypatch.setattr("jobs.parts.cast", missing)
+    monkeypatch.setattr("jobs.united.cast", missing)
     with pytest.raises(
         InputError, match=r"'x' is int8 in .*0\.parquet, and can't be read as int16"
     ):
-        ParquetSource(paths)
+        open_source(paths, "parquet")
 
 
 def test_a_file_that_changes_after_opening_does_not_change_values(tmp_path):
     paths = written(tmp_path, column(pa.int64(), 1), column(pa.float64(), 0.5))
-    source = ParquetSource(paths)
+    source = open_source(paths, "parquet")
     pq.write_table(column(pa.int64(), EXACT + 1), paths[0])
     with pytest.raises(InputError, match=str(EXACT + 1)):
         list(source.rows())
@@ -503,7 +504,7 @@ def test_any_two_files_are_refused_or_read_as_they_are(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
     paths = written(folder, *(pa.table([array], names=["x"]) for array in arrays))
     try:
-        source = ParquetSource(paths)
+        source = open_source(paths, "parquet")
     except InputError as error:
         assert "differ in their columns: 'x" in str(error)  # noqa: PT017 - or it is no error
         return

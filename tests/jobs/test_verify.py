@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.export import export
 from jobs.journal import Journal, Result
 from jobs.lease import Lease
-from jobs.source import open_source
+from jobs.rejoin import export_job
 from jobs.spec import InputFile
 from jobs.verify import verify
 
@@ -64,16 +63,7 @@ def finish(job):
 
 def write(job, journal):
     spec = job.spec()
-    export(
-        open_source([Path(i.path) for i in spec.inputs], spec.input_format),
-        journal.results(),
-        Path(spec.output["path"]),
-        format=spec.output["format"],
-        token_ids=True,
-        n=spec.n,
-        limit=spec.limit,
-        keep=spec.keep,
-    )
+    export_job(spec, journal, Path(spec.output["path"]), format=spec.output["format"])
 
 
 def edit(job, *statements):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from jobs.errors import InputError
 from jobs.row import reading
+from jobs.stream import text_of
 from jobs.unify import TypeConflictError, cast, exact_range, unite_fields, united_leaves
 
 _OTHERS = (b"pandas", b"huggingface")  # metadata that describes columns one by one
@@ -58,7 +59,7 @@ def united(paths: Sequence[Path]) -> tuple[pa.Schema, list[int]]:
     counts: list[int] = []
     found: dict[tuple[pa.Field[Any], ...], _Kind] = {}
     for path in paths:
-        with reading(path), pq.ParquetFile(path) as file:
+        with reading(path), _opened(path) as file:
             counts.append(file.metadata.num_rows)
             schema = file.schema_arrow
         found.setdefault(tuple(schema), _Kind(schema, [])).paths.append(path)
@@ -82,6 +83,21 @@ def united(paths: Sequence[Path]) -> tuple[pa.Schema, list[int]]:
             _check_casts(kind, schema)
             _check_values(kind, kinds, schema)
     return schema, counts
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid:
+        with path.open("rb") as file:
+            head = file.read(4)
+        if not head or head == b"PAR1":
+            raise
+        with text_of(path) as _:  # knows what many other files are
+            pass
+        raise InputError(
+            f"{path} is not a Parquet file", hint="give it a name that says what it is"
+        ) from None
 
 
 def _check_names(kind: _Kind) -> None:

@@ -1,0 +1,202 @@
+"""CSV and TSV, as a source and as an output. Every value is text, as the file has it.
+
+An empty cell is null, and one of two quotes is empty text. A record with more or fewer cells than
+the header is a bad row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.cells import delimiter_of, joined
+from jobs.errors import InputError
+from jobs.row import Part
+from jobs.stream import MAX_RECORD, text_of
+from jobs.textsource import Record, TextSource
+
+csv.field_size_limit(MAX_RECORD)  # Python's own limit is less than a long prompt
+
+_DELIMITERS = ",;\t|"  # of a .csv: that which its header has most of, the first of equals
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_RETURN = "\udc0d"  # stands for a \r that ends no line, at which Python's csv would end one
+
+
+class DelimitedSource(TextSource):
+    """CSV and TSV files; each begins with the names of its columns.
+
+    Raises:
+        InputError: A file has no header, or one with a name twice.
+    """
+
+    no_rows = "no record that fits its header"
+    advice = "look at the delimiter, the quotes and the header"
+
+    def __init__(self, parts: Sequence[Part], *, lenient: bool = False) -> None:
+        self._headers: dict[Path, tuple[str, ...]] = {}
+        self._own: set[str] = set()  # names in any of them
+        super().__init__(parts, lenient=lenient)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Columns of all files, in order of appearance."""
+        names = [name for part in self._parts for name in self._headers.get(part.path, ())]
+        return list(dict.fromkeys([*names, *self._partition]))
+
+    def partition(self, part: Part) -> dict[str, Any]:
+        """See `TextSource.partition`: text where other files have such a column."""
+        values = super().partition(part)
+        for name in self._own & values.keys():
+            values[name] = None if values[name] is None else str(values[name])
+        return values
+
+    def schema(self) -> pa.Schema:
+        """Text, but for what folders' names say."""
+        found = super().schema() if self._partition else pa.schema([])
+        return pa.schema(
+            [
+                (name, found.field(name).type if name in self._partition else pa.string())
+                for name in self.column_names
+            ]
+        )
+
+    def records(self, part: Part) -> Iterator[Record]:
+        """See `TextSource.records`."""
+        with text_of(part.path, part.size) as file:
+            head = file.peek(1 << 16)
+            if head.lstrip().startswith((b'{"', b'[{"')):
+                raise InputError(
+                    f"{part.path} holds JSON", hint="give it a name that ends in .jsonl"
+                )
+            bare = _QUOTED.sub("", head.decode("utf-8", "replace").lstrip("\r\n"))
+            end = _LINE_END.search(bare)
+            delimiter = _delimiter(part.path, bare[: end.start()] if end else bare)
+            lines = _Lines(file, any_end=end is not None and end[0] == "\r")
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            header = self._header(part.path, reader)
+            while True:
+                lines.taken.clear()
+                first, error = lines.number + 1, None
+                try:
+                    cells = next(reader, None)
+                except csv.Error as problem:
+                    if lines.ended:
+                        raise InputError(
+                            f"{part.path}: the quote that opens in line {first} is never closed",
+                            hint='a quote inside of quotes is written twice: ""',
+                        ) from problem
+                    cells, error = [str(problem)], f"is not valid CSV: {problem}"
+                if cells is None:
+                    return
+                if cells:  # a blank line is no row
+                    raw = "".join(lines.taken).replace(_RETURN, "\r")
+                    data = raw.encode(errors="surrogateescape")
+                    yield Record(first, data, part, header, delimiter, error)
+
+    def _header(self, path: Path, reader: Iterator[list[str]]) -> tuple[str, ...]:
+        try:
+            found = next((cells for cells in reader if cells), [])
+            header = tuple(cell.replace(_RETURN, "\r") for cell in found)
+            "".join(header).encode()
+        except csv.Error as error:
+            raise InputError(f"{path}: its header can't be read: {error}") from error
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{path}: its header can't be read: it is not valid UTF-8",
+                hint=f"if it is Latin-1: iconv -f WINDOWS-1252 -t UTF-8 '{path}' > "
+                f"utf8-{path.name}",
+            ) from error
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            raise InputError(
+                f"{path} has more than one column named '{twice[0]}'",
+                hint="give its columns different names; the first line is the header",
+            )
+        self._headers[path] = header
+        self._own.update(header)
+        return header
+
+    def parse(self, record: Record) -> dict[str, Any]:
+        """See `TextSource.parse`."""
+        text = record.data.decode().rstrip("\r\n")
+        [cells] = csv.reader([text.replace("\r", _RETURN)], delimiter=record.delimiter, strict=True)
+        if len(cells) != len(record.header):
+            raise ValueError(f"has {len(cells)} cells, and the header has {len(record.header)}")
+        values: list[str | None] = [cell or None for cell in cells]
+        if None in values and '""' in text:
+            values = [
+                "" if value is None and cell else value
+                for value, cell in zip(values, _raw_cells(text, record.delimiter), strict=False)
+            ]
+        if "\r" in text:
+            values = [value and value.replace(_RETURN, "\r") for value in values]
+        return dict(zip(record.header, values, strict=True))
+
+    def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
+        """See `TextSource.carried`."""
+        fields, error = self.fields(record)
+        return fields if error is None else None
+
+    def delimited(self, record: Record, delimiter: str, names: Sequence[str]) -> str | None:
+        """See `TextSource.delimited`: the record as it is, where that is what is asked for."""
+        fields, error = self.fields(record)
+        if error is not None:
+            return None
+        if record.delimiter == delimiter and list(record.header) == list(names):
+            text = record.data.decode().rstrip("\r\n")
+            if ('"' not in text and "\r" not in text) or _plain(delimiter).fullmatch(text):
+                return text
+        return joined([fields.get(name) for name in names], delimiter)
+
+
+class _Lines:
+    """Lines of a file, for csv's reader, which takes as many as a record has."""
+
+    def __init__(self, file: io.BufferedReader, *, any_end: bool) -> None:
+        newline = "" if any_end else "\n"  # where that ends the header, a lone \r is text
+        self._text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline=newline)
+        self.taken: list[str] = []
+        self.number = 0
+        self.ended = False
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(MAX_RECORD)
+        if not line:
+            self.ended = True
+            raise StopIteration
+        self.number += 1
+        if "\r" in line:
+            text = line.rstrip("\r\n")
+            line = text.replace("\r", _RETURN) + line[len(text) :]
+        self.taken.append(line)
+        return line
+
+
+def _delimiter(path: Path, header: str) -> str:
+    if delimiter_of(path) == "\t":
+        return "\t"
+    return max(_DELIMITERS, key=header.count)
+
+
+@cache
+def _plain(delimiter: str) -> re.Pattern[str]:
+    """Records that every reader takes: Python's csv takes more quotes and line ends than others."""
+    cell = rf'(?:"(?:[^"]|"")*+"|[^"\r\n{re.escape(delimiter)}]*+)'
+    return re.compile(f"{cell}(?:{re.escape(delimiter)}{cell})*+")
+
+
+def _raw_cells(text: str, delimiter: str) -> list[str]:
+    """The cells of a valid record with their quotes."""
+    one = re.escape(delimiter)
+    return re.findall(rf'("(?:[^"]|"")*"|[^{one}]*)(?:{one}|\Z)', text)
