@@ -96,14 +96,14 @@ def measured(
     """
     before = psutil.Process().children(recursive=True)
     memory = Memory(before)
-    memory.start()
     began = time.perf_counter()
     code: int | None = None
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=file, stderr=file
+        )
+    memory.start()  # not before: until it is the command, the child has this process's memory
     try:
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command, env={**os.environ, **environment}, stdout=file, stderr=file
-            )
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout)
         seconds = time.perf_counter() - began
