@@ -162,7 +162,7 @@ def resuming(
         with Lease(job.path):
             submitted = JobSpec.load(job.path)
             places = places_with_output(job.path, submitted, output)
-            spec = submitted.at(places)
+            spec = submitted.at(places).within(job.path)
             path, inputs = Path(spec.output["path"]), [Path(file.path) for file in spec.inputs]
             if output is not None:
                 check_place(root, path, inputs)

@@ -38,6 +38,8 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     root = home()
     folder = find(root, job)
     spec = folder.spec()
+    if output is None and spec.output.get("stdout"):
+        output = PIPE
     if output == PIPE:
         kind = "csv" if spec.input_format == "csv" else "jsonl"
         with tempfile.TemporaryDirectory() as place, folder.journal() as journal:

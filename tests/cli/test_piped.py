@@ -84,10 +84,12 @@ def test_a_detached_job_outlives_its_pipe(piped, batchrun):
 def test_a_resumed_job_hands_out_what_was_asked_for(piped, batchrun):
     data = b'{"prompt": "one"}\n{"prompt": 7}\n'
     assert piped(data, "submit", "-", "-o", "-", *FLAGS).returncode == 3
+    (batchrun.folder / "output.jsonl").write_text("somebody's own")  # as ours is called inside
     again = batchrun("resume", "--retry-failed")
     assert [json.loads(line)["prompt"] for line in again.out.splitlines()] == ["one", 7]
     assert batchrun("resume", "--retry-failed", "-o", "file.jsonl").code == 3
     assert len(batchrun.read("file.jsonl")) == 2
+    assert (batchrun.folder / "output.jsonl").read_text() == "somebody's own"
 
 
 def test_export_to_stdout(piped, batchrun):
@@ -95,6 +97,11 @@ def test_export_to_stdout(piped, batchrun):
     shown = batchrun("export", "-o", "-")
     assert shown.out.splitlines()[1].startswith("one,")
     assert "1 rows" in shown.err
+
+
+def test_export_of_a_job_to_stdout_goes_there_again(piped, batchrun):
+    done = piped(b'{"prompt": "one"}\n', "submit", "-", "-o", "-", *FLAGS)
+    assert batchrun("export").out.encode() == done.stdout
 
 
 @pytest.mark.parametrize(
