@@ -13,14 +13,16 @@ from typing import Any
 import pyarrow as pa
 
 from batchrun.engine.core import SamplingParams
+from jobs.arrowtypes import is_text, without_dictionary
 from jobs.errors import InputError
 from jobs.source import Source
 
 FLAG = "--ignore-param-columns"
 _LOOKED_AT = 1000  # rows, before the job starts
 _SHOWN = 60  # characters of a value, in a message
-_NUMBERS = ("is_integer", "is_floating", "is_decimal")
-_TEXT = ("is_string", "is_large_string", "is_string_view")
+_Kinds = tuple[Callable[[pa.DataType], bool], ...]
+_NUMBERS: _Kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+_TEXT: _Kinds = (is_text,)
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,16 @@ class _Kind:
     read: Callable[[Any], Any]  # TypeError, ValueError or ArithmeticError where it is none
     valid: Callable[[Any], bool]
     rule: str
-    types: tuple[str, ...]
-    items: tuple[str, ...] = ()  # types that a list of them has
+    types: _Kinds
+    items: _Kinds = ()  # types that a list of them has
 
     def takes(self, type: pa.DataType) -> bool:  # noqa: A002 - Arrow's word
         """Whether a column of that Arrow type can hold it."""
         types = self.types
         if isinstance(type, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
             type, types = type.value_type, self.items  # noqa: A001
-        if pa.types.is_dictionary(type):
-            type = type.value_type  # noqa: A001
-        return any(getattr(pa.types, name)(type) for name in ("is_null", *types))
+        kind = without_dictionary(type)
+        return any(is_kind(kind) for is_kind in (pa.types.is_null, *types))
 
 
 def _number(value: Any) -> float:
@@ -115,7 +116,9 @@ OVERRIDES: dict[str, _Kind] = {
         _NUMBERS + _TEXT,
         _NUMBERS + _TEXT,
     ),
-    "ignore_eos": _Kind(_flag, lambda _: True, "true or false", ("is_boolean", *_NUMBERS, *_TEXT)),
+    "ignore_eos": _Kind(
+        _flag, lambda _: True, "true or false", (pa.types.is_boolean, *_NUMBERS, *_TEXT)
+    ),
 }
 
 

@@ -239,11 +239,6 @@ class _Run:
             watchdog=self.watchdog,
         )
 
-        with Journal(self.job.path, self.spec.n) as journal:
-            journal.resume_run(self._run_id)
-            if journal.meta(READ) is None:
-                journal.set_meta(READ, self._reader.columns)
-
         def guarded(work: Callable[..., None], *channels: Channel[Any]) -> None:
             try:
                 work(*channels)
@@ -334,6 +329,9 @@ class _Run:
         """The journal writer's thread: the only one that writes results."""
         with Journal(self.job.path, self.spec.n) as journal:
             journal.resume_run(self._run_id)
+            if journal.meta(READ) is None:
+                assert self._reader is not None
+                journal.set_meta(READ, self._reader.columns)
             pending: list[Result | Copy] = []
             partials: Checkpoint = []
             digests: list[tuple[int, int]] = []

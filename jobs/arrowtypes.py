@@ -12,6 +12,11 @@ def is_text(kind: pa.DataType) -> bool:
     )
 
 
+def without_dictionary(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, whether a dictionary holds each once or not."""
+    return kind.value_type if isinstance(kind, pa.DictionaryType) else kind
+
+
 def is_binary(kind: pa.DataType) -> bool:
     """Whether values are bytes."""
     return (

@@ -7,18 +7,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jobs.jsontext import encode
+from jobs.jsontext import as_text
 
-PACKED = {".gz", ".zst", ".bz2", ".xz"}  # suffixes behind that which says the format
+_PACKED = {".gz", ".zst", ".bz2", ".xz"}
 _SPECIAL = re.compile(r'["\r\n,;\t|]|^\s|\s$')
+
+
+def suffixes(path: Path) -> tuple[str, str]:
+    """What a name says of a format, and of a packing behind it: `.jsonl` and `.gz`, or nothing."""
+    suffix = path.suffix.lower()
+    if suffix in _PACKED:
+        return Path(path.stem).suffix.lower(), suffix
+    return suffix, ""
 
 
 def delimiter_of(path: Path) -> str:
     """What separates cells in an output of this name: a tab, or a comma."""
-    suffix = path.suffix.lower()
-    if suffix in PACKED:
-        suffix = Path(path.stem).suffix.lower()
-    return "\t" if suffix == ".tsv" else ","
+    return "\t" if suffixes(path)[0] == ".tsv" else ","
 
 
 def joined(values: Iterable[Any], delimiter: str) -> str:
@@ -27,12 +32,7 @@ def joined(values: Iterable[Any], delimiter: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
-        text = str(value)
-    else:
-        text = encode(value)
-    if text in ("nan", "inf", "-inf") and isinstance(value, float):
+    text = as_text(value)
+    if text is None:
         return ""
     return '"' + text.replace('"', '""') + '"' if not text or _SPECIAL.search(text) else text

@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from jobs.cells import delimiter_of, joined
 from jobs.errors import InputError
-from jobs.row import Part
+from jobs.row import Part, check_names, partition_fields
 from jobs.stream import MAX_RECORD, text_of
-from jobs.textsource import Record, TextSource
+from jobs.textsource import Header, Record, TextSource
 
 csv.field_size_limit(MAX_RECORD)  # Python's own limit is less than a long prompt
 
@@ -60,13 +60,9 @@ class DelimitedSource(TextSource):
 
     def schema(self) -> pa.Schema:
         """Text, but for what folders' names say."""
-        found = super().schema() if self._partition else pa.schema([])
-        return pa.schema(
-            [
-                (name, found.field(name).type if name in self._partition else pa.string())
-                for name in self.column_names
-            ]
-        )
+        said = {field.name: field.type for field in partition_fields(self._parts)}
+        kinds = {**said, **dict.fromkeys(self._own, pa.string())}
+        return pa.schema([(name, kinds[name]) for name in self.column_names])
 
     def records(self, part: Part) -> Iterator[Record]:
         """See `TextSource.records`."""
@@ -81,7 +77,7 @@ class DelimitedSource(TextSource):
             delimiter = _delimiter(part.path, bare[: end.start()] if end else bare)
             lines = _Lines(file, any_end=end is not None and end[0] == "\r")
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            header = self._header(part.path, reader)
+            header = Header(self._header(part.path, reader), delimiter)
             while True:
                 lines.taken.clear()
                 first, error = lines.number + 1, None
@@ -99,7 +95,7 @@ class DelimitedSource(TextSource):
                 if cells:  # a blank line is no row
                     raw = "".join(lines.taken).replace(_RETURN, "\r")
                     data = raw.encode(errors="surrogateescape")
-                    yield Record(first, data, part, header, delimiter, error)
+                    yield Record(first, data, part, header, cells, error)
 
     def _header(self, path: Path, reader: Iterator[list[str]]) -> tuple[str, ...]:
         try:
@@ -114,31 +110,27 @@ class DelimitedSource(TextSource):
                 hint=f"if it is Latin-1: iconv -f WINDOWS-1252 -t UTF-8 '{path}' > "
                 f"utf8-{path.name}",
             ) from error
-        twice = sorted({name for name in header if header.count(name) > 1})
-        if twice:
-            raise InputError(
-                f"{path} has more than one column named '{twice[0]}'",
-                hint="give its columns different names; the first line is the header",
-            )
+        check_names(path, header, "give its columns different names; the first line is the header")
         self._headers[path] = header
         self._own.update(header)
         return header
 
     def parse(self, record: Record) -> dict[str, Any]:
         """See `TextSource.parse`."""
-        text = record.data.decode().rstrip("\r\n")
-        [cells] = csv.reader([text.replace("\r", _RETURN)], delimiter=record.delimiter, strict=True)
-        if len(cells) != len(record.header):
-            raise ValueError(f"has {len(cells)} cells, and the header has {len(record.header)}")
+        assert record.header is not None
+        text, names, cells = record.data.decode(), record.header.names, record.cells
+        if len(cells) != len(names):
+            raise ValueError(f"has {len(cells)} cells, and the header has {len(names)}")
         values: list[str | None] = [cell or None for cell in cells]
         if None in values and '""' in text:
+            raw = _raw_cells(text.rstrip("\r\n"), record.header.delimiter)
             values = [
                 "" if value is None and cell else value
-                for value, cell in zip(values, _raw_cells(text, record.delimiter), strict=False)
+                for value, cell in zip(values, raw, strict=False)
             ]
         if "\r" in text:
             values = [value and value.replace(_RETURN, "\r") for value in values]
-        return dict(zip(record.header, values, strict=True))
+        return dict(zip(names, values, strict=True))
 
     def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
         """See `TextSource.carried`."""
@@ -150,7 +142,9 @@ class DelimitedSource(TextSource):
         fields, error = self.fields(record)
         if error is not None:
             return None
-        if record.delimiter == delimiter and list(record.header) == list(names):
+        header = record.header
+        assert header is not None
+        if header.delimiter == delimiter and list(header.names) == list(names):
             text = record.data.decode().rstrip("\r\n")
             if ('"' not in text and "\r" not in text) or _plain(delimiter).fullmatch(text):
                 return text

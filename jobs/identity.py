@@ -128,10 +128,9 @@ def changes(
     lines = []
     for was in spec.inputs:
         if only is None or was.path in only:
-            now = InputFile.of(Path(was.path))
-            if now.size > was.size and spec.input_format != "parquet":
-                # What was appended is no part of the job: sources read no further than it was.
-                now = InputFile.of(Path(was.path), size=was.size)
+            # What was appended is no part of the job: sources of text read no further than it was.
+            most = None if spec.input_format == "parquet" else was.size
+            now = InputFile.of(Path(was.path), most=most)
             if was.size != now.size:
                 lines.append(f"{was.path}: it had {was.size} bytes and now has {now.size}")
             elif was.fingerprint != now.fingerprint:

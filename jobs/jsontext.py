@@ -209,6 +209,15 @@ def encode(value: Any) -> str:
     return text if not far or math.isfinite(float(text)) else "null"
 
 
+def as_text(value: Any) -> str | None:
+    """A value as text: strings as they are, numbers as written, all else as JSON; null is None."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return encode(value)
+    return str(value) if isinstance(value, int | Number) or math.isfinite(value) else None
+
+
 def encode_plain(value: Mapping[str, Any]) -> str:
     """The same, quickly, of values without anything that the rules speak of."""
     return _PLAIN.encode(value)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 
-from jobs.row import Chunk, Row
+from jobs.row import Chunk, Row, no_columns
 
 
 class LostChunk:
@@ -28,8 +28,7 @@ class LostChunk:
     def arrow(self, schema: pa.Schema) -> pa.RecordBatch:
         """See `Chunk.arrow`."""
         if not len(schema):
-            empty = pa.array([{}] * self.num_rows, type=pa.struct([]))
-            return pa.RecordBatch.from_struct_array(cast(pa.StructArray, empty))
+            return no_columns(self.num_rows)
         nulls = [pa.nulls(self.num_rows, field.type) for field in schema]
         return pa.RecordBatch.from_arrays(nulls, schema=schema)
 

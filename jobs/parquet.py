@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 from jobs.arrowtypes import is_text
 from jobs.columnar import ColumnarChunk
 from jobs.errors import InputError
-from jobs.row import BATCH_BYTES, BATCH_ROWS, Part, Row, missing_column, reading
+from jobs.row import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    Part,
+    Row,
+    missing_column,
+    no_columns,
+    partition_fields,
+    reading,
+)
 from jobs.unify import conform
 from jobs.united import united
 
@@ -31,7 +40,7 @@ class ParquetSource:
         self._parts = list(parts)
         paths = [part.path for part in parts]
         self._schema, self._counts = united(paths)
-        for field in _partition_fields(parts):
+        for field in partition_fields(parts):
             if field.name not in self._schema.names:
                 self._schema = self._schema.append(field)
             else:
@@ -98,14 +107,6 @@ class ParquetSource:
             first += count
 
 
-def _partition_fields(parts: Sequence[Part]) -> Iterator[pa.Field[Any]]:
-    """What the names of folders say, as columns: integers where all are."""
-    for name in dict.fromkeys(name for part in parts for name in part.partition):
-        values = [part.partition.get(name) for part in parts]
-        texts = any(isinstance(value, str) for value in values)
-        yield pa.field(name, pa.string() if texts else pa.int64())
-
-
 def _check_partition(parts: Sequence[Part], field: pa.Field[Any]) -> None:
     """Refuse what folders' names say of files without a column that others have as another type."""
     for part in parts:
@@ -163,7 +164,7 @@ def _batches(
     if not names:
         rows = file.metadata.row_group(group).num_rows
         for first in range(0, rows, size):
-            yield pa.RecordBatch.from_arrays([pa.nulls(min(size, rows - first))], [""]).select([])
+            yield no_columns(min(size, rows - first))
         return
     for batch in file.iter_batches(size, row_groups=[group], columns=names, use_threads=False):
         # `a.b` asked for is also field b of a column a: take the column alone.

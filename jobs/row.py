@@ -140,6 +140,29 @@ class Source(Protocol):
         ...
 
 
+def partition_fields(parts: Sequence[Part]) -> list[pa.Field[Any]]:
+    """What the names of folders say, as columns: integers where all are."""
+    names = dict.fromkeys(name for part in parts for name in part.partition)
+    texts = {n for part in parts for n, value in part.partition.items() if isinstance(value, str)}
+    return [pa.field(name, pa.string() if name in texts else pa.int64()) for name in names]
+
+
+def check_names(path: Path, names: Sequence[str], advice: str) -> None:
+    """Refuse a file that has a column twice.
+
+    Raises:
+        InputError: It has; `advice` is its hint.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} has more than one column named '{twice[0]}'", hint=advice)
+
+
+def no_columns(rows: int) -> pa.RecordBatch:
+    """So many rows without anything in them."""
+    return pa.RecordBatch.from_arrays([pa.nulls(rows)], [""]).select([])
+
+
 def digest_of(data: bytes) -> int:
     """64 bits that tell a row from what it was, as SQLite's integers are."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)

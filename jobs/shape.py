@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from jobs.jsontext import Number, encode
+from jobs.jsontext import Number, as_text
 
 _MAX_FIELDS = 1000  # of a nested object, to get a struct type
 _MAX_LEVELS = 32  # of types inside each other; readers of Parquet stop at 49 lists
@@ -82,7 +81,7 @@ def fitted(values: Sequence[Any], kind: pa.DataType) -> pa.Array[Any]:
 def _fit(kind: pa.DataType) -> Callable[[Any], Any]:
     """A function that turns a JSON value into what `pa.array` takes for a type of `Shape`."""
     if pa.types.is_string(kind):
-        return _as_text
+        return as_text
     if isinstance(kind, pa.ListType):
         item = _fit(kind.value_type)
         return lambda value: None if value is None else [item(inner) for inner in value]
@@ -92,11 +91,3 @@ def _fit(kind: pa.DataType) -> Callable[[Any], Any]:
             None if value is None else {name: fit(value.get(name)) for name, fit in parts}
         )
     return lambda value: value
-
-
-def _as_text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return None if type(value) is float and not math.isfinite(value) else str(value)
-    return encode(value)

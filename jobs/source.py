@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
-from jobs.cells import PACKED
+from jobs.cells import suffixes
 from jobs.delimited import DelimitedSource
 from jobs.errors import InputError
 from jobs.jsonl import JsonSource
@@ -64,23 +64,23 @@ def expand_inputs(
     Raises:
         InputError: A path leads to nothing, or to files of unknown or of several formats.
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, tuple[Path, Format]] = {}
     for path in paths:
-        for file in _expand(path, log):
-            found.setdefault(file.resolve(), file)
+        for file, kind in _expand(path, log):
+            found.setdefault(file.resolve(), (file, kind))
     if not found:
         raise InputError("no input files were given", hint="batchrun submit prompts.parquet")
-    files = sorted(found.values(), key=_natural)
-    formats = {_format(file) or sniffed(file): file for file in reversed(files)}
+    ordered = sorted(found.values(), key=lambda known: _natural(known[0]))
+    formats = {kind: file for file, kind in reversed(ordered)}
     if len(formats) > 1:
-        each = [f"{file} is {_NAMES[kind]}" for kind, file in formats.items() if kind]
+        each = [f"{file} is {_NAMES[kind]}" for kind, file in formats.items()]
         raise InputError(
             f"the input mixes formats: {', '.join(sorted(each))}",
             hint="submit them as separate jobs",
         )
-    kind = next(iter(formats))
-    assert kind is not None  # `_files` yields no other
-    return [Part(file, None, values) for file, values in _partitions(files)], kind
+    files = [file for file, _ in ordered]
+    parts = [Part(file, None, values) for file, values in _partitions(files)]
+    return parts, ordered[0][1]
 
 
 def open_source(
@@ -107,7 +107,7 @@ def open_source(
     return _TEXT[format](files, lenient=lenient)
 
 
-def _expand(path: str, log: Callable[[str], None]) -> Iterator[Path]:
+def _expand(path: str, log: Callable[[str], None]) -> Iterator[tuple[Path, Format]]:
     where = Path(path).expanduser()
     with reading(where):
         try:
@@ -130,8 +130,8 @@ def _expand(path: str, log: Callable[[str], None]) -> Iterator[Path]:
         yield from _files(Path(match), log)
 
 
-def _files(path: Path, log: Callable[[str], None]) -> Iterator[Path]:
-    """The file itself, or the input files beneath a folder."""
+def _files(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, Format]]:
+    """The file itself, or the input files beneath a folder, and their formats."""
     if os.path.isdir(path):
         yield from _beneath(path, log)
         return
@@ -141,14 +141,15 @@ def _files(path: Path, log: Callable[[str], None]) -> Iterator[Path]:
         raise InputError(
             f"{path} is not a regular file", hint=f"pipe it in: batchrun submit - < '{path}'"
         )
-    if (_format(path) or sniffed(path)) is None:
+    kind = _format(path) or sniffed(path)
+    if kind is None:
         raise InputError(
             f"{path} has no known input format (by its name)", hint=f"names end in {_FORMATS}"
         )
-    yield path
+    yield path, kind
 
 
-def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[Path]:
+def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, Format]]:
     def refuse(error: OSError) -> None:
         raise InputError(
             f"{error.filename} can't be read: {error.strerror}", f"ls -ld '{error.filename}'"
@@ -170,12 +171,13 @@ def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[Path]:
         for name in names:
             if name.startswith((".", "_")):
                 continue
-            if name in _ABOUT or _format(Path(name)) is None:
+            kind = _format(Path(name))
+            if name in _ABOUT or kind is None:
                 others.append(name)
                 arrow |= name.endswith(".arrow")
                 continue
             some = True
-            yield Path(folder, name)
+            yield Path(folder, name), kind
     if not some:
         raise InputError(
             f"folder {path} has no input files"
@@ -191,11 +193,9 @@ def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[Path]:
 
 def _format(path: Path) -> Format | None:
     """The format that a file's name says."""
-    suffix = path.suffix.lower()
-    if suffix in PACKED:
-        packed = _SUFFIXES.get(Path(path.stem).suffix.lower())
-        return None if packed == "parquet" else packed
-    return _SUFFIXES.get(suffix)
+    suffix, packing = suffixes(path)
+    found = _SUFFIXES.get(suffix)
+    return None if packing and found == "parquet" else found
 
 
 def sniffed(path: Path) -> Format | None:

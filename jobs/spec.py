@@ -65,20 +65,21 @@ class InputFile:
         cls,
         path: Path,
         partition: Mapping[str, int | str | None] | None = None,
-        size: int | None = None,
+        most: int | None = None,
     ) -> InputFile:
         """Look at a file: whole up to 64 MiB, beyond that its ends and 32 samples.
 
         Args:
             path: Where it is.
             partition: What the names of its folders say.
-            size: Look at so many bytes of it; all by default.
+            most: Look at no more than so many of its bytes.
 
         Raises:
             InputError: It can't be read.
         """
         try:
-            size = path.stat().st_size if size is None else size
+            size = path.stat().st_size
+            size = size if most is None else min(size, most)
             digest = blake2b(str(size).encode(), digest_size=16)
             with path.open("rb") as file:
                 if size <= _WHOLE:

@@ -5,19 +5,36 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 
 from jobs.cells import joined
 from jobs.errors import InputError
 from jobs.jsontext import encode, parse_object
-from jobs.row import BATCH_BYTES, BATCH_ROWS, Part, Row, digest_of
+from jobs.row import BATCH_BYTES, BATCH_ROWS, Part, Row, digest_of, no_columns
 from jobs.shape import Shape, fitted
 
 _SAMPLE = 100  # rows looked at before the job starts
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of all its records.
+
+    Args:
+        names: Of its columns.
+        delimiter: What separates cells.
+    """
+
+    names: tuple[str, ...]
+    delimiter: str
+    key: bytes = field(init=False)  # what a record's digest has of it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", repr((self.names, self.delimiter)).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +45,16 @@ class Record:
         line: In which it begins, from 1.
         data: Its bytes.
         part: The file.
-        header: Of a file that has one: its columns.
-        delimiter: Of such a file: what separates cells.
+        header: Of a file that has one.
+        cells: Of such a file: the values as they were found.
         error: What is wrong with it, where reading it told.
     """
 
     line: int
     data: bytes
     part: Part
-    header: tuple[str, ...] = ()
-    delimiter: str = ""
+    header: Header | None = None
+    cells: Sequence[str] = ()
     error: str | None = None
 
     @property
@@ -48,11 +65,10 @@ class Record:
     @property
     def digest(self) -> int:
         """Of all that it says."""
-        if not self.header:
+        if self.header is None:
             return digest_of(self.data.strip())
         # Blanks at the ends of a record are part of its cells.
-        names = repr((self.header, self.delimiter)).encode()
-        return digest_of(names + self.data.rstrip(b"\r\n"))
+        return digest_of(self.header.key + self.data.rstrip(b"\r\n"))
 
 
 class TextSource(ABC):
@@ -221,8 +237,7 @@ class TextChunk:
         rows = [self._source.fields(record)[0] for record in self._records]
         arrays = [fitted([row.get(field.name) for row in rows], field.type) for field in schema]
         if not arrays:
-            empty = pa.array([{}] * len(rows), type=pa.struct([]))
-            return pa.RecordBatch.from_struct_array(cast(pa.StructArray, empty))
+            return no_columns(len(rows))
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
     def objects(self, taken: Sequence[str] = ()) -> Iterator[str | dict[str, Any] | None]:

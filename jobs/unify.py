@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.arrowtypes import is_binary, is_large_list, is_list, is_text
+from jobs.arrowtypes import is_binary, is_large_list, is_list, is_text, without_dictionary
 
 _INT64_MAX = (1 << 63) - 1
 _DOUBLE_EXACT = 1 << 53  # the largest integer up to which float64 has all
@@ -83,7 +83,7 @@ def unite(was: Any, now: Any) -> Any:  # noqa: PLR0911 - one for each kind of ty
     if pa.types.is_null(was):
         return now
     if pa.types.is_dictionary(was) or pa.types.is_dictionary(now):
-        return unite(_without_dictionary(was), _without_dictionary(now))
+        return unite(without_dictionary(was), without_dictionary(now))
     if pa.types.is_struct(was) and pa.types.is_struct(now):
         if not _unique(was) or not _unique(now):
             raise TypeConflictError("", was, now)
@@ -235,10 +235,6 @@ def _cast_lists(array: Any, to: Any) -> Any:
     items = cast(array.flatten(), to.value_type)  # which leaves out what is beneath nulls
     make: Any = pa.LargeListArray if large else pa.ListArray
     return make.from_arrays(offsets, items, type=to, mask=array.is_null())
-
-
-def _without_dictionary(kind: Any) -> Any:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _unique(kind: pa.StructType) -> bool:

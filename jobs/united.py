@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.errors import InputError
-from jobs.row import reading
+from jobs.row import check_names, reading
 from jobs.stream import text_of
 from jobs.unify import TypeConflictError, cast, exact_range, unite_fields, united_leaves
 
@@ -65,7 +65,7 @@ def united(paths: Sequence[Path]) -> tuple[pa.Schema, list[int]]:
         found.setdefault(tuple(schema), _Kind(schema, [])).paths.append(path)
     kinds = list(found.values())
     for kind in kinds:
-        _check_names(kind)
+        check_names(kind.paths[0], kind.schema.names, "give its columns different names")
     fields = list(kinds[0].schema)
     for i, kind in enumerate(kinds[1:], 1):
         try:
@@ -98,16 +98,6 @@ def _opened(path: Path) -> pq.ParquetFile:
         raise InputError(
             f"{path} is not a Parquet file", hint="give it a name that says what it is"
         ) from None
-
-
-def _check_names(kind: _Kind) -> None:
-    names = kind.schema.names
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(
-            f"{kind.paths[0]} has more than one column named '{twice[0]}'",
-            hint="give its columns different names",
-        )
 
 
 def _conflict(earlier: Sequence[_Kind], kind: _Kind, conflict: TypeConflictError) -> InputError:

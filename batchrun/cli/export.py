@@ -9,7 +9,7 @@ import click
 
 from batchrun.cli.inspect import job_argument
 from batchrun.cli.piped import PIPE, hand_out
-from batchrun.cli.specs import output_settings
+from batchrun.cli.specs import output_settings, to_stdout
 from jobs.destination import exporting
 from jobs.folder import find, home
 from jobs.rejoin import export_job
@@ -41,13 +41,13 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     if output is None and spec.output.get("stdout"):
         output = PIPE
     if output == PIPE:
-        kind = "csv" if spec.input_format == "csv" else "jsonl"
+        target = to_stdout(spec.input_format)
         with tempfile.TemporaryDirectory() as place, folder.journal() as journal:
-            path = Path(place, f"output.{kind}")
-            found = export_job(spec, journal, path, format=kind, partial=partial)
+            path = Path(place, target["path"])
+            found = export_job(spec, journal, path, format=target["format"], partial=partial)
             hand_out(path)
     else:
-        target = output_settings(output) if output else spec.output
+        target = output_settings(output) if output else dict(spec.output)
         path = Path(target["path"])
         with (
             exporting(root, folder, path, overwrite=overwrite) as may_replace,

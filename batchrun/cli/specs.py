@@ -15,6 +15,7 @@ from batchrun.engine.core import SamplingParams
 from batchrun.engine.template import Template, looks_like_json
 from batchrun.models import lacks_chat_template, no_chat_template, resolve
 from batchrun.param_columns import param_columns, parameters_taken
+from jobs.arrowtypes import is_text, without_dictionary
 from jobs.cells import delimiter_of
 from jobs.destination import check_place
 from jobs.errors import InputError
@@ -74,7 +75,7 @@ def make_spec(
     fields = _template_fields(options)
     parts, input_format = expand_inputs(inputs, log)
     if options["output"] == PIPE:
-        output = _to_stdout(input_format)
+        output = to_stdout(input_format)
     else:
         output = output_settings(options["output"] or _default_output(parts[0].path, input_format))
     source = open_source(parts, input_format)
@@ -181,7 +182,7 @@ def _default_output(first: Path, input_format: str) -> str:
     return f"{stem}-completions.{suffix}"
 
 
-def _to_stdout(input_format: str) -> dict[str, Any]:
+def to_stdout(input_format: str) -> dict[str, Any]:
     """Settings of an output that lies in the job's folder until it is handed out."""
     kind = "csv" if input_format == "csv" else "jsonl"
     return {"path": f"output.{kind}", "format": kind, "stdout": True}
@@ -268,19 +269,19 @@ def _check_chat_template(
     """
     chats = prompt["chat"] or prompt["system"] is not None or prompt["column"] == "messages"
     if isinstance(source, ParquetSource) and prompt["column"] is not None:
-        kind = source.schema().field(prompt["column"]).type
-        chats = chats or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        chats = chats or _is_chat(source.schema().field(prompt["column"]).type)
     code = model["trust_remote_code"]
     if chats and not code and lacks_chat_template(Path(model["path"])):
         raise no_chat_template(model["name"])
 
 
+def _is_chat(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
 def _check_type(field: pa.Field[Any]) -> None:
-    kind = field.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    accepted = ("is_string", "is_large_string", "is_string_view", "is_list", "is_large_list")
-    if any(getattr(pa.types, name)(kind) for name in (*accepted, "is_null")):
+    kind = without_dictionary(field.type)
+    if is_text(kind) or _is_chat(kind) or pa.types.is_null(kind):
         return
     raise InputError(
         f"the column '{field.name}' holds {field.type}, not text or a list of messages",
