@@ -206,7 +206,7 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     )
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
-    from batchrun.engine import assembly, canary, model  # noqa: PLC0415
+    from batchrun.engine import assembly, model, trial  # noqa: PLC0415
     from batchrun.engine.quantize import int8_weights  # noqa: PLC0415
     from batchrun.engine.text import prompt_builder  # noqa: PLC0415
 
@@ -249,8 +249,8 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
         pages = layout.total_pages_for(tokens)
         return given is None or pages * layout.page_bytes <= given
 
-    if not can_fit(canary.prompt_tokens(loaded)):
-        raise canary.budget_too_small(canary.prompt_tokens(loaded))
+    if not can_fit(trial.prompt_tokens(loaded)):
+        raise trial.budget_too_small(trial.prompt_tokens(loaded))
     return Paper(
         encode,
         model.sampling_defaults(empty),

@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional
 
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.model import HOOK
+from batchrun.engine.hook import HOOK
 from batchrun.engine.runtime import Runtime, Settings
 from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, ModelRef, resolve

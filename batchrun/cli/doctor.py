@@ -23,22 +23,31 @@ from jobs.folder import home
 # transformers model types whose tokens the tests compare with `generate`. Others are tried by the
 # engine's gates when a job starts, and refused if they would be wrong.
 TESTED = (
+    "codegen",
     "deepseek_v3",
+    "falcon",
     "gemma",
     "gemma2",
     "gemma3_text",
+    "gpt_neo",
     "gpt_neox",
     "gpt_oss",
+    "gptj",
     "granite",
     "llama",
+    "llama4_text",
     "mistral",
     "mixtral",
+    "nemotron",
     "olmo2",
     "phi3",
+    "phimoe",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
     "qwen3_moe",
     "smollm3",
+    "stablelm",
     "starcoder2",
 )
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "gguf")

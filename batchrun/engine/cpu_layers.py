@@ -27,7 +27,7 @@ from batchrun.machine import cpu_features
 
 if TYPE_CHECKING:
     from batchrun.engine.attention import LayerAttention
-    from batchrun.engine.model import Step
+    from batchrun.engine.hook import Step
 
 _SOURCE = Path(__file__).with_name("cpu_layers.cpp")
 _COLUMNS = 32  # of a panel

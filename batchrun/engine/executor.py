@@ -24,6 +24,7 @@ from batchrun.engine.core import (
     StepTokens,
 )
 from batchrun.engine.graphs import DecodeGraphs, Record
+from batchrun.engine.hook import Step
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.transfers import Download, Transfers
@@ -80,6 +81,9 @@ class TorchExecutor:
         lag: See `Executor`; 0 unless `transfers` are asynchronous.
         relieve: Called when the device has no memory for a step, which is then tried once more:
             waits for the device and gives unused memory back to it.
+
+    Attributes:
+        wrap: Stands between the model and its attention, for who wants to see that.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class TorchExecutor:
         self.lag = lag
         self.graphs: DecodeGraphs | None = None
         self.pieces: pieces.PieceGraphs | None = None
+        self.wrap: Callable[[Step], Step] = lambda step: step
         self._relieve = relieve
         self._collected = 0  # the last step that has ended
         self._views, self._slabs = views, slabs
@@ -321,10 +326,11 @@ class TorchExecutor:
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=last,
-            batchrun_step=_SlotStep(self._views, self._words, rows, self.backend, attention),
+            batchrun_step=self.wrap(
+                _SlotStep(self._views, self._words, rows, self.backend, attention)
+            ),
         )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return kept(output.logits[0], last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +363,11 @@ class _SlotStep:
             else:
                 words[self.rows] = wide
         return self.attention(layer, query, keys, values)
+
+
+def kept(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """`[T, V]` or `[N, V]`, as a model keeps all logits or those wanted, `[N]`, to `[N, V]`."""
+    return logits if len(logits) == len(wanted) else logits[wanted]
 
 
 def as_words(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -2,95 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedModel,
 )
 
-from batchrun.engine.attention import LayerAttention, LayerSpec
+from batchrun.engine import adapters
+from batchrun.engine.attention import LayerSpec
 from batchrun.engine.cpu_layers import NativeLayer, NativeLinear
+from batchrun.engine.hook import (
+    HOOK,
+    Probe,
+    StepLostError,
+    UnsupportedError,
+    set_attention,
+    tell_beside,
+)
 from batchrun.engine.int8_gpu import why_not
+from batchrun.engine.masks import PROBE, named_windows
 from batchrun.engine.quantize import int8_weights
 from batchrun.machine import multiplies_bfloat16
 from batchrun.models import ModelError
 
-HOOK = "batchrun"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Tensors that models hand to every attention function and that causal attention does not need.
-_HARMLESS = {"position_ids", "cache_position", "position_embeddings"}
-
-
-class Step(Protocol):
-    """What the hook calls: attention of the step that is being computed."""
-
-    def attend(
-        self,
-        layer_index: int,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
-        """Attend one layer: `[T, Hq, Dk]`, `[T, Hkv, Dk]`, `[T, Hkv, Dv]` to `[T, Hq, Dv]`."""
-
-
-def _hook(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    batchrun_step: Step | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls in every layer, tensors `[1, H, T, D]`."""
-    unknown = [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and k not in _HARMLESS]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    index = getattr(module, "layer_idx", None)
-    reason = None
-    if batchrun_step is None:
-        reason = "it does not pass keyword arguments on to its attention"
-    elif attention_mask is not None:
-        reason = "it makes an attention mask of its own"
-    elif unknown:
-        reason = f"its attention takes {', '.join(unknown)}"
-    elif not causal:
-        reason = "its attention is not causal"
-    elif index is None:
-        reason = "its attention modules do not know their layer"
-    if reason is not None or batchrun_step is None or index is None:
-        raise _UnsupportedError(f"{reason}, which contiguous-slot attention does not know")
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    layer = LayerAttention(scale, sliding_window or None, softcap, s_aux)
-    out = batchrun_step.attend(
-        index,
-        layer,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-    )
-    return out[None], None
-
-
-class _UnsupportedError(Exception):
-    """The hook met something it would compute wrongly."""
-
-
-AttentionInterface.register(HOOK, _hook)
 
 
 @dataclass(frozen=True)
@@ -203,6 +148,10 @@ def cannot_load(name: str, error: Exception) -> ModelError:
     )
 
 
+# What a model's own code raises over tokens, masks or positions that it does not expect.
+OF_A_MODEL = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+
+
 def prepare(
     model: PreTrainedModel, tokenizer: Any = None, *, max_model_len: int | None = None
 ) -> LoadedModel:
@@ -214,22 +163,33 @@ def prepare(
     model.eval()
     name = type(model).__name__
     config = model.config.get_text_config()
-    if model.config.is_encoder_decoder or not model._supports_attention_backend:
-        raise _refused(name, "it does not declare support for attention backends")
-    model.set_attn_implementation(HOOK)
+    for key in ("vocab_size", "num_hidden_layers"):
+        if not hasattr(config, key):
+            raise _refused(name, f"its config has no {key}")
+    if model.config.is_encoder_decoder:
+        raise _refused(name, "it is an encoder-decoder, and batchrun runs decoders")
+    limit, notes = _context(config, max_model_len)
+    adapters.adapt(model)
+    try:
+        probe = _probed(model, limit)
+    except UnsupportedError as error:
+        raise _refused(name, str(error)) from error
+    set_attention(model, HOOK)
     if config._attn_implementation != HOOK:
         raise _refused(name, "it does not take up another attention implementation")
-    probe = _Probe()
     try:
-        with torch.inference_mode():
-            ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
-            positions = torch.arange(4, device=model.device)[None]
-            model(input_ids=ids, position_ids=positions, use_cache=False, batchrun_step=probe)
-    except _UnsupportedError as error:
+        probe.hits.clear()
+        _forward(model, probe)
+    except UnsupportedError as error:
         raise _refused(name, str(error)) from error
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
-        raise _refused(name, f"a forward pass over packed tokens fails: {error}") from error
-    expected = list(range(config.num_hidden_layers))
+    except OF_A_MODEL as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise _refused(
+            name, f"its own code can't compute tokens of several rows together: {reason}"
+        ) from error
+    # Which see images, and do nothing without one.
+    skipped = set(getattr(config, "cross_attention_layers", None) or ())
+    expected = [i for i in range(config.num_hidden_layers) if i not in skipped]
     if sorted(probe.hits) != expected:
         missing = sorted(set(expected) - set(probe.hits))
         raise _refused(
@@ -238,45 +198,76 @@ def prepare(
             + (f" and not in layers {missing[:4]}" if missing else "")
             + "; layers with other state than keys and values are not supported",
         )
-    limit, notes = _context(config, max_model_len)
+    if skipped:
+        probe.renumber()
+    layers = tuple(probe.layers[i] for i in range(len(expected)))
+    _check_cache(model, layers, limit)
+    sizes = [*named_windows(config), *(n for la in layers for n in (la.window, la.chunk) if n)]
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        layers=tuple(probe.layers[i] for i in expected),
+        layers=layers,
         max_model_len=limit,
-        max_window=max(layer.window or 0 for layer in probe.layers.values()),
+        max_window=max((n for n in sizes if n < limit), default=0),
         eos_ids=_eos_ids(model, tokenizer),
         notes=notes,
     )
 
 
-class _Probe:
-    """A step that records what each layer asks for, and computes nothing."""
+def _check_cache(model: PreTrainedModel, layers: Sequence[LayerSpec], context: int) -> None:
+    """Refuse a model whose cache forgets tokens that its masks let be seen.
 
-    def __init__(self) -> None:
-        self.hits: list[int] = []
-        self.layers: dict[int, LayerSpec] = {}
+    What `generate` gives then depends on where a prompt ends and its answer begins.
+    """
+    try:
+        cache = DynamicCache(config=model.config.get_text_config())
+    except OF_A_MODEL as error:
+        raise _refused(type(model).__name__, f"it gets no cache of its own: {error}") from error
+    for i, (kept, layer) in enumerate(zip(cache.layers, layers, strict=False)):
+        window = getattr(kept, "sliding_window", None)
+        if window and window < min(layer.window or layer.chunk or context, context):
+            raise _refused(
+                type(model).__name__,
+                f"layer {i} attends to all tokens in a prompt, and to the last {window} in an "
+                "answer",
+            )
 
-    def attend(
-        self,
-        layer_index: int,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
-        self.hits.append(layer_index)
-        self.layers[layer_index] = LayerSpec(
-            q_heads=query.shape[1],
-            kv_heads=key.shape[1],
-            k_dim=key.shape[2],
-            v_dim=value.shape[2],
-            scale=layer.scale,
-            window=layer.window,
-            softcap=layer.softcap,
-            sinks=layer.sinks is not None,
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model is a mixture of experts, whose routers rounding can sway."""
+    kinds = {type(module).__name__.lower() for module in model.modules()}
+    return any("expert" in kind or kind.endswith("moe") for kind in kinds)
+
+
+def _probed(model: PreTrainedModel, context: int) -> Probe:
+    """Have each layer's mask made once, and note on its attention module what it lets be seen.
+
+    A model that can't be asked that way is left to the other gates.
+    """
+    probe = Probe(context)
+    parameters = inspect.signature(model.forward).parameters.values()
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+        tell_beside(model)
+    set_attention(model, PROBE)
+    with probe.masks, suppress(*OF_A_MODEL):
+        try:
+            _forward(model, probe)
+        except StepLostError:
+            tell_beside(model)
+            _forward(model, probe)
+    return probe
+
+
+def _forward(model: PreTrainedModel, probe: Probe) -> None:
+    with torch.inference_mode():
+        ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
+        model(
+            input_ids=ids,
+            position_ids=torch.arange(4, device=model.device)[None],
+            use_cache=False,
+            logits_to_keep=ids[0, :1],
+            batchrun_step=probe,
         )
-        return value.new_zeros(*query.shape[:2], value.shape[2])
 
 
 def sampling_defaults(model: PreTrainedModel) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from batchrun.engine import cpu_layers
+from batchrun.engine.adapters import is_adapted
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.cpu_layers import NativeLayer
 from batchrun.engine.fused import (
@@ -31,13 +32,15 @@ from batchrun.engine.fused import (
     fuse_norms,
     merge_projections,
 )
-from batchrun.engine.model import HOOK, Step, _hook
+from batchrun.engine.hook import HOOK, Step, hook, is_told_beside
+from batchrun.engine.model import has_experts
 from batchrun.models import ModelError
 
 _TOLERANCE = {torch.float32: 1e-4}  # of the largest logit
 _HALF_TOLERANCE = 0.06  # as the canary's: sums in another order, rounded at other places
 # Rounding adds up over layers: those that were judged one by one leave little to judge together.
 _LOOSE_TOLERANCE = 0.25
+_LINEAR_TOLERANCE = 0.01  # of bfloat16, whose own rounding is some 0.002
 # Tokens to compile with: equal to no dimension of a model, or the graph would take both for one.
 _TOKENS, _FEWER_TOKENS = 251, 17
 _STATIC = ("default", "linear", "llama3", "yarn")  # frequencies that depend on no sequence
@@ -82,15 +85,18 @@ def optimize(
             setattr(parent, name, module)
         log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
     if native:
-        _use_native_parts(model)
         try:
-            _check(model, want)
+            _use_native_parts(model)
+            if not has_experts(model):  # in which each part that agrees may still sway a router
+                _check(model, want)
         except ValueError as error:  # their old weights are gone
             raise ModelError(
                 f"native code computes {type(model).__name__} wrongly: {error}",
                 hint="run it by torch's operators: --no-optimize",
             ) from error
-    if compile and not _compiled_layers(model):
+    if compile and (is_told_beside(model) or is_adapted(model)):
+        log("the model's layers run uncompiled: how they attend is not all in their own code")
+    elif compile and not _compiled_layers(model):
         try:
             with warnings.catch_warnings():
                 # Inductor advises TF32 for float32 models, which would change their tokens.
@@ -164,7 +170,7 @@ def _traceable_hook(
     """The model's hook; in a compiled layer, the operator in its place."""
     if isinstance(batchrun_step, _Traced):
         return torch.ops.batchrun.attend(query, key, value), None
-    return _hook(module, query, key, value, attention_mask, batchrun_step=batchrun_step, **kwargs)
+    return hook(module, query, key, value, attention_mask, batchrun_step=batchrun_step, **kwargs)
 
 
 class _Layer:
@@ -329,7 +335,21 @@ def _use_native_parts(model: PreTrainedModel) -> None:
             if isinstance(child, FusedNorm):
                 child.use_native()
             elif cpu_layers.fits(child):
-                setattr(parent, name, cpu_layers.NativeLinear(cast("nn.Linear", child)))
+                native = cpu_layers.NativeLinear(cast("nn.Linear", child))
+                _check_linear(child, native)
+                setattr(parent, name, native)
+
+
+@torch.inference_mode()
+def _check_linear(linear: nn.Module, native: nn.Module) -> None:
+    """Raise ValueError unless both compute the same of random numbers, to bfloat16's precision."""
+    width = int(linear.in_features)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_FEWER_TOKENS, width, generator=generator).to(torch.bfloat16)
+    want, got = linear(x).float(), native(x).float()
+    off = float(torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want))
+    if not (off <= _LINEAR_TOLERANCE or not want.any()):
+        raise ValueError(f"a linear layer is off by {off:.2g} of its result")
 
 
 # --- forward passes to judge by ---
@@ -338,21 +358,23 @@ LayerCall = tuple[torch.Tensor, dict[str, Any], torch.Tensor]  # input, keywords
 
 
 def _layer_calls(model: PreTrainedModel) -> list[LayerCall]:
-    """How a forward calls each decoder layer; nothing where they are not plain to see."""
+    """How a forward calls each decoder layer; nothing where a call does not say all it takes."""
+    if is_told_beside(model):
+        return []
     try:
         layers, _ = _decoder_layers(model)
     except ValueError:
         return []
     calls: list[LayerCall] = []
-    hooks = [
+    handles = [
         layer.register_forward_hook(
             lambda _, args, kwargs, out: calls.append((args[0], kwargs, out)), with_kwargs=True
         )
         for layer in layers
     ]
     _logits(model, _FEWER_TOKENS)
-    for hook in hooks:
-        hook.remove()
+    for handle in handles:
+        handle.remove()
     return calls if all(isinstance(out, torch.Tensor) for _, _, out in calls) else []
 
 

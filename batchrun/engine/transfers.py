@@ -116,10 +116,13 @@ class _Arrived:
 
 
 class HostTransfers:
-    """The host is the device: see `Transfers`."""
+    """Waits for each upload, which is none where the host is the device: see `Transfers`."""
 
     device_seconds = 0.0
     idle_seconds = 0.0
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -133,7 +136,7 @@ class HostTransfers:
 
     def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
         """See `Transfers.upload`."""
-        return copied(array, to)
+        return copied(array, to, device=self._device)
 
     def started(self) -> None:
         """See `Transfers.started`."""

@@ -66,7 +66,8 @@ def test_doctor_says_which_models_have_a_kernel_here() -> None:
     named = re.findall(r"\w+", " ".join(re.findall(r"\((.*?)\)", " ".join(KINDS))))
     assert set(named) <= set(TESTED)
     if not torch.cuda.is_available() and HAS_COMPILER:
-        assert all(what.startswith("fast: native, ") for what in found.values())
+        slow = {kind for kind, what in found.items() if not what.startswith("fast: native, ")}
+        assert slow == {"chunks (llama4_text)"}
 
 
 def test_without_a_kernel_they_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,8 @@ def expected(
     """One query `[Hq, Dk]` over `[s, Hkv, D]`, in float64."""
     group = query.shape[0] // keys.shape[1]
     first = max(0, len(keys) - (layer.window or len(keys)))
+    if layer.chunk:
+        first = (len(keys) - 1) // layer.chunk * layer.chunk
     keys, values = (t[first:].double().repeat_interleave(group, 1) for t in (keys, values))
     scores = torch.einsum("hd,shd->hs", query.double(), keys) * layer.scale
     if layer.softcap:
@@ -112,7 +114,7 @@ def expected(
 
 def asked(spec: LayerSpec) -> LayerAttention:
     sinks = torch.randn(spec.q_heads) if spec.sinks else None
-    return LayerAttention(spec.scale, spec.window, spec.softcap, sinks)
+    return LayerAttention(spec.scale, spec.window, spec.softcap, sinks, spec.chunk)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -31,6 +31,10 @@ LAYERS = {
     "window": replace(PLAIN, window=40),
     "window of one": replace(PLAIN, window=1),
     "window beyond all": replace(PLAIN, window=100_000),
+    "chunks": replace(PLAIN, chunk=48),
+    "chunks of one": replace(PLAIN, chunk=1),
+    "chunks beyond all": replace(PLAIN, chunk=100_000),
+    "chunks, cap and sinks": replace(PLAIN, chunk=37, softcap=2.0, sinks=True),
     "cap": replace(PLAIN, softcap=2.0),
     "sinks": replace(PLAIN, sinks=True),
     "everything": LayerSpec(6, 2, 40, 24, 0.3, window=300, softcap=5.0, sinks=True),
@@ -215,13 +219,18 @@ def test_decodes_together_are_of_similar_lengths_and_few_enough() -> None:
 
 def test_layers_alike_share_what_a_step_gathers_by() -> None:
     decodes = Decodes([segment(0, 9, 1), segment(1, 12, 1)], upload)
-    assert decodes.buckets(None, 64, 8) is decodes.buckets(None, 64, 8)
-    assert decodes.buckets(4, 64, 8) is not decodes.buckets(None, 64, 8)
-    (bucket,), done = decodes.buckets(4, 64, 8)
+    whole, window = LayerAttention(0.1), LayerAttention(0.1, window=4)
+    assert decodes.buckets(whole, 64, 8) is decodes.buckets(LayerAttention(0.2), 64, 8)
+    assert decodes.buckets(window, 64, 8) is not decodes.buckets(whole, 64, 8)
+    (bucket,), done = decodes.buckets(window, 64, 8)
     assert done == {0, 1}
     assert bucket.members.tolist() == [0, 1]
     assert bucket.rows.tolist() == [[6, 7, 8, *[9] * 13], [73, 74, 75, *[76] * 13]]
     assert bucket.seen.sum(1).tolist() == [4, 4]
+    (bucket,), done = decodes.buckets(LayerAttention(0.1, chunk=10), 64, 8)
+    assert done == {0, 1}
+    assert bucket.seen.sum(1).tolist() == [10, 3]
+    assert bucket.rows[1].tolist() == [74, 75, *[76] * 14]
 
 
 def test_a_cpu_computes_each_sequence_alone() -> None:

@@ -22,6 +22,7 @@ from batchrun.engine.fused import (
     Undo,
     merge_projections,
 )
+from batchrun.engine.hook import HOOK, set_attention
 from batchrun.engine.model import LoadedModel, prepare
 from batchrun.engine.optimize import _Compilers, optimize
 from tests.parity.models import CONFIGS, build
@@ -56,10 +57,10 @@ def completions(loaded: LoadedModel) -> list[list[int]]:
 
 def eager_logits(model: Any) -> torch.Tensor:
     ids = torch.tensor([prompts()[5]])
-    model.set_attn_implementation("eager")
+    set_attention(model, "eager")
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    model.set_attn_implementation("batchrun")
+    set_attention(model, HOOK)
     return logits
 
 

@@ -22,6 +22,16 @@ _SMALL = {
 _HALF = ["sliding_attention", "full_attention", "sliding_attention"]
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
+_OLD = {
+    "vocab_size": 199,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 CONFIGS: dict[str, tf.PretrainedConfig] = {
     "llama": tf.LlamaConfig(**_SMALL),
     "llama-mha": tf.LlamaConfig(**{**_SMALL, "num_key_value_heads": 4}),
@@ -40,6 +50,44 @@ CONFIGS: dict[str, tf.PretrainedConfig] = {
     "gpt-oss-sinks": tf.GptOssConfig(
         **_SMALL, head_dim=16, sliding_window=9, layer_types=_HALF, num_local_experts=4
     ),
+    "llama4-chunks": tf.Llama4TextConfig(
+        **_SMALL,
+        head_dim=16,
+        intermediate_size_mlp=96,
+        num_local_experts=4,
+        attention_chunk_size=11,
+        no_rope_layers=[1, 0, 1],
+        floor_scale=8,
+    ),
+    # What only their masks say: no attention function is told of these windows.
+    "qwen2-moe-window": tf.Qwen2MoeConfig(
+        **_SMALL,
+        **_MOE,
+        shared_expert_intermediate_size=32,
+        use_sliding_window=True,
+        sliding_window=11,
+        layer_types=_HALF,
+    ),
+    "phimoe-window": tf.PhimoeConfig(**_SMALL, num_local_experts=4, sliding_window=11),
+    # Whose own code does not ask for another attention, or does not pass a step on.
+    "falcon": tf.FalconConfig(**_SMALL),
+    "falcon-grouped": tf.FalconConfig(**_SMALL, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-mha": tf.FalconConfig(**_SMALL, multi_query=False, parallel_attn=False, bias=True),
+    "gptj": tf.GPTJConfig(**_OLD, rotary_dim=8),
+    "codegen": tf.CodeGenConfig(**_OLD, rotary_dim=8),
+    "gpt-neo-window": tf.GPTNeoConfig(
+        vocab_size=199,
+        hidden_size=64,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        window_size=11,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "stablelm": tf.StableLmConfig(**_SMALL, qk_layernorm=True),
+    "nemotron": tf.NemotronConfig(**_SMALL, head_dim=16),
     "granite": tf.GraniteConfig(**_SMALL),
     "starcoder2": tf.Starcoder2Config(**_SMALL, sliding_window=None),
     "deepseek-mla": tf.DeepseekV3Config(
@@ -72,7 +120,8 @@ def build(name: str) -> tf.PreTrainedModel:
 def seeded(config: tf.PretrainedConfig) -> tf.PreTrainedModel:
     """A model with seeded float32 weights, wide enough to make choices differ."""
     torch.manual_seed(7)
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    own = copy.deepcopy(config)  # a model notes its attention there
+    model = tf.AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

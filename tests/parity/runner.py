@@ -15,6 +15,7 @@ from batchrun.engine.assembly import Assembly, Settings
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Completion
 from batchrun.engine.graphs import Recorded
+from batchrun.engine.hook import HOOK, set_attention
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.pieces import Apart
 
@@ -71,7 +72,7 @@ def generate(model: Any, prompt: Sequence[int], max_tokens: int, **kwargs: Any) 
     """What transformers' own `generate` continues the prompt with, eager attention, batch of 1."""
     import torch  # noqa: PLC0415
 
-    model.set_attn_implementation("eager")
+    set_attention(model, "eager")
     try:
         ids = torch.tensor([list(prompt)])
         got = model.generate(
@@ -83,7 +84,7 @@ def generate(model: Any, prompt: Sequence[int], max_tokens: int, **kwargs: Any) 
             **kwargs,
         )
     finally:
-        model.set_attn_implementation("batchrun")
+        set_attention(model, HOOK)
     return got[0, len(prompt) :].tolist()
 
 

@@ -11,7 +11,8 @@ import torch
 
 from allocator.arena import KVArena
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.model import HOOK, LoadedModel, load
+from batchrun.engine.hook import HOOK, set_attention
+from batchrun.engine.model import LoadedModel, load
 from batchrun.engine.optimize import optimize
 from batchrun.models import ModelRef
 from tests.parity.runner import outputs, rig, run
@@ -52,7 +53,7 @@ def prompts(tokenizer: Any) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def wanted(model: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
     """Prompts of one length at a time: batches without any padding."""
-    model.model.set_attn_implementation("eager")
+    set_attention(model.model, "eager")
     found: dict[int, list[int]] = {}
     for length in LENGTHS:
         rows = [i for i, p in enumerate(prompts) if len(p) == length]
@@ -67,7 +68,7 @@ def wanted(model: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
         for row, tokens in zip(rows, got[:, length:].tolist(), strict=True):
             end = next((k for k, t in enumerate(tokens) if t in model.eos_ids), MAX_TOKENS - 1)
             found[row] = tokens[: end + 1]
-    model.model.set_attn_implementation(HOOK)
+    set_attention(model.model, HOOK)
     return [found[row] for row in range(len(prompts))]
 
 

@@ -33,12 +33,14 @@ class LayerAttention:
         window: Keys a query sees, itself included; None sees all before it.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None leaves them.
         sinks: One extra logit a query head that takes part in the softmax only, `[Hq]`.
+        chunk: A query at position p sees keys from `p - p % chunk` on; None sees all before it.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    chunk: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class LayerSpec:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    chunk: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from batchrun.engine.attention import Geometry, Upload
 from batchrun.engine.core import Segment
 
+CHUNKS = "it knows no attention within chunks"
 Ints = NDArray[np.int32]
 
 
@@ -152,6 +153,8 @@ def trouble(geometry: Geometry, dims: Container[int], *, softcap: bool) -> str |
             )
         if layer.sinks or (layer.softcap is not None and not softcap):
             return f"it knows no {'attention sinks' if layer.sinks else 'soft cap on scores'}"
+        if layer.chunk is not None:
+            return CHUNKS
     return None
 
 

@@ -19,6 +19,7 @@ KINDS = {
     "a sliding window (mistral, gemma3_text)": replace(_PLAIN, window=40),
     "soft caps (gemma2)": replace(_PLAIN, softcap=50.0),
     "sinks (gpt_oss)": replace(_PLAIN, k_dim=64, v_dim=64, window=40, sinks=True),
+    "chunks (llama4_text)": replace(_PLAIN, chunk=64),
     "keys wider than values (deepseek_v3)": LayerSpec(4, 4, 192, 128, 192**-0.5),
 }
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -70,7 +71,7 @@ def check(
     shapes = (tokens, spec.q_heads, spec.k_dim), (*slots, spec.k_dim), (*slots, spec.v_dim)
     tensors = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
     sinks = torch.randn(spec.q_heads, generator=generator).to(dtype) if spec.sinks else None
-    layer = LayerAttention(spec.scale, spec.window, spec.softcap, sinks)
+    layer = LayerAttention(spec.scale, spec.window, spec.softcap, sinks, spec.chunk)
     try:
         backend = attention.create(name, geometry, partial(copied, device=device))
         there = replace(layer, sinks=None if sinks is None else sinks.to(device))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from batchrun.engine.attention import Upload
+from batchrun.engine.attention import LayerAttention, Upload
 from batchrun.engine.attention.batch import Batch, Ints, split
 from batchrun.engine.core import Segment
 
@@ -50,23 +50,25 @@ class Decodes:
     def __init__(self, segments: Sequence[Segment], upload: Upload) -> None:
         self._batch, _ = split(segments)
         self._upload = upload
-        self._found: dict[tuple[int, int], tuple[list[Bucket], frozenset[int]]] = {}
+        self._found: dict[tuple[int, int, int], tuple[list[Bucket], frozenset[int]]] = {}
 
     def buckets(
-        self, window: int | None, slot_tokens: int, numbers: int
+        self, layer: LayerAttention, slot_tokens: int, numbers: int
     ) -> tuple[list[Bucket], frozenset[int]]:
-        """Buckets for layers with this window, and the segments that are in one.
+        """Buckets for layers like this one, and the segments that are in one.
 
         A segment that would be alone in a bucket is in none: nothing is gathered for it.
 
         Args:
-            window: Keys that a query sees; None sees all.
+            layer: Its window or chunk bounds the keys that a query sees.
             slot_tokens: Tokens of address space of one slot.
             numbers: Of keys and values, a token's.
         """
-        key = (window or 0, numbers)
+        key = (layer.window or 0, layer.chunk or 0, numbers)
         if key not in self._found:
-            used = np.minimum(self._batch.ends, window or slot_tokens)
+            used = np.minimum(self._batch.ends, layer.window or slot_tokens)
+            if layer.chunk is not None:
+                used = (self._batch.ends - 1) % layer.chunk + 1
             groups = _groups(used, NUMBERS // numbers)
             made = [self._bucket(group, used[group], slot_tokens) for group in groups]
             self._found[key] = made, frozenset(int(i) for group in groups for i in group)

@@ -18,6 +18,7 @@ import torch
 from batchrun.engine import compiled
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, Upload
 from batchrun.engine.attention.batch import (
+    CHUNKS,
     Batch,
     Ints,
     SharedParts,
@@ -51,7 +52,7 @@ def why_not(geometry: Geometry, name: str = "native", *, compiled: bool = False)
         return "it computes on a CPU"
     if geometry.dtype not in _FUNCTIONS:
         return f"it computes in float32 and bfloat16, not in {str(geometry.dtype)[6:]}"
-    return None
+    return CHUNKS if any(layer.chunk for layer in geometry.layers) else None
 
 
 def make(

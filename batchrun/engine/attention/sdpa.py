@@ -81,12 +81,12 @@ class SDPA:
             for i, segment in enumerate(self._segments):
                 if i == decodes:
                     all_threads()
-                end, after = segment.start + segment.length, offset + segment.length
                 if i not in done:
-                    first = 0 if layer.window is None else max(0, segment.start - layer.window + 1)
-                    k, v = keys[segment.slot, first:end], values[segment.slot, first:end]
-                    attend(layer, (query[offset:after], k, v, out[offset:after]))
-                offset = after
+                    for first, begin, end in _parts(layer, segment):
+                        k, v = keys[segment.slot, first:end], values[segment.slot, first:end]
+                        part = slice(offset + begin - segment.start, offset + end - segment.start)
+                        attend(layer, (query[part], k, v, out[part]))
+                offset += segment.length
         return out
 
     def _run_batched(
@@ -103,7 +103,7 @@ class SDPA:
                 self._segments, self._upload or partial(copied, device=query.device)
             )
         numbers = keys.shape[2] * (keys.shape[3] + values.shape[3])
-        buckets, done = self._decodes.buckets(layer.window, keys.shape[1], numbers)
+        buckets, done = self._decodes.buckets(layer, keys.shape[1], numbers)
         for bucket in buckets:
             k, v = bucket.gather(keys), bucket.gather(values)
             q = query[bucket.members].unflatten(1, (k.shape[1], -1))  # [n, Hkv, G, D]
@@ -115,6 +115,19 @@ class SDPA:
                 got = explicit.weighed(layer, q[:, :, :, None], k, v, hidden)[:, :, :, 0]
             out[bucket.members] = got.flatten(1, 2)
         return done
+
+
+def _parts(layer: LayerAttention, segment: Segment) -> Iterator[tuple[int, int, int]]:
+    """A segment's tokens `[begin, end)`, and the first key that they see, chunk by chunk."""
+    begin, last = segment.start, segment.start + segment.length
+    if layer.chunk is None:
+        yield 0 if layer.window is None else max(0, begin - layer.window + 1), begin, last
+        return
+    while begin < last:
+        first = begin - begin % layer.chunk
+        end = min(last, first + layer.chunk)
+        yield first, begin, end
+        begin = end
 
 
 def _plain(layer: LayerAttention) -> bool:

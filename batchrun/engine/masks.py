@@ -1,0 +1,139 @@
+"""Which keys a layer's own attention mask lets a query see, read from transformers' mask functions.
+
+Not every model tells its attention function of a window: some only put it into the mask, which is
+never made for attention that needs none. So one forward has all masks made, and reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionMaskInterface
+
+PROBE = "batchrun-probe"
+_MOST = 1 << 22  # tokens of context that are looked at: no window or chunk is longer
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a query at position p sees: keys from 0, of the last `window`, or of its own chunk.
+
+    A chunk is the positions `[i * chunk, (i + 1) * chunk)`.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first(self, position: int) -> int:
+        """The first key that the query at a position sees; the last one is its own."""
+        if self.chunk is not None:
+            return position - position % self.chunk
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+    def within(self, context: int) -> Seen:
+        """The same for sequences of so many tokens, where long windows and chunks are none."""
+        window, chunk = (n if n and n < context else None for n in (self.window, self.chunk))
+        return Seen(window, chunk)
+
+
+class Masks:
+    """Makes the masks of a forward under the attention `PROBE`, and reads each one.
+
+    Args:
+        context: Tokens of a sequence at most.
+    """
+
+    _current: Masks | None = None
+
+    def __init__(self, context: int) -> None:
+        self._context = min(context, _MOST)
+        self._found: list[tuple[torch.Tensor, Seen | None]] = []
+
+    def __enter__(self) -> Masks:
+        Masks._current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Masks._current = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether masks are being made now."""
+        return Masks._current is self
+
+    def seen(self, mask: torch.Tensor | None) -> Seen | None:
+        """What a mask that was made here lets be seen; None where that can't be told."""
+        return next((seen for made, seen in self._found if made is mask), None)
+
+    @staticmethod
+    def make(
+        q_length: int,
+        kv_length: int,
+        mask_function: Callable[..., Any],
+        device: torch.device | str = "cpu",
+        **_: Any,
+    ) -> torch.Tensor:
+        """A mask as transformers asks for it, `[1, 1, q_length, kv_length]`."""
+        mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
+        if Masks._current is not None:
+            Masks._current._note(mask, mask_function)
+        return mask
+
+    def _note(self, mask: torch.Tensor, mask_function: Callable[..., Any]) -> None:
+        keys = torch.arange(self._context, device=mask.device)
+        none = keys.new_zeros(1)
+
+        def row(position: int) -> torch.Tensor:
+            got = mask_function(none, none, none + position, keys)
+            return torch.as_tensor(got).expand(self._context).cpu()
+
+        try:
+            seen = _read(row, self._context)
+        except (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError):
+            seen = (
+                None  # made for this batch alone; or there are no numbers, on torch's meta device
+            )
+        self._found.append((mask, seen))
+
+
+AttentionMaskInterface.register(PROBE, Masks.make)
+
+
+def _read(row: Callable[[int], torch.Tensor], context: int) -> Seen | None:
+    """What explains the rows `[context]` of a mask; None where nothing known does."""
+    last = context - 1
+    first = int(row(last).nonzero()[0])
+    guesses = [Seen(), Seen(window=last - first + 1)]
+    if first:
+        guesses.append(Seen(chunk=first - int(row(first - 1).nonzero()[0])))
+    for guess in guesses:
+        size = guess.window or guess.chunk or 1
+        looked_at = {0, 1, size - 1, size, size + 1, first, first - 1, last // 2, last - 1, last}
+        if _explains(guess, row, [p for p in sorted(looked_at) if 0 <= p < context]):
+            return guess
+    return None
+
+
+def _explains(seen: Seen, row: Callable[[int], torch.Tensor], positions: Sequence[int]) -> bool:
+    for position in positions:
+        got = row(position)
+        first, count = seen.first(position), position + 1
+        if int(got.sum()) != count - first or not bool(got[first:count].all()):
+            return False
+    return True
+
+
+def named_windows(config: Any) -> Iterable[int]:
+    """Windows and chunks of attention, in tokens, that a model's config names anywhere."""
+    values = config.to_dict()
+    for key, value in values.items():
+        if key == "sliding_window" and values.get("use_sliding_window") is False:
+            continue
+        is_size = ("window" in key and "layer" not in key) or key == "attention_chunk_size"
+        if is_size or key == "local_attention":
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, int) and not isinstance(each, bool) and each > 0:
+                    yield each
