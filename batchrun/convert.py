@@ -13,7 +13,9 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from batchrun.models import RECORD, ModelError
+from batchrun.errors import ModelError
+from batchrun.models import RECORD
+from batchrun.weights import check_gguf
 
 
 def convert_once(file: Path, final: Path, fingerprint: str) -> None:
@@ -78,15 +80,24 @@ def _convert(file: Path, folder: Path) -> None:
             hint="pip install 'batchrun[demo]'",
         )
     import torch  # noqa: PLC0415
-    from gguf import GGUFReader  # noqa: PLC0415
+    from gguf import GGML_QUANT_SIZES, GGUFReader  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
+    from batchrun.engine.loading import check_whole  # noqa: PLC0415
+
+    check_gguf(file, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
     with _quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32
+            read: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
+            model, info = read
+            check_whole(model, info, str(file))
             fields = GGUFReader(file).fields
             _set_special_tokens(tokenizer, fields)
             _set_pre_tokenizer(tokenizer, fields, file)
@@ -95,7 +106,7 @@ def _convert(file: Path, folder: Path) -> None:
         except Exception as error:  # the readers raise anything at all over a broken file
             raise ModelError(
                 f"cannot read the GGUF file {file}: {error}",
-                hint="if the file is whole (check its size), use the model's safetensors instead",
+                hint="it has all its bytes: use the model's safetensors instead",
             ) from error
         # Its weights are plain float32 now, but the model remembers that it came from a quantised
         # file and would refuse to be saved.

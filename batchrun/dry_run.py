@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from batchrun.engine.core import Request
 from batchrun.engine.scheduler import why_refused
 from batchrun.forecast import Paper, read_papers
 from batchrun.measured import Measured
-from batchrun.models import ModelError
 from batchrun.reader import Reader
 from jobs.errors import InputError
 from jobs.folder import home
@@ -65,12 +60,11 @@ def dry_run(spec: JobSpec, log: Callable[[str], None]) -> None:
 
     Raises:
         JobError: An input can't be read, or not one of the first rows can be computed.
-        ModelError: The model would be refused, or its weights are cut short.
+        ModelError: The model would be refused.
         EngineError: An attention backend asked for by name can't be used.
     """
     known = Measured.load(home(), spec)
     paper = read_papers(spec, known.step_cost if known else None, log)
-    _check_weights(spec)
     if paper.budget <= 0:
         log("the memory that is free now does not hold the model's weights and keys and values")
     source = open_source([file.part for file in spec.inputs], spec.input_format)
@@ -93,27 +87,3 @@ def dry_run(spec: JobSpec, log: Callable[[str], None]) -> None:
         f"{len(tried.failed):,} of the first {len(tried.rows):,} rows will fail; "
         f"row {row}: {reason}"
     )
-
-
-def _check_weights(spec: JobSpec) -> None:
-    """Look at the heads of the weight files: a download that broke off has not all bytes.
-
-    Raises:
-        ModelError: One is cut short or missing.
-    """
-    folder = Path(spec.model["path"])
-    files = set(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.exists():
-            files |= {
-                folder / name for name in json.loads(index.read_bytes())["weight_map"].values()
-            }
-        for file in sorted(files):
-            with safe_open(file, framework="numpy"):
-                pass
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the model {spec.model['name']} can't be loaded: {error}",
-            hint="download or convert it again",
-        ) from error

@@ -198,15 +198,10 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
         EngineError: An attention backend asked for by name can't be used.
     """
     import torch  # noqa: PLC0415
-    from transformers import (  # noqa: PLC0415
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GenerationConfig,
-    )
+    from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
-    from batchrun.engine import assembly, model, trial  # noqa: PLC0415
+    from batchrun.engine import assembly, loading, model, trial  # noqa: PLC0415
     from batchrun.engine.quantize import int8_weights  # noqa: PLC0415
     from batchrun.engine.text import prompt_builder  # noqa: PLC0415
 
@@ -214,19 +209,16 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     settings = engine_settings(spec, step_cost)
     path, trusted = settings.model_path, settings.trust_remote_code
     device = assembly.choose_device(settings.device, log)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-        dtype = model.choose_dtype(settings.dtype, config, device)
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
-    except model.CANNOT_LOAD as error:
-        raise model.cannot_load(settings.model_name, error) from error
+    config, tokenizer = loading.read_papers(path, settings.model_name, trust_remote_code=trusted)
+    dtype = loading.choose_dtype(settings.dtype, config, device)
+    with loading.reading(settings.model_name, path), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
     if settings.quantize:
         int8_weights(empty)
     if Path(path, "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(path)
     loaded = model.prepare(empty, tokenizer, max_model_len=settings.max_model_len)
+    loaded = assembly.fit_context(loaded, settings)
     encode = prompt_builder(
         tokenizer,
         prompt_options(spec),

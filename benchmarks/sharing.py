@@ -24,7 +24,8 @@ import numpy as np
 
 from batchrun.engine.assembly import Assembly, Settings
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.model import LoadedModel, load
+from batchrun.engine.loading import load
+from batchrun.engine.model import LoadedModel
 from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, resolve
 from jobs.folder import home

@@ -29,7 +29,8 @@ import torch
 from transformers import GenerationConfig
 
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.model import LoadedModel, load
+from batchrun.engine.loading import load
+from batchrun.engine.model import LoadedModel
 from batchrun.engine.runtime import Runtime, Settings
 from batchrun.machine import description
 from batchrun.models import DEFAULT_MODEL, resolve

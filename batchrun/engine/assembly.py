@@ -41,6 +41,7 @@ _LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than fill
 # The driver takes as long to map an allocation of 128 MiB as one of 2 MiB (docs/memory.md).
 _DEVICE_PAGE_TOKENS = 32
 _LEAST_DEVICE_PAGE = 2 << 20  # bytes
+_MOST_ADDRESSES = 1 << 46  # bytes of slots, of which a process can have less than twice as many
 _LOOKAHEAD = 4  # steps
 _GIVE_BACK = 16  # pages a step: some 45 us each in the driver, and a short step takes 2 ms
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a part of the claimed ones
@@ -486,6 +487,28 @@ def kv_layout(loaded: LoadedModel, settings: Settings, *, cuda: bool) -> KVLayou
         page_size = max(_LEAST_HOST_PAGE, fair)
     planes = planes_of(layers, per_slab)
     return KVLayout(layers, element, page_size, loaded.max_model_len, per_slab, planes)
+
+
+def fit_context(loaded: LoadedModel, settings: Settings) -> LoadedModel:
+    """Give a model whose slots exceed the address space a shorter context, if none was asked for.
+
+    Each sequence reserves addresses for the whole context, and there are 2^47 for all of a process.
+    """
+    if settings.max_model_len is not None:
+        return loaded
+    cuda = loaded.device.type == "cuda"
+    seqs = settings.max_num_seqs or LIMITS["cuda" if cuda else "cpu"].max_num_seqs
+    layout = kv_layout(loaded, settings, cuda=cuda)
+    most = _MOST_ADDRESSES // ((seqs + KEPT + cuda) * layout.bytes_per_token)
+    if layout.slot_tokens <= most:
+        return loaded
+    limit = 1 << most.bit_length() - 1
+    note = (
+        f"context of {limit:,} of {loaded.max_model_len:,} tokens: more for each of {seqs} "
+        "sequences would exceed a process's addresses; --max-model-len with fewer --max-num-seqs "
+        "goes further"
+    )
+    return replace(loaded, max_model_len=limit, notes=(*loaded.notes, note))
 
 
 def check_backend(

@@ -1,25 +1,20 @@
-"""Loads a transformers model, hooks its attention, and refuses what would be silently wrong."""
+"""Hooks a transformers model's attention, and refuses what would be silently wrong."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from batchrun.engine import adapters
 from batchrun.engine.attention import LayerSpec
+from batchrun.engine.context import context_length
 from batchrun.engine.cpu_layers import NativeLayer, NativeLinear
 from batchrun.engine.hook import (
     HOOK,
@@ -29,13 +24,8 @@ from batchrun.engine.hook import (
     set_attention,
     tell_beside,
 )
-from batchrun.engine.int8_gpu import why_not
 from batchrun.engine.masks import PROBE, named_windows
-from batchrun.engine.quantize import int8_weights
-from batchrun.machine import multiplies_bfloat16
 from batchrun.models import ModelError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -85,69 +75,6 @@ class LoadedModel:
         )
 
 
-def load(
-    path: str,
-    *,
-    name: str | None = None,
-    dtype: str = "auto",
-    quantize: str | None = None,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-    max_model_len: int | None = None,
-) -> LoadedModel:
-    """Load model and tokenizer from a local folder or a hub id.
-
-    Args:
-        path: A folder with safetensors weights, or a hub id.
-        name: What to call it in messages.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: on a GPU the config's; on a CPU bfloat16
-            where it has instructions for it, else float32.
-        quantize: `int8` for weights of 8 bits, or None.
-        device: A torch device.
-        trust_remote_code: Whether the model's own Python code may run.
-        max_model_len: Context length wanted; the model's own bounds it.
-
-    Raises:
-        ModelError: It can't be loaded, or its architecture is refused.
-    """
-    name = name or path
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        wanted = choose_dtype(dtype, config, device)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=wanted,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except CANNOT_LOAD as error:
-        raise cannot_load(name, error) from error
-    if quantize:
-        int8_weights(model)
-    model = model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
-    loaded = prepare(model, tokenizer, max_model_len=max_model_len)
-    reason = why_not(loaded.device, wanted) if quantize and loaded.device.type == "cuda" else None
-    if reason is None:
-        return loaded
-    note = f"weights of 8 bits save memory and cost time here: each step widens them, as {reason}"
-    return replace(loaded, notes=(*loaded.notes, note))
-
-
-CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError)  # of transformers
-
-
-def cannot_load(name: str, error: Exception) -> ModelError:
-    """The error for a model that transformers can't load."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    return ModelError(
-        f"the model {name} can't be loaded: {first}",
-        hint="it must be a causal language model of a released transformers architecture, "
-        "with safetensors weights and a tokenizer; see `batchrun doctor`",
-    )
-
-
 # What a model's own code raises over tokens, masks or positions that it does not expect.
 OF_A_MODEL = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
@@ -168,7 +95,7 @@ def prepare(
             raise _refused(name, f"its config has no {key}")
     if model.config.is_encoder_decoder:
         raise _refused(name, "it is an encoder-decoder, and batchrun runs decoders")
-    limit, notes = _context(config, max_model_len)
+    limit, notes = context_length(config, max_model_len)
     adapters.adapt(model)
     try:
         probe = _probed(model, limit)
@@ -290,49 +217,6 @@ def _refused(name: str, reason: str) -> ModelError:
         f"the architecture {name} is refused: {reason}",
         hint="`batchrun doctor` lists architectures that are known to work",
     )
-
-
-def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
-    """The dtype that `--dtype` means for a model with this config: see `load`."""
-    if name in DTYPES:
-        return DTYPES[name]
-    if device == "cpu":
-        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-    found = config.get_text_config().dtype
-    return found if isinstance(found, torch.dtype) else torch.bfloat16
-
-
-def _rope_settings(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Every rope setting in a config, which may have one for each type of layer."""
-    if isinstance(value, Mapping):
-        if "rope_type" in value:
-            yield value
-        for inner in value.values():
-            yield from _rope_settings(inner)
-
-
-def _context(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...]]:
-    """The context length to use, and notes on why it is not the model's or the user's."""
-    limit = getattr(config, "max_position_embeddings", None) or wanted or 8192
-    notes = []
-    for rope in _rope_settings(getattr(config, "rope_parameters", None)):
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        if rope["rope_type"] == "longrope" and original and original < limit:
-            # Its frequencies depend on the longest sequence in the batch: beyond the original
-            # length one row would change another row's tokens.
-            notes.append(
-                f"context limited to {original} of {limit} tokens: longrope changes its "
-                "frequencies beyond that by the longest row of a batch"
-            )
-            limit = int(original)
-    if wanted is not None and wanted > limit:
-        raise ModelError(
-            f"--max-model-len {wanted} is more than the {limit} tokens this model holds",
-            hint=f"use --max-model-len {limit} or less",
-        )
-    return int(wanted or limit), tuple(notes)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from batchrun.engine import canary
+from batchrun.engine import canary, loading
 from batchrun.engine import model as models
-from batchrun.engine.assembly import Settings, assemble, choose_device
+from batchrun.engine.assembly import Settings, assemble, choose_device, fit_context
 from batchrun.engine.executor import device_errors
 from batchrun.engine.text import prompt_builder
 from batchrun.machine import keep_freed_memory, return_freed_memory
@@ -36,7 +36,7 @@ class Runtime:
         transformers_logging.disable_progress_bar()
         return_freed_memory()  # loading and packing leave hundreds of MiB behind
         with device_errors("the weights", "use a smaller model"):
-            self.loaded = models.load(
+            loaded = loading.load(
                 settings.model_path,
                 name=settings.model_name,
                 dtype=settings.dtype,
@@ -45,6 +45,7 @@ class Runtime:
                 trust_remote_code=settings.trust_remote_code,
                 max_model_len=settings.max_model_len,
             )
+        self.loaded = fit_context(loaded, settings)
         for note in self.loaded.notes:
             log(note)
         self.encode = prompt_builder(
@@ -56,6 +57,8 @@ class Runtime:
         self.sampling_defaults = models.sampling_defaults(self.loaded.model)
         self._weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
         known = canary.seen(self.loaded, self._weights, settings.cache)
+        if not known:
+            loading.check_finite(self.loaded.model)
         want = None if known else canary.reference(self.loaded)
         self.assembly = assemble(self.loaded, settings, log)
         self.engine, self.measurements = self.assembly.engine, self.assembly.measurements

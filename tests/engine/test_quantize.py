@@ -9,7 +9,8 @@ from torch import nn
 from batchrun.engine import canary, cpu_layers
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.cpu_layers import NativeLayer
-from batchrun.engine.model import LoadedModel, load, prepare
+from batchrun.engine.loading import load
+from batchrun.engine.model import LoadedModel, prepare
 from batchrun.engine.optimize import _logits, optimize
 from batchrun.engine.quantize import Int8Linear, int8_weights
 from batchrun.models import ModelRef

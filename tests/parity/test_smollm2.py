@@ -12,7 +12,8 @@ import torch
 from allocator.arena import KVArena
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.hook import HOOK, set_attention
-from batchrun.engine.model import LoadedModel, load
+from batchrun.engine.loading import load
+from batchrun.engine.model import LoadedModel
 from batchrun.engine.optimize import optimize
 from batchrun.models import ModelRef
 from tests.parity.runner import outputs, rig, run

@@ -1,0 +1,305 @@
+"""Loads weights and tokenizer, and refuses those that are not whole.
+
+transformers gives tensors that are missing random numbers, which answer as any others do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from batchrun import kinds
+from batchrun.engine.core import EngineError
+from batchrun.engine.executor import device_errors
+from batchrun.engine.int8_gpu import why_not
+from batchrun.engine.model import LoadedModel, prepare
+from batchrun.engine.quantize import int8_weights
+from batchrun.errors import ModelError
+from batchrun.machine import multiplies_bfloat16
+from batchrun.weights import some
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_READERS = ("sentencepiece", "tiktoken")  # of older tokenizers
+_CHUNK = 1 << 20  # elements looked at together: what is made of them stays in a core's cache
+# What quantised weights are multiplied by. Without it they are other numbers.
+_SCALES = re.compile(r"(_scale(_inv|_2)?|\.scales|\.biases|\.absmax|_quant_state\.\w+)$")
+# Buffers that models used to save, and layers that only guess tokens ahead.
+_HARMLESS = re.compile(r"inv_freq$|\.masked_bias$|attn\.bias$|attention\.bias$|(^|\.)mtp")
+
+
+def load(
+    path: str,
+    *,
+    name: str | None = None,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    max_model_len: int | None = None,
+) -> LoadedModel:
+    """Load model and tokenizer from a local folder or a hub id.
+
+    Args:
+        path: A folder with safetensors weights, or a hub id.
+        name: What to call it in messages.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: on a GPU the config's; on a CPU bfloat16
+            where it has instructions for it, else float32.
+        quantize: `int8` for weights of 8 bits, or None.
+        device: A torch device.
+        trust_remote_code: Whether the model's own Python code may run.
+        max_model_len: Context length wanted; the model's own bounds it.
+
+    Raises:
+        ModelError: It can't be loaded, lacks weights, or its architecture is refused.
+    """
+    name = name or path
+    config, tokenizer = read_papers(path, name, trust_remote_code=trust_remote_code)
+    wanted = choose_dtype(dtype, config, device)
+    with reading(name, path):
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=wanted,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    model, info = read
+    notes = check_whole(model, info, name)
+    if quantize:
+        int8_weights(model)
+    model = model.to(device)
+    loaded = prepare(model, tokenizer, max_model_len=max_model_len)
+    reason = why_not(loaded.device, wanted) if quantize and loaded.device.type == "cuda" else None
+    if reason is not None:
+        notes.append(
+            f"weights of 8 bits save memory and cost time here: each step widens them, as {reason}"
+        )
+    return replace(loaded, notes=(*loaded.notes, *notes))
+
+
+def read_papers(path: str, name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model's config and its tokenizer.
+
+    Raises:
+        ModelError: They can't be read, or are no causal language model's.
+    """
+    with reading(name, path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if config.is_encoder_decoder:
+            raise kinds.not_causal(
+                f"the model {name}", config.model_type, "an encoder-decoder model"
+            )
+    with reading(name, path, "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return config, tokenizer
+
+
+@contextmanager
+def reading(name: str, path: str, what: str = "") -> Iterator[None]:
+    """Whatever a reader of the user's files raises says something about these files.
+
+    Raises:
+        ModelError: They can't be read.
+        EngineError: There is no memory for what is in them.
+    """
+    try:
+        with device_errors("the weights", "use a smaller model"):
+            yield
+    except (ModelError, EngineError, MemoryError):
+        raise
+    except Exception as error:
+        raise _cannot_load(name, Path(path), what, error) from error
+
+
+def _cannot_load(name: str, folder: Path, what: str, error: Exception) -> ModelError:
+    """What is to blame, by the folder's papers and the type of the error."""
+    lines = str(error).strip().splitlines() or [""]
+    told = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and lines[0]
+    failed = f"{what}the model {name} can't be loaded: {told or repr(error)}"
+    config: kinds.Config = {}
+    try:
+        config = kinds.read_config(folder) if folder.is_dir() else {}
+    except ModelError as reason:
+        return reason
+    except OSError:
+        pass  # it is what has been told
+    if config and "auto_map" not in config:
+        reason = _unknown_type(name, config, weights=not what)
+        if reason is not None:
+            return reason
+    settings = kinds.quantisation(config)
+    if what:
+        hint = _tokenizer_hint(folder, error)
+    elif settings is not None:
+        failed += f" (its weights are quantised by {kinds.title(settings)})"
+        hint = kinds.UNQUANTISED
+    elif isinstance(error, ImportError):
+        hint = "install what is missing, then: batchrun resume"
+    else:
+        hint = (
+            "it must be a causal language model of a released transformers architecture, "
+            "with safetensors weights and a tokenizer; see `batchrun doctor`"
+        )
+    return ModelError(failed, hint=hint)
+
+
+def _unknown_type(name: str, config: kinds.Config, *, weights: bool) -> ModelError | None:
+    """The error for an architecture that transformers knows not, or not as a language model."""
+    model_type = str(config["model_type"])
+    if model_type not in CONFIG_MAPPING:
+        saved = config.get("transformers_version")
+        by = f"; version {saved} wrote its config.json" if saved else ""
+        return ModelError(
+            f"the model {name} can't be loaded: transformers {transformers.__version__} does not "
+            f"know the architecture {model_type!r}{by}",
+            hint="if it is a new one: pip install --upgrade transformers",
+        )
+    if weights and CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return kinds.not_causal(f"the model {name}", model_type, "no causal language model")
+    return None
+
+
+def _tokenizer_hint(folder: Path, error: Exception) -> str:
+    if not (folder / "tokenizer.json").exists():
+        lacking = [name for name in _READERS if find_spec(name) is None]
+        lacks = f"pip install {' '.join(lacking)}, or " if lacking else ""
+        return f"{lacks}copy the tokenizer.json of the model that it was made from"
+    if isinstance(error, ImportError):
+        return "install what is missing, or copy the tokenizer of the model that it was made from"
+    import tokenizers  # noqa: PLC0415
+
+    return (
+        f"its tokenizer.json may be newer than tokenizers {tokenizers.__version__}: "
+        "pip install --upgrade tokenizers transformers, or copy it again"
+    )
+
+
+def check_whole(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> list[str]:
+    """Refuse a model whose weights its files did not wholly fill.
+
+    Args:
+        model: It, just loaded.
+        info: What `from_pretrained` said of it with `output_loading_info`. Tied weights,
+            buffers that are computed, and what the architecture can do without are not in it.
+        name: What to call it in messages.
+
+    Returns:
+        What the user should know, a sentence each.
+
+    Raises:
+        ModelError: Tensors are missing, of another shape, or lack their scales.
+    """
+    missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    kind, quantised = type(model).__name__, getattr(model, "hf_quantizer", None) is not None
+    if info["mismatched_keys"]:
+        wrong = sorted(info["mismatched_keys"])
+        listed = [f"{key} is {_shape(got)} and not {_shape(want)}" for key, got, want in wrong]
+        raise ModelError(
+            f"the weights of the model {name} do not fit its config.json: {some(listed)}",
+            hint=kinds.UNQUANTISED
+            if quantised
+            else "use the config.json that came with the weights",
+        )
+    if missing:
+        raise ModelError(
+            f"the weights of the model {name} lack {len(missing):,} of the "
+            f"{len(model.state_dict()):,} tensors of {kind}: {some(missing)}",
+            hint=_missing_hint(missing, extra),
+        )
+    scales = [key for key in extra if _SCALES.search(key)]
+    if scales and not quantised:
+        raise ModelError(
+            f"the weights of the model {name} are quantised and its config.json does not say how "
+            f"in a way that transformers knows: nothing takes {some(scales)}",
+            hint=kinds.UNQUANTISED,
+        )
+    extra = [key for key in extra if not _HARMLESS.search(key)]
+    if not extra:
+        return []
+    return [f"{len(extra):,} tensors of the weights are not used by {kind}: {some(extra)}"]
+
+
+def _shape(shape: Any) -> str:
+    return "x".join(map(str, shape)) or "a number"
+
+
+def _missing_hint(missing: list[str], extra: list[str]) -> str:
+    prefix = next((key[: -len(missing[0])] for key in extra if key.endswith(missing[0])), "")
+    if prefix.endswith(".") and {prefix + key for key in missing} <= set(extra):
+        return (
+            f"they are there as {prefix}...: save the weights again without that prefix, "
+            "from the model that was trained and not from what was wrapped around it"
+        )
+    if missing == ["lm_head.weight"]:
+        return (
+            "it has no head to predict tokens with: use the model that it was made from; if its "
+            'head is its embedding, say so in config.json: "tie_word_embeddings": true'
+        )
+    return "download or copy it again, or save it again with all its weights"
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights with a NaN or an infinity in them, which every answer would be made of.
+
+    Takes little memory, and about as long as reading the weights once.
+
+    Raises:
+        ModelError: The message names the tensors.
+    """
+    bad = {key: tensor for key, tensor in model.state_dict().items() if not _finite(tensor)}
+    if not bad:
+        return
+    counts = {key: sum(int((~p.isfinite()).sum()) for p in _pieces(t)) for key, t in bad.items()}
+    listed = [
+        f"{key} has {n:,} value{'s that are' if n > 1 else ' that is'} not finite"
+        for key, n in counts.items()
+    ]
+    narrow = all(t.dtype == torch.float16 for t in bad.values())
+    raise ModelError(
+        f"the weights are damaged: {some(listed)}",
+        hint="float16 ends at 65,504: --dtype bfloat16 or --dtype float32 may hold them"
+        if narrow
+        else "download or copy the model again; if that is how it was saved, it is broken",
+    )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if type(tensor) not in {torch.Tensor, nn.Parameter} or not tensor.is_floating_point():
+        return True
+    # A zero times what is not finite is NaN; `isfinite` takes 20 times as long.
+    sums = [(piece * 0).sum() for piece in _pieces(tensor)]
+    return not bool(torch.stack(sums).isnan().any()) if sums else True
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    for piece in tensor.detach().reshape(-1).split(_CHUNK):
+        yield piece.float() if piece.itemsize == 1 else piece
+
+
+def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
+    """The dtype that `--dtype` means for a model with this config: see `load`."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if device == "cpu":
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    found = config.get_text_config().dtype
+    return found if isinstance(found, torch.dtype) else torch.bfloat16
