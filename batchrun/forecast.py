@@ -218,7 +218,7 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     if Path(path, "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(path)
     loaded = model.prepare(empty, tokenizer, max_model_len=settings.max_model_len)
-    loaded = assembly.fit_context(loaded, settings)
+    loaded = assembly.fit_context(loaded, settings, device)
     encode = prompt_builder(
         tokenizer,
         prompt_options(spec),

@@ -207,10 +207,14 @@ class Assembly:
                 self._warm_up()
         except AllocatorError as error:
             self.close()
+            fits = fit_context(loaded, replace(settings, max_model_len=None), loaded.device.type)
+            less = f"use --max-model-len {fits.max_model_len} or less, or fewer --max-num-seqs"
             raise EngineError(
                 f"no KV memory can be set up for {self.max_num_seqs} sequences of "
                 f"{loaded.max_model_len} tokens: {error}",
-                hint="lower --max-num-seqs or --max-model-len, or lift the limit (ulimit -v)",
+                hint="lower --max-num-seqs or --max-model-len, or lift the limit (ulimit -v)"
+                if fits is loaded
+                else less,
             ) from error
         except BaseException:
             self.close()
@@ -489,18 +493,16 @@ def kv_layout(loaded: LoadedModel, settings: Settings, *, cuda: bool) -> KVLayou
     return KVLayout(layers, element, page_size, loaded.max_model_len, per_slab, planes)
 
 
-def fit_context(loaded: LoadedModel, settings: Settings) -> LoadedModel:
+def fit_context(loaded: LoadedModel, settings: Settings, device: str) -> LoadedModel:
     """Give a model whose slots exceed the address space a shorter context, if none was asked for.
 
     Each sequence reserves addresses for the whole context, and there are 2^47 for all of a process.
     """
-    if settings.max_model_len is not None:
-        return loaded
-    cuda = loaded.device.type == "cuda"
-    seqs = settings.max_num_seqs or LIMITS["cuda" if cuda else "cpu"].max_num_seqs
-    layout = kv_layout(loaded, settings, cuda=cuda)
-    most = _MOST_ADDRESSES // ((seqs + KEPT + cuda) * layout.bytes_per_token)
-    if layout.slot_tokens <= most:
+    limits = LIMITS[device.partition(":")[0]]
+    seqs = settings.max_num_seqs or limits.max_num_seqs
+    layout = kv_layout(loaded, settings, cuda=device != "cpu")
+    most = _MOST_ADDRESSES // ((seqs + KEPT + 1) * layout.bytes_per_token)
+    if settings.max_model_len is not None or layout.slot_tokens <= most:
         return loaded
     limit = 1 << most.bit_length() - 1
     note = (

@@ -143,9 +143,9 @@ def _cannot_load(name: str, folder: Path, what: str, error: Exception) -> ModelE
     except OSError:
         pass  # it is what has been told
     if config and "auto_map" not in config:
-        reason = _unknown_type(name, config, weights=not what)
-        if reason is not None:
-            return reason
+        unknown = _unknown_type(name, config, weights=not what)
+        if unknown is not None:
+            return unknown
     settings = kinds.quantisation(config)
     if what:
         hint = _tokenizer_hint(folder, error)

@@ -45,7 +45,7 @@ class Runtime:
                 trust_remote_code=settings.trust_remote_code,
                 max_model_len=settings.max_model_len,
             )
-        self.loaded = fit_context(loaded, settings)
+        self.loaded = fit_context(loaded, settings, str(loaded.device))
         for note in self.loaded.notes:
             log(note)
         self.encode = prompt_builder(
