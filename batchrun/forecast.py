@@ -216,7 +216,8 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     if settings.quantize:
         int8_weights(empty)
     if Path(path, "generation_config.json").exists():
-        empty.generation_config = GenerationConfig.from_pretrained(path)
+        with loading.reading(settings.model_name, path, "the generation config of "):
+            empty.generation_config = GenerationConfig.from_pretrained(path)
     loaded = model.prepare(empty, tokenizer, max_model_len=settings.max_model_len)
     loaded = assembly.fit_context(loaded, settings, device)
     encode = prompt_builder(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from batchrun.errors import ModelError
-from batchrun.weights import AGAIN, SINGLE, TOKENIZERS, check_head, some
+from batchrun.weights import AGAIN, INDEX, SINGLE, TOKENIZERS, read_paper, some
 
 Config = dict[str, Any]
 
@@ -58,13 +57,7 @@ def read_config(folder: Path) -> Config:
     _refuse_others(folder, has_config=file.is_file())
     if not file.is_file():
         raise ModelError(f"{folder} has no config.json, so it is no model folder")
-    check_head(file)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}", hint=AGAIN) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds no JSON object but {type(config).__name__}", hint=AGAIN)
+    config = read_paper(file)
     if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
         raise ModelError(
             f'{file} does not say which architecture the model has: it has no "model_type"',
@@ -80,9 +73,13 @@ def _refuse_others(folder: Path, *, has_config: bool) -> None:
         ModelError: What it is, and how it could be used.
     """
     if (folder / "adapter_config.json").is_file():
-        raise _adapter(folder, beside=has_config and (folder / SINGLE).exists())
+        whole = any((folder / name).exists() for name in (SINGLE, INDEX))
+        raise _adapter(folder, beside=has_config and whole)
     if (folder / "model_index.json").is_file():
-        raise ModelError(f"{folder} is a diffusers pipeline, which makes images or the like")
+        raise ModelError(
+            f"{folder} is a diffusers pipeline, which makes images or the like",
+            hint=_LANGUAGE_MODELS,
+        )
     modules = folder / "modules.json"
     if modules.is_file() and "sentence_transformers" in modules.read_text("utf-8", "replace"):
         raise ModelError(
@@ -124,8 +121,8 @@ def _adapter(folder: Path, *, beside: bool) -> ModelError:
     """The error for an adapter, which needs its base model."""
     file = folder / "adapter_config.json"
     try:
-        base = json.loads(file.read_bytes()).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
+        base = read_paper(file).get("base_model_name_or_path")
+    except ModelError:
         base = None
     of = f" of {base}" if base else ""
     merge = (
@@ -156,13 +153,13 @@ def check_kind(folder: Path, config: Config, names: Collection[str]) -> None:
         ModelError: The message names what it is.
     """
     if config.get("is_encoder_decoder"):
-        raise not_causal(folder, config["model_type"], "an encoder-decoder model")
+        raise not_causal(folder, config.get("model_type"), "an encoder-decoder model")
     _check_architectures(folder, config, names)
     _check_quantisation(folder, config)
     _check_tokenizer(folder)
 
 
-def not_causal(where: object, model_type: str, what: str) -> ModelError:
+def not_causal(where: object, model_type: object, what: str) -> ModelError:
     """The error for a model that does not predict a next token."""
     return ModelError(f"{where} is {what} ({model_type})", hint=_LANGUAGE_MODELS)
 
@@ -173,7 +170,7 @@ def _check_architectures(folder: Path, config: Config, names: Collection[str]) -
     of_its_own = config.get("auto_map")
     if isinstance(of_its_own, Mapping) and "AutoModelForCausalLM" in of_its_own:
         return
-    classes = [name for name in classes if isinstance(name, str)]
+    classes = [classes] if isinstance(classes, str) else [str(name) for name in classes]
     if not classes or any(part in name for name in classes for part in _CAUSAL):
         return
     kind = next((_OTHERS[end] for end in _OTHERS if classes[0].endswith(end)), None)
@@ -187,8 +184,9 @@ def _check_architectures(folder: Path, config: Config, names: Collection[str]) -
     hint = _LANGUAGE_MODELS
     if kind == _OTHERS["Model"]:
         hint = (
-            'if its head is its embedding, say so in its config.json: "tie_word_embeddings": true '
-            f'and "architectures": ["{classes[0].removesuffix("Model")}ForCausalLM"]'
+            "if it is a causal language model whose head is its embedding, say so in config.json: "
+            '"tie_word_embeddings": true and "architectures": '
+            f'["{classes[0].removesuffix("Model")}ForCausalLM"]'
         )
     raise ModelError(f"{folder} is {kind} (its config.json says {classes[0]})", hint=hint)
 
@@ -249,11 +247,7 @@ def _check_tokenizer(folder: Path) -> None:
     """
     if any(next(folder.glob(pattern), None) for pattern in (*TOKENIZERS, "*.py", "merges.txt")):
         return
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
-        settings = None
-    if isinstance(settings, dict) and "auto_map" in settings:
+    if "auto_map" in read_paper(folder / "tokenizer_config.json"):
         return
     raise ModelError(
         f"{folder} has no tokenizer: there is no tokenizer.json, nor another vocabulary",
@@ -263,7 +257,11 @@ def _check_tokenizer(folder: Path) -> None:
 
 def why_no_weights(folder: Path) -> ModelError:
     """The error for a folder where transformers would find no safetensors."""
-    there = sorted(file.name for file in folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors"))
+    dangling = [str(file) for file in found if not file.exists()]
+    if dangling:
+        return ModelError(f"{some(dangling)}: a link to a file that is not there", hint=AGAIN)
+    there = [file.name for file in found]
     shards = [name for name in there if "-of-" in name]
     if shards:
         return ModelError(

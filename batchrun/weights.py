@@ -17,14 +17,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Of a tokenizer; the first one that is there makes the others of no account.
 TOKENIZERS = ("tokenizer.json", "tekken.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
-_SMALL = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+_PAPERS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _LFS = b"version https://git-lfs"
 _HEAD = 512  # bytes: an LFS pointer is shorter
 _MOST_HEADER = 100 << 20  # bytes: safetensors itself reads no longer one
@@ -69,14 +62,37 @@ def check_files(folder: Path, files: list[Path]) -> set[str]:
             f"{some(missing)}",
             hint="download or copy the folder again: `hf download` gets only what is missing",
         )
-    for file in small_files(folder):
+    for name in _PAPERS:
+        read_paper(folder / name)
+    for file in _vocabularies(folder):
         check_head(file)
     return {name for file in files for name in _tensor_names(file)}
 
 
-def small_files(folder: Path) -> Iterator[Path]:
-    """Papers and tokenizer, of which each is small enough to be read whole."""
-    yield from (folder / name for name in _SMALL if (folder / name).is_file())
+def read_paper(file: Path) -> dict[str, Any]:
+    """A small file of JSON, empty if there is none.
+
+    Raises:
+        ModelError: It holds something else.
+        OSError: It can't be read.
+    """
+    if not file.is_file():
+        return {}
+    check_head(file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{file} is not valid JSON: {error}", hint=f"mend it, or {AGAIN}"
+        ) from error
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"{file} holds no JSON object but a {type(found).__name__}", hint=f"mend it, or {AGAIN}"
+        )
+    return found
+
+
+def _vocabularies(folder: Path) -> Iterator[Path]:
     for pattern in TOKENIZERS:
         found = [file for file in sorted(folder.glob(pattern)) if file.is_file()]
         yield from found
@@ -96,7 +112,7 @@ def check_head(file: Path) -> None:
         head = opened.read(_HEAD)
     if head.startswith(_LFS):
         wanted = head.rpartition(b"size ")[2].split(b"\n")[0].decode("ascii", "replace")
-        of = f" of {int(wanted):,} bytes" if wanted.isdecimal() else ""
+        of = f" in place of {int(wanted):,}" if wanted.isdecimal() else ""
         raise ModelError(
             f"{file} is not the file itself but Git LFS's pointer to it: {size} bytes{of}",
             hint=f"get the file: git lfs pull in {file.parent}, or hf download",

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 import threading
+import traceback
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -98,6 +99,8 @@ def run_job_command(folder: Path) -> int:
             message, hint = explain(error)
             if not isinstance(error, Fenced | LeaseHeld):
                 job.set_state("failed", message, hint)
+            if error.__cause__ is not None:
+                traceback.print_exception(error.__cause__)
             print_error(message, hint)  # into worker.log, where a full disk may yet have room
             return ExitStatus.FAILED
     return STATUS.get(outcome, ExitStatus.FAILED)

@@ -5,6 +5,7 @@ transformers gives tensors that are missing random numbers, which answer as any 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -33,9 +35,10 @@ from batchrun.engine.model import LoadedModel, prepare
 from batchrun.engine.quantize import int8_weights
 from batchrun.errors import ModelError
 from batchrun.machine import multiplies_bfloat16
-from batchrun.weights import some
+from batchrun.weights import AGAIN, some
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER = "the tokenizer of "
 _READERS = ("sentencepiece", "tiktoken")  # of older tokenizers
 _CHUNK = 1 << 20  # elements looked at together: what is made of them stays in a core's cache
 # What quantised weights are multiplied by. Without it they are other numbers.
@@ -84,6 +87,7 @@ def load(
         )
     model, info = read
     notes = check_whole(model, info, name)
+    notes += _widen(model, config, wanted)
     if quantize:
         int8_weights(model)
     model = model.to(device)
@@ -102,13 +106,13 @@ def read_papers(path: str, name: str, *, trust_remote_code: bool) -> tuple[Any, 
     Raises:
         ModelError: They can't be read, or are no causal language model's.
     """
-    with reading(name, path):
+    with reading(name, path, "the config of "):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if config.is_encoder_decoder:
             raise kinds.not_causal(
                 f"the model {name}", config.model_type, "an encoder-decoder model"
             )
-    with reading(name, path, "the tokenizer of "):
+    with reading(name, path, _TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     return config, tokenizer
 
@@ -132,9 +136,7 @@ def reading(name: str, path: str, what: str = "") -> Iterator[None]:
 
 def _cannot_load(name: str, folder: Path, what: str, error: Exception) -> ModelError:
     """What is to blame, by the folder's papers and the type of the error."""
-    lines = str(error).strip().splitlines() or [""]
-    told = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and lines[0]
-    failed = f"{what}the model {name} can't be loaded: {told or repr(error)}"
+    failed = f"{what}the model {name} can't be loaded: {_first_line(error)}"
     config: kinds.Config = {}
     try:
         config = kinds.read_config(folder) if folder.is_dir() else {}
@@ -147,19 +149,29 @@ def _cannot_load(name: str, folder: Path, what: str, error: Exception) -> ModelE
         if unknown is not None:
             return unknown
     settings = kinds.quantisation(config)
-    if what:
+    if what == _TOKENIZER:
         hint = _tokenizer_hint(folder, error)
+    elif what:
+        hint = "use the one that came with the weights"
     elif settings is not None:
         failed += f" (its weights are quantised by {kinds.title(settings)})"
         hint = kinds.UNQUANTISED
     elif isinstance(error, ImportError):
-        hint = "install what is missing, then: batchrun resume"
+        hint = "install what is missing"
     else:
         hint = (
             "it must be a causal language model of a released transformers architecture, "
             "with safetensors weights and a tokenizer; see `batchrun doctor`"
         )
     return ModelError(failed, hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of what an error says, and the second where the first announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    tells = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and said
+    return said if tells else f"{type(error).__name__}: {said}"
 
 
 def _unknown_type(name: str, config: kinds.Config, *, weights: bool) -> ModelError | None:
@@ -185,8 +197,8 @@ def _tokenizer_hint(folder: Path, error: Exception) -> str:
         return f"{lacks}copy the tokenizer.json of the model that it was made from"
     if isinstance(error, ImportError):
         return "install what is missing, or copy the tokenizer of the model that it was made from"
-    import tokenizers  # noqa: PLC0415
-
+    if isinstance(error, json.JSONDecodeError):
+        return f"its tokenizer.json or tokenizer_config.json is no JSON: {AGAIN}"
     return (
         f"its tokenizer.json may be newer than tokenizers {tokenizers.__version__}: "
         "pip install --upgrade tokenizers transformers, or copy it again"
@@ -215,9 +227,7 @@ def check_whole(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> l
         listed = [f"{key} is {_shape(got)} and not {_shape(want)}" for key, got, want in wrong]
         raise ModelError(
             f"the weights of the model {name} do not fit its config.json: {some(listed)}",
-            hint=kinds.UNQUANTISED
-            if quantised
-            else "use the config.json that came with the weights",
+            hint=kinds.UNQUANTISED if quantised else _config_hint(model, wrong),
         )
     if missing:
         raise ModelError(
@@ -238,6 +248,36 @@ def check_whole(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> l
     return [f"{len(extra):,} tensors of the weights are not used by {kind}: {some(extra)}"]
 
 
+def _widen(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> list[str]:
+    """Have one dtype in a model whose quantised weights transformers could only widen.
+
+    Returns:
+        A note that says so, if it is one.
+    """
+    settings = kinds.quantisation(config.to_dict())
+    if settings is None or hasattr(model, "hf_quantizer"):
+        return []
+    strict, half = model._keep_in_fp32_modules_strict, model._keep_in_fp32_modules
+    wide = {*(strict or ()), *((half or ()) if dtype == torch.float16 else ())}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and wide.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return [
+        f"its weights are quantised by {kinds.title(settings)} and computed in "
+        f"{str(dtype).removeprefix('torch.')}, which takes more memory: nothing here computes with "
+        "them as they are"
+    ]
+
+
+def _config_hint(model: PreTrainedModel, wrong: list[tuple[str, Any, Any]]) -> str:
+    rows = {
+        got[0] for _, got, want in wrong if want[0] == model.config.get_text_config().vocab_size
+    }
+    if len(rows) == 1 and all(got[1:] == want[1:] for _, got, want in wrong):
+        return f'its config.json should say "vocab_size": {rows.pop()}, as its weights do'
+    return "use the config.json that came with the weights"
+
+
 def _shape(shape: Any) -> str:
     return "x".join(map(str, shape)) or "a number"
 
@@ -246,8 +286,8 @@ def _missing_hint(missing: list[str], extra: list[str]) -> str:
     prefix = next((key[: -len(missing[0])] for key in extra if key.endswith(missing[0])), "")
     if prefix.endswith(".") and {prefix + key for key in missing} <= set(extra):
         return (
-            f"they are there as {prefix}...: save the weights again without that prefix, "
-            "from the model that was trained and not from what was wrapped around it"
+            f"they are there as {prefix}{missing[0]} and so on: save the weights again without that "
+            "prefix, from the model that was trained and not from what was wrapped around it"
         )
     if missing == ["lm_head.weight"]:
         return (
