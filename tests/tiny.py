@@ -1,7 +1,9 @@
 """A tiny real model on disk: random Llama weights, a byte-level tokenizer, a chat template."""
 
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -59,8 +61,23 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_tiny_gguf(path: Path, *, pre: str = "smollm", layers: int = 1) -> Path:
-    """A GGUF file of the same shape, its matrices quantised to Q8_0."""
+def write_tiny_gguf(
+    path: Path,
+    *,
+    pre: str = "smollm",
+    layers: int = 1,
+    without: Collection[str] = (),
+    parts: int = 1,
+) -> Path:
+    """A GGUF file of the same shape, its matrices quantised to Q8_0.
+
+    Args:
+        path: The file.
+        pre: Its rule to split text.
+        layers: How many it has.
+        without: Names of tensors that it lacks.
+        parts: Of how many parts it says to be the first.
+    """
     import gguf  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
@@ -84,9 +101,14 @@ def write_tiny_gguf(path: Path, *, pre: str = "smollm", layers: int = 1) -> Path
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
+    if parts > 1:
+        writer.add_uint16("split.no", 0)
+        writer.add_uint16("split.count", parts)
     draw = np.random.default_rng(7)
 
     def add(name: str, *shape: int) -> None:
+        if name in without:
+            return
         values = draw.normal(0, 0.2, shape).astype(np.float32)
         kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) > 1 else None
         data = gguf.quants.quantize(values, kind) if kind is not None else values
@@ -120,3 +142,44 @@ def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Saves what `change` makes of the tensors in their place."""
+    from safetensors.torch import load, save_file  # noqa: PLC0415
+
+    file = folder / "model.safetensors"
+    save_file(change(load(file.read_bytes())), file, metadata={"format": "pt"})
+
+
+def shard_weights(folder: Path) -> list[Path]:
+    """Splits the weights into several files with an index, as large models come."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def quantise_to_fp8(folder: Path) -> None:
+    """Makes FP8 of the linear layers, in blocks with a scale each, as DeepSeek's models come."""
+    import torch  # noqa: PLC0415
+
+    block = 16
+
+    def quantise(weights: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, weight in weights.items():
+            if "_proj" not in name:
+                found[name] = weight
+                continue
+            blocks = weight.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+            scales = blocks.abs().amax((1, 3)) / 448
+            small = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+            found |= {name: small.reshape(weight.shape), name + "_scale_inv": scales}
+        return found
+
+    edit_weights(folder, quantise)
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    edit_config(folder, quantization_config={**settings, "weight_block_size": [block, block]})

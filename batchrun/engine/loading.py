@@ -286,8 +286,8 @@ def _missing_hint(missing: list[str], extra: list[str]) -> str:
     prefix = next((key[: -len(missing[0])] for key in extra if key.endswith(missing[0])), "")
     if prefix.endswith(".") and {prefix + key for key in missing} <= set(extra):
         return (
-            f"they are there as {prefix}{missing[0]} and so on: save the weights again without that "
-            "prefix, from the model that was trained and not from what was wrapped around it"
+            f"they are there as {prefix}{missing[0]} and so on: save the weights again without "
+            "that prefix, from the model that was trained and not from what was wrapped around it"
         )
     if missing == ["lm_head.weight"]:
         return (
