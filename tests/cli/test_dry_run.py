@@ -149,7 +149,7 @@ def test_weights_that_are_not_all_there(
     harm(batchrun.model / "model.safetensors")
     shown = batchrun.submit(batchrun.write("in.jsonl", ["one"]), "--dry-run")
     assert shown.code == 1
-    assert f"the model {batchrun.model} can't be loaded: " in shown.error
+    assert str(batchrun.model) in shown.error
     assert said in shown.error
 
 
