@@ -5,7 +5,9 @@ transformers gives tensors that are missing random numbers, which answer as any 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +37,7 @@ from batchrun.engine.model import LoadedModel, prepare
 from batchrun.engine.quantize import int8_weights
 from batchrun.errors import ModelError
 from batchrun.machine import multiplies_bfloat16
-from batchrun.weights import AGAIN, some
+from batchrun.weights import AGAIN, check_files, some, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER = "the tokenizer of "
@@ -131,6 +133,8 @@ def reading(name: str, path: str, what: str = "") -> Iterator[None]:
     except (ModelError, EngineError, MemoryError):
         raise
     except Exception as error:
+        if os.strerror(errno.ENOMEM) in str(error):  # torch has no class of its own for it
+            raise MemoryError(_first_line(error)) from error
         raise _cannot_load(name, Path(path), what, error) from error
 
 
@@ -139,7 +143,9 @@ def _cannot_load(name: str, folder: Path, what: str, error: Exception) -> ModelE
     failed = f"{what}the model {name} can't be loaded: {_first_line(error)}"
     config: kinds.Config = {}
     try:
-        config = kinds.read_config(folder) if folder.is_dir() else {}
+        if folder.is_dir():
+            config = kinds.read_config(folder)
+            check_files(folder, weight_files(folder, config))
     except ModelError as reason:
         return reason
     except OSError:

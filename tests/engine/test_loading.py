@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +216,13 @@ def test_a_tokenizer_that_needs_a_package(folder: Path) -> None:
     assert "copy the tokenizer.json of the model that it was made from" in str(error.hint)
 
 
+def test_a_file_that_broke_since_the_job_was_submitted_says_how(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ModelError, match="incomplete: it has 130,495 bytes"):
+        load(folder)
+
+
 def test_whatever_a_reader_raises_is_about_the_model(folder: Path) -> None:
     for error in (Exception("odd"), TypeError("odd"), RecursionError("odd"), AssertionError("odd")):
         with (
@@ -228,6 +236,8 @@ def test_but_memory_and_the_user_are_not(folder: Path) -> None:
     with pytest.raises(EngineError, match="no memory left for the weights"):  # noqa: SIM117
         with loading.reading("mine", str(folder)):
             torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(MemoryError), loading.reading("mine", str(folder)):
+        mmap.mmap(-1, 1 << 62)
     for kind in (MemoryError, KeyboardInterrupt):
         with pytest.raises(kind), loading.reading("mine", str(folder)):
             raise kind
