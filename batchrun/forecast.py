@@ -198,7 +198,7 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
         EngineError: An attention backend asked for by name can't be used.
     """
     import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: PLC0415
+    from transformers import GenerationConfig  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
     from batchrun.engine import assembly, loading, model, trial  # noqa: PLC0415
@@ -212,7 +212,9 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     config, tokenizer = loading.read_papers(path, settings.model_name, trust_remote_code=trusted)
     dtype = loading.choose_dtype(settings.dtype, config, device)
     with loading.reading(settings.model_name, path), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        empty = loading.class_for(config).from_config(
+            config, dtype=dtype, trust_remote_code=trusted
+        )
     if settings.quantize:
         int8_weights(empty)
     if Path(path, "generation_config.json").exists():

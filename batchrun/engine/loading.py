@@ -22,9 +22,12 @@ import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -78,7 +81,7 @@ def load(
     config, tokenizer = read_papers(path, name, trust_remote_code=trust_remote_code)
     wanted = choose_dtype(dtype, config, device)
     with reading(name, path):
-        read: Any = AutoModelForCausalLM.from_pretrained(
+        read: Any = class_for(config).from_pretrained(
             path,
             config=config,
             dtype=wanted,
@@ -100,6 +103,18 @@ def load(
             f"weights of 8 bits save memory and cost time here: each step widens them, as {reason}"
         )
     return replace(loaded, notes=(*loaded.notes, *notes))
+
+
+def class_for(config: PreTrainedConfig) -> Any:
+    """The transformers class that loads a model with this config.
+
+    What transformers has among models that see images alone is run as text.
+    """
+    only_there = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return AutoModelForImageTextToText if only_there else AutoModelForCausalLM
 
 
 def read_papers(path: str, name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -191,7 +206,10 @@ def _unknown_type(name: str, config: kinds.Config, *, weights: bool) -> ModelErr
             f"know the architecture {model_type!r}{by}",
             hint="if it is a new one: pip install --upgrade transformers",
         )
-    if weights and CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = CONFIG_MAPPING[model_type]
+    if weights and not (
+        known in MODEL_FOR_CAUSAL_LM_MAPPING or known in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    ):
         return kinds.not_causal(f"the model {name}", model_type, "no causal language model")
     return None
 
