@@ -27,6 +27,7 @@ from batchrun.engine.core import Sequence as Row
 from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
+from batchrun.engine.generation import read_generation
 from batchrun.engine.graphs import CudaRecorder, batch_sizes
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.optimize import optimize
@@ -175,6 +176,7 @@ class Assembly:
 
     Attributes:
         kernels: What computes: the attention backend, and what `optimize` made faster.
+        generation: How the model wants to be sampled.
 
     Raises:
         EngineError: There is no memory for it, or a backend asked for by name can't be used.
@@ -193,6 +195,7 @@ class Assembly:
         self.max_num_batched_tokens = settings.max_num_batched_tokens or limits.step_tokens(
             settings.step_cost
         )
+        self.generation = read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len)
         self.usage = UsageIntegral()
         self.kernels: tuple[str, ...] = ()
         self._log = log
@@ -233,6 +236,7 @@ class Assembly:
             self.scheduler,
             loaded.tokenizer,
             loaded.eos_ids,
+            specials=self.generation.specials,
             observe=lambda seconds: self.usage.add(self._usage(), seconds),
             mapping_seconds=lambda: self.arena.work_seconds,
         )
@@ -316,7 +320,7 @@ class Assembly:
         transfers: Transfers = HostTransfers()
         lag = 0
         if self._cuda:
-            lag = int(settings.overlap)
+            lag = int(settings.overlap and not self._waits_for_tokens())
             transfers = CudaTransfers(loaded.device, lag)
         self._resources.callback(transfers.drain)
         geometry = Geometry(
@@ -337,8 +341,25 @@ class Assembly:
         groups = range(self.arena.layout.num_groups)
         slabs = [slab_bytes(self.arena, group, loaded.device) for group in groups]
         return TorchExecutor(
-            loaded, views, slabs, backend, transfers, lag=lag, relieve=self._relieve
+            loaded,
+            views,
+            slabs,
+            backend,
+            transfers,
+            lag=lag,
+            relieve=self._relieve,
+            processors=self.generation.processors,
         )
+
+    def _waits_for_tokens(self) -> bool:
+        """Whether a step's tokens have to be known before the next one's are sampled."""
+        names = self.generation.processors.reads_tokens
+        if names:
+            self._log(
+                f"each step waits for the one before it: the model's {' and '.join(names)} "
+                "(generation config) look at the tokens so far"
+            )
+        return bool(names)
 
     def _drafts(self) -> Drafts | None:
         """Guesses, where attention takes several tokens of each row in one call.

@@ -88,7 +88,7 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < repetition < 1e6, "above 0"),
+            ("repetition_penalty", 1e-6 < repetition < 1e6, "above 0 (0.000001 to 1000000)"),
             ("presence_penalty", abs(self.presence_penalty) < 1e6, finite),
             ("frequency_penalty", abs(self.frequency_penalty) < 1e6, finite),
             ("min_tokens", self.min_tokens <= self.max_tokens, "max_tokens at most"),
@@ -97,6 +97,7 @@ class SamplingParams:
             ("early_stopping", self.early_stopping in (True, False, "never"), "a flag, or never"),
             ("temperature", self.greedy or not self.beams, "0 with beam search"),
             ("stop", not (self.stop and self.beams), "left out with beam search"),
+            ("stop", all(self.stop), "text that is not empty"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
@@ -246,6 +247,23 @@ class Segment:
         """Tokens of it that are no guesses."""
         return self.length - len(self.drafts)
 
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence up to its last one."""
+        return self.start + self.length
+
+    def ids_so_far(self, last: int | None = None) -> list[int]:
+        """The sequence's tokens up to its end, guesses included, none of them pending.
+
+        Args:
+            last: Only so many, `end` at most; None for all.
+        """
+        begin = 0 if last is None else self.end - last
+        known = self.end - len(self.drafts)
+        if begin >= known:
+            return list(self.drafts[begin - known :])
+        return [*self.sequence.token_ids(begin, known - begin), *self.drafts]
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -271,6 +289,8 @@ class StepTokens:
     """What a step produced: the token after each sampled segment, in the plan's order.
 
     Those of a segment with drafts are one after what is known, and one after each of the drafts.
+
+    A token below 0 says that the logits it was to be chosen by are not finite.
 
     `logprobs` are their log-probabilities under the model's own distribution, before penalties,
     temperature and filters; none where no segment's parameters ask for them. `candidates` are

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <vector>
@@ -488,13 +489,14 @@ void rms_norm(const uint16_t* x, const float* weight, uint16_t* out, double eps,
   }
 }
 
-// The first of the highest of each row [rows, n].
+// The first of the highest of each row [rows, n]; -1 where that is infinite or one is NaN.
 void argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512 highest = _mm512_set1_ps(-__builtin_inff());
     __m512i places = _mm512_setzero_si512();
+    __mmask16 nan = 0;
     for (int64_t i = 0; i < n; i += 16) {
       uint16_t last[16];
       const uint16_t* from = x + row * n + i;
@@ -505,11 +507,14 @@ void argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found, int64_t 
       }
       const __m512 values = widen(from);
       const __mmask16 higher = _mm512_cmp_ps_mask(values, highest, _CMP_GT_OQ);
+      nan |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
       highest = _mm512_mask_mov_ps(highest, higher, values);
       places = _mm512_mask_mov_epi32(places, higher, _mm512_add_epi32(lanes, _mm512_set1_epi32(i)));
     }
-    const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
-    found[row] = _mm512_mask_reduce_min_epi32(_mm512_cmp_ps_mask(highest, most, _CMP_EQ_OQ), places);
+    const float top = _mm512_reduce_max_ps(highest);
+    const __m512 most = _mm512_set1_ps(top);
+    const __mmask16 reach = _mm512_cmp_ps_mask(highest, most, _CMP_EQ_OQ);
+    found[row] = nan || !std::isfinite(top) ? -1 : _mm512_mask_reduce_min_epi32(reach, places);
   }
 }
 

@@ -184,6 +184,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """The first of the highest of each row: `[N, V]` bfloat16 to `[N]` int64.
 
+    It is -1 where the highest is infinite, or one is NaN.
+
     torch's `max` takes some seven times as long on a CPU, and its `argmax` longer still.
     """
     logits = logits.contiguous()

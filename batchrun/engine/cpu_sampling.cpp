@@ -153,16 +153,29 @@ inline float number(const uint16_t* x) {
   return value;
 }
 
-// Logits over their temperature; returns the highest.
+// Logits over their temperature; returns the highest, NaN where a logit is NaN or infinity.
 template <class T>
 float scaled(const T* logits, int64_t n, float temperature, float* x) {
   float highest = -kInfinity;
-#pragma omp simd reduction(max : highest)
+  int32_t invalid = 0;
+#pragma omp simd reduction(max : highest) reduction(| : invalid)
   for (int64_t i = 0; i < n; i++) {
-    x[i] = number(logits + i) / temperature;
+    const float logit = number(logits + i);
+    invalid |= !(logit < kInfinity);
+    x[i] = logit / temperature;
     highest = x[i] > highest ? x[i] : highest;
   }
-  return highest;
+  return invalid ? __builtin_nanf("") : highest;
+}
+
+// The first of the highest logits; -1 where none is finite.
+template <class T>
+int64_t most_likely(const T* logits, int64_t n) {
+  float highest = -kInfinity;
+  int64_t found = -1;
+  for (int64_t i = 0; i < n; i++)
+    if (number(logits + i) > highest) highest = number(logits + i), found = i;
+  return found;
 }
 
 float lowest_kept(const float* x, int64_t n, float highest, const Filters& f, float* left) {
@@ -227,8 +240,12 @@ extern "C" void batchrun_draw(const void* logits, int bfloat16, int64_t rows, in
          if (std::isfinite(highest)) {
            const float limit = lowest_kept(x, n, highest, filters, memory.left.data());
            tokens[row] = draw(x, n, highest, limit, c[0], memory.masses.data());
+         } else if (std::isnan(highest)) {
+           tokens[row] = -1;
+         } else if (bfloat16) {  // the temperature is so low that float32 does not reach
+           tokens[row] = most_likely(static_cast<const uint16_t*>(logits) + row * n, n);
          } else {
-           tokens[row] = (std::find(x, x + n, highest) - x) % n;
+           tokens[row] = most_likely(static_cast<const float*>(logits) + row * n, n);
          }
        });
 }

@@ -45,10 +45,10 @@ def draw(
     """Draw from each row of `[N, V]` by inverting its distribution at a number in [0, 1).
 
     Its logits are divided by the temperature and filtered by top-k, top-p and min-p, in this order.
-    A row whose highest logit is then infinite gets the first one that is as high.
+    A row whose temperature is so low that float32 does not reach gets the most likely token.
 
     Returns:
-        `[N]` int64.
+        `[N]` int64, -1 where a logit is NaN or infinity, or none is finite.
     """
     logits = _readable(logits)
     columns = np.array(
@@ -106,14 +106,19 @@ def penalise(
 
 
 def weights(logits: torch.Tensor, params: SamplingParams) -> Ints:
-    """What each token of `[V]` weighs, an int64 in proportion to its probability."""
+    """What each token of `[V]` weighs, an int64 in proportion to its probability.
+
+    Nothing weighs anything where a logit is NaN or infinity, or none is finite.
+    """
     with np.errstate(all="ignore"):
-        x: Floats = np.asarray(logits.float().numpy(), np.float32)
-        x = np.fmax(x / np.float32(params.temperature), np.float32(-np.inf))  # NaN is no choice
+        own: Floats = np.asarray(logits.float().numpy(), np.float32)
+        first = np.zeros(len(own), np.int64)
+        if not np.isfinite(own.max()):
+            return first
+        x = np.fmax(own / np.float32(params.temperature), np.float32(-np.inf))
         highest = x.max()
         if not np.isfinite(highest):
-            first = np.zeros(len(x), np.int64)
-            first[np.argmax(x)] = 1
+            first[np.argmax(own)] = 1
             return first
         limit = highest + _LOWEST
         if 0 < params.top_k < len(x):
@@ -144,7 +149,11 @@ def _weights(x: Floats) -> Ints:
 def _invert(weights: Ints, number: float) -> int:
     cdf = weights.cumsum()
     total = int(cdf[-1])
-    return int(np.searchsorted(cdf, min(int(number * float(total)), total - 1), side="right"))
+    return (
+        -1
+        if not total
+        else int(np.searchsorted(cdf, min(int(number * float(total)), total - 1), side="right"))
+    )
 
 
 def _log(x: float) -> float:

@@ -26,6 +26,7 @@ from batchrun.engine.core import (
 from batchrun.engine.graphs import DecodeGraphs, Record
 from batchrun.engine.hook import Step
 from batchrun.engine.model import LoadedModel
+from batchrun.engine.processors import Processors
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.transfers import Download, Transfers
 
@@ -81,6 +82,7 @@ class TorchExecutor:
         lag: See `Executor`; 0 unless `transfers` are asynchronous.
         relieve: Called when the device has no memory for a step, which is then tried once more:
             waits for the device and gives unused memory back to it.
+        processors: What the model does to logits, beside what sampling parameters say.
 
     Attributes:
         wrap: Stands between the model and its attention, for who wants to see that.
@@ -96,6 +98,7 @@ class TorchExecutor:
         *,
         lag: int = 0,
         relieve: Callable[[], None] = lambda: None,
+        processors: Processors | None = None,
     ) -> None:
         self.loaded = loaded
         self.backend = backend
@@ -112,7 +115,7 @@ class TorchExecutor:
         self._words = [tuple(as_words(v) if wide else None for v in pair) for pair in views]
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
-        self._sampler = Sampler(num_slots, transfers.upload, self._stop_ids)
+        self._sampler = Sampler(num_slots, transfers.upload, self._stop_ids, processors)
         # The last token sampled in each slot: the next step reads it here, not from the host.
         self._last = torch.zeros(num_slots, dtype=torch.int64, device=loaded.device)
 
@@ -139,8 +142,8 @@ class TorchExecutor:
                 chosen, slots = self._choose(plan.segments, sampled)
             if sampled:
                 # The next step's inputs, and what penalties count.
-                if slots is not None:
-                    self._last.index_copy_(0, slots, chosen[0])
+                if slots is not None:  # a row without a token has ended, whatever follows
+                    self._last.index_copy_(0, slots, chosen[0].clamp_min(0))
                 self._sampler.took(chosen[0], sampled)
             return Ticket(plan.step, self.transfers.download(*chosen))
 
@@ -397,8 +400,9 @@ def _sampled(segments: Seq[Segment]) -> Iterator[Segment]:
     """A segment for each token that is sampled: up to what is known, and up to each draft."""
     for s in segments:
         if s.sampled:
-            for length in range(s.num_known_tokens, s.length):
-                yield Segment(s.sequence, s.slot, s.start, length, sampled=True)
+            for i in range(len(s.drafts)):
+                length, drafts = s.num_known_tokens + i, s.drafts[:i]
+                yield Segment(s.sequence, s.slot, s.start, length, sampled=True, drafts=drafts)
             yield s
 
 

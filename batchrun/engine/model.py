@@ -16,6 +16,7 @@ from batchrun.engine import adapters
 from batchrun.engine.attention import LayerSpec
 from batchrun.engine.context import context_length
 from batchrun.engine.cpu_layers import NativeLayer, NativeLinear
+from batchrun.engine.generation import eos_ids
 from batchrun.engine.hook import (
     HOOK,
     Probe,
@@ -136,7 +137,7 @@ def prepare(
         layers=layers,
         max_model_len=limit,
         max_window=max((n for n in sizes if n < limit), default=0),
-        eos_ids=_eos_ids(model, tokenizer),
+        eos_ids=eos_ids(model, tokenizer),
         notes=notes,
     )
 
@@ -197,32 +198,8 @@ def _forward(model: PreTrainedModel, probe: Probe) -> None:
         )
 
 
-def sampling_defaults(model: PreTrainedModel) -> dict[str, Any]:
-    """Sampling parameters that the model's generation config asks for; greedy if it does not."""
-    config = model.generation_config
-    if config is None:
-        return {}
-    names = ["repetition_penalty"]
-    if config.do_sample:
-        names += ["temperature", "top_k", "top_p", "min_p"]
-    found = {n: getattr(config, n, None) for n in names}
-    found["max_tokens"] = config.max_new_tokens
-    if config.do_sample and found.get("temperature") is None:
-        found["temperature"] = 1.0
-    return {k: v for k, v in found.items() if v is not None}
-
-
 def _refused(name: str, reason: str) -> ModelError:
     return ModelError(
         f"the architecture {name} is refused: {reason}",
         hint="`batchrun doctor` lists architectures that are known to work",
     )
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Where `generate` would stop: the generation config's tokens, else the tokenizer's."""
-    for source in (model.generation_config, model.config, tokenizer):
-        found = getattr(source, "eos_token_id", None)
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()

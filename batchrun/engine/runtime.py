@@ -8,9 +8,9 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from batchrun.engine import canary, loading
-from batchrun.engine import model as models
 from batchrun.engine.assembly import Settings, assemble, choose_device, fit_context
 from batchrun.engine.executor import device_errors
+from batchrun.engine.generation import vocabulary_size, within_vocabulary
 from batchrun.engine.text import prompt_builder
 from batchrun.machine import keep_freed_memory, return_freed_memory
 
@@ -48,13 +48,14 @@ class Runtime:
         self.loaded = fit_context(loaded, settings, str(loaded.device))
         for note in self.loaded.notes:
             log(note)
-        self.encode = prompt_builder(
+        builder = prompt_builder(
             self.loaded.tokenizer,
             prompt,
             max_model_len=self.loaded.max_model_len,
             model=settings.model_name,
         )
-        self.sampling_defaults = models.sampling_defaults(self.loaded.model)
+        vocabulary = vocabulary_size(self.loaded.model)
+        self.encode = within_vocabulary(builder, self.loaded.tokenizer, vocabulary)
         self._weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
         known = canary.seen(self.loaded, self._weights, settings.cache)
         if not known:
@@ -62,6 +63,10 @@ class Runtime:
         want = None if known else canary.reference(self.loaded)
         self.assembly = assemble(self.loaded, settings, log)
         self.engine, self.measurements = self.assembly.engine, self.assembly.measurements
+        self.generation = self.assembly.generation
+        if self.generation.ignored:
+            asked = ", ".join(self.generation.ignored)
+            log(f"the model's generation config asks for {asked}, which batchrun does not do")
         self.max_num_seqs = self.assembly.max_num_seqs
         self.max_num_batched_tokens = self.assembly.max_num_batched_tokens
         try:

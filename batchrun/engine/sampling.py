@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
 
@@ -13,6 +13,10 @@ import torch
 from batchrun.engine import cpu_layers, cpu_sampling
 from batchrun.engine.beams import width
 from batchrun.engine.core import SamplingParams, Segment, Sequence
+from batchrun.engine.processors import Processors, ban
+
+_AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
+_COLDEST = 1e-37  # of temperatures that float32 can divide by
 
 
 def uniform(seed: int, row: int, sample: int, position: int) -> float:
@@ -29,12 +33,13 @@ class Sampler:
     """Chooses next tokens on the logits' device, and never waits for it.
 
     Each row is treated by its own parameters, in transformers' order: penalties, minimum length,
-    temperature, top-k, top-p, min-p.
+    temperature, top-k, top-p, min-p; where a model has `Processors`, these in between.
 
     Args:
         num_slots: Slots that sequences can be in.
         upload: Copies an array to the device without waiting.
         stop_ids: The tokens that would end a sequence.
+        processors: What the model does to logits, beside what parameters say.
     """
 
     def __init__(
@@ -42,10 +47,12 @@ class Sampler:
         num_slots: int,
         upload: Callable[[np.ndarray], torch.Tensor],
         stop_ids: Callable[[Sequence], Collection[int]],
+        processors: Processors | None = None,
     ) -> None:
         self._num_slots = num_slots
         self._upload = upload
         self._stop_ids = stop_ids
+        self._processors = processors if processors and processors.active else None
         self._seen: _Seen | None = None
 
     def sample(self, logits: torch.Tensor, segments: Seq[Segment]) -> tuple[torch.Tensor, ...]:
@@ -56,40 +63,40 @@ class Sampler:
             segments: The N sampled segments; a draw belongs to the position that it fills.
 
         Returns:
-            `[N]` int64 token ids on the device of `logits`; and, where any segment asks for them,
+            `[N]` int64 token ids on the device of `logits`, -1 where no logit is finite, or one is
+            NaN or infinite; and, where any segment asks for them,
             `[N]` float32, the tokens' log-probabilities under `logits` as they came. Where M
             segments are beams, both, and `[M, K, 2]` float64: the ids and log-probabilities of K
             candidates each.
         """
-        params = [s.sequence.request.params for s in segments]
-        if all(p.plain for p in params):
+        params, asked = [s.sequence.request.params for s in segments], self._processors
+        if asked is None and all(p.plain for p in params):
             return (_most_likely(logits),)
         beams = [i for i, p in enumerate(params) if p.beams]
         scored = any(p.logprobs for p in params) or bool(beams)
         penalised = [i for i, p in enumerate(params) if p.penalised]
-        banned = [
-            (i, token)
-            for i, (segment, p) in enumerate(zip(segments, params, strict=True))
-            if p.min_tokens > _generated(segment)
-            for token in self._stop_ids(segment.sequence)
-            if token < logits.shape[1]  # a row may name any, and none beyond is ever drawn
-        ]
-        if not (scored or penalised or banned) and all(p.greedy for p in params):
+        banned = list(self._banned(segments, logits.shape[1]))
+        changed = bool(asked or penalised or banned)
+        if not (scored or changed) and all(p.greedy for p in params):
             return (_most_likely(logits),)
-        if beams or penalised or banned or not _on_cpu(logits):
+        if beams or changed or not _on_cpu(logits):
             logits = logits.float()
-        own = logits.clone() if scored and (penalised or banned) else logits
-        if beams:  # whose penalties come after the softmax, in transformers too
+        own = logits.clone() if scored and changed else logits
+        if beams:  # whose processors come after the softmax, in transformers too
             at = self._upload(np.array(beams))
             logits[at] = logits[at].log_softmax(dim=-1)
+        if asked:
+            asked.add_bias(logits, segments, self._upload)
         if penalised:
             if self._seen is None:
                 self._seen = _Seen(self._num_slots, logits, self._upload)
             rows = self._upload(np.array(penalised))
             self._seen.penalise(logits, rows, [segments[i] for i in penalised])
-        if banned:
-            index = self._upload(np.array(banned).T)
-            logits[index[0], index[1]] = -torch.inf
+        ban(logits, banned, self._upload)
+        if asked:
+            logits = asked.finish(logits, segments, self._upload)
+        if asked and asked.renormalize and beams:
+            logits[at] = logits[at].log_softmax(dim=-1)
         drawn = [i for i, p in enumerate(params) if not p.greedy]
         if len(drawn) == len(segments):
             tokens = self._draw(logits, segments)
@@ -101,10 +108,20 @@ class Sampler:
         chosen: tuple[torch.Tensor, ...] = (tokens,)
         if scored:
             norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else own.logsumexp(dim=-1)
-            chosen += (own.gather(1, tokens[:, None])[:, 0] - norm,)
+            chosen += (own.gather(1, tokens.clamp_min(0)[:, None])[:, 0] - norm,)
         if beams:
             chosen += (self._candidates(logits[at], [segments[i] for i in beams]),)
         return chosen
+
+    def _banned(self, segments: Seq[Segment], vocabulary: int) -> Iterator[tuple[int, int]]:
+        """What may not be sampled: the number of a segment, and a token."""
+        for i, segment in enumerate(segments):
+            if segment.sequence.request.params.min_tokens > _generated(segment):
+                for token in self._stop_ids(segment.sequence):
+                    if token < vocabulary:  # a row may name any, and none beyond is ever drawn
+                        yield i, token
+            if self._processors is not None:
+                yield from ((i, token) for token in self._processors.banned(segment))
 
     def took(self, tokens: torch.Tensor, segments: Seq[Segment]) -> None:
         """Count the tokens `[N]` that were chosen for penalties to come.
@@ -117,7 +134,8 @@ class Sampler:
         counted = [i for i, p in enumerate(each) if p.penalised and not p.beams]
         if counted:
             index = self._upload(np.array(counted))
-            self._seen.count(tokens[index], [segments[i] for i in counted])
+            taken = tokens[index].clamp_min(0)
+            self._seen.count(taken, [segments[i] for i in counted])
 
     def _candidates(self, logprobs: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
         """The likeliest tokens of `[M, V]`, and their log-probabilities: `[M, K, 2]` float64."""
@@ -133,45 +151,72 @@ class Sampler:
         requests = [s.sequence.request for s in segments]
         params = [r.params for r in requests]
         numbers = [
-            uniform(r.seed, r.row, r.sample, s.start + s.length)
-            for r, s in zip(requests, segments, strict=True)
+            uniform(r.seed, r.row, r.sample, s.end) for r, s in zip(requests, segments, strict=True)
         ]
+        if self._processors is not None and self._processors.filters:
+            logits = self._filtered(logits, params, self._processors)
+            params = [_AS_IT_IS] * len(params)
         if _on_cpu(logits):
             return cpu_sampling.draw(logits, params, numbers)
         return self._draw_at_once(logits, params, numbers)
+
+    def _filtered(
+        self, logits: torch.Tensor, params: Seq[SamplingParams], processors: Processors
+    ) -> torch.Tensor:
+        """Logits over their temperature, without what all filters together rule out."""
+        columns = self._columns(params, logits.shape[1])
+        logits = processors.filter_first(_over(logits.float(), columns[0]))
+        logits = filter_rows(logits, params, columns[1], columns[2], columns[3].long())
+        return processors.filter_last(logits)
+
+    def _columns(
+        self, params: Seq[SamplingParams], vocabulary: int, *others: Seq[float]
+    ) -> torch.Tensor:
+        """Temperature, top-p, min-p and top-k of each row, and more: `[4 or more, N, 1]`."""
+        columns = [
+            [p.temperature for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [p.top_k or vocabulary for p in params],
+            *others,
+        ]
+        return self._upload(np.array(columns, dtype=np.float64))[:, :, None]
 
     def _draw_at_once(
         self, logits: torch.Tensor, params: Seq[SamplingParams], numbers: Seq[float]
     ) -> torch.Tensor:
         """The same for a device that nobody waits for."""
-        columns = self._upload(
-            np.array(
-                [
-                    numbers,
-                    [p.temperature for p in params],
-                    [p.top_p for p in params],
-                    [p.min_p for p in params],
-                    [p.top_k or logits.shape[1] for p in params],
-                ],
-                dtype=np.float64,
-            )
-        )[:, :, None]
-        logits = logits / columns[1].float()
-        logits = filter_rows(logits, params, columns[2], columns[3], columns[4].long())
+        columns = self._columns(params, logits.shape[1], numbers)
+        logits = _over(logits, columns[0])
+        highest = logits.amax(dim=-1)
+        logits = filter_rows(logits, params, columns[1], columns[2], columns[3].long())
         cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
         total = cdf[:, -1:]
         # Strictly below the end, so that rounding can never choose a token of probability zero.
-        target = torch.minimum(columns[0] * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cdf, target, right=True)[:, 0]
+        target = torch.minimum(columns[4] * total, torch.nextafter(total, torch.zeros_like(total)))
+        return _if_finite(highest, torch.searchsorted(cdf, target, right=True)[:, 0])
+
+
+def _over(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """`[N, V]` over `[N, 1]`, but for a number a row, so that no highest one is beyond float32."""
+    return (logits - logits.amax(-1, keepdim=True)) / temperature.float().clamp_min(_COLDEST)
+
+
+def _if_finite(highest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens `[N]`, -1 where the highest logit is no finite number: then others may be none."""
+    return torch.where(highest.isfinite(), tokens, -1)
 
 
 def _most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """The first of the highest of each row."""
-    if not _on_cpu(logits):
-        return logits.argmax(dim=-1)
-    if logits.dtype == torch.bfloat16 and cpu_layers.why_not() is None:
+    """The first of the highest of each row; -1 where that is NaN or infinite."""
+    if _on_cpu(logits) and logits.dtype == torch.bfloat16 and cpu_layers.why_not() is None:
         return cpu_layers.argmax(logits)
-    return logits.max(dim=-1).indices  # argmax takes four times as long
+    if _on_cpu(logits):
+        highest, tokens = logits.max(dim=-1)  # argmax takes four times as long
+    else:
+        tokens = logits.argmax(dim=-1)
+        highest = logits.gather(1, tokens[:, None])[:, 0]
+    return _if_finite(highest, tokens)
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:
@@ -180,7 +225,7 @@ def _on_cpu(tensor: torch.Tensor) -> bool:
 
 def _generated(segment: Segment) -> int:
     """Tokens generated before the one that follows the segment."""
-    return segment.start + segment.length - segment.sequence.num_prompt_tokens
+    return segment.end - segment.sequence.num_prompt_tokens
 
 
 class _Seen:
