@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.engine.core import Request
+from batchrun.engine.generation import Generation
 from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.measured import Measured
 from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, prompt_options
@@ -30,7 +31,7 @@ class Paper:
 
     Attributes:
         encode: Makes prompt tokens of a row's fields.
-        sampling_defaults: What the model asks for where nobody says.
+        generation: What the model asks for where nobody says.
         device: Where it would run.
         max_model_len: Tokens of prompt and answer together at most.
         token_bytes: Keys and values of one token.
@@ -41,7 +42,7 @@ class Paper:
     """
 
     encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
-    sampling_defaults: Mapping[str, Any]
+    generation: Generation
     device: str
     max_model_len: int
     token_bytes: int
@@ -201,7 +202,7 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     from transformers import GenerationConfig  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
-    from batchrun.engine import assembly, loading, model, trial  # noqa: PLC0415
+    from batchrun.engine import assembly, generation, loading, model, trial  # noqa: PLC0415
     from batchrun.engine.quantize import int8_weights  # noqa: PLC0415
     from batchrun.engine.text import prompt_builder  # noqa: PLC0415
 
@@ -247,8 +248,8 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     if not can_fit(trial.prompt_tokens(loaded)):
         raise trial.budget_too_small(trial.prompt_tokens(loaded))
     return Paper(
-        encode,
-        model.sampling_defaults(empty),
+        generation.within_vocabulary(encode, tokenizer, generation.vocabulary_size(empty)),
+        generation.read_generation(empty, tokenizer, loaded.max_model_len),
         device,
         loaded.max_model_len,
         layout.bytes_per_token,

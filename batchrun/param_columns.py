@@ -76,10 +76,11 @@ def _flag(value: Any) -> bool:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else list(value)
+    """Texts, but for those that are null or empty: no text stops at these."""
+    texts = [value] if isinstance(value, str) else [v for v in value if v is not None]
     if isinstance(value, Mapping) or not all(isinstance(text, str) for text in texts):
         raise TypeError
-    return tuple(texts)
+    return tuple(filter(None, texts))
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -105,10 +106,10 @@ OVERRIDES: dict[str, _Kind] = {
     "temperature": _real(lambda v: 0 <= v <= 5, "0 or more, and at most 5"),
     "top_p": _real(lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "min_p": _real(lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "repetition_penalty": _real(lambda v: 0 < v < 1e6, "above 0"),
+    "repetition_penalty": _real(lambda v: 1e-6 < v < 1e6, "above 0 (0.000001 to 1000000)"),
     "presence_penalty": _real(lambda v: abs(v) < 1e6, "a finite number"),
     "frequency_penalty": _real(lambda v: abs(v) < 1e6, "a finite number"),
-    "stop": _Kind(_texts, all, "text that is not empty, or a list of such", _TEXT, _TEXT),
+    "stop": _Kind(_texts, lambda _: True, "text, or a list of texts", _TEXT, _TEXT),
     "stop_token_ids": _Kind(
         _ids,
         lambda ids: all(0 <= i < 1 << 31 for i in ids),
@@ -143,7 +144,7 @@ def read_parameter(name: str, value: Any) -> Any:
 
     Returns:
         The parameter, or None where the row says nothing and the job's value holds: null, NaN and
-        empty text, also for `stop`, since no text stops at an empty one.
+        empty text; of `stop`, where a space is text, also a list of nothing else.
 
     Raises:
         BadParameterError: It can't be that parameter.
@@ -154,7 +155,7 @@ def read_parameter(name: str, value: Any) -> Any:
     try:
         found = kind.read(value)
         if kind.valid(found):
-            return found
+            return None if found == () and name == "stop" else found
     except (TypeError, ValueError, ArithmeticError, RecursionError):
         pass
     raise BadParameterError(name, _shown(value), kind.rule)

@@ -11,12 +11,19 @@ from typing import Any, Protocol, TypeVar
 from batchrun.duplicates import Duplicates
 from batchrun.engine.core import Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
+from batchrun.engine.generation import Generation
 from batchrun.engine.template import Template
-from batchrun.engine.text import PromptError
-from batchrun.param_columns import OVERRIDES, parameters_taken, read_parameter
+from batchrun.engine.text import PROCESS_ENDS, PromptError, said_by
+from batchrun.param_columns import (
+    OVERRIDES,
+    BadParameterError,
+    parameters_taken,
+    read_parameter,
+)
 from batchrun.planner import Planner, Waiting
 from batchrun.savings import Saved, Savings
 from batchrun.watchdog import Watchdog
+from jobs.errors import InputError
 from jobs.joined import Digests, row_changed
 from jobs.jsontext import encode
 from jobs.results import Copy, Partial, Result, RowDigests
@@ -87,7 +94,7 @@ class Prompts(Protocol):
         """Makes prompt tokens of a row's fields; raises `PromptError`."""
 
     @property
-    def sampling_defaults(self) -> Mapping[str, Any]:
+    def generation(self) -> Generation:
         """What the model asks for where neither job nor row says."""
 
     @property
@@ -162,12 +169,18 @@ class Reader:
             workbench.max_num_batched_tokens,
             share=bool(spec.runtime.get("share_prefixes", True)),
         )
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()}
-        self._params = {
-            **workbench.sampling_defaults,
-            **given,
+        self._generation = workbench.generation
+        self._given = {
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()},
             "logprobs": spec.keep is not None,  # best-of ranks by them
         }
+        if self._generation.stop and spec.sampling.get("num_beams", 1) > 1:
+            raise InputError(
+                "the model's generation config has stop strings "
+                f"({', '.join(map(repr, self._generation.stop))}), and beam search knows none",
+                hint="leave out --num-beams, or add --ignore-eos",
+            )
+        self._has_told_internal = False
         prompt, self._log = spec.prompt, log
         if prompt.get("template"):
             needed = Template(prompt["template"]).columns
@@ -182,7 +195,8 @@ class Reader:
         self.columns = list(dict.fromkeys([*needed, *self._overrides]))
         self._told = set(spec.runtime.get("param_columns", ()))  # when the job was submitted
         self._tell(known)
-        if spec.n > 1 and not self._params.get("temperature") and "temperature" not in known:
+        temperature = {**self._generation.sampling, **self._given}.get("temperature")
+        if spec.n > 1 and not temperature and "temperature" not in known:
             own = "" if whole or not self._overrides else " without a temperature of its own"
             log(f"the temperature is 0: all samples of a row{own} will be the same")
 
@@ -281,14 +295,19 @@ class Reader:
                 raise PromptError("bad_row", row.error)
             if self._crashes.get(row.index, 0) >= _CRASHES:
                 raise PromptError("crashed", f"the process crashed {_CRASHES} times in this row")
-            params = self._sampling(row.fields)
+            given = self._sampling(row.fields)
+            params = self._params_of(given)
             ids = self._encode(row.fields)
-        except PromptError as error:
-            if error.kind in _EMPTY and self._spec.prompt.get("skip_empty"):
+            params = self._generation.fitted(params, given, len(ids))
+        except PROCESS_ENDS:
+            raise
+        except BaseException as error:
+            found = self._problem(row.index, error)
+            if found.kind in _EMPTY and self._spec.prompt.get("skip_empty"):
                 return [Result(row.index, s, "skipped") for s in samples]
+            text = str(found).encode(errors="backslashreplace").decode()
             return [
-                Result(row.index, s, "error", error=str(error), error_kind=error.kind)
-                for s in samples
+                Result(row.index, s, "error", error=text, error_kind=found.kind) for s in samples
             ]
         seed = params.seed if params.seed is not None else self._spec.seed
         none = Partial(row.index, 0, ())
@@ -298,16 +317,32 @@ class Reader:
             for s, b in zip(samples, begun, strict=True)
         ]
 
-    def _sampling(self, fields: Mapping[str, Any]) -> SamplingParams:
+    def _problem(self, row: int, error: BaseException) -> PromptError:
+        """What was wrong with a row; what nobody foresaw is that row's error too, and is logged."""
+        if isinstance(error, PromptError):
+            return error
+        if not self._has_told_internal:
+            self._has_told_internal = True
+            self._log(f"row {row} can't be made a prompt, as others may not: {said_by(error)}")
+        return PromptError("internal", f"the row can't be made a prompt: {said_by(error)}")
+
+    def _sampling(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The job's sampling parameters, with what the row says in columns of their names."""
-        values = dict(self._params)
+        values = dict(self._given)
+        for name in self._overrides:
+            value = fields.get(name)
+            try:
+                found = None if value is None else read_parameter(name, value)
+            except BadParameterError as error:
+                raise PromptError("bad_parameter", str(error)) from None
+            if found is not None:
+                values[name] = found
+                self._tell([name])
+        return values
+
+    def _params_of(self, given: Mapping[str, Any]) -> SamplingParams:
         try:
-            for name in self._overrides:
-                value = fields.get(name)
-                if value is not None and (found := read_parameter(name, value)) is not None:
-                    values[name] = found
-                    self._tell([name])
-            return SamplingParams(**values)
+            return self._generation.params(given)
         except ValueError as error:
             raise PromptError("bad_parameter", str(error)) from None
 

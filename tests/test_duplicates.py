@@ -20,6 +20,7 @@ from batchrun import duplicates, worker
 from batchrun.duplicates import Duplicates
 from batchrun.engine.core import FinishReason, Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
+from batchrun.engine.generation import Generation
 from batchrun.live import Progress
 from batchrun.planner import Waiting
 from batchrun.reader import Reader
@@ -185,7 +186,7 @@ def said(request: Request) -> str:
 class _Workbench:
     engine: _Engine
 
-    sampling_defaults: Mapping[str, Any] = None  # type: ignore[assignment]
+    generation = Generation()
     max_num_seqs = 4
     max_num_batched_tokens = 64
 
@@ -225,7 +226,7 @@ def run(job: JobFolder, rng: random.Random, stop_at: int | None) -> tuple[Outcom
         if stop_at is not None and len(engine.computed) >= stop_at:
             stop.set()
 
-    bench = _Workbench(engine, {})
+    bench = _Workbench(engine)
     outcome = run_job(job.path, stop=stop, on_progress=watch, open_workbench=lambda *_: bench)
     assert job.counts().rows >= begun
     return outcome, engine
@@ -249,7 +250,7 @@ def test_what_a_row_was_is_noted_before_another_ones_end_can_answer_it(tmp_path:
     job = make_job(tmp_path, [("a", 3, 0.0)] * 5, n=1, keep=None)
     spec, requests, results = job.spec(), _Sink(), _Sink()
     source = open_source([file.part for file in spec.inputs], spec.input_format)
-    bench = _Workbench(_Engine(random.Random(1)), {})
+    bench = _Workbench(_Engine(random.Random(1)))
     reader = Reader(spec, source, DoneSet(1), bench, lambda _: None)
     claim, attached = reader.duplicates.claim, []
 

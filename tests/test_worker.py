@@ -16,6 +16,7 @@ import pytest
 from batchrun import worker
 from batchrun.engine.core import EngineError, FinishReason, Sequence
 from batchrun.engine.engine import Completion
+from batchrun.engine.generation import Generation
 from batchrun.live import Progress
 from batchrun.models import ModelRef, resolve
 from batchrun.worker import Outcome, run_job
@@ -337,7 +338,7 @@ class _SlowEngine:
 class _SlowWorkbench:
     def __init__(self) -> None:
         self.engine = _SlowEngine()
-        self.sampling_defaults: dict[str, Any] = {}
+        self.generation = Generation()
         self.max_num_seqs, self.max_num_batched_tokens = 4, 64
 
     def encode(self, fields: Any) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from batchrun.engine.beams import BeamGroup
@@ -20,7 +21,7 @@ from batchrun.engine.core import (
 )
 from batchrun.engine.executor import Executor, Ticket
 from batchrun.engine.scheduler import Scheduler
-from batchrun.engine.text import Detokenizer, Tokenizer, find_stop
+from batchrun.engine.text import PROCESS_ENDS, Answer, Specials, Tokenizer, said_by
 
 
 @dataclass(slots=True)
@@ -72,6 +73,7 @@ class Engine:
         scheduler: Decides them.
         tokenizer: Makes text of tokens; None gives completions without text.
         eos_ids: Tokens that end a completion unless its parameters ignore them.
+        specials: Tokens that completions do not show; stop strings may have them.
         observe: Called after each step with its seconds, while its sequences still hold memory.
         mapping_seconds: Says how long the KV memory's pages were worked on so far.
 
@@ -86,6 +88,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         eos_ids: frozenset[int],
         *,
+        specials: Iterable[str] = (),
         observe: Callable[[float], None] = lambda _: None,
         mapping_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -100,7 +103,8 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, Ticket, float]] = deque()  # and when planned
         self._collected = 0.0
         self.on_admit: Callable[[Request], None] = lambda _: None
-        self._texts: dict[Sequence, Detokenizer] = {}
+        self._specials = Specials(specials)
+        self._texts: dict[Sequence, Answer] = {}
 
     @property
     def has_work(self) -> bool:
@@ -193,6 +197,9 @@ class Engine:
                 sequence.first_token = now
             if sequence.group is None:
                 completion = self._append(segment, produced[begin:end])
+                if completion is not None and sequence.error is not None:
+                    self.scheduler.forsake(sequence)
+                    self._texts.pop(sequence, None)
                 if completion is not None:
                     sequence.finished = now
                     done.append(completion)
@@ -211,9 +218,16 @@ class Engine:
         sequence, drafts, stats = segment.sequence, segment.drafts, self.stats
         right = 0
         for token, logprob in found:
+            if token < 0:
+                return _not_finite(sequence)
             sequence.output_ids.append(token)
             sequence.logprob += logprob
-            reason, text = self._ending(sequence, token)
+            try:
+                reason, text = self._ending(sequence, token)
+            except PROCESS_ENDS:
+                raise
+            except BaseException as error:
+                return _without_text(sequence, error)
             if reason is not None or not drafts or drafts[right : right + 1] != (token,):
                 break
             right += 1
@@ -240,20 +254,36 @@ class Engine:
         for sequence, candidates in zip(sampled, tokens.candidates, strict=True):
             group = sequence.group
             assert group is not None
+            if group.ended:
+                continue  # it has failed in this very step
+            if not math.isfinite(candidates[0][1]):
+                group.ended = True
+                self.scheduler.forsake(sequence)
+                done.append(_not_finite(group.leader, len(sequence.output_ids)))
+                continue
             group.report(sequence, candidates)
             if not group.is_complete:
                 continue
             forks += group.advance()
             self.stats.generated_tokens += 1
             if group.ended:
-                leader, text = group.leader, None
-                leader.finish_reason = group.finish()
-                if self._tokenizer is not None:
-                    detokenizer = Detokenizer(self._tokenizer, leader.request.prompt_ids)
-                    detokenizer.push(leader.output_ids)
-                    text = detokenizer.finish()
-                done.append(Completion(leader, text))
+                done.append(self._best_of(group))
         return done, forks
+
+    def _best_of(self, group: BeamGroup) -> Completion:
+        """The answer of a search that has ended."""
+        leader = group.leader
+        leader.finish_reason = group.finish()
+        if self._tokenizer is None:
+            return Completion(leader, None)
+        answer = Answer(self._tokenizer, leader.request.prompt_ids)
+        try:
+            answer.push(leader.output_ids, last=True)
+        except PROCESS_ENDS:
+            raise
+        except BaseException as error:
+            return _without_text(leader, error)
+        return Completion(leader, answer.text)
 
     def _ending(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
         """Whether the token just appended ends the sequence, and then the whole text."""
@@ -266,21 +296,18 @@ class Engine:
             reason = FinishReason.LENGTH
         if self._tokenizer is None or (reason is None and not params.stop):
             return reason, None
-        detokenizer = self._texts.pop(sequence, None)
-        if detokenizer is None:
-            detokenizer = Detokenizer(self._tokenizer, sequence.request.prompt_ids)
-            # A continued request, or one with min_tokens, starts late: catch up.
-            detokenizer.push(sequence.output_ids[:-1])
-        before = len(detokenizer.text)
-        detokenizer.push([token])
-        text = detokenizer.text if reason is None else detokenizer.finish()
-        if params.stop and len(sequence.output_ids) >= params.min_tokens:
-            cut = find_stop(text, len(text) - before, params.stop)
-            if cut is not None:
-                return FinishReason.STOP, text[:cut]
+        answer = self._texts.pop(sequence, None)
+        if answer is None:
+            prompt_ids = sequence.request.prompt_ids
+            answer = Answer(self._tokenizer, prompt_ids, params.stop, self._specials)
+            # A continued request starts late: catch up.
+            answer.push(sequence.output_ids[:-1])
+        cut = answer.push([token], last=reason is not None)
+        if cut is not None and len(sequence.output_ids) >= params.min_tokens:
+            return FinishReason.STOP, answer.text[:cut]
         if reason is None:
-            self._texts[sequence] = detokenizer
-        return reason, text
+            self._texts[sequence] = answer
+        return reason, answer.text
 
     def _count(self, plan: StepPlan, seconds: float) -> None:
         stats, computed, prefill, drafted = self.stats, 0, 0, 0
@@ -311,3 +338,23 @@ class Engine:
         elif seconds:
             self.stats.map_exposed_seconds += seconds
             self.stats.map_stalls += bool(self._in_flight)
+
+
+def _failed(sequence: Sequence, kind: str, reason: str) -> Completion:
+    sequence.finish_reason = FinishReason.ERROR
+    sequence.error_kind, sequence.error = kind, reason
+    return Completion(sequence, None)
+
+
+def _without_text(sequence: Sequence, error: BaseException) -> Completion:
+    return _failed(sequence, "internal", f"no text can be made of its tokens: {said_by(error)}")
+
+
+def _not_finite(sequence: Sequence, generated: int | None = None) -> Completion:
+    count = len(sequence.output_ids) if generated is None else generated
+    return _failed(
+        sequence,
+        "not_finite",
+        f"the model computed no finite numbers after {sequence.num_prompt_tokens:,} tokens of the "
+        f"prompt and {count:,} of the answer: they may be in --dtype float32",
+    )

@@ -67,7 +67,7 @@ class Generation:
         """
         values = {**self.sampling, **given}
         if "min_tokens" not in given and "min_tokens" in values:
-            most = values.get("max_tokens", SamplingParams.max_tokens)
+            most = values.get("max_tokens", SamplingParams().max_tokens)
             values["min_tokens"] = min(values["min_tokens"], most)
         stop = tuple(values.get("stop", ()))
         if not values.get("ignore_eos"):

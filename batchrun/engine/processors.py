@@ -1,9 +1,9 @@
 """What a model's generation config does to logits, as transformers' processors and warpers do it.
 
 The order is transformers' own (`GenerationMixin._get_logits_processor`), with our parameters at
-their places: biases, penalties, bans (with `min_tokens`), forced tokens, invalid values, the growing
-weight of end tokens, suppressed tokens; of rows that are drawn then temperature, top-h, top-k,
-top-p, min-p, typical-p, epsilon, eta. With beam search all but the latter act on log-probabilities.
+their places: biases, penalties, bans (with `min_tokens`), forced tokens, invalid values, the
+growing weight of end tokens, suppressed tokens; of rows that are drawn then temperature, top-h,
+top-k, top-p, min-p, typical-p, epsilon, eta. Those of beams act on log-probabilities.
 
 What depends on a row's tokens is decided on the host, so those must be known when it is sampled.
 """

@@ -85,16 +85,8 @@ class Sampler:
         if beams:  # whose processors come after the softmax, in transformers too
             at = self._upload(np.array(beams))
             logits[at] = logits[at].log_softmax(dim=-1)
-        if asked:
-            asked.add_bias(logits, segments, self._upload)
-        if penalised:
-            if self._seen is None:
-                self._seen = _Seen(self._num_slots, logits, self._upload)
-            rows = self._upload(np.array(penalised))
-            self._seen.penalise(logits, rows, [segments[i] for i in penalised])
-        ban(logits, banned, self._upload)
-        if asked:
-            logits = asked.finish(logits, segments, self._upload)
+        if changed:
+            logits = self._process(logits, segments, penalised, banned)
         if asked and asked.renormalize and beams:
             logits[at] = logits[at].log_softmax(dim=-1)
         drawn = [i for i, p in enumerate(params) if not p.greedy]
@@ -112,6 +104,25 @@ class Sampler:
         if beams:
             chosen += (self._candidates(logits[at], [segments[i] for i in beams]),)
         return chosen
+
+    def _process(
+        self,
+        logits: torch.Tensor,
+        segments: Seq[Segment],
+        penalised: Seq[int],
+        banned: Seq[tuple[int, int]],
+    ) -> torch.Tensor:
+        """Apply all that changes logits `[N, V]` before a token is chosen, mostly in place."""
+        asked = self._processors
+        if asked is not None:
+            asked.add_bias(logits, segments, self._upload)
+        if penalised:
+            if self._seen is None:
+                self._seen = _Seen(self._num_slots, logits, self._upload)
+            rows = self._upload(np.array(penalised))
+            self._seen.penalise(logits, rows, [segments[i] for i in penalised])
+        ban(logits, banned, self._upload)
+        return logits if asked is None else asked.finish(logits, segments, self._upload)
 
     def _banned(self, segments: Seq[Segment], vocabulary: int) -> Iterator[tuple[int, int]]:
         """What may not be sampled: the number of a segment, and a token."""

@@ -203,6 +203,18 @@ class Scheduler:
         if not self.has_work and self._committed == self._launched:
             self.space.trim()
 
+    def forsake(self, sequence: Sequence) -> list[Sequence]:
+        """Let nobody share what a row that has failed, or has to end early, computed.
+
+        Returns:
+            Its sequences, all beams of it, which are to be finished.
+        """
+        sequences = [sequence] if sequence.group is None else sequence.group.sequences
+        for each in sequences:
+            if each.slot is not None:
+                self._prefixes.forget(each.slot)
+        return sequences
+
     def _coming(self) -> Iterator[tuple[int, int]]:
         """Slots, and the tokens that they will hold in some steps."""
         chunk, ahead, longest = self.max_num_batched_tokens, self._lookahead, self.max_model_len
@@ -445,14 +457,9 @@ class Scheduler:
 
     def _reject_begun(self, sequence: Sequence, num_tokens: int) -> None:
         """Give up a row that has come to need more memory than there is, with all its beams."""
-        group = sequence.group
-        sequences = [sequence] if group is None else group.sequences
-        for each in sequences:
-            if each.slot is not None:  # which was to have more tokens than it has come to
-                self._prefixes.forget(each.slot)
-        self._finish(sequences)
+        self._finish(self.forsake(sequence))
         self._reject(
-            sequence if group is None else group.leader,
+            sequence if sequence.group is None else sequence.group.leader,
             "kv_budget",
             f"the row needs the keys and values of {num_tokens} tokens "
             f"({sequence.num_prompt_tokens} of them the prompt), more than the KV budget "

@@ -149,18 +149,6 @@ def test_weights_take_as_many_bytes_before_there_are_any(tied: bool) -> None:
     assert model.prepare(empty).weights_bytes == model.prepare(real).weights_bytes
 
 
-def test_sampling_defaults_are_the_models_own() -> None:
-    llama = build("llama")
-    assert model.sampling_defaults(llama) == {}
-    llama.generation_config = tf.GenerationConfig(
-        do_sample=True, temperature=0.6, top_k=20, top_p=0.95, max_new_tokens=77
-    )
-    wanted = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_tokens": 77}
-    assert wanted.items() <= model.sampling_defaults(llama).items()
-    llama.generation_config = tf.GenerationConfig(do_sample=False, repetition_penalty=1.1)
-    assert model.sampling_defaults(llama) == {"repetition_penalty": 1.1}
-
-
 @pytest.mark.parametrize(
     ("error", "says"),
     [

@@ -25,6 +25,7 @@ from batchrun import worker
 from batchrun.cli.errors import describe
 from batchrun.engine.core import FinishReason, Request, Sequence, Status
 from batchrun.engine.engine import Completion
+from batchrun.engine.generation import Generation
 from batchrun.engine.text import PromptError
 from batchrun.worker import Outcome
 from jobs import folder
@@ -138,7 +139,7 @@ class NullWorkbench:
 
     def __init__(self, engine: NullEngine) -> None:
         self.engine = engine
-        self.sampling_defaults: Mapping[str, Any] = {}
+        self.generation = Generation()
         self.max_num_seqs, self.max_num_batched_tokens = 4, 64
 
     def encode(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
