@@ -30,6 +30,7 @@ LEASE_HELD = "BATCHRUN_LEASE_HELD"  # in the environment of a run whose supervis
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _POLL_S = 0.2
 _RESTARTS = 4  # in a row, without a result in between
+_BARREN = 16  # in a row, without a good one: then it is hardly the rows that are to blame
 
 
 def start(job: JobFolder) -> subprocess.Popen[bytes]:
@@ -118,9 +119,10 @@ def _supervise(
     job: JobFolder, handles: Sequence[int], signals: _Signals, reporter: Reporter
 ) -> int:
     """Run the job, again where a run dies by a fault, until a run ends by itself."""
-    vain, oom_kills = 0, _oom_kills()
+    vain = barren = 0
+    oom_kills = _oom_kills()
     while True:
-        before = job.counts().samples
+        before = job.counts()
         child = signals.child = subprocess.Popen(
             _command("run-job", job.path),
             stdin=subprocess.DEVNULL,
@@ -148,10 +150,14 @@ def _supervise(
         running.close()
         with job.journal(readonly=False) as journal:
             journal.count_crash(rows)
-        vain = vain + 1 if job.counts().samples == before else 0
+        after = job.counts()
+        vain = vain + 1 if after.samples == before.samples else 0
+        barren = barren + 1 if after.completion_tokens == before.completion_tokens else 0
         reporter.message(f"the run crashed with {name}; {len(rows)} rows were in it")
-        if vain == _RESTARTS:
-            job.set_state("failed", f"the run crashed with {name} {vain} times in a row")
+        if vain == _RESTARTS or barren == _BARREN:
+            times = max(vain, barren)
+            reason = f"the run crashed with {name} {times} times in a row, and no row was answered"
+            job.set_state("failed", reason, "batchrun logs says more")
             return 1
 
 

@@ -12,16 +12,18 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from allocator.vmm import AllocatorError
 from batchrun.channel import Channel, Closed
-from batchrun.engine.core import FinishReason, Request, Sequence
+from batchrun.engine.core import EngineError, FinishReason, Request, Sequence
 from batchrun.engine.engine import Completion
+from batchrun.engine.text import said_by
 from batchrun.live import Progress
 from batchrun.machine import peak_rss
 from batchrun.measured import Measured, Sampler
@@ -65,6 +67,14 @@ Checkpoint = list[Partial]
 Item = Result | Copy | RowDigests | Checkpoint  # of what goes to the journal
 
 
+# What the engine raises that has nothing to do with what its rows hold.
+_NO_ROWS_FAULT = (EngineError, JobError, AllocatorError, OSError, MemoryError)
+
+
+class StepFailed(Exception):  # noqa: N818 - says what has happened
+    """The engine failed as nobody foresaw: the rows that it had are suspects."""
+
+
 class Outcome(StrEnum):
     """How a run ended; also the job's state from then on."""
 
@@ -102,6 +112,7 @@ def run_job(
     Raises:
         JobError: The job can't go on, for a reason that the message names.
         ModelError: The model can't be loaded.
+        StepFailed: The engine failed, maybe by one of its rows; the job's state stays as it is.
     """
     job, watchdog = JobFolder(path), watchdog or Watchdog()
     with nullcontext() if held else Lease(path):
@@ -301,18 +312,38 @@ class _Run:
         alone = request.row in self._crashes
         while alone and engine.has_work and not self.stop.is_set():
             self._step(engine, results)
-        engine.add(request)
+        with self._suspecting(request.row):
+            engine.add(request)
         while alone and engine.has_work and not self.stop.is_set():
             self._step(engine, results)
 
     def _step(self, engine: RowEngine, results: Channel[Item]) -> None:
-        with self.watchdog.busy(ENGINE):
+        with self.watchdog.busy(ENGINE), self._suspecting():
             completions = engine.step()
         self._last_at[engine.load()[0]] = time.perf_counter()
         for completion in completions:
             if completion.sequence.admitted is not None:
                 self._running.remove(completion.sequence.request.row)
             self._end_row(completion.sequence.request, _result(completion), results)
+
+    @contextmanager
+    def _suspecting(self, *rows: int) -> Iterator[None]:
+        """The engine's work: where it fails for no known reason, its rows may be the cause.
+
+        Args:
+            rows: What it is given just now.
+
+        Raises:
+            StepFailed: It did.
+        """
+        try:
+            yield
+        except _NO_ROWS_FAULT:
+            raise
+        except Exception as error:
+            for row in rows:
+                self._running.add(row)
+            raise StepFailed(f"{ENGINE} failed: {said_by(error)}") from error
 
     def _end_row(self, request: Request, result: Result, results: Channel[Item]) -> None:
         """Hand a result on, and those of rows that ask the same."""
@@ -437,7 +468,8 @@ class _Run:
             with Journal(self.job.path, self.spec.n) as journal:
                 journal.resume_run(self._run_id)
                 journal.end_run(str(outcome), self._figures(), reason)
-        self.job.set_state(str(outcome), reason)
+        if not isinstance(failure, StepFailed):  # its supervisor tries again
+            self.job.set_state(str(outcome), reason)
 
     def _figures(self) -> dict[str, Any]:
         """The run's statistics so far."""

@@ -41,7 +41,7 @@ from jobs.source import Source, open_source
         ("stop", "nan", ("nan",)),
         ("stop", "\n", ("\n",)),
         ("stop", ["a", "b"], ("a", "b")),
-        ("stop", [], ()),
+        ("stop", ["", "a", None, " "], ("a", " ")),
         ("stop_token_ids", [1, 2.0], (1, 2)),
         ("stop_token_ids", 7, (7,)),
         ("stop_token_ids", "[1, 23]", (1, 23)),
@@ -58,6 +58,8 @@ def test_what_a_column_says(name: str, value: Any, found: Any) -> None:
 def test_null_nan_and_empty_text_leave_the_jobs_value(name: str) -> None:
     for nothing in (None, float("nan"), Decimal("nan"), ""):
         assert read_parameter(name, nothing) is None
+    for nothing in ([], [""], [None], ["", None]):
+        assert read_parameter("stop", nothing) is None
     if name != "stop":
         assert [read_parameter(name, text) for text in (" ", "NaN")] == [None, None]
 
@@ -86,10 +88,11 @@ def test_null_nan_and_empty_text_leave_the_jobs_value(name: str) -> None:
         ("min_p", 1.1, "between 0 and 1"),
         ("repetition_penalty", 0, "above 0"),
         ("presence_penalty", float("-inf"), "a finite number"),
-        ("stop", 17, "text that is not empty, or a list of such"),
-        ("stop", ["a", ""], "text that is not empty"),
-        ("stop", ["a", None], "text that is not empty"),
-        ("stop", {"a": "b"}, "text that is not empty"),
+        ("stop", 17, "text, or a list of texts"),
+        ("stop", ["a", 7], "text, or a list of texts"),
+        ("stop", [["a"]], "text, or a list of texts"),
+        ("stop", {"a": "b"}, "text, or a list of texts"),
+        ("repetition_penalty", 1e-7, "above 0"),
         ("stop_token_ids", [-1], "a list of whole numbers"),
         ("stop_token_ids", "1 2", "a list of whole numbers"),
         ("stop_token_ids", "[" * 100_000, "holds '[[["),

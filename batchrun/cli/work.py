@@ -79,7 +79,7 @@ def run_job_command(folder: Path) -> int:
     job = JobFolder(folder)
     with Reporter(folder) as reporter, StopOnSignal() as stop:
         try:
-            from batchrun.worker import run_job  # noqa: PLC0415  (imports torch)
+            from batchrun.worker import StepFailed, run_job  # noqa: PLC0415  (imports torch)
 
             faulthandler.enable()
             watchdog = Watchdog(
@@ -96,6 +96,10 @@ def run_job_command(folder: Path) -> int:
                 watchdog=watchdog,
             )
         except Exception as error:
+            if isinstance(error, StepFailed):
+                reporter.message(str(error))
+                traceback.print_exception(error)
+                os.abort()  # a crash like others: its rows are suspects
             message, hint = explain(error)
             if not isinstance(error, Fenced | LeaseHeld):
                 job.set_state("failed", message, hint)

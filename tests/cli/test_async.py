@@ -178,14 +178,20 @@ def test_a_run_that_crashes_is_started_again(batchrun: CommandLine) -> None:
 
 
 def trapped(
-    batchrun: CommandLine, trap: str, *arguments: object, rows: int = 30, **environment: str
+    batchrun: CommandLine,
+    trap: str,
+    *arguments: object,
+    rows: int = 30,
+    supervisor: str = "pass",
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Submit a job whose runs execute `trap` when they begin; wait for it."""
+    """Submit a job whose runs, and whose supervisor, execute something at first; wait for it."""
     folder = batchrun.folder / "trap"
     folder.mkdir()
     lines = "".join(f"    {line}\n" for line in trap.splitlines())
     (folder / "sitecustomize.py").write_text(
         f"import os, sys, threading\nif 'run-job' in sys.orig_argv:\n{lines}"
+        f"if 'work' in sys.orig_argv:\n    {supervisor}\n"
     )
     source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(rows)])
     own = batchrun.environment()
@@ -218,7 +224,10 @@ def in_step(what: str) -> str:
     )
 
 
-@pytest.mark.parametrize("what", ["os.abort()", HANG])
+RAISE = "raise IndexError('index 7 is out of bounds')"
+
+
+@pytest.mark.parametrize("what", ["os.abort()", HANG, RAISE])
 def test_a_row_that_brings_the_process_down_is_not_tried_a_third_time(
     batchrun: CommandLine, what: str
 ) -> None:
@@ -228,6 +237,25 @@ def test_a_row_that_brings_the_process_down_is_not_tried_a_third_time(
     assert list(errors) == [7]
     assert "crashed" in errors[7]
     assert ("a step of the engine has not ended" in done.stderr) == (what == HANG)
+    said = "a step of the engine failed: IndexError: index 7 is out of bounds"
+    assert (said in done.stderr) == (what == RAISE)
+
+
+def test_an_engine_that_fails_whatever_its_rows_are_ends_the_job(batchrun: CommandLine) -> None:
+    """Not after one failed row each, for a million rows."""
+    trap = (
+        "from batchrun.engine.executor import TorchExecutor\n"
+        "launch = TorchExecutor.launch\n"
+        "def trapped(self, plan):\n"
+        "    if plan.segments and plan.segments[0].sequence.request.row >= 0:\n"
+        "        raise RuntimeError('no kernel')\n"
+        "    return launch(self, plan)\n"
+        "TorchExecutor.launch = trapped"
+    )
+    done = trapped(batchrun, trap, supervisor="import batchrun.supervisor as s; s._BARREN = 3")
+    assert done.returncode == 1, done.stderr
+    assert "crashed with SIGABRT 3 times in a row, and no row was answered" in done.stderr
+    assert "failed: RuntimeError: no kernel" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -207,8 +207,11 @@ def test_the_first_of_the_highest(shape: tuple[int, int]) -> None:
     logits[0, shape[1] // 2 :: 5] = 9
     assert torch.equal(cpu_layers.argmax(logits), logits.max(dim=-1).indices)
     assert torch.equal(cpu_layers.argmax(logits[:, ::2]), logits[:, ::2].max(dim=-1).indices)
-    logits[:] = -torch.inf
-    assert cpu_layers.argmax(logits).tolist() == [0] * shape[0]
+    for none in (-torch.inf, torch.inf, torch.nan):
+        logits[0, shape[1] // 3] = none
+        if none != -torch.inf:  # one is enough
+            assert cpu_layers.argmax(logits).tolist()[0] == -1
+        assert cpu_layers.argmax(torch.full_like(logits, none)).tolist() == [-1] * shape[0]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 300])
