@@ -192,6 +192,7 @@ class Sequence:
     blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
     group: BeamGroup | None = None  # whose round it is part of
     lookup: Lookup | None = None  # what guesses its tokens
+    shares: bool = True  # memory with rows that begin alike
     num_prompt_tokens: int = field(init=False)
     most_tokens: int = field(init=False)  # prompt and output, as the parameters allow
 

@@ -23,6 +23,8 @@ from batchrun.engine.executor import Executor, Ticket
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.text import PROCESS_ENDS, Answer, Specials, Tokenizer, said_by
 
+_NOT_FINITE = "not_finite"
+
 
 @dataclass(slots=True)
 class EngineStats:
@@ -119,7 +121,10 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request."""
         begun, logprob = list(request.generated_ids), request.generated_logprob
-        sequence = Sequence(request, begun, logprob, arrived=time.perf_counter())
+        self._queue(Sequence(request, begun, logprob, arrived=time.perf_counter()))
+
+    def _queue(self, sequence: Sequence) -> None:
+        request = sequence.request
         if request.params.beams:
             room = self.scheduler.max_model_len - sequence.num_prompt_tokens
             most = min(request.params.max_tokens, room)
@@ -211,7 +216,31 @@ class Engine:
             ended += group.sequences if group is not None else ()
         self.scheduler.commit(plan, tokens, ended, forks)
         self._count_mapping()
-        return done + beams
+        return [c for c in done + beams if not self._is_begun_anew(c.sequence)]
+
+    def _is_begun_anew(self, failed: Sequence) -> bool:
+        """Whether a row is computed once more, for it may have failed by another one's numbers.
+
+        Attention makes NaN also of tokens before the one that is NaN, as a weight of 0 times NaN is
+        NaN. Who shares those memory fails too: it is computed again, and shares nothing.
+        """
+        each = [failed] if failed.group is None else failed.group.sequences
+        shared = failed.shares and any(sequence.inherited for sequence in each)
+        if failed.error_kind != _NOT_FINITE or not shared:
+            return False
+        ids = [] if failed.group is not None else failed.output_ids
+        self._queue(
+            Sequence(
+                failed.request,
+                ids,
+                failed.logprob,
+                arrived=failed.arrived,
+                admitted=failed.admitted,
+                first_token=failed.first_token,
+                shares=False,
+            )
+        )
+        return True
 
     def _append(self, segment: Segment, found: list[tuple[int, float]]) -> Completion | None:
         """Take in tokens and their log-probabilities, up to the first after a wrong guess."""
@@ -354,7 +383,7 @@ def _not_finite(sequence: Sequence, generated: int | None = None) -> Completion:
     count = len(sequence.output_ids) if generated is None else generated
     return _failed(
         sequence,
-        "not_finite",
+        _NOT_FINITE,
         f"the model computed no finite numbers after {sequence.num_prompt_tokens:,} tokens of the "
         f"prompt and {count:,} of the answer: they may be in --dtype float32",
     )

@@ -106,8 +106,10 @@ class PieceGraphs:
         self._attention.num_tokens = num_tokens
         if each.recorded is None:
             logits = self._forward(each.packed, each.last, self._attention)
-            # Not at first: kernels are compiled and loaded then.
-            if each.has_run and not self._is_recorded(each, logits):
+            # Not at first: kernels are compiled and loaded then. Nor where a row's logits are NaN:
+            # they would equal nothing.
+            may_record = each.has_run and not bool(logits.isnan().any())
+            if may_record and not self._is_recorded(each, logits):
                 # What a wrong replay wrote for the next layers to read is written anew.
                 logits = self._forward(each.packed, each.last, self._attention)
             each.has_run = True

@@ -36,7 +36,7 @@ class SharedPrefixes:
 
     def read(self, sequence: Sequence) -> None:
         """Take the blocks of the tokens that a sequence has now; to be called before it waits."""
-        if self._active:
+        if self._active and sequence.shares:
             sequence.blocks = blocks_of(sequence.known_ids)
 
     def want(self, sequence: Sequence) -> None:
