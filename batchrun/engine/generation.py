@@ -254,7 +254,8 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
         return {}
     added = getattr(tokenizer, "added_tokens_decoder", {})
     found = {token.content: id_ for id_, token in added.items() if token.special}
-    return found | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=False))
+    named = (getattr(tokenizer, f"all_special_{what}", ()) for what in ("tokens", "ids"))
+    return found | dict(zip(*named, strict=False))
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
