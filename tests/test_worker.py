@@ -27,6 +27,7 @@ from jobs.lease import Lease
 from jobs.results import Result
 from jobs.spec import InputFile, JobSpec
 from jobs.stats import summarise
+from jobs.suspects import RunningRows
 from jobs.verify import verify
 from tests.tiny import write_tiny_model
 
@@ -359,6 +360,57 @@ def test_a_slow_engine_does_not_come_to_hold_the_whole_file(submit: Submit, tmp_
     assert run(job, open_workbench=lambda *_: workbench) is Outcome.DONE
     assert 1 < workbench.engine.most <= worker.QUEUED_REQUESTS
     assert output(job)["completion"].to_pylist() == ["text"] * 5000
+
+
+class _Panic(BaseException):
+    """What a tokenizer in Rust raises at its worst is no `Exception`."""
+
+
+def test_whatever_a_tokenizer_raises_is_an_error_of_its_row(submit: Submit) -> None:
+    raised = [
+        _Panic("inside"),
+        RecursionError(),
+        OverflowError("too big\nmore"),
+        KeyError("\ud800"),
+    ]
+    left = iter(raised)
+    prompts = [f"bad {i}" if i in {3, 7, 11, 15} else f"row {i}" for i in range(ROWS)]
+
+    class Bench(_SlowWorkbench):
+        def encode(self, fields: Any) -> tuple[int, ...]:
+            if fields["prompt"].startswith("bad"):
+                raise next(left)
+            return (1,)
+
+    job, lines = submit({"prompt": prompts}, runtime={"plan": False}), list[str]()
+    outcome = run(job, open_workbench=lambda *_: Bench(), log=lines.append)
+    assert outcome is Outcome.DONE_WITH_ERRORS
+    errors = {i: e for i, e in enumerate(output(job)["error"].to_pylist()) if e}
+    made = "the row can't be made a prompt: "
+    assert errors == {
+        3: f"{made}_Panic: inside",
+        7: f"{made}RecursionError",
+        11: f"{made}OverflowError: too big",
+        15: f"{made}KeyError: '\\ud800'",
+    }
+    assert len([line for line in lines if "can't be made a prompt" in line]) == 1
+    assert summarise(job)["rows"]["failed_by_reason"] == {"internal": 4}
+
+
+def test_an_engine_that_fails_makes_suspects_of_its_rows(submit: Submit) -> None:
+    class Engine(_SlowEngine):
+        def step(self) -> list[Completion]:
+            self.on_admit(self.queue[0])
+            raise ZeroDivisionError("by row")
+
+    bench = _SlowWorkbench()
+    bench.engine = Engine()
+    job = submit(runtime={"plan": False})
+    with pytest.raises(worker.StepFailed, match="a step of the engine failed: ZeroDivisionError"):
+        run(job, open_workbench=lambda *_: bench)
+    suspects = RunningRows(job.path)
+    assert suspects.rows() == [0]
+    suspects.close()
 
 
 @pytest.mark.parametrize("rows", [4, 5, 6, 9])

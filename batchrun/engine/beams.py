@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from ctypes import c_float
 from dataclasses import dataclass
 
@@ -102,7 +103,12 @@ class BeamGroup:
         return found[: width(self.params.num_beams, len(self._stop_ids))]
 
     def _penalised(self, score: float, length: int) -> float:
-        return _float32(score / _float32(length**self.params.length_penalty))
+        """A score over the length to some power, which may be beyond what there are numbers for."""
+        try:
+            over = _float32(length**self.params.length_penalty)
+        except OverflowError:
+            over = math.inf
+        return _float32(score / over) if over else -math.inf
 
     def _may_improve(self, score: float, length: int) -> bool:
         """Whether an answer to come could be better than the worst that is there.

@@ -137,3 +137,18 @@ def test_beams_that_outgrow_memory_are_the_rows_error() -> None:
     assert done[0].sequence.error_kind == "kv_budget"
     assert "--kv-budget" in str(done[0].sequence.error)
     assert len(done[1].sequence.output_ids) == 3
+
+
+@pytest.mark.parametrize("penalty", [-99.9, 99.9])
+def test_lengths_to_a_power_that_no_number_is_large_enough_for(penalty: float) -> None:
+    params = SamplingParams(max_tokens=230, num_beams=2, length_penalty=penalty, ignore_eos=True)
+    with rig(loaded("llama")) as r:
+        [done] = run(r, [[5, 6]], params)
+    assert len(done.sequence.output_ids) > 1
+
+
+def test_more_beams_than_tokens_in_the_vocabulary() -> None:
+    params = SamplingParams(max_tokens=3, num_beams=210, ignore_eos=True)
+    with rig(loaded("llama"), max_num_seqs=220) as r:
+        [done] = run(r, [[5, 6]], params)
+    assert len(done.sequence.output_ids) == 3
