@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -154,3 +155,27 @@ def test_what_rows_hold_harms_no_other(
         if set(row) == {"prompt"} and row["prompt"] in GOOD:  # also one that was made
             for sample in found[i * n : (i + 1) * n]:
                 assert sample["completion_token_ids"] == wanted[GOOD.index(row["prompt"])]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_rows_without_finite_numbers_and_those_that_ask_the_same(
+    bench: Bench, wanted: list[Any], tmp_path: Path, n: int
+) -> None:
+    [token] = bench.loaded.tokenizer("Y")["input_ids"]
+    assert not any(token in ids for ids in wanted), "a good row would fail too"
+    embedding = bench.loaded.model.get_input_embeddings().weight.data
+    before = embedding[token].clone()
+    embedding[token] = torch.nan
+    bad = [*GOOD, "Hello there, You", "a Y", "Hello there, You"]
+    try:
+        found = answered(bench, tmp_path, [{"prompt": p} for p in [*bad, *bad]], n)
+    finally:
+        embedding[token] = before
+    says = "the model computed no finite numbers after 16 tokens of the prompt and 0 of the answer"
+    for i, row in enumerate(found):
+        at = i // n % len(bad)
+        if at < len(GOOD):
+            assert row["completion_token_ids"] == wanted[at]
+        else:
+            assert row["completion"] is None
+            assert says in row["error"] or "after 3 tokens of the prompt" in row["error"]
