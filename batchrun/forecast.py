@@ -228,6 +228,7 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
         prompt_options(spec),
         max_model_len=loaded.max_model_len,
         model=settings.model_name,
+        log=log,
     )
     limits = assembly.LIMITS[device.partition(":")[0]]
     max_num_seqs = settings.max_num_seqs or limits.max_num_seqs

@@ -142,6 +142,22 @@ def lacks_chat_template(folder: Path) -> bool:
     return isinstance(settings, dict) and not ("auto_map" in settings or settings.get(_TEMPLATE))
 
 
+def chat_templates(folder: Path) -> list[str]:
+    """The chat templates that a model's files have as text; none where that can't be known."""
+    try:
+        sources = [
+            file.read_text(encoding="utf-8")
+            for file in sorted([*folder.glob("*.jinja"), *folder.glob("*/*.jinja")])
+        ]
+        if not sources:
+            found = json.loads((folder / "tokenizer_config.json").read_bytes()).get(_TEMPLATE)
+            named = found if isinstance(found, list) else [{"template": found}]
+            sources = [item["template"] for item in named]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return []
+    return sources if all(isinstance(source, str) for source in sources) else []
+
+
 def fingerprint(path: Path) -> str:
     """Digests a model folder or GGUF file by its content, reading 1 MiB of each weight file.
 

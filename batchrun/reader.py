@@ -8,6 +8,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
+from batchrun.chat_columns import argument_columns
 from batchrun.duplicates import Duplicates
 from batchrun.engine.core import Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
@@ -43,7 +44,13 @@ _EMPTY = ("empty_prompt", "null_prompt")
 def prompt_options(spec: JobSpec) -> dict[str, Any]:
     """What `PromptBuilder` is told of a job: the rest of `prompt` is the reader's."""
     own = {"skip_empty", "ignore_param_columns"}
-    return {**{k: v for k, v in spec.prompt.items() if k not in own}, "plain": encode}
+    return {
+        **{k: v for k, v in spec.prompt.items() if k not in own},
+        "arguments_are_data": bool(spec.prompt.get("ignore_param_columns")),
+        "columnar": spec.input_format == "parquet",
+        "plain": encode,
+        "told": spec.runtime.get("param_columns", ()),  # when the job was submitted
+    }
 
 
 class Sink(Protocol[ItemT_contra]):
@@ -192,7 +199,8 @@ class Reader:
         self._overrides = known if whole else list(OVERRIDES)
         if prompt.get("ignore_param_columns"):
             known, self._overrides = [], []
-        self.columns = list(dict.fromkeys([*needed, *self._overrides]))
+        spoken = argument_columns(prompt, source)
+        self.columns = list(dict.fromkeys([*needed, *self._overrides, *spoken]))
         self._told = set(spec.runtime.get("param_columns", ()))  # when the job was submitted
         self._tell(known)
         temperature = {**self._generation.sampling, **self._given}.get("temperature")

@@ -144,7 +144,11 @@ model_options = _section(
 
 prompt_options = _section(
     "Prompt",
-    _option("--prompt-column", metavar="NAME", help="Column to read; default: prompt or messages."),
+    _option(
+        "--prompt-column",
+        metavar="NAME",
+        help="Column to read; default: prompt, else messages or conversations.",
+    ),
     _option(
         "--template",
         metavar="TEXT",
@@ -156,6 +160,20 @@ prompt_options = _section(
     ),
     _option("--system", metavar="TEXT", help="System message to put before it; implies --chat."),
     _option(
+        "--template-arg",
+        "template_args",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Tell the model's chat template, such as enable_thinking=false; what a row has in a "
+        "column chat_template_kwargs wins. Repeatable.",
+    ),
+    _option(
+        "--special-tokens-in-data",
+        is_flag=True,
+        help="What reads like a control token (<|im_end|>, </s>) in columns of a chat or a "
+        "--template is one; else it is text. In a plain prompt it always is one.",
+    ),
+    _option(
         "--skip-empty",
         is_flag=True,
         help="Leave out rows without a prompt; they are no errors, and have no completion.",
@@ -164,7 +182,8 @@ prompt_options = _section(
     _option(
         "--ignore-param-columns",
         is_flag=True,
-        help="A column named like a sampling parameter (temperature, seed, stop, ...) is data.",
+        help="A column named like a sampling parameter (temperature, seed, stop, ...), tools or "
+        "chat_template_kwargs is data.",
     ),
 )
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import pyarrow as pa
 
+from batchrun.chat_columns import (
+    are_chats,
+    argument_columns,
+    check_argument_types,
+    check_prompt_type,
+    usual_column,
+)
 from batchrun.cli.piped import PIPE
 from batchrun.engine.core import SamplingParams
+from batchrun.engine.messages import RESERVED, arguments_taken
 from batchrun.engine.template import Template, looks_like_json
-from batchrun.models import lacks_chat_template, no_chat_template, resolve
+from batchrun.models import chat_templates, lacks_chat_template, no_chat_template, resolve
 from batchrun.param_columns import param_columns, parameters_taken
-from jobs.arrowtypes import is_text, without_dictionary
 from jobs.cells import delimiter_of
 from jobs.destination import check_place
 from jobs.errors import InputError
@@ -37,6 +44,7 @@ _SAMPLING = (
     "num_beams",
     "length_penalty",
 )
+_SELDOM = ("skip_empty", "ignore_param_columns", "special_tokens_in_data")  # of the prompt
 _EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
 _RUNTIME = (
     "device",
@@ -80,7 +88,7 @@ def make_spec(
         output = output_settings(options["output"] or _default_output(parts[0].path, input_format))
     source = open_source(parts, input_format)
     prompt = _prompt(options, fields, source, log)
-    own = _param_columns(options, source, sampling, log)
+    own = [*_param_columns(options, source, sampling, log), *_argument_columns(prompt, source, log)]
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
     prefix = options["output_prefix"]
     check_columns(source.column_names, options["token_ids"], n, keep, prefix)
@@ -211,8 +219,7 @@ def _prompt(
     def needed(names: Sequence[str]) -> list[str]:
         if fields is not None:
             return list(fields)
-        usual = "messages" if "messages" in names and "prompt" not in names else "prompt"
-        return [options["prompt_column"] or usual]
+        return [options["prompt_column"] or usual_column(names)]
 
     names = source.column_names
     if not set(needed(names)) <= set(names) and source.num_rows is None:
@@ -223,15 +230,39 @@ def _prompt(
             raise _missing(name, names, in_template=fields is not None)
     column = None if fields is not None else needed(names)[0]
     if isinstance(source, ParquetSource) and column is not None:
-        _check_type(source.schema().field(column))
-    return {
+        check_prompt_type(source.schema().field(column))
+    args = _template_args(options["template_args"])
+    prompt = {
         "column": column,
         "template": options["template"],
         "chat": options["chat"],
         "system": options["system"],
         # Only where they are asked for: the fingerprint of other jobs has never had them.
-        **{name: True for name in ("skip_empty", "ignore_param_columns") if options[name]},
+        **{name: True for name in _SELDOM if options[name]},
+        **({"template_args": args} if args else {}),
     }
+    if args and are_chats(prompt, source) is False:
+        raise click.UsageError("--template-arg without a chat: add --chat")
+    return prompt
+
+
+def _template_args(given: Sequence[str]) -> dict[str, Any]:
+    """What `--template-arg NAME=VALUE` says: JSON where it is any, else text."""
+    args: dict[str, Any] = {}
+    for pair in given:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.UsageError(f"--template-arg {pair}: write NAME=VALUE")
+        if name in RESERVED:
+            raise click.UsageError(f"--template-arg {name}: batchrun sets {name} itself")
+        if name in args:
+            raise click.UsageError(f"--template-arg {name} is there twice")
+        try:
+            args[name] = json.loads(text)
+            json.dumps(args[name], allow_nan=False)
+        except (ValueError, RecursionError):
+            args[name] = text
+    return args
 
 
 def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputError:
@@ -259,34 +290,35 @@ def _param_columns(
     return found
 
 
+def _argument_columns(
+    prompt: Mapping[str, Any], source: Source, log: Callable[[str], None]
+) -> list[str]:
+    """The columns that are known to speak to the chat template, which `log` is told."""
+    found = [name for name in argument_columns(prompt, source) if name in source.column_names]
+    if not found or not are_chats(prompt, source):
+        return []
+    check_argument_types(found, source)
+    log(arguments_taken(found))
+    return found
+
+
 def _check_chat_template(
     prompt: Mapping[str, Any], source: Source, model: Mapping[str, Any]
 ) -> None:
-    """Refuse chats for a model that is known to have no template for them.
+    """Refuse chats for a model that is known to have no template for them, or another one.
 
     Raises:
-        ModelError: So it is. What only loading the tokenizer would tell is left to the run.
+        ModelError: It has none, or one that does not read what the job says to it. What only
+            loading the tokenizer would tell is left to the run.
     """
-    chats = prompt["chat"] or prompt["system"] is not None or prompt["column"] == "messages"
-    if isinstance(source, ParquetSource) and prompt["column"] is not None:
-        chats = chats or _is_chat(source.schema().field(prompt["column"]).type)
-    code = model["trust_remote_code"]
-    if chats and not code and lacks_chat_template(Path(model["path"])):
+    folder, code = Path(model["path"]), model["trust_remote_code"]
+    if are_chats(prompt, source) and not code and lacks_chat_template(folder):
         raise no_chat_template(model["name"])
+    args = prompt.get("template_args")
+    if args and not code and (sources := chat_templates(folder)):
+        from batchrun.engine.chat_source import check_template_args  # noqa: PLC0415 - Jinja, seldom
 
-
-def _is_chat(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def _check_type(field: pa.Field[Any]) -> None:
-    kind = without_dictionary(field.type)
-    if is_text(kind) or _is_chat(kind) or pa.types.is_null(kind):
-        return
-    raise InputError(
-        f"the column '{field.name}' holds {field.type}, not text or a list of messages",
-        hint=f"make text of it: --template '{{{field.name}}}'",
-    )
+        check_template_args(args, sources, model["name"])
 
 
 def _model(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Runtime:
             prompt,
             max_model_len=self.loaded.max_model_len,
             model=settings.model_name,
+            log=log,
         )
         vocabulary = vocabulary_size(self.loaded.model)
         self.encode = within_vocabulary(builder, self.loaded.tokenizer, vocabulary)

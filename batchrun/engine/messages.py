@@ -1,0 +1,368 @@
+"""A row's chat as people store it: in OpenAI's form or ShareGPT's, as objects or JSON text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+ARGUMENT_COLUMNS = ("tools", "chat_template_kwargs")
+
+# What batchrun itself tells `apply_chat_template`.
+RESERVED = frozenset(
+    (
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "tokenizer_kwargs",
+        "return_assistant_tokens_mask",
+        "sanitize_control_tokens",
+    )
+)
+ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function", "ipython"))
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bing", "bard"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(
+        ("tool", "tool_response", "observation", "function", "function_response"), "tool"
+    ),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+}
+_CALLERS = ("function_call", "tool_call")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_MEDIA = {
+    **dict.fromkeys(("image", "image_url", "input_image", "images"), "an image"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
+    **dict.fromkeys(("video", "video_url", "input_video"), "a video"),
+    **dict.fromkeys(("file", "file_url", "input_file", "document"), "a file"),
+}
+_AS_DATA = "--ignore-param-columns takes the column as data"
+
+
+class PromptError(Exception):
+    """A row can't be turned into a prompt.
+
+    Args:
+        kind: A short name that failures are counted under.
+        message: What is wrong with the row.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Arguments(NamedTuple):
+    """A tool call's arguments: the object, and its JSON where that is how the row has it."""
+
+    value: dict[str, Any]
+    text: str | None
+
+
+def arguments_taken(names: Sequence[str]) -> str:
+    """What users are told of columns that speak to the chat template."""
+    return (
+        f"given to the chat template from columns: {', '.join(names)}; to take them as data: "
+        "--ignore-param-columns"
+    )
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value that is no text is meant as a chat, rightly written or not."""
+    return isinstance(value, list) or (
+        isinstance(value, dict) and bool({"role", "from"} & {*value})
+    )
+
+
+def read_messages(value: Any, *, columnar: bool) -> list[dict[str, Any]]:
+    """A row's messages in one form.
+
+    Args:
+        value: A list of messages, one message, or JSON text of either.
+        columnar: Objects have all keys of their column, so that null says no more than absence.
+
+    Returns:
+        New messages, at least one, without null keys. `role` is text. `content`, if there is any,
+        is text or a list of texts. Each item of `tool_calls`, if there are any, has a `function`
+        with a `name` and `Arguments`.
+
+    Raises:
+        PromptError: It is no chat, or one that is not all text.
+    """
+    if isinstance(value, str):
+        value, columnar = parse_json(value, "messages is text but"), False
+        if value is None:
+            raise PromptError("null_prompt", "messages is null")
+    if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
+        value = _by_message(value)
+    if isinstance(value, dict) or (_is_map(value) and is_chat(dict(value))):
+        value = [value]
+    if not isinstance(value, list):
+        raise PromptError("wrong_type", f"messages is {kind_of(value)}, not a list of messages")
+    if not value:
+        raise PromptError("empty_prompt", "messages is an empty list")
+    messages = [_message(i, message, columnar) for i, message in enumerate(value)]
+    for i, message in enumerate(messages):
+        if "content" in message or "tool_calls" in message:
+            continue
+        if i < len(messages) - 1 or message["role"] != "assistant":
+            raise PromptError("wrong_type", f"message {i} has no content")
+        message["content"] = ""  # the answer that is wanted
+    return messages
+
+
+def read_tools(value: Any, *, columnar: bool) -> list[dict[str, Any]] | None:
+    """A row's tools, each as `{"type": "function", "function": {...}}`; None where it has none.
+
+    Args:
+        value: What the column holds: a list of tools, one tool, JSON text of either, or null.
+        columnar: See `read_messages`.
+
+    Raises:
+        PromptError: They are no tools.
+    """
+    if isinstance(value, str):
+        value = parse_json(value, "tools is text but", _AS_DATA) if value.strip() else None
+        columnar = False
+    if not value and not isinstance(value, bool | int | float):
+        return None
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise PromptError("wrong_type", f"tools is {kind_of(value)}, not a list ({_AS_DATA})")
+    return [_tool(n, tool, columnar) for n, tool in enumerate(value)]
+
+
+def read_arguments(value: Any, *, columnar: bool) -> dict[str, Any]:
+    """What a row says to its chat template, by name.
+
+    Args:
+        value: An object, JSON text of one, or null.
+        columnar: See `read_messages`.
+
+    Raises:
+        PromptError: It is none, or has a name that is batchrun's own.
+    """
+    column = ARGUMENT_COLUMNS[1]
+    if isinstance(value, str):
+        value = parse_json(value, f"{column} is text but", _AS_DATA) if value.strip() else None
+        columnar = False
+    if _is_map(value):
+        value = dict(value)
+    if value is None or value == []:
+        return {}
+    if not isinstance(value, dict):
+        raise PromptError("wrong_type", f"{column} is {kind_of(value)}, not an object ({_AS_DATA})")
+    found: dict[str, Any] = fresh(value, columnar)
+    if taken := sorted(RESERVED & found.keys()):
+        raise PromptError("bad_parameter", f"{column} has {taken[0]!r}, which batchrun sets itself")
+    return found
+
+
+def parse_json(text: str, what: str, advice: str = "") -> Any:
+    """The value that a JSON text is. NaN and infinities are null.
+
+    Raises:
+        PromptError: It is none; the message begins with `what`.
+    """
+    try:
+        return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        cause = "nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
+        raise PromptError(
+            "wrong_type", f"{what} {cause}" + (f" ({advice})" if advice else "")
+        ) from None
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if isinstance(value, int | float):
+        return "true or false" if isinstance(value, bool) else "a number"
+    known = {type(None): "null", dict: "an object", list: "a list", str: "text"}
+    return known.get(type(value), f"a {type(value).__name__}")
+
+
+def fresh(value: Any, columnar: bool) -> Any:
+    """A copy, of objects without their null keys where these are a column's, not the row's."""
+    if isinstance(value, dict):
+        return {
+            key: fresh(item, columnar)
+            for key, item in value.items()
+            if item is not None or not columnar
+        }
+    return [fresh(item, columnar) for item in value] if isinstance(value, list) else value
+
+
+def _is_map(value: Any) -> bool:
+    """Whether a list is what a source makes of Arrow's maps: pairs of a key and a value."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in value)
+    )
+
+
+def _by_message(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages of an object that has a list for each of their keys, as `datasets` writes them."""
+    there = {key: values for key, values in columns.items() if values is not None}
+    lengths = {len(values) if isinstance(values, list) else -1 for values in there.values()}
+    if len(lengths) != 1 or -1 in lengths:
+        raise PromptError("wrong_type", "messages is an object of lists that differ in length")
+    return [dict(zip(there, values, strict=True)) for values in zip(*there.values(), strict=True)]
+
+
+def _message(i: int, raw: Any, columnar: bool) -> dict[str, Any]:
+    if _is_map(raw):
+        raw = dict(raw)
+    if not isinstance(raw, dict):
+        raise PromptError("wrong_type", f"message {i} is not an object with a role")
+    # A template must not see absent keys as null, as Parquet and OpenAI write them.
+    message = {key: fresh(item, columnar) for key, item in raw.items() if item is not None}
+    if "role" not in message and isinstance(message.get("from"), str):
+        message = _of_speaker(i, message)
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise PromptError("wrong_type", f"message {i} is not an object with a role")
+    usual = role.strip().lower()
+    message["role"] = usual if usual in ROLES else role
+    content = _content(i, message.pop("content", None))
+    called = [message.pop("tool_calls", None), message.pop("function_call", None)]
+    calls = [call for value in called for call in _tool_calls(i, value)]
+    if content is not None:
+        message["content"] = content
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _of_speaker(i: int, message: dict[str, Any]) -> dict[str, Any]:
+    """A message of ShareGPT's form in the usual one."""
+    speaker = message.pop("from")
+    content = message.pop("value", message.get("content"))
+    name = speaker.strip().lower()
+    if name not in _SPEAKERS:
+        raise PromptError(
+            "wrong_type", f"message {i} is from {speaker!r}, who is no speaker that batchrun knows"
+        )
+    if name in _CALLERS and isinstance(content, str):
+        try:
+            calls = parse_json(content, "")
+            if _tool_calls(i, calls):
+                return {**message, "role": "assistant", "tool_calls": calls}
+        except PromptError:
+            pass  # a call in a form of the model's own is text
+    return {**message, "role": _SPEAKERS[name], "content": content}
+
+
+def _content(i: int, content: Any) -> str | list[str] | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise PromptError(
+            "wrong_type", f"message {i} has content that is {kind_of(content)}, not text"
+        )
+    return [_part(i, part) for part in content] or None
+
+
+def _part(i: int, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if _is_map(part):
+        part = dict(part)
+    if not isinstance(part, dict):
+        raise PromptError("wrong_type", f"message {i} has a part that is {kind_of(part)}, not text")
+    kind = part.get("type")
+    if kind is None:  # null and empty siblings are Parquet's
+        kind = next((key for key in _MEDIA if part.get(key)), "text")
+    if kind in _TEXT_PARTS:
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise PromptError(
+                "wrong_type", f"message {i} has a text part whose text is {kind_of(text)}"
+            )
+        return text
+    what = _MEDIA.get(kind, f"a part of type {kind!r}") if isinstance(kind, str) else "a part"
+    raise PromptError("not_text", f"message {i} has {what}, and batchrun gives models text only")
+
+
+def _tool_calls(i: int, value: Any) -> list[dict[str, Any]]:
+    """Tool calls, wrapped or bare, one or several, as objects or JSON text."""
+    if isinstance(value, str):
+        value = parse_json(value, f"the tool calls of message {i} are") if value.strip() else None
+    if not value:
+        return []
+    calls = [value] if isinstance(value, dict) else value
+    if not isinstance(calls, list):
+        raise PromptError(
+            "wrong_type", f"the tool calls of message {i} are {kind_of(value)}, not a list"
+        )
+    found = []
+    for n, call in enumerate(calls):
+        where = f"tool call {n} of message {i}"
+        wrapped = _wrapped(
+            parse_json(call, f"{where} is") if isinstance(call, str) else call, where
+        )
+        function = wrapped["function"]
+        arguments = _arguments(where, function.get("arguments"))
+        found.append({**wrapped, "function": {**function, "arguments": arguments}})
+    return found
+
+
+def _arguments(where: str, value: Any) -> Arguments:
+    text = None
+    if isinstance(value, str) and value.strip():
+        text, value = value, parse_json(value, f"the arguments of {where} are")
+    if _is_map(value):
+        value = dict(value)
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        value = {}
+    if not isinstance(value, dict):
+        raise PromptError(
+            "wrong_type", f"the arguments of {where} are {kind_of(value)}, not an object"
+        )
+    return Arguments(value, text)
+
+
+def _tool(n: int, tool: Any, columnar: bool) -> dict[str, Any]:
+    where, advice = f"tool {n}", f" ({_AS_DATA})"
+    if isinstance(tool, str):
+        tool, columnar = parse_json(tool, f"{where} is"), False
+    if _is_map(tool):
+        tool = dict(tool)
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if kind not in (None, "function"):
+        raise PromptError(
+            "wrong_type", f"{where} is of type {kind!r}, and models get functions only{advice}"
+        )
+    return _wrapped(fresh(tool, columnar), where, advice)
+
+
+def _wrapped(value: Any, where: str, advice: str = "") -> dict[str, Any]:
+    """A function that is called or may be, as `{"type": "function", "function": {...}}`."""
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value if value.get("type") else {**value, "type": "function"}
+    elif isinstance(value, dict):
+        bare = {key: item for key, item in value.items() if key not in ("type", "id")}
+        call_id = {"id": value["id"]} if "id" in value else {}
+        value = {**call_id, "type": "function", "function": bare}
+    name = value["function"].get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or not name:
+        raise PromptError("wrong_type", f"{where} is not a function with a name{advice}")
+    return dict(value)
