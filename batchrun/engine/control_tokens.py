@@ -25,7 +25,8 @@ from batchrun.engine.messages import PromptError
 # a template or a normalizer does to text, lower case or not.
 _NONCE = secrets.token_hex(8)
 _MARK = f"z{_NONCE}m"
-_MARKS = re.compile(_MARK, re.IGNORECASE)
+_BEFORE = f"z{_NONCE}o"  # the mark of what is one character, which can't be broken
+_MARKS = re.compile(f"{_MARK}|{_BEFORE}", re.IGNORECASE)
 
 
 class ControlTokens:
@@ -132,7 +133,7 @@ class ControlTokens:
         if not self._has(text):
             return text
         text = self._breakable.sub(
-            lambda found: found[0] + _MARK if found["one"] is None else _MARK + found[0], text
+            lambda found: found[0] + _MARK if found["one"] is None else _BEFORE + found[0], text
         )
         if self._normalized is not None:
             for _ in range(len(text)):  # each turn breaks one
@@ -172,7 +173,7 @@ class ControlTokens:
             )
             if i in self._tokens
             and (i != self._unknown or text[start:stop].strip() == self._tokens[i].content)
-            and not text.endswith(_MARK, 0, start)
+            and not text.endswith(_BEFORE, 0, start)
         ]
 
     def _make_copy(self) -> Any:
@@ -202,20 +203,26 @@ class ControlTokens:
     def _encode_pieces(self, text: str, add_special_tokens: bool) -> list[int]:
         """The same with a tokenizer in Python: it is given the text in pieces."""
         ids: list[int] = []
-        pieces = re.split(f"({self._pattern.pattern})", text)
-        for n, piece in enumerate(pieces):
-            if n % 2 and not pieces[n - 1].endswith(_MARK):
-                ids.append(self._ids[piece])
+        parts: list[str] = [""]  # text and the template's control tokens, in turns
+        for n, piece in enumerate(re.split(f"({self._pattern.pattern})", text)):
+            if n % 2 and not parts[-1].endswith(_BEFORE):
+                parts += [piece, ""]
+            else:
+                parts[-1] += piece
+        for n, part in enumerate(parts):
+            if n % 2:
+                ids.append(self._ids[part])
                 continue
-            piece = self.strip(piece)  # noqa: PLW2901
-            found = self._tokenizer(
-                piece,
-                add_special_tokens=False,
-                split_special_tokens=self._pattern.search(piece) is not None,
-            )["input_ids"]
-            if bad := set(found) & self._tokens.keys() - {self._unknown}:
+            part = self.strip(part)  # noqa: PLW2901
+            if n and self._tokens[self._ids[parts[n - 1]]].rstrip:
+                part = part.lstrip()  # noqa: PLW2901
+            if n < len(parts) - 1 and self._tokens[self._ids[parts[n + 1]]].lstrip:
+                part = part.rstrip()  # noqa: PLW2901
+            has = self._pattern.search(part) is not None
+            found = self._tokenizer(part, add_special_tokens=False, split_special_tokens=has)
+            if bad := set(found["input_ids"]) & self._tokens.keys() - {self._unknown}:
                 raise _no_text(self._tokens[bad.pop()].content)
-            ids += found
+            ids += found["input_ids"]
         if add_special_tokens:
             ids = self._tokenizer.build_inputs_with_special_tokens(ids)
         return ids

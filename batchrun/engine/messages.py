@@ -290,7 +290,7 @@ def _part(i: int, part: Any) -> str:
         raise PromptError("wrong_type", f"message {i} has a part that is {kind_of(part)}, not text")
     kind = part.get("type")
     if kind is None:  # null and empty siblings are Parquet's
-        kind = next((key for key in _MEDIA if part.get(key)), "text")
+        kind = next((key for key in _MEDIA if fresh(part.get(key), True)), "text")
     if kind in _TEXT_PARTS:
         text = part.get("text")
         if not isinstance(text, str):
@@ -357,7 +357,7 @@ def _tool(n: int, tool: Any, columnar: bool) -> dict[str, Any]:
 def _wrapped(value: Any, where: str, advice: str = "") -> dict[str, Any]:
     """A function that is called or may be, as `{"type": "function", "function": {...}}`."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value = value if value.get("type") else {**value, "type": "function"}
+        value = {"type": "function", **{k: item for k, item in value.items() if k != "type" or item}}
     elif isinstance(value, dict):
         bare = {key: item for key, item in value.items() if key not in ("type", "id")}
         call_id = {"id": value["id"]} if "id" in value else {}
