@@ -357,7 +357,8 @@ def _tool(n: int, tool: Any, columnar: bool) -> dict[str, Any]:
 def _wrapped(value: Any, where: str, advice: str = "") -> dict[str, Any]:
     """A function that is called or may be, as `{"type": "function", "function": {...}}`."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value = {"type": "function", **{k: item for k, item in value.items() if k != "type" or item}}
+        kind = value.get("type") or "function"
+        value = {"type": kind, **value} | {"type": kind}
     elif isinstance(value, dict):
         bare = {key: item for key, item in value.items() if key not in ("type", "id")}
         call_id = {"id": value["id"]} if "id" in value else {}

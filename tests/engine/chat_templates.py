@@ -1,3 +1,4 @@
+# ruff: noqa: E501, RUF001 - templates are written so
 """Chat templates in the manner of well-known models, each with what is its own."""
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchrun.engine.chat_source import check_template_args, variables
 from batchrun.engine.text import PromptBuilder, PromptError, prompt_builder
 from batchrun.models import ModelError
-from tests.engine.chat_templates import CHATML, QWEN3, TEMPLATES, VISION, byte_tokenizer
+from tests.engine.chat_templates import CHATML, QWEN3, TEMPLATES, byte_tokenizer
 
 
 @cache
@@ -431,7 +431,8 @@ def test_variables_of_a_template() -> None:
     assert not {"namespace", "raise_exception", "message", "ns", "thinking"} & read
     assert {"date_string", "tools_in_user_message"} <= (variables(TEMPLATES["llama"]) or set())
     assert variables("{% for x in %}") is None
-    assert variables("{% for m in y %}{% generation %}{{ x }}{% endgeneration %}{% break %}{% endfor %}") == {"x", "y"}  # fmt: skip
+    body = "{% generation %}{{ x }}{% endgeneration %}{% break %}"
+    assert variables(f"{{% for m in y %}}{body}{{% endfor %}}") == {"x", "y"}
     check_template_args({"enable_thinking": 1}, [QWEN3, CHATML], "m")
     with pytest.raises(ModelError, match="m does not read --template-arg thinking") as caught:
         check_template_args({"thinking": 1}, [QWEN3, CHATML], "m")
@@ -527,7 +528,8 @@ def test_a_begun_answer_that_a_template_rewrites() -> None:
     chat = [user("x"), assistant("<think>hm</think>The colour")]
     assert prompt("qwen3", chat).endswith("<think>\nhm\n</think>\n\nThe colour")
     assert refused("deepseek", chat) == (
-        "the chat template can't continue message 1: its text is not in the prompt as the row has it"
+        "the chat template can't continue message 1: "
+        "its text is not in the prompt as the row has it"
     )
     deaf = byte_tokenizer("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     with pytest.raises(PromptError, match="can't continue message 1"):
@@ -602,10 +604,10 @@ JSON = st.recursive(
 @settings(max_examples=60, deadline=None)
 def test_any_row_is_a_prompt_or_an_error(name: str, messages: Any, tools: Any, told: Any) -> None:
     fields = {"messages": messages, "tools": tools, "chat_template_kwargs": told}
-    before = copy.deepcopy(fields)
+    before, said = copy.deepcopy(fields), ""
     try:
         assert builder_of(name)(fields)
     except PromptError as error:
-        assert "\n" not in str(error)
+        said = str(error)
+    assert "\n" not in said
     assert fields == before
-    assert VISION

@@ -20,7 +20,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<ctl>assistant\n{% endif %}"
 )
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<ctl>", "<end>", "<end>>", "<e"]
-WORDS = "the cat sat on a mat and ate it all . , ! < > / s e n d c t l".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", *".,!</>sendctl"]
 
 
 def finished(backend: Any, *, template: str = TEMPLATE, **flags: Any) -> Any:
@@ -132,7 +132,7 @@ def prompt(kind: str, *contents: str, **fields: Any) -> tuple[int, ...]:
 
 texts = st.lists(
     st.sampled_from(
-        [*SPECIAL, *WORDS, "＜/s＞", "<END>", "<", "nd>", "<think>", " ", "\n", "é", "🙂"]
+        [*SPECIAL, *WORDS, "\uff1c/s\uff1e", "<END>", "<", "nd>", "<think>", " ", "\n", "é", "🙂"]
     ),
     max_size=8,
 ).map("".join)
@@ -147,11 +147,7 @@ def test_control_tokens_are_those_of_the_template_alone(kind: str, text: str, to
         return {"tools": [{"type": "function", "function": function}]} if tools else {}
 
     alone = control(kind, prompt(kind, "cat", "cat", "cat", **given_("cat")))
-    try:
-        ids = prompt(kind, text, "cat", text + "cat", **given_(text))
-    except PromptError as error:
-        assert error.kind == "chat_template", error
-        return
+    ids = prompt(kind, text, "cat", text + "cat", **given_(text))
     assert control(kind, ids) == alone
 
 
@@ -190,7 +186,7 @@ def test_no_character_of_the_data_is_lost(kind: str, text: str) -> None:
 @settings(max_examples=120, deadline=None)
 def test_a_token_a_byte(text: str) -> None:
     text = text.replace("<think>", "")
-    harmless = text.translate({ord(c): "x" for c in "<>/＜＞"})
+    harmless = text.translate({ord(c): "x" for c in "<>/\uff1c\uff1e"})
     more = len(text.encode()) - len(harmless.encode())
     assert len(prompt("bytes", text, "x", "y")) == len(prompt("bytes", harmless, "x", "y")) + more
 
