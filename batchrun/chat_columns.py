@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from batchrun.engine.messages import ARGUMENT_COLUMNS, CHAT_COLUMNS
 from jobs.arrowtypes import is_list, is_text, without_dictionary
+from jobs.delimited import DelimitedSource
 from jobs.errors import InputError
 from jobs.parquet import ParquetSource
 from jobs.source import Source
@@ -28,6 +29,8 @@ def are_chats(prompt: Mapping[str, Any], source: Source) -> bool | None:
     column = prompt.get("column") or "prompt"
     if column in CHAT_COLUMNS:
         return True
+    if isinstance(source, DelimitedSource):  # all text
+        return False
     if isinstance(source, ParquetSource) and column in source.column_names:
         kind = without_dictionary(source.schema().field(column).type)
         return None if pa.types.is_null(kind) else not is_text(kind)
