@@ -65,9 +65,9 @@ def submit_command(
     """Run a model over every row of a file.
 
     INPUT is a Parquet, JSON or CSV file, a folder of them, a glob, or - for stdin; several make
-    one job. Every row has a column `prompt` (text) or `messages` (a chat), or gets its prompt from
-    --template. The output has all input columns, then completion, finish_reason, prompt_tokens,
-    completion_tokens and error, in input order.
+    one job. Every row has a column `prompt` (text), or `messages` or `conversations` (a chat), or
+    gets its prompt from --template. The output has all input columns, then completion,
+    finish_reason, prompt_tokens, completion_tokens and error, in input order.
 
     The job runs in a process of its own. Ctrl-C leaves the view, not the job.
     """
