@@ -14,7 +14,8 @@ from batchrun.engine.core import Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
 from batchrun.engine.generation import Generation
 from batchrun.engine.template import Template
-from batchrun.engine.text import PROCESS_ENDS, PromptError, said_by
+from batchrun.engine.text import PromptError
+from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.param_columns import (
     OVERRIDES,
     BadParameterError,

@@ -23,7 +23,7 @@ from allocator.vmm import AllocatorError
 from batchrun.channel import Channel, Closed
 from batchrun.engine.core import EngineError, FinishReason, Request, Sequence
 from batchrun.engine.engine import Completion
-from batchrun.engine.text import said_by
+from batchrun.errors import said_by
 from batchrun.live import Progress
 from batchrun.machine import peak_rss
 from batchrun.measured import Measured, Sampler

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from batchrun.engine.answer import Answer, Specials
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import (
     EngineError,
@@ -22,7 +23,8 @@ from batchrun.engine.core import (
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.executor import Executor, Ticket
 from batchrun.engine.scheduler import Scheduler
-from batchrun.engine.text import PROCESS_ENDS, Answer, Specials, Tokenizer, said_by
+from batchrun.engine.text import Tokenizer
+from batchrun.errors import PROCESS_ENDS, said_by
 
 _NOT_FINITE = "not_finite"
 

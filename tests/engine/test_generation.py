@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import transformers as tf
 
+from batchrun.engine.answer import Answer, Detokenizer, Specials, find_stop
 from batchrun.engine.core import FinishReason, SamplingParams
 from batchrun.engine.generation import (
     Generation,
@@ -18,7 +19,7 @@ from batchrun.engine.generation import (
     within_vocabulary,
 )
 from batchrun.engine.model import prepare
-from batchrun.engine.text import Answer, Detokenizer, PromptError, Specials, find_stop
+from batchrun.engine.text import PromptError
 from tests.parity.models import CONFIGS, seeded
 from tests.parity.runner import rig, run
 from tests.tiny import SPECIAL, byte_vocabulary, write_tokenizer

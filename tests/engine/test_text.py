@@ -9,14 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchrun.engine.answer import Detokenizer, find_stop
 from batchrun.engine.core import FinishReason
 from batchrun.engine.template import Template
-from batchrun.engine.text import (
-    Detokenizer,
-    PromptBuilder,
-    PromptError,
-    find_stop,
-)
+from batchrun.engine.text import PromptBuilder, PromptError
 from jobs.jsontext import encode, parse_object
 
 HARD = [
