@@ -127,6 +127,7 @@ json_values = st.recursive(
 @settings(max_examples=150, deadline=None)
 def test_carried_and_encoded_are_the_same_values(record, escaped):
     text = json.dumps(record, ensure_ascii=escaped)
+    text = text.encode(errors="replace").decode()  # a file has no lone surrogate but as an escape
     assert text.isascii() or not escaped
 
     def strict(value):
