@@ -151,5 +151,5 @@ def test_the_canary_passes_over_recorded_steps() -> None:
 
 def test_logits_that_the_next_step_overwrites_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchExecutor, "logits", kept_view)
-    with pytest.raises(ModelError, match="logits over contiguous slots differ"):
+    with pytest.raises(ModelError, match="logits over contiguous slots are not finite"):
         verify()
