@@ -76,6 +76,18 @@ class LoadedModel:
         )
 
 
+def _why_not_once(hits: Sequence[int], expected: Sequence[int]) -> str:
+    """Why a model is refused whose layers do not attend once each."""
+    if not hits:
+        return "its layers attend by code of their own, which can't be replaced"
+    missing = sorted(set(expected) - set(hits))
+    if missing:
+        shown = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
+        which = f"layer {shown} has" if len(missing) == 1 else f"layers {shown} have"
+        return f"{which} another state than keys and values"
+    return f"its {len(expected)} layers attend {len(hits)} times, not once each"
+
+
 # What a model's own code raises over tokens, masks or positions that it does not expect.
 OF_A_MODEL = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
@@ -119,13 +131,7 @@ def prepare(
     skipped = set(getattr(config, "cross_attention_layers", None) or ())
     expected = [i for i in range(config.num_hidden_layers) if i not in skipped]
     if sorted(probe.hits) != expected:
-        missing = sorted(set(expected) - set(probe.hits))
-        raise _refused(
-            name,
-            f"attention ran {len(probe.hits)} times for {len(expected)} layers"
-            + (f" and not in layers {missing[:4]}" if missing else "")
-            + "; layers with other state than keys and values are not supported",
-        )
+        raise _refused(name, _why_not_once(probe.hits, expected))
     if skipped:
         probe.renumber()
     layers = tuple(probe.layers[i] for i in range(len(expected)))

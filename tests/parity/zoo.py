@@ -51,6 +51,13 @@ _SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
 # What else it takes, or takes to meet what is particular to the type; `...` leaves an entry out.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
@@ -78,13 +85,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 8,
         "mamba_d_head": 16,
     },
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 16,
-        "indexer_compress_ratio": 4,
-    },
+    "qwen4_exp_text": _INDEXER,
+    "qwen4_exp": {"text_config": _INDEXER},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
+    "cosmos3_edge": {"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}},
+    "granite_docling": {"vision_config": {"out_hidden_size": 64}},
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "mistral4": {"rope_parameters": {"partial_rotary_factor": 1.0}},
     "granite4_vision": {"deepstack_layer_map": []},
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},
@@ -101,7 +108,6 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
-_BEFORE: dict[str, dict[str, Any]] = {}  # arguments without which there is no default config
 _WINDOWS = {"sliding_window": 23, "use_sliding_window": True}
 _DROPPED = {"layer_types", "mlp_layer_types", "quantization_config"}  # derived from the sizes anew
 
@@ -116,7 +122,7 @@ def config_of(kind: str, *, window: bool = False) -> tf.PretrainedConfig:
     Raises:
         ValueError: A window is wanted where there is none to turn on.
     """
-    given = CONFIG_MAPPING[kind](**_BEFORE.get(kind, {})).to_dict()
+    given = CONFIG_MAPPING[kind]().to_dict()
     config = _merged(_shrunk(given), _SPECIAL.get(kind, {}))
     if window:
         off = [key for key in _WINDOWS if key in given and not given[key]]
