@@ -211,7 +211,7 @@ sampling_options = _section(
         metavar="ID",
         help="Stop at this token. Repeatable.",
     ),
-    _option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token."),
+    _option("--ignore-eos", is_flag=True, help="Never choose the model's end tokens."),
     _option(
         "--seed",
         type=int,

@@ -46,7 +46,7 @@ class SamplingParams:
         seed: The row's own seed; the job's where None.
         stop: Texts that end the completion; they are not part of it.
         stop_token_ids: Tokens that end it, beside the model's own end tokens.
-        ignore_eos: The model's own end tokens do not end it.
+        ignore_eos: The model's own end tokens never come, but for those in `stop_token_ids`.
         logprobs: The log-probabilities of its tokens are summed up.
         num_beams: The likeliest answer is searched among so many at once, instead of sampling.
         length_penalty: An answer's log-probability is divided by its length to the power of it.

@@ -115,7 +115,9 @@ class TorchExecutor:
         self._words = [tuple(as_words(v) if wide else None for v in pair) for pair in views]
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
-        self._sampler = Sampler(num_slots, transfers.upload, self._stop_ids, processors)
+        self._sampler = Sampler(
+            num_slots, transfers.upload, self._stop_ids, processors, loaded.eos_ids
+        )
         # The last token sampled in each slot: the next step reads it here, not from the host.
         self._last = torch.zeros(num_slots, dtype=torch.int64, device=loaded.device)
 

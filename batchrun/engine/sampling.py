@@ -40,6 +40,7 @@ class Sampler:
         upload: Copies an array to the device without waiting.
         stop_ids: The tokens that would end a sequence.
         processors: What the model does to logits, beside what parameters say.
+        eos_ids: The model's end tokens, which rows that ignore them never get.
     """
 
     def __init__(
@@ -48,7 +49,10 @@ class Sampler:
         upload: Callable[[np.ndarray], torch.Tensor],
         stop_ids: Callable[[Sequence], Collection[int]],
         processors: Processors | None = None,
+        eos_ids: Collection[int] = (),
     ) -> None:
+        self._eos_ids = sorted(eos_ids)
+        self._ends: torch.Tensor | None = None  # the same on the device
         self._num_slots = num_slots
         self._upload = upload
         self._stop_ids = stop_ids
@@ -59,7 +63,7 @@ class Sampler:
         """Choose the token that follows each segment; `took` is to be told once they stand.
 
         Args:
-            logits: `[N, V]`; changed in place if they are float32.
+            logits: `[N, V]`; may be changed in place.
             segments: The N sampled segments; a draw belongs to the position that it fills.
 
         Returns:
@@ -70,18 +74,21 @@ class Sampler:
             candidates each.
         """
         params, asked = [s.sequence.request.params for s in segments], self._processors
+        scored = any(p.logprobs or p.beams for p in params)
+        own = self._ban_ends(logits, params, keep=scored)
         if asked is None and all(p.plain for p in params):
             return (_most_likely(logits),)
         beams = [i for i, p in enumerate(params) if p.beams]
-        scored = any(p.logprobs for p in params) or bool(beams)
         penalised = [i for i, p in enumerate(params) if p.penalised]
         banned = list(self._banned(segments, logits.shape[1]))
         changed = bool(asked or penalised or banned)
         if not (scored or changed) and all(p.greedy for p in params):
             return (_most_likely(logits),)
+        as_it_came = own is logits
         if beams or changed or not _on_cpu(logits):
             logits = logits.float()
-        own = logits.clone() if scored and changed else logits
+        if as_it_came:
+            own = logits.clone() if scored and changed else logits
         if beams:  # whose processors come after the softmax, in transformers too
             at = self._upload(np.array(beams))
             logits[at] = logits[at].log_softmax(dim=-1)
@@ -124,10 +131,42 @@ class Sampler:
         ban(logits, banned, self._upload)
         return logits if asked is None else asked.finish(logits, segments, self._upload)
 
+    def _ban_ends(
+        self, logits: torch.Tensor, params: Seq[SamplingParams], *, keep: bool
+    ) -> torch.Tensor:
+        """Set the end tokens of rows that ignore them to minus infinity, in place.
+
+        Not of beams, whose log-probabilities come first, nor those that a row stops at itself.
+
+        Returns:
+            The logits; with `keep` and if they are changed, a float32 copy as they were.
+        """
+        if not self._eos_ids or not any(p.ignore_eos for p in params):
+            return logits
+        own = logits.to(torch.float32, copy=True) if keep else logits
+        if all(p.ignore_eos and not (p.beams or p.stop_token_ids) for p in params):
+            if self._ends is None:
+                self._ends = torch.tensor(self._eos_ids, device=logits.device)
+            logits.index_fill_(1, self._ends, -torch.inf)
+            return own
+        ends = self._eos_ids
+        pairs = [
+            (i, token)
+            for i, p in enumerate(params)
+            if p.ignore_eos and not p.beams
+            for token in ends
+            if token not in p.stop_token_ids
+        ]
+        ban(logits, pairs, self._upload)
+        return own
+
     def _banned(self, segments: Seq[Segment], vocabulary: int) -> Iterator[tuple[int, int]]:
         """What may not be sampled: the number of a segment, and a token."""
         for i, segment in enumerate(segments):
-            if segment.sequence.request.params.min_tokens > _generated(segment):
+            params = segment.sequence.request.params
+            if params.ignore_eos and params.beams:
+                yield from ((i, t) for t in self._eos_ids if t not in params.stop_token_ids)
+            if params.min_tokens > _generated(segment):
                 for token in self._stop_ids(segment.sequence):
                     if token < vocabulary:  # a row may name any, and none beyond is ever drawn
                         yield i, token

@@ -347,3 +347,31 @@ def test_a_draw_at_the_very_end_is_a_possible_token(monkeypatch: pytest.MonkeyPa
 def test_values_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name} must be .*, not"):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_rows_that_ignore_end_tokens_never_get_one(
+    dtype: torch.dtype, temperature: float, logprobs: bool
+) -> None:
+    ends, kinds = (3, 7), [(), (7,), None]  # a row's own stop tokens; None for one that ends
+    sequences = []
+    for row, stops in enumerate(kinds):
+        params = SamplingParams(
+            temperature=temperature,
+            logprobs=logprobs,
+            ignore_eos=stops is not None,
+            stop_token_ids=stops or (),
+        )
+        sequences.append(Sequence(Request(row, 0, (1,), params, 5)))
+    for chosen in (sequences, sequences[:1]):  # all alike are another way
+        segments = [Segment(s, i, 0, 1, sampled=True) for i, s in enumerate(chosen)]
+        logits = torch.zeros(len(chosen), 9, dtype=dtype)
+        logits[:, 3], logits[:, 7], logits[:, 5] = 40.0, 39.0, 20.0
+        sampler = Sampler(3, torch.tensor, lambda _: frozenset(), None, ends)
+        tokens, *rest = sampler.sample(logits, segments)
+        assert tokens.tolist() == [5, 7, 3][: len(chosen)]
+        if logprobs:  # under the model's own distribution
+            want = torch.tensor([20.0, 39.0, 40.0])[: len(chosen)] - 40.313
+            torch.testing.assert_close(rest[0].float(), want, atol=0.05, rtol=0)

@@ -11,6 +11,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +93,8 @@ def build(name: str, dtype: str, device: str) -> tuple[LoadedModel, Any]:
     model = model.to(device=device, dtype=getattr(torch, dtype))
     reference = copy.deepcopy(model).float()
     reference.set_attn_implementation("eager")
-    return prepare(model), reference
+    # End tokens would be left out of answers that ignore them, and the reference has none.
+    return replace(prepare(model), eos_ids=frozenset()), reference
 
 
 @contextmanager

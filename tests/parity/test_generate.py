@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -301,3 +302,19 @@ def test_the_canary_knows_what_rounding_does(dtype: torch.dtype) -> None:
         assert canary.verify(half, r.executor, r.arena, 64, noisy) < 0.06
         with pytest.raises(ModelError, match="is refused"):
             canary.verify(half, r.executor, r.arena, 64, canary.Reference(wrong, 5.0))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_rows_that_ignore_end_tokens_are_generates_with_as_many_new_ones(
+    num_beams: int, lag: int
+) -> None:
+    model = loaded("llama")
+    tokens = Counter(token for row in wanted("llama") for token in row)
+    ends = [token for token, _ in tokens.most_common(12)]
+    params = SamplingParams(max_tokens=10, ignore_eos=True, num_beams=num_beams)
+    ask = {"eos_token_id": ends, "min_new_tokens": 10, "num_beams": num_beams}
+    with rig(replace(model, eos_ids=frozenset(ends)), lag=lag) as r:
+        got = outputs(run(r, prompts(8), params))
+    assert got == [generate(model.model, prompt, 10, **ask) for prompt in prompts(8)]
+    assert not set(ends) & {token for row in got for token in row}
