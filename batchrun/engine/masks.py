@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionMaskInterface
 
 PROBE = "batchrun-probe"
@@ -83,7 +84,8 @@ class Masks:
         return mask
 
     def _note(self, mask: torch.Tensor, mask_function: Callable[..., Any]) -> None:
-        keys = torch.arange(self._context, device=mask.device)
+        device = "cpu" if mask.is_meta else mask.device
+        keys = torch.arange(self._context, device=device)
         none = keys.new_zeros(1)
 
         def row(position: int) -> torch.Tensor:
@@ -91,12 +93,41 @@ class Masks:
             return torch.as_tensor(got).expand(self._context).cpu()
 
         try:
-            seen = _read(row, self._context)
-        except (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError):
-            seen = (
-                None  # made for this batch alone; or there are no numbers, on torch's meta device
-            )
+            with NoNumbers(filling=True):
+                seen = _read(row, self._context)
+        except (TypeError, ValueError, IndexError, RuntimeError):  # one made for this batch alone
+            seen = None
         self._found.append((mask, seen))
+
+
+class NoNumbers(TorchFunctionMode):
+    """Answers for tensors on torch's meta device, so that a model is known before it has weights.
+
+    What a mask function has there is padding, of which there is none. What is asked of positions is
+    whether they are of one sequence, and they are.
+
+    Args:
+        filling: Whether such tensors are zeros in every call.
+    """
+
+    def __init__(self, *, filling: bool = False) -> None:
+        super().__init__()
+        self._filling = filling
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        """See `TorchFunctionMode`."""
+
+        def filled(value: Any) -> Any:
+            is_meta = isinstance(value, torch.Tensor) and value.is_meta
+            return torch.zeros(value.shape, dtype=value.dtype) if is_meta else value
+
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return True
+        if self._filling:
+            args = tuple(map(filled, args))
+        return func(*args, **(kwargs or {}))
 
 
 AttentionMaskInterface.register(PROBE, Masks.make)

@@ -22,10 +22,11 @@ from batchrun.engine.hook import (
     Probe,
     StepLostError,
     UnsupportedError,
+    is_told_beside,
     set_attention,
     tell_beside,
 )
-from batchrun.engine.masks import PROBE, named_windows
+from batchrun.engine.masks import PROBE, NoNumbers, named_windows
 from batchrun.models import ModelError
 
 
@@ -108,6 +109,8 @@ def prepare(
             raise _refused(name, f"its config has no {key}")
     if model.config.is_encoder_decoder:
         raise _refused(name, "it is an encoder-decoder, and batchrun runs decoders")
+    if model.device.type == "meta":  # where how many tokens an expert gets is not known
+        model.set_experts_implementation("batched_mm")
     limit, notes = context_length(config, max_model_len)
     adapters.adapt(model)
     try:
@@ -119,7 +122,7 @@ def prepare(
         raise _refused(name, "it does not take up another attention implementation")
     try:
         probe.hits.clear()
-        _forward(model, probe)
+        _forward(model, probe, position_ids=torch.arange(4, device=model.device)[None])
     except UnsupportedError as error:
         raise _refused(name, str(error)) from error
     except OF_A_MODEL as error:
@@ -183,25 +186,23 @@ def _probed(model: PreTrainedModel, context: int) -> Probe:
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
         tell_beside(model)
     set_attention(model, PROBE)
-    with probe.masks, suppress(*OF_A_MODEL):
-        try:
-            _forward(model, probe)
-        except StepLostError:
-            tell_beside(model)
-            _forward(model, probe)
+    with probe.masks, suppress(*OF_A_MODEL), NoNumbers():
+        _forward(model, probe)  # without positions, or transformers looks for several sequences
     return probe
 
 
-def _forward(model: PreTrainedModel, probe: Probe) -> None:
+def _forward(model: PreTrainedModel, probe: Probe, **others: torch.Tensor) -> None:
+    """Four tokens; a model that loses the step on the way is told it beside from now on."""
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
+    asked = {"input_ids": ids, "use_cache": False, "logits_to_keep": ids[0, :1], **others}
     with torch.inference_mode():
-        ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
-        model(
-            input_ids=ids,
-            position_ids=torch.arange(4, device=model.device)[None],
-            use_cache=False,
-            logits_to_keep=ids[0, :1],
-            batchrun_step=probe,
-        )
+        try:
+            model(**asked, batchrun_step=probe)
+        except StepLostError:
+            if is_told_beside(model):
+                raise
+            tell_beside(model)
+            model(**asked, batchrun_step=probe)
 
 
 def _refused(name: str, reason: str) -> ModelError:

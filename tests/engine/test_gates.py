@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -79,6 +80,16 @@ def test_layers_see_what_their_masks_let_them(name: str, windows: list[Any]) -> 
     assert trial.prompt_tokens(loaded) >= longest + 19
     # What is longer than any row can be is no window at all.
     assert specs(prepare(build(name), max_model_len=9)) == [(None, None)] * len(windows)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_is_told_before_it_has_weights(name: str) -> None:
+    """As `--dry-run` and `plan` look at it."""
+    with torch.device("meta"):
+        empty = tf.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]))
+    want, got = prepare(build(name)), prepare(empty)
+    assert got.layers == want.layers
+    assert (got.max_window, got.max_model_len) == (want.max_window, want.max_model_len)
 
 
 def test_windows_that_a_config_names_and_no_layer_has_are_gone_beyond() -> None:
