@@ -30,6 +30,7 @@ _NOT_SPEED = {
     "param_columns",
 }
 _RIDGE = 1e-9  # of the diagonal: runs all of whose steps are alike can't tell amounts apart
+_LEAST = 1e-12  # of an amount's squares: amounts are counts, and less than that is none
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Measured:
         for count in range(1, _AMOUNTS + 1):
             for chosen in combinations(range(_AMOUNTS), count):
                 part = moments[np.ix_(chosen, chosen)]
-                if not np.diag(part).all():
+                if (np.diag(part) < _LEAST).any():
                     continue
                 ridged = part + _RIDGE * np.diag(np.diag(part))
                 costs = np.linalg.solve(ridged, products[list(chosen)])
