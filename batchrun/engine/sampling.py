@@ -74,9 +74,10 @@ class Sampler:
             candidates each.
         """
         params, asked = [s.sequence.request.params for s in segments], self._processors
-        scored = any(p.logprobs or p.beams for p in params)
+        plain = asked is None and all(p.plain for p in params)
+        scored = not plain and any(p.logprobs or p.beams for p in params)
         own = self._ban_ends(logits, params, keep=scored)
-        if asked is None and all(p.plain for p in params):
+        if plain:
             return (_most_likely(logits),)
         beams = [i for i, p in enumerate(params) if p.beams]
         penalised = [i for i, p in enumerate(params) if p.penalised]
@@ -84,10 +85,9 @@ class Sampler:
         changed = bool(asked or penalised or banned)
         if not (scored or changed) and all(p.greedy for p in params):
             return (_most_likely(logits),)
-        as_it_came = own is logits
         if beams or changed or not _on_cpu(logits):
             logits = logits.float()
-        if as_it_came:
+        if own is None:
             own = logits.clone() if scored and changed else logits
         if beams:  # whose processors come after the softmax, in transformers too
             at = self._upload(np.array(beams))
@@ -133,39 +133,43 @@ class Sampler:
 
     def _ban_ends(
         self, logits: torch.Tensor, params: Seq[SamplingParams], *, keep: bool
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Set the end tokens of rows that ignore them to minus infinity, in place.
 
         Not of beams, whose log-probabilities come first, nor those that a row stops at itself.
 
         Returns:
-            The logits; with `keep` and if they are changed, a float32 copy as they were.
+            With `keep`, and if logits are changed, a float32 copy as they were.
         """
         if not self._eos_ids or not any(p.ignore_eos for p in params):
-            return logits
-        own = logits.to(torch.float32, copy=True) if keep else logits
+            return None
+        own = logits.to(torch.float32, copy=True) if keep else None
         if all(p.ignore_eos and not (p.beams or p.stop_token_ids) for p in params):
             if self._ends is None:
                 self._ends = torch.tensor(self._eos_ids, device=logits.device)
             logits.index_fill_(1, self._ends, -torch.inf)
-            return own
-        ends = self._eos_ids
-        pairs = [
-            (i, token)
-            for i, p in enumerate(params)
-            if p.ignore_eos and not p.beams
-            for token in ends
-            if token not in p.stop_token_ids
-        ]
-        ban(logits, pairs, self._upload)
+        else:
+            pairs = [
+                (i, token)
+                for i, p in enumerate(params)
+                if not p.beams
+                for token in self._ignored(p)
+            ]
+            ban(logits, pairs, self._upload)
         return own
+
+    def _ignored(self, params: SamplingParams) -> list[int]:
+        """The end tokens that a row never gets."""
+        if not params.ignore_eos:
+            return []
+        return [token for token in self._eos_ids if token not in params.stop_token_ids]
 
     def _banned(self, segments: Seq[Segment], vocabulary: int) -> Iterator[tuple[int, int]]:
         """What may not be sampled: the number of a segment, and a token."""
         for i, segment in enumerate(segments):
             params = segment.sequence.request.params
-            if params.ignore_eos and params.beams:
-                yield from ((i, t) for t in self._eos_ids if t not in params.stop_token_ids)
+            if params.beams:
+                yield from ((i, token) for token in self._ignored(params))
             if params.min_tokens > _generated(segment):
                 for token in self._stop_ids(segment.sequence):
                     if token < vocabulary:  # a row may name any, and none beyond is ever drawn
