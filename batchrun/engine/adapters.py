@@ -23,11 +23,9 @@ def adapt(model: PreTrainedModel) -> None:
     """Adapt the modules of a model that need it, once."""
     if is_adapted(model):
         return
-    for name, adapter in (*_BESIDE.items(), ("Llama4TextAttention", _tune_by_position)):
+    for name, adapter in _ADAPTERS.items():
         found = [module for module in model.modules() if type(module).__name__ == name]
         if found:
-            if name in _BESIDE:
-                tell_beside(model)
             adapter(model, found)
             setattr(model, _ADAPTED, True)
 
@@ -45,14 +43,15 @@ def _attend(
     return hook(module, query, key, value, None, **options)[0].transpose(1, 2)
 
 
-def _replace_attn(model: nn.Module, modules: list[nn.Module]) -> None:
+def _replace_attn(model: PreTrainedModel, modules: list[nn.Module]) -> None:
     """GPT-J and those after it: queries, keys and values are ready when `_attn` is called."""
+    tell_beside(model)
     for i, module in enumerate(modules):
         module.layer_idx = i  # type: ignore[assignment]
         own: Callable[..., Any] = module._attn  # type: ignore[assignment]
         options: dict[str, Any] = {"scaling": 1 / float(getattr(module, "scale_attn", 1.0))}
         if getattr(module, "attention_type", None) == "local":  # GPT-Neo, every other layer
-            options["sliding_window"] = model.config.window_size  # type: ignore[union-attr]
+            options["sliding_window"] = model.config.window_size
 
         def attn(
             query: torch.Tensor,
@@ -72,8 +71,9 @@ def _replace_attn(model: nn.Module, modules: list[nn.Module]) -> None:
         module._attn = attn  # type: ignore[assignment]
 
 
-def _replace_falcon(model: nn.Module, modules: list[nn.Module]) -> None:
+def _replace_falcon(model: PreTrainedModel, modules: list[nn.Module]) -> None:
     """Falcon: keys that groups of heads share stay as few as they are."""
+    tell_beside(model)
     for module in modules:
         own: Callable[..., Any] = module.forward
         rotate: Callable[..., Any] = sys.modules[type(module).__module__].apply_rotary_pos_emb
@@ -120,7 +120,7 @@ class _Before:
         return key, value
 
 
-def _tune_by_position(model: nn.Module, modules: list[nn.Module]) -> None:
+def _tune_by_position(model: PreTrainedModel, modules: list[nn.Module]) -> None:
     """Llama 4: layers without rotary embeddings scale queries by how many tokens a cache holds."""
     before: list[_Before | None] = [None]
 
@@ -138,9 +138,10 @@ def _tune_by_position(model: nn.Module, modules: list[nn.Module]) -> None:
             module.register_forward_pre_hook(tell, with_kwargs=True)
 
 
-_BESIDE: dict[str, Callable[[nn.Module, list[nn.Module]], None]] = {
+_ADAPTERS: dict[str, Callable[[PreTrainedModel, list[nn.Module]], None]] = {
     "CodeGenAttention": _replace_attn,
     "FalconAttention": _replace_falcon,
     "GPTJAttention": _replace_attn,
     "GPTNeoSelfAttention": _replace_attn,
+    "Llama4TextAttention": _tune_by_position,
 }

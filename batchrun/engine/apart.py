@@ -85,13 +85,13 @@ def attention_alone(
     sequences = sequences_of(loaded)
     slots = _PlainSlots(loaded, len(sequences), sequences[0].num_tokens)
     judge = _Judge(executor, slots)
-    recorded = executor.graphs, executor.pieces
+    as_it_was = executor.graphs, executor.pieces, executor.wrap
     executor.graphs, executor.pieces, executor.wrap = None, None, judge.watch
     try:
         with torch.inference_mode():
             through_slots(sequences, judge, space, chunk)
     finally:
-        (executor.graphs, executor.pieces), executor.wrap = recorded, lambda step: step
+        executor.graphs, executor.pieces, executor.wrap = as_it_was
     return judge.worst
 
 

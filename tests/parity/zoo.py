@@ -58,7 +58,7 @@ _INDEXER = {
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
-# What else it takes, or takes to meet what is particular to the type; `...` leaves an entry out.
+# What else a type takes to be built small.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -158,7 +158,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict):
             made[key] = _merged(below[key], value)
-    return {key: value for key, value in made.items() if value is not ...}
+    return made
 
 
 def build(kind: str, *, window: bool = False) -> tf.PreTrainedModel:
