@@ -53,6 +53,18 @@ class Channel(Generic[T]):
             self._changed.notify_all()
             return taken
 
+    def wait(self, seconds: float) -> None:
+        """Return when something has changed, or the time is over.
+
+        Raises:
+            Closed: The channel is closed.
+        """
+        with self._changed:
+            if not self._closed:
+                self._changed.wait(seconds)
+            if self._closed:
+                raise Closed
+
     @property
     def full(self) -> bool:
         """Whether `put` would wait, as long as nobody else puts or takes."""

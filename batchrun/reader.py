@@ -31,6 +31,7 @@ from jobs.jsontext import encode
 from jobs.results import Copy, Partial, Result, RowDigests
 from jobs.source import Row, Source
 from jobs.spec import JobSpec
+from jobs.suspects import ReaderNote
 
 Read = Result | Copy | RowDigests  # what the reader has for the journal
 ItemT_contra = TypeVar("ItemT_contra", contravariant=True)
@@ -141,10 +142,14 @@ class Reader:
         crashes: How often the process crashed with a row in it.
         digests: What the rows were that an earlier run read: of so many from one on, by row.
         watchdog: Told when it reads.
+        note: Told what it is at.
+        drained: Called before the prompt of a row is made that was in a crash; returns when no row
+            is in the engine or on its way there.
 
     Attributes:
         columns: What is read of each row.
         seconds: Spent on making requests.
+        handed: Requests that were given away.
         planner: Puts them in order; None where they stay in the file's.
         duplicates: Knows which of them need no computing.
     """
@@ -161,15 +166,18 @@ class Reader:
         crashes: Mapping[int, int] = MappingProxyType({}),
         digests: Digests = lambda first, count: {},
         watchdog: Watchdog | None = None,
+        note: ReaderNote | None = None,
+        drained: Callable[[], None] = lambda: None,
     ) -> None:
         self._spec, self._source, self._done = spec, source, done
         self._begun, self._crashes = begun, crashes
         self._digests = digests
         self._known: Mapping[int, int] = {}
         self._seen: list[tuple[int, int]] = []
-        self._watchdog = watchdog or Watchdog()
+        self._watchdog, self._note_at = watchdog or Watchdog(), note or ReaderNote()
+        self._drained, self._next_row = drained, 0
         self._encode = workbench.encode
-        self.seconds = 0.0
+        self.seconds, self.handed = 0.0, 0
         self.duplicates = Duplicates(spec.n)
         self.planner = Planner() if spec.runtime.get("plan", True) else None
         self._savings = Savings(
@@ -222,15 +230,19 @@ class Reader:
         if self.planner is None:
             for request in rows:
                 self._note(results)
-                requests.put(request)
+                self._hand(request, requests)
         else:
             to_compute = self._without_duplicates(self.planner, rows, results)
             for waiting in self.planner.planned(to_compute, lambda: requests.full):
                 self._savings.put(waiting, self.planner.expected(waiting.rest.params))
                 self._note(results)
-                requests.put(waiting.request())
+                self._hand(waiting.request(), requests)
         self._note(results)
         requests.close()
+
+    def _hand(self, request: Request, requests: Sink[Request]) -> None:
+        self.handed += 1
+        requests.put(request)
 
     def settle(self, request: Request, result: Result) -> list[Result]:
         """A row that was planned has ended: the results of those that ask the same."""
@@ -294,11 +306,16 @@ class Reader:
             self._seen = []
 
     def _next(self, rows: Iterator[Row]) -> Row | None:
-        with self._watchdog.busy("reading the input"):
-            return next(rows, None)
+        with self._watchdog.busy("reading the input"), self._note_at.reading(None, self._next_row):
+            row = next(rows, None)
+        self._next_row += 1
+        return row
 
     def _requests_of(self, row: Row, samples: list[int]) -> list[Request] | list[Result]:
         """The row's requests, or its errors."""
+        if row.index in self._crashes:
+            self._drained()
+        self._note_at.making(row.index)
         try:
             if row.error is not None:
                 raise PromptError("bad_row", row.error)
@@ -318,6 +335,8 @@ class Reader:
             return [
                 Result(row.index, s, "error", error=text, error_kind=found.kind) for s in samples
             ]
+        finally:
+            self._note_at.made()
         seed = params.seed if params.seed is not None else self._spec.seed
         none = Partial(row.index, 0, ())
         begun = [self._begun.get((row.index, s), none) for s in samples]

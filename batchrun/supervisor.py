@@ -12,24 +12,27 @@ tried a third time.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from batchrun.live import Reporter
 from jobs.folder import WORKER_LOG, JobFolder
 from jobs.lease import Lease
-from jobs.suspects import RunningRows
+from jobs.suspects import Making, ReaderNote, Reading, RunningRows
 from jobs.turns import Turn
 
 LEASE_HELD = "BATCHRUN_LEASE_HELD"  # in the environment of a run whose supervisor has the lease
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _POLL_S = 0.2
 _RESTARTS = 4  # in a row, without a result in between
+_CRASHED = re.compile(rb"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 _BARREN = 16  # in a row, without a good one: then it is hardly the rows that are to blame
 
 
@@ -120,9 +123,11 @@ def _supervise(
 ) -> int:
     """Run the job, again where a run dies by a fault, until a run ends by itself."""
     vain = barren = 0
+    unread: Reading | None = None  # what the run died of before while it read it
     oom_kills = _oom_kills()
     while True:
         before = job.counts()
+        printed = _size(job.path / WORKER_LOG)
         child = signals.child = subprocess.Popen(
             _command("run-job", job.path),
             stdin=subprocess.DEVNULL,
@@ -145,9 +150,16 @@ def _supervise(
             job.set_state("interrupted", reason)
             reporter.message(reason)
             return 1
-        running = RunningRows(job.path)
-        rows = running.rows()
-        running.close()
+        rows, read = _suspects(job.path, printed)
+        if read is not None:
+            reporter.message(f"the run crashed with {name} while it read {read}")
+            if read == unread:
+                reason = f"the run crashed with {name} while it read {read}: the file is damaged"
+                hint = "write it anew; batchrun export --partial has what there is until then"
+                job.set_state("failed", reason, hint)
+                return 1
+            unread = read
+            continue
         with job.journal(readonly=False) as journal:
             journal.count_crash(rows)
         after = job.counts()
@@ -159,6 +171,41 @@ def _supervise(
             reason = f"the run crashed with {name} {times} times in a row, and no row was answered"
             job.set_state("failed", reason, "batchrun logs says more")
             return 1
+
+
+def _suspects(folder: Path, printed: int) -> tuple[list[int], Reading | None]:
+    """Rows that may have brought a run down, or what it read as it died.
+
+    Args:
+        folder: The job's folder.
+        printed: Bytes of its processes' output from before the run.
+    """
+    running, note = RunningRows(folder), ReaderNote(folder)
+    rows, at = running.rows(), note.at()
+    running.close()
+    note.close()
+    if at is None:
+        return rows, None
+    thread = _crashed_thread(folder / WORKER_LOG, printed)
+    mine = thread == at.thread
+    if isinstance(at, Making):
+        return [at.row] if mine else [*rows, at.row] if thread is None else rows, None
+    # A thread of C++ alone has no number here. If rows were in the engine it may be the engine's.
+    if mine or (thread is None and not rows):
+        return [], replace(at, thread=0)
+    return rows, None
+
+
+def _crashed_thread(log: Path, begin: int) -> int | None:
+    """The thread that a run died in, as faulthandler printed it; None where it could not say."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        found = _CRASHED.findall(file.read())
+    return int(found[-1], 16) if found else None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _oom_kills() -> int:

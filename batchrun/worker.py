@@ -51,7 +51,7 @@ from jobs.results import Copy, DoneSet, Partial, Result, RowDigests
 from jobs.source import Source, open_source
 from jobs.spec import JobSpec
 from jobs.stats import RunStats, write_summary
-from jobs.suspects import RunningRows
+from jobs.suspects import ReaderNote, RunningRows
 
 if TYPE_CHECKING:
     from batchrun.engine.assembly import Settings
@@ -60,6 +60,7 @@ _COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
 _CHECKPOINT_SECONDS = 5.0  # between two notes of what unfinished rows have so far
 _ROOM_SECONDS = 5.0  # between two looks at how full the disks are
+_DRAINED_SECONDS = 0.05  # between two looks whether the engine has nothing any more
 _RESULT_BYTES = 100  # of a journal: no result takes less
 _PATIENCE = 6  # times as long as a step may take, for loading a model or writing the output
 ENGINE = "a step of the engine"
@@ -116,15 +117,18 @@ def run_job(
     """
     job, watchdog = JobFolder(path), watchdog or Watchdog()
     with nullcontext() if held else Lease(path):
-        with watchdog.busy("looking at the inputs", _PATIENCE):
+        note = ReaderNote(path)
+        with watchdog.busy("looking at the inputs", _PATIENCE), note.reading():
             # A workbench that is given needs no model.
             folders.check_unchanged(job, None if open_workbench else fingerprint)
             spec = job.spec()
-            source = open_source([file.part for file in spec.inputs], spec.input_format)
+            parts = [file.part for file in spec.inputs]
+            source = open_source(parts, spec.input_format, noted=note.reading)
             run = _Run(
                 job,
                 spec,
                 source,
+                note,
                 stop=stop,
                 on_progress=on_progress,
                 log=log,
@@ -141,13 +145,14 @@ class _Run:
         job: JobFolder,
         spec: JobSpec,
         source: Source,
+        note: ReaderNote,
         *,
         stop: threading.Event,
         on_progress: Callable[[Progress], None],
         log: Callable[[str], None],
         watchdog: Watchdog,
     ) -> None:
-        self.job, self.spec, self.source = job, spec, source
+        self.job, self.spec, self.source, self._note = job, spec, source, note
         self.stop, self.log, self.watchdog = stop, log, watchdog
         self._on_progress = on_progress
         self._began = time.perf_counter()
@@ -248,6 +253,8 @@ class _Run:
             crashes=self._crashes,
             digests=self._digests,
             watchdog=self.watchdog,
+            note=self._note,
+            drained=lambda: self._drained(requests),
         )
 
         def guarded(work: Callable[..., None], *channels: Channel[Any]) -> None:
@@ -279,6 +286,16 @@ class _Run:
             self._engine_ended = time.perf_counter()
         if self._failures:
             raise self._failures[0]
+
+    def _drained(self, requests: Channel[Request]) -> None:
+        """Return when all rows that were handed to the engine have ended, in the reader's thread.
+
+        Raises:
+            Closed: They will not.
+        """
+        assert self._reader is not None
+        while self._reader.handed > self.stats.completions:
+            requests.wait(_DRAINED_SECONDS)
 
     def _digests(self, first: int, count: int) -> Mapping[int, int]:
         with self.job.journal() as journal:
@@ -447,6 +464,7 @@ class _Run:
                     path,
                     format=spec.output["format"],
                     may_replace=Claim(journal, path, overwrite=bool(spec.output.get("overwrite"))),
+                    noted=self._note.reading,
                 )
             except OutputTaken as error:
                 error.hint = (

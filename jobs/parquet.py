@@ -14,12 +14,14 @@ from jobs.errors import InputError
 from jobs.row import (
     BATCH_BYTES,
     BATCH_ROWS,
+    Noted,
     Part,
     Row,
     missing_column,
     no_columns,
     partition_fields,
     reading,
+    unnoted,
 )
 from jobs.unify import conform
 from jobs.united import united
@@ -36,10 +38,10 @@ class ParquetSource:
             are no rows.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = list(parts)
+    def __init__(self, parts: Sequence[Part], noted: Noted = unnoted) -> None:
+        self._parts, self._noted = list(parts), noted
         paths = [part.path for part in parts]
-        self._schema, self._counts = united(paths)
+        self._schema, self._counts = united(paths, noted)
         for field in partition_fields(parts):
             if field.name not in self._schema.names:
                 self._schema = self._schema.append(field)
@@ -103,7 +105,14 @@ class ParquetSource:
         for part, count in zip(self._parts, self._counts, strict=True):
             if first < stop and first + count > start:
                 with reading(part.path):
-                    yield from _read_file(part, schema, start - first, stop - first)
+                    yield from _read_file(
+                        part,
+                        schema,
+                        start - first,
+                        stop - first,
+                        noted=self._noted,
+                        before=first,
+                    )
             first += count
 
 
@@ -128,8 +137,13 @@ def _constant(value: int | str | None, kind: pa.DataType) -> Any:
     return pa.scalar(str(value) if is_text(kind) and value is not None else value, kind)
 
 
-def _read_file(part: Part, schema: pa.Schema, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(part.path, buffer_size=_BUFFER) as file:
+def _read_file(
+    part: Part, schema: pa.Schema, start: int, stop: int, *, noted: Noted, before: int
+) -> Iterator[pa.RecordBatch]:
+    """Batches of a file's rows from `start` to `stop`; `before` are those of earlier files."""
+    with noted(part.path):
+        opened = pq.ParquetFile(part.path, buffer_size=_BUFFER)
+    with opened as file:
         there = set(file.schema_arrow.names)
         names = [name for name in schema.names if name in there]
         said = {name: part.partition[name] for name in schema.names if name in part.partition}
@@ -139,8 +153,14 @@ def _read_file(part: Part, schema: pa.Schema, start: int, stop: int) -> Iterator
             if not rows or first >= stop or first + rows <= start:
                 first += rows
                 continue
-            size = _batch_rows(file, group, names, schema)
-            for batch in _batches(file, group, names, size):
+            with noted(part.path, before + first, rows):
+                size = _batch_rows(file, group, names, schema)
+            batches, end = _batches(file, group, names, size), first + rows
+            while True:
+                with noted(part.path, before + first, min(size, end - first)):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
                 low, high = max(start - first, 0), min(stop - first, batch.num_rows)
                 first += batch.num_rows
                 if low < high:

@@ -19,7 +19,7 @@ from jobs.identity import changes
 from jobs.joined import Joined, output_columns
 from jobs.journal import Journal
 from jobs.lost import Lost
-from jobs.row import Part, Source, reading
+from jobs.row import Noted, Part, Source, reading, unnoted
 from jobs.source import open_source
 from jobs.spec import JobSpec
 
@@ -48,6 +48,7 @@ def export_job(
     format: str,  # noqa: A002 - the field's word
     partial: bool = False,
     may_replace: MayReplace = lambda _: True,
+    noted: Noted = unnoted,
 ) -> Exported:
     """Write a job's results beside the input rows that they were computed from.
 
@@ -67,7 +68,7 @@ def export_job(
         return export(joined, destination, format=format, may_replace=may_replace)
 
     try:
-        return Exported(write(rejoin(spec, journal, partial=partial)))
+        return Exported(write(rejoin(spec, journal, partial=partial, noted=noted)))
     except (SpecChanged, InputError) as error:
         if not partial:
             error.hint = f"{error.hint}; {_LEFT}" if error.hint else _LEFT
@@ -81,7 +82,12 @@ def export_job(
 
 
 def rejoin(
-    spec: JobSpec, journal: Journal, source: Source | None = None, *, partial: bool = False
+    spec: JobSpec,
+    journal: Journal,
+    source: Source | None = None,
+    *,
+    partial: bool = False,
+    noted: Noted = unnoted,
 ) -> Joined:
     """A job's results beside its input, which has to be what it was.
 
@@ -90,12 +96,15 @@ def rejoin(
         journal: Its results.
         source: Its input, where that is open already.
         partial: Results may be missing.
+        noted: Told what is read of the input.
 
     Raises:
         SpecChanged: It is not.
         InputError: It can't be read.
     """
-    source = source or open_source([file.part for file in spec.inputs], spec.input_format)
+    if source is None:
+        parts = [file.part for file in spec.inputs]
+        source = open_source(parts, spec.input_format, noted=noted)
     files = _Files(spec)
     if spec.input_format == "parquet":  # whose digests are of the columns that were read alone
         files.compare()

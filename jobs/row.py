@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -166,6 +166,23 @@ def no_columns(rows: int) -> pa.RecordBatch:
 def digest_of(data: bytes) -> int:
     """64 bits that tell a row from what it was, as SQLite's integers are."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+class Noted(Protocol):
+    """Told what is read, while it is: `ReaderNote.reading`."""
+
+    def __call__(
+        self, path: Path | None = None, first: int = -1, rows: int = 0
+    ) -> AbstractContextManager[None]:
+        """These rows of a file are read; without numbers, what it says of itself."""
+        ...
+
+
+def unnoted(
+    path: Path | None = None, first: int = -1, rows: int = 0
+) -> AbstractContextManager[None]:
+    """Tells nobody."""
+    return nullcontext()
 
 
 @contextmanager

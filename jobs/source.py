@@ -15,7 +15,7 @@ from jobs.delimited import DelimitedSource
 from jobs.errors import InputError
 from jobs.jsonl import JsonSource
 from jobs.parquet import ParquetSource
-from jobs.row import Part, Row, Source, missing_column, reading
+from jobs.row import Noted, Part, Row, Source, missing_column, reading, unnoted
 from jobs.stream import text_of
 
 __all__ = [
@@ -88,6 +88,7 @@ def open_source(
     format: str,  # noqa: A002 - the field's word
     *,
     lenient: bool = False,
+    noted: Noted = unnoted,
 ) -> Source:
     """Open files of one format as one sequence of rows.
 
@@ -97,13 +98,14 @@ def open_source(
         parts: The files.
         format: Theirs.
         lenient: Of text files: what can't be read is the end of the rows, no error.
+        noted: Told what is read of Parquet, which C++ does: it may end the process.
 
     Raises:
         InputError: A file is damaged or unreadable, Parquet schemas differ, or there are no rows.
     """
     files = [p if isinstance(p, Part) else Part(p) for p in parts]
     if format == "parquet":
-        return ParquetSource(files)
+        return ParquetSource(files, noted)
     return _TEXT[format](files, lenient=lenient)
 
 

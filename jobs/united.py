@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.errors import InputError
-from jobs.row import check_names, reading
+from jobs.row import Noted, check_names, reading, unnoted
 from jobs.stream import text_of
 from jobs.unify import TypeConflictError, cast, exact_range, unite_fields, united_leaves
 
@@ -46,7 +46,7 @@ class _Leaf(NamedTuple):
     limits: tuple[int, int]
 
 
-def united(paths: Sequence[Path]) -> tuple[pa.Schema, list[int]]:
+def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, list[int]]:
     """One schema that holds the values of all files, and each file's number of rows.
 
     The first file's columns come first, then others in order of appearance. A column that a file
@@ -59,7 +59,7 @@ def united(paths: Sequence[Path]) -> tuple[pa.Schema, list[int]]:
     counts: list[int] = []
     found: dict[tuple[pa.Field[Any], ...], _Kind] = {}
     for path in paths:
-        with reading(path), _opened(path) as file:
+        with reading(path), noted(path), _opened(path) as file:
             counts.append(file.metadata.num_rows)
             schema = file.schema_arrow
         found.setdefault(tuple(schema), _Kind(schema, [])).paths.append(path)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -183,6 +184,7 @@ def trapped(
     *arguments: object,
     rows: int = 30,
     supervisor: str = "pass",
+    source: Path | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Submit a job whose runs, and whose supervisor, execute something at first; wait for it."""
@@ -193,7 +195,8 @@ def trapped(
         f"import os, sys, threading\nif 'run-job' in sys.orig_argv:\n{lines}"
         f"if 'work' in sys.orig_argv:\n    {supervisor}\n"
     )
-    source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(rows)])
+    if source is None:
+        source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(rows)])
     own = batchrun.environment()
     path = f"{folder}:{own.get('PYTHONPATH', '')}"
     arguments = (source, *LONG, "-o", "out.jsonl", "--model", batchrun.model, *arguments)

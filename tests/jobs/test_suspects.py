@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import OutputError
-from jobs.suspects import RunningRows
+from jobs.suspects import Making, ReaderNote, Reading, RunningRows
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def test_more_rows_than_it_was_made_for(tmp_path):
 DIE = """
 import os, signal, sys
 from pathlib import Path
-from jobs.suspects import RunningRows
+from jobs.suspects import Making, ReaderNote, Reading, RunningRows
 running = RunningRows(Path(sys.argv[1]))
 running.clear()
 for row in (3, 4, 9):
@@ -79,7 +79,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 from jobs.errors import OutputError
-from jobs.suspects import RunningRows
+from jobs.suspects import Making, ReaderNote, Reading, RunningRows
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -99,3 +99,47 @@ def test_a_folder_that_is_gone_is_one_clear_error(tmp_path):
     with pytest.raises(OutputError, match="running-rows can't be made"):
         RunningRows(tmp_path / "gone")
     assert os.listdir(tmp_path) == []
+
+
+AT = """
+import os, signal, sys
+from pathlib import Path
+from jobs.suspects import ReaderNote
+note = ReaderNote(Path(sys.argv[1]))
+note.making(3)
+note.made()
+with note.reading(), note.reading(Path("a.parquet"), 10, 5):
+    os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "reading" else None
+    note.making(4)
+note.making(7)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("what", ["reading", "making"])
+def test_what_the_reader_was_at_outlives_the_process(tmp_path, what):
+    subprocess.run([sys.executable, "-c", AT, str(tmp_path), what], cwd=ROOT, check=False)
+    note = ReaderNote(tmp_path)
+    at = note.at()
+    note.close()
+    if what == "reading":
+        assert isinstance(at, Reading)
+        assert (at.path, at.first, at.rows) == ("a.parquet", 10, 5)
+        assert str(at) == "a.parquet, rows 10 to 14"
+    else:
+        assert isinstance(at, Making)
+        assert (at.row, at.number) == (7, 3)
+
+
+def test_who_reads_a_file_of_the_input_reads_the_input_after_it(tmp_path):
+    note = ReaderNote(tmp_path)
+    assert note.at() is None
+    with note.reading(None, 8):
+        with note.reading(tmp_path / "x"):
+            assert str(note.at()) == str(tmp_path / "x")
+        assert str(note.at()) == "the input, rows 8 on"
+    assert note.at() is None
+    note.making(2)
+    note.made()
+    assert note.at() is None
+    note.close()
