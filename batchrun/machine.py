@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
+import resource
 from pathlib import Path
+
+from batchrun import cgroups
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux calls them; the last one on Arm
@@ -26,12 +30,39 @@ def description() -> str:
     return f"{_of_cpu('model name') or platform.machine()}, {os.cpu_count()} cores"
 
 
+def cores(root: Path = cgroups.ROOT) -> int:
+    """Processors that this process may keep busy: by its affinity, and its groups' quota."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = cgroups.cpu_quota(root)
+    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+
+
+def use_cores(root: Path = cgroups.ROOT) -> None:
+    """Have libraries start no more threads than a quota has time for; before they are loaded.
+
+    More than that and all of them stand still together for the rest of each period.
+    """
+    if cores(root) < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores(root)))
+
+
+def available_memory(root: Path = cgroups.ROOT) -> int:
+    """Bytes that can still be had without swapping: of the machine, or of this control group."""
+    free = _line(root / "proc/meminfo", "MemAvailable")
+    if free:
+        available = int(free.split()[0]) * 1024
+    else:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = cgroups.memory_limit(root)
+    return available if limit is None else min(available, limit.free)
+
+
 def peak_rss() -> int:
-    """Bytes of memory that this process had at most; `getrusage` would count its parent's too."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Bytes of memory that this process had at most."""
+    peak = _line(Path("/proc/self/status"), "VmHWM")
+    if peak:
+        return int(peak.split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # its parent's too
 
 
 def return_freed_memory() -> None:
@@ -58,5 +89,16 @@ def _tune_heap(mapped: int, trimmed: int) -> None:
 
 
 def _of_cpu(*names: str) -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return _line(Path("/proc/cpuinfo"), *names)
+
+
+def _line(path: Path, *names: str) -> str:
+    """What the first line that begins with one of the names says behind its colon, or nothing.
+
+    Nothing, too, where there is no such file: a container may come without /proc.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")

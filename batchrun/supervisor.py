@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+from batchrun.cgroups import oom_kills
 from batchrun.live import Reporter
 from jobs.folder import WORKER_LOG, JobFolder
 from jobs.lease import Lease
@@ -124,7 +125,7 @@ def _supervise(
     """Run the job, again where a run dies by a fault, until a run ends by itself."""
     vain = barren = 0
     unread: Reading | None = None  # what the run died of before while it read it
-    oom_kills = _oom_kills()
+    kills = oom_kills()
     while True:
         before = job.counts()
         printed = _size(job.path / WORKER_LOG)
@@ -141,7 +142,7 @@ def _supervise(
         if -code not in _FAULTS:
             reason = f"the run was ended by {name}"
             if -code == signal.SIGKILL:
-                killed = _oom_kills() > oom_kills
+                killed = oom_kills() > kills
                 reason += (
                     ": the machine had no memory left; lower --max-num-seqs or --kv-budget"
                     if killed
@@ -206,15 +207,6 @@ def _crashed_thread(log: Path, begin: int) -> int | None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _oom_kills() -> int:
-    """Processes of this control group that the system has ended for want of memory."""
-    try:
-        events = Path("/sys/fs/cgroup/memory.events").read_text().split()
-    except OSError:
-        return 0
-    return int(events[events.index("oom_kill") + 1]) if "oom_kill" in events else 0
 
 
 def _command(*arguments: object) -> list[str]:

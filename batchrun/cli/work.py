@@ -16,6 +16,7 @@ import click
 from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, explain, print_error
 from batchrun.live import Reporter
+from batchrun.machine import use_cores
 from batchrun.watchdog import Watchdog
 from jobs.errors import Fenced, LeaseHeld
 from jobs.folder import JobFolder, home
@@ -76,6 +77,7 @@ def run_job_command(folder: Path) -> int:
     # loaded. The default wins nothing over this on an idle machine, and makes a step three times
     # as slow where another process wants a core (benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    use_cores()
     job = JobFolder(folder)
     with Reporter(folder) as reporter, StopOnSignal() as stop:
         try:

@@ -19,6 +19,7 @@ from allocator.host import HostMemory
 from allocator.layout import KVLayout, LayerKV, planes_of
 from allocator.tensor import layer_views, slab_bytes
 from allocator.vmm import AllocatorError, VirtualMemory
+from batchrun import machine
 from batchrun.engine import attention
 from batchrun.engine.attention import Geometry
 from batchrun.engine.attention.native import Level, NativeBF16
@@ -565,18 +566,5 @@ def _no_backend(error: ValueError) -> EngineError:
 
 
 def available_memory() -> int:
-    """Bytes that the KV cache may still take: what is free here and now, less some headroom.
-
-    The tighter one of the machine's `MemAvailable` and this control group's limit.
-    """
-    with open("/proc/meminfo", "rb") as file:
-        free = 1024 * int(file.read().partition(b"MemAvailable:")[2].split(None, 1)[0])
-    try:
-        with open("/sys/fs/cgroup/memory.max", "rb") as file:
-            limit = file.read().strip()
-        if limit != b"max":
-            with open("/sys/fs/cgroup/memory.current", "rb") as file:
-                free = min(free, int(limit) - int(file.read()))
-    except FileNotFoundError:
-        pass  # the root group, or a machine without control groups: no limit
-    return free - _HOST_HEADROOM
+    """Bytes that the KV cache may still take: what is free here and now, less some headroom."""
+    return machine.available_memory() - _HOST_HEADROOM

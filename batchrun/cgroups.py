@@ -1,0 +1,184 @@
+"""What the control groups of this process leave it: memory and processors.
+
+Slurm, Kubernetes, systemd and Docker set limits at any level of a hierarchy, which may be of
+version 1, version 2, or of both at once; a container may see only the lower part of it. All levels
+that can be seen count, and the tightest wins (the kernel's admin-guide/cgroup-v1/memory.rst and
+admin-guide/cgroup-v2.rst, proc_pid_mountinfo(5)).
+
+Each function takes the folder that holds `proc` and `sys`, which is `/` but for tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path("/")
+_NONE = 1 << 60  # bytes: version 1 has no word for no limit, only the largest number of pages
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """The level of the hierarchy that leaves least memory.
+
+    Args:
+        folder: Where the kernel shows it.
+        file: The file there that holds the limit.
+        limit: Bytes that it and all below it may have.
+        used: Bytes that they have, without cached files that nobody has used lately: these make
+            room.
+    """
+
+    folder: Path
+    file: str
+    limit: int
+    used: int
+
+    @property
+    def free(self) -> int:
+        """Bytes; below 0 where a limit was lowered under what is used."""
+        return self.limit - self.used
+
+
+def memory_limit(root: Path = ROOT) -> MemoryLimit | None:
+    """The limit that leaves least; None where there is none."""
+    version, folders = _levels("memory", root)
+    read = _memory_v1 if version == 1 else _memory_v2
+    found = [limit for folder in folders for limit in read(folder)]
+    return min(found, key=lambda limit: limit.free, default=None)
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Processors' time that may be used in each second, in seconds; None where that is free."""
+    version, folders = _levels("cpu", root)
+    found = []
+    for folder in folders:
+        if version == 1:
+            quota = _number(folder / "cpu.cfs_quota_us")
+            period = _number(folder / "cpu.cfs_period_us")
+        else:  # such as `200000 100000`, or `max 100000`
+            given, _, each = _text(folder / "cpu.max").partition(" ")
+            quota, period = (int(w) if w.strip().isdigit() else None for w in (given, each))
+        if quota and period and quota > 0:
+            found.append(quota / period)
+    return min(found, default=None)
+
+
+def oom_kills(root: Path = ROOT) -> int:
+    """How many processes the system has ended for want of memory.
+
+    Those of this process's group; all of the machine, where that is not told.
+    """
+    version, folders = _levels("memory", root)
+    name = "memory.oom_control" if version == 1 else "memory.events"
+    own = folders[0] / name if folders else root
+    counts = _counts(own) or _counts(root / "proc/vmstat")
+    return counts.get("oom_kill", 0)
+
+
+def _memory_v1(folder: Path) -> Iterator[MemoryLimit]:
+    used, stat = _number(folder / "memory.usage_in_bytes"), _counts(folder / "memory.stat")
+    if used is None:
+        return
+    used -= stat.get("total_inactive_file", 0)
+    limits = {
+        "memory.limit_in_bytes": _number(folder / "memory.limit_in_bytes"),
+        # Of the levels above, too, which a container does not see. What they use it sees less.
+        "memory.stat": stat.get("hierarchical_memory_limit"),
+    }
+    for file, limit in limits.items():
+        if limit is not None and limit < _NONE:
+            yield MemoryLimit(folder, file, limit, used)
+
+
+def _memory_v2(folder: Path) -> Iterator[MemoryLimit]:
+    used = _number(folder / "memory.current")
+    if used is None:
+        return
+    used -= _counts(folder / "memory.stat").get("inactive_file", 0)
+    for file in ("memory.max", "memory.high"):  # beyond `high` everything waits for pages
+        limit = _number(folder / file)
+        if limit is not None:
+            yield MemoryLimit(folder, file, limit, used)
+
+
+def _levels(controller: str, root: Path) -> tuple[int, list[Path]]:
+    """The version of the controller's hierarchy, and this process's folders in it, from below."""
+    version, group = 2, ""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if controller in names.split(","):
+            version, group = 1, path
+            break
+        if number == "0" and not names:
+            group = path
+    if not group:
+        return version, []
+    mounts = list(_mounts(controller if version == 1 else None, root))
+    for top, mounted in mounts:
+        if (below := _below(group, top)) is not None:
+            return version, [_in(root, mounted) / part for part in (*_upwards(below), "")]
+    # A namespace, or a mount of elsewhere, hides the way there: what is seen is what there is.
+    return version, [_in(root, mounted) for _, mounted in mounts[:1]]
+
+
+def _mounts(controller: str | None, root: Path) -> Iterator[tuple[str, str]]:
+    """Which part of the hierarchy is mounted, and where; without a controller, of version 2."""
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        fields, _, rest = line.partition(" - ")
+        kind, _, options = rest.partition(" ")
+        wanted = (
+            kind == "cgroup2"
+            if controller is None
+            else kind == "cgroup" and controller in options.split(" ")[-1].split(",")
+        )
+        if wanted:
+            _, _, _, top, mounted, *_ = fields.split(" ")
+            yield _unescaped(top), _unescaped(mounted)
+
+
+def _below(group: str, top: str) -> str | None:
+    """A group's path from the top of a mount; None where it lies elsewhere."""
+    parts = group.split("/")
+    if ".." in parts or not f"{group}/".startswith(f"{top.rstrip('/')}/"):
+        return None
+    return group[len(top.rstrip("/")) :].strip("/")
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """A relative path and those above it, but for the last, which is empty."""
+    while path:
+        yield path
+        path = os.path.dirname(path)
+
+
+def _in(root: Path, path: str) -> Path:
+    return root / path.lstrip("/")
+
+
+def _unescaped(path: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
+
+
+def _counts(path: Path) -> dict[str, int]:
+    """What lines of a name and a number say."""
+    pairs = (line.split() for line in _text(path).splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def _number(path: Path) -> int | None:
+    """A file's number; None where it is not there, or says `max`."""
+    text = _text(path).strip()
+    return int(text) if re.fullmatch(r"-?\d+", text) else None
+
+
+def _text(path: Path) -> str:
+    """A file's text; empty where it can't be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
