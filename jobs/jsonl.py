@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from jobs import jsontext
 from jobs.errors import InputError
-from jobs.row import Part
+from jobs.row import AGAIN, Part
 from jobs.stream import MAX_RECORD, text_of
 from jobs.textsource import Record, TextSource
 
@@ -162,5 +162,5 @@ class _Values:
         return InputError(
             f"{self._part.path} ends inside of {what} that goes on in line {self._line}: "
             "it is cut short",
-            hint="copy or write the file again, then submit the job again",
+            hint=AGAIN,
         )

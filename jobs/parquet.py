@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 from jobs.arrowtypes import is_text
 from jobs.columnar import ColumnarChunk
 from jobs.errors import InputError
+from jobs.parquetfile import batches, column_chunks, opened
 from jobs.row import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -18,7 +21,6 @@ from jobs.row import (
     Part,
     Row,
     missing_column,
-    no_columns,
     partition_fields,
     reading,
     unnoted,
@@ -26,7 +28,6 @@ from jobs.row import (
 from jobs.unify import conform
 from jobs.united import united
 
-_BUFFER = 1 << 18  # bytes read ahead a column, instead of whole column chunks
 _PROBE = 8  # rows
 
 
@@ -123,7 +124,7 @@ def _check_partition(parts: Sequence[Part], field: pa.Field[Any]) -> None:
         try:
             _constant(value, field.type)
         except (pa.ArrowException, OverflowError):
-            with reading(part.path), pq.ParquetFile(part.path) as file:
+            with opened(part.path) as file:
                 if field.name in file.schema_arrow.names:
                     continue
             raise InputError(
@@ -141,9 +142,7 @@ def _read_file(
     part: Part, schema: pa.Schema, start: int, stop: int, *, noted: Noted, before: int
 ) -> Iterator[pa.RecordBatch]:
     """Batches of a file's rows from `start` to `stop`; `before` are those of earlier files."""
-    with noted(part.path):
-        opened = pq.ParquetFile(part.path, buffer_size=_BUFFER)
-    with opened as file:
+    with opened(part.path, noted) as file:
         there = set(file.schema_arrow.names)
         names = [name for name in schema.names if name in there]
         said = {name: part.partition[name] for name in schema.names if name in part.partition}
@@ -154,11 +153,11 @@ def _read_file(
                 first += rows
                 continue
             with noted(part.path, before + first, rows):
-                size = _batch_rows(file, group, names, schema)
-            batches, end = _batches(file, group, names, size), first + rows
+                size = _batch_rows(part.path, file, group, names, schema)
+            found, end = batches(part.path, file, group, names, size), first + rows
             while True:
                 with noted(part.path, before + first, min(size, end - first)):
-                    batch = next(batches, None)
+                    batch = next(found, None)
                 if batch is None:
                     break
                 low, high = max(start - first, 0), min(stop - first, batch.num_rows)
@@ -177,34 +176,15 @@ def _with_constant(batch: pa.RecordBatch, name: str, value: int | str | None) ->
     return batch.set_column(i, batch.schema.field(i), array)
 
 
-def _batches(
-    file: pq.ParquetFile, group: int, names: list[str], size: int
-) -> Iterator[pa.RecordBatch]:
-    """A row group's rows with these columns, of which there may be none."""
-    if not names:
-        rows = file.metadata.row_group(group).num_rows
-        for first in range(0, rows, size):
-            yield no_columns(min(size, rows - first))
-        return
-    for batch in file.iter_batches(size, row_groups=[group], columns=names, use_threads=False):
-        # `a.b` asked for is also field b of a column a: take the column alone.
-        yield batch.select(names)
-
-
-def _batch_rows(file: pq.ParquetFile, group: int, names: list[str], schema: pa.Schema) -> int:
+def _batch_rows(
+    path: Path, file: pq.ParquetFile, group: int, names: list[str], schema: pa.Schema
+) -> int:
     """How many rows of a row group make a batch of bounded bytes."""
-    meta = file.metadata.row_group(group)
-    size, dictionaries = 0, False
-    for i in range(meta.num_columns):
-        chunk = meta.column(i)
-        if any(
-            chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")
-            for name in names
-        ):
-            size += chunk.total_uncompressed_size
-            dictionaries |= chunk.has_dictionary_page
-    row_bytes = size / max(meta.num_rows, 1)
-    if dictionaries:  # the file has each value once, the batch has it in each row
-        probe = conform(next(_batches(file, group, names, _PROBE)), schema)
-        row_bytes = max(row_bytes, probe.nbytes / max(probe.num_rows, 1))
+    chunks = column_chunks(path, file, group, names)
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    row_bytes = size / max(file.metadata.row_group(group).num_rows, 1)
+    if any(chunk.has_dictionary_page for chunk in chunks):
+        # The file has each value once, the batch has it in each row.
+        for probe in islice(batches(path, file, group, names, _PROBE), 1):
+            row_bytes = max(row_bytes, conform(probe, schema).nbytes / max(probe.num_rows, 1))
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(row_bytes, 1))))

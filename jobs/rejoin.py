@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from jobs.answers import Answers
 from jobs.errors import InputError, SpecChanged
 from jobs.export import export
@@ -19,6 +17,7 @@ from jobs.identity import changes
 from jobs.joined import Joined, output_columns
 from jobs.journal import Journal
 from jobs.lost import Lost
+from jobs.parquetfile import opened
 from jobs.row import Noted, Part, Source, reading, unnoted
 from jobs.source import open_source
 from jobs.spec import JobSpec
@@ -177,7 +176,7 @@ def _left_of_parquet(spec: JobSpec, read: Sequence[str]) -> tuple[Source, Sequen
 
 def _opens(part: Part) -> bool:
     try:
-        with reading(part.path), pq.ParquetFile(part.path):
+        with opened(part.path):
             return True
     except InputError:
         return False

@@ -14,10 +14,12 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from jobs.errors import InputError
+from jobs.errors import InputError, JobError
 
 BATCH_BYTES = 16 << 20  # a chunk of input rows is about this large, whatever a row's size
 BATCH_ROWS = 256  # and never has more rows: an average says little where lengths are skewed
+
+AGAIN = "copy or write the file again, then submit the job again"  # what to do about damage
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -186,11 +188,19 @@ def unnoted(
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into an InputError that names it."""
+def reading(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an InputError that names it.
+
+    Args:
+        path: The file.
+        more: What may go wrong beside errors of the system and of Arrow: `Exception` where nothing
+            of ours is called, and whatever is raised is the file's fault.
+    """
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except JobError:
+        raise
+    except (OSError, pa.ArrowException, *more) as error:
         code = error.errno if isinstance(error, OSError) else None
         if code is not None:
             raise InputError(
@@ -201,7 +211,7 @@ def reading(path: Path) -> Iterator[None]:
         size = path.stat().st_size if path.exists() else 0
         raise InputError(
             f"{path} is damaged or cut short ({size} bytes): {cause}",
-            hint="copy or write the file again, then submit the job again",
+            hint=AGAIN,
         ) from error
 
 

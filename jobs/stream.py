@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 
 from jobs.errors import InputError
-from jobs.row import reading
+from jobs.row import AGAIN, reading
 
 MAX_RECORD = 256 << 20  # bytes of a row; more is a file of another kind
 _BUFFER = 1 << 18
@@ -72,7 +72,7 @@ def text_of(path: Path, size: int | None = None) -> Iterator[io.BufferedReader]:
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise InputError(
                 f"{path} is damaged or cut short ({path.stat().st_size} bytes): {error}",
-                hint="copy or write the file again, then submit the job again",
+                hint=AGAIN,
             ) from error
 
 

@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.errors import InputError
+from jobs.parquetfile import opened
 from jobs.row import Noted, check_names, reading, unnoted
 from jobs.stream import text_of
 from jobs.unify import TypeConflictError, cast, exact_range, unite_fields, united_leaves
 
 _OTHERS = (b"pandas", b"huggingface")  # metadata that describes columns one by one
+_MAGIC = (b"PAR1", b"PARE")  # the latter of an encrypted footer
 _UNITS = {"milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
 
 
@@ -59,9 +61,13 @@ def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, li
     counts: list[int] = []
     found: dict[tuple[pa.Field[Any], ...], _Kind] = {}
     for path in paths:
-        with reading(path), noted(path), _opened(path) as file:
-            counts.append(file.metadata.num_rows)
-            schema = file.schema_arrow
+        try:
+            with opened(path, noted) as file:
+                counts.append(file.metadata.num_rows)
+                schema = file.schema_arrow
+        except InputError:
+            _check_kind(path)
+            raise
         found.setdefault(tuple(schema), _Kind(schema, [])).paths.append(path)
     kinds = list(found.values())
     for kind in kinds:
@@ -85,19 +91,19 @@ def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, li
     return schema, counts
 
 
-def _opened(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except pa.ArrowInvalid:
-        with path.open("rb") as file:
-            head = file.read(4)
-        if not head or head == b"PAR1":
-            raise
-        with text_of(path) as _:  # knows what many other files are
-            pass
-        raise InputError(
-            f"{path} is not a Parquet file", hint="give it a name that says what it is"
-        ) from None
+def _check_kind(path: Path) -> None:
+    """Refuse a file of another kind, which says what it is.
+
+    Raises:
+        InputError: It is one, or can't be read.
+    """
+    with reading(path), path.open("rb") as file:
+        head = file.read(4)
+    if not head or head in _MAGIC:
+        return
+    with text_of(path) as _:  # knows what many other files are
+        pass
+    raise InputError(f"{path} is not a Parquet file", hint="give it a name that says what it is")
 
 
 def _conflict(earlier: Sequence[_Kind], kind: _Kind, conflict: TypeConflictError) -> InputError:
@@ -139,7 +145,7 @@ def _check_values(kind: _Kind, kinds: Sequence[_Kind], schema: pa.Schema) -> Non
         if (limits := exact_range(was, to))
     ]
     for path in kind.paths if leaves else ():
-        with reading(path), pq.ParquetFile(path) as file:
+        with opened(path) as file:
             doubts = [(leaf, why) for leaf in leaves if (why := _doubt(file.metadata, leaf))]
         if doubts:
             leaf, why = doubts[0]
