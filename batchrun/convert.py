@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.errors import ModelError
+from batchrun.gguf_head import check_gguf
 from batchrun.models import RECORD
-from batchrun.weights import check_gguf
 
 
 def convert_once(file: Path, final: Path, fingerprint: str) -> None:

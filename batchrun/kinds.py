@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.errors import ModelError
-from batchrun.weights import AGAIN, INDEX, SINGLE, TOKENIZERS, read_paper, some
+from batchrun.headers import AGAIN
+from batchrun.weights import INDEX, SINGLE, TOKENIZERS, read_paper, some
 
 Config = dict[str, Any]
 

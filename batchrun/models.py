@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batchrun.errors import ModelError
+from batchrun.gguf_head import is_gguf
+from batchrun.headers import AGAIN, check_head
 from batchrun.kinds import check_kind, read_config, why_no_weights
-from batchrun.weights import AGAIN, INDEX, SINGLE, check_files, check_head, is_gguf, weight_files
+from batchrun.weights import INDEX, SINGLE, check_files, weight_files
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -222,8 +224,7 @@ def _from_folder(name: str, folder: Path, kind: ModelKind, trust_remote_code: bo
         if pickles and not _files(folder, ("*.safetensors",)):
             raise _no_safetensors(str(folder), pickles)
         raise why_no_weights(folder)
-    names = check_files(folder, files)
-    check_kind(folder, config, names)
+    check_kind(folder, config, check_files(folder, config))
     return ModelRef(name, folder.absolute(), kind, fingerprint(folder))
 
 

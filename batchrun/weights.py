@@ -1,72 +1,163 @@
 """The files of a model folder that transformers loads, looked at without loading: whole or not.
 
-Only heads are read, so that a download that broke off is told when a job is submitted.
+Only heads are read, so that a download that broke off is told when a job is submitted. Weights are
+loaded from `.safetensors` files in the folder itself and from nothing else: what is loaded is what
+was looked at here, and what a fingerprint is made of. These files may be links, as in the cache of
+the hub: what they lead to counts.
 """
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from batchrun.errors import ModelError
+from batchrun.headers import AGAIN, Stored, check_head, stored_in
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Of a tokenizer; the first one that is there makes the others of no account.
 TOKENIZERS = ("tokenizer.json", "tekken.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _PAPERS = ("config.json", "generation_config.json", "tokenizer_config.json")
-_LFS = b"version https://git-lfs"
-_HEAD = 512  # bytes: an LFS pointer is shorter
-_MOST_HEADER = 100 << 20  # bytes: safetensors itself reads no longer one
-AGAIN = "download or copy it again: `hf download` goes on where it broke off"
+# Of distributed training. transformers prefers them to all else, whatever an index says.
+_CHECKPOINT = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_NAMED = "transformers_weights"  # in a config: the file to load, or the index
+_MOST_NAME = 255  # bytes
 
 
-def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
+def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """The safetensors files that transformers loads from a folder, none where it finds none.
 
     Raises:
-        ModelError: The index of the shards can't be read.
+        ModelError: The index of the shards can't be read, or names what is no file of the folder.
+        OSError: The index can't be read.
     """
-    named = config.get("transformers_weights")
-    first = folder / (named if isinstance(named, str) else SINGLE)
-    index = first if first.name.endswith(".index.json") else folder / INDEX
-    if first != index and first.is_file():
-        return [first]
-    if not index.is_file():
+    first = folder / _first(folder, config)
+    if not first.name.endswith(".index.json"):
+        return [first] if first.is_file() or config.get(_NAMED) is not None else []
+    if not first.is_file():
         return []
-    check_head(index)
-    try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        return sorted(index.parent / shard for shard in shards)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is no index of weight files: {error!r}", hint=AGAIN) from error
+    return sorted({folder / name for name in _weight_map(first).values()})
 
 
-def check_files(folder: Path, files: list[Path]) -> set[str]:
+def _first(folder: Path, config: Mapping[str, Any]) -> str:
+    """The name of the file that loading begins with."""
+    named = config.get(_NAMED)
+    if named is None:
+        return SINGLE if (folder / SINGLE).is_file() else INDEX
+    if not _is_name(named, ".safetensors", ".safetensors.index.json"):
+        raise ModelError(
+            f"{folder / 'config.json'} has its weights loaded from {_shown(named)}, which is not "
+            "the name of a safetensors file in that folder",
+            hint=f'remove "{_NAMED}" from it; weights are loaded from {SINGLE} or {INDEX} then',
+        )
+    return str(named)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor that an index names.
+
+    Raises:
+        ModelError: It is no index, or names something else than safetensors files beside it.
+    """
+    found = read_paper(index)
+    files = found.get("weight_map")
+    if not isinstance(files, dict) or not isinstance(found.get("metadata"), dict):
+        raise ModelError(
+            f'{index} is no index of weight files: it has no "weight_map" or no "metadata"',
+            hint=AGAIN,
+        )
+    for tensor, name in files.items():
+        if not _is_name(name, ".safetensors"):
+            raise ModelError(
+                f"{index} says that {_shown(tensor)} is in {_shown(name)}, which is not the name "
+                "of a safetensors file in that folder",
+                hint="weights are loaded from safetensors files beside the index, and from nothing "
+                "else: save the model again with save_pretrained",
+            )
+    return files
+
+
+def _is_name(name: object, *ends: str) -> bool:
+    """Whether it names a file in the same folder, with one of these ends, and no other place."""
+    return (
+        isinstance(name, str)
+        and name.endswith(ends)
+        and "/" not in name
+        and name.isprintable()
+        and len(os.fsencode(name)) <= _MOST_NAME
+    )
+
+
+def _shown(value: object) -> str:
+    """What a file says, cut short, in one line."""
+    text = ascii(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def check_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
     """Check that weights, tokenizer and papers are whole, as far as their heads and sizes tell.
 
     Returns:
-        The names of all tensors.
+        All tensors of the weights, by name.
 
     Raises:
         ModelError: One is missing, cut short, or something else than its name says.
         OSError: One can't be read.
     """
+    files = weight_files(folder, config)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ModelError(
-            f"{folder} lacks {len(missing)} of the {len(files)} weight files that {INDEX} names: "
-            f"{some(missing)}",
+            f"{folder} lacks {len(missing)} of the {len(files)} weight files that "
+            f"{_first(folder, config)} names: {some(missing)}",
             hint="download or copy the folder again: `hf download` gets only what is missing",
+        )
+    others = sorted(file.name for file in folder.iterdir() if _CHECKPOINT.match(file.name))
+    if others:
+        raise ModelError(
+            f"{folder} has a checkpoint of distributed training beside its weights "
+            f"({some(others)}), so it is not clear what should run",
+            hint="move the shard-* files away, or save the model again with save_pretrained",
         )
     for name in _PAPERS:
         read_paper(folder / name)
     for file in _vocabularies(folder):
         check_head(file)
-    return {name for file in files for name in _tensor_names(file)}
+    stored = {file.name: stored_in(file) for file in files}
+    index = folder / _first(folder, config)
+    if index.name.endswith(".index.json") and files:
+        _check_index(index, _weight_map(index), stored)
+    return {name: tensor for file in files for name, tensor in stored[file.name].items()}
+
+
+def _check_index(
+    index: Path, said: Mapping[str, str], stored: Mapping[str, Mapping[str, Stored]]
+) -> None:
+    """Refuse an index whose tensors are nowhere, or not in the file whose tensor would be loaded.
+
+    Files are loaded in the order of their names, and of a tensor that is in several the last one
+    counts.
+    """
+    last = {tensor: name for name in sorted(stored) for tensor in stored[name]}
+    nowhere = sorted(tensor for tensor in said if tensor not in last)
+    if nowhere:
+        raise ModelError(
+            f"{index} names {len(nowhere):,} tensors that are in none of its files: "
+            f"{some(list(map(_shown, nowhere)))}",
+            hint=AGAIN,
+        )
+    for tensor, name in said.items():
+        if tensor in stored[name] and last[tensor] != name:
+            raise ModelError(
+                f"{index} says that {_shown(tensor)} is in {name}, and {last[tensor]} has another "
+                "tensor of that name",
+                hint="save the model again with save_pretrained, so that each is there once",
+            )
 
 
 def read_paper(file: Path) -> dict[str, Any]:
@@ -81,7 +172,7 @@ def read_paper(file: Path) -> dict[str, Any]:
     check_head(file)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{file} is not valid JSON: {error}", hint=f"mend it, or {AGAIN}"
         ) from error
@@ -100,165 +191,7 @@ def _vocabularies(folder: Path) -> Iterator[Path]:
             return
 
 
-def check_head(file: Path) -> None:
-    """Refuse what a failed download leaves in a file's place.
-
-    Raises:
-        ModelError: It is empty, a pointer of Git LFS, a web page, or nothing but zeros.
-        OSError: It can't be read.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        head = opened.read(_HEAD)
-    if head.startswith(_LFS):
-        wanted = head.rpartition(b"size ")[2].split(b"\n")[0].decode("ascii", "replace")
-        of = f" in place of {int(wanted):,}" if wanted.isdecimal() else ""
-        raise ModelError(
-            f"{file} is not the file itself but Git LFS's pointer to it: {size} bytes{of}",
-            hint=f"get the file: git lfs pull in {file.parent}, or hf download",
-        )
-    if not head.strip(b"\0"):
-        what = "is empty" if not size else f"begins with {len(head)} bytes of zeros"
-        raise ModelError(f"{file} {what}: its download broke off", hint=AGAIN)
-    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ModelError(f"{file} is a web page, saved under that name", hint=AGAIN)
-
-
-def _tensor_names(file: Path) -> list[str]:
-    """Those in a safetensors file, which must be as long as its header says."""
-    check_head(file)
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > _MOST_HEADER or size < 8:
-            raise ModelError(f"{file} ({size:,} bytes) is no safetensors file", hint=AGAIN)
-        text = opened.read(length)
-    if len(text) < length:
-        raise _cut(file, size, 8 + length, " by its header alone")
-    try:
-        header: dict[str, Any] = json.loads(text)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{file} is no safetensors file: its header can't be read", hint=AGAIN
-        ) from error
-    if size != 8 + length + end:
-        raise _cut(file, size, 8 + length + end, "")
-    return list(tensors)
-
-
-def _cut(file: Path, size: int, wanted: int, why: str) -> ModelError:
-    problem = "incomplete" if size < wanted else "damaged"
-    return ModelError(
-        f"{file} is {problem}: it has {size:,} bytes and should have {wanted:,}{why}", hint=AGAIN
-    )
-
-
 def some(names: list[str], most: int = 3) -> str:
     """The first few of many names."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
-
-
-# --- GGUF ----------------------------------------------------------------------------------------
-
-# Bytes of the values of a GGUF's metadata, by type; 8 is a string and 9 a list of one of these.
-_VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
-_VALUES[12] = "d"
-
-
-def is_gguf(file: Path) -> bool:
-    """Whether it begins like one, whatever its name."""
-    with file.open("rb") as opened:
-        return opened.read(4) == b"GGUF"
-
-
-def check_gguf(file: Path, type_sizes: dict[int, tuple[int, int]]) -> None:
-    """Check that a GGUF file is a whole model.
-
-    Args:
-        file: What begins like a GGUF file.
-        type_sizes: Of each type of tensor, the elements and the bytes of a block.
-
-    Raises:
-        ModelError: It is cut short, or one of several parts.
-        OSError: It can't be read.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as opened:
-            metadata, wanted = _GGUFHead(opened, size, type_sizes).read()
-    except (struct.error, KeyError, OverflowError) as error:
-        raise ModelError(
-            f"cannot read the GGUF file {file}: it ends within its header, after {size:,} bytes",
-            hint=AGAIN,
-        ) from error
-    parts = metadata.get("split.count") or 1
-    if parts > 1:
-        part = metadata.get("split.no", 0) + 1
-        raise ModelError(
-            f"cannot read the GGUF file {file}: it is part {part} of {parts} of a model, and "
-            "batchrun reads one whole file",
-            hint="merge the parts: llama-gguf-split --merge FIRST-PART.gguf whole.gguf",
-        )
-    if size < wanted:
-        raise ModelError(
-            f"cannot read the GGUF file {file}: it is incomplete, with {size:,} of {wanted:,} "
-            "bytes",
-            hint=AGAIN,
-        )
-
-
-class _GGUFHead:
-    """Reads the head of a GGUF file, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
-
-    def __init__(self, file: Any, size: int, type_sizes: dict[int, tuple[int, int]]) -> None:
-        self._file, self._size = file, size
-        self._blocks = type_sizes
-
-    def read(self) -> tuple[dict[str, Any], int]:
-        """The metadata that are no lists, and the bytes that the file should have."""
-        _, version, tensors, entries = self._take("<4sIQQ")
-        if version > 1 << 16:  # a big-endian file
-            return {}, 0
-        metadata = {}
-        for _ in range(entries):
-            key = self._text()
-            metadata[key] = self._value(*self._take("<I"))
-        ends = [self._tensor_end() for _ in range(tensors)]
-        align = metadata.get("general.alignment") or 32
-        start = -(-self._file.tell() // align) * align
-        return metadata, start + max(ends, default=0)
-
-    def _take(self, layout: str) -> tuple[Any, ...]:
-        return struct.unpack(layout, self._file.read(min(struct.calcsize(layout), self._size)))
-
-    def _text(self) -> str:
-        (length,) = self._take("<Q")
-        (text,) = self._take(f"<{length}s")
-        return str(text, "utf-8", "replace")
-
-    def _value(self, kind: int) -> Any:
-        if kind == 8:
-            return self._text()
-        if kind != 9:
-            return self._take("<" + _VALUES[kind])[0]
-        inner, count = self._take("<IQ")
-        if inner in _VALUES:
-            self._file.seek(count * struct.calcsize("<" + _VALUES[inner]), 1)
-        else:
-            for _ in range(count):
-                self._value(inner)
-        return None
-
-    def _tensor_end(self) -> int:
-        """Where its data end, behind the begin of all data; 0 where its type is not known."""
-        self._text()
-        (dimensions,) = self._take("<I")
-        elements = 1
-        for length in self._take(f"<{dimensions}Q"):
-            elements *= length
-        kind, offset = self._take("<IQ")
-        block, size = self._blocks.get(kind, (1, 0))
-        return int(offset + elements // block * size)

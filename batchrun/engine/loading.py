@@ -39,8 +39,9 @@ from batchrun.engine.int8_gpu import why_not
 from batchrun.engine.model import LoadedModel, prepare
 from batchrun.engine.quantize import int8_weights
 from batchrun.errors import ModelError
+from batchrun.headers import AGAIN
 from batchrun.machine import multiplies_bfloat16
-from batchrun.weights import AGAIN, check_files, some, weight_files
+from batchrun.weights import check_files, some
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER = "the tokenizer of "
@@ -160,7 +161,7 @@ def _cannot_load(name: str, folder: Path, what: str, error: Exception) -> ModelE
     try:
         if folder.is_dir():
             config = kinds.read_config(folder)
-            check_files(folder, weight_files(folder, config))
+            check_files(folder, config)
     except ModelError as reason:
         return reason
     except OSError:
