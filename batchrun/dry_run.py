@@ -13,6 +13,7 @@ from batchrun.reader import Reader
 from jobs.errors import InputError
 from jobs.folder import home
 from jobs.results import Copy, DoneSet, Result, RowDigests
+from jobs.row import Noted, unnoted
 from jobs.source import open_source
 from jobs.spec import JobSpec
 
@@ -51,12 +52,13 @@ class _Tried:
         """There is no more."""
 
 
-def dry_run(spec: JobSpec, log: Callable[[str], None]) -> None:
+def dry_run(spec: JobSpec, log: Callable[[str], None], noted: Noted = unnoted) -> None:
     """Check what can be checked without loading weights, and make prompts of the first 20 rows.
 
     Args:
         spec: A job that was checked as `make_spec` does.
         log: Told, a line each, what the user should know.
+        noted: Told what is read of the inputs.
 
     Raises:
         JobError: An input can't be read, or not one of the first rows can be computed.
@@ -67,7 +69,8 @@ def dry_run(spec: JobSpec, log: Callable[[str], None]) -> None:
     paper = read_papers(spec, known.step_cost if known else None, log)
     if paper.budget <= 0:
         log("the memory that is free now does not hold the model's weights and keys and values")
-    source = open_source([file.part for file in spec.inputs], spec.input_format)
+    parts = [file.part for file in spec.inputs]
+    source = open_source(parts, spec.input_format, noted=noted)
     source.count()  # through to the end: an array may be cut short, a quote never closed
     few = replace(
         spec, limit=min(_ROWS, spec.limit or _ROWS), runtime={**spec.runtime, "plan": False}

@@ -21,6 +21,7 @@ from batchrun.savings import Slots
 from batchrun.worker import engine_settings
 from jobs.folder import home
 from jobs.results import Copy, DoneSet, Result, RowDigests
+from jobs.row import Noted, unnoted
 from jobs.source import open_source
 from jobs.spec import JobSpec
 
@@ -119,8 +120,8 @@ def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
     return min(common_length(ids, others, BLOCK), len(ids) - 1) if len(ids) > BLOCK else 0
 
 
-def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
-    """Read and plan the whole input.
+def forecast(spec: JobSpec, log: Callable[[str], None], noted: Noted = unnoted) -> dict[str, Any]:
+    """Read and plan the whole input, of which `noted` is told what is read.
 
     Returns:
         JSON-able, for all rows unless it says otherwise: `rows`, `prompt_tokens`,
@@ -136,7 +137,8 @@ def forecast(spec: JobSpec, log: Callable[[str], None]) -> dict[str, Any]:
         ModelError: The model would be refused.
         EngineError: So would the attention backend.
     """
-    source = open_source([file.part for file in spec.inputs], spec.input_format)
+    parts = [file.part for file in spec.inputs]
+    source = open_source(parts, spec.input_format, noted=noted)
     known = Measured.load(home(), spec)
     paper = read_papers(spec, known.step_cost if known else None, log)
     prompt_tokens = 0

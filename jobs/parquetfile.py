@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from jobs.errors import InputError
 from jobs.row import AGAIN, Noted, no_columns, reading, unnoted
 
+_ANY = (Exception,)
 _BUFFER = 1 << 18  # bytes read ahead a column, instead of whole column chunks
 
 
@@ -31,17 +32,17 @@ def opened(path: Path, noted: Noted = unnoted) -> Iterator[pq.ParquetFile]:
     Raises:
         InputError: It is damaged or can't be read.
     """
-    with noted(path), reading(path, Exception):
+    with noted(path), reading(path, _ANY):
         file = pq.ParquetFile(path, buffer_size=_BUFFER, page_checksum_verification=True)
     with file:
-        with noted(path), reading(path, Exception):
+        with noted(path), reading(path, _ANY):
             _check_names(file.schema_arrow)
             _check_numbers(path, file)
         yield file
 
 
 def batches(
-    path: Path, file: pq.ParquetFile, group: int, names: Sequence[str], size: int
+    path: Path, file: pq.ParquetFile, group: int, names: list[str], size: int
 ) -> Iterator[pa.RecordBatch]:
     """A row group's rows, `size` at a time, with these columns, of which there may be none.
 
@@ -53,11 +54,11 @@ def batches(
         for first in range(0, rows, size):
             yield no_columns(min(size, rows - first))
         return
-    with reading(path, Exception):
+    with reading(path, _ANY):
         found = file.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
     read = 0
     while True:
-        with reading(path, Exception):
+        with reading(path, _ANY):
             batch = next(found, None)
             if batch is None:
                 break
@@ -74,7 +75,7 @@ def batches(
 def column_chunks(path: Path, file: pq.ParquetFile, group: int, names: Sequence[str]) -> list[Any]:
     """Metadata of what a row group has of these columns."""
     wanted = set(names)
-    with reading(path, Exception):
+    with reading(path, _ANY):
         meta = file.metadata.row_group(group)
         chunks = [meta.column(i) for i in range(meta.num_columns)]
         return [chunk for chunk in chunks if not wanted.isdisjoint(_paths(chunk.path_in_schema))]

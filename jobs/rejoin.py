@@ -48,6 +48,7 @@ def export_job(
     partial: bool = False,
     may_replace: MayReplace = lambda _: True,
     noted: Noted = unnoted,
+    lost: Path | None = None,
 ) -> Exported:
     """Write a job's results beside the input rows that they were computed from.
 
@@ -55,6 +56,16 @@ def export_job(
     output has what there still is: a column `row` comes first, and of rows that were changed the
     input's columns are null. Of a Parquet file that was changed only columns that the job read are
     there: of no others is there proof.
+
+    Args:
+        spec: The job.
+        journal: Its results.
+        destination: The file.
+        format: Of the file.
+        partial: Results may be missing, and the input may not be what it was.
+        may_replace: See `export`.
+        noted: Told what is read of the input.
+        lost: A file of the input that is known to be unreadable.
 
     Raises:
         SpecChanged: The input is not what it was, and `partial` is not set.
@@ -67,13 +78,15 @@ def export_job(
         return export(joined, destination, format=format, may_replace=may_replace)
 
     try:
+        if lost is not None:
+            raise InputError(f"{lost} can't be read")
         return Exported(write(rejoin(spec, journal, partial=partial, noted=noted)))
     except (SpecChanged, InputError) as error:
         if not partial:
             error.hint = f"{error.hint}; {_LEFT}" if error.hint else _LEFT
             raise
     try:
-        joined = _what_is_left(spec, journal)
+        joined = _what_is_left(spec, journal, noted, lost)
         return Exported(write(joined), joined.unknown)
     except InputError:
         joined = _joined(spec, journal, Lost(), partial=True, numbered=True)
@@ -153,30 +166,33 @@ class _Files:
         return [_identity(Path(file.path)) for file in self._spec.inputs]
 
 
-def _what_is_left(spec: JobSpec, journal: Journal) -> Joined:
+def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Path | None) -> Joined:
     source: Source
     columns = None
+    parts = list(takewhile(lambda part: part.path != lost, (file.part for file in spec.inputs)))
     if spec.input_format == "parquet":
-        source, columns = _left_of_parquet(spec, journal.meta(READ) or [])
+        source, columns = _left_of_parquet(parts, journal.meta(READ) or [], noted)
     else:
-        source = open_source([file.part for file in spec.inputs], spec.input_format, lenient=True)
+        source = open_source(parts, spec.input_format, lenient=True)
     return _joined(spec, journal, source, partial=True, numbered=True, columns=columns)
 
 
-def _left_of_parquet(spec: JobSpec, read: Sequence[str]) -> tuple[Source, Sequence[str]]:
+def _left_of_parquet(
+    parts: Sequence[Part], read: Sequence[str], noted: Noted
+) -> tuple[Source, Sequence[str]]:
     """The files before the first that can't be read, with the columns that the job read."""
-    parts = list(takewhile(_opens, (file.part for file in spec.inputs)))
+    parts = list(takewhile(lambda part: _opens(part, noted), parts))
     if parts:
         with suppress(InputError):
-            source = open_source(parts, "parquet")
+            source = open_source(parts, "parquet", noted=noted)
             if set(read) <= set(source.column_names):
                 return source, read
     return Lost(), []
 
 
-def _opens(part: Part) -> bool:
+def _opens(part: Part, noted: Noted) -> bool:
     try:
-        with opened(part.path):
+        with opened(part.path, noted):
             return True
     except InputError:
         return False

@@ -21,6 +21,7 @@ BATCH_ROWS = 256  # and never has more rows: an average says little where length
 
 AGAIN = "copy or write the file again, then submit the job again"  # what to do about damage
 
+_FAULTS = (OSError, pa.ArrowException)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -188,19 +189,18 @@ def unnoted(
 
 
 @contextmanager
-def reading(path: Path, *more: type[Exception]) -> Iterator[None]:
+def reading(path: Path, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterator[None]:
     """Turn what goes wrong while a file is read into an InputError that names it.
 
     Args:
         path: The file.
-        more: What may go wrong beside errors of the system and of Arrow: `Exception` where nothing
-            of ours is called, and whatever is raised is the file's fault.
+        faults: What is the file's fault: every `Exception` where nothing of ours is called.
     """
     try:
         yield
     except JobError:
         raise
-    except (OSError, pa.ArrowException, *more) as error:
+    except faults as error:
         code = error.errno if isinstance(error, OSError) else None
         if code is not None:
             raise InputError(

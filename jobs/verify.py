@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from jobs.folder import JobFolder, check_unchanged
 from jobs.identity import ModelFingerprint
 from jobs.joined import Joined
 from jobs.journal import Journal
+from jobs.jsonable import json_values
+from jobs.parquetfile import batches, opened
 from jobs.rejoin import rejoin
-from jobs.row import BATCH_ROWS, Source
+from jobs.row import BATCH_ROWS, Noted, Source, unnoted
 from jobs.source import open_source
 from jobs.spec import JobSpec, output_format
 from jobs.stream import text_of
@@ -26,12 +28,17 @@ _FINISHED = ("done", "done-with-errors")
 _SHOWN = 5  # differences of one output at most
 
 
-def verify(job: JobFolder, model_fingerprint: ModelFingerprint | None = None) -> list[str]:
+def verify(
+    job: JobFolder,
+    model_fingerprint: ModelFingerprint | None = None,
+    noted: Noted = unnoted,
+) -> list[str]:
     """Look for anything wrong with a job. Reads all of its files, changes none.
 
     Args:
         job: The job; where it runs, the answer is of a moment.
         model_fingerprint: Digests a model; without it the model is not looked at.
+        noted: Told what is read of inputs and output.
 
     Returns:
         Problems, a line each; none when the journal is sound, inputs and model are those of the
@@ -45,13 +52,14 @@ def verify(job: JobFolder, model_fingerprint: ModelFingerprint | None = None) ->
             problems = []
             try:
                 check_unchanged(job, model_fingerprint)
-                source = open_source([file.part for file in spec.inputs], spec.input_format)
+                parts = [file.part for file in spec.inputs]
+                source = open_source(parts, spec.input_format, noted=noted)
             except JobError as error:
                 problems.append(str(error))
                 source = None
             problems += _rows(spec, journal, source, finished=job.state() in _FINISHED)
             if source is not None and not problems and job.state() in _FINISHED:
-                problems += _output(spec, journal, source)
+                problems += _output(spec, journal, source, noted)
             return problems
     except JobError as error:
         return [str(error)]
@@ -78,16 +86,17 @@ def _rows(
         yield f"the job is finished, but the journal lacks {missing:,} of its results"
 
 
-def _output(spec: JobSpec, journal: Journal, source: Source) -> Iterator[str]:
+def _output(spec: JobSpec, journal: Journal, source: Source, noted: Noted) -> Iterator[str]:
     """Where the output is not what an export would write now."""
     path = Path(spec.output["path"])
     if not path.exists():
         yield f"the output {path} is gone; the journal has its rows: batchrun export"
         return
     joined = rejoin(spec, journal, source)
-    compare = _parquet if spec.output["format"] == "parquet" else _text
+    parquet = spec.output["format"] == "parquet"
     try:
-        found = list(islice(compare(path, joined), _SHOWN))
+        compared = _parquet(path, joined, noted) if parquet else _text(path, joined)
+        found = list(islice(compared, _SHOWN))
         if not found:
             joined.finish()
         yield from found
@@ -95,16 +104,16 @@ def _output(spec: JobSpec, journal: Journal, source: Source) -> Iterator[str]:
         yield f"the output {path} can't be read: {error}"
 
 
-def _parquet(path: Path, joined: Joined) -> Iterator[str]:
+def _parquet(path: Path, joined: Joined, noted: Noted) -> Iterator[str]:
     schema = joined.schema()
-    with pq.ParquetFile(path) as file:
+    with opened(path, noted) as file:
         if file.schema_arrow.names != schema.names:
             yield (
                 f"the output {path} has the columns {', '.join(file.schema_arrow.names)}, "
                 f"not {', '.join(schema.names)}"
             )
             return
-        written = file.iter_batches(BATCH_ROWS, use_threads=False)
+        written = _batches(path, file, noted)
         ahead = pa.Table.from_batches([], file.schema_arrow)
         row = 0
         for batch in joined.batches():
@@ -121,14 +130,32 @@ def _parquet(path: Path, joined: Joined) -> Iterator[str]:
             yield f"the output {path} has {left:,} rows more than the job"
 
 
+def _batches(path: Path, file: pq.ParquetFile, noted: Noted) -> Iterator[pa.RecordBatch]:
+    for group in range(file.num_row_groups):
+        found = batches(path, file, group, file.schema_arrow.names, BATCH_ROWS)
+        while True:
+            with noted(path):
+                batch = next(found, None)
+            if batch is None:
+                break
+            yield batch
+
+
 def _first_difference(want: pa.Array[Any], got: pa.ChunkedArray[Any]) -> int | None:
     if pa.chunked_array([want]).equals(got):
         return None
-    pairs = enumerate(zip_longest(want.to_pylist(), got.to_pylist()))
+    pairs = enumerate(zip_longest(_values([want]), _values(got.chunks)))
     # Not a number is no difference, nor is another dictionary for the same values.
     differing = (i for i, (a, b) in pairs if a != b and repr(a) != repr(b))
     first = next(differing, None)
     return len(got) if first is None and len(got) < len(want) else first
+
+
+def _values(arrays: Iterable[pa.Array[Any]]) -> list[Any]:
+    try:
+        return [value for array in arrays for value in array.to_pylist()]
+    except ValueError:  # text that is not UTF-8
+        return [value for array in arrays for value in json_values(array, "replace")]
 
 
 def _text(path: Path, joined: Joined) -> Iterator[str]:

@@ -13,6 +13,7 @@ import click
 from batchrun.cli import attach
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import job_argument
+from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.live import LogTail
 from batchrun.models import fingerprint
 from jobs.errors import JobError
@@ -92,7 +93,10 @@ def verify_command(job: str | None) -> int:
     Is its journal sound, are its inputs and its model unchanged, does the output agree?
     """
     folder = find(home(), job)
-    problems = verify(folder, fingerprint)
+    try:
+        problems = isolated(lambda noted: verify(folder, fingerprint, noted))
+    except ReaderCrashed as error:
+        problems = [str(error)]
     for problem in problems:
         click.echo(problem)
     if not problems:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
 from batchrun.cli.inspect import job_argument
+from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.cli.piped import PIPE, hand_out
 from batchrun.cli.specs import output_settings, to_stdout
 from jobs.destination import exporting
 from jobs.folder import find, home
-from jobs.rejoin import export_job
+from jobs.rejoin import Exported, export_job
+from jobs.row import Noted
+from jobs.spec import JobSpec
 
 
 @click.command()
@@ -40,28 +44,29 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     spec = folder.spec()
     if output is None and spec.output.get("stdout"):
         output = PIPE
-    if output == PIPE:
-        target = to_stdout(spec.input_format)
-        with tempfile.TemporaryDirectory() as place, folder.journal() as journal:
-            path = Path(place, target["path"])
-            found = export_job(spec, journal, path, format=target["format"], partial=partial)
-            hand_out(path)
-    else:
-        target = output_settings(output) if output else dict(spec.output)
-        path = Path(target["path"])
-        with (
-            exporting(root, folder, path, overwrite=overwrite) as may_replace,
-            folder.journal() as journal,
-        ):
-            found = export_job(
-                spec,
-                journal,
-                path,
-                format=target["format"],
-                partial=partial,
-                may_replace=may_replace,
-            )
-    where = "stdout" if output == PIPE else path
+    target = _target(spec, output)
+
+    def write(noted: Noted, lost: Path | None = None) -> Exported:
+        how = {"format": target["format"], "partial": partial, "noted": noted, "lost": lost}
+        with folder.journal() as journal:
+            if output == PIPE:
+                with tempfile.TemporaryDirectory() as place:
+                    path = Path(place, target["path"])
+                    found = export_job(spec, journal, path, **how)
+                    hand_out(path)
+                    return found
+            path = Path(target["path"])
+            with exporting(root, folder, path, overwrite=overwrite) as may_replace:
+                return export_job(spec, journal, path, may_replace=may_replace, **how)
+
+    try:
+        found = isolated(write)
+    except ReaderCrashed as crash:
+        if not partial:
+            raise
+        lost = crash.path  # the crash itself can't be caught: it and what follows is done without
+        found = isolated(lambda noted: write(noted, lost))
+    where = "stdout" if output == PIPE else target["path"]
     click.echo(f"{found.rows:,} rows in {where}", err=output == PIPE)
     if found.unknown is not None:
         click.echo(
@@ -69,3 +74,9 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
             "input columns; the column `row` says which they are, from 0",
             err=True,
         )
+
+
+def _target(spec: JobSpec, output: str | None) -> dict[str, Any]:
+    if output == PIPE:
+        return to_stdout(spec.input_format)
+    return output_settings(output) if output else dict(spec.output)

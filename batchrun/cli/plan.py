@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
 from batchrun.cli.describe import print_fields
 from batchrun.cli.inspect import json_option
+from batchrun.cli.isolated import isolated
 from batchrun.cli.options import (
     SectionCommand,
     model_options,
@@ -21,6 +22,7 @@ from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec
 from batchrun.report.text import seconds, size
 from jobs.folder import home
+from jobs.row import Noted
 
 
 @click.command(cls=SectionCommand)
@@ -43,14 +45,19 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
     # An input may well have columns that an output would add.
     unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True, "token_ids": False}
     with taken_in(inputs, home()) as (paths, _):
-        spec = make_spec(paths, home(), {**options, **unused}, log=log)
-        from batchrun.forecast import forecast  # noqa: PLC0415 - imports numpy
-
-        found = forecast(spec, log)
+        found = isolated(lambda noted: _found(paths, {**options, **unused}, log, noted))
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         print_fields(_shown(found))
+
+
+def _found(
+    paths: list[str], options: Mapping[str, Any], log: Callable[[str], None], noted: Noted
+) -> dict[str, Any]:
+    from batchrun.forecast import forecast  # noqa: PLC0415 - imports numpy
+
+    return forecast(make_spec(paths, home(), options, log=log, noted=noted), log, noted)
 
 
 def _shown(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from batchrun.cli import attach
 from batchrun.cli.describe import job_parameters, print_fields
 from batchrun.cli.errors import ExitStatus, print_error
 from batchrun.cli.inspect import job_argument
+from batchrun.cli.isolated import isolated
 from batchrun.cli.options import (
     SectionCommand,
     model_options,
@@ -79,7 +80,7 @@ def submit_command(
     if options["output"] == PIPE and (as_json or not wait):
         raise click.UsageError("--output - with --json or --detach: stdout has the answers")
     with taken_in(inputs, root) as (paths, own):
-        spec = make_spec(paths, root, options, log=log)
+        spec = isolated(lambda noted: make_spec(paths, root, options, log=log, noted=noted))
         if dry_run:
             _dry_run(root, spec, log, again=again, as_json=as_json)
             return 0
@@ -95,7 +96,7 @@ def _dry_run(
     from batchrun.dry_run import dry_run  # noqa: PLC0415 - reads what a model is
 
     _check_free(root, spec, again=again)
-    dry_run(spec, log)
+    isolated(lambda noted: dry_run(spec, log, noted))
     if as_json:
         click.echo(json.dumps(job_parameters(spec), indent=2))
     else:

@@ -28,6 +28,7 @@ from jobs.destination import check_place
 from jobs.errors import InputError
 from jobs.export import check_columns, check_destination
 from jobs.parquet import ParquetSource
+from jobs.row import Noted, unnoted
 from jobs.source import Source, expand_inputs, missing_column, open_source
 from jobs.spec import InputFile, JobSpec, output_format
 
@@ -69,10 +70,12 @@ def make_spec(
     options: Mapping[str, Any],
     *,
     log: Callable[[str], None],
+    noted: Noted = unnoted,
 ) -> JobSpec:
     """Checks every option against the inputs, the destination and the model.
 
-    Converts or downloads the model if that has not been done yet, which `log` is told.
+    Converts or downloads the model if that has not been done yet, which `log` is told. What is read
+    of the inputs `noted` is told.
 
     Raises:
         click.UsageError: An option has a value that it cannot have.
@@ -86,7 +89,7 @@ def make_spec(
         output = to_stdout(input_format)
     else:
         output = output_settings(options["output"] or _default_output(parts[0].path, input_format))
-    source = open_source(parts, input_format)
+    source = open_source(parts, input_format, noted=noted)
     prompt = _prompt(options, fields, source, log)
     own = [*_param_columns(options, source, sampling, log), *_argument_columns(prompt, source, log)]
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
