@@ -16,6 +16,7 @@ from typing import Any
 from batchrun.errors import ModelError
 from batchrun.gguf_head import check_gguf
 from batchrun.models import RECORD
+from jobs.files import make_folders, open_private, private_mode
 
 
 def convert_once(file: Path, final: Path, fingerprint: str) -> None:
@@ -27,7 +28,7 @@ def convert_once(file: Path, final: Path, fingerprint: str) -> None:
         ModelError: The file is no GGUF that can be read right, or a package to read it is missing.
         OSError: `final` cannot be written.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(final.parent)
     with _exclusive(final.parent / ".lock"):
         if not final.is_dir():
             _convert_atomically(file, final, {"source": file.name, "fingerprint": fingerprint})
@@ -35,7 +36,7 @@ def convert_once(file: Path, final: Path, fingerprint: str) -> None:
 
 @contextmanager
 def _exclusive(lock: Path) -> Iterator[None]:
-    with lock.open("w") as handle:
+    with open(lock, "w", opener=open_private) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -46,7 +47,7 @@ def _convert_atomically(file: Path, final: Path, record: dict[str, str]) -> None
     shutil.rmtree(
         partial, ignore_errors=True
     )  # what a killed process left; the lock says it is dead
-    partial.mkdir()
+    partial.mkdir(private_mode(partial.parent))
     try:
         _convert(file, partial)
         (partial / RECORD).write_text(json.dumps(record) + "\n")

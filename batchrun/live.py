@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from jobs.files import open_private
+
 LOG = "log.jsonl"
 _PROGRESS = "progress.json"
 _EVERY_S = 0.25
@@ -44,7 +46,7 @@ class Reporter:
 
     def __init__(self, folder: Path) -> None:
         self._progress = folder / _PROGRESS
-        self._log = (folder / LOG).open("a", encoding="utf-8")
+        self._log = os.fdopen(open_private(folder / LOG, os.O_WRONLY | os.O_APPEND), "ab")
         self._lock = threading.Lock()
         self._written = 0.0
         self._phase = ""
@@ -55,14 +57,16 @@ class Reporter:
         if now - self._written >= _EVERY_S or progress.phase != self._phase:
             self._written, self._phase = now, progress.phase
             temporary = self._progress.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(asdict(progress)))
+            with open(temporary, "w", encoding="ascii", opener=open_private) as file:
+                file.write(json.dumps(asdict(progress)))
             temporary.replace(self._progress)
 
     def message(self, text: str) -> None:
         """Add a line to the log."""
         line = json.dumps({"time": round(time.time(), 3), "message": text}, ensure_ascii=False)
         with self._lock:
-            print(line, file=self._log, flush=True)
+            self._log.write(f"{line}\n".encode(errors="backslashreplace"))
+            self._log.flush()
 
     def __enter__(self) -> Reporter:
         return self

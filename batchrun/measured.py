@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.files import write_json
+from jobs.files import make_folders, write_json
 from jobs.spec import JobSpec
 
 _AMOUNTS = 3
@@ -75,7 +75,7 @@ class Measured:
             JobError: It can't be written.
         """
         path = _path(home, spec)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         write_json(path, asdict(self))
 
     def add(self, amounts: tuple[float, float, float], seconds: float) -> None:

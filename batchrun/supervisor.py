@@ -24,6 +24,7 @@ from types import FrameType
 
 from batchrun.cgroups import oom_kills
 from batchrun.live import Reporter
+from jobs.files import open_private
 from jobs.folder import WORKER_LOG, JobFolder
 from jobs.lease import Lease
 from jobs.suspects import Making, ReaderNote, Reading, RunningRows
@@ -39,7 +40,7 @@ _BARREN = 16  # in a row, without a good one: then it is hardly the rows that ar
 
 def start(job: JobFolder) -> subprocess.Popen[bytes]:
     """Start a supervisor for the job, in a session of its own: no terminal can take it along."""
-    with (job.path / WORKER_LOG).open("ab") as log:
+    with open(job.path / WORKER_LOG, "ab", opener=open_private) as log:
         return subprocess.Popen(
             _command("work", job.path),
             stdin=subprocess.DEVNULL,

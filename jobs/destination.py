@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jobs.errors import JobError, OutputError, OutputTaken
 from jobs.export import check_destination
-from jobs.files import MayReplace, make_folders, write_json
+from jobs.files import MayReplace, close_to_others, make_folders, open_private, write_json
 from jobs.folder import JobFolder, list_jobs
 from jobs.identity import PLACES, places_with_output
 from jobs.journal import NAME, Journal
@@ -41,7 +41,8 @@ def one_at_a_time(root: Path) -> Iterator[None]:
     path = root / "jobs" / _LOCK
     try:
         make_folders(path.parent)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        close_to_others(path.parent)
+        handle = open_private(path, os.O_RDWR)
     except OSError as error:
         raise OutputError(
             f"{path} can't be written: {error.strerror or error}",
@@ -172,6 +173,7 @@ def resuming(
             if there is not None and not overwrite:
                 _check_own(job, spec, there)
             if output is not None:
+                job.note_destination(path)
                 write_json(job.path / PLACES, places)
             if there is not None and overwrite:
                 job.remember(_MAY_GO, there)
@@ -209,6 +211,7 @@ def exporting(
         return before is not None and before == identity(destination)
 
     if not is_same(destination, Path(spec.output["path"])):
+        job.note_destination(destination)
         yield lambda _: unchanged()
         return
     if held_by(job.path) is not None:

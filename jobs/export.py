@@ -85,6 +85,7 @@ def export(
     *,
     format: str,  # noqa: A002 - the field's word
     may_replace: MayReplace = lambda _: True,
+    private: bool = False,
 ) -> int:
     """Write an output file.
 
@@ -97,6 +98,7 @@ def export(
         destination: The file.
         format: `parquet`, `jsonl` or `csv`; a name ending in .gz or .zst compresses the latter two.
         may_replace: Whether it may replace what is there when it is whole; see `atomic_write`.
+        private: Nobody else may ever read it.
 
     Returns:
         The number of rows written.
@@ -108,7 +110,7 @@ def export(
         JobError: What `joined` raises.
     """
     try:
-        with atomic_write(destination, may_replace=may_replace) as file:
+        with atomic_write(destination, may_replace=may_replace, private=private) as file:
             if format == "parquet":
                 count = _write_parquet(file, joined)
             else:

@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and who may read them.
+
+What is kept for a job is its user's alone from the moment it is made. A folder with the setgid bit
+is shared with its group on purpose: what is made in it is as open to the group as the folder is.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import fcntl
 import glob
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +20,7 @@ from typing import IO, Any
 
 from jobs.errors import OutputError
 
+_ACCESS_LIST = "system.posix_acl_access"
 _SPARE_BYTES = 8 << 20  # of a disk, in which a run that ends for want of room can say so
 # What file systems without hard links say when asked for one.
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -32,17 +38,36 @@ def fsync_directory(path: Path) -> None:
 
 
 def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+    """The process's umask; setting it to read it would open other threads' files for a moment."""
+    with open("/proc/self/status", "rb") as status:
+        return next(int(line[6:], 8) for line in status if line.startswith(b"Umask:"))
+
+
+def private_mode(folder: Path) -> int:
+    """The mode of a folder in this one, of a file with `& 0o666`; the umask still counts."""
+    mode = os.stat(folder).st_mode
+    return 0o700 | (mode & 0o2070 if mode & stat.S_ISGID else 0)
+
+
+def open_private(path: str | Path, flags: int) -> int:
+    """`os.open` that makes the file private if it makes it; also the `opener` of `open`."""
+    mode = private_mode(Path(path).parent) & 0o666
+    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, mode)
+
+
+def close_to_others(folder: Path) -> None:
+    """Make a folder private that is there already, unless it is somebody else's or shared."""
+    found = os.stat(folder)
+    mode = stat.S_IMODE(found.st_mode)
+    if found.st_uid == os.geteuid() and mode & 0o077 and not mode & stat.S_ISGID:
+        folder.chmod(mode & 0o700)
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder and those above it that are missing; durable on return."""
+    """Make a folder and those above it that are missing; private, and durable on return."""
     missing = [p for p in (path, *path.parents) if not os.path.exists(p)]
     for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(private_mode(folder.parent), exist_ok=True)
         try:
             fsync_directory(folder.parent)
         except OSError:  # the next one would believe that its name is on disk
@@ -99,7 +124,11 @@ def check_room(*needs: tuple[Path, int]) -> None:
 
 @contextmanager
 def atomic_write(
-    path: Path, *, durable: bool = True, may_replace: MayReplace = lambda _: True
+    path: Path,
+    *,
+    durable: bool = True,
+    may_replace: MayReplace = lambda _: True,
+    private: bool = False,
 ) -> Iterator[IO[bytes]]:
     """A binary file that takes the name `path` when the block ends without an error.
 
@@ -107,17 +136,21 @@ def atomic_write(
     fsync of the directory (Pillai et al., OSDI 2014). An error leaves `path` as it was and nothing
     beside it; what a killed process left beside it is removed by the next one.
 
+    Nobody else may read it before it is whole. Then it is as open as what it replaces, with owner,
+    group, access list and attributes as far as they can be kept; a new one follows the umask.
+
     Args:
         path: The file.
         durable: Without it nothing is synced: for what the next seconds make worthless.
         may_replace: Told the finished file's stat, says whether it may replace what is there. If
             not, it takes the name only if nothing has it, in one step.
+        private: It stays its user's alone, whatever was there.
 
     Raises:
         FileExistsError: The name is taken, and what has it may not be replaced.
         OSError: The file can't be written; a failed fsync is never tried again.
     """
-    _remove_abandoned(path)
+    remove_abandoned(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
@@ -126,7 +159,7 @@ def atomic_write(
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
-            os.fchmod(handle, 0o666 & ~current_umask())  # mkstemp is for secrets
+            _open_up(handle, path, private=private)
             if durable:
                 os.fsync(handle)
             # Still locked: nobody takes it for abandoned.
@@ -141,6 +174,44 @@ def atomic_write(
         fsync_directory(path.parent)
 
 
+def _open_up(handle: int, path: Path, *, private: bool) -> None:
+    """Give a finished file, its owner's alone until now, the mode that it is to have."""
+    mode = 0o666 & ~current_umask()
+    if private:
+        mode &= private_mode(path.parent)
+    else:
+        with suppress(FileNotFoundError):
+            mode = _as_open_as(handle, path)
+    os.fchmod(handle, mode)
+
+
+def _as_open_as(handle: int, path: Path) -> int:
+    """Give a file what can be had of another one's owner, group, access list and attributes.
+
+    Returns:
+        The mode that it may have then: the other one's, without the group's part where that would
+        be another group, or lack the list that takes from it.
+    """
+    there = os.stat(path)
+    mode = stat.S_IMODE(there.st_mode) & 0o777
+    wide = mode & 0o707 | (mode & 0o007) << 3  # where the group is as good as everybody
+    keeps_group = True
+    for owner, group in ((-1, there.st_gid), (there.st_uid, -1)):
+        try:
+            if (owner, group) != (-1, os.fstat(handle).st_gid):
+                os.fchown(handle, owner, group)
+        except OSError:  # only root gives files away, and to groups that one is in
+            keeps_group = keeps_group and group < 0
+    with suppress(OSError):  # a file system without attributes
+        for name in os.listxattr(path):
+            if name.startswith("user.") or name == _ACCESS_LIST:
+                try:
+                    os.setxattr(handle, name, os.getxattr(path, name))
+                except OSError:
+                    keeps_group = keeps_group and name != _ACCESS_LIST
+    return mode if keeps_group else mode & wide
+
+
 def _take_name(temporary: Path, path: Path) -> None:
     """Give a file a name that nothing has; a link fails where something has it, a rename not."""
     try:
@@ -148,7 +219,7 @@ def _take_name(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        path.touch(exist_ok=False)  # holds the name; replacing an empty file loses nothing
+        path.touch(0o600, exist_ok=False)  # holds the name; replacing an empty file loses nothing
         try:
             temporary.replace(path)
         except BaseException:
@@ -158,8 +229,8 @@ def _take_name(temporary: Path, path: Path) -> None:
         temporary.unlink()
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files whose writer is dead: its lock on them died with it."""
+def remove_abandoned(path: Path) -> None:
+    """Remove temporary files of a file whose writer is dead: its lock on them died with it."""
     # As many characters as `mkstemp` draws: `.out.old.tmp` is somebody's own file.
     for name in glob.glob(f".{glob.escape(path.name)}.????????.tmp", root_dir=path.parent):
         with suppress(OSError), (path.parent / name).open("rb") as file:
@@ -168,6 +239,8 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Write a JSON file atomically, indented for people."""
-    with atomic_write(path, durable=durable) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write a JSON file atomically, indented for people; private."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(path, durable=durable, private=True) as file:
+        # Names of files may hold halves of surrogate pairs, whose escape is JSON's too.
+        file.write(text.encode(errors="backslashreplace"))

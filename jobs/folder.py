@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import JobError, JobNotFound, JournalError, OutputError, SpecChanged
-from jobs.files import current_umask, free_bytes, fsync_directory, make_folders
+from jobs.files import (
+    current_umask,
+    free_bytes,
+    fsync_directory,
+    make_folders,
+    open_private,
+    private_mode,
+    remove_abandoned,
+)
 from jobs.identity import ModelFingerprint, changes, load_places, move
 from jobs.journal import NAME, Counts, Journal
 from jobs.lease import CANCEL, Lease, held_by
@@ -24,6 +34,7 @@ from jobs.spec import JobSpec
 from jobs.state import WAITING, Brief
 
 _FULL = 1 << 20  # bytes left on a disk that is full for all purposes
+_DESTINATIONS = "destinations"  # beside its own, where its results were written to
 WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
 
 
@@ -154,23 +165,44 @@ class JobFolder:
 
     def request_cancel(self) -> None:
         """Ask the worker that has the job to give it up when it ends."""
-        (self.path / CANCEL).touch()
+        os.close(open_private(self.path / CANCEL, os.O_WRONLY))
 
     def cancel_requested(self) -> bool:
         """Whether someone asked so since the worker has the job."""
         return (self.path / CANCEL).exists()
 
     def remove(self) -> None:
-        """Remove the folder with all results; its output stays.
+        """Remove the folder with all results, and what killed writers left beside its outputs.
+
+        Outputs that are whole stay.
 
         Raises:
             LeaseHeld: It runs.
         """
         with Lease(self.path):
+            for destination in self._destinations():
+                remove_abandoned(destination)
             grave = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.path.parent))
             self.path.rename(grave)  # else a list could show half a job
             fsync_directory(grave.parent)
             shutil.rmtree(grave)
+
+    def note_destination(self, path: Path) -> None:
+        """Remember where results are about to be written, for `remove`."""
+        with (
+            suppress(OSError),  # a folder that can only be read: then there is no `remove` either
+            open(self.path / _DESTINATIONS, "ab", opener=open_private) as file,
+        ):
+            file.write(os.fsencode(path.absolute()) + b"\0")
+
+    def _destinations(self) -> Iterator[Path]:
+        for load in (JobSpec.load, lambda _: self.spec()):  # as submitted, and as it is now
+            with suppress(JobError, OSError):
+                if path := load(self.path).output.get("path"):
+                    yield self.path / path
+        with suppress(OSError):
+            for name in (self.path / _DESTINATIONS).read_bytes().split(b"\0")[:-1]:
+                yield Path(os.fsdecode(name))
 
     def relocate(
         self, old: str, new: str, model_fingerprint: ModelFingerprint | None = None
@@ -210,6 +242,7 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
         make_folders(folder)
         building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder))
         try:
+            building.chmod(private_mode(folder) & ~current_umask())
             if own is not None:
                 kept = f"stdin{own.suffix}"
                 own.rename(building / kept)
@@ -218,7 +251,6 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
             Journal.create(building, {"spec": spec.as_dict()})
             JobFolder(building).set_state("new")
             fsync_directory(building)
-            building.chmod(0o777 & ~current_umask())  # mkdtemp is for secrets
             building = _rename_to_new_id(building, spec)
             fsync_directory(folder)
         except BaseException:
@@ -231,6 +263,20 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
             hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
         ) from error
     return JobFolder(building)
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed processes left of jobs that were being made or removed.
+
+    Call it while nobody submits: under `jobs.destination.one_at_a_time`.
+    """
+    folder = root / "jobs"
+    for name in glob.glob(".????????.tmp", root_dir=folder):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in glob.glob(".stdin-????????.*", root_dir=folder):
+        with suppress(OSError), (folder / name).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its reader lives, else
+            (folder / name).unlink()
 
 
 def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:

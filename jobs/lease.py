@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from jobs.errors import LeaseHeld, OutputError
+from jobs.files import open_private
 
 # struct flock over the whole file. Locks of the open file description, not of the process: closing
 # another handle of the file drops nothing, and asking who holds one takes nothing.
@@ -42,7 +43,7 @@ class Lease:
     def __enter__(self) -> Lease:
         handle = -1
         try:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = open_private(self._path, os.O_RDWR)
             fcntl.fcntl(handle, fcntl.F_OFD_SETLK, write_lock())
             # One write of one width: whoever reads meanwhile sees a whole number.
             os.pwrite(handle, f"{os.getpid():<20}\n".encode(), 0)

@@ -75,7 +75,8 @@ def export_job(
     """
 
     def write(joined: Joined) -> int:
-        return export(joined, destination, format=format, may_replace=may_replace)
+        private = bool(spec.output.get("stdout"))  # it is kept with the job
+        return export(joined, destination, format=format, may_replace=may_replace, private=private)
 
     try:
         if lost is not None:

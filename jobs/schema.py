@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jobs.errors import JournalError
+from jobs.files import open_private
 
 NAME = "journal.db"
 VERSION = 4
@@ -127,6 +128,7 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
     """
     db: sqlite3.Connection | None = None
     try:
+        os.close(open_private(folder / NAME, os.O_RDWR))  # SQLite's own files beside it are like it
         db = sqlite3.connect(folder / NAME, isolation_level=None)
         _set_modes(db)
         db.executescript(
@@ -136,7 +138,7 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
         db.executemany("INSERT INTO meta VALUES (?, ?)", values)
         db.execute("COMMIT")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise JournalError(f"{folder / NAME} can't be made: {error}") from error
     finally:
         if db is not None:

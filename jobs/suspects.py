@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.errors import OutputError
+from jobs.files import open_private
 
 _SLOTS = 512  # as many rows at first; the file doubles when they don't suffice
 _PATH_BYTES = 4096
@@ -209,7 +210,7 @@ class ReaderNote:
 def _mapped(path: Path, size: int) -> mmap.mmap:
     """A file's memory, of `size` bytes at least."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = open_private(path, os.O_RDWR)
         try:
             size = max(size, os.fstat(handle).st_size // 8 * 8)
             # Without blocks behind it, memory of a full disk would end the process by SIGBUS.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from jobs.errors import OutputError
-from jobs.files import make_folders
+from jobs.files import current_umask, make_folders, private_mode
 from jobs.lease import is_locked, write_lock
 
 
@@ -59,6 +59,7 @@ class Turn:
             # Whoever sees the name finds the lock on it already.
             handle, name = tempfile.mkstemp(prefix=".", dir=self._folder)
             try:
+                os.fchmod(handle, private_mode(self._folder) & 0o666 & ~current_umask())
                 fcntl.fcntl(handle, fcntl.F_OFD_SETLK, write_lock())
                 os.write(handle, str(os.getpid()).encode())
                 self._take(name)

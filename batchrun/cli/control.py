@@ -16,8 +16,9 @@ from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.live import LogTail
 from batchrun.models import fingerprint
+from jobs.destination import one_at_a_time
 from jobs.errors import JobError
-from jobs.folder import find, home
+from jobs.folder import find, home, sweep
 from jobs.lease import held_by
 from jobs.verify import verify
 
@@ -77,12 +78,15 @@ def cancel_command(job: str | None) -> int:
 def rm_command(jobs: tuple[str, ...]) -> None:
     """Remove jobs.
 
-    Their folders go, with all results in them. Outputs that were written stay.
+    Their folders go, with all results in them, and what killed processes left unfinished beside
+    their outputs. Outputs that were written stay.
     """
     root = home()
-    for folder in [find(root, name) for name in jobs]:
-        folder.remove()
-        click.echo(f"removed {folder.id}")
+    with one_at_a_time(root):
+        sweep(root)
+        for folder in [find(root, name) for name in jobs]:
+            folder.remove()
+            click.echo(f"removed {folder.id}")
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.cli.piped import PIPE, hand_out
 from batchrun.cli.specs import output_settings, to_stdout
 from jobs.destination import exporting
-from jobs.folder import find, home
+from jobs.folder import JobFolder, find, home
 from jobs.rejoin import Exported, export_job
 from jobs.row import Noted
 from jobs.spec import JobSpec
@@ -50,7 +51,7 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
         how = {"format": target["format"], "partial": partial, "noted": noted, "lost": lost}
         with folder.journal() as journal:
             if output == PIPE:
-                with tempfile.TemporaryDirectory() as place:
+                with _room(folder) as place:
                     path = Path(place, target["path"])
                     found = export_job(spec, journal, path, **how)
                     hand_out(path)
@@ -80,3 +81,9 @@ def _target(spec: JobSpec, output: str | None) -> dict[str, Any]:
     if output == PIPE:
         return to_stdout(spec.input_format)
     return output_settings(output) if output else dict(spec.output)
+
+
+def _room(job: JobFolder) -> tempfile.TemporaryDirectory[str]:
+    """A folder for what goes to stdout; in the job, so that it goes with it whoever is killed."""
+    place = job.path if os.access(job.path, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix=".export-", dir=place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
@@ -13,8 +14,8 @@ from typing import BinaryIO
 
 import click
 
+from jobs.destination import one_at_a_time
 from jobs.errors import InputError, OutputError
-from jobs.files import make_folders
 from jobs.source import sniffed
 
 PIPE = "-"
@@ -44,12 +45,12 @@ def taken_in(inputs: Sequence[str], root: Path) -> Iterator[tuple[list[str], Pat
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError("nothing is piped in", hint="batchrun submit - < prompts.jsonl")
     folder = root / "jobs"
-    with _room(folder):
-        make_folders(folder)
+    with _room(folder), one_at_a_time(root):  # nobody sweeps it away before it is locked
         handle, name = tempfile.mkstemp(prefix=".stdin-", suffix=".tmp", dir=folder)
+        fcntl.flock(handle, fcntl.LOCK_EX)
     path = Path(name)
     try:
-        with _room(folder), os.fdopen(handle, "wb") as file:
+        with _room(folder), os.fdopen(handle, "wb", closefd=False) as file:
             shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
             file.flush()
             os.fsync(file.fileno())
@@ -71,6 +72,7 @@ def taken_in(inputs: Sequence[str], root: Path) -> Iterator[tuple[list[str], Pat
         raise InputError(message.replace(path.name, "stdin"), hint or None) from error
     finally:
         path.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def hand_out(path: Path, to: BinaryIO | None = None) -> None:

@@ -30,7 +30,7 @@ from batchrun.models import fingerprint
 from jobs.destination import check_apart, one_at_a_time, resuming
 from jobs.errors import JobError, OutputTaken
 from jobs.export import check_destination
-from jobs.folder import JobFolder, create, find, find_same, home, list_jobs
+from jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
 from jobs.spec import JobSpec
 
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
@@ -85,6 +85,7 @@ def submit_command(
             _dry_run(root, spec, log, again=again, as_json=as_json)
             return 0
         with one_at_a_time(root):
+            sweep(root)
             _check_free(root, spec, again=again)
             job = create(root, spec, own)
     return attach.run(job, as_json=as_json, detach=not wait)

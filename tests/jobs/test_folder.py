@@ -14,7 +14,6 @@ import pytest
 from jobs import files
 from jobs import folder as folders
 from jobs.errors import JobNotFound, OutputError, SpecChanged
-from jobs.files import current_umask
 from jobs.folder import JobFolder, check_unchanged, create, find, list_jobs
 from jobs.folder import home as jobs_home
 from jobs.journal import Result
@@ -63,7 +62,7 @@ def test_two_jobs_that_draw_one_id_are_two_jobs(home, spec, monkeypatch):
     first, second = create(home, spec), create(home, spec)
     assert (first.id, second.id) == ("same", "other")
     assert sorted(p.name for p in (home / "jobs").iterdir()) == ["other", "same"]
-    assert stat.S_IMODE(second.path.stat().st_mode) == 0o777 & ~current_umask()
+    assert stat.S_IMODE(second.path.stat().st_mode) == 0o700
 
 
 def test_states_follow_the_files(job):

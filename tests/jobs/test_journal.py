@@ -265,6 +265,7 @@ def test_a_folder_of_someone_else_can_be_read(journal, tmp_path):
     folder = Path(tempfile.mkdtemp(prefix="journal-"))
     try:
         shutil.copy(tmp_path / "journal.db", folder)
+        (folder / "journal.db").chmod(0o444)  # its owner lets others look
         folder.chmod(0o555)
         look = LOOK if os.getuid() == 0 else LOOK.replace("os.setuid", "#")
         command = [sys.executable, "-c", look, str(folder)]
