@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from batchrun.cli.errors import report_errors
+from batchrun.terminal import guard_libraries, say
 
 # name -> (module, what `batchrun --help` says of it)
 COMMANDS = {
@@ -57,7 +58,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     if wanted:
         from importlib.metadata import version  # noqa: PLC0415
 
-        click.echo(f"batchrun {version('batchrun')}")
+        say(f"batchrun {version('batchrun')}")
         ctx.exit()
 
 
@@ -85,6 +86,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs a command and exits with its status."""
+    guard_libraries()
     sys.exit(
         report_errors(lambda: cli.main(arguments, prog_name="batchrun", standalone_mode=False))
     )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-
-import click
 
 from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, print_error
@@ -18,6 +15,7 @@ from batchrun.cli.progress import ProgressView, make_view
 from batchrun.cli.work import STATUS
 from batchrun.live import LogTail, forget_progress, read_progress
 from batchrun.report.text import seconds
+from batchrun.terminal import say, say_json
 from jobs.errors import JobError
 from jobs.folder import JobFolder
 from jobs.lease import Lease, held_by
@@ -53,9 +51,9 @@ def run(
             time.sleep(0.01)
     if detach:
         if as_json:
-            click.echo(json.dumps({"job": job.id, "state": job.state()}))
+            say_json({"job": job.id, "state": job.state()}, indent=None)
         else:
-            click.echo(f"{job.id}\nnext:   batchrun watch {job.id}")
+            say(job.id, f"next:   batchrun watch {job.id}")
         return ExitStatus.DONE
     status = watch(job, as_json=as_json, log_from=log_size, alive=lambda: process.poll() is None)
     output = job.spec().output
@@ -92,8 +90,9 @@ def watch(
                 time.sleep(_POLL_S)
     except KeyboardInterrupt:
         view.close()
-        click.echo(
-            f"\nthe job {job.id} goes on without this view\n"
+        say(
+            "",
+            f"the job {job.id} goes on without this view",
             f"next:   batchrun watch {job.id}, or: batchrun cancel {job.id}",
             err=True,
         )
@@ -129,7 +128,7 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
         print_error(*failure)
     if as_json:
         outcome = {"job": job.id, "state": state, "exit_code": int(status), "output": output}
-        click.echo(json.dumps({**outcome, "wall_s": wall_s, "rows": rows}, indent=2))
+        say_json({**outcome, "wall_s": wall_s, "rows": rows})
         return status
     total = "?" if rows["total"] is None else f"{rows['total']:,}"
     line = f"{rows['done']:,} of {total} rows in {seconds(wall_s)}"
@@ -139,7 +138,7 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
         line += f", {rows['failed']:,} failed (the column `error` says why)"
     aside = bool(job.spec().output.get("stdout"))  # stdout has the answers
     if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
-        click.echo(f"{line}\noutput: {output}\nnext:   batchrun stats {job.id}", err=aside)
+        say(line, f"output: {output}", f"next:   batchrun stats {job.id}", err=aside)
     else:
-        click.echo(f"{state} after {line}\nnext:   batchrun resume {job.id}", err=aside)
+        say(f"{state} after {line}", f"next:   batchrun resume {job.id}", err=aside)
     return status

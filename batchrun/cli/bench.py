@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from batchrun.cli.inspect import json_option
+from batchrun.terminal import say, say_json
 
 
 @click.group()
@@ -36,7 +36,10 @@ def memory_command(as_json: bool, table8: bool, plot: Path | None) -> None:
     cells = compare.table8()
     if table8:
         shown = [asdict(cell) for cell in cells]
-        click.echo(json.dumps(shown, indent=2) if as_json else memory.render_table8(cells))
+        if as_json:
+            say_json(shown)
+        else:
+            say(*memory.render_table8(cells).split("\n"))
         return
     found = [(case, memory.compare(case)) for case in memory.CASES]
     if plot:
@@ -44,6 +47,7 @@ def memory_command(as_json: bool, table8: bool, plot: Path | None) -> None:
     if as_json:
         cases = [memory.as_dict(case, runs) for case, runs in found]
         table = [asdict(cell) for cell in cells]
-        click.echo(json.dumps({"benchmark": "memory", "cases": cases, "table8": table}, indent=2))
+        say_json({"benchmark": "memory", "cases": cases, "table8": table})
     else:
-        click.echo("\n\n".join(memory.render_case(case, runs) for case, runs in found))
+        drawn = "\n\n".join(memory.render_case(case, runs) for case, runs in found)
+        say(*drawn.split("\n"))

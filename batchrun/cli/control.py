@@ -16,6 +16,7 @@ from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.live import LogTail
 from batchrun.models import fingerprint
+from batchrun.terminal import MESSAGE, say
 from jobs.destination import one_at_a_time
 from jobs.errors import JobError
 from jobs.folder import find, home, sweep
@@ -47,7 +48,7 @@ def logs_command(job: str | None, follow: bool) -> None:
         last = not follow or held_by(folder.path) is None
         for line in tail.lines():
             when = datetime.fromtimestamp(float(str(line["time"]))).astimezone()
-            click.echo(f"{when:%Y-%m-%d %H:%M:%S}  {line['message']}")
+            say(f"{when:%Y-%m-%d %H:%M:%S}  {line['message']}", limit=MESSAGE)
         if not last:
             time.sleep(_POLL_S)
 
@@ -69,7 +70,7 @@ def cancel_command(job: str | None) -> int:
     except ProcessLookupError:
         os.killpg(pid, signal.SIGTERM)  # it is gone, and its run still in its group
     _wait(lambda: held_by(folder.path) is None)
-    click.echo(f"{folder.id} is {folder.state()}\nnext:   batchrun resume {folder.id}")
+    say(f"{folder.id} is {folder.state()}", f"next:   batchrun resume {folder.id}")
     return ExitStatus.DONE
 
 
@@ -86,7 +87,7 @@ def rm_command(jobs: tuple[str, ...]) -> None:
         sweep(root)
         for folder in [find(root, name) for name in jobs]:
             folder.remove()
-            click.echo(f"removed {folder.id}")
+            say(f"removed {folder.id}")
 
 
 @click.command()
@@ -101,10 +102,9 @@ def verify_command(job: str | None) -> int:
         problems = isolated(lambda noted: verify(folder, fingerprint, noted))
     except ReaderCrashed as error:
         problems = [str(error)]
-    for problem in problems:
-        click.echo(problem)
+    say(*problems, limit=MESSAGE)
     if not problems:
-        click.echo(f"{folder.id} is sound: {folder.counts().rows:,} rows")
+        say(f"{folder.id} is sound: {folder.counts().rows:,} rows")
     return ExitStatus.FAILED if problems else ExitStatus.DONE
 
 

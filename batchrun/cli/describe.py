@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import click
-
+from batchrun.terminal import say
 from jobs.spec import JobSpec
 
 
@@ -43,7 +42,7 @@ def print_fields(fields: Mapping[str, Any]) -> None:
         elif isinstance(value, list):
             lines = [str(item) for item in value]
         for label, line in zip([name, *[""] * len(lines)], lines or ["-"], strict=False):
-            click.echo(f"{label:<{width}}  {line}")
+            say(f"{label:<{width}}  {line}")
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ from batchrun.engine.attention import NAMES
 from batchrun.machine import multiplies_bfloat16
 from batchrun.models import DEFAULT_MODEL, embedded_gguf
 from batchrun.report.text import size
+from batchrun.terminal import say_json
 from jobs.folder import home
 
 # transformers model types whose tokens the tests compare with `generate`. Others are tried by the
@@ -67,7 +67,7 @@ def doctor_command(as_json: bool) -> int:
     """
     found = examine()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        say_json(found)
     else:
         print_fields({name.replace("_", " "): _shown(name, value) for name, value in found.items()})
     return 1 if found["problems"] else 0

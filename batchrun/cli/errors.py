@@ -8,9 +8,12 @@ import time
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import click
+
+from batchrun.terminal import MESSAGE, say
 
 
 class ExitStatus(IntEnum):
@@ -50,9 +53,14 @@ def report_errors(command: Callable[[], Any]) -> int:
         return ExitStatus.FAILED
 
 
-def explain(error: Exception) -> tuple[str, str | None]:
-    """Message and hint of any error; a bug's traceback goes to a file that the hint names."""
-    return describe(error) or _bug(error)
+def explain(error: Exception, folder: Path | None = None) -> tuple[str, str | None]:
+    """Message and hint of any error; a bug's traceback goes to a file that the hint names.
+
+    Args:
+        error: The error.
+        folder: Where that file goes, in the place of `home()`.
+    """
+    return describe(error) or _bug(error, folder)
 
 
 def describe(error: Exception) -> tuple[str, str | None] | None:
@@ -81,22 +89,25 @@ def _os_hint(number: int) -> str | None:
     }.get(number)
 
 
-def _bug(error: Exception) -> tuple[str, str]:
+def _bug(error: Exception, folder: Path | None) -> tuple[str, str]:
+    from jobs.files import make_folders, open_private  # noqa: PLC0415
     from jobs.folder import home  # noqa: PLC0415
 
     text = "".join(traceback.format_exception(error))
     summary = f"internal error: {type(error).__name__}: {error}"
-    path = home() / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    path = (folder or home()) / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        make_folders(path.parent)
+        with open(path, "w", encoding="utf-8", errors="replace", opener=open_private) as file:
+            file.write(text)
     except OSError as failure:
-        return summary, f"the traceback could not be written ({failure}):\n{text}"
+        say(*text.splitlines(), err=True)
+        return summary, f"this is a bug in batchrun; its traceback can't be written: {failure}"
     return summary, f"this is a bug in batchrun; its traceback is in {path}"
 
 
 def print_error(message: str, hint: str | None) -> None:
     """Print an error and what to do about it."""
-    click.echo(f"error: {message}", err=True)
+    say(f"error: {message}", err=True, limit=MESSAGE)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        say(f"hint: {hint}", err=True, limit=MESSAGE)

@@ -13,6 +13,7 @@ from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.cli.piped import PIPE, hand_out
 from batchrun.cli.specs import output_settings, to_stdout
+from batchrun.terminal import say
 from jobs.destination import exporting
 from jobs.folder import JobFolder, find, home
 from jobs.rejoin import Exported, export_job
@@ -68,9 +69,9 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
         lost = crash.path  # the crash itself can't be caught: it and what follows is done without
         found = isolated(lambda noted: write(noted, lost))
     where = "stdout" if output == PIPE else target["path"]
-    click.echo(f"{found.rows:,} rows in {where}", err=output == PIPE)
+    say(f"{found.rows:,} rows in {where}", err=output == PIPE)
     if found.unknown is not None:
-        click.echo(
+        say(
             f"the input is not what it was: {found.unknown:,} of these rows are without their "
             "input columns; the column `row` says which they are, from 0",
             err=True,

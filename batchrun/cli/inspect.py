@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import datetime
 from pathlib import Path
@@ -12,9 +11,12 @@ import click
 
 from batchrun.cli.describe import job_parameters, print_fields
 from batchrun.report.text import render
+from batchrun.terminal import MESSAGE, printable, say, say_json
 from jobs.errors import JobError
 from jobs.folder import JobFolder, find, home, list_jobs
 from jobs.stats import summarise
+
+_CELL = 200  # characters of a name in a table
 
 job_argument = click.argument("job", required=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -30,7 +32,10 @@ def stats_command(job: str | None, as_json: bool) -> None:
     the figures are those of its last commit to the journal.
     """
     summary = summarise(find(home(), job))
-    click.echo(json.dumps(summary, indent=2) if as_json else render(summary))
+    if as_json:
+        say_json(summary)
+    else:
+        say(*render(summary).split("\n"))
 
 
 @click.command()
@@ -42,23 +47,25 @@ def list_command(as_json: bool) -> None:
     """
     rows = [_listed(job) for job in list_jobs(home())]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        say_json(rows)
         return
     if not rows:
-        click.echo(f"no jobs in {home()}; start one with: batchrun submit prompts.parquet")
+        say(f"no jobs in {home()}; start one with: batchrun submit prompts.parquet")
         return
     lines: list[tuple[str, ...]] = [("JOB", "STATE", "ROWS", "FAILED", "MODEL", "OUTPUT")]
     for row in rows:
         total = "?" if row["total"] is None else f"{row['total']:,}"
         done = "" if row["done"] is None else f"{row['done']:,}/{total}"
         failed = "" if not row["failed"] else f"{row['failed']:,}"
-        lines.append((row["job"], row["state"], done, failed, row["model"], _short(row["output"])))
+        job, state, model = (printable(row[name], _CELL) for name in ("job", "state", "model"))
+        output = printable(_short(row["output"]), MESSAGE)
+        lines.append((job, state, done, failed, model, output))
     if not any(row["failed"] for row in rows):
         lines = [line[:3] + line[4:] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())
 
 
 def _short(path: str) -> str:
@@ -104,7 +111,7 @@ def show_command(job: str | None, as_json: bool) -> None:
     }
     if as_json:
         listed = [{key: run[key] for key in ("started_at", "ended_at", "state")} for run in runs]
-        click.echo(json.dumps({**shown, "runs": listed}, indent=2))
+        say_json({**shown, "runs": listed})
         return
     print_fields({**shown, "runs": [_run_line(run) for run in runs]})
 

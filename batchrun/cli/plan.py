@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from batchrun.cli.options import (
 from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec
 from batchrun.report.text import seconds, size
+from batchrun.terminal import MESSAGE, say, say_json
 from jobs.folder import home
 from jobs.row import Noted
 
@@ -40,14 +40,14 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
     """
 
     def log(line: str) -> None:
-        click.echo(line, err=True)
+        say(line, err=True, limit=MESSAGE)
 
     # An input may well have columns that an output would add.
     unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True, "token_ids": False}
     with taken_in(inputs, home()) as (paths, _):
         found = isolated(lambda noted: _found(paths, {**options, **unused}, log, noted))
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        say_json(found)
     else:
         print_fields(_shown(found))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from tqdm import tqdm
 
 from batchrun.report.text import seconds
+from batchrun.terminal import MESSAGE, printable, say
 
 if TYPE_CHECKING:
     from batchrun.live import Progress
@@ -99,7 +100,7 @@ class BarView:
         bar = self._bar
         bar.total = progress.rows_total
         bar.ncols = shutil.get_terminal_size().columns - _MARGIN
-        bar.set_description_str(_PHASES.get(progress.phase, progress.phase), refresh=False)
+        bar.set_description_str(_phase(progress), refresh=False)
         self._rates.add(time.monotonic(), progress)
         details = _details(progress, self._rates)
         left = self._rates.seconds_left(progress.rows_total, progress.rows_done)
@@ -112,7 +113,7 @@ class BarView:
 
     def message(self, text: str) -> None:
         """Prints above the bar."""
-        tqdm.write(text, file=self._stream)
+        say(text, stream=self._stream, write=tqdm.write, limit=MESSAGE)
 
     def close(self) -> None:
         """Draws the bar a last time and leaves it there."""
@@ -149,7 +150,7 @@ class LineView:
 
     def message(self, text: str) -> None:
         """Prints a line of its own."""
-        print(text, file=self._stream, flush=True)
+        say(text, stream=self._stream, limit=MESSAGE)
 
     def close(self) -> None:
         """Prints the last state."""
@@ -164,7 +165,11 @@ class LineView:
         left = self._rates.seconds_left(progress.rows_total, progress.rows_done)
         if left:
             parts.append(f"{seconds(left)} left")
-        self.message(f"{_PHASES.get(progress.phase, progress.phase)}: {', '.join(parts)}")
+        self.message(f"{_phase(progress)}: {', '.join(parts)}")
+
+
+def _phase(progress: Progress) -> str:
+    return _PHASES.get(progress.phase) or printable(progress.phase, 40)  # of a folder from afar
 
 
 def _details(progress: Progress, rates: Rates) -> list[str]:

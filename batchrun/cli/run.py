@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from batchrun.cli.options import (
 from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec, output_settings
 from batchrun.models import fingerprint
+from batchrun.terminal import MESSAGE, say, say_json
 from jobs.destination import check_apart, one_at_a_time, resuming
 from jobs.errors import JobError, OutputTaken
 from jobs.export import check_destination
@@ -75,7 +75,7 @@ def submit_command(
     root = home()
 
     def log(line: str) -> None:
-        click.echo(line, err=True)
+        say(line, err=True, limit=MESSAGE)
 
     if options["output"] == PIPE and (as_json or not wait):
         raise click.UsageError("--output - with --json or --detach: stdout has the answers")
@@ -99,10 +99,10 @@ def _dry_run(
     _check_free(root, spec, again=again)
     isolated(lambda noted: dry_run(spec, log, noted))
     if as_json:
-        click.echo(json.dumps(job_parameters(spec), indent=2))
+        say_json(job_parameters(spec))
     else:
         print_fields(job_parameters(spec))
-        click.echo("\neverything checks out; nothing was started (--dry-run)")
+        say("", "everything checks out; nothing was started (--dry-run)")
 
 
 def _check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
@@ -187,5 +187,5 @@ def _resuming(
     with resuming(root, job, output, overwrite=overwrite):
         if retry_failed:
             count = job.retry_failed()
-            click.echo(f"{count:,} failed results of {job.id} are to do again", err=True)
+            say(f"{count:,} failed results of {job.id} are to do again", err=True)
         yield

@@ -17,6 +17,7 @@ from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, explain, print_error
 from batchrun.live import Reporter
 from batchrun.machine import use_cores
+from batchrun.terminal import MESSAGE, say
 from batchrun.watchdog import Watchdog
 from jobs.errors import Fenced, LeaseHeld
 from jobs.folder import JobFolder, home
@@ -100,16 +101,21 @@ def run_job_command(folder: Path) -> int:
         except Exception as error:
             if isinstance(error, StepFailed):
                 reporter.message(str(error))
-                traceback.print_exception(error)
+                _print_traceback(error)
                 os.abort()  # a crash like others: its rows are suspects
-            message, hint = explain(error)
+            message, hint = explain(error, folder)
             if not isinstance(error, Fenced | LeaseHeld):
                 job.set_state("failed", message, hint)
             if error.__cause__ is not None:
-                traceback.print_exception(error.__cause__)
+                _print_traceback(error.__cause__)
             print_error(message, hint)  # into worker.log, where a full disk may yet have room
             return ExitStatus.FAILED
     return STATUS.get(outcome, ExitStatus.FAILED)
+
+
+def _print_traceback(error: BaseException) -> None:
+    for part in traceback.format_exception(error):
+        say(*part.splitlines(), err=True, limit=MESSAGE)
 
 
 def _stalled(job: JobFolder, reporter: Reporter, what: str, seconds: float) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from batchrun.terminal import printable
+
 Cells = tuple[str, ...]
 
 _KV_ROWS = (
@@ -47,7 +49,7 @@ def render(summary: Mapping[str, Any]) -> str:
         head += f" ({summary['attention']})"
     if summary["runs"] > 1:
         head += f", {summary['runs']} runs"
-    return "\n\n".join([head, *sections])
+    return "\n\n".join([printable(head), *sections])
 
 
 def _rows(summary: Mapping[str, Any]) -> str:
@@ -194,7 +196,7 @@ def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> str:
 
 def _table(lines: Iterable[Cells]) -> str:
     """Lines of cells in aligned columns, each column as wide as its widest cell."""
-    rows = list(lines)
+    rows = [[printable(cell) for cell in row] for row in lines]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     widths[0] = max(widths[0], 11)
     return "\n".join(
