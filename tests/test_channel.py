@@ -45,7 +45,7 @@ def test_close_wakes_who_waits_to_put() -> None:
     thread = threading.Thread(target=produce)
     thread.start()
     channel.close(discard=True)
-    thread.join(10)
+    thread.join()
     assert ended.is_set()
     with pytest.raises(Closed):
         channel.take(1)
@@ -64,7 +64,7 @@ def test_close_wakes_who_waits_to_take() -> None:
     thread = threading.Thread(target=consume)
     thread.start()
     channel.close()
-    thread.join(10)
+    thread.join()
     assert ended.is_set()
 
 

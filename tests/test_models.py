@@ -258,7 +258,6 @@ def resolve_in_process(name, cache, **environment):
         text=True,
         check=True,
         env=env,
-        timeout=60,
     )
     return shown.stdout
 

@@ -124,7 +124,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path, **environment},

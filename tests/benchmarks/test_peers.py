@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from benchmarks.peers import compare, keep
-from benchmarks.processes import FailedError, measured
+from benchmarks.processes import FailedError, Memory, measured
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "benchmarks" / "peers"
@@ -35,7 +35,6 @@ def measured_elsewhere(command: list[str], log: Path, timeout: float) -> str:
         stderr=subprocess.PIPE,
         text=True,
         check=False,
-        timeout=60,
     )
     return done.stderr
 
@@ -50,9 +49,12 @@ def test_a_command_that_is_not_done_in_time_is_ended_with_all_that_it_started(
         "print(os.getpid(), child.pid, flush=True)",
         "child.wait()",
     )
-    raised = measured_elsewhere(command, log, timeout=3)
-    assert raised.splitlines()[-1].endswith("FailedError: not done within 3 seconds")
-    pids = [int(pid) for pid in log.read_text().split()]
+    for timeout in (3, 30, 300):  # until it has come so far before its time is over
+        raised = measured_elsewhere(command, log, timeout=timeout)
+        said = f"FailedError: not done within {timeout} seconds"
+        assert raised.splitlines()[-1].endswith(said)
+        if pids := [int(pid) for pid in log.read_text().split()]:
+            break
     assert len(pids) == 2
     assert not any(map(psutil.pid_exists, pids))
 
@@ -60,7 +62,7 @@ def test_a_command_that_is_not_done_in_time_is_ended_with_all_that_it_started(
 def test_what_a_command_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = python("import subprocess", "print(subprocess.Popen(['sleep', '600']).pid)")
-    assert not measured_elsewhere(command, log, timeout=30)
+    assert not measured_elsewhere(command, log, timeout=600)
     assert not psutil.pid_exists(int(log.read_text()))
 
 
@@ -72,9 +74,24 @@ def test_a_command_that_fails_tells_its_reason_in_one_line(tmp_path: Path) -> No
     assert found.value.log.startswith("before\nTraceback")
 
 
-def test_memory_and_seconds_are_those_of_the_command(tmp_path: Path) -> None:
+def test_memory_and_seconds_are_those_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not those of what this process has running beside it."""
-    command = python("import time", "held = b'x' * (200 << 20)", "time.sleep(2.5)")
+    look, seen = Memory._look, tmp_path / "seen"
+
+    def looked(self: Memory) -> None:
+        look(self)
+        if self.proportional > 200 << 20:
+            seen.touch()
+
+    monkeypatch.setattr(Memory, "_look", looked)
+    command = python(
+        "import os, time",
+        "held = b'x' * (200 << 20)",
+        f"while not os.path.exists({str(seen)!r}): time.sleep(0.1)",
+        "time.sleep(1)",
+    )
     waits = python("held = b'x' * (300 << 20)", "print(flush=True)", "input()")
     with subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -82,7 +99,7 @@ def test_memory_and_seconds_are_those_of_the_command(tmp_path: Path) -> None:
         found = measured(command, {"PYTHONDONTWRITEBYTECODE": "1"}, tmp_path / "log")
         assert other.poll() is None
         other.communicate(b"\n")
-    assert found["process_s"] > 2.5
+    assert found["process_s"] > 1
     assert 200 << 20 < found["peak_memory"] < 400 << 20
 
 
@@ -162,7 +179,7 @@ def test_an_adapter_gives_figures_only_when_every_row_has_its_tokens(
     rows.write_text(json.dumps({"prompt": "the", "max_tokens": 3}) + "\n")
     command = [sys.executable, str(adapter), "--model", "none", "--input", str(rows)]
     command += ["--out", str(out), "--options", '{"of": "7"}']
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert closed.exists()
     assert bool(done.returncode) == failing
     if failing:

@@ -20,6 +20,7 @@ import pytest
 from batchrun.models import fingerprint
 from jobs.folder import create
 from jobs.spec import InputFile, JobSpec
+from tests.cli.gate import Gate
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,7 +89,6 @@ class CommandLine:
             env=self.environment(),
             capture_output=True,
             text=True,
-            timeout=120,
             check=False,
             preexec_fn=before,
         )
@@ -146,3 +146,13 @@ def batchrun(tmp_path: Path, tiny_model: Path) -> CommandLine:
     folder = tmp_path / "work"
     folder.mkdir()
     return CommandLine(folder, tmp_path / "home", tiny_model)
+
+
+@pytest.fixture
+def gate(batchrun: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Closed after 60 steps."""
+    found = Gate(batchrun.folder / "gate")
+    found.place.mkdir()
+    found.close(60)
+    monkeypatch.setenv("PYTHONPATH", f"{found.place}:{os.environ.get('PYTHONPATH', '')}")
+    return found

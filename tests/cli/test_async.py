@@ -20,20 +20,17 @@ from jobs.lease import held_by
 from jobs.suspects import RunningRows
 from jobs.turns import Turn
 from tests.cli.conftest import CommandLine
+from tests.cli.gate import Gate
 
 ROWS = 200
 LONG = ("--max-tokens", 40, "--ignore-eos", "--max-num-seqs", 4, "--temperature", 1)
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for something that another process does."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
+    """Wait for something that another process does; pytest's own limit ends it, named `what`."""
+    while not (found := condition()):
         time.sleep(0.02)
-    raise AssertionError(f"waited in vain for {what}")
+    return found
 
 
 def started(batchrun: CommandLine, rows: int = ROWS, output: str = "out.jsonl") -> JobFolder:
@@ -65,7 +62,7 @@ def finished(batchrun: CommandLine, job: JobFolder, output: str = "out.jsonl") -
     return rows
 
 
-def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine) -> None:
+def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine, gate: Gate) -> None:
     source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(ROWS)])
     process = subprocess.Popen(
         batchrun.argv("submit", source, *LONG, "-o", "out.jsonl", "--model", batchrun.model),
@@ -81,7 +78,7 @@ def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine) -> None:
         if line.startswith("running:"):
             process.send_signal(signal.SIGINT)
             break
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert (process.returncode, out) == (130, "")
     assert "goes on without this view" in err
     job = JobFolder(batchrun.home / "jobs" / err.split("batchrun cancel ")[1].strip())
@@ -98,6 +95,7 @@ def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine) -> None:
     assert (refused.code, "batchrun resume" in refused.hint) == (1, True)
 
     assert len(job.journal().partials()) <= 4
+    gate.open()
     resumed = batchrun("resume", job.id)
     assert resumed.code == 0
     assert f"{ROWS} of {ROWS} rows" in resumed.out
@@ -110,7 +108,7 @@ def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine) -> None:
     assert finished(batchrun, whole, "whole.jsonl") == rows
 
 
-def test_the_same_work_is_not_begun_twice(batchrun: CommandLine) -> None:
+def test_the_same_work_is_not_begun_twice(batchrun: CommandLine, gate: Gate) -> None:
     job = started(batchrun)
     source = batchrun.folder / "in.jsonl"
     shown = batchrun.submit(source, *LONG, "-o", "other.jsonl")
@@ -123,8 +121,10 @@ def test_jobs_wait_for_the_device_in_order(batchrun: CommandLine) -> None:
     with Turn(batchrun.home, "cpu"):
         first, second = started(batchrun, 3, "a.jsonl"), started(batchrun, 3, "b.jsonl")
         assert device_of(first) == "cpu"
-        assert [first.state(), second.state()] == ["queued", "queued"]
-        assert "waiting for the device" in batchrun("logs", first.id).out
+        for job in (first, second):
+            until(lambda job=job: job.state() == "queued", f"{job.id} to be in line")
+        told = "waiting for the device"
+        until(lambda: told in batchrun("logs", first.id).out, "the first to say why it waits")
         assert batchrun("cancel", second.id).code == 0
         assert second.state() == "cancelled"
         assert first.state() == "queued"
@@ -132,7 +132,8 @@ def test_jobs_wait_for_the_device_in_order(batchrun: CommandLine) -> None:
     assert not second.journal().runs()
 
 
-def test_a_killed_run_and_a_killed_supervisor(batchrun: CommandLine) -> None:
+def test_a_killed_run_and_a_killed_supervisor(batchrun: CommandLine, gate: Gate) -> None:
+    gate.close(300)
     job = started(batchrun)
     running(job)
     supervisor, run = processes(job)
@@ -147,27 +148,21 @@ def test_a_killed_run_and_a_killed_supervisor(batchrun: CommandLine) -> None:
     supervisor.kill()  # the run is on its own then, and has the lease
     assert held_by(job.path) is not None
     assert batchrun("resume", job.id).code == 1
+    gate.open()
     finished(batchrun, job)
 
 
-def stopped_with_rows(job: JobFolder, run: psutil.Process) -> list[int]:
-    """Stop the run; the rows that are in its engine, several or it goes on."""
-    run.suspend()
-    until(lambda: run.status() == psutil.STATUS_STOPPED, "the run to stop")
-    running = RunningRows(job.path)
-    rows = running.rows()
-    running.close()
-    if len(rows) < 2:
-        run.resume()
-        return []
-    return rows
-
-
-def test_a_run_that_crashes_is_started_again(batchrun: CommandLine) -> None:
+def test_a_run_that_crashes_is_started_again(batchrun: CommandLine, gate: Gate) -> None:
     job = started(batchrun)
     running(job)
     _, run = processes(job)
-    inside = until(lambda: stopped_with_rows(job, run), "rows in the engine")
+    run.suspend()
+    until(lambda: run.status() == psutil.STATUS_STOPPED, "the run to stop")
+    noted = RunningRows(job.path)
+    inside = noted.rows()
+    noted.close()
+    assert len(inside) > 1
+    gate.open()
     run.send_signal(signal.SIGSEGV)
     run.resume()
     rows = finished(batchrun, job)
@@ -176,6 +171,21 @@ def test_a_run_that_crashes_is_started_again(batchrun: CommandLine) -> None:
     assert job.journal().crash_counts() == dict.fromkeys(inside, 1)
     assert len(job.journal().runs()) == 2
     assert len(rows) == ROWS
+
+
+HANG = """
+import os, sys, threading
+from batchrun.watchdog import Watchdog
+start, dogs = Watchdog.start, []
+def remembered(self):
+    dogs.append(self)
+    start(self)
+Watchdog.start = remembered
+def hang():
+    busy, me = dogs[0]._busy, threading.get_ident()
+    busy[me] = (*busy[me][:-1], 0)
+    threading.Event().wait()
+"""
 
 
 def trapped(
@@ -187,12 +197,16 @@ def trapped(
     source: Path | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Submit a job whose runs, and whose supervisor, execute something at first; wait for it."""
+    """Submit a job whose runs, and whose supervisor, execute something at first; wait for it.
+
+    What `hang()` is called in hangs, and has hung for too long already: how long a machine takes
+    for what does not hang is no matter.
+    """
     folder = batchrun.folder / "trap"
     folder.mkdir()
     lines = "".join(f"    {line}\n" for line in trap.splitlines())
     (folder / "sitecustomize.py").write_text(
-        f"import os, sys, threading\nif 'run-job' in sys.orig_argv:\n{lines}"
+        f"{HANG}if 'run-job' in sys.orig_argv:\n{lines}"
         f"if 'work' in sys.orig_argv:\n    {supervisor}\n"
     )
     if source is None:
@@ -203,15 +217,11 @@ def trapped(
     return subprocess.run(
         batchrun.argv("submit", *arguments),
         cwd=batchrun.folder,
-        env={**own, "PYTHONPATH": path, **environment},
+        env={**own, "PYTHONPATH": path, "BATCHRUN_STALL_SECONDS": "60", **environment},
         capture_output=True,
         text=True,
-        timeout=180,
         check=False,
     )
-
-
-HANG = "threading.Event().wait()"
 
 
 def in_step(what: str) -> str:
@@ -230,16 +240,16 @@ def in_step(what: str) -> str:
 RAISE = "raise IndexError('index 7 is out of bounds')"
 
 
-@pytest.mark.parametrize("what", ["os.abort()", HANG, RAISE])
+@pytest.mark.parametrize("what", ["os.abort()", "hang()", RAISE])
 def test_a_row_that_brings_the_process_down_is_not_tried_a_third_time(
     batchrun: CommandLine, what: str
 ) -> None:
-    done = trapped(batchrun, in_step(what), BATCHRUN_STALL_SECONDS="4")
+    done = trapped(batchrun, in_step(what))
     assert done.returncode == 3, done.stderr
     errors = {i: row["error"] for i, row in enumerate(batchrun.read("out.jsonl")) if row["error"]}
     assert list(errors) == [7]
     assert "crashed" in errors[7]
-    assert ("a step of the engine has not ended" in done.stderr) == (what == HANG)
+    assert ("a step of the engine has not ended" in done.stderr) == (what == "hang()")
     said = "a step of the engine failed: IndexError: index 7 is out of bounds"
     assert (said in done.stderr) == (what == RAISE)
 
@@ -274,10 +284,10 @@ def test_a_disk_that_hangs_ends_the_job_with_the_reason(
     module, name = re.match(r"([a-z.]+)\.([A-Zi].*)", place).groups()
     trap = (
         f"import {module}\n"
-        f"def hanging(*_):\n    {HANG}\n{'    yield' if 'islice' in name else ''}\n"
+        f"def hanging(*_):\n    hang()\n{'    yield' if 'islice' in name else ''}\n"
         f"{module}.{name} = hanging"
     )
-    done = trapped(batchrun, trap, BATCHRUN_STALL_SECONDS="3")
+    done = trapped(batchrun, trap)
     assert done.returncode == 1
     assert f"error: {what} has not ended in" in done.stderr
     [job] = list_jobs(batchrun.home)

@@ -18,6 +18,7 @@ import pytest
 from jobs.folder import JobFolder
 from jobs.lease import held_by
 from tests.cli.conftest import CommandLine
+from tests.cli.gate import Gate
 from tests.cli.test_async import processes, running, until
 
 ROWS = 800
@@ -25,17 +26,6 @@ PROMPTS = [f"prompt {i:04}" for i in range(ROWS)]
 FILLER = "x" * 2000  # so many bytes that the reader is in the middle of the file
 FAST = ("--max-tokens", 3, "--ignore-eos", "--max-num-seqs", 8, "--dtype", "float32", "--no-plan")
 FAST += ("--temperature", 1)
-HOLD = """
-import os, sys, time
-if 'run-job' in sys.orig_argv:
-    from batchrun.engine.engine import Engine
-    step, steps = Engine.step, iter(range(30))
-    def held(self):
-        while next(steps, None) is None and not os.path.exists({go!r}):
-            time.sleep(0.01)
-        return step(self)
-    Engine.step = held
-"""
 Rows = list[dict[str, Any]]
 
 
@@ -65,21 +55,17 @@ class Held:
 
     job: JobFolder
     source: Path
-    go: Path
+    gate: Gate
 
     def ends(self, batchrun: CommandLine) -> int:
         """Let it go on to its end."""
-        self.go.touch()
+        self.gate.open()
         return batchrun("watch", self.job.id).code
 
 
 @pytest.fixture
-def held(batchrun: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Held]:
-    folder = batchrun.folder / "trap"
-    folder.mkdir()
-    go = folder / "go"
-    (folder / "sitecustomize.py").write_text(HOLD.format(go=str(go)))
-    monkeypatch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
+def held(batchrun: CommandLine, gate: Gate) -> Callable[[str], Held]:
+    gate.close(30)
 
     def submitted(kind: str) -> Held:
         source = write(batchrun, f"in.{kind}", PROMPTS)
@@ -89,7 +75,7 @@ def held(batchrun: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         running(job)
         with job.journal() as journal:
             assert 0 < len(journal.digests(0, ROWS)) < ROWS
-        return Held(job, source, go)
+        return Held(job, source, gate)
 
     return submitted
 
@@ -261,7 +247,7 @@ def test_a_job_whose_rows_to_come_were_changed_is_not_resumed(
     _, run = processes(job)
     run.kill()
     until(lambda: held_by(job.path) is None, "the supervisor's end")
-    standing.go.touch()
+    standing.gate.open()
     done = job.counts().rows
     assert 0 < done < ROWS
     data = source.read_bytes()

@@ -25,7 +25,6 @@ def piped(batchrun):
             env=batchrun.environment(),
             input=data,
             capture_output=True,
-            timeout=120,
             check=False,
         )
 
@@ -140,7 +139,6 @@ def test_a_terminal_is_no_input(batchrun):
         stdin=follower,
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
     os.close(leader)

@@ -1,4 +1,4 @@
-"""Kills a real job at random moments, again and again, and compares what comes out.
+"""Kills a real job at random moments and rows, again and again, and compares what comes out.
 
     python -m tests.crash.harness --kills 50              # the embedded model, as users run it
     python -m tests.crash.harness --kills 50 --tiny       # a tiny model: quick
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from batchrun import worker
 from batchrun.engine.core import Request
+from batchrun.live import Progress
 from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
 from jobs import folder
 from jobs.folder import JobFolder
@@ -103,8 +104,14 @@ def in_child(work: Callable[[], None], kill_after: float | None = None) -> tuple
     return False, lived
 
 
-def run_noting(job: JobFolder, notes: Path) -> None:
-    """Run the job, appending the row of every request that reaches the engine to `notes`."""
+def run_noting(job: JobFolder, notes: Path, last_row: int | None = None) -> None:
+    """Run the job, appending the row of every request that reaches the engine to `notes`.
+
+    Args:
+        job: The job.
+        notes: A file.
+        last_row: So many rows are journalled when the process kills itself.
+    """
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(1)
@@ -121,7 +128,11 @@ def run_noting(job: JobFolder, notes: Path) -> None:
         runtime.engine.add = noting  # type: ignore[method-assign]
         return runtime
 
-    worker.run_job(job.path, stop=threading.Event(), open_workbench=open_noting)
+    def die(progress: Progress) -> None:
+        if last_row is not None and progress.rows_done >= last_row:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    worker.run_job(job.path, stop=threading.Event(), on_progress=die, open_workbench=open_noting)
 
 
 def journalled(job: JobFolder) -> set[int]:
@@ -159,9 +170,15 @@ def kill_series(
         while state != "done-with-errors":  # one prompt is null
             before = journalled(job)
             notes = root / f"notes-{number}-{trial.runs}"
-            last = trial.kills >= kills
-            after = None if last else rng.uniform(0, full)
-            killed, _ = in_child(lambda j=job, n=notes: run_noting(j, n), after)  # type: ignore[misc]
+            after, row = None, None
+            if trial.kills < kills and trial.kills % 2:
+                after = rng.uniform(0, full)
+            elif trial.kills < kills:  # not by the clock, or a busy machine would choose
+                row = len(before) + rng.randint(1, max(1, (rows - len(before)) // 2))
+            killed, _ = in_child(
+                lambda j=job, n=notes, r=row: run_noting(j, n, r),  # type: ignore[misc]
+                after,
+            )
             trial.runs += 1
             trial.kills += killed
             asked = notes.read_text().split() if notes.exists() else []

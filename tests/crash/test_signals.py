@@ -18,7 +18,6 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -26,7 +26,6 @@ def run_suite(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(file)],
         capture_output=True,
         text=True,
-        timeout=500,
         check=False,
         cwd=ROOT,
         env={**os.environ, "BATCHRUN_TEST_MEMORY": twin, "LD_LIBRARY_PATH": path, **environment},

@@ -176,7 +176,6 @@ def test_ten_thousand_jobs_are_listed_in_a_second(tmp_path: Path) -> None:
         [sys.executable, "-m", "tests.faults.listing", "--folder", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
         cwd=Path(__file__).parents[2],
     )
@@ -189,7 +188,7 @@ def test_a_disk_that_fills_up_under_a_real_run_leaves_the_reason(tiny_disk: Smal
     remount(tiny_disk, "size=64m")
     root, ballast = tiny_disk.root, tiny_disk.home / "ballast"
     model, prompts = write_tiny_model(root / "tiny"), root / "rows.jsonl"
-    prompts.write_text("".join(f'{{"prompt": "number {i}"}}\n' for i in range(20_000)))
+    prompts.write_text("".join(f'{{"prompt": "number {i}"}}\n' for i in range(60_000)))
     settings = {"BATCHRUN_HOME": str(tiny_disk.home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def batchrun(*arguments: object) -> tuple[int, str]:
@@ -198,7 +197,6 @@ def test_a_disk_that_fills_up_under_a_real_run_leaves_the_reason(tiny_disk: Smal
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
             check=False,
             env={**os.environ, **settings},
         )

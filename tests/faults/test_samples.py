@@ -31,7 +31,6 @@ def run(library: Path, module: str, *arguments: str, status: int = 0) -> dict[st
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(library)},
     )

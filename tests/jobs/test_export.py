@@ -422,7 +422,6 @@ def run_export(code, *arguments):
         cwd=REPO,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

@@ -290,7 +290,6 @@ def test_pandas_makes_no_difference():
             cwd=REPO,
             capture_output=True,
             text=True,
-            timeout=120,
             check=False,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )

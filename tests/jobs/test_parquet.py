@@ -36,7 +36,6 @@ def run_python(code, *arguments):
         cwd=REPO,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

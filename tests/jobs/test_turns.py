@@ -124,7 +124,7 @@ for _ in range(40):
 def test_no_two_ever_have_the_device(tmp_path):
     command = [sys.executable, "-c", CROWD, str(tmp_path)]
     crowd = [subprocess.Popen(command, cwd=ROOT) for _ in range(4)]
-    assert [process.wait(timeout=120) for process in crowd] == [0] * 4
+    assert [process.wait() for process in crowd] == [0] * 4
     assert os.listdir(tmp_path / "queue" / "cpu") == []
 
 
