@@ -14,6 +14,8 @@ _LOOKS = 20  # in the time after which something is taken to hang
 class Watchdog:
     """Watches what threads say that they are at; inert until it is started.
 
+    Time in which the process was stopped, or not let run, does not count.
+
     Args:
         limit_s: Seconds that one thing may take.
         on_stall: Called once, in the watchdog's thread, with what takes longer and its seconds.
@@ -26,11 +28,12 @@ class Watchdog:
         self._limit_s = limit_s
         self._on_stall = on_stall
         self._busy: dict[int, tuple[str, float, float]] = {}  # what, since, until
+        self._lost = 0.0  # seconds in which nothing could be done
 
     @contextmanager
     def busy(self, what: str, patience: float = 1) -> Iterator[None]:
         """The calling thread is at `what`, for `patience` times the limit at most."""
-        thread, now = threading.get_ident(), time.monotonic()
+        thread, now = threading.get_ident(), time.monotonic() - self._lost
         self._busy[thread] = what, now, now + patience * self._limit_s
         try:
             yield
@@ -42,13 +45,17 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def _watch(self) -> None:
+        look, before = self._limit_s / _LOOKS, time.monotonic()
         while True:
             # Where a thread hangs in C with the interpreter's lock, this one can't look any more;
             # the timer of faulthandler needs no lock. It prints where each thread is, and exits.
             faulthandler.dump_traceback_later(2 * self._limit_s, exit=True)
-            time.sleep(self._limit_s / _LOOKS)
+            time.sleep(look)
             now = time.monotonic()
+            if now - before > 2 * look:
+                self._lost += now - before - look
+            before = now
             for what, since, until in list(self._busy.values()):
-                if now > until and self._on_stall is not None:
-                    self._on_stall(what, now - since)
+                if now - self._lost > until and self._on_stall is not None:
+                    self._on_stall(what, now - self._lost - since)
                     return
