@@ -3,6 +3,7 @@
 #   make test     lint, types and the whole test suite
 #   make bench    batchrun against transformers' own generate, on this machine
 #   make crash-test  every fault at every step, power loss, signals, races, the arena's fuzz
+#   make soak HOURS=1  mixed jobs, struck at random: equal outputs, nothing grows, nothing stays
 #   make peers    other engines, each in an environment of its own, for benchmarks/peers.py
 #   make gpu-check  the GPU's tests and benchmarks, into one JSON; see benchmarks/METHOD.md
 #   make gpu-stack-test  the tests over the libraries that GPU machines have; needs no GPU, but 6 GB
@@ -17,6 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SETUP := $(VENV)/.setup-done
 CUDA := $(VENV)/.cuda-done
 ARGS ?=
+HOURS ?= 1
 
 # What GPU machines have: torch's CUDA build, which is not constraints.txt's release, and what must
 # be older with it. Python 3.12 where it runs, pyenv's too, else PYTHON.
@@ -32,7 +34,7 @@ STACK_TESTS := tests/stack tests/engine tests/parity tests/attention tests/alloc
   tests/test_models.py
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint bench peers crash-test gpu-check gpu-stack-test clean
+.PHONY: setup demo test lint bench peers crash-test soak gpu-check gpu-stack-test clean
 
 setup: $(SETUP)
 
@@ -88,6 +90,9 @@ crash-test: $(SETUP)
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory host
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory unguarded-host
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory fake-cuda
+
+soak: $(SETUP)
+	$(BIN)/python -m tests.soak --hours $(HOURS)
 
 # Where nothing can be installed the Python at hand must do: the check says what that one lacks.
 gpu-check:

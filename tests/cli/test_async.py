@@ -72,6 +72,8 @@ def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine, gate: Gat
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Who runs the tests in the background ignores it, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:
