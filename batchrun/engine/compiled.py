@@ -83,7 +83,7 @@ def _compile(compiler: str, source: Path, to: Path) -> None:
         [compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)],
         [compiler, "-shared", "-Wl,-z,now", str(compiled), "-o", str(to)],
     ):
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _key(source: Path) -> str:
