@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,21 @@ def test_a_plan_changes_no_token_of_a_real_model(submit: Submit, smollm2: ModelR
     assert summarise(jobs[0])["duplicates"]["rows"] == 6
 
 
+@pytest.fixture
+def journal_keeps_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result is on disk before the engine goes on, however slow the disk is."""
+    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
+    end_row = worker._Run._end_row
+
+    def ended(self: worker._Run, *rest: Any) -> None:
+        end_row(self, *rest)
+        wanted = self._earlier.samples + self.stats.completions
+        while self._samples < wanted and not self._failures:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(worker._Run, "_end_row", ended)
+
+
 def stop_after(results: int, stop: threading.Event) -> Callable[[Progress], None]:
     def watch(progress: Progress) -> None:
         if progress.rows_done >= results:
@@ -138,8 +154,8 @@ def stop_after(results: int, stop: threading.Event) -> Callable[[Progress], None
     return watch
 
 
-def test_resume_gives_the_same_output(submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
+@pytest.mark.usefixtures("journal_keeps_up")
+def test_resume_gives_the_same_output(submit: Submit) -> None:
     whole = submit()
     run(whole)
     job = submit()
@@ -200,11 +216,9 @@ def test_samples_that_can_not_differ_are_told(submit: Submit) -> None:
         assert any("will be the same" in line for line in lines) is told
 
 
-def test_the_best_are_the_same_after_any_number_of_runs(
-    submit: Submit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("journal_keeps_up")
+def test_the_best_are_the_same_after_any_number_of_runs(submit: Submit) -> None:
     """Also of samples that were stopped in the middle: their sums go on."""
-    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
     whole = submit(n=4, keep=2)
     assert run(whole) is Outcome.DONE
     job = submit(n=4, keep=2)
@@ -271,12 +285,12 @@ def test_changed_input_and_changed_model_are_refused(submit: Submit, tmp_path: P
         run(gone)
 
 
+@pytest.mark.usefixtures("journal_keeps_up")
 @pytest.mark.parametrize("thread", ["reader", "journal", "engine"])
 def test_a_failure_in_any_thread_ends_the_run(
     submit: Submit, monkeypatch: pytest.MonkeyPatch, thread: str
 ) -> None:
     job = submit()
-    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
     calls = 0
 
     def fail_at(count: int, error: Exception, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -491,10 +505,10 @@ def test_a_finished_job_only_exports_again(submit: Submit) -> None:
     assert path.read_bytes() == want
 
 
+@pytest.mark.usefixtures("journal_keeps_up")
 def test_a_run_ends_before_the_disk_is_full(
     submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(worker, "_ROOM_SECONDS", 0.0)
     job = submit()
     free = iter([1 << 40] * 12)  # and then none

@@ -73,7 +73,7 @@ def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine, gate: Gat
         text=True,
         start_new_session=True,
         # Who runs the tests in the background ignores it, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert process.stderr is not None
     for line in process.stderr:

@@ -126,7 +126,8 @@ class Soak:
                     self._wait_for_work(job)
                 self._strike(self.rng.choice(STRIKES), job)
             elif not live:
-                self.rough("resume", *self.rng.choice((["--all"], [undone[0].id])), codes=None)
+                which = self.rng.choice(("--all", undone[0].id))
+                self.rough("resume", which, "--detach", codes=(0, 1))
             time.sleep(self.rng.uniform(0, 2))
             if time.monotonic() - since > _STUCK_S:
                 states = ", ".join(f"{job.id} is {job.state()}" for job in jobs)

@@ -93,7 +93,7 @@ def write_models(root: Path) -> list[Path]:
 
 def draw(root: Path, models: list[Path], rng: random.Random, number: int) -> Work:
     """A random job; its input is written to `root`."""
-    kind, rows = rng.choice(_FORMATS), rng.randint(30, 120)
+    kind, rows = rng.choice(_FORMATS), rng.randint(30, 90)
     path, samples = _PATHS[rng.choice(list(_PATHS))]
     chats = kind != "csv" and rng.random() < 0.3
     bad = rng.random() < 0.5
