@@ -19,13 +19,15 @@ import pyarrow as pa
 from jobs.cells import delimiter_of, joined
 from jobs.errors import InputError
 from jobs.row import Part, check_names, partition_fields
-from jobs.stream import MAX_RECORD, text_of
+from jobs.stream import MAX_RECORD, skip, text_of
 from jobs.textsource import Header, Record, TextSource
 
 csv.field_size_limit(MAX_RECORD)  # Python's own limit is less than a long prompt
 
 _DELIMITERS = ",;\t|"  # of a .csv: that which its header has most of, the first of equals
-_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+_QUOTED = re.compile(r'"(?:[^"]++|"")*+"')
+_BLANK, _BLANK_OF_ANY_END = re.compile(rb"(?:\r?\n)++"), re.compile(rb"[\r\n]++")
+_ANY_END = re.compile(rb"\r\n?|\n")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _RETURN = "\udc0d"  # stands for a \r that ends no line, at which Python's csv would end one
 
@@ -67,20 +69,20 @@ class DelimitedSource(TextSource):
     def records(self, part: Part) -> Iterator[Record]:
         """See `TextSource.records`."""
         with text_of(part.path, part.size) as file:
+            skipped = skip(file, _BLANK_OF_ANY_END)
             head = file.peek(1 << 16)
             if head.lstrip().startswith((b'{"', b'[{"')):
                 raise InputError(
                     f"{part.path} holds JSON", hint="give it a name that ends in .jsonl"
                 )
-            bare = _QUOTED.sub("", head.decode("utf-8", "replace").lstrip("\r\n"))
+            bare = _QUOTED.sub("", head.decode("utf-8", "replace"))
             end = _LINE_END.search(bare)
             delimiter = _delimiter(part.path, bare[: end.start()] if end else bare)
-            lines = _Lines(file, any_end=end is not None and end[0] == "\r")
+            lines = _Lines(part.path, file, skipped, any_end=end is not None and end[0] == "\r")
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             header = Header(self._header(part.path, reader), delimiter)
             while True:
-                lines.taken.clear()
-                first, error = lines.number + 1, None
+                first, error = lines.begin(), None
                 try:
                     cells = next(reader, None)
                 except csv.Error as problem:
@@ -92,10 +94,10 @@ class DelimitedSource(TextSource):
                     cells, error = [str(problem)], f"is not valid CSV: {problem}"
                 if cells is None:
                     return
-                if cells:  # a blank line is no row
-                    raw = "".join(lines.taken).replace(_RETURN, "\r")
-                    data = raw.encode(errors="surrogateescape")
-                    yield Record(first, data, part, header, cells, error)
+                if cells:
+                    yield Record(first, lines.taken(), part, header, cells, error)
+                else:  # a blank line is no row
+                    lines.skip_blank()
 
     def _header(self, path: Path, reader: Iterator[list[str]]) -> tuple[str, ...]:
         try:
@@ -152,29 +154,78 @@ class DelimitedSource(TextSource):
 
 
 class _Lines:
-    """Lines of a file, for csv's reader, which takes as many as a record has."""
+    r"""Lines of a file, for csv's reader, which takes as many as a record has.
 
-    def __init__(self, file: io.BufferedReader, *, any_end: bool) -> None:
-        newline = "" if any_end else "\n"  # where that ends the header, a lone \r is text
-        self._text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline=newline)
-        self.taken: list[str] = []
-        self.number = 0
+    Args:
+        path: The file.
+        file: What is left of its text.
+        number: Lines that were read of it.
+        any_end: A lone \r ends a line; else it is text.
+    """
+
+    def __init__(self, path: Path, file: io.BufferedReader, number: int, *, any_end: bool) -> None:
+        self._path, self._file, self._any_end = path, file, any_end
+        self.number, self._first = number, number + 1
+        self._taken: list[bytes] = []
+        self._size = 0
         self.ended = False
+
+    def begin(self) -> int:
+        """A record begins; returns its line."""
+        self._taken.clear()
+        self._size = 0
+        self._first = self.number + 1
+        return self._first
+
+    def taken(self) -> bytes:
+        """The record so far."""
+        return b"".join(self._taken)
+
+    def skip_blank(self) -> None:
+        """Read past lines without anything."""
+        self.number += skip(self._file, _BLANK_OF_ANY_END if self._any_end else _BLANK)
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._text.readline(MAX_RECORD)
+        most = MAX_RECORD + 1 - self._size
+        line = self._line(most) if self._any_end else self._file.readline(most)
         if not line:
             self.ended = True
             raise StopIteration
         self.number += 1
-        if "\r" in line:
-            text = line.rstrip("\r\n")
-            line = text.replace("\r", _RETURN) + line[len(text) :]
-        self.taken.append(line)
-        return line
+        self._taken.append(line)
+        self._size += len(line)
+        if self._size > MAX_RECORD:
+            raise InputError(
+                f"the record in line {self._first} of {self._path} is longer than "
+                f"{MAX_RECORD >> 20} MiB",
+                hint="look at the quotes: one that is never closed takes in all that follows",
+            )
+        text = line.decode(errors="surrogateescape")
+        if b"\r" in line:
+            cells = text.rstrip("\r\n")
+            text = cells.replace("\r", _RETURN) + text[len(cells) :]
+        return text
+
+    def _line(self, most: int) -> bytes:
+        """What `readline` would return if it knew the other ends of lines."""
+        pieces: list[bytes] = []
+        while most and (head := self._file.peek()):
+            end = _ANY_END.search(head)
+            pieces.append(self._file.read(min(most, end.end() if end else len(head))))
+            most -= len(pieces[-1])
+            if (
+                end
+                and end.end() == len(head)
+                and end[0] == b"\r"
+                and self._file.peek()[:1] == b"\n"
+            ):
+                pieces.append(self._file.read(1))
+            if end:
+                break
+        return b"".join(pieces)
 
 
 def _delimiter(path: Path, header: str) -> str:
@@ -186,11 +237,11 @@ def _delimiter(path: Path, header: str) -> str:
 @cache
 def _plain(delimiter: str) -> re.Pattern[str]:
     """Records that every reader takes: Python's csv takes more quotes and line ends than others."""
-    cell = rf'(?:"(?:[^"]|"")*+"|[^"\r\n{re.escape(delimiter)}]*+)'
+    cell = rf'(?:"(?:[^"]++|"")*+"|[^"\r\n{re.escape(delimiter)}]*+)'
     return re.compile(f"{cell}(?:{re.escape(delimiter)}{cell})*+")
 
 
 def _raw_cells(text: str, delimiter: str) -> list[str]:
     """The cells of a valid record with their quotes."""
     one = re.escape(delimiter)
-    return re.findall(rf'("(?:[^"]|"")*"|[^{one}]*)(?:{one}|\Z)', text)
+    return re.findall(rf'("(?:[^"]++|"")*+"|[^{one}]*+)(?:{one}|\Z)', text)

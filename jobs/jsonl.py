@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -10,11 +11,12 @@ from typing import IO, Any
 from jobs import jsontext
 from jobs.errors import InputError
 from jobs.row import AGAIN, Part
-from jobs.stream import MAX_RECORD, text_of
+from jobs.stream import MAX_RECORD, skip, text_of
 from jobs.textsource import Record, TextSource
 
 _BOM = b"\xef\xbb\xbf"
 _READ = 1 << 18
+_BLANK = re.compile(rb"\s++")
 # Strings whole, one that goes on behind what was read as its quote, and what nests or separates.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\],]', re.DOTALL)
 
@@ -28,13 +30,14 @@ class JsonSource(TextSource):
     def records(self, part: Part) -> Iterator[Record]:
         """See `TextSource.records`."""
         with text_of(part.path, part.size) as file:
-            head = file.peek(_READ).lstrip()
+            skipped = skip(file, _BLANK)
+            head = file.peek(_READ)
             if _has_lines(head):
-                records = _lines(part, file)
+                records = _lines(part, file, skipped)
             elif head.startswith(b"["):
-                records = _Values(part, file).of_array()
+                records = _Values(part, file, skipped).of_array()
             else:
-                records = _Values(part, file).in_a_row()
+                records = _Values(part, file, skipped).in_a_row()
             for line, data in records:
                 yield Record(line, data, part)
 
@@ -59,14 +62,13 @@ def _has_lines(head: bytes) -> bool:
         return False
     try:
         json.loads(line)  # an array, and more after it: a bad row
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
-def _lines(part: Part, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of all lines that are not blank."""
-    number = 0
+def _lines(part: Part, file: io.BufferedReader, number: int) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of all lines that are not blank, `number` of which are read."""
     while line := file.readline(MAX_RECORD + 1):
         number += 1
         if len(line) > MAX_RECORD:
@@ -77,6 +79,8 @@ def _lines(part: Part, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         line = line.removeprefix(_BOM)  # of each of several files that were put together
         if line and not line.isspace():
             yield number, line
+        else:
+            number += skip(file, _BLANK)
 
 
 class _Values:
@@ -88,11 +92,11 @@ class _Values:
 
     #   data   {"a": 1}, {"b": [2]}, ...
     #              cut ^      ^ at
-    def __init__(self, part: Part, file: IO[bytes]) -> None:
+    def __init__(self, part: Part, file: IO[bytes], skipped: int) -> None:
         self._part, self._file = part, file
         self._data = b""
         self._cut = self._at = 0  # handed out and looked at, up to there
-        self._line = 1  # of the cut
+        self._line = skipped + 1  # of the cut
 
     def of_array(self) -> Iterator[tuple[int, bytes]]:
         """(line number, text) of each value of the one array that the file is."""
@@ -144,7 +148,10 @@ class _Values:
                     f"{MAX_RECORD >> 20} MiB, or never ends",
                     hint=f"check it with: python -m json.tool '{self._part.path}'",
                 )
-            more = self._file.read(max(_READ, len(rest)))
+            if rest.isspace():
+                self._line += rest.count(b"\n")
+                rest, self._at = b"", self._cut
+            more = self._file.read(min(max(_READ, len(rest)), MAX_RECORD + 1 - len(rest)))
             if not more:
                 return None
             self._data, self._at, self._cut = rest + more, self._at - self._cut, 0

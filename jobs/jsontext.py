@@ -27,7 +27,7 @@ _LONE = re.compile(
     r"|\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])"
     r"|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
 )
-_LINES = re.compile(r"\s*[\r\n]\s*")
+_LINE_ENDS = re.compile(r"[\r\n]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING = json.JSONEncoder(ensure_ascii=False).encode
 _PLAIN = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -56,9 +56,12 @@ class Number(float):
         digits = self.text.partition("e")[0].partition("E")[0].lstrip("-0.")
         if len(digits) <= 18 and (abs(self) >= _LEAST or not digits):  # 17 and a point
             return True
-        from decimal import Decimal  # noqa: PLC0415 - seldom
+        from decimal import Decimal, InvalidOperation  # noqa: PLC0415 - seldom
 
-        return Decimal(self.text) == Decimal(repr(float(self)))
+        try:
+            return Decimal(self.text) == Decimal(repr(float(self)))
+        except InvalidOperation:  # of 1e-9999999999999999999: that is not 0
+            return False
 
 
 class _MinusZero(int):
@@ -176,11 +179,15 @@ def carried(text: str, taken: Iterable[str] = ()) -> str | dict[str, Any] | None
             fields = None
         if isinstance(fields, dict) and fields.keys().isdisjoint(taken) and not _deep(text, fields):
             text = text.strip()
-            return _LINES.sub(" ", text) if "\n" in text or "\r" in text else text
+            return _in_one_line(text) if "\n" in text or "\r" in text else text
     try:
         return parse_object(text)
     except ValueError:
         return None
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(filter(None, (line.strip() for line in _LINE_ENDS.split(text))))
 
 
 def _suspect(text: str) -> bool:

@@ -12,6 +12,7 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,10 +49,10 @@ _ENCODINGS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_UNPACKERS: dict[bytes, Callable[[IO[bytes]], io.BufferedIOBase]] = {
+_UNPACKERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"BZh": lambda file: _Unpacked(file, bz2.BZ2Decompressor),
+    b"\xfd7zXZ\x00": lambda file: _Unpacked(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)),
 }
 
 
@@ -76,6 +77,15 @@ def text_of(path: Path, size: int | None = None) -> Iterator[io.BufferedReader]:
             ) from error
 
 
+def skip(file: io.BufferedReader, what: re.Pattern[bytes]) -> int:
+    """Read past what matches, however long it is; returns the ends of lines in it."""
+    lines = 0
+    while found := what.match(file.peek()):
+        lines += max(found[0].count(b"\n"), found[0].count(b"\r"))
+        file.read(len(found[0]))
+    return lines
+
+
 def _unpacked(path: Path, raw: IO[bytes], size: int | None) -> io.BufferedReader:
     file = io.BufferedReader(
         cast(io.RawIOBase, raw if size is None else _First(raw, size)), _BUFFER
@@ -83,7 +93,7 @@ def _unpacked(path: Path, raw: IO[bytes], size: int | None) -> io.BufferedReader
     head = file.peek(16)
     for magic, unpack in _UNPACKERS.items():
         if head.startswith(magic):
-            return io.BufferedReader(cast(io.RawIOBase, unpack(file)), _BUFFER)
+            return io.BufferedReader(unpack(file), _BUFFER)
     if head[:4] == b"\x28\xb5\x2f\xfd" or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
         window = _zstd_window(head)
         if window > _ZSTD_WINDOW:
@@ -143,6 +153,39 @@ class _First(io.RawIOBase):
         buffer[: len(data)] = data
         self._left -= len(data)
         return len(data)
+
+
+class _Unpacked(io.RawIOBase):
+    """Streams of bzip2 or xz, one after the other.
+
+    Python's own readers take a stream that does not begin as one for the end of the file, and what
+    comes after it would be lost.
+    """
+
+    def __init__(self, file: IO[bytes], make: Callable[[], Any]) -> None:
+        self._file, self._make = file, make
+        self._unpacker = make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            packed = b""
+            if self._unpacker.eof:
+                packed = self._unpacker.unused_data.lstrip(b"\0")  # which may lie between streams
+                while not packed and (packed := self._file.read(_BUFFER)):
+                    packed = packed.lstrip(b"\0")
+                if not packed:
+                    return 0
+                self._unpacker = self._make()
+            elif self._unpacker.needs_input:
+                packed = self._file.read(_BUFFER)
+                if not packed:
+                    raise EOFError("its packed data have no end")
+            if data := self._unpacker.decompress(packed, len(buffer)):
+                buffer[: len(data)] = data
+                return len(data)
 
 
 class _Recoded(io.RawIOBase):

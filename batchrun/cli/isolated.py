@@ -21,6 +21,7 @@ from jobs.suspects import ReaderNote, Reading
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+_FAULTS = {"SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE"}
 
 
 class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
@@ -70,13 +71,14 @@ def isolated(work: Callable[[Noted], T]) -> T:
 
 
 def _crash(how: str, at: object) -> JobError:
-    if not isinstance(at, Reading) or not at.path:
-        return JobError(f"the process that read the input was ended by {how}")
+    what = f"reading {at}" if isinstance(at, Reading) else "reading the input"
     if how == "SIGKILL":
         return JobError(
-            f"reading {at} was ended by SIGKILL: by somebody, or by the system for want of memory"
+            f"{what} was ended by SIGKILL: by somebody, or by the system for want of memory"
         )
-    return ReaderCrashed(Path(at.path), f"reading {at} crashes the reader ({how})")
+    if how in _FAULTS and isinstance(at, Reading) and at.path:
+        return ReaderCrashed(Path(at.path), f"{what} crashes the reader ({how})")
+    return JobError(f"{what} was ended by {how}")
 
 
 def _forked() -> int:

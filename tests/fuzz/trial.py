@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -43,6 +43,8 @@ class Target:
         refusals: Typed errors, whose text a user is shown.
         mutate: Damages a seed.
         memory: Bytes that one file may take.
+        isolated: Of files of which batchrun knows that reading them may end the process: the check
+            as it is done where batchrun is safe from that.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Target:
     refusals: tuple[type[BaseException], ...]
     mutate: Mutate = damaged
     memory: int = MEMORY
+    isolated: Callable[[str, bytes, Path], str] | None = None
 
 
 @dataclass
@@ -86,6 +89,8 @@ def attempt(
             outcome = child.outcome(name, data, cpu_s, wall_s)
             if outcome is None:
                 outcome, child = child.ended(), None
+                if target.isolated is not None and outcome.startswith("ends in SIG"):
+                    outcome = _isolated(target, name, data, cpu_s, wall_s)
             good = outcome.startswith(("right", "refused"))
             report.outcomes[outcome.partition(":")[0] if good else "escaped"] += 1
             if not good:
@@ -94,6 +99,17 @@ def attempt(
         if child is not None:
             child.close()
     return report
+
+
+def _isolated(target: Target, name: str, data: bytes, cpu_s: float, wall_s: float) -> str:
+    """How a file ends that brought a process down, where that may not be."""
+    assert target.isolated is not None
+    child = _Child(replace(target, check=target.isolated))
+    outcome = child.outcome(name, data, cpu_s, wall_s)
+    if outcome is None:
+        return child.ended()
+    child.close()
+    return outcome
 
 
 class _Child:

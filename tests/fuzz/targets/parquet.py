@@ -12,8 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun.cli.isolated import isolated
 from jobs.errors import InputError
 from jobs.jsonable import json_values
+from jobs.row import Noted, unnoted
 from jobs.source import expand_inputs, open_source
 from tests.fuzz.mutate import damaged
 from tests.fuzz.thrift import Span, spans, varint
@@ -203,8 +205,19 @@ def check(name: str, data: bytes, scratch: Path) -> str:
     """
     path = scratch / "rows.parquet"
     path.write_bytes(data)
+    return _rows(path, unnoted)
+
+
+def check_isolated(name: str, data: bytes, scratch: Path) -> str:
+    """The same in a child process, as batchrun reads files at the command line."""
+    path = scratch / "rows.parquet"
+    path.write_bytes(data)
+    return isolated(lambda noted: _rows(path, noted))
+
+
+def _rows(path: Path, noted: Noted) -> str:
     parts, kind = expand_inputs([str(path)])
-    source = open_source(parts, kind)
+    source = open_source(parts, kind, noted=noted)
     schema, names = source.schema(), source.column_names
     read: list[list[Any]] = [[] for _ in names]
     lines = cells = indices = 0
@@ -244,4 +257,4 @@ def _arrow_says(path: Path) -> list[list[Any]] | None:
         return None
 
 
-TARGETS = [Target("parquet", seeds, check, (InputError,), mutate)]
+TARGETS = [Target("parquet", seeds, check, (InputError,), mutate, isolated=check_isolated)]
