@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,13 +12,12 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from batchrun.errors import ModelError
+from batchrun.errors import PROCESS_ENDS, ModelError, said_by
 from batchrun.gguf_head import check_gguf
-from batchrun.models import RECORD
 from jobs.files import make_folders, open_private, private_mode
 
 
-def convert_once(file: Path, final: Path, fingerprint: str) -> None:
+def convert_once(file: Path, final: Path) -> None:
     """Converts `file` into the folder `final` unless another process has done it meanwhile.
 
     The folder appears whole or not at all, whatever is killed when.
@@ -31,7 +29,7 @@ def convert_once(file: Path, final: Path, fingerprint: str) -> None:
     make_folders(final.parent)
     with _exclusive(final.parent / ".lock"):
         if not final.is_dir():
-            _convert_atomically(file, final, {"source": file.name, "fingerprint": fingerprint})
+            _convert_atomically(file, final)
 
 
 @contextmanager
@@ -41,7 +39,7 @@ def _exclusive(lock: Path) -> Iterator[None]:
         yield
 
 
-def _convert_atomically(file: Path, final: Path, record: dict[str, str]) -> None:
+def _convert_atomically(file: Path, final: Path) -> None:
     """Converts beside `final` and renames, so that `final` is whole or absent. Call it locked."""
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(
@@ -50,7 +48,6 @@ def _convert_atomically(file: Path, final: Path, record: dict[str, str]) -> None
     partial.mkdir(private_mode(partial.parent))
     try:
         _convert(file, partial)
-        (partial / RECORD).write_text(json.dumps(record) + "\n")
         for path in (*partial.iterdir(), partial):
             _fsync(path)
         partial.rename(final)
@@ -84,39 +81,55 @@ def _convert(file: Path, folder: Path) -> None:
     from gguf import GGML_QUANT_SIZES, GGUFReader  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
+    from batchrun.engine.bounded import bounded  # noqa: PLC0415
     from batchrun.engine.loading import check_whole  # noqa: PLC0415
 
-    check_gguf(file, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+    blocks = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    stored = check_gguf(file, blocks)
+    # Alone in a folder, or what lies beside it would be read, too.
+    alone = folder / "source"
+    alone.mkdir()
+    (alone / file.name).symlink_to(file.absolute())
     with _quiet_transformers():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            read: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+        with _readers_of(file):
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
+            with bounded(stored.values(), quantised=False):
+                read: Any = AutoModelForCausalLM.from_pretrained(
+                    alone,
+                    gguf_file=file.name,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
             model, info = read
             check_whole(model, info, str(file))
             fields = GGUFReader(file).fields
             _set_special_tokens(tokenizer, fields)
             _set_pre_tokenizer(tokenizer, fields, file)
-        except ModelError:
-            raise
-        except Exception as error:  # the readers raise anything at all over a broken file
-            raise ModelError(
-                f"cannot read the GGUF file {file}: {error}",
-                hint="it has all its bytes: use the model's safetensors instead",
-            ) from error
+        shutil.rmtree(alone)
         # Its weights are plain float32 now, but the model remembers that it came from a quantised
         # file and would refuse to be saved.
         model.hf_quantizer = None
         model.is_quantized = False
         vars(model).pop("quantization_method", None)
         vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with _readers_of(file, OSError):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _readers_of(file: Path, but: type[Exception] = ModelError) -> Iterator[None]:
+    """Whatever they raise is about the file, but for what is told: they raise anything at all."""
+    try:
+        yield
+    except (ModelError, MemoryError, but, *PROCESS_ENDS):
+        raise
+    except BaseException as error:
+        raise ModelError(
+            f"cannot read the GGUF file {file}: {said_by(error)}",
+            hint="it has all its bytes: use the model's safetensors instead",
+        ) from error
 
 
 def _set_special_tokens(tokenizer: Any, fields: Mapping[str, Any]) -> None:

@@ -214,7 +214,12 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     device = assembly.choose_device(settings.device, log)
     config, tokenizer = loading.read_papers(path, settings.model_name, trust_remote_code=trusted)
     dtype = loading.choose_dtype(settings.dtype, config, device)
-    with loading.reading(settings.model_name, path), torch.device("meta"):
+    stored = loading.stored_in_folder(Path(path))
+    with (
+        loading.reading(settings.model_name, path),
+        loading.fitting(config, stored),
+        torch.device("meta"),
+    ):
         empty = loading.class_for(config).from_config(
             config, dtype=dtype, trust_remote_code=trusted
         )

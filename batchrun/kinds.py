@@ -9,7 +9,9 @@ from typing import Any
 
 from batchrun.errors import ModelError
 from batchrun.headers import AGAIN
-from batchrun.weights import INDEX, SINGLE, TOKENIZERS, read_paper, some
+from batchrun.papers import read_paper, some
+from batchrun.tokenizer_files import TOKENIZERS
+from batchrun.weights import INDEX, SINGLE
 
 Config = dict[str, Any]
 

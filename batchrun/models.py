@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from batchrun.errors import ModelError
 from batchrun.gguf_head import is_gguf
 from batchrun.headers import AGAIN, check_head
 from batchrun.kinds import check_kind, read_config, why_no_weights
+from batchrun.papers import read_paper
 from batchrun.weights import INDEX, SINGLE, check_files, weight_files
 
 __all__ = [
     "DEFAULT_MODEL",
-    "RECORD",
     "ModelError",
     "ModelRef",
     "embedded_gguf",
@@ -42,10 +42,12 @@ FALLBACK_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 ModelKind = Literal["safetensors", "gguf", "hub"]
 
-RECORD = "batchrun-model.json"  # in a converted folder: what it was made from
 _CONVERSION = 2  # raise it when converting the same file gives other tokens than before
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+# What else tokenizers are read from, of which a fingerprint is made, too.
+_TOKENIZER_FILES = ("tokenizer.model.*", "*.spm", "*.codes", "*.tokenizer")
+_TEMPLATES = ("*.jinja", "*/*.jinja")
 _TWICE = ["consolidated*", "original/*"]  # the same weights again, in their maker's own format
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TEMPLATE = "chat_template"  # in tokenizer_config.json
@@ -134,28 +136,25 @@ def lacks_chat_template(folder: Path) -> bool:
     False where only loading its tokenizer would tell: code of its own may bring one, and so may
     the libraries that read a `tekken.json`.
     """
-    templates = [*folder.glob("*.jinja"), *folder.glob("*/*.jinja")]
-    if templates or (folder / "tekken.json").exists():
+    settings = folder / "tokenizer_config.json"
+    if _files(folder, _TEMPLATES) or (folder / "tekken.json").exists() or not settings.is_file():
         return False
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
+        found = read_paper(settings)
+    except (OSError, ModelError):
         return False
-    return isinstance(settings, dict) and not ("auto_map" in settings or settings.get(_TEMPLATE))
+    return not ("auto_map" in found or found.get(_TEMPLATE))
 
 
 def chat_templates(folder: Path) -> list[str]:
     """The chat templates that a model's files have as text; none where that can't be known."""
     try:
-        sources = [
-            file.read_text(encoding="utf-8")
-            for file in sorted([*folder.glob("*.jinja"), *folder.glob("*/*.jinja")])
-        ]
+        sources: list[Any] = [f.read_text(encoding="utf-8") for f in _files(folder, _TEMPLATES)]
         if not sources:
-            found = json.loads((folder / "tokenizer_config.json").read_bytes()).get(_TEMPLATE)
+            found = read_paper(folder / "tokenizer_config.json").get(_TEMPLATE)
             named = found if isinstance(found, list) else [{"template": found}]
             sources = [item["template"] for item in named]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, ModelError):
         return []
     return sources if all(isinstance(source, str) for source in sources) else []
 
@@ -174,15 +173,13 @@ def fingerprint(path: Path) -> str:
         digest = hashlib.blake2b(b"gguf %d " % _CONVERSION, digest_size=16)
         _digest_samples(path, digest)
         return digest.hexdigest()
-    record = path / RECORD
-    if record.is_file():
-        return str(json.loads(record.read_text())["fingerprint"])
     digest = hashlib.blake2b(b"folder ", digest_size=16)
     loaded = _loaded(path)
-    for file in _files(path, (*_MODEL_FILES, "*.py")):
+    for file in _files(path, (*_MODEL_FILES, *_TOKENIZER_FILES, *_TEMPLATES, "*.py")):
         if loaded and file.suffix == ".safetensors" and file not in loaded:
             continue
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        name = str(file.relative_to(path))
+        digest.update(os.fsencode(f"{name}\0{file.stat().st_size}\0"))
         if file.suffix == ".safetensors":
             _digest_samples(file, digest)
         else:
@@ -193,9 +190,8 @@ def fingerprint(path: Path) -> str:
 def _loaded(folder: Path) -> list[Path]:
     """The weights that transformers loads, not what lies beside them; none where it can't tell."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-        return weight_files(folder, config if isinstance(config, dict) else {})
-    except (OSError, ValueError, ModelError):
+        return weight_files(folder, read_paper(folder / "config.json"))
+    except (OSError, ModelError):
         return []
 
 
@@ -291,8 +287,8 @@ def _from_gguf(name: str, file: Path, cache_dir: Path, log: Callable[[str], None
         from batchrun.convert import convert_once  # noqa: PLC0415
 
         log(f"converting {file.name} to safetensors in {final} (once)")
-        convert_once(file, final, content)
-    return ModelRef(name, final.absolute(), "gguf", content)
+        convert_once(file, final)
+    return ModelRef(name, final.absolute(), "gguf", fingerprint(final))
 
 
 # --- the hub -------------------------------------------------------------------------------------

@@ -8,25 +8,28 @@ the hub: what they lead to counts.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from batchrun.errors import ModelError
-from batchrun.headers import AGAIN, Stored, check_head, stored_in
+from batchrun.headers import AGAIN, Stored, stored_in
+from batchrun.papers import is_name, read_paper, shown, some
+from batchrun.tokenizer_files import check_tokenizer_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Of a tokenizer; the first one that is there makes the others of no account.
-TOKENIZERS = ("tokenizer.json", "tekken.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _PAPERS = ("config.json", "generation_config.json", "tokenizer_config.json")
 # Of distributed training. transformers prefers them to all else, whatever an index says.
 _CHECKPOINT = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _NAMED = "transformers_weights"  # in a config: the file to load, or the index
-_MOST_NAME = 255  # bytes
+# Keys of a config that say how often something is built, and as often as any model may have it.
+_COUNTS = re.compile(
+    r"((num|n)_(\w+_)?)?(layers?|blocks?|stages?|labels)|\w+_layers|depths?|first_k_dense_replace"
+    r"|attention_types"
+)
+_ANY_COUNT = 4096
 
 
 def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
@@ -49,9 +52,9 @@ def _first(folder: Path, config: Mapping[str, Any]) -> str:
     named = config.get(_NAMED)
     if named is None:
         return SINGLE if (folder / SINGLE).is_file() else INDEX
-    if not _is_name(named, ".safetensors", ".safetensors.index.json"):
+    if not is_name(named, ".safetensors", ".safetensors.index.json"):
         raise ModelError(
-            f"{folder / 'config.json'} has its weights loaded from {_shown(named)}, which is not "
+            f"{folder / 'config.json'} has its weights loaded from {shown(named)}, which is not "
             "the name of a safetensors file in that folder",
             hint=f'remove "{_NAMED}" from it; weights are loaded from {SINGLE} or {INDEX} then',
         )
@@ -72,31 +75,14 @@ def _weight_map(index: Path) -> dict[str, str]:
             hint=AGAIN,
         )
     for tensor, name in files.items():
-        if not _is_name(name, ".safetensors"):
+        if not is_name(name, ".safetensors"):
             raise ModelError(
-                f"{index} says that {_shown(tensor)} is in {_shown(name)}, which is not the name "
+                f"{index} says that {shown(tensor)} is in {shown(name)}, which is not the name "
                 "of a safetensors file in that folder",
                 hint="weights are loaded from safetensors files beside the index, and from nothing "
                 "else: save the model again with save_pretrained",
             )
     return files
-
-
-def _is_name(name: object, *ends: str) -> bool:
-    """Whether it names a file in the same folder, with one of these ends, and no other place."""
-    return (
-        isinstance(name, str)
-        and name.endswith(ends)
-        and "/" not in name
-        and name.isprintable()
-        and len(os.fsencode(name)) <= _MOST_NAME
-    )
-
-
-def _shown(value: object) -> str:
-    """What a file says, cut short, in one line."""
-    text = ascii(value)
-    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def check_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
@@ -126,13 +112,14 @@ def check_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
         )
     for name in _PAPERS:
         read_paper(folder / name)
-    for file in _vocabularies(folder):
-        check_head(file)
+    check_tokenizer_files(folder)
     stored = {file.name: stored_in(file) for file in files}
     index = folder / _first(folder, config)
     if index.name.endswith(".index.json") and files:
         _check_index(index, _weight_map(index), stored)
-    return {name: tensor for file in files for name, tensor in stored[file.name].items()}
+    tensors = {name: tensor for file in files for name, tensor in stored[file.name].items()}
+    _check_counts(folder / "config.json", config, len(tensors))
+    return tensors
 
 
 def _check_index(
@@ -147,51 +134,32 @@ def _check_index(
     nowhere = sorted(tensor for tensor in said if tensor not in last)
     if nowhere:
         raise ModelError(
-            f"{index} names {len(nowhere):,} tensors that are in none of its files: "
-            f"{some(list(map(_shown, nowhere)))}",
+            f"{index.parent} lacks {len(nowhere):,} of the {len(said):,} tensors that "
+            f"{index.name} names: {some(list(map(shown, nowhere)))}",
             hint=AGAIN,
         )
     for tensor, name in said.items():
         if tensor in stored[name] and last[tensor] != name:
             raise ModelError(
-                f"{index} says that {_shown(tensor)} is in {name}, and {last[tensor]} has another "
+                f"{index} says that {shown(tensor)} is in {name}, and {last[tensor]} has another "
                 "tensor of that name",
                 hint="save the model again with save_pretrained, so that each is there once",
             )
 
 
-def read_paper(file: Path) -> dict[str, Any]:
-    """A small file of JSON, empty if there is none.
-
-    Raises:
-        ModelError: It holds something else.
-        OSError: It can't be read.
-    """
-    if not file.is_file():
-        return {}
-    check_head(file)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{file} is not valid JSON: {error}", hint=f"mend it, or {AGAIN}"
-        ) from error
-    if not isinstance(found, dict):
-        raise ModelError(
-            f"{file} holds no JSON object but a {type(found).__name__}", hint=f"mend it, or {AGAIN}"
-        )
-    return found
-
-
-def _vocabularies(folder: Path) -> Iterator[Path]:
-    for pattern in TOKENIZERS:
-        found = [file for file in sorted(folder.glob(pattern)) if file.is_file()]
-        yield from found
-        if found:
-            return
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first few of many names."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+def _check_counts(file: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse a config of more layers than there are tensors: lists are made of such numbers."""
+    todo: list[tuple[str, Any]] = list(config.items())
+    most = max(_ANY_COUNT, tensors)
+    while todo:
+        key, value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += value.items()
+        elif isinstance(value, list):
+            todo += [(key, item) for item in value]
+        elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > most:
+            raise ModelError(
+                f"{file} says {shown(key)} is {shown(value)}, and the weights have "
+                f"{tensors:,} tensors",
+                hint="use the config.json that came with the weights",
+            )

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from batchrun.engine.apart import attention_alone, hooked_in_float32
-from batchrun.engine.executor import TorchExecutor, kept
+from batchrun.engine.executor import TorchExecutor, device_errors, kept
 from batchrun.engine.hook import HOOK, set_attention
-from batchrun.engine.model import LoadedModel, has_experts
+from batchrun.engine.model import OF_A_MODEL, LoadedModel, has_experts
 from batchrun.engine.trial import (
     COMPARED,
     Slots,
@@ -27,7 +27,7 @@ from batchrun.engine.trial import (
     sequences_of,
     through_slots,
 )
-from batchrun.models import ModelError
+from batchrun.errors import ModelError, said_by
 
 _TOLERANCE = {torch.float32: 2e-3}  # of the largest logit; half precision differs by rounding
 _HALF_TOLERANCE = 0.06
@@ -62,12 +62,12 @@ def reference(loaded: LoadedModel) -> Reference:
     """
     hooked, rounding = None, 0.0
     try:
-        with torch.inference_mode(), _own_attention(loaded):
+        with device_errors(), torch.inference_mode(), _own_attention(loaded):
             logits = _own_logits(loaded)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+    except OF_A_MODEL as error:
         raise ModelError(
             f"the architecture {loaded.architecture} is refused: its own code fails on a test "
-            f"prompt: {error}",
+            f"prompt: {said_by(error)}",
             hint="check its config.json; transformers runs the model with it as little as batchrun",
         ) from error
     if not all(bool(each.isfinite().all()) for each in logits):

@@ -35,7 +35,7 @@ def variables(source: str) -> frozenset[str] | None:
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
     try:
         found = meta.find_undeclared_variables(environment.parse(source))
-    except (jinja2.TemplateError, RecursionError):
+    except (jinja2.TemplateError, ValueError, RecursionError):  # ValueError: a number too long
         return None
     return frozenset(found - _GLOBALS) if source else None
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from batchrun.models import ModelError
+from batchrun.errors import ModelError
+from batchrun.papers import shown
 
 # As configs call it; transformers gives most architectures the first name.
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DEFAULT = 8192
+_MOST = 1 << 40  # tokens, or times as many
 # Their frequencies depend on the longest sequence in the batch: beyond the original length one row
 # would change another row's tokens.
 _BY_LONGEST_ROW = {"longrope", "su", "dynamic"}
@@ -26,6 +28,8 @@ def context_length(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...
         ModelError: The user asked for more than the model holds.
     """
     given = next((n for name in _NAMES if isinstance(n := getattr(config, name, None), int)), None)
+    if given is not None and given < 1:
+        raise _unfit(f"a context of {given} tokens")
     limit, notes = given or wanted or _DEFAULT, []
     if given is None and wanted is None:
         notes.append(
@@ -36,6 +40,9 @@ def context_length(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...
         original = rope.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
         )
+        for number in (factor, original or 1):
+            if not isinstance(number, int | float) or not 0 < number < _MOST:
+                raise _unfit(f"rope whose context is changed by {shown(number)}")
         kind = rope.get("rope_type") or rope.get("type")
         if kind in _BY_LONGEST_ROW and given:
             full = max(limit, int(limit * factor)) if kind == "dynamic" else limit
@@ -61,6 +68,12 @@ def context_length(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...
     if wanted is not None:
         return wanted, ()
     return limit, tuple(notes)
+
+
+def _unfit(what: str) -> ModelError:
+    return ModelError(
+        f"the model's config.json has {what}", hint="use the one that came with the weights"
+    )
 
 
 def _rope(config: Any) -> Any:

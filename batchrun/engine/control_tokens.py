@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import re
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import AddedToken
@@ -51,8 +52,7 @@ class ControlTokens:
         self._firsts = "".join({text[0] for text in texts})
         self._lasts = "".join({text[-1] for text in texts})
         self._longest = max(map(len, texts), default=0)
-        self._begins = {text[:n] for text in texts for n in range(1, len(text))}
-        self._ends = {text[n:] for text in texts for n in range(1, len(text))}
+        self._texts = texts
         self._breakable = re.compile(f"(?=(?:{many}))(?P<first>.)|(?P<one>{one})", re.DOTALL)
         self._normalized = self._read_as()
         self._copy: Any = None
@@ -146,7 +146,8 @@ class ControlTokens:
         end = len(text.rstrip())
         tail = text[max(0, end - self._longest) : end]
         if _any_in(self._firsts, tail) and any(
-            tail[n] in self._firsts and tail[n:] in self._begins for n in range(len(tail))
+            tail[n] in self._firsts and self._is_part(str.startswith, tail[n:])
+            for n in range(len(tail))
         ):
             return end
         return None
@@ -156,10 +157,15 @@ class ControlTokens:
         begin = len(text) - len(text.lstrip())
         head = text[begin : begin + self._longest]
         if _any_in(self._lasts, head) and any(
-            head[n] in self._lasts and head[: n + 1] in self._ends for n in range(len(head))
+            head[n] in self._lasts and self._is_part(str.endswith, head[: n + 1])
+            for n in range(len(head))
         ):
             return begin
         return None
+
+    def _is_part(self, of: Callable[[str, str], bool], text: str) -> bool:
+        """Whether some control token begins, or ends, with a text and is longer."""
+        return any(len(text) < len(token) and of(token, text) for token in self._texts)
 
     # --- tokens ---
 

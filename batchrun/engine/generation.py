@@ -127,17 +127,32 @@ def read_generation(model: PreTrainedModel, tokenizer: Any, max_model_len: int) 
         for name, nothing in _UNDONE.items()
         if name in found and found[name] not in nothing
     ]
-    stop = found.get("stop_strings") or ()
-    length = found.get("max_length") if "max_new_tokens" not in found else None
+    stop, unread = _strings(found)
+    ignored += unread
+    lengths = {}
+    for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        length = found.get(name) if instead not in found else None
+        if length is None or (type(length) is int and length >= 0):
+            lengths[name] = None if length == _LENGTH and name == "max_length" else length
+        else:
+            ignored.append(f"{name}={length}")
     return Generation(
         sampling=values,
-        stop=tuple(filter(None, [stop] if isinstance(stop, str) else stop)),
-        max_length=None if length == _LENGTH else length,
-        min_length=found.get("min_length") if "min_new_tokens" not in found else None,
+        stop=stop,
+        **lengths,
         specials=specials,
         processors=processors,
         ignored=tuple(ignored),
     )
+
+
+def _strings(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str]]:
+    """Stop strings, and what of them can't be."""
+    listed = found.get("stop_strings") or ()
+    listed = [listed] if isinstance(listed, str) else listed
+    if isinstance(listed, list | tuple) and all(isinstance(text, str) for text in listed):
+        return tuple(filter(None, listed)), []
+    return (), [f"stop_strings={listed}"]
 
 
 def _sampling(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

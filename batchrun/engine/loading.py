@@ -33,15 +33,18 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from batchrun import kinds
+from batchrun.engine.bounded import bounded
 from batchrun.engine.core import EngineError
 from batchrun.engine.executor import device_errors
 from batchrun.engine.int8_gpu import why_not
 from batchrun.engine.model import LoadedModel, prepare
 from batchrun.engine.quantize import int8_weights
-from batchrun.errors import ModelError
-from batchrun.headers import AGAIN
+from batchrun.errors import PROCESS_ENDS, ModelError
+from batchrun.headers import AGAIN, Stored
 from batchrun.machine import multiplies_bfloat16
-from batchrun.weights import check_files, some
+from batchrun.papers import some
+from batchrun.tokenizer_files import named_elsewhere
+from batchrun.weights import check_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER = "the tokenizer of "
@@ -79,9 +82,10 @@ def load(
         ModelError: It can't be loaded, lacks weights, or its architecture is refused.
     """
     name = name or path
+    stored = stored_in_folder(Path(path))
     config, tokenizer = read_papers(path, name, trust_remote_code=trust_remote_code)
     wanted = choose_dtype(dtype, config, device)
-    with reading(name, path):
+    with reading(name, path), fitting(config, stored):
         read: Any = class_for(config).from_pretrained(
             path,
             config=config,
@@ -106,6 +110,39 @@ def load(
     return replace(loaded, notes=(*loaded.notes, *notes))
 
 
+def stored_in_folder(folder: Path) -> Mapping[str, Stored]:
+    """The tensors of a folder's weights, which are looked at again: days may have passed.
+
+    Raises:
+        ModelError: It has no safetensors, or they would be loaded from elsewhere.
+    """
+    if not folder.is_dir():
+        return {}
+    stored = check_files(folder, kinds.read_config(folder))
+    if not stored:
+        raise kinds.why_no_weights(folder)
+    return stored
+
+
+@contextmanager
+def fitting(config: PreTrainedConfig, stored: Mapping[str, Stored]) -> Iterator[None]:
+    """A model that is built from a config may be as large as its weights can be.
+
+    Args:
+        config: The model's.
+        stored: All tensors of its files; none where that isn't known.
+
+    Raises:
+        ModelError: It is far larger.
+    """
+    if not stored:
+        yield
+        return
+    quantised = kinds.quantisation(config.to_dict()) is not None
+    with bounded(stored.values(), quantised=quantised):
+        yield
+
+
 def class_for(config: PreTrainedConfig) -> Any:
     """The transformers class that loads a model with this config.
 
@@ -126,13 +163,23 @@ def read_papers(path: str, name: str, *, trust_remote_code: bool) -> tuple[Any, 
     """
     with reading(name, path, "the config of "):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _forget_implementations(config)
         if config.is_encoder_decoder:
             raise kinds.not_causal(
                 f"the model {name}", config.model_type, "an encoder-decoder model"
             )
     with reading(name, path, _TOKENIZER):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, **named_elsewhere(Path(path))
+        )
     return config, tokenizer
+
+
+def _forget_implementations(config: PreTrainedConfig) -> None:
+    """How a model computes is not for its config to say, which could name code on the hub."""
+    if config._attn_implementation != "eager":
+        config._attn_implementation = None
+    config._experts_implementation = None
 
 
 @contextmanager
@@ -146,15 +193,15 @@ def reading(name: str, path: str, what: str = "") -> Iterator[None]:
     try:
         with device_errors("the weights", "use a smaller model"):
             yield
-    except (ModelError, EngineError, MemoryError):
+    except (ModelError, EngineError, MemoryError, *PROCESS_ENDS):
         raise
-    except Exception as error:
+    except BaseException as error:  # readers written in Rust panic with something else
         if os.strerror(errno.ENOMEM) in str(error):  # torch has no class of its own for it
             raise MemoryError(_first_line(error)) from error
         raise _cannot_load(name, Path(path), what, error) from error
 
 
-def _cannot_load(name: str, folder: Path, what: str, error: Exception) -> ModelError:
+def _cannot_load(name: str, folder: Path, what: str, error: BaseException) -> ModelError:
     """What is to blame, by the folder's papers and the type of the error."""
     failed = f"{what}the model {name} can't be loaded: {_first_line(error)}"
     config: kinds.Config = {}
@@ -188,7 +235,7 @@ def _cannot_load(name: str, folder: Path, what: str, error: Exception) -> ModelE
     return ModelError(failed, hint=hint)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of what an error says, and the second where the first announces it."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
     said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
@@ -215,7 +262,7 @@ def _unknown_type(name: str, config: kinds.Config, *, weights: bool) -> ModelErr
     return None
 
 
-def _tokenizer_hint(folder: Path, error: Exception) -> str:
+def _tokenizer_hint(folder: Path, error: BaseException) -> str:
     if not (folder / "tokenizer.json").exists():
         lacking = [name for name in _READERS if find_spec(name) is None]
         lacks = f"pip install {' '.join(lacking)}, or " if lacking else ""

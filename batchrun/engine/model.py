@@ -90,7 +90,15 @@ def _why_not_once(hits: Sequence[int], expected: Sequence[int]) -> str:
 
 
 # What a model's own code raises over tokens, masks or positions that it does not expect.
-OF_A_MODEL = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+OF_A_MODEL = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
 
 
 def prepare(
@@ -107,6 +115,8 @@ def prepare(
     for key in ("vocab_size", "num_hidden_layers"):
         if not hasattr(config, key):
             raise _refused(name, f"its config has no {key}")
+        if not isinstance(found := getattr(config, key), int) or found < 1:
+            raise _refused(name, f"its config says that {key} is {found!r}")
     if model.config.is_encoder_decoder:
         raise _refused(name, "it is an encoder-decoder, and batchrun runs decoders")
     if model.device.type == "meta":  # where how many tokens an expert gets is not known

@@ -23,7 +23,7 @@ from batchrun.engine.messages import (
     read_tools,
 )
 from batchrun.engine.template import Template
-from batchrun.models import no_chat_template
+from batchrun.models import ModelError, no_chat_template
 
 __all__ = ["PromptBuilder", "PromptError", "Tokenizer", "prompt_builder"]
 
@@ -168,9 +168,8 @@ class PromptBuilder:
             self._check_roles(messages, tools is not None)
         messages = self.chat_template.shape(messages, tools is not None)
         made = self._template is not None  # whose marks, if any, are there already
-        data: dict[str, Any] = {"messages": None if made else messages}
-        data, marked = self._guarded(data | {"tools": tools, "arguments": arguments})
-        messages, first = messages if made else data["messages"], 0
+        said, marked = self._guarded([None if made else messages, tools, arguments])
+        messages, first = messages if made else said[0], 0
         if continued(messages):
             self._tell("continued", "chats that end with an assistant's text are continued there")
         if self.system is not None and messages[0]["role"] != "system":
@@ -178,7 +177,7 @@ class PromptBuilder:
                 [{"role": "system", "content": self.system}], tools is not None
             )
             messages, first = [*system, *messages], -1
-        text = self.chat_template.prompt(messages, data["tools"], data["arguments"], first=first)
+        text = self.chat_template.prompt(messages, *said[1:], first=first)
         return text, marked or filled
 
     def _arguments(
@@ -271,7 +270,12 @@ def prompt_builder(
         ModelError: The prompts are chats, and the model has no template for them, or one that does
             not read what the job says to it.
     """
-    longest = max(map(len, tokenizer.get_vocab()))
+    longest = max(map(len, tokenizer.get_vocab()), default=0)
+    if not longest:
+        raise ModelError(
+            f"the tokenizer of the model {model} has no tokens",
+            hint="copy the tokenizer of the model that it was made from",
+        )
     builder = PromptBuilder(tokenizer, **prompt, max_chars=longest * max_model_len, log=log)
     if builder.needs_chat_template and not tokenizer.chat_template:
         raise no_chat_template(model)
