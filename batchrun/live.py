@@ -6,16 +6,19 @@ Neither is durable, nor needed for anything but watching.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
-from jobs.files import open_private
+from jobs.checksums import sealed
+from jobs.files import open_private, read_json
 
 LOG = "log.jsonl"
 _PROGRESS = "progress.json"
@@ -58,7 +61,7 @@ class Reporter:
             self._written, self._phase = now, progress.phase
             temporary = self._progress.with_suffix(f".{os.getpid()}")
             with open(temporary, "w", encoding="ascii", opener=open_private) as file:
-                file.write(json.dumps(asdict(progress)))
+                file.write(json.dumps(sealed(asdict(progress))))
             temporary.replace(self._progress)
 
     def message(self, text: str) -> None:
@@ -86,11 +89,19 @@ def forget_progress(folder: Path) -> None:
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """What a run last published; None before the first time."""
+    """What a run last published; None before the first time, or if that is damaged."""
     try:
-        return Progress(**json.loads((folder / _PROGRESS).read_text()))
-    except FileNotFoundError:
+        return Progress(**read_json(folder / _PROGRESS))
+    except (FileNotFoundError, ValueError, TypeError):
         return None
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    """A line of the log; one that is damaged is a message as it stands, at an unknown time."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        entry = json.loads(line)
+        return {"time": float(entry["time"]), "message": str(entry["message"])}
+    return {"time": math.nan, "message": ascii(line.rstrip().decode(errors="replace"))}
 
 
 class LogTail:
@@ -114,7 +125,7 @@ class LogTail:
         except FileNotFoundError:
             return 0
 
-    def lines(self) -> Iterator[dict[str, object]]:
+    def lines(self) -> Iterator[dict[str, Any]]:
         """What was added since the last call, whole lines only."""
         if self._file is None:
             try:
@@ -128,7 +139,7 @@ class LogTail:
             if not line.endswith(b"\n"):
                 self._file.seek(at)
                 return
-            yield json.loads(line)
+            yield _entry(line)
 
     def close(self) -> None:
         """Close the file."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.files import make_folders, write_json
+from jobs.files import make_folders, read_json, write_json
 from jobs.spec import JobSpec
 
 _AMOUNTS = 3
@@ -64,7 +64,7 @@ class Measured:
         It is a hint and no truth, so losing it is no error.
         """
         try:
-            return cls(**json.loads(_path(home, spec).read_text()))
+            return cls(**read_json(_path(home, spec)))
         except (OSError, ValueError, TypeError):
             return None
 

@@ -44,9 +44,9 @@ from jobs.files import check_room, free_bytes
 from jobs.folder import JobFolder
 from jobs.identity import grown
 from jobs.joined import input_ended
-from jobs.journal import Journal
+from jobs.journal import READ, Journal
 from jobs.lease import Lease
-from jobs.rejoin import READ, export_job
+from jobs.rejoin import export_job
 from jobs.results import Copy, DoneSet, Partial, Result, RowDigests
 from jobs.source import Source, open_source
 from jobs.spec import JobSpec

@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batchrun.machine import peak_rss
 from jobs.folder import create
-from jobs.journal import Journal, Result
-from jobs.rejoin import READ, export_job
+from jobs.journal import READ, Journal, Result
+from jobs.rejoin import export_job
 from jobs.source import Row, expand_inputs, open_source
 from jobs.spec import InputFile, JobSpec
 from jobs.stats import RunStats, summarise

@@ -18,12 +18,19 @@ class Answers:
         partial: Whether samples may be missing.
         keep: Of a row's samples only so many, the best first by mean log-probability, numbered
             anew; of a row that lacks samples none, since its best may be among them.
+        rows: How many there are; None where that is not known.
     """
 
     def __init__(
-        self, results: Iterator[Result], n: int, partial: bool, keep: int | None = None
+        self,
+        results: Iterator[Result],
+        n: int,
+        partial: bool,
+        keep: int | None = None,
+        rows: int | None = None,
     ) -> None:
-        self.n, self._keep = n, keep
+        self.n, self._rows, self._keep = n, rows, keep
+        self._taken = 0
         self._results = results
         self._samples = list(range(n))
         self._partial = partial
@@ -32,6 +39,7 @@ class Answers:
     def take(self, row: int) -> list[Result]:
         """The results of the next row."""
         found: list[Result] = []
+        self._taken = row + 1
         while self._next is not None and self._next.row <= row:
             found.append(self._next)
             self._next = next(self._results, None)
@@ -53,11 +61,18 @@ class Answers:
         return [result._replace(sample=i) for i, result in enumerate(best)]
 
     def finish(self) -> None:
-        """Check that no result is left."""
+        """Check that no result is left, and no row."""
         if self._next is not None:
             raise SpecChanged(
                 f"there is a result of row {self._next.row}, which the input does not have: it was "
                 "changed meanwhile; the results are safe in the job",
+                hint="restore the input, then: batchrun resume",
+            )
+
+        if not self._partial and self._rows is not None and self._taken < self._rows:
+            raise SpecChanged(
+                f"the input ended after {self._taken:,} of its {self._rows:,} rows: it was changed "
+                "meanwhile; the results are safe in the job",
                 hint="restore the input, then: batchrun resume",
             )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from jobs.folder import JobFolder, list_jobs
 from jobs.identity import PLACES, places_with_output
 from jobs.journal import NAME, Journal
 from jobs.lease import Lease, held_by
-from jobs.spec import JobSpec
+from jobs.spec import FILE, JobSpec
 
 _LIVE = ("new", "queued", "running")
 _OWN_FOLDERS = ("jobs", "measured", "models", "queue", "verdicts")  # of `home()`
@@ -145,23 +145,34 @@ class Claim:
 
 @contextmanager
 def resuming(
-    root: Path, job: JobFolder, output: Path | None = None, *, overwrite: bool = False
+    root: Path,
+    job: JobFolder,
+    output: Path | None = None,
+    *,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
     """Let a job go on if it can have its destination; in the block it is to become live.
+
+    What of it is damaged and can be had again is put right before.
 
     Args:
         root: What `home()` says.
         job: The job.
         output: Another file for its output, from now on.
         overwrite: Whether what is there may be replaced.
+        tell: Told what was damaged, a line each.
 
     Raises:
         LeaseHeld: It runs.
+        JobError: It is damaged beyond that.
         OutputError: Another job has the destination, or a file is there that is not the job's.
     """
     with one_at_a_time(root):
         with Lease(job.path):
-            submitted = JobSpec.load(job.path)
+            for line in job.mend():
+                tell(line)
+            submitted = job.submitted()
             places = places_with_output(job.path, submitted, output)
             spec = submitted.at(places).within(job.path)
             path, inputs = Path(spec.output["path"]), [Path(file.path) for file in spec.inputs]
@@ -271,7 +282,7 @@ def _places(path: Path) -> set[str | tuple[object, ...]]:
 
 
 def _is_job(folder: Path) -> bool:
-    return all(os.path.exists(folder / name) for name in (NAME, "job.json"))
+    return all(os.path.exists(folder / name) for name in (NAME, FILE))
 
 
 def _taken(what: str, other: JobFolder, state: str, does: str) -> OutputTaken:

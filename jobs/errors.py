@@ -42,5 +42,9 @@ class SpecChanged(JobError):  # noqa: N818 - likewise
     """A job would go on with other work than it was submitted with."""
 
 
+class SpecDamaged(JobError):  # noqa: N818 - likewise
+    """What a job was submitted with can't be read any more."""
+
+
 class JobNotFound(JobError):  # noqa: N818 - likewise
     """No job of that name."""

@@ -137,7 +137,13 @@ def export(
 def _write_parquet(file: IO[bytes], joined: Joined) -> int:
     schema = joined.schema()
     # Names inside of list types are part of a column's type: they stay as they are.
-    writer = pq.ParquetWriter(file, schema, compression="zstd", use_compliant_nested_type=False)
+    writer = pq.ParquetWriter(
+        file,
+        schema,
+        compression="zstd",
+        use_compliant_nested_type=False,
+        write_page_checksum=True,
+    )
     count = size = 0
     group: list[pa.RecordBatch] = []
 

@@ -13,11 +13,12 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from jobs.checksums import sealed, unsealed
 from jobs.errors import OutputError
 
 _ACCESS_LIST = "system.posix_acl_access"
@@ -238,9 +239,20 @@ def remove_abandoned(path: Path) -> None:
             (path.parent / name).unlink()
 
 
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Write a JSON file atomically, indented for people; private."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Write a JSON object atomically, indented for people, with a checksum; private."""
+    text = json.dumps(sealed(value), indent=2, ensure_ascii=False) + "\n"
     with atomic_write(path, durable=durable, private=True) as file:
         # Names of files may hold halves of surrogate pairs, whose escape is JSON's too.
         file.write(text.encode(errors="backslashreplace"))
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        OSError: The file can't be read.
+        ValueError: It is damaged.
+    """
+    with open(path, "rb", buffering=0) as file:  # of thousands of jobs: every call counts
+        return unsealed(file.read())

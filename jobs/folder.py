@@ -17,7 +17,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import JobError, JobNotFound, JournalError, OutputError, SpecChanged
+from jobs.errors import (
+    JobError,
+    JobNotFound,
+    JournalError,
+    OutputError,
+    SpecChanged,
+    SpecDamaged,
+)
 from jobs.files import (
     current_umask,
     free_bytes,
@@ -30,7 +37,7 @@ from jobs.files import (
 from jobs.identity import ModelFingerprint, changes, load_places, move
 from jobs.journal import NAME, Counts, Journal
 from jobs.lease import CANCEL, Lease, held_by
-from jobs.spec import JobSpec
+from jobs.spec import FILE, JobSpec
 from jobs.state import WAITING, Brief
 
 _FULL = 1 << 20  # bytes left on a disk that is full for all purposes
@@ -54,9 +61,49 @@ class JobFolder:
         """The job's name."""
         return self.path.name
 
+    def submitted(self) -> JobSpec:
+        """The job's specification; where `job.json` is damaged, as the journal keeps it.
+
+        Raises:
+            SpecDamaged: Neither has it.
+            JournalError: The journal is damaged too.
+        """
+        try:
+            return JobSpec.load(self.path)
+        except SpecDamaged:
+            with Journal(self.path, 1, readonly=True) as journal:
+                kept = journal.meta("spec")
+            if kept is None:
+                raise
+            return JobSpec.of(kept)
+
     def spec(self) -> JobSpec:
         """The job's specification, with inputs and model where they are now."""
-        return JobSpec.load(self.path).at(load_places(self.path)).within(self.path)
+        return self.submitted().at(load_places(self.path)).within(self.path)
+
+    def mend(self) -> list[str]:
+        """Put right what can be of damaged files, and say what, a line each. Needs the lease.
+
+        What is damaged in the journal is to do again. `job.json` is written anew from the journal,
+        and the other way round.
+
+        Raises:
+            JobError: There is no whole specification, or the journal is damaged as a whole.
+        """
+        spec, noted = self.submitted(), Brief.load(self.path)
+        with self.journal(readonly=False) as journal:  # which removes state.json
+            lines = [f"{what} was damaged: it is to do again" for what in journal.mend()]
+            if journal.meta("spec") is None:
+                journal.set_meta("spec", spec.as_dict())
+        if noted is not None and not lines:
+            noted.save(self.path)
+        try:
+            JobSpec.load(self.path)
+        except SpecDamaged:
+            if not spec.edits(self.path):
+                spec.save(self.path)
+                lines.append("job.json was damaged: it is written anew, from the journal")
+        return lines
 
     def journal(self, *, readonly: bool = True) -> Journal:
         """The job's journal, open."""
@@ -208,7 +255,7 @@ class JobFolder:
         self, old: str, new: str, model_fingerprint: ModelFingerprint | None = None
     ) -> None:
         """Take note that inputs or the model have moved; see `jobs.identity.move`."""
-        move(self.path, JobSpec.load(self.path), old, new, model_fingerprint)
+        move(self.path, self.submitted(), old, new, model_fingerprint)
 
     def _counted(self, state: str) -> Brief:
         spec = self.spec()
@@ -295,10 +342,21 @@ def list_jobs(root: Path) -> list[JobFolder]:
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / "jobs") as entries:
         for entry in entries:  # of thousands: every call counts
             with suppress(OSError):
-                if not entry.name.startswith(".") and os.stat(f"{entry.path}/{NAME}"):
-                    made = os.stat(f"{entry.path}/job.json").st_mtime_ns
-                    found.append((made, entry.name, entry.path))
+                if not entry.name.startswith("."):
+                    found.append((_made(entry.path), entry.name, entry.path))
     return [JobFolder(Path(path)) for _, _, path in sorted(found)]
+
+
+def _made(folder: str) -> int:
+    """When a job was submitted, in nanoseconds; of one that lost its `job.json` a later time.
+
+    Raises:
+        OSError: The folder is no job's.
+    """
+    try:
+        return os.stat(f"{folder}/{FILE}").st_mtime_ns
+    except FileNotFoundError:
+        return os.stat(f"{folder}/{NAME}").st_mtime_ns
 
 
 def find(root: Path, name: str | None = None) -> JobFolder:
@@ -332,6 +390,7 @@ def find_same(root: Path, spec: JobSpec) -> JobFolder | None:
             known = noted.fingerprint if noted is not None else ""
             same = (known or job.spec().fingerprint()) == wanted
             if same and job.state() not in {"done", "cancelled"}:
+                job.counts()
                 return job
         except JobError:
             continue  # a damaged one is no job to resume
@@ -347,16 +406,23 @@ def check_unchanged(job: JobFolder, model_fingerprint: ModelFingerprint | None =
 
     Raises:
         SpecChanged: The message names what changed.
+        SpecDamaged: `job.json` says nothing any more.
         InputError: An input or the model is gone or can't be read.
     """
     spec = job.spec()
     with job.journal() as journal:
-        submitted = journal.meta("spec")
-    edited = JobSpec.of(submitted).differences(spec) if submitted is not None else []
+        kept = journal.meta("spec")
+    edited = JobSpec.of(kept).edits(job.path) if kept is not None else []
+    if edited is None:
+        raise SpecDamaged(
+            f"{job.path / FILE} is damaged; the journal has what it said",
+            hint=f"batchrun resume {job.id} writes it anew",
+        )
     if edited:
         raise SpecChanged(
-            "job.json was edited since the job was submitted: " + "; ".join(edited),
-            hint="undo that, or submit the new parameters as a job of their own",
+            "job.json was edited since the job was submitted, or is damaged: " + "; ".join(edited),
+            hint="undo that, or remove the file: `batchrun resume` writes it anew; "
+            "new parameters are a job of their own",
         )
     changed = changes(spec, model_fingerprint)
     if changed:

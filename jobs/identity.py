@@ -6,13 +6,12 @@ lead today.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
 
 from jobs.errors import InputError, JobError, SpecChanged
-from jobs.files import write_json
+from jobs.files import read_json, write_json
 from jobs.spec import InputFile, JobSpec
 
 ModelFingerprint = Callable[[Path], str]
@@ -28,10 +27,10 @@ def load_places(folder: Path) -> dict[str, str]:
     """
     path = folder / PLACES
     try:
-        return {str(old): str(new) for old, new in json.loads(path.read_bytes()).items()}
+        return {str(old): str(new) for old, new in read_json(path).items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise JobError(
             f"{path} can't be read: {error}",
             hint="remove it, then tell again: batchrun resume --moved OLD=NEW",

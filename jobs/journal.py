@@ -8,6 +8,7 @@ fencing token: as soon as there is a later one, it can write nothing any more.
 from __future__ import annotations
 
 import json
+import math
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,26 +22,41 @@ from jobs.files import fsync_directory, remove
 from jobs.lease import Lease
 from jobs.readings import Readings
 from jobs.results import Copy, Counts, DoneSet, Partial, Result
-from jobs.schema import NAME, connect, create, transaction
+from jobs.schema import NAME, SEALS, TABLES, connect, create, transaction, with_checksum
 
-__all__ = ["NAME", "STATE", "Copy", "Counts", "DoneSet", "Journal", "Partial", "Result"]
+__all__ = ["NAME", "READ", "STATE", "Copy", "Counts", "DoneSet", "Journal", "Partial", "Result"]
 
+READ = "columns_read"  # in the notes: the columns that digests of rows are of
 STATE = "state.json"  # what `list` remembers of a journal, as long as nobody writes to it
 
 _CHECKPOINT_BYTES = 4 << 20  # of results, until they move from the log into the database
 _ROW_BYTES = 160  # of a result besides its text and tokens
 _DIGEST_BYTES = 16
-_INSERT = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT = f"INSERT INTO results VALUES ({', '.join('?' * 15)})"
+_COPIED = ", ".join(
+    {"id": "?1", "run": "?3", "queue_s": "NULL", "prefill_s": "NULL", "decode_s": "NULL"}.get(c, c)
+    for c in TABLES["results"]
+)
 _COPY = (
-    "INSERT INTO results SELECT ?1, status, text, token_ids, finish_reason, prompt_tokens, "
-    "completion_tokens, error, error_kind, NULL, NULL, NULL, ?3, logprob FROM results "
-    "WHERE id = ?2 AND status = 'ok'"
+    f"INSERT INTO results SELECT {_COPIED}, checksum({_COPIED}) FROM results "
+    f"WHERE id = ?2 AND status = 'ok' AND crc = {SEALS['results']}"
 )
 _TOKEN_BYTES = 9  # of a copied result, text and number
 _PARTIAL = (
-    "INSERT OR REPLACE INTO partials SELECT ?1, ?2, ?3 "
+    "INSERT OR REPLACE INTO partials SELECT ?1, ?2, ?3, ?4 "
     "WHERE NOT EXISTS (SELECT 1 FROM results WHERE id = ?1)"
 )
+# Deleting the last run would let its number be given again.
+_REMOVE = {
+    "results": "DELETE FROM results WHERE id = ?",
+    "partials": "DELETE FROM partials WHERE id = ?",
+    "crashes": "DELETE FROM crashes WHERE row = ? AND run = ?",
+    "rows": "DELETE FROM rows WHERE row = ?",
+    "meta": "DELETE FROM meta WHERE key = ?",
+    "runs": "UPDATE runs SET started_at = (julianday('now') - 2440587.5) * 86400, ended_at = NULL, "
+    "state = 'interrupted', stats = '{}', reason = NULL, crc = NULL WHERE id = ?",
+}
+_SEAL_RUN = f"UPDATE runs SET crc = {SEALS['runs']} WHERE id = ?"
 
 
 class Journal(Readings):
@@ -81,6 +97,7 @@ class Journal(Readings):
         """
         with self._transaction():
             cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
+            self._db.execute(_SEAL_RUN, (cursor.lastrowid,))
             # Whoever made the job may have failed to make its name durable.
             for folder in self.path.parent.absolute().parents[:3]:
                 with suppress(PermissionError):
@@ -118,7 +135,17 @@ class Journal(Readings):
         """
         run = self._run
         rows = [
-            (self._number(r), *r[2:4], array("i", r.token_ids).tobytes(), *r[5:-1], run, r.logprob)
+            with_checksum(
+                (
+                    self._number(r),
+                    *r[2:4],
+                    array("i", r.token_ids).tobytes(),
+                    *r[5:10],
+                    *map(_real, r[10:13]),
+                    run,
+                    _real(r.logprob),
+                )
+            )
             for r in results
             if isinstance(r, Result)
         ]
@@ -127,9 +154,14 @@ class Journal(Readings):
             for c in results
             if isinstance(c, Copy)
         ]
-        kept = [(self._number(p), array("i", p.token_ids).tobytes(), p.logprob) for p in partials]
+        kept = [
+            with_checksum((self._number(p), array("i", p.token_ids).tobytes(), _real(p.logprob)))
+            for p in partials
+        ]
         with self._write():
-            self._db.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?)", digests)
+            self._db.executemany(
+                "INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", map(with_checksum, digests)
+            )
             self._db.executemany(_INSERT, rows)
             if copies and self._db.executemany(_COPY, copies).rowcount != len(copies):
                 raise JournalError("a result was about to be copied that is not in the journal")
@@ -140,9 +172,10 @@ class Journal(Readings):
                 self._db.executemany("DELETE FROM partials WHERE id = ?", ended)
             if stats is not None:
                 self._db.execute("UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run))
+                self._db.execute(_SEAL_RUN, (run,))
         self._logged += _DIGEST_BYTES * len(digests)
         self._logged += sum(_ROW_BYTES + len(row[2] or "") + len(row[3]) for row in rows)
-        self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens, _ in kept)
+        self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens, *_ in kept)
         self._logged += sum(
             _ROW_BYTES + _TOKEN_BYTES * c.tokens for c in results if isinstance(c, Copy)
         )
@@ -160,6 +193,7 @@ class Journal(Readings):
                 "UPDATE runs SET ended_at = ?, state = ?, stats = ?, reason = ? WHERE id = ?",
                 (time.time(), state, json.dumps(stats), reason, self._run),
             )
+            self._db.execute(_SEAL_RUN, (self._run,))
 
     def retry_failed(self) -> int:
         """Remove error results, so that their samples are to do again; returns how many.
@@ -178,11 +212,42 @@ class Journal(Readings):
             )
             count = self._db.execute("DELETE FROM results WHERE status = 'error'").rowcount
             if count:
+                [(last,)] = self._db.execute("SELECT max(id) FROM runs")
                 self._db.execute(
-                    "UPDATE runs SET state = 'interrupted' WHERE state LIKE 'done%' "
-                    "AND id = (SELECT max(id) FROM runs)"
+                    "UPDATE runs SET state = 'interrupted' WHERE state LIKE 'done%' AND id = ?",
+                    (last,),
                 )
+                self._db.execute(_SEAL_RUN, (last,))
         return count
+
+    def mend(self) -> list[str]:
+        """Remove damaged records, so that what they held is to do again; says which, a line each.
+
+        Figures of a run are none from then on. What damage in the structure hides is not found.
+
+        Raises:
+            JournalError: The file itself is damaged.
+        """
+        self.check_structure()
+        damage = self.damage()
+        if not damage:
+            return []
+        with self._write(any_run=True):
+            for found in damage:
+                self._db.execute(_REMOVE[found.table], found.key)
+            # Of digests nobody knows what they are of without the note that says it.
+            self._db.execute(
+                "DELETE FROM rows WHERE NOT EXISTS (SELECT 1 FROM meta WHERE key = ?)", (READ,)
+            )
+            self._db.execute("DELETE FROM partials WHERE id IN (SELECT id FROM results)")
+            # Each run that results are of has its entry, and its number is not given again.
+            self._db.execute(
+                "INSERT OR IGNORE INTO runs (id, started_at, state) "
+                "SELECT DISTINCT run, ?, 'interrupted' FROM results",
+                (time.time(),),
+            )
+            self._db.execute(f"UPDATE runs SET crc = {SEALS['runs']} WHERE crc IS NULL")
+        return [found.what for found in damage]
 
     def count_crash(self, rows: Iterable[int]) -> None:
         """Note that the latest run's process died with these rows in the engine.
@@ -191,14 +256,18 @@ class Journal(Readings):
         """
         with self._write(any_run=True):
             self._db.executemany(
-                "INSERT OR IGNORE INTO crashes SELECT ?, max(id) FROM runs HAVING max(id) > 0",
+                "INSERT OR IGNORE INTO crashes SELECT ?1, max(id), checksum(?1, max(id)) "
+                "FROM runs HAVING max(id) > 0",
                 [(row,) for row in rows],
             )
 
     def set_meta(self, key: str, value: Any) -> None:
         """Remember a small JSON value."""
         with self._write(any_run=True):
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+            self._db.execute(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)",
+                with_checksum((key, json.dumps(value))),
+            )
 
     def close(self) -> None:
         """Close the connection; everything written is durable already.
@@ -274,3 +343,8 @@ class Journal(Readings):
                 self._db.close()
         self._writer = False
         self._db.close()
+
+
+def _real(value: float | None) -> float | None:
+    """As SQLite gives it back."""
+    return None if value is None or math.isnan(value) else float(value)

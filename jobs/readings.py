@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import sqlite3
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.checksums import checksum
 from jobs.errors import JournalError
 from jobs.results import Counts, DoneSet, Partial, Result
+from jobs.schema import BEYOND_REPAIR, TABLES
 
-_SELECT = (
-    "SELECT id, status, text, token_ids, finish_reason, prompt_tokens, completion_tokens, error, "
-    "error_kind, queue_s, prefill_s, decode_s, logprob FROM results WHERE id >= ? ORDER BY id"
-)
+_SELECTS = {t: f"SELECT {', '.join(columns)}, crc FROM {t}" for t, columns in TABLES.items()}
+_SHOWN = 5  # damaged records, in a message
 _CONTRADICTIONS = {
     "a sample has both a result and tokens to go on from": (
         "SELECT 1 FROM partials JOIN results USING (id) LIMIT 1"
@@ -28,6 +30,21 @@ _CONTRADICTIONS = {
         "SELECT 1 FROM results WHERE status NOT IN ('ok', 'error', 'skipped') LIMIT 1"
     ),
 }
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A record of a journal that is not what was written.
+
+    Args:
+        table: Where it is.
+        key: The values that tell it from others there, of which one may be what is damaged.
+        what: The same for people.
+    """
+
+    table: str
+    key: tuple[Any, ...]
+    what: str
 
 
 class Readings:
@@ -44,9 +61,13 @@ class Readings:
         self._failed: Exception | None = None  # the write after which nothing is certain
 
     def meta(self, key: str) -> Any:
-        """A value remembered by `set_meta`, or None."""
-        found = self._all("SELECT value FROM meta WHERE key = ?", key)
-        return json.loads(found[0][0]) if found else None
+        """A value remembered by `set_meta`, or None.
+
+        Raises:
+            JournalError: It is damaged.
+        """
+        found = self._proven("meta", "WHERE key = ?", key)
+        return json.loads(found[0][1]) if found else None
 
     def done(self) -> DoneSet:
         """Which results there are, as a bitmap."""
@@ -57,17 +78,16 @@ class Readings:
         return done
 
     def partials(self) -> dict[tuple[int, int], Partial]:
-        """Tokens so far of samples that have no result, by (row, sample)."""
-        found = self._all("SELECT id, token_ids, logprob FROM partials ORDER BY id")
+        """Tokens so far of samples that have no result, by (row, sample); none that are damaged."""
         partials = (
             Partial(number // self.n, number % self.n, _tokens(ids), logprob)
-            for number, ids, logprob in found
+            for number, ids, logprob in self._sound("partials")
         )
         return {(p.row, p.sample): p for p in partials}
 
     def crash_counts(self) -> dict[int, int]:
-        """In how many crashes a row was in the engine, by row."""
-        return dict(self._all("SELECT row, count(*) FROM crashes GROUP BY row"))
+        """In how many crashes a row was in the engine, by row; none that are damaged."""
+        return Counter(row for row, _ in self._sound("crashes"))
 
     def counts(self) -> Counts:
         """Results so far."""
@@ -91,46 +111,66 @@ class Readings:
         what = {"finish_reason": "*", "error_kind": f"DISTINCT id / {self.n}"}[column]
         return dict(
             self._all(
-                f"SELECT {column}, count({what}) FROM results WHERE {column} IS NOT NULL "
-                "GROUP BY 1 ORDER BY 2 DESC, 1"
+                f"SELECT {column}, count({what}) FROM results "
+                f"WHERE typeof({column}) = 'text' GROUP BY 1 ORDER BY 2 DESC, 1"
             )
         )
 
     def quantiles(self, column: str, shares: Sequence[float]) -> list[float] | None:
         """Quantiles (nearest rank) of `queue_s`, `prefill_s` or `decode_s`; None without any."""
         assert column in {"queue_s", "prefill_s", "decode_s"}
-        [(count,)] = self._all(f"SELECT count({column}) FROM results")
+        measured = f"FROM results WHERE typeof({column}) = 'real'"
+        [(count,)] = self._all(f"SELECT count(*) {measured}")
         if not count:
             return None
         ranks = [min(count - 1, int(share * count)) for share in shares]
         ranked = f"row_number() OVER (ORDER BY {column}) - 1 AS rank"
         found = dict(
             self._all(
-                f"SELECT rank, {column} FROM (SELECT {column}, {ranked} FROM results "
-                f"WHERE {column} IS NOT NULL) WHERE rank IN ({', '.join(map(str, ranks))})"
+                f"SELECT rank, {column} FROM (SELECT {column}, {ranked} {measured}) "
+                f"WHERE rank IN ({', '.join(map(str, ranks))})"
             )
         )
         return [found[rank] for rank in ranks]
 
-    def results(self, first_row: int = 0) -> Iterator[Result]:
-        """Results in (row, sample) order, streamed."""
-        with self._errors("read"):
-            cursor = self._db.execute(_SELECT, (first_row * self.n,))
-            for number, status, text, ids, *rest in cursor:
+    def results(self, first_row: int = 0, *, skip_damaged: bool = False) -> Iterator[Result]:
+        """Results in (row, sample) order, streamed.
+
+        Args:
+            first_row: Where to begin.
+            skip_damaged: Leave out what is damaged.
+
+        Raises:
+            JournalError: One is damaged; the message says whose.
+        """
+        query = f"{_SELECTS['results']} WHERE id >= ? ORDER BY id"
+        with self._errors("read"), self._lenient() if skip_damaged else nullcontext():
+            for record in self._db.execute(query, (first_row * self.n,)):
+                if checksum(record[:-1]) != record[-1]:
+                    if skip_damaged:
+                        continue
+                    raise self._damaged(self.damage())
+                number, status, text, ids, *rest, _, logprob, _ = record
+                rest.append(logprob)
                 row, sample = divmod(number, self.n)
                 yield Result(row, sample, status, text, _tokens(ids), *rest)
 
     def digests(self, first: int, count: int) -> dict[int, int]:
-        """Digests of the input rows that were read, of `count` from row `first` on, by row."""
-        query = "SELECT row, digest FROM rows WHERE row >= ? AND row < ?"
-        return dict(self._all(query, first, first + count))
+        """Digests of the input rows that were read, of `count` from row `first` on, by row.
+
+        One that is damaged is none: what it said is not known.
+        """
+        return dict(self._sound("rows", "WHERE row >= ? AND row < ?", first, first + count))
 
     def runs(self) -> list[dict[str, Any]]:
-        """Every worker's run: `id`, `started_at`, `ended_at`, `state`, `stats`, `reason`."""
-        names = ("id", "started_at", "ended_at", "state", "stats", "reason")
+        """Every worker's run: `id`, `started_at`, `ended_at`, `state`, `stats`, `reason`.
+
+        Raises:
+            JournalError: One is damaged.
+        """
         return [
-            {**dict(zip(names, run, strict=True)), "stats": json.loads(run[4])}
-            for run in self._all(f"SELECT {', '.join(names)} FROM runs ORDER BY id")
+            {**dict(zip(TABLES["runs"], run, strict=True)), "stats": json.loads(run[4])}
+            for run in self._proven("runs", "ORDER BY id")
         ]
 
     def beyond(self, rows: int) -> int:
@@ -139,19 +179,100 @@ class Readings:
         return int(count)
 
     def check(self) -> None:
-        """Verify the database's integrity, and that nothing in it contradicts itself.
+        """Verify the database's integrity, every record, and that none contradicts another.
+
+        Raises:
+            JournalError: It is damaged; the message says how.
+        """
+        self.check_structure()
+        damage = self.damage()
+        if damage:
+            raise self._damaged(damage)
+        found = [what for what, query in _CONTRADICTIONS.items() if self._all(query)]
+        if found:
+            raise JournalError(f"{self.path} is damaged: {'; '.join(found)}")
+
+    def check_structure(self) -> None:
+        """Verify that SQLite finds its way in the file, and the tables there.
 
         Raises:
             JournalError: It is damaged; the message says how.
         """
         try:
             found = [row[0] for row in self._db.execute("PRAGMA integrity_check(3)")]
+            for table, columns in TABLES.items():
+                there = [name for (_, name, *_) in self._db.execute(f"PRAGMA table_info({table})")]
+                if there != [*columns, "crc"]:
+                    found.append(f"its table {table} has other columns")
         except sqlite3.DatabaseError as error:
             found = [str(error)]
-        if found == ["ok"]:
-            found = [what for what, query in _CONTRADICTIONS.items() if self._all(query)] or found
         if found != ["ok"]:
-            raise JournalError(f"{self.path} is damaged: {'; '.join(found)}")
+            found = [what for what in found if what != "ok"]
+            raise JournalError(f"{self.path} is damaged: {'; '.join(found)}", hint=BEYOND_REPAIR)
+
+    def damage(self) -> list[Damage]:
+        """Records that are not what was written. Reads all of them.
+
+        Raises:
+            JournalError: The file can't be read.
+        """
+        found = []
+        with self._errors("read"), self._lenient():
+            for table in TABLES:
+                for record in self._db.execute(_SELECTS[table]):
+                    if checksum(record[:-1]) != record[-1]:
+                        found.append(self._damage(table, record))
+        return found
+
+    def _damage(self, table: str, record: tuple[Any, ...]) -> Damage:
+        key = record[:2] if table == "crashes" else record[:1]
+        return Damage(table, key, self._says(table, record[0]))
+
+    def _says(self, table: str, key: Any) -> str:
+        if table == "meta":
+            return f"the note {key!r}"
+        if table == "runs":
+            return f"the figures of run {key}"
+        row, sample = divmod(key, self.n) if table in {"results", "partials"} else (key, 0)
+        of = {"results": "result", "partials": "begun result", "crashes": "crash", "rows": "digest"}
+        which = f", sample {sample}" if table in {"results", "partials"} and self.n > 1 else ""
+        return f"the {of[table]} of row {row}{which}"
+
+    def _damaged(self, damage: Sequence[Damage]) -> JournalError:
+        shown = [found.what for found in damage[:_SHOWN]]
+        if len(damage) > _SHOWN:
+            shown.append(f"{len(damage) - _SHOWN:,} more")
+        name = self.path.parent.name
+        return JournalError(
+            f"{self.path} is damaged: {', '.join(shown)} "
+            f"{'is' if len(damage) == 1 else 'are'} not what was written",
+            hint=f"batchrun resume {name} removes and computes again what is damaged, "
+            f"batchrun export {name} --partial leaves it out",
+        )
+
+    def _sound(self, table: str, which: str = "", *values: Any) -> list[tuple[Any, ...]]:
+        """Records of a table that are not damaged."""
+        with self._lenient():
+            found = self._all(f"{_SELECTS[table]} {which}", *values)
+        return [record[:-1] for record in found if checksum(record[:-1]) == record[-1]]
+
+    def _proven(self, table: str, which: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Records of a table, of which none is damaged."""
+        with self._lenient():
+            found = self._all(f"{_SELECTS[table]} {which}", *values)
+        damage = [self._damage(table, r) for r in found if checksum(r[:-1]) != r[-1]]
+        if damage:
+            raise self._damaged(damage)
+        return [record[:-1] for record in found]
+
+    @contextmanager
+    def _lenient(self) -> Iterator[None]:
+        """Text that is no UTF-8 can be read too: its checksum says that it is damaged."""
+        self._db.text_factory = lambda data: data.decode(errors="replace")
+        try:
+            yield
+        finally:
+            self._db.text_factory = str
 
     def _all(self, query: str, *values: Any) -> list[Any]:
         with self._errors("read"):
@@ -176,20 +297,18 @@ class Readings:
         except sqlite3.IntegrityError as error:
             raise JournalError(f"a result was about to be journalled twice: {error}") from error
         except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
-                sqlite3.SQLITE_IOERR,
-                sqlite3.SQLITE_FULL,
-            ):
+            # Without a code it is Python's own: text that is no UTF-8.
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+            if code == sqlite3.SQLITE_ERROR:
+                raise JournalError(f"{self.path} is damaged: {error}", BEYOND_REPAIR) from error
+            if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
                 self._failed = error
             raise JournalError(
                 f"{self.path} can't be {done}: {error}",
                 hint="make room on the disk, then: batchrun resume",
             ) from error
         except sqlite3.DatabaseError as error:
-            raise JournalError(
-                f"{self.path} is damaged: {error}",
-                hint="restore the job's folder from a copy, or submit the job again",
-            ) from error
+            raise JournalError(f"{self.path} is damaged: {error}", BEYOND_REPAIR) from error
 
 
 def _tokens(data: bytes) -> tuple[int, ...]:

@@ -15,14 +15,13 @@ from jobs.export import export
 from jobs.files import MayReplace
 from jobs.identity import changes
 from jobs.joined import Joined, output_columns
-from jobs.journal import Journal
+from jobs.journal import READ, Journal
 from jobs.lost import Lost
 from jobs.parquetfile import opened
 from jobs.row import Noted, Part, Source, reading, unnoted
 from jobs.source import open_source
 from jobs.spec import JobSpec
 
-READ = "columns_read"  # in a journal's meta: the columns that its digests are of
 _LEFT = "batchrun export --partial -o FILE has the results by row number, and what is left of it"
 
 
@@ -213,7 +212,7 @@ def _joined(
     output, total = spec.output, journal.meta("rows_total")
     return Joined(
         source,
-        Answers(journal.results(), spec.n, partial, spec.keep),
+        Answers(journal.results(skip_damaged=partial), spec.n, partial, spec.keep, total),
         output_columns(
             bool(output.get("token_ids")), spec.n, spec.keep, output.get("prefix") or ""
         ),

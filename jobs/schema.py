@@ -12,29 +12,49 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from jobs.checksums import checksum
 from jobs.errors import JournalError
 from jobs.files import open_private
 
 NAME = "journal.db"
-VERSION = 4
+VERSION = 5
 _APPLICATION = 0x62617463  # "batc"
+BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
+
+# Every table's columns; each record ends in the checksum of its values.
+TABLES = {
+    "results": (
+        *("id", "status", "text", "token_ids", "finish_reason", "prompt_tokens"),
+        *("completion_tokens", "error", "error_kind", "queue_s", "prefill_s", "decode_s"),
+        *("run", "logprob"),
+    ),
+    "partials": ("id", "token_ids", "logprob"),
+    "crashes": ("row", "run"),
+    "rows": ("row", "digest"),
+    "runs": ("id", "started_at", "ended_at", "state", "stats", "reason"),
+    "meta": ("key", "value"),
+}
+SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
 
 _PARTIALS = """
 CREATE TABLE partials (                   -- tokens of samples that have no result yet
     id INTEGER PRIMARY KEY,               -- row * n + sample
     token_ids BLOB NOT NULL,              -- little-endian int32
-    logprob REAL
+    logprob REAL,
+    crc INTEGER
 )"""
 _CRASHES = """
 CREATE TABLE crashes (                    -- rows that were in the engine as a run's process died
     row INTEGER NOT NULL,
     run INTEGER NOT NULL,
+    crc INTEGER,
     PRIMARY KEY (row, run)
 ) WITHOUT ROWID"""
 _ROWS = """
 CREATE TABLE rows (                       -- input rows as they were read
     row INTEGER PRIMARY KEY,
-    digest INTEGER NOT NULL               -- 64 bits
+    digest INTEGER NOT NULL,              -- 64 bits
+    crc INTEGER
 )"""
 _SCHEMA = f"""
 CREATE TABLE results (
@@ -49,7 +69,8 @@ CREATE TABLE results (
     error_kind TEXT,
     queue_s REAL, prefill_s REAL, decode_s REAL,
     run INTEGER NOT NULL,
-    logprob REAL                          -- sum over its tokens; null where no one asked for it
+    logprob REAL,                         -- sum over its tokens; null where no one asked for it
+    crc INTEGER
 );
 CREATE TABLE runs (                       -- one a worker's life; the id is its fencing token
     id INTEGER PRIMARY KEY,
@@ -57,9 +78,10 @@ CREATE TABLE runs (                       -- one a worker's life; the id is its 
     ended_at REAL,
     state TEXT,                           -- null while it runs or after it was killed
     stats TEXT NOT NULL DEFAULT '{{}}',
-    reason TEXT                           -- why it failed
+    reason TEXT,                          -- why it failed
+    crc INTEGER
 );
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER);
 {_PARTIALS};
 {_CRASHES};
 {_ROWS};
@@ -72,51 +94,46 @@ class Migration:
 
     Args:
         name: What it brings.
-        write: Statements that change the file.
-        read: Statements that put temporary tables and views over a file of that version, which
-            must stay as it is: it looks like one of today.
+        statements: They change the file.
     """
 
     name: str
-    write: tuple[str, ...]
-    read: tuple[str, ...]
+    statements: tuple[str, ...]
 
 
-def _temporary(create: str) -> str:
-    return create.replace("CREATE TABLE", "CREATE TEMP TABLE")
-
-
-_OLD_RESULTS = "CREATE TEMP VIEW results AS SELECT *, NULL AS logprob FROM main.results"
 # By the version that they start from.
 MIGRATIONS = {
     1: Migration(
         "in-flight tokens, crash counts and the reasons of failures",
-        write=(
+        (
             "ALTER TABLE runs ADD COLUMN reason TEXT",
             "CREATE TABLE partials (id INTEGER PRIMARY KEY, token_ids BLOB NOT NULL)",
-            _CRASHES,
-        ),
-        read=(
-            "CREATE TEMP VIEW runs AS SELECT *, NULL AS reason FROM main.runs",
-            _OLD_RESULTS,
-            _temporary(_PARTIALS),
-            _temporary(_CRASHES),
-            _temporary(_ROWS),
+            "CREATE TABLE crashes (row INTEGER NOT NULL, run INTEGER NOT NULL, "
+            "PRIMARY KEY (row, run)) WITHOUT ROWID",
         ),
     ),
     2: Migration(
         "log-probabilities",
-        write=(
+        (
             "ALTER TABLE results ADD COLUMN logprob REAL",
             "ALTER TABLE partials ADD COLUMN logprob REAL",
         ),
-        read=(
-            _OLD_RESULTS,
-            "CREATE TEMP VIEW partials AS SELECT *, NULL AS logprob FROM main.partials",
-            _temporary(_ROWS),
+    ),
+    3: Migration(
+        "digests of input rows",
+        ("CREATE TABLE rows (row INTEGER PRIMARY KEY, digest INTEGER NOT NULL)",),
+    ),
+    4: Migration(
+        "checksums, of what is there by then",
+        tuple(
+            statement
+            for table, seal in SEALS.items()
+            for statement in (
+                f"ALTER TABLE {table} ADD COLUMN crc INTEGER",
+                f"UPDATE {table} SET crc = {seal}",
+            )
         ),
     ),
-    3: Migration("digests of input rows", write=(_ROWS,), read=(_temporary(_ROWS),)),
 }
 
 
@@ -135,7 +152,7 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
             f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
         )
         values = [(key, json.dumps(value)) for key, value in (meta or {}).items()]
-        db.executemany("INSERT INTO meta VALUES (?, ?)", values)
+        db.executemany("INSERT INTO meta VALUES (?, ?, ?)", map(with_checksum, values))
         db.execute("COMMIT")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
     except (sqlite3.Error, OSError) as error:
@@ -163,6 +180,7 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     db: sqlite3.Connection | None = None
     try:
         db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
+        db.create_function("checksum", -1, lambda *values: checksum(values), deterministic=True)
         if not readonly:
             _set_modes(db)
             _settle_log(db, wal)
@@ -170,6 +188,8 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     except (sqlite3.Error, OSError) as error:
         if db is not None:
             db.close()
+        if is_damage(error):
+            raise JournalError(f"{path} is damaged: {error}", hint=BEYOND_REPAIR) from error
         raise JournalError(
             f"{path} can't be opened: {error}",
             hint="check free disk space and permissions; a copy of the folder may help",
@@ -179,6 +199,12 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
             db.close()
         raise
     return db
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of SQLite says that the file is not what it was written as."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF
+    return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 
 
 def _set_modes(db: sqlite3.Connection) -> None:
@@ -218,14 +244,33 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> 
         )
     if readonly:
         db.execute("PRAGMA temp_store=MEMORY")
-        for statement in MIGRATIONS[version].read if version < VERSION else ():
-            db.execute(statement)
+        if version < VERSION:
+            _as_of_today(db)
     elif version < VERSION:
         with transaction(db):
             for step in range(_version(db), VERSION):  # another writer may have been quicker
-                for statement in MIGRATIONS[step].write:
+                for statement in MIGRATIONS[step].statements:
                     db.execute(statement)
             db.execute(f"PRAGMA user_version={VERSION}")
+
+
+def _as_of_today(db: sqlite3.Connection) -> None:
+    """Temporary views and tables over those of an older version, which stay as they are."""
+    for table, columns in TABLES.items():
+        there = {column for (_, column, *_) in db.execute(f"PRAGMA main.table_info({table})")}
+        if not there:
+            db.execute(f"CREATE TEMP TABLE {table} ({', '.join(columns)}, crc)")
+        elif "crc" not in there:
+            values = ", ".join(c if c in there else f"NULL AS {c}" for c in columns)
+            db.execute(
+                f"CREATE TEMP VIEW {table} AS SELECT *, {SEALS[table]} AS crc "
+                f"FROM (SELECT {values} FROM main.{table})"
+            )
+
+
+def with_checksum(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A record as it is stored."""
+    return (*values, checksum(values))
 
 
 def _version(db: sqlite3.Connection) -> int:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.errors import InputError, JobError, OutputError
-from jobs.files import write_json
+from jobs.errors import InputError, JobError, OutputError, SpecDamaged
+from jobs.files import read_json, write_json
 from jobs.row import Part
 
 VERSION = 1
+FILE = "job.json"
 _WHOLE = 64 << 20  # files up to this size are hashed whole
 _SAMPLE = 1 << 20
 _SAMPLES = 32
+_SHOWN = 200  # characters of a value that differs
 
 # Where things are and how fast they go, not what comes out.
 _NOT_CONTENT = {"output", "runtime", "version"}
@@ -151,12 +153,9 @@ class JobSpec:
         ]
         if len(self.inputs) != len(other.inputs):
             inputs = [f"inputs: {len(self.inputs)} files, now {len(other.inputs)}"]
-        mine, theirs = dict(_flat(self._content())), dict(_flat(other._content()))
-        return inputs + [
-            f"{name}: {json.dumps(mine.get(name))}, now {json.dumps(theirs.get(name))}"
-            for name in dict.fromkeys([*mine, *theirs])
-            if name != "inputs" and mine.get(name) != theirs.get(name)
-        ]
+        mine, theirs = self._content(), other._content()
+        del mine["inputs"], theirs["inputs"]
+        return inputs + _differing(_flat(mine), _flat(theirs))
 
     def paths(self) -> list[str]:
         """Where inputs and model lie."""
@@ -197,18 +196,19 @@ class JobSpec:
 
     def save(self, folder: Path) -> None:
         """Write `job.json`."""
-        write_json(folder / "job.json", self.as_dict())
+        write_json(folder / FILE, self.as_dict())
 
     @classmethod
     def load(cls, folder: Path) -> JobSpec:
         """Read `job.json`.
 
         Raises:
-            JobError: There is none, or it is damaged or of a newer version.
+            SpecDamaged: There is none that is what was written.
+            JobError: It is of a newer version.
         """
-        path = folder / "job.json"
+        path = folder / FILE
         try:
-            data = json.loads(path.read_bytes())
+            data = read_json(path)
             version = data["version"]
             if version > VERSION:
                 raise JobError(
@@ -217,10 +217,22 @@ class JobSpec:
                 )
             return cls.of(data)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise JobError(
+            raise SpecDamaged(
                 f"{path} is not a job specification: {error}",
                 hint="`batchrun list` shows the jobs there are",
             ) from error
+
+    def edits(self, folder: Path) -> list[str] | None:
+        """What `job.json` says otherwise, by its checksum or without, a line each.
+
+        None where it says nothing: it is gone, or damaged beyond reading.
+        """
+        try:
+            data = json.loads((folder / FILE).read_bytes())
+            mine, theirs = json.loads(json.dumps([asdict(self), asdict(JobSpec.of(data))]))
+            return _differing(_flat(mine), _flat(theirs))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> JobSpec:
@@ -246,3 +258,17 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
+
+
+def _differing(mine: Iterable[tuple[str, Any]], theirs: Iterable[tuple[str, Any]]) -> list[str]:
+    was, now = dict(mine), dict(theirs)
+    return [
+        f"{name}: {_short(was.get(name))}, now {_short(now.get(name))}"
+        for name in dict.fromkeys([*was, *now])
+        if was.get(name) != now.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

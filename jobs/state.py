@@ -6,11 +6,10 @@ Whoever opens the journal for writing removes it first, so what it says is never
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from jobs.files import write_json
+from jobs.files import read_json, write_json
 from jobs.journal import STATE
 
 WAITING = ("queued", "running")  # states of a job that has a worker
@@ -52,8 +51,7 @@ class Brief:
     def load(cls, folder: Path) -> Brief | None:
         """Read `state.json`; None where there is none that can be read."""
         try:
-            with open(f"{folder}/{STATE}", "rb", buffering=0) as file:
-                data = json.loads(file.read())
+            data = read_json(f"{folder}/{STATE}")
             return cls(**{name: data[name] for name in _FIELDS})
         except (OSError, ValueError, KeyError, TypeError):  # power loss may leave anything
             return None

@@ -10,6 +10,7 @@ from typing import Any
 from jobs.files import write_json
 from jobs.folder import JobFolder
 
+STATS = "stats.json"  # in a job's folder
 _KV = ("reserved", "mapped", "live", "shared", "static", "paged")
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -224,7 +225,7 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
 
 def write_summary(job: JobFolder, state: str | None = None) -> Path:
     """Write the summary to the job's `stats.json`, whole or not at all."""
-    path = job.path / "stats.json"
+    path = job.path / STATS
     write_json(path, summarise(job, state))
     return path
 

@@ -12,16 +12,18 @@ import pyarrow.parquet as pq
 
 from jobs.cells import delimiter_of
 from jobs.errors import JobError
+from jobs.files import read_json
 from jobs.folder import JobFolder, check_unchanged
 from jobs.identity import ModelFingerprint
 from jobs.joined import Joined
-from jobs.journal import Journal
+from jobs.journal import STATE, Journal
 from jobs.jsonable import json_values
 from jobs.parquetfile import batches, opened
 from jobs.rejoin import rejoin
 from jobs.row import BATCH_ROWS, Noted, Source, unnoted
 from jobs.source import open_source
 from jobs.spec import JobSpec, output_format
+from jobs.stats import STATS
 from jobs.stream import text_of
 
 _FINISHED = ("done", "done-with-errors")
@@ -49,7 +51,7 @@ def verify(
         spec = job.spec()
         with job.journal() as journal:
             journal.check()
-            problems = []
+            problems = [*_notes(job, journal)]
             try:
                 check_unchanged(job, model_fingerprint)
                 parts = [file.part for file in spec.inputs]
@@ -62,7 +64,25 @@ def verify(
                 problems += _output(spec, journal, source, noted)
             return problems
     except JobError as error:
-        return [str(error)]
+        return [f"{error}; {error.hint}" if error.hint else str(error)]
+
+
+def _notes(job: JobFolder, journal: Journal) -> Iterator[str]:
+    """What is damaged of files that repeat what the journal says."""
+    runs = journal.runs()
+    # What a run noted while it lived is nothing that a loss of power must leave whole.
+    broken_off = bool(runs) and runs[-1]["ended_at"] is None
+    for name in (STATE, STATS):
+        try:
+            read_json(job.path / name)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            if not (broken_off and name == STATE):
+                yield (
+                    f"{job.path / name} is damaged: {error}; the journal has what it said, "
+                    f"and batchrun resume {job.id} writes it anew"
+                )
 
 
 def _rows(

@@ -47,8 +47,7 @@ def logs_command(job: str | None, follow: bool) -> None:
     while not last:
         last = not follow or held_by(folder.path) is None
         for line in tail.lines():
-            when = datetime.fromtimestamp(float(str(line["time"]))).astimezone()
-            say(f"{when:%Y-%m-%d %H:%M:%S}  {line['message']}", limit=MESSAGE)
+            say(f"{_when(line['time'])}  {line['message']}", limit=MESSAGE)
         if not last:
             time.sleep(_POLL_S)
 
@@ -106,6 +105,13 @@ def verify_command(job: str | None) -> int:
     if not problems:
         say(f"{folder.id} is sound: {folder.counts().rows:,} rows")
     return ExitStatus.FAILED if problems else ExitStatus.DONE
+
+
+def _when(seconds: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):  # the line is damaged
+        return "?" * len("2000-01-01 00:00:00")
 
 
 def _wait(condition: Callable[[], bool]) -> None:

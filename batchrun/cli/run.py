@@ -28,7 +28,7 @@ from batchrun.cli.specs import make_spec, output_settings
 from batchrun.models import fingerprint
 from batchrun.terminal import MESSAGE, say, say_json
 from jobs.destination import check_apart, one_at_a_time, resuming
-from jobs.errors import JobError, OutputTaken
+from jobs.errors import JobError
 from jobs.export import check_destination
 from jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
 from jobs.spec import JobSpec
@@ -156,7 +156,7 @@ def resume_command(
     if every and (output or overwrite):
         raise click.UsageError("--all with --output or --overwrite: these are of one job")
     if every:
-        jobs = [found for found in list_jobs(root) if found.state() in _RESUMABLE]
+        jobs = [found for found in list_jobs(root) if _is_resumable(found)]
     else:
         jobs = [find(root, job)]
     path = Path(output_settings(output)["path"]) if output else None
@@ -171,7 +171,7 @@ def resume_command(
         guard = _resuming(root, found, path, overwrite=overwrite, retry_failed=retry_failed)
         try:
             ended = attach.run(found, as_json=as_json, detach=not wait, guard=guard)
-        except OutputTaken as error:
+        except JobError as error:
             if not every:
                 raise
             print_error(str(error), error.hint)  # and the others go on
@@ -180,11 +180,21 @@ def resume_command(
     return status
 
 
+def _is_resumable(job: JobFolder) -> bool:
+    try:
+        return job.state() in _RESUMABLE
+    except JobError:  # resuming it says what is wrong, or puts it right
+        return True
+
+
 @contextmanager
 def _resuming(
     root: Path, job: JobFolder, output: Path | None, *, overwrite: bool, retry_failed: bool
 ) -> Iterator[None]:
-    with resuming(root, job, output, overwrite=overwrite):
+    def tell(line: str) -> None:
+        say(f"{job.id}: {line}", err=True, limit=MESSAGE)
+
+    with resuming(root, job, output, overwrite=overwrite, tell=tell):
         if retry_failed:
             count = job.retry_failed()
             say(f"{count:,} failed results of {job.id} are to do again", err=True)

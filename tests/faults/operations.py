@@ -45,7 +45,11 @@ FAULTS = {
     "torn write": (Fault.TORN, {Kind.WRITE}, 0),
     "failed sync": (Fault.FAIL, {Kind.SYNC}, errno.EIO),
 }
-SINCE_VERSION_1 = (("runs", "reason"), ("results", "logprob"))  # columns
+SINCE_VERSION_1 = [
+    ("runs", "reason"),
+    ("results", "logprob"),
+    *((table, "crc") for table in ("runs", "results", "meta")),
+]
 
 
 class Scene:

@@ -91,6 +91,7 @@ class TestOneLiveJob:
     def test_a_damaged_one_has_not_and_hides_no_other(self, home, job, spec, out, other):
         damaged = create(home, spec)
         (damaged.path / "job.json").write_text("{")
+        (damaged.path / "journal.db").write_text("{")
         os.utime(damaged.path / "job.json", (0, 0))  # it comes first
         with pytest.raises(OutputTaken, match=job.id):
             check_apart(home, out, [other])

@@ -60,15 +60,15 @@ def test_a_changed_model_is_refused_by_name(job, model):
 def test_edited_parameters_are_refused_by_name(job):
     path = job.path / "job.json"
     data = json.loads(path.read_text())
-    data["runtime"]["max_num_seqs"] = 99  # how, not what
-    data["output"]["path"] += ".2"
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps({**data, "checksum": "0"}))  # it says the same
     check_unchanged(job)
+    data["runtime"]["max_num_seqs"] = 99
     data["sampling"]["max_tokens"] = 9
     data["prompt"]["template"] = "{prompt}!"
     path.write_text(json.dumps(data))
     with pytest.raises(SpecChanged) as refused:
         check_unchanged(job)
+    assert "runtime.max_num_seqs: 8, now 99" in str(refused.value)
     assert "sampling.max_tokens: 8, now 9" in str(refused.value)
     assert 'prompt.template: null, now "{prompt}!"' in str(refused.value)
 

@@ -26,9 +26,9 @@ from hypothesis.stateful import (
 
 from jobs.errors import Fenced, LeaseHeld
 from jobs.folder import JobFolder, create, find_same, list_jobs
-from jobs.journal import Partial, Result
+from jobs.journal import READ, Partial, Result
 from jobs.lease import Lease
-from jobs.rejoin import READ, export_job
+from jobs.rejoin import export_job
 from jobs.source import open_source
 from jobs.spec import InputFile, JobSpec
 from jobs.suspects import RunningRows

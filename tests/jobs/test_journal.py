@@ -166,7 +166,7 @@ def test_no_journal_is_one_clear_error(tmp_path):
 
 def test_a_journal_that_is_no_database_is_one_clear_error(tmp_path):
     (tmp_path / "journal.db").write_bytes(b"not a database" * 1000)
-    with pytest.raises(JournalError, match=r"journal\.db can't be opened"):
+    with pytest.raises(JournalError, match=r"journal\.db is damaged: file is not a"):
         Journal(tmp_path, 1)
 
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from jobs import rejoin
 from jobs.errors import InputError, JobError, SpecChanged
 from jobs.folder import create
-from jobs.journal import Result
-from jobs.rejoin import READ, export_job
+from jobs.journal import READ, Result
+from jobs.rejoin import export_job
 from jobs.source import open_source
 from jobs.spec import InputFile, JobSpec
 from jobs.verify import verify

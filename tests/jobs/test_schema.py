@@ -113,11 +113,11 @@ def test_every_older_version_has_a_named_step():
 
 def test_a_migration_is_whole_or_not_there(old, monkeypatch):
     step = schema.MIGRATIONS[schema.VERSION - 1]
-    broken = schema.Migration(step.name, (*step.write, "INSERT INTO nothing VALUES (1)"), step.read)
+    broken = schema.Migration(step.name, (*step.statements, "INSERT INTO nothing VALUES (1)"))
     before = tables(old)
     with monkeypatch.context() as patch:
         patch.setitem(schema.MIGRATIONS, schema.VERSION - 1, broken)
-        with pytest.raises(JournalError, match="can't be opened"):
+        with pytest.raises(JournalError, match="nothing"):
             Journal(old, 1)
     assert tables(old) == before
     with Journal(old, 1) as journal:

@@ -6,7 +6,8 @@ from hashlib import blake2b
 
 import pytest
 
-from jobs.errors import InputError, JobError
+from jobs.errors import InputError, JobError, SpecDamaged
+from jobs.files import read_json, write_json
 from jobs.spec import InputFile, JobSpec
 
 
@@ -78,8 +79,8 @@ def test_an_input_that_is_gone_says_what_to_do_if_it_has_moved(tmp_path):
 def test_a_job_of_before_best_of_is_the_same_job(spec, tmp_path):
     spec.save(tmp_path)
     path = tmp_path / "job.json"
-    older = {k: v for k, v in json.loads(path.read_text()).items() if k != "keep"}
-    path.write_text(json.dumps(older))
+    older = {k: v for k, v in read_json(path).items() if k != "keep"}
+    write_json(path, older)
     assert JobSpec.load(tmp_path) == spec
     content = {k: v for k, v in older.items() if k not in {"output", "runtime", "version"}}
     content["inputs"] = [i.fingerprint for i in spec.inputs]
@@ -141,7 +142,7 @@ def test_a_newer_specification_is_refused(spec, tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": null}'])
 def test_a_damaged_specification_is_one_clear_error(tmp_path, text):
     (tmp_path / "job.json").write_text(text)
-    with pytest.raises(JobError, match=r"job\.json is not a job specification"):
+    with pytest.raises(SpecDamaged, match=r"job\.json is not a job specification"):
         JobSpec.load(tmp_path)
 
 

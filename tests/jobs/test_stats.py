@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 
+from jobs.files import read_json
 from jobs.journal import Result
 from jobs.lease import Lease
 from jobs.stats import RunStats, summarise, write_summary
@@ -184,7 +185,7 @@ def test_the_summary_of_two_runs(two_runs):
 def test_stats_json_is_the_summary(two_runs):
     path = write_summary(two_runs)
     assert path == two_runs.path / "stats.json"
-    assert json.loads(path.read_text()) == summarise(two_runs)
+    assert read_json(path) == summarise(two_runs)
 
 
 def test_rows_of_several_samples_are_counted_as_rows(make_job):

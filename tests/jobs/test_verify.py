@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.checksums import checksum
 from jobs.journal import Journal, Result
 from jobs.lease import Lease
 from jobs.rejoin import export_job
+from jobs.schema import SEALS
 from jobs.spec import InputFile
 from jobs.verify import verify
 
@@ -66,12 +68,15 @@ def write(job, journal):
     export_job(spec, journal, Path(spec.output["path"]), format=spec.output["format"])
 
 
-def edit(job, *statements):
-    """Change the journal behind everybody's back."""
+def edit(job, *statements, sealed=True):
+    """Change the journal behind everybody's back, as a bug would or, not sealed, a bad disk."""
     db = sqlite3.connect(job.path / "journal.db")
+    db.create_function("checksum", -1, lambda *values: checksum(values))
     with db:
         for statement in statements:
             db.execute(statement)
+        for table, seal in SEALS.items() if sealed else ():
+            db.execute(f"UPDATE {table} SET crc = {seal}")
     db.close()
 
 
@@ -109,7 +114,7 @@ def test_jobs_that_are_not_finished_have_no_problems(make_job):
         ("UPDATE results SET id = 99 WHERE id = 2", "1 results of rows that the input does not"),
         ("UPDATE results SET status = 'fine' WHERE id = 2", "a status that no program gives"),
         ("UPDATE results SET run = 7 WHERE id = 2", "of a run that never was"),
-        ("INSERT INTO partials VALUES (2, x'', NULL)", "both a result and tokens"),
+        ("INSERT INTO partials VALUES (2, x'', NULL, NULL)", "both a result and tokens"),
         (
             "UPDATE meta SET value = '5' WHERE key = 'rows_total'",
             "the input has 4 rows, the journal",
@@ -186,7 +191,7 @@ def test_changed_inputs_parameters_and_models_are_found(done, tmp_path):
     done.relocate(str(path), str(tmp_path / "moved.parquet"))
     assert verify(done) == []
     (done.path / "job.json").write_text("{")
-    assert "is not a job specification" in verify(done)[0]
+    assert "job.json is damaged" in verify(done)[0]
 
 
 @pytest.mark.parametrize("suffix", ["parquet"])
