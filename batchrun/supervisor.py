@@ -13,24 +13,29 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
+import site
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from batchrun.cgroups import oom_kills
 from batchrun.live import Reporter
+from jobs.errors import JobError
 from jobs.files import open_private
-from jobs.folder import WORKER_LOG, JobFolder
+from jobs.folder import WORKER_LOG, JobFolder, last_words
 from jobs.lease import Lease
 from jobs.suspects import Making, ReaderNote, Reading, RunningRows
 from jobs.turns import Turn
 
-LEASE_HELD = "BATCHRUN_LEASE_HELD"  # in the environment of a run whose supervisor has the lease
+_INHERITED = "BATCHRUN_INHERITED"  # in the environment of a child: handles that it has from us
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _POLL_S = 0.2
 _RESTARTS = 4  # in a row, without a result in between
@@ -38,16 +43,97 @@ _CRASHED = re.compile(rb"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 _BARREN = 16  # in a row, without a good one: then it is hardly the rows that are to blame
 
 
-def start(job: JobFolder) -> subprocess.Popen[bytes]:
-    """Start a supervisor for the job, in a session of its own: no terminal can take it along."""
-    with open(job.path / WORKER_LOG, "ab", opener=open_private) as log:
-        return subprocess.Popen(
-            _command("work", job.path),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+@dataclass
+class Started:
+    """A supervisor as who started it sees it.
+
+    Args:
+        job: Its job.
+        process: Its process.
+        told: A pipe on which it says that it has begun to work.
+        log_size: Bytes of its log before it.
+    """
+
+    job: JobFolder
+    process: subprocess.Popen[bytes]
+    told: int
+    log_size: int
+    _began: bool | None = None
+
+    def began(self, timeout: float) -> bool | None:
+        """Whether it works, or ended before it did; None if neither is known in so many seconds."""
+        if self._began is None and select.select([self.told], [], [], timeout)[0]:
+            self._began = bool(os.read(self.told, 1))
+        return self._began
+
+    def note_failure(self) -> None:
+        """Note why a supervisor that never began ended, in its own last words."""
+        code = self.process.wait()
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        words, hint = last_words(self.job.path, at=self.log_size) or (f"it ended {how}", None)
+        with suppress(JobError, OSError):  # someone else has the job; the disk is full
+            if self.job.state() != "cancelled":
+                with Lease(self.job.path):
+                    reason = f"the job's supervisor ended before it could begin: {words}"
+                    self.job.set_state("failed", reason, hint)
+
+
+def start(job: JobFolder, lease: Lease) -> Started:
+    """Start a supervisor for the job, in a session of its own: no terminal can take it along.
+
+    Args:
+        job: The job.
+        lease: The job's, which the supervisor has too from here on.
+
+    Raises:
+        JobError: No process can be started.
+    """
+    told, tell = os.pipe()
+    try:
+        with open(job.path / WORKER_LOG, "ab", opener=open_private) as log:
+            process = subprocess.Popen(
+                _command("work", job.path),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **_inheriting(lease.fileno(), tell),
+            )
+            lease.hand_over(process.pid)
+            return Started(job, process, told, log.tell())
+    except OSError as error:
+        os.close(told)
+        raise JobError(
+            f"the job's supervisor can't be started: {error.filename}: {error.strerror}",
+            hint=f"mend that, then: batchrun resume {job.id}",
+        ) from error
+    finally:
+        os.close(tell)
+
+
+def inherited() -> list[int]:
+    """The handles that this process has from the one that started it; its own children get none.
+
+    A lock ends with the last process that has its handle.
+    """
+    numbers = [int(number) for number in os.environ.pop(_INHERITED, "").split()]
+    for number in numbers:
+        os.set_inheritable(number, False)
+    return numbers
+
+
+def close_in_children(handles: Sequence[int]) -> None:
+    """Let processes that are forked off this one, and not started anew, have no handle either.
+
+    Args:
+        handles: Open until this process ends.
+    """
+
+    def close() -> None:
+        for handle in handles:
+            os.close(handle)
+
+    os.register_at_fork(after_in_child=close)
 
 
 def work(path: Path, root: Path) -> int:
@@ -63,12 +149,17 @@ def work(path: Path, root: Path) -> int:
     Raises:
         LeaseHeld: Another process has the job.
     """
-    job = JobFolder(path)
-    with Lease(path) as lease, Reporter(path) as reporter, _Signals() as signals:
+    job, handles = JobFolder(path), inherited()
+    held, tell = (handles[0], handles[1:]) if handles else (None, [])
+    with Lease(path, held) as lease, Reporter(path) as reporter, _Signals() as signals:
         job.set_state("queued")
+        for handle in tell:
+            with suppress(BrokenPipeError):  # nobody waits any more
+                os.write(handle, b".")
+            os.close(handle)
         try:
             with Turn(root, device_of(job)) as turn:
-                _wait_for(turn, reporter)
+                _wait_for(turn, reporter, signals)
                 job.set_state("running")
                 return _supervise(job, [lease.fileno(), turn.fileno()], signals, reporter)
         except _Cancelled:
@@ -89,10 +180,22 @@ class _Cancelled(Exception):  # noqa: N818 - a request, not a failure
 
 
 class _Signals:
-    """Passes SIGTERM and SIGINT on to the run; before there is one, they end the wait for it."""
+    """Passes SIGTERM and SIGINT on to the run, and remembers them: nothing is started after one."""
 
     def __init__(self) -> None:
-        self.child: subprocess.Popen[bytes] | None = None
+        self.received: int | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def check(self) -> None:
+        """Raise `_Cancelled` if there was one."""
+        if self.received is not None:
+            raise _Cancelled
+
+    def pass_on_to(self, child: subprocess.Popen[bytes]) -> None:
+        """From now on; one that came while the child was started, too."""
+        self._child = child
+        if self.received is not None:
+            child.send_signal(self.received)
 
     def __enter__(self) -> _Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -105,15 +208,16 @@ class _Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.child is None:
-            raise _Cancelled
-        self.child.send_signal(number)
+        self.received = number
+        if self._child is not None:
+            self._child.send_signal(number)
 
 
-def _wait_for(turn: Turn, reporter: Reporter) -> None:
+def _wait_for(turn: Turn, reporter: Reporter, signals: _Signals) -> None:
     """Return when nobody is ahead in the device's line."""
     told = False
     while turn.ahead():
+        signals.check()
         if not told:
             reporter.message("waiting for the device, which another job uses")
             told = True
@@ -130,15 +234,17 @@ def _supervise(
     while True:
         before = job.counts()
         printed = _size(job.path / WORKER_LOG)
-        child = signals.child = subprocess.Popen(
-            _command("run-job", job.path),
-            stdin=subprocess.DEVNULL,
-            pass_fds=handles,
-            env={**os.environ, LEASE_HELD: "1"},
+        signals.check()
+        child = subprocess.Popen(
+            _command("run-job", job.path), stdin=subprocess.DEVNULL, **_inheriting(*handles)
         )
+        signals.pass_on_to(child)
         code = child.wait()
         if code >= 0:
             return code
+        if signals.received is not None:  # it was told to end, and is not started again
+            job.set_state("cancelled" if job.cancel_requested() else "interrupted")
+            return 130
         name = signal.Signals(-code).name
         if -code not in _FAULTS:
             reason = f"the run was ended by {name}"
@@ -211,4 +317,21 @@ def _size(path: Path) -> int:
 
 
 def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "batchrun", *map(str, arguments)]
+    """A child's: no file of the folder that it works in becomes a module (`-P`)."""
+    return [sys.executable, "-P", "-m", "batchrun", *map(str, arguments)]
+
+
+def _inheriting(*handles: int) -> dict[str, Any]:
+    """What `Popen` is to give a child: handles, and an environment for it and its own children.
+
+    They find this package where it is, and nothing in the folder that they work in: that is also
+    what an empty entry of a path means.
+    """
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", _INHERITED: " ".join(map(str, handles))}
+    for name in ("PYTHONPATH", "LD_LIBRARY_PATH"):
+        if name in environment:
+            environment[name] = os.pathsep.join(filter(None, environment[name].split(os.pathsep)))
+    root, path = str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")
+    if root not in (*path.split(os.pathsep), *site.getsitepackages(), site.getusersitepackages()):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, path)))
+    return {"env": environment, "pass_fds": handles}

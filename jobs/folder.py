@@ -35,13 +35,14 @@ from jobs.files import (
     remove_abandoned,
 )
 from jobs.identity import ModelFingerprint, changes, load_places, move
-from jobs.journal import NAME, Counts, Journal
+from jobs.journal import NAME, STATE, Counts, Journal
 from jobs.lease import CANCEL, Lease, held_by
 from jobs.spec import FILE, JobSpec
 from jobs.state import WAITING, Brief
 
 _FULL = 1 << 20  # bytes left on a disk that is full for all purposes
 _DESTINATIONS = "destinations"  # beside its own, where its results were written to
+_WORDS = 1 << 16  # bytes of a log in which last words are looked for
 WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
 
 
@@ -118,7 +119,11 @@ class JobFolder:
             return noted.state
         with self.journal() as journal:
             runs = journal.runs()
-        return (runs[-1]["state"] or "interrupted") if runs else "new"
+        if runs and runs[-1]["state"]:
+            return str(runs[-1]["state"])
+        if self.cancel_requested():  # and it had no time to note that
+            return "cancelled"
+        return "interrupted" if runs else "new"
 
     def set_state(self, state: str, reason: str | None = None, hint: str | None = None) -> None:
         """Note how the job stands, for whoever lists or shows it. Only its worker may.
@@ -158,25 +163,21 @@ class JobFolder:
             return noted.reason, noted.hint
         with self.journal() as journal:
             runs = journal.runs()
-        if not runs or held_by(self.path) is not None:
+        if held_by(self.path) is not None or self.state() == "cancelled":
             return None
-        last = runs[-1]
-        if last["state"] is None:
+        last: dict[str, Any] = runs[-1] if runs else {"state": None, "started_at": 0.0}
+        since = float(last["started_at"])
+        waiting = noted is not None and noted.state in WAITING  # and nobody has it
+        if waiting:
+            with suppress(OSError):
+                since = max(since, (self.path / STATE).stat().st_mtime)
+        if last["state"] is None or waiting:
             gone = "its processes are gone: killed, or the machine went down"
             if free_bytes(self.path) < _FULL:
                 gone = "its processes are gone, and its disk is full"
-            return self._last_words(last["started_at"]) or (gone, None)
+            words = last_words(self.path, since)
+            return words or ((gone, None) if runs else None)
         return None if last["reason"] is None else (last["reason"], None)
-
-    def _last_words(self, since: float) -> tuple[str, str | None] | None:
-        """What a run printed that could not note how it ended: its disk may be full."""
-        log = self.path / WORKER_LOG
-        if not log.exists() or log.stat().st_mtime < since:
-            return None
-        _, error, words = log.read_text(errors="replace").rpartition("error: ")
-        reason, _, rest = words.strip().partition("\n")
-        hint = rest.removeprefix("hint: ").partition("\n")[0]
-        return (reason, hint or None) if error else None
 
     def total(self) -> int | None:
         """Rows of the job, or None while nobody has counted them."""
@@ -271,6 +272,32 @@ class JobFolder:
             output=spec.output.get("path") or "",
             fingerprint=spec.fingerprint(),
         )
+
+
+def last_words(folder: Path, since: float = 0.0, at: int = 0) -> tuple[str, str | None] | None:
+    """What a job's process printed that could not note how it ended, and what to do about it.
+
+    Args:
+        folder: The job's folder.
+        since: Seconds since the epoch; what was printed before says nothing.
+        at: Where in its log to begin, in bytes.
+    """
+    try:
+        with (folder / WORKER_LOG).open("rb") as file:
+            if os.fstat(file.fileno()).st_mtime < since:
+                return None
+            file.seek(max(at, os.fstat(file.fileno()).st_size - _WORDS))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    _, error, words = text.rpartition("error: ")
+    reason, _, rest = words.strip().partition("\n")
+    if error:
+        return reason, rest.removeprefix("hint: ").partition("\n")[0] or None
+    # A process that dies while it is loaded leaves a traceback, and nothing behind it.
+    _, traceback, frames = words.rpartition("Traceback (most recent call last):\n")
+    raised = [line for line in frames.splitlines() if line[:1].strip()]
+    return (raised[0], None) if traceback and len(raised) == 1 else None
 
 
 def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:

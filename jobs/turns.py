@@ -15,7 +15,8 @@ from types import TracebackType
 
 from jobs.errors import OutputError
 from jobs.files import current_umask, make_folders, private_mode
-from jobs.lease import is_locked, write_lock
+from jobs.holders import write_lock
+from jobs.lease import is_locked
 
 
 class Turn:
@@ -42,13 +43,17 @@ class Turn:
         return self._handle
 
     def ahead(self) -> list[int]:
-        """The processes before this one, the one that runs first; none when it is its turn."""
+        """The processes before this one, the one that runs first; none when it is its turn.
+
+        The numbers are what those have noted, 0 where that is no number: no targets of signals.
+        """
         before = []
         for number in sorted(n for n in self._numbers() if n < self._number):
             path = self._folder / str(number)
             with suppress(FileNotFoundError):
                 if is_locked(path):
-                    before.append(int(path.read_text() or 0))
+                    noted = path.read_bytes()[:20]
+                    before.append(int(noted) if noted.isdigit() else 0)
                 else:  # no one takes a lower number than one that is there: it is no one's
                     path.unlink()
         return before

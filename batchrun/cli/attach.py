@@ -22,6 +22,7 @@ from jobs.lease import Lease, held_by
 from jobs.stats import summarise
 
 _POLL_S = 0.1
+_BEGIN_S = 30.0  # that `--detach` waits for a worker to begin, to tell of one that can't
 
 
 def run(
@@ -42,24 +43,38 @@ def run(
     Raises:
         LeaseHeld: It has a worker.
     """
-    with guard or nullcontext():
-        with Lease(job.path):  # refused at once, by name of who has it
-            forget_progress(job.path)
+    with guard or nullcontext(), Lease(job.path) as lease:  # refused at once, by name of who has it
+        forget_progress(job.path)
         log_size = LogTail.size(job.path)
-        process = supervisor.start(job)
-        while held_by(job.path) is None and process.poll() is None:
-            time.sleep(0.01)
+        job.set_state("queued")
+        worker = supervisor.start(job, lease)
     if detach:
-        if as_json:
-            say_json({"job": job.id, "state": job.state()}, indent=None)
-        else:
-            say(job.id, f"next:   batchrun watch {job.id}")
-        return ExitStatus.DONE
-    status = watch(job, as_json=as_json, log_from=log_size, alive=lambda: process.poll() is None)
+        return _detach(job, worker, as_json)
+
+    def alive() -> bool:
+        if worker.process.poll() is None or held_by(job.path) is not None:
+            return True
+        if worker.began(0) is False:
+            worker.note_failure()
+        return False
+
+    status = watch(job, as_json=as_json, log_from=log_size, alive=alive)
     output = job.spec().output
     if output.get("stdout") and status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
         hand_out(Path(output["path"]))
     return status
+
+
+def _detach(job: JobFolder, worker: supervisor.Started, as_json: bool) -> ExitStatus:
+    """Say which job it is, once its worker has begun to work."""
+    if worker.began(_BEGIN_S) is False:
+        worker.note_failure()
+        return _report(job, 0, as_json)
+    if as_json:
+        say_json({"job": job.id, "state": job.state()}, indent=None)
+    else:
+        say(job.id, f"next:   batchrun watch {job.id}")
+    return ExitStatus.DONE
 
 
 def watch(

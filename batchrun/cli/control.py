@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Callable
 from datetime import datetime
 
 import click
@@ -17,8 +14,8 @@ from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.live import LogTail
 from batchrun.models import fingerprint
 from batchrun.terminal import MESSAGE, say
+from jobs.cancel import cancel
 from jobs.destination import one_at_a_time
-from jobs.errors import JobError
 from jobs.folder import find, home, sweep
 from jobs.lease import held_by
 from jobs.verify import verify
@@ -57,19 +54,13 @@ def logs_command(job: str | None, follow: bool) -> None:
 def cancel_command(job: str | None) -> int:
     """Stop a job.
 
-    What it has done is kept, the tokens of begun rows too: `batchrun resume` would go on.
+    What it has done is kept, the tokens of begun rows too: `batchrun resume` would go on. A job
+    that hangs is killed after some seconds: then finished rows are kept.
     """
     folder = find(home(), job)
-    pid = held_by(folder.path)
-    if pid is None:
-        raise JobError(f"the job {folder.id} does not run: it is {folder.state()}")
-    folder.request_cancel()
-    try:
-        os.kill(pid, signal.SIGTERM)  # the supervisor passes it on
-    except ProcessLookupError:
-        os.killpg(pid, signal.SIGTERM)  # it is gone, and its run still in its group
-    _wait(lambda: held_by(folder.path) is None)
-    say(f"{folder.id} is {folder.state()}", f"next:   batchrun resume {folder.id}")
+    say(cancel(folder), limit=MESSAGE)
+    follow = "stats" if folder.state() in ("done", "done-with-errors") else "resume"
+    say(f"next:   batchrun {follow} {folder.id}")
     return ExitStatus.DONE
 
 
@@ -112,8 +103,3 @@ def _when(seconds: float) -> str:
         return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
     except (ValueError, OverflowError, OSError):  # the line is damaged
         return "?" * len("2000-01-01 00:00:00")
-
-
-def _wait(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(_POLL_S)

@@ -34,7 +34,7 @@ def report_errors(command: Callable[[], Any]) -> int:
     """
     try:
         return int(command() or 0)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         print_error("interrupted", None)
         return ExitStatus.INTERRUPTED
     except click.UsageError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from batchrun.cli.specs import make_spec, output_settings
 from batchrun.models import fingerprint
 from batchrun.terminal import MESSAGE, say, say_json
 from jobs.destination import check_apart, one_at_a_time, resuming
-from jobs.errors import JobError
+from jobs.errors import JobError, LeaseHeld
 from jobs.export import check_destination
 from jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
 from jobs.spec import JobSpec
@@ -84,11 +84,13 @@ def submit_command(
         if dry_run:
             _dry_run(root, spec, log, again=again, as_json=as_json)
             return 0
-        with one_at_a_time(root):
+        with ExitStack() as deciding:
+            deciding.enter_context(one_at_a_time(root))
             sweep(root)
             _check_free(root, spec, again=again)
             job = create(root, spec, own)
-    return attach.run(job, as_json=as_json, detach=not wait)
+            until_it_runs = deciding.pop_all()
+    return attach.run(job, as_json=as_json, detach=not wait, guard=until_it_runs)
 
 
 def _dry_run(
@@ -174,6 +176,9 @@ def resume_command(
         except JobError as error:
             if not every:
                 raise
+            if isinstance(error, LeaseHeld) or not _is_resumable(found):
+                say(f"{error}: left to it", err=True, limit=MESSAGE)  # it goes on, as was wanted
+                continue
             print_error(str(error), error.hint)  # and the others go on
             ended = ExitStatus.FAILED
         status = max(status, ended)
@@ -183,8 +188,8 @@ def resume_command(
 def _is_resumable(job: JobFolder) -> bool:
     try:
         return job.state() in _RESUMABLE
-    except JobError:  # resuming it says what is wrong, or puts it right
-        return True
+    except JobError:  # resuming it says what is wrong, or puts it right; unless it is gone
+        return job.path.exists()
 
 
 @contextmanager

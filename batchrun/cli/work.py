@@ -78,8 +78,9 @@ def run_job_command(folder: Path) -> int:
     # loaded. The default wins nothing over this on an idle machine, and makes a step three times
     # as slow where another process wants a core (benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    job, handles = JobFolder(folder), supervisor.inherited()
+    supervisor.close_in_children(handles)
     use_cores()
-    job = JobFolder(folder)
     with Reporter(folder) as reporter, StopOnSignal() as stop:
         try:
             from batchrun.worker import StepFailed, run_job  # noqa: PLC0415  (imports torch)
@@ -95,7 +96,7 @@ def run_job_command(folder: Path) -> int:
                 stop=stop.event,
                 on_progress=reporter.update,
                 log=reporter.message,
-                held=os.environ.get(supervisor.LEASE_HELD) == "1",
+                held=bool(handles),
                 watchdog=watchdog,
             )
         except Exception as error:

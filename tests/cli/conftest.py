@@ -98,7 +98,7 @@ class CommandLine:
         model = () if "--model" in arguments else ("--model", self.model)
         return self("submit", *arguments, *model, before=before)
 
-    def unstarted(self, source: Path) -> Path:
+    def unstarted(self, source: Path, output: str = "out.jsonl") -> Path:
         """The folder of a job over `source` that was submitted and never ran."""
         spec = JobSpec(
             inputs=(InputFile.of(source),),
@@ -111,7 +111,7 @@ class CommandLine:
                 "dtype": "auto",
             },
             sampling={"max_tokens": 2},
-            output={"path": str(self.folder / "out.jsonl"), "format": "jsonl"},
+            output={"path": str(self.folder / output), "format": "jsonl"},
         )
         return create(self.home, spec).path
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -249,9 +250,9 @@ def test_a_retried_job_writes_its_own_output_anew_and_no_other_s(batchrun: Comma
 # --- resume --------------------------------------------------------------------------------------
 
 
-def interrupted(batchrun: CommandLine, source: Path) -> JobFolder:
-    """A job over `source`, into out.jsonl, that was broken off."""
-    job = JobFolder(batchrun.unstarted(source))
+def interrupted(batchrun: CommandLine, source: Path, output: str = "out.jsonl") -> JobFolder:
+    """A job over `source` that was broken off."""
+    job = JobFolder(batchrun.unstarted(source, output))
     with Lease(job.path), job.journal(readonly=False) as journal:
         journal.begin_run()
     job.set_state("interrupted")
@@ -283,7 +284,13 @@ def test_nobody_else_decides_until_the_resumed_job_has_its_worker(
     held: list[int | None] = []
     started: list[subprocess.Popen[bytes]] = []
     start = supervisor.start
-    monkeypatch.setattr(supervisor, "start", lambda job: started.append(start(job)) or started[0])
+
+    def starting(*arguments: Any) -> supervisor.Started:
+        found = start(*arguments)
+        started.append(found.process)
+        return found
+
+    monkeypatch.setattr(supervisor, "start", starting)
 
     @contextmanager
     def guard() -> Iterator[None]:
@@ -349,3 +356,61 @@ def test_a_part_that_was_exported_gives_way_to_the_whole(batchrun: CommandLine) 
     assert job.state() == "interrupted"
     assert batchrun("resume", job.id).code == 0
     assert len(batchrun.read("out.jsonl")) == 1
+
+
+# --- at once -------------------------------------------------------------------------------------
+
+
+def test_of_six_that_resume_a_job_at_once_one_does_and_five_say_so(
+    batchrun: CommandLine, busy: ExitStack
+) -> None:
+    job = interrupted(batchrun, batchrun.write("in.jsonl", ["one"]))
+    command = batchrun.argv("resume", job.id, "--detach")
+    with at_once(batchrun, *[command] * 6) as waiting:
+        pass
+    ended = waiting.ended()
+    assert sorted(shown.code for shown in ended) == [0] + [1] * 5
+    supervisor = held_by(job.path)
+    for shown in ended:
+        if shown.code:
+            said = f"the job {job.id} is being run by process {supervisor}"
+            watch = f"batchrun watch {job.id}, or batchrun cancel {job.id}"
+            assert (shown.error, shown.hint) == (said, watch)
+        else:
+            assert shown.out.splitlines()[0] == job.id
+    assert batchrun("cancel", job.id).code == 0
+    assert "error" not in (job.path / "worker.log").read_text()
+
+
+def test_of_those_that_resume_all_at_once_each_job_has_one_and_nobody_fails(
+    batchrun: CommandLine, busy: ExitStack
+) -> None:
+    jobs = [
+        interrupted(batchrun, batchrun.write(f"{name}.jsonl", [name]), f"{name}-out.jsonl")
+        for name in ("a", "b")
+    ]
+    command = batchrun.argv("resume", "--all", "--detach")
+    with at_once(batchrun, *[command] * 3) as waiting:
+        pass
+    ended = waiting.ended()
+    assert [shown.code for shown in ended] == [0] * 3, ended
+    for job in jobs:
+        assert sum(f"{job.id}\n" in shown.out for shown in ended) == 1
+        assert sum(f"job {job.id} is being run by" in shown.err for shown in ended) <= 2
+        assert batchrun("cancel", job.id).code == 0
+
+
+def test_who_submits_has_its_job_before_anybody_can_resume_it(
+    batchrun: CommandLine, busy: ExitStack
+) -> None:
+    """Else the one that submits would be told that its own job is another's."""
+    interrupted(batchrun, batchrun.write("a.jsonl", ["a"]), "a-out.jsonl")
+    source = batchrun.write("in.jsonl", ["one"])
+    submit = batchrun.argv("submit", source, "--model", batchrun.model, *SHORT, "--detach")
+    with at_once(batchrun, submit, *[batchrun.argv("resume", "--all", "--detach")] * 2) as waiting:
+        pass
+    ended = waiting.ended()
+    assert [shown.code for shown in ended] == [0] * 3, ended
+    assert [job.state() for job in list_jobs(batchrun.home)] == ["queued"] * 2
+    for job in list_jobs(batchrun.home):
+        assert batchrun("cancel", job.id).code == 0

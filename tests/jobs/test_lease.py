@@ -46,7 +46,7 @@ def test_another_process_is_refused_and_the_holder_named(tmp_path):
         assert held_by(tmp_path) == process.pid
         with pytest.raises(LeaseHeld, match=f"process {process.pid}") as refused:
             Lease(tmp_path).__enter__()
-        assert str(process.pid) in refused.value.hint
+        assert f"batchrun cancel {tmp_path.name}" in refused.value.hint
         assert held_by(tmp_path) == process.pid
 
 

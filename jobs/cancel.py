@@ -1,0 +1,124 @@
+"""Ends a job: its processes are asked to, and killed where they do not.
+
+Whatever they hang in, and whoever of them is left. Who they are the kernel tells: `jobs.holders`.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from jobs.errors import JobError
+from jobs.folder import JobFolder
+from jobs.holders import Process, holders, send
+from jobs.lease import LOCK, Lease, held_by, holder
+from jobs.state import WAITING, Brief
+
+ASK_S = 6.0  # for a run to end by itself, the tokens of begun rows kept
+KILL_S = 3.0  # for the kernel to end what is killed
+_POLL_S = 0.05
+_UNSEEN = 10  # looks in a row that find the lock held, and by nobody who can be seen
+
+
+def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
+    """End a job that runs or waits, and return how it went, for its user to read.
+
+    What is journalled is kept. On return no process has the job, and it is cancelled, unless it
+    came to its end first.
+
+    Args:
+        job: The job.
+        ask_s: Seconds that it gets to end by itself; then it is killed.
+        kill_s: Seconds to wait for that.
+
+    Raises:
+        JobError: It does not run, or its processes can't be ended from here, or not now.
+    """
+    noted = Brief.load(job.path)
+    if held_by(job.path) is None:
+        raise JobError(f"the job {job.id} does not run: it is {job.state()}")
+    if noted is not None and noted.state not in WAITING:
+        raise JobError(
+            f"the job {job.id} does not run: it is {noted.state}, and {holder(job.path)} is at it",
+            hint="that is an export, or the like: wait for it",
+        )
+    asked: set[Process] = set()
+
+    def ask() -> None:
+        found = holders(job.path / LOCK)
+        for process in found[:1]:  # the supervisor, which passes it on, or what it left
+            if process not in asked:
+                asked.add(process)
+                with suppress(OSError):  # a full disk must not keep a job alive
+                    job.request_cancel()
+                _send(job, process, signal.SIGTERM, signal.SIGCONT)
+        for process in found:  # who is stopped can't hear
+            if process.state() == "T":
+                _send(job, process, signal.SIGCONT)
+
+    def kill() -> None:
+        for process in holders(job.path / LOCK):
+            _send(job, process, signal.SIGKILL)
+
+    killed = None
+    if not _ended(job, ask_s, ask):
+        killed = f"it did not stop in {ask_s:g} s when asked to, so it was killed"
+        if not _ended(job, kill_s, kill):
+            raise _left(job)
+    state = "cancelled"
+    with suppress(JobError):  # it is damaged
+        state = job.state()
+    if state not in ("done", "done-with-errors", "failed"):
+        state = "cancelled"
+        with suppress(JobError, OSError), Lease(job.path):  # someone goes on with it; a full disk
+            job.set_state(state, killed)
+    kept = f": {killed}; results that were journalled are kept" if killed else ""
+    return f"{job.id} is {state}{kept}"
+
+
+def _ended(job: JobFolder, seconds: float, act: Callable[[], None]) -> bool:
+    """Act until nobody has the job; whether that came about in time.
+
+    Raises:
+        JobError: Who has it can't be seen.
+    """
+    deadline = time.monotonic() + seconds
+    unseen = 0
+    while held_by(job.path) is not None:
+        if time.monotonic() > deadline:
+            return False
+        unseen = 0 if holders(job.path / LOCK) else unseen + 1
+        if unseen == _UNSEEN:
+            raise _unreachable(job)
+        act()
+        time.sleep(_POLL_S)
+    return True
+
+
+def _send(job: JobFolder, to: Process, *numbers: int) -> None:
+    try:
+        for number in numbers:
+            send(job.path / LOCK, to, number)
+    except PermissionError:
+        raise _unreachable(job) from None
+
+
+def _unreachable(job: JobFolder) -> JobError:
+    return JobError(
+        f"the job {job.id} is being run by {holder(job.path)}, which can't be ended from here",
+        hint=f"batchrun cancel {job.id}, on the machine, in the container and as the user that "
+        "runs it",
+    )
+
+
+def _left(job: JobFolder) -> JobError:
+    """What is left of a job that was killed."""
+    left = holders(job.path / LOCK)
+    names = ", ".join(f"process {one.pid} (state {one.state()})" for one in left)
+    return JobError(
+        f"the job {job.id} was killed, and has not ended: {names or holder(job.path)}",
+        hint="state D is a wait inside the kernel, mostly for a disk or a device: the process ends "
+        "when that answers, or with the machine; results that were journalled are kept",
+    )

@@ -1,0 +1,144 @@
+"""The processes that hold a lock, as the kernel tells, and signals to these and no others.
+
+A number in a file may be stale, a stranger's by now, or forged, so it is never a target. A process
+is one if the kernel says that it has the lock at this moment: `/proc/PID/fdinfo` lists the locks of
+each open file (proc(5), since Linux 4.1). It is named by a pidfd before that is asked, so that its
+number can't come to mean another process in between.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import stat
+import struct
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_LOCK = b"OFDLCK"
+# struct flock over the whole file. Locks of the open file description, not of the process: closing
+# another handle of the file drops nothing, and asking who holds one takes nothing.
+FLOCK = "hhqqi0q"
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of this machine, as long as it lives.
+
+    Args:
+        pid: Its number, here.
+        started: Clock ticks from the machine's start to its own: no other has both.
+        parent: The process that started it; another one if that has ended.
+    """
+
+    pid: int
+    started: int
+    parent: int
+
+    def state(self) -> str | None:
+        """The letter of proc(5), such as D for an uninterruptible wait; None when it has ended."""
+        found = _stat(self.pid)
+        return found[0] if found is not None and int(found[19]) == self.started else None
+
+
+def write_lock() -> bytes:
+    """A lock of a whole file, for `F_OFD_SETLK`."""
+    return struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
+def process(pid: int) -> Process | None:
+    """The process that has this number now, if any."""
+    found = _stat(pid)
+    return None if found is None else Process(pid, int(found[19]), int(found[1]))
+
+
+def holders(lock: Path) -> list[Process]:
+    """The processes that hold a lock, the first of a family before its children.
+
+    Those of other machines are not among them, nor those that this user may not look at.
+    """
+    try:
+        wanted = lock.stat()
+        numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+    held = [process(pid) for pid in numbers if _holds(pid, lock, wanted)]
+    found = {one.pid: one for one in held if one is not None}
+    return sorted(found.values(), key=lambda one: (one.parent in found, one.started, one.pid))
+
+
+def send(lock: Path, to: Process, number: int) -> bool:
+    """Send a signal to a process if it holds the lock; whether it was sent.
+
+    Raises:
+        PermissionError: The process is another user's.
+    """
+    try:
+        handle = os.pidfd_open(to.pid)
+    except ProcessLookupError:
+        return False
+    except OSError:  # a kernel or a container without pidfds
+        handle = -1
+    try:
+        # From here on the handle, unlike the number, means no other process.
+        if process(to.pid) != to or not _holds(to.pid, lock, lock.stat()):
+            return False
+        if handle < 0:
+            os.kill(to.pid, number)
+        else:
+            signal.pidfd_send_signal(handle, number)
+        return True
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the third on; None where there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields if len(fields) > 19 and fields[0] not in "ZX" else None
+
+
+def _holds(pid: int, lock: Path, wanted: os.stat_result) -> bool:
+    """Whether a process has the lock on this very file."""
+    with suppress(OSError):  # it ends meanwhile, or is another user's
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            link = f"/proc/{pid}/fd/{name}"
+            with suppress(OSError):
+                # Only what has the name is looked at: others' files may lie on a dead server.
+                named = os.path.basename(os.readlink(link)).startswith(lock.name)
+                if not named or not os.path.samestat(os.stat(link), wanted):
+                    continue
+                if _kernel_tells():
+                    found = _LOCK in Path(f"/proc/{pid}/fdinfo/{name}").read_bytes()
+                else:
+                    found = bool(os.lstat(link).st_mode & stat.S_IWUSR) and _is_worker(pid, lock)
+                if found:
+                    return True
+    return False
+
+
+def _is_worker(pid: int, lock: Path) -> bool:
+    """Whether a process was started to work in the lock's folder."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return os.fsencode(lock.parent) in words
+
+
+@cache
+def _kernel_tells() -> bool:
+    """Whether /proc shows locks; some sandboxes' kernels (gVisor) have the files without them."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, write_lock())
+            return _LOCK in Path(f"/proc/self/fdinfo/{file.fileno()}").read_bytes()
+    except OSError:
+        return False
