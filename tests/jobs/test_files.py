@@ -13,7 +13,15 @@ import pytest
 
 from jobs import files
 from jobs.errors import OutputError
-from jobs.files import atomic_write, check_room, free_bytes, make_folders, remove, write_json
+from jobs.files import (
+    atomic_write,
+    check_room,
+    free_bytes,
+    make_folders,
+    read_json,
+    remove,
+    write_json,
+)
 
 ROOT = Path(__file__).parents[2]
 WRITE = """
@@ -71,9 +79,10 @@ def test_a_killed_writer_leaves_the_old_file_and_its_rubbish_goes_with_the_next(
     before = {p.name for p in tmp_path.iterdir()}
     assert len(before) == 6
     write_json(path, {"a": "ü"})
+    assert read_json(path) == {"a": "ü"}
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {"out[1].json", *others}
-    assert path.read_text() == '{\n  "a": "ü"\n}\n'
+    assert path.read_text().startswith('{\n  "a": "ü",\n  "checksum": "')
 
 
 def test_a_living_writer_is_left_alone(tmp_path):
@@ -169,9 +178,9 @@ def test_what_is_not_to_last_is_written_without_a_sync(tmp_path, monkeypatch):
     synced = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), real(handle)))
-    write_json(tmp_path / "a.json", 1, durable=False)
+    write_json(tmp_path / "a.json", {"a": 1}, durable=False)
     assert synced == []
-    write_json(tmp_path / "b.json", 1)
+    write_json(tmp_path / "b.json", {"a": 1})
     assert len(synced) == 2  # the file, then its folder
     assert [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")] == [1, 1]
 
