@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.bench import Bench
 from jobs.folder import JobFolder
-from jobs.lease import held_by
+from jobs.holders import holders, send
+from jobs.lease import LOCK, held_by
 from tests.tiny import byte_vocabulary, write_tokenizer
 
 _POLL_S = 0.02
@@ -95,10 +96,10 @@ class Trial:
             if self.bench.left < _SPARE_S:
                 raise TimeoutError(f"{job.counts().rows} of {self.rows} rows are done")
             time.sleep(_POLL_S)
-        pid, began = held_by(job.path), time.perf_counter()
-        if pid is not None:
-            os.killpg(pid, signal.SIGKILL)  # its supervisor and the run
+        began = time.perf_counter()
         while held_by(job.path) is not None:
+            for process in holders(job.path / LOCK):  # its supervisor and the run
+                send(job.path / LOCK, process, signal.SIGKILL)
             time.sleep(_POLL_S)
         gone = time.perf_counter() - began
         kept = job.counts().rows

@@ -93,7 +93,7 @@ def test_a_run_that_hears_nothing_is_killed_and_the_next_job_has_its_turn(
     assert batchrun.read("a.jsonl") == batchrun.read("b.jsonl")
 
 
-@pytest.mark.parametrize("what", ["stopped", "without its supervisor", "both stopped"])
+@pytest.mark.parametrize("what", ["both stopped", "without its supervisor"])
 def test_a_stopped_job_and_one_whose_supervisor_is_gone(
     batchrun: CommandLine, trap: Path, what: str
 ) -> None:
@@ -105,8 +105,7 @@ def test_a_stopped_job_and_one_whose_supervisor_is_gone(
         until(lambda: len(holders(job.path / "lock")) == 1, "the supervisor's end")
     else:
         run.suspend()
-        if what == "both stopped":
-            supervisor.suspend()
+        supervisor.suspend()
     shown = batchrun("cancel", job.id)
     assert (shown.code, shown.out.splitlines()[0]) == (0, f"{job.id} is cancelled")
     assert (held_by(job.path), job.state()) == (None, "cancelled")

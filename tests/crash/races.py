@@ -23,6 +23,7 @@ from pathlib import Path
 
 from jobs import folder
 from jobs.errors import Fenced, LeaseHeld
+from tests.faults.liveness import check_goes_on
 from tests.faults.smalljob import DONE, Ledger, SmallJob, outcome_of
 
 ROWS = 30
@@ -121,6 +122,7 @@ def race(small: SmallJob, kind: str, step: int) -> str:
     assert small.check_journal(job, ledger.acknowledged()) == set(range(small.rows))
     assert job.state() == "done-with-errors", job.state()
     small.check_output()
+    check_goes_on(small.home)
     ledger.close()
     return message
 

@@ -31,8 +31,10 @@ import pyarrow.parquet as pq
 
 from batchrun.live import read_progress
 from jobs.errors import JobError
-from jobs.lease import held_by
+from jobs.holders import holders
+from jobs.lease import LOCK, held_by
 from jobs.verify import verify
+from tests.faults.liveness import cancel_all, check_goes_on
 from tests.faults.smalljob import (
     BUG,
     DONE,
@@ -43,7 +45,7 @@ from tests.faults.smalljob import (
     outcome_of,
 )
 
-STRIKES = ("worker", "viewer", "both", "group", "stop")
+STRIKES = ("worker", "viewer", "both", "group", "stop", "cancel", "cancel stopped")
 SPARING = ("viewer", "stop", "supervisor")  # the job goes on
 ENDED = {"done", "done-with-errors"}
 
@@ -56,6 +58,9 @@ class Launcher(Protocol):
     """
 
     strikes: tuple[str, ...]
+
+    def home(self) -> Path:
+        """Where the jobs are."""
 
     def begin(self) -> None:
         """A fresh job."""
@@ -95,6 +100,9 @@ class Forked:
         self._number = self._worker = self._viewer = 0
         self._ledger = Ledger(rows)
 
+    def home(self) -> Path:
+        return self._small.home
+
     def begin(self) -> None:
         self._number += 1
         self._small = SmallJob(self._root / str(self._number), self._rows)
@@ -132,7 +140,8 @@ class Forked:
         _, code = os.waitpid(self._worker, 0)
         _, seen = os.waitpid(self._viewer, 0)
         for status in (code, seen):
-            killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+            how = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+            killed = how in (signal.SIGKILL, signal.SIGTERM)  # which `cancel` asks with
             assert killed or os.WEXITSTATUS(status) == DONE, f"a process ended with {status}"
 
     def ended(self) -> bool:
@@ -189,9 +198,12 @@ class CommandLine:
                 break
             time.sleep(0.01)
 
+    def home(self) -> Path:
+        return self._root
+
     def victims(self, how: str) -> list[int]:
-        supervisor = held_by(self._job.path)
-        if supervisor is None or not (runs := children(supervisor)):
+        supervisor, *runs = [one.pid for one in holders(self._job.path / LOCK)] or [0]
+        if not runs:
             return []
         viewer = self._viewer.pid
         named = {"viewer": [viewer], "both": [*runs, viewer], "supervisor": [supervisor]}
@@ -237,17 +249,6 @@ class CommandLine:
         return self._again
 
 
-def children(pid: int) -> list[int]:
-    """The processes that a process has started and that live."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == pid and state != "Z":
-                found.append(int(stat.parent.name))
-    return found
-
-
 @dataclass
 class Trials:
     """What a series came to."""
@@ -282,7 +283,11 @@ def strike(launcher: Launcher, how: str, trials: Trials) -> bool:
                 os.kill(pid, number)
         return bool(victims)
 
-    victims = launcher.victims(how)
+    victims = launcher.victims("stop" if how.startswith("cancel") else how)
+    if how.startswith("cancel"):
+        if how == "cancel stopped":
+            send(signal.SIGSTOP)
+        return bool(cancel_all(launcher.home(), lambda: send(signal.SIGCONT)))
     if how != "stop":
         return send(signal.SIGKILL)
     if send(signal.SIGSTOP):
@@ -325,6 +330,7 @@ def series(launcher: Launcher, trials_wanted: int, seed: int) -> Trials:
                 trials.struck[how] += struck
             launcher.reap()
             try:
+                check_goes_on(launcher.home(), next_job=trials.struck.total() % 5 == 0)
                 ended = launcher.ended()
             except JobError as error:
                 raise AssertionError(f"after a signal to {how}: {error}") from error

@@ -31,9 +31,10 @@ from batchrun.worker import Outcome
 from jobs import folder
 from jobs.schema import VERSION
 from tests.faults import shim
+from tests.faults.liveness import check_goes_on
 from tests.faults.shim import Fault, Kind
 from tests.faults.smalljob import BUG, DONE, INTERRUPTED, Ledger, SmallJob, forked, outcome_of
-from tests.faults.steps import steps
+from tests.faults.steps import NEXT_JOB, steps
 
 ROWS = 7
 CHANGES = set(Kind) - {Kind.NOTE, Kind.SYNC}
@@ -61,6 +62,7 @@ class Scene:
         self.ledger = Ledger(ROWS)
         self.moved = root / "elsewhere" / "prompts.parquet"
         self._kept = root / "kept"
+        self._faults = 0
 
     def run(self, stop_at: int = ROWS) -> int:
         """Run the job in a process, to its end or until so many rows are acknowledged."""
@@ -97,6 +99,11 @@ class Scene:
             os.link(source, target) if output else shutil.copy2(source, target)
 
         shutil.copytree(old, new, copy_function=copy)
+
+    def is_due(self) -> bool:
+        """Whether another job is to be run too, after this fault."""
+        self._faults += 1
+        return self._faults % NEXT_JOB == 1
 
     @property
     def answered(self) -> set[int]:
@@ -219,6 +226,7 @@ def check(scene: Scene, operation: Operation, name: str, status: int) -> None:
     if status >= 0:
         left = [*small.home.glob("jobs/.*"), *small.home.glob("jobs/*/.*.tmp")]
         assert not left or name == "remove", f"left behind: {left}"
+    check_goes_on(small.home, next_job=scene.is_due())
     if name == "remove" and not small.jobs():
         return
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults import shim
+from tests.faults.liveness import check_goes_on
 from tests.faults.shim import Fault, Kind, Operation
 from tests.faults.smalljob import BUG, DONE, Ledger, SmallJob, forked, outcome_of
 
@@ -42,6 +43,7 @@ LIBRARY = {
     "failed sync": (Fault.FAIL, Kind.SYNC),
 }
 MOST = 2000  # no run has as many steps
+NEXT_JOB = 16  # after one in so many faults another job is run too
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Case:
     def __init__(self, root: Path, rows: int = ROWS) -> None:
         self.small = SmallJob(root, rows)
         self.ledger = Ledger(rows)
+        self._verified = 0
 
     def prepare(self) -> None:
         shutil.rmtree(self.small.root, ignore_errors=True)
@@ -94,6 +97,8 @@ class Case:
         assert small.output.exists() or not ledger.finished, "the output is lost"
         if small.output.exists():
             small.check_output()
+        self._verified += 1
+        check_goes_on(small.home, next_job=self._verified % NEXT_JOB == 1)
         status = forked(lambda: outcome_of(lambda: small.submit_and_run(ledger)))
         assert status == DONE, f"the resumed run ended with {status}"
         [job] = small.jobs()

@@ -22,6 +22,7 @@ from jobs.errors import InputError, JobError
 from jobs.lease import held_by
 from jobs.stats import summarise
 from jobs.verify import verify
+from tests.faults.liveness import check_goes_on
 from tests.faults.smalljob import DONE, ENDED_WITH_ERROR, Ledger, SmallJob, forked, outcome_of
 from tests.tiny import write_tiny_model
 
@@ -65,6 +66,7 @@ def remount(small: SmallJob, options: str) -> None:
 
 def finish(small: SmallJob, ledger: Ledger) -> None:
     """Resume in a clean process, and look."""
+    check_goes_on(small.home)
     assert forked(lambda: outcome_of(lambda: small.submit_and_run(ledger))) == DONE
     [job] = small.jobs()
     assert small.check_journal(job, ledger.acknowledged()) == set(range(small.rows))
