@@ -9,15 +9,16 @@ from batchrun.engine.core import Request
 from batchrun.engine.scheduler import why_refused
 from batchrun.forecast import Paper, read_papers
 from batchrun.measured import Measured
+from batchrun.overdue import PromptLimit
 from batchrun.reader import Reader
 from jobs.errors import InputError
 from jobs.folder import home
 from jobs.results import Copy, DoneSet, Result, RowDigests
-from jobs.row import Noted, unnoted
 from jobs.source import open_source
 from jobs.spec import JobSpec
 
 _ROWS = 20
+_BARREN = 2  # rows whose prompts take too long, before it gives up
 
 
 @dataclass
@@ -52,31 +53,32 @@ class _Tried:
         """There is no more."""
 
 
-def dry_run(spec: JobSpec, log: Callable[[str], None], noted: Noted = unnoted) -> None:
+def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit | None = None) -> None:
     """Check what can be checked without loading weights, and make prompts of the first 20 rows.
 
     Args:
         spec: A job that was checked as `make_spec` does.
         log: Told, a line each, what the user should know.
-        noted: Told what is read of the inputs.
+        limit: How long a prompt may take; its note is told what is read.
 
     Raises:
         JobError: An input can't be read, or not one of the first rows can be computed.
         ModelError: The model would be refused.
         EngineError: An attention backend asked for by name can't be used.
     """
-    known = Measured.load(home(), spec)
+    limit, known = limit or PromptLimit(), Measured.load(home(), spec)
     paper = read_papers(spec, known.step_cost if known else None, log)
     if paper.budget <= 0:
         log("the memory that is free now does not hold the model's weights and keys and values")
     parts = [file.part for file in spec.inputs]
-    source = open_source(parts, spec.input_format, noted=noted)
+    source = open_source(parts, spec.input_format, noted=limit.note.reading)
     source.count()  # through to the end: an array may be cut short, a quote never closed
     few = replace(
         spec, limit=min(_ROWS, spec.limit or _ROWS), runtime={**spec.runtime, "plan": False}
     )
     tried = _Tried(paper)
-    Reader(few, source, DoneSet(spec.n), paper, log).read(tried, tried)
+    reader = Reader(few, source, DoneSet(spec.n), paper, log, limit=limit, barren=_BARREN)
+    reader.read(tried, tried)
     if not tried.failed:
         return
     row, reason = next(iter(tried.failed.items()))

@@ -16,12 +16,12 @@ from batchrun.engine.core import Request
 from batchrun.engine.generation import Generation
 from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.measured import Measured
+from batchrun.overdue import PromptLimit
 from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, prompt_options
 from batchrun.savings import Slots
 from batchrun.worker import engine_settings
 from jobs.folder import home
 from jobs.results import Copy, DoneSet, Result, RowDigests
-from jobs.row import Noted, unnoted
 from jobs.source import open_source
 from jobs.spec import JobSpec
 
@@ -120,8 +120,10 @@ def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
     return min(common_length(ids, others, BLOCK), len(ids) - 1) if len(ids) > BLOCK else 0
 
 
-def forecast(spec: JobSpec, log: Callable[[str], None], noted: Noted = unnoted) -> dict[str, Any]:
-    """Read and plan the whole input, of which `noted` is told what is read.
+def forecast(
+    spec: JobSpec, log: Callable[[str], None], limit: PromptLimit | None = None
+) -> dict[str, Any]:
+    """Read and plan the whole input, where a prompt may take as long as `limit` says.
 
     Returns:
         JSON-able, for all rows unless it says otherwise: `rows`, `prompt_tokens`,
@@ -137,8 +139,9 @@ def forecast(spec: JobSpec, log: Callable[[str], None], noted: Noted = unnoted) 
         ModelError: The model would be refused.
         EngineError: So would the attention backend.
     """
+    limit = limit or PromptLimit()
     parts = [file.part for file in spec.inputs]
-    source = open_source(parts, spec.input_format, noted=noted)
+    source = open_source(parts, spec.input_format, noted=limit.note.reading)
     known = Measured.load(home(), spec)
     paper = read_papers(spec, known.step_cost if known else None, log)
     prompt_tokens = 0
@@ -149,7 +152,8 @@ def forecast(spec: JobSpec, log: Callable[[str], None], noted: Noted = unnoted) 
         prompt_tokens += len(ids) * spec.n
         return ids
 
-    reader = Reader(spec, source, DoneSet(spec.n), replace(paper, encode=encode), log)
+    prompts = replace(paper, encode=encode)
+    reader = Reader(spec, source, DoneSet(spec.n), prompts, log, limit=limit)
     tally = Tally(
         paper,
         known or Measured(),

@@ -16,6 +16,7 @@ from batchrun.engine.generation import Generation
 from batchrun.engine.template import Template
 from batchrun.engine.text import PromptError
 from batchrun.errors import PROCESS_ENDS, said_by
+from batchrun.overdue import BARREN, Overdue, PromptLimit, never_made, place_of, too_long
 from batchrun.param_columns import (
     OVERRIDES,
     BadParameterError,
@@ -31,7 +32,6 @@ from jobs.jsontext import encode
 from jobs.results import Copy, Partial, Result, RowDigests
 from jobs.source import Row, Source
 from jobs.spec import JobSpec
-from jobs.suspects import ReaderNote
 
 Read = Result | Copy | RowDigests  # what the reader has for the journal
 ItemT_contra = TypeVar("ItemT_contra", contravariant=True)
@@ -142,9 +142,11 @@ class Reader:
         crashes: How often the process crashed with a row in it.
         digests: What the rows were that an earlier run read: of so many from one on, by row.
         watchdog: Told when it reads.
-        note: Told what it is at.
+        limit: How long the prompt of a row may take, and where is noted what it is at.
+        condemned: Rows that are errors without another try, and why.
         drained: Called before the prompt of a row is made that was in a crash; returns when no row
             is in the engine or on its way there.
+        barren: After so many rows in a row whose prompts took too long it gives up.
 
     Attributes:
         columns: What is read of each row.
@@ -166,16 +168,19 @@ class Reader:
         crashes: Mapping[int, int] = MappingProxyType({}),
         digests: Digests = lambda first, count: {},
         watchdog: Watchdog | None = None,
-        note: ReaderNote | None = None,
+        limit: PromptLimit | None = None,
+        condemned: Mapping[int, str] = MappingProxyType({}),
         drained: Callable[[], None] = lambda: None,
+        barren: int = BARREN,
     ) -> None:
         self._spec, self._source, self._done = spec, source, done
         self._begun, self._crashes = begun, crashes
         self._digests = digests
         self._known: Mapping[int, int] = {}
         self._seen: list[tuple[int, int]] = []
-        self._watchdog, self._note_at = watchdog or Watchdog(), note or ReaderNote()
+        self._watchdog, self._limit = watchdog or Watchdog(), limit or PromptLimit()
         self._drained, self._next_row = drained, 0
+        self._condemned, self._overdue, self._barren = condemned, 0, barren
         self._encode = workbench.encode
         self.seconds, self.handed = 0.0, 0
         self.duplicates = Duplicates(spec.n)
@@ -186,6 +191,7 @@ class Reader:
             share=bool(spec.runtime.get("share_prefixes", True)),
         )
         self._generation = workbench.generation
+        self._at = self._limit.note
         self._given = {
             **{k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()},
             "logprobs": spec.keep is not None,  # best-of ranks by them
@@ -224,6 +230,7 @@ class Reader:
 
         Raises:
             Closed: The other side of a channel is gone.
+            ModelError: No prompt comes to an end.
             SpecChanged: A row is not what it was when an earlier run read it.
         """
         rows = self._to_do(results)
@@ -306,7 +313,7 @@ class Reader:
             self._seen = []
 
     def _next(self, rows: Iterator[Row]) -> Row | None:
-        with self._watchdog.busy("reading the input"), self._note_at.reading(None, self._next_row):
+        with self._watchdog.busy("reading the input"), self._at.reading(None, self._next_row):
             row = next(rows, None)
         self._next_row += 1
         return row
@@ -315,16 +322,15 @@ class Reader:
         """The row's requests, or its errors."""
         if row.index in self._crashes:
             self._drained()
-        self._note_at.making(row.index)
         try:
             if row.error is not None:
                 raise PromptError("bad_row", row.error)
             if self._crashes.get(row.index, 0) >= _CRASHES:
                 raise PromptError("crashed", f"the process crashed {_CRASHES} times in this row")
-            given = self._sampling(row.fields)
-            params = self._params_of(given)
-            ids = self._encode(row.fields)
-            params = self._generation.fitted(params, given, len(ids))
+            if row.index in self._condemned:
+                raise PromptError("overdue", self._condemned[row.index])
+            ids, params = self._limit.made(row.index, lambda: self._prompt(row.fields))
+            self._overdue = 0
         except PROCESS_ENDS:
             raise
         except BaseException as error:
@@ -335,8 +341,6 @@ class Reader:
             return [
                 Result(row.index, s, "error", error=text, error_kind=found.kind) for s in samples
             ]
-        finally:
-            self._note_at.made()
         seed = params.seed if params.seed is not None else self._spec.seed
         none = Partial(row.index, 0, ())
         begun = [self._begun.get((row.index, s), none) for s in samples]
@@ -345,10 +349,22 @@ class Reader:
             for s, b in zip(samples, begun, strict=True)
         ]
 
+    def _prompt(self, fields: Mapping[str, Any]) -> tuple[tuple[int, ...], SamplingParams]:
+        given = self._sampling(fields)
+        params = self._params_of(given)
+        ids = self._encode(fields)
+        return ids, self._generation.fitted(params, given, len(ids))
+
     def _problem(self, row: int, error: BaseException) -> PromptError:
         """What was wrong with a row; what nobody foresaw is that row's error too, and is logged."""
         if isinstance(error, PromptError):
             return error
+        if isinstance(error, Overdue):
+            place = place_of(error.__traceback__)
+            self._overdue += 1
+            if self._overdue == self._barren:
+                raise never_made(self._overdue, place)
+            return PromptError("overdue", too_long(self._limit.limit_s) + place)
         if not self._has_told_internal:
             self._has_told_internal = True
             self._log(f"row {row} can't be made a prompt, as others may not: {said_by(error)}")

@@ -28,6 +28,7 @@ from typing import Any
 
 from batchrun.cgroups import oom_kills
 from batchrun.live import Reporter
+from batchrun.overdue import BARREN, Onlooker, never_made, place_in
 from jobs.errors import JobError
 from jobs.files import open_private
 from jobs.folder import WORKER_LOG, JobFolder, last_words
@@ -40,7 +41,10 @@ _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.
 _POLL_S = 0.2
 _RESTARTS = 4  # in a row, without a result in between
 _CRASHED = re.compile(rb"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
-_BARREN = 16  # in a row, without a good one: then it is hardly the rows that are to blame
+_BARREN = BARREN  # in a row, without a good one
+_LOOK_S = 0.5  # between two looks at what a run is at
+TELL = signal.SIGUSR2  # asks a run to print where its threads are
+_TELL_S = 1.0  # that it has for it
 
 
 @dataclass
@@ -239,7 +243,16 @@ def _supervise(
             _command("run-job", job.path), stdin=subprocess.DEVNULL, **_inheriting(*handles)
         )
         signals.pass_on_to(child)
-        code = child.wait()
+        code, overdue = _watch(child, job.path)
+        if overdue is not None:
+            place = _condemn(job, overdue, printed, reporter)
+            after = job.counts()
+            barren = barren + 1 if after.completion_tokens == before.completion_tokens else 0
+            if barren == _BARREN:
+                error = never_made(barren, place)
+                job.set_state("failed", str(error), error.hint)
+                return 1
+            continue
         if code >= 0:
             return code
         if signals.received is not None:  # it was told to end, and is not started again
@@ -279,6 +292,52 @@ def _supervise(
             reason = f"the run crashed with {name} {times} times in a row, and no row was answered"
             job.set_state("failed", reason, "batchrun logs says more")
             return 1
+
+
+def _watch(child: subprocess.Popen[bytes], folder: Path) -> tuple[int, tuple[int, int, str] | None]:
+    """Wait for a run's end, and end it where a prompt does not come to one.
+
+    Returns:
+        How it ended, and the thread, the row and the reason if it was ended here.
+    """
+    note = ReaderNote(folder)
+    note.made()  # of the run before
+    onlooker = Onlooker(child.pid, note)
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(_LOOK_S), None
+            if (overdue := onlooker.look()) is None:
+                continue
+            at, (row, reason) = note.at(), overdue
+            child.send_signal(TELL)  # faulthandler prints where it is, whoever has which lock
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_TELL_S)
+            child.kill()
+            return child.wait(), (at.thread if at is not None else 0, row, reason)
+    finally:
+        note.close()
+
+
+def _condemn(
+    job: JobFolder, overdue: tuple[int, int, str], printed: int, reporter: Reporter
+) -> str:
+    """Note that a row is not to be tried again; returns where its prompt was."""
+    thread, row, reason = overdue
+    place = place_in(_stack(job.path / WORKER_LOG, printed, thread))
+    with job.journal(readonly=False) as journal:
+        journal.condemn(row, reason + place)
+    reporter.message(f"row {row}: {reason}{place}; the run is started again")
+    return place
+
+
+def _stack(log: Path, begin: int, thread: int) -> str:
+    """What faulthandler printed last of a thread."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        printed = file.read().decode(errors="replace")
+    found = re.findall(rf"hread 0x0*{thread:x} .*?\n((?:  .*\n)*)", printed)
+    return str(found[-1]) if found else ""
 
 
 def _suspects(folder: Path, printed: int) -> tuple[list[int], Reading | None]:

@@ -28,6 +28,7 @@ from batchrun.live import Progress
 from batchrun.machine import peak_rss
 from batchrun.measured import Measured, Sampler
 from batchrun.models import fingerprint
+from batchrun.overdue import PromptLimit
 from batchrun.reader import (
     HANDED_REQUESTS,
     QUEUED_REQUESTS,
@@ -95,6 +96,7 @@ def run_job(
     open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench] | None = None,
     held: bool = False,
     watchdog: Watchdog | None = None,
+    prompt_s: float = float("inf"),
 ) -> Outcome:
     """Run a job to its end, from wherever it is.
 
@@ -106,6 +108,7 @@ def run_job(
         open_workbench: Loads the engine; the real one by default.
         held: Whether this process has the job's lease already, from its supervisor.
         watchdog: Told what the threads are at.
+        prompt_s: Seconds of processor time that the prompt of a row may take.
 
     Returns:
         How it ended.
@@ -117,24 +120,26 @@ def run_job(
     """
     job, watchdog = JobFolder(path), watchdog or Watchdog()
     with nullcontext() if held else Lease(path):
-        note = ReaderNote(path)
-        with watchdog.busy("looking at the inputs", _PATIENCE), note.reading():
+        limit = PromptLimit(ReaderNote(path), prompt_s)
+        reading = limit.note.reading
+        with watchdog.busy("looking at the inputs", _PATIENCE), reading():
             # A workbench that is given needs no model.
             folders.check_unchanged(job, None if open_workbench else fingerprint)
             spec = job.spec()
             parts = [file.part for file in spec.inputs]
-            source = open_source(parts, spec.input_format, noted=note.reading)
+            source = open_source(parts, spec.input_format, noted=reading)
             run = _Run(
                 job,
                 spec,
                 source,
-                note,
+                limit,
                 stop=stop,
                 on_progress=on_progress,
                 log=log,
                 watchdog=watchdog,
             )
-        return run.run(open_workbench or _open_runtime)
+        with limit:
+            return run.run(open_workbench or _open_runtime)
 
 
 class _Run:
@@ -145,14 +150,14 @@ class _Run:
         job: JobFolder,
         spec: JobSpec,
         source: Source,
-        note: ReaderNote,
+        limit: PromptLimit,
         *,
         stop: threading.Event,
         on_progress: Callable[[Progress], None],
         log: Callable[[str], None],
         watchdog: Watchdog,
     ) -> None:
-        self.job, self.spec, self.source, self._note = job, spec, source, note
+        self.job, self.spec, self.source, self._limit = job, spec, source, limit
         self.stop, self.log, self.watchdog = stop, log, watchdog
         self._on_progress = on_progress
         self._began = time.perf_counter()
@@ -172,6 +177,7 @@ class _Run:
             self.done = journal.done()
             self._begun = journal.partials()
             self._crashes = journal.crash_counts()
+            self._condemned = journal.condemned()
             self._earlier = journal.counts()
             self._run_id = journal.begin_run()
         self._samples = self._earlier.samples
@@ -253,7 +259,8 @@ class _Run:
             crashes=self._crashes,
             digests=self._digests,
             watchdog=self.watchdog,
-            note=self._note,
+            limit=self._limit,
+            condemned=self._condemned,
             drained=lambda: self._drained(requests),
         )
 
@@ -329,8 +336,10 @@ class _Run:
         alone = request.row in self._crashes
         while alone and engine.has_work and not self.stop.is_set():
             self._step(engine, results)
-        with self._suspecting(request.row):
+        with self.watchdog.busy(ENGINE), self._suspecting(request.row):
+            self._running.add(request.row)  # what is set up for a row may hang, too
             engine.add(request)
+            self._running.remove(request.row)
         while alone and engine.has_work and not self.stop.is_set():
             self._step(engine, results)
 
@@ -464,7 +473,7 @@ class _Run:
                     path,
                     format=spec.output["format"],
                     may_replace=Claim(journal, path, overwrite=bool(spec.output.get("overwrite"))),
-                    noted=self._note.reading,
+                    noted=self._limit.note.reading,
                 )
             except OutputTaken as error:
                 error.hint = (

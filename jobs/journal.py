@@ -20,7 +20,7 @@ from typing import Any
 from jobs.errors import Fenced, JournalError
 from jobs.files import fsync_directory, remove
 from jobs.lease import Lease
-from jobs.readings import Readings
+from jobs.readings import CONDEMNED, Readings
 from jobs.results import Copy, Counts, DoneSet, Partial, Result
 from jobs.schema import NAME, SEALS, TABLES, connect, create, transaction, with_checksum
 
@@ -210,6 +210,7 @@ class Journal(Readings):
                 "(SELECT id / ? FROM results WHERE status = 'error')",
                 (self.n,),
             )
+            self._db.execute("DELETE FROM meta WHERE key = ?", (CONDEMNED,))
             count = self._db.execute("DELETE FROM results WHERE status = 'error'").rowcount
             if count:
                 [(last,)] = self._db.execute("SELECT max(id) FROM runs")
@@ -260,6 +261,10 @@ class Journal(Readings):
                 "FROM runs HAVING max(id) > 0",
                 [(row,) for row in rows],
             )
+
+    def condemn(self, row: int, reason: str) -> None:
+        """Note that a row is not to be tried again, and why: it has ended a run."""
+        self.set_meta(CONDEMNED, {**(self.meta(CONDEMNED) or {}), str(row): reason})
 
     def set_meta(self, key: str, value: Any) -> None:
         """Remember a small JSON value."""

@@ -47,6 +47,9 @@ class Damage:
     what: str
 
 
+CONDEMNED = "condemned"  # in meta: rows that are not to be tried again, by number, and why
+
+
 class Readings:
     """Reads an open journal.
 
@@ -88,6 +91,10 @@ class Readings:
     def crash_counts(self) -> dict[int, int]:
         """In how many crashes a row was in the engine, by row; none that are damaged."""
         return Counter(row for row, _ in self._sound("crashes"))
+
+    def condemned(self) -> dict[int, str]:
+        """Rows that are not to be tried again, and why."""
+        return {int(row): reason for row, reason in (self.meta(CONDEMNED) or {}).items()}
 
     def counts(self) -> Counts:
         """Results so far."""

@@ -140,7 +140,7 @@ class ReaderNote:
         OutputError: The file can't be made.
     """
 
-    _AT, _THREAD, _NATIVE, _ROW, _NUMBER, _FIRST, _ROWS, _LENGTH, _PATH = range(9)
+    _AT, _THREAD, _NATIVE, _ROW, _NUMBER, _FIRST, _ROWS, _LENGTH, _BEATS, _PATH = range(10)
     _NEITHER, _MAKING, _READING = range(3)
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -171,20 +171,28 @@ class ReaderNote:
         """The calling thread makes a row's prompt, until it says otherwise."""
         view = self._view
         view[self._AT] = self._NEITHER
+        view[self._NUMBER] += 1  # before the row, which is read before it
+        view[self._ROW] = row
         view[self._THREAD] = threading.get_ident()
         view[self._NATIVE] = threading.get_native_id()
-        view[self._ROW] = row
-        view[self._NUMBER] += 1
         view[self._AT] = self._MAKING
 
     def made(self) -> None:
         """It is at nothing that is noted."""
         self._view[self._AT] = self._NEITHER
 
+    def beat(self) -> None:
+        """Another thread of the process runs too."""
+        self._view[self._BEATS] += 1
+
+    def beats(self) -> int:
+        """How often it said so."""
+        return self._view[self._BEATS]
+
     def at(self) -> Making | Reading | None:
         """What is noted; also by another process."""
         view = self._view
-        at, thread, native, row, number, first, rows, length = view
+        at, thread, native, row, number, first, rows, length, _ = view
         if at == self._MAKING:
             return Making(row, thread, native, number)
         if at != self._READING:

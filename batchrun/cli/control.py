@@ -89,7 +89,7 @@ def verify_command(job: str | None) -> int:
     """
     folder = find(home(), job)
     try:
-        problems = isolated(lambda noted: verify(folder, fingerprint, noted))
+        problems = isolated(lambda note: verify(folder, fingerprint, note.reading))
     except ReaderCrashed as error:
         problems = [str(error)]
     say(*problems, limit=MESSAGE)

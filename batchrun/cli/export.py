@@ -17,8 +17,8 @@ from batchrun.terminal import say
 from jobs.destination import exporting
 from jobs.folder import JobFolder, find, home
 from jobs.rejoin import Exported, export_job
-from jobs.row import Noted
 from jobs.spec import JobSpec
+from jobs.suspects import ReaderNote
 
 
 @click.command()
@@ -48,8 +48,8 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
         output = PIPE
     target = _target(spec, output)
 
-    def write(noted: Noted, lost: Path | None = None) -> Exported:
-        how = {"format": target["format"], "partial": partial, "noted": noted, "lost": lost}
+    def write(note: ReaderNote, lost: Path | None = None) -> Exported:
+        how = {"format": target["format"], "partial": partial, "noted": note.reading, "lost": lost}
         with folder.journal() as journal:
             if output == PIPE:
                 with _room(folder) as place:
@@ -67,7 +67,7 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
         if not partial:
             raise
         lost = crash.path  # the crash itself can't be caught: it and what follows is done without
-        found = isolated(lambda noted: write(noted, lost))
+        found = isolated(lambda note: write(note, lost))
     where = "stdout" if output == PIPE else target["path"]
     say(f"{found.rows:,} rows in {where}", err=output == PIPE)
     if found.unknown is not None:

@@ -1,12 +1,18 @@
-"""Inputs are read in a child process: what C++ makes of a damaged file may be the process's end."""
+"""Inputs are read, and prompts made, in a child process, which this one can outlive and end.
+
+What C++ makes of a damaged file may be the process's end. Where a chat template hangs in C no
+handler of signals runs any more, so neither a limit nor Ctrl-C could end it from inside.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import pickle
+import select
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,13 +20,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from batchrun.overdue import Onlooker, never_made
 from jobs.errors import InputError, JobError
-from jobs.row import AGAIN, Noted
+from jobs.row import AGAIN
 from jobs.suspects import ReaderNote, Reading
 
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_S = 0.2  # between two looks at what the child is at
+_GRACE_S = 2.0  # for a child that was interrupted
 _FAULTS = {"SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE"}
 
 
@@ -37,29 +46,36 @@ class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
         self.path = path
 
 
-def isolated(work: Callable[[Noted], T]) -> T:
+def isolated(work: Callable[[ReaderNote], T]) -> T:
     """What `work` returns or raises; done in a child, whose changes in memory are lost.
 
     Args:
-        work: Given what it tells which file it reads. What it returns can be pickled.
+        work: Given what it tells which file it reads, and which row's prompt it makes. What it
+            returns can be pickled.
 
     Raises:
         ReaderCrashed: It crashed while it read a file.
+        ModelError: Making a prompt took too long.
         JobError: The child was ended otherwise.
     """
     note = ReaderNote()
     ours, theirs = os.pipe()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    with _interrupts_left_to_the_child():
+    with _interrupts_left_to_the_child() as interrupts:
         parent, child = os.getpid(), _forked()
         if child == 0:
             os.close(ours)
             _be_child(work, note, theirs, parent)
         os.close(theirs)
-        with os.fdopen(ours, "rb") as pipe:
-            sent = pipe.read()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            sent = _sent(child, ours, note, interrupts)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            raise
+        finally:
+            os.close(ours)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     at = note.at()
     note.close()
     if code:
@@ -68,6 +84,21 @@ def isolated(work: Callable[[Noted], T]) -> T:
     if error is not None:
         raise error
     return value  # type: ignore[no-any-return]
+
+
+def _sent(child: int, pipe: int, note: ReaderNote, interrupts: list[float]) -> bytes:
+    """What the child sends until it ends."""
+    onlooker, parts = Onlooker(child, note), []
+    while True:
+        if select.select([pipe], [], [], _LOOK_S)[0]:
+            parts.append(os.read(pipe, 1 << 20))
+            if not parts[-1]:
+                return b"".join(parts)
+        elif interrupts and time.monotonic() - interrupts[0] > _GRACE_S:
+            raise KeyboardInterrupt
+        elif (overdue := onlooker.look()) is not None:
+            row, reason = overdue
+            raise never_made(1, f"; row {row}: {reason}")
 
 
 def _crash(how: str, at: object) -> JobError:
@@ -88,7 +119,9 @@ def _forked() -> int:
         return os.fork()
 
 
-def _be_child(work: Callable[[Noted], Any], note: ReaderNote, pipe: int, parent: int) -> NoReturn:
+def _be_child(
+    work: Callable[[ReaderNote], Any], note: ReaderNote, pipe: int, parent: int
+) -> NoReturn:
     code = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -104,9 +137,9 @@ def _be_child(work: Callable[[Noted], Any], note: ReaderNote, pipe: int, parent:
         os._exit(code)
 
 
-def _done(work: Callable[[Noted], Any], note: ReaderNote) -> bytes:
+def _done(work: Callable[[ReaderNote], Any], note: ReaderNote) -> bytes:
     try:
-        return pickle.dumps((work(note.reading), None))
+        return pickle.dumps((work(note), None))
     except BaseException as error:
         trace = "".join(traceback.format_exception(error))
         error.add_note(trace)  # which can't be sent
@@ -119,10 +152,11 @@ def _done(work: Callable[[Noted], Any], note: ReaderNote) -> bytes:
 
 
 @contextmanager
-def _interrupts_left_to_the_child() -> Iterator[None]:
-    """A terminal's Ctrl-C goes to both; the child's answer to it is enough."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_left_to_the_child() -> Iterator[list[float]]:
+    """A terminal's Ctrl-C goes to both; the child's answer to it is enough. Yields when it came."""
+    came: list[float] = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(time.monotonic()))
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGINT, before)

@@ -19,10 +19,11 @@ from batchrun.cli.options import (
 )
 from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec
+from batchrun.overdue import PromptLimit, prompt_seconds
 from batchrun.report.text import seconds, size
 from batchrun.terminal import MESSAGE, say, say_json
 from jobs.folder import home
-from jobs.row import Noted
+from jobs.suspects import ReaderNote
 
 
 @click.command(cls=SectionCommand)
@@ -45,7 +46,7 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
     # An input may well have columns that an output would add.
     unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True, "token_ids": False}
     with taken_in(inputs, home()) as (paths, _):
-        found = isolated(lambda noted: _found(paths, {**options, **unused}, log, noted))
+        found = isolated(lambda note: _found(paths, {**options, **unused}, log, note))
     if as_json:
         say_json(found)
     else:
@@ -53,11 +54,13 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
 
 
 def _found(
-    paths: list[str], options: Mapping[str, Any], log: Callable[[str], None], noted: Noted
+    paths: list[str], options: Mapping[str, Any], log: Callable[[str], None], note: ReaderNote
 ) -> dict[str, Any]:
     from batchrun.forecast import forecast  # noqa: PLC0415 - imports numpy
 
-    return forecast(make_spec(paths, home(), options, log=log, noted=noted), log, noted)
+    spec = make_spec(paths, home(), options, log=log, noted=note.reading)
+    with PromptLimit(note, prompt_seconds()) as limit:
+        return forecast(spec, log, limit)
 
 
 def _shown(found: Mapping[str, Any]) -> dict[str, Any]:

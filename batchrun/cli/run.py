@@ -26,12 +26,14 @@ from batchrun.cli.options import (
 from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec, output_settings
 from batchrun.models import fingerprint
+from batchrun.overdue import PromptLimit, prompt_seconds
 from batchrun.terminal import MESSAGE, say, say_json
 from jobs.destination import check_apart, one_at_a_time, resuming
 from jobs.errors import JobError, LeaseHeld
 from jobs.export import check_destination
 from jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
 from jobs.spec import JobSpec
+from jobs.suspects import ReaderNote
 
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
 
@@ -80,7 +82,7 @@ def submit_command(
     if options["output"] == PIPE and (as_json or not wait):
         raise click.UsageError("--output - with --json or --detach: stdout has the answers")
     with taken_in(inputs, root) as (paths, own):
-        spec = isolated(lambda noted: make_spec(paths, root, options, log=log, noted=noted))
+        spec = isolated(lambda note: make_spec(paths, root, options, log=log, noted=note.reading))
         if dry_run:
             _dry_run(root, spec, log, again=again, as_json=as_json)
             return 0
@@ -99,7 +101,12 @@ def _dry_run(
     from batchrun.dry_run import dry_run  # noqa: PLC0415 - reads what a model is
 
     _check_free(root, spec, again=again)
-    isolated(lambda noted: dry_run(spec, log, noted))
+
+    def try_rows(note: ReaderNote) -> None:
+        with PromptLimit(note, prompt_seconds()) as limit:
+            dry_run(spec, log, limit)
+
+    isolated(try_rows)
     if as_json:
         say_json(job_parameters(spec))
     else:

@@ -17,13 +17,11 @@ from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, explain, print_error
 from batchrun.live import Reporter
 from batchrun.machine import use_cores
+from batchrun.overdue import prompt_seconds, stall_seconds
 from batchrun.terminal import MESSAGE, say
 from batchrun.watchdog import Watchdog
 from jobs.errors import Fenced, LeaseHeld
 from jobs.folder import JobFolder, home
-
-_STALL = "BATCHRUN_STALL_SECONDS"  # after which a step, a read or a write is taken to hang
-_STALL_S = 600.0
 
 STATUS = {
     "done": ExitStatus.DONE,
@@ -86,8 +84,9 @@ def run_job_command(folder: Path) -> int:
             from batchrun.worker import StepFailed, run_job  # noqa: PLC0415  (imports torch)
 
             faulthandler.enable()
+            faulthandler.register(supervisor.TELL)
             watchdog = Watchdog(
-                float(os.environ.get(_STALL) or _STALL_S),
+                stall_seconds(),
                 lambda what, seconds: _stalled(job, reporter, what, seconds),
             )
             watchdog.start()
@@ -98,6 +97,7 @@ def run_job_command(folder: Path) -> int:
                 log=reporter.message,
                 held=bool(handles),
                 watchdog=watchdog,
+                prompt_s=prompt_seconds(),
             )
         except Exception as error:
             if isinstance(error, StepFailed):

@@ -11,6 +11,7 @@ import jinja2
 
 from batchrun.engine.chat_source import variables
 from batchrun.engine.messages import Arguments, PromptError
+from batchrun.engine.sandbox import bound
 
 # No row's text has it: rows can't know what a process draws. Letters and digits survive whatever a
 # template does to text.
@@ -59,6 +60,7 @@ class ChatTemplate:
         self._forms: dict[tuple[str, bool], _Form] = {}
         self._calls: dict[bool, tuple[bool, bool]] = {}
         self._expressed: set[tuple[Any, ...]] = set()
+        self._bound: set[bool] = set()  # whether the template for chats with tools, or without, is
 
     def source(self, *, tools: bool = False) -> str:
         """Its text, for chats with tools or for those without; empty where it has none."""
@@ -109,6 +111,8 @@ class ChatTemplate:
         def render(messages: Messages, tools: list[dict[str, Any]] | None) -> str:
             try:
                 return self._render(messages, tools, arguments or {}, answer=not begun)
+            except PromptError:
+                raise
             except Exception as error:  # a template is the model's program and may raise anything
                 raise PromptError(
                     "chat_template", f"the chat template refused it: {_short(error)}"
@@ -127,6 +131,9 @@ class ChatTemplate:
         *,
         answer: bool = True,
     ) -> str:
+        if (tools is not None) not in self._bound:
+            bound(self.source(tools=tools is not None))
+            self._bound.add(tools is not None)
         text = self._tokenizer.apply_chat_template(
             messages,
             tools=tools,

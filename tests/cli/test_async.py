@@ -197,6 +197,7 @@ def trapped(
     rows: int = 30,
     supervisor: str = "pass",
     source: Path | None = None,
+    model: Path | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Submit a job whose runs, and whose supervisor, execute something at first; wait for it.
@@ -215,7 +216,7 @@ def trapped(
         source = batchrun.write("in.jsonl", [f"prompt {i}" for i in range(rows)])
     own = batchrun.environment()
     path = f"{folder}:{own.get('PYTHONPATH', '')}"
-    arguments = (source, *LONG, "-o", "out.jsonl", "--model", batchrun.model, *arguments)
+    arguments = (source, *LONG, "-o", "out.jsonl", "--model", model or batchrun.model, *arguments)
     return subprocess.run(
         batchrun.argv("submit", *arguments),
         cwd=batchrun.folder,

@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, whenever the writer dies."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -182,7 +181,7 @@ def test_what_is_not_to_last_is_written_without_a_sync(tmp_path, monkeypatch):
     assert synced == []
     write_json(tmp_path / "b.json", {"a": 1})
     assert len(synced) == 2  # the file, then its folder
-    assert [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")] == [1, 1]
+    assert [read_json(tmp_path / name) for name in ("a.json", "b.json")] == [{"a": 1}, {"a": 1}]
 
 
 def test_folders_are_made_with_their_names_synced(tmp_path, monkeypatch):

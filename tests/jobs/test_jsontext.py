@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import time
 
 import pandas
 import polars
@@ -137,3 +138,10 @@ def test_carried_and_encoded_are_the_same_values(record, escaped):
     assert "\n" not in line
     assert strict(line) == strict(encode(parse_object(text)))
     line.encode()
+
+
+def test_blanks_take_no_longer_for_being_many() -> None:
+    text = '{"a": 1, \n "b":' + " " * 200_000 + '"' + " " * 200_000 + '"}'
+    began = time.thread_time()
+    assert carried(text) == text.replace(" \n ", " ")
+    assert time.thread_time() - began < 5, "quadratic"
