@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -40,7 +40,8 @@ def bound(source: str) -> None:
     if environment.intercepted_binops:
         return
     environment.intercepted_binops = frozenset("+*%") | {"**"}
-    table, filters = environment.binop_table, environment.filters
+    filters, table = environment.filters, environment.binop_table
+    environment.call_binop = functools.partial(_operated, table)
     for sign, size in _OPERATORS.items():
         table[sign] = _checked(table[sign], size)
     for name, size in _FILTERS.items():
@@ -66,6 +67,20 @@ def _checked(function: Callable[..., Any], size: Callable[..., int]) -> Callable
         return found
 
     return checked
+
+
+def _operated(
+    table: Mapping[str, Callable[..., Any]], context: Any, sign: str, left: Any, right: Any
+) -> Any:
+    if sign != "+":
+        return table[sign](left, right)
+    found = left + right  # in every template, many times; never more than two that may be
+    if found.__class__ is str:
+        if len(found) > _MOST:
+            _check(len(found))
+    else:
+        _check(_length(found))
+    return found
 
 
 def _joining(join: Callable[..., str]) -> Callable[..., str]:
@@ -133,10 +148,6 @@ def _bits(value: Any) -> int:
 def _large(bits: int) -> int:
     """Of a number, as a size."""
     return _MOST + 1 if bits > _BITS else 0
-
-
-def _sum(left: Any, right: Any) -> int:
-    return _length(left) + _length(right)
 
 
 def _product(left: Any, right: Any) -> int:
@@ -233,7 +244,7 @@ def _replaced_in(_: Any, text: Any, old: Any = "", new: Any = "", *__: Any, **__
     return _replaced(str(text), str(old), str(new))
 
 
-_OPERATORS = {"+": _sum, "*": _product, "%": _modulo, "**": _power}
+_OPERATORS = {"*": _product, "%": _modulo, "**": _power}
 _FILTERS: dict[str, Callable[..., int]] = {
     "batch": _filled,
     "center": _wide,
