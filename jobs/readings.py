@@ -7,7 +7,7 @@ import sqlite3
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,10 @@ class Readings:
             JournalError: One is damaged; the message says whose.
         """
         query = f"{_SELECTS['results']} WHERE id >= ? ORDER BY id"
-        with self._errors("read"), self._lenient() if skip_damaged else nullcontext():
+        with (
+            self._errors("read"),
+            self._lenient() if skip_damaged else self._naming_damage(),
+        ):
             for record in self._db.execute(query, (first_row * self.n,)):
                 if checksum(record[:-1]) != record[-1]:
                     if skip_damaged:
@@ -161,6 +164,15 @@ class Readings:
                 rest.append(logprob)
                 row, sample = divmod(number, self.n)
                 yield Result(row, sample, status, text, _tokens(ids), *rest)
+
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        """Where text is no UTF-8 and can't even be read, say whose it is."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            damage = self.damage()
+            raise self._damaged(damage) if damage else error from error
 
     def digests(self, first: int, count: int) -> dict[int, int]:
         """Digests of the input rows that were read, of `count` from row `first` on, by row.
@@ -206,12 +218,13 @@ class Readings:
             JournalError: It is damaged; the message says how.
         """
         try:
-            found = [row[0] for row in self._db.execute("PRAGMA integrity_check(3)")]
-            for table, columns in TABLES.items():
-                there = [name for (_, name, *_) in self._db.execute(f"PRAGMA table_info({table})")]
-                if there != [*columns, "crc"]:
-                    found.append(f"its table {table} has other columns")
-        except sqlite3.DatabaseError as error:
+            with self._lenient():
+                found = [row[0] for row in self._db.execute("PRAGMA integrity_check(3)")]
+                for table, columns in TABLES.items():
+                    info = self._db.execute(f"PRAGMA table_info({table})")
+                    if [name for (_, name, *_) in info] != [*columns, "crc"]:
+                        found.append(f"its table {table} has other columns")
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             found = [str(error)]
         if found != ["ok"]:
             found = [what for what in found if what != "ok"]
@@ -275,11 +288,12 @@ class Readings:
     @contextmanager
     def _lenient(self) -> Iterator[None]:
         """Text that is no UTF-8 can be read too: its checksum says that it is damaged."""
+        before = self._db.text_factory
         self._db.text_factory = lambda data: data.decode(errors="replace")
         try:
             yield
         finally:
-            self._db.text_factory = str
+            self._db.text_factory = before
 
     def _all(self, query: str, *values: Any) -> list[Any]:
         with self._errors("read"):
@@ -314,7 +328,7 @@ class Readings:
                 f"{self.path} can't be {done}: {error}",
                 hint="make room on the disk, then: batchrun resume",
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # of names, or of a message
             raise JournalError(f"{self.path} is damaged: {error}", BEYOND_REPAIR) from error
 
 

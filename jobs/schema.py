@@ -185,7 +185,7 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
             _set_modes(db)
             _settle_log(db, wal)
         _bring_up_to_date(db, path, readonly=readonly)
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         if db is not None:
             db.close()
         if is_damage(error):
@@ -203,6 +203,8 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
 
 def is_damage(error: Exception) -> bool:
     """Whether an error of SQLite says that the file is not what it was written as."""
+    if isinstance(error, UnicodeDecodeError):  # of a name, or of SQLite's own message
+        return True
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF
     return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 

@@ -120,7 +120,7 @@ def _output(spec: JobSpec, journal: Journal, source: Source, noted: Noted) -> It
         if not found:
             joined.finish()
         yield from found
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError, LookupError) as error:
         yield f"the output {path} can't be read: {error}"
 
 
