@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +19,7 @@ AGAIN = "download or copy it again: `hf download` goes on where it broke off"
 _LFS = b"version https://git-lfs"
 _HEAD = 512  # bytes: an LFS pointer is shorter
 _MOST_HEADER = 100 << 20  # bytes: safetensors itself reads no longer one
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,26 @@ def stored_in(file: Path) -> dict[str, Stored]:
         raise _cut(file, size, 8 + length + end, "")
     _check_layout(file)
     return stored
+
+
+def unlike(stored: Mapping[str, Stored]) -> list[str]:
+    """Tensors of experts that are missing, or have another shape than those of most experts."""
+    layers: dict[str, dict[str, dict[str, Stored]]] = {}
+    for name, tensor in stored.items():
+        if found := _EXPERT.fullmatch(name):
+            layer, expert, part = found.groups()
+            layers.setdefault(layer, {}).setdefault(part, {})[expert] = tensor
+    wrong = []
+    for layer, parts in layers.items():
+        experts = {expert for part in parts.values() for expert in part}
+        for part, tensors in parts.items():
+            usual = Counter(tensor.shape for tensor in tensors.values()).most_common(1)[0][0]
+            wrong += [
+                f"{layer}{expert}{part}"
+                for expert in experts
+                if expert not in tensors or tensors[expert].shape != usual
+            ]
+    return sorted(wrong)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

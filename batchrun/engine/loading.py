@@ -40,7 +40,7 @@ from batchrun.engine.int8_gpu import why_not
 from batchrun.engine.model import LoadedModel, prepare
 from batchrun.engine.quantize import int8_weights
 from batchrun.errors import PROCESS_ENDS, ModelError
-from batchrun.headers import AGAIN, Stored
+from batchrun.headers import AGAIN, Stored, unlike
 from batchrun.machine import multiplies_bfloat16
 from batchrun.papers import some
 from batchrun.tokenizer_files import named_elsewhere
@@ -208,7 +208,8 @@ def _cannot_load(name: str, folder: Path, what: str, error: BaseException) -> Mo
     try:
         if folder.is_dir():
             config = kinds.read_config(folder)
-            check_files(folder, config)
+            if wrong := unlike(check_files(folder, config)):
+                failed += f" (experts lack, or have in another shape: {some(wrong)})"
     except ModelError as reason:
         return reason
     except OSError:

@@ -143,12 +143,20 @@ def _same_weights(model: Any, folder: Path) -> None:
             raise Wrong(f"{name} has other numbers than its file")
 
 
+def paper_damaged(seed: bytes, rng: Random) -> bytes:
+    """A JSON document with damage, also where that can't be written for its depth."""
+    try:
+        return json_damaged(seed, rng)
+    except RecursionError:
+        return seed[:1] + b'"x":' + b"[" * 100_000
+
+
 def header_damaged(seed: bytes, rng: Random) -> bytes:
     """A safetensors file with damage to its header, whose length is told; now and then to all."""
     if rng.random() < 0.3:
         return damaged(seed, rng)
     (length,) = struct.unpack("<Q", seed[:8])
-    header = json_damaged(seed[8 : 8 + length], rng)
+    header = paper_damaged(seed[8 : 8 + length], rng)
     return struct.pack("<Q", len(header)) + header + seed[8 + length :]
 
 
@@ -191,18 +199,18 @@ _TEMPLATES = [
 ]
 
 TARGETS = [
-    _target("config", "plain", "config.json", json_damaged),
-    _target("tokenizer", "plain", "tokenizer.json", json_damaged),
-    _target("tokenizer_config", "plain", "tokenizer_config.json", json_damaged),
-    _target("generation_config", "plain", "generation_config.json", json_damaged),
-    _target("special_tokens_map", "plain", "special_tokens_map.json", json_damaged),
-    _target("added_tokens", "plain", "added_tokens.json", json_damaged),
+    _target("config", "plain", "config.json", paper_damaged),
+    _target("tokenizer", "plain", "tokenizer.json", paper_damaged),
+    _target("tokenizer_config", "plain", "tokenizer_config.json", paper_damaged),
+    _target("generation_config", "plain", "generation_config.json", paper_damaged),
+    _target("special_tokens_map", "plain", "special_tokens_map.json", paper_damaged),
+    _target("added_tokens", "plain", "added_tokens.json", paper_damaged),
     replace(
-        _target("adapter_config", "plain", "adapter_config.json", json_damaged),
+        _target("adapter_config", "plain", "adapter_config.json", paper_damaged),
         check=check_adapter,
     ),
     _target("chat_template", "plain", "chat_template.jinja", jinja_damaged),
     _target("safetensors", "plain", WEIGHTS, header_damaged),
-    _target("safetensors_index", "sharded", INDEX, json_damaged),
+    _target("safetensors_index", "sharded", INDEX, paper_damaged),
     _target("gguf", "gguf", "tiny.gguf", head_damaged),
 ]
