@@ -17,12 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from jobs.checksums import checksum
 from jobs.errors import Fenced, JournalError
 from jobs.files import fsync_directory, remove
 from jobs.lease import Lease
 from jobs.readings import CONDEMNED, Readings
 from jobs.results import Copy, Counts, DoneSet, Partial, Result
-from jobs.schema import NAME, SEALS, TABLES, connect, create, transaction, with_checksum
+from jobs.schema import NAME, SEALS, TABLES, connect, create, sealed, transaction
 
 __all__ = ["NAME", "READ", "STATE", "Copy", "Counts", "DoneSet", "Journal", "Partial", "Result"]
 
@@ -134,34 +135,19 @@ class Journal(Readings):
                 what counts.
         """
         run = self._run
-        rows = [
-            with_checksum(
-                (
-                    self._number(r),
-                    *r[2:4],
-                    array("i", r.token_ids).tobytes(),
-                    *r[5:10],
-                    *map(_real, r[10:13]),
-                    run,
-                    _real(r.logprob),
-                )
-            )
-            for r in results
-            if isinstance(r, Result)
-        ]
+        rows = [self._record(result) for result in results if isinstance(result, Result)]
         copies = [
             (self._number(c), c.of_row * self.n + c.of_sample, run)
             for c in results
             if isinstance(c, Copy)
         ]
         kept = [
-            with_checksum((self._number(p), array("i", p.token_ids).tobytes(), _real(p.logprob)))
+            sealed((self._number(p), array("i", p.token_ids).tobytes(), _real(p.logprob)))
             for p in partials
         ]
+        seen = [(row, digest, checksum((row, digest))) for row, digest in digests]
         with self._write():
-            self._db.executemany(
-                "INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", map(with_checksum, digests)
-            )
+            self._db.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", seen)
             self._db.executemany(_INSERT, rows)
             if copies and self._db.executemany(_COPY, copies).rowcount != len(copies):
                 raise JournalError("a result was about to be copied that is not in the journal")
@@ -271,7 +257,7 @@ class Journal(Readings):
         with self._write(any_run=True):
             self._db.execute(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)",
-                with_checksum((key, json.dumps(value))),
+                sealed((key, json.dumps(value))),
             )
 
     def close(self) -> None:
@@ -285,6 +271,22 @@ class Journal(Readings):
                 self._checkpoint()
         finally:
             self._close()
+
+    def _record(self, result: Result) -> tuple[Any, ...]:
+        """A result as it is stored."""
+        ids, queue_s, prefill_s, decode_s = result.token_ids, *result[10:13]
+        values = (
+            self._number(result),
+            *result[2:4],
+            array("i", ids).tobytes(),
+            *result[5:10],
+            None if queue_s is None else float(queue_s),
+            None if prefill_s is None else float(prefill_s),
+            None if decode_s is None else float(decode_s),
+            self._run,
+            _real(result.logprob),
+        )
+        return (*values, checksum(values))
 
     def _number(self, item: Result | Copy | Partial) -> int:
         # Out of range it would be stored as another row's.
@@ -351,5 +353,5 @@ class Journal(Readings):
 
 
 def _real(value: float | None) -> float | None:
-    """As SQLite gives it back."""
+    """As SQLite gives it back, which has no NaN."""
     return None if value is None or math.isnan(value) else float(value)
