@@ -166,20 +166,18 @@ class _Lines:
     def __init__(self, path: Path, file: io.BufferedReader, number: int, *, any_end: bool) -> None:
         self._path, self._file, self._any_end = path, file, any_end
         self.number, self._first = number, number + 1
-        self._taken: list[bytes] = []
-        self._size = 0
+        self._taken = bytearray()
         self.ended = False
 
     def begin(self) -> int:
         """A record begins; returns its line."""
         self._taken.clear()
-        self._size = 0
         self._first = self.number + 1
         return self._first
 
     def taken(self) -> bytes:
         """The record so far."""
-        return b"".join(self._taken)
+        return bytes(self._taken)
 
     def skip_blank(self) -> None:
         """Read past lines without anything."""
@@ -189,15 +187,14 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        most = MAX_RECORD + 1 - self._size
+        most = MAX_RECORD + 1 - len(self._taken)
         line = self._line(most) if self._any_end else self._file.readline(most)
         if not line:
             self.ended = True
             raise StopIteration
         self.number += 1
-        self._taken.append(line)
-        self._size += len(line)
-        if self._size > MAX_RECORD:
+        self._taken += line
+        if len(self._taken) > MAX_RECORD:
             raise InputError(
                 f"the record in line {self._first} of {self._path} is longer than "
                 f"{MAX_RECORD >> 20} MiB",

@@ -102,7 +102,7 @@ class CommandLine:
         """The folder of a job over `source` that was submitted and never ran."""
         spec = JobSpec(
             inputs=(InputFile.of(source),),
-            input_format="jsonl",
+            input_format="parquet" if source.suffix == ".parquet" else "jsonl",
             prompt={"column": "prompt", "template": None, "chat": False, "system": None},
             model={
                 "name": str(self.model),
