@@ -27,8 +27,8 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 }
 _UNPACKERS = {
     b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\0": lzma.decompress,
+    b"BZh": lambda data: _streams(bz2.BZ2Decompressor, data),
+    b"\xfd7zXZ\0": lambda data: _streams(lzma.LZMADecompressor, data),
     b"\x28\xb5\x2f\xfd": lambda data: pa.CompressedInputStream(pa.py_buffer(data), "zstd").read(),
 }
 
@@ -89,6 +89,18 @@ def text_in(data: bytes) -> str | None:
         return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     except Exception:
         return None
+
+
+def _streams(make: Callable[[], Any], data: bytes) -> bytes:
+    """All of the streams, which Python's own functions read up to one that is none."""
+    unpacked = b""
+    while data:
+        stream = make()
+        unpacked += stream.decompress(data)
+        if not stream.eof:
+            raise EOFError
+        data = stream.unused_data.lstrip(b"\0")
+    return unpacked
 
 
 def plain(value: Any) -> Any:

@@ -61,7 +61,6 @@ def check(name: str, data: bytes, scratch: Path) -> str:
     try:
         rows = rows_of(opened(path))
     except InputError:
-        # Of packed files Python drops what follows a damaged stream: there a refusal is right.
         lines = data.startswith((b'{"', b"\xef\xbb\xbf{"))
         if lines and any(item is not None for item in (wanted or ())[:_SAMPLE]):
             raise Wrong("it is refused, and has rows") from None
