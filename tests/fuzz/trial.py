@@ -45,6 +45,7 @@ class Target:
         memory: Bytes that one file may take.
         isolated: Of files of which batchrun knows that reading them may end the process: the check
             as it is done where batchrun is safe from that.
+        quick: Mutants that `make test` tries.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Target:
     mutate: Mutate = damaged
     memory: int = MEMORY
     isolated: Callable[[str, bytes, Path], str] | None = None
+    quick: int = 60
 
 
 @dataclass

@@ -15,11 +15,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from batchrun.engine.core import EngineError
 from batchrun.errors import ModelError
 from tests.fuzz.mutate import Mutate, damaged, json_damaged
 from tests.fuzz.trial import Target, Wrong
 from tests.tiny import shard_weights, write_tiny_gguf, write_tiny_model
 
+QUICK = 12  # mutants of each kind in `make test`: a run of a model takes 80 ms
 MEMORY = 1 << 30  # bytes: 256 MiB of weights may be made before they are compared
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -28,7 +30,7 @@ _BESIDE = {  # files that a tiny model does without
     "added_tokens.json": {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2},
     "adapter_config.json": {"peft_type": "LORA", "base_model_name_or_path": "nowhere", "r": 8},
 }
-_CHATS = ({"prompt": "Hello <|im_end|>"}, {"prompt": "\u00e9"})
+_TEXTS = ("Hello <|im_end|>", "\u00e9")
 
 
 @cache
@@ -92,40 +94,43 @@ def run(model: Path, scratch: Path) -> str:
 
     Raises:
         ModelError: It is refused.
+        EngineError: There is no memory for it.
         Wrong: It computes something else than transformers does.
     """
-    from batchrun.engine import canary, loading  # noqa: PLC0415
-    from batchrun.engine.core import EngineError  # noqa: PLC0415
-    from batchrun.engine.generation import (  # noqa: PLC0415
-        read_generation,
-        vocabulary_size,
-        within_vocabulary,
-    )
-    from batchrun.engine.text import PromptError, prompt_builder  # noqa: PLC0415
+    from batchrun.engine.core import Request  # noqa: PLC0415
+    from batchrun.engine.runtime import Runtime, Settings  # noqa: PLC0415
+    from batchrun.engine.text import PromptError  # noqa: PLC0415
     from batchrun.models import chat_templates, lacks_chat_template, resolve  # noqa: PLC0415
 
     ref = resolve(str(model), scratch / "models")
     no_template = lacks_chat_template(ref.path)
     chat_templates(ref.path)
-    try:
-        loaded = loading.load(str(ref.path), name="mine", dtype="float32")
-        encode = prompt_builder(
-            loaded.tokenizer, {"chat": True}, max_model_len=loaded.max_model_len, model="mine"
-        )
-    except EngineError as error:
-        raise ModelError(str(error), hint=error.hint) from error
-    if no_template:
-        raise Wrong("a chat template appears that the files do not have")
-    size = vocabulary_size(loaded.model)
-    for chat in _CHATS:
-        try:
-            within_vocabulary(encode, loaded.tokenizer, size)(chat)
-        except PromptError:
-            continue
-    read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len).params({})
-    loading.check_finite(loaded.model)
-    canary.reference(loaded)
-    _same_weights(loaded.model, ref.path)
+    settings = Settings(
+        model_path=str(ref.path),
+        model_name="mine",
+        fingerprint=ref.fingerprint,
+        cache=scratch / "verdicts",
+        dtype="float32",
+        device="cpu",
+        attention="sdpa",
+        max_num_seqs=2,
+        kv_budget=4 << 20,
+        optimize=False,  # which packs weights
+    )
+    with Runtime(settings, {"chat": True}, lambda _: None) as runtime:
+        if no_template:
+            raise Wrong("a chat template appears that the files do not have")
+        for row, text in enumerate(_TEXTS):
+            try:
+                prompt = runtime.encode({"prompt": text})
+                params = runtime.generation.params({"max_tokens": 3})
+                params = runtime.generation.fitted(params, {"max_tokens": 3}, len(prompt))
+            except (PromptError, ValueError):  # an error of that row
+                continue
+            runtime.engine.add(Request(row, 0, prompt, params, 0))
+        while runtime.engine.has_work:
+            runtime.engine.step()
+        _same_weights(runtime.loaded.model, ref.path)
     return "runs"
 
 
@@ -172,7 +177,7 @@ def _target(kind: str, model: str, name: str, mutate: Mutate) -> Target:
     def seeds(_: Path) -> dict[str, bytes]:
         return {model: models()[model][name]}
 
-    return Target(kind, seeds, _check(name), (ModelError,), mutate, MEMORY)
+    return Target(kind, seeds, _check(name), (ModelError, EngineError), mutate, MEMORY, QUICK)
 
 
 def jinja_damaged(seed: bytes, rng: Random) -> bytes:
