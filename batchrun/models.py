@@ -259,7 +259,7 @@ def _check_remote_code(name: str, config: dict[str, Any], trusted: bool) -> None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ModelError(
             f"{name} is a {model_type!r} model whose Python code comes with its weights, "
             "and that code would run on this machine",

@@ -59,7 +59,52 @@ def models() -> dict[str, dict[str, bytes]]:
     found["plain"]["generation_config.json"] = json.dumps(
         {"eos_token_id": [2], "max_length": 200, "stop_strings": ["###"], "temperature": 0.7}
     ).encode()
+    found["rich"] = found["plain"] | {
+        name: json.dumps({**json.loads(found["plain"][name]), **more}).encode()
+        for name, more in _RICH.items()
+    }
     return found
+
+
+# What papers may say beside what a tiny model needs.
+_RICH: dict[str, dict[str, Any]] = {
+    "config.json": {
+        "auto_map": {"AutoConfig": "configuration_mine.Mine"},
+        "attn_implementation": "sdpa",
+        "id2label": {"0": "a", "1": "b"},
+        "layer_types": ["full_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "tokenizer_config.json": {
+        "added_tokens_decoder": {
+            str(i): {"content": token, "special": True, "normalized": False, "lstrip": False}
+            for i, token in enumerate(_BESIDE["added_tokens.json"])
+        },
+        "extra_special_tokens": ["<|im_start|>"],
+        "tokenizer_file": "/nowhere/tokenizer.json",
+        "model_max_length": 10**30,
+    },
+    "generation_config.json": {
+        "do_sample": True,
+        "top_k": 5,
+        "top_p": 0.9,
+        "repetition_penalty": 1.1,
+        "bad_words_ids": [[5, 6], [7]],
+        "sequence_bias": [[[9], -1.0]],
+        "suppress_tokens": [11],
+        "begin_suppress_tokens": [12],
+        "no_repeat_ngram_size": 3,
+        "forced_eos_token_id": 2,
+        "exponential_decay_length_penalty": [4, 1.1],
+        "min_length": 2,
+        "max_new_tokens": 20,
+    },
+}
 
 
 def _check(name: str) -> Callable[[str, bytes, Path], str]:
@@ -173,11 +218,15 @@ def head_damaged(seed: bytes, rng: Random) -> bytes:
     return damaged(seed[:head], rng) + seed[head:]
 
 
-def _target(kind: str, model: str, name: str, mutate: Mutate) -> Target:
+def _target(kind: str, name: str, mutate: Mutate, *of: str) -> Target:
     def seeds(_: Path) -> dict[str, bytes]:
-        return {model: models()[model][name]}
+        return {model: models()[model][name] for model in of or ("plain", *_richer(name))}
 
     return Target(kind, seeds, _check(name), (ModelError, EngineError), mutate, MEMORY, QUICK)
+
+
+def _richer(name: str) -> list[str]:
+    return ["rich"] if name in _RICH else []
 
 
 def jinja_damaged(seed: bytes, rng: Random) -> bytes:
@@ -204,18 +253,18 @@ _TEMPLATES = [
 ]
 
 TARGETS = [
-    _target("config", "plain", "config.json", paper_damaged),
-    _target("tokenizer", "plain", "tokenizer.json", paper_damaged),
-    _target("tokenizer_config", "plain", "tokenizer_config.json", paper_damaged),
-    _target("generation_config", "plain", "generation_config.json", paper_damaged),
-    _target("special_tokens_map", "plain", "special_tokens_map.json", paper_damaged),
-    _target("added_tokens", "plain", "added_tokens.json", paper_damaged),
+    _target("config", "config.json", paper_damaged),
+    _target("tokenizer", "tokenizer.json", paper_damaged),
+    _target("tokenizer_config", "tokenizer_config.json", paper_damaged),
+    _target("generation_config", "generation_config.json", paper_damaged),
+    _target("special_tokens_map", "special_tokens_map.json", paper_damaged),
+    _target("added_tokens", "added_tokens.json", paper_damaged),
     replace(
-        _target("adapter_config", "plain", "adapter_config.json", paper_damaged),
+        _target("adapter_config", "adapter_config.json", paper_damaged),
         check=check_adapter,
     ),
-    _target("chat_template", "plain", "chat_template.jinja", jinja_damaged),
-    _target("safetensors", "plain", WEIGHTS, header_damaged),
-    _target("safetensors_index", "sharded", INDEX, paper_damaged),
-    _target("gguf", "gguf", "tiny.gguf", head_damaged),
+    _target("chat_template", "chat_template.jinja", jinja_damaged),
+    _target("safetensors", WEIGHTS, header_damaged),
+    _target("safetensors_index", INDEX, paper_damaged, "sharded"),
+    _target("gguf", "tiny.gguf", head_damaged, "gguf"),
 ]
