@@ -210,6 +210,7 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
 
     from batchrun.engine import assembly, generation, loading, model, trial  # noqa: PLC0415
     from batchrun.engine.quantize import int8_weights  # noqa: PLC0415
+    from batchrun.engine.reading import reading  # noqa: PLC0415
     from batchrun.engine.text import prompt_builder  # noqa: PLC0415
 
     transformers_logging.set_verbosity_error()
@@ -220,7 +221,7 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     dtype = loading.choose_dtype(settings.dtype, config, device)
     stored = loading.stored_in_folder(Path(path))
     with (
-        loading.reading(settings.model_name, path),
+        reading(settings.model_name, path),
         loading.fitting(config, stored),
         torch.device("meta"),
     ):
@@ -230,7 +231,7 @@ def read_papers(spec: JobSpec, step_cost: float | None, log: Callable[[str], Non
     if settings.quantize:
         int8_weights(empty)
     if Path(path, "generation_config.json").exists():
-        with loading.reading(settings.model_name, path, "the generation config of "):
+        with reading(settings.model_name, path, "the generation config of "):
             empty.generation_config = GenerationConfig.from_pretrained(path)
     loaded = model.prepare(empty, tokenizer, max_model_len=settings.max_model_len)
     loaded = assembly.fit_context(loaded, settings, device)

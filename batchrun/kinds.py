@@ -173,7 +173,7 @@ def _check_architectures(folder: Path, config: Config, names: Collection[str]) -
     of_its_own = config.get("auto_map")
     if isinstance(of_its_own, Mapping) and "AutoModelForCausalLM" in of_its_own:
         return
-    classes = [classes] if isinstance(classes, str) else [str(name) for name in classes]
+    classes = [str(name) for name in (classes if isinstance(classes, list) else [classes])]
     if not classes or any(part in name for name in classes for part in _CAUSAL):
         return
     kind = next((_OTHERS[end] for end in _OTHERS if classes[0].endswith(end)), None)

@@ -5,20 +5,14 @@ transformers gives tensors that are missing random numbers, which answer as any 
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
-import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,25 +24,21 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from batchrun import kinds
 from batchrun.engine.bounded import bounded
-from batchrun.engine.core import EngineError
-from batchrun.engine.executor import device_errors
 from batchrun.engine.int8_gpu import why_not
 from batchrun.engine.model import LoadedModel, prepare
 from batchrun.engine.quantize import int8_weights
-from batchrun.errors import PROCESS_ENDS, ModelError
-from batchrun.headers import AGAIN, Stored, unlike
+from batchrun.engine.reading import TOKENIZER, reading
+from batchrun.errors import ModelError
+from batchrun.headers import Stored
 from batchrun.machine import multiplies_bfloat16
 from batchrun.papers import some
 from batchrun.tokenizer_files import named_elsewhere
 from batchrun.weights import check_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER = "the tokenizer of "
-_READERS = ("sentencepiece", "tiktoken")  # of older tokenizers
 _CHUNK = 1 << 20  # elements looked at together: what is made of them stays in a core's cache
 # What quantised weights are multiplied by. Without it they are other numbers.
 _SCALES = re.compile(r"(_scale(_inv|_2)?|\.scales|\.biases|\.absmax|_quant_state\.\w+)$")
@@ -168,7 +158,7 @@ def read_papers(path: str, name: str, *, trust_remote_code: bool) -> tuple[Any, 
             raise kinds.not_causal(
                 f"the model {name}", config.model_type, "an encoder-decoder model"
             )
-    with reading(name, path, _TOKENIZER):
+    with reading(name, path, TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, **named_elsewhere(Path(path))
         )
@@ -180,102 +170,6 @@ def _forget_implementations(config: PreTrainedConfig) -> None:
     if config._attn_implementation != "eager":
         config._attn_implementation = None
     config._experts_implementation = None
-
-
-@contextmanager
-def reading(name: str, path: str, what: str = "") -> Iterator[None]:
-    """Whatever a reader of the user's files raises says something about these files.
-
-    Raises:
-        ModelError: They can't be read.
-        EngineError: There is no memory for what is in them.
-    """
-    try:
-        with device_errors("the weights", "use a smaller model"):
-            yield
-    except (ModelError, EngineError, MemoryError, *PROCESS_ENDS):
-        raise
-    except BaseException as error:  # readers written in Rust panic with something else
-        if os.strerror(errno.ENOMEM) in str(error):  # torch has no class of its own for it
-            raise MemoryError(_first_line(error)) from error
-        raise _cannot_load(name, Path(path), what, error) from error
-
-
-def _cannot_load(name: str, folder: Path, what: str, error: BaseException) -> ModelError:
-    """What is to blame, by the folder's papers and the type of the error."""
-    failed = f"{what}the model {name} can't be loaded: {_first_line(error)}"
-    config: kinds.Config = {}
-    try:
-        if folder.is_dir():
-            config = kinds.read_config(folder)
-            if wrong := unlike(check_files(folder, config)):
-                failed += f" (experts lack, or have in another shape: {some(wrong)})"
-    except ModelError as reason:
-        return reason
-    except OSError:
-        pass  # it is what has been told
-    if config and "auto_map" not in config:
-        unknown = _unknown_type(name, config, weights=not what)
-        if unknown is not None:
-            return unknown
-    settings = kinds.quantisation(config)
-    if what == _TOKENIZER:
-        hint = _tokenizer_hint(folder, error)
-    elif what:
-        hint = "use the one that came with the weights"
-    elif settings is not None:
-        failed += f" (its weights are quantised by {kinds.title(settings)})"
-        hint = kinds.UNQUANTISED
-    elif isinstance(error, ImportError):
-        hint = "install what is missing"
-    else:
-        hint = (
-            "it must be a causal language model of a released transformers architecture, "
-            "with safetensors weights and a tokenizer; see `batchrun doctor`"
-        )
-    return ModelError(failed, hint=hint)
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of what an error says, and the second where the first announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    tells = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and said
-    return said if tells else f"{type(error).__name__}: {said}"
-
-
-def _unknown_type(name: str, config: kinds.Config, *, weights: bool) -> ModelError | None:
-    """The error for an architecture that transformers knows not, or not as a language model."""
-    model_type = str(config["model_type"])
-    if model_type not in CONFIG_MAPPING:
-        saved = config.get("transformers_version")
-        by = f"; version {saved} wrote its config.json" if saved else ""
-        return ModelError(
-            f"the model {name} can't be loaded: transformers {transformers.__version__} does not "
-            f"know the architecture {model_type!r}{by}",
-            hint="if it is a new one: pip install --upgrade transformers",
-        )
-    known = CONFIG_MAPPING[model_type]
-    if weights and not (
-        known in MODEL_FOR_CAUSAL_LM_MAPPING or known in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    ):
-        return kinds.not_causal(f"the model {name}", model_type, "no causal language model")
-    return None
-
-
-def _tokenizer_hint(folder: Path, error: BaseException) -> str:
-    if not (folder / "tokenizer.json").exists():
-        lacking = [name for name in _READERS if find_spec(name) is None]
-        lacks = f"pip install {' '.join(lacking)}, or " if lacking else ""
-        return f"{lacks}copy the tokenizer.json of the model that it was made from"
-    if isinstance(error, ImportError):
-        return "install what is missing, or copy the tokenizer of the model that it was made from"
-    if isinstance(error, json.JSONDecodeError):
-        return f"its tokenizer.json or tokenizer_config.json is no JSON: {AGAIN}"
-    return (
-        f"its tokenizer.json may be newer than tokenizers {tokenizers.__version__}: "
-        "pip install --upgrade tokenizers transformers, or copy it again"
-    )
 
 
 def check_whole(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> list[str]:

@@ -16,6 +16,7 @@ import transformers as tf
 from batchrun.engine import loading
 from batchrun.engine.core import EngineError
 from batchrun.engine.quantize import int8_weights
+from batchrun.engine.reading import reading
 from batchrun.models import ModelError
 from tests.parity.models import CONFIGS, build
 from tests.tiny import edit_config, edit_weights, quantise_to_fp8, shard_weights, write_tiny_model
@@ -228,19 +229,19 @@ def test_whatever_a_reader_raises_is_about_the_model(folder: Path) -> None:
     for error in (Exception("odd"), TypeError("odd"), RecursionError("odd"), AssertionError("odd")):
         with (
             pytest.raises(ModelError, match=r"model mine can't be loaded: .*odd"),
-            loading.reading("mine", str(folder)),
+            reading("mine", str(folder)),
         ):
             raise error
 
 
 def test_but_memory_and_the_user_are_not(folder: Path) -> None:
     with pytest.raises(EngineError, match="no memory left for the weights"):  # noqa: SIM117
-        with loading.reading("mine", str(folder)):
+        with reading("mine", str(folder)):
             torch.empty(1 << 60, dtype=torch.uint8)
-    with pytest.raises(MemoryError), loading.reading("mine", str(folder)):
+    with pytest.raises(MemoryError), reading("mine", str(folder)):
         mmap.mmap(-1, 1 << 62)
     for kind in (MemoryError, KeyboardInterrupt):
-        with pytest.raises(kind), loading.reading("mine", str(folder)):
+        with pytest.raises(kind), reading("mine", str(folder)):
             raise kind
 
 

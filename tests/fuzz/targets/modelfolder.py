@@ -194,10 +194,10 @@ def _same_weights(model: Any, folder: Path) -> None:
 
 
 def paper_damaged(seed: bytes, rng: Random) -> bytes:
-    """A JSON document with damage, also where that can't be written for its depth."""
+    """A JSON document with damage, or a deep one where that can't be written."""
     try:
         return json_damaged(seed, rng)
-    except RecursionError:
+    except (RecursionError, OverflowError):
         return seed[:1] + b'"x":' + b"[" * 100_000
 
 
