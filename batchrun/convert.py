@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from batchrun.errors import PROCESS_ENDS, ModelError, said_by
 from batchrun.gguf_head import check_gguf
-from jobs.files import make_folders, open_private, private_mode
+from jobs.files import close_to_others, make_folders, open_private, private_mode
 
 
 def convert_once(file: Path, final: Path) -> None:
@@ -30,6 +31,27 @@ def convert_once(file: Path, final: Path) -> None:
     with _exclusive(final.parent / ".lock"):
         if not final.is_dir():
             _convert_atomically(file, final)
+
+
+def check_ours(final: Path) -> None:
+    """Refuse a converted model that somebody else may have put there, and shut out others.
+
+    Where the folder of such models is shared with a group by its setgid bit, it is the group's.
+
+    Raises:
+        ModelError: The message names the folder or file.
+    """
+    close_to_others(final.parent)
+    if final.parent.stat().st_mode & stat.S_ISGID:
+        return
+    for place in (final.parent, final, *final.iterdir()):
+        owner = place.stat().st_uid
+        if owner not in {0, os.geteuid()}:
+            raise ModelError(
+                f"{place}, part of a converted model, belongs to user {owner}, who may have put "
+                "another model there",
+                hint=f"remove it, and it is converted again: rm -r '{final}'",
+            )
 
 
 @contextmanager

@@ -283,9 +283,11 @@ def _from_gguf(name: str, file: Path, cache_dir: Path, log: Callable[[str], None
     content = fingerprint(file)
     stem = re.sub(r"[^\w.-]+", "-", file.stem if name.endswith(".gguf") else name)
     final = cache_dir / f"{stem}-{content[:16]}"
-    if not final.is_dir():
-        from batchrun.convert import convert_once  # noqa: PLC0415
+    from batchrun.convert import check_ours, convert_once  # noqa: PLC0415
 
+    if final.is_dir():
+        check_ours(final)
+    else:
         log(f"converting {file.name} to safetensors in {final} (once)")
         convert_once(file, final)
     return ModelRef(name, final.absolute(), "gguf", fingerprint(final))

@@ -57,11 +57,13 @@ def open_private(path: str | Path, flags: int) -> int:
 
 
 def close_to_others(folder: Path) -> None:
-    """Make a folder private that is there already, unless it is somebody else's or shared."""
-    found = os.stat(folder)
+    """Make a folder private that is there already, unless it is shared, a link, or not ours."""
+    found = os.lstat(folder)
     mode = stat.S_IMODE(found.st_mode)
-    if found.st_uid == os.geteuid() and mode & 0o077 and not mode & stat.S_ISGID:
-        folder.chmod(mode & 0o700)
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if ours and mode & 0o077 and not mode & stat.S_ISGID:
+        with suppress(OSError):  # a disk that can only be read
+            folder.chmod(mode & 0o700)
 
 
 def make_folders(path: Path) -> None:

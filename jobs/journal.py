@@ -177,7 +177,7 @@ class Journal(Readings):
         with self._write():
             self._db.execute(
                 "UPDATE runs SET ended_at = ?, state = ?, stats = ?, reason = ? WHERE id = ?",
-                (time.time(), state, json.dumps(stats), reason, self._run),
+                (time.time(), state, json.dumps(stats), _storable(reason), self._run),
             )
             self._db.execute(_SEAL_RUN, (self._run,))
 
@@ -279,7 +279,9 @@ class Journal(Readings):
             self._number(result),
             *result[2:4],
             array("i", ids).tobytes(),
-            *result[5:10],
+            *result[5:8],
+            _storable(result.error),
+            result.error_kind,
             None if queue_s is None else float(queue_s),
             None if prefill_s is None else float(prefill_s),
             None if decode_s is None else float(decode_s),
@@ -355,3 +357,8 @@ class Journal(Readings):
 def _real(value: float | None) -> float | None:
     """As SQLite gives it back, which has no NaN."""
     return None if value is None or math.isnan(value) else float(value)
+
+
+def _storable(text: str | None) -> str | None:
+    """Text without halves of surrogate pairs, which names of files may bring and SQLite refuses."""
+    return text and text.encode(errors="backslashreplace").decode()

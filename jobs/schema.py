@@ -176,7 +176,7 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     wal = path.with_name(f"{NAME}-wal")
     if readonly and not wal.exists() and not os.access(path.parent, os.W_OK):
         mode = "ro&immutable=1"  # SQLite would need to make files beside it
-    address = f"file:{quote(str(path.absolute()))}?mode={mode}"
+    address = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}"
     db: sqlite3.Connection | None = None
     try:
         db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)

@@ -146,6 +146,22 @@ def test_a_second_time_nothing_is_converted_and_the_folder_is_the_same_model(ggu
     assert resolve(str(first.path), tmp_path).fingerprint == first.fingerprint
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_converted_model_that_others_may_have_put_there_is_refused(gguf_file, tmp_path):
+    models = tmp_path / "models"
+    ref = resolve(str(gguf_file), models)
+    assert models.stat().st_mode & 0o777 == ref.path.stat().st_mode & 0o777 == 0o700
+    models.chmod(0o777)
+    assert resolve(str(gguf_file), models) == ref
+    assert models.stat().st_mode & 0o777 == 0o700
+    os.chown(ref.path / "model.safetensors", 4321, 4321)
+    with pytest.raises(ModelError, match=r"model\.safetensors, .* belongs to user 4321") as refused:
+        resolve(str(gguf_file), models)
+    assert f"rm -r '{ref.path}'" in refused.value.hint
+    models.chmod(0o2770)  # shared: the group is trusted
+    assert resolve(str(gguf_file), models) == ref
+
+
 def test_what_a_killed_conversion_left_is_replaced(gguf_file, tmp_path):
     expected = resolve(str(gguf_file), tmp_path / "a")
     left = tmp_path / "b" / f"{expected.path.name}.partial"

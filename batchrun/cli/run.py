@@ -28,6 +28,7 @@ from batchrun.cli.specs import make_spec, output_settings
 from batchrun.models import fingerprint
 from batchrun.overdue import PromptLimit, prompt_seconds
 from batchrun.terminal import MESSAGE, say, say_json
+from batchrun.trust import others_write
 from jobs.destination import check_apart, one_at_a_time, resuming
 from jobs.errors import JobError, LeaseHeld
 from jobs.export import check_destination
@@ -81,6 +82,8 @@ def submit_command(
 
     if options["output"] == PIPE and (as_json or not wait):
         raise click.UsageError("--output - with --json or --detach: stdout has the answers")
+    if others_write(root):
+        log(f"others can write {root}, and so make and change your jobs: chmod go-w '{root}'")
     with taken_in(inputs, root) as (paths, own):
         spec = isolated(lambda note: make_spec(paths, root, options, log=log, noted=note.reading))
         if dry_run:

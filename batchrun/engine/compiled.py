@@ -1,5 +1,8 @@
 """Compiles C++ for the CPU it will run on, at first use, and keeps the library in the user's cache.
 
+A library runs as the user: it is loaded only from where nobody else could have put it. Where others
+can write the cache, it is compiled for this process alone, in a folder of its own.
+
 The sources need neither torch's headers nor an OpenMP of their own: they compute on the threads
 that torch has, whose OpenMP is in the process before a library is loaded.
 """
@@ -8,18 +11,23 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import getpass
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from batchrun.machine import cpu_features
+from batchrun.trust import who_else
 
 _CPU = {"x86_64": ("-march=native", "-mprefer-vector-width=512")}
 _FLAGS = (
@@ -36,7 +44,7 @@ def load(source: Path, log: Callable[[str], None] = lambda line: None) -> ctypes
     """The library of a source; one that a full disk or a crash has damaged is compiled again.
 
     Raises:
-        CompileError: There is no compiler, it fails, or the cache can't be written.
+        CompileError: There is no compiler, it fails, or there is no place to keep it.
     """
     try:
         path = build(source, log)
@@ -56,24 +64,82 @@ def build(source: Path, log: Callable[[str], None] = lambda line: None) -> Path:
         OSError: There is no compiler, or the cache can't be written.
         subprocess.SubprocessError: The compiler fails.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(root) / "batchrun" / f"{source.stem}-{_key(source)}.so"
-    if path.exists():
+    path = _folder(log) / f"{source.stem}-{_key(source)}.so"
+    if _is_ours(path):
         return path
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++"))), "")
     if not compiler:
         raise OSError("there is no C++ compiler (g++ or c++)")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
+        if _is_ours(path):
             return path
         log(f"compiling {source.name} for this CPU, once: takes some seconds")
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             _compile(compiler, source, made)
+            made.chmod(0o700)
             made.replace(path)
     return path
+
+
+def guard_caches(log: Callable[[str], None] = lambda line: None) -> None:
+    """Have libraries that keep compiled code keep it where nobody else can write.
+
+    Call it before they are loaded. A folder that the user has named for one stays.
+    """
+    name = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    for variable, folder in (
+        ("TORCHINDUCTOR_CACHE_DIR", Path(tempfile.gettempdir()) / f"torchinductor_{name}"),
+        ("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"),
+        ("FLASHINFER_WORKSPACE_BASE", Path.home() / ".cache" / "flashinfer"),
+    ):
+        if variable in os.environ:
+            continue
+        with suppress(OSError):  # it can't be made: the library says so, if it needs it
+            if why := _why_not(folder):
+                log(f"{why}: what is compiled is not kept there")
+                os.environ[variable] = str(_of_this_process())
+
+
+def _folder(log: Callable[[str], None]) -> Path:
+    """Where libraries are kept, without links on the way."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.path.realpath(root)) / "batchrun"
+    why = _why_not(folder)
+    if why is None:
+        return folder
+    log(f"{why}: what is compiled is not kept there (chmod go-w, or set XDG_CACHE_HOME)")
+    return _of_this_process()
+
+
+def _why_not(folder: Path) -> str | None:
+    """Why a folder can't be relied on, which is made if it isn't there."""
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    return who_else(Path(os.path.realpath(folder)))
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and who_else(path) is None
+
+
+def _of_this_process() -> Path:
+    """A folder that goes with the process.
+
+    Raises:
+        OSError: Others could write there too.
+    """
+    folder = Path(os.path.realpath(_temporary().name))
+    if why := who_else(folder):
+        raise OSError(
+            f"there is no place for compiled code: {why}; set TMPDIR to a folder of yours"
+        )
+    return folder
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="batchrun-")
 
 
 def _compile(compiler: str, source: Path, to: Path) -> None:

@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from batchrun.engine import canary, loading
 from batchrun.engine.assembly import Settings, assemble, choose_device, fit_context
+from batchrun.engine.compiled import guard_caches
 from batchrun.engine.executor import device_errors
 from batchrun.engine.generation import vocabulary_size, within_vocabulary
 from batchrun.engine.text import prompt_builder
@@ -45,6 +46,8 @@ class Runtime:
                 trust_remote_code=settings.trust_remote_code,
                 max_model_len=settings.max_model_len,
             )
+        if loaded.device.type == "cuda":
+            guard_caches(log)
         self.loaded = fit_context(loaded, settings, str(loaded.device))
         for note in self.loaded.notes:
             log(note)

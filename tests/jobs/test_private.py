@@ -199,6 +199,14 @@ def test_a_name_of_broken_unicode_is_kept_as_it_is(tmp_path, spec):
     places = {str(tmp_path / "out.jsonl"): str(tmp_path / name)}
     write_json(job.path / "places.json", places)
     assert job.spec().output["path"] == str(tmp_path / name)
+    folder = tmp_path / name
+    folder.mkdir()
+    Journal.create(folder)
+    with Journal(folder, 1) as journal:
+        journal.begin_run()
+        journal.write([Result(0, 0, "error", error=f"{name} is broken")])
+        journal.end_run("failed", {}, f"{name} is broken")
+        assert [r.error for r in journal.results()] == ["\\udcff\x1b.jsonl is broken"]
 
 
 def bytes_beneath(folder):

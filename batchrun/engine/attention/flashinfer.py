@@ -30,6 +30,7 @@ from batchrun.engine.attention.batch import (
     split,
     trouble,
 )
+from batchrun.engine.compiled import guard_caches
 from batchrun.engine.core import Segment
 
 HEAD_DIMS = (64, 128, 256)
@@ -61,6 +62,7 @@ def why_not(geometry: Geometry, name: str, *, compiled: bool = False) -> str | N
 
 
 def _library_trouble(geometry: Geometry, name: str, compiled: bool) -> str | None:
+    guard_caches()
     try:
         version = import_module("flashinfer").__version__
     except (ImportError, OSError, RuntimeError) as error:

@@ -1,0 +1,66 @@
+"""Whether what is kept on disk to be run or relied on can only be what this user put there."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+from pathlib import Path
+
+
+def who_else(path: Path) -> str | None:
+    """Why somebody but this user and root could have put there, or could change, what is there.
+
+    Args:
+        path: A file or folder that is there, without links on the way: see `os.path.realpath`.
+
+    Returns:
+        One line that names the file or folder; None where nobody could.
+
+    Raises:
+        OSError: It can't be looked at.
+    """
+    me, shut = os.geteuid(), False
+    for place in (*reversed(path.parents), path):
+        found = os.lstat(place)
+        if found.st_uid not in {0, me}:
+            return f"{place} belongs to user {found.st_uid}"
+        if not shut and _others_write(found):
+            return f"others can write {place}"
+        # Nobody else gets past a folder that only its owner may enter.
+        shut = shut or (found.st_uid == me and stat.S_ISDIR(found.st_mode) and _is_shut(found))
+    return None
+
+
+def others_write(folder: Path) -> bool:
+    """Whether others can write a folder that is not shared with a group by its setgid bit."""
+    try:
+        found = folder.stat()
+    except OSError:  # it is not there yet, or nobody may look
+        return False
+    if found.st_mode & stat.S_ISGID:
+        return bool(found.st_mode & stat.S_IWOTH)
+    return _others_write(found)
+
+
+def _others_write(found: os.stat_result) -> bool:
+    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX:
+        return False  # they can add names there, and neither take nor replace one
+    writers = found.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
+    return bool(writers & stat.S_IWOTH) or bool(writers and not _is_mine_alone(found.st_gid))
+
+
+def _is_shut(found: os.stat_result) -> bool:
+    return not found.st_mode & (stat.S_IXGRP | stat.S_IXOTH)
+
+
+def _is_mine_alone(group: int) -> bool:
+    """Whether it is a user's private group, which many systems give to each user."""
+    if group == 0:
+        return True
+    try:
+        mine, found = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return found.gr_name == mine and set(found.gr_mem) <= {mine}

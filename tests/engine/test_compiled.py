@@ -1,0 +1,148 @@
+"""Compiled code is loaded from where nobody else can have put it, and from nowhere else."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from batchrun.engine import compiled
+from batchrun.trust import who_else
+
+OTHER = 4321  # a user who is somebody else
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+PLANTED = 'extern "C" int answer() { return 666; }\n'
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+
+
+@pytest.fixture
+def place():
+    """A folder that nobody else could have changed, in a sticky one."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(os.path.realpath(folder))
+
+
+@pytest.fixture
+def source(place):
+    path = place / "answer.cpp"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.fixture
+def library(place, source, monkeypatch):
+    """The source, compiled into the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    path = compiled.build(source)
+    assert path.parent == place / "cache" / "batchrun"
+    return path
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.cpp").write_text(PLANTED)
+    command = ["g++", "-shared", "-fPIC", folder / "planted.cpp", "-o", folder / "planted.so"]
+    subprocess.run(command, check=True)
+    return folder / "planted.so"
+
+
+def put(planted, library, mode=0o755, owner=None):
+    library.unlink()
+    shutil.copy(planted, library)
+    library.chmod(mode)
+    if owner is not None:
+        os.chown(library, owner, owner)
+
+
+def test_what_is_compiled_is_private_and_kept(library, source):
+    assert [oct(p.stat().st_mode & 0o777) for p in (library, library.parent)] == ["0o700"] * 2
+    lines = []
+    assert compiled.load(source, lines.append).answer() == 42
+    assert lines == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o757])
+def test_a_library_that_others_can_write_is_compiled_again(library, source, planted, mode):
+    library.parent.chmod(0o755)
+    put(planted, library, mode)
+    lines = []
+    assert compiled.load(source, lines.append).answer() == 42
+    assert len(lines) == 1
+
+
+@root_only
+def test_a_library_of_somebody_else_is_compiled_again(library, source, planted):
+    put(planted, library, owner=OTHER)
+    assert compiled.load(source).answer() == 42
+    assert library.stat().st_uid == os.geteuid()
+
+
+def test_a_library_that_is_a_link_is_compiled_again(library, source, planted):
+    library.unlink()
+    library.symlink_to(planted)
+    assert compiled.load(source).answer() == 42
+
+
+@pytest.mark.parametrize("which", ["batchrun", "cache"])
+def test_a_cache_that_others_can_write_is_not_used(library, source, planted, place, which):
+    put(planted, library)
+    library.parent.chmod(0o755)
+    folder = {"batchrun": library.parent, "cache": place / "cache"}[which]
+    folder.chmod(0o777)
+    lines = []
+    assert compiled.load(source, lines.append).answer() == 42
+    assert f"others can write {folder}" in lines[0]
+    assert compiled.build(source).parent != library.parent
+
+
+@root_only
+def test_a_cache_of_somebody_else_is_not_used(library, source, planted):
+    put(planted, library)
+    os.chown(library.parent, OTHER, OTHER)
+    assert compiled.load(source).answer() == 42
+
+
+def test_what_nobody_can_get_to_may_be_open(place):
+    """Many systems make folders that a user's own group can write, in a home that is shut."""
+    inner = place / "shut" / "open"
+    inner.mkdir(parents=True)
+    inner.chmod(0o777)
+    assert who_else(inner) == f"others can write {inner}"
+    (place / "shut").chmod(0o700)
+    assert who_else(inner) is None
+
+
+def test_a_sticky_folder_is_as_good_as_one_of_ones_own(place):
+    inner = place / "public" / "mine"
+    inner.mkdir(parents=True)
+    (place / "public").chmod(0o1777)
+    assert who_else(inner) is None
+    (place / "public").chmod(0o777)
+    assert who_else(inner) == f"others can write {place / 'public'}"
+
+
+@root_only
+def test_a_name_in_tmp_that_somebody_else_took_first_is_not_used(place, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    place.chmod(0o1777)
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("USER", "me")
+    monkeypatch.setenv("LOGNAME", "me")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    compiled.guard_caches()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ  # it is ours now, and stays where it was
+    taken = place / "torchinductor_me"
+    os.chown(taken, OTHER, OTHER)
+    lines = []
+    compiled.guard_caches(lines.append)
+    assert lines == [f"{taken} belongs to user {OTHER}: what is compiled is not kept there"]
+    used = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert who_else(used) is None
+    assert used.stat().st_mode & 0o777 == 0o700
+    assert "TRITON_CACHE_DIR" not in os.environ

@@ -1,0 +1,85 @@
+"""After `rm` nothing of a job is left, whatever was killed before."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchrun.cli.export import _room
+from jobs import export
+from jobs.destination import exporting, one_at_a_time
+from jobs.folder import sweep
+from jobs.rejoin import export_job
+from tests.faults.smalljob import Ledger, NullEngine, SmallJob, forked, outcome_of
+
+MARK = "Pr1vate-M4rker"
+ROWS = 9
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half(file, joined):
+    """Writes rows as if they were not whole yet, and is killed."""
+    for line in joined.lines():
+        file.write(line)
+    file.flush()
+    die()
+
+
+def copied(job):
+    target = job.path.parents[1] / "copy.parquet"
+    with exporting(job.path.parents[1], job, target, overwrite=False) as may, job.journal() as db:
+        export_job(job.spec(), db, target, format="parquet", may_replace=may)
+
+
+def piped(job):
+    with _room(job) as place, job.journal() as journal:
+        export_job(job.spec(), journal, Path(place, "out.parquet"), format="parquet")
+
+
+def beneath(folder):
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("moment", ["run", "export", "copied", "piped"])
+def test_rm_leaves_nothing_whoever_was_killed_when(tmp_path, monkeypatch, moment):
+    step = NullEngine.step
+
+    def marked(engine):
+        return [replace(c, text=f"{MARK} {c.text}") for c in step(engine)]
+
+    monkeypatch.setattr(NullEngine, "step", marked)
+    small, ledger = SmallJob(tmp_path, ROWS), Ledger(ROWS)
+    small.write_input()
+
+    def killed():
+        if moment == "export":
+            export._write_parquet = half
+        stop = die if moment == "run" else lambda _: None
+        return outcome_of(
+            lambda: small.submit_and_run(
+                ledger, on_acknowledged=lambda rows: stop(rows) if rows[-1] >= ROWS // 2 else None
+            )
+        )
+
+    assert forked(killed) == (-signal.SIGKILL if moment in {"run", "export"} else 0)
+    [job] = small.jobs()
+    if moment in {"copied", "piped"}:
+        small.output.unlink()  # whole, and its user's
+
+        def exported():
+            export._write_parquet = half
+            {"copied": copied, "piped": piped}[moment](job)
+            return 0
+
+        assert forked(exported) == -signal.SIGKILL
+    assert MARK.encode() in beneath(small.home)
+    with one_at_a_time(small.home):
+        sweep(small.home)
+        job.remove()
+    assert MARK.encode() not in beneath(small.home)
+    assert not [path for path in small.home.rglob("*") if path.suffix == ".tmp"]
