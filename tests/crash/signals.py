@@ -219,10 +219,10 @@ class CommandLine:
         )
 
     def contend(self) -> int:
-        return REFUSED if self._command().wait(120) else DONE
+        return REFUSED if self._command().wait() else DONE
 
     def reap(self) -> None:
-        self._viewer.wait(300)
+        self._viewer.wait()
         while held_by(self._job.path) is not None:
             time.sleep(0.02)
         seen = read_progress(self._job.path)  # what the run said last, at most 0.25 s before
