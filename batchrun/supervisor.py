@@ -103,12 +103,14 @@ def start(job: JobFolder, lease: Lease) -> Started:
                 start_new_session=True,
                 **_inheriting(lease.fileno(), tell),
             )
-            lease.hand_over(process.pid)
+            with suppress(OSError):  # it writes so itself
+                lease.hand_over(process.pid)
             return Started(job, process, told, log.tell())
     except OSError as error:
         os.close(told)
+        where = f"{error.filename}: " if error.filename else ""
         raise JobError(
-            f"the job's supervisor can't be started: {error.filename}: {error.strerror}",
+            f"the job's supervisor can't be started: {where}{error.strerror or error}",
             hint=f"mend that, then: batchrun resume {job.id}",
         ) from error
     finally:

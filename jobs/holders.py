@@ -40,9 +40,14 @@ class Process:
     parent: int
 
     def state(self) -> str | None:
-        """The letter of proc(5), such as D for an uninterruptible wait; None when it has ended."""
+        """The letter of proc(5); D where one of its threads waits uninterruptibly.
+
+        None when it has ended.
+        """
         found = _stat(self.pid)
-        return found[0] if found is not None and int(found[19]) == self.started else None
+        if found is None or int(found[19]) != self.started:
+            return None
+        return "D" if "D" in _threads(self.pid) else found[0]
 
 
 def write_lock() -> bytes:
@@ -101,25 +106,41 @@ def send(lock: Path, to: Process, number: int) -> bool:
 
 def _stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the third on; None where there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
+    fields = _fields(Path(f"/proc/{pid}/stat"))
+    if not fields or (fields[0] in "ZX" and not _threads(pid)):
         return None
-    return fields if len(fields) > 19 and fields[0] not in "ZX" else None
+    return fields
+
+
+def _threads(pid: int) -> str:
+    """The states of a process's threads that live. The first one may have ended before others."""
+    found = [_fields(path) for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return "".join(fields[0] for fields in found if fields and fields[0] not in "ZX")
+
+
+def _fields(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _holds(pid: int, lock: Path, wanted: os.stat_result) -> bool:
     """Whether a process has the lock on this very file."""
     with suppress(OSError):  # it ends meanwhile, or is another user's
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            link = f"/proc/{pid}/fd/{name}"
+        folder = f"/proc/{pid}"
+        if not os.listdir(f"{folder}/fd"):  # as of one whose first thread has ended
+            tasks = [f"{folder}/task/{name}" for name in os.listdir(f"{folder}/task")]
+            folder = next((task for task in tasks if os.listdir(f"{task}/fd")), folder)
+        for name in os.listdir(f"{folder}/fd"):
+            link = f"{folder}/fd/{name}"
             with suppress(OSError):
                 # Only what has the name is looked at: others' files may lie on a dead server.
                 named = os.path.basename(os.readlink(link)).startswith(lock.name)
                 if not named or not os.path.samestat(os.stat(link), wanted):
                     continue
                 if _kernel_tells():
-                    found = _LOCK in Path(f"/proc/{pid}/fdinfo/{name}").read_bytes()
+                    found = _LOCK in Path(f"{folder}/fdinfo/{name}").read_bytes()
                 else:
                     found = bool(os.lstat(link).st_mode & stat.S_IWUSR) and _is_worker(pid, lock)
                 if found:

@@ -109,8 +109,12 @@ def _end(process: subprocess.Popen[bytes], mark: str) -> None:
     wanted = f"{_MARK}={mark}".encode()
     for entry in Path("/proc").glob("[0-9]*/environ"):  # a job's processes leave the group
         with suppress(OSError):  # others' processes, and those that have ended
-            if wanted in entry.read_bytes().split(b"\0"):
-                os.kill(int(entry.parent.name), signal.SIGKILL)
+            handle = os.pidfd_open(int(entry.parent.name))  # which can't come to mean another
+            try:
+                if wanted in entry.read_bytes().split(b"\0"):
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+            finally:
+                os.close(handle)
 
 
 def _record(part: Part, out: Path, code: int | None, log: Path) -> dict[str, Any]:

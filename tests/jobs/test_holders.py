@@ -15,6 +15,7 @@ from jobs.folder import JobFolder
 from jobs.holders import holders, process, send, write_lock
 from jobs.lease import Lease, held_by, holder
 from jobs.state import Brief
+from tests.cli.test_async import until
 
 ROOT = Path(__file__).parents[2]
 CANCEL = "from jobs.cancel import cancel; from jobs.folder import JobFolder; "
@@ -190,14 +191,19 @@ def test_a_job_at_rest_that_is_being_exported_is_not_cancelled(worker, tmp_path)
 
 
 def test_what_is_killed_and_does_not_end_is_told_with_its_state(worker, start, tmp_path):
-    """A parent waits for a vfork'ed child where no signal but a deadly one reaches it: state D."""
+    """A thread waits for a vfork'ed child where no signal but a deadly one reaches it: state D.
+
+    Its process's first thread has ended, as it does at once when a process is killed.
+    """
     source = tmp_path / "d.c"
     source.write_text(
-        "#define _GNU_SOURCE\n#include <unistd.h>\n"
-        'int main(void) { if (vfork() == 0) { write(1, "\\n", 1); pause(); _exit(0); } }\n'
+        "#define _GNU_SOURCE\n#include <pthread.h>\n#include <unistd.h>\n"
+        'void *stuck(void *_) { if (vfork() == 0) { write(1, "\\n", 1); pause(); _exit(0); } }\n'
+        "int main(void) {\n"
+        "  pthread_t id; pthread_create(&id, 0, stuck, 0); pthread_exit(0);\n}\n"
     )
     program = tmp_path / "d"
-    if subprocess.run(["cc", "-w", "-o", program, source], check=False).returncode:
+    if subprocess.run(["cc", "-w", "-pthread", "-o", program, source], check=False).returncode:
         pytest.skip("there is no C compiler")
     Brief("running").save(tmp_path)
     with Lease(tmp_path) as lease:
@@ -205,6 +211,7 @@ def test_what_is_killed_and_does_not_end_is_told_with_its_state(worker, start, t
             [program], stdout=subprocess.PIPE, pass_fds=[lease.fileno()], start_new_session=True
         )
         stuck.stdout.readline()
+    until(lambda: [one.state() for one in holders(tmp_path / "lock")][:1] == ["D"], "state D")
     try:
         with pytest.raises(JobError, match=rf"process {stuck.pid} \(state D\)") as error:
             cancelled(tmp_path, ask_s=-1, kill_s=-1)  # as if the kernel did not answer
