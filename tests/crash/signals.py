@@ -287,7 +287,9 @@ def strike(launcher: Launcher, how: str, trials: Trials) -> bool:
     if how.startswith("cancel"):
         if how == "cancel stopped":
             send(signal.SIGSTOP)
-        return bool(cancel_all(launcher.home(), lambda: send(signal.SIGCONT)))
+        said = cancel_all(launcher.home(), lambda: send(signal.SIGCONT))
+        send(signal.SIGCONT)  # where it was stopped before it had the job
+        return bool(said)
     if how != "stop":
         return send(signal.SIGKILL)
     if send(signal.SIGSTOP):
