@@ -68,6 +68,7 @@ class Started:
         """Whether it works, or ended before it did; None if neither is known in so many seconds."""
         if self._began is None and select.select([self.told], [], [], timeout)[0]:
             self._began = bool(os.read(self.told, 1))
+            os.close(self.told)
         return self._began
 
     def note_failure(self) -> None:

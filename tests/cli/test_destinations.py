@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from batchrun import supervisor
-from batchrun.cli import attach
+from batchrun.cli import attach, cli
 from jobs.folder import JobFolder, list_jobs
 from jobs.lease import Lease, held_by
 from jobs.turns import Turn
@@ -400,17 +400,32 @@ def test_of_those_that_resume_all_at_once_each_job_has_one_and_nobody_fails(
         assert batchrun("cancel", job.id).code == 0
 
 
-def test_who_submits_has_its_job_before_anybody_can_resume_it(
-    batchrun: CommandLine, busy: ExitStack
+def test_nobody_else_decides_until_the_submitted_job_has_its_worker(
+    batchrun: CommandLine, busy: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the one that submits would be told that its own job is another's."""
-    interrupted(batchrun, batchrun.write("a.jsonl", ["a"]), "a-out.jsonl")
+    """Else `resume --all` could start it, and who submitted it would be told so as an error."""
+    monkeypatch.setenv("BATCHRUN_HOME", str(batchrun.home))
+    monkeypatch.chdir(batchrun.folder)
+    start = supervisor.start
+    free: list[bool] = []
+    started: list[supervisor.Started] = []
+
+    def starting(*arguments: Any) -> supervisor.Started:
+        with (batchrun.home / "jobs" / ".submitting").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free.append(True)
+            except BlockingIOError:
+                free.append(False)
+        started.append(start(*arguments))
+        return started[0]
+
+    monkeypatch.setattr(supervisor, "start", starting)
     source = batchrun.write("in.jsonl", ["one"])
-    submit = batchrun.argv("submit", source, "--model", batchrun.model, *SHORT, "--detach")
-    with at_once(batchrun, submit, *[batchrun.argv("resume", "--all", "--detach")] * 2) as waiting:
-        pass
-    ended = waiting.ended()
-    assert [shown.code for shown in ended] == [0] * 3, ended
-    assert [job.state() for job in list_jobs(batchrun.home)] == ["queued"] * 2
-    for job in list_jobs(batchrun.home):
-        assert batchrun("cancel", job.id).code == 0
+    arguments = ["submit", source, "--model", batchrun.model, *SHORT, "--detach"]
+    assert cli.main([str(word) for word in arguments], standalone_mode=False) == 0
+    assert free == [False]
+    [job] = list_jobs(batchrun.home)
+    assert job.state() == "queued"
+    assert batchrun("cancel", job.id).code == 0
+    assert started[0].process.wait(60) == 130

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -48,7 +49,8 @@ def check_goes_on(home: Path, *, next_job: bool = True) -> None:
     with Turn(home, "cpu") as turn:
         assert not turn.ahead(), "somebody dead is ahead in the device's line"
         if next_job:
-            status = forked(lambda: _next_job(home, home.parent / "liveness"))
+            with tempfile.TemporaryDirectory(prefix="liveness-") as scratch:
+                status = forked(lambda: _next_job(home, Path(scratch, "case")))
             assert status == DONE, f"the next job ended with {status}"
     shutil.rmtree(home / "queue")
 
@@ -78,7 +80,6 @@ def cancel_all(home: Path, instead: Callable[[], object] = lambda: None) -> list
 def _next_job(home: Path, scratch: Path) -> int:
     signal.alarm(_HUNG_S)  # whose default is the end of the process
     small, engine = SmallJob(scratch, ROWS), NullEngine(Ledger(ROWS))
-    shutil.rmtree(scratch, ignore_errors=True)
     small.write_input()
     job = folder.create(home, small.spec())
     outcome = worker.run_job(
@@ -89,5 +90,4 @@ def _next_job(home: Path, scratch: Path) -> int:
     assert outcome is Outcome.DONE_WITH_ERRORS, outcome
     small.check_output()
     job.remove()
-    shutil.rmtree(scratch)
     return DONE
