@@ -14,11 +14,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 from batchrun.errors import ModelError
+from jobs.errors import JobError
 from jobs.suspects import Making, ReaderNote
 
 T = TypeVar("T")
@@ -30,6 +32,10 @@ _MEMORY = 2 << 30  # bytes that a process may grow by while it makes one prompt
 _LOOKS = 20  # within the limit
 _LATER = 1.25  # times the limit: the onlooker leaves it to the process to end a prompt
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+_MEND = (
+    "mend the model's chat template or tokenizer; BATCHRUN_PROMPT_SECONDS sets how many seconds of "
+    "processor time a prompt may take"
+)
 _TEMPLATE = "<template>"  # the name of Jinja's code
 
 
@@ -115,6 +121,21 @@ class PromptLimit:
                 _raise_in(at.thread, Overdue)
 
 
+@dataclass(frozen=True)
+class Overrun:
+    """A prompt that has to be ended.
+
+    Args:
+        at: Whose it is.
+        reason: What is wrong with its row.
+        certain: Whether it is its fault: memory may be another thread's.
+    """
+
+    at: Making
+    reason: str
+    certain: bool = True
+
+
 class Onlooker:
     """Watches from outside how long a process makes a prompt.
 
@@ -130,8 +151,8 @@ class Onlooker:
         self._begun = self._slept = self._looked = 0.0
         self._memory = 0
 
-    def look(self) -> tuple[int, str] | None:
-        """The row whose prompt has to be ended, and why; from time to time."""
+    def look(self) -> Overrun | None:
+        """What has to be ended, if anything has; called from time to time."""
         now, at = time.monotonic(), self._note.at()
         state = _thread(self._pid, at.native) if isinstance(at, Making) else None
         since, self._looked = min(now - self._looked, 1.0), now
@@ -148,11 +169,12 @@ class Onlooker:
             self._slept += since
         self._beat = beat
         if state.seconds - self._begun > _LATER * self._limit_s + 1:
-            return at.row, too_long(self._limit_s)
+            return Overrun(at, too_long(self._limit_s))
         if self._slept > self._stall_s:
-            return at.row, f"making its prompt has not ended in {self._stall_s:g} s"
+            return Overrun(at, f"making its prompt has not ended in {self._stall_s:g} s")
         if _anonymous(self._pid) - self._memory > _MEMORY:
-            return at.row, f"making its prompt took more than {_MEMORY / 2**30:g} GiB of memory"
+            size = f"{_MEMORY / 2**30:g} GiB"
+            return Overrun(at, f"making its prompt took more than {size} of memory", certain=False)
         return None
 
 
@@ -164,12 +186,12 @@ def too_long(limit_s: float) -> str:
 def never_made(rows: int, place: str) -> ModelError:
     """The error where the prompts of so many rows, one after the other, took too long."""
     where = place or ": the model's chat template or tokenizer is to blame, hardly the rows"
-    which = f"for {rows} rows in a row" if rows > 1 else "for a row"
-    return ModelError(
-        f"making a prompt took too long {which}{where}",
-        hint="mend the model's chat template or tokenizer; BATCHRUN_PROMPT_SECONDS sets how many "
-        "seconds of processor time a prompt may take",
-    )
+    return ModelError(f"making a prompt took too long for {rows} rows in a row{where}", hint=_MEND)
+
+
+def not_made(overrun: Overrun) -> ModelError:
+    """The error where one prompt had to be ended and nothing goes on."""
+    return ModelError(f"row {overrun.at.row}: {overrun.reason}", hint=_MEND)
 
 
 def place_of(trace: TracebackType | None) -> str:
@@ -222,4 +244,11 @@ def _raise_in(thread: int, what: type[BaseException] | None) -> None:
 
 def _setting(setting: tuple[str, float]) -> float:
     name, default = setting
-    return float(os.environ.get(name) or default)
+    text = os.environ.get(name) or str(default)
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise JobError(f"{name}={text} is no number of seconds", hint=f"unset {name}")
+    return found

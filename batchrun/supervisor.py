@@ -28,7 +28,7 @@ from typing import Any
 
 from batchrun.cgroups import oom_kills
 from batchrun.live import Reporter
-from batchrun.overdue import BARREN, Onlooker, never_made, place_in
+from batchrun.overdue import BARREN, Onlooker, Overrun, never_made, place_in
 from jobs.errors import JobError
 from jobs.files import open_private
 from jobs.folder import WORKER_LOG, JobFolder, last_words
@@ -246,9 +246,14 @@ def _supervise(
             _command("run-job", job.path), stdin=subprocess.DEVNULL, **_inheriting(*handles)
         )
         signals.pass_on_to(child)
-        code, overdue = _watch(child, job.path)
-        if overdue is not None:
-            place = _condemn(job, overdue, printed, reporter)
+        code, overrun = _watch(child, job.path)
+        if overrun is not None:
+            place = place_in(_stack(job.path / WORKER_LOG, printed, overrun.at.thread))
+            reporter.message(f"row {overrun.at.row}: {overrun.reason}{place}; the run was ended")
+            if signals.received is not None:
+                job.set_state("cancelled" if job.cancel_requested() else "interrupted")
+                return 130
+            _blame(job, overrun, place)
             after = job.counts()
             barren = barren + 1 if after.completion_tokens == before.completion_tokens else 0
             if barren == _BARREN:
@@ -297,12 +302,8 @@ def _supervise(
             return 1
 
 
-def _watch(child: subprocess.Popen[bytes], folder: Path) -> tuple[int, tuple[int, int, str] | None]:
-    """Wait for a run's end, and end it where a prompt does not come to one.
-
-    Returns:
-        How it ended, and the thread, the row and the reason if it was ended here.
-    """
+def _watch(child: subprocess.Popen[bytes], folder: Path) -> tuple[int, Overrun | None]:
+    """Wait for a run's end; returns its exit code, and the prompt for which it was ended here."""
     note = ReaderNote(folder)
     note.made()  # of the run before
     onlooker = Onlooker(child.pid, note)
@@ -310,28 +311,25 @@ def _watch(child: subprocess.Popen[bytes], folder: Path) -> tuple[int, tuple[int
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return child.wait(_LOOK_S), None
-            if (overdue := onlooker.look()) is None:
+            if (overrun := onlooker.look()) is None:
                 continue
-            at, (row, reason) = note.at(), overdue
             child.send_signal(TELL)  # faulthandler prints where it is, whoever has which lock
             with suppress(subprocess.TimeoutExpired):
                 child.wait(_TELL_S)
             child.kill()
-            return child.wait(), (at.thread if at is not None else 0, row, reason)
+            return child.wait(), overrun
     finally:
         note.close()
 
 
-def _condemn(
-    job: JobFolder, overdue: tuple[int, int, str], printed: int, reporter: Reporter
-) -> str:
-    """Note that a row is not to be tried again; returns where its prompt was."""
-    thread, row, reason = overdue
-    place = place_in(_stack(job.path / WORKER_LOG, printed, thread))
+def _blame(job: JobFolder, overrun: Overrun, place: str) -> None:
+    """Note the row that is to blame; one that may not be is tried once more, alone."""
+    row = overrun.at.row
     with job.journal(readonly=False) as journal:
-        journal.condemn(row, reason + place)
-    reporter.message(f"row {row}: {reason}{place}; the run is started again")
-    return place
+        if overrun.certain or row in journal.crash_counts():
+            journal.condemn(row, overrun.reason + place)
+        else:
+            journal.count_crash([row])
 
 
 def _stack(log: Path, begin: int, thread: int) -> str:

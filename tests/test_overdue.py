@@ -137,7 +137,8 @@ def test_an_onlooker_says_what_has_to_end(monkeypatch: pytest.MonkeyPatch, what:
     def look(_: int, onlooker: Onlooker) -> None:
         while (found := onlooker.look()) is None:
             time.sleep(0.05)
-        assert found == (7, SAID[what])
+        assert (found.at.row, found.reason) == (7, SAID[what])
+        assert found.certain == (what != "grows")
 
     looked(monkeypatch, what, look)
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from batchrun.overdue import Onlooker, never_made
+from batchrun.overdue import Onlooker, not_made
 from jobs.errors import InputError, JobError
 from jobs.row import AGAIN
 from jobs.suspects import ReaderNote, Reading
@@ -96,9 +96,8 @@ def _sent(child: int, pipe: int, note: ReaderNote, interrupts: list[float]) -> b
                 return b"".join(parts)
         elif interrupts and time.monotonic() - interrupts[0] > _GRACE_S:
             raise KeyboardInterrupt
-        elif (overdue := onlooker.look()) is not None:
-            row, reason = overdue
-            raise never_made(1, f"; row {row}: {reason}")
+        elif (overrun := onlooker.look()) is not None:
+            raise not_made(overrun)
 
 
 def _crash(how: str, at: object) -> JobError:
