@@ -29,12 +29,21 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def parsed(source: str) -> nodes.Template:
+    """A chat template's tree.
+
+    Raises:
+        jinja2.TemplateError: It can't be read.
+    """
+    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
+    return environment.parse(source)
+
+
 @lru_cache(maxsize=8)
 def variables(source: str) -> frozenset[str] | None:
     """Names that a chat template reads from outside; None where that can't be known."""
-    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
     try:
-        found = meta.find_undeclared_variables(environment.parse(source))
+        found = meta.find_undeclared_variables(parsed(source))
     except (jinja2.TemplateError, ValueError, RecursionError):  # ValueError: a number too long
         return None
     return frozenset(found - _GLOBALS) if source else None

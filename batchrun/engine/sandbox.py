@@ -14,8 +14,11 @@ import string
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jinja2
+from jinja2 import nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from batchrun.engine.chat_source import parsed
 from batchrun.engine.messages import PromptError
 
 _MOST = 1 << 26  # characters of a text, items of a list: more than any context holds
@@ -33,8 +36,10 @@ def bound(source: str) -> None:
     own environment, with the operators and functions in it that can make much of little.
 
     Raises:
+        PromptError: It can't be compiled without making too much.
         jinja2.TemplateError: It can't be compiled, as transformers would say.
     """
+    check_constants(source)
     template = _compile_jinja_template(source)
     environment = template.environment
     if environment.intercepted_binops:
@@ -54,6 +59,41 @@ def bound(source: str) -> None:
     for name in _JOINS:
         names[name] = functools.partial(_joined, names[name])
     template.root_render_func, template.blocks = made.root_render_func, made.blocks
+
+
+def check_constants(source: str) -> None:
+    """Refuse a template of which Jinja computes too much as soon as it reads it.
+
+    Raises:
+        PromptError: It would.
+    """
+    try:
+        tree = parsed(source)
+    except (jinja2.TemplateError, RecursionError):
+        return
+    for node in reversed(list(tree.find_all((nodes.BinExpr, nodes.Concat, nodes.Filter)))):
+        try:  # what is within a node was looked at before it
+            size = _constant_size(node)
+        except Exception:  # it is no constant, or nothing that can be computed
+            continue
+        _check(size)
+
+
+def _constant_size(node: nodes.Node) -> int:
+    if isinstance(node, nodes.BinExpr):
+        left, right = node.left.as_const(), node.right.as_const()
+        return (_OPERATORS | {"+": _sum})[node.operator](left, right)
+    if isinstance(node, nodes.Concat):
+        return sum(len(str(part.as_const())) for part in node.nodes)
+    assert isinstance(node, nodes.Filter)
+    assert node.node is not None
+    values = [node.node.as_const(), *(argument.as_const() for argument in node.args)]
+    named: dict[str, Any] = {str(pair.key): pair.value.as_const() for pair in node.kwargs}
+    if node.name == "join":
+        return _of_items(values[1] if len(values) > 1 else named.get("d", ""), values[0])
+    if node.name == "replace":
+        values.insert(0, None)
+    return _FILTERS[node.name](*values, **named)
 
 
 def _checked(function: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
@@ -148,6 +188,10 @@ def _bits(value: Any) -> int:
 def _large(bits: int) -> int:
     """Of a number, as a size."""
     return _MOST + 1 if bits > _BITS else 0
+
+
+def _sum(left: Any, right: Any) -> int:
+    return _length(left) + _length(right)
 
 
 def _product(left: Any, right: Any) -> int:

@@ -22,8 +22,10 @@ from batchrun.engine.messages import (
     read_messages,
     read_tools,
 )
+from batchrun.engine.sandbox import check_constants
 from batchrun.engine.template import Template
-from batchrun.models import ModelError, no_chat_template
+from batchrun.errors import ModelError
+from batchrun.models import no_chat_template
 
 __all__ = ["PromptBuilder", "PromptError", "Tokenizer", "prompt_builder"]
 
@@ -268,7 +270,7 @@ def prompt_builder(
 
     Raises:
         ModelError: The prompts are chats, and the model has no template for them, or one that does
-            not read what the job says to it.
+            not read what the job says to it, or would take all memory.
     """
     longest = max(map(len, tokenizer.get_vocab()), default=0)
     if not longest:
@@ -280,5 +282,13 @@ def prompt_builder(
     if builder.needs_chat_template and not tokenizer.chat_template:
         raise no_chat_template(model)
     sources = [builder.chat_template.source(tools=tools) for tools in (False, True)]
+    for source in sources:
+        try:
+            check_constants(source)
+        except PromptError as error:
+            raise ModelError(
+                f"the chat template of {model} is refused: {error}",
+                hint="mend the model's chat template",
+            ) from None
     check_template_args(builder.template_args, sources, model)
     return builder

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
@@ -52,8 +52,9 @@ GREEDY = [
 ]
 
 
-def rendered(source: str, **more: Any) -> str:
-    [text], _ = render_jinja_template([CHAT], chat_template=source, **more)
+def rendered(source: str, after: Callable[[str], None] = lambda _: None) -> str:
+    after(source)
+    [text], _ = render_jinja_template([CHAT], chat_template=source)
     return str(text)
 
 
@@ -64,11 +65,28 @@ def test_what_grows_without_end_is_refused(source: str, monkeypatch: pytest.Monk
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30), was[1]))
     try:
-        bound(source)
         with pytest.raises(PromptError, match="beyond 1,048,576"):
-            rendered(source)
+            rendered(source, after=bound)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, was)
+
+
+CONSTANT = [
+    "{{ 3 ** (10 ** 10) }}",
+    "{{ 'x' * 60000 * 60000 }}",
+    "{{ [1] * 10 ** 10 }}",
+    "{% if 'x' | center(10 ** 10) %}{% endif %}",
+    "{{ 3 | round(10 ** 9, 'ceil') }}",
+    "{{ ('xx' * 60000) | replace('x', 'y' * 60000) }}",
+    "{{ '%*d' % (10 ** 10, 1) }}",
+    "{{ (['x' * 60000] * 60000) | join }}",
+]
+
+
+@pytest.mark.parametrize("source", CONSTANT)
+def test_what_grows_as_soon_as_it_is_read_is_refused_unread(source: str) -> None:
+    with pytest.raises(PromptError, match="beyond 67,108,864"):
+        bound(source)
 
 
 SOUND = [
