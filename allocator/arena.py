@@ -299,6 +299,14 @@ class KVArena:
             budget is None or self.layout.total_pages_for(num_tokens) <= budget
         )
 
+    @property
+    def refusal(self) -> str:
+        """Why the machine had no memory when tokens last got none; empty where the budget ended.
+
+        Then tokens that fit alone (`can_fit`) may yet get none, however often they are asked for.
+        """
+        return self._space.refusal
+
     def has_room(self, num_tokens: int, spare: float) -> bool:
         """Whether so many tokens more could be held now with a part of the budget to spare.
 

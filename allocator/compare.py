@@ -29,6 +29,8 @@ class CountedSpace:
         tokens: tokens of open slots.
     """
 
+    refusal = ""  # a budget's end is no refusal of the machine
+
     def __init__(
         self, footprint: Callable[[int], int], *, budget: int, num_slots: int, max_tokens: int
     ) -> None:

@@ -4,13 +4,23 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from .ledger import Ledger
-from .vmm import AllocatorError, Handle, OutOfPages
+from .system import (
+    SHARED_MEMORY,
+    is_memfd,
+    load_libc,
+    max_map_count,
+    memory_file,
+    refusal,
+    refused,
+    why_no_addresses,
+)
+from .vmm import AllocatorError, Handle, OutOfPages, Refused
 
 # From <linux/mman.h> and <linux/falloc.h>; the `mmap` module lacks some before Python 3.13.
 _MAP_FIXED = 0x10
@@ -61,14 +71,14 @@ class HostMemory:
                 f"page size {page_size} is not a positive multiple of the system's {mmap.PAGESIZE}"
             )
         if max_mappings is None:
-            max_mappings = int(Path("/proc/sys/vm/max_map_count").read_text()) * 3 // 4
+            max_mappings = max_map_count() * 3 // 4
         self.granularity = page_size
         self.planes = planes
         self.max_mappings = max_mappings
         self._guard = guard
-        self._libc = _load_libc()
+        self._libc = load_libc()
         self.ledger = Ledger(page_size)
-        self._fd = os.memfd_create("batchrun-kv")
+        self._fd = memory_file()
         self._created = 0  # handles given out so far
         self._places: dict[Handle, int] = {}  # page -> where it is in the file, in pages
         self._taken: set[int] = set()  # those places
@@ -81,6 +91,7 @@ class HostMemory:
     def reserve(self, size: int) -> int:
         """See `VirtualMemory.reserve`."""
         self.ledger.check_reserve(size)
+        self._check_file_limit(self._end + size // self.granularity * self.planes)
         address = self._mmap(None, size * self.planes, None)
         self.ledger.reserved(address, size)
         begin, pages = self._end, size // self.granularity
@@ -100,7 +111,7 @@ class HostMemory:
         """See `VirtualMemory.free`."""
         self.ledger.check_free(address, size)
         if self._libc.munmap(address, size * self.planes):
-            raise _os_error("munmap", f"{size} bytes at {address:#x}")
+            raise refused("munmap", f"{size} bytes at {address:#x}")
         self.ledger.freed(address)
         del self._begins[address]
         self._mappings -= 1
@@ -200,7 +211,7 @@ class HostMemory:
         page = self.granularity
         for address, before, plane in done:
             if hide and self._libc.mprotect(address, len(before) * page, 0):
-                raise _os_error("mprotect", f"{len(before)} pages at {address:#x}") from None
+                raise refused("mprotect", f"{len(before)} pages at {address:#x}") from None
             for start, stop in () if hide else _runs(before):
                 self._mmap(address + start * page, (stop - start) * page, before[start], plane)
         self._guard = self._guard or hide  # those pages do not show their own places any more
@@ -240,7 +251,7 @@ class HostMemory:
         self._taken.difference_update(places)
         for start, stop in _runs(places):
             if self._fallocate(_PUNCH_HOLE, places[start], stop - start):
-                raise _os_error("fallocate", f"punching {stop - start} pages")
+                raise refused("fallocate", f"punching {stop - start} pages")
 
     def _mmap(
         self,
@@ -265,7 +276,7 @@ class HostMemory:
         if got == _MAP_FAILED:
             if ctypes.get_errno() == errno.ENOMEM and address and place is not None:
                 raise self._out_of_mappings(1)
-            raise _os_error("mmap", f"{size} bytes")
+            raise refused("mmap", f"{size} bytes", why_no_addresses() if place is None else "")
         return int(got)
 
     def _offset(self, place: int, plane: int) -> int:
@@ -290,15 +301,27 @@ class HostMemory:
 
     def _commit_error(self, count: int, number: int) -> AllocatorError:
         if number not in _NO_MEMORY:
-            return AllocatorError(f"cannot commit {count} pages: {os.strerror(number)}")
+            return refusal("fallocate", f"{count} pages", number)
         held, size = len(self._places), self.granularity * self.planes
         cure = "free memory, or use a smaller KV budget"
         if number == errno.EFBIG:
             cure = "lift the limit on file sizes (`ulimit -f unlimited`)"
+        elif number == errno.ENOSPC and not is_memfd(self._fd):
+            cure = f"make {SHARED_MEMORY} larger (docker run --shm-size), or allow memfd_create"
         return OutOfPages(
             f"cannot commit {count} pages of {size} bytes: {os.strerror(number)} "
             f"({held - count} pages are held, {(held - count) * size} bytes); {cure}"
         )
+
+    def _check_file_limit(self, places: int) -> None:
+        """Refuse addresses whose pages would lie beyond what a file may have here."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit != resource.RLIM_INFINITY and places * self.granularity > limit:
+            raise Refused(
+                f"{places * self.granularity} bytes of addresses are pages of one file in memory, "
+                f"and no file may have more than {limit} bytes here; "
+                "lift the limit on file sizes (`ulimit -f unlimited`)"
+            )
 
     def _out_of_mappings(self, more: int) -> OutOfPages:
         return OutOfPages(
@@ -326,18 +349,3 @@ def _cut(left: int | None, right: int | None) -> bool:
     if left is None or right is None:
         return left is not right
     return right != left + 1
-
-
-def _os_error(call: str, what: str) -> AllocatorError:
-    return AllocatorError(f"{call} failed for {what}: {os.strerror(ctypes.get_errno())}")
-
-
-def _load_libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    pointer, size, offset, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
-    libc.mmap.argtypes = [pointer, size, number, number, number, offset]
-    libc.mmap.restype = pointer
-    libc.munmap.argtypes = [pointer, size]
-    libc.mprotect.argtypes = [pointer, size, number]
-    libc.fallocate.argtypes = [number, number, offset, offset]
-    return libc

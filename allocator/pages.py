@@ -4,7 +4,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from .vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+from .vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
 
 
 class PagePool:
@@ -182,7 +182,7 @@ class PagePool:
             room = max(0, budget - self.created)
             if room < count:
                 page = self._page_bytes
-                raise OutOfPages(
+                raise OutOfBudget(
                     f"{count} more pages of {page} bytes are wanted, and the KV budget of "
                     f"{budget * page} bytes has room for {room}; "
                     "raise the budget or run fewer sequences at once"

@@ -6,7 +6,7 @@ from .layout import KVLayout
 from .pages import PagePool
 from .sharing import Sharing, at_most
 from .slabs import Slabs
-from .vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+from .vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
 
 _STEAL_PAGES = 8  # of each slab, where there are many: one unmap then serves several requests
 
@@ -57,6 +57,8 @@ class Slots:
         with_surplus: those with mapped pages beyond their claim.
         claims: pages of all claims, shared ones as often as they are claimed.
         retired: the last step that is finished.
+        refusal: why the machine had no pages when they were last asked for in vain; empty where
+            it was the budget.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Slots:
         self.with_surplus: set[int] = set()
         self.claims = 0
         self.retired = -1
+        self.refusal = ""
 
     @property
     def claimed_pages(self) -> int:
@@ -84,9 +87,10 @@ class Slots:
         self.steal(sum(counts) - self.pool.free, self.retired)
         try:
             self.slabs.extend(slot.index, counts, shared)
-        except OutOfPages:
-            return False
+        except OutOfPages as error:
+            return self._refuse(error)
         slot.num_pages += sum(counts) + sum(map(len, shared or ()))
+        self.refusal = ""
         return True
 
     def unshare(self, slot: Slot, num_tokens: int, step: int | None) -> bool:
@@ -109,14 +113,14 @@ class Slots:
         self.steal(len(shared) - self.pool.free, self.retired)
         try:
             fresh = self.pool.acquire(len(shared))
-        except OutOfPages:
-            return False
+        except OutOfPages as error:
+            return self._refuse(error)
         for group, page, nbytes in shared:
             try:
                 old = self.slabs.replace(slot.index, group, page, fresh[-1])
-            except OutOfPages:
+            except OutOfPages as error:
                 self.pool.release(fresh)
-                return False  # what was replaced until now holds the same tokens
+                return self._refuse(error)  # what was replaced until now holds the same tokens
             fresh.pop()
             self.sharing.replaced(slot, group, page, old)
             if nbytes and step is not None:
@@ -125,6 +129,11 @@ class Slots:
         spare = zip(begin, end, slot.aliased, strict=True)
         self.sharing.alias(slot, tuple(min(b, a) if a <= e else a for b, e, a in spare))
         return True
+
+    def _refuse(self, error: OutOfPages) -> bool:
+        """Keep why; what asked gets a `False`."""
+        self.refusal = "" if isinstance(error, OutOfBudget) else str(error)
+        return False
 
     def _reclaim(self, slot: Slot, spans: list[range]) -> None:
         """Unmap the surplus of others that they share with a slot on the given pages."""

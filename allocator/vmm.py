@@ -16,8 +16,16 @@ class AllocatorError(Exception):
     """A rule of the allocator was broken, or the operating system refused a request."""
 
 
-class OutOfPages(AllocatorError):  # noqa: N818 - says what there is none of
+class Refused(AllocatorError):  # noqa: N818 - says what has happened
+    """The operating system refused a request, for a reason that the message names."""
+
+
+class OutOfPages(Refused):
     """No physical memory, no budget, or no room for another mapping. Nothing was changed."""
+
+
+class OutOfBudget(OutOfPages):
+    """The machine may have more: the KV budget has not."""
 
 
 class VirtualMemory(Protocol):

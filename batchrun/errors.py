@@ -1,4 +1,4 @@
-"""What is wrong with a model, for the user to act on."""
+"""What is wrong with a model or the machine, for the user to act on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ class ModelError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class MachineError(Exception):
+    """Something that this machine, or what it allows this process, lacks; `hint` as above."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class StepFailed(Exception):  # noqa: N818 - says what has happened
+    """The engine failed as nobody foresaw: the rows that it had are suspects."""
 
 
 # What ends the process, of all that a tokenizer may raise: its own panics are no `Exception`.

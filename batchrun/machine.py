@@ -7,11 +7,17 @@ import math
 import os
 import platform
 import resource
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from batchrun import cgroups
+from batchrun.errors import MachineError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+OWN_THREADS = 3  # of a run: watchdog, reader, journal
+THREADS_HINT = "raise the limit of processes (ulimit -u, or the container's pids.max)"
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux calls them; the last one on Arm
 
 
@@ -37,13 +43,64 @@ def cores(root: Path = cgroups.ROOT) -> int:
     return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
 
 
-def use_cores(root: Path = cgroups.ROOT) -> None:
-    """Have libraries start no more threads than a quota has time for; before they are loaded.
+def use_cores(root: Path = cgroups.ROOT) -> str | None:
+    """Have libraries start no more threads than there is time and room for; before they are loaded.
 
-    More than that and all of them stand still together for the rest of each period.
+    Beyond a quota all of them stand still together for the rest of each period; beyond a limit of
+    processes OpenMP ends the process.
+
+    Returns:
+        What a user should know, if anything.
+
+    Raises:
+        MachineError: There is no room for one of them beside our own.
     """
-    if cores(root) < len(os.sched_getaffinity(0)):
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores(root)))
+    wanted = cores(root)
+    room = startable_threads(wanted + OWN_THREADS) - OWN_THREADS
+    if room < 1:
+        raise MachineError(
+            f"only {room + OWN_THREADS} threads can be started, and a run needs at least "
+            f"{1 + OWN_THREADS}",
+            hint=THREADS_HINT,
+        )
+    if min(wanted, room) < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(min(wanted, room)))
+    if room < wanted:
+        return f"computing with {room} threads instead of {wanted}: no more can be started"
+    return None
+
+
+def startable_threads(most: int) -> int:
+    """How many threads can be started beside those that there are; stops at `most`."""
+    ended = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        while len(started) < most:
+            thread = threading.Thread(target=ended.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:  # "can't start new thread"
+        pass
+    finally:
+        ended.set()
+        for thread in started:
+            thread.join()
+    return len(started)
+
+
+def start(*threads: threading.Thread) -> None:
+    """Start threads.
+
+    Raises:
+        MachineError: The system refuses one; those before it have been started.
+    """
+    for thread in threads:
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise MachineError(
+                f"the thread {thread.name!r} can't be started", hint=THREADS_HINT
+            ) from error
 
 
 def available_memory(root: Path = cgroups.ROOT) -> int:
@@ -55,6 +112,31 @@ def available_memory(root: Path = cgroups.ROOT) -> int:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = cgroups.memory_limit(root)
     return available if limit is None else min(available, limit.free)
+
+
+def end_with_lost_threads(end: Callable[[str], None]) -> None:
+    """Have `end` called where a thread dies before its first line, for want of memory.
+
+    Who starts such a thread, in whatever library, waits for ever for a sign that it runs. `end` is
+    told what has happened, and expected to end the process.
+    """
+
+    def look(found: sys.UnraisableHookArgs) -> None:
+        sys.__unraisablehook__(found)
+        if getattr(found.object, "__func__", None) is threading.Thread._bootstrap:  # type: ignore[attr-defined]
+            end(f"a thread could not begin: {found.exc_type.__name__}")
+
+    sys.unraisablehook = look
+
+
+def memory() -> dict[str, int]:
+    """Bytes of the whole machine, and those that this process can still have."""
+    total = _line(Path("/proc/meminfo"), "MemTotal")
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "total": int(total.split()[0]) * 1024 if total else pages,
+        "available": available_memory(),
+    }
 
 
 def peak_rss() -> int:

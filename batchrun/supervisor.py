@@ -4,15 +4,13 @@
       └─ attaches a view ───── reads progress.json and log.jsonl ──────┘
 
 The supervisor holds the job's lease, waits for its turn on the device, and starts the run as a
-child that inherits both: they end when both processes are gone. A run that dies by a fault is
-started again. Which rows were in it is counted, so that a row that kills the process twice is not
-tried a third time.
+child that inherits both: they end when both processes are gone. What the end of a run means,
+`runs` says.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import select
 import signal
 import site
@@ -21,30 +19,21 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from batchrun.cgroups import oom_kills
 from batchrun.live import Reporter
-from batchrun.overdue import BARREN, Onlooker, Overrun, never_made, place_in
+from batchrun.runs import Runs
 from jobs.errors import JobError
 from jobs.files import open_private
 from jobs.folder import WORKER_LOG, JobFolder, last_words
 from jobs.lease import Lease
-from jobs.suspects import Making, ReaderNote, Reading, RunningRows
 from jobs.turns import Turn
 
 _INHERITED = "BATCHRUN_INHERITED"  # in the environment of a child: handles that it has from us
-_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _POLL_S = 0.2
-_RESTARTS = 4  # in a row, without a result in between
-_CRASHED = re.compile(rb"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
-_BARREN = BARREN  # in a row, without a good one
-_LOOK_S = 0.5  # between two looks at what a run is at
-TELL = signal.SIGUSR2  # asks a run to print where its threads are
-_TELL_S = 1.0  # that it has for it
 
 
 @dataclass
@@ -235,145 +224,19 @@ def _supervise(
     job: JobFolder, handles: Sequence[int], signals: _Signals, reporter: Reporter
 ) -> int:
     """Run the job, again where a run dies by a fault, until a run ends by itself."""
-    vain = barren = 0
-    unread: Reading | None = None  # what the run died of before while it read it
-    kills = oom_kills()
-    while True:
-        before = job.counts()
-        printed = _size(job.path / WORKER_LOG)
+
+    def start_run() -> subprocess.Popen[bytes]:
         signals.check()
         child = subprocess.Popen(
             _command("run-job", job.path), stdin=subprocess.DEVNULL, **_inheriting(*handles)
         )
         signals.pass_on_to(child)
-        code, overrun = _watch(child, job.path)
-        if overrun is not None:
-            place = place_in(_stack(job.path / WORKER_LOG, printed, overrun.at.thread))
-            reporter.message(f"row {overrun.at.row}: {overrun.reason}{place}; the run was ended")
-            if signals.received is not None:
-                job.set_state("cancelled" if job.cancel_requested() else "interrupted")
-                return 130
-            _blame(job, overrun, place)
-            after = job.counts()
-            barren = barren + 1 if after.completion_tokens == before.completion_tokens else 0
-            if barren == _BARREN:
-                error = never_made(barren, place)
-                job.set_state("failed", str(error), error.hint)
-                return 1
-            continue
-        if code >= 0:
-            return code
-        if signals.received is not None:  # it was told to end, and is not started again
-            job.set_state("cancelled" if job.cancel_requested() else "interrupted")
-            return 130
-        name = signal.Signals(-code).name
-        if -code not in _FAULTS:
-            reason = f"the run was ended by {name}"
-            if -code == signal.SIGKILL:
-                killed = oom_kills() > kills
-                reason += (
-                    ": the machine had no memory left; lower --max-num-seqs or --kv-budget"
-                    if killed
-                    else ": by somebody, or by the system for want of memory"
-                )
-            job.set_state("interrupted", reason)
-            reporter.message(reason)
-            return 1
-        rows, read = _suspects(job.path, printed)
-        if read is not None:
-            reporter.message(f"the run crashed with {name} while it read {read}")
-            if read == unread:
-                reason = f"the run crashed with {name} while it read {read}: the file is damaged"
-                hint = "write it anew; batchrun export --partial has what there is until then"
-                job.set_state("failed", reason, hint)
-                return 1
-            unread = read
-            continue
-        with job.journal(readonly=False) as journal:
-            journal.count_crash(rows)
-        after = job.counts()
-        vain = vain + 1 if after.samples == before.samples else 0
-        barren = barren + 1 if after.completion_tokens == before.completion_tokens else 0
-        reporter.message(f"the run crashed with {name}; {len(rows)} rows were in it")
-        if vain == _RESTARTS or barren == _BARREN:
-            times = max(vain, barren)
-            reason = f"the run crashed with {name} {times} times in a row, and no row was answered"
-            job.set_state("failed", reason, "batchrun logs says more")
-            return 1
+        return child
 
-
-def _watch(child: subprocess.Popen[bytes], folder: Path) -> tuple[int, Overrun | None]:
-    """Wait for a run's end; returns its exit code, and the prompt for which it was ended here."""
-    note = ReaderNote(folder)
-    note.made()  # of the run before
-    onlooker = Onlooker(child.pid, note)
-    try:
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                return child.wait(_LOOK_S), None
-            if (overrun := onlooker.look()) is None:
-                continue
-            child.send_signal(TELL)  # faulthandler prints where it is, whoever has which lock
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(_TELL_S)
-            child.kill()
-            return child.wait(), overrun
-    finally:
-        note.close()
-
-
-def _blame(job: JobFolder, overrun: Overrun, place: str) -> None:
-    """Note the row that is to blame; one that may not be is tried once more, alone."""
-    row = overrun.at.row
-    with job.journal(readonly=False) as journal:
-        if overrun.certain or row in journal.crash_counts():
-            journal.condemn(row, overrun.reason + place)
-        else:
-            journal.count_crash([row])
-
-
-def _stack(log: Path, begin: int, thread: int) -> str:
-    """What faulthandler printed last of a thread."""
-    with log.open("rb") as file:
-        file.seek(begin)
-        printed = file.read().decode(errors="replace")
-    found = re.findall(rf"hread 0x0*{thread:x} .*?\n((?:  .*\n)*)", printed)
-    return str(found[-1]) if found else ""
-
-
-def _suspects(folder: Path, printed: int) -> tuple[list[int], Reading | None]:
-    """Rows that may have brought a run down, or what it read as it died.
-
-    Args:
-        folder: The job's folder.
-        printed: Bytes of its processes' output from before the run.
-    """
-    running, note = RunningRows(folder), ReaderNote(folder)
-    rows, at = running.rows(), note.at()
-    running.close()
-    note.close()
-    if at is None:
-        return rows, None
-    thread = _crashed_thread(folder / WORKER_LOG, printed)
-    mine = thread == at.thread
-    if isinstance(at, Making):
-        return [at.row] if mine else [*rows, at.row] if thread is None else rows, None
-    # A thread of C++ alone has no number here. If rows were in the engine it may be the engine's.
-    if mine or (thread is None and not rows):
-        return [], replace(at, thread=0)
-    return rows, None
-
-
-def _crashed_thread(log: Path, begin: int) -> int | None:
-    """The thread that a run died in, as faulthandler printed it; None where it could not say."""
-    with log.open("rb") as file:
-        file.seek(begin)
-        found = _CRASHED.findall(file.read())
-    return int(found[-1], 16) if found else None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    runs = Runs(job, reporter, lambda: signals.received is not None)
+    while (code := runs.once(start_run)) is None:
+        pass
+    return code
 
 
 def _command(*arguments: object) -> list[str]:

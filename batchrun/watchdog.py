@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from batchrun import machine
+
 _LOOKS = 20  # in the time after which something is taken to hang
 
 
@@ -41,8 +43,12 @@ class Watchdog:
             del self._busy[thread]
 
     def start(self) -> None:
-        """Begin to watch, for as long as the process lives."""
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        """Begin to watch, for as long as the process lives.
+
+        Raises:
+            MachineError: No thread can be started.
+        """
+        machine.start(threading.Thread(target=self._watch, name="watchdog", daemon=True))
 
     def _watch(self) -> None:
         look, before = self._limit_s / _LOOKS, time.monotonic()

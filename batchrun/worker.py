@@ -19,13 +19,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.vmm import AllocatorError
+from allocator.vmm import AllocatorError, Refused
+from batchrun import machine
 from batchrun.channel import Channel, Closed
 from batchrun.engine.core import EngineError, FinishReason, Request, Sequence
 from batchrun.engine.engine import Completion
-from batchrun.errors import said_by
+from batchrun.errors import MachineError, StepFailed, said_by
 from batchrun.live import Progress
-from batchrun.machine import peak_rss
 from batchrun.measured import Measured, Sampler
 from batchrun.models import fingerprint
 from batchrun.overdue import PromptLimit
@@ -70,11 +70,7 @@ Item = Result | Copy | RowDigests | Checkpoint  # of what goes to the journal
 
 
 # What the engine raises that has nothing to do with what its rows hold.
-_NO_ROWS_FAULT = (EngineError, JobError, AllocatorError, OSError, MemoryError)
-
-
-class StepFailed(Exception):  # noqa: N818 - says what has happened
-    """The engine failed as nobody foresaw: the rows that it had are suspects."""
+_NO_ROWS_FAULT = (EngineError, JobError, AllocatorError, MachineError, OSError, MemoryError)
 
 
 class Outcome(StrEnum):
@@ -209,6 +205,10 @@ class _Run:
         except KeyboardInterrupt:
             outcome = Outcome.INTERRUPTED
             raise
+        except Refused as error:
+            hint = "what is done is kept; then: batchrun resume"
+            self._failure = MachineError(str(error), hint=hint)
+            raise self._failure from error
         except Exception as error:
             self._failure = error
             raise
@@ -279,17 +279,18 @@ class _Run:
             target=guarded, args=(self._reader.read, requests, results), name="reader"
         )
         self._engine_began = time.perf_counter()
-        writer.start()
-        feeder.start()
         try:
+            machine.start(writer, feeder)
             self._drive(workbench.engine, requests, results)
         except Closed:
             pass  # a thread failed; its error is raised below
         finally:
             requests.close(discard=True)
-            feeder.join()
+            if feeder.ident is not None:  # it was started
+                feeder.join()
             results.close()
-            writer.join()
+            if writer.ident is not None:
+                writer.join()
             self._engine_ended = time.perf_counter()
         if self._failures:
             raise self._failures[0]
@@ -509,7 +510,7 @@ class _Run:
             wall_s=now - self._began,
             journal_s=self._journal_seconds,
             tail_s=self._tail(measured),
-            peak_rss=peak_rss(),
+            peak_rss=machine.peak_rss(),
             **measured,
         )
         if self._reader is not None:
@@ -594,10 +595,12 @@ def _result(completion: Completion) -> Result:
 def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
     """The real engine for a job."""
     from batchrun.engine.runtime import Runtime  # noqa: PLC0415 - imports torch
+    from batchrun.engine.shortage import device_errors  # noqa: PLC0415
 
     measured = Measured.load(folders.home(), spec)
     settings = engine_settings(spec, measured.step_cost if measured else None)
-    opened = Runtime(settings, prompt_options(spec), log)
+    with device_errors("the model", "lower --max-num-seqs, or use a smaller model"):
+        opened = Runtime(settings, prompt_options(spec), log)
     gc.freeze()  # or each collection would go through all of torch and the model again
     return opened
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jobs.errors import JobError, OutputError, OutputTaken
+from jobs.errors import LOCAL_DISK, JobError, OutputError, OutputTaken
 from jobs.export import check_destination
 from jobs.files import MayReplace, close_to_others, make_folders, open_private, write_json
 from jobs.folder import JobFolder, list_jobs
@@ -36,7 +36,7 @@ def one_at_a_time(root: Path) -> Iterator[None]:
     """Nobody else submits or resumes a job until the block ends, or its process.
 
     Raises:
-        OutputError: The lock's file can't be made.
+        OutputError: The lock's file can't be made or locked.
     """
     path = root / "jobs" / _LOCK
     try:
@@ -49,7 +49,12 @@ def one_at_a_time(root: Path) -> Iterator[None]:
             hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
         ) from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OutputError(
+                f"{path} can't be locked: {error.strerror or error}", hint=LOCAL_DISK
+            ) from error
         yield
     finally:
         os.close(handle)

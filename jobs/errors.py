@@ -1,5 +1,7 @@
 """What a user can cause. Library code raises these; the command line prints them."""
 
+import errno
+
 
 class JobError(Exception):
     """Something a user can act on.
@@ -48,3 +50,13 @@ class SpecDamaged(JobError):  # noqa: N818 - likewise
 
 class JobNotFound(JobError):  # noqa: N818 - likewise
     """No job of that name."""
+
+
+# What file systems say that have no locks, such as NFS without its lock daemon, and some of FUSE.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+LOCAL_DISK = "set BATCHRUN_HOME to a folder on a disk of this machine"
+
+
+def no_locks(error: OSError) -> bool:
+    """Whether this error of a lock says that its file system has none."""
+    return error.errno in _NO_LOCKS

@@ -6,6 +6,7 @@ is shared with its group on purpose: what is made in it is as open to the group 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import glob
@@ -26,6 +27,9 @@ _SPARE_BYTES = 8 << 20  # of a disk, in which a run that ends for want of room c
 # What file systems without hard links say when asked for one.
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
+# And those that can't sync a directory alone, when asked for it.
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}
+
 MayReplace = Callable[[os.stat_result], bool]
 
 
@@ -33,9 +37,22 @@ def fsync_directory(path: Path) -> None:
     """Make names created, renamed or removed in a directory durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY_SYNC:
+                raise
+            _sync_file_system(handle)
     finally:
         os.close(handle)
+
+
+def _sync_file_system(handle: int) -> None:
+    """Make all of a file system durable, names included: see syncfs(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(handle):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def current_umask() -> int:

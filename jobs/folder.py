@@ -47,8 +47,17 @@ WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
 
 
 def home(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where job folders and converted models lie: `BATCHRUN_HOME`, or `~/.batchrun`."""
-    return Path(environment.get("BATCHRUN_HOME") or Path.home() / ".batchrun").absolute()
+    """Where job folders and converted models lie: `BATCHRUN_HOME`, or `~/.batchrun`.
+
+    Raises:
+        JobError: This user has no home folder.
+    """
+    try:
+        return Path(environment.get("BATCHRUN_HOME") or Path.home() / ".batchrun").absolute()
+    except RuntimeError as error:  # no HOME, and no entry in /etc/passwd
+        raise JobError(
+            f"user {os.getuid()} has no home folder", hint="set BATCHRUN_HOME to a folder of yours"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from jobs.errors import LeaseHeld, OutputError
+from jobs.errors import LOCAL_DISK, LeaseHeld, OutputError, no_locks
 from jobs.files import open_private
 from jobs.holders import FLOCK, holders, process, write_lock
 
@@ -72,6 +72,11 @@ class Lease:
         except OSError as error:
             if handle >= 0:
                 os.close(handle)
+            if handle >= 0 and no_locks(error):
+                raise OutputError(
+                    f"{self._path} can't be locked: {error.strerror}; its file system has no locks",
+                    hint=LOCAL_DISK,
+                ) from error
             raise OutputError(
                 f"{self._path} can't be written: {error.strerror or error}",
                 hint=f"make room, or check the permissions: ls -ld '{self._path.parent}'",

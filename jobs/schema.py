@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jobs.checksums import checksum
-from jobs.errors import JournalError
+from jobs.errors import LOCAL_DISK, JournalError
 from jobs.files import open_private
 
 NAME = "journal.db"
@@ -156,7 +156,9 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
         db.execute("COMMIT")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
     except (sqlite3.Error, OSError) as error:
-        raise JournalError(f"{folder / NAME} can't be made: {error}") from error
+        raise JournalError(
+            f"{folder / NAME} can't be made: {_told(error)}", hint=_hint(error)
+        ) from error
     finally:
         if db is not None:
             db.close()
@@ -191,8 +193,9 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
         if is_damage(error):
             raise JournalError(f"{path} is damaged: {error}", hint=BEYOND_REPAIR) from error
         raise JournalError(
-            f"{path} can't be opened: {error}",
-            hint="check free disk space and permissions; a copy of the folder may help",
+            f"{path} can't be opened: {_told(error)}",
+            hint=_hint(error)
+            or "check free disk space and permissions; a copy of the folder may help",
         ) from error
     except JournalError:
         if db is not None:
@@ -207,6 +210,19 @@ def is_damage(error: Exception) -> bool:
         return True
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF
     return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+
+
+def _told(error: Exception) -> str:
+    """An error, with SQLite's own name for what its few words leave open."""
+    name = getattr(error, "sqlite_errorname", "")
+    return f"{error} ({name})" if name.startswith("SQLITE_IOERR") else str(error)
+
+
+def _hint(error: Exception) -> str | None:
+    """What to do where a file system has no locks, or no memory that processes share."""
+    name = getattr(error, "sqlite_errorname", "")
+    lacks = ("LOCK", "_SHMMAP", "_SHMOPEN", "SQLITE_PROTOCOL")
+    return LOCAL_DISK if any(part in name for part in lacks) else None
 
 
 def _set_modes(db: sqlite3.Connection) -> None:

@@ -6,6 +6,7 @@ seen by its lock, no clock is asked, and nobody has to clean up.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -13,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from jobs.errors import OutputError
+from jobs.errors import LOCAL_DISK, OutputError, no_locks
 from jobs.files import current_umask, make_folders, private_mode
 from jobs.holders import write_lock
 from jobs.lease import is_locked
@@ -76,7 +77,9 @@ class Turn:
         except OSError as error:
             raise OutputError(
                 f"no place can be taken in {self._folder}: {error.strerror or error}",
-                hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
+                hint=f"its file system has no locks or no hard links: {LOCAL_DISK}"
+                if no_locks(error) or error.errno == errno.EPERM
+                else "make room there, or set BATCHRUN_HOME to a folder that can be written",
             ) from error
         self._handle = handle
         return self

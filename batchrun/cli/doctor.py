@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -11,15 +10,17 @@ from typing import Any
 
 import click
 
+from batchrun import limits
 from batchrun.cli.describe import print_fields
 from batchrun.cli.inspect import json_option
 from batchrun.engine.attention import NAMES
-from batchrun.machine import multiplies_bfloat16
+from batchrun.machine import cores, memory, multiplies_bfloat16
 from batchrun.models import DEFAULT_MODEL, embedded_gguf
 from batchrun.report.text import size
 from batchrun.terminal import say_json
 from batchrun.trust import others_write
 from jobs.folder import home
+from jobs.probe import lacks
 
 # transformers model types whose tokens the tests compare with `generate`. Others are tried by the
 # engine's gates when a job starts, and refused if they would be wrong.
@@ -75,14 +76,17 @@ def doctor_command(as_json: bool) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Looks at the machine. Memory in bytes; nothing is changed."""
+    """Looks at the machine, and tries what may be forbidden. Memory in bytes; nothing is left."""
     folder = home()
     problems = []
     if platform.system() != "Linux":
         problems.append(f"batchrun needs Linux (mmap, memfd); this is {platform.system()}")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(existing, os.W_OK):
+    try:
+        problems += lacks(existing)
+    except OSError:
         problems.append(f"{existing} cannot be written; set BATCHRUN_HOME to a folder of yours")
+    problems += limits.lacking()
     versions = {name: _version(name) for name in _PACKAGES}
     problems += [f"{name} is not installed" for name, found in versions.items() if not found]
     versions |= {name: _version(name) for name in _CUDA_PACKAGES}
@@ -93,9 +97,9 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": versions,
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory": _memory(),
-        "max_map_count": _max_map_count(),
+        "cpu_cores": cores(),
+        "memory": memory(),
+        "limits": {**limits.limits(), **limits.fallbacks()},
         "devices": _devices(),
         "attention": attention,
         "attention_of_models": of_models,
@@ -127,16 +131,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _memory() -> dict[str, int]:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    return {"total": sizes["MemTotal"], "available": sizes["MemAvailable"]}
-
-
-def _max_map_count() -> int:
-    return int(Path("/proc/sys/vm/max_map_count").read_text())
 
 
 def _devices() -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from batchrun.errors import said_by
 from batchrun.terminal import MESSAGE, say
 
 
@@ -60,19 +61,29 @@ def explain(error: Exception, folder: Path | None = None) -> tuple[str, str | No
         error: The error.
         folder: Where that file goes, in the place of `home()`.
     """
-    return describe(error) or _bug(error, folder)
+    try:
+        known = describe(error)
+    except (ImportError, OSError, MemoryError):  # not even what knows can be loaded any more
+        known = said_by(error), "batchrun doctor says what this machine lacks"
+    return known or _bug(error, folder)
 
 
 def describe(error: Exception) -> tuple[str, str | None] | None:
     """Message and hint of an error that a user can understand; None for a bug."""
     from batchrun.engine.core import EngineError  # noqa: PLC0415  (not needed for --help)
-    from batchrun.models import ModelError  # noqa: PLC0415
+    from batchrun.errors import MachineError, ModelError  # noqa: PLC0415
     from jobs.errors import JobError  # noqa: PLC0415
 
-    if isinstance(error, JobError | ModelError | EngineError):
+    if isinstance(error, JobError | ModelError | EngineError | MachineError):
         return str(error), error.hint
+    if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None):
+        return f"a library can't be loaded: {error}", "batchrun doctor says what is amiss"
     if isinstance(error, MemoryError):
-        return f"out of memory: {error}", "use a smaller model, or lower --max-num-seqs"
+        return (
+            ": ".join(filter(None, ("out of memory", str(error)))),
+            "use a smaller model, lower --max-num-seqs, or lift the limits that batchrun doctor "
+            "names; then: batchrun resume",
+        )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}", _os_hint(error.errno)
@@ -85,7 +96,12 @@ def _os_hint(number: int) -> str | None:
         errno.EDQUOT: "free some of your quota, then: batchrun resume",
         errno.EROFS: "set BATCHRUN_HOME to a folder that can be written",
         errno.EACCES: "check the permissions, or set BATCHRUN_HOME to a folder of yours",
+        errno.EFBIG: "lift the limit on file sizes: ulimit -f unlimited",
         errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
+        errno.ENFILE: "close what has files open, or: sysctl -w fs.file-max=1000000",
+        errno.ENOMEM: "free memory, or lift its limits: ulimit -v, ulimit -d",
+        errno.ENOLCK: "set BATCHRUN_HOME to a folder on a disk of this machine",
+        errno.EAGAIN: "raise the limit of processes: ulimit -u",
     }.get(number)
 
 

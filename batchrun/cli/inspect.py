@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -70,7 +71,7 @@ def list_command(as_json: bool) -> None:
 
 def _short(path: str) -> str:
     """A path as one would type it here."""
-    for folder, name in ((Path.cwd(), ""), (Path.home(), "~/")):
+    for folder, name in ((Path.cwd(), ""), (Path(os.path.expanduser("~")), "~/")):
         if Path(path).is_relative_to(folder):
             return name + str(Path(path).relative_to(folder))
     return path

@@ -15,9 +15,11 @@ import click
 
 from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, explain, print_error
+from batchrun.errors import StepFailed
 from batchrun.live import Reporter
-from batchrun.machine import use_cores
+from batchrun.machine import end_with_lost_threads, use_cores
 from batchrun.overdue import prompt_seconds, stall_seconds
+from batchrun.runs import TELL
 from batchrun.terminal import MESSAGE, say
 from batchrun.watchdog import Watchdog
 from jobs.errors import Fenced, LeaseHeld
@@ -81,15 +83,18 @@ def run_job_command(folder: Path) -> int:
     use_cores()
     with Reporter(folder) as reporter, StopOnSignal() as stop:
         try:
-            from batchrun.worker import StepFailed, run_job  # noqa: PLC0415  (imports torch)
+            if (note := use_cores()) is not None:
+                reporter.message(note)
+            from batchrun.worker import run_job  # noqa: PLC0415  (imports torch)
 
             faulthandler.enable()
-            faulthandler.register(supervisor.TELL)
+            faulthandler.register(TELL)
             watchdog = Watchdog(
                 stall_seconds(),
                 lambda what, seconds: _stalled(job, reporter, what, seconds),
             )
             watchdog.start()
+            end_with_lost_threads(lambda what: _lost(job, reporter, what))
             outcome = run_job(
                 folder,
                 stop=stop.event,
@@ -117,6 +122,15 @@ def run_job_command(folder: Path) -> int:
 def _print_traceback(error: BaseException) -> None:
     for part in traceback.format_exception(error):
         say(*part.splitlines(), err=True, limit=MESSAGE)
+
+
+def _lost(job: JobFolder, reporter: Reporter, what: str) -> None:
+    """End a run of which a thread could not begin: others wait for it."""
+    hint = "free memory, or lift its limits (batchrun doctor names them); then: batchrun resume"
+    reporter.message(what)
+    job.set_state("failed", what, hint)
+    print_error(what, hint)
+    os._exit(ExitStatus.FAILED)
 
 
 def _stalled(job: JobFolder, reporter: Reporter, what: str, seconds: float) -> None:

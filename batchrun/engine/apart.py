@@ -25,6 +25,8 @@ from batchrun.engine.trial import Slots, difference, in_float32, sequences_of, t
 class _PlainSlots:
     """Slots of ordinary float32 memory for a trial's sequences."""
 
+    refusal = ""
+
     def __init__(self, loaded: LoadedModel, num_slots: int, num_tokens: int) -> None:
         def zeros(heads: int, dim: int) -> torch.Tensor:
             shape = num_slots, num_tokens, heads, dim

@@ -216,9 +216,7 @@ class Assembly:
             raise EngineError(
                 f"no KV memory can be set up for {self.max_num_seqs} sequences of "
                 f"{loaded.max_model_len} tokens: {error}",
-                hint="lower --max-num-seqs or --max-model-len, or lift the limit (ulimit -v)"
-                if fits is loaded
-                else less,
+                hint="lower --max-num-seqs or --max-model-len" if fits is loaded else less,
             ) from error
         except BaseException:
             self.close()

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from batchrun.engine.apart import attention_alone, hooked_in_float32
-from batchrun.engine.executor import TorchExecutor, device_errors, kept
+from batchrun.engine.executor import TorchExecutor, kept
 from batchrun.engine.hook import HOOK, set_attention
 from batchrun.engine.model import OF_A_MODEL, LoadedModel, has_experts
+from batchrun.engine.shortage import device_errors
 from batchrun.engine.trial import (
     COMPARED,
     Slots,

@@ -51,6 +51,10 @@ def load(source: Path, log: Callable[[str], None] = lambda line: None) -> ctypes
         try:
             return ctypes.CDLL(str(path))
         except OSError:
+            if os.statvfs(path.parent).f_flag & os.ST_NOEXEC:
+                raise CompileError(
+                    f"{path.parent} is mounted noexec: set XDG_CACHE_HOME to a folder elsewhere"
+                ) from None
             path.unlink(missing_ok=True)
             return ctypes.CDLL(str(build(source, log)))
     except (OSError, subprocess.SubprocessError) as error:

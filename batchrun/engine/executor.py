@@ -15,7 +15,6 @@ from batchrun.engine import pieces
 from batchrun.engine.attention import Attention, AttentionBackend, LayerAttention
 from batchrun.engine.attention.native import NativeBF16
 from batchrun.engine.core import (
-    EngineError,
     Request,
     SamplingParams,
     Segment,
@@ -28,6 +27,7 @@ from batchrun.engine.hook import Step
 from batchrun.engine.model import LoadedModel
 from batchrun.engine.processors import Processors
 from batchrun.engine.sampling import Sampler
+from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
 
 _WORD = torch.complex128  # the widest dtype: the GPU moves it in one access
@@ -410,25 +410,3 @@ def _sampled(segments: Seq[Segment]) -> Iterator[Segment]:
 
 def _nobody() -> Sequence:
     return Sequence(Request(-1, 0, (0,), SamplingParams(), 0))
-
-
-@contextmanager
-def device_errors(
-    of: str = "activations", instead: str = "lower --max-num-batched-tokens or --max-num-seqs"
-) -> Iterator[None]:
-    """Tell what a failing device, or one without memory, means for the job."""
-    try:
-        yield
-    except torch.AcceleratorError as error:
-        raise EngineError(
-            f"the device failed: {str(error).splitlines()[0]}",
-            hint="finished rows are safe; `batchrun resume` goes on in a new process",
-        ) from error
-    except RuntimeError as error:
-        # On a CPU torch has no class of its own for it.
-        if not isinstance(error, torch.OutOfMemoryError) and "CPUAllocator" not in str(error):
-            raise
-        raise EngineError(
-            f"there is no memory left for {of}: {str(error).splitlines()[0]}",
-            hint=f"free what another program has taken, or {instead}; then: batchrun resume",
-        ) from error

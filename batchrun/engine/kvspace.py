@@ -52,5 +52,9 @@ class KVSpace(Protocol):
     def can_fit(self, num_tokens: int) -> bool:
         """Whether a sequence of that length could ever be held, were it alone."""
 
+    @property
+    def refusal(self) -> str:
+        """Why the machine had no memory when tokens last got none; empty where a budget ended."""
+
     def has_room(self, num_tokens: int, spare: float) -> bool:
         """Whether so many tokens more could be held now with a part of the budget to spare."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from batchrun.engine.hook import (
     tell_beside,
 )
 from batchrun.engine.masks import PROBE, NoNumbers, named_windows
+from batchrun.engine.shortage import is_shortage
 from batchrun.models import ModelError
 
 
@@ -136,6 +136,8 @@ def prepare(
     except UnsupportedError as error:
         raise _refused(name, str(error)) from error
     except OF_A_MODEL as error:
+        if is_shortage(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise _refused(
             name, f"its own code can't compute tokens of several rows together: {reason}"
@@ -196,8 +198,12 @@ def _probed(model: PreTrainedModel, context: int) -> Probe:
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
         tell_beside(model)
     set_attention(model, PROBE)
-    with probe.masks, suppress(*OF_A_MODEL), NoNumbers():
-        _forward(model, probe)  # without positions, or transformers looks for several sequences
+    try:
+        with probe.masks, NoNumbers():
+            _forward(model, probe)  # without positions, or transformers looks for several sequences
+    except OF_A_MODEL as error:
+        if is_shortage(error):
+            raise
     return probe
 
 

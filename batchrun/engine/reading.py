@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from batchrun import kinds
 from batchrun.engine.core import EngineError
-from batchrun.engine.executor import device_errors
+from batchrun.engine.shortage import device_errors
 from batchrun.errors import PROCESS_ENDS, ModelError
 from batchrun.headers import AGAIN, unlike
 from batchrun.papers import some

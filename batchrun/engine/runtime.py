@@ -10,8 +10,8 @@ from transformers.utils import logging as transformers_logging
 from batchrun.engine import canary, loading
 from batchrun.engine.assembly import Settings, assemble, choose_device, fit_context
 from batchrun.engine.compiled import guard_caches
-from batchrun.engine.executor import device_errors
 from batchrun.engine.generation import vocabulary_size, within_vocabulary
+from batchrun.engine.shortage import device_errors
 from batchrun.engine.text import prompt_builder
 from batchrun.machine import keep_freed_memory, return_freed_memory
 

@@ -9,7 +9,15 @@ from collections.abc import Sequence as Seq
 from itertools import islice
 
 from batchrun.engine.beams import BeamGroup
-from batchrun.engine.core import FinishReason, Segment, Sequence, Status, StepPlan, StepTokens
+from batchrun.engine.core import (
+    EngineError,
+    FinishReason,
+    Segment,
+    Sequence,
+    Status,
+    StepPlan,
+    StepTokens,
+)
 from batchrun.engine.drafts import Drafts
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.prefixes import BLOCK, Match
@@ -142,6 +150,7 @@ class Scheduler:
                 elif share:
                     share = False
                 elif not self._reject_hopeless():
+                    self._check_machine()
                     break
         self._prefixes.drop_unwanted()
         self._guess(segments, budget)
@@ -410,6 +419,7 @@ class Scheduler:
                 victim = self._victim(sequence)
                 segments[:] = [s for s in segments if s.sequence is not victim]
                 if victim is sequence and len(self.running) == 1:
+                    self._check_machine()
                     self._reject_begun(sequence, num_tokens)
                     return False
                 self._preempt(victim)
@@ -454,6 +464,18 @@ class Scheduler:
                 self._reject_begun(sequence, sequence.num_tokens)
                 return True
         return False
+
+    def _check_machine(self) -> None:
+        """Nothing can be computed for want of memory: if it is the machine's, no row is to blame.
+
+        Raises:
+            EngineError: It is.
+        """
+        if self.space.refusal:
+            raise EngineError(
+                f"there is no memory for a single row: {self.space.refusal}",
+                hint="what is done is kept; then: batchrun resume",
+            )
 
     def _reject_begun(self, sequence: Sequence, num_tokens: int) -> None:
         """Give up a row that has come to need more memory than there is, with all its beams."""

@@ -33,6 +33,8 @@ class Slots(Protocol):
     def ensure(self, slot: int, num_tokens: int) -> bool: ...  # noqa: D102
     def close(self, slot: int, step: int) -> None: ...  # noqa: D102
     def retire(self, step: int) -> None: ...  # noqa: D102
+    @property
+    def refusal(self) -> str: ...  # noqa: D102
 
 
 def prompt_tokens(loaded: LoadedModel) -> int:
@@ -40,8 +42,15 @@ def prompt_tokens(loaded: LoadedModel) -> int:
     return min(loaded.max_model_len, max(loaded.max_window + 19, _LEAST))
 
 
-def budget_too_small(tokens: int) -> ModelError:
-    """The error for KV memory that does not hold a test prompt of so many tokens."""
+def budget_too_small(tokens: int, refusal: str = "") -> ModelError:
+    """The error for KV memory that does not hold a test prompt of so many tokens.
+
+    Args:
+        tokens: How many.
+        refusal: Why the machine has no memory, if it is not the budget.
+    """
+    if refusal:
+        return ModelError(f"there is no memory for a test prompt of {tokens} tokens: {refusal}")
     return ModelError(
         f"the KV budget can't hold a test prompt of {tokens} tokens", hint="raise --kv-budget"
     )
@@ -75,7 +84,7 @@ def through_slots(
             length = min(max(1, sequence.num_tokens - 3 - start), chunk)
             if start < sequence.num_tokens and sequence.slot is not None:
                 if not space.ensure(sequence.slot, start + length):
-                    raise budget_too_small(sequence.num_tokens)
+                    raise budget_too_small(sequence.num_tokens, space.refusal)
                 segments.append(Segment(sequence, sequence.slot, start, length, sampled=True))
         rows = executor.logits(segments)
         for segment, row in zip(segments, rows, strict=True):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.overdue import Overrun
-from batchrun.supervisor import _blame
+from batchrun.runs import _blame
 from jobs.folder import JobFolder, list_jobs
 from jobs.suspects import Making
 from tests.cli.conftest import CommandLine
@@ -204,7 +204,7 @@ def test_a_template_that_never_ends_is_named_and_ends_the_job(
         batchrun,
         "import batchrun.reader as r; r.Reader.__init__.__kwdefaults__['barren'] = 3",
         "--chat",
-        supervisor="import batchrun.supervisor as s; s._BARREN = 2",
+        supervisor="import batchrun.runs as r; r._BARREN = 2",
         model=model,
         BATCHRUN_PROMPT_SECONDS="0.2",
     )

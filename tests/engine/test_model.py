@@ -14,7 +14,7 @@ from batchrun.engine import canary, model
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import EngineError
-from batchrun.engine.executor import device_errors
+from batchrun.engine.shortage import device_errors
 from batchrun.models import ModelError
 from tests.parity.models import build
 from tests.parity.runner import rig

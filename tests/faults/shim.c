@@ -1,4 +1,5 @@
 /* Sees the file operations of the process under one folder: records them, or lets the n-th fail.
+ * Of what a process asks the system for (memory, threads, libraries, open files) the n-th fails too.
  *
  * Loaded with LD_PRELOAD, it does nothing until a function that begins with faults_ is called. One
  * mutex orders the operations: the record is the order in which they took place. What is written
@@ -15,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -23,7 +25,10 @@
 #define API __attribute__((visibility("default")))
 
 /* Kinds of operation; the numbers are those of tests/faults/shim.py. */
-enum { WRITE = 1, TRUNCATE, SYNC, CREATE, RENAME, UNLINK, MKDIR, RMDIR, NOTE, LINK };
+enum {
+    WRITE = 1, TRUNCATE, SYNC, CREATE, RENAME, UNLINK, MKDIR, RMDIR, NOTE, LINK,
+    MMAP, MEMFD, FALLOCATE, THREAD, LIBRARY, OPEN, MEMORY
+};
 /* Faults. */
 enum { FAIL = 1, SHORT, TORN, KILL };
 
@@ -33,6 +38,7 @@ static size_t folder_length;
 static int record = -1;
 static int fault, fault_kinds, fault_errno, fault_hit;
 static long fault_at, seen;
+static int fault_for_good; /* all from the n-th on */
 
 #define REAL(name) static __typeof__(name) *real; if (!real) real = dlsym(RTLD_NEXT, #name)
 
@@ -46,7 +52,25 @@ API void faults_watch(const char *path, int handle)
 API void faults_arm(int what, int kinds, long at, int number)
 {
     fault = what, fault_kinds = kinds, fault_at = at, fault_errno = number;
-    seen = fault_hit = 0;
+    seen = fault_hit = fault_for_good = 0;
+}
+
+API void faults_for_good(void) { fault_for_good = 1; }
+API long faults_seen(void) { return seen; }
+
+/* In a program that can't call: FAULTS has kind, number, error of one call to fail, and a word of
+ * the command line that tells the process. */
+__attribute__((constructor)) static void arm_by_environment(int count, char **words)
+{
+    const char *told = getenv("FAULTS");
+    int kind, number;
+    long at;
+    char word[64];
+    if (!told || sscanf(told, "%d %ld %d %63s", &kind, &at, &number, word) != 4)
+        return;
+    for (int i = 1; i < count; i++)
+        if (!strcmp(words[i], word))
+            faults_arm(FAIL, 1 << kind, at, number);
 }
 
 API int faults_was_hit(void) { return fault_hit; }
@@ -123,13 +147,26 @@ static uint64_t identity(int handle)
 /* Whether this operation is to go wrong; the mutex is held. */
 static int due(int kind)
 {
-    if (!fault || !(fault_kinds >> kind & 1) || ++seen != fault_at)
+    if (!fault || !(fault_kinds >> kind & 1))
+        return 0;
+    if (++seen != fault_at && !(fault_for_good && seen > fault_at))
         return 0;
     fault_hit = 1;
     if (fault == KILL)
         kill(getpid(), SIGKILL);
     errno = fault_errno;
     return fault;
+}
+
+/* Whether the system refuses this request; sets errno. */
+static int refused(int kind)
+{
+    if (!fault || !(fault_kinds >> kind & 1))
+        return 0;
+    pthread_mutex_lock(&mutex);
+    int what = due(kind);
+    pthread_mutex_unlock(&mutex);
+    return what == FAIL;
 }
 
 static ssize_t do_write(int handle, const void *data, size_t size, off_t offset, int positioned)
@@ -200,6 +237,8 @@ static int do_open(int directory, const char *name, int flags, mode_t mode)
 {
     REAL(openat);
     char path[PATH_MAX];
+    if (refused(OPEN))
+        return -1;
     if (!folder_length || !(flags & (O_CREAT | O_TRUNC)) || !path_at(directory, name, path))
         return real(directory, name, flags, mode);
     pthread_mutex_lock(&mutex);
@@ -292,4 +331,76 @@ API int mkdir(const char *name, mode_t mode)
         note(MKDIR, 0, 0, path, NULL, NULL, 0);
     pthread_mutex_unlock(&mutex);
     return failed;
+}
+
+API void *mmap(void *at, size_t size, int access, int flags, int handle, off_t offset)
+{
+    REAL(mmap);
+    return refused(MMAP) ? MAP_FAILED : real(at, size, access, flags, handle, offset);
+}
+
+API void *mmap64(void *at, size_t size, int access, int flags, int handle, off64_t offset)
+{
+    return mmap(at, size, access, flags, handle, offset);
+}
+
+API int memfd_create(const char *name, unsigned flags)
+{
+    REAL(memfd_create);
+    return refused(MEMFD) ? -1 : real(name, flags);
+}
+
+API int fallocate(int handle, int mode, off_t offset, off_t size)
+{
+    REAL(fallocate);
+    return refused(FALLOCATE) ? -1 : real(handle, mode, offset, size);
+}
+
+API int fallocate64(int handle, int mode, off64_t offset, off64_t size)
+{
+    return fallocate(handle, mode, offset, size);
+}
+
+API int posix_fallocate(int handle, off_t offset, off_t size)
+{
+    REAL(posix_fallocate);
+    return refused(FALLOCATE) ? errno : real(handle, offset, size);
+}
+
+API int posix_fallocate64(int handle, off64_t offset, off64_t size)
+{
+    return posix_fallocate(handle, offset, size);
+}
+
+API int pthread_create(pthread_t *thread, const pthread_attr_t *how, void *(*run)(void *), void *of)
+{
+    REAL(pthread_create);
+    return refused(THREAD) ? errno : real(thread, how, run, of);
+}
+
+API void *dlopen(const char *name, int flags)
+{
+    REAL(dlopen);
+    /* A name that is not there leaves words for dlerror. */
+    return real(name && refused(LIBRARY) ? "/refused/library.so" : name, flags);
+}
+
+/* What torch makes tensors of, and blocks for which the C library maps memory. */
+extern void *__libc_malloc(size_t size);
+extern void *__libc_memalign(size_t alignment, size_t size);
+
+API int posix_memalign(void **block, size_t alignment, size_t size)
+{
+    if (refused(MEMORY))
+        return errno;
+    void *found = __libc_memalign(alignment, size);
+    if (!found)
+        return ENOMEM;
+    *block = found;
+    return 0;
+}
+
+API void *malloc(size_t size)
+{
+    return size >= 128 << 10 && refused(MEMORY) ? NULL : __libc_malloc(size);
 }

@@ -25,6 +25,13 @@ class Kind(IntEnum):
     RMDIR = 8
     NOTE = 9
     LINK = 10
+    MMAP = 11
+    MEMFD = 12
+    FALLOCATE = 13
+    THREAD = 14  # pthread_create, which clones
+    LIBRARY = 15  # dlopen
+    OPEN = 16
+    MEMORY = 17  # of torch's tensors, and large blocks of others
 
 
 class Fault(IntEnum):
@@ -85,6 +92,18 @@ def arm(fault: Fault, kinds: set[Kind], at: int, error: int = 0) -> None:
     """Let the `at`-th of these operations go wrong, counted from now over all threads."""
     mask = sum(1 << kind for kind in kinds)
     ctypes.CDLL(None).faults_arm(int(fault), mask, ctypes.c_long(at), error)
+
+
+def for_good() -> None:
+    """Let all of them go wrong from that one on."""
+    ctypes.CDLL(None).faults_for_good()
+
+
+def seen() -> int:
+    """How many of these operations there were since then."""
+    count = ctypes.CDLL(None).faults_seen
+    count.restype = ctypes.c_long
+    return int(count())
 
 
 def was_hit() -> bool:
