@@ -83,6 +83,7 @@ crash-test: $(SETUP)
 	$(BIN)/python -m tests.faults.operations
 	$(BIN)/python -m tests.faults.powerloss
 	$(BIN)/python -m tests.faults.powerloss --failed-syncs --stride 14 --draws 2
+	$(BIN)/python -m tests.faults.allocations
 	$(BIN)/python -m tests.faults.listing --cli
 	$(BIN)/python -m tests.crash.signals
 	$(BIN)/python -m tests.crash.signals --real --trials 40

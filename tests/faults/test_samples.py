@@ -61,3 +61,10 @@ def test_power_loss_after_every_twentieth_operation(library: Path) -> None:
 def test_a_disk_that_lies_about_syncs_is_found_out(library: Path) -> None:
     options = ("--lying-disk", "--stride", "90", "--draws", "1")
     assert run(library, "tests.faults.powerloss", *options, status=1)["problems"]
+
+
+def test_some_of_what_a_run_asks_the_system_for_is_refused(library: Path) -> None:
+    calls = ("mmap", "pthread_create")
+    report = run(library, "tests.faults.allocations", "--stride", "9", "--only", *calls)
+    assert set(report["cases"]) == set(calls)
+    assert report["outcomes"]["ended with a message"] >= 2
