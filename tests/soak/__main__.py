@@ -30,15 +30,16 @@ from batchrun.live import read_progress
 from jobs.folder import JobFolder
 from jobs.lease import held_by
 from tests.crash.signals import children
-from tests.soak.batchrun import Batchrun, Problem
+from tests.soak.batchrun import BOUND_S, Batchrun, Problem
 from tests.soak.flat import Watched, left_behind, processes
 from tests.soak.strikes import STRIKES, Strike, mount
 from tests.soak.works import Work, draw, write_many, write_models
 
 _DONE = {"done", "done-with-errors"}
-_STUCK_S = 600.0  # without a job's end: it never comes
+_STUCK_S = 1800.0  # without a result, a strike or another state: it never ends
 _STRIKES = 8  # at most of one round
 _LONG_ROWS = 30_000  # of the long job, for each minute
+_SHARED = Path("/dev/shm")
 _APART = "SOAK_APART"  # in the environment of a soak whose mounts are its own
 
 
@@ -64,7 +65,9 @@ class Soak:
         self.rng, self.tally, self._number = random.Random(seed), Tally(), 0
         self._root, self._mark = root, f"SOAK={os.getpid()}"
         self.rough, self.calm, self.long = (self._batchrun(n) for n in ("rough", "calm", "long"))
-        self.disk = mount(self.rough.home, "32m")
+        self.apart = _APART in os.environ
+        self.disk = self.apart and mount(self.rough.home, "32m")
+        self._shared = [_SHARED] if self.apart and mount(_SHARED, "64m") else []
         self.models = write_models(root / "models")
 
     def _batchrun(self, name: str) -> Batchrun:
@@ -92,7 +95,7 @@ class Soak:
         self.calm("rm", *(job.id for job in undisturbed))
         self.rough("rm", *(job.id for job in jobs))
         for batchrun in (self.calm, self.rough):
-            self._check_nothing_left(batchrun)
+            self.check_nothing_left(batchrun)
             for path in batchrun.folder.iterdir():
                 path.unlink()
 
@@ -114,13 +117,13 @@ class Soak:
     def _disturb(self, jobs: list[JobFolder]) -> None:
         """Strike until there were enough strikes, and go on with what stopped until all is done."""
         left, viewers, since = self.rng.randint(1, _STRIKES), [], time.monotonic()
+        before = None
         while undone := [job for job in jobs if job.state() not in _DONE]:
             if self.rng.random() < 0.2:
                 viewers.append(self.rough.start("watch", self.rng.choice(undone).id))
             live = [job for job in undone if held_by(job.path) is not None]
             if left and live:
                 left -= 1
-                since = time.monotonic()
                 job = live[0] if self.rng.random() < 0.7 else live[-1]
                 if self.rng.random() < 0.7:
                     self._wait_for_work(job)
@@ -129,17 +132,19 @@ class Soak:
                 which = self.rng.choice(("--all", undone[0].id))
                 self.rough("resume", which, "--detach", codes=(0, 1))
             time.sleep(self.rng.uniform(0, 2))
+            now = [left, *((job.state(), job.counts().samples) for job in jobs)]
+            if now != before:
+                before, since = now, time.monotonic()
             if time.monotonic() - since > _STUCK_S:
-                states = ", ".join(f"{job.id} is {job.state()}" for job in jobs)
-                raise Problem(f"no end in {_STUCK_S:.0f} s: {states}")
+                raise Problem(f"nothing has happened in {_STUCK_S:.0f} s: {now}")
         for viewer in viewers:
             if self.rng.random() < 0.5:
                 viewer.kill()
-            viewer.communicate(timeout=60)
+            viewer.communicate(timeout=BOUND_S)
 
     def _wait_for_work(self, job: JobFolder) -> None:
         """Return when rows are being computed, or it takes too long, or the job has ended."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + BOUND_S
         while held_by(job.path) is not None and time.monotonic() < deadline:
             seen = read_progress(job.path)
             if seen is not None and seen.phase == "run":
@@ -175,11 +180,11 @@ class Soak:
         if want.read_bytes() != got.read_bytes():
             raise Problem(f"{got.name} is not as {want}: {work.arguments}")
 
-    def _check_nothing_left(self, batchrun: Batchrun) -> None:
-        deadline = time.monotonic() + 60
+    def check_nothing_left(self, batchrun: Batchrun) -> None:
+        deadline = time.monotonic() + BOUND_S
         while (alive := processes(batchrun.mark)) and time.monotonic() < deadline:
             time.sleep(0.1)  # a viewer that ends
-        left = left_behind(batchrun.home, batchrun.temporary)
+        left = left_behind(batchrun.home, batchrun.temporary, *self._shared)
         if alive or left:
             raise Problem(f"left behind: {alive or ''} {left or ''}")
 
@@ -224,10 +229,10 @@ def soak(root: Path, minutes: float, seed: int) -> tuple[Soak, Watched]:
         soak.tally.problems += watched.grown()
         soak.tally.rows += job.counts().rows
         soak.long("cancel", job.id, codes=(0, 1))
-        viewer.communicate(timeout=60)
+        viewer.communicate(timeout=BOUND_S)
         soak.long("verify", job.id)
         soak.long("rm", job.id)
-        soak._check_nothing_left(soak.long)
+        soak.check_nothing_left(soak.long)
     except Problem as problem:
         soak.tally.problems.append(str(problem))
     finally:
@@ -271,6 +276,8 @@ def main() -> None:
         "own_disk": done.disk,
         "problems": tally.problems,
     }
+    if not tally.problems:
+        shutil.rmtree(root)
     print(json.dumps(report))
     sys.exit(1 if tally.problems else 0)
 

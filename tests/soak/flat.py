@@ -97,10 +97,10 @@ def processes(mark: str) -> dict[int, str]:
     return found
 
 
-def left_behind(home: Path, temporary: Path) -> list[str]:
-    """What removed jobs have left in a home, and processes where temporary files go."""
+def left_behind(home: Path, *others: Path) -> list[str]:
+    """What removed jobs have left in a home, and processes in folders that must be empty."""
     kept = {"measured", "verdicts"}  # figures of each model and its settings
-    left = list(temporary.rglob("*"))
+    left = [path for folder in others for path in folder.rglob("*")]
     for path in home.rglob("*"):
         top = path.relative_to(home).parts[0]
         if not path.is_dir() and top not in kept and path.name != ".submitting":

@@ -17,7 +17,7 @@ from jobs.lease import held_by
 from tests.crash.signals import children
 from tests.soak.batchrun import Batchrun, Problem
 
-CANCEL_S = 60.0  # on a machine that others use too
+CANCEL_S = 20.0  # half of it are two processes that start; where the machine has room for them
 
 
 def cancel(batchrun: Batchrun, job: JobFolder, rng: random.Random) -> bool:
@@ -27,7 +27,7 @@ def cancel(batchrun: Batchrun, job: JobFolder, rng: random.Random) -> bool:
     seconds = time.monotonic() - began
     if held_by(job.path) is not None:
         raise Problem(f"{job.id} is being run after its cancel")
-    if seconds > CANCEL_S:
+    if seconds > CANCEL_S and os.getloadavg()[0] < 2 * (os.cpu_count() or 1):
         raise Problem(f"cancel took {seconds:.0f} s")
     return True
 
