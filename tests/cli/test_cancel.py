@@ -54,22 +54,18 @@ def hanging(job: JobFolder) -> tuple[psutil.Process, psutil.Process]:
 
     def found() -> tuple[psutil.Process, psutil.Process] | None:
         processes = [psutil.Process(one.pid) for one in holders(job.path / "lock")]
-        trapped = len(processes) == 2 and processes[1].status() == psutil.STATUS_SLEEPING
-        inside = trapped and Path(f"/proc/{processes[1].pid}/wchan").read_text()
-        ready = trapped and ("pause" in str(inside) or paused(processes[1].pid))
-        return (processes[0], processes[1]) if ready else None
+        trapped = len(processes) == 2 and paused(processes[1])
+        return (processes[0], processes[1]) if trapped else None
 
     both: tuple[psutil.Process, psutil.Process] = until(found, "the run in its trap")
     return both
 
 
-def paused(pid: int) -> bool:
-    """Whether a process is in pause(2), 34 on x86-64; elsewhere any sleep will do."""
-    try:
-        words = Path(f"/proc/{pid}/syscall").read_text().split()
-    except OSError:
-        return True
-    return os.uname().machine != "x86_64" or words[0] == "34"
+def paused(process: psutil.Process) -> bool:
+    """Whether a process is in pause(2): call 34 of x86-64, a sleep of other machines."""
+    if os.uname().machine != "x86_64":
+        return bool(process.status() == psutil.STATUS_SLEEPING)
+    return Path(f"/proc/{process.pid}/syscall").read_text().startswith("34 ")
 
 
 def test_a_run_that_hears_nothing_is_killed_and_the_next_job_has_its_turn(
