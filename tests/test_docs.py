@@ -123,6 +123,25 @@ def test_files_that_the_architecture_page_names_exist():
         assert found or not name.endswith(".py"), name
 
 
+def promises():
+    """Each line of the pages that promise something, with the tests that it names."""
+    security = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!promise|-)(.+?) \| (.*) \|$", security, re.MULTILINE)
+    durability = (ROOT / "docs" / "durability.md").read_text(encoding="utf-8")
+    lines = durability.split("## The promise\n")[1].split("\nWhat it does")[0]
+    rows += [(line, line) for line in re.split(r"^\* ", lines, flags=re.MULTILINE)[1:]]
+    return {promise: re.findall(r"`(tests/[\w/.]+)`", tests) for promise, tests in rows}
+
+
+def test_every_promise_names_its_test():
+    found = promises()
+    assert len(found) > 25
+    for promise, tests in found.items():
+        assert tests, promise
+        for name in tests:
+            assert (ROOT / name).is_file(), f"{promise}: {name}"
+
+
 def test_the_changelog_has_a_place_for_what_comes_next():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert text.index("## [Unreleased]") < text.index("### Added")
