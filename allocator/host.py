@@ -250,8 +250,8 @@ class HostMemory:
         places = sorted(self._places.pop(handle) for handle in handles)
         self._taken.difference_update(places)
         for start, stop in _runs(places):
-            if self._fallocate(_PUNCH_HOLE, places[start], stop - start):
-                raise refused("fallocate", f"punching {stop - start} pages")
+            # Where that is refused the memory stays, until the place is taken again.
+            self._fallocate(_PUNCH_HOLE, places[start], stop - start)
 
     def _mmap(
         self,

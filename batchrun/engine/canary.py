@@ -206,6 +206,6 @@ def _key(loaded: LoadedModel, fingerprint: str) -> str:
 
 def _version(name: str) -> str:
     try:
-        return version(name)
+        return version(name) or "unknown"  # its file can't be read
     except PackageNotFoundError:  # it runs from a checkout
         return "uninstalled"

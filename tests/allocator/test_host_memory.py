@@ -208,3 +208,22 @@ print([memory.ledger.mapped_at[page] for page in range(2, 17, 2)])
 memory.close()
 """)
     assert done.stdout == f"refused\n0\n{[0] * 8}\n", done.stderr
+
+
+def test_memory_that_the_kernel_does_not_take_back_stays_with_its_place() -> None:
+    done = run_python("""
+import errno
+from allocator.host import HostMemory
+from tests.faults.seccomp import forbid
+memory = HostMemory(4096, guard=False)
+base = memory.reserve(8 * 4096)
+pages = memory.create(2)
+memory.map(base, pages)
+forbid("fallocate", errno.ENOMEM)  # from now on nothing is punched out
+memory.unmap(base, 2)
+memory.destroy(pages)
+memory.free(base, 8 * 4096)
+memory.close()
+print("closed")
+""")
+    assert done.stdout == "closed\n", done.stderr
