@@ -81,8 +81,9 @@ def test_nothing_but_the_prompt_is_struck() -> None:
 
 BURN = """
 import sys, threading
+from pathlib import Path
 from jobs.suspects import ReaderNote
-note = ReaderNote(int(sys.argv[1]))
+note = ReaderNote(Path(sys.argv[1]))
 def beat():
     while True:
         note.beat()
@@ -100,18 +101,19 @@ while True:
 
 
 def looked(
-    monkeypatch: pytest.MonkeyPatch, what: str, look: Callable[[int, Onlooker], object]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    look: Callable[[int, Onlooker], object],
 ) -> None:
     """Have an onlooker look at a process that makes the prompt of row 7 without end."""
     monkeypatch.setenv("BATCHRUN_PROMPT_SECONDS", "0.1" if what == "runs" else "1000")
     monkeypatch.setenv("BATCHRUN_STALL_SECONDS", "0.2" if what == "sleeps" else "1000")
     monkeypatch.setattr("batchrun.overdue._MEMORY", 1 << 26)
-    handle = os.memfd_create("note")
-    note = ReaderNote(handle)
+    note = ReaderNote(folder)
     process = subprocess.Popen(
-        [sys.executable, "-c", BURN, str(handle), what],
+        [sys.executable, "-c", BURN, str(folder), what],
         cwd=ROOT,
-        pass_fds=[handle],
         stdout=subprocess.PIPE,
     )
     try:
@@ -122,7 +124,6 @@ def looked(
         process.kill()
         process.communicate()
         note.close()
-        os.close(handle)
 
 
 SAID = {
@@ -133,19 +134,21 @@ SAID = {
 
 
 @pytest.mark.parametrize("what", SAID)
-def test_an_onlooker_says_what_has_to_end(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_an_onlooker_says_what_has_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     def look(_: int, onlooker: Onlooker) -> None:
         while (found := onlooker.look()) is None:
             time.sleep(0.05)
         assert (found.at.row, found.reason) == (7, SAID[what])
         assert found.certain == (what != "grows")
 
-    looked(monkeypatch, what, look)
+    looked(tmp_path, monkeypatch, what, look)
 
 
 @pytest.mark.parametrize("what", ["runs", "sleeps"])
 def test_a_process_that_is_stopped_does_not_hang(
-    monkeypatch: pytest.MonkeyPatch, what: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     def look(pid: int, onlooker: Onlooker) -> None:
         os.kill(pid, signal.SIGSTOP)
@@ -157,7 +160,7 @@ def test_a_process_that_is_stopped_does_not_hang(
         while onlooker.look() is None:
             time.sleep(0.05)
 
-    looked(monkeypatch, what, look)
+    looked(tmp_path, monkeypatch, what, look)
 
 
 def test_a_stack_says_where_it_was() -> None:
