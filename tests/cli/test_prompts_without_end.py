@@ -243,16 +243,28 @@ def test_ctrl_c_ends_a_template_that_holds_the_interpreter(
 ) -> None:
     model = hostile(batchrun.model, tmp_path, COMPARE)
     source = batchrun.write("in.jsonl", PROMPTS)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'plan' in sys.orig_argv:\n"
+        "    from pathlib import Path\n"
+        "    from batchrun.engine.chat import ChatTemplate\n"
+        "    render = ChatTemplate._render\n"
+        "    def told(*arguments, **options):\n"
+        "        Path('begun').touch()\n"
+        "        return render(*arguments, **options)\n"
+        "    ChatTemplate._render = told\n"
+    )
+    own = batchrun.environment()
     process = subprocess.Popen(
         batchrun.argv("plan", source, "--chat", "--model", model),
         cwd=batchrun.folder,
-        env=batchrun.environment(),
+        env={**own, "PYTHONPATH": f"{tmp_path}:{own.get('PYTHONPATH', '')}"},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    child = until(lambda: psutil.Process(process.pid).children(), "the child")[0]
-    until(lambda: child.cpu_times().user > 15, "the template")  # long after all was loaded
+    until((batchrun.folder / "begun").exists, "the template")
+    [child] = psutil.Process(process.pid).children()
     os.killpg(process.pid, signal.SIGINT)
     assert "error: interrupted" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
