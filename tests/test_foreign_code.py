@@ -19,7 +19,7 @@ SCRIPT = """
 import sys, traceback
 from pathlib import Path
 
-MODEL, SCRATCH = sys.argv[1:]
+SCRATCH, *MODELS = sys.argv[1:]
 seen = open(SCRATCH + "/audit", "w")
 
 def audit(event, args):
@@ -34,14 +34,14 @@ from batchrun.engine.text import prompt_builder
 from batchrun.models import resolve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.addaudithook(audit)
-ref = resolve(MODEL, Path(SCRATCH, "models"))
-loaded = loading.load(str(ref.path), name="mine", dtype="float32")
-prompt = {"chat": True}
-encode = prompt_builder(loaded.tokenizer, prompt, max_model_len=loaded.max_model_len, model="mine")
-assert encode({"prompt": "a"})
-read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len)
-canary.reference(loaded)
-print("loaded", ref.path)
+for model in MODELS:
+    ref = resolve(model, Path(SCRATCH, "models"))
+    loaded = loading.load(str(ref.path), name="mine", dtype="float32")
+    most = loaded.max_model_len
+    encode = prompt_builder(loaded.tokenizer, {"chat": True}, max_model_len=most, model="mine")
+    assert encode({"prompt": "a"})
+    read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len)
+    canary.reference(loaded)
 """
 
 
@@ -140,14 +140,14 @@ def outside(tmp_path: Path) -> Path:
     return folder
 
 
-def opened(model: Path, scratch: Path) -> list[str]:
-    """Loads a model in a process of its own; which files that opened, by kernel and by Python."""
+def opened(scratch: Path, *models: Path) -> list[str]:
+    """Loads models in a process of its own; which files that opened, by kernel and by Python."""
     trace = scratch / "trace"
-    command = [sys.executable, "-P", "-c", SCRIPT, str(model), str(scratch)]
+    command = [sys.executable, "-P", "-c", SCRIPT, str(scratch), *map(str, models)]
     if shutil.which("strace"):  # readers in Rust tell no audit hook
         strace = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=open,openat,execve"]
         command = [*strace, "-o", str(trace), *command]
-    cwd = model if model.is_dir() else model.parent
+    cwd = models[0]
     shown = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr[-3000:]
     lines = (scratch / "audit").read_text().splitlines()
@@ -164,9 +164,13 @@ def test_nothing_in_a_folder_is_run_and_nothing_beside_it_is_read(
 ) -> None:
     folder, mark = write_tiny_model(tmp_path / "model", layers=1), tmp_path / "mark"
     lay_traps(folder, outside, mark)
-    paths = opened(folder, tmp_path)
+    beside = shutil.copytree(folder, tmp_path / "beside")
+    file = write_tiny_gguf(beside / "own.gguf")
+    paths = opened(tmp_path, folder, file)
     assert not mark.exists()
     assert not [path for path in paths if str(outside) in path]
+    # A GGUF file is read alone.
+    assert {Path(path) for path in paths if beside in Path(path).parents} == {file}
     inside = {Path(path) for path in paths if Path(path).is_file() and folder in Path(path).parents}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in inside}
     for file in inside:  # what is read is what a fingerprint is made of
@@ -174,15 +178,6 @@ def test_nothing_in_a_folder_is_run_and_nothing_beside_it_is_read(
         file.write_bytes(data + b" ")
         assert fingerprint(folder) != before, file
         file.write_bytes(data)
-
-
-def test_a_gguf_file_is_read_alone(outside: Path, tmp_path: Path) -> None:
-    folder, mark = write_tiny_model(tmp_path / "model", layers=1), tmp_path / "mark"
-    lay_traps(folder, outside, mark)
-    paths = opened(write_tiny_gguf(folder / "own.gguf"), tmp_path)
-    assert not mark.exists()
-    assert not [path for path in paths if str(outside) in path]
-    assert {Path(path).name for path in paths if Path(path).parent == folder} == {"own.gguf"}
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_control_token_of_many_characters_takes_no_memory(
 
     for other, content in saved.items():
         (tmp_path / other).write_bytes(content)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, pad_token="x" * 30_000)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, pad_token="x" * 10_000)
     tracemalloc.start()
     control = ControlTokens(tokenizer)
     assert control.touches("ends with " + "x" * 10)

@@ -37,7 +37,7 @@ def tied(folder: Path) -> None:
 
 def experts(folder: Path) -> None:
     config = copy.deepcopy(CONFIGS["qwen3-moe"])
-    config.num_hidden_layers, config.num_experts = 1, 3
+    config.num_hidden_layers, config.num_experts = 1, 2
     seeded(config).save_pretrained(folder)
     write_tokenizer(folder)
 
@@ -47,7 +47,7 @@ def sharded(folder: Path) -> None:
     shard_weights(folder)
 
 
-KINDS = {"llama": llama, "tied": tied, "experts": experts, "sharded": sharded}
+KINDS = {"tied": tied, "experts": experts, "sharded": sharded}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -98,7 +98,7 @@ def test_a_change_of_any_tensor_is_refused_by_its_name(
             tried += 1
         save_file(sound, file, metadata={"format": "pt"})
     run(folder)
-    assert tried > 10
+    assert tried > 8
 
 
 def names(name: str, change: Change) -> set[str]:
@@ -107,7 +107,7 @@ def names(name: str, change: Change) -> set[str]:
     if not experts:
         return {name}
     kind = part.partition(".")[2].removesuffix(".weight")
-    return {name, layer + experts + ("" if change is not_finite else kind)}
+    return {name, layer + experts + ("" if change in {not_finite, reshaped} else kind)}
 
 
 def run(folder: Path) -> LoadedModel:
@@ -130,7 +130,7 @@ def test_an_index_without_a_tensor_does_not_hide_it(tmp_path: Path) -> None:
 HUGE = 10**9
 OTHERS: list[dict[str, object]] = [
     {"num_hidden_layers": HUGE},
-    {"num_hidden_layers": 3000},
+    {"num_hidden_layers": 1000},
     {"num_hidden_layers": 0},
     {"num_hidden_layers": -1},
     {"num_hidden_layers": "2"},

@@ -21,7 +21,7 @@ from tests.fuzz.mutate import Mutate, damaged, json_damaged
 from tests.fuzz.trial import Target, Wrong
 from tests.tiny import shard_weights, write_tiny_gguf, write_tiny_model
 
-QUICK = 12  # mutants of each kind in `make test`: a run of a model takes 80 ms
+QUICK = 4  # mutants of each kind in `make test`: a run of a model takes 80 ms
 MEMORY = 1 << 30  # bytes: 256 MiB of weights may be made before they are compared
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
