@@ -58,12 +58,12 @@ def test_a_file_that_brings_the_process_down_is_named_and_no_row_is_blamed(
 ) -> None:
     trap = (
         "import jobs.parquet\n"
-        "batches = jobs.parquet._batches\n"
-        "def trapped(file, group, *arguments):\n"
+        "batches = jobs.parquet.batches\n"
+        "def trapped(path, file, group, *arguments):\n"
         f"    if 8 * group == {first}:\n"
         "        os.abort()\n"
-        "    return batches(file, group, *arguments)\n"
-        "jobs.parquet._batches = trapped"
+        "    return batches(path, file, group, *arguments)\n"
+        "jobs.parquet.batches = trapped"
     )
     path = batchrun.folder / "in.parquet"
     pq.write_table(pa.table({"prompt": PROMPTS}), path, row_group_size=8)
