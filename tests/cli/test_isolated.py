@@ -1,5 +1,6 @@
 """A file over which Arrow's C++ ends the process is named, by every command and by a run."""
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -11,6 +12,11 @@ from jobs.errors import InputError, JobError
 from tests.fuzz.test_fuzz import CORPUS
 
 ABORTING = CORPUS / "parquet" / "checked-aborts"  # its metadata make C++ throw where nobody catches
+
+
+def end_by(number):
+    faulthandler.disable()  # pytest has it on, and would print where
+    os.kill(os.getpid(), number)
 
 
 def test_an_outcome_comes_back():
@@ -44,7 +50,7 @@ def test_an_error_that_can_not_be_sent_is_told():
 def test_a_crash_names_the_file_that_was_read(tmp_path, number):
     def crash(noted):
         with noted(tmp_path / "in.parquet", 256, 100):
-            os.kill(os.getpid(), number)
+            end_by(number)
 
     with pytest.raises(ReaderCrashed) as caught:
         isolated(crash)
@@ -56,11 +62,11 @@ def test_a_crash_names_the_file_that_was_read(tmp_path, number):
 
 def test_a_crash_that_is_no_files_and_a_kill_are_told_as_such(tmp_path):
     with pytest.raises(JobError, match="ended by SIGABRT"):
-        isolated(lambda noted: os.abort())
+        isolated(lambda noted: end_by(signal.SIGABRT))
 
     def end(noted):
         with noted(tmp_path):
-            os.kill(os.getpid(), signal.SIGKILL)
+            end_by(signal.SIGKILL)
 
     with pytest.raises(JobError, match="want of memory"):
         isolated(end)
