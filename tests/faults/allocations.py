@@ -8,8 +8,7 @@ everything is imported, so that a case takes a fraction of a second. The n-th mm
 fallocate, pthread_create, dlopen, open, or allocation of a tensor of it fails, by the library of
 shim.c; in a second series all from the n-th on. Allowed are the right output, a message, or a death
 that the supervisor tells of. Then a clean process goes on, and its output must be, byte for byte,
-that of a run that nothing happened to. What fails before Python can speak is tried by the command
-itself, supervisor and all, at fewer n. The last line of stdout is JSON.
+that of a run that nothing happened to. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
