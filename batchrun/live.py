@@ -100,7 +100,8 @@ def _entry(line: bytes) -> dict[str, Any]:
     """A line of the log; one that is damaged is a message as it stands, at an unknown time."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         entry = json.loads(line)
-        return {"time": float(entry["time"]), "message": str(entry["message"])}
+        text = str(entry["message"]).encode(errors="backslashreplace").decode()
+        return {"time": float(entry["time"]), "message": text}
     return {"time": math.nan, "message": ascii(line.rstrip().decode(errors="replace"))}
 
 
