@@ -67,13 +67,14 @@ def check_gguf(file: Path, type_sizes: dict[int, tuple[int, int]]) -> dict[str, 
             "bytes",
             hint=AGAIN,
         )
-    for key, value in metadata.items():
-        if key.endswith(".block_count") and (not isinstance(value, int) or value > len(stored)):
-            raise ModelError(
-                f"cannot read the GGUF file {file}: it says {shown(key)} is {shown(value)}, and "
-                f"has {len(stored):,} tensors",
-                hint=AGAIN,
-            )
+    layers = f"{metadata.get('general.architecture')}.block_count"
+    count = metadata.get(layers)
+    if not isinstance(count, int) or count > len(stored):
+        raise ModelError(
+            f"cannot read the GGUF file {file}: it says {shown(layers)} is {shown(count)}, and has "
+            f"{len(stored):,} tensors",
+            hint="use the file of a language model, or " + AGAIN,
+        )
     return stored
 
 

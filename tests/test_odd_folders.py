@@ -161,6 +161,7 @@ def tensor(name: str, *shape: int, kind: int = 0, offset: int = 0) -> bytes:
     return text(name) + dims + struct.pack("<IQ", kind, offset)
 
 
+LLAMA = text("general.architecture") + struct.pack("<I", 8) + text("llama")
 HEADS = {
     "a version to come": (head(0, version=9), "its version is 9"),
     "more entries than bytes": (head(1 << 60), "ends within its header"),
@@ -178,8 +179,12 @@ HEADS = {
     "an alignment of 0": (head(0, number("general.alignment", 0)), "its alignment is 0"),
     "an alignment of 3": (head(0, number("general.alignment", 3)), "its alignment is 3"),
     "layers without end": (
-        head(1, number("llama.block_count", 1 << 31)) + tensor("t", 4) + bytes(64),
+        head(1, LLAMA, number("llama.block_count", 1 << 31)) + tensor("t", 4) + bytes(64),
         "'llama.block_count' is 2147483648, and has 1 tensors",
+    ),
+    "no number of layers": (
+        head(1, LLAMA, number("lama.block_count", 1)) + tensor("t", 4) + bytes(64),
+        "'llama.block_count' is None, and has 1 tensors",
     ),
     "a tensor twice": (head(2) + tensor("t", 4) + tensor("t", 4), "is there twice"),
     "a tensor without end": (head(1) + tensor("t", 1 << 40), "it is incomplete"),

@@ -204,7 +204,7 @@ def _processors(
         if name in found:
             try:
                 made = replace(made, **{ours: read(found[name])})
-            except (TypeError, ValueError, IndexError, OverflowError):
+            except (TypeError, ValueError, LookupError, OverflowError):
                 ignored.append(f"{name}={found[name]}")
     return made, ignored
 
