@@ -20,18 +20,18 @@ def end_by(number):
 
 
 def test_an_outcome_comes_back():
-    assert isolated(lambda noted: {"of": os.getpid()})["of"] != os.getpid()
+    assert isolated(lambda note: {"of": os.getpid()})["of"] != os.getpid()
 
 
 def test_an_error_comes_back_with_its_hint_and_where_it_was_raised():
-    def refuse(noted):
+    def refuse(note):
         raise InputError("no", hint="type this")
 
     with pytest.raises(InputError) as caught:
         isolated(refuse)
     assert (str(caught.value), caught.value.hint) == ("no", "type this")
     with pytest.raises(ZeroDivisionError) as bug:
-        isolated(lambda noted: 1 // 0)
+        isolated(lambda note: 1 // 0)
     assert "test_isolated.py" in "".join(bug.value.__notes__)
 
 
@@ -39,7 +39,7 @@ def test_an_error_that_can_not_be_sent_is_told():
     class LocalError(Exception):
         pass
 
-    def fail(noted):
+    def fail(note):
         raise LocalError("of here")
 
     with pytest.raises(RuntimeError, match="of here"):
@@ -48,8 +48,8 @@ def test_an_error_that_can_not_be_sent_is_told():
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
 def test_a_crash_names_the_file_that_was_read(tmp_path, number):
-    def crash(noted):
-        with noted(tmp_path / "in.parquet", 256, 100):
+    def crash(note):
+        with note.reading(tmp_path / "in.parquet", 256, 100):
             end_by(number)
 
     with pytest.raises(ReaderCrashed) as caught:
@@ -62,10 +62,10 @@ def test_a_crash_names_the_file_that_was_read(tmp_path, number):
 
 def test_a_crash_that_is_no_files_and_a_kill_are_told_as_such(tmp_path):
     with pytest.raises(JobError, match="ended by SIGABRT"):
-        isolated(lambda noted: end_by(signal.SIGABRT))
+        isolated(lambda note: end_by(signal.SIGABRT))
 
-    def end(noted):
-        with noted(tmp_path):
+    def end(note):
+        with note.reading(tmp_path):
             end_by(signal.SIGKILL)
 
     with pytest.raises(JobError, match="want of memory"):

@@ -232,7 +232,7 @@ def check_isolated(name: str, data: bytes, scratch: Path) -> str:
     """The same in a child process, as batchrun reads files at the command line."""
     path = scratch / "rows.parquet"
     path.write_bytes(data)
-    return isolated(lambda noted: _rows(path, noted))
+    return isolated(lambda note: _rows(path, note.reading))
 
 
 def _rows(path: Path, noted: Noted) -> str:
