@@ -43,13 +43,15 @@ class Progress:
 class Reporter:
     """Writes a run's progress and log where others can read them.
 
+    What can't be written is left out: on a full disk the journal says so, in better words.
+
     Args:
         folder: The job's folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._progress = folder / _PROGRESS
-        self._log = os.fdopen(open_private(folder / LOG, os.O_WRONLY | os.O_APPEND), "ab")
+        self._log = open_private(folder / LOG, os.O_WRONLY | os.O_APPEND)
         self._lock = threading.Lock()
         self._written = 0.0
         self._phase = ""
@@ -60,16 +62,18 @@ class Reporter:
         if now - self._written >= _EVERY_S or progress.phase != self._phase:
             self._written, self._phase = now, progress.phase
             temporary = self._progress.with_suffix(f".{os.getpid()}")
-            with open(temporary, "w", encoding="ascii", opener=open_private) as file:
-                file.write(json.dumps(sealed(asdict(progress))))
-            temporary.replace(self._progress)
+            try:
+                with open(temporary, "w", encoding="ascii", opener=open_private) as file:
+                    file.write(json.dumps(sealed(asdict(progress))))
+                temporary.replace(self._progress)
+            except OSError:
+                temporary.unlink(missing_ok=True)
 
     def message(self, text: str) -> None:
         """Add a line to the log."""
         line = json.dumps({"time": round(time.time(), 3), "message": text}, ensure_ascii=False)
-        with self._lock:
-            self._log.write(f"{line}\n".encode(errors="backslashreplace"))
-            self._log.flush()
+        with self._lock, suppress(OSError):
+            os.write(self._log, f"{line}\n".encode(errors="backslashreplace"))
 
     def __enter__(self) -> Reporter:
         return self
@@ -80,7 +84,7 @@ class Reporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._log.close()
+        os.close(self._log)
 
 
 def forget_progress(folder: Path) -> None:
