@@ -66,6 +66,7 @@ class PromptLimit:
         self._lock = threading.Lock()
         self._struck = False
         self._end = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def made(self, row: int, make: Callable[[], T]) -> T:
         """What `make` returns, in the calling thread, as the prompt of a row.
@@ -90,7 +91,8 @@ class PromptLimit:
 
     def __enter__(self) -> PromptLimit:
         if self.limit_s < float("inf"):
-            threading.Thread(target=self._watch, name="prompt limit", daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, name="prompt limit", daemon=True)
+            self._watcher.start()
         return self
 
     def __exit__(
@@ -100,6 +102,8 @@ class PromptLimit:
         trace: TracebackType | None,
     ) -> None:
         self._end.set()
+        if self._watcher is not None:
+            self._watcher.join()
 
     def _watch(self) -> None:
         pid, number, begun = os.getpid(), 0, 0.0

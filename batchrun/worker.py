@@ -13,7 +13,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -115,9 +115,9 @@ def run_job(
         StepFailed: The engine failed, maybe by one of its rows; the job's state stays as it is.
     """
     job, watchdog = JobFolder(path), watchdog or Watchdog()
-    with nullcontext() if held else Lease(path):
-        limit = PromptLimit(ReaderNote(path), prompt_s)
-        reading = limit.note.reading
+    with nullcontext() if held else Lease(path), closing(ReaderNote(path)) as note:
+        limit = PromptLimit(note, prompt_s)
+        reading = note.reading
         with watchdog.busy("looking at the inputs", _PATIENCE), reading():
             # A workbench that is given needs no model.
             folders.check_unchanged(job, None if open_workbench else fingerprint)

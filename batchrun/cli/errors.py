@@ -92,7 +92,7 @@ def describe(error: Exception) -> tuple[str, str | None] | None:
 
 def _os_hint(number: int) -> str | None:
     return {
-        errno.ENOSPC: "free some space, then: batchrun resume",
+        errno.ENOSPC: "make room on the disk (df -h shows which is full), then: batchrun resume",
         errno.EDQUOT: "free some of your quota, then: batchrun resume",
         errno.EROFS: "set BATCHRUN_HOME to a folder that can be written",
         errno.EACCES: "check the permissions, or set BATCHRUN_HOME to a folder of yours",

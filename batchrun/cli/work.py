@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -111,10 +112,12 @@ def run_job_command(folder: Path) -> int:
                 os.abort()  # a crash like others: its rows are suspects
             message, hint = explain(error, folder)
             if not isinstance(error, Fenced | LeaseHeld):
-                job.set_state("failed", message, hint)
+                with suppress(OSError):  # a full disk: the last words are in worker.log
+                    job.set_state("failed", message, hint)
             if error.__cause__ is not None:
-                _print_traceback(error.__cause__)
-            print_error(message, hint)  # into worker.log, where a full disk may yet have room
+                with suppress(OSError):
+                    _print_traceback(error.__cause__)
+            print_error(message, hint)
             return ExitStatus.FAILED
     return STATUS.get(outcome, ExitStatus.FAILED)
 

@@ -69,7 +69,7 @@ def check_constants(source: str) -> None:
     """
     try:
         tree = parsed(source)
-    except (jinja2.TemplateError, RecursionError):
+    except (jinja2.TemplateError, ValueError, RecursionError):  # ValueError: a number too long
         return
     for node in reversed(list(tree.find_all((nodes.BinExpr, nodes.Concat, nodes.Filter)))):
         try:  # what is within a node was looked at before it

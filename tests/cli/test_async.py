@@ -315,7 +315,10 @@ def test_a_run_that_cannot_note_why_it_ends_is_asked_for_its_last_words(
     [job] = list_jobs(batchrun.home)
     assert (job.state(), job.failure()) == (
         "interrupted",
-        ("No space left on device", "free some space, then: batchrun resume"),
+        (
+            "No space left on device",
+            "make room on the disk (df -h shows which is full), then: batchrun resume",
+        ),
     )
     assert "error: No space left on device" in done.stderr
 

@@ -137,7 +137,9 @@ def shard(weights: Path) -> None:
     first = "model-00001-of-00002.safetensors"
     weights.rename(weights.with_name(first))
     where = {"a": first, "b": "model-00002-of-00002.safetensors"}
-    weights.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    weights.with_name("model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
 
 
 @pytest.mark.parametrize(("harm", "said"), [(cut, "incomplete"), (shard, "00002-of-00002")])

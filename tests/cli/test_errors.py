@@ -28,7 +28,7 @@ def raising(error):
             OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
             ExitStatus.FAILED,
             "error: /tmp/x: No space left on device\n"
-            "hint: free some space, then: batchrun resume\n",
+            "hint: make room on the disk (df -h shows which is full), then: batchrun resume\n",
         ),
         (
             click.UsageError("--n is odd"),

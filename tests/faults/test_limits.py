@@ -222,7 +222,7 @@ def test_a_disk_that_fills_up_under_a_real_run_leaves_the_reason(tiny_disk: Smal
     assert job.state() in ("failed", "interrupted")
     failure = job.failure()
     assert failure is not None
-    assert "disk" in f"{failure}", failure
+    assert "disk" in f"{failure}", (job.path / "worker.log").read_text()
     assert failure[0] in batchrun("show", job.id)[1]
     ballast.unlink()
     had = job.counts().rows
