@@ -79,6 +79,7 @@ peers: $(SETUP)
 	PYTHON=$(BIN)/python PIP_ARGS="$(PIP_ARGS)" sh benchmarks/peers/install.sh
 
 crash-test: $(SETUP)
+	$(BIN)/pytest -m long
 	$(BIN)/python -m tests.faults.steps
 	$(BIN)/python -m tests.faults.operations
 	$(BIN)/python -m tests.faults.powerloss

@@ -52,7 +52,10 @@ def test_a_prompt_that_brings_the_process_down_is_not_made_a_third_time(
         assert journal.crash_counts() == {7: 2}, "innocent rows were blamed"
 
 
-@pytest.mark.parametrize("first", [0, 16])
+LONG_RUN = pytest.mark.long
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(16, marks=LONG_RUN)])
 def test_a_file_that_brings_the_process_down_is_named_and_no_row_is_blamed(
     batchrun: CommandLine, first: int
 ) -> None:
@@ -162,6 +165,7 @@ def test_prompts_that_do_not_end_are_errors_of_their_rows(
         assert set(journal.condemned()) == {11, 13}
 
 
+@pytest.mark.long
 def test_prompts_that_sleep_or_let_nothing_through_are_errors_of_their_rows(
     batchrun: CommandLine,
 ) -> None:
@@ -194,7 +198,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 COMPARE = TEMPLATE.replace("text == 'compare'", "true").replace("text == ", "none == ")
 
 
-@pytest.mark.parametrize("template", [LOOP, COMPARE])
+@pytest.mark.parametrize("template", [LOOP, pytest.param(COMPARE, marks=LONG_RUN)])
 def test_a_template_that_never_ends_is_named_and_ends_the_job(
     batchrun: CommandLine, tmp_path: Path, template: str
 ) -> None:
@@ -215,8 +219,15 @@ def test_a_template_that_never_ends_is_named_and_ends_the_job(
     assert "mend the model's chat template" in done.stderr
 
 
-@pytest.mark.parametrize("command", [("plan",), ("submit", "--dry-run", "-o", "out.jsonl")])
-@pytest.mark.parametrize("template", [LOOP, COMPARE])
+@pytest.mark.parametrize(
+    ("command", "template"),
+    [
+        (("plan",), COMPARE),
+        pytest.param(("plan",), LOOP, marks=LONG_RUN),
+        pytest.param(("submit", "--dry-run", "-o", "out.jsonl"), LOOP, marks=LONG_RUN),
+        pytest.param(("submit", "--dry-run", "-o", "out.jsonl"), COMPARE, marks=LONG_RUN),
+    ],
+)
 def test_looking_at_a_job_ends_with_one_message_too(
     batchrun: CommandLine,
     tmp_path: Path,
