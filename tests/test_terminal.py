@@ -81,7 +81,7 @@ def test_what_libraries_say_passes_too(caplog):
     factory, formatted = logging.getLogRecordFactory(), warnings.formatwarning
     try:
         guard_libraries()
-        logging.getLogger("transformers.test").warning("a model of type %s", "\x1b[2J\nerror: x")
+        logging.getLogger("a.library").warning("a model of type %s", "\x1b[2J\nerror: x")
         shown = warnings.formatwarning("\x1b[2J\nx", UserWarning, "a.py", 1)
     finally:
         logging.setLogRecordFactory(factory)

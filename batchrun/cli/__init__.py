@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
 import click
 
-from batchrun.cli.errors import report_errors
+from batchrun.cli.errors import ExitStatus, report_errors
 from batchrun.terminal import guard_libraries, say
 
 # name -> (module, what `batchrun --help` says of it)
@@ -87,6 +88,11 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs a command and exits with its status."""
     guard_libraries()
-    sys.exit(
-        report_errors(lambda: cli.main(arguments, prog_name="batchrun", standalone_mode=False))
-    )
+    try:
+        status = report_errors(
+            lambda: cli.main(arguments, prog_name="batchrun", standalone_mode=False)
+        )
+    except KeyboardInterrupt:  # the second one, while the first was answered
+        status = ExitStatus.INTERRUPTED
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to exit
+    sys.exit(status)
