@@ -2,7 +2,7 @@
 #   make demo     64 real prompts through the embedded model, into demo/completions.parquet
 #   make test     lint, types and the whole test suite
 #   make bench    batchrun against transformers' own generate, on this machine
-#   make crash-test  every fault at every step, power loss, signals, races, the arena's fuzz
+#   make crash-test  every fault at every step, power loss, signals, races, damaged files in bulk
 #   make soak HOURS=1  mixed jobs, struck at random: equal outputs, nothing grows, nothing stays
 #   make peers    other engines, each in an environment of its own, for benchmarks/peers.py
 #   make gpu-check  the GPU's tests and benchmarks, into one JSON; see benchmarks/METHOD.md
@@ -80,6 +80,7 @@ peers: $(SETUP)
 
 crash-test: $(SETUP)
 	$(BIN)/pytest -m long
+	$(BIN)/python -m tests.fuzz --mutants 2000
 	$(BIN)/python -m tests.faults.steps
 	$(BIN)/python -m tests.faults.operations
 	$(BIN)/python -m tests.faults.powerloss
