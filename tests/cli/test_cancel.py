@@ -89,7 +89,9 @@ def test_a_run_that_hears_nothing_is_killed_and_the_next_job_has_its_turn(
     assert batchrun.read("a.jsonl") == batchrun.read("b.jsonl")
 
 
-@pytest.mark.parametrize("what", ["both stopped", "without its supervisor"])
+@pytest.mark.parametrize(
+    "what", ["both stopped", pytest.param("without its supervisor", marks=pytest.mark.long)]
+)
 def test_a_stopped_job_and_one_whose_supervisor_is_gone(
     batchrun: CommandLine, trap: Path, what: str
 ) -> None:
@@ -159,7 +161,7 @@ def told(shown: Shown, reason: str) -> None:
     assert f"the job's supervisor ended before it could begin: {reason}" in shown.error
 
 
-@pytest.mark.parametrize("what", [LOADING, KILLED])
+@pytest.mark.parametrize("what", [LOADING, pytest.param(KILLED, marks=pytest.mark.long)])
 def test_a_supervisor_that_dies_at_its_start_has_its_last_words(
     batchrun: CommandLine, trap: Path, what: str
 ) -> None:

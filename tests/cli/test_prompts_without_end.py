@@ -38,6 +38,7 @@ def in_prompt(what: str, row: int = 7) -> str:
     )
 
 
+@pytest.mark.long
 def test_a_prompt_that_brings_the_process_down_is_not_made_a_third_time(
     batchrun: CommandLine,
 ) -> None:
@@ -55,7 +56,8 @@ def test_a_prompt_that_brings_the_process_down_is_not_made_a_third_time(
 LONG_RUN = pytest.mark.long
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(16, marks=LONG_RUN)])
+@pytest.mark.long
+@pytest.mark.parametrize("first", [0, 16])
 def test_a_file_that_brings_the_process_down_is_named_and_no_row_is_blamed(
     batchrun: CommandLine, first: int
 ) -> None:
@@ -198,7 +200,8 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 COMPARE = TEMPLATE.replace("text == 'compare'", "true").replace("text == ", "none == ")
 
 
-@pytest.mark.parametrize("template", [LOOP, pytest.param(COMPARE, marks=LONG_RUN)])
+@pytest.mark.long
+@pytest.mark.parametrize("template", [LOOP, COMPARE])
 def test_a_template_that_never_ends_is_named_and_ends_the_job(
     batchrun: CommandLine, tmp_path: Path, template: str
 ) -> None:

@@ -7,6 +7,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import CommandLine
 
 SHORT = ("--max-tokens", 3)
@@ -19,6 +21,7 @@ def _job(batchrun: CommandLine, *names: str) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_flipped_bit_in_an_answer_is_named_and_the_row_computed_again(
     batchrun: CommandLine,
 ) -> None:

@@ -63,6 +63,7 @@ def test_a_disk_that_lies_about_syncs_is_found_out(library: Path) -> None:
     assert run(library, "tests.faults.powerloss", *options, status=1)["problems"]
 
 
+@pytest.mark.long
 def test_some_of_what_a_run_asks_the_system_for_is_refused(library: Path) -> None:
     calls = ("mmap", "pthread_create")
     report = run(library, "tests.faults.allocations", "--stride", "9", "--only", *calls)
