@@ -56,9 +56,12 @@ def _sync_file_system(handle: int) -> None:
 
 
 def current_umask() -> int:
-    """The process's umask; setting it to read it would open other threads' files for a moment."""
-    with open("/proc/self/status", "rb") as status:
+    """The process's umask; setting it to read it closes other threads' files for a moment."""
+    with suppress(OSError, StopIteration), open("/proc/self/status", "rb") as status:
         return next(int(line[6:], 8) for line in status if line.startswith(b"Umask:"))
+    umask = os.umask(0o077)  # a container may come without /proc
+    os.umask(umask)
+    return umask
 
 
 def private_mode(folder: Path) -> int:

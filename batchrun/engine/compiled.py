@@ -92,13 +92,17 @@ def guard_caches(log: Callable[[str], None] = lambda line: None) -> None:
 
     Call it before they are loaded. A folder that the user has named for one stays.
     """
-    name = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no entry in /etc/passwd: as torch names it
+        user = f"uid_{os.getuid()}"
+    name, home = re.sub(r'[\\/:*?"<>|]', "_", user), Path(os.path.expanduser("~"))
     for variable, folder in (
         ("TORCHINDUCTOR_CACHE_DIR", Path(tempfile.gettempdir()) / f"torchinductor_{name}"),
-        ("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"),
-        ("FLASHINFER_WORKSPACE_BASE", Path.home() / ".cache" / "flashinfer"),
+        ("TRITON_CACHE_DIR", home / ".triton" / "cache"),
+        ("FLASHINFER_WORKSPACE_BASE", home / ".cache" / "flashinfer"),
     ):
-        if variable in os.environ:
+        if variable in os.environ or not folder.is_absolute():
             continue
         with suppress(OSError):  # it can't be made: the library says so, if it needs it
             if why := _why_not(folder):
@@ -108,7 +112,9 @@ def guard_caches(log: Callable[[str], None] = lambda line: None) -> None:
 
 def _folder(log: Callable[[str], None]) -> Path:
     """Where libraries are kept, without links on the way."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(root):  # neither HOME nor an entry in /etc/passwd
+        raise OSError("there is no home folder: set HOME or XDG_CACHE_HOME")
     folder = Path(os.path.realpath(root)) / "batchrun"
     why = _why_not(folder)
     if why is None:

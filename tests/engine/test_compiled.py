@@ -146,3 +146,18 @@ def test_a_name_in_tmp_that_somebody_else_took_first_is_not_used(place, monkeypa
     assert who_else(used) is None
     assert used.stat().st_mode & 0o777 == 0o700
     assert "TRITON_CACHE_DIR" not in os.environ
+
+
+def nobody(*_):
+    raise KeyError("getpwuid(): uid not found")
+
+
+def test_a_user_without_a_name_or_a_home_is_told_what_to_set(source, monkeypatch):
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    compiled.guard_caches()
+    assert not Path("~").exists()
+    with pytest.raises(compiled.CompileError, match="set HOME or XDG_CACHE_HOME"):
+        compiled.load(source)

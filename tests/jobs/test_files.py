@@ -215,3 +215,17 @@ def test_room_for_several_files_of_a_disk_adds_up(tmp_path):
     check_room((tmp_path / "a", free // 3))
     with pytest.raises(OutputError):
         check_room(*((tmp_path / name, free // 3) for name in "abcd"))
+
+
+def test_the_umask_is_known_where_there_is_no_proc(monkeypatch):
+    told, opened = files.current_umask(), open
+
+    def without_proc(path, *arguments, **options):
+        if str(path).startswith("/proc"):
+            raise FileNotFoundError(path)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", without_proc)
+    assert files.current_umask() == told
+    monkeypatch.undo()
+    assert files.current_umask() == told
