@@ -17,13 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jobs.checksums import checksum
 from jobs.errors import Fenced, JournalError
 from jobs.files import fsync_directory, remove
 from jobs.lease import Lease
 from jobs.readings import CONDEMNED, Readings
 from jobs.results import Copy, Counts, DoneSet, Partial, Result
-from jobs.schema import NAME, SEALS, TABLES, connect, create, sealed, transaction
+from jobs.schema import NAME, SEALS, TABLES, connect, create, transaction, with_checksum
 
 __all__ = ["NAME", "READ", "STATE", "Copy", "Counts", "DoneSet", "Journal", "Partial", "Result"]
 
@@ -142,10 +141,10 @@ class Journal(Readings):
             if isinstance(c, Copy)
         ]
         kept = [
-            sealed((self._number(p), array("i", p.token_ids).tobytes(), _real(p.logprob)))
+            with_checksum((self._number(p), array("i", p.token_ids).tobytes(), _real(p.logprob)))
             for p in partials
         ]
-        seen = [(row, digest, checksum((row, digest))) for row, digest in digests]
+        seen = [with_checksum(digest) for digest in digests]
         with self._write():
             self._db.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", seen)
             self._db.executemany(_INSERT, rows)
@@ -257,7 +256,7 @@ class Journal(Readings):
         with self._write(any_run=True):
             self._db.execute(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)",
-                sealed((key, json.dumps(value))),
+                with_checksum((key, json.dumps(value))),
             )
 
     def close(self) -> None:
@@ -288,7 +287,7 @@ class Journal(Readings):
             self._run,
             _real(result.logprob),
         )
-        return (*values, checksum(values))
+        return with_checksum(values)
 
     def _number(self, item: Result | Copy | Partial) -> int:
         # Out of range it would be stored as another row's.

@@ -152,7 +152,7 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
             f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
         )
         values = [(key, json.dumps(value)) for key, value in (meta or {}).items()]
-        db.executemany("INSERT INTO meta VALUES (?, ?, ?)", map(sealed, values))
+        db.executemany("INSERT INTO meta VALUES (?, ?, ?)", map(with_checksum, values))
         db.execute("COMMIT")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
     except (sqlite3.Error, OSError) as error:
@@ -286,7 +286,7 @@ def _as_of_today(db: sqlite3.Connection) -> None:
             )
 
 
-def sealed(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def with_checksum(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """A record as it is stored."""
     return (*values, checksum(values))
 
