@@ -115,14 +115,13 @@ class Runs:
 
     def _killed(self, name: str) -> int:
         """Somebody has ended it, or the system."""
-        reason = f"the run was ended by {name}"
-        if name == "SIGKILL":
-            reason += (
-                ": the machine had no memory left; lower --max-num-seqs or --kv-budget"
-                if oom_kills() > self._oom_kills
-                else ": by somebody, or by the system for want of memory"
-            )
-        self._job.set_state("interrupted", reason)
+        reason, hint = f"the run was ended by {name}", None
+        if name == "SIGKILL" and oom_kills() > self._oom_kills:
+            reason += ": the machine had no memory left"
+            hint = "batchrun resume with a lower --max-num-seqs N or --kv-budget SIZE"
+        elif name == "SIGKILL":
+            reason += ": by somebody, or by the system for want of memory"
+        self._job.set_state("interrupted", reason, hint)
         self._reporter.message(reason)
         return _FAILED
 

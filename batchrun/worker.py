@@ -599,7 +599,7 @@ def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
 
     measured = Measured.load(folders.home(), spec)
     settings = engine_settings(spec, measured.step_cost if measured else None)
-    with device_errors("the model", "lower --max-num-seqs, or use a smaller model"):
+    with device_errors("the model", "--max-num-seqs N"):
         opened = Runtime(settings, prompt_options(spec), log)
     gc.freeze()  # or each collection would go through all of torch and the model again
     return opened

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from jobs.errors import LOCAL_DISK, JobError, OutputError, OutputTaken
 from jobs.export import check_destination
 from jobs.files import MayReplace, close_to_others, make_folders, open_private, write_json
 from jobs.folder import JobFolder, list_jobs
-from jobs.identity import PLACES, places_with_output
+from jobs.identity import PLACES, places_with_output, set_limits
 from jobs.journal import NAME, Journal
 from jobs.lease import Lease, held_by
 from jobs.spec import FILE, JobSpec
@@ -155,6 +155,7 @@ def resuming(
     output: Path | None = None,
     *,
     overwrite: bool = False,
+    limits: Mapping[str, int] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
     """Let a job go on if it can have its destination; in the block it is to become live.
@@ -166,6 +167,7 @@ def resuming(
         job: The job.
         output: Another file for its output, from now on.
         overwrite: Whether what is there may be replaced.
+        limits: How it is to run from now on; see `jobs.identity.set_limits`.
         tell: Told what was damaged, a line each.
 
     Raises:
@@ -191,6 +193,8 @@ def resuming(
             if output is not None:
                 job.note_destination(path)
                 write_json(job.path / PLACES, places)
+            if limits:
+                set_limits(job.path, limits)
             if there is not None and overwrite:
                 job.remember(_MAY_GO, there)
         yield

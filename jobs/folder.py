@@ -34,7 +34,7 @@ from jobs.files import (
     private_mode,
     remove_abandoned,
 )
-from jobs.identity import ModelFingerprint, changes, load_places, move
+from jobs.identity import ModelFingerprint, changes, load_limits, load_places, move
 from jobs.journal import NAME, STATE, Counts, Journal
 from jobs.lease import CANCEL, Lease, held_by
 from jobs.spec import FILE, JobSpec
@@ -88,8 +88,9 @@ class JobFolder:
             return JobSpec.of(kept)
 
     def spec(self) -> JobSpec:
-        """The job's specification, with inputs and model where they are now."""
-        return self.submitted().at(load_places(self.path)).within(self.path)
+        """The job's specification, with inputs and model where they are, and limits as they are."""
+        spec = self.submitted().at(load_places(self.path)).within(self.path)
+        return replace(spec, runtime={**spec.runtime, **load_limits(self.path)})
 
     def mend(self) -> list[str]:
         """Put right what can be of damaged files, and say what, a line each. Needs the lease.

@@ -1,14 +1,15 @@
 """Whether a job would go on with what it was submitted with, wherever that lies by now.
 
 A moved file is not a changed one: `places.json` says where the paths of the immutable `job.json`
-lead today.
+lead today. Nor is a job another that has less memory: `limits.json` says how it runs today.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import InputError, JobError, SpecChanged
 from jobs.files import read_json, write_json
@@ -17,6 +18,7 @@ from jobs.spec import InputFile, JobSpec
 ModelFingerprint = Callable[[Path], str]
 
 PLACES = "places.json"
+LIMITS = "limits.json"
 
 
 def load_places(folder: Path) -> dict[str, str]:
@@ -25,15 +27,39 @@ def load_places(folder: Path) -> dict[str, str]:
     Raises:
         JobError: The file is damaged.
     """
-    path = folder / PLACES
+    return {old: str(new) for old, new in _told(folder / PLACES, "--moved OLD=NEW").items()}
+
+
+def load_limits(folder: Path) -> dict[str, int]:
+    """How the job is to run that was told otherwise since, by names in `JobSpec.runtime`.
+
+    Raises:
+        JobError: The file is damaged.
+    """
+    told = _told(folder / LIMITS, "--max-num-seqs N")
+    return {name: value for name, value in told.items() if isinstance(value, int)}
+
+
+def set_limits(folder: Path, limits: Mapping[str, int]) -> None:
+    """Note how the job is to run from now on; what was told before and is not in it stays.
+
+    Raises:
+        JobError: What was told before is damaged.
+        OSError: It can't be written.
+    """
+    write_json(folder / LIMITS, {**load_limits(folder), **limits})
+
+
+def _told(path: Path, again: str) -> dict[str, Any]:
+    """What a file says that `batchrun resume` has written."""
     try:
-        return {str(old): str(new) for old, new in read_json(path).items()}
+        return {str(name): value for name, value in read_json(path).items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise JobError(
             f"{path} can't be read: {error}",
-            hint="remove it, then tell again: batchrun resume --moved OLD=NEW",
+            hint=f"remove it, then tell again: batchrun resume {again}",
         ) from error
 
 

@@ -81,8 +81,8 @@ def describe(error: Exception) -> tuple[str, str | None] | None:
     if isinstance(error, MemoryError):
         return (
             ": ".join(filter(None, ("out of memory", str(error)))),
-            "use a smaller model, lower --max-num-seqs, or lift the limits that batchrun doctor "
-            "names; then: batchrun resume",
+            "lift the limits that batchrun doctor names, then: batchrun resume, with a lower "
+            "--max-num-seqs N if need be; or use a smaller model",
         )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""

@@ -15,6 +15,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _RUNNING = "Running (these never change an answer)"
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_MOST_SEQUENCES = 1 << 20  # what is kept of each, even unused, would fill a machine's memory
 
 
 class Size(click.ParamType[int]):
@@ -272,11 +273,10 @@ output_options = _section(
     _option("--token-ids", is_flag=True, help="Add the column completion_token_ids."),
 )
 
-runtime_options = _section(
-    _RUNNING,
+_LIMITS = (
     _option(
         "--max-num-seqs",
-        type=click.IntRange(min=1),
+        type=click.IntRange(min=1, max=_MOST_SEQUENCES),
         metavar="N",
         help="Rows that generate at the same time at most.",
     ),
@@ -287,6 +287,12 @@ runtime_options = _section(
         help="Tokens computed in one step at most; longer prompts are cut into chunks.",
     ),
     _option("--kv-budget", type=Size(), metavar="SIZE", help="KV memory at most, like 256MiB."),
+)
+limit_options = _section(_RUNNING, *_LIMITS)  # which a job may be told anew
+
+runtime_options = _section(
+    _RUNNING,
+    *_LIMITS,
     _option(
         "--page-size",
         type=Size(mmap.PAGESIZE),

@@ -16,6 +16,7 @@ from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import isolated
 from batchrun.cli.options import (
     SectionCommand,
+    limit_options,
     model_options,
     output_options,
     prompt_options,
@@ -36,6 +37,7 @@ from jobs.folder import JobFolder, create, find, find_same, home, list_jobs, swe
 from jobs.spec import JobSpec
 from jobs.suspects import ReaderNote
 
+_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "kv_budget")  # of a job's runtime
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
 
 
@@ -127,13 +129,24 @@ def _check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
             f"the job {same.id} is the same work, {state} with {counts.rows:,} of "
             f"{'?' if total is None else format(total, ',')} rows done"
             + (f", {counts.failed:,} of them failed" if counts.failed else ""),
-            hint=f"batchrun resume {same.id}{only_failed}, or submit with --again to begin anew",
+            hint=f"batchrun resume {same.id}{only_failed}{_told_limits(spec, same)}, or submit "
+            "with --again to begin anew",
         )
     if spec.output.get("stdout"):
         return
     destination = Path(spec.output["path"])
     check_apart(root, destination, [Path(file.path) for file in spec.inputs])
     check_destination(destination, bool(spec.output.get("overwrite")))  # it may be there by now
+
+
+def _told_limits(spec: JobSpec, job: JobFolder) -> str:
+    """The options of `resume` by which a job would run as another that is the same work."""
+    was = job.spec().runtime
+    return "".join(
+        f" --{name.replace('_', '-')} {spec.runtime[name]}"
+        for name in _LIMITS
+        if spec.runtime.get(name) not in (None, was.get(name))
+    )
 
 
 @click.command()
@@ -148,6 +161,7 @@ def _check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
 )
 @click.option("--output", "-o", metavar="FILE", help="Another file for the output, from now on.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there now, whoever wrote it.")
+@limit_options
 @_watching
 def resume_command(
     job: str | None,
@@ -159,6 +173,7 @@ def resume_command(
     overwrite: bool,
     wait: bool,
     as_json: bool,
+    **limits: int | None,
 ) -> int:
     """Continue a job that was stopped: finished rows are kept, begun ones go on where they were.
 
@@ -178,9 +193,12 @@ def resume_command(
             if not equals:
                 raise click.UsageError(f"--moved {pair}: write OLD=NEW")
             found.relocate(old, new, fingerprint)
+    told = {name: value for name, value in limits.items() if value is not None}
     status = 0
     for found in jobs:
-        guard = _resuming(root, found, path, overwrite=overwrite, retry_failed=retry_failed)
+        guard = _resuming(
+            found, retry_failed=retry_failed, output=path, overwrite=overwrite, limits=told
+        )
         try:
             ended = attach.run(found, as_json=as_json, detach=not wait, guard=guard)
         except JobError as error:
@@ -203,13 +221,11 @@ def _is_resumable(job: JobFolder) -> bool:
 
 
 @contextmanager
-def _resuming(
-    root: Path, job: JobFolder, output: Path | None, *, overwrite: bool, retry_failed: bool
-) -> Iterator[None]:
+def _resuming(job: JobFolder, *, retry_failed: bool, **options: Any) -> Iterator[None]:
     def tell(line: str) -> None:
         say(f"{job.id}: {line}", err=True, limit=MESSAGE)
 
-    with resuming(root, job, output, overwrite=overwrite, tell=tell):
+    with resuming(home(), job, tell=tell, **options):
         if retry_failed:
             count = job.retry_failed()
             say(f"{count:,} failed results of {job.id} are to do again", err=True)

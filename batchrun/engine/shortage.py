@@ -17,7 +17,7 @@ def is_shortage(error: BaseException) -> bool:
 
 @contextmanager
 def device_errors(
-    of: str = "activations", instead: str = "lower --max-num-batched-tokens or --max-num-seqs"
+    of: str = "activations", less: str = "--max-num-batched-tokens N or --max-num-seqs N"
 ) -> Iterator[None]:
     """Tell what a failing device, or one without memory, means for the job."""
     try:
@@ -32,5 +32,6 @@ def device_errors(
             raise
         raise EngineError(
             f"there is no memory left for {of}: {str(error).splitlines()[0]}",
-            hint=f"free what another program has taken, or {instead}; then: batchrun resume",
+            hint="free what another program has taken, then: batchrun resume, with a lower "
+            f"{less} if need be",
         ) from error

@@ -67,15 +67,23 @@ def test_null_and_empty_prompts_in_parquet(batchrun):
 def test_a_row_that_no_budget_can_hold_is_that_rows_error(batchrun):
     source = batchrun.write("in.jsonl", ["fine", "z" * 200])
     # Two layers of two KV heads of eight float32: 256 bytes a token, 128 tokens in eight pages.
-    shown = batchrun.submit(
-        source,
-        *("--max-tokens", 3, "--dtype", "float32", "--layers-per-slab", 2),
-        *("--page-size", 4096, "--kv-budget", "32KiB", "-o", "out.jsonl"),
-    )
+    asked = ("--max-tokens", 3, "--dtype", "float32", "-o", "out.jsonl")
+    pages = ("--page-size", 4096, "--layers-per-slab", 2)
+    shown = batchrun.submit(source, *asked, *pages, "--kv-budget", "32KiB")
     assert shown.code == 3
     fine, big = batchrun.read("out.jsonl")
     assert (fine["error"], big["completion"]) == (None, None)
     assert "200" in big["error"]
+
+    limits = ("--kv-budget", "1MiB", "--max-num-seqs", 2)
+    refused = batchrun.submit(source, *asked, "--overwrite", *limits)
+    [job] = batchrun("list", "--json").json
+    told = f"resume {job['job']} --retry-failed --max-num-seqs 2 --kv-budget 1048576"
+    assert refused.hint == f"batchrun {told}, or submit with --again to begin anew"
+    assert batchrun("resume", "--retry-failed", *limits).code == 0
+    assert [row["error"] for row in batchrun.read("out.jsonl")] == [None, None]
+    runtime = batchrun("show", "--json").json["runtime"]
+    assert (runtime["max_num_seqs"], runtime["kv_budget"]) == (2, 1 << 20)
 
 
 # --- files: nothing starts, the exit code is 1 ---------------------------------------------------

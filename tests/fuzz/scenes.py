@@ -22,7 +22,7 @@ from jobs.destination import check_apart, resuming
 from jobs.errors import JobError
 from jobs.files import read_json, write_json
 from jobs.folder import JobFolder, create, find_same, list_jobs
-from jobs.identity import PLACES
+from jobs.identity import PLACES, set_limits
 from jobs.journal import Journal
 from jobs.rejoin import export_job
 from jobs.spec import InputFile, JobSpec
@@ -69,6 +69,7 @@ def _made(*, stop: bool = False, kill: bool = False) -> Files:
             job.set_state("interrupted", "somebody stopped it", "go on")
             path = Path(job.spec().inputs[0].path)
             write_json(job.path / PLACES, {path.name: _MOVED})
+            set_limits(job.path, {"max_num_seqs": 3})
             path.rename(job.path / _MOVED)
         with Reporter(job.path) as reporter:
             reporter.update(Progress(ROWS, 3, 0, 0, 17, 2, 1, 0.5, "run"))

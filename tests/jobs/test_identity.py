@@ -8,6 +8,7 @@ import pytest
 
 from jobs.errors import InputError, JobError, SpecChanged
 from jobs.folder import check_unchanged, create, find_same
+from jobs.identity import set_limits
 from jobs.lease import Lease
 from jobs.spec import InputFile
 
@@ -123,10 +124,21 @@ def test_another_file_is_no_moved_one(job, prompts, model, tmp_path):
     check_unchanged(job, digest)
 
 
-def test_damaged_places_are_one_clear_error(job):
-    (job.path / "places.json").write_text("[]")
-    with pytest.raises(JobError, match=r"places\.json can't be read"):
+@pytest.mark.parametrize("name", ["places.json", "limits.json"])
+def test_a_damaged_file_of_what_was_told_since_is_one_clear_error(job, name):
+    (job.path / name).write_text("[]")
+    with pytest.raises(JobError, match=rf"{name[:6]}\.json can't be read"):
         job.spec()
+
+
+def test_limits_that_were_told_since_count_and_change_no_work(job):
+    was = job.spec()
+    set_limits(job.path, {"max_num_seqs": 8, "kv_budget": 1 << 20})
+    set_limits(job.path, {"max_num_seqs": 4})
+    assert dict(job.spec().runtime) == {**was.runtime, "max_num_seqs": 4, "kv_budget": 1 << 20}
+    assert job.spec().fingerprint() == was.fingerprint()
+    assert job.submitted() == was
+    check_unchanged(job, digest)
 
 
 def end(job, state):

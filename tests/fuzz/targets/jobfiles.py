@@ -18,6 +18,7 @@ _FILES = {
     "interrupted": ("stopped", "state.json"),
     "stats": ("done", "stats.json"),
     "places": ("stopped", "places.json"),
+    "limits": ("stopped", "limits.json"),
     "progress": ("stopped", "progress.json"),
     "log": ("stopped", "log.jsonl"),
     "rows": ("stopped", "running-rows"),
