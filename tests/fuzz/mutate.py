@@ -159,13 +159,19 @@ _DAMAGES = [
 
 
 def json_damaged(seed: bytes, rng: Random) -> bytes:
-    """A JSON document with values replaced, dropped, renamed or nested; now and then its bytes."""
+    """A JSON document with values replaced, dropped, renamed or nested; now and then its bytes.
+
+    One that can't be written, being nested too deep or a number too large, is deeper still.
+    """
     if rng.random() < 0.25:
         return damaged(seed, rng)
     document = json.loads(seed)
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        document = _with_other_value(document, rng)
-    return json.dumps(document).encode()
+    try:
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            document = _with_other_value(document, rng)
+        return json.dumps(document).encode()
+    except (RecursionError, OverflowError):
+        return seed[:1] + b'"x":' + b"[" * 100_000
 
 
 def _with_other_value(document: Any, rng: Random) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -36,10 +35,7 @@ def check(name: str, data: bytes, scratch: Path) -> str:
 
 def mutate(seed: bytes, rng: Random) -> bytes:
     """As JSON where it is some."""
-    if seed.startswith(b"{"):
-        with suppress(RecursionError):  # nested twice
-            return json_damaged(seed, rng)
-    return damaged(seed, rng)
+    return (json_damaged if seed.startswith(b"{") else damaged)(seed, rng)
 
 
 TARGETS = [Target("jobfiles", seeds, check, (JobError,), mutate)]

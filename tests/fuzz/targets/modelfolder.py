@@ -193,20 +193,12 @@ def _same_weights(model: Any, folder: Path) -> None:
             raise Wrong(f"{name} has other numbers than its file")
 
 
-def paper_damaged(seed: bytes, rng: Random) -> bytes:
-    """A JSON document with damage, or a deep one where that can't be written."""
-    try:
-        return json_damaged(seed, rng)
-    except (RecursionError, OverflowError):
-        return seed[:1] + b'"x":' + b"[" * 100_000
-
-
 def header_damaged(seed: bytes, rng: Random) -> bytes:
     """A safetensors file with damage to its header, whose length is told; now and then to all."""
     if rng.random() < 0.3:
         return damaged(seed, rng)
     (length,) = struct.unpack("<Q", seed[:8])
-    header = paper_damaged(seed[8 : 8 + length], rng)
+    header = json_damaged(seed[8 : 8 + length], rng)
     return struct.pack("<Q", len(header)) + header + seed[8 + length :]
 
 
@@ -253,18 +245,18 @@ _TEMPLATES = [
 ]
 
 TARGETS = [
-    _target("config", "config.json", paper_damaged),
-    _target("tokenizer", "tokenizer.json", paper_damaged),
-    _target("tokenizer_config", "tokenizer_config.json", paper_damaged),
-    _target("generation_config", "generation_config.json", paper_damaged),
-    _target("special_tokens_map", "special_tokens_map.json", paper_damaged),
-    _target("added_tokens", "added_tokens.json", paper_damaged),
+    _target("config", "config.json", json_damaged),
+    _target("tokenizer", "tokenizer.json", json_damaged),
+    _target("tokenizer_config", "tokenizer_config.json", json_damaged),
+    _target("generation_config", "generation_config.json", json_damaged),
+    _target("special_tokens_map", "special_tokens_map.json", json_damaged),
+    _target("added_tokens", "added_tokens.json", json_damaged),
     replace(
-        _target("adapter_config", "adapter_config.json", paper_damaged),
+        _target("adapter_config", "adapter_config.json", json_damaged),
         check=check_adapter,
     ),
     _target("chat_template", "chat_template.jinja", jinja_damaged),
     _target("safetensors", WEIGHTS, header_damaged),
-    _target("safetensors_index", INDEX, paper_damaged, "sharded"),
+    _target("safetensors_index", INDEX, json_damaged, "sharded"),
     _target("gguf", "tiny.gguf", head_damaged, "gguf"),
 ]
