@@ -6,8 +6,9 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -260,6 +261,12 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> 
             f"{path} has version {version}, this program knows up to {VERSION}",
             hint="upgrade batchrun" if version > VERSION else "submit the job again",
         )
+    # Of a column that is the key no more SQLite finds no record, and says nothing.
+    others = [t for t, columns in _made().items() if _columns(db, t) != columns]
+    if version == VERSION and others:
+        raise JournalError(
+            f"{path} is damaged: its table {others[0]} has other columns", BEYOND_REPAIR
+        )
     if readonly:
         db.execute("PRAGMA temp_store=MEMORY")
         if version < VERSION:
@@ -270,6 +277,20 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> 
                 for statement in MIGRATIONS[step].statements:
                     db.execute(statement)
             db.execute(f"PRAGMA user_version={VERSION}")
+
+
+@cache
+def _made() -> dict[str, list[tuple[str, str, int]]]:
+    """Columns of a new journal's tables."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(_SCHEMA)
+        return {table: _columns(db, table) for table in TABLES}
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str, int]]:
+    """Name, type and place in the key."""
+    info = db.execute(f"PRAGMA table_info({table})")
+    return [(name, kind, key) for _, name, kind, _, _, key in info]
 
 
 def _as_of_today(db: sqlite3.Connection) -> None:

@@ -223,6 +223,23 @@ def test_a_run_that_is_gone_gives_its_number_to_no_other(job, home):
         assert [run["id"] for run in journal.runs()] == [1, 9]
 
 
+@pytest.mark.parametrize("table", ["results", "partials", "crashes", "rows", "runs"])
+def test_a_rotten_schema_is_named(job, home, tmp_path, table):
+    """A column that is the key no more has no number in any record."""
+    db = sqlite3.connect(job.path / "journal.db")
+    with db:
+        db.execute("PRAGMA writable_schema=ON")
+        [(made,)] = db.execute("SELECT sql FROM sqlite_master WHERE name = ?", (table,))
+        spoilt = made.replace("INTEGER PRIMARY KEY,", "INTEGER,").replace("run INTEGER", "run RFAL")
+        assert spoilt != made
+        db.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", (spoilt, table))
+    db.close()
+    assert f"its table {table} has other columns" in "".join(verify(job))
+    for act in (lambda: mended(job, home), job.journal, job.counts):
+        with pytest.raises(JournalError, match=f"its table {table} has other columns"):
+            act()
+
+
 @pytest.mark.parametrize("where", [0.3, 0.5])
 def test_pages_that_are_gone_are_named_with_what_to_do(job, home, where):
     path = job.path / "journal.db"
