@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import os
 import platform
 import resource
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from batchrun import cgroups
@@ -68,6 +70,17 @@ def use_cores(root: Path = cgroups.ROOT) -> str | None:
     if room < wanted:
         return f"computing with {room} threads instead of {wanted}: no more can be started"
     return None
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Modules of torch's size are loaded: nothing of them is garbage, and looking takes a tenth."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def startable_threads(most: int) -> int:

@@ -26,6 +26,7 @@ from batchrun.cli.options import (
 )
 from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec, output_settings
+from batchrun.machine import importing
 from batchrun.models import fingerprint
 from batchrun.overdue import PromptLimit, prompt_seconds
 from batchrun.terminal import MESSAGE, say, say_json
@@ -103,11 +104,12 @@ def submit_command(
 def _dry_run(
     root: Path, spec: JobSpec, log: Callable[[str], None], *, again: bool, as_json: bool
 ) -> None:
-    from batchrun.dry_run import dry_run  # noqa: PLC0415 - reads what a model is
-
     _check_free(root, spec, again=again)
 
     def try_rows(note: ReaderNote) -> None:
+        with importing():
+            from batchrun.dry_run import dry_run  # noqa: PLC0415 - imports torch
+
         with PromptLimit(note, prompt_seconds()) as limit:
             dry_run(spec, log, limit)
 

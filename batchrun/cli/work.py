@@ -18,7 +18,7 @@ from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, explain, print_error
 from batchrun.errors import StepFailed
 from batchrun.live import Reporter
-from batchrun.machine import end_with_lost_threads, use_cores
+from batchrun.machine import end_with_lost_threads, importing, use_cores
 from batchrun.overdue import prompt_seconds, stall_seconds
 from batchrun.runs import TELL
 from batchrun.terminal import MESSAGE, say
@@ -86,7 +86,8 @@ def run_job_command(folder: Path) -> int:
         try:
             if (note := use_cores()) is not None:
                 reporter.message(note)
-            from batchrun.worker import run_job  # noqa: PLC0415  (imports torch)
+            with importing():
+                from batchrun.worker import run_job  # noqa: PLC0415  (imports torch)
 
             faulthandler.enable()
             faulthandler.register(TELL)
