@@ -8,7 +8,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from batchrun.models import fingerprint
 from jobs.folder import create
 from jobs.spec import InputFile, JobSpec
 from tests.cli.gate import Gate
+from tests.cli.warm import Warm
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,6 +70,7 @@ class CommandLine:
     folder: Path
     home: Path
     model: Path
+    warm: Warm | None = None
 
     def environment(self) -> dict[str, str]:
         return {
@@ -83,6 +85,9 @@ class CommandLine:
         return [sys.executable, "-m", "batchrun", *map(str, arguments)]
 
     def __call__(self, *arguments: object, before: Callable[[], None] | None = None) -> Shown:
+        words = [str(argument) for argument in arguments]
+        if self.warm and before is None and ("--dry-run" in words or words[0] == "plan"):
+            return Shown(*self.warm.run(words, self.folder, self.environment()))
         done = subprocess.run(
             self.argv(*arguments),
             cwd=self.folder,
@@ -141,11 +146,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    found = Warm()
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def batchrun(tmp_path: Path, tiny_model: Path) -> CommandLine:
+def batchrun(tmp_path: Path, tiny_model: Path, warm: Warm) -> CommandLine:
     folder = tmp_path / "work"
     folder.mkdir()
-    return CommandLine(folder, tmp_path / "home", tiny_model)
+    return CommandLine(folder, tmp_path / "home", tiny_model, warm)
 
 
 @pytest.fixture
