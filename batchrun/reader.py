@@ -6,15 +6,13 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from batchrun.chat_columns import argument_columns
 from batchrun.duplicates import Duplicates
 from batchrun.engine.core import Request, SamplingParams, Sequence
-from batchrun.engine.engine import Completion
-from batchrun.engine.generation import Generation
+from batchrun.engine.messages import PromptError
 from batchrun.engine.template import Template
-from batchrun.engine.text import PromptError
 from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.overdue import BARREN, Overdue, PromptLimit, never_made, place_of, too_long
 from batchrun.param_columns import (
@@ -32,6 +30,10 @@ from jobs.jsontext import encode
 from jobs.results import Copy, Partial, Result, RowDigests
 from jobs.source import Row, Source
 from jobs.spec import JobSpec
+
+if TYPE_CHECKING:  # they import torch, which is not loaded before there is something to compute
+    from batchrun.engine.engine import Completion
+    from batchrun.engine.generation import Generation
 
 Read = Result | Copy | RowDigests  # what the reader has for the journal
 ItemT_contra = TypeVar("ItemT_contra", contravariant=True)

@@ -23,7 +23,6 @@ from allocator.vmm import AllocatorError, Refused
 from batchrun import machine
 from batchrun.channel import Channel, Closed
 from batchrun.engine.core import EngineError, FinishReason, Request, Sequence
-from batchrun.engine.engine import Completion
 from batchrun.errors import MachineError, StepFailed, said_by
 from batchrun.live import Progress
 from batchrun.measured import Measured, Sampler
@@ -56,6 +55,7 @@ from jobs.suspects import ReaderNote, RunningRows
 
 if TYPE_CHECKING:
     from batchrun.engine.assembly import Settings
+    from batchrun.engine.engine import Completion
 
 _COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
@@ -594,8 +594,9 @@ def _result(completion: Completion) -> Result:
 
 def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
     """The real engine for a job."""
-    from batchrun.engine.runtime import Runtime  # noqa: PLC0415 - imports torch
-    from batchrun.engine.shortage import device_errors  # noqa: PLC0415
+    with machine.importing():
+        from batchrun.engine.runtime import Runtime  # noqa: PLC0415 - imports torch
+        from batchrun.engine.shortage import device_errors  # noqa: PLC0415
 
     measured = Measured.load(folders.home(), spec)
     settings = engine_settings(spec, measured.step_cost if measured else None)

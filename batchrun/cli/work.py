@@ -18,7 +18,7 @@ from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, explain, print_error
 from batchrun.errors import StepFailed
 from batchrun.live import Reporter
-from batchrun.machine import end_with_lost_threads, importing, use_cores
+from batchrun.machine import end_with_lost_threads, use_cores
 from batchrun.overdue import prompt_seconds, stall_seconds
 from batchrun.runs import TELL
 from batchrun.terminal import MESSAGE, say
@@ -81,13 +81,11 @@ def run_job_command(folder: Path) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     job, handles = JobFolder(folder), supervisor.inherited()
     supervisor.close_in_children(handles)
-    use_cores()
     with Reporter(folder) as reporter, StopOnSignal() as stop:
         try:
             if (note := use_cores()) is not None:
                 reporter.message(note)
-            with importing():
-                from batchrun.worker import run_job  # noqa: PLC0415  (imports torch)
+            from batchrun.worker import run_job  # noqa: PLC0415 - 18 MB that no supervisor needs
 
             faulthandler.enable()
             faulthandler.register(TELL)

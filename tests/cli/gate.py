@@ -8,14 +8,19 @@ from pathlib import Path
 _HOLD = """
 import os, sys, time
 if 'run-job' in sys.orig_argv:
-    from batchrun.engine.engine import Engine
-    step, steps = Engine.step, iter(range({steps}))
-    def held(self):
-        if next(steps, None) is None and not os.path.exists({open!r}):
-            time.sleep(0.01)
-            return []
-        return step(self)
-    Engine.step = held
+    import batchrun.worker
+    opening, steps = batchrun.worker._open_runtime, iter(range({steps}))
+    def opened(*arguments):
+        workbench = opening(*arguments)
+        step = workbench.engine.step
+        def held():
+            if next(steps, None) is None and not os.path.exists({open!r}):
+                time.sleep(0.01)
+                return []
+            return step()
+        workbench.engine.step = held
+        return workbench
+    batchrun.worker._open_runtime = opened
 """
 
 
