@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -178,7 +179,7 @@ def _with_other_value(document: Any, rng: Random) -> Any:
     places: list[tuple[Any, Any]] = []
     _collect(document, places)
     if not places:
-        return rng.choice(_VALUES)
+        return deepcopy(rng.choice(_VALUES))
     holder, key = rng.choice(places)
     kind = rng.randrange(6)
     if kind == 0:
@@ -199,7 +200,7 @@ def _with_other_value(document: Any, rng: Random) -> Any:
     elif kind == 4 and isinstance(holder[key], int | float):
         holder[key] = rng.choice([-1, 2, 1000, 10**6, 0.5]) * holder[key]
     else:
-        holder[key] = rng.choice(_VALUES)
+        holder[key] = deepcopy(rng.choice(_VALUES))  # which is changed next, and may be put into
     return document
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -189,12 +190,14 @@ def _serve(target: Target, todo: int, done: int, folder: Path) -> None:
     quiet = os.open(os.devnull, os.O_RDWR)
     for handle in (0, 1, 2):
         os.dup2(quiet, handle)
+    gc.freeze()
     with os.fdopen(todo) as lines:
         for line in lines:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 data = (folder / "mutant").read_bytes()
                 outcome = _outcome(target, line.rstrip("\n"), data, Path(scratch))
             os.write(done, json.dumps(outcome[:8000]).encode())
+            gc.collect()  # jobs leave cycles behind with tables of 4 MiB in them
 
 
 def _outcome(target: Target, name: str, data: bytes, scratch: Path) -> str:
