@@ -36,7 +36,7 @@ def reading(name: str, path: str, what: str = "") -> Iterator[None]:
         EngineError: There is no memory for what is in them.
     """
     try:
-        with device_errors("the weights", "use a smaller model"):
+        with device_errors("the weights", None):
             yield
     except (ModelError, EngineError, MemoryError, *PROCESS_ENDS):
         raise

@@ -36,7 +36,7 @@ class Runtime:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         return_freed_memory()  # loading and packing leave hundreds of MiB behind
-        with device_errors("the weights", "use a smaller model"):
+        with device_errors("the weights", None):
             loaded = loading.load(
                 settings.model_path,
                 name=settings.model_name,

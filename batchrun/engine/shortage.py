@@ -17,9 +17,15 @@ def is_shortage(error: BaseException) -> bool:
 
 @contextmanager
 def device_errors(
-    of: str = "activations", less: str = "--max-num-batched-tokens N or --max-num-seqs N"
+    of: str = "activations", less: str | None = "--max-num-batched-tokens N or --max-num-seqs N"
 ) -> Iterator[None]:
-    """Tell what a failing device, or one without memory, means for the job."""
+    """Tell what a failing device, or one without memory, means for the job.
+
+    Args:
+        of: What the memory is for.
+        less: Options of `resume` of which less takes less memory; None where only a smaller model
+            does.
+    """
     try:
         yield
     except torch.AcceleratorError as error:
@@ -32,6 +38,6 @@ def device_errors(
             raise
         raise EngineError(
             f"there is no memory left for {of}: {str(error).splitlines()[0]}",
-            hint="free what another program has taken, then: batchrun resume, with a lower "
-            f"{less} if need be",
+            hint="free what another program has taken, then: batchrun resume"
+            + (f", with a lower {less} if need be" if less else "; or use a smaller model"),
         ) from error
