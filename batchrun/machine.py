@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import gc
 import math
@@ -11,14 +12,16 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 
 from batchrun import cgroups
 from batchrun.errors import MachineError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-OWN_THREADS = 3  # of a run: watchdog, reader, journal
+_BEGIN_S = 30  # that a thread has to begin
+OWN_THREADS = 5  # of a run: watchdog, lost threads, prompt limit, reader, journal
 THREADS_HINT = "raise the limit of processes (ulimit -u, or the container's pids.max)"
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux calls them; the last one on Arm
 
@@ -131,15 +134,33 @@ def end_with_lost_threads(end: Callable[[str], None]) -> None:
     """Have `end` called where a thread dies before its first line, for want of memory.
 
     Who starts such a thread, in whatever library, waits for ever for a sign that it runs. `end` is
-    told what has happened, and expected to end the process.
+    told what has happened, in a thread of its own, and expected to end the process.
+
+    Raises:
+        MachineError: That thread can't be started.
     """
+    # What has no memory for its first line of Python has none for a hook in Python: this is C.
+    told: SimpleQueue[sys.UnraisableHookArgs] = SimpleQueue()
+    begun = threading.Event()
 
-    def look(found: sys.UnraisableHookArgs) -> None:
-        sys.__unraisablehook__(found)
-        if getattr(found.object, "__func__", None) is threading.Thread._bootstrap:  # type: ignore[attr-defined]
-            end(f"a thread could not begin: {found.exc_type.__name__}")
+    def watch() -> None:
+        begun.set()
+        while True:
+            found = told.get()
+            lost = getattr(found.object, "__func__", None) is threading.Thread._bootstrap  # type: ignore[attr-defined]
+            with suppress(MemoryError):
+                sys.__unraisablehook__(found)
+            if lost:
+                end(f"a thread could not begin: {found.exc_type.__name__}")
+            del found
 
-    sys.unraisablehook = look
+    sys.unraisablehook = told.put
+    with suppress(RuntimeError):
+        _thread.start_new_thread(watch, ())  # which, unlike `Thread.start`, waits for no sign
+        for _ in range(_BEGIN_S):
+            if begun.wait(1):
+                return
+    raise MachineError("no thread can begin", hint=THREADS_HINT)
 
 
 def memory() -> dict[str, int]:

@@ -8,6 +8,7 @@ brought the process down.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -227,7 +228,9 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
         finally:
             os.close(handle)
     except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        mend = "make room on the disk" if full else "batchrun doctor says what this machine lacks"
         raise OutputError(
             f"{path} can't be made: {error.strerror or error}",
-            hint="make room on the disk, then: batchrun resume",
+            hint=f"{mend}; then: batchrun resume",
         ) from error

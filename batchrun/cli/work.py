@@ -89,12 +89,12 @@ def run_job_command(folder: Path) -> int:
 
             faulthandler.enable()
             faulthandler.register(TELL)
+            end_with_lost_threads(lambda what: _lost(job, reporter, what))
             watchdog = Watchdog(
                 stall_seconds(),
                 lambda what, seconds: _stalled(job, reporter, what, seconds),
             )
             watchdog.start()
-            end_with_lost_threads(lambda what: _lost(job, reporter, what))
             outcome = run_job(
                 folder,
                 stop=stop.event,
@@ -129,10 +129,12 @@ def _print_traceback(error: BaseException) -> None:
 def _lost(job: JobFolder, reporter: Reporter, what: str) -> None:
     """End a run of which a thread could not begin: others wait for it."""
     hint = "free memory, or lift its limits (batchrun doctor names them); then: batchrun resume"
-    reporter.message(what)
-    job.set_state("failed", what, hint)
-    print_error(what, hint)
-    os._exit(ExitStatus.FAILED)
+    try:
+        print_error(what, hint)  # first: there may be no memory for more
+        reporter.message(what)
+        job.set_state("failed", what, hint)
+    finally:
+        os._exit(ExitStatus.FAILED)
 
 
 def _stalled(job: JobFolder, reporter: Reporter, what: str, seconds: float) -> None:

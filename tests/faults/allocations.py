@@ -189,8 +189,8 @@ class Case:
 
     def _run(self) -> int:
         """Run the job as `run-job` does; the exit code says how it ended."""
-        end_with_lost_threads(lambda what: os._exit(self._say(what, TOLD)))
         try:
+            end_with_lost_threads(lambda what: os._exit(self._say(what, TOLD)))
             outcome = run_job(self.job.path, stop=threading.Event())
         except StepFailed as error:
             return self._say(str(error), CRASHED)

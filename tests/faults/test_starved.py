@@ -208,7 +208,7 @@ def test_threads_that_cannot_be_started_are_done_without_or_named(library: Path)
     from tests.faults import shim
     machine.cores = lambda root=None: 16
     os.sched_getaffinity = lambda pid: range(16)
-    for at in (6, 2):
+    for at in (8, 2):
         os.environ.pop("OMP_NUM_THREADS", None)
         shim.arm(shim.Fault.FAIL, {shim.Kind.THREAD}, at, errno.EAGAIN)
         shim.for_good()
