@@ -243,7 +243,9 @@ def in_step(what: str) -> str:
 RAISE = "raise IndexError('index 7 is out of bounds')"
 
 
-@pytest.mark.parametrize("what", ["os.abort()", "hang()", RAISE])
+@pytest.mark.parametrize(
+    "what", ["os.abort()", "hang()", pytest.param(RAISE, marks=pytest.mark.long)]
+)
 def test_a_row_that_brings_the_process_down_is_not_tried_a_third_time(
     batchrun: CommandLine, what: str
 ) -> None:
@@ -277,7 +279,7 @@ def test_an_engine_that_fails_whatever_its_rows_are_ends_the_job(batchrun: Comma
 @pytest.mark.parametrize(
     ("what", "place"),
     [
-        ("reading the input", "batchrun.reader.islice"),
+        pytest.param("reading the input", "batchrun.reader.islice", marks=pytest.mark.long),
         ("writing the journal", "jobs.journal.Journal.write"),
     ],
 )

@@ -33,7 +33,7 @@ def mean_logprobs(model: Path, rows: list[dict[str, Any]]) -> list[float]:
     return means
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("suffix", ["parquet", pytest.param("jsonl", marks=pytest.mark.long)])
 def test_the_likeliest_samples_are_kept(batchrun: CommandLine, suffix: str) -> None:
     source = batchrun.write(f"in.{suffix}", PROMPTS)
     every, best, first = f"every.{suffix}", f"best.{suffix}", f"first.{suffix}"

@@ -41,7 +41,7 @@ def write(batchrun: CommandLine, name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["in.jsonl", "in.parquet"])
+@pytest.mark.parametrize("name", ["in.jsonl", pytest.param("in.parquet", marks=pytest.mark.long)])
 def test_sharegpt_with_tools_and_a_begun_answer(qwen: CommandLine, name: str) -> None:
     rows: list[dict[str, Any]] = [
         {"conversations": SHARED, "tools": None},

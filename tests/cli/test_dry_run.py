@@ -92,8 +92,16 @@ def test_submitting_reads_the_template_without_torch(plain: CommandLine) -> None
     ("options", "error"),
     [
         (("--attention", "torch-flash", "--device", "cpu"), "torch-flash can't be used: it needs"),
-        (("--attention", "native", "--dtype", "float16"), "not in float16"),
-        (("--max-model-len", 10_000), "--max-model-len 10000 is more than the 256 tokens"),
+        pytest.param(
+            ("--attention", "native", "--dtype", "float16"),
+            "not in float16",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            ("--max-model-len", 10_000),
+            "--max-model-len 10000 is more than the 256 tokens",
+            marks=pytest.mark.long,
+        ),
         (("--kv-budget", "4KiB", "--page-size", "8KiB"), "can't hold a test prompt of 48 tokens"),
         (
             ("--kv-budget", "32KiB", "--page-size", "4KiB", "--dtype", "float32", *LONG),

@@ -132,8 +132,15 @@ def deleted(source: Path, batchrun: CommandLine) -> None:
     source.unlink()
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("change", [replaced, deleted])
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (replaced, "jsonl"),
+        (deleted, "parquet"),
+        pytest.param(replaced, "parquet", marks=pytest.mark.long),
+        pytest.param(deleted, "jsonl", marks=pytest.mark.long),
+    ],
+)
 def test_an_input_that_is_not_there_any_more_keeps_no_answer(
     batchrun: CommandLine,
     held: Callable[[str], Held],

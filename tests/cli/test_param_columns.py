@@ -138,8 +138,8 @@ def test_a_parameter_that_only_a_late_row_has_counts_there(batchrun: CommandLine
     ("column", "options"),
     [
         ("prompt", ()),
-        ("messages", ()),
-        ("question", ("--prompt-column", "question")),
+        pytest.param("messages", (), marks=pytest.mark.long),
+        pytest.param("question", ("--prompt-column", "question"), marks=pytest.mark.long),
         ("question", ("--template", "{question}?")),
     ],
 )

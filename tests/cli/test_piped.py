@@ -41,7 +41,9 @@ def test_csv_goes_through_as_a_filter(piped, batchrun):
     assert batchrun("verify").out.strip().endswith("is sound: 2 rows")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "array", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["array", pytest.param("jsonl", marks=pytest.mark.long), "parquet"]
+)
 def test_other_formats_come_out_as_json_lines(piped, kind):
     rows = [{"prompt": "one", "v": 1.5}, {"prompt": "two", "v": None}]
     if kind == "parquet":

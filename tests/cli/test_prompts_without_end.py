@@ -88,7 +88,7 @@ BAD = {
     7: "loop",  # in Python
     9: "double",  # what would need all memory
     11: "compare",  # in C, holding the interpreter's lock
-    13: ("a" * 22 + "! ") * 400,  # in the tokenizer's native code, without it
+    13: ("a" * 22 + "! ") * 120,  # in the tokenizer's native code, without it
 }
 # No expression of it matches anything, and where a word of 22 letters has none it takes long.
 SPLIT = {
