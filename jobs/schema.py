@@ -19,6 +19,7 @@ from jobs.files import open_private
 
 NAME = "journal.db"
 VERSION = 5
+_HEADER, _WRITE_VERSION = 100, 18  # bytes, and which of them (sqlite.org/fileformat2, 1.3)
 _APPLICATION = 0x62617463  # "batc"
 BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
 
@@ -261,6 +262,10 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> 
             f"{path} has version {version}, this program knows up to {VERSION}",
             hint="upgrade batchrun" if version > VERSION else "submit the job again",
         )
+    with path.open("rb") as file:
+        header = file.read(_HEADER)
+    if len(header) == _HEADER and header[_WRITE_VERSION] > 2:  # SQLite would read it, never write
+        raise JournalError(f"{path} is damaged: its header is not SQLite's", BEYOND_REPAIR)
     # Of a column that is the key no more SQLite finds no record, and says nothing.
     others = [t for t, columns in _made().items() if _columns(db, t) != columns]
     if version == VERSION and others:

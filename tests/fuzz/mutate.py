@@ -166,13 +166,15 @@ def json_damaged(seed: bytes, rng: Random) -> bytes:
     """
     if rng.random() < 0.25:
         return damaged(seed, rng)
-    document = json.loads(seed)
     try:
+        document = json.loads(seed)
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
             document = _with_other_value(document, rng)
         return json.dumps(document).encode()
     except (RecursionError, OverflowError):
         return seed[:1] + b'"x":' + b"[" * 100_000
+    except ValueError:  # it is damaged by now
+        return damaged(seed, rng)
 
 
 def _with_other_value(document: Any, rng: Random) -> Any:
