@@ -1,6 +1,8 @@
 """Imports run one way: the parts that know nothing of each other stay that way."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,10 +96,11 @@ def test_the_command_line_never_imports_torch_when_it_is_imported():
     assert violations("batchrun/report", heavy | {"jobs"}) == []
 
 
-def test_what_submit_checks_imports_no_torch():
-    for name in ("param_columns", "reader"):
-        found = imports(ROOT / "batchrun" / f"{name}.py")
-        assert [n for n in found if under(n, TORCH)] == []
+@pytest.mark.parametrize("name", ["cli.run", "worker"])
+def test_torch_is_not_loaded_before_there_is_something_to_compute(name):
+    code = f"import sys, batchrun.{name}; print(sorted({TORCH!r} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
 
 
 def test_models_import_torch_only_to_convert():
