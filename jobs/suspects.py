@@ -228,8 +228,10 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
         finally:
             os.close(handle)
     except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        mend = "make room on the disk" if full else "batchrun doctor says what this machine lacks"
+        refused = error.errno in {errno.ENOMEM, errno.EPERM, errno.EMFILE, errno.ENFILE}
+        mend = (
+            "batchrun doctor says what this machine lacks" if refused else "make room on the disk"
+        )
         raise OutputError(
             f"{path} can't be made: {error.strerror or error}",
             hint=f"{mend}; then: batchrun resume",
