@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jobs import turns
 from jobs.errors import (
     JobError,
     JobNotFound,
@@ -350,10 +351,11 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed processes left of jobs that were being made or removed.
+    """Remove what killed processes left: of jobs that were being made or removed, and in lines.
 
     Call it while nobody submits: under `jobs.destination.one_at_a_time`.
     """
+    turns.sweep(root)
     folder = root / "jobs"
     for name in glob.glob(".????????.tmp", root_dir=folder):
         shutil.rmtree(folder / name, ignore_errors=True)

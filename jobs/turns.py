@@ -113,3 +113,14 @@ class Turn:
             (self._folder / str(self._number)).unlink(missing_ok=True)
             os.close(self._handle)
             self._handle = None
+
+
+def sweep(root: Path) -> None:
+    """Remove the places of processes that were killed.
+
+    Whoever takes one next would; where nobody does they would stay.
+    """
+    for path in (root / "queue").glob("*/[0-9]*"):
+        with suppress(OSError):
+            if not is_locked(path):
+                path.unlink()

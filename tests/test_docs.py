@@ -1,6 +1,7 @@
 """README, changelog and examples say what is true: the commands run, the names exist."""
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -178,6 +179,16 @@ def test_make_has_its_four_targets_and_they_set_themselves_up():
     for tool in ("ruff check", "ruff format --check", "mypy", "pytest"):
         assert tool in targets["test"]
     assert "examples/prompts.parquet" in targets["demo"]
+
+
+MODULES = re.findall(r"-m (tests\.[a-z.]+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES)))
+def test_what_make_runs_can_be_loaded(name):
+    """Some of it is run by hand alone, once in a while."""
+    package = importlib.util.find_spec(name).submodule_search_locations is not None
+    importlib.import_module(f"{name}.__main__" if package else name)
 
 
 def test_the_benchmark_tables_are_those_of_the_results():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import OutputError
-from jobs.turns import Turn
+from jobs.turns import Turn, sweep
 
 ROOT = Path(__file__).parents[2]
 WAIT = """
@@ -75,6 +75,17 @@ def test_first_come_first_served_whoever_is_killed(waiters):
     assert d.ahead() == str([c.pid])
     e = waiters()
     assert e.ahead() == str([c.pid, d.pid])
+
+
+def test_places_of_the_killed_go_and_those_of_the_living_stay(waiters, tmp_path):
+    first, second, third = (waiters() for _ in range(3))
+    for killed in (first, third):
+        killed.kill()
+    sweep(tmp_path)
+    assert [path.name for path in (tmp_path / "queue" / "cpu").iterdir()] == ["2"]
+    assert second.ahead() == "[]"
+    with Turn(tmp_path, "cpu") as after:
+        assert after.ahead() == [second.pid]
 
 
 def test_devices_have_lines_of_their_own(tmp_path):

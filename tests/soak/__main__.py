@@ -29,10 +29,9 @@ from pathlib import Path
 from batchrun.live import read_progress
 from jobs.folder import JobFolder
 from jobs.lease import held_by
-from tests.crash.signals import children
 from tests.soak.batchrun import BOUND_S, Batchrun, Problem
 from tests.soak.flat import Watched, left_behind, processes
-from tests.soak.strikes import STRIKES, Strike, mount
+from tests.soak.strikes import STRIKES, Strike, children, mount
 from tests.soak.works import Work, draw, write_many, write_models
 
 _DONE = {"done", "done-with-errors"}

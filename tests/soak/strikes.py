@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from jobs.folder import JobFolder
 from jobs.lease import held_by
-from tests.crash.signals import children
 from tests.soak.batchrun import Batchrun, Problem
 
 CANCEL_S = 20.0  # half of it are two processes that start; where the machine has room for them
@@ -149,6 +150,14 @@ def mount(home: Path, size: str) -> bool:
 def _supervisor(job: JobFolder) -> list[int]:
     pid = held_by(job.path)
     return [] if pid is None or not Path(f"/proc/{pid}").exists() else [pid]
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that live."""
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(pid).children()
+        return [child.pid for child in found if child.status() != psutil.STATUS_ZOMBIE]
+    return []
 
 
 def _runs(job: JobFolder) -> list[int]:
