@@ -275,9 +275,11 @@ def main() -> None:
         "own_disk": done.disk,
         "problems": tally.problems,
     }
+    print(json.dumps(report), flush=True)
     if not tally.problems:
+        if done.disk:
+            subprocess.run(["umount", done.rough.home], check=True)
         shutil.rmtree(root)
-    print(json.dumps(report))
     sys.exit(1 if tally.problems else 0)
 
 
