@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from batchrun import cgroups
 from batchrun.errors import MachineError
@@ -145,14 +145,21 @@ def end_with_lost_threads(end: Callable[[str], None]) -> None:
 
     def watch() -> None:
         begun.set()
+        waited: dict[threading.Thread, int] = {}
         while True:
-            found = told.get()
-            lost = getattr(found.object, "__func__", None) is threading.Thread._bootstrap  # type: ignore[attr-defined]
-            with suppress(MemoryError):
-                sys.__unraisablehook__(found)
-            if lost:
-                end(f"a thread could not begin: {found.exc_type.__name__}")
-            del found
+            with suppress(Empty):
+                found = told.get(timeout=1)
+                with suppress(MemoryError):
+                    sys.__unraisablehook__(found)
+                if getattr(found.object, "__func__", None) is threading.Thread._bootstrap:  # type: ignore[attr-defined]
+                    end(f"a thread could not begin: {found.exc_type.__name__}")
+                del found
+            # Where a library audits what Python does, as filelock does from 3.12 on, no hook is
+            # called. Threads that have been started and have not begun are in limbo.
+            limbo = list(getattr(threading, "_limbo", ()))
+            waited = {thread: waited.get(thread, 0) + 1 for thread in limbo}
+            if max(waited.values(), default=0) > _BEGIN_S:
+                end(f"a thread could not begin in {_BEGIN_S} s")
 
     sys.unraisablehook = told.put
     with suppress(RuntimeError):

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory."""
+"""What the C library does with freed memory, and what becomes of threads without any."""
 
 from __future__ import annotations
 
@@ -35,3 +35,25 @@ def test_freed_memory_goes_back_or_stays_as_told() -> None:
     returned, kept, held, after = map(int, done.stdout.split())
     assert kept * 4 < returned  # pages that the kernel made anew
     assert after < held - (16 << 20) // 4096
+
+
+LIMBO = """
+import os, threading
+from batchrun import machine
+def end(what):
+    os.write(1, what.encode())
+    os._exit(7)
+machine.end_with_lost_threads(end)
+machine._BEGIN_S = 1
+lost = threading.Thread()
+threading._limbo[lost] = lost
+threading.Event().wait()
+"""
+
+
+def test_a_thread_that_never_begins_ends_the_run_without_a_hook_too() -> None:
+    """As with filelock on Python 3.12, whose audit of each hook needs memory itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMBO], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (7, "a thread could not begin in 1 s")
