@@ -32,7 +32,7 @@ from jobs.lease import held_by
 from tests.soak.batchrun import BOUND_S, Batchrun, Problem
 from tests.soak.flat import Watched, left_behind, processes
 from tests.soak.strikes import STRIKES, Strike, children, mount
-from tests.soak.works import Work, draw, write_many, write_models
+from tests.soak.works import Work, alike, draw, write_many, write_models
 
 _DONE = {"done", "done-with-errors"}
 _STUCK_S = 1800.0  # without a result, a strike or another state: it never ends
@@ -176,7 +176,7 @@ class Soak:
     def _compare(self, work: Work, want: Path, got: Path) -> None:
         if not got.exists():
             raise Problem(f"{got.name} is not there: {work.arguments}")
-        if want.read_bytes() != got.read_bytes():
+        if not alike(want, got):
             raise Problem(f"{got.name} is not as {want}: {work.arguments}")
 
     def check_nothing_left(self, batchrun: Batchrun) -> None:

@@ -15,6 +15,7 @@ from batchrun.worker import Outcome
 from jobs import folder
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, SmallJob
 from tests.soak.flat import Sample, Watched, left_behind, processes, sample
+from tests.soak.works import alike, write
 
 ROWS, EVERY = 6_000, 250
 MIB = 1 << 20
@@ -94,3 +95,24 @@ def test_living_processes_are_found_by_their_mark() -> None:
         child.kill()
         child.wait()
         assert processes(mark) == {}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_outputs_are_alike_but_for_the_rounding_of_log_probabilities(
+    tmp_path: Path, suffix: str
+) -> None:
+    def written(name: str, *rows: dict[str, object]) -> Path:
+        path = tmp_path / f"{name}.{suffix}"
+        write(path, list(rows))
+        return path
+
+    row: dict[str, object] = {"completion": "a", "mean_logprob": -5.535918965059168}
+    one = written("one", row, row)
+    assert alike(one, written("same", row, row))
+    assert alike(one, written("rounded", row, {**row, "mean_logprob": -5.5359189370099235}))
+    for name, others in {
+        "other": [row, {**row, "mean_logprob": -5.5}],
+        "text": [row, {**row, "completion": "b"}],
+        "fewer": [row],
+    }.items():
+        assert not alike(one, written(name, *others))
