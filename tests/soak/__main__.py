@@ -37,7 +37,7 @@ from tests.soak.works import Work, alike, draw, write_many, write_models
 _DONE = {"done", "done-with-errors"}
 _STUCK_S = 1800.0  # without a result, a strike or another state: it never ends
 _STRIKES = 8  # at most of one round
-_LONG_ROWS = 30_000  # of the long job, for each minute
+_LONG_ROWS = 200_000  # of the long job, for each minute: it is to be at work to the end
 _SHARED = Path("/dev/shm")
 _APART = "SOAK_APART"  # in the environment of a soak whose mounts are its own
 
@@ -225,6 +225,8 @@ def soak(root: Path, minutes: float, seed: int) -> tuple[Soak, Watched]:
                 soak.tally.problems.append(said)
                 print(f"PROBLEM: {said}\n{soak.clear()} has what there was", file=sys.stderr)
         watched.end()
+        if held_by(job.path) is None:  # how it ends is another matter than how it goes on
+            soak.tally.problems.append("the long job ended before the soak: give it more rows")
         soak.tally.problems += watched.grown()
         soak.tally.rows += job.counts().rows
         soak.long("cancel", job.id, codes=(0, 1))
