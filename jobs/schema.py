@@ -267,11 +267,11 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> 
     if len(header) == _HEADER and header[_WRITE_VERSION] > 2:  # SQLite would read it, never write
         raise JournalError(f"{path} is damaged: its header is not SQLite's", BEYOND_REPAIR)
     # Of a column that is the key no more SQLite finds no record, and says nothing.
-    others = [t for t, columns in _made().items() if _columns(db, t) != columns]
-    if version == VERSION and others:
-        raise JournalError(
-            f"{path} is damaged: its table {others[0]} has other columns", BEYOND_REPAIR
-        )
+    for table, columns in _made().items() if version == VERSION else ():
+        if _columns(db, table) != columns:
+            raise JournalError(
+                f"{path} is damaged: its table {table} has other columns", BEYOND_REPAIR
+            )
     if readonly:
         db.execute("PRAGMA temp_store=MEMORY")
         if version < VERSION:

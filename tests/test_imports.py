@@ -103,6 +103,12 @@ def test_torch_is_not_loaded_before_there_is_something_to_compute(name):
     assert shown.stdout == "[]\n"
 
 
+def test_what_submit_checks_imports_no_torch():
+    for name in ("param_columns", "reader"):
+        found = imports(ROOT / "batchrun" / f"{name}.py")
+        assert [n for n in found if under(n, TORCH)] == []
+
+
 def test_models_import_torch_only_to_convert():
     assert [n for n in imports(ROOT / "batchrun/models.py") if under(n, {"torch"})] == []
     found = imports(ROOT / "batchrun/models.py", module_level=True)

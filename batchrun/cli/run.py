@@ -198,9 +198,8 @@ def resume_command(
     told = {name: value for name, value in limits.items() if value is not None}
     status = 0
     for found in jobs:
-        guard = _resuming(
-            found, retry_failed=retry_failed, output=path, overwrite=overwrite, limits=told
-        )
+        more = {"output": path, "overwrite": overwrite, "limits": told}
+        guard = _resuming(root, found, retry_failed=retry_failed, **more)
         try:
             ended = attach.run(found, as_json=as_json, detach=not wait, guard=guard)
         except JobError as error:
@@ -223,11 +222,11 @@ def _is_resumable(job: JobFolder) -> bool:
 
 
 @contextmanager
-def _resuming(job: JobFolder, *, retry_failed: bool, **options: Any) -> Iterator[None]:
+def _resuming(root: Path, job: JobFolder, *, retry_failed: bool, **options: Any) -> Iterator[None]:
     def tell(line: str) -> None:
         say(f"{job.id}: {line}", err=True, limit=MESSAGE)
 
-    with resuming(home(), job, tell=tell, **options):
+    with resuming(root, job, tell=tell, **options):
         if retry_failed:
             count = job.retry_failed()
             say(f"{count:,} failed results of {job.id} are to do again", err=True)
