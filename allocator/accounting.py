@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .layout import KVLayout
+from batchrun.allocator.layout import KVLayout
 
 PAGED_BLOCK_TOKENS = 16
 """Block size of the paged cache that `Usage.paged` compares with (vLLM's default)."""

@@ -16,13 +16,13 @@ alone. What a slot shares lies before its live tokens' end, so that growing does
 
 from collections.abc import Callable, Iterable
 
-from .accounting import Usage, paged_blocks, paged_bytes, static_bytes
-from .invariants import check_arena
-from .layout import KVLayout
-from .pages import PagePool
-from .sharing import Copy, at_most
-from .slots import Slot, Slots
-from .vmm import AllocatorError, VirtualMemory
+from batchrun.allocator.accounting import Usage, paged_blocks, paged_bytes, static_bytes
+from batchrun.allocator.invariants import check_arena
+from batchrun.allocator.layout import KVLayout
+from batchrun.allocator.pages import PagePool
+from batchrun.allocator.sharing import MemoryCopy, at_most
+from batchrun.allocator.slots import Slot, SlotTable
+from batchrun.allocator.vmm import AllocatorError, VirtualMemory
 
 _SPARE_PAGES = 4  # Unused pages that are never too many.
 
@@ -74,7 +74,7 @@ class KVArena:
         self.slack = slack
         self.give_back = give_back
         self.pool = PagePool(memory, budget)
-        self._space = Slots(memory, layout, self.pool, num_slots)
+        self._space = SlotTable(memory, layout, self.pool, num_slots)
         self._slots, self._slabs = self._space.slots, self._space.slabs
         self._sharing = self._space.sharing
         self._live_tokens = 0
@@ -210,7 +210,7 @@ class KVArena:
         self._check_slot_open(state)
         return self.share(source, state.tokens, state.tokens, step)
 
-    def take_copies(self) -> tuple[Copy, ...]:
+    def take_copies(self) -> tuple[MemoryCopy, ...]:
         """What was ordered since the last call, and is to be copied before the next step.
 
         Before its kernels, that is, after those of the steps before it, and in this order: a copy

@@ -7,9 +7,9 @@ run one trace over each.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .accounting import paged_blocks, paged_bytes, static_bytes
-from .layout import KVLayout, LayerKV
-from .vmm import AllocatorError
+from batchrun.allocator.accounting import paged_blocks, paged_bytes, static_bytes
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.vmm import AllocatorError
 
 
 class CountedSpace:

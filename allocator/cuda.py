@@ -7,8 +7,8 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html
 from collections.abc import Sequence
 from typing import Any
 
-from .ledger import Ledger
-from .vmm import AllocatorError, Handle, OutOfPages
+from batchrun.allocator.mappings import MappingTable
+from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages
 
 _HINTS = {
     "CUDA_ERROR_NO_DEVICE": "look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
@@ -112,7 +112,7 @@ class CudaMemory:
             raise AllocatorError(
                 f"page size {page_size} is not a positive multiple of the driver's {minimum}"
             )
-        self.ledger = Ledger(self.granularity)
+        self.ledger = MappingTable(self.granularity)
         self._allocations: dict[Handle, list[Any]] = {}  # page -> the driver's handles, by plane
         self._created = 0  # handles are never used again: a stale one is always told
         self._context = call("cuDevicePrimaryCtxRetain", self._device)

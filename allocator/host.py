@@ -9,8 +9,8 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from .ledger import Ledger
-from .system import (
+from batchrun.allocator.mappings import MappingTable
+from batchrun.allocator.system import (
     SHARED_MEMORY,
     is_memfd,
     load_libc,
@@ -20,7 +20,7 @@ from .system import (
     refused,
     why_no_addresses,
 )
-from .vmm import AllocatorError, Handle, OutOfPages, Refused
+from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, Refused
 
 # From <linux/mman.h> and <linux/falloc.h>; the `mmap` module lacks some before Python 3.13.
 _MAP_FIXED = 0x10
@@ -77,7 +77,7 @@ class HostMemory:
         self.max_mappings = max_mappings
         self._guard = guard
         self._libc = load_libc()
-        self.ledger = Ledger(page_size)
+        self.ledger = MappingTable(page_size)
         self._fd = memory_file()
         self._created = 0  # handles given out so far
         self._places: dict[Handle, int] = {}  # page -> where it is in the file, in pages

@@ -3,12 +3,12 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from .accounting import paged_blocks
-from .vmm import Handle
+from batchrun.allocator.accounting import paged_blocks
+from batchrun.allocator.vmm import Handle
 
 if TYPE_CHECKING:
-    from .arena import KVArena
-    from .slots import Slot
+    from batchrun.allocator.arena import KVArena
+    from batchrun.allocator.slots import Slot
 
 
 def check_arena(arena: "KVArena") -> None:

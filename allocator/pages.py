@@ -4,7 +4,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from .vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
+from batchrun.allocator.vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
 
 
 class PagePool:

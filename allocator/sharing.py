@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .layout import KVLayout
-from .vmm import Handle
+from batchrun.allocator.layout import KVLayout
+from batchrun.allocator.vmm import Handle
 
 if TYPE_CHECKING:
-    from .slots import Slot
+    from batchrun.allocator.slots import Slot
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class MemoryCopy:
     """Bytes to be copied in each plane of one slab group before the next step's kernels run.
 
     Attributes:
@@ -40,7 +40,7 @@ class Copy:
     slots: tuple[int, int]
 
 
-class Tally:
+class RefCounts:
     """How many slots count each page for theirs.
 
     Attributes:
@@ -79,11 +79,11 @@ class Sharing:
     def __init__(self, layout: KVLayout) -> None:
         self._layout = layout
         self.none = (0,) * layout.num_groups
-        self.claims = Tally()
-        self.open_claims = Tally()
-        self._full = Tally()  # aliased pages all of whose tokens are live
+        self.claims = RefCounts()
+        self.open_claims = RefCounts()
+        self._full = RefCounts()  # aliased pages all of whose tokens are live
         self._short: dict[int, Slot] = {}  # whose last live page may be an aliased one
-        self.copies: list[tuple[int, Copy]] = []  # before which step's kernels, what
+        self.copies: list[tuple[int, MemoryCopy]] = []  # before which step's kernels, what
 
     def alias(self, slot: "Slot", pages: tuple[int, ...]) -> None:
         """Set how many leading pages of a slot may be shared, and count anew."""
@@ -144,7 +144,7 @@ class Sharing:
         at, slab = page * self._layout.page_size, self._layout.slab_size(group)
         slots = source.index, target.index
         begin, end = (index * slab + at for index in slots)
-        copy = Copy(group, begin, end, nbytes, slots)
+        copy = MemoryCopy(group, begin, end, nbytes, slots)
         self.copies.append((step, copy))
 
     def forget_copies(self, slot: "Slot") -> None:
@@ -153,7 +153,7 @@ class Sharing:
         The pages of the other copies stay until they are made.
         """
         size, read = self._layout.page_size, set[tuple[int, int]]()
-        wanted: list[tuple[int, Copy]] = []
+        wanted: list[tuple[int, MemoryCopy]] = []
         for step, copy in reversed(self.copies):
             slab = self._layout.slab_size(copy.group)
             index, page = copy.target // slab, copy.target % slab // size
@@ -170,7 +170,7 @@ class Sharing:
         self.copies = wanted[::-1]
 
     @property
-    def _tallies(self) -> tuple[Tally, Tally, Tally]:
+    def _tallies(self) -> tuple[RefCounts, RefCounts, RefCounts]:
         return self.claims, self.open_claims, self._full
 
 

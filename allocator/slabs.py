@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from .layout import KVLayout
-from .pages import PagePool
-from .vmm import AllocatorError, Handle, VirtualMemory
+from batchrun.allocator.layout import KVLayout
+from batchrun.allocator.pages import PagePool
+from batchrun.allocator.vmm import AllocatorError, Handle, VirtualMemory
 
 
 @dataclass(slots=True)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from .layout import KVLayout
-from .pages import PagePool
-from .sharing import Sharing, at_most
-from .slabs import Slabs
-from .vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
+from batchrun.allocator.layout import KVLayout
+from batchrun.allocator.pages import PagePool
+from batchrun.allocator.sharing import Sharing, at_most
+from batchrun.allocator.slabs import Slabs
+from batchrun.allocator.vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
 
 _STEAL_PAGES = 8  # of each slab, where there are many: one unmap then serves several requests
 
@@ -47,7 +47,7 @@ class Slot:
         return sum(len(table) - max(claimed, aliased) for table, claimed, aliased in pages)
 
 
-class Slots:
+class SlotTable:
     """All slots of an arena, over the pages of its pool.
 
     Attributes:

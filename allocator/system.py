@@ -6,7 +6,7 @@ import os
 import resource
 from pathlib import Path
 
-from .vmm import Refused
+from batchrun.allocator.vmm import Refused
 
 SHARED_MEMORY = "/dev/shm"  # a tmpfs, where memfd_create is forbidden
 _MAX_MAP_COUNT = 65530  # Linux's own, where /proc does not tell

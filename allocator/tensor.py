@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .arena import KVArena
+from batchrun.allocator.arena import KVArena
 
 
 def strided_view(
@@ -47,7 +47,7 @@ def strided_view(
 
 
 def slab_bytes(arena: KVArena, group: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """All slots' slabs of a group as bytes, in which `Copy.source` and `Copy.target` count.
+    """All slots' slabs of a group as bytes, as `MemoryCopy` counts them.
 
     Returns:
         uint8 `[planes, num_slots * slab_size]`; valid until `arena.release()`.

@@ -75,7 +75,7 @@ def say_json(value: Any, indent: int | None = 2) -> None:
 
 
 def guard_libraries() -> None:
-    """Let what libraries warn of and log pass the gate too: it may quote a model's papers."""
+    """Let what libraries warn of and log pass the gate too: it may quote a model's files."""
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _warning
 

@@ -27,15 +27,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 import torch
 
-from batchrun.engine import cpu_layers
+from batchrun.engine.assembly import Settings
 from batchrun.engine.core import Request, SamplingParams, StepPlan
-from batchrun.engine.runtime import Runtime, Settings
+from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.runtime import Runtime
+from batchrun.jobs.folder import home
 from batchrun.machine import description
-from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
+from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
 from benchmarks.gpu.roofline import Ceilings, Span, Work, work
 from benchmarks.gpu.shapes import Shape
 from benchmarks.workloads import WORKLOADS, Row, generate
-from jobs.folder import home
 
 
 def ceilings() -> Ceilings:
@@ -46,7 +47,7 @@ def ceilings() -> Ceilings:
     x = torch.randn(side, side).bfloat16()
     linear = torch.nn.Linear(side, side, bias=False).bfloat16()
     products: list[torch.nn.Module] = [linear]
-    if cpu_layers.why_not() is None:
+    if cpu_layers.unsupported_reason() is None:
         products.append(cpu_layers.NativeLinear(linear))
     for product in products:
         rates.append(2 * side**3 / min(_timed(lambda p=product: p(x)) for _ in range(8)))

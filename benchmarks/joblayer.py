@@ -32,13 +32,15 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from batchrun.jobs.folder import create
+from batchrun.jobs.journal.journal import READ, Journal
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.output.rejoin import export_job
+from batchrun.jobs.rows.row import Row
+from batchrun.jobs.rows.source import expand_inputs, open_source
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.stats import RunStats, summarise
 from batchrun.machine import peak_rss
-from jobs.folder import create
-from jobs.journal import READ, Journal, Result
-from jobs.rejoin import export_job
-from jobs.source import Row, expand_inputs, open_source
-from jobs.spec import InputFile, JobSpec
-from jobs.stats import RunStats, summarise
 
 ALLOWED_RATIO = 1.25
 GROUP = 1000  # results in a transaction
@@ -178,8 +180,8 @@ def run(folder: Path) -> dict[str, Any]:
 
 def run_demo(folder: Path) -> dict[str, Any]:
     """The job of `make demo`, with clocks around the engine's steps and in the threads."""
-    from batchrun import worker  # noqa: PLC0415 - torch
-    from batchrun.models import DEFAULT_MODEL, resolve  # noqa: PLC0415
+    from batchrun.models.resolve import DEFAULT_MODEL, resolve  # noqa: PLC0415
+    from batchrun.run import worker  # noqa: PLC0415 - torch
 
     prompts = Path(__file__).parents[1] / "examples" / "prompts.parquet"
     model = resolve(DEFAULT_MODEL, folder / "models")

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from allocator.compare import table8
+from batchrun.allocator.compare import table8
 from batchrun.report import chart, memory
 
 ROOT = Path(__file__).parents[1]

@@ -35,11 +35,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from batchrun.jobs.folder import home
 from batchrun.machine import description
-from batchrun.models import DEFAULT_MODEL, resolve
+from batchrun.models.resolve import DEFAULT_MODEL, resolve
 from benchmarks.processes import FailedError, adopt_orphans, measured
 from benchmarks.workloads import WORKLOADS, generate, write
-from jobs.folder import home
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".peers"  # where `make peers` puts them

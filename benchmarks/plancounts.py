@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from allocator.arena import KVArena
-from allocator.host import HostMemory
-from allocator.layout import KVLayout, LayerKV
-from batchrun.engine.core import Request, SamplingParams, StepPlan, StepTokens
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.engine.core import Request, SamplingParams, StepOutput, StepPlan
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import Ticket
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
-from batchrun.planner import Planner, Waiting
-from batchrun.reader import HANDED_REQUESTS, QUEUED_REQUESTS
-from batchrun.savings import Savings
+from batchrun.estimate.savings import Savings
+from batchrun.run.planner import Planner, Waiting
+from batchrun.run.reader import HANDED_REQUESTS, QUEUED_REQUESTS
 from benchmarks.workloads import generate
 
 SEQUENCES, BUDGET = 64, 512  # at once; tokens of a step
@@ -61,10 +61,10 @@ class NoModel:
         self._plan = plan
         return Ticket(plan.step, torch.empty(0))
 
-    def collect(self, ticket: Ticket) -> StepTokens:
+    def collect(self, ticket: Ticket) -> StepOutput:
         """A token for each that asks for one."""
         assert self._plan is not None
-        return StepTokens(ticket.step, (1,) * sum(s.sampled for s in self._plan.segments))
+        return StepOutput(ticket.step, (1,) * sum(s.sampled for s in self._plan.segments))
 
     def busy(self) -> bool:
         """Never."""

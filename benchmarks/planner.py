@@ -31,13 +31,13 @@ from typing import Any
 
 import numpy as np
 
-from batchrun.duplicates import Duplicates
 from batchrun.engine.core import Request, SamplingParams
+from batchrun.estimate.savings import Savings
+from batchrun.jobs.journal.results import Result
 from batchrun.machine import description, peak_rss
-from batchrun.planner import Planner, Waiting
-from batchrun.savings import Savings
+from batchrun.run.duplicates import Duplicates
+from batchrun.run.planner import Planner, Waiting
 from benchmarks.workloads import generate, write
-from jobs.results import Result
 
 PROMPT, PREFIX, PREFIXES = 200, 100, 1000  # tokens, tokens, prefixes
 VOCABULARY = 49_152

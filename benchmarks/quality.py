@@ -26,12 +26,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 import torch
 from torch.nn import functional
 
+from batchrun.engine.assembly import Settings
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.hook import HOOK
-from batchrun.engine.runtime import Runtime, Settings
+from batchrun.engine.model.hook import HOOK
+from batchrun.engine.runtime import Runtime
+from batchrun.jobs.folder import home
 from batchrun.machine import description
-from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
-from jobs.folder import home
+from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
 
 ROOT = Path(__file__).parents[1]
 WAYS: dict[str, dict[str, Any]] = {

@@ -24,11 +24,11 @@ import numpy as np
 
 from batchrun.engine.assembly import Assembly, Settings
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.loading import load
-from batchrun.engine.model import LoadedModel
+from batchrun.engine.model.loading import load
+from batchrun.engine.model.prepare import LoadedModel
+from batchrun.jobs.folder import home
 from batchrun.machine import description
-from batchrun.models import DEFAULT_MODEL, resolve
-from jobs.folder import home
+from batchrun.models.resolve import DEFAULT_MODEL, resolve
 
 Ids = tuple[int, ...]
 

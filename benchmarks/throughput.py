@@ -28,13 +28,14 @@ import pyarrow.parquet as pq
 import torch
 from transformers import GenerationConfig
 
+from batchrun.engine.assembly import Settings
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.loading import load
-from batchrun.engine.model import LoadedModel
-from batchrun.engine.runtime import Runtime, Settings
+from batchrun.engine.model.loading import load
+from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.runtime import Runtime
+from batchrun.jobs.folder import home
 from batchrun.machine import description
-from batchrun.models import DEFAULT_MODEL, resolve
-from jobs.folder import home
+from batchrun.models.resolve import DEFAULT_MODEL, resolve
 
 Outputs = list[list[int]]
 

@@ -1,6 +1,6 @@
 """Ends a job: its processes are asked to, and killed where they do not.
 
-Whatever they hang in, and whoever of them is left. Who they are the kernel tells: `jobs.holders`.
+Whatever they hang in, and whoever of them is left. Who they are the kernel tells (`holders`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from jobs.errors import JobError
-from jobs.folder import JobFolder
-from jobs.holders import Process, holders, send
-from jobs.lease import LOCK, Lease, held_by, holder
-from jobs.state import WAITING, Brief
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.holders import Process, holders, send
+from batchrun.jobs.lease import LOCK, Lease, held_by, holder
+from batchrun.jobs.snapshot import WAITING, JobSnapshot
 
 ASK_S = 6.0  # for a run to end by itself, the tokens of begun rows kept
 KILL_S = 3.0  # for the kernel to end what is killed
@@ -36,7 +36,7 @@ def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
     Raises:
         JobError: It does not run, or its processes can't be ended from here, or not now.
     """
-    noted = Brief.load(job.path)
+    noted = JobSnapshot.load(job.path)
     if held_by(job.path) is None:
         raise JobError(f"the job {job.id} does not run: it is {job.state()}")
     if noted is not None and noted.state not in WAITING:

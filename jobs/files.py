@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from jobs.checksums import sealed, unsealed
-from jobs.errors import OutputError
+from batchrun.jobs.checksums import sealed, unsealed
+from batchrun.jobs.errors import OutputError
 
 _ACCESS_LIST = "system.posix_acl_access"
 _SPARE_BYTES = 8 << 20  # of a disk, in which a run that ends for want of room can say so

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs import turns
-from jobs.errors import (
+from batchrun.jobs import queue as turns
+from batchrun.jobs.errors import (
     JobError,
     JobNotFound,
     JournalError,
@@ -26,7 +26,7 @@ from jobs.errors import (
     SpecChanged,
     SpecDamaged,
 )
-from jobs.files import (
+from batchrun.jobs.files import (
     current_umask,
     free_bytes,
     fsync_directory,
@@ -35,11 +35,13 @@ from jobs.files import (
     private_mode,
     remove_abandoned,
 )
-from jobs.identity import ModelFingerprint, changes, load_limits, load_places, move
-from jobs.journal import NAME, STATE, Counts, Journal
-from jobs.lease import CANCEL, Lease, held_by
-from jobs.spec import FILE, JobSpec
-from jobs.state import WAITING, Brief
+from batchrun.jobs.identity import ModelFingerprint, changes, load_limits, load_places, move
+from batchrun.jobs.journal.journal import STATE, Journal
+from batchrun.jobs.journal.results import Counts
+from batchrun.jobs.journal.schema import NAME
+from batchrun.jobs.lease import CANCEL, Lease, held_by
+from batchrun.jobs.snapshot import WAITING, JobSnapshot
+from batchrun.jobs.spec import FILE, JobSpec
 
 _FULL = 1 << 20  # bytes left on a disk that is full for all purposes
 _DESTINATIONS = "destinations"  # beside its own, where its results were written to
@@ -102,7 +104,7 @@ class JobFolder:
         Raises:
             JobError: There is no whole specification, or the journal is damaged as a whole.
         """
-        spec, noted = self.submitted(), Brief.load(self.path)
+        spec, noted = self.submitted(), JobSnapshot.load(self.path)
         with self.journal(readonly=False) as journal:  # which removes state.json
             lines = [f"{what} was damaged: it is to do again" for what in journal.mend()]
             if journal.meta("spec") is None:
@@ -123,7 +125,7 @@ class JobFolder:
 
     def state(self) -> str:
         """One of new, queued, running, interrupted, done, done-with-errors, failed, cancelled."""
-        noted = Brief.load(self.path)
+        noted = JobSnapshot.load(self.path)
         if held_by(self.path) is not None:
             return noted.state if noted is not None and noted.state in WAITING else "running"
         if noted is not None and noted.state not in WAITING:
@@ -148,28 +150,28 @@ class JobFolder:
             OSError: It can't be written.
         """
         if state in WAITING:
-            Brief(state).save(self.path)
+            JobSnapshot(state).save(self.path)
             return
         try:
             brief = self._counted(state)
         except JobError:  # of a damaged job that is all there is to say
-            brief = Brief(state)
+            brief = JobSnapshot(state)
         replace(brief, reason=reason, hint=hint).save(self.path)
 
-    def brief(self) -> Brief:
+    def brief(self) -> JobSnapshot:
         """The job in a line. Reads no journal that is at rest since the last `set_state`.
 
         Raises:
             JobError: The folder is damaged.
         """
-        noted = Brief.load(self.path)
+        noted = JobSnapshot.load(self.path)
         if held_by(self.path) is None and noted is not None and noted.state not in WAITING:
             return noted
         return self._counted(self.state())
 
     def failure(self) -> tuple[str, str | None] | None:
         """Why the job failed and what to do about it, or None if it did not."""
-        noted = Brief.load(self.path)
+        noted = JobSnapshot.load(self.path)
         if noted is not None and noted.reason is not None:
             return noted.reason, noted.hint
         with self.journal() as journal:
@@ -216,7 +218,7 @@ class JobFolder:
         Raises:
             JobError: The journal or the state can't be written.
         """
-        noted = Brief.load(self.path)
+        noted = JobSnapshot.load(self.path)
         with self.journal(readonly=False) as journal:  # which removes state.json
             journal.set_meta(key, value)
         if noted is not None:
@@ -266,14 +268,14 @@ class JobFolder:
     def relocate(
         self, old: str, new: str, model_fingerprint: ModelFingerprint | None = None
     ) -> None:
-        """Take note that inputs or the model have moved; see `jobs.identity.move`."""
+        """Take note that inputs or the model have moved; see `batchrun.jobs.identity.move`."""
         move(self.path, self.submitted(), old, new, model_fingerprint)
 
-    def _counted(self, state: str) -> Brief:
+    def _counted(self, state: str) -> JobSnapshot:
         spec = self.spec()
         with self.journal() as journal:
             counts, total = journal.counts(), journal.meta("rows_total")
-        return Brief(
+        return JobSnapshot(
             state,
             total=total,
             done=counts.rows,
@@ -353,7 +355,7 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
 def sweep(root: Path) -> None:
     """Remove what killed processes left: of jobs that were being made or removed, and in lines.
 
-    Call it while nobody submits: under `jobs.destination.one_at_a_time`.
+    Call it while nobody submits: under `batchrun.jobs.output.destination.one_at_a_time`.
     """
     turns.sweep(root)
     folder = root / "jobs"
@@ -425,7 +427,7 @@ def find_same(root: Path, spec: JobSpec) -> JobFolder | None:
     wanted = spec.fingerprint()
     for job in reversed(list_jobs(root)):
         try:
-            noted = Brief.load(job.path)
+            noted = JobSnapshot.load(job.path)
             known = noted.fingerprint if noted is not None else ""
             same = (known or job.spec().fingerprint()) == wanted
             if same and job.state() not in {"done", "cancelled"}:

@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import InputError, JobError, SpecChanged
-from jobs.files import read_json, write_json
-from jobs.spec import InputFile, JobSpec
+from batchrun.jobs.errors import InputError, JobError, SpecChanged
+from batchrun.jobs.files import read_json, write_json
+from batchrun.jobs.spec import InputFile, JobSpec
 
 ModelFingerprint = Callable[[Path], str]
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from jobs.errors import LOCAL_DISK, LeaseHeld, OutputError, no_locks
-from jobs.files import open_private
-from jobs.holders import FLOCK, holders, process, write_lock
+from batchrun.jobs.errors import LOCAL_DISK, LeaseHeld, OutputError, no_locks
+from batchrun.jobs.files import open_private
+from batchrun.jobs.holders import FLOCK, holders, process, write_lock
 
 LOCK = "lock"  # in a job's folder
 CANCEL = "cancel"  # is there once someone asked the worker of this lease's life to give up

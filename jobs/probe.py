@@ -9,10 +9,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from jobs.errors import LOCAL_DISK, JobError
-from jobs.files import fsync_directory
-from jobs.holders import write_lock
-from jobs.schema import create
+from batchrun.jobs.errors import LOCAL_DISK, JobError
+from batchrun.jobs.files import fsync_directory
+from batchrun.jobs.holders import write_lock
+from batchrun.jobs.journal.schema import create
 
 
 def lacks(folder: Path) -> list[str]:

@@ -9,9 +9,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.errors import InputError, JobError, OutputError, SpecDamaged
-from jobs.files import read_json, write_json
-from jobs.row import Part
+from batchrun.jobs.errors import InputError, JobError, OutputError, SpecDamaged
+from batchrun.jobs.files import read_json, write_json
+from batchrun.jobs.rows.row import Part
 
 VERSION = 1
 FILE = "job.json"
@@ -54,7 +54,7 @@ class InputFile:
         path: Absolute path.
         size: In bytes.
         fingerprint: Of the content, so that a moved file is not a changed one.
-        partition: Columns that the names of its folders say; see `jobs.row.Part`.
+        partition: Columns that the names of its folders say; see `batchrun.jobs.rows.row.Part`.
     """
 
     path: str

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jobs.files import write_json
-from jobs.folder import JobFolder
+from batchrun.jobs.files import write_json
+from batchrun.jobs.folder import JobFolder
 
 STATS = "stats.json"  # in a job's folder
 _KV = ("reserved", "mapped", "live", "shared", "static", "paged")

@@ -10,21 +10,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.cells import delimiter_of
-from jobs.errors import JobError
-from jobs.files import read_json
-from jobs.folder import JobFolder, check_unchanged
-from jobs.identity import ModelFingerprint
-from jobs.joined import Joined
-from jobs.journal import STATE, Journal
-from jobs.jsonable import json_values
-from jobs.parquetfile import batches, opened
-from jobs.rejoin import rejoin
-from jobs.row import BATCH_ROWS, Noted, Source, unnoted
-from jobs.source import open_source
-from jobs.spec import JobSpec, output_format
-from jobs.stats import STATS
-from jobs.stream import text_of
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.files import read_json
+from batchrun.jobs.folder import JobFolder, check_unchanged
+from batchrun.jobs.identity import ModelFingerprint
+from batchrun.jobs.journal.journal import STATE, Journal
+from batchrun.jobs.output.joined import Joined
+from batchrun.jobs.output.rejoin import rejoin
+from batchrun.jobs.rows.cells import delimiter_of
+from batchrun.jobs.rows.jsonable import json_values
+from batchrun.jobs.rows.parquetfile import batches, opened
+from batchrun.jobs.rows.row import BATCH_ROWS, Noted, Source, unnoted
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.rows.stream import text_of
+from batchrun.jobs.spec import JobSpec, output_format
+from batchrun.jobs.stats import STATS
 
 _FINISHED = ("done", "done-with-errors")
 _SHOWN = 5  # differences of one output at most

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
+from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the cores; read by torch

@@ -17,9 +17,9 @@ import pytest
 from batchrun.cli.doctor import TESTED
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.run import resume_command, submit_command
-from batchrun.param_columns import OVERRIDES
+from batchrun.jobs.output.joined import output_columns
 from batchrun.report.text import render
-from jobs.joined import output_columns
+from batchrun.run.param_columns import OVERRIDES
 from tests.parity.models import CONFIGS
 from tests.report.test_text import SUMMARY
 

@@ -16,24 +16,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun import duplicates, worker
-from batchrun.duplicates import Duplicates
 from batchrun.engine.core import FinishReason, Request, SamplingParams, Sequence
 from batchrun.engine.engine import Completion
-from batchrun.engine.generation import Generation
-from batchrun.live import Progress
-from batchrun.planner import Waiting
-from batchrun.reader import Reader
-from batchrun.worker import Outcome, run_job
-from jobs import folder
-from jobs.errors import JournalError
-from jobs.folder import JobFolder
-from jobs.journal import Journal
-from jobs.results import Copy, DoneSet, Result
-from jobs.source import open_source
-from jobs.spec import InputFile, JobSpec
-from jobs.stats import summarise
-from jobs.verify import verify
+from batchrun.engine.model.generation import Generation
+from batchrun.jobs import folder
+from batchrun.jobs.errors import JournalError
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.stats import summarise
+from batchrun.jobs.verify import verify
+from batchrun.run import duplicates, worker
+from batchrun.run.duplicates import Duplicates
+from batchrun.run.live import Progress
+from batchrun.run.planner import Waiting
+from batchrun.run.reader import Reader
+from batchrun.run.worker import Outcome, run_job
 
 GREEDY = SamplingParams(max_tokens=5)
 
@@ -42,7 +42,7 @@ def asked(row: int, ids: tuple[int, ...] = (1, 2), params: SamplingParams = GREE
     return Request(row, 0, ids, params, 0)
 
 
-def claim(known: Duplicates, request: Request) -> Copy | bool:
+def claim(known: Duplicates, request: Request) -> CopiedResult | bool:
     return known.claim(Waiting.of(request))
 
 
@@ -65,7 +65,7 @@ def test_a_repetition_of_a_finished_row_is_copied() -> None:
     known = Duplicates(3)
     assert claim(known, asked(4)) is True
     assert known.settle(asked(4), answer(4)) == []
-    assert claim(known, replace(asked(7), sample=2)) == Copy(7, 2, 4, 0, 2)
+    assert claim(known, replace(asked(7), sample=2)) == CopiedResult(7, 2, 4, 0, 2)
     assert (known.rows, known.tokens) == (1, 2)
 
 
@@ -109,7 +109,7 @@ def test_no_more_than_so_many_are_attached(monkeypatch: pytest.MonkeyPatch) -> N
     assert [claim(known, asked(row)) for row in range(5)] == [True, False, False, True, True]
     assert known.settle(asked(3), answer(3)) == []  # one that is computed beside the first
     assert [r.row for r in known.settle(asked(0), answer(0))] == [1, 2]
-    assert claim(known, asked(9)) == Copy(9, 0, 0, 0, 2)
+    assert claim(known, asked(9)) == CopiedResult(9, 0, 0, 0, 2)
 
 
 def test_a_full_table_forgets_and_never_lies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_full_table_forgets_and_never_lies(monkeypatch: pytest.MonkeyPatch) ->
         assert claim(known, request) is True
         known.settle(request, answer(row))
     found = [claim(known, asked(1000 + row, (row,))) for row in range(1000)]
-    copies = [(i, copy) for i, copy in enumerate(found) if isinstance(copy, Copy)]
+    copies = [(i, copy) for i, copy in enumerate(found) if isinstance(copy, CopiedResult)]
     assert len(copies) == 16
     assert all(copy[:4] == (1000 + i, 0, i, 0) for i, copy in copies)
 
@@ -132,8 +132,8 @@ def test_a_copy_of_nothing_is_refused(tmp_path: Path) -> None:
         journal.write([answer(0), answer(1, "error")])
         for of in (1, 2):  # an error, and none at all
             with pytest.raises(JournalError, match="copied that is not in the journal"):
-                journal.write([answer(5), Copy(6, 0, of, 0, 2)])
-        journal.write([Copy(8, 0, 0, 0, 2), answer(7), Copy(9, 0, 7, 0, 2)])
+                journal.write([answer(5), CopiedResult(6, 0, of, 0, 2)])
+        journal.write([CopiedResult(8, 0, 0, 0, 2), answer(7), CopiedResult(9, 0, 7, 0, 2)])
         assert [r.row for r in journal.results()] == [0, 1, 7, 8, 9]
         assert list(journal.results(8)) == [
             answer(row)._replace(queue_s=None, prefill_s=None, decode_s=None) for row in (8, 9)
@@ -254,7 +254,7 @@ def test_what_a_row_was_is_noted_before_another_ones_end_can_answer_it(tmp_path:
     reader = Reader(spec, source, DoneSet(1), bench, lambda _: None)
     claim, attached = reader.duplicates.claim, []
 
-    def claimed(waiting: Waiting, before: Callable[[], None]) -> Copy | bool:
+    def claimed(waiting: Waiting, before: Callable[[], None]) -> CopiedResult | bool:
         found = claim(waiting, before)
         if found is False:
             noted = {row for item in results.items for row, _ in item.digests}
@@ -310,7 +310,7 @@ def test_every_row_has_its_own_answer(
         patch.setattr(worker, "_COMMIT_SECONDS", rng.choice([0.0, 0.5]))
         patch.setattr(duplicates, "_SETS", 4)
         patch.setattr(Journal, "write", proven(Journal.write))
-        patch.setattr("batchrun.planner._FIRST", rng.choice([2, 7, 512]))
+        patch.setattr("batchrun.run.planner._FIRST", rng.choice([2, 7, 512]))
         job = make_job(Path(name), rows, n=n, keep=keep)
         for stop_at in (*stops, None):
             outcome, engine = run(job, rng, stop_at)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from batchrun.models import ModelError, fingerprint, resolve
+from batchrun.errors import ModelError
+from batchrun.models.resolve import fingerprint, resolve
 from tests.tiny import (
     edit_config,
     quantise_to_fp8,
@@ -127,7 +128,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "hf download",
     ),
     "dangling": (dangling, "a link to a file that is not there", "hf download"),
-    # papers
+    # metadata
     "no-type": (config(model_type=None), 'has no "model_type"', "came with the weights"),
     "a-list": (write("config.json", "[]"), "no JSON object but a list", "hf download"),
     "not-utf-8": (write("config.json", b'{"a": "\xff"}'), "not valid JSON: 'utf-8'", "mend it"),

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from batchrun.models import ModelError, fingerprint, resolve
+from batchrun.errors import ModelError
+from batchrun.models.resolve import fingerprint, resolve
 from tests.tiny import edit_config, write_tiny_gguf, write_tiny_model
 
 SCRIPT = """
@@ -29,9 +30,9 @@ def audit(event, args):
         seen.write(f"{event} {args[:2]}\\n")
 
 from batchrun.engine import canary, loading
-from batchrun.engine.generation import read_generation
-from batchrun.engine.text import prompt_builder
-from batchrun.models import resolve
+from batchrun.engine.model.generation import read_generation
+from batchrun.prompts.builder import prompt_builder
+from batchrun.models.resolve import resolve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.addaudithook(audit)
 for model in MODELS:

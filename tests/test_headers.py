@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from batchrun.headers import stored_in
-from batchrun.models import ModelError, fingerprint, resolve
-from batchrun.weights import INDEX, SINGLE
+from batchrun.errors import ModelError
+from batchrun.models.headers import stored_in
+from batchrun.models.resolve import fingerprint, resolve
+from batchrun.models.weights import INDEX, SINGLE
 from tests.tiny import edit_config, shard_weights, write_tiny_model
 
 Header = dict[str, Any]

@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from batchrun.engine.runtime import Runtime, Settings
-from batchrun.models import resolve
-from batchrun.param_columns import OVERRIDES
-from batchrun.worker import Outcome, run_job
-from jobs import folder
-from jobs.spec import InputFile, JobSpec
+from batchrun.engine.assembly import Settings
+from batchrun.engine.runtime import Runtime
+from batchrun.jobs import folder
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.models.resolve import resolve
+from batchrun.run.param_columns import OVERRIDES
+from batchrun.run.worker import Outcome, run_job
 from tests.tiny import CONTEXT, SPECIAL, write_tiny_model
 
 GOOD = ["Hello", "a longer prompt, of more than one chunk " * 3, "x", "Hello there"]

@@ -1,34 +1,62 @@
-"""Imports run one way: the parts that know nothing of each other stay that way."""
+"""Imports run down only. What is read here is what runs: chains of imports, however long."""
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"allocator", "batchrun", "jobs"}
-TORCH = {"torch", "transformers", "accelerate", "flashinfer"}
+TORCH = {"torch", "transformers", "accelerate", "flashinfer", "triton"}
+
+# What a package may import beside itself and what stands in no package: `errors`, `machine` and
+# the other files at the top of batchrun. Whatever is not listed would be an import that runs up.
+MAY_IMPORT = {
+    "allocator": set(),
+    "jobs": set(),
+    "models": {"jobs"},
+    "prompts": {"models"},
+    "engine": {"allocator", "models", "prompts"},
+    "report": {"allocator", "engine"},
+    "run": {"allocator", "engine", "estimate", "jobs", "models", "prompts"},
+    "estimate": {"engine", "jobs", "models", "prompts", "run"},
+    "cli": {"allocator", "engine", "estimate", "jobs", "models", "prompts", "report", "run"},
+}
+
+# Importing these loads no torch: they are pure, or what a command needs before there is anything
+# to compute.
+TORCH_FREE = (
+    "allocator.arena",
+    "allocator.cuda",
+    "engine.core",
+    "engine.scheduler",
+    "engine.drafts",
+    "jobs.output.rejoin",
+    "jobs.verify",
+    "models.resolve",
+    "prompts.template",
+    "run.reader",
+    "run.supervisor",
+    "run.worker",
+    *(f"cli.{file.stem}" for file in sorted((ROOT / "batchrun/cli").glob("*.py"))[1:]),
+)
 
 
-def modules(folder):
-    found = sorted((ROOT / folder).rglob("*.py"))
-    assert found, f"no Python files in {folder}"
-    return found
+def name_of(path):
+    parts = [*path.relative_to(ROOT).with_suffix("").parts]
+    if parts[0] != "batchrun":
+        parts.insert(0, "batchrun")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path, *, module_level=False):
-    """Dotted names that a file imports; with module_level, only what importing it imports."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = top_level(tree) if module_level else ast.walk(tree)
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
-            base = ".".join([*package, *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+MODULES = {
+    name_of(path): path
+    for folder in ("allocator", "jobs", "batchrun")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if not any((ROOT / parent).is_symlink() for parent in path.relative_to(ROOT).parents)
+}
 
 
 def top_level(tree):
@@ -42,77 +70,142 @@ def top_level(tree):
         yield from top_level(node)
 
 
-def under(name, packages):
-    return any(name == package or name.startswith(package + ".") for package in packages)
+@cache
+def imports(module, *, at_import=False):
+    """The modules that one imports; with at_import, only what importing it imports."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    found = set()
+    for node in top_level(tree) if at_import else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: imports name their whole path"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return frozenset(found)
 
 
-def violations(folder, forbidden, *, module_level=False, allow=()):
-    return [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in modules(folder)
-        if path.name not in allow
-        for name in imports(path, module_level=module_level)
-        if under(name, forbidden)
+def chain(module, wanted, *, seen=()):
+    """The shortest way that was found from a module to a package of `wanted`, at import."""
+    waiting, before = [module], {module: None}
+    for current in waiting:
+        if current.partition(".")[0] in wanted:
+            way = [current]
+            while before[way[-1]]:
+                way.append(before[way[-1]])
+            return way[::-1]
+        for name in imports(current, at_import=True) if current in MODULES else ():
+            if name not in before:
+                before[name] = current
+                waiting.append(name)
+    return []
+
+
+def package(module):
+    """The package of batchrun that a module is in; "" for the files at its top."""
+    name = [*module.split("."), ""][1]
+    return name if name in MAY_IMPORT else ""
+
+
+def test_every_module_of_the_tree_is_read():
+    assert len(MODULES) > 150
+    here = {parts[1] for name in MODULES if len(parts := name.split(".")) > 2}
+    assert here == set(MAY_IMPORT)
+
+
+def test_what_stands_in_no_package_imports_no_package():
+    alone = [m for m in MODULES if not package(m) and m != "batchrun.__main__"]
+    assert len(alone) > 4
+    assert [(m, i) for m in alone for i in imports(m) if i in MODULES and package(i)] == []
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_run_down(name):
+    allowed = MAY_IMPORT[name] | {name, ""}
+    wrong = [
+        f"{module} imports {other}"
+        for module in MODULES
+        if package(module) == name
+        for other in imports(module)
+        if other in MODULES and package(other) not in allowed
     ]
+    assert wrong == []
 
 
-def test_allocator_imports_nothing_of_ours_and_torch_in_one_file():
-    assert violations("allocator", OURS - {"allocator"}) == []
-    assert violations("allocator", TORCH, allow=("tensor.py",)) == []
+@pytest.mark.parametrize("name", ["jobs", "models", "prompts", "cli"])
+def test_what_knows_nothing_of_engines_names_none(name):
+    engines = {"batchrun.allocator.tensor", "batchrun.engine.executor", "batchrun.engine.engine"}
+    assert [m for m in MODULES if package(m) == name and imports(m) & engines] == []
+
+
+def test_torch_is_imported_in_one_file_of_the_allocator_and_nowhere_in_jobs():
+    for name, allowed in (("allocator", {"batchrun.allocator.tensor"}), ("jobs", set())):
+        heavy = {
+            module
+            for module in MODULES
+            if package(module) == name
+            and any(other.partition(".")[0] in TORCH for other in imports(module))
+        }
+        assert heavy == allowed
 
 
 def test_one_file_knows_the_cuda_driver():
-    for folder in OURS:
-        assert violations(folder, {"cuda"}, allow=("cuda.py",)) == []
+    knows = {m for m in MODULES if any(i.partition(".")[0] == "cuda" for i in imports(m))}
+    assert knows == {"batchrun.allocator.cuda"}
 
 
-def test_jobs_import_nothing_of_ours_and_no_torch():
-    assert violations("jobs", (OURS - {"jobs"}) | TORCH) == []
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_importing_it_loads_no_torch(name):
+    assert " -> ".join(chain(f"batchrun.{name}", TORCH)) == ""
 
 
-def test_engine_knows_neither_jobs_nor_the_command_line():
-    assert violations("batchrun/engine", {"jobs", "batchrun.cli", "batchrun.worker"}) == []
-
-
-@pytest.mark.parametrize("name", ["core", "scheduler", "template", "text"])
-def test_pure_parts_of_the_engine_never_import_torch(name):
-    found = list(imports(ROOT / "batchrun" / "engine" / f"{name}.py"))
-    assert [name for name in found if under(name, TORCH)] == []
-
-
-def test_only_the_worker_sees_all_three_packages():
-    three = {}
-    for path in modules("batchrun"):
-        seen = {name.split(".")[0] for name in imports(path)} & OURS
-        seen |= {"engine"} if any(under(n, {"batchrun.engine"}) for n in imports(path)) else set()
-        if {"allocator", "jobs"} <= seen:
-            three[str(path.relative_to(ROOT))] = seen
-    assert set(three) <= {"batchrun/worker.py"}
-
-
-def test_the_command_line_never_imports_torch_when_it_is_imported():
-    heavy = TORCH | {"batchrun.worker", "batchrun.engine.model", "batchrun.engine.executor"}
-    assert violations("batchrun/cli", heavy, module_level=True) == []
-    assert violations("batchrun/report", heavy | {"jobs"}) == []
-
-
-@pytest.mark.parametrize("name", ["cli.run", "worker"])
-def test_torch_is_not_loaded_before_there_is_something_to_compute(name):
-    code = f"import sys, batchrun.{name}; print(sorted({TORCH!r} & set(sys.modules)))"
+def test_python_agrees_that_no_torch_is_loaded():
+    names = ", ".join(f"batchrun.{name}" for name in TORCH_FREE)
+    code = f"import sys, {names}; print(sorted({TORCH!r} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
 
 
-def test_what_submit_checks_imports_no_torch():
-    for name in ("param_columns", "reader"):
-        found = imports(ROOT / "batchrun" / f"{name}.py")
-        assert [n for n in found if under(n, TORCH)] == []
+def test_nothing_of_ours_is_imported_by_another_name():
+    """`allocator` and `jobs` are folders of the repository, and packages of batchrun alone."""
+    files = [
+        *MODULES.values(),
+        *(p for d in ("tests", "benchmarks") for p in (ROOT / d).rglob("*.py")),
+    ]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.partition(".")[0] for n in names} & {"allocator", "jobs"}, path
 
 
-def test_models_import_torch_only_to_convert():
-    assert [n for n in imports(ROOT / "batchrun/models.py") if under(n, {"torch"})] == []
-    found = imports(ROOT / "batchrun/models.py", module_level=True)
-    assert [n for n in found if under(n, TORCH)] == []
+def test_names_are_imported_from_where_they_are_defined():
+    """A name that is handed on is a second name for one thing."""
+    wrong = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+                wrong += [
+                    f"{module} imports {alias.name} from {node.module}"
+                    for alias in node.names
+                    if f"{node.module}.{alias.name}" not in MODULES
+                    and alias.name not in defined(node.module)
+                ]
+    assert wrong == []
+
+
+@cache
+def defined(module):
+    """Names that a module binds itself, other than by imports."""
+    names = set()
+    for node in top_level(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    names.update(n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
+    return names
 
 
 def test_top_level_sees_what_runs_at_import_and_nothing_else():

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchrun.engine.assembly import Limits
-from batchrun.measured import Measured, Sampler
-from jobs.spec import JobSpec
+from batchrun.estimate.measured import Measured, StepSampler
+from batchrun.jobs.spec import JobSpec
 
 COSTS = (0.004, 0.0007, 2e-11)
 
@@ -80,7 +80,7 @@ def test_a_step_has_the_tokens_that_make_its_own_cost_a_tenth() -> None:
 
 
 def test_figures_that_grow_become_intervals() -> None:
-    sampler = Sampler()
+    sampler = StepSampler()
     figures = {"engine_s": 1.0, "steps": 4, "prefill_tokens": 90, "decode_tokens": 7}
     figures |= {"drafted_tokens": 5, "accepted_tokens": 2}  # 3 were computed in vain
     figures |= {"kv_s": 2.0, "kv_live_s": 600.0}

@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from batchrun.models import ModelError, fingerprint, resolve
+from batchrun.errors import ModelError
+from batchrun.models.resolve import fingerprint, resolve
 from tests.tiny import edit_config, write_tiny_gguf, write_tiny_model
 
 
@@ -37,7 +38,9 @@ def gguf_file(tmp_path_factory):
 
 
 def test_importing_models_imports_neither_torch_nor_transformers():
-    code = "import batchrun.models, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import batchrun.models.resolve, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
 
@@ -262,7 +265,7 @@ def hub():
 
 def resolve_in_process(name, cache, **environment):
     code = (
-        "import sys; from pathlib import Path; from batchrun.models import *\n"
+        "import sys; from pathlib import Path; from batchrun.models.resolve import *\n"
         "try: resolve(sys.argv[1], Path(sys.argv[2]))\n"
         "except ModelError as error: print(error, '|', error.hint)"
     )

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.engine import loading
-from batchrun.engine.control_tokens import ControlTokens
-from batchrun.gguf_head import check_gguf
-from batchrun.models import ModelError, chat_templates, lacks_chat_template, resolve
+from batchrun.engine.model import loading
+from batchrun.errors import ModelError
+from batchrun.models.gguf_head import check_gguf
+from batchrun.models.resolve import chat_templates, lacks_chat_template, resolve
+from batchrun.prompts.control_tokens import ControlTokens
 from tests.tiny import write_tiny_gguf, write_tiny_model
 
 

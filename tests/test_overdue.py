@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.overdue import Onlooker, Overdue, PromptLimit, place_of
-from jobs.suspects import Making, ReaderNote
+from batchrun.jobs.inflight import Making, ReaderNote
+from batchrun.run.overdue import Onlooker, Overdue, PromptLimit, place_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,7 +88,7 @@ def test_nothing_but_the_prompt_is_struck() -> None:
 BURN = """
 import sys, threading
 from pathlib import Path
-from jobs.suspects import ReaderNote
+from batchrun.jobs.inflight import ReaderNote
 note = ReaderNote(Path(sys.argv[1]))
 def beat():
     while True:
@@ -115,7 +115,7 @@ def looked(
     """Have an onlooker look at a process that makes the prompt of row 7 without end."""
     monkeypatch.setenv("BATCHRUN_PROMPT_SECONDS", "0.1" if what == "runs" else "1000")
     monkeypatch.setenv("BATCHRUN_STALL_SECONDS", "0.2" if what == "sleeps" else "1000")
-    monkeypatch.setattr("batchrun.overdue._MEMORY", 1 << 26)
+    monkeypatch.setattr("batchrun.run.overdue._MEMORY", 1 << 26)
     note = ReaderNote(folder)
     process = subprocess.Popen(
         [sys.executable, "-c", BURN, str(folder), what],

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.param_columns import OVERRIDES, BadParameterError, param_columns, read_parameter
-from jobs.errors import InputError
-from jobs.source import Source, open_source
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.row import Source
+from batchrun.jobs.rows.source import open_source
+from batchrun.run.param_columns import OVERRIDES, BadParameterError, param_columns, read_parameter
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun import planner
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.prefixes import BLOCK
-from batchrun.planner import Planner, Waiting, common_blocks, order
+from batchrun.run import planner
+from batchrun.run.planner import Planner, Waiting, common_blocks, order
 
 Ids = tuple[int, ...]
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.prefixes import BLOCK, common_length
-from batchrun.planner import Waiting
-from batchrun.savings import _OPEN, Saved, Savings, Slots, _Recent
+from batchrun.estimate.savings import _OPEN, BatchModel, Saved, Savings, _Recent
+from batchrun.run.planner import Waiting
 from benchmarks.plancounts import count
 
 
@@ -41,7 +41,7 @@ def test_recent_prompts_share_what_a_slow_search_finds(
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 5))
 def test_slots_count_as_list_scheduling_does(lengths: list[int], places: int) -> None:
     ends = [0.0] * places
-    slots = Slots(places, 1 << 40)
+    slots = BatchModel(places, 1 << 40)
     for length in lengths:
         slots.add(0, length)
         ends[ends.index(min(ends))] += length

@@ -14,22 +14,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import worker
 from batchrun.engine.core import EngineError, FinishReason, Sequence
 from batchrun.engine.engine import Completion
-from batchrun.engine.generation import Generation
-from batchrun.live import Progress
-from batchrun.models import ModelRef, resolve
-from batchrun.worker import Outcome, run_job
-from jobs import files, folder
-from jobs.errors import JobError, JournalError, LeaseHeld, OutputError, SpecChanged
-from jobs.folder import JobFolder
-from jobs.lease import Lease
-from jobs.results import Result
-from jobs.spec import InputFile, JobSpec
-from jobs.stats import summarise
-from jobs.suspects import RunningRows
-from jobs.verify import verify
+from batchrun.engine.model.generation import Generation
+from batchrun.jobs import files, folder
+from batchrun.jobs.errors import JobError, JournalError, LeaseHeld, OutputError, SpecChanged
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.inflight import InFlightRows
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.stats import summarise
+from batchrun.jobs.verify import verify
+from batchrun.models.resolve import ModelRef, resolve
+from batchrun.run import worker
+from batchrun.run.live import Progress
+from batchrun.run.worker import Outcome, run_job
 from tests.tiny import write_tiny_model
 
 ROWS = 30
@@ -422,7 +422,7 @@ def test_an_engine_that_fails_makes_suspects_of_its_rows(submit: Submit) -> None
     job = submit(runtime={"plan": False})
     with pytest.raises(worker.StepFailed, match="a step of the engine failed: ZeroDivisionError"):
         run(job, open_workbench=lambda *_: bench)
-    suspects = RunningRows(job.path)
+    suspects = InFlightRows(job.path)
     assert suspects.rows() == [0]
     suspects.close()
 

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, print_error
 from batchrun.cli.piped import hand_out
 from batchrun.cli.progress import ProgressView, make_view
 from batchrun.cli.work import STATUS
-from batchrun.live import LogTail, forget_progress, read_progress
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.lease import Lease, held_by
+from batchrun.jobs.stats import summarise
 from batchrun.report.text import seconds
+from batchrun.run import supervisor
+from batchrun.run.live import LogTail, forget_progress, read_progress
 from batchrun.terminal import say, say_json
-from jobs.errors import JobError
-from jobs.folder import JobFolder
-from jobs.lease import Lease, held_by
-from jobs.stats import summarise
 
 _POLL_S = 0.1
 _BEGIN_S = 30.0  # that `--detach` waits for a worker to begin, to tell of one that can't

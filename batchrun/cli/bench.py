@@ -30,7 +30,7 @@ def memory_command(as_json: bool, table8: bool, plot: Path | None) -> None:
     Requests of recorded lengths go through the real scheduler over real memory, with an executor
     that computes nothing. Nothing is loaded and no GPU is used; it takes some seconds.
     """
-    from allocator import compare  # noqa: PLC0415  (not needed for --help)
+    from batchrun.allocator import compare  # noqa: PLC0415  (not needed for --help)
     from batchrun.report import chart, memory  # noqa: PLC0415
 
     cells = compare.table8()

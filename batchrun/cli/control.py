@@ -11,14 +11,14 @@ from batchrun.cli import attach
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import ReaderCrashed, isolated
-from batchrun.live import LogTail
-from batchrun.models import fingerprint
+from batchrun.jobs.cancel import cancel
+from batchrun.jobs.folder import find, home, sweep
+from batchrun.jobs.lease import held_by
+from batchrun.jobs.output.destination import one_at_a_time
+from batchrun.jobs.verify import verify
+from batchrun.models.resolve import fingerprint
+from batchrun.run.live import LogTail
 from batchrun.terminal import MESSAGE, say
-from jobs.cancel import cancel
-from jobs.destination import one_at_a_time
-from jobs.folder import find, home, sweep
-from jobs.lease import held_by
-from jobs.verify import verify
 
 _POLL_S = 0.1
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from batchrun.jobs.spec import JobSpec
 from batchrun.terminal import say
-from jobs.spec import JobSpec
 
 
 def job_parameters(spec: JobSpec) -> dict[str, Any]:

@@ -10,17 +10,17 @@ from typing import Any
 
 import click
 
-from batchrun import limits
+from batchrun.cli import limits
 from batchrun.cli.describe import print_fields
 from batchrun.cli.inspect import json_option
 from batchrun.engine.attention import NAMES
+from batchrun.jobs.folder import home
+from batchrun.jobs.probe import lacks
 from batchrun.machine import cores, memory, multiplies_bfloat16
-from batchrun.models import DEFAULT_MODEL, embedded_gguf
+from batchrun.models.resolve import DEFAULT_MODEL, embedded_gguf
 from batchrun.report.text import size
 from batchrun.terminal import say_json
 from batchrun.trust import others_write
-from jobs.folder import home
-from jobs.probe import lacks
 
 # transformers model types whose tokens the tests compare with `generate`. Others are tried by the
 # engine's gates when a job starts, and refused if they would be wrong.

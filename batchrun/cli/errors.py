@@ -72,7 +72,7 @@ def describe(error: Exception) -> tuple[str, str | None] | None:
     """Message and hint of an error that a user can understand; None for a bug."""
     from batchrun.engine.core import EngineError  # noqa: PLC0415  (not needed for --help)
     from batchrun.errors import MachineError, ModelError  # noqa: PLC0415
-    from jobs.errors import JobError  # noqa: PLC0415
+    from batchrun.jobs.errors import JobError  # noqa: PLC0415
 
     if isinstance(error, JobError | ModelError | EngineError | MachineError):
         return str(error), error.hint
@@ -106,8 +106,8 @@ def _os_hint(number: int) -> str | None:
 
 
 def _bug(error: Exception, folder: Path | None) -> tuple[str, str]:
-    from jobs.files import make_folders, open_private  # noqa: PLC0415
-    from jobs.folder import home  # noqa: PLC0415
+    from batchrun.jobs.files import make_folders, open_private  # noqa: PLC0415
+    from batchrun.jobs.folder import home  # noqa: PLC0415
 
     text = "".join(traceback.format_exception(error))
     summary = f"internal error: {type(error).__name__}: {error}"

@@ -13,12 +13,12 @@ from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.cli.piped import PIPE, hand_out
 from batchrun.cli.specs import output_settings, to_stdout
+from batchrun.jobs.folder import JobFolder, find, home
+from batchrun.jobs.inflight import ReaderNote
+from batchrun.jobs.output.destination import exporting
+from batchrun.jobs.output.rejoin import Exported, export_job
+from batchrun.jobs.spec import JobSpec
 from batchrun.terminal import say
-from jobs.destination import exporting
-from jobs.folder import JobFolder, find, home
-from jobs.rejoin import Exported, export_job
-from jobs.spec import JobSpec
-from jobs.suspects import ReaderNote
 
 
 @click.command()

@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from batchrun.cli.describe import job_parameters, print_fields
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.folder import JobFolder, find, home, list_jobs
+from batchrun.jobs.stats import summarise
 from batchrun.report.text import render
 from batchrun.terminal import MESSAGE, printable, say, say_json
-from jobs.errors import JobError
-from jobs.folder import JobFolder, find, home, list_jobs
-from jobs.stats import summarise
 
 _CELL = 200  # characters of a name in a table
 

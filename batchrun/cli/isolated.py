@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from batchrun.overdue import Onlooker, not_made
-from jobs.errors import InputError, JobError
-from jobs.row import AGAIN
-from jobs.suspects import ReaderNote, Reading
+from batchrun.jobs.errors import InputError, JobError
+from batchrun.jobs.inflight import ReaderNote, Reading
+from batchrun.jobs.rows.row import AGAIN
+from batchrun.run.overdue import Onlooker, not_made
 
 T = TypeVar("T")
 

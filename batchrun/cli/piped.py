@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import click
 
-from jobs.destination import one_at_a_time
-from jobs.errors import InputError, OutputError
-from jobs.source import sniffed
+from batchrun.jobs.errors import InputError, OutputError
+from batchrun.jobs.output.destination import one_at_a_time
+from batchrun.jobs.rows.source import sniffed
 
 PIPE = "-"
 _SUFFIX = {"parquet": ".parquet", "jsonl": ".jsonl", "csv": ".csv"}

@@ -19,11 +19,11 @@ from batchrun.cli.options import (
 )
 from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec
-from batchrun.overdue import PromptLimit, prompt_seconds
+from batchrun.jobs.folder import home
+from batchrun.jobs.inflight import ReaderNote
 from batchrun.report.text import seconds, size
+from batchrun.run.overdue import PromptLimit, prompt_seconds
 from batchrun.terminal import MESSAGE, say, say_json
-from jobs.folder import home
-from jobs.suspects import ReaderNote
 
 
 @click.command(cls=SectionCommand)
@@ -56,7 +56,7 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
 def _found(
     paths: list[str], options: Mapping[str, Any], log: Callable[[str], None], note: ReaderNote
 ) -> dict[str, Any]:
-    from batchrun.forecast import forecast  # noqa: PLC0415 - imports numpy
+    from batchrun.estimate.forecast import forecast  # noqa: PLC0415 - imports numpy
 
     spec = make_spec(paths, home(), options, log=log, noted=note.reading)
     with PromptLimit(note, prompt_seconds()) as limit:

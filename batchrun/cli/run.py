@@ -26,17 +26,17 @@ from batchrun.cli.options import (
 )
 from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec, output_settings
+from batchrun.jobs.errors import JobError, LeaseHeld
+from batchrun.jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
+from batchrun.jobs.inflight import ReaderNote
+from batchrun.jobs.output.destination import check_apart, one_at_a_time, resuming
+from batchrun.jobs.output.export import check_destination
+from batchrun.jobs.spec import JobSpec
 from batchrun.machine import importing
-from batchrun.models import fingerprint
-from batchrun.overdue import PromptLimit, prompt_seconds
+from batchrun.models.resolve import fingerprint
+from batchrun.run.overdue import PromptLimit, prompt_seconds
 from batchrun.terminal import MESSAGE, say, say_json
 from batchrun.trust import others_write
-from jobs.destination import check_apart, one_at_a_time, resuming
-from jobs.errors import JobError, LeaseHeld
-from jobs.export import check_destination
-from jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
-from jobs.spec import JobSpec
-from jobs.suspects import ReaderNote
 
 _LIMITS = ("max_num_seqs", "max_num_batched_tokens", "kv_budget")  # of a job's runtime
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
@@ -108,7 +108,7 @@ def _dry_run(
 
     def try_rows(note: ReaderNote) -> None:
         with importing():
-            from batchrun.dry_run import dry_run  # noqa: PLC0415 - imports torch
+            from batchrun.estimate.dry_run import dry_run  # noqa: PLC0415 - imports torch
 
         with PromptLimit(note, prompt_seconds()) as limit:
             dry_run(spec, log, limit)

@@ -10,27 +10,27 @@ from typing import Any
 
 import click
 
-from batchrun.chat_columns import (
+from batchrun.cli.piped import PIPE
+from batchrun.engine.core import SamplingParams
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.output.destination import check_place
+from batchrun.jobs.output.export import check_columns, check_destination
+from batchrun.jobs.rows.cells import delimiter_of
+from batchrun.jobs.rows.parquet import ParquetSource
+from batchrun.jobs.rows.row import Noted, Source, missing_column, unnoted
+from batchrun.jobs.rows.source import expand_inputs, open_source
+from batchrun.jobs.spec import InputFile, JobSpec, output_format
+from batchrun.models.resolve import chat_templates, lacks_chat_template, no_chat_template, resolve
+from batchrun.prompts.messages import RESERVED, arguments_taken
+from batchrun.prompts.template import Template, looks_like_json
+from batchrun.run.chat_columns import (
     are_chats,
     argument_columns,
     check_argument_types,
     check_prompt_type,
     usual_column,
 )
-from batchrun.cli.piped import PIPE
-from batchrun.engine.core import SamplingParams
-from batchrun.engine.messages import RESERVED, arguments_taken
-from batchrun.engine.template import Template, looks_like_json
-from batchrun.models import chat_templates, lacks_chat_template, no_chat_template, resolve
-from batchrun.param_columns import param_columns, parameters_taken
-from jobs.cells import delimiter_of
-from jobs.destination import check_place
-from jobs.errors import InputError
-from jobs.export import check_columns, check_destination
-from jobs.parquet import ParquetSource
-from jobs.row import Noted, unnoted
-from jobs.source import Source, expand_inputs, missing_column, open_source
-from jobs.spec import InputFile, JobSpec, output_format
+from batchrun.run.param_columns import param_columns, parameters_taken
 
 _SAMPLING = (
     "max_tokens",
@@ -319,7 +319,9 @@ def _check_chat_template(
         raise no_chat_template(model["name"])
     args = prompt.get("template_args")
     if args and not code and (sources := chat_templates(folder)):
-        from batchrun.engine.chat_source import check_template_args  # noqa: PLC0415 - Jinja, seldom
+        from batchrun.prompts.chat_source import (  # noqa: PLC0415 - Jinja, seldom
+            check_template_args,
+        )
 
         check_template_args(args, sources, model["name"])
 

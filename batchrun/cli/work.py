@@ -14,17 +14,17 @@ from typing import Any
 
 import click
 
-from batchrun import supervisor
 from batchrun.cli.errors import ExitStatus, explain, print_error
 from batchrun.errors import StepFailed
-from batchrun.live import Reporter
+from batchrun.jobs.errors import Fenced, LeaseHeld
+from batchrun.jobs.folder import JobFolder, home
 from batchrun.machine import end_with_lost_threads, use_cores
-from batchrun.overdue import prompt_seconds, stall_seconds
-from batchrun.runs import TELL
+from batchrun.run import supervisor
+from batchrun.run.live import Reporter
+from batchrun.run.overdue import prompt_seconds, stall_seconds
+from batchrun.run.runs import TELL
+from batchrun.run.watchdog import Watchdog
 from batchrun.terminal import MESSAGE, say
-from batchrun.watchdog import Watchdog
-from jobs.errors import Fenced, LeaseHeld
-from jobs.folder import JobFolder, home
 
 STATUS = {
     "done": ExitStatus.DONE,
@@ -85,7 +85,9 @@ def run_job_command(folder: Path) -> int:
         try:
             if (note := use_cores()) is not None:
                 reporter.message(note)
-            from batchrun.worker import run_job  # noqa: PLC0415 - 18 MB that no supervisor needs
+            from batchrun.run.worker import (  # noqa: PLC0415 - 18 MB that no supervisor needs
+                run_job,
+            )
 
             faulthandler.enable()
             faulthandler.register(TELL)
@@ -139,7 +141,7 @@ def _lost(job: JobFolder, reporter: Reporter, what: str) -> None:
 
 def _stalled(job: JobFolder, reporter: Reporter, what: str, seconds: float) -> None:
     """End a run that hangs; where each thread is goes into worker.log."""
-    from batchrun.worker import ENGINE  # noqa: PLC0415
+    from batchrun.run.worker import ENGINE  # noqa: PLC0415
 
     reason = f"{what} has not ended in {seconds:.0f} s"
     reporter.message(reason)

@@ -12,31 +12,31 @@ from pathlib import Path
 
 import torch
 
-from allocator.accounting import Usage, UsageIntegral, paged_bytes, static_bytes
-from allocator.arena import KVArena
-from allocator.cuda import CudaMemory, Driver
-from allocator.host import HostMemory
-from allocator.layout import KVLayout, LayerKV, planes_of
-from allocator.tensor import layer_views, slab_bytes
-from allocator.vmm import AllocatorError, VirtualMemory
 from batchrun import machine
+from batchrun.allocator.accounting import Usage, UsageIntegral, paged_bytes, static_bytes
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.cuda import CudaMemory, Driver
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.layout import KVLayout, LayerKV, planes_of
+from batchrun.allocator.tensor import layer_views, slab_bytes
+from batchrun.allocator.vmm import AllocatorError, VirtualMemory
 from batchrun.engine import attention
 from batchrun.engine.attention import Geometry
-from batchrun.engine.attention.native import Level, NativeBF16
 from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, StepPlan
 from batchrun.engine.core import Sequence as Row
+from batchrun.engine.cpu.attention import Level, NativeBF16
 from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
-from batchrun.engine.generation import read_generation
 from batchrun.engine.graphs import CudaRecorder, batch_sizes
-from batchrun.engine.model import LoadedModel
-from batchrun.engine.optimize import optimize
+from batchrun.engine.model.generation import read_generation
+from batchrun.engine.model.optimize import optimize
+from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.pieces import CudaPieces
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
 from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
-from batchrun.models import ModelError
+from batchrun.errors import ModelError
 
 _HOST_PAGE = 256 << 10  # bytes, of all slabs of a slot together
 _LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than filling them
@@ -241,7 +241,7 @@ class Assembly:
         )
 
     def measurements(self) -> dict[str, float | str]:
-        """The engine's figures so far, by the names of `jobs.stats.RunStats`."""
+        """The engine's figures so far, by the names of `batchrun.jobs.stats.RunStats`."""
         stats = self.engine.stats
         return {
             "steps": stats.steps,

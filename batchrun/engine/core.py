@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
-from allocator.sharing import Copy
+from batchrun.allocator.sharing import MemoryCopy
 
 if TYPE_CHECKING:
     from batchrun.engine.beams import BeamGroup
@@ -276,7 +276,7 @@ class StepPlan:
 
     step: int
     segments: tuple[Segment, ...]
-    copies: tuple[Copy, ...] = ()
+    copies: tuple[MemoryCopy, ...] = ()
     copies_after: int = 0
 
     @property
@@ -286,7 +286,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class StepTokens:
+class StepOutput:
     """What a step produced: the token after each sampled segment, in the plan's order.
 
     Those of a segment with drafts are one after what is known, and one after each of the drafts.

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from batchrun.engine.answer import Answer, Specials
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import (
     EngineError,
@@ -17,14 +16,15 @@ from batchrun.engine.core import (
     Segment,
     Sequence,
     Status,
+    StepOutput,
     StepPlan,
-    StepTokens,
 )
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.executor import Executor, Ticket
+from batchrun.engine.output import Answer, Specials
 from batchrun.engine.scheduler import Scheduler
-from batchrun.engine.text import Tokenizer
 from batchrun.errors import PROCESS_ENDS, said_by
+from batchrun.prompts.builder import Tokenizer
 
 _NOT_FINITE = "not_finite"
 
@@ -240,7 +240,7 @@ class Engine:
         return Completion(sequence, text)
 
     def _advance(
-        self, sampled: list[Sequence], tokens: StepTokens
+        self, sampled: list[Sequence], tokens: StepOutput
     ) -> tuple[list[Completion], list[tuple[Sequence, Sequence]]]:
         """Take in what beams may go on with; where a round is over, decide how they do.
 

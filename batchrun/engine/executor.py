@@ -13,18 +13,11 @@ import torch
 
 from batchrun.engine import pieces
 from batchrun.engine.attention import Attention, AttentionBackend, LayerAttention
-from batchrun.engine.attention.native import NativeBF16
-from batchrun.engine.core import (
-    Request,
-    SamplingParams,
-    Segment,
-    Sequence,
-    StepPlan,
-    StepTokens,
-)
+from batchrun.engine.core import Request, SamplingParams, Segment, Sequence, StepOutput, StepPlan
+from batchrun.engine.cpu.attention import NativeBF16
 from batchrun.engine.graphs import DecodeGraphs, Record
-from batchrun.engine.hook import Step
-from batchrun.engine.model import LoadedModel
+from batchrun.engine.model.hook import Step
+from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.processors import Processors
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.shortage import device_errors
@@ -60,7 +53,7 @@ class Executor(Protocol):
     def launch(self, plan: StepPlan) -> Ticket:
         """Start a step whose memory is in place."""
 
-    def collect(self, ticket: Ticket) -> StepTokens:
+    def collect(self, ticket: Ticket) -> StepOutput:
         """Wait until the oldest step that is not collected has ended; returns its tokens.
 
         From then on what it read may be changed or unmapped, also where it sampled nothing.
@@ -166,7 +159,7 @@ class TorchExecutor:
         logits = self._logits(segments)
         return (self._sampler.sample(logits, sampled) if sampled else ()), slots
 
-    def collect(self, ticket: Ticket) -> StepTokens:
+    def collect(self, ticket: Ticket) -> StepOutput:
         """See `Executor.collect`."""
         with device_errors():
             token_ids, *others = ticket.tokens.get() or [[]]
@@ -174,7 +167,7 @@ class TorchExecutor:
         logprobs = tuple(others[0]) if others else ()
         of_beams = others[1] if len(others) > 1 else ()
         candidates = tuple(tuple((int(token), p) for token, p in each) for each in of_beams)
-        return StepTokens(ticket.step, tuple(token_ids), logprobs, candidates)
+        return StepOutput(ticket.step, tuple(token_ids), logprobs, candidates)
 
     def busy(self) -> bool:
         """See `Executor.busy`."""

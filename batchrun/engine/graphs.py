@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from allocator.tensor import strided_view
+from batchrun.allocator.tensor import strided_view
 from batchrun.engine.core import Segment
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

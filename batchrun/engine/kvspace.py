@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from allocator.sharing import Copy
+from batchrun.allocator.sharing import MemoryCopy
 
 
 class KVSpace(Protocol):
@@ -24,7 +24,7 @@ class KVSpace(Protocol):
         written by steps before `step`.
         """
 
-    def take_copies(self) -> tuple[Copy, ...]:
+    def take_copies(self) -> tuple[MemoryCopy, ...]:
         """Copies that `share` has ordered, to be made before the step's kernels."""
 
     def held_tokens(self, slot: int) -> int:

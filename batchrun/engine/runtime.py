@@ -7,15 +7,14 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from batchrun.engine import canary, loading
 from batchrun.engine.assembly import Settings, assemble, choose_device, fit_context
-from batchrun.engine.compiled import guard_caches
-from batchrun.engine.generation import vocabulary_size, within_vocabulary
+from batchrun.engine.cpu.compile import guard_caches
+from batchrun.engine.model import canary, loading
+from batchrun.engine.model.generation import vocabulary_size, within_vocabulary
 from batchrun.engine.shortage import device_errors
-from batchrun.engine.text import prompt_builder
 from batchrun.machine import keep_freed_memory, return_freed_memory
-
-__all__ = ["Runtime", "Settings", "assemble"]
+from batchrun.models import whole
+from batchrun.prompts.builder import prompt_builder
 
 
 class Runtime:
@@ -63,7 +62,7 @@ class Runtime:
         self._weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
         known = canary.seen(self.loaded, self._weights, settings.cache)
         if not known:
-            loading.check_finite(self.loaded.model)
+            whole.check_finite(self.loaded.model)
         want = None if known else canary.reference(self.loaded)
         self.assembly = assemble(self.loaded, settings, log)
         self.engine, self.measurements = self.assembly.engine, self.assembly.measurements

@@ -10,9 +10,10 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from batchrun.engine import cpu_layers, cpu_sampling
 from batchrun.engine.beams import width
 from batchrun.engine.core import SamplingParams, Segment, Sequence
+from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.processors import Processors, ban
 
 _AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
@@ -263,7 +264,11 @@ def _if_finite(highest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _most_likely(logits: torch.Tensor) -> torch.Tensor:
     """The first of the highest of each row; -1 where that is NaN or infinite."""
-    if _on_cpu(logits) and logits.dtype == torch.bfloat16 and cpu_layers.why_not() is None:
+    if (
+        _on_cpu(logits)
+        and logits.dtype == torch.bfloat16
+        and cpu_layers.unsupported_reason() is None
+    ):
         return cpu_layers.argmax(logits)
     if _on_cpu(logits):
         highest, tokens = logits.max(dim=-1)  # argmax takes four times as long

@@ -15,8 +15,8 @@ from batchrun.engine.core import (
     Segment,
     Sequence,
     Status,
+    StepOutput,
     StepPlan,
-    StepTokens,
 )
 from batchrun.engine.drafts import Drafts
 from batchrun.engine.kvspace import KVSpace
@@ -179,7 +179,7 @@ class Scheduler:
     def commit(
         self,
         plan: StepPlan,
-        tokens: StepTokens,
+        tokens: StepOutput,
         finished: list[Sequence],
         forks: Seq[tuple[Sequence, Sequence]] = (),
     ) -> None:

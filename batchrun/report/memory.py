@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from allocator.arena import KVArena
-from allocator.compare import CountedSpace, WorstCase, paged_space, static_space
-from allocator.host import HostMemory
-from allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.compare import CountedSpace, WorstCase, paged_space, static_space
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.engine import core
 from batchrun.engine.scheduler import Scheduler
 from batchrun.report.text import size
@@ -174,7 +174,7 @@ def _commit(scheduler: Scheduler, plan: core.StepPlan, lengths: Sequence[tuple[i
             sequence.output_ids.append(0)
             if len(sequence.output_ids) == lengths[sequence.request.row][1]:
                 ended.append(sequence)
-    scheduler.commit(plan, core.StepTokens(plan.step, (0,) * len(sampled)), ended)
+    scheduler.commit(plan, core.StepOutput(plan.step, (0,) * len(sampled)), ended)
 
 
 def _bytes(space: KVArena | CountedSpace, layout: KVLayout) -> tuple[int, int]:

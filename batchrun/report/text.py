@@ -34,7 +34,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """Formats what `jobs.stats.summarise` returns, for a terminal of 80 columns or more.
+    """Formats what `batchrun.jobs.stats.summarise` returns, for a terminal of 80 columns or more.
 
     Raises:
         KeyError: `summary` lacks a figure of its documented schema.

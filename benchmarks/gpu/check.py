@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks.gpu import details, needs, outcome, runner, table
 from benchmarks.gpu.outcome import Records
-from benchmarks.gpu.parts import PARTS, ROOT, Part, groups, why_not
+from benchmarks.gpu.parts import PARTS, ROOT, Part, groups, unsupported_reason
 
 FAILURES = ("failed", "timed out")
 REHEARSED = 10  # times as long as on a GPU: the rehearsal's machine may be busy with other things
@@ -158,7 +158,7 @@ def run_all(
 
 def _not_run(part: Part, args: argparse.Namespace, left: float) -> dict[str, Any] | None:
     """The record of a part that can't be run here, or in the seconds left; None where it can."""
-    reason = why_not(part, args)
+    reason = unsupported_reason(part, args)
     if reason is not None:
         return {"status": "unavailable", "reason": reason, "figures": {}}
     if part.limit <= left:

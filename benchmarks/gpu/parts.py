@@ -91,7 +91,7 @@ def parts_table() -> Iterator[str]:
         yield f"| `{part.name}` | {part.limit:.0f} s | {part.about} |"
 
 
-def why_not(part: Part, args: argparse.Namespace) -> str | None:
+def unsupported_reason(part: Part, args: argparse.Namespace) -> str | None:
     """Why the part can't be run here; None where it can."""
     if part.tests and (lacking := needs.missing(needs.TESTS)):
         return f"{', '.join(lacking)} not installed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from allocator.layout import KVLayout
+from batchrun.allocator.layout import KVLayout
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import TOY_LOAD, Load
 from benchmarks.gpu.slots import Slots, filled

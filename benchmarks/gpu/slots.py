@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
-from allocator.arena import KVArena
-from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.tensor import layer_views
 from batchrun.engine import attention
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
@@ -77,7 +77,9 @@ class Slots:
             device=torch.device(self.bench.device),
         )
         # Compiling would take the minutes that there are.
-        reason = None if name == "auto" else attention.why_not(name, geometry, compiled=True)
+        reason = (
+            None if name == "auto" else attention.unsupported_reason(name, geometry, compiled=True)
+        )
         if reason is not None:
             raise Unavailable(reason)
         made = attention.create(name, geometry, partial(copied, device=self.bench.device), print)

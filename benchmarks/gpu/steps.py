@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchrun.engine.assembly import Settings, assemble
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.model import prepare
+from batchrun.engine.model.prepare import prepare
 from benchmarks.gpu import roofline
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.roofline import Span

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.holders import holders, send
+from batchrun.jobs.lease import LOCK, held_by
 from benchmarks.gpu.bench import Bench
-from jobs.folder import JobFolder
-from jobs.holders import holders, send
-from jobs.lease import LOCK, held_by
 from tests.tiny import byte_vocabulary, write_tokenizer
 
 _POLL_S = 0.02

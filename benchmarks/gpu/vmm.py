@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from allocator.host import HostMemory
-from allocator.vmm import Handle, VirtualMemory
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.vmm import Handle, VirtualMemory
 from benchmarks.gpu.bench import Bench
 
 LENGTHS = (1, 2, 4, 16, 64, 256)  # pages in one range
@@ -52,7 +52,7 @@ def open_memory(bench: Bench, page_size: int | None = None) -> Any:
     """The device's memory, or the host's."""
     if bench.toy:
         return HostMemory(page_size or 64 << 10)
-    from allocator.cuda import CudaMemory  # noqa: PLC0415 - only where there is a driver
+    from batchrun.allocator.cuda import CudaMemory  # noqa: PLC0415 - only where there is a driver
 
     torch.zeros(1, device=bench.device)  # the context that torch makes and the memory retains
     return CudaMemory(page_size=page_size)
@@ -67,7 +67,7 @@ class TimedDriver:
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def call(self, name: str, *args: Any) -> Any:
-        """See `allocator.cuda.Driver.call`."""
+        """See `batchrun.allocator.cuda.Driver.call`."""
         began = time.perf_counter()
         try:
             return self._driver.call(name, *args)

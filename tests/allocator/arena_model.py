@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from memory_twins import DEVICE, PAGE, SCALE, Twin, open_memory
 
-from allocator.arena import KVArena
-from allocator.layout import KVLayout, LayerKV
-from allocator.sharing import Copy
-from allocator.tensor import strided_view
-from allocator.vmm import Handle
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.sharing import MemoryCopy
+from batchrun.allocator.tensor import strided_view
+from batchrun.allocator.vmm import Handle
 
 MAX_TOKENS = 96
 LAYOUTS = [
@@ -55,7 +55,7 @@ class Step:
     """A launched step: copies, then writes, then reads of everything that is live."""
 
     number: int
-    copies: tuple[Copy, ...]
+    copies: tuple[MemoryCopy, ...]
     writes: list[tuple[Occupant, int, int, int, int]]  # occupant, slot, begin, end, name
     reads: list[tuple[Occupant, int, torch.Tensor]]
     kept: list[tuple[Occupant, torch.Tensor]]

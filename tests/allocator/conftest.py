@@ -4,9 +4,9 @@ import memory_twins
 import pytest
 from memory_twins import PAGE, SCALE, Twin
 
-from allocator.arena import KVArena
-from allocator.layout import KVLayout, LayerKV
-from allocator.vmm import VirtualMemory
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.vmm import VirtualMemory
 
 
 @pytest.fixture(params=[1, 3], ids=["", "planes"])

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 from memory_twins import PAGE, open_memory, opened
 
-from allocator.arena import KVArena
-from allocator.cuda import CudaMemory
-from allocator.layout import KVLayout, LayerKV
-from allocator.vmm import AllocatorError, OutOfPages
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.cuda import CudaMemory
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.vmm import AllocatorError, OutOfPages
 from tests.fake_cuda.control import (
     CONTEXT,
     CREATE,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from memory_twins import PAGE, Twin, open_memory, opened, run_python
 
-from allocator.cuda import CudaMemory
-from allocator.vmm import AllocatorError, OutOfPages
+from batchrun.allocator.cuda import CudaMemory
+from batchrun.allocator.vmm import AllocatorError, OutOfPages
 from tests.fake_cuda.control import FAKE, INVALID_CONTEXT, OUT_OF_MEMORY, calls, fail
 
 
@@ -122,7 +122,7 @@ def test_any_thread_may_call_whatever_context_it_has(prepare: str) -> None:
     done = run_python(
         f"""
 import threading
-from allocator.cuda import CudaMemory
+from batchrun.allocator.cuda import CudaMemory
 memory = CudaMemory(0)
 driver, other = memory.driver, memory.driver.call("cuDevicePrimaryCtxRetain", 1)
 def work():
@@ -147,8 +147,8 @@ thread.join()
 def test_close_tries_every_call_before_it_raises() -> None:
     done = run_python("""
 import ctypes
-from allocator.cuda import CudaMemory
-from allocator.vmm import AllocatorError
+from batchrun.allocator.cuda import CudaMemory
+from batchrun.allocator.vmm import AllocatorError
 fake = ctypes.CDLL("libcuda.so.1")
 memory = CudaMemory()
 memory.map(memory.reserve(4 * 4096), memory.create(3))
@@ -201,24 +201,28 @@ UNUSABLE = {
 @pytest.mark.parametrize("machine", UNUSABLE)
 def test_a_machine_that_cannot_is_told_in_one_message(machine: str) -> None:
     environment, message = UNUSABLE[machine]
-    done = run_python("from allocator.cuda import CudaMemory; CudaMemory(3)", **environment)
-    assert re.search(rf"^allocator.vmm.AllocatorError: {message}$", done.stderr, re.MULTILINE), (
-        done.stderr
+    done = run_python(
+        "from batchrun.allocator.cuda import CudaMemory; CudaMemory(3)", **environment
     )
+    assert re.search(
+        rf"^batchrun.allocator.vmm.AllocatorError: {message}$", done.stderr, re.MULTILINE
+    ), done.stderr
 
 
 def test_a_missing_driver_or_package_is_told_in_one_message(tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").write_text("no library")
-    code = "from allocator.cuda import CudaMemory; CudaMemory()"
+    code = "from batchrun.allocator.cuda import CudaMemory; CudaMemory()"
     done = run_python(code, LD_LIBRARY_PATH=str(tmp_path))
     last = done.stderr.splitlines()[-1]
     assert last == (
-        "allocator.vmm.AllocatorError: no NVIDIA driver: Failed to dlopen libcuda.so.1; "
+        "batchrun.allocator.vmm.AllocatorError: no NVIDIA driver: Failed to dlopen libcuda.so.1; "
         "install one, or compute on the CPU"
     )
     done = run_python(f"import sys; sys.modules['cuda.bindings'] = None; {code}")
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("allocator.vmm.AllocatorError: CUDA needs the Python package cuda-bind")
+    assert last.startswith(
+        "batchrun.allocator.vmm.AllocatorError: CUDA needs the Python package cuda-bind"
+    )
     assert last.endswith("run `pip install cuda-bindings`")
 
 
@@ -287,7 +291,7 @@ def test_the_fake_driver_refuses_calls_without_the_right_context(code: str, erro
     done = run_python(
         f"""
 from cuda.bindings import driver
-from allocator.cuda import CudaMemory
+from batchrun.allocator.cuda import CudaMemory
 def enter(device):
     global memory
     memory = CudaMemory(0)
@@ -304,7 +308,7 @@ print({last}[0].name)
 def test_access_is_granted_before_use() -> None:
     done = run_python("""
 import ctypes
-from allocator.cuda import CudaMemory
+from batchrun.allocator.cuda import CudaMemory
 memory = CudaMemory()
 base = memory.reserve(4096)
 allocation = memory.driver.call("cuMemCreate", 4096, memory._properties, 0)

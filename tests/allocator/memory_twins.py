@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from allocator.cuda import CudaMemory
-from allocator.host import HostMemory
-from allocator.vmm import VirtualMemory
+from batchrun.allocator.cuda import CudaMemory
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.vmm import VirtualMemory
 
 ROOT = Path(__file__).parents[2]
 TWIN = os.environ.get("BATCHRUN_TEST_MEMORY", "host")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from memory_twins import opened, run_python
 
-from allocator.host import HostMemory
-from allocator.vmm import AllocatorError, OutOfPages
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.vmm import AllocatorError, OutOfPages
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def test_mapping_beyond_what_the_system_grants_changes_nothing() -> None:
     # that are there cut the range in several runs, of which the last fails.
     done = run_python("""
 import os, resource
-from allocator.host import HostMemory
-from allocator.vmm import OutOfPages
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.vmm import OutOfPages
 memory = HostMemory(4096)
 base = memory.reserve(16 * 4096)
 for i in range(0, 10, 2):
@@ -142,8 +142,8 @@ def test_too_many_mappings_is_out_of_pages_and_says_what_to_do() -> None:
 @pytest.mark.parametrize("limit", ["", ", max_mappings=10**9"], ids=["ours", "the kernel's"])
 def test_the_mappings_a_process_really_has_run_out_as_out_of_pages(limit: str, planes: int) -> None:
     done = run_python(f"""
-from allocator.host import HostMemory
-from allocator.vmm import OutOfPages
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.vmm import OutOfPages
 memory = HostMemory(4096, planes={planes}{limit})
 base = memory.reserve(1 << 30)
 (page,) = memory.create(1)
@@ -174,8 +174,8 @@ memory.close()
 
 def test_a_run_that_the_kernel_cuts_short_is_not_left_half_mapped() -> None:
     done = run_python("""
-from allocator.host import HostMemory
-from allocator.vmm import OutOfPages
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.vmm import OutOfPages
 
 def fill(memory, addresses):
     for count, address in enumerate(addresses):
@@ -213,7 +213,7 @@ memory.close()
 def test_memory_that_the_kernel_does_not_take_back_stays_with_its_place() -> None:
     done = run_python("""
 import errno
-from allocator.host import HostMemory
+from batchrun.allocator.host import HostMemory
 from tests.faults.seccomp import forbid
 memory = HostMemory(4096, guard=False)
 base = memory.reserve(8 * 4096)

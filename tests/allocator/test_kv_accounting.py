@@ -5,10 +5,10 @@ import random
 import pytest
 from memory_twins import PAGE, SCALE, open_memory, opened
 
-from allocator.accounting import Usage, UsageIntegral
-from allocator.arena import KVArena
-from allocator.layout import KVLayout, LayerKV
-from allocator.vmm import VirtualMemory
+from batchrun.allocator.accounting import Usage, UsageIntegral
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.vmm import VirtualMemory
 
 
 def usage(**values: int) -> Usage:

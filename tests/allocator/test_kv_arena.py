@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 from memory_twins import PAGE, Twin, Wrapped, faulted, run_python
 
-from allocator.arena import KVArena
-from allocator.layout import KVLayout, LayerKV
-from allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
 
 MakeArena = Callable[..., KVArena]
 
@@ -422,8 +422,8 @@ def test_tokens_past_the_mapped_pages_fault(token: int) -> None:
     # Slot 1 of 4, 8 tokens live: pages hold 4 tokens, so 0-7 are backed and 8 is not.
     code = """
 from memory_twins import PAGE, SCALE, Twin, open_memory
-from allocator.arena import KVArena
-from allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.layout import KVLayout, LayerKV
 memory = open_memory()
 layout = KVLayout((LayerKV(2, 64 * SCALE, 64 * SCALE),), 4, PAGE, 64, 1)
 arena = KVArena(memory, layout, num_slots=4)
@@ -447,7 +447,8 @@ Twin(memory).read(base + {token} * 1024 * SCALE, 1)
 
 def test_only_the_tensor_module_imports_torch() -> None:
     done = run_python(
-        "import sys, allocator.arena, allocator.host, allocator.cuda, allocator.accounting\n"
+        "import sys\n"
+        "from batchrun.allocator import accounting, arena, cuda, host\n"
         "print('torch' in sys.modules)"
     )
     assert done.stdout == "False\n", done.stderr

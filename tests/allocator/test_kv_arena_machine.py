@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from memory_twins import DEVICE, PAGE, SCALE, examples, open_memory, opened
 
-from allocator.arena import KVArena
-from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views
-from allocator.vmm import VirtualMemory
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.tensor import layer_views
+from batchrun.allocator.vmm import VirtualMemory
 
 TOKENS = st.integers(0, MAX_TOKENS)
 

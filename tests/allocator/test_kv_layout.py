@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.layout import KVLayout, LayerKV, planes_of
+from batchrun.allocator.layout import KVLayout, LayerKV, planes_of
 
 MIB = 1 << 20
 

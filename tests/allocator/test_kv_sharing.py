@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 from memory_twins import PAGE, SCALE, Twin, Wrapped
 
-from allocator.arena import KVArena
-from allocator.sharing import Copy
-from allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.sharing import MemoryCopy
+from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
 
 MakeArena = Callable[..., KVArena]
 TOKEN = 1024 * SCALE
@@ -68,7 +68,7 @@ def test_whole_pages_are_aliased_and_the_last_is_copied(arena: KVArena, writer: 
     pages = arena.pool.in_use
     slot = arena.share(source, 7, num_tokens=12, step=0)
     slab = arena.layout.slab_size(0)
-    copy = Copy(0, source * slab + PAGE, slot * slab + PAGE, 3 * TOKEN, (source, slot))
+    copy = MemoryCopy(0, source * slab + PAGE, slot * slab + PAGE, 3 * TOKEN, (source, slot))
     assert arena.take_copies() == (copy,)
     assert arena.pool.in_use == pages + 1
     assert (arena.live_tokens(slot), arena.held_tokens(slot)) == (7, 7)

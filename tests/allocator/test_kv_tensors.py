@@ -6,10 +6,10 @@ import pytest
 import torch
 from memory_twins import DEVICE, PAGE, Twin, open_memory, opened
 
-from allocator.arena import KVArena
-from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views, strided_view
-from allocator.vmm import VirtualMemory
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.tensor import layer_views, strided_view
+from batchrun.allocator.vmm import VirtualMemory
 
 
 @pytest.fixture

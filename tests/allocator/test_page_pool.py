@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from memory_twins import PAGE, Wrapped, examples, open_memory
 
-from allocator.pages import PagePool
-from allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+from batchrun.allocator.pages import PagePool
+from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
 
 
 class Full(Wrapped):

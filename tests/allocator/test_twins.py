@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from allocator.cuda import Driver
-from allocator.vmm import AllocatorError
+from batchrun.allocator.cuda import Driver
+from batchrun.allocator.vmm import AllocatorError
 from tests.fake_cuda import run_suite
 
 HERE = Path(__file__).parent

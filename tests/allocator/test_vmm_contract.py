@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 from memory_twins import PAGE, Twin, examples, faulted
 
-from allocator.vmm import AllocatorError, Handle, VirtualMemory
+from batchrun.allocator.vmm import AllocatorError, Handle, VirtualMemory
 
 PAGES = 8
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from allocator.arena import KVArena
-from allocator.host import HostMemory
-from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.tensor import layer_views
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.flashinfer import Kind
 from batchrun.engine.core import Request, SamplingParams, Segment

@@ -25,7 +25,9 @@ def with_layer(**changes: object) -> Geometry:
 
 
 def test_sdpa_serves_everything() -> None:
-    assert attention.why_not("sdpa", with_layer(sinks=True, softcap=3.0, v_dim=48)) is None
+    assert (
+        attention.unsupported_reason("sdpa", with_layer(sinks=True, softcap=3.0, v_dim=48)) is None
+    )
     assert attention.create("sdpa").name == "sdpa"
 
 
@@ -42,7 +44,7 @@ def test_sdpa_serves_everything() -> None:
     ],
 )
 def test_a_kernel_says_why_it_cannot(name: str, geometry: Geometry, reason: str) -> None:
-    found = attention.why_not(name, geometry)
+    found = attention.unsupported_reason(name, geometry)
     assert found is not None
     assert reason in found
     with pytest.raises(ValueError, match=f"{name} can't be used: .*{reason}"):
@@ -50,17 +52,17 @@ def test_a_kernel_says_why_it_cannot(name: str, geometry: Geometry, reason: str)
 
 
 def test_torch_flash_knows_its_own_bounds() -> None:
-    capped = attention.why_not("torch-flash", with_layer(softcap=30.0))
+    capped = attention.unsupported_reason("torch-flash", with_layer(softcap=30.0))
     assert capped == "it knows no soft cap on scores"
     wide = replace(CUDA, slot_tokens=1 << 20, num_slots=2048)
-    assert attention.why_not("torch-flash", wide) == (
+    assert attention.unsupported_reason("torch-flash", wide) == (
         "it counts tokens of address space in 32 bits"
     )
 
 
 @pytest.mark.skipif(find_spec("flashinfer") is not None, reason="flashinfer is installed")
 def test_a_missing_wheel_is_a_reason() -> None:
-    found = attention.why_not("flashinfer-fa2", CUDA)
+    found = attention.unsupported_reason("flashinfer-fa2", CUDA)
     assert found == "flashinfer-python can't be imported: No module named 'flashinfer'"
 
 

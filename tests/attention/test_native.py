@@ -18,16 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from allocator.arena import KVArena
-from allocator.host import HostMemory
-from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views
-from batchrun.engine import attention, compiled
-from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec, native
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.tensor import layer_views
+from batchrun.engine import attention
+from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.check import check
-from batchrun.engine.attention.native import Level
 from batchrun.engine.core import SamplingParams, Segment
-from batchrun.engine.model import LoadedModel, prepare
+from batchrun.engine.cpu import attention as native
+from batchrun.engine.cpu import compile as compiled
+from batchrun.engine.cpu.attention import Level
+from batchrun.engine.model.prepare import LoadedModel, prepare
 from tests.attention.slots import segment
 from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run

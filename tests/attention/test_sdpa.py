@@ -16,7 +16,7 @@ from batchrun.engine.attention import LayerAttention, LayerSpec, explicit, gathe
 from batchrun.engine.attention.gathered import Decodes, _groups
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import SamplingParams, Segment
-from batchrun.engine.model import prepare
+from batchrun.engine.model.prepare import prepare
 from tests.attention.slots import segment, upload
 from tests.attention.test_native import asked, expected, full_slots
 from tests.parity.models import build

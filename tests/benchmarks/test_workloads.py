@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from batchrun.models import ModelRef
-from batchrun.param_columns import OVERRIDES
+from batchrun.models.resolve import ModelRef
+from batchrun.run.param_columns import OVERRIDES
 from benchmarks.workloads import WORKLOADS, Row, generate
 
 ROOT = Path(__file__).parents[2]

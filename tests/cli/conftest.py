@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.models import fingerprint
-from jobs.folder import create
-from jobs.spec import InputFile, JobSpec
+from batchrun.jobs.folder import create
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.models.resolve import fingerprint
 from tests.cli.gate import Gate
 from tests.cli.warm import Warm
 from tests.tiny import write_tiny_model

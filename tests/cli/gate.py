@@ -8,8 +8,8 @@ from pathlib import Path
 _HOLD = """
 import os, sys, time
 if 'run-job' in sys.orig_argv:
-    import batchrun.worker
-    opening, steps = batchrun.worker._open_runtime, iter(range({steps}))
+    import batchrun.run.worker
+    opening, steps = batchrun.run.worker._open_runtime, iter(range({steps}))
     def opened(*arguments):
         workbench = opening(*arguments)
         step = workbench.engine.step
@@ -20,7 +20,7 @@ if 'run-job' in sys.orig_argv:
             return step()
         workbench.engine.step = held
         return workbench
-    batchrun.worker._open_runtime = opened
+    batchrun.run.worker._open_runtime = opened
 """
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from batchrun.supervisor import device_of
-from jobs.folder import JobFolder, list_jobs
-from jobs.lease import held_by
-from jobs.suspects import RunningRows
-from jobs.turns import Turn
+from batchrun.jobs.folder import JobFolder, list_jobs
+from batchrun.jobs.inflight import InFlightRows
+from batchrun.jobs.lease import held_by
+from batchrun.jobs.queue import DeviceQueue
+from batchrun.run.supervisor import device_of
 from tests.cli.conftest import CommandLine
 from tests.cli.gate import Gate
 
@@ -120,7 +120,7 @@ def test_the_same_work_is_not_begun_twice(batchrun: CommandLine, gate: Gate) -> 
 
 
 def test_jobs_wait_for_the_device_in_order(batchrun: CommandLine) -> None:
-    with Turn(batchrun.home, "cpu"):
+    with DeviceQueue(batchrun.home, "cpu"):
         first, second = started(batchrun, 3, "a.jsonl"), started(batchrun, 3, "b.jsonl")
         assert device_of(first) == "cpu"
         for job in (first, second):
@@ -160,7 +160,7 @@ def test_a_run_that_crashes_is_started_again(batchrun: CommandLine, gate: Gate) 
     _, run = processes(job)
     run.suspend()
     until(lambda: run.status() == psutil.STATUS_STOPPED, "the run to stop")
-    noted = RunningRows(job.path)
+    noted = InFlightRows(job.path)
     inside = noted.rows()
     noted.close()
     assert len(inside) > 1
@@ -177,7 +177,7 @@ def test_a_run_that_crashes_is_started_again(batchrun: CommandLine, gate: Gate) 
 
 HANG = """
 import os, sys, threading
-from batchrun.watchdog import Watchdog
+from batchrun.run.watchdog import Watchdog
 start, dogs = Watchdog.start, []
 def remembered(self):
     dogs.append(self)
@@ -270,7 +270,7 @@ def test_an_engine_that_fails_whatever_its_rows_are_ends_the_job(batchrun: Comma
         "    return launch(self, plan)\n"
         "TorchExecutor.launch = trapped"
     )
-    done = trapped(batchrun, trap, supervisor="import batchrun.runs as r; r._BARREN = 3")
+    done = trapped(batchrun, trap, supervisor="import batchrun.run.runs as r; r._BARREN = 3")
     assert done.returncode == 1, done.stderr
     assert "crashed with SIGABRT 3 times in a row, and no row was answered" in done.stderr
     assert "failed: RuntimeError: no kernel" in done.stderr
@@ -279,8 +279,8 @@ def test_an_engine_that_fails_whatever_its_rows_are_ends_the_job(batchrun: Comma
 @pytest.mark.parametrize(
     ("what", "place"),
     [
-        pytest.param("reading the input", "batchrun.reader.islice", marks=pytest.mark.long),
-        ("writing the journal", "jobs.journal.Journal.write"),
+        pytest.param("reading the input", "batchrun.run.reader.islice", marks=pytest.mark.long),
+        ("writing the journal", "batchrun.jobs.journal.journal.Journal.write"),
     ],
 )
 def test_a_disk_that_hangs_ends_the_job_with_the_reason(
@@ -308,7 +308,8 @@ def test_a_run_that_cannot_note_why_it_ends_is_asked_for_its_last_words(
 ) -> None:
     full = "raise OSError(28, 'No space left on device')"
     trap = (
-        "from jobs.journal import Journal\nfrom jobs.folder import JobFolder\n"
+        "from batchrun.jobs.journal.journal import Journal\n"
+        "from batchrun.jobs.folder import JobFolder\n"
         f"def full(*_):\n    {full}\n"
         "JobFolder.set_state = Journal.write = Journal.end_run = full"
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from allocator.compare import SHAPES, paged_space, static_space, table8, worst_case
-from allocator.layout import KVLayout, LayerKV
-from allocator.vmm import AllocatorError
+from batchrun.allocator.compare import SHAPES, paged_space, static_space, table8, worst_case
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.vmm import AllocatorError
 from batchrun.cli import cli
 from batchrun.report import chart, memory
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs.folder import JobFolder, list_jobs
-from jobs.holders import holders
-from jobs.lease import held_by
-from jobs.turns import Turn
+from batchrun.jobs.folder import JobFolder, list_jobs
+from batchrun.jobs.holders import holders
+from batchrun.jobs.lease import held_by
+from batchrun.jobs.queue import DeviceQueue
 from tests.cli.conftest import CommandLine, Shown
 from tests.cli.test_async import until
 
@@ -130,19 +130,19 @@ def test_what_forks_off_a_run_keeps_neither_its_lock_nor_its_turn(
     """Neither a fork nor a program that C starts; both outlive the run."""
     leave = (
         "import os, signal\n"
-        "import batchrun.live\n"
+        "import batchrun.run.live\n"
         "def leave(*_):\n"
         "    os.system('sleep 600 & echo $! > pids')\n"
         "    forked = os.fork() or signal.pause()\n"
         "    print(forked, file=open('pids', 'a'), flush=True)\n"
         "    os._exit(1)\n"
-        "batchrun.live.Reporter.__init__ = leave\n"
+        "batchrun.run.live.Reporter.__init__ = leave\n"
     )
     set_trap(trap, "run-job", leave)
     job = detached(batchrun, "a.jsonl")
     try:
         until(lambda: held_by(job.path) is None, "the end of the job")
-        with Turn(batchrun.home, "cpu") as turn:
+        with DeviceQueue(batchrun.home, "cpu") as turn:
             assert turn.ahead() == []
     finally:
         pids = [int(pid) for pid in (batchrun.folder / "pids").read_text().split()]

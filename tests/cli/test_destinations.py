@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from batchrun import supervisor
 from batchrun.cli import attach, cli
-from jobs.folder import JobFolder, list_jobs
-from jobs.lease import Lease, held_by
-from jobs.turns import Turn
+from batchrun.jobs.folder import JobFolder, list_jobs
+from batchrun.jobs.lease import Lease, held_by
+from batchrun.jobs.queue import DeviceQueue
+from batchrun.run import supervisor
 from tests.cli.conftest import CommandLine, Shown
 from tests.cli.test_async import until
 
@@ -77,7 +77,7 @@ def at_once(batchrun: CommandLine, *commands: list[str]) -> Iterator[Waiting]:
 def busy(batchrun: CommandLine) -> Iterator[ExitStack]:
     """The device is another's until this is closed: jobs stay queued."""
     with ExitStack() as stack:
-        stack.enter_context(Turn(batchrun.home, "cpu"))
+        stack.enter_context(DeviceQueue(batchrun.home, "cpu"))
         yield stack
         stack.close()
         for job in list_jobs(batchrun.home):

@@ -7,8 +7,8 @@ import pytest
 
 from batchrun.cli.errors import ExitStatus, report_errors
 from batchrun.engine.core import EngineError
-from batchrun.models import ModelError
-from jobs.errors import InputError
+from batchrun.errors import ModelError
+from batchrun.jobs.errors import InputError
 
 
 def raising(error):

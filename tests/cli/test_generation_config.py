@@ -1,4 +1,4 @@
-"""A model's own papers on the command line: its generation config, and tokens that it lacks."""
+"""A model's own files on the command line: its generation config, and tokens that it lacks."""
 
 from __future__ import annotations
 

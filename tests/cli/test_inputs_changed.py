@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from jobs.folder import JobFolder
-from jobs.lease import held_by
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.lease import held_by
 from tests.cli.conftest import CommandLine
 from tests.cli.gate import Gate
 from tests.cli.test_async import processes, running, until

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from batchrun import supervisor
-from jobs.errors import JobError
-from jobs.folder import JobFolder
-from jobs.lease import Lease, held_by
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.lease import Lease, held_by
+from batchrun.run import supervisor
 from tests.cli.conftest import CommandLine
 
 OURS = ("allocator", "jobs", "tests")
@@ -47,7 +47,7 @@ def test_what_a_job_starts_executes_nothing_of_the_folder_either(
     monkeypatch.setenv("PYTHONPATH", ":/mine:")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/cuda/lib64:")
     code = (
-        "import os, random, sys; import batchrun.supervisor as s; print(s.__file__)\n"
+        "import os, random, sys; import batchrun.run.supervisor as s; print(s.__file__)\n"
         "print(os.environ['LD_LIBRARY_PATH'], *sys.path, sep='|')\n"
     )
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"

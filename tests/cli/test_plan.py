@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchrun.forecast import Slots
+from batchrun.estimate.savings import BatchModel
 from tests.cli.conftest import CommandLine
 
 DOCUMENT = "This is a document that several questions are asked about. " * 2
@@ -66,12 +66,12 @@ def test_a_missing_column_and_a_missing_model_are_told(batchrun: CommandLine) ->
 
 
 def test_rows_take_the_place_of_those_that_end() -> None:
-    slots = Slots(2, 100)
+    slots = BatchModel(2, 100)
     for answer in (10, 4, 6):
         slots.add(0, answer)
     assert slots.steps == 10
     slots.add(0, 5)
     assert slots.steps == 15
-    prompts = Slots(2, 100)
+    prompts = BatchModel(2, 100)
     prompts.add(980, 1)  # ten steps of 98 tokens beside two that generate
     assert prompts.steps == pytest.approx(11)

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.overdue import Overrun
-from batchrun.runs import _blame
-from jobs.folder import JobFolder, list_jobs
-from jobs.suspects import Making
+from batchrun.jobs.folder import JobFolder, list_jobs
+from batchrun.jobs.inflight import Making
+from batchrun.run.overdue import Overrun
+from batchrun.run.runs import _blame
 from tests.cli.conftest import CommandLine
 from tests.cli.test_async import trapped, until
 
@@ -28,7 +28,7 @@ ABORT = "os.abort()"
 def in_prompt(what: str, row: int = 7) -> str:
     """A trap that does something as the prompt of a row is made."""
     return (
-        "from batchrun.engine.text import PromptBuilder\n"
+        "from batchrun.prompts.builder import PromptBuilder\n"
         "call = PromptBuilder.__call__\n"
         "def trapped(self, fields):\n"
         f"    if fields['prompt'] == 'prompt {row}':\n"
@@ -62,13 +62,13 @@ def test_a_file_that_brings_the_process_down_is_named_and_no_row_is_blamed(
     batchrun: CommandLine, first: int
 ) -> None:
     trap = (
-        "import jobs.parquet\n"
-        "batches = jobs.parquet.batches\n"
+        "import batchrun.jobs.rows.parquet\n"
+        "batches = batchrun.jobs.rows.parquet.batches\n"
         "def trapped(path, file, group, *arguments):\n"
         f"    if 8 * group == {first}:\n"
         "        os.abort()\n"
         "    return batches(path, file, group, *arguments)\n"
-        "jobs.parquet.batches = trapped"
+        "batchrun.jobs.rows.parquet.batches = trapped"
     )
     path = batchrun.folder / "in.parquet"
     pq.write_table(pa.table({"prompt": PROMPTS}), path, row_group_size=8)
@@ -175,7 +175,7 @@ def test_prompts_that_sleep_or_let_nothing_through_are_errors_of_their_rows(
         "while True:\n            try: sum(range(10**5))\n            except BaseException: pass"
     )
     trap = (
-        "from batchrun.engine.text import PromptBuilder\n"
+        "from batchrun.prompts.builder import PromptBuilder\n"
         "call = PromptBuilder.__call__\n"
         "def trapped(self, fields):\n"
         "    if fields['prompt'] == 'prompt 5':\n"
@@ -209,9 +209,9 @@ def test_a_template_that_never_ends_is_named_and_ends_the_job(
     model = hostile(batchrun.model, tmp_path, template)
     done = trapped(
         batchrun,
-        "import batchrun.reader as r; r.Reader.__init__.__kwdefaults__['barren'] = 3",
+        "import batchrun.run.reader as r; r.Reader.__init__.__kwdefaults__['barren'] = 3",
         "--chat",
-        supervisor="import batchrun.runs as r; r._BARREN = 2",
+        supervisor="import batchrun.run.runs as r; r._BARREN = 2",
         model=model,
         BATCHRUN_PROMPT_SECONDS="0.2",
     )
@@ -261,7 +261,7 @@ def test_ctrl_c_ends_a_template_that_holds_the_interpreter(
         "import sys\n"
         "if 'plan' in sys.orig_argv:\n"
         "    from pathlib import Path\n"
-        "    from batchrun.engine.chat import ChatTemplate\n"
+        "    from batchrun.prompts.chat import ChatTemplate\n"
         "    render = ChatTemplate._render\n"
         "    def told(*arguments, **options):\n"
         "        Path('begun').touch()\n"

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.cli.work import StopOnSignal
-from jobs.lease import Lease
+from batchrun.jobs.lease import Lease
 from tests.cli.conftest import obey_permissions
 from tests.tiny import edit_config
 

@@ -60,8 +60,6 @@ class Warm:
 
 
 def _serve(requests: socket.socket) -> None:
-    import batchrun.dry_run  # noqa: PLC0415
-    import batchrun.engine.runtime  # noqa: F401, PLC0415
 
     gc.freeze()  # else each fork's collections copy all of torch
     while True:

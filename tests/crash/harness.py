@@ -27,13 +27,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun import worker
 from batchrun.engine.core import Request
-from batchrun.live import Progress
-from batchrun.models import DEFAULT_MODEL, ModelRef, resolve
-from jobs import folder
-from jobs.folder import JobFolder
-from jobs.spec import InputFile, JobSpec
+from batchrun.jobs import folder
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
+from batchrun.run import worker
+from batchrun.run.live import Progress
 
 COLUMNS = ["completion", "completion_token_ids", "finish_reason", "prompt_tokens", "error"]
 

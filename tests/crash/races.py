@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs import folder
-from jobs.errors import Fenced, LeaseHeld
+from batchrun.jobs import folder
+from batchrun.jobs.errors import Fenced, LeaseHeld
 from tests.faults.liveness import check_goes_on
 from tests.faults.smalljob import DONE, Ledger, SmallJob, outcome_of
 

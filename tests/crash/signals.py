@@ -29,11 +29,11 @@ from typing import Protocol
 
 import pyarrow.parquet as pq
 
-from batchrun.live import read_progress
-from jobs.errors import JobError
-from jobs.holders import holders
-from jobs.lease import LOCK, held_by
-from jobs.verify import verify
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.holders import holders
+from batchrun.jobs.lease import LOCK, held_by
+from batchrun.jobs.verify import verify
+from batchrun.run.live import read_progress
 from tests.faults.liveness import cancel_all, check_goes_on
 from tests.faults.smalljob import (
     BUG,
@@ -164,7 +164,7 @@ class CommandLine:
     strikes = (*STRIKES, "supervisor")
 
     def __init__(self, root: Path, rows: int) -> None:
-        from batchrun.models import resolve  # noqa: PLC0415
+        from batchrun.models.resolve import resolve  # noqa: PLC0415
         from tests.crash.harness import make_job, write_prompts  # noqa: PLC0415
         from tests.tiny import write_tiny_model  # noqa: PLC0415
 

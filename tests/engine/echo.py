@@ -13,10 +13,10 @@ from itertools import pairwise
 
 import torch
 
-from allocator.sharing import Copy
+from batchrun.allocator.sharing import MemoryCopy
 from batchrun.engine.attention.batch import SharedParts, shared_parts
 from batchrun.engine.beams import BeamGroup, width
-from batchrun.engine.core import Candidates, Request, Segment, Sequence, StepPlan, StepTokens
+from batchrun.engine.core import Candidates, Request, Segment, Sequence, StepOutput, StepPlan
 from batchrun.engine.drafts import Lookup
 from batchrun.engine.executor import Ticket
 
@@ -93,7 +93,7 @@ class EchoExecutor:
         stops: frozenset[int] = frozenset(),
     ) -> None:
         self.keys, self.values, self.slab, self.lag = keys, values, slab, lag
-        self._queue: deque[tuple[StepPlan, Seq[Copy], SharedParts | None]] = deque()
+        self._queue: deque[tuple[StepPlan, Seq[MemoryCopy], SharedParts | None]] = deque()
         self.num_shared_parts = 0  # of decodes, as often as another's could be read instead
         self._ids: dict[Segment, list[int]] = {}
         self._last: dict[int, int] = {}
@@ -115,7 +115,7 @@ class EchoExecutor:
         assert len(self._queue) <= self.lag + 1
         return Ticket(plan.step, torch.empty(0))
 
-    def collect(self, ticket: Ticket) -> StepTokens:
+    def collect(self, ticket: Ticket) -> StepOutput:
         plan, copies, shared = self._queue.popleft()
         assert plan.step == ticket.step, "steps are collected out of order"
         self._copy(copies)
@@ -124,12 +124,12 @@ class EchoExecutor:
         of_beams = tuple(
             candidates(ids, _count(s, self._stops)) for s, ids in read if s.group is not None
         )
-        return StepTokens(plan.step, tuple(next_token(ids) for _, ids in read), (), of_beams)
+        return StepOutput(plan.step, tuple(next_token(ids) for _, ids in read), (), of_beams)
 
     def busy(self) -> bool:
         return bool(self._queue)
 
-    def _copy(self, copies: Seq[Copy]) -> None:
+    def _copy(self, copies: Seq[MemoryCopy]) -> None:
         for c in copies:
             source = self.slab[:, c.source : c.source + c.nbytes]
             self.slab[:, c.target : c.target + c.nbytes] = source

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.chat_source import check_template_args, variables
-from batchrun.engine.text import PromptBuilder, PromptError, prompt_builder
-from batchrun.models import ModelError
+from batchrun.errors import ModelError
+from batchrun.prompts.builder import PromptBuilder, prompt_builder
+from batchrun.prompts.chat_source import check_template_args, variables
+from batchrun.prompts.messages import PromptError
 from tests.engine.chat_templates import CHATML, QWEN3, TEMPLATES, byte_tokenizer
 
 

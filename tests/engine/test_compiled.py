@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.engine import compiled
+from batchrun.engine.cpu import compile as compiled
 from batchrun.trust import who_else
 
 OTHER = 4321  # a user who is somebody else

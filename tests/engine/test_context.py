@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers as tf
 
-from batchrun.engine import model
-from batchrun.engine.context import context_length
-from batchrun.models import ModelError
+from batchrun.engine.model import prepare as model
+from batchrun.engine.model.context import context_length
+from batchrun.errors import ModelError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.control_tokens import ControlTokens
-from batchrun.engine.text import PromptBuilder, PromptError
+from batchrun.prompts.builder import PromptBuilder
+from batchrun.prompts.control_tokens import ControlTokens
+from batchrun.prompts.messages import PromptError
 from tests.engine.chat_templates import CHATML, TEMPLATES, byte_tokenizer
 
 TEMPLATE = (

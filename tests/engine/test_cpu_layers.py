@@ -11,20 +11,23 @@ import torch
 import transformers as tf
 from torch import nn
 
-from batchrun.engine import cpu_layers, fused
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.cpu_layers import NativeLayer, NativeLinear, PackedWeight
-from batchrun.engine.engine import EngineStats
-from batchrun.engine.model import prepare
-from batchrun.engine.optimize import _logits, optimize
-from batchrun.models import ModelError
+from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.cpu.layers import NativeLayer, NativeLinear, PackedWeight
+from batchrun.engine.enginestats import EngineStats
+from batchrun.engine.model import fused
+from batchrun.engine.model.optimize import _logits, optimize
+from batchrun.engine.model.prepare import prepare
+from batchrun.errors import ModelError
 from tests.parity.models import _SMALL
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import prompts
 
 pytestmark = [
-    pytest.mark.skipif(cpu_layers.why_not() is not None, reason=str(cpu_layers.why_not())),
+    pytest.mark.skipif(
+        cpu_layers.unsupported_reason() is not None, reason=str(cpu_layers.unsupported_reason())
+    ),
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
 ]
 SMALL = {**_SMALL, "head_dim": 32}
@@ -192,7 +195,7 @@ def test_a_cpu_without_the_instructions_keeps_torchs_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu_layers, "cpu_features", lambda: "avx2 fma")
-    monkeypatch.setattr(cpu_layers, "why_not", cpu_layers.why_not.__wrapped__)
+    monkeypatch.setattr(cpu_layers, "unsupported_reason", cpu_layers.unsupported_reason.__wrapped__)
     loaded = prepare(made(NATIVE["llama"]))
     lines: list[str] = []
     applied = optimize(loaded.model, compile=False, log=lines.append)

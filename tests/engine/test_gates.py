@@ -12,14 +12,14 @@ import torch
 import transformers as tf
 from transformers import masking_utils as masking
 
-from batchrun.engine import canary, trial
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.masks import Seen, _read, named_windows
-from batchrun.engine.model import LoadedModel, has_experts, prepare
-from batchrun.engine.optimize import optimize
-from batchrun.models import ModelError
+from batchrun.engine.model import canary, trial
+from batchrun.engine.model.masks import Seen, _read, named_windows
+from batchrun.engine.model.optimize import optimize
+from batchrun.engine.model.prepare import LoadedModel, has_experts, prepare
+from batchrun.errors import ModelError
 from tests.parity.models import _SMALL, CONFIGS, build, seeded
 from tests.parity.runner import generate, outputs, rig, run
 

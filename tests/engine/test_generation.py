@@ -1,4 +1,4 @@
-"""What a model's papers say about generating, and what rows make of it."""
+"""What a model's files say about generating, and what rows make of it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from batchrun.engine.answer import Answer, Detokenizer, Specials, find_stop
 from batchrun.engine.core import FinishReason, SamplingParams
-from batchrun.engine.generation import (
+from batchrun.engine.model.generation import (
     Generation,
     eos_ids,
     read_generation,
@@ -18,8 +17,9 @@ from batchrun.engine.generation import (
     vocabulary_size,
     within_vocabulary,
 )
-from batchrun.engine.model import prepare
-from batchrun.engine.text import PromptError
+from batchrun.engine.model.prepare import prepare
+from batchrun.engine.output import Answer, Detokenizer, Specials, find_stop
+from batchrun.prompts.messages import PromptError
 from tests.parity.models import CONFIGS, seeded
 from tests.parity.runner import rig, run
 from tests.tiny import SPECIAL, byte_vocabulary, write_tokenizer
@@ -122,7 +122,7 @@ def test_tokens_beyond_the_vocabulary_are_no_part_of_any_processor() -> None:
     assert (found.sequence_bias, found.forced_eos) == ({(7, 8): 2.0}, (5,))
 
 
-def test_end_tokens_are_those_of_all_papers(tokenizer: Any) -> None:
+def test_end_tokens_are_those_of_all_files(tokenizer: Any) -> None:
     model = llama()
     model.generation_config = tf.GenerationConfig(eos_token_id=[9, 10**6, -4])
     model.config.eos_token_id = [0, 7]

@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers as tf
 
-from batchrun.engine import loading
 from batchrun.engine.core import EngineError
-from batchrun.engine.quantize import int8_weights
-from batchrun.engine.reading import reading
-from batchrun.models import ModelError
+from batchrun.engine.model import loading
+from batchrun.engine.model.quantize import int8_weights
+from batchrun.engine.model.reading import reading
+from batchrun.errors import ModelError
+from batchrun.models import whole
 from tests.parity.models import CONFIGS, build
 from tests.tiny import edit_config, edit_weights, quantise_to_fp8, shard_weights, write_tiny_model
 
@@ -145,7 +146,7 @@ def test_fp8_without_a_gpu_for_it_is_widened(folder: Path, saved: Path, dtype: s
     torch.testing.assert_close(
         loaded.model.get_parameter(DOWN).float(), exact, rtol=0.08, atol=1e-3
     )
-    loading.check_finite(loaded.model)
+    whole.check_finite(loaded.model)
 
 
 def test_quantised_weights_whose_config_does_not_say_so_are_refused(folder: Path) -> None:
@@ -161,7 +162,7 @@ def test_a_quantisation_that_transformers_can_not_load_here(folder: Path) -> Non
     assert "without quantisation" in str(error.hint)
 
 
-# --- papers --------------------------------------------------------------------------------------
+# --- metadata ------------------------------------------------------------------------------------
 
 
 def edit_json(folder: Path, name: str, change: Callable[[Any], None]) -> None:
@@ -259,10 +260,10 @@ def broken(*values: tuple[str, float]) -> tf.PreTrainedModel:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_weight_that_is_not_finite_is_named(value: float, dtype: torch.dtype) -> None:
-    loading.check_finite(build("llama").to(dtype))
+    whole.check_finite(build("llama").to(dtype))
     says = rf"damaged: {DOWN} has 1 value that is not finite"
     with pytest.raises(ModelError, match=says) as caught:
-        loading.check_finite(broken((DOWN, value)).to(dtype))
+        whole.check_finite(broken((DOWN, value)).to(dtype))
     assert ("--dtype bfloat16" in str(caught.value.hint)) == (dtype == torch.float16)
 
 
@@ -270,37 +271,37 @@ def test_all_that_are_not_finite_are_counted() -> None:
     nan = float("nan")
     model = broken((DOWN, nan), (DOWN, nan), ("lm_head.weight", nan), ("model.norm.weight", nan))
     with pytest.raises(ModelError) as caught:
-        loading.check_finite(model)
+        whole.check_finite(model)
     assert f"{DOWN} has 2 values that are not finite" in str(caught.value)
     assert "lm_head.weight has 1 value" in str(caught.value)
 
 
 def test_the_last_value_of_a_large_tensor_counts() -> None:
     linear = torch.nn.Linear(1500, 1500)  # in pieces, the last one uneven
-    loading.check_finite(linear)
+    whole.check_finite(linear)
     with torch.no_grad():
         linear.weight.view(-1)[-1] = float("nan")
     with pytest.raises(ModelError, match="weight has 1 value"):
-        loading.check_finite(linear)
+        whole.check_finite(linear)
 
 
 def test_weights_of_8_bits_are_looked_at_too() -> None:
     model = broken((DOWN, float("nan")))
     int8_weights(model)
     with pytest.raises(ModelError, match=r"down_proj\.scales"):
-        loading.check_finite(model)
+        whole.check_finite(model)
     small = torch.nn.Module()
     small.weight = torch.nn.Parameter(torch.ones(9).to(torch.float8_e4m3fn), requires_grad=False)
-    loading.check_finite(small)
+    whole.check_finite(small)
     small.weight.data.view(torch.uint8)[4] = 0x7F
     with pytest.raises(ModelError, match="weight has 1 value"):
-        loading.check_finite(small)
+        whole.check_finite(small)
 
 
 def test_what_float16_can_not_hold_is_found(folder: Path) -> None:
     edit_weights(folder, lambda weights: {**weights, DOWN: weights[DOWN] * 1e7})
-    loading.check_finite(load(folder).model)
+    whole.check_finite(load(folder).model)
     model = loading.load(str(folder), dtype="float16").model
     with pytest.raises(ModelError, match="not finite") as caught:
-        loading.check_finite(model)
+        whole.check_finite(model)
     assert "--dtype bfloat16 or --dtype float32" in str(caught.value.hint)

@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers as tf
 
-from batchrun.engine import canary, model
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import EngineError
+from batchrun.engine.model import canary
+from batchrun.engine.model import prepare as model
 from batchrun.engine.shortage import device_errors
-from batchrun.models import ModelError
+from batchrun.errors import ModelError
 from tests.parity.models import build
 from tests.parity.runner import rig
 

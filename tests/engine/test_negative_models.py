@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from batchrun.engine import canary, loading
-from batchrun.engine.model import LoadedModel
-from batchrun.models import ModelError, resolve
-from batchrun.weights import INDEX, SINGLE
+from batchrun.engine.model import canary, loading
+from batchrun.engine.model.prepare import LoadedModel
+from batchrun.errors import ModelError
+from batchrun.models import whole
+from batchrun.models.resolve import resolve
+from batchrun.models.weights import INDEX, SINGLE
 from tests.parity.models import CONFIGS, seeded
 from tests.tiny import edit_config, shard_weights, write_tiny_model, write_tokenizer
 
@@ -114,7 +116,7 @@ def run(folder: Path) -> LoadedModel:
     """What submit and a run do with weights before there is an engine."""
     resolve(str(folder), folder / "cache")
     loaded = loading.load(str(folder), name="mine", dtype="float32")
-    loading.check_finite(loaded.model)
+    whole.check_finite(loaded.model)
     return loaded
 
 

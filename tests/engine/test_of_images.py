@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.loading import load
+from batchrun.engine.model.loading import load
 from tests import tiny
 from tests.parity import zoo
 from tests.parity.runner import generate, outputs, rig, run

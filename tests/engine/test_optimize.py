@@ -14,17 +14,12 @@ import transformers as tf
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from batchrun.engine import canary
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.fused import (
-    FusedNorm,
-    Projection,
-    Undo,
-    merge_projections,
-)
-from batchrun.engine.hook import HOOK, set_attention
-from batchrun.engine.model import LoadedModel, prepare
-from batchrun.engine.optimize import _Compilers, optimize
+from batchrun.engine.model import canary
+from batchrun.engine.model.fused import FusedNorm, Projection, Undo, merge_projections
+from batchrun.engine.model.hook import HOOK, set_attention
+from batchrun.engine.model.optimize import _Compilers, optimize
+from batchrun.engine.model.prepare import LoadedModel, prepare
 from tests.parity.models import CONFIGS, build
 from tests.parity.runner import generate, outputs, rig, run
 from tests.parity.test_generate import prompts

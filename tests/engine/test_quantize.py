@@ -6,20 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from batchrun.engine import canary, cpu_layers
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.cpu_layers import NativeLayer
-from batchrun.engine.loading import load
-from batchrun.engine.model import LoadedModel, prepare
-from batchrun.engine.optimize import _logits, optimize
-from batchrun.engine.quantize import Int8Linear, int8_weights
-from batchrun.models import ModelRef
+from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.cpu.layers import NativeLayer
+from batchrun.engine.model import canary
+from batchrun.engine.model.loading import load
+from batchrun.engine.model.optimize import _logits, optimize
+from batchrun.engine.model.prepare import LoadedModel, prepare
+from batchrun.engine.model.quantize import Int8Linear, int8_weights
+from batchrun.models.resolve import ModelRef
 from tests.engine.test_cpu_layers import NATIVE, made
 from tests.parity.models import build
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import prompts
 
-needs_native = pytest.mark.skipif(cpu_layers.why_not() is not None, reason="no AVX512-BF16")
+needs_native = pytest.mark.skipif(
+    cpu_layers.unsupported_reason() is not None, reason="no AVX512-BF16"
+)
 
 
 def test_each_weight_is_within_half_a_step_of_what_it_was() -> None:

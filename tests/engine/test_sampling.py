@@ -17,8 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchrun.engine import cpu_sampling, sampling
+from batchrun.engine import sampling
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.sampling import Sampler, filter_rows
 
 VOCAB = 4000

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from batchrun.engine import sandbox
-from batchrun.engine.messages import PromptError
-from batchrun.engine.sandbox import bound
+from batchrun.prompts import sandbox
+from batchrun.prompts.messages import PromptError
+from batchrun.prompts.sandbox import bound
 
 CHAT = [{"role": "user", "content": "Hello"}]
 DOUBLED = (

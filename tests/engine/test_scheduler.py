@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from allocator.arena import KVArena
-from allocator.host import HostMemory
-from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views, slab_bytes
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.tensor import layer_views, slab_bytes
 from batchrun.engine.core import FinishReason, Request, SamplingParams
 from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Completion, Engine

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.answer import Detokenizer, find_stop
 from batchrun.engine.core import FinishReason
-from batchrun.engine.template import Template
-from batchrun.engine.text import PromptBuilder, PromptError
-from jobs.jsontext import encode, parse_object
+from batchrun.engine.output import Detokenizer, find_stop
+from batchrun.jobs.rows.jsontext import encode, parse_object
+from batchrun.prompts.builder import PromptBuilder
+from batchrun.prompts.messages import PromptError
+from batchrun.prompts.template import Template
 
 HARD = [
     "naïve café",

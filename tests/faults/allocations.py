@@ -33,13 +33,13 @@ from pathlib import Path
 
 from batchrun.cli.errors import describe
 from batchrun.errors import StepFailed, said_by
+from batchrun.jobs import folder
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.verify import verify
 from batchrun.machine import end_with_lost_threads
-from batchrun.models import fingerprint
-from batchrun.worker import Outcome, run_job
-from jobs import folder
-from jobs.folder import JobFolder
-from jobs.spec import InputFile, JobSpec
-from jobs.verify import verify
+from batchrun.models.resolve import fingerprint
+from batchrun.run.worker import Outcome, run_job
 from tests.faults import shim
 from tests.faults.shim import Fault, Kind
 from tests.faults.smalljob import BUG, forked
@@ -268,8 +268,8 @@ def main() -> int:
     options = parser.parse_args()
     scratch = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="allocations-", dir=scratch) as name:
-        if shim.why_not() is not None:
-            print(f"left out: {shim.why_not()}")
+        if shim.unsupported_reason() is not None:
+            print(f"left out: {shim.unsupported_reason()}")
             return 0
         if not shim.loaded():
             return shim.run_preloaded(Path(name), "tests.faults.allocations", sys.argv[1:])

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jobs.folder import JobFolder, list_jobs
+from batchrun.jobs.folder import JobFolder, list_jobs
 from tests.faults.smalljob import Ledger, SmallJob
 
 ROUNDS = 3

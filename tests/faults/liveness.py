@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from batchrun import worker
-from batchrun.worker import Outcome
-from jobs import folder
-from jobs.cancel import cancel
-from jobs.errors import JobError
-from jobs.lease import Lease, held_by
-from jobs.turns import Turn
+from batchrun.jobs import folder
+from batchrun.jobs.cancel import cancel
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.lease import Lease, held_by
+from batchrun.jobs.queue import DeviceQueue
+from batchrun.run import worker
+from batchrun.run.worker import Outcome
 from tests.faults.smalljob import DONE, Ledger, NullEngine, NullWorkbench, SmallJob, forked
 
 ROWS = 2
@@ -46,7 +46,7 @@ def check_goes_on(home: Path, *, next_job: bool = True) -> None:
     if submitting.exists():
         with submitting.open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with Turn(home, "cpu") as turn:
+    with DeviceQueue(home, "cpu") as turn:
         assert not turn.ahead(), "somebody dead is ahead in the device's line"
         if next_job:
             with tempfile.TemporaryDirectory(prefix="liveness-") as scratch:

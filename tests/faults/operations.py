@@ -27,9 +27,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchrun.worker import Outcome
-from jobs import folder
-from jobs.schema import VERSION
+from batchrun.jobs import folder
+from batchrun.jobs.journal.schema import VERSION
+from batchrun.run.worker import Outcome
 from tests.faults import shim
 from tests.faults.liveness import check_goes_on
 from tests.faults.shim import Fault, Kind
@@ -274,7 +274,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--stride", type=int, default=1, help="every so many steps")
     options = parser.parse_args()
-    if missing := shim.why_not():
+    if missing := shim.unsupported_reason():
         print(f"left out: {missing}")
         return 0
     scratch = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None

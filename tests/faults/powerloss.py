@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from jobs.destination import resuming
+from batchrun.jobs.output.destination import resuming
 from tests.faults import shim
 from tests.faults.disk import Disk, write_image
 from tests.faults.shim import Fault, Kind, Operation
@@ -202,7 +202,7 @@ def main() -> int:
         "--failed-syncs", action="store_true", help="one sync after the other fails before"
     )
     options = parser.parse_args()
-    if missing := shim.why_not():
+    if missing := shim.unsupported_reason():
         print(f"left out: {missing}")
         return 0
     scratch = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None

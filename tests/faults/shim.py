@@ -53,7 +53,7 @@ class Operation:
     data: bytes
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the library can't be used here, or None."""
     return (
         None if sys.platform == "linux" and shutil.which("cc") else "needs Linux and a C compiler"

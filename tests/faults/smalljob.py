@@ -21,19 +21,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun import worker
 from batchrun.cli.errors import describe
 from batchrun.engine.core import FinishReason, Request, Sequence, Status
 from batchrun.engine.engine import Completion
-from batchrun.engine.generation import Generation
-from batchrun.engine.text import PromptError
-from batchrun.worker import Outcome
-from jobs import folder
-from jobs.errors import LeaseHeld
-from jobs.folder import JobFolder
-from jobs.journal import Journal, Result
-from jobs.spec import InputFile, JobSpec
-from jobs.verify import verify
+from batchrun.engine.model.generation import Generation
+from batchrun.jobs import folder
+from batchrun.jobs.errors import LeaseHeld
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.verify import verify
+from batchrun.prompts.messages import PromptError
+from batchrun.run import worker
+from batchrun.run.worker import Outcome
 
 MAX_TOKENS = 6
 DONE, ENDED_WITH_ERROR, BUG, INTERRUPTED, REFUSED = 0, 3, 4, 5, 6  # exit codes of a worker

@@ -258,12 +258,12 @@ def main() -> int:
     options = parser.parse_args()
     scratch = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="steps-", dir=scratch) as name:
-        if not shim.loaded() and shim.why_not() is None:
+        if not shim.loaded() and shim.unsupported_reason() is None:
             return shim.run_preloaded(Path(name), "tests.faults.steps", sys.argv[1:])
         case, tally, began = Case(Path(name) / "case"), Tally(), time.perf_counter()
         parts: list[tuple[str, str | None, Callable[[Case, Tally, int], None]]] = [
             ("strace", None if shutil.which("strace") else "no strace", run_strace),
-            ("library", shim.why_not(), run_library),
+            ("library", shim.unsupported_reason(), run_library),
         ]
         for part, missing, run in parts:
             if options.only not in (None, part):

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.worker import Outcome
-from jobs import folder
-from jobs.errors import InputError, JobError
-from jobs.lease import held_by
-from jobs.stats import summarise
-from jobs.verify import verify
+from batchrun.jobs import folder
+from batchrun.jobs.errors import InputError, JobError
+from batchrun.jobs.lease import held_by
+from batchrun.jobs.stats import summarise
+from batchrun.jobs.verify import verify
+from batchrun.run.worker import Outcome
 from tests.faults.liveness import check_goes_on
 from tests.faults.smalljob import DONE, ENDED_WITH_ERROR, Ledger, SmallJob, forked, outcome_of
 from tests.tiny import write_tiny_model

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from batchrun.cli.export import _room
-from jobs import export
-from jobs.destination import exporting, one_at_a_time
-from jobs.folder import sweep
-from jobs.rejoin import export_job
+from batchrun.jobs.folder import sweep
+from batchrun.jobs.output import export
+from batchrun.jobs.output.destination import exporting, one_at_a_time
+from batchrun.jobs.output.rejoin import export_job
 from tests.faults.smalljob import Ledger, NullEngine, SmallJob, forked, outcome_of
 
 MARK = "Pr1vate-M4rker"

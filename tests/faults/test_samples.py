@@ -17,7 +17,9 @@ from tests.faults import shim
 ROOT = Path(__file__).parents[2]
 
 
-pytestmark = pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not()))
+pytestmark = pytest.mark.skipif(
+    shim.unsupported_reason() is not None, reason=str(shim.unsupported_reason())
+)
 
 
 @pytest.fixture(scope="module")

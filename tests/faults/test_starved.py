@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.destination import one_at_a_time
-from jobs.errors import LOCAL_DISK, JobError, OutputError
-from jobs.files import fsync_directory
-from jobs.folder import home
-from jobs.lease import Lease
-from jobs.probe import lacks
-from jobs.turns import Turn
+from batchrun.jobs.errors import LOCAL_DISK, JobError, OutputError
+from batchrun.jobs.files import fsync_directory
+from batchrun.jobs.folder import home
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.output.destination import one_at_a_time
+from batchrun.jobs.probe import lacks
+from batchrun.jobs.queue import DeviceQueue
 from tests.faults import seccomp, shim
 from tests.faults.seccomp import forbid
 from tests.faults.smalljob import forked
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if (reason := shim.why_not()) is not None:
+    if (reason := shim.unsupported_reason()) is not None:
         pytest.skip(reason)
     return shim.build(tmp_path_factory.mktemp("shim"))
 
@@ -71,8 +71,8 @@ MEMORY = """
 import errno, os
 from tests.faults.seccomp import forbid
 {forbidden}
-from allocator.host import HostMemory
-from allocator.vmm import AllocatorError
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.vmm import AllocatorError
 try:
     memory = HostMemory(4096, guard=False)
     base = memory.reserve(64 * 4096)
@@ -105,8 +105,8 @@ def test_a_forbidden_call_is_named() -> None:
 def test_addresses_beyond_a_limit_name_it() -> None:
     code = """
     import resource
-    from allocator.host import HostMemory
-    from allocator.vmm import Refused
+    from batchrun.allocator.host import HostMemory
+    from batchrun.allocator.vmm import Refused
     memory = HostMemory(4096)
     for name in ("RLIMIT_AS", "RLIMIT_FSIZE"):
         before = resource.getrlimit(getattr(resource, name))
@@ -125,9 +125,9 @@ def test_addresses_beyond_a_limit_name_it() -> None:
 def test_a_machine_that_refuses_memory_blames_no_row() -> None:
     code = """
     import os, resource
-    from allocator.arena import KVArena
-    from allocator.host import HostMemory
-    from allocator.layout import KVLayout, LayerKV
+    from batchrun.allocator.arena import KVArena
+    from batchrun.allocator.host import HostMemory
+    from batchrun.allocator.layout import KVLayout, LayerKV
     from batchrun.engine.core import EngineError, Request, SamplingParams, Sequence
     from batchrun.engine.scheduler import Scheduler
     layout = KVLayout((LayerKV(1, 32, 32),), 4, 4096, 256, 1)
@@ -155,7 +155,7 @@ def test_a_file_system_without_locks_is_named(error: int, tmp_path: Path) -> Non
             pass
 
     def turn() -> None:
-        with Turn(tmp_path, "cpu"):
+        with DeviceQueue(tmp_path, "cpu"):
             pass
 
     def submitting() -> None:
@@ -260,7 +260,7 @@ def test_a_run_that_dies_without_a_word_is_told_by_what_it_printed_last(tmp_path
 def test_doctor_says_what_is_limited_and_what_to_type() -> None:
     code = """
     import json, resource
-    from batchrun import limits
+    from batchrun.cli import limits
     for name in ("RLIMIT_FSIZE", "RLIMIT_AS"):
         resource.setrlimit(getattr(resource, name), (4 << 30, 4 << 30))
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
@@ -278,7 +278,7 @@ def test_doctor_says_what_is_limited_and_what_to_type() -> None:
 def test_doctor_says_that_memory_comes_from_elsewhere() -> None:
     code = """
     import errno
-    from batchrun import limits
+    from batchrun.cli import limits
     from tests.faults.seccomp import forbid
     print(limits.fallbacks())
     forbid("memfd_create", errno.EPERM)

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.row import Row, valid_text
-from jobs.source import Source, expand_inputs, open_source
+from batchrun.jobs.rows.row import Row, Source, valid_text
+from batchrun.jobs.rows.source import expand_inputs, open_source
 from tests.fuzz.trial import Wrong
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -104,7 +104,7 @@ def _streams(make: Callable[[], Any], data: bytes) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """JSON by the rules of `jobs.jsontext`, to be compared."""
+    """JSON by the rules of `batchrun.jobs.rows.jsontext`, to be compared."""
     if isinstance(value, dict):
         return {valid_text(key): plain(item) for key, item in value.items()}
     if isinstance(value, list):

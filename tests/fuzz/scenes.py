@@ -15,19 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from batchrun import worker
-from batchrun.live import LogTail, Progress, Reporter, read_progress
-from batchrun.worker import Outcome
-from jobs.destination import check_apart, resuming
-from jobs.errors import JobError
-from jobs.files import read_json, write_json
-from jobs.folder import JobFolder, create, find_same, list_jobs
-from jobs.identity import PLACES, set_limits
-from jobs.journal import Journal
-from jobs.rejoin import export_job
-from jobs.spec import InputFile, JobSpec
-from jobs.stats import STATS, summarise
-from jobs.verify import verify
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.files import read_json, write_json
+from batchrun.jobs.folder import JobFolder, create, find_same, list_jobs
+from batchrun.jobs.identity import PLACES, set_limits
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.output.destination import check_apart, resuming
+from batchrun.jobs.output.rejoin import export_job
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.stats import STATS, summarise
+from batchrun.jobs.verify import verify
+from batchrun.run import worker
+from batchrun.run.live import LogTail, Progress, Reporter, read_progress
+from batchrun.run.worker import Outcome
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, length, token
 from tests.fuzz.trial import Wrong
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from allocator.host import HostMemory
+from batchrun.allocator.host import HostMemory
 
 CUDA = pytest.param(
     "cuda",
@@ -29,7 +29,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def memory(device: str) -> Iterator[Any]:
     if device == "cuda":
-        from allocator.cuda import CudaMemory  # noqa: PLC0415 - only where there is a driver
+        from batchrun.allocator.cuda import (  # noqa: PLC0415 - only where there is a driver
+            CudaMemory,
+        )
 
         torch.zeros(1, device=device)
         made: Any = CudaMemory()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from batchrun.engine import int8_gpu
-from batchrun.engine.int8_gpu import WIDEN_ABOVE, why_not
-from batchrun.engine.quantize import Int8Linear, int8_weights
+from batchrun.engine.model import int8_gpu
+from batchrun.engine.model.int8_gpu import WIDEN_ABOVE, unsupported_reason
+from batchrun.engine.model.quantize import Int8Linear, int8_weights
 from benchmarks.gpu import int8
 from benchmarks.gpu.bench import Bench
 from tests.gpu import test_parity as parity
@@ -59,7 +59,7 @@ def test_inputs_may_be_views(device: str) -> None:
 @torch.inference_mode()
 def test_few_tokens_widen_no_weights(device: str) -> None:
     layer = made(4096, 4096, torch.bfloat16, device, bias=False)
-    assert why_not(layer.weight.device, torch.bfloat16) is None
+    assert unsupported_reason(layer.weight.device, torch.bfloat16) is None
     x = torch.randn(64, 4096, dtype=torch.bfloat16, device=device)
     check(layer, x, out := layer(x))
     torch.cuda.reset_peak_memory_stats()
@@ -118,13 +118,15 @@ def test_the_benchmark_is_rehearsed() -> None:
 
 def test_reasons_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
-    assert int8_gpu.why_not.__wrapped__(device, torch.float32) == (
+    assert int8_gpu.unsupported_reason.__wrapped__(device, torch.float32) == (
         "the kernel computes in bfloat16 and float16, not in float32"
     )
     monkeypatch.setattr(int8_gpu, "find_spec", lambda _: None)
-    assert int8_gpu.why_not.__wrapped__(device, torch.bfloat16) == "triton is not installed"
+    assert (
+        int8_gpu.unsupported_reason.__wrapped__(device, torch.bfloat16) == "triton is not installed"
+    )
     monkeypatch.setattr(int8_gpu, "find_spec", lambda _: SimpleNamespace())
     monkeypatch.setattr(int8_gpu, "_capability", lambda _: (7, 5))
-    assert int8_gpu.why_not.__wrapped__(device, torch.float16) == (
+    assert int8_gpu.unsupported_reason.__wrapped__(device, torch.float16) == (
         "it needs compute capability 8.0, and this device has 7.5"
     )

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from allocator.arena import KVArena
-from allocator.layout import KVLayout, LayerKV
-from allocator.tensor import layer_views, strided_view
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.tensor import layer_views, strided_view
 
 TOKEN = 1024  # bytes: two layers of 64 + 64 int32
 

@@ -24,7 +24,7 @@ from batchrun.engine import attention
 from batchrun.engine.assembly import Assembly, Settings, assemble
 from batchrun.engine.attention import Geometry
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.model import LoadedModel, prepare
+from batchrun.engine.model.prepare import LoadedModel, prepare
 from tests.gpu.conftest import CUDA
 from tests.parity.models import CONFIGS
 
@@ -152,7 +152,7 @@ def skip_unless_usable(backend: str, loaded: LoadedModel) -> None:
     """FlashInfer is optional, and too slow to compile here; the others must work."""
     geometry = Geometry(loaded.layers, 256, 8, 8, 64, loaded.dtype, loaded.device)
     if backend.startswith("flashinfer"):
-        reason = attention.why_not(backend, geometry, compiled=True)
+        reason = attention.unsupported_reason(backend, geometry, compiled=True)
         if reason is not None:
             pytest.skip(reason)
 

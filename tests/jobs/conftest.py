@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.folder import create
-from jobs.spec import InputFile, JobSpec
+from batchrun.jobs.folder import create
+from batchrun.jobs.spec import InputFile, JobSpec
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import tracemalloc
 
 import pytest
 
-from jobs.errors import InputError
-from jobs.source import expand_inputs, open_source
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.source import expand_inputs, open_source
 
 ROW, RECORD = b'{"prompt": "hi"}\n', b"hi,1\n"
 HEAD = b"prompt,id\n"

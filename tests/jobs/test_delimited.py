@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.answers import Answers
-from jobs.cells import joined
-from jobs.errors import InputError
-from jobs.export import export
-from jobs.joined import Joined, output_columns
-from jobs.journal import Result
-from jobs.source import open_source
-from jobs.spec import output_format
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.output.export import export
+from batchrun.jobs.output.joined import Joined, output_columns
+from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.rows.cells import joined
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.spec import output_format
 from tests.jobs.reading import objects
 
 
@@ -141,7 +141,7 @@ def test_files_with_columns_of_their_own_are_one_input(tmp_path):
 def write(source, path):
     results = (Result(i, 0, "ok", f'"{i}",\n', (5,), "stop", 1, 1) for i in range(source.count()))
     export(
-        Joined(source, Answers(results, 1, False), output_columns(True, 1)),
+        Joined(source, ResultReader(results, 1, False), output_columns(True, 1)),
         path,
         format=output_format(path),
     )

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.destination import (
+from batchrun.jobs.errors import Fenced, LeaseHeld, OutputError, OutputTaken
+from batchrun.jobs.files import atomic_write
+from batchrun.jobs.folder import JobFolder, create
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.output.destination import (
     Claim,
     check_apart,
     check_place,
@@ -22,12 +27,7 @@ from jobs.destination import (
     one_at_a_time,
     resuming,
 )
-from jobs.errors import Fenced, LeaseHeld, OutputError, OutputTaken
-from jobs.files import atomic_write
-from jobs.folder import JobFolder, create
-from jobs.journal import Journal
-from jobs.lease import Lease
-from jobs.spec import InputFile
+from batchrun.jobs.spec import InputFile
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,7 +198,7 @@ class TestPlace:
 HOLD = """
 import sys
 from pathlib import Path
-from jobs.destination import one_at_a_time
+from batchrun.jobs.output.destination import one_at_a_time
 with one_at_a_time(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -329,9 +329,9 @@ class TestClaim:
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from jobs.destination import Claim
-from jobs.files import atomic_write
-from jobs.folder import JobFolder
+from batchrun.jobs.output.destination import Claim
+from batchrun.jobs.files import atomic_write
+from batchrun.jobs.folder import JobFolder
 job, out = JobFolder(Path(sys.argv[1])), Path(sys.argv[2])
 def watch(event, arguments):
     if event == "os.{call}" or ("{call}", event) == ("unlink", "os.remove"):

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.errors import InputError
-from jobs.source import expand_inputs, open_source, sniffed
-from jobs.spec import InputFile, JobSpec
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.source import expand_inputs, open_source, sniffed
+from batchrun.jobs.spec import InputFile, JobSpec
 from tests.jobs.reading import objects
 
 

@@ -17,17 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.answers import Answers
-from jobs.errors import JobError, OutputError
-from jobs.export import (
-    check_columns,
-    check_destination,
-    export,
-)
-from jobs.joined import Joined, output_columns
-from jobs.journal import Result
-from jobs.source import open_source
-from jobs.spec import output_format
+from batchrun.jobs.errors import JobError, OutputError
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.output.export import check_columns, check_destination, export
+from batchrun.jobs.output.joined import Joined, output_columns
+from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.spec import output_format
 
 OUTPUT_COLUMNS = ("completion", "finish_reason", "prompt_tokens", "completion_tokens", "error")
 REPO = Path(__file__).parents[2]
@@ -55,7 +51,7 @@ def source(tmp_path):
 
 def write(source, path, results, *, n=1, token_ids=False, limit=None, partial=False, keep=None):
     added = output_columns(token_ids, n, keep)
-    joined = Joined(source, Answers(results, n, partial, keep), added, limit)
+    joined = Joined(source, ResultReader(results, n, partial, keep), added, limit)
     return export(joined, path, format=output_format(path))
 
 
@@ -430,20 +426,20 @@ def run_export(code, *arguments):
 EXPORT = """
     import os, resource, signal, sys
     from pathlib import Path
-    from jobs.errors import OutputError
-    from jobs.answers import Answers
-    from jobs.export import check_destination, export
-    from jobs.joined import Joined, output_columns
-    from jobs.spec import output_format
-    from jobs.journal import Result
-    from jobs.source import open_source
+    from batchrun.jobs.errors import OutputError
+    from batchrun.jobs.output.result_reader import ResultReader
+    from batchrun.jobs.output.export import check_destination, export
+    from batchrun.jobs.output.joined import Joined, output_columns
+    from batchrun.jobs.spec import output_format
+    from batchrun.jobs.journal.journal import Result
+    from batchrun.jobs.rows.source import open_source
 
     source, out, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
     def run():
         results = (Result(i, 0, "ok", os.urandom(40).hex()) for i in range(count))
         source_ = open_source([source], source.suffix[1:])
-        joined = Joined(source_, Answers(results, 1, False), output_columns(False, 1))
+        joined = Joined(source_, ResultReader(results, 1, False), output_columns(False, 1))
         export(joined, out, format=output_format(out))
 """
 

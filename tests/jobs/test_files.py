@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import files
-from jobs.errors import OutputError
-from jobs.files import (
+from batchrun.jobs import files
+from batchrun.jobs.errors import OutputError
+from batchrun.jobs.files import (
     atomic_write,
     check_room,
     free_bytes,
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 WRITE = """
 import sys
 from pathlib import Path
-from jobs.files import atomic_write
+from batchrun.jobs.files import atomic_write
 with atomic_write(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs import files
-from jobs import folder as folders
-from jobs.errors import JobNotFound, OutputError, SpecChanged
-from jobs.folder import JobFolder, check_unchanged, create, find, list_jobs
-from jobs.folder import home as jobs_home
-from jobs.journal import Result
-from jobs.lease import Lease
-from jobs.spec import InputFile
+from batchrun.jobs import files
+from batchrun.jobs import folder as folders
+from batchrun.jobs.errors import JobNotFound, OutputError, SpecChanged
+from batchrun.jobs.folder import JobFolder, check_unchanged, create, find, list_jobs
+from batchrun.jobs.folder import home as jobs_home
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.spec import InputFile
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +58,7 @@ def test_any_input_name_makes_a_usable_id(home, spec, tmp_path, name):
 
 def test_two_jobs_that_draw_one_id_are_two_jobs(home, spec, monkeypatch):
     drawn = iter(["same", "same", "same", "other"])
-    monkeypatch.setattr("jobs.folder._new_id", lambda _: next(drawn))
+    monkeypatch.setattr("batchrun.jobs.folder._new_id", lambda _: next(drawn))
     first, second = create(home, spec), create(home, spec)
     assert (first.id, second.id) == ("same", "other")
     assert sorted(p.name for p in (home / "jobs").iterdir()) == ["other", "same"]
@@ -101,7 +101,7 @@ def test_find(home, spec, tmp_path, monkeypatch):
     with pytest.raises(JobNotFound, match="no jobs"):
         find(home)
     names = iter(["aaaa", "aabb", "cccc"])
-    monkeypatch.setattr("jobs.folder._new_id", lambda _: f"prompts-{next(names)}")
+    monkeypatch.setattr("batchrun.jobs.folder._new_id", lambda _: f"prompts-{next(names)}")
     jobs = [create(home, spec) for _ in range(3)]
     for number, job in enumerate(jobs):
         os.utime(job.path / "job.json", ns=(number, number))
@@ -134,9 +134,9 @@ def test_a_home_that_cannot_be_made_is_one_clear_error(spec, tmp_path):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from jobs.errors import JobError
-from jobs.folder import create
-from jobs.spec import JobSpec
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.folder import create
+from batchrun.jobs.spec import JobSpec
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 spec = JobSpec.load(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))

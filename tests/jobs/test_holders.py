@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import JobError, LeaseHeld
-from jobs.folder import JobFolder
-from jobs.holders import holders, process, send, write_lock
-from jobs.lease import Lease, held_by, holder
-from jobs.state import Brief
+from batchrun.jobs.errors import JobError, LeaseHeld
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.holders import holders, process, send, write_lock
+from batchrun.jobs.lease import Lease, held_by, holder
+from batchrun.jobs.snapshot import JobSnapshot
 from tests.cli.test_async import until
 
 ROOT = Path(__file__).parents[2]
-CANCEL = "from jobs.cancel import cancel; from jobs.folder import JobFolder; "
+CANCEL = "from batchrun.jobs.cancel import cancel; from batchrun.jobs.folder import JobFolder; "
 HOLD = """
 import signal, subprocess, sys
 from pathlib import Path
-from jobs.folder import JobFolder
-from jobs.lease import Lease
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.lease import Lease
 with Lease(Path(sys.argv[1])) as lease:
     exec(sys.argv[2])
     print("ready", flush=True)
@@ -57,7 +57,7 @@ def worker(start, tmp_path):
     """Starts a process that has the lease of a job that runs."""
 
     def begin(first="pass"):
-        Brief("running").save(tmp_path)
+        JobSnapshot("running").save(tmp_path)
         started = start(sys.executable, "-c", HOLD, str(tmp_path), first)
         assert started.stdout.readline() == "ready\n"
         return started
@@ -66,7 +66,7 @@ def worker(start, tmp_path):
 
 
 def cancelled(folder, ask_s=5.0, kill_s=5.0):
-    from jobs.cancel import cancel  # noqa: PLC0415
+    from batchrun.jobs.cancel import cancel  # noqa: PLC0415
 
     return cancel(JobFolder(folder), ask_s, kill_s)
 
@@ -120,7 +120,7 @@ def test_where_there_are_no_pidfds_who_has_the_lock_is_asked_all_the_same(
 def test_where_the_kernel_shows_no_locks_a_worker_is_known_by_its_command(
     start, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("jobs.holders._kernel_tells", lambda: False)
+    monkeypatch.setattr("batchrun.jobs.holders._kernel_tells", lambda: False)
     script = "import os, sys; os.open(sys.argv[1] + '/lock', os.O_RDWR); print(flush=True); input()"
     (tmp_path / "lock").write_text("")
     worker = start(sys.executable, "-c", script, str(tmp_path))
@@ -160,7 +160,7 @@ def test_who_ignores_the_question_is_killed_and_that_is_said(worker, tmp_path):
     assert "it did not stop in 0.2 s when asked to, so it was killed" in said
     assert "results that were journalled are kept" in said
     assert first.wait(60) == -signal.SIGKILL
-    assert Brief.load(tmp_path).state == "cancelled"
+    assert JobSnapshot.load(tmp_path).state == "cancelled"
 
 
 def test_who_is_stopped_is_continued_to_end_by_itself(worker, tmp_path):
@@ -184,7 +184,7 @@ def test_a_child_that_is_left_of_a_job_is_ended_too(worker, tmp_path):
 
 def test_a_job_at_rest_that_is_being_exported_is_not_cancelled(worker, tmp_path):
     first = worker()
-    Brief("done").save(tmp_path)
+    JobSnapshot("done").save(tmp_path)
     with pytest.raises(JobError, match=f"it is done, and process {first.pid} is at it"):
         cancelled(tmp_path)
     assert first.poll() is None
@@ -205,7 +205,7 @@ def test_what_is_killed_and_does_not_end_is_told_with_its_state(worker, start, t
     program = tmp_path / "d"
     if subprocess.run(["cc", "-w", "-pthread", "-o", program, source], check=False).returncode:
         pytest.skip("there is no C compiler")
-    Brief("running").save(tmp_path)
+    JobSnapshot("running").save(tmp_path)
     with Lease(tmp_path) as lease:
         stuck = subprocess.Popen(
             [program], stdout=subprocess.PIPE, pass_fds=[lease.fileno()], start_new_session=True

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from jobs.errors import InputError, JobError, SpecChanged
-from jobs.folder import check_unchanged, create, find_same
-from jobs.identity import set_limits
-from jobs.lease import Lease
-from jobs.spec import InputFile
+from batchrun.jobs.errors import InputError, JobError, SpecChanged
+from batchrun.jobs.folder import check_unchanged, create, find_same
+from batchrun.jobs.identity import set_limits
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.spec import InputFile
 
 
 def digest(path):

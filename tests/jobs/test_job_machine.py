@@ -24,15 +24,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jobs.errors import Fenced, LeaseHeld
-from jobs.folder import JobFolder, create, find_same, list_jobs
-from jobs.journal import READ, Partial, Result
-from jobs.lease import Lease
-from jobs.rejoin import export_job
-from jobs.source import open_source
-from jobs.spec import InputFile, JobSpec
-from jobs.suspects import RunningRows
-from jobs.verify import verify
+from batchrun.jobs.errors import Fenced, LeaseHeld
+from batchrun.jobs.folder import JobFolder, create, find_same, list_jobs
+from batchrun.jobs.inflight import InFlightRows
+from batchrun.jobs.journal.journal import READ
+from batchrun.jobs.journal.results import Partial, Result
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.output.rejoin import export_job
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.verify import verify
 
 ROWS = 8
 running = precondition(lambda self: self.worker is not None)
@@ -49,7 +50,7 @@ class Worker:
         self.run = self.journal.begin_run()
         self.journal.set_meta("rows_total", ROWS)
         self.journal.set_meta(READ, ["prompt"])
-        self.engine = RunningRows(job.path)
+        self.engine = InFlightRows(job.path)
         self.stack.callback(self.engine.close)
         self.engine.clear()
         job.set_state("running")
@@ -191,7 +192,7 @@ class JobMachine(RuleBasedStateMachine):
         self.worker, self.stalled = None, []
         [self.job] = list_jobs(self.home)
         self.state = "interrupted"
-        engine = RunningRows(self.job.path)
+        engine = InFlightRows(self.job.path)
         assert engine.rows() == sorted(set(rows))
         with self.job.journal(readonly=False) as journal:
             journal.count_crash(engine.rows())

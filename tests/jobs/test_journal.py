@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import JournalError
-from jobs.journal import Journal, Result
-from jobs.schema import VERSION
+from batchrun.jobs.errors import JournalError
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.journal.schema import VERSION
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,7 +192,7 @@ def test_a_damaged_journal_says_so(tmp_path):
 WRITE_FOREVER = """
 import sys
 from pathlib import Path
-from jobs.journal import Journal, Result
+from batchrun.jobs.journal.journal import Journal, Result
 with Journal(Path(sys.argv[1]), 1) as journal:
     journal.begin_run()
     row = journal.counts().rows
@@ -222,8 +223,8 @@ def test_what_was_acknowledged_survives_sigkill_and_batches_are_whole(tmp_path):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from jobs.errors import JournalError
-from jobs.journal import Journal, Result
+from batchrun.jobs.errors import JournalError
+from batchrun.jobs.journal.journal import Journal, Result
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with Journal(Path(sys.argv[1]), 1) as journal:
     journal.begin_run()
@@ -252,7 +253,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
 LOOK = """
 import os, sys
 from pathlib import Path
-from jobs.journal import Journal
+from batchrun.jobs.journal.journal import Journal
 os.setuid(65534)  # root may write everywhere
 with Journal(Path(sys.argv[1]), 2, readonly=True) as journal:
     print([r.text for r in journal.results()], os.access(sys.argv[1], os.W_OK))

@@ -16,8 +16,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jobs.errors import JournalError
-from jobs.journal import Journal, Result
+from batchrun.jobs.errors import JournalError
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import Result
 
 ROWS = 40
 EVERY = range(ROWS)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.source import open_source
+from batchrun.jobs.rows.source import open_source
 from tests.jobs.reading import batches
 from tests.jobs.reading import objects as objects_of
 

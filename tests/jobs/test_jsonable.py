@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.jsonable import json_values, jsonable
+from batchrun.jobs.rows.jsonable import json_values, jsonable
 
 REPO = Path(__file__).parents[2]
 DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}
@@ -276,7 +276,7 @@ def test_pandas_makes_no_difference():
                         raise ModuleNotFoundError(name)
             sys.meta_path.insert(0, Missing())
         import pyarrow as pa
-        from jobs.jsonable import json_values
+        from batchrun.jobs.rows.jsonable import json_values
         arrays = [pa.array([0, 1], kind) for kind in (
             pa.timestamp("ns"), pa.timestamp("ns", "Europe/Berlin"), pa.duration("ns"),
             pa.time64("ns"), pa.timestamp("us"))]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.errors import InputError
-from jobs.jsonl import JsonSource
-from jobs.row import Part, valid_text
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.jsonl import JsonSource
+from batchrun.jobs.rows.row import Part, valid_text
 from tests.jobs.reading import batches, objects
 
 
@@ -104,7 +104,7 @@ def test_text_and_other_content_of_messages_stay_in_one_list_type(tmp_path):
 
 
 def test_an_endless_line_is_an_error_instead_of_all_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.jsonl.MAX_RECORD", 1000)
+    monkeypatch.setattr("batchrun.jobs.rows.jsonl.MAX_RECORD", 1000)
     with pytest.raises(InputError, match=r"line 2 of .* is longer than"):
         jsonl(tmp_path / "x.jsonl", {"prompt": "a"}, {"prompt": "a" * 1000})
 
@@ -160,7 +160,7 @@ def test_every_layout_has_the_same_rows_however_it_is_read(tmp_path_factory, obj
     path.write_text(layout(objects))
     with pytest.MonkeyPatch.context() as patch:
         source = JsonSource([Part(path)])
-        patch.setattr("jobs.jsonl._READ", size)
+        patch.setattr("batchrun.jobs.rows.jsonl._READ", size)
         assert [row.fields for row in source.rows()] == objects
         assert [row.index for row in source.rows(start=1)] == list(range(1, len(objects)))
         assert source.count() == len(objects)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.jsontext import Number, carried, encode, parse_object
+from batchrun.jobs.rows.jsontext import Number, carried, encode, parse_object
 
 
 def out(text, taken=()):

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import LeaseHeld, OutputError
-from jobs.lease import Lease, held_by
+from batchrun.jobs.errors import LeaseHeld, OutputError
+from batchrun.jobs.lease import Lease, held_by
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from jobs.lease import Lease
+from batchrun.jobs.lease import Lease
 with Lease(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -84,7 +84,7 @@ def test_a_process_started_by_the_holder_does_not_keep_the_lease(tmp_path):
 LOOK = """
 import sys
 from pathlib import Path
-from jobs.lease import held_by
+from batchrun.jobs.lease import held_by
 print("looking", flush=True)
 folder = Path(sys.argv[1])
 while True:

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.errors import InputError
-from jobs.row import BATCH_BYTES, missing_column
-from jobs.source import open_source
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.row import BATCH_BYTES, missing_column
+from batchrun.jobs.rows.source import open_source
 from tests.jobs.reading import batches as batches_of
 from tests.jobs.reading import objects as objects_of
 
@@ -180,8 +180,8 @@ class TestUnreadable:
         code = """
             import os, sys
             from pathlib import Path
-            from jobs.errors import InputError
-            from jobs.source import expand_inputs, open_source
+            from batchrun.jobs.errors import InputError
+            from batchrun.jobs.rows.source import expand_inputs, open_source
             if os.getuid() == 0:
                 os.setuid(65534)
             path, kind = sys.argv[1:]
@@ -216,7 +216,7 @@ def test_a_large_file_streams(tmp_path, kind):
     code = """
         import sys
         from pathlib import Path
-        from jobs.source import open_source
+        from batchrun.jobs.rows.source import open_source
 
         def peak():
             # Not getrusage: its peak includes the process that forked this one.

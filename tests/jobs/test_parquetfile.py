@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.errors import InputError
-from jobs.parquetfile import opened
-from jobs.source import open_source
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.parquetfile import opened
+from batchrun.jobs.rows.source import open_source
 from tests.fuzz.thrift import spans, varint
 
 

@@ -9,15 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from jobs.destination import one_at_a_time
-from jobs.files import atomic_write, close_to_others, make_folders, open_private, write_json
-from jobs.folder import create, sweep
-from jobs.journal import Journal
-from jobs.lease import Lease
-from jobs.results import Result
-from jobs.spec import InputFile, JobSpec
-from jobs.suspects import RunningRows
-from jobs.turns import Turn
+from batchrun.jobs.files import (
+    atomic_write,
+    close_to_others,
+    make_folders,
+    open_private,
+    write_json,
+)
+from batchrun.jobs.folder import create, sweep
+from batchrun.jobs.inflight import InFlightRows
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.output.destination import one_at_a_time
+from batchrun.jobs.queue import DeviceQueue
+from batchrun.jobs.spec import InputFile, JobSpec
 
 ROOT = Path(__file__).parents[2]
 MARK = "Pr1vate-M4rker"
@@ -54,7 +60,7 @@ def used(home, spec):
     job = create(home, spec)
     job.request_cancel()
     job.note_destination(home / "elsewhere")
-    RunningRows(job.path).close()
+    InFlightRows(job.path).close()
     return job
 
 
@@ -63,7 +69,7 @@ def test_all_that_is_kept_is_private_while_it_is_in_use(tmp_path, spec, umask_of
     home = tmp_path / "new" / "home"
     with one_at_a_time(home):
         job = used(home, spec)
-    with Lease(job.path), Turn(home, "cpu"), job.journal(readonly=False) as journal:
+    with Lease(job.path), DeviceQueue(home, "cpu"), job.journal(readonly=False) as journal:
         journal.begin_run()
         journal.write([Result(0, 0, "ok", text=MARK)])
         found = openness(tmp_path / "new")
@@ -90,7 +96,7 @@ def test_a_home_shared_by_setgid_stays_its_groups_and_nobody_elses(tmp_path, spe
     home.chmod(0o2775)
     with one_at_a_time(home):
         job = used(home, spec)
-    with Lease(job.path), Turn(home, "cpu"):
+    with Lease(job.path), DeviceQueue(home, "cpu"):
         found = openness(home)
     shared = {path: 0o2770 if (home / path).is_dir() else 0o660 for path in found}
     assert found == shared
@@ -158,7 +164,7 @@ def test_owner_and_group_are_kept_by_who_can(tmp_path):
 REPLACE = f"""
 import os, sys
 from pathlib import Path
-from jobs.files import atomic_write
+from batchrun.jobs.files import atomic_write
 os.setgroups([]); os.setgid({USER}); os.setuid({USER})
 with atomic_write(Path(sys.argv[1])) as file:
     file.write(b"new")
@@ -233,7 +239,7 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 from jobs import folder
-from jobs.spec import JobSpec
+from batchrun.jobs.spec import JobSpec
 home, job, moment = Path(sys.argv[1]), folder.JobFolder(Path(sys.argv[2])), sys.argv[3]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -18,14 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import rejoin
-from jobs.errors import InputError, JobError, SpecChanged
-from jobs.folder import create
-from jobs.journal import READ, Result
-from jobs.rejoin import export_job
-from jobs.source import open_source
-from jobs.spec import InputFile, JobSpec
-from jobs.verify import verify
+from batchrun.jobs.errors import InputError, JobError, SpecChanged
+from batchrun.jobs.folder import create
+from batchrun.jobs.journal.journal import READ
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.output import rejoin
+from batchrun.jobs.output.rejoin import export_job
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.verify import verify
 
 KINDS = ["jsonl", "json", "csv", "parquet"]  # of JSON there are lines, and an array
 TEXTS = KINDS[:3]

@@ -12,17 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.cli.isolated import ReaderCrashed, isolated
-from jobs.checksums import checksum, sealed, unsealed
-from jobs.destination import resuming
-from jobs.errors import JournalError, SpecChanged, SpecDamaged
-from jobs.folder import check_unchanged, find_same, list_jobs
-from jobs.journal import READ, Copy, Journal, Partial, Result
-from jobs.lease import Lease
-from jobs.rejoin import export_job
-from jobs.source import open_source
-from jobs.spec import InputFile
-from jobs.stats import STATS, write_summary
-from jobs.verify import verify
+from batchrun.jobs.checksums import checksum, sealed, unsealed
+from batchrun.jobs.errors import JournalError, SpecChanged, SpecDamaged
+from batchrun.jobs.folder import check_unchanged, find_same, list_jobs
+from batchrun.jobs.journal.journal import READ, Journal
+from batchrun.jobs.journal.results import CopiedResult, Partial, Result
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.output.destination import resuming
+from batchrun.jobs.output.rejoin import export_job
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.spec import InputFile
+from batchrun.jobs.stats import STATS, write_summary
+from batchrun.jobs.verify import verify
 
 ROWS = 6
 
@@ -152,8 +153,8 @@ def test_a_rotten_result_is_not_copied(job):
     with Lease(job.path), job.journal(readonly=False) as journal:
         journal.begin_run()
         with pytest.raises(JournalError, match="copied"):
-            journal.write([Copy(2, 1, 1, 1, 3)])
-        journal.write([Copy(2, 1, 0, 0, 3)])
+            journal.write([CopiedResult(2, 1, 1, 1, 3)])
+        journal.write([CopiedResult(2, 1, 0, 0, 3)])
         rows = [r for r in journal.results(skip_damaged=True) if (r.row, r.sample) == (2, 1)]
     assert [row.text for row in rows] == ["answer 0.0"]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import Fenced, JournalError, LeaseHeld
-from jobs.journal import Journal, Partial, Result
-from jobs.lease import Lease
+from batchrun.jobs.errors import Fenced, JournalError, LeaseHeld
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import Partial, Result
+from batchrun.jobs.lease import Lease
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,8 +75,8 @@ def test_a_run_that_woke_up_late_writes_nothing(folder, same_connection):
 RACE = """
 import sys
 from pathlib import Path
-from jobs.errors import Fenced
-from jobs.journal import Journal, Result
+from batchrun.jobs.errors import Fenced
+from batchrun.jobs.journal.journal import Journal, Result
 with Journal(Path(sys.argv[1]), 1) as journal:
     print(journal.begin_run(), flush=True)
     sys.stdin.readline()
@@ -204,8 +205,8 @@ def test_the_reason_of_a_failure_is_kept(journal):
 FAILING = """
 import resource, signal, sys
 from pathlib import Path
-from jobs.errors import JournalError
-from jobs.journal import Journal, Result
+from batchrun.jobs.errors import JournalError
+from batchrun.jobs.journal.journal import Journal, Result
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 big = [Result(i, 0, "ok", text="x" * 5000) for i in range(1, 1000)]
 with Journal(Path(sys.argv[1]), 1) as journal:

@@ -6,9 +6,10 @@ import sqlite3
 
 import pytest
 
-from jobs import schema
-from jobs.errors import JournalError
-from jobs.journal import Journal, Partial, Result
+from batchrun.jobs.errors import JournalError
+from batchrun.jobs.journal import schema
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import Partial, Result
 
 # As the first version made it.
 V1 = """

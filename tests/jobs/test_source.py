@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.errors import InputError
-from jobs.row import BATCH_BYTES
-from jobs.source import Part, expand_inputs, open_source
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.row import BATCH_BYTES, Part
+from batchrun.jobs.rows.source import expand_inputs, open_source
 from tests.jobs.reading import batches, objects
 
 RECORDS = [

@@ -6,9 +6,9 @@ from hashlib import blake2b
 
 import pytest
 
-from jobs.errors import InputError, JobError, SpecDamaged
-from jobs.files import read_json, write_json
-from jobs.spec import InputFile, JobSpec
+from batchrun.jobs.errors import InputError, JobError, SpecDamaged
+from batchrun.jobs.files import read_json, write_json
+from batchrun.jobs.spec import InputFile, JobSpec
 
 
 def moved(spec, folder):

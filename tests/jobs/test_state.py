@@ -5,11 +5,12 @@ import time
 
 import pytest
 
-from jobs import folder as folders
-from jobs.errors import JournalError, LeaseHeld
-from jobs.folder import JobFolder, list_jobs
-from jobs.journal import Journal, Result
-from jobs.lease import Lease
+from batchrun.jobs import folder as folders
+from batchrun.jobs.errors import JournalError, LeaseHeld
+from batchrun.jobs.folder import JobFolder, list_jobs
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.lease import Lease
 
 
 def end(job, state, reason=None, hint=None):

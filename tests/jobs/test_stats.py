@@ -5,10 +5,10 @@ from dataclasses import fields
 
 import pytest
 
-from jobs.files import read_json
-from jobs.journal import Result
-from jobs.lease import Lease
-from jobs.stats import RunStats, summarise, write_summary
+from batchrun.jobs.files import read_json
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.stats import RunStats, summarise, write_summary
 
 KV = ("reserved", "mapped", "live", "shared", "static", "paged")
 

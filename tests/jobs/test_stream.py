@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.errors import InputError
-from jobs.source import Part, open_source
-from jobs.stream import text_of
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.row import Part
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.rows.stream import text_of
 
 TEXT = '{"prompt": "ü"}\n{"prompt": "two"}\n'
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.errors import InputError
-from jobs.jsonable import json_values
-from jobs.row import BATCH_BYTES
-from jobs.source import open_source
-from jobs.unify import cast, unite
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.jsonable import json_values
+from batchrun.jobs.rows.row import BATCH_BYTES
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.rows.unify import cast, unite
 from tests.jobs.reading import batches, objects
 
 EXACT = 1 << 53
@@ -402,7 +402,7 @@ def test_a_cast_that_arrow_does_not_have_is_found_before_the_job_starts(tmp_path
         raise pa.ArrowNotImplementedError("no such cast")
 
     paths = written(tmp_path, column(pa.int8(), 1), column(pa.int16(), 1))
-    monkeypatch.setattr("jobs.united.cast", missing)
+    monkeypatch.setattr("batchrun.jobs.rows.united.cast", missing)
     with pytest.raises(
         InputError, match=r"'x' is int8 in .*0\.parquet, and can't be read as int16"
     ):

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.checksums import checksum
-from jobs.journal import Journal, Result
-from jobs.lease import Lease
-from jobs.rejoin import export_job
-from jobs.schema import SEALS
-from jobs.spec import InputFile
-from jobs.verify import verify
+from batchrun.jobs.checksums import checksum
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.journal.schema import SEALS
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.output.rejoin import export_job
+from batchrun.jobs.spec import InputFile
+from batchrun.jobs.verify import verify
 
 
 @pytest.fixture(params=["parquet", "jsonl", "jsonl.gz", "jsonl.zst"])

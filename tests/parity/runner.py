@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from allocator.cuda import CudaMemory
+from batchrun.allocator.cuda import CudaMemory
 from batchrun.engine.assembly import Assembly, Settings
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Completion
 from batchrun.engine.graphs import Recorded
-from batchrun.engine.hook import HOOK, set_attention
-from batchrun.engine.model import LoadedModel
+from batchrun.engine.model.hook import HOOK, set_attention
+from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.pieces import Apart
 
 

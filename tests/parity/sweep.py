@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 import transformers as tf
 
-from batchrun.engine import canary
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.model import prepare
-from batchrun.models import ModelError
+from batchrun.engine.model import canary
+from batchrun.engine.model.prepare import prepare
+from batchrun.errors import ModelError
 from tests.parity import zoo
 from tests.parity.runner import generate, outputs, rig, run
 

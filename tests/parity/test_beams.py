@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from allocator.arena import KVArena
+from batchrun.allocator.arena import KVArena
 from batchrun.engine.core import FinishReason, SamplingParams
-from batchrun.engine.model import LoadedModel, prepare
+from batchrun.engine.model.prepare import LoadedModel, prepare
 from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from allocator.arena import KVArena
-from batchrun.engine import canary
+from batchrun.allocator.arena import KVArena
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.graphs import Recorded
-from batchrun.engine.hook import HOOK, set_attention
-from batchrun.engine.model import LoadedModel, prepare
-from batchrun.models import ModelError
+from batchrun.engine.model import canary
+from batchrun.engine.model.hook import HOOK, set_attention
+from batchrun.engine.model.prepare import LoadedModel, prepare
+from batchrun.errors import ModelError
 from tests.parity.models import CONFIGS, build
 from tests.parity.runner import generate, outputs, rig, run
 

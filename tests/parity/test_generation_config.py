@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers as tf
 
-from batchrun.engine import cpu_sampling
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.drafts import Drafts, Lookup
-from batchrun.engine.generation import Generation, read_generation
-from batchrun.engine.model import LoadedModel, prepare
+from batchrun.engine.model.generation import Generation, read_generation
+from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.sampling import Sampler
 from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run

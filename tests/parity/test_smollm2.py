@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from allocator.arena import KVArena
+from batchrun.allocator.arena import KVArena
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.hook import HOOK, set_attention
-from batchrun.engine.loading import load
-from batchrun.engine.model import LoadedModel
-from batchrun.engine.optimize import optimize
-from batchrun.models import ModelRef
+from batchrun.engine.model.hook import HOOK, set_attention
+from batchrun.engine.model.loading import load
+from batchrun.engine.model.optimize import optimize
+from batchrun.engine.model.prepare import LoadedModel
+from batchrun.models.resolve import ModelRef
 from tests.parity.runner import outputs, rig, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "prompts.parquet"

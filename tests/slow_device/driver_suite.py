@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from allocator.vmm import AllocatorError
+from batchrun.allocator.vmm import AllocatorError
 from batchrun.engine.assembly import Assembly
 from batchrun.engine.core import EngineError, Request, SamplingParams
 from tests.fake_cuda.control import (

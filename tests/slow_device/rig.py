@@ -10,16 +10,16 @@ from unittest.mock import patch
 
 import torch
 
-from allocator.arena import KVArena
-from allocator.vmm import VirtualMemory
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.vmm import VirtualMemory
 from batchrun.engine import assembly
 from batchrun.engine.assembly import Assembly
 from batchrun.engine.attention import AttentionBackend, Geometry, Upload
 from batchrun.engine.attention.sdpa import SDPA
-from batchrun.engine.core import Segment, StepPlan, StepTokens
+from batchrun.engine.core import Segment, StepOutput, StepPlan
 from batchrun.engine.executor import Ticket
 from batchrun.engine.graphs import Recorded
-from batchrun.engine.model import LoadedModel
+from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.transfers import CudaTransfers
 from tests.parity import runner
 from tests.slow_device.device import SlowDevice
@@ -91,7 +91,7 @@ def _watch(rig: Assembly, device: SlowDevice, scratch: int | None, *, collects: 
         launched[plan.step] = steps.last
         return ticket
 
-    def watched_collect(ticket: Ticket) -> StepTokens:
+    def watched_collect(ticket: Ticket) -> StepOutput:
         tokens = collect(ticket)
         if launched.pop(ticket.step) in steps.unfinished() and collects:
             device.broken("a step was collected before it was over")

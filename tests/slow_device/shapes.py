@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 from hypothesis import strategies as st
 
-from allocator.arena import KVArena
+from batchrun.allocator.arena import KVArena
 from batchrun.engine.assembly import Assembly
-from batchrun.engine.model import LoadedModel
+from batchrun.engine.model.prepare import LoadedModel
 from tests.parity.test_generate import bytes_per_token
 from tests.slow_device.device import SlowDevice
 from tests.slow_device.rig import rig

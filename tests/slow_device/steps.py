@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from allocator.arena import KVArena
-from allocator.vmm import AllocatorError, Handle, VirtualMemory
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.vmm import AllocatorError, Handle, VirtualMemory
 from batchrun.engine.core import StepPlan
 
 Done = Counter[Any]  # operations, by stream

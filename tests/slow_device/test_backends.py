@@ -12,7 +12,7 @@ from batchrun.engine.attention import AttentionBackend, Geometry, Upload
 from batchrun.engine.attention.flashinfer import FlashInfer
 from batchrun.engine.attention.torch_flash import TorchFlash
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.model import LoadedModel, prepare
+from batchrun.engine.model.prepare import LoadedModel, prepare
 from tests.attention.slots import PrefillModule, flash_attention_forward
 from tests.parity.models import seeded, with_head_dim
 from tests.parity.runner import generate, outputs, run

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from allocator.arena import KVArena
-from batchrun.engine import canary
+from batchrun.allocator.arena import KVArena
 from batchrun.engine.assembly import Assembly
 from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, StepPlan
 from batchrun.engine.executor import Ticket, TorchExecutor
+from batchrun.engine.model import canary
 from batchrun.engine.transfers import CudaTransfers
-from batchrun.models import ModelError
+from batchrun.errors import ModelError
 from tests.parity.runner import run
 from tests.parity.test_generate import bytes_per_token, loaded
 from tests.slow_device.device import Event, SlowDevice, TooEarlyError

@@ -26,9 +26,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from batchrun.live import read_progress
-from jobs.folder import JobFolder
-from jobs.lease import held_by
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.lease import held_by
+from batchrun.run.live import read_progress
 from tests.soak.batchrun import BOUND_S, Batchrun, Problem
 from tests.soak.flat import Watched, left_behind, processes
 from tests.soak.strikes import STRIKES, Strike, children, mount

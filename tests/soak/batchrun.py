@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.folder import JobFolder, list_jobs
+from batchrun.jobs.folder import JobFolder, list_jobs
 
 BOUND_S = 300.0  # no command takes longer, however busy the machine is
 _BUGS = ("Traceback", "bug in batchrun", "internal error")

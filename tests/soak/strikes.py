@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from jobs.folder import JobFolder
-from jobs.lease import held_by
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.lease import held_by
 from tests.soak.batchrun import Batchrun, Problem
 
 CANCEL_S = 20.0  # half of it are two processes that start; where the machine has room for them

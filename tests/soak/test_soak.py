@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from batchrun import worker
-from batchrun.worker import Outcome
-from jobs import folder
+from batchrun.jobs import folder
+from batchrun.run import worker
+from batchrun.run.worker import Outcome
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, SmallJob
 from tests.soak.flat import Sample, Watched, left_behind, processes, sample
 from tests.soak.works import alike, write

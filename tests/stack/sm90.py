@@ -34,10 +34,10 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.runtime import triton_helpers
 from triton.backends.compiler import GPUTarget
 
-from batchrun.engine import int8_gpu
-from batchrun.engine import optimize as optimizing
-from batchrun.engine.model import prepare
-from batchrun.engine.quantize import Int8Linear, int8_weights
+from batchrun.engine.model import int8_gpu
+from batchrun.engine.model import optimize as optimizing
+from batchrun.engine.model.prepare import prepare
+from batchrun.engine.model.quantize import Int8Linear, int8_weights
 from benchmarks.gpu import shapes
 from tests.parity import models
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchrun.engine.int8_gpu import WIDEN_ABOVE, Tile, tile_for
+from batchrun.engine.model.int8_gpu import WIDEN_ABOVE, Tile, tile_for
 from tests.test_docs import ROOT
 
 pytestmark = [
@@ -63,7 +63,7 @@ def test_the_kernel_for_8_bit_weights_is_compiled_with_each_tile(
     import triton  # noqa: PLC0415 - there may be none
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
 
-    from batchrun.engine.int8_triton import kernel  # noqa: PLC0415
+    from batchrun.engine.model.int8_triton import kernel  # noqa: PLC0415
 
     for dtype, inner, bias in (("bf16", 4096, False), ("fp16", 100, True)):
         of_call = {"x": f"*{dtype}", "weight": "*i8", "scales": "*fp32", "bias": f"*{dtype}"}

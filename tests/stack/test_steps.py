@@ -20,7 +20,7 @@ from batchrun.engine.attention.torch_flash import TorchFlash
 from batchrun.engine.core import Request, SamplingParams, Segment, StepPlan
 from batchrun.engine.core import Sequence as Row
 from batchrun.engine.executor import TorchExecutor
-from batchrun.engine.model import LoadedModel, prepare
+from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.transfers import Download, HostTransfers
 from tests.parity.models import CONFIGS
 

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from batchrun.engine.core import Segment
 
 _MODULES = {
-    "sdpa": "sdpa",
-    "native": "native",
-    "torch-flash": "torch_flash",
-    "flashinfer-fa2": "flashinfer",
-    "flashinfer-fa3": "flashinfer",
+    "sdpa": "attention.sdpa",
+    "native": "cpu.attention",
+    "torch-flash": "attention.torch_flash",
+    "flashinfer-fa2": "attention.flashinfer",
+    "flashinfer-fa3": "attention.flashinfer",
 }
 NAMES = tuple(_MODULES)
 _BEST_FIRST = ("flashinfer-fa3", "flashinfer-fa2", "torch-flash")
@@ -140,8 +140,10 @@ class AttentionBackend(Protocol):
 class _Library(Protocol):
     """What the module of a kernel library offers; `name` is one of those that it serves."""
 
-    def why_not(self, geometry: Geometry, name: str, *, compiled: bool = False) -> str | None:
-        """See `attention.why_not`."""
+    def unsupported_reason(
+        self, geometry: Geometry, name: str, *, compiled: bool = False
+    ) -> str | None:
+        """See `attention.unsupported_reason`."""
 
     def make(
         self,
@@ -153,12 +155,12 @@ class _Library(Protocol):
         """Make it, compiling kernels if need be; ValueError says why that fails."""
 
 
-def why_not(name: str, geometry: Geometry, *, compiled: bool = False) -> str | None:
+def unsupported_reason(name: str, geometry: Geometry, *, compiled: bool = False) -> str | None:
     """Why the backend of that name can't serve a model here; None where it can.
 
     With `compiled`, kernels that would first have to be compiled for minutes are a reason too.
     """
-    return _library(name).why_not(geometry, name, compiled=compiled)
+    return _library(name).unsupported_reason(geometry, name, compiled=compiled)
 
 
 def create(
@@ -184,7 +186,7 @@ def create(
     if name == "auto":
         return _best(geometry, upload, log)
     library = _library(name)
-    reason = None if geometry is None else library.why_not(geometry, name)
+    reason = None if geometry is None else library.unsupported_reason(geometry, name)
     if geometry is None and name != "sdpa":
         reason = "nothing is known of the model"
     if reason is not None:
@@ -201,7 +203,7 @@ def check(name: str, geometry: Geometry) -> None:
     if name == "native":  # compiled in seconds, once
         create(name, geometry)
     elif name != "auto":
-        reason = why_not(name, geometry)
+        reason = unsupported_reason(name, geometry)
         if reason is not None:
             raise _cannot_use(name, reason)
 
@@ -226,7 +228,7 @@ def _best(
     for name in candidates(geometry):
         assert geometry is not None
         try:
-            reason = why_not(name, geometry, compiled=True)
+            reason = unsupported_reason(name, geometry, compiled=True)
             found = None if reason else _library(name).make(geometry, upload, log, name)
         except ValueError as error:
             found, reason = None, str(error)
@@ -244,5 +246,5 @@ def _library(name: str) -> _Library:
     if name not in _MODULES:
         raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(NAMES)}")
     # Imported when wanted: each needs torch, and some need libraries that may be missing.
-    library: Any = import_module(f"batchrun.engine.attention.{_MODULES[name]}")
+    library: Any = import_module(f"batchrun.engine.{_MODULES[name]}")
     return cast("_Library", library)

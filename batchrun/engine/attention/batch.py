@@ -140,7 +140,7 @@ class Staging:
         return list(sent.split([len(array) for array in arrays]))
 
 
-def trouble(geometry: Geometry, dims: Container[int], *, softcap: bool) -> str | None:
+def geometry_unsupported(geometry: Geometry, dims: Container[int], *, softcap: bool) -> str | None:
     """Why CUDA kernels for half precision, heads of these widths and maybe a cap can't serve."""
     if geometry.device.type != "cuda":
         return "it needs a CUDA device"
@@ -158,7 +158,7 @@ def trouble(geometry: Geometry, dims: Container[int], *, softcap: bool) -> str |
     return None
 
 
-def capability_trouble(geometry: Geometry, *, hopper: bool = False) -> str | None:
+def device_unsupported(geometry: Geometry, *, hopper: bool = False) -> str | None:
     """Why a device is too old, or not of Hopper's generation, whose kernels run nowhere else."""
     major, minor = torch.cuda.get_device_capability(geometry.device)
     if (major, minor) >= (8, 0) and (major == 9 or not hopper):

@@ -61,7 +61,7 @@ def check(
     """
     segments = [_segment(0, 299, 1), _segment(1, 0, 1), _segment(2, 20, 100), _segment(3, 0, 70)]
     geometry = _geometry(spec, device, dtype)
-    reason = attention.why_not(name, geometry, compiled=True)
+    reason = attention.unsupported_reason(name, geometry, compiled=True)
     if reason is not None:
         return False, reason
 

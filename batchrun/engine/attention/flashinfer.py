@@ -25,13 +25,13 @@ from batchrun.engine.attention.batch import (
     Batch,
     Ints,
     Staging,
-    capability_trouble,
     cumulative,
+    device_unsupported,
+    geometry_unsupported,
     split,
-    trouble,
 )
-from batchrun.engine.compiled import guard_caches
 from batchrun.engine.core import Segment
+from batchrun.engine.cpu.compile import guard_caches
 
 HEAD_DIMS = (64, 128, 256)
 _BLOCK = 64  # Tokens a block; the kernels split keys between multiprocessors at whole blocks.
@@ -54,14 +54,14 @@ Loader = Callable[[Kind], Any]
 """A kind to its module: `plan` and `paged_run`."""
 
 
-def why_not(geometry: Geometry, name: str, *, compiled: bool = False) -> str | None:
-    """See `attention.why_not`."""
-    reason = trouble(geometry, HEAD_DIMS, softcap=True)
-    reason = reason or _library_trouble(geometry, name, compiled)
-    return reason or capability_trouble(geometry, hopper=name == "flashinfer-fa3")
+def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool = False) -> str | None:
+    """See `attention.unsupported_reason`."""
+    reason = geometry_unsupported(geometry, HEAD_DIMS, softcap=True)
+    reason = reason or _library_unsupported(geometry, name, compiled)
+    return reason or device_unsupported(geometry, hopper=name == "flashinfer-fa3")
 
 
-def _library_trouble(geometry: Geometry, name: str, compiled: bool) -> str | None:
+def _library_unsupported(geometry: Geometry, name: str, compiled: bool) -> str | None:
     guard_caches()
     try:
         version = import_module("flashinfer").__version__

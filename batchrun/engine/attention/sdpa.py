@@ -19,7 +19,9 @@ from batchrun.engine.core import Segment
 from batchrun.engine.transfers import copied
 
 
-def why_not(geometry: Geometry, name: str = "sdpa", *, compiled: bool = False) -> str | None:
+def unsupported_reason(
+    geometry: Geometry, name: str = "sdpa", *, compiled: bool = False
+) -> str | None:
     """It serves every model everywhere."""
     return None
 

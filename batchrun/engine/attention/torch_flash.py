@@ -17,21 +17,23 @@ from batchrun.engine.attention.batch import (
     Batch,
     Ints,
     Staging,
-    capability_trouble,
+    device_unsupported,
+    geometry_unsupported,
     split,
-    trouble,
 )
 from batchrun.engine.core import Segment
 
 Kernel = Callable[..., tuple[torch.Tensor, ...]]
 
 
-def why_not(geometry: Geometry, name: str = "torch-flash", *, compiled: bool = False) -> str | None:
-    """See `attention.why_not`."""
+def unsupported_reason(
+    geometry: Geometry, name: str = "torch-flash", *, compiled: bool = False
+) -> str | None:
+    """See `attention.unsupported_reason`."""
     if geometry.num_slots * geometry.slot_tokens >= 2**31:
         return "it counts tokens of address space in 32 bits"
-    reason = trouble(geometry, range(8, 257, 8), softcap=False)
-    return reason or capability_trouble(geometry)
+    reason = geometry_unsupported(geometry, range(8, 257, 8), softcap=False)
+    return reason or device_unsupported(geometry)
 
 
 def make(

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import InputError
+from batchrun.jobs.errors import InputError
 from tests.fuzz.inputs import PACKERS, opened, rows_of, text_in
 from tests.fuzz.trial import Target, Wrong
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from jobs.errors import JobError
+from batchrun.jobs.errors import JobError
 from tests.fuzz.mutate import damaged
 from tests.fuzz.scenes import looked_at, scenes
 from tests.fuzz.trial import Target

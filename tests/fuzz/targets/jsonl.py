@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from jobs.errors import InputError
+from batchrun.jobs.errors import InputError
 from tests.fuzz.inputs import PACKERS, deep, opened, plain, rows_of, text_in
 from tests.fuzz.mutate import damaged, json_damaged
 from tests.fuzz.trial import Target, Wrong

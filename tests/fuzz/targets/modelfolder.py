@@ -66,7 +66,7 @@ def models() -> dict[str, dict[str, bytes]]:
     return found
 
 
-# What papers may say beside what a tiny model needs.
+# What metadata may say beside what a tiny model needs.
 _RICH: dict[str, dict[str, Any]] = {
     "config.json": {
         "auto_map": {"AutoConfig": "configuration_mine.Mine"},
@@ -142,10 +142,15 @@ def run(model: Path, scratch: Path) -> str:
         EngineError: There is no memory for it.
         Wrong: It computes something else than transformers does.
     """
+    from batchrun.engine.assembly import Settings  # noqa: PLC0415
     from batchrun.engine.core import Request  # noqa: PLC0415
-    from batchrun.engine.runtime import Runtime, Settings  # noqa: PLC0415
-    from batchrun.engine.text import PromptError  # noqa: PLC0415
-    from batchrun.models import chat_templates, lacks_chat_template, resolve  # noqa: PLC0415
+    from batchrun.engine.runtime import Runtime  # noqa: PLC0415
+    from batchrun.models.resolve import (  # noqa: PLC0415
+        chat_templates,
+        lacks_chat_template,
+        resolve,
+    )
+    from batchrun.prompts.messages import PromptError  # noqa: PLC0415
 
     ref = resolve(str(model), scratch / "models")
     no_template = lacks_chat_template(ref.path)

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.cli.isolated import isolated
-from jobs.errors import InputError
-from jobs.jsonable import json_values
-from jobs.row import Noted, unnoted
-from jobs.source import expand_inputs, open_source
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.jsonable import json_values
+from batchrun.jobs.rows.row import Noted, unnoted
+from batchrun.jobs.rows.source import expand_inputs, open_source
 from tests.fuzz.mutate import damaged
 from tests.fuzz.thrift import Span, spans, varint
 from tests.fuzz.trial import Target, Wrong

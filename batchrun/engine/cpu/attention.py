@@ -1,0 +1,240 @@
+"""Attends on a CPU by kernels of our own: attention_bf16.cpp, and attention.cpp where that can't.
+
+SDPA is called once a sequence, where waking the kernel costs more than reading the keys. The
+libraries take all sequences in one call. They need neither torch's headers nor an OpenMP of their
+own: they compute on the threads that torch has, whose OpenMP is in the process before they are
+loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+
+from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, Upload
+from batchrun.engine.attention.batch import (
+    CHUNKS,
+    Batch,
+    Ints,
+    SharedParts,
+    shared_parts,
+    split,
+    together,
+)
+from batchrun.engine.attention.sdpa import SDPA
+from batchrun.engine.core import Segment
+from batchrun.engine.cpu import compile as compiled
+from batchrun.engine.cpu.compile import CompileError
+
+SOURCE = Path(__file__).with_name("attention.cpp")
+SOURCE_BF16 = Path(__file__).with_name("attention_bf16.cpp")
+_FUNCTIONS = {
+    torch.float32: "batchrun_decode_float32",
+    torch.bfloat16: "batchrun_decode_bfloat16",
+}
+
+
+class Level(IntEnum):
+    """What multiplies bfloat16 in this process: as in attention_bf16.cpp."""
+
+    NOTHING = 0
+    VECTORS = 1  # AVX512-BF16
+    TILES = 2  # AMX
+
+
+def unsupported_reason(
+    geometry: Geometry, name: str = "native", *, compiled: bool = False
+) -> str | None:
+    """See `attention.unsupported_reason`. A compiler takes some seconds: having to is no reason."""
+    if geometry.device.type != "cpu":
+        return "it computes on a CPU"
+    if geometry.dtype not in _FUNCTIONS:
+        return f"it computes in float32 and bfloat16, not in {str(geometry.dtype)[6:]}"
+    return CHUNKS if any(layer.chunk for layer in geometry.layers) else None
+
+
+def make(
+    geometry: Geometry,
+    upload: Upload | None,
+    log: Callable[[str], None],
+    name: str = "native",
+    level: Level = Level.TILES,
+) -> AttentionBackend:
+    """See `attention.create`; compiles at first use, and keeps the result in the user's cache.
+
+    At most what `level` says multiplies bfloat16.
+    """
+    try:
+        if geometry.dtype == torch.bfloat16 and level:
+            library = compiled.load(SOURCE_BF16, log)
+            level = min(level, Level(library.batchrun_level()))
+            if level:
+                return NativeBF16(library.batchrun_attend, level, library.batchrun_part())
+        library = compiled.load(SOURCE, log)
+    except CompileError as error:
+        raise ValueError(f"it can't be compiled: {error}") from error
+    return Native(getattr(library, _FUNCTIONS[geometry.dtype]))
+
+
+class _Call(ctypes.Structure):
+    """As in attention.cpp, and with what only attention_bf16.cpp reads at the end."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("slots", "ends", "starts")),
+        *((name, ctypes.c_int64) for name in ("n", "q_heads", "kv_heads", "k_dim", "v_dim")),
+        ("query_stride", ctypes.c_int64 * 2),
+        ("key_stride", ctypes.c_int64 * 3),
+        ("value_stride", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int64) for name in ("window", "threads", "level")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("new_keys", "new_values")),
+        ("new_key_stride", ctypes.c_int64 * 2),
+        ("new_value_stride", ctypes.c_int64 * 2),
+        ("n_shared", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("shared_part", "shared_starts", "shared_members")),
+        ("own_part", ctypes.c_void_p),
+    )
+
+    def attend(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        by: Callable[..., object],
+        new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Have a library's function attend for the batch, whose queries are the first ones."""
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
+        _, _, self.kv_heads, self.k_dim = keys.shape
+        self.q_heads, self.v_dim = query.shape[1], values.shape[3]
+        out = query.new_empty(*query.shape[:2], values.shape[3])
+        self.query, self.out = query.data_ptr(), out.data_ptr()
+        self.keys, self.values = keys.data_ptr(), values.data_ptr()
+        self.sinks = None if sinks is None else sinks.data_ptr()
+        self.query_stride = query.stride()[:2]
+        self.key_stride, self.value_stride = keys.stride()[:3], values.stride()[:3]
+        self.window, self.scale = layer.window or 0, layer.scale
+        self.softcap = layer.softcap or 0.0
+        self.new_keys = None
+        if new is not None:
+            new_keys, new_values = (t if t.stride(2) == 1 else t.contiguous() for t in new)
+            self.new_keys, self.new_values = new_keys.data_ptr(), new_values.data_ptr()
+            self.new_key_stride = new_keys.stride()[:2]
+            self.new_value_stride = new_values.stride()[:2]
+        by(ctypes.byref(self))
+        return out
+
+
+def _call(
+    batch: Batch,
+    starts: Ints | None = None,
+    shared: SharedParts | None = None,
+    level: Level = Level.NOTHING,
+) -> _Call:
+    """What the calls of a step have in common. The arrays must outlive it."""
+    call = _Call(n=len(batch), threads=torch.get_num_threads(), level=level)
+    call.slots, call.ends = batch.slots.ctypes.data, batch.ends.ctypes.data
+    if starts is not None:
+        call.starts = starts.ctypes.data
+    if shared is not None:
+        call.n_shared = len(shared.part)
+        call.shared_part, call.shared_starts = shared.part.ctypes.data, shared.starts.ctypes.data
+        call.shared_members, call.own_part = shared.members.ctypes.data, shared.own.ctypes.data
+    return call
+
+
+class NativeBF16:
+    """One call for a step. What a query gets depends on its own sequence alone, bit for bit.
+
+    What sequences of a step share of each other's tokens is read once for all of them.
+
+    Args:
+        attend: The library's function, which takes a pointer to a `_Call`.
+        level: What is to multiply.
+        part: Tokens whose attention is a sum of its own.
+    """
+
+    name = "native"
+    capturable = False  # there are no graphs on a CPU
+
+    def __init__(self, attend: Callable[..., object], level: Level, part: int) -> None:
+        self._function = attend
+        self.level = level
+        self._part = part
+        self.plan(())
+
+    def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
+        """See `AttentionBackend.plan`."""
+        if fixed:
+            raise ValueError("native computes on a CPU, which records no graphs")
+        batch = together(segments)
+        arrays = batch, batch.starts, shared_parts(segments, self._part)
+        self._call, self._held = _call(*arrays, self.level), arrays
+
+    def run(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.run`.
+
+        `new` are keys and values `[T, Hkv, D]` of the queries' tokens, put into the slots first.
+        """
+        return self._call.attend(layer, query, keys, values, by=self._function, new=new)
+
+
+class Native:
+    """One call for all decodes of a step, which reads each key and each value once.
+
+    Longer segments are SDPA's.
+
+    Args:
+        decode: One of the library's functions, which takes a pointer to a `_Call`.
+    """
+
+    name = "native"
+    capturable = False
+
+    def __init__(self, decode: Callable[..., object]) -> None:
+        self._decode = decode
+        self._prefills = SDPA()
+        self.plan(())
+
+    def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
+        """See `AttentionBackend.plan`."""
+        if fixed:
+            raise ValueError("native computes on a CPU, which records no graphs")
+        self._decodes, _ = split(segments)
+        self._call = _call(self._decodes)
+        longer = segments[len(self._decodes) :]
+        self._longer = len(longer) > 0
+        self._prefills.plan(longer)
+
+    def run(
+        self,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.run`."""
+        at = len(self._decodes)
+        if not at:
+            return self._prefills.run(layer, query, keys, values)
+        out = self._call.attend(layer, query, keys, values, by=self._decode)
+        if self._longer:
+            out[at:] = self._prefills.run(layer, query[at:], keys, values)
+        return out

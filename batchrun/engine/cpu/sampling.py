@@ -1,0 +1,178 @@
+"""What sampling computes over whole vocabularies on a CPU, by sampling.cpp.
+
+A token's weight is a whole number, so that sums are exact and a row's draw depends on nothing but
+its logits, its parameters and its number. Without a compiler numpy computes the same weights and
+draws the same tokens, some twenty times slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from batchrun.engine.core import SamplingParams
+from batchrun.engine.cpu import compile as compiled
+from batchrun.engine.cpu.compile import CompileError
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+_SOURCE = Path(__file__).with_name("sampling.cpp")
+_BITS = 44  # the highest logit's weight is 2^44, one 30.5 lower has none
+_LOWEST = np.float32(-30.5)
+_TERMS = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None where it can't be compiled."""
+    try:
+        return compiled.load(_SOURCE)
+    except CompileError:
+        return None
+
+
+def draw(
+    logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]
+) -> torch.Tensor:
+    """Draw from each row of `[N, V]` by inverting its distribution at a number in [0, 1).
+
+    Its logits are divided by the temperature and filtered by top-k, top-p and min-p, in this order.
+    A row whose temperature is so low that float32 does not reach gets the most likely token.
+
+    Returns:
+        `[N]` int64, -1 where a logit is NaN or infinity, or none is finite.
+    """
+    logits = _readable(logits)
+    columns = np.array(
+        [
+            [number, p.temperature, p.top_p, _log(p.min_p), p.top_k or logits.shape[1]]
+            for p, number in zip(params, numbers, strict=True)
+        ]
+    )
+    native = library()
+    if native is None:
+        rows = zip(logits, params, numbers, strict=True)
+        return torch.tensor([_invert(weights(row, p), number) for row, p, number in rows])
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
+    native.batchrun_draw(*_rows(logits), columns.ctypes, _at(tokens), _threads())
+    return tokens
+
+
+def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """The logarithm of the sum of exponentials of each row, `[N, V]` to `[N]` float32."""
+    native = library()
+    if native is None:
+        return logits.float().logsumexp(dim=-1)
+    logits = _readable(logits)
+    found = logits.new_empty(len(logits), dtype=torch.float32)
+    native.batchrun_logsumexp(*_rows(logits), _at(found), _threads())
+    return found
+
+
+def penalise(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    penalties: torch.Tensor,
+    *,
+    counts: torch.Tensor,
+    prompt: torch.Tensor,
+) -> bool:
+    """Apply penalties to some rows of float32 `[N, V]`, in place; False where it can't be compiled.
+
+    Args:
+        logits: Of all rows, contiguous.
+        rows: `[M]`, those to penalise.
+        slots: `[M]`, theirs.
+        penalties: `[3, M]` float32: repetition, presence, frequency.
+        counts: `[num_slots, V]` int32, how often each token is in the output.
+        prompt: `[num_slots, V]` bool, whether it is in the prompt.
+    """
+    native = library()
+    if native is None or not logits.is_contiguous():
+        return False
+    places = (_at(tensor) for tensor in (rows, slots, penalties, counts, prompt))
+    sizes = (ctypes.c_int64(n) for n in (logits.shape[1], len(rows)))
+    native.batchrun_penalise(_at(logits), *sizes, *places, _threads())
+    return True
+
+
+def weights(logits: torch.Tensor, params: SamplingParams) -> Ints:
+    """What each token of `[V]` weighs, an int64 in proportion to its probability.
+
+    Nothing weighs anything where a logit is NaN or infinity, or none is finite.
+    """
+    with np.errstate(all="ignore"):
+        own: Floats = np.asarray(logits.float().numpy(), np.float32)
+        first = np.zeros(len(own), np.int64)
+        if not np.isfinite(own.max()):
+            return first
+        x = np.fmax(own / np.float32(params.temperature), np.float32(-np.inf))
+        highest = x.max()
+        if not np.isfinite(highest):
+            first[np.argmax(own)] = 1
+            return first
+        limit = highest + _LOWEST
+        if 0 < params.top_k < len(x):
+            limit = max(limit, np.partition(x, -params.top_k)[-params.top_k])
+        if params.top_p < 1:
+            head = np.sort(x[x >= limit])[::-1]
+            mass = _weights(head - highest).cumsum()
+            # The token that reaches top_p is the last one kept.
+            need = min(math.ceil(params.top_p * float(mass[-1])), int(mass[-1]))
+            limit = head[np.searchsorted(mass, need)]
+        limit = max(limit, highest + np.float32(_log(params.min_p)))
+        kept: Ints = np.where(x >= limit, _weights(x - highest), 0)
+        return kept
+
+
+def _weights(x: Floats) -> Ints:
+    """Whole numbers in proportion to exp(x), for x <= 0: sampling.cpp's, to the bit."""
+    power = np.fmax(x, np.float32(-40)) * np.float32(1.44269504)
+    whole = np.rint(power)
+    part = power - whole
+    p = np.full_like(part, _TERMS[0])
+    for term in _TERMS[1:]:
+        p = p * part + np.float32(term)
+    found: Ints = np.ldexp(p, whole.astype(np.int32) + _BITS).astype(np.int64)
+    return found
+
+
+def _invert(weights: Ints, number: float) -> int:
+    cdf = weights.cumsum()
+    total = int(cdf[-1])
+    return (
+        -1
+        if not total
+        else int(np.searchsorted(cdf, min(int(number * float(total)), total - 1), side="right"))
+    )
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x else -math.inf
+
+
+def _readable(logits: torch.Tensor) -> torch.Tensor:
+    known = logits.dtype in (torch.float32, torch.bfloat16)
+    return (logits if known else logits.float()).contiguous()
+
+
+def _rows(logits: torch.Tensor) -> tuple[object, ...]:
+    """Where logits are, whether they are bfloat16, and their shape."""
+    return _at(logits), logits.dtype == torch.bfloat16, *map(ctypes.c_int64, logits.shape)
+
+
+def _at(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _threads() -> ctypes.c_int64:
+    return ctypes.c_int64(torch.get_num_threads())

@@ -1,0 +1,1 @@
+"""A transformers model, loaded, hooked, checked and made faster."""

@@ -1,0 +1,147 @@
+"""Models whose own code does not ask transformers' attention interface, made to ask our hook.
+
+Each adapter replaces the one method that attends, and leaves weights, projections and rotary
+embeddings to the model. Outside of a step the model computes as it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from batchrun.engine.model.hook import UnsupportedError, current_step, hook, tell_beside
+
+_ADAPTED = "batchrun_adapted"
+
+
+def adapt(model: PreTrainedModel) -> None:
+    """Adapt the modules of a model that need it, once."""
+    if is_adapted(model):
+        return
+    for name, adapter in _ADAPTERS.items():
+        found = [module for module in model.modules() if type(module).__name__ == name]
+        if found:
+            adapter(model, found)
+            setattr(model, _ADAPTED, True)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model's layers compute by what they do not hold themselves: none can be a graph."""
+    return hasattr(model, _ADAPTED)
+
+
+def _attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """Our hook on `[1, H, T, D]`, to the same shape."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return hook(module, query, key, value, None, **options)[0].transpose(1, 2)
+
+
+def _replace_attn(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    """GPT-J and those after it: queries, keys and values are ready when `_attn` is called."""
+    tell_beside(model)
+    for i, module in enumerate(modules):
+        module.layer_idx = i  # type: ignore[assignment]
+        own: Callable[..., Any] = module._attn  # type: ignore[assignment]
+        options: dict[str, Any] = {"scaling": 1 / float(getattr(module, "scale_attn", 1.0))}
+        if getattr(module, "attention_type", None) == "local":  # GPT-Neo, every other layer
+            options["sliding_window"] = model.config.window_size
+
+        def attn(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            *,
+            module: nn.Module = module,
+            own: Callable[..., Any] = own,
+            options: dict[str, Any] = options,
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            if current_step() is None:
+                result: tuple[torch.Tensor, torch.Tensor] = own(query, key, value, attention_mask)
+                return result
+            return _attend(module, query, key, value, **options), None
+
+        module._attn = attn  # type: ignore[assignment]
+
+
+def _replace_falcon(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    """Falcon: keys that groups of heads share stay as few as they are."""
+    tell_beside(model)
+    for module in modules:
+        own: Callable[..., Any] = module.forward
+        rotate: Callable[..., Any] = sys.modules[type(module).__module__].apply_rotary_pos_emb
+
+        def forward(
+            hidden_states: torch.Tensor,
+            alibi: torch.Tensor | None = None,
+            *args: Any,
+            position_embeddings: Any = None,
+            module: Any = module,
+            own: Callable[..., Any] = own,
+            rotate: Callable[..., Any] = rotate,
+            **kwargs: Any,
+        ) -> Any:
+            if current_step() is None:
+                kwargs["position_embeddings"] = position_embeddings
+                return own(hidden_states, alibi, *args, **kwargs)
+            if alibi is not None:
+                raise UnsupportedError("it adds ALiBi to its scores")
+            split = module._split_heads(module.query_key_value(hidden_states))
+            query, key, value = (tensor.transpose(1, 2) for tensor in split)
+            if module.new_decoder_architecture:
+                each = module.num_heads // module.num_kv_heads
+                key, value = key[:, ::each], value[:, ::each]
+            query, key = rotate(query, key, *position_embeddings)
+            out = _attend(module, query, key, value).transpose(1, 2)
+            return module.dense(out.flatten(2)), None
+
+        module.forward = forward
+
+
+class _Before:
+    """Stands for a cache that tells how many tokens precede each token of a step."""
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        self._before = positions - torch.arange(len(positions), device=positions.device)
+
+    def get_seq_length(self, _: int = 0) -> torch.Tensor:
+        """By token, `[T]`, such that its number in the step is added to it."""
+        return self._before
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+        """Keep nothing."""
+        return key, value
+
+
+def _tune_by_position(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    """Llama 4: layers without rotary embeddings scale queries by how many tokens a cache holds."""
+    before: list[_Before | None] = [None]
+
+    def note(_: object, __: object, kwargs: dict[str, Any]) -> None:
+        positions = kwargs.get("position_ids")
+        step = kwargs.get("batchrun_step")
+        before[0] = None if step is None or positions is None else _Before(positions[0])
+
+    def tell(_: object, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs if before[0] is None else {**kwargs, "past_key_values": before[0]}
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    for module in modules:
+        if module.attn_temperature_tuning and not module.use_rope:
+            module.register_forward_pre_hook(tell, with_kwargs=True)
+
+
+_ADAPTERS: dict[str, Callable[[PreTrainedModel, list[nn.Module]], None]] = {
+    "CodeGenAttention": _replace_attn,
+    "FalconAttention": _replace_falcon,
+    "GPTJAttention": _replace_attn,
+    "GPTNeoSelfAttention": _replace_attn,
+    "Llama4TextAttention": _tune_by_position,
+}

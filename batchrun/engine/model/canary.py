@@ -1,0 +1,211 @@
+"""The third gate: before a job starts, the engine's logits must be the model's own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from batchrun.engine.executor import TorchExecutor, kept
+from batchrun.engine.model.apart import attention_alone, hooked_in_float32
+from batchrun.engine.model.hook import HOOK, set_attention
+from batchrun.engine.model.prepare import OF_A_MODEL, LoadedModel, has_experts
+from batchrun.engine.model.trial import (
+    COMPARED,
+    KVSlots,
+    difference,
+    in_float32,
+    prompt_tokens,
+    sequences_of,
+    through_slots,
+)
+from batchrun.engine.shortage import device_errors
+from batchrun.errors import ModelError, said_by
+
+_TOLERANCE = {torch.float32: 2e-3}  # of the largest logit; half precision differs by rounding
+_HALF_TOLERANCE = 0.06
+_TIMES_ROUNDING = 3  # as often as the model itself is off in its dtype; at most so much:
+_MOST_TOLERANCE = 0.5  # what attends to other tokens differs by more
+_EAGER_SCORES = 1 << 28  # of a layer; more take 1 GiB and more in float32
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model's own logits for the test sequences.
+
+    Args:
+        logits: Of each, the last few, `[n, V]`, by the model's own attention.
+        rounding: How far they are from float32's, as a share of the largest: what many layers of
+            half precision make of rounding. 0 in float32, and where that can't be had.
+        hooked: How far the hooked model's are from its own where both compute in float32, of a
+            mixture of experts in half precision: there rounding decides who is asked, and logits
+            say little. None otherwise.
+    """
+
+    logits: tuple[torch.Tensor, ...]
+    rounding: float
+    hooked: float | None = None
+
+
+def reference(loaded: LoadedModel) -> Reference:
+    """Compute it; to be done before `optimize` puts other attention into the model's modules.
+
+    Raises:
+        ModelError: The model's own logits are not finite, or its own code gives none.
+    """
+    hooked, rounding = None, 0.0
+    try:
+        with device_errors(), torch.inference_mode(), _own_attention(loaded):
+            logits = _own_logits(loaded)
+    except OF_A_MODEL as error:
+        raise ModelError(
+            f"the architecture {loaded.architecture} is refused: its own code fails on a test "
+            f"prompt: {said_by(error)}",
+            hint="check its config.json; transformers runs the model with it as little as batchrun",
+        ) from error
+    if not all(bool(each.isfinite().all()) for each in logits):
+        raise ModelError(
+            f"the model's own logits on a test prompt are not finite in {str(loaded.dtype)[6:]}",
+            hint="its weights are broken, or its numbers too large for this: try --dtype bfloat16 "
+            "or --dtype float32",
+        )
+    if loaded.dtype.itemsize < 4:
+        with suppress(RuntimeError, TypeError, ValueError), torch.inference_mode():
+            with _own_attention(loaded), in_float32(loaded.model):
+                exact = _own_logits(loaded)
+            rounding = max(map(difference, logits, exact))
+            if has_experts(loaded.model):
+                hooked = hooked_in_float32(loaded, exact)
+    return Reference(logits, rounding, hooked)
+
+
+@contextmanager
+def _own_attention(loaded: LoadedModel) -> Iterator[None]:
+    """The model attends by eager attention, or by SDPA where that would take too much memory."""
+    longest, layers = prompt_tokens(loaded), loaded.layers
+    plain = not any(layer.sinks or layer.softcap for layer in layers)
+    scores = longest**2 * max(layer.q_heads for layer in layers)
+    fused = scores > _EAGER_SCORES and plain and loaded.model._supports_sdpa
+    set_attention(loaded.model, "sdpa" if fused else "eager")
+    try:
+        yield
+    finally:
+        set_attention(loaded.model, HOOK)
+
+
+def _own_logits(loaded: LoadedModel) -> tuple[torch.Tensor, ...]:
+    found = []
+    for sequence in sequences_of(loaded):
+        ids = torch.tensor([sequence.request.prompt_ids], device=loaded.device)
+        keep = torch.arange(ids.shape[1], device=loaded.device)[-COMPARED:]
+        output = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=keep)
+        found.append(kept(output.logits[0], keep).float())
+    return tuple(found)
+
+
+def verify(
+    loaded: LoadedModel,
+    executor: TorchExecutor,
+    space: KVSlots,
+    chunk: int,
+    want: Reference | None = None,
+) -> float:
+    """Compare packed, chunked logits over slots with the model's eager attention.
+
+    Two sequences of different lengths, the longer one longer than any window and than two chunks,
+    go through the slots interleaved in uneven chunks and end in single tokens.
+
+    Args:
+        loaded: The model.
+        executor: The executor to judge.
+        space: An idle KV space; idle again afterwards.
+        chunk: Tokens computed in a step at most.
+        want: Its `reference`; None to compute it now.
+
+    Returns:
+        The largest difference, as a share of the largest logit. Of a mixture of experts where that
+        is much, the largest one of attention alone: see `engine.apart`.
+
+    Raises:
+        ModelError: They differ; the message names the architecture and by how much.
+    """
+    sequences = sequences_of(loaded)
+    longest = sequences[0].num_tokens
+    want = reference(loaded) if want is None else want
+    worst = 0.0
+    with torch.inference_mode():
+        chunk = max(1, min(chunk // 2, longest // 3))
+        for sequence, logits in through_slots(sequences, executor, space, chunk):
+            wanted = want.logits[sequence.request.row][-len(logits) :]
+            worst = max(worst, difference(logits, wanted))
+    tolerance = _TOLERANCE.get(loaded.dtype, _HALF_TOLERANCE)
+    if want.hooked is None:
+        tolerance = max(tolerance, min(_MOST_TOLERANCE, _TIMES_ROUNDING * want.rounding))
+    elif tolerance < worst < math.inf and want.hooked <= _TOLERANCE[torch.float32]:
+        worst = attention_alone(loaded, executor, space, chunk)
+    if worst == math.inf:
+        raise ModelError(
+            f"the architecture {loaded.architecture} is refused: on a test prompt of {longest} "
+            "tokens its logits over contiguous slots are not finite, and its own are",
+            hint="try another --dtype or --attention",
+        )
+    if worst > tolerance:
+        raise ModelError(
+            f"the architecture {loaded.architecture} is refused: on a test prompt of {longest} "
+            f"tokens its logits over contiguous slots differ from its own by {worst:.2g} of the "
+            f"largest logit, more than {tolerance:.2g}",
+            hint="its attention does something that this version does not know",
+        )
+    return worst
+
+
+def seen(loaded: LoadedModel, fingerprint: str, cache: Path) -> bool:
+    """Whether the model has passed with any kernels; arguments as of `verify_once`."""
+    return any(cache.glob(f"{_key(loaded, fingerprint)}-*"))
+
+
+def verify_once(
+    loaded: LoadedModel, fingerprint: str, cache: Path, kernels: str, check: Callable[[], float]
+) -> float | None:
+    """Run `check` unless this model passed it before with the same versions, dtype and kernels.
+
+    Args:
+        loaded: The model.
+        fingerprint: Identifies its weights and config.
+        cache: Folder of remembered verdicts.
+        kernels: Names what computes.
+        check: Calls `verify`.
+
+    Returns:
+        What `check` returned, or None where the verdict was remembered.
+    """
+    path = cache / f"{_key(loaded, fingerprint)}-{kernels.replace('/', '_')}.json"
+    if path.exists():
+        return None
+    worst = check()
+    cache.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=cache)
+    with os.fdopen(handle, "w") as file:
+        json.dump({"architecture": loaded.architecture, "difference": worst}, file)
+    Path(name).replace(path)
+    return worst
+
+
+def _key(loaded: LoadedModel, fingerprint: str) -> str:
+    versions = [_version(name) for name in ("batchrun", "torch", "transformers")]
+    return "-".join([fingerprint, str(loaded.dtype), str(loaded.device), *versions])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name) or "unknown"  # its file can't be read
+    except PackageNotFoundError:  # it runs from a checkout
+        return "uninstalled"

@@ -1,0 +1,212 @@
+"""Modules that compute what a model's own do, in fewer operations, put in their places."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from inspect import signature
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from batchrun.engine.cpu.layers import NativeLinear, rms_norm
+
+Undo = list[tuple[nn.Module, str, nn.Module]]  # parent, name, what was there
+
+
+class MergedProjections(nn.Module):
+    """The stacked weights of several linear layers, `[sum(out), in]`, and their last products."""
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.sizes = [part.out_features for part in parts]
+        biases = [part.bias.data for part in parts if part.bias is not None]
+        weight = torch.cat([part.weight.data for part in parts])
+        joined = _linear(weight, torch.cat(biases) if biases else None)
+        # The old parameters become views, so that no layer's weights exist twice.
+        for part, weight in zip(parts, joined.weight.split(self.sizes), strict=True):
+            part.weight.data = weight
+        if biases:
+            for part, bias in zip(parts, joined.bias.split(self.sizes), strict=True):
+                part.bias.data = bias
+        self.joined: nn.Linear | NativeLinear = joined
+        self.input: torch.Tensor | None = None
+        self.products: tuple[torch.Tensor, ...] = ()
+
+    def forward(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Part `index` of the product: computed for the first part, kept until the last."""
+        if index == 0 or x is not self.input:
+            products = self.joined(x).split(self.sizes, dim=-1)
+            self.input, self.products = x, products
+        product: torch.Tensor = self.products[index]
+        if index == len(self.sizes) - 1:
+            self.input, self.products = None, ()
+        return product
+
+
+class Projection(nn.Module):
+    """Stands in the place of one of the merged linear layers."""
+
+    def __init__(self, merged: MergedProjections, index: int) -> None:
+        super().__init__()
+        self.merged = merged
+        self.index = index
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The part's rows, `[out, in]`, for models that ask for its dtype."""
+        parts: tuple[torch.Tensor, ...] = self.merged.joined.weight.split(self.merged.sizes)
+        return parts[self.index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`, a view of the merged product."""
+        return cast("torch.Tensor", self.merged(self.index, x))
+
+
+def merge_projections(model: nn.Module, forward: Callable[[], object], undo: Undo) -> None:
+    """Merge linear layers of one module that get the very same tensor, as a forward shows it.
+
+    Peak memory is the model and the largest merged weight.
+
+    Args:
+        model: Changed in place.
+        forward: Runs it once.
+        undo: What is replaced is added here.
+    """
+    for parent, names in _shared_inputs(model, forward):
+        parts = [getattr(parent, name) for name in names]
+        merged = MergedProjections(parts)
+        for index, name in enumerate(names):
+            undo.append((parent, name, parts[index]))
+            setattr(parent, name, Projection(merged, index))
+
+
+def _shared_inputs(
+    model: nn.Module, forward: Callable[[], object]
+) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Modules and the names of their linear layers that share an input, in order of their calls."""
+    calls: list[tuple[nn.Linear, torch.Tensor]] = []
+    places = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            places[child].append((parent, name))
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    linears = [m for m in places if _is_plain_linear(m) and owners[id(m.weight)] == 1]
+    hooks = [
+        m.register_forward_pre_hook(lambda module, args: calls.append((module, args[0])))
+        for m in linears
+    ]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = Counter(module for module, _ in calls)
+    groups: dict[tuple[Any, ...], list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module, x in calls:
+        if times[module] == 1 and len(places[module]) == 1:
+            parent, name = places[module][0]
+            weight = module.weight
+            key = (parent, id(x), weight.dtype, weight.device, module.bias is None)
+            groups[key].append((parent, name))
+    for group in groups.values():
+        if len(group) > 1:
+            yield group[0][0], [name for _, name in group]
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+class FusedNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019) by torch's own kernel.
+
+    Args:
+        weight: `[n]`, the model's own parameter.
+        eps: Added to the mean square.
+        offset: Added to the weight: 1 in Gemma.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float, offset: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+        self.offset = offset
+        self._native: torch.Tensor | None = None
+
+    def use_native(self) -> None:
+        """Compute by native code, which takes bfloat16 on a CPU."""
+        if len(self.weight) % 32 == 0:
+            self._native = self.weight.data.float() + self.offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., n]` to the same."""
+        weight = self.weight
+        if self._native is not None and x.dtype == torch.bfloat16:
+            return rms_norm(x, self._native, self.eps)
+        if not self.offset and weight.dtype == x.dtype:
+            return functional.rms_norm(x, weight.shape, weight, self.eps)
+        # As Gemma does, in float32: 1 + weight would lose bits of a half-precision weight.
+        normed = functional.rms_norm(
+            x.float(), weight.shape, weight.float() + self.offset, self.eps
+        )
+        return normed.to(x.dtype)
+
+
+def fuse_norms(model: nn.Module, undo: Undo) -> None:
+    """Replace modules that turn out to be RMS norms, times their weight or one plus it.
+
+    Args:
+        model: Changed in place.
+        undo: What is replaced is added here.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            norm = _as_norm(child)
+            if norm is not None:
+                undo.append((parent, name, child))
+                setattr(parent, name, norm)
+
+
+def _as_norm(module: nn.Module) -> FusedNorm | None:
+    """The module as a fused norm; None unless it computes the same for other weights too."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if (
+        isinstance(module, (FusedNorm, nn.LayerNorm, nn.RMSNorm))
+        or not isinstance(eps, float)
+        or not isinstance(weight, nn.Parameter)
+        or weight.ndim != 1
+        or len(list(module.parameters())) != 1
+        or list(module.buffers())
+        or len(signature(module.forward).parameters) != 1
+    ):
+        return None
+    draw = torch.Generator().manual_seed(0)
+    probe = deepcopy(module).to("cpu", torch.float32)
+    drawn = nn.Parameter(torch.randn(weight.shape, generator=draw), requires_grad=False)
+    probe.weight = drawn
+    rows = torch.randn(6, len(weight), generator=draw) + 0.3
+    rows *= torch.tensor([1e-3, 3e-3, 0.1, 1, 10, 300])[:, None]
+    with torch.inference_mode():
+        want = probe(rows)
+        for offset in (0, 1):
+            if torch.allclose(FusedNorm(drawn, eps, offset)(rows), want, rtol=1e-4, atol=1e-5):
+                return FusedNorm(weight, eps, offset)
+    return None

@@ -1,0 +1,146 @@
+"""Linear layers with weights of 8 bits on a GPU: each weight crosses the memory bus as one byte.
+
+One operator, so that a compiled layer or a CUDA graph can hold it. It computes few tokens by
+`int8_triton`; for many, whose time is products and not weights, it widens the weights first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+WIDEN_ABOVE = 1024  # tokens: from there on widening costs less than a library's product gains
+_LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program of the kernel computes: `n` rows of weights, `t` tokens, `k` at a time."""
+
+    n: int
+    t: int
+    k: int
+    warps: int = 4
+    stages: int = 4
+
+
+def tile_for(tokens: int, rows: int, processors: int) -> Tile:
+    """The tile for a product of so many tokens and rows of weights.
+
+    Few tokens wait for memory: small tiles, so that every multiprocessor reads.
+    """
+    if tokens > 256:
+        return Tile(128, 128, 64, warps=8, stages=3)
+    if tokens > 64:
+        return Tile(64, 64, 128)
+    n = 32 if rows >= 32 * processors else 16
+    if tokens <= 16:
+        return Tile(n, 16, 256)
+    return Tile(n, 32 if tokens <= 32 else 64, 128)
+
+
+@cache
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why weights have to be widened in memory at each step; None where they need not."""
+    if dtype not in {torch.bfloat16, torch.float16}:
+        return f"the kernel computes in bfloat16 and float16, not in {str(dtype)[6:]}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    found = _capability(device)
+    if found < _LEAST_CAPABILITY:
+        return f"it needs compute capability 8.0, and this device has {found[0]}.{found[1]}"
+    return None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A linear layer.
+
+    Args:
+        x: `[..., k]` on a GPU.
+        weight: int8 `[n, k]`, contiguous.
+        scales: float32 `[n]`.
+        bias: `[n]`, or None.
+
+    Returns:
+        `[..., n]` in the dtype of `x`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > WIDEN_ABOVE or unsupported_reason(x.device, x.dtype) is not None:
+        return widened(x, weight, scales, bias)
+    tile = tile_for(len(rows), len(weight), _processors(x.device))
+    with torch.cuda.device(x.device):
+        out = launch(rows, weight, scales, bias, tile)
+    return out.view(*x.shape[:-1], -1)
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    tile: Tile,
+) -> torch.Tensor:
+    """The same by the kernel alone: x `[t, k]` to `[t, n]`."""
+    from batchrun.engine.model.int8_triton import kernel  # noqa: PLC0415  (there may be no Triton)
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    tokens, n = len(x), len(weight)
+    out = x.new_empty(tokens, n)
+    grid = (-(-tokens // tile.t), -(-n // tile.n))
+    compiled: Any = kernel[grid]
+    compiled(
+        x,
+        weight,
+        scales,
+        scales if bias is None else bias,
+        out,
+        tokens,
+        n,
+        x.stride(0),
+        weight.shape[1],
+        tile.n,
+        tile.t,
+        tile.k,
+        bias is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+def widened(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The same by torch's product, of weights in the dtype of `x` that exist for that long."""
+    whole = torch.empty_like(weight, dtype=x.dtype)
+    torch.mul(weight, scales[:, None], out=whole)  # one pass: a GPU converts on the way
+    return functional.linear(x, whole, bias)
+
+
+def _shape(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_LIBRARY = torch.library.Library("batchrun", "FRAGMENT")
+_LIBRARY.define("int8_linear(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor")
+_LIBRARY.impl("int8_linear", linear, "CUDA")
+torch.library.register_fake("batchrun::int8_linear", _shape, lib=_LIBRARY)

@@ -1,0 +1,228 @@
+"""Hooks a transformers model's attention, and refuses what would be silently wrong."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from batchrun.engine.attention import LayerSpec
+from batchrun.engine.cpu.layers import NativeLayer, NativeLinear
+from batchrun.engine.model import adapters
+from batchrun.engine.model.context import context_length
+from batchrun.engine.model.generation import eos_ids
+from batchrun.engine.model.hook import (
+    HOOK,
+    Probe,
+    StepLostError,
+    UnsupportedError,
+    is_told_beside,
+    set_attention,
+    tell_beside,
+)
+from batchrun.engine.model.masks import PROBE, NoNumbers, named_windows
+from batchrun.engine.shortage import is_shortage
+from batchrun.errors import ModelError
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that passed the first two gates; `canary.verify` is the third.
+
+    Args:
+        model: The transformers model, in evaluation mode, its attention hooked.
+        tokenizer: Its tokenizer; None for models made from a config.
+        layers: What each layer asks of attention.
+        max_model_len: Tokens of prompt and output together at most.
+        max_window: Longest sliding window of any layer, 0 without one.
+        eos_ids: Tokens that end a completion.
+        notes: What the user should know, one sentence each.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    layers: tuple[LayerSpec, ...]
+    max_model_len: int
+    max_window: int
+    eos_ids: frozenset[int]
+    notes: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        """The model's class, as in its config's `architectures`."""
+        return type(self.model).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights, activations, keys and values."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of parameters and buffers, tied ones once, and of weights that were packed."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        native = (m for m in self.model.modules() if isinstance(m, (NativeLayer, NativeLinear)))
+        return sum(m.nbytes for m in native) + sum(
+            {t.data_ptr() or id(t): t.nbytes for t in tensors}.values()  # 0 on torch's meta device
+        )
+
+
+def _why_not_once(hits: Sequence[int], expected: Sequence[int]) -> str:
+    """Why a model is refused whose layers do not attend once each."""
+    if not hits:
+        return "its layers attend by code of their own, which can't be replaced"
+    missing = sorted(set(expected) - set(hits))
+    if missing:
+        shown = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
+        which = f"layer {shown} has" if len(missing) == 1 else f"layers {shown} have"
+        return f"{which} another state than keys and values"
+    return f"its {len(expected)} layers attend {len(hits)} times, not once each"
+
+
+# What a model's own code raises over tokens, masks or positions that it does not expect.
+OF_A_MODEL = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
+
+
+def prepare(
+    model: PreTrainedModel, tokenizer: Any = None, *, max_model_len: int | None = None
+) -> LoadedModel:
+    """Hook a model's attention and learn its KV shapes (gates one and two).
+
+    Raises:
+        ModelError: The architecture is refused; the message names it and the reason.
+    """
+    model.eval()
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    for key in ("vocab_size", "num_hidden_layers"):
+        if not hasattr(config, key):
+            raise _refused(name, f"its config has no {key}")
+        if not isinstance(found := getattr(config, key), int) or found < 1:
+            raise _refused(name, f"its config says that {key} is {found!r}")
+    if model.config.is_encoder_decoder:
+        raise _refused(name, "it is an encoder-decoder, and batchrun runs decoders")
+    if model.device.type == "meta":  # where how many tokens an expert gets is not known
+        model.set_experts_implementation("batched_mm")
+    limit, notes = context_length(config, max_model_len)
+    adapters.adapt(model)
+    try:
+        probe = _probed(model, limit)
+    except UnsupportedError as error:
+        raise _refused(name, str(error)) from error
+    set_attention(model, HOOK)
+    if config._attn_implementation != HOOK:
+        raise _refused(name, "it does not take up another attention implementation")
+    try:
+        probe.hits.clear()
+        _forward(model, probe, position_ids=torch.arange(4, device=model.device)[None])
+    except UnsupportedError as error:
+        raise _refused(name, str(error)) from error
+    except OF_A_MODEL as error:
+        if is_shortage(error):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise _refused(
+            name, f"its own code can't compute tokens of several rows together: {reason}"
+        ) from error
+    # Which see images, and do nothing without one.
+    skipped = set(getattr(config, "cross_attention_layers", None) or ())
+    expected = [i for i in range(config.num_hidden_layers) if i not in skipped]
+    if sorted(probe.hits) != expected:
+        raise _refused(name, _why_not_once(probe.hits, expected))
+    if skipped:
+        probe.renumber()
+    layers = tuple(probe.layers[i] for i in range(len(expected)))
+    _check_cache(model, layers, limit)
+    sizes = [*named_windows(config), *(n for la in layers for n in (la.window, la.chunk) if n)]
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        layers=layers,
+        max_model_len=limit,
+        max_window=max((n for n in sizes if n < limit), default=0),
+        eos_ids=eos_ids(model, tokenizer),
+        notes=notes,
+    )
+
+
+def _check_cache(model: PreTrainedModel, layers: Sequence[LayerSpec], context: int) -> None:
+    """Refuse a model whose cache forgets tokens that its masks let be seen.
+
+    What `generate` gives then depends on where a prompt ends and its answer begins.
+    """
+    try:
+        cache = DynamicCache(config=model.config.get_text_config())
+    except OF_A_MODEL as error:
+        raise _refused(type(model).__name__, f"it gets no cache of its own: {error}") from error
+    for i, (kept, layer) in enumerate(zip(cache.layers, layers, strict=False)):
+        window = getattr(kept, "sliding_window", None)
+        if window and window < min(layer.window or layer.chunk or context, context):
+            raise _refused(
+                type(model).__name__,
+                f"layer {i} attends to all tokens in a prompt, and to the last {window} in an "
+                "answer",
+            )
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model is a mixture of experts, whose routers rounding can sway."""
+    kinds = {type(module).__name__.lower() for module in model.modules()}
+    return any("expert" in kind or kind.endswith("moe") for kind in kinds)
+
+
+def _probed(model: PreTrainedModel, context: int) -> Probe:
+    """Have each layer's mask made once, and note on its attention module what it lets be seen.
+
+    A model that can't be asked that way is left to the other gates.
+    """
+    probe = Probe(context)
+    parameters = inspect.signature(model.forward).parameters.values()
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+        tell_beside(model)
+    set_attention(model, PROBE)
+    try:
+        with probe.masks, NoNumbers():
+            _forward(model, probe)  # without positions, or transformers looks for several sequences
+    except OF_A_MODEL as error:
+        if is_shortage(error):
+            raise
+    return probe
+
+
+def _forward(model: PreTrainedModel, probe: Probe, **others: torch.Tensor) -> None:
+    """Four tokens; a model that loses the step on the way is told it beside from now on."""
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
+    asked = {"input_ids": ids, "use_cache": False, "logits_to_keep": ids[0, :1], **others}
+    with torch.inference_mode():
+        try:
+            model(**asked, batchrun_step=probe)
+        except StepLostError:
+            if is_told_beside(model):
+                raise
+            tell_beside(model)
+            model(**asked, batchrun_step=probe)
+
+
+def _refused(name: str, reason: str) -> ModelError:
+    return ModelError(
+        f"the architecture {name} is refused: {reason}",
+        hint="`batchrun doctor` lists architectures that are known to work",
+    )

@@ -1,0 +1,153 @@
+"""From the tokens of an answer to its text, and where a stop string ends it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from batchrun.prompts.builder import Tokenizer
+
+_CONTEXT = 8  # prompt tokens that precede the output when it is decoded
+_REMEMBERED = 1024  # lists of stop strings
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Detokenizer:
+    """Turns one sequence's output tokens into text as they come.
+
+    Text is emitted only when no later token can change it: a character whose bytes are spread over
+    several tokens is held back until it is whole. The prompt's last tokens precede the output, for
+    tokenizers that write a word's space with the word.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt_ids: The prompt's tokens.
+        special: Whether special tokens are part of the text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, special: bool = False
+    ) -> None:
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._skip = not special
+        self._ids = list(prompt_ids[-_CONTEXT:])
+        #  _ids:  [0 ... prefix ......... read ........ end)
+        #                | text emitted  | text held back |
+        self._prefix, self._read = 0, len(self._ids)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Add tokens; returns the text that became final."""
+        self._ids += token_ids
+        return self._emit(flush=False)
+
+    def finish(self) -> str:
+        """Emit what is held back, an incomplete character as U+FFFD; returns the whole text."""
+        self._emit(flush=True)
+        return self.text
+
+    def _emit(self, *, flush: bool) -> str:
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        if not flush and (after.endswith(_REPLACEMENT) or len(after) <= len(before)):
+            return ""
+        new = after[len(before) :]
+        self._prefix, self._read = self._read, len(self._ids)
+        self.text += new
+        return new
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        try:
+            return self._decode_known(ids)
+        except (TypeError, ValueError, IndexError, KeyError, OverflowError):
+            # A model may have more tokens than its tokenizer, and those are no text.
+            return self._decode_known([token for token in ids if self._knows(token)])
+
+    def _decode_known(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False
+        )
+
+    def _knows(self, token: int) -> bool:
+        try:
+            self._decode_known([token])
+        except (TypeError, ValueError, IndexError, KeyError, OverflowError):
+            return False
+        return True
+
+
+class Specials:
+    """A tokenizer's special tokens, which a completion's text does not show.
+
+    Args:
+        texts: The tokens.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        longest_first = sorted(filter(None, texts), key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.among = lru_cache(_REMEMBERED)(self._among)
+
+    def without(self, text: str) -> str:
+        """A text that shows them, as it is if it does not."""
+        return self._any.sub("", text)
+
+    def _among(self, stops: tuple[str, ...]) -> tuple[str, ...]:
+        """The stop strings that have one beside other text."""
+        return tuple(s for s in stops if self._any.search(s) and not self._any.fullmatch(s))
+
+
+class Answer:
+    """One sequence's text as its tokens come, and where a stop string ends it.
+
+    Stop strings with special tokens in them are looked for in a text that shows those.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt_ids: The prompt's tokens.
+        stops: The stop strings.
+        specials: The tokenizer's special tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stops: tuple[str, ...] = (),
+        specials: Specials | None = None,
+    ) -> None:
+        self._shown = Detokenizer(tokenizer, prompt_ids)
+        self._stops, self._specials = stops, specials or Specials()
+        self._marked = self._specials.among(stops) if stops else ()
+        self._whole = Detokenizer(tokenizer, prompt_ids, special=True) if self._marked else None
+
+    @property
+    def text(self) -> str:
+        """What is final of it."""
+        return self._shown.text
+
+    def push(self, token_ids: Sequence[int], *, last: bool = False) -> int | None:
+        """Add tokens, the last ones or not; returns where a stop string begins that now ended."""
+        new = _grow(self._shown, token_ids, last)
+        ends = [find_stop(self._shown.text, new, self._stops)]
+        if self._whole is not None:
+            new = _grow(self._whole, token_ids, last)
+            at = find_stop(self._whole.text, new, self._marked)
+            if at is not None:
+                behind = self._specials.without(self._whole.text[at:])
+                ends.append(max(0, len(self._shown.text) - len(behind)))
+        return min((i for i in ends if i is not None), default=None)
+
+
+def _grow(detokenizer: Detokenizer, token_ids: Sequence[int], last: bool) -> int:
+    """Add tokens; returns how many characters became final."""
+    before = len(detokenizer.text)
+    detokenizer.push(token_ids)
+    return len(detokenizer.finish() if last else detokenizer.text) - before
+
+
+def find_stop(text: str, new: int, stops: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins, if one ends within the last `new` characters."""
+    found = [text.find(s, max(0, len(text) - new - len(s) + 1)) for s in stops]
+    return min((i for i in found if i >= 0), default=None)

@@ -1,0 +1,279 @@
+"""What a job will be: its rows read and planned as a run would, and no weight loaded.
+
+The model is built from its config on torch's meta device, which has shapes and no data. So the
+same gates look at it as at a real one, and its keys and values have the size that they will have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from batchrun.engine.core import Request
+from batchrun.engine.model.generation import Generation
+from batchrun.engine.prefixes import BLOCK, common_length
+from batchrun.estimate.measured import Measured
+from batchrun.estimate.savings import BatchModel
+from batchrun.jobs.folder import home
+from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.spec import JobSpec
+from batchrun.run.overdue import PromptLimit
+from batchrun.run.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, prompt_options
+from batchrun.run.worker import engine_settings
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model of which only the papers are read.
+
+    Attributes:
+        encode: Makes prompt tokens of a row's fields.
+        generation: What the model asks for where nobody says.
+        device: Where it would run.
+        max_model_len: Tokens of prompt and answer together at most.
+        token_bytes: Keys and values of one token.
+        budget: Bytes that there are for them.
+        max_num_seqs: Sequences at once.
+        max_num_batched_tokens: Tokens in a step.
+        can_fit: Whether so many tokens of one row could be held, where a KV budget was given.
+    """
+
+    encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
+    generation: Generation
+    device: str
+    max_model_len: int
+    token_bytes: int
+    budget: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    can_fit: Callable[[int], bool]
+
+
+@dataclass
+class PlannedRows:
+    """Takes the place of the engine and the journal, and counts. Tokens, and bytes of memory."""
+
+    info: ModelInfo
+    measured: Measured
+    reader: Reader
+    share: bool
+    slots: BatchModel
+    completion: int = 0
+    expected: float = 0.0
+    shared: int = 0
+    computed: int = 0
+    requests: int = 0
+    held: float = 0.0  # tokens times steps, shared ones once
+    longest: float = 0.0  # tokens of all rows at their ends, less what they share
+    problems: Counter[str] = field(default_factory=Counter)
+    _previous: tuple[int, ...] = ()
+
+    @property
+    def full(self) -> bool:
+        """Whether an engine that has computed nothing yet would take no more."""
+        return self.requests >= QUEUED_REQUESTS + HANDED_REQUESTS
+
+    def put(self, item: Request | Result | CopiedResult | RowDigests) -> None:
+        """A request to compute, or a result in its place."""
+        if isinstance(item, Request):
+            self._request(item)
+        elif isinstance(item, Result):
+            self.problems[item.error_kind or item.status] += 1
+
+    def close(self) -> None:
+        """There is no more."""
+
+    def _request(self, request: Request) -> None:
+        prompt, room = request.prompt_ids, self.info.max_model_len - len(request.prompt_ids)
+        most = min(request.params.max_tokens, room)
+        result = Result(request.row, request.sample, "ok", completion_tokens=most)
+        if most < 1:
+            result = result._replace(status="error", completion_tokens=0)
+            self.problems["prompt_too_long"] += 1
+        else:
+            shared = _common(prompt, self._previous) if self.share else 0
+            stops = not request.params.ignore_eos
+            answer = max(1.0, most * (self.measured.share if stops else 1.0))
+            steps = max(1.0, answer * (1 - self.measured.guessed))
+            self.requests += 1
+            self.completion += most
+            self.expected += answer
+            self.shared += shared
+            self.computed += len(prompt) - shared
+            self.held += steps * (len(prompt) - shared + answer / 2)
+            self.longest += len(prompt) - shared + answer
+            self.slots.add(len(prompt) - shared, steps)
+            self._previous = prompt
+        if self.reader.planner is not None:
+            same = self.reader.settle(request, result)
+            if most < 1:
+                self.problems["prompt_too_long"] += len(same)
+
+
+def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
+    """Leading tokens that need no computing after `others`; of planned rows none share more."""
+    # The last one is computed in any case: its logits are wanted.
+    return min(common_length(ids, others, BLOCK), len(ids) - 1) if len(ids) > BLOCK else 0
+
+
+def forecast(
+    spec: JobSpec, log: Callable[[str], None], limit: PromptLimit | None = None
+) -> dict[str, Any]:
+    """Read and plan the whole input, where a prompt may take as long as `limit` says.
+
+    Returns:
+        JSON-able, for all rows unless it says otherwise: `rows`, `prompt_tokens`,
+        `completion_tokens` (at most), `expected_tokens` (of completions, as runs so far ended
+        early), `duplicates` (`rows` and completion `tokens` at most, taken from other rows),
+        `shared_tokens` (of prompts), `saved` by planning (`prompt_tokens` and `steps`), `errors`
+        by kind, `skipped`, `kv` (`token_bytes`, `budget_bytes`, and how many `sequences` of these
+        lengths fit), `max_num_seqs`, `steps`, `seconds` (`load`, `engine`; None where nothing was
+        measured yet), `measured_runs`.
+
+    Raises:
+        JobError: An input can't be read.
+        ModelError: The model would be refused.
+        EngineError: So would the attention backend.
+    """
+    limit = limit or PromptLimit()
+    parts = [file.part for file in spec.inputs]
+    source = open_source(parts, spec.input_format, noted=limit.note.reading)
+    known = Measured.load(home(), spec)
+    info = read_model_info(spec, known.step_cost if known else None, log)
+    prompt_tokens = 0
+
+    def encode(fields: Mapping[str, Any]) -> tuple[int, ...]:
+        nonlocal prompt_tokens
+        ids = info.encode(fields)
+        prompt_tokens += len(ids) * spec.n
+        return ids
+
+    prompts = replace(info, encode=encode)
+    reader = Reader(spec, source, DoneSet(spec.n), prompts, log, limit=limit)
+    planned = PlannedRows(
+        info,
+        known or Measured(),
+        reader,
+        bool(spec.runtime.get("share_prefixes", True)),
+        BatchModel(info.max_num_seqs, info.max_num_batched_tokens),
+    )
+    reader.read(planned, planned)
+    same, problems = reader.duplicates, dict(planned.problems)
+    each = planned.longest / max(1, planned.requests) * info.token_bytes
+    fit = int(max(0, info.budget) / each) if each else None
+    crowded = 1.0 if fit is None else max(1.0, info.max_num_seqs / max(1, fit))
+    steps = planned.slots.steps * crowded
+    saved = reader.saved()
+    tokens = planned.computed + planned.expected * (1 + planned.measured.missed)
+    amounts = (steps, tokens, planned.held * info.token_bytes)
+    return {
+        "rows": (planned.requests + same.rows + sum(problems.values())) // spec.n,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": planned.completion + same.tokens,
+        "expected_tokens": round(planned.expected),
+        "duplicates": {"rows": same.rows, "tokens": same.tokens},
+        "shared_tokens": planned.shared,
+        "saved": {"prompt_tokens": saved.prompt_tokens, "steps": round(steps * saved.steps)},
+        "skipped": problems.pop("skipped", 0),
+        "errors": problems,
+        "kv": {
+            "token_bytes": info.token_bytes,
+            "budget_bytes": info.budget,
+            "sequences": fit,
+        },
+        "max_num_seqs": info.max_num_seqs,
+        "steps": round(steps),
+        "seconds": None
+        if known is None
+        else {"load": known.load_s, "engine": known.predict(amounts)},
+        "measured_runs": 0 if known is None else known.runs,
+    }
+
+
+def read_model_info(
+    spec: JobSpec, step_cost: float | None, log: Callable[[str], None]
+) -> ModelInfo:
+    """Config, tokenizer and generation config of a job's model, and what they mean on this machine.
+
+    What a run refuses without its weights is refused here.
+
+    Raises:
+        ModelError: They can't be read, the architecture is refused, it has no chat template, or the
+            KV budget holds no row.
+        EngineError: An attention backend asked for by name can't be used.
+    """
+    import torch  # noqa: PLC0415
+    from transformers import GenerationConfig  # noqa: PLC0415
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
+
+    from batchrun.engine import assembly  # noqa: PLC0415
+    from batchrun.engine.model import generation, loading, trial  # noqa: PLC0415
+    from batchrun.engine.model import prepare as model  # noqa: PLC0415
+    from batchrun.engine.model.quantize import int8_weights  # noqa: PLC0415
+    from batchrun.engine.model.reading import reading  # noqa: PLC0415
+    from batchrun.prompts.builder import prompt_builder  # noqa: PLC0415
+
+    transformers_logging.set_verbosity_error()
+    settings = engine_settings(spec, step_cost)
+    path, trusted = settings.model_path, settings.trust_remote_code
+    device = assembly.choose_device(settings.device, log)
+    config, tokenizer = loading.read_config_and_tokenizer(
+        path, settings.model_name, trust_remote_code=trusted
+    )
+    dtype = loading.choose_dtype(settings.dtype, config, device)
+    stored = loading.stored_in_folder(Path(path))
+    with (
+        reading(settings.model_name, path),
+        loading.fitting(config, stored),
+        torch.device("meta"),
+    ):
+        empty = loading.class_for(config).from_config(
+            config, dtype=dtype, trust_remote_code=trusted
+        )
+    if settings.quantize:
+        int8_weights(empty)
+    if Path(path, "generation_config.json").exists():
+        with reading(settings.model_name, path, "the generation config of "):
+            empty.generation_config = GenerationConfig.from_pretrained(path)
+    loaded = model.prepare(empty, tokenizer, max_model_len=settings.max_model_len)
+    loaded = assembly.fit_context(loaded, settings, device)
+    encode = prompt_builder(
+        tokenizer,
+        prompt_options(spec),
+        max_model_len=loaded.max_model_len,
+        model=settings.model_name,
+        log=log,
+    )
+    limits = assembly.LIMITS[device.partition(":")[0]]
+    max_num_seqs = settings.max_num_seqs or limits.max_num_seqs
+    step_tokens = settings.max_num_batched_tokens or limits.step_tokens(step_cost)
+    assembly.check_backend(loaded, settings, device, max_num_seqs, step_tokens)
+    layout = assembly.kv_layout(loaded, settings, cuda=device != "cpu")
+    given = budget = settings.kv_budget
+    if budget is None:
+        free = assembly.available_memory()
+        if device != "cpu":
+            free = torch.cuda.mem_get_info(device)[0] - assembly.DEVICE_HEADROOM
+        budget = free - loaded.weights_bytes
+
+    def can_fit(tokens: int) -> bool:
+        pages = layout.total_pages_for(tokens)
+        return given is None or pages * layout.page_bytes <= given
+
+    if not can_fit(trial.prompt_tokens(loaded)):
+        raise trial.budget_too_small(trial.prompt_tokens(loaded))
+    return ModelInfo(
+        generation.within_vocabulary(encode, tokenizer, generation.vocabulary_size(empty)),
+        generation.read_generation(empty, tokenizer, loaded.max_model_len),
+        device,
+        loaded.max_model_len,
+        layout.bytes_per_token,
+        budget,
+        max_num_seqs,
+        step_tokens,
+        can_fit,
+    )

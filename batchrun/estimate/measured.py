@@ -1,0 +1,173 @@
+"""How long steps took on this machine, remembered from run to run for `batchrun plan`.
+
+A step's time is taken as linear in three amounts: that there is one (weights are read, kernels are
+launched), the tokens that it computes, and the bytes of keys and values that its sequences hold.
+Of all intervals of a run only the sums are kept that least squares needs: its normal equations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchrun.jobs.files import make_folders, read_json, write_json
+from batchrun.jobs.spec import JobSpec
+
+_AMOUNTS = 3
+_KEPT = 0.5  # weight of earlier runs, each time that there is a new one: machines and code change
+# What changes the number of steps, not what one takes.
+_NOT_SPEED = {
+    *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "plan", "share_prefixes"),
+    "param_columns",
+}
+_RIDGE = 1e-9  # of the diagonal: runs all of whose steps are alike can't tell amounts apart
+_LEAST = 1e-12  # of an amount's squares: amounts are counts, and less than that is none
+
+
+@dataclass
+class Measured:
+    """What runs have taught about one model on one machine.
+
+    Attributes:
+        moments: Sums of products of amounts, row by row.
+        products: Sums of each amount times seconds.
+        seconds: Of the intervals that were measured, all runs together.
+        load_s: Until the last one's model was loaded, in seconds.
+        share: Of the tokens that rows might generate, what they did if they might stop early.
+        guessed: Of the tokens that they generated, those that took no step, guessed before.
+        missed: Wrong guesses to a token that they generated.
+        runs: How many.
+    """
+
+    moments: list[float] = field(default_factory=lambda: [0.0] * _AMOUNTS**2)
+    products: list[float] = field(default_factory=lambda: [0.0] * _AMOUNTS)
+    seconds: float = 0.0
+    load_s: float = 0.0
+    share: float = 1.0
+    guessed: float = 0.0
+    missed: float = 0.0
+    runs: int = 0
+
+    @classmethod
+    def load(cls, home: Path, spec: JobSpec) -> Measured | None:
+        """What is remembered of jobs like this one; None where there is nothing, or it is damaged.
+
+        It is a hint and no truth, so losing it is no error.
+        """
+        try:
+            return cls(**read_json(_path(home, spec)))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def save(self, home: Path, spec: JobSpec) -> None:
+        """Remember this, in the place of what was remembered before.
+
+        Raises:
+            JobError: It can't be written.
+        """
+        path = _path(home, spec)
+        make_folders(path.parent)
+        write_json(path, asdict(self))
+
+    def add(self, amounts: tuple[float, float, float], seconds: float) -> None:
+        """Take note of an interval: steps, tokens, and steps times the bytes held."""
+        self.moments = [
+            old + a * b
+            for old, (a, b) in zip(
+                self.moments, ((a, b) for a in amounts for b in amounts), strict=True
+            )
+        ]
+        self.products = [old + a * seconds for old, a in zip(self.products, amounts, strict=True)]
+        self.seconds += seconds
+
+    def after(self, earlier: Measured | None) -> Measured:
+        """This run's figures together with those of runs before."""
+        if earlier is None:
+            return self
+        return Measured(
+            [_KEPT * a + b for a, b in zip(earlier.moments, self.moments, strict=True)],
+            [_KEPT * a + b for a, b in zip(earlier.products, self.products, strict=True)],
+            earlier.seconds + self.seconds,
+            self.load_s,
+            self.share,
+            self.guessed,
+            self.missed,
+            earlier.runs + self.runs,
+        )
+
+    def predict(self, amounts: tuple[float, float, float]) -> float:
+        """Seconds that such amounts will take."""
+        return float(np.dot(self.costs(), amounts))
+
+    @property
+    def step_cost(self) -> float | None:
+        """What a step takes beside its tokens, in the time of one token; None where unknown."""
+        step, token, _ = self.costs()
+        return step / token if step and token else None
+
+    def costs(self) -> list[float]:
+        """Seconds that one of each amount takes: those at least 0 that fit best.
+
+        With three amounts each choice of those that are not 0 can be tried (Lawson and Hanson's
+        problem NNLS, 1974).
+        """
+        moments = np.array(self.moments).reshape(_AMOUNTS, _AMOUNTS)
+        products = np.array(self.products)
+        best, found = 0.0, np.zeros(_AMOUNTS)
+        for count in range(1, _AMOUNTS + 1):
+            for chosen in combinations(range(_AMOUNTS), count):
+                part = moments[np.ix_(chosen, chosen)]
+                if (np.diag(part) < _LEAST).any():
+                    continue
+                ridged = part + _RIDGE * np.diag(np.diag(part))
+                costs = np.linalg.solve(ridged, products[list(chosen)])
+                error = costs @ part @ costs - 2 * costs @ products[list(chosen)]
+                if (costs >= 0).all() and error < best:
+                    best, found = error, np.zeros(_AMOUNTS)
+                    found[list(chosen)] = costs
+        return [float(cost) for cost in found]
+
+
+class StepSampler:
+    """Makes intervals of a run's figures, which grow.
+
+    Attributes:
+        measured: What they come to.
+    """
+
+    def __init__(self) -> None:
+        self.measured = Measured(runs=1)
+        self._before = dict.fromkeys(("engine_s", "steps", "tokens", "kv_s", "kv_live_s"), 0.0)
+
+    def observe(self, figures: Mapping[str, Any]) -> None:
+        """Take in the figures of `RunStats` as they are now."""
+        now = {name: figures[name] for name in self._before if name != "tokens"}
+        now["tokens"] = figures["prefill_tokens"] + figures["decode_tokens"]
+        decoded, right = figures["decode_tokens"], figures["accepted_tokens"]
+        missed = figures["drafted_tokens"] - right
+        now["tokens"] += missed
+        passed = {name: now[name] - before for name, before in self._before.items()}
+        if passed["steps"] > 0 and passed["kv_s"] > 0:
+            held = passed["steps"] * passed["kv_live_s"] / passed["kv_s"]
+            self.measured.add((passed["steps"], passed["tokens"], held), passed["engine_s"])
+            self._before = now
+            if decoded:
+                self.measured.guessed, self.measured.missed = right / decoded, missed / decoded
+
+
+def _path(home: Path, spec: JobSpec) -> Path:
+    """Where the figures of such jobs are: the same model, settings and machine."""
+    model = {k: v for k, v in spec.model.items() if k not in {"name", "path", "max_model_len"}}
+    runtime = {k: v for k, v in spec.runtime.items() if v is not None and k not in _NOT_SPEED}
+    machine = [platform.node(), platform.machine(), os.cpu_count()]
+    text = json.dumps([model, runtime, machine], sort_keys=True)
+    return home / "measured" / f"{blake2b(text.encode(), digest_size=8).hexdigest()}.json"

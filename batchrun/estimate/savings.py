@@ -1,0 +1,169 @@
+"""What planning saves: the same rows through a model of a run, in the file's order and as planned.
+
+Only one of the two is computed, so this is an estimate. The model knows how long each answer became
+and what prompts begin with; it knows nothing of memory that runs short, nor of guessed tokens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from heapq import heapreplace
+from threading import Lock
+from typing import NamedTuple
+
+from batchrun.engine.prefixes import BLOCK, blocks_of
+from batchrun.run.planner import WIDTH, Waiting
+
+# Rows that come later than those that run and yet find what they compute: of the engine's queue of
+# 256 three quarters, as counted with the real scheduler (benchmarks/plancounts.py).
+_QUEUED = 192
+_OPEN = 1 << 15  # rows whose length an order waits for; more than a plan holds
+
+
+class BatchModel:
+    """Counts the steps of continuous batching: a row takes the place of the first that ends.
+
+    A step computes one token of each sequence that generates, and beside them prompts, one after
+    the other, as far as its budget goes.
+
+    Args:
+        places: Sequences at once.
+        budget: Tokens in a step.
+    """
+
+    def __init__(self, places: int, budget: int) -> None:
+        self._free = [0.0] * places  # the step in which each place becomes free, as a heap
+        self._prompt_rate = max(budget - places, budget // 8, 1)
+        self._prompted = 0.0  # the step by which all prompts so far are computed
+
+    def add(self, prompt: int, steps: float) -> None:
+        """A row, of so many tokens to compute first and steps to generate in."""
+        self._prompted = max(self._prompted, self._free[0]) + prompt / self._prompt_rate
+        heapreplace(self._free, self._prompted + steps)
+
+    @property
+    def steps(self) -> float:
+        """Until all rows have ended."""
+        return max(self._free)
+
+    @property
+    def tail(self) -> float:
+        """Steps at the end that find half of the places empty."""
+        return self.steps - sorted(self._free)[(len(self._free) - 1) // 2]
+
+
+class Saved(NamedTuple):
+    """What the file's order would have taken more, at least 0.
+
+    Attributes:
+        prompt_tokens: To compute.
+        steps: As a share of those of the plan.
+        tail: Of these the steps that would have found half of the places empty, likewise.
+    """
+
+    prompt_tokens: int = 0
+    steps: float = 0.0
+    tail: float = 0.0
+
+
+class Savings:
+    """Compares the two orders; any thread may call.
+
+    Args:
+        places: Sequences at once.
+        budget: Tokens in a step.
+        share: Whether common prefixes are computed once.
+    """
+
+    def __init__(self, places: int, budget: int, *, share: bool) -> None:
+        self._file, self._plan = (_Order(places, budget, share) for _ in range(2))
+        self._lock = Lock()
+
+    def read(self, row: Waiting, expected: float) -> None:
+        """A row, in the file's order.
+
+        Args:
+            row: To compute, or equal to another one.
+            expected: Tokens that its answer may have.
+        """
+        with self._lock:
+            self._file.add(row, expected)
+
+    def put(self, row: Waiting, expected: float) -> None:
+        """A row that is to be computed, as planned."""
+        with self._lock:
+            self._plan.add(row, expected)
+
+    def end(self, row: int, sample: int, tokens: int) -> None:
+        """A row's answer is known, or another one's is its own."""
+        with self._lock:
+            for order in (self._file, self._plan):
+                order.end((row, sample), tokens)
+
+    def saved(self) -> Saved:
+        """What the plan saved; nothing while rows are under way, or where the run was ended."""
+        file, plan = self._file, self._plan
+        with self._lock:
+            if file.open or plan.open or not plan.slots.steps:
+                return Saved()
+            return Saved(
+                max(0, file.prompt_tokens - plan.prompt_tokens),
+                max(0.0, file.slots.steps / plan.slots.steps - 1),
+                max(0.0, (file.slots.tail - plan.slots.tail) / plan.slots.steps),
+            )
+
+
+class _Order:
+    """Rows in one order.
+
+    Attributes:
+        slots: Has the first rows, up to one whose length is not known.
+        prompt_tokens: That are computed for them.
+        open: Those behind: tokens of each to compute, of its answer, and whether that is known.
+    """
+
+    def __init__(self, places: int, budget: int, share: bool) -> None:
+        self.slots = BatchModel(places, budget)
+        self.prompt_tokens = 0
+        self.open: OrderedDict[tuple[int, int], tuple[int, float, bool]] = OrderedDict()
+        self._recent = _Recent(places + _QUEUED) if share else None
+
+    def add(self, row: Waiting, expected: float) -> None:
+        tokens = len(row.prompt) // WIDTH
+        if self._recent is not None:
+            tokens -= min(self._recent.shared(row.prompt), tokens - 1)
+        self.prompt_tokens += tokens
+        self.open[row.rest.row, row.rest.sample] = (tokens, expected, False)
+        if len(self.open) > _OPEN:
+            self._take()
+
+    def end(self, key: tuple[int, int], tokens: int) -> None:
+        if key in self.open:
+            self.open[key] = (self.open[key][0], tokens, True)
+            while self.open and next(iter(self.open.values()))[2]:
+                self._take()
+
+    def _take(self) -> None:
+        _, (prompt, answer, _) = self.open.popitem(last=False)
+        self.slots.add(prompt, answer)
+
+
+class _Recent:
+    """What the last rows begin with, as hashes of their leading blocks."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._seen: OrderedDict[int, int] = OrderedDict()  # -> its last row; in order of these
+        self._row = 0
+
+    def shared(self, prompt: bytes) -> int:
+        """Tokens that the prompt begins with as one of the last rows does; it is one now."""
+        self._row += 1
+        while self._seen and next(iter(self._seen.values())) < self._row - self._rows:
+            self._seen.popitem(last=False)
+        depth = 0
+        for block, key in enumerate(blocks_of(prompt, BLOCK * WIDTH)):
+            depth += depth == block and key in self._seen
+            self._seen[key] = self._row
+            self._seen.move_to_end(key)
+        return depth * BLOCK

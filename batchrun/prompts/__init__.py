@@ -1,0 +1,1 @@
+"""From a row's fields to the tokens of its prompt."""

@@ -1,0 +1,90 @@
+"""Columns of the input that hold chats, and what a row says to its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.arrowtypes import is_list, is_text, without_dictionary
+from batchrun.jobs.rows.delimited import DelimitedSource
+from batchrun.jobs.rows.parquet import ParquetSource
+from batchrun.jobs.rows.row import Source
+from batchrun.prompts.messages import ARGUMENT_COLUMNS, CHAT_COLUMNS
+
+
+def usual_column(names: Sequence[str]) -> str:
+    """The column that holds the prompts where nobody says: a chat where there is no `prompt`."""
+    return next((name for name in ("prompt", *CHAT_COLUMNS) if name in names), "prompt")
+
+
+def are_chats(prompt: Mapping[str, Any], source: Source) -> bool | None:
+    """Whether prompts are chats; None where that is each row's affair."""
+    if prompt.get("chat") or prompt.get("system") is not None:
+        return True
+    if prompt.get("template"):
+        return False
+    column = prompt.get("column") or "prompt"
+    if column in CHAT_COLUMNS:
+        return True
+    if isinstance(source, DelimitedSource):  # all text
+        return False
+    if isinstance(source, ParquetSource) and column in source.column_names:
+        kind = without_dictionary(source.schema().field(column).type)
+        return None if pa.types.is_null(kind) else not is_text(kind)
+    return None
+
+
+def argument_columns(prompt: Mapping[str, Any], source: Source) -> list[str]:
+    """The columns that may speak to the chat template, such as `tools`."""
+    if prompt.get("ignore_param_columns") or are_chats(prompt, source) is False:
+        return []
+    # Where a row can bring a column that no row before it had, each is asked for all.
+    names = ARGUMENT_COLUMNS if source.num_rows is None else source.column_names
+    return [name for name in ARGUMENT_COLUMNS if name in names]
+
+
+def check_prompt_type(field: pa.Field[Any]) -> None:
+    """Refuse a column that holds no prompts.
+
+    Raises:
+        InputError: It is neither text nor a chat.
+    """
+    kind = without_dictionary(field.type)
+    if is_text(kind) or pa.types.is_null(kind) or _is_chat(kind):
+        return
+    raise InputError(
+        f"the column '{field.name}' holds {field.type}, not text or a list of messages",
+        hint=f"make text of it: --template '{{{field.name}}}'",
+    )
+
+
+def check_argument_types(names: Sequence[str], source: Source) -> None:
+    """Refuse columns that can't be what their name says.
+
+    Raises:
+        InputError: One holds neither objects nor text.
+    """
+    if not isinstance(source, ParquetSource):
+        return
+    for name in names:
+        kind = without_dictionary(source.schema().field(name).type)
+        nested = is_list(kind) or pa.types.is_struct(kind) or pa.types.is_map(kind)
+        if not (nested or is_text(kind) or pa.types.is_null(kind)):
+            raise InputError(
+                f"the column '{name}' can't be the rows' own {name}: it holds {kind}",
+                hint="if it is data, add --ignore-param-columns; else mend it",
+            )
+
+
+def _is_chat(kind: pa.DataType) -> bool:
+    """Whether values can be messages, or one message."""
+    if is_list(kind):
+        inner = without_dictionary(kind.value_type)  # type: ignore[attr-defined]
+        return pa.types.is_null(inner) or _is_chat(inner)
+    if pa.types.is_struct(kind):
+        names = {kind.field(i).name for i in range(kind.num_fields)}
+        return bool({"role", "from"} & names)
+    return pa.types.is_map(kind)

@@ -1,0 +1,144 @@
+"""Rows that ask the same under greedy decoding have the same answer: it is computed once.
+
+A repetition of a row that waits or runs is attached to it and gets its result. One of a row that is
+finished is copied from its result by the journal. Finished rows are known by 128-bit digests in a
+table that never grows; one that was replaced in it is computed again.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from hashlib import blake2b
+from threading import Lock
+
+from batchrun.engine.core import Request, SamplingParams
+from batchrun.jobs.journal.results import CopiedResult, Result
+from batchrun.run.planner import Waiting, pack
+
+_SETS = 1 << 16  # of the table
+_WAYS = 4  # entries of a set; a full one replaces them in turn
+_FIELDS = 4  # of an entry: the digest's halves, the result's number + 1, its tokens
+_ATTACHED = 1 << 20  # repetitions that wait for a result at most: 8 bytes each
+
+
+class Duplicates:
+    """Says which rows need no computing. The reader claims, the engine's thread settles.
+
+    Args:
+        n: Samples a row.
+
+    Attributes:
+        rows: Results that were not computed, errors aside.
+        tokens: Their tokens.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.rows = self.tokens = 0
+        self._n = n
+        self._lock = Lock()
+        self._leaders: dict[bytes, int] = {}  # digest -> number of the row that is computed
+        self._followers: dict[int, array[int]] = {}  # of a leader
+        self._attached = 0
+        self._table = array("Q")
+        self._turn = 0
+
+    def claim(
+        self, waiting: Waiting, before: Callable[[], None] = lambda: None
+    ) -> CopiedResult | bool:
+        """Say what becomes of a row.
+
+        Args:
+            waiting: The row.
+            before: Called before a `settle` can give its result.
+
+        Returns:
+            True: compute it, then `settle` it. False: `settle` of another row gives its result. Or
+            what to hand to the journal in its place.
+        """
+        request = waiting.rest
+        if not request.params.greedy:
+            return True
+        digest = _digest(waiting.prompt, request.params)
+        number = request.row * self._n + request.sample
+        with self._lock:
+            leader = self._leaders.get(digest)
+            if leader is not None:
+                if self._attached == _ATTACHED:
+                    return True
+                before()
+                self._followers.setdefault(leader, array("q")).append(number)
+                self._attached += 1
+                return False
+            at = self._find(digest)
+            if at is None:
+                self._leaders[digest] = number
+                return True
+            known, tokens = self._table[at + 2] - 1, self._table[at + 3]
+            self.rows += 1
+            self.tokens += tokens
+        return CopiedResult(request.row, request.sample, *divmod(known, self._n), tokens)
+
+    def settle(self, request: Request, result: Result) -> list[Result]:
+        """A row has ended; to be called after its result was handed to the journal.
+
+        Returns:
+            The results of its repetitions, which are to be handed on too.
+        """
+        if not request.params.greedy:
+            return []
+        digest = _digest(pack(request.prompt_ids), request.params)
+        number = request.row * self._n + request.sample
+        with self._lock:
+            if self._leaders.get(digest) != number:
+                return []
+            del self._leaders[digest]
+            followers = self._followers.pop(number, array("q"))
+            self._attached -= len(followers)
+            if result.status == "ok":
+                self.rows += len(followers)
+                self.tokens += len(followers) * result.completion_tokens
+                self._note(digest, number, result.completion_tokens)
+        bare = result._replace(queue_s=None, prefill_s=None, decode_s=None)
+        return [bare._replace(row=f // self._n, sample=f % self._n) for f in followers]
+
+    def _find(self, digest: bytes) -> int | None:
+        """Where the table has a digest."""
+        low, high = _halves(digest)
+        table, begin = self._table, _begin(low)
+        if table:
+            for at in range(begin, begin + _WAYS * _FIELDS, _FIELDS):
+                if table[at] == low and table[at + 1] == high and table[at + 2]:
+                    return at
+        return None
+
+    def _note(self, digest: bytes, number: int, tokens: int) -> None:
+        if not self._table:
+            self._table = array("Q", [0]) * (_SETS * _WAYS * _FIELDS)
+        low, high = _halves(digest)
+        begin = _begin(low)
+        entries = range(begin, begin + _WAYS * _FIELDS, _FIELDS)
+        free = (at for at in entries if not self._table[at + 2])
+        self._turn = (self._turn + 1) % _WAYS
+        at = next(free, entries[self._turn])
+        self._table[at : at + _FIELDS] = array("Q", (low, high, number + 1, tokens))
+
+
+def _begin(low: int) -> int:
+    return low % _SETS * _WAYS * _FIELDS
+
+
+def _halves(digest: bytes) -> tuple[int, int]:
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def _digest(prompt: bytes, params: SamplingParams) -> bytes:
+    return blake2b(_tag(params) + prompt, digest_size=16).digest()
+
+
+@lru_cache(1024)
+def _tag(params: SamplingParams) -> bytes:
+    """What tells parameters apart, at a fixed length; greedy rows draw nothing from their seed."""
+    return blake2b(repr(replace(params, seed=None)).encode(), digest_size=16).digest()

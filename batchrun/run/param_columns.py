@@ -1,0 +1,260 @@
+"""Columns of the input that hold a row's own sampling parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
+from typing import Any
+
+import pyarrow as pa
+
+from batchrun.engine.core import SamplingParams
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.arrowtypes import is_text, without_dictionary
+from batchrun.jobs.rows.row import Source
+
+FLAG = "--ignore-param-columns"
+_LOOKED_AT = 1000  # rows, before the job starts
+_SHOWN = 60  # characters of a value, in a message
+_Kinds = tuple[Callable[[pa.DataType], bool], ...]
+_NUMBERS: _Kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+_TEXT: _Kinds = (is_text,)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a parameter's column can hold. Numbers may also be text, as CSV has them.
+
+    A range is of what is plausible where that tells parameters from data: no temperature of the
+    weather is to be taken for one of sampling.
+    """
+
+    read: Callable[[Any], Any]  # TypeError, ValueError or ArithmeticError where it is none
+    valid: Callable[[Any], bool]
+    rule: str
+    types: _Kinds
+    items: _Kinds = ()  # types that a list of them has
+
+    def takes(self, type: pa.DataType) -> bool:  # noqa: A002 - Arrow's word
+        """Whether a column of that Arrow type can hold it."""
+        types = self.types
+        if isinstance(type, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
+            type, types = type.value_type, self.items  # noqa: A001
+        kind = without_dictionary(type)
+        return any(is_kind(kind) for is_kind in (pa.types.is_null, *types))
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal | str):
+        raise TypeError
+    if isinstance(value, str) and "_" in value:  # which Python would take
+        raise ValueError
+    return float(value)
+
+
+def _integer(value: Any) -> int:
+    if not math.isfinite(_number(value)):
+        raise ValueError
+    exact = Decimal(value.strip()) if isinstance(value, str) else value
+    whole = int(exact)
+    if whole != exact:
+        raise ValueError
+    return whole
+
+
+def _flag(value: Any) -> bool:
+    found = {"true": True, "1": True, "false": False, "0": False}.get(
+        str(value).strip().lower().removesuffix(".0")
+    )
+    if found is None:
+        raise ValueError
+    return found
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Texts, but for those that are null or empty: no text stops at these."""
+    texts = [value] if isinstance(value, str) else [v for v in value if v is not None]
+    if isinstance(value, Mapping) or not all(isinstance(text, str) for text in texts):
+        raise TypeError
+    return tuple(filter(None, texts))
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str):
+        value = json.loads(value)
+    return tuple(map(_integer, value if isinstance(value, list | tuple) else [value]))
+
+
+def _whole(low: int, high: int, rule: str) -> _Kind:
+    return _Kind(_integer, lambda v: low <= v < high, f"a whole number, {rule}", _NUMBERS + _TEXT)
+
+
+def _real(valid: Callable[[float], bool], rule: str) -> _Kind:
+    return _Kind(_number, valid, rule, _NUMBERS + _TEXT)
+
+
+# Columns of these names are the row's own sampling parameters.
+OVERRIDES: dict[str, _Kind] = {
+    "max_tokens": _whole(1, 1 << 63, "at least 1"),
+    "min_tokens": _whole(0, 1 << 63, "0 or more"),
+    "top_k": _whole(0, 1 << 31, "0 (off) or more"),
+    "seed": _whole(-1 << 63, 1 << 63, "of 64 bits"),
+    "temperature": _real(lambda v: 0 <= v <= 5, "0 or more, and at most 5"),
+    "top_p": _real(lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "min_p": _real(lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "repetition_penalty": _real(lambda v: 1e-6 < v < 1e6, "above 0 (0.000001 to 1000000)"),
+    "presence_penalty": _real(lambda v: abs(v) < 1e6, "a finite number"),
+    "frequency_penalty": _real(lambda v: abs(v) < 1e6, "a finite number"),
+    "stop": _Kind(_texts, lambda _: True, "text, or a list of texts", _TEXT, _TEXT),
+    "stop_token_ids": _Kind(
+        _ids,
+        lambda ids: all(0 <= i < 1 << 31 for i in ids),
+        "a list of whole numbers, 0 or more",
+        _NUMBERS + _TEXT,
+        _NUMBERS + _TEXT,
+    ),
+    "ignore_eos": _Kind(
+        _flag, lambda _: True, "true or false", (pa.types.is_boolean, *_NUMBERS, *_TEXT)
+    ),
+}
+
+
+class BadParameterError(ValueError):
+    """What a column holds can't be the parameter of its name.
+
+    Args:
+        value: As a message shows it.
+        rule: What it must be.
+    """
+
+    def __init__(self, name: str, value: str, rule: str) -> None:
+        super().__init__(
+            f"the column {name} holds {value}, and {name} must be {rule}; "
+            f"{FLAG} takes such columns as data"
+        )
+        self.value, self.rule = value, rule
+
+
+def read_parameter(name: str, value: Any) -> Any:
+    """What a row's value in a column of that name says.
+
+    Returns:
+        The parameter, or None where the row says nothing and the job's value holds: null, NaN and
+        empty text; of `stop`, where a space is text, also a list of nothing else.
+
+    Raises:
+        BadParameterError: It can't be that parameter.
+    """
+    if _says_nothing(name, value):
+        return None
+    kind = OVERRIDES[name]
+    try:
+        found = kind.read(value)
+        if kind.valid(found):
+            return None if found == () and name == "stop" else found
+    except (TypeError, ValueError, ArithmeticError, RecursionError):
+        pass
+    raise BadParameterError(name, _shown(value), kind.rule)
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    if isinstance(value, float | Decimal):
+        return math.isnan(value)
+    if isinstance(value, str) and name != "stop":  # which may be a space, or `nan`
+        return value.strip().lower() in {"", "nan"}
+    return value is None or value == ""
+
+
+def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = None) -> list[str]:
+    """The columns of an input that act as sampling parameters, as its first rows show.
+
+    Args:
+        source: The input. Columns that come later than it knows are not among them.
+        job: The job's own sampling parameters, by name.
+        limit: Rows that the job has at most.
+
+    Raises:
+        InputError: The type of one can't be that of the parameter, or half of its first values.
+    """
+    names = [name for name in OVERRIDES if name in source.column_names]
+    if not names:
+        return []
+    if source.num_rows is not None:  # else a schema takes reading everything
+        for name in names:
+            kind = source.schema().field(name).type
+            if not OVERRIDES[name].takes(kind):
+                raise _refused(name, f"it holds {kind}, and must be {OVERRIDES[name].rule}")
+    tallies = {name: _ColumnUse() for name in names}
+    rows = 0
+    for row in source.rows(names, 0, min(_LOOKED_AT, limit or _LOOKED_AT)):
+        rows += 1
+        if row.error is None:
+            _look(row.index, row.fields, job, tallies)
+    # One bad value in many rows is that row's error, also where no other row has a value.
+    least = 1 if rows == 1 else 2
+    for name, tally in tallies.items():
+        if tally.bad >= max(least, tally.values / 2):
+            raise _refused(
+                name, f"{tally.first} ({tally.bad:,} of its first {tally.values:,} values can't be)"
+            )
+    return names
+
+
+def parameters_taken(names: Iterable[str]) -> str:
+    """What users are told of columns that act as sampling parameters."""
+    return (
+        f"sampling parameters taken from columns: {', '.join(names)}; to take them as data: {FLAG}"
+    )
+
+
+@dataclass
+class _ColumnUse:
+    """Of a column's values so far: how many, how many can't be, and the first of these."""
+
+    values: int = 0
+    bad: int = 0
+    first: str = ""
+
+    def refuse(self, what: str) -> None:
+        self.bad += 1
+        self.first = self.first or what
+
+
+def _look(
+    index: int, fields: Mapping[str, Any], job: Mapping[str, Any], tallies: Mapping[str, _ColumnUse]
+) -> None:
+    """Take note of a row's values, each alone and all together."""
+    given = {}
+    for name, tally in tallies.items():
+        try:
+            found = read_parameter(name, fields.get(name))
+        except BadParameterError as error:
+            tally.values += 1
+            tally.refuse(f"row {index} has {error.value}, and {name} must be {error.rule}")
+            continue
+        if found is not None:
+            tally.values += 1
+            given[name] = found
+    try:
+        # The model's own max_tokens is not known yet.
+        SamplingParams(**{"max_tokens": 1 << 62, **job, **given})
+    except ValueError as error:
+        name = str(error).partition(" ")[0]
+        if name in given:
+            tallies[name].refuse(f"of row {index} the {error}")
+
+
+def _refused(name: str, reason: str) -> InputError:
+    return InputError(
+        f"the column '{name}' can't be the rows' own {name}: {reason}",
+        hint=f"if it is data, add {FLAG}; else mend it",
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -1,0 +1,400 @@
+"""From rows to requests: which are to do, their prompts, their own sampling parameters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from itertools import islice
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from batchrun.engine.core import Request, SamplingParams, Sequence
+from batchrun.errors import PROCESS_ENDS, said_by
+from batchrun.estimate.savings import Saved, Savings
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.journal.results import CopiedResult, Partial, Result, RowDigests
+from batchrun.jobs.output.joined import Digests, row_changed
+from batchrun.jobs.rows.jsontext import encode
+from batchrun.jobs.rows.row import Row, Source
+from batchrun.jobs.spec import JobSpec
+from batchrun.prompts.messages import PromptError
+from batchrun.prompts.template import Template
+from batchrun.run.chat_columns import argument_columns
+from batchrun.run.duplicates import Duplicates
+from batchrun.run.overdue import BARREN, Overdue, PromptLimit, never_made, place_of, too_long
+from batchrun.run.param_columns import (
+    OVERRIDES,
+    BadParameterError,
+    parameters_taken,
+    read_parameter,
+)
+from batchrun.run.planner import Planner, Waiting
+from batchrun.run.watchdog import Watchdog
+
+if TYPE_CHECKING:  # they import torch, which is not loaded before there is something to compute
+    from batchrun.engine.engine import Completion
+    from batchrun.engine.model.generation import Generation
+
+Read = Result | CopiedResult | RowDigests  # what the reader has for the journal
+ItemT_contra = TypeVar("ItemT_contra", contravariant=True)
+
+QUEUED_REQUESTS = 256  # inside the engine
+HANDED_REQUESTS = 64  # between reader and engine: what is not there yet can be planned again
+_CRASHES = 2  # of the process with a row in it; there is no third try
+_PAGE = 1024  # digests of rows that are looked up, or handed on, at a time
+_EMPTY = ("empty_prompt", "null_prompt")
+
+
+def prompt_options(spec: JobSpec) -> dict[str, Any]:
+    """What `PromptBuilder` is told of a job: the rest of `prompt` is the reader's."""
+    own = {"skip_empty", "ignore_param_columns"}
+    return {
+        **{k: v for k, v in spec.prompt.items() if k not in own},
+        "arguments_are_data": bool(spec.prompt.get("ignore_param_columns")),
+        "columnar": spec.input_format == "parquet",
+        "plain": encode,
+        "told": spec.runtime.get("param_columns", ()),  # when the job was submitted
+    }
+
+
+class Sink(Protocol[ItemT_contra]):
+    """Where the reader puts things: a `Channel`, or who merely counts."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the next `put` would wait."""
+
+    def put(self, item: ItemT_contra) -> None:
+        """Hand it on."""
+
+    def close(self) -> None:
+        """There is no more."""
+
+
+class RowEngine(Protocol):
+    """What a job needs of an engine.
+
+    Attributes:
+        on_admit: Called with each request before it is computed for the first time.
+    """
+
+    on_admit: Callable[[Request], None]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+
+    def load(self) -> tuple[int, int, int]:
+        """Sequences running, sequences waiting, and tokens generated so far."""
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+
+    def step(self) -> list[Completion]:
+        """Go one step on; returns what ended."""
+
+    def partials(self) -> Iterable[Sequence]:
+        """What has not ended and has tokens already."""
+
+
+class Prompts(Protocol):
+    """What the reader needs of a model."""
+
+    @property
+    def encode(self) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
+        """Makes prompt tokens of a row's fields; raises `PromptError`."""
+
+    @property
+    def generation(self) -> Generation:
+        """What the model asks for where neither job nor row says."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences at once."""
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Tokens in a step."""
+
+
+class Workbench(Prompts, Protocol):
+    """An engine with what surrounds it: `batchrun.engine.runtime.Runtime`."""
+
+    @property
+    def engine(self) -> RowEngine:
+        """Where requests go."""
+
+    def measurements(self) -> Mapping[str, Any]:
+        """Figures by the names of `RunStats`."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class Reader:
+    """Reads the rows that are still to do and makes requests of them.
+
+    Args:
+        spec: The job.
+        source: Its rows.
+        done: What has a result already.
+        workbench: Tokenises, and knows the model's sampling defaults.
+        log: Told which columns are taken as sampling parameters.
+        begun: What an earlier run computed, by (row, sample).
+        crashes: How often the process crashed with a row in it.
+        digests: What the rows were that an earlier run read: of so many from one on, by row.
+        watchdog: Told when it reads.
+        limit: How long the prompt of a row may take, and where is noted what it is at.
+        condemned: Rows that are errors without another try, and why.
+        drained: Called before the prompt of a row is made that was in a crash; returns when no row
+            is in the engine or on its way there.
+        barren: After so many rows in a row whose prompts took too long it gives up.
+
+    Attributes:
+        columns: What is read of each row.
+        seconds: Spent on making requests.
+        handed: Requests that were given away.
+        planner: Puts them in order; None where they stay in the file's.
+        duplicates: Knows which of them need no computing.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        source: Source,
+        done: Container[tuple[int, int]],
+        workbench: Prompts,
+        log: Callable[[str], None],
+        *,
+        begun: Mapping[tuple[int, int], Partial] = MappingProxyType({}),
+        crashes: Mapping[int, int] = MappingProxyType({}),
+        digests: Digests = lambda first, count: {},
+        watchdog: Watchdog | None = None,
+        limit: PromptLimit | None = None,
+        condemned: Mapping[int, str] = MappingProxyType({}),
+        drained: Callable[[], None] = lambda: None,
+        barren: int = BARREN,
+    ) -> None:
+        self._spec, self._source, self._done = spec, source, done
+        self._begun, self._crashes = begun, crashes
+        self._digests = digests
+        self._known: Mapping[int, int] = {}
+        self._seen: list[tuple[int, int]] = []
+        self._watchdog, self._limit = watchdog or Watchdog(), limit or PromptLimit()
+        self._drained, self._next_row = drained, 0
+        self._condemned, self._overdue, self._barren = condemned, 0, barren
+        self._encode = workbench.encode
+        self.seconds, self.handed = 0.0, 0
+        self.duplicates = Duplicates(spec.n)
+        self.planner = Planner() if spec.runtime.get("plan", True) else None
+        self._savings = Savings(
+            workbench.max_num_seqs,
+            workbench.max_num_batched_tokens,
+            share=bool(spec.runtime.get("share_prefixes", True)),
+        )
+        self._generation = workbench.generation
+        self._at = self._limit.note
+        self._given = {
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()},
+            "logprobs": spec.keep is not None,  # best-of ranks by them
+        }
+        if self._generation.stop and spec.sampling.get("num_beams", 1) > 1:
+            raise InputError(
+                "the model's generation config has stop strings "
+                f"({', '.join(map(repr, self._generation.stop))}), and beam search knows none",
+                hint="leave out --num-beams, or add --ignore-eos",
+            )
+        self._has_told_internal = False
+        prompt, self._log = spec.prompt, log
+        if prompt.get("template"):
+            needed = Template(prompt["template"]).columns
+        else:
+            needed = [prompt.get("column") or "prompt"]
+        known = [name for name in OVERRIDES if name in source.column_names]
+        # Where a row can bring a column that no row before it had, each is asked for all.
+        whole = source.num_rows is not None
+        self._overrides = known if whole else list(OVERRIDES)
+        if prompt.get("ignore_param_columns"):
+            known, self._overrides = [], []
+        spoken = argument_columns(prompt, source)
+        self.columns = list(dict.fromkeys([*needed, *self._overrides, *spoken]))
+        self._told = set(spec.runtime.get("param_columns", ()))  # when the job was submitted
+        self._tell(known)
+        temperature = {**self._generation.sampling, **self._given}.get("temperature")
+        if spec.n > 1 and not temperature and "temperature" not in known:
+            own = "" if whole or not self._overrides else " without a temperature of its own"
+            log(f"the temperature is 0: all samples of a row{own} will be the same")
+
+    def read(self, requests: Sink[Request], results: Sink[Read]) -> None:
+        """Put every row that has no result yet, as planned, and close `requests`.
+
+        What a row was is put where results go, before the row is put anywhere.
+
+        Raises:
+            Closed: The other side of a channel is gone.
+            ModelError: No prompt comes to an end.
+            SpecChanged: A row is not what it was when an earlier run read it.
+        """
+        rows = self._to_do(results)
+        if self.planner is None:
+            for request in rows:
+                self._note(results)
+                self._hand(request, requests)
+        else:
+            to_compute = self._without_duplicates(self.planner, rows, results)
+            for waiting in self.planner.planned(to_compute, lambda: requests.full):
+                self._savings.put(waiting, self.planner.expected(waiting.rest.params))
+                self._note(results)
+                self._hand(waiting.request(), requests)
+        self._note(results)
+        requests.close()
+
+    def _hand(self, request: Request, requests: Sink[Request]) -> None:
+        self.handed += 1
+        requests.put(request)
+
+    def settle(self, request: Request, result: Result) -> list[Result]:
+        """A row that was planned has ended: the results of those that ask the same."""
+        same = self.duplicates.settle(request, result)
+        for ended in (result, *same):
+            self._savings.end(ended.row, ended.sample, ended.completion_tokens)
+        return same
+
+    def saved(self) -> Saved:
+        """What planning saved: see `Savings.saved`."""
+        return self._savings.saved()
+
+    def _without_duplicates(
+        self, planner: Planner, requests: Iterable[Request], results: Sink[Read]
+    ) -> Iterator[Waiting]:
+        for request in requests:
+            waiting = Waiting.of(request)
+            self._savings.read(waiting, planner.expected(request.params))
+            claimed = self.duplicates.claim(waiting, lambda: self._note(results))
+            if isinstance(claimed, CopiedResult):
+                self._savings.end(claimed.row, claimed.sample, claimed.tokens)
+                self._note(results)
+                results.put(claimed)
+            elif claimed:
+                yield waiting
+
+    def _to_do(self, results: Sink[Read]) -> Iterator[Request]:
+        """Requests in file order; results of rows that can't be one go where results do."""
+        spec = self._spec
+        rows = islice(self._source.rows(self.columns, 0, spec.limit), spec.limit)
+        while (row := self._next(rows)) is not None:
+            self._compare(row, results)
+            todo = [s for s in range(spec.n) if (row.index, s) not in self._done]
+            if not todo:
+                continue
+            began = time.perf_counter()
+            made = self._requests_of(row, todo)
+            self.seconds += time.perf_counter() - began
+            for item in made:
+                if isinstance(item, Request):
+                    yield item
+                else:
+                    self._note(results)
+                    results.put(item)
+
+    def _compare(self, row: Row, results: Sink[Read]) -> None:
+        """Refuse a row that changed since it was read before; remember one that was not."""
+        if row.index % _PAGE == 0:
+            self._known = self._digests(row.index, _PAGE)
+        was = self._known.get(row.index)
+        if was is None:
+            self._seen.append((row.index, row.digest))
+            if len(self._seen) >= _PAGE:
+                self._note(results)
+        elif was != row.digest:
+            raise row_changed(row.index)
+
+    def _note(self, results: Sink[Read]) -> None:
+        if self._seen:
+            results.put(RowDigests(self._seen))
+            self._seen = []
+
+    def _next(self, rows: Iterator[Row]) -> Row | None:
+        with self._watchdog.busy("reading the input"), self._at.reading(None, self._next_row):
+            row = next(rows, None)
+        self._next_row += 1
+        return row
+
+    def _requests_of(self, row: Row, samples: list[int]) -> list[Request] | list[Result]:
+        """The row's requests, or its errors."""
+        if row.index in self._crashes:
+            self._drained()
+        try:
+            if row.error is not None:
+                raise PromptError("bad_row", row.error)
+            if self._crashes.get(row.index, 0) >= _CRASHES:
+                raise PromptError("crashed", f"the process crashed {_CRASHES} times in this row")
+            if row.index in self._condemned:
+                raise PromptError("overdue", self._condemned[row.index])
+            ids, params = self._limit.made(row.index, lambda: self._prompt(row.fields))
+            self._overdue = 0
+        except PROCESS_ENDS:
+            raise
+        except BaseException as error:
+            found = self._problem(row.index, error)
+            if found.kind in _EMPTY and self._spec.prompt.get("skip_empty"):
+                return [Result(row.index, s, "skipped") for s in samples]
+            text = str(found).encode(errors="backslashreplace").decode()
+            return [
+                Result(row.index, s, "error", error=text, error_kind=found.kind) for s in samples
+            ]
+        seed = params.seed if params.seed is not None else self._spec.seed
+        none = Partial(row.index, 0, ())
+        begun = [self._begun.get((row.index, s), none) for s in samples]
+        return [
+            Request(row.index, s, ids, params, seed, b.token_ids, b.logprob or 0.0)
+            for s, b in zip(samples, begun, strict=True)
+        ]
+
+    def _prompt(self, fields: Mapping[str, Any]) -> tuple[tuple[int, ...], SamplingParams]:
+        given = self._sampling(fields)
+        params = self._params_of(given)
+        ids = self._encode(fields)
+        return ids, self._generation.fitted(params, given, len(ids))
+
+    def _problem(self, row: int, error: BaseException) -> PromptError:
+        """What was wrong with a row; what nobody foresaw is that row's error too, and is logged."""
+        if isinstance(error, PromptError):
+            return error
+        if isinstance(error, Overdue):
+            place = place_of(error.__traceback__)
+            self._overdue += 1
+            if self._overdue == self._barren:
+                raise never_made(self._overdue, place)
+            return PromptError("overdue", too_long(self._limit.limit_s) + place)
+        if not self._has_told_internal:
+            self._has_told_internal = True
+            self._log(f"row {row} can't be made a prompt, as others may not: {said_by(error)}")
+        return PromptError("internal", f"the row can't be made a prompt: {said_by(error)}")
+
+    def _sampling(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The job's sampling parameters, with what the row says in columns of their names."""
+        values = dict(self._given)
+        for name in self._overrides:
+            value = fields.get(name)
+            try:
+                found = None if value is None else read_parameter(name, value)
+            except BadParameterError as error:
+                raise PromptError("bad_parameter", str(error)) from None
+            if found is not None:
+                values[name] = found
+                self._tell([name])
+        return values
+
+    def _params_of(self, given: Mapping[str, Any]) -> SamplingParams:
+        try:
+            return self._generation.params(given)
+        except ValueError as error:
+            raise PromptError("bad_parameter", str(error)) from None
+
+    def _tell(self, names: Iterable[str]) -> None:
+        """Log, once, what is taken as a parameter and was not told of before the job began."""
+        new = [name for name in names if name not in self._told]
+        if new:
+            self._told.update(new)
+            self._log(parameters_taken(new))

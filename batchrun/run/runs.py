@@ -1,0 +1,220 @@
+"""A job's runs as its supervisor sees them: how one ends, and whether there is another.
+
+A run that dies by a fault is started again. Which rows were in it is counted, so that a row that
+kills the process twice is not tried a third time. A run whose reader does not come to the end of a
+prompt is ended, and the row is not tried again.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from batchrun.cgroups import oom_kills
+from batchrun.jobs.folder import WORKER_LOG, JobFolder
+from batchrun.jobs.inflight import InFlightRows, Making, ReaderNote, Reading
+from batchrun.jobs.snapshot import WAITING, JobSnapshot
+from batchrun.run.live import Reporter
+from batchrun.run.overdue import BARREN, Onlooker, Overrun, never_made, place_in
+
+TELL = signal.SIGUSR2  # asks a run to print where its threads are
+_TELL_S = 1.0  # that it has for it
+_LOOK_S = 0.5  # between two looks at what a run is at
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+_RESTARTS = 4  # in a row, without a result in between
+_BARREN = BARREN  # in a row, without a good one
+_CRASHED = re.compile(rb"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
+_WORDS = 300  # characters
+_FAILED, _INTERRUPTED = 1, 130  # what the supervisor exits with
+
+
+class Runs:
+    """The runs of a job, one after the other.
+
+    Args:
+        job: The job.
+        reporter: Told how runs end.
+        told_to_end: Whether the supervisor was, and nothing is to be started again.
+    """
+
+    def __init__(self, job: JobFolder, reporter: Reporter, told_to_end: Callable[[], bool]) -> None:
+        self._job, self._reporter, self._told_to_end = job, reporter, told_to_end
+        self._log = job.path / WORKER_LOG
+        self._printed = 0  # bytes, by the runs before
+        self._before = job.counts()
+        self._vain = self._barren = 0  # runs in a row without a result, without a good one
+        self._unread: Reading | None = None  # what the run before died of while it read it
+        self._oom_kills = oom_kills()
+
+    def once(self, start: Callable[[], subprocess.Popen[bytes]]) -> int | None:
+        """Start a run and see it end.
+
+        Returns:
+            What the supervisor exits with; None where the job is to be run again.
+        """
+        self._before = self._job.counts()
+        self._printed = self._log.stat().st_size if self._log.exists() else 0
+        child = start()
+        code, overrun = self._watch(child)
+        if overrun is not None:
+            return self._overran(overrun)
+        if code >= 0:
+            self._note_silent_end(code)
+            return code
+        if self._told_to_end():
+            return self._stopped()
+        name = signal.Signals(-code).name
+        if -code not in _FAULTS:
+            return self._killed(name)
+        rows, read = self._suspects()
+        return self._crashed(name, rows) if read is None else self._crashed_reading(name, read)
+
+    def _watch(self, child: subprocess.Popen[bytes]) -> tuple[int, Overrun | None]:
+        """Wait for the end; returns the exit code, and the prompt for which it was ended here."""
+        note = ReaderNote(self._job.path)
+        note.made()  # of the run before
+        onlooker = Onlooker(child.pid, note)
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    return child.wait(_LOOK_S), None
+                if (overrun := onlooker.look()) is None:
+                    continue
+                child.send_signal(TELL)  # faulthandler prints where it is, whoever has which lock
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(_TELL_S)
+                child.kill()
+                return child.wait(), overrun
+        finally:
+            note.close()
+
+    def _stopped(self) -> int:
+        self._job.set_state("cancelled" if self._job.cancel_requested() else "interrupted")
+        return _INTERRUPTED
+
+    def _failed(self, reason: str, hint: str | None) -> int:
+        self._job.set_state("failed", reason, hint)
+        return _FAILED
+
+    def _overran(self, overrun: Overrun) -> int | None:
+        """A prompt did not come to an end."""
+        row, place = overrun.at.row, place_in(self._stack(overrun.at.thread))
+        self._reporter.message(f"row {row}: {overrun.reason}{place}; the run was ended")
+        if self._told_to_end():
+            return self._stopped()
+        _blame(self._job, overrun, place)
+        self._count()
+        if self._barren < _BARREN:
+            return None
+        error = never_made(self._barren, place)
+        return self._failed(str(error), error.hint)
+
+    def _killed(self, name: str) -> int:
+        """Somebody has ended it, or the system."""
+        reason, hint = f"the run was ended by {name}", None
+        if name == "SIGKILL" and oom_kills() > self._oom_kills:
+            reason += ": the machine had no memory left"
+            hint = "batchrun resume with a lower --max-num-seqs N or --kv-budget SIZE"
+        elif name == "SIGKILL":
+            reason += ": by somebody, or by the system for want of memory"
+        self._job.set_state("interrupted", reason, hint)
+        self._reporter.message(reason)
+        return _FAILED
+
+    def _crashed_reading(self, name: str, read: Reading) -> int | None:
+        """No row is to blame, but what was read."""
+        reason = f"the run crashed with {name} while it read {read}"
+        self._reporter.message(reason)
+        if read != self._unread:
+            self._unread = read
+            return None
+        hint = "write it anew; batchrun export --partial has what there is until then"
+        return self._failed(f"{reason}: the file is damaged", hint)
+
+    def _crashed(self, name: str, rows: list[int]) -> int | None:
+        """Some of its rows may be to blame."""
+        with self._job.journal(readonly=False) as journal:
+            journal.count_crash(rows)
+        self._count()
+        self._reporter.message(f"the run crashed with {name}; {len(rows)} rows were in it")
+        if self._vain < _RESTARTS and self._barren < _BARREN:
+            return None
+        times = max(self._vain, self._barren)
+        return self._failed(
+            f"the run crashed with {name} {times} times in a row, and no row was answered",
+            "batchrun logs says more",
+        )
+
+    def _count(self) -> None:
+        """Note whether the run came to anything."""
+        before, after = self._before, self._job.counts()
+        self._vain = self._vain + 1 if after.samples == before.samples else 0
+        good = after.completion_tokens != before.completion_tokens
+        self._barren = 0 if good else self._barren + 1
+
+    def _suspects(self) -> tuple[list[int], Reading | None]:
+        """Rows that may have brought the run down, or what it read as it died."""
+        running, note = InFlightRows(self._job.path), ReaderNote(self._job.path)
+        rows, at = running.rows(), note.at()
+        running.close()
+        note.close()
+        if at is None:
+            return rows, None
+        thread = self._crashed_thread()
+        mine = thread == at.thread
+        if isinstance(at, Making):
+            return [at.row] if mine else [*rows, at.row] if thread is None else rows, None
+        # A thread of C++ alone has no number here. If rows were in the engine it may be its own.
+        if mine or (thread is None and not rows):
+            return [], replace(at, thread=0)
+        return rows, None
+
+    def _crashed_thread(self) -> int | None:
+        """The thread that the run died in, as faulthandler printed it; None where it did not."""
+        found = _CRASHED.findall(self._words())
+        return int(found[-1], 16) if found else None
+
+    def _stack(self, thread: int) -> str:
+        """What faulthandler printed last of a thread."""
+        printed = self._words().decode(errors="replace")
+        found = re.findall(rf"hread 0x0*{thread:x} .*?\n((?:  .*\n)*)", printed)
+        return str(found[-1]) if found else ""
+
+    def _note_silent_end(self, code: int) -> None:
+        """Note how a run ended that could not: a library has ended its process, or Python."""
+        noted = JobSnapshot.load(self._job.path)
+        if noted is not None and noted.state not in WAITING:
+            return
+        lines = [line.strip() for line in self._words().decode(errors="replace").splitlines()]
+        lines = [line for line in lines if line]
+        if any(line.startswith("error: ") for line in lines):
+            return  # it did say, and someone else may have the job
+        words = f"its last words: {lines[-1][:_WORDS]}" if lines else "it said nothing"
+        self._job.set_state(
+            "interrupted",
+            f"the run ended with exit code {code} before it could say why; {words}",
+            "batchrun logs says more, batchrun doctor what this machine lacks; then: "
+            "batchrun resume",
+        )
+
+    def _words(self) -> bytes:
+        """What the job's processes have printed since the run began."""
+        if not self._log.exists():
+            return b""
+        with self._log.open("rb") as file:
+            file.seek(self._printed)
+            return file.read()
+
+
+def _blame(job: JobFolder, overrun: Overrun, place: str) -> None:
+    """Note the row that is to blame; one that may not be is tried once more, alone."""
+    row = overrun.at.row
+    with job.journal(readonly=False) as journal:
+        if overrun.certain or row in journal.crash_counts():
+            journal.condemn(row, overrun.reason + place)
+        else:
+            journal.count_crash([row])

@@ -1,0 +1,369 @@
+"""The one truth of a job's progress: an SQLite database in its folder.
+
+A result is there, durably, or its row is still to do: there is no third state. One connection
+writes, owned by one thread; any number read, also while the job runs. Each run has a number, its
+fencing token: as soon as there is a later one, it can write nothing any more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from batchrun.jobs.errors import Fenced, JournalError
+from batchrun.jobs.files import fsync_directory, remove
+from batchrun.jobs.journal.readings import CONDEMNED, Readings
+from batchrun.jobs.journal.results import CopiedResult, Partial, Result
+from batchrun.jobs.journal.schema import (
+    NAME,
+    SEALS,
+    TABLES,
+    connect,
+    create,
+    transaction,
+    with_checksum,
+)
+from batchrun.jobs.lease import Lease
+
+READ = "columns_read"  # in the notes: the columns that digests of rows are of
+STATE = "state.json"  # what `list` remembers of a journal, as long as nobody writes to it
+
+_CHECKPOINT_BYTES = 4 << 20  # of results, until they move from the log into the database
+_ROW_BYTES = 160  # of a result besides its text and tokens
+_DIGEST_BYTES = 16
+_INSERT = f"INSERT INTO results VALUES ({', '.join('?' * 15)})"
+_COPIED = ", ".join(
+    {"id": "?1", "run": "?3", "queue_s": "NULL", "prefill_s": "NULL", "decode_s": "NULL"}.get(c, c)
+    for c in TABLES["results"]
+)
+_COPY = (
+    f"INSERT INTO results SELECT {_COPIED}, checksum({_COPIED}) FROM results "
+    f"WHERE id = ?2 AND status = 'ok' AND crc = {SEALS['results']}"
+)
+_TOKEN_BYTES = 9  # of a copied result, text and number
+_PARTIAL = (
+    "INSERT OR REPLACE INTO partials SELECT ?1, ?2, ?3, ?4 "
+    "WHERE NOT EXISTS (SELECT 1 FROM results WHERE id = ?1)"
+)
+# Deleting the last run would let its number be given again.
+_REMOVE = {
+    "results": "DELETE FROM results WHERE id = ?",
+    "partials": "DELETE FROM partials WHERE id = ?",
+    "crashes": "DELETE FROM crashes WHERE row = ? AND run = ?",
+    "rows": "DELETE FROM rows WHERE row = ?",
+    "meta": "DELETE FROM meta WHERE key = ?",
+    "runs": "UPDATE runs SET started_at = (julianday('now') - 2440587.5) * 86400, ended_at = NULL, "
+    "state = 'interrupted', stats = '{}', reason = NULL, crc = NULL WHERE id = ?",
+}
+_SEAL_RUN = f"UPDATE runs SET crc = {SEALS['runs']} WHERE id = ?"
+
+
+class Journal(Readings):
+    """Open journal of one job.
+
+    Args:
+        folder: The job's folder.
+        n: Samples a row.
+        readonly: Look without taking any lock that a writer would notice.
+
+    Raises:
+        JournalError: There is none, it is damaged, or a newer program wrote it.
+    """
+
+    def __init__(self, folder: Path, n: int, *, readonly: bool = False) -> None:
+        path = folder / NAME
+        super().__init__(path, n, connect(path, readonly=readonly))
+        self._run = 0
+        self._writer = not readonly
+        self._named = False  # whether the log's name is on disk for certain
+        self._logged = 0  # bytes of results since the last checkpoint
+        if not readonly:
+            try:
+                remove(folder / STATE)
+            except OSError as error:
+                self._db.close()
+                raise JournalError(
+                    f"{folder / STATE} can't be removed: {error.strerror}",
+                    hint=f"check the permissions: ls -ld '{folder}'",
+                ) from error
+
+    create = staticmethod(create)
+
+    def begin_run(self) -> int:
+        """Note that a worker begins; its results carry the number that is returned.
+
+        From then on every earlier run is fenced off.
+        """
+        with self._transaction():
+            cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
+            self._db.execute(_SEAL_RUN, (cursor.lastrowid,))
+            # Whoever made the job may have failed to make its name durable.
+            for folder in self.path.parent.absolute().parents[:3]:
+                with suppress(PermissionError):
+                    fsync_directory(folder)
+        self._run = cursor.lastrowid or 0
+        return self._run
+
+    def resume_run(self, run: int) -> None:
+        """Go on writing for a run that another connection began."""
+        self._run = run
+
+    def write(
+        self,
+        results: Sequence[Result | CopiedResult],
+        stats: dict[str, Any] | None = None,
+        partials: Sequence[Partial] = (),
+        digests: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Add results in one transaction: all of them are durable on return, or none is.
+
+        Args:
+            results: New results; the tokens kept of their samples go.
+            stats: The run's statistics so far; they replace those written before.
+            partials: Tokens so far; they replace those of the same samples. Of a sample that has
+                a result they are dropped.
+            digests: Numbers of input rows, and what tells each from any other content. They are to
+                be there before a result of the row is.
+
+        Raises:
+            Fenced: A later run has the job. Nothing was written.
+            JournalError: A result is there already or of a sample that the job hasn't, or there is
+                none to copy: nothing was written. Or the disk refuses: then the run must end,
+                since what a failed fsync left on disk cannot be known, and what a resume finds is
+                what counts.
+        """
+        run = self._run
+        rows = [self._record(result) for result in results if isinstance(result, Result)]
+        copies = [
+            (self._number(c), c.of_row * self.n + c.of_sample, run)
+            for c in results
+            if isinstance(c, CopiedResult)
+        ]
+        kept = [
+            with_checksum((self._number(p), array("i", p.token_ids).tobytes(), _real(p.logprob)))
+            for p in partials
+        ]
+        seen = [with_checksum(digest) for digest in digests]
+        with self._write():
+            self._db.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", seen)
+            self._db.executemany(_INSERT, rows)
+            if copies and self._db.executemany(_COPY, copies).rowcount != len(copies):
+                raise JournalError("a result was about to be copied that is not in the journal")
+            if kept:
+                self._db.executemany(_PARTIAL, kept)
+            if self._db.execute("SELECT 1 FROM partials LIMIT 1").fetchone():
+                ended = [row[:1] for row in (*rows, *copies)]
+                self._db.executemany("DELETE FROM partials WHERE id = ?", ended)
+            if stats is not None:
+                self._db.execute("UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run))
+                self._db.execute(_SEAL_RUN, (run,))
+        self._logged += _DIGEST_BYTES * len(digests)
+        self._logged += sum(_ROW_BYTES + len(row[2] or "") + len(row[3]) for row in rows)
+        self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens, *_ in kept)
+        self._logged += sum(
+            _ROW_BYTES + _TOKEN_BYTES * c.tokens for c in results if isinstance(c, CopiedResult)
+        )
+        if self._logged >= _CHECKPOINT_BYTES:
+            self._checkpoint()
+
+    def end_run(self, state: str, stats: dict[str, Any], reason: str | None = None) -> None:
+        """Close the run's entry with how it ended, and why if it failed.
+
+        Raises:
+            Fenced: A later run has the job.
+        """
+        with self._write():
+            self._db.execute(
+                "UPDATE runs SET ended_at = ?, state = ?, stats = ?, reason = ? WHERE id = ?",
+                (time.time(), state, json.dumps(stats), _storable(reason), self._run),
+            )
+            self._db.execute(_SEAL_RUN, (self._run,))
+
+    def retry_failed(self) -> int:
+        """Remove error results, so that their samples are to do again; returns how many.
+
+        Crashes of their rows are forgotten. A finished job is an interrupted one from then on.
+
+        Raises:
+            LeaseHeld: A worker has the job, and it is not the one that asks.
+        """
+        self._db.execute("PRAGMA secure_delete=ON")  # pages that get free keep no errors' texts
+        with nullcontext() if self._run else Lease(self.path.parent), self._write(any_run=True):
+            self._db.execute(
+                "DELETE FROM crashes WHERE row IN "
+                "(SELECT id / ? FROM results WHERE status = 'error')",
+                (self.n,),
+            )
+            self._db.execute("DELETE FROM meta WHERE key = ?", (CONDEMNED,))
+            count = self._db.execute("DELETE FROM results WHERE status = 'error'").rowcount
+            if count:
+                [(last,)] = self._db.execute("SELECT max(id) FROM runs")
+                self._db.execute(
+                    "UPDATE runs SET state = 'interrupted' WHERE state LIKE 'done%' AND id = ?",
+                    (last,),
+                )
+                self._db.execute(_SEAL_RUN, (last,))
+        return count
+
+    def mend(self) -> list[str]:
+        """Remove damaged records, so that what they held is to do again; says which, a line each.
+
+        Figures of a run are none from then on. What damage in the structure hides is not found.
+
+        Raises:
+            JournalError: The file itself is damaged.
+        """
+        self.check_structure()
+        damage = self.damage()
+        if not damage:
+            return []
+        with self._write(any_run=True):
+            for found in damage:
+                self._db.execute(_REMOVE[found.table], found.key)
+            # Of digests nobody knows what they are of without the note that says it.
+            self._db.execute(
+                "DELETE FROM rows WHERE NOT EXISTS (SELECT 1 FROM meta WHERE key = ?)", (READ,)
+            )
+            self._db.execute("DELETE FROM partials WHERE id IN (SELECT id FROM results)")
+            # Each run that results are of has its entry, and its number is not given again.
+            self._db.execute(
+                "INSERT OR IGNORE INTO runs (id, started_at, state) "
+                "SELECT DISTINCT run, ?, 'interrupted' FROM results",
+                (time.time(),),
+            )
+            self._db.execute(f"UPDATE runs SET crc = {SEALS['runs']} WHERE crc IS NULL")
+        return [found.what for found in damage]
+
+    def count_crash(self, rows: Iterable[int]) -> None:
+        """Note that the latest run's process died with these rows in the engine.
+
+        One death counts once, however often it is noted.
+        """
+        with self._write(any_run=True):
+            self._db.executemany(
+                "INSERT OR IGNORE INTO crashes SELECT ?1, max(id), checksum(?1, max(id)) "
+                "FROM runs HAVING max(id) > 0",
+                [(row,) for row in rows],
+            )
+
+    def condemn(self, row: int, reason: str) -> None:
+        """Note that a row is not to be tried again, and why: it has ended a run."""
+        self.set_meta(CONDEMNED, {**(self.meta(CONDEMNED) or {}), str(row): reason})
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Remember a small JSON value."""
+        with self._write(any_run=True):
+            self._db.execute(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)",
+                with_checksum((key, json.dumps(value))),
+            )
+
+    def close(self) -> None:
+        """Close the connection; everything written is durable already.
+
+        Raises:
+            JournalError: The disk refuses to move it from the log into the database.
+        """
+        try:
+            if self._writer and self._failed is None:
+                self._checkpoint()
+        finally:
+            self._close()
+
+    def _record(self, result: Result) -> tuple[Any, ...]:
+        """A result as it is stored."""
+        ids, queue_s, prefill_s, decode_s = result.token_ids, *result[10:13]
+        values = (
+            self._number(result),
+            *result[2:4],
+            array("i", ids).tobytes(),
+            *result[5:8],
+            _storable(result.error),
+            result.error_kind,
+            None if queue_s is None else float(queue_s),
+            None if prefill_s is None else float(prefill_s),
+            None if decode_s is None else float(decode_s),
+            self._run,
+            _real(result.logprob),
+        )
+        return with_checksum(values)
+
+    def _number(self, item: Result | CopiedResult | Partial) -> int:
+        # Out of range it would be stored as another row's.
+        if not (item.row >= 0 and 0 <= item.sample < self.n):
+            raise JournalError(
+                f"the job has no row {item.row}, sample {item.sample}: n is {self.n}"
+            )
+        return item.row * self.n + item.sample
+
+    @contextmanager
+    def _write(self, *, any_run: bool = False) -> Iterator[None]:
+        """One transaction of this run; with `any_run` it may also be of none."""
+        with self._transaction():
+            if self._run or not any_run:
+                [(latest,)] = self._db.execute("SELECT max(id) FROM runs")
+                if not self._run:
+                    raise JournalError("no run has begun that could write results")
+                if latest != self._run:
+                    raise Fenced(
+                        f"another worker, run {latest}, took this job over from run {self._run}",
+                        hint=f"see it with: batchrun show {self.path.parent.name}",
+                    )
+            yield
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors("written"):
+            with transaction(self._db):
+                yield
+            if not self._named:
+                # SQLite syncs the folder when it makes the log, and does not say if that fails.
+                fsync_directory(self.path.parent)
+                self._named = True
+
+    def _checkpoint(self) -> None:
+        """Move results from the log into the database. Waits for no reader."""
+        with self._errors("written"):
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        self._logged = 0
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._close()  # what went wrong already says more
+
+    def _close(self) -> None:
+        if self._writer and self._failed is not None:
+            # Closing the last connection that may write syncs the log once more, as if that could
+            # succeed now; one that may only read keeps SQLite from it.
+            with suppress(JournalError), closing(connect(self.path, readonly=True)) as other:
+                other.execute("SELECT max(id) FROM runs").fetchall()
+                self._db.close()
+        self._writer = False
+        self._db.close()
+
+
+def _real(value: float | None) -> float | None:
+    """As SQLite gives it back, which has no NaN."""
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _storable(text: str | None) -> str | None:
+    """Text without halves of surrogate pairs, which names of files may bring and SQLite refuses."""
+    return text and text.encode(errors="backslashreplace").decode()

@@ -1,0 +1,338 @@
+"""What a journal says: the same questions for its writer and for any number of readers."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchrun.jobs.checksums import checksum
+from batchrun.jobs.errors import JournalError
+from batchrun.jobs.journal.results import Counts, DoneSet, Partial, Result
+from batchrun.jobs.journal.schema import BEYOND_REPAIR, TABLES
+
+_SELECTS = {t: f"SELECT {', '.join(columns)}, crc FROM {t}" for t, columns in TABLES.items()}
+_SHOWN = 5  # damaged records, in a message
+_CONTRADICTIONS = {
+    "a sample has both a result and tokens to go on from": (
+        "SELECT 1 FROM partials JOIN results USING (id) LIMIT 1"
+    ),
+    "a result is of a run that never was": (
+        "SELECT 1 FROM results WHERE run NOT IN (SELECT id FROM runs) LIMIT 1"
+    ),
+    "a result has a status that no program gives": (
+        "SELECT 1 FROM results WHERE status NOT IN ('ok', 'error', 'skipped') LIMIT 1"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A record of a journal that is not what was written.
+
+    Args:
+        table: Where it is.
+        key: The values that tell it from others there, of which one may be what is damaged.
+        what: The same for people.
+    """
+
+    table: str
+    key: tuple[Any, ...]
+    what: str
+
+
+CONDEMNED = "condemned"  # in meta: rows that are not to be tried again, by number, and why
+
+
+class Readings:
+    """Reads an open journal.
+
+    Args:
+        path: The database, for messages.
+        n: Samples a row.
+        db: A connection to it.
+    """
+
+    def __init__(self, path: Path, n: int, db: sqlite3.Connection) -> None:
+        self.path, self.n, self._db = path, n, db
+        self._failed: Exception | None = None  # the write after which nothing is certain
+
+    def meta(self, key: str) -> Any:
+        """A value remembered by `set_meta`, or None.
+
+        Raises:
+            JournalError: It is damaged.
+        """
+        found = self._proven("meta", "WHERE key = ?", key)
+        return json.loads(found[0][1]) if found else None
+
+    def done(self) -> DoneSet:
+        """Which results there are, as a bitmap."""
+        done = DoneSet(self.n)
+        with self._errors("read"):
+            for (number,) in self._db.execute("SELECT id FROM results ORDER BY id"):
+                done.add(number)
+        return done
+
+    def partials(self) -> dict[tuple[int, int], Partial]:
+        """Tokens so far of samples that have no result, by (row, sample); none that are damaged."""
+        partials = (
+            Partial(number // self.n, number % self.n, _tokens(ids), logprob)
+            for number, ids, logprob in self._sound("partials")
+        )
+        return {(p.row, p.sample): p for p in partials}
+
+    def crash_counts(self) -> dict[int, int]:
+        """In how many crashes a row was in the engine, by row; none that are damaged."""
+        return Counter(row for row, _ in self._sound("crashes"))
+
+    def condemned(self) -> dict[int, str]:
+        """Rows that are not to be tried again, and why."""
+        return {int(row): reason for row, reason in (self.meta(CONDEMNED) or {}).items()}
+
+    def counts(self) -> Counts:
+        """Results so far."""
+        [(samples, failed, skipped, prompt, completion)] = self._all(
+            "SELECT count(*), count(DISTINCT CASE status WHEN 'error' THEN id / ?1 END), "
+            "count(DISTINCT CASE status WHEN 'skipped' THEN id / ?1 END), "
+            "ifnull(sum(prompt_tokens), 0), ifnull(sum(completion_tokens), 0) FROM results",
+            self.n,
+        )
+        rows = samples
+        if self.n > 1:
+            [(rows,)] = self._all(
+                "SELECT count(*) FROM "
+                "(SELECT 1 FROM results GROUP BY id / ?1 HAVING count(*) = ?1)",
+                self.n,
+            )
+        return Counts(rows, samples, failed, skipped, prompt, completion)
+
+    def tally(self, column: str) -> dict[str, int]:
+        """Samples by `finish_reason` or rows by `error_kind`, most frequent first."""
+        what = {"finish_reason": "*", "error_kind": f"DISTINCT id / {self.n}"}[column]
+        return dict(
+            self._all(
+                f"SELECT {column}, count({what}) FROM results "
+                f"WHERE typeof({column}) = 'text' GROUP BY 1 ORDER BY 2 DESC, 1"
+            )
+        )
+
+    def quantiles(self, column: str, shares: Sequence[float]) -> list[float] | None:
+        """Quantiles (nearest rank) of `queue_s`, `prefill_s` or `decode_s`; None without any."""
+        assert column in {"queue_s", "prefill_s", "decode_s"}
+        measured = f"FROM results WHERE typeof({column}) = 'real'"
+        [(count,)] = self._all(f"SELECT count(*) {measured}")
+        if not count:
+            return None
+        ranks = [min(count - 1, int(share * count)) for share in shares]
+        ranked = f"row_number() OVER (ORDER BY {column}) - 1 AS rank"
+        found = dict(
+            self._all(
+                f"SELECT rank, {column} FROM (SELECT {column}, {ranked} {measured}) "
+                f"WHERE rank IN ({', '.join(map(str, ranks))})"
+            )
+        )
+        return [found[rank] for rank in ranks]
+
+    def results(self, first_row: int = 0, *, skip_damaged: bool = False) -> Iterator[Result]:
+        """Results in (row, sample) order, streamed.
+
+        Args:
+            first_row: Where to begin.
+            skip_damaged: Leave out what is damaged.
+
+        Raises:
+            JournalError: One is damaged; the message says whose.
+        """
+        query = f"{_SELECTS['results']} WHERE id >= ? ORDER BY id"
+        with (
+            self._errors("read"),
+            self._lenient() if skip_damaged else self._naming_damage(),
+        ):
+            for record in self._db.execute(query, (first_row * self.n,)):
+                if checksum(record[:-1]) != record[-1]:
+                    if skip_damaged:
+                        continue
+                    raise self._damaged(self.damage())
+                number, status, text, ids, *rest, _, logprob, _ = record
+                rest.append(logprob)
+                row, sample = divmod(number, self.n)
+                yield Result(row, sample, status, text, _tokens(ids), *rest)
+
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        """Where text is no UTF-8 and can't even be read, say whose it is."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            damage = self.damage()
+            raise self._damaged(damage) if damage else error from error
+
+    def digests(self, first: int, count: int) -> dict[int, int]:
+        """Digests of the input rows that were read, of `count` from row `first` on, by row.
+
+        One that is damaged is none: what it said is not known.
+        """
+        return dict(self._sound("rows", "WHERE row >= ? AND row < ?", first, first + count))
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every worker's run: `id`, `started_at`, `ended_at`, `state`, `stats`, `reason`.
+
+        Raises:
+            JournalError: One is damaged.
+        """
+        return [
+            {**dict(zip(TABLES["runs"], run, strict=True)), "stats": json.loads(run[4])}
+            for run in self._proven("runs", "ORDER BY id")
+        ]
+
+    def beyond(self, rows: int) -> int:
+        """Results of rows that a job of so many rows hasn't."""
+        [(count,)] = self._all("SELECT count(*) FROM results WHERE id >= ?", rows * self.n)
+        return int(count)
+
+    def check(self) -> None:
+        """Verify the database's integrity, every record, and that none contradicts another.
+
+        Raises:
+            JournalError: It is damaged; the message says how.
+        """
+        self.check_structure()
+        damage = self.damage()
+        if damage:
+            raise self._damaged(damage)
+        found = [what for what, query in _CONTRADICTIONS.items() if self._all(query)]
+        if found:
+            raise JournalError(f"{self.path} is damaged: {'; '.join(found)}")
+
+    def check_structure(self) -> None:
+        """Verify that SQLite finds its way in the file, and the tables there.
+
+        Raises:
+            JournalError: It is damaged; the message says how.
+        """
+        try:
+            with self._lenient():
+                found = [row[0] for row in self._db.execute("PRAGMA integrity_check(3)")]
+                for table, columns in TABLES.items():
+                    info = self._db.execute(f"PRAGMA table_info({table})")
+                    if [name for (_, name, *_) in info] != [*columns, "crc"]:
+                        found.append(f"its table {table} has other columns")
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            found = [str(error)]
+        if found != ["ok"]:
+            found = [what for what in found if what != "ok"]
+            raise JournalError(f"{self.path} is damaged: {'; '.join(found)}", hint=BEYOND_REPAIR)
+
+    def damage(self) -> list[Damage]:
+        """Records that are not what was written. Reads all of them.
+
+        Raises:
+            JournalError: The file can't be read.
+        """
+        found = []
+        with self._errors("read"), self._lenient():
+            for table in TABLES:
+                for record in self._db.execute(_SELECTS[table]):
+                    if checksum(record[:-1]) != record[-1]:
+                        found.append(self._damage(table, record))
+        return found
+
+    def _damage(self, table: str, record: tuple[Any, ...]) -> Damage:
+        key = record[:2] if table == "crashes" else record[:1]
+        return Damage(table, key, self._says(table, record[0]))
+
+    def _says(self, table: str, key: Any) -> str:
+        if table == "meta":
+            return f"the note {key!r}"
+        if table == "runs":
+            return f"the figures of run {key}"
+        row, sample = divmod(key, self.n) if table in {"results", "partials"} else (key, 0)
+        of = {"results": "result", "partials": "begun result", "crashes": "crash", "rows": "digest"}
+        which = f", sample {sample}" if table in {"results", "partials"} and self.n > 1 else ""
+        return f"the {of[table]} of row {row}{which}"
+
+    def _damaged(self, damage: Sequence[Damage]) -> JournalError:
+        shown = [found.what for found in damage[:_SHOWN]]
+        if len(damage) > _SHOWN:
+            shown.append(f"{len(damage) - _SHOWN:,} more")
+        name = self.path.parent.name
+        return JournalError(
+            f"{self.path} is damaged: {', '.join(shown)} "
+            f"{'is' if len(damage) == 1 else 'are'} not what was written",
+            hint=f"batchrun resume {name} removes and computes again what is damaged, "
+            f"batchrun export {name} --partial leaves it out",
+        )
+
+    def _sound(self, table: str, which: str = "", *values: Any) -> list[tuple[Any, ...]]:
+        """Records of a table that are not damaged."""
+        with self._lenient():
+            found = self._all(f"{_SELECTS[table]} {which}", *values)
+        return [record[:-1] for record in found if checksum(record[:-1]) == record[-1]]
+
+    def _proven(self, table: str, which: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Records of a table, of which none is damaged."""
+        with self._lenient():
+            found = self._all(f"{_SELECTS[table]} {which}", *values)
+        damage = [self._damage(table, r) for r in found if checksum(r[:-1]) != r[-1]]
+        if damage:
+            raise self._damaged(damage)
+        return [record[:-1] for record in found]
+
+    @contextmanager
+    def _lenient(self) -> Iterator[None]:
+        """Text that is no UTF-8 can be read too: its checksum says that it is damaged."""
+        before = self._db.text_factory
+        self._db.text_factory = lambda data: data.decode(errors="replace")
+        try:
+            yield
+        finally:
+            self._db.text_factory = before
+
+    def _all(self, query: str, *values: Any) -> list[Any]:
+        with self._errors("read"):
+            return self._db.execute(query, values).fetchall()
+
+    @contextmanager
+    def _errors(self, done: str) -> Iterator[None]:
+        """SQLite's errors as the user's: what could not be `done`, and what to do."""
+        if self._failed is not None:
+            raise JournalError(
+                f"{self.path} can't be {done}: an earlier write failed: {self._failed}",
+                hint="batchrun resume",
+            )
+        try:
+            yield
+        except OSError as error:
+            self._failed = error
+            raise JournalError(
+                f"{self.path} can't be {done}: {error.strerror}",
+                hint="when the disk is in order again: batchrun resume",
+            ) from error
+        except sqlite3.IntegrityError as error:
+            raise JournalError(f"a result was about to be journalled twice: {error}") from error
+        except sqlite3.OperationalError as error:
+            # Without a code it is Python's own: text that is no UTF-8.
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+            if code == sqlite3.SQLITE_ERROR:
+                raise JournalError(f"{self.path} is damaged: {error}", BEYOND_REPAIR) from error
+            if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
+                self._failed = error
+            raise JournalError(
+                f"{self.path} can't be {done}: {error}",
+                hint="make room on the disk, then: batchrun resume",
+            ) from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # of names, or of a message
+            raise JournalError(f"{self.path} is damaged: {error}", BEYOND_REPAIR) from error
+
+
+def _tokens(data: bytes) -> tuple[int, ...]:
+    tokens = array("i")
+    tokens.frombytes(data)
+    return tuple(tokens)

@@ -1,0 +1,109 @@
+"""What a journal holds: results, tokens of results to be, and which results there are."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+
+class Result(NamedTuple):
+    """What became of one sample of one row. Times in seconds; None where it never got there.
+
+    `status` is `ok`, `error`, or `skipped` where the user asked to leave such rows out: no
+    completion and no error, counted apart, and not among those that are tried again.
+    `logprob` is the sum of its tokens' log-probabilities, None where no one asked for it.
+    """
+
+    row: int
+    sample: int
+    status: str
+    text: str | None = None
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str | None = None
+    error_kind: str | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    logprob: float | None = None
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Of its tokens; None without any."""
+        if self.logprob is None or not self.completion_tokens:
+            return None
+        return self.logprob / self.completion_tokens
+
+
+class CopiedResult(NamedTuple):
+    """A sample whose result is that of another one, which is journalled before it or with it.
+
+    It has that one's completion, of about `tokens` tokens, and no times of its own.
+    """
+
+    row: int
+    sample: int
+    of_row: int
+    of_sample: int
+    tokens: int
+
+
+class RowDigests(NamedTuple):
+    """What rows were as they were read; it is journalled before their results are."""
+
+    digests: list[tuple[int, int]]  # row, digest
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The tokens that a sample without a result has so far; `logprob` as of a result."""
+
+    row: int
+    sample: int
+    token_ids: tuple[int, ...]
+    logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Results so far.
+
+    `rows` counts rows all of whose samples have a result, `failed` rows any of whose failed,
+    `skipped` rows any of whose was skipped.
+    """
+
+    rows: int
+    samples: int
+    failed: int
+    skipped: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class DoneSet(Container[tuple[int, int]]):
+    """Which (row, sample) have a result: one bit each, whatever the job's length."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._bits = bytearray()
+
+    def __contains__(self, key: object) -> bool:
+        row, sample = cast("tuple[int, int]", key)
+        number = row * self._n + sample
+        byte = number >> 3
+        return byte < len(self._bits) and bool(self._bits[byte] >> (number & 7) & 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the bitmap, in bytes."""
+        return len(self._bits)
+
+    def add(self, number: int) -> None:
+        """Mark `row * n + sample`."""
+        byte = number >> 3
+        if byte >= len(self._bits):
+            self._bits.extend(bytes(byte + 1 - len(self._bits) + (len(self._bits) >> 1)))
+        self._bits[byte] |= 1 << (number & 7)

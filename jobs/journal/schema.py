@@ -1,0 +1,336 @@
+"""The journal's tables, how they are opened, and how those of older versions become today's."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from batchrun.jobs.checksums import checksum
+from batchrun.jobs.errors import LOCAL_DISK, JournalError
+from batchrun.jobs.files import open_private
+
+NAME = "journal.db"
+VERSION = 5
+_HEADER, _WRITE_VERSION = 100, 18  # bytes, and which of them (sqlite.org/fileformat2, 1.3)
+_APPLICATION = 0x62617463  # "batc"
+BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
+
+# Every table's columns; each record ends in the checksum of its values.
+TABLES = {
+    "results": (
+        *("id", "status", "text", "token_ids", "finish_reason", "prompt_tokens"),
+        *("completion_tokens", "error", "error_kind", "queue_s", "prefill_s", "decode_s"),
+        *("run", "logprob"),
+    ),
+    "partials": ("id", "token_ids", "logprob"),
+    "crashes": ("row", "run"),
+    "rows": ("row", "digest"),
+    "runs": ("id", "started_at", "ended_at", "state", "stats", "reason"),
+    "meta": ("key", "value"),
+}
+SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
+
+_PARTIALS = """
+CREATE TABLE partials (                   -- tokens of samples that have no result yet
+    id INTEGER PRIMARY KEY,               -- row * n + sample
+    token_ids BLOB NOT NULL,              -- little-endian int32
+    logprob REAL,
+    crc INTEGER
+)"""
+_CRASHES = """
+CREATE TABLE crashes (                    -- rows that were in the engine as a run's process died
+    row INTEGER NOT NULL,
+    run INTEGER NOT NULL,
+    crc INTEGER,
+    PRIMARY KEY (row, run)
+) WITHOUT ROWID"""
+_ROWS = """
+CREATE TABLE rows (                       -- input rows as they were read
+    row INTEGER PRIMARY KEY,
+    digest INTEGER NOT NULL,              -- 64 bits
+    crc INTEGER
+)"""
+_SCHEMA = f"""
+CREATE TABLE results (
+    id INTEGER PRIMARY KEY,               -- row * n + sample
+    status TEXT NOT NULL,                 -- 'ok', 'error' or 'skipped'
+    text TEXT,
+    token_ids BLOB NOT NULL,              -- little-endian int32
+    finish_reason TEXT,
+    prompt_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    error TEXT,
+    error_kind TEXT,
+    queue_s REAL, prefill_s REAL, decode_s REAL,
+    run INTEGER NOT NULL,
+    logprob REAL,                         -- sum over its tokens; null where no one asked for it
+    crc INTEGER
+);
+CREATE TABLE runs (                       -- one a worker's life; the id is its fencing token
+    id INTEGER PRIMARY KEY,
+    started_at REAL NOT NULL,             -- unix time
+    ended_at REAL,
+    state TEXT,                           -- null while it runs or after it was killed
+    stats TEXT NOT NULL DEFAULT '{{}}',
+    reason TEXT,                          -- why it failed
+    crc INTEGER
+);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER);
+{_PARTIALS};
+{_CRASHES};
+{_ROWS};
+"""
+
+
+@dataclass(frozen=True)
+class Migration:
+    """From one version of the tables to the next.
+
+    Args:
+        name: What it brings.
+        statements: They change the file.
+    """
+
+    name: str
+    statements: tuple[str, ...]
+
+
+# By the version that they start from.
+MIGRATIONS = {
+    1: Migration(
+        "in-flight tokens, crash counts and the reasons of failures",
+        (
+            "ALTER TABLE runs ADD COLUMN reason TEXT",
+            "CREATE TABLE partials (id INTEGER PRIMARY KEY, token_ids BLOB NOT NULL)",
+            "CREATE TABLE crashes (row INTEGER NOT NULL, run INTEGER NOT NULL, "
+            "PRIMARY KEY (row, run)) WITHOUT ROWID",
+        ),
+    ),
+    2: Migration(
+        "log-probabilities",
+        (
+            "ALTER TABLE results ADD COLUMN logprob REAL",
+            "ALTER TABLE partials ADD COLUMN logprob REAL",
+        ),
+    ),
+    3: Migration(
+        "digests of input rows",
+        ("CREATE TABLE rows (row INTEGER PRIMARY KEY, digest INTEGER NOT NULL)",),
+    ),
+    4: Migration(
+        "checksums, of what is there by then",
+        tuple(
+            statement
+            for table, seal in SEALS.items()
+            for statement in (
+                f"ALTER TABLE {table} ADD COLUMN crc INTEGER",
+                f"UPDATE {table} SET crc = {seal}",
+            )
+        ),
+    ),
+}
+
+
+def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
+    """Make an empty journal that remembers `meta`; its content is durable on return.
+
+    Raises:
+        JournalError: It can't be made.
+    """
+    db: sqlite3.Connection | None = None
+    try:
+        os.close(open_private(folder / NAME, os.O_RDWR))  # SQLite's own files beside it are like it
+        db = sqlite3.connect(folder / NAME, isolation_level=None)
+        _set_modes(db)
+        db.executescript(
+            f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
+        )
+        values = [(key, json.dumps(value)) for key, value in (meta or {}).items()]
+        db.executemany("INSERT INTO meta VALUES (?, ?, ?)", map(with_checksum, values))
+        db.execute("COMMIT")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
+    except (sqlite3.Error, OSError) as error:
+        raise JournalError(
+            f"{folder / NAME} can't be made: {_told(error)}", hint=_hint(error)
+        ) from error
+    finally:
+        if db is not None:
+            db.close()
+
+
+def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
+    """Open a journal, one of an older version as if it were of today's.
+
+    A writer changes an older one for good; a reader takes no lock that a writer would notice.
+
+    Raises:
+        JournalError: There is none, it is damaged, or a newer program wrote it.
+    """
+    if not path.exists():
+        raise JournalError(f"{path} is missing", hint="submit the job again")
+    mode = "ro" if readonly else "rw"
+    wal = path.with_name(f"{NAME}-wal")
+    if readonly and not wal.exists() and not os.access(path.parent, os.W_OK):
+        mode = "ro&immutable=1"  # SQLite would need to make files beside it
+    address = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}"
+    db: sqlite3.Connection | None = None
+    try:
+        db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
+        db.create_function("checksum", -1, lambda *values: checksum(values), deterministic=True)
+        if not readonly:
+            _set_modes(db)
+            _settle_log(db, wal)
+        _bring_up_to_date(db, path, readonly=readonly)
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+        if db is not None:
+            db.close()
+        if is_damage(error):
+            raise JournalError(f"{path} is damaged: {error}", hint=BEYOND_REPAIR) from error
+        raise JournalError(
+            f"{path} can't be opened: {_told(error)}",
+            hint=_hint(error)
+            or "check free disk space and permissions; a copy of the folder may help",
+        ) from error
+    except JournalError:
+        if db is not None:
+            db.close()
+        raise
+    return db
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of SQLite says that the file is not what it was written as."""
+    if isinstance(error, UnicodeDecodeError):  # of a name, or of SQLite's own message
+        return True
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF
+    return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+
+
+def _told(error: Exception) -> str:
+    """An error, with SQLite's own name for what its few words leave open."""
+    name = getattr(error, "sqlite_errorname", "")
+    return f"{error} ({name})" if name.startswith("SQLITE_IOERR") else str(error)
+
+
+def _hint(error: Exception) -> str | None:
+    """What to do where a file system has no locks, or no memory that processes share."""
+    name = getattr(error, "sqlite_errorname", "")
+    lacks = ("LOCK", "_SHMMAP", "_SHMOPEN", "SQLITE_PROTOCOL")
+    return LOCAL_DISK if any(part in name for part in lacks) else None
+
+
+def _set_modes(db: sqlite3.Connection) -> None:
+    [(mode,)] = db.execute("PRAGMA journal_mode=WAL")
+    if mode != "wal":  # no error is raised when a sync fails inside
+        raise sqlite3.OperationalError(f"its log can't be made, the mode is {mode!r}")
+    # With FULL every commit is on disk before it returns: an acknowledged result survives power
+    # loss.
+    db.execute("PRAGMA synchronous=FULL")
+    # SQLite's own checkpoints don't say that they failed.
+    db.execute("PRAGMA wal_autocheckpoint=0")
+
+
+def _settle_log(db: sqlite3.Connection, log: Path) -> None:
+    """Move what an earlier process left in the log into the database, for certain.
+
+    After a failed fsync a log may look whole and have holes on disk, which no later fsync fills:
+    its pages count as written (Rebello et al., ATC 2020). So it is written anew before SQLite
+    relies on it, and emptied before anything is written behind it.
+    """
+    if log.exists() and log.stat().st_size:
+        with transaction(db), log.open("r+b") as file:  # no one else writes meanwhile
+            data = file.read()
+            file.seek(0)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # waits for readers as for a lock
+
+
+def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> None:
+    version = _version(db)
+    if version != VERSION and version not in MIGRATIONS:
+        raise JournalError(
+            f"{path} has version {version}, this program knows up to {VERSION}",
+            hint="upgrade batchrun" if version > VERSION else "submit the job again",
+        )
+    with path.open("rb") as file:
+        header = file.read(_HEADER)
+    if len(header) == _HEADER and header[_WRITE_VERSION] > 2:  # SQLite would read it, never write
+        raise JournalError(f"{path} is damaged: its header is not SQLite's", BEYOND_REPAIR)
+    # Of a column that is the key no more SQLite finds no record, and says nothing.
+    for table, columns in _made().items() if version == VERSION else ():
+        if _columns(db, table) != columns:
+            raise JournalError(
+                f"{path} is damaged: its table {table} has other columns", BEYOND_REPAIR
+            )
+    if readonly:
+        db.execute("PRAGMA temp_store=MEMORY")
+        if version < VERSION:
+            _as_of_today(db)
+    elif version < VERSION:
+        with transaction(db):
+            for step in range(_version(db), VERSION):  # another writer may have been quicker
+                for statement in MIGRATIONS[step].statements:
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version={VERSION}")
+
+
+@cache
+def _made() -> dict[str, list[tuple[str, str, int]]]:
+    """Columns of a new journal's tables."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(_SCHEMA)
+        return {table: _columns(db, table) for table in TABLES}
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str, int]]:
+    """Name, type and place in the key."""
+    info = db.execute(f"PRAGMA table_info({table})")
+    return [(name, kind, key) for _, name, kind, _, _, key in info]
+
+
+def _as_of_today(db: sqlite3.Connection) -> None:
+    """Temporary views and tables over those of an older version, which stay as they are."""
+    for table, columns in TABLES.items():
+        there = {column for (_, column, *_) in db.execute(f"PRAGMA main.table_info({table})")}
+        if not there:
+            db.execute(f"CREATE TEMP TABLE {table} ({', '.join(columns)}, crc)")
+        elif "crc" not in there:
+            values = ", ".join(c if c in there else f"NULL AS {c}" for c in columns)
+            db.execute(
+                f"CREATE TEMP VIEW {table} AS SELECT *, {SEALS[table]} AS crc "
+                f"FROM (SELECT {values} FROM main.{table})"
+            )
+
+
+def with_checksum(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A record as it is stored."""
+    return (*values, checksum(values))
+
+
+def _version(db: sqlite3.Connection) -> int:
+    found: int = db.execute("PRAGMA user_version").fetchone()[0]
+    return found
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All that the block writes is durable after it, or none of it is there."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            with suppress(sqlite3.Error):  # the error that is raised says more
+                db.execute("ROLLBACK")
+        raise

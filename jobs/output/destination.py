@@ -1,0 +1,304 @@
+"""Whose a destination is: one live job's. And what that job may replace there.
+
+What is decided about a destination holds until the job that got it is live: who submits or resumes
+decides one at a time. What happens to the file itself meanwhile is seen when the output is whole:
+it replaces what the job was allowed to replace, or wrote itself, and nothing else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from batchrun.jobs.errors import LOCAL_DISK, JobError, OutputError, OutputTaken
+from batchrun.jobs.files import MayReplace, close_to_others, make_folders, open_private, write_json
+from batchrun.jobs.folder import JobFolder, list_jobs
+from batchrun.jobs.identity import PLACES, places_with_output, set_limits
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.schema import NAME
+from batchrun.jobs.lease import Lease, held_by
+from batchrun.jobs.output.export import check_destination
+from batchrun.jobs.spec import FILE, JobSpec
+
+_LIVE = ("new", "queued", "running")
+_OWN_FOLDERS = ("jobs", "measured", "models", "queue", "verdicts")  # of `home()`
+_LOCK = ".submitting"  # among the jobs
+_WRITTEN = "output"  # in a journal: identities of what is, or may be, this job's own output
+_MAY_GO = "output_may_go"  # of what was there when its user said that it may be replaced
+
+Identity = list[int]  # inode, size, time of the last change: what JSON can hold
+
+
+@contextmanager
+def one_at_a_time(root: Path) -> Iterator[None]:
+    """Nobody else submits or resumes a job until the block ends, or its process.
+
+    Raises:
+        OutputError: The lock's file can't be made or locked.
+    """
+    path = root / "jobs" / _LOCK
+    try:
+        make_folders(path.parent)
+        close_to_others(path.parent)
+        handle = open_private(path, os.O_RDWR)
+    except OSError as error:
+        raise OutputError(
+            f"{path} can't be written: {error.strerror or error}",
+            hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OutputError(
+                f"{path} can't be locked: {error.strerror or error}", hint=LOCAL_DISK
+            ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_place(root: Path, destination: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a destination that can be no job's with these inputs.
+
+    Args:
+        root: What `home()` says.
+        destination: The file.
+        inputs: What the job reads.
+
+    Raises:
+        OutputError: It is an input, by whatever path, or among the files that batchrun keeps.
+    """
+    where = _places(destination)
+    if any(where & _places(path) for path in inputs):
+        raise OutputError(f"{destination} is an input of this job", hint="choose another --output")
+    real = Path(os.path.realpath(destination))
+    ours = any(real.is_relative_to(os.path.realpath(root / name)) for name in _OWN_FOLDERS)
+    if ours or any(_is_job(folder) for folder in real.parents):
+        raise OutputError(
+            f"{destination} is among the files that batchrun keeps for itself",
+            hint="choose another --output",
+        )
+
+
+def check_apart(
+    root: Path, destination: Path, inputs: Iterable[Path], job: JobFolder | None = None
+) -> None:
+    """Refuse what another job, that is new, queued or running, reads or is about to replace.
+
+    Args:
+        root: What `home()` says.
+        destination: Where the output is to go.
+        inputs: What the job reads.
+        job: The job itself, if it is there already.
+
+    Raises:
+        OutputError: The message names the other job.
+    """
+    where = _places(destination)
+    read: dict[str | tuple[object, ...], Path] | None = None
+    for other in list_jobs(root):
+        try:
+            state = other.state()
+            if state not in _LIVE or (job is not None and other.path.samefile(job.path)):
+                continue
+            spec = other.spec()
+        except (JobError, OSError):  # it is gone, or damaged: it writes nothing
+            continue
+        theirs = _places(Path(spec.output["path"])) if spec.output.get("path") else set()
+        if where & theirs:
+            raise _taken(f"{destination} is where", other, state, "writes its output")
+        if any(where & _places(Path(file.path)) for file in spec.inputs):
+            raise _taken(f"{destination} is what", other, state, "reads")
+        if read is None:
+            read = {place: path for path in inputs for place in _places(path)}
+        if changing := theirs & read.keys():
+            raise _taken(f"the input {read[changing.pop()]} is what", other, state, "replaces")
+
+
+class Claim:
+    """What a job may replace where its output goes. Remembers what it puts there.
+
+    Called by `atomic_write`, when the output is whole and has not got its name yet.
+
+    Args:
+        journal: The job's; open for writing to call this.
+        path: The output.
+        overwrite: Whether the job was submitted to replace whatever is there. It does so once:
+            from then on only what it wrote itself.
+    """
+
+    def __init__(self, journal: Journal, path: Path, *, overwrite: bool) -> None:
+        self._journal, self._path, self._overwrite = journal, path, overwrite
+
+    def covers(self, there: Identity) -> bool:
+        """Whether a file may be replaced."""
+        written = self._journal.meta(_WRITTEN) or []
+        asked = there == self._journal.meta(_MAY_GO) or (self._overwrite and not written)
+        return asked or there in written
+
+    def __call__(self, made: os.stat_result) -> bool:
+        """Whether what is there now may be replaced by this file."""
+        there = identity(self._path)
+        may = there is not None and self.covers(there)
+        # Before it has the name: whoever goes on after a crash knows it, and what it may replace.
+        self._journal.set_meta(_WRITTEN, [*([there] if may else []), _identity(made)])
+        return may and there == identity(self._path)
+
+
+@contextmanager
+def resuming(
+    root: Path,
+    job: JobFolder,
+    output: Path | None = None,
+    *,
+    overwrite: bool = False,
+    limits: Mapping[str, int] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[None]:
+    """Let a job go on if it can have its destination; in the block it is to become live.
+
+    What of it is damaged and can be had again is put right before.
+
+    Args:
+        root: What `home()` says.
+        job: The job.
+        output: Another file for its output, from now on.
+        overwrite: Whether what is there may be replaced.
+        limits: How it is to run from now on; see `batchrun.jobs.identity.set_limits`.
+        tell: Told what was damaged, a line each.
+
+    Raises:
+        LeaseHeld: It runs.
+        JobError: It is damaged beyond that.
+        OutputError: Another job has the destination, or a file is there that is not the job's.
+    """
+    with one_at_a_time(root):
+        with Lease(job.path):
+            for line in job.mend():
+                tell(line)
+            submitted = job.submitted()
+            places = places_with_output(job.path, submitted, output)
+            spec = submitted.at(places).within(job.path)
+            path, inputs = Path(spec.output["path"]), [Path(file.path) for file in spec.inputs]
+            if output is not None:
+                check_place(root, path, inputs)
+            check_apart(root, path, inputs, job)
+            check_destination(path, True)
+            there = identity(path)
+            if there is not None and not overwrite:
+                _check_own(job, spec, there)
+            if output is not None:
+                job.note_destination(path)
+                write_json(job.path / PLACES, places)
+            if limits:
+                set_limits(job.path, limits)
+            if there is not None and overwrite:
+                job.remember(_MAY_GO, there)
+        yield
+
+
+@contextmanager
+def exporting(
+    root: Path, job: JobFolder, destination: Path, *, overwrite: bool
+) -> Iterator[MayReplace]:
+    """Let a job's results be written to a file that is not another job's.
+
+    Where it is the job's own output the job knows it again.
+
+    Args:
+        root: What `home()` says.
+        job: The job.
+        destination: The file.
+        overwrite: Whether what is there now may be replaced.
+
+    Yields:
+        What `export` asks when the file is whole.
+
+    Raises:
+        OutputError: The file can't be written there.
+        OutputTaken: It is another job's, or the job runs and writes it itself.
+    """
+    spec = job.spec()
+    check_place(root, destination, [Path(file.path) for file in spec.inputs])
+    check_apart(root, destination, [], job)
+    check_destination(destination, overwrite)
+    before = identity(destination) if overwrite else None
+
+    def unchanged() -> bool:
+        return before is not None and before == identity(destination)
+
+    if not is_same(destination, Path(spec.output["path"])):
+        job.note_destination(destination)
+        yield lambda _: unchanged()
+        return
+    if held_by(job.path) is not None:
+        raise _taken(f"{destination} is where", job, job.state(), "writes its output")
+
+    def remembered(made: os.stat_result) -> bool:
+        written = [*([before] if before is not None else []), _identity(made)]
+        job.remember(_WRITTEN, written)
+        return unchanged()
+
+    with Lease(job.path):
+        yield remembered
+
+
+def identity(path: Path) -> Identity | None:
+    """What tells a file from any other that takes its place; None where there is none."""
+    try:
+        return _identity(os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, or would: through links, `..`, mounts of a folder."""
+    return bool(_places(path) & _places(other))
+
+
+def _identity(stat: os.stat_result) -> Identity:
+    # Not the device: its number may change when the machine starts again.
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
+
+
+def _check_own(job: JobFolder, spec: JobSpec, there: Identity) -> None:
+    path = Path(spec.output["path"])
+    with job.journal() as journal:
+        if not Claim(journal, path, overwrite=bool(spec.output.get("overwrite"))).covers(there):
+            raise OutputTaken(
+                f"{path} exists, and the job {job.id} did not write it",
+                hint=f"batchrun resume {job.id} --output OTHER, or --overwrite to replace it",
+            )
+
+
+def _places(path: Path) -> set[str | tuple[object, ...]]:
+    """By what a file is known: paths are of one file, or would be, where these have one in common.
+
+    Its path without links, its inode, its name in its folder's inode.
+    """
+    real = os.path.realpath(path)
+    found: set[str | tuple[object, ...]] = {real}
+    for where, name in ((real, ()), (os.path.dirname(real), (os.path.basename(real),))):
+        try:
+            stat = os.stat(where)
+        except OSError:  # it is not there, or nobody may look
+            continue
+        found.add((stat.st_dev, stat.st_ino, *name))
+    return found
+
+
+def _is_job(folder: Path) -> bool:
+    return all(os.path.exists(folder / name) for name in (NAME, FILE))
+
+
+def _taken(what: str, other: JobFolder, state: str, does: str) -> OutputTaken:
+    hint = f"batchrun watch {other.id}, or batchrun cancel {other.id}"
+    if state == "new":  # whoever submitted it starts it at once, or is dead
+        hint = f"batchrun resume {other.id} starts that job, batchrun rm {other.id} removes it"
+    if does != "replaces":
+        hint = f"choose another --output, or: {hint}"
+    return OutputTaken(f"{what} the job {other.id}, which is {state}, {does}", hint=hint)

@@ -1,0 +1,256 @@
+"""Results beside their input rows, in input order: what an output file holds.
+
+A row of the input is proven to be the one that was computed before its result is put beside it: the
+journal has a digest of what was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from batchrun.jobs.errors import InputError, SpecChanged
+from batchrun.jobs.journal.results import Result
+from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.rows.cells import joined
+from batchrun.jobs.rows.jsontext import encode
+from batchrun.jobs.rows.lost import LostChunk
+from batchrun.jobs.rows.row import BATCH_ROWS, Chunk, Source, valid_text
+from batchrun.jobs.rows.textsource import with_more
+
+Value = Callable[[Result], Any]
+Added = Mapping[str, tuple[pa.DataType, Value]]
+Digests = Callable[[int, int], Mapping[int, int]]  # of so many rows from one on, by row
+
+_ROW = "row"  # the column that says which row of the input a result is of
+
+_ADDED: Added = {
+    "completion": (pa.string(), lambda result: _text(result.text)),
+    "finish_reason": (pa.string(), lambda result: result.finish_reason),
+    "prompt_tokens": (pa.int64(), lambda result: result.prompt_tokens),
+    "completion_tokens": (pa.int64(), lambda result: result.completion_tokens),
+    "error": (pa.string(), lambda result: _text(result.error)),
+    "completion_token_ids": (
+        pa.list_(pa.field("element", pa.int32())),
+        lambda result: result.token_ids,
+    ),
+    "mean_logprob": (pa.float64(), lambda result: result.mean_logprob),
+    "sample": (pa.int64(), lambda result: result.sample),
+}
+
+
+def output_columns(token_ids: bool, n: int, keep: int | None = None, prefix: str = "") -> Added:
+    """Columns that the export adds after the input's, in order, with their types and values.
+
+    Args:
+        token_ids: Whether to add `completion_token_ids`.
+        n: Samples a row.
+        keep: How many of them the output has, the best; None for all.
+        prefix: Put before each name.
+    """
+    optional = {
+        "completion_token_ids": token_ids,
+        "mean_logprob": keep is not None,
+        "sample": (keep or n) > 1,
+    }
+    return {prefix + name: what for name, what in _ADDED.items() if optional.get(name, True)}
+
+
+@dataclass
+class Joined:
+    """An output's rows: those of the input beside their results.
+
+    Args:
+        source: The input.
+        answers: The results.
+        added: What `output_columns` says.
+        limit: Input rows at most; with `numbered` there are so many, whatever the input has now.
+        digests: Of the rows that were read; of rows that a job read before it had any, none.
+        read: The columns that they are of.
+        numbered: A column `row` comes first, and of a row that is not the one that was computed the
+            input's columns are null. Otherwise such a row is an error.
+        columns: The input's columns that the output has, all by default.
+        whole: Called for a row that has results and no digest: raises where not all of the input
+            is what it was.
+        check: Called when all rows were read: the last word on the input.
+
+    Attributes:
+        unknown: Results so far of rows that are not those that were computed.
+
+    Raises:
+        SpecChanged: From whatever iterates over rows: a row is not the one that was computed.
+        JobError: Likewise: a result is missing, or of no row.
+    """
+
+    source: Source
+    answers: ResultReader
+    added: Added
+    limit: int | None = None
+    digests: Digests | None = None
+    read: Sequence[str] = ()
+    numbered: bool = False
+    columns: Sequence[str] | None = None
+    whole: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
+    unknown: int = 0
+
+    def finish(self) -> None:
+        """All rows were read: check that nothing is left, and that they were the right ones."""
+        self.answers.finish()
+        self.check()
+
+    def schema(self) -> pa.Schema:
+        """Of the output: the input's columns, those that get in the way renamed, and more."""
+        fields = list(self._input_schema())
+        names = [field.name for field in fields]
+        named = [field.with_name(_free(field.name, self._taken, names)) for field in fields]
+        if self.numbered:
+            named = [pa.field(_ROW, pa.int64()), *(field.with_nullable(True) for field in named)]
+        named += [pa.field(name, kind) for name, (kind, _) in self.added.items()]
+        return pa.schema(named).with_metadata(self._input_schema().metadata)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows in the types of `schema`."""
+        given, schema = self._input_schema(), self.schema()
+        for chunk in self._chunks():
+            batch = chunk.arrow(given)
+            # With n samples a row's values are there n times: in pieces about as large as before.
+            step = max(1, chunk.num_rows // self.answers.n)
+            known = self._known(chunk)
+            for low in range(0, chunk.num_rows, step):
+                rows = range(low, min(low + step, chunk.num_rows))
+                yield self._batch(batch, chunk.first, rows, known, schema)
+
+    def lines(self) -> Iterator[bytes]:
+        """The rows as lines of JSON."""
+        for row, record, results in self._rows(lambda chunk: chunk.objects(self._taken)):
+            fields = {} if record is None else record
+            if not isinstance(fields, str):
+                fields = encode({_free(k, self._taken, fields): v for k, v in fields.items()})
+            for result in results:
+                line = with_more(fields, {name: of(result) for name, (_, of) in self.added.items()})
+                if self.numbered:
+                    line = f'{{"{_ROW}": {row}, {line[1:].lstrip()}'
+                yield (line + "\n").encode()
+
+    def delimited(self, delimiter: str) -> Iterator[bytes]:
+        """The rows as records of CSV, after a header."""
+        given = self._input_schema().names
+        names = [_free(name, self._taken, given) for name in given]
+        first = [_ROW] if self.numbered else []
+        yield (joined([*first, *names, *self.added], delimiter) + "\n").encode()
+        empty = joined([None] * len(given), delimiter)
+        for row, record, results in self._rows(lambda chunk: chunk.delimited(delimiter, given)):
+            for result in results:
+                more = joined([of(result) for _, of in self.added.values()], delimiter)
+                cells = [str(row)] if self.numbered else []
+                cells += [empty if record is None else record] if given else []
+                yield (delimiter.join([*cells, more]) + "\n").encode()
+
+    @property
+    def _taken(self) -> list[str]:
+        return [*self.added, *([_ROW] if self.numbered else [])]
+
+    def _input_schema(self) -> pa.Schema:
+        schema = self.source.schema()
+        if self.columns is None:
+            return schema
+        return pa.schema([schema.field(name) for name in self.columns]).with_metadata(
+            schema.metadata
+        )
+
+    def _chunks(self) -> Iterator[Chunk]:
+        if not self.numbered:
+            yield from self.source.chunks(self.columns, 0, self.limit)
+            return
+        row, rows = 0, self.limit or 0
+        with suppress(InputError):  # from here on nothing is left of it
+            for chunk in self.source.chunks(self.columns, 0, self.limit):
+                yield chunk
+                row += chunk.num_rows
+        for first in range(row, rows, BATCH_ROWS):
+            yield LostChunk(first, min(BATCH_ROWS, rows - first))
+
+    def _rows(
+        self, records: Callable[[Chunk], Iterator[Any]]
+    ) -> Iterator[tuple[int, Any, list[Result]]]:
+        """Row, its record, None for one that is bad or not known, and its results."""
+        for chunk in self._chunks():
+            known = self._known(chunk)
+            for row, (record, sure) in enumerate(zip(records(chunk), known, strict=True)):
+                index = chunk.first + row
+                yield index, None if sure is False else record, self._results(index, sure)
+
+    def _known(self, chunk: Chunk) -> list[bool | None]:
+        """Which rows are those that were computed; None where the whole input has to say it."""
+        unsaid = False if self.numbered else None
+        was = {} if self.digests is None else self.digests(chunk.first, chunk.num_rows)
+        if not was:
+            return [unsaid] * chunk.num_rows
+        now = enumerate(chunk.digests(self.read), chunk.first)
+        return [was[row] == digest if row in was else unsaid for row, digest in now]
+
+    def _results(self, row: int, known: bool | None) -> list[Result]:
+        results = self.answers.take(row)
+        if results and known is None:
+            self.whole()
+        elif results and not known:
+            self.unknown += len(results)
+            if not self.numbered:
+                raise row_changed(row)
+        return results
+
+    def _batch(
+        self,
+        batch: pa.RecordBatch,
+        first: int,
+        rows: range,
+        known: Sequence[bool | None],
+        schema: pa.Schema,
+    ) -> pa.RecordBatch:
+        """Some input rows of a batch beside their results."""
+        found = [(row, result) for row in rows for result in self._results(first + row, known[row])]
+        arrays = list(batch.columns)
+        indices = [None if known[row] is False else row for row, _ in found]
+        if indices != list(range(batch.num_rows)):
+            arrays = [array.take(pa.array(indices, pa.int64())) for array in arrays]
+        if self.numbered:
+            arrays.insert(0, pa.array([first + row for row, _ in found], pa.int64()))
+        for kind, of in self.added.values():
+            arrays.append(pa.array([of(result) for _, result in found], kind))
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def row_changed(row: int) -> SpecChanged:
+    """The error for a row that is not what it was when it was read for the first time."""
+    return SpecChanged(
+        f"row {row:,} of the input is not the row that the job read: it was changed meanwhile; "
+        "the results are safe in the job",
+        hint="restore the input, then: batchrun resume",
+    )
+
+
+def input_ended(rows: int) -> SpecChanged:
+    """The error for an input that had `rows` rows, as they were counted, and has less."""
+    return SpecChanged(
+        f"the input ended before its {rows:,} rows were read: it was changed meanwhile; "
+        "the results are safe in the job",
+        hint="restore the input, then: batchrun resume",
+    )
+
+
+def _free(name: str, taken: Sequence[str], used: Container[str]) -> str:
+    """The name, or with `input_` before it, as often as it takes, where the output adds it."""
+    if name not in taken:
+        return name
+    while name in taken or name in used:
+        name = f"input_{name}"
+    return name
+
+
+def _text(text: str | None) -> str | None:
+    return None if text is None else valid_text(text)

@@ -1,0 +1,232 @@
+"""A job's output, made from its journal and its input, whatever became of the input meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from batchrun.jobs.errors import InputError, SpecChanged
+from batchrun.jobs.files import MayReplace
+from batchrun.jobs.identity import changes
+from batchrun.jobs.journal.journal import READ, Journal
+from batchrun.jobs.output.export import export
+from batchrun.jobs.output.joined import Joined, output_columns
+from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.rows.lost import Lost
+from batchrun.jobs.rows.parquetfile import opened
+from batchrun.jobs.rows.row import Noted, Part, Source, reading, unnoted
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.spec import JobSpec
+
+_LEFT = "batchrun export --partial -o FILE has the results by row number, and what is left of it"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        rows: How many.
+        unknown: Of these, how many whose input was changed or is gone; None where all is there.
+    """
+
+    rows: int
+    unknown: int | None = None
+
+
+def export_job(
+    spec: JobSpec,
+    journal: Journal,
+    destination: Path,
+    *,
+    format: str,  # noqa: A002 - the field's word
+    partial: bool = False,
+    may_replace: MayReplace = lambda _: True,
+    noted: Noted = unnoted,
+    lost: Path | None = None,
+) -> Exported:
+    """Write a job's results beside the input rows that they were computed from.
+
+    With `partial` a row without all its results is left out. If the input is not what it was, the
+    output has what there still is: a column `row` comes first, and of rows that were changed the
+    input's columns are null. Of a Parquet file that was changed only columns that the job read are
+    there: of no others is there proof.
+
+    Args:
+        spec: The job.
+        journal: Its results.
+        destination: The file.
+        format: Of the file.
+        partial: Results may be missing, and the input may not be what it was.
+        may_replace: See `export`.
+        noted: Told what is read of the input.
+        lost: A file of the input that is known to be unreadable.
+
+    Raises:
+        SpecChanged: The input is not what it was, and `partial` is not set.
+        InputError: It can't be read, and `partial` is not set.
+        OutputError: The file can't be written.
+        JobError: A result is missing and `partial` is not set, or is of no row.
+    """
+
+    def write(joined: Joined) -> int:
+        private = bool(spec.output.get("stdout"))  # it is kept with the job
+        return export(joined, destination, format=format, may_replace=may_replace, private=private)
+
+    try:
+        if lost is not None:
+            raise InputError(f"{lost} can't be read")
+        return Exported(write(rejoin(spec, journal, partial=partial, noted=noted)))
+    except (SpecChanged, InputError) as error:
+        if not partial:
+            error.hint = f"{error.hint}; {_LEFT}" if error.hint else _LEFT
+            raise
+    try:
+        joined = _what_is_left(spec, journal, noted, lost)
+        return Exported(write(joined), joined.unknown)
+    except InputError:
+        joined = _joined(spec, journal, Lost(), partial=True, numbered=True)
+        return Exported(write(joined), joined.unknown)
+
+
+def rejoin(
+    spec: JobSpec,
+    journal: Journal,
+    source: Source | None = None,
+    *,
+    partial: bool = False,
+    noted: Noted = unnoted,
+) -> Joined:
+    """A job's results beside its input, which has to be what it was.
+
+    Args:
+        spec: The job.
+        journal: Its results.
+        source: Its input, where that is open already.
+        partial: Results may be missing.
+        noted: Told what is read of the input.
+
+    Raises:
+        SpecChanged: It is not.
+        InputError: It can't be read.
+    """
+    if source is None:
+        parts = [file.part for file in spec.inputs]
+        source = open_source(parts, spec.input_format, noted=noted)
+    files = _Files(spec)
+    if spec.input_format == "parquet":  # whose digests are of the columns that were read alone
+        files.compare()
+    return _joined(spec, journal, source, partial=partial, whole=files.compare, check=files.check)
+
+
+class _Files:
+    """A job's input files, where rows alone can't prove that they are what they were."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec = spec
+        self._before = self._identities()
+        self._compared = False
+
+    def compare(self) -> None:
+        """Compare them with what was submitted, once.
+
+        Raises:
+            SpecChanged: They differ.
+            InputError: One can't be read.
+        """
+        if self._compared:
+            return
+        found = changes(self._spec)
+        if found:
+            raise SpecChanged(
+                f"the input changed since the job was submitted: {'; '.join(found)}; the results "
+                "are safe in the job",
+                hint="restore it, then: batchrun export",
+            )
+        self._compared = True
+
+    def check(self) -> None:
+        """Prove that what was read is what was compared.
+
+        Raises:
+            SpecChanged: A file was changed meanwhile.
+            InputError: One can't be read.
+        """
+        if not self._compared:
+            return
+        for file, was, now in zip(self._spec.inputs, self._before, self._identities(), strict=True):
+            if was != now:
+                raise SpecChanged(f"{file.path} was changed while it was read", "batchrun export")
+
+    def _identities(self) -> list[tuple[int, ...]]:
+        return [_identity(Path(file.path)) for file in self._spec.inputs]
+
+
+def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Path | None) -> Joined:
+    source: Source
+    columns = None
+    parts = list(takewhile(lambda part: part.path != lost, (file.part for file in spec.inputs)))
+    if spec.input_format == "parquet":
+        source, columns = _left_of_parquet(parts, journal.meta(READ) or [], noted)
+    else:
+        source = open_source(parts, spec.input_format, lenient=True)
+    return _joined(spec, journal, source, partial=True, numbered=True, columns=columns)
+
+
+def _left_of_parquet(
+    parts: Sequence[Part], read: Sequence[str], noted: Noted
+) -> tuple[Source, Sequence[str]]:
+    """The files before the first that can't be read, with the columns that the job read."""
+    parts = list(takewhile(lambda part: _opens(part, noted), parts))
+    if parts:
+        with suppress(InputError):
+            source = open_source(parts, "parquet", noted=noted)
+            if set(read) <= set(source.column_names):
+                return source, read
+    return Lost(), []
+
+
+def _opens(part: Part, noted: Noted) -> bool:
+    try:
+        with opened(part.path, noted):
+            return True
+    except InputError:
+        return False
+
+
+def _joined(
+    spec: JobSpec,
+    journal: Journal,
+    source: Source,
+    *,
+    partial: bool,
+    numbered: bool = False,
+    columns: Sequence[str] | None = None,
+    whole: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
+) -> Joined:
+    output, total = spec.output, journal.meta("rows_total")
+    return Joined(
+        source,
+        ResultReader(journal.results(skip_damaged=partial), spec.n, partial, spec.keep, total),
+        output_columns(
+            bool(output.get("token_ids")), spec.n, spec.keep, output.get("prefix") or ""
+        ),
+        limit=spec.limit if total is None else int(total),
+        digests=journal.digests,
+        read=journal.meta(READ) or [],
+        numbered=numbered,
+        columns=columns,
+        whole=whole,
+        check=check,
+    )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    with reading(path):
+        found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

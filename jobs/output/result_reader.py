@@ -1,0 +1,83 @@
+"""Results as the rows ask for them, one row after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from batchrun.jobs.errors import JobError, SpecChanged
+from batchrun.jobs.journal.results import Result
+
+
+class ResultReader:
+    """The results of one row after the other.
+
+    Args:
+        results: In (row, sample) order.
+        n: Samples a row.
+        partial: Whether samples may be missing.
+        keep: Of a row's samples only so many, the best first by mean log-probability, numbered
+            anew; of a row that lacks samples none, since its best may be among them.
+        rows: How many there are; None where that is not known.
+    """
+
+    def __init__(
+        self,
+        results: Iterator[Result],
+        n: int,
+        partial: bool,
+        keep: int | None = None,
+        rows: int | None = None,
+    ) -> None:
+        self.n, self._rows, self._keep = n, rows, keep
+        self._taken = 0
+        self._results = results
+        self._samples = list(range(n))
+        self._partial = partial
+        self._next = next(results, None)
+
+    def take(self, row: int) -> list[Result]:
+        """The results of the next row."""
+        found: list[Result] = []
+        self._taken = row + 1
+        while self._next is not None and self._next.row <= row:
+            found.append(self._next)
+            self._next = next(self._results, None)
+        samples = [result.sample for result in found if result.row == row]
+        if samples != self._samples or len(found) != len(samples):
+            ordered = len(found) == len(samples) and samples == sorted(
+                set(samples).intersection(self._samples)
+            )
+            if not (ordered and self._partial):
+                raise JobError(
+                    f"row {row} has the samples {samples}, not {self._samples}"
+                    if ordered
+                    else f"results out of order at row {row}",
+                    hint="batchrun resume, or batchrun export --partial for the finished rows",
+                )
+        if self._keep is None:
+            return found
+        best = sorted(found, key=_rank)[: self._keep if samples == self._samples else 0]
+        return [result._replace(sample=i) for i, result in enumerate(best)]
+
+    def finish(self) -> None:
+        """Check that no result is left, and no row."""
+        if self._next is not None:
+            raise SpecChanged(
+                f"there is a result of row {self._next.row}, which the input does not have: it was "
+                "changed meanwhile; the results are safe in the job",
+                hint="restore the input, then: batchrun resume",
+            )
+
+        if not self._partial and self._rows is not None and self._taken < self._rows:
+            raise SpecChanged(
+                f"the input ended after {self._taken:,} of its {self._rows:,} rows: it was changed "
+                "meanwhile; the results are safe in the job",
+                hint="restore the input, then: batchrun resume",
+            )
+
+
+def _rank(result: Result) -> tuple[bool, float, int]:
+    """Sorts the likeliest first and errors last."""
+    mean = result.mean_logprob
+    return (result.status != "ok", math.inf if mean is None else -mean, result.sample)

@@ -1,0 +1,126 @@
+"""One job at a time on a device, others after it in the order in which they came.
+
+A place in the line is a numbered file that the process which waits or runs has locked: who died is
+seen by its lock, no clock is asked, and nobody has to clean up.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from batchrun.jobs.errors import LOCAL_DISK, OutputError, no_locks
+from batchrun.jobs.files import current_umask, make_folders, private_mode
+from batchrun.jobs.holders import write_lock
+from batchrun.jobs.lease import is_locked
+
+
+class DeviceQueue:
+    """A place in a device's line, from entry to exit; it is this one's turn when none is ahead.
+
+    A child that inherits `fileno()` keeps the place too: it ends with the last of them.
+
+    Args:
+        root: What `batchrun.jobs.folder.home()` says.
+        device: Such as `cpu` or `cuda:0`.
+
+    Raises:
+        OutputError: On entry, when no place can be taken.
+    """
+
+    def __init__(self, root: Path, device: str) -> None:
+        self._folder = root / "queue" / device.replace("/", "_")
+        self._handle: int | None = None
+        self._number = 0
+
+    def fileno(self) -> int:
+        """The lock's handle, while the place is taken."""
+        assert self._handle is not None
+        return self._handle
+
+    def ahead(self) -> list[int]:
+        """The processes before this one, the one that runs first; none when it is its turn.
+
+        The numbers are what those have noted, 0 where that is no number: no targets of signals.
+        """
+        before = []
+        for number in sorted(n for n in self._numbers() if n < self._number):
+            path = self._folder / str(number)
+            with suppress(FileNotFoundError):
+                if is_locked(path):
+                    noted = path.read_bytes()[:20]
+                    before.append(int(noted) if noted.isdigit() else 0)
+                else:  # no one takes a lower number than one that is there: it is no one's
+                    path.unlink()
+        return before
+
+    def __enter__(self) -> DeviceQueue:
+        try:
+            make_folders(self._folder)
+            # Whoever sees the name finds the lock on it already.
+            handle, name = tempfile.mkstemp(prefix=".", dir=self._folder)
+            try:
+                os.fchmod(handle, private_mode(self._folder) & 0o666 & ~current_umask())
+                fcntl.fcntl(handle, fcntl.F_OFD_SETLK, write_lock())
+                os.write(handle, str(os.getpid()).encode())
+                self._take(name)
+            except BaseException:
+                os.close(handle)
+                raise
+            finally:
+                os.unlink(name)
+        except OSError as error:
+            raise OutputError(
+                f"no place can be taken in {self._folder}: {error.strerror or error}",
+                hint=f"its file system has no locks or no hard links: {LOCAL_DISK}"
+                if no_locks(error) or error.errno == errno.EPERM
+                else "make room there, or set BATCHRUN_HOME to a folder that can be written",
+            ) from error
+        self._handle = handle
+        return self
+
+    def _take(self, name: str) -> None:
+        """The number after the highest; taken anew if meanwhile someone has a higher one.
+
+        With a lower number than one that is there, one might come before someone who runs already.
+        """
+        while True:
+            self._number = max(self._numbers(), default=0) + 1
+            path = self._folder / str(self._number)
+            try:
+                os.link(name, path)
+            except FileExistsError:
+                continue
+            if max(self._numbers()) <= self._number:
+                return
+            path.unlink(missing_ok=True)
+
+    def _numbers(self) -> list[int]:
+        return [int(name) for name in os.listdir(self._folder) if name.isdigit()]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._handle is not None:
+            (self._folder / str(self._number)).unlink(missing_ok=True)
+            os.close(self._handle)
+            self._handle = None
+
+
+def sweep(root: Path) -> None:
+    """Remove the places of processes that were killed.
+
+    Whoever takes one next would; where nobody does they would stay.
+    """
+    for path in (root / "queue").glob("*/[0-9]*"):
+        with suppress(OSError):
+            if not is_locked(path):
+                path.unlink()

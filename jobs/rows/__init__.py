@@ -1,0 +1,1 @@
+"""Where rows come from: every kind of input file, as rows that keep what they hold."""

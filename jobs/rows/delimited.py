@@ -1,0 +1,244 @@
+"""CSV and TSV, as a source and as an output. Every value is text, as the file has it.
+
+An empty cell is null, and one of two quotes is empty text. A record with more or fewer cells than
+the header is a bad row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.cells import delimiter_of, joined
+from batchrun.jobs.rows.row import Part, check_names, partition_fields
+from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
+from batchrun.jobs.rows.textsource import Header, Record, TextSource
+
+csv.field_size_limit(MAX_RECORD)  # Python's own limit is less than a long prompt
+
+_DELIMITERS = ",;\t|"  # of a .csv: that which its header has most of, the first of equals
+_QUOTED = re.compile(r'"(?:[^"]++|"")*+"')
+_BLANK, _BLANK_OF_ANY_END = re.compile(rb"(?:\r?\n)++"), re.compile(rb"[\r\n]++")
+_ANY_END = re.compile(rb"\r\n?|\n")
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_RETURN = "\udc0d"  # stands for a \r that ends no line, at which Python's csv would end one
+
+
+class DelimitedSource(TextSource):
+    """CSV and TSV files; each begins with the names of its columns.
+
+    Raises:
+        InputError: A file has no header, or one with a name twice.
+    """
+
+    no_rows = "no record that fits its header"
+    advice = "look at the delimiter, the quotes and the header"
+
+    def __init__(self, parts: Sequence[Part], *, lenient: bool = False) -> None:
+        self._headers: dict[Path, tuple[str, ...]] = {}
+        self._own: set[str] = set()  # names in any of them
+        super().__init__(parts, lenient=lenient)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Columns of all files, in order of appearance."""
+        names = [name for part in self._parts for name in self._headers.get(part.path, ())]
+        return list(dict.fromkeys([*names, *self._partition]))
+
+    def partition(self, part: Part) -> dict[str, Any]:
+        """See `TextSource.partition`: text where other files have such a column."""
+        values = super().partition(part)
+        for name in self._own & values.keys():
+            values[name] = None if values[name] is None else str(values[name])
+        return values
+
+    def schema(self) -> pa.Schema:
+        """Text, but for what folders' names say."""
+        said = {field.name: field.type for field in partition_fields(self._parts)}
+        kinds = {**said, **dict.fromkeys(self._own, pa.string())}
+        return pa.schema([(name, kinds[name]) for name in self.column_names])
+
+    def records(self, part: Part) -> Iterator[Record]:
+        """See `TextSource.records`."""
+        with text_of(part.path, part.size) as file:
+            skipped = skip(file, _BLANK_OF_ANY_END)
+            head = file.peek(1 << 16)
+            if head.lstrip().startswith((b'{"', b'[{"')):
+                raise InputError(
+                    f"{part.path} holds JSON", hint="give it a name that ends in .jsonl"
+                )
+            bare = _QUOTED.sub("", head.decode("utf-8", "replace"))
+            end = _LINE_END.search(bare)
+            delimiter = _delimiter(part.path, bare[: end.start()] if end else bare)
+            lines = _Lines(part.path, file, skipped, any_end=end is not None and end[0] == "\r")
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            header = Header(self._header(part.path, reader), delimiter)
+            while True:
+                first, error = lines.begin(), None
+                try:
+                    cells = next(reader, None)
+                except csv.Error as problem:
+                    if lines.ended:
+                        raise InputError(
+                            f"{part.path}: the quote that opens in line {first} is never closed",
+                            hint='a quote inside of quotes is written twice: ""',
+                        ) from problem
+                    cells, error = [str(problem)], f"is not valid CSV: {problem}"
+                if cells is None:
+                    return
+                if cells:
+                    yield Record(first, lines.taken(), part, header, cells, error)
+                else:  # a blank line is no row
+                    lines.skip_blank()
+
+    def _header(self, path: Path, reader: Iterator[list[str]]) -> tuple[str, ...]:
+        try:
+            found = next((cells for cells in reader if cells), [])
+            header = tuple(cell.replace(_RETURN, "\r") for cell in found)
+            "".join(header).encode()
+        except csv.Error as error:
+            raise InputError(f"{path}: its header can't be read: {error}") from error
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{path}: its header can't be read: it is not valid UTF-8",
+                hint=f"if it is Latin-1: iconv -f WINDOWS-1252 -t UTF-8 '{path}' > "
+                f"utf8-{path.name}",
+            ) from error
+        check_names(path, header, "give its columns different names; the first line is the header")
+        self._headers[path] = header
+        self._own.update(header)
+        return header
+
+    def parse(self, record: Record) -> dict[str, Any]:
+        """See `TextSource.parse`."""
+        assert record.header is not None
+        text, names, cells = record.data.decode(), record.header.names, record.cells
+        if len(cells) != len(names):
+            raise ValueError(f"has {len(cells)} cells, and the header has {len(names)}")
+        values: list[str | None] = [cell or None for cell in cells]
+        if None in values and '""' in text:
+            raw = _raw_cells(text.rstrip("\r\n"), record.header.delimiter)
+            values = [
+                "" if value is None and cell else value
+                for value, cell in zip(values, raw, strict=False)
+            ]
+        if "\r" in text:
+            values = [value and value.replace(_RETURN, "\r") for value in values]
+        return dict(zip(names, values, strict=True))
+
+    def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
+        """See `TextSource.carried`."""
+        fields, error = self.fields(record)
+        return fields if error is None else None
+
+    def delimited(self, record: Record, delimiter: str, names: Sequence[str]) -> str | None:
+        """See `TextSource.delimited`: the record as it is, where that is what is asked for."""
+        fields, error = self.fields(record)
+        if error is not None:
+            return None
+        header = record.header
+        assert header is not None
+        if header.delimiter == delimiter and list(header.names) == list(names):
+            text = record.data.decode().rstrip("\r\n")
+            if ('"' not in text and "\r" not in text) or _plain(delimiter).fullmatch(text):
+                return text
+        return joined([fields.get(name) for name in names], delimiter)
+
+
+class _Lines:
+    r"""Lines of a file, for csv's reader, which takes as many as a record has.
+
+    Args:
+        path: The file.
+        file: What is left of its text.
+        number: Lines that were read of it.
+        any_end: A lone \r ends a line; else it is text.
+    """
+
+    def __init__(self, path: Path, file: io.BufferedReader, number: int, *, any_end: bool) -> None:
+        self._path, self._file, self._any_end = path, file, any_end
+        self.number, self._first = number, number + 1
+        self._taken = bytearray()
+        self.ended = False
+
+    def begin(self) -> int:
+        """A record begins; returns its line."""
+        self._taken.clear()
+        self._first = self.number + 1
+        return self._first
+
+    def taken(self) -> bytes:
+        """The record so far."""
+        return bytes(self._taken)
+
+    def skip_blank(self) -> None:
+        """Read past lines without anything."""
+        self.number += skip(self._file, _BLANK_OF_ANY_END if self._any_end else _BLANK)
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        most = MAX_RECORD + 1 - len(self._taken)
+        line = self._line(most) if self._any_end else self._file.readline(most)
+        if not line:
+            self.ended = True
+            raise StopIteration
+        self.number += 1
+        self._taken += line
+        if len(self._taken) > MAX_RECORD:
+            raise InputError(
+                f"the record in line {self._first} of {self._path} is longer than "
+                f"{MAX_RECORD >> 20} MiB",
+                hint="look at the quotes: one that is never closed takes in all that follows",
+            )
+        text = line.decode(errors="surrogateescape")
+        if b"\r" in line:
+            cells = text.rstrip("\r\n")
+            text = cells.replace("\r", _RETURN) + text[len(cells) :]
+        return text
+
+    def _line(self, most: int) -> bytes:
+        """What `readline` would return if it knew the other ends of lines."""
+        pieces: list[bytes] = []
+        while most and (head := self._file.peek()):
+            end = _ANY_END.search(head)
+            pieces.append(self._file.read(min(most, end.end() if end else len(head))))
+            most -= len(pieces[-1])
+            if (
+                end
+                and end.end() == len(head)
+                and end[0] == b"\r"
+                and self._file.peek()[:1] == b"\n"
+            ):
+                pieces.append(self._file.read(1))
+            if end:
+                break
+        return b"".join(pieces)
+
+
+def _delimiter(path: Path, header: str) -> str:
+    if delimiter_of(path) == "\t":
+        return "\t"
+    return max(_DELIMITERS, key=header.count)
+
+
+@cache
+def _plain(delimiter: str) -> re.Pattern[str]:
+    """Records that every reader takes: Python's csv takes more quotes and line ends than others."""
+    cell = rf'(?:"(?:[^"]++|"")*+"|[^"\r\n{re.escape(delimiter)}]*+)'
+    return re.compile(f"{cell}(?:{re.escape(delimiter)}{cell})*+")
+
+
+def _raw_cells(text: str, delimiter: str) -> list[str]:
+    """The cells of a valid record with their quotes."""
+    one = re.escape(delimiter)
+    return re.findall(rf'("(?:[^"]++|"")*+"|[^{one}]*+)(?:{one}|\Z)', text)

@@ -1,0 +1,240 @@
+"""What JSON can hold of Arrow's values, by the type of the column and never by a value.
+
+| type | in JSON |
+|---|---|
+| text, booleans, integers, null | as they are |
+| floats of 16, 32 and 64 bits | numbers; null for NaN and infinities, which JSON does not have |
+| timestamps | ISO 8601 text, `2026-01-02T03:04:05.678`, and with a zone its offset, `+01:00` |
+| dates, times | ISO 8601 text, `2026-01-02`, `03:04:05.678` |
+| durations | seconds as text, `-90.500`: no float holds all nanoseconds of a long one |
+| decimals | text without an exponent, `1.10` |
+| binary | base64 text |
+| lists, structs | arrays, objects |
+| maps | arrays of `[key, value]` |
+| dictionary, run-end encoded, extension types | what their values are |
+| `arrow.uuid`, `arrow.bool8` | a UUID's usual text, a boolean |
+
+Fractions of seconds have the digits of the type's unit: none for s, 3 for ms, 6 for us, 9 for ns.
+Years beyond 0000 to 9999 have a sign, as ISO 8601 wants it.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any, Literal
+from uuid import UUID
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchrun.jobs.rows.arrowtypes import is_binary, is_list, is_text
+from batchrun.jobs.rows.moments import (
+    clock_text,
+    date_text,
+    seconds_text,
+    timestamp_text,
+    zone_named,
+)
+
+Errors = Literal["strict", "replace"]
+
+
+def json_values(array: pa.Array[Any], errors: Errors = "strict") -> list[Any]:
+    """The array as Python values that JSON can hold, by the rules above.
+
+    Args:
+        array: Of any type that Parquet can give.
+        errors: What to do about text that is not UTF-8; `replace` puts U+FFFD there.
+
+    Raises:
+        UnicodeDecodeError: There is such text, and `errors` is `strict`.
+    """
+    kind = array.type
+    if _is_plain(kind):
+        try:
+            return array.to_pylist()
+        except ValueError:  # text that is not UTF-8, a struct with two fields of one name
+            pass
+    rule = next((rule for applies, rule in _RULES if applies(kind)), _of_python)
+    return rule(array, errors)
+
+
+def jsonable(value: Any) -> Any:  # noqa: PLR0911 - one for each kind of value
+    """The same of a single Python value: its times have microseconds."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime | time):
+        return value.isoformat(timespec="microseconds")
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return seconds_text(value // timedelta(microseconds=1), "us")
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return str(value)
+
+
+def _each(convert: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
+    return [None if value is None else convert(value) for value in values]
+
+
+def _text(array: pa.Array[Any], errors: Errors) -> list[Any]:
+    cells: Any = array
+    return [
+        cell.as_buffer().to_pybytes().decode(errors=errors) if cell.is_valid else None
+        for cell in cells
+    ]
+
+
+def _float(array: pa.Array[Any], errors: Errors) -> list[Any]:
+    return [
+        None if value is None or not math.isfinite(value) else float(value)
+        for value in array.to_pylist()
+    ]
+
+
+def _decimal(array: pa.Array[Any], errors: Errors) -> list[Any]:
+    return _each("{:f}".format, array.to_pylist())
+
+
+def _binary(array: pa.Array[Any], errors: Errors) -> list[Any]:
+    return _each(lambda value: base64.b64encode(value).decode(), array.to_pylist())
+
+
+def _timestamp(array: pa.Array[Any], errors: Errors) -> list[Any]:
+    kind: Any = array.type
+    unit, zone = kind.unit, zone_named(kind.tz) if kind.tz else None
+    return _each(lambda value: timestamp_text(value, unit, zone), _integers(array))
+
+
+def _date(array: pa.Array[Any], errors: Errors) -> list[Any]:
+    day = 86_400_000 if pa.types.is_date64(array.type) else 1
+    return _each(lambda value: date_text(value // day), _integers(array))
+
+
+def _time(array: pa.Array[Any], errors: Errors) -> list[Any]:
+    kind: Any = array.type
+    return _each(lambda value: clock_text(value, kind.unit), _integers(array))
+
+
+def _duration(array: pa.Array[Any], errors: Errors) -> list[Any]:
+    kind: Any = array.type
+    return _each(lambda value: seconds_text(value, kind.unit), _integers(array))
+
+
+def _integers(array: pa.Array[Any]) -> list[Any]:
+    """Of what is an integer to Arrow; Python's own types lack nanoseconds and far years."""
+    return array.cast(pa.int32() if array.type.bit_width == 32 else pa.int64()).to_pylist()
+
+
+def _dictionary(array: Any, errors: Errors) -> list[Any]:
+    # Not the whole dictionary, which may have the values of many more rows.
+    return json_values(array.dictionary.take(array.indices), errors)
+
+
+def _run_ends(array: Any, errors: Errors) -> list[Any]:
+    return json_values(pc.call_function("run_end_decode", [array]), errors)
+
+
+def _extension(array: Any, errors: Errors) -> list[Any]:
+    storage = array.storage
+    if array.type.extension_name == "arrow.uuid":
+        return _each(lambda value: str(UUID(bytes=value)), storage.to_pylist())
+    if array.type.extension_name == "arrow.bool8":
+        return _each(bool, storage.to_pylist())
+    return json_values(storage, errors)
+
+
+def _struct(array: Any, errors: Errors) -> list[Any]:
+    names = [field.name for field in array.type]
+    columns = [json_values(array.field(i), errors) for i in range(len(names))]
+    rows: Iterable[Any] = zip(*columns, strict=True) if names else [()] * len(array)
+    if not array.null_count:
+        return [dict(zip(names, row, strict=True)) for row in rows]
+    return [
+        dict(zip(names, row, strict=True)) if there else None
+        for row, there in zip(rows, array.is_valid().to_pylist(), strict=True)
+    ]
+
+
+def _list(array: Any, errors: Errors) -> list[Any]:
+    items = json_values(array.flatten(), errors)  # which leaves out what is beneath nulls
+    lengths = pc.if_else(array.is_valid(), pc.list_value_length(array), None)
+    return _cut(items, lengths.to_pylist())
+
+
+def _map(array: Any, errors: Errors) -> list[Any]:
+    offsets = array.offsets.to_pylist()
+    low, length = offsets[0], offsets[-1] - offsets[0]
+    keys = json_values(array.keys.slice(low, length), errors)
+    items = json_values(array.items.slice(low, length), errors)
+    lengths = [after - before for before, after in pairwise(offsets)]
+    lists = _cut([list(pair) for pair in zip(keys, items, strict=True)], lengths)
+    valid = array.is_valid().to_pylist()
+    return [pairs if there else None for pairs, there in zip(lists, valid, strict=True)]
+
+
+def _cut(items: Sequence[Any], lengths: Iterable[int | None]) -> list[Any]:
+    """The items in lists of these lengths; None for None."""
+    lists: list[Any] = []
+    low = 0
+    for length in lengths:
+        lists.append(None if length is None else items[low : low + length])
+        low += length or 0
+    return lists
+
+
+def _of_python(array: pa.Array[Any], errors: Errors) -> list[Any]:
+    return [jsonable(value) for value in array.to_pylist()]
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether Python's own values are what JSON can hold."""
+    if (
+        is_text(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_null(kind)
+    ):
+        return True
+    if pa.types.is_struct(kind):
+        return all(_is_plain(field.type) for field in kind)
+    return is_list(kind) and _is_plain(kind.value_type)
+
+
+def _is_extension(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.BaseExtensionType)
+
+
+_RULES: list[tuple[Callable[[Any], bool], Callable[[Any, Errors], list[Any]]]] = [
+    (is_text, _text),
+    (pa.types.is_floating, _float),
+    (pa.types.is_struct, _struct),
+    (is_list, _list),
+    (pa.types.is_dictionary, _dictionary),
+    (pa.types.is_timestamp, _timestamp),
+    (pa.types.is_date, _date),
+    (pa.types.is_time, _time),
+    (pa.types.is_duration, _duration),
+    (pa.types.is_decimal, _decimal),
+    (is_binary, _binary),
+    (pa.types.is_map, _map),
+    (_is_extension, _extension),
+    (pa.types.is_run_end_encoded, _run_ends),
+]

@@ -1,0 +1,230 @@
+"""JSON as people have it: read without changing a digit, written so that every reader takes it.
+
+A value that is only carried along keeps its text. What some reader of JSON would refuse has one
+rule each:
+
+* NaN, infinities, and numbers beyond what float64 reaches (1e400) are null;
+* of a name that an object has twice the last value counts;
+* a lone surrogate in a string is U+FFFD.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from batchrun.jobs.rows.row import valid_text
+
+_LEAST = sys.float_info.min  # below it a float64 has ever fewer digits
+_MAX_DEPTH = 64  # levels, well below where Python's own JSON gives up
+_FAR = re.compile(r"[eE]\+?[0-9]{3}|[0-9]{309}")
+_LONE = re.compile(
+    r"\\\\u"  # an escaped backslash, behind which what looks like a surrogate is none
+    r"|\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])"
+    r"|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
+)
+_LINE_ENDS = re.compile(r"[\r\n]+")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_STRING = json.JSONEncoder(ensure_ascii=False).encode
+_PLAIN = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+class Number(float):
+    """A JSON number with its text, which may say more than a float64 holds."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> Number:
+        """The number that a text says."""
+        self = super().__new__(cls, text)
+        self.text = text
+        return self
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def exact(self) -> bool:
+        """Whether a float64 says the same; up to 17 digits it is taken to be what was meant."""
+        if not math.isfinite(self):
+            return False
+        digits = self.text.partition("e")[0].partition("E")[0].lstrip("-0.")
+        if len(digits) <= 18 and (abs(self) >= _LEAST or not digits):  # 17 and a point
+            return True
+        from decimal import Decimal, InvalidOperation  # noqa: PLC0415 - seldom
+
+        try:
+            return Decimal(self.text) == Decimal(repr(float(self)))
+        except InvalidOperation:  # of 1e-9999999999999999999: that is not 0
+            return False
+
+
+class _MinusZero(int):
+    """-0, which is an integer in JSON."""
+
+    def __str__(self) -> str:
+        return "-0"
+
+
+class _Repeated(Exception):  # noqa: N818 - caught below
+    """An object has a name twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Repeated
+    return found
+
+
+def _number(text: str) -> Number | None:
+    number = Number(text)
+    return number if math.isfinite(number) else None
+
+
+def _integer(text: str) -> int:
+    return _MinusZero() if text == "-0" else int(text)
+
+
+def _no_number(name: str) -> None:
+    """NaN, Infinity or -Infinity."""
+
+
+_READ = json.JSONDecoder(parse_float=_number, parse_constant=_no_number)
+_CHECK = json.JSONDecoder(object_pairs_hook=_once)
+_READ_MINUS_ZERO = json.JSONDecoder(
+    parse_float=_number, parse_int=_integer, parse_constant=_no_number
+)
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The object that a JSON text is. Its numbers, as `str`, are as they were written.
+
+    Strings are valid Unicode; NaN, infinities and numbers beyond float64 are None.
+
+    Raises:
+        ValueError: It is no object, or none that can be read; the message says why.
+    """
+    fields = _decode(_READ_MINUS_ZERO if "-0" in text else _READ, text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"is not a JSON object but {_NAMES.get(type(fields), 'a number')}")
+    if _deep(text, fields):
+        raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep")
+    return dict(_valid(fields)) if _SURROGATE.search(text) else fields
+
+
+def _deep(text: str, value: dict[str, Any]) -> bool:
+    return text.count("[") + text.count("{") > _MAX_DEPTH and _too_deep(value)
+
+
+def _decode(decoder: json.JSONDecoder, text: str) -> Any:
+    try:
+        return decoder.decode(text)
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
+        raise ValueError(f"is not valid JSON: {what} at character {error.pos + 1}") from error
+    except RecursionError:
+        raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep") from None
+    except ValueError as error:  # Python's own limit against quadratic time
+        raise ValueError("is not valid JSON: a number has over 4300 digits") from error
+
+
+_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _valid(value: Any) -> Any:
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list):
+        return [_valid(item) for item in value]
+    if isinstance(value, dict):
+        return {valid_text(key): _valid(item) for key, item in value.items()}
+    return value
+
+
+def carried(text: str, taken: Iterable[str] = ()) -> str | dict[str, Any] | None:
+    """What an output has of a JSON object: its text in one line, where every reader takes that.
+
+    Args:
+        text: What should be an object.
+        taken: Names that it must not have.
+
+    Returns:
+        The text; the object for `encode`, where something in it has to change; None where
+        `parse_object` would raise.
+    """
+    if not _suspect(text):
+        try:
+            fields = _CHECK.decode(text)
+        except (ValueError, RecursionError, _Repeated):
+            fields = None
+        if isinstance(fields, dict) and fields.keys().isdisjoint(taken) and not _deep(text, fields):
+            text = text.strip()
+            return _in_one_line(text) if "\n" in text or "\r" in text else text
+    try:
+        return parse_object(text)
+    except ValueError:
+        return None
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(filter(None, (line.strip() for line in _LINE_ENDS.split(text))))
+
+
+def _suspect(text: str) -> bool:
+    """Whether a JSON text may have what the rules speak of, names that are repeated aside."""
+    return (
+        "NaN" in text
+        or "Infinity" in text
+        or ("\\u" in text and _LONE.search(text) is not None)
+        or _FAR.search(text) is not None
+    )
+
+
+def encode(value: Any) -> str:
+    """JSON of a value by the rules above. Numbers that were read keep their digits."""
+    if isinstance(value, str):
+        return _STRING(valid_text(value))
+    if isinstance(value, dict):
+        items = (f"{encode(str(key))}: {encode(item)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(encode, value)) + "]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = str(value)
+    far = isinstance(value, float) or len(text) > 308
+    return text if not far or math.isfinite(float(text)) else "null"
+
+
+def as_text(value: Any) -> str | None:
+    """A value as text: strings as they are, numbers as written, all else as JSON; null is None."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return encode(value)
+    return str(value) if isinstance(value, int | Number) or math.isfinite(value) else None
+
+
+def encode_plain(value: Mapping[str, Any]) -> str:
+    """The same, quickly, of values without anything that the rules speak of."""
+    return _PLAIN.encode(value)

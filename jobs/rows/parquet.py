@@ -1,0 +1,190 @@
+"""Parquet as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.arrowtypes import is_text
+from batchrun.jobs.rows.columnar import ColumnarChunk
+from batchrun.jobs.rows.parquetfile import batches, column_chunks, opened
+from batchrun.jobs.rows.row import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    Noted,
+    Part,
+    Row,
+    missing_column,
+    partition_fields,
+    reading,
+    unnoted,
+)
+from batchrun.jobs.rows.unify import conform
+from batchrun.jobs.rows.united import united
+
+_PROBE = 8  # rows
+
+
+class ParquetSource:
+    """Parquet files whose schemas are one, or become one without a value changed.
+
+    Raises:
+        InputError: A file is damaged or can't be read, no schema holds the values of all, or there
+            are no rows.
+    """
+
+    def __init__(self, parts: Sequence[Part], noted: Noted = unnoted) -> None:
+        self._parts, self._noted = list(parts), noted
+        paths = [part.path for part in parts]
+        self._schema, self._counts = united(paths, noted)
+        for field in partition_fields(parts):
+            if field.name not in self._schema.names:
+                self._schema = self._schema.append(field)
+            else:
+                _check_partition(self._parts, self._schema.field(field.name))
+        if self.num_rows == 0:
+            raise InputError(f"{paths[0]}: the input has no rows", hint="check what wrote it")
+
+    @property
+    def column_names(self) -> list[str]:
+        """Columns, the first file's first."""
+        return list(self._schema.names)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, from the files' own metadata."""
+        return sum(self._counts)
+
+    def count(self) -> int:
+        """The same as `num_rows`."""
+        return self.num_rows
+
+    def schema(self) -> pa.Schema:
+        """Of all files: the first one's, metadata and all, unless others have more."""
+        return self._schema
+
+    def rows(
+        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+    ) -> Iterator[Row]:
+        """See `Source.rows`.
+
+        Raises:
+            InputError: There is no such column, or a file turns out to be damaged.
+        """
+        for chunk in self.chunks(columns, start, limit):
+            yield from chunk.rows()
+
+    def chunks(
+        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+    ) -> Iterator[ColumnarChunk]:
+        """See `Source.chunks`. Reads these columns only, and no row group that ends before `start`.
+
+        Raises:
+            InputError: There is no such column, or a file turns out to be damaged.
+        """
+        names = self.column_names if columns is None else list(dict.fromkeys(columns))
+        for name in names:
+            if name not in self.column_names:
+                raise missing_column(name, self.column_names)
+        for batch in self._read(names, start, limit):
+            yield ColumnarChunk(start, batch)
+            start += batch.num_rows
+
+    def _read(
+        self, columns: Sequence[str], start: int, limit: int | None
+    ) -> Iterator[pa.RecordBatch]:
+        """Batches of bounded size of rows `start` on, columns in the order asked for."""
+        stop = self.num_rows if limit is None else min(self.num_rows, start + limit)
+        schema = pa.schema([self._schema.field(name) for name in columns])
+        first = 0
+        for part, count in zip(self._parts, self._counts, strict=True):
+            if first < stop and first + count > start:
+                with reading(part.path):
+                    yield from _read_file(
+                        part,
+                        schema,
+                        start - first,
+                        stop - first,
+                        noted=self._noted,
+                        before=first,
+                    )
+            first += count
+
+
+def _check_partition(parts: Sequence[Part], field: pa.Field[Any]) -> None:
+    """Refuse what folders' names say of files without a column that others have as another type."""
+    for part in parts:
+        value = part.partition.get(field.name)
+        try:
+            _constant(value, field.type)
+        except (pa.ArrowException, OverflowError):
+            with opened(part.path) as file:
+                if field.name in file.schema_arrow.names:
+                    continue
+            raise InputError(
+                f"the column '{field.name}' is {field.type} in some files, and the folder of "
+                f"{part.path} says {value}",
+                hint="submit them as separate jobs, or rename the folders",
+            ) from None
+
+
+def _constant(value: int | str | None, kind: pa.DataType) -> Any:
+    return pa.scalar(str(value) if is_text(kind) and value is not None else value, kind)
+
+
+def _read_file(
+    part: Part, schema: pa.Schema, start: int, stop: int, *, noted: Noted, before: int
+) -> Iterator[pa.RecordBatch]:
+    """Batches of a file's rows from `start` to `stop`; `before` are those of earlier files."""
+    with opened(part.path, noted) as file:
+        there = set(file.schema_arrow.names)
+        names = [name for name in schema.names if name in there]
+        said = {name: part.partition[name] for name in schema.names if name in part.partition}
+        first = 0  # of the row group, then of the batch
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if not rows or first >= stop or first + rows <= start:
+                first += rows
+                continue
+            with noted(part.path, before + first, rows):
+                size = _batch_rows(part.path, file, group, names, schema)
+            found, end = batches(part.path, file, group, names, size), first + rows
+            while True:
+                with noted(part.path, before + first, min(size, end - first)):
+                    batch = next(found, None)
+                if batch is None:
+                    break
+                low, high = max(start - first, 0), min(stop - first, batch.num_rows)
+                first += batch.num_rows
+                if low < high:
+                    rows_read = conform(batch.slice(low, high - low), schema)
+                    for name in said.keys() - there:
+                        rows_read = _with_constant(rows_read, name, said[name])
+                    yield rows_read
+
+
+def _with_constant(batch: pa.RecordBatch, name: str, value: int | str | None) -> pa.RecordBatch:
+    """The batch with one value in all of a column."""
+    i = batch.schema.get_field_index(name)
+    array = pa.repeat(_constant(value, batch.schema.field(i).type), batch.num_rows)
+    return batch.set_column(i, batch.schema.field(i), array)
+
+
+def _batch_rows(
+    path: Path, file: pq.ParquetFile, group: int, names: list[str], schema: pa.Schema
+) -> int:
+    """How many rows of a row group make a batch of bounded bytes."""
+    chunks = column_chunks(path, file, group, names)
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    row_bytes = size / max(file.metadata.row_group(group).num_rows, 1)
+    if any(chunk.has_dictionary_page for chunk in chunks):
+        # The file has each value once, the batch has it in each row.
+        for probe in islice(batches(path, file, group, names, _PROBE), 1):
+            row_bytes = max(row_bytes, conform(probe, schema).nbytes / max(probe.num_rows, 1))
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(row_bytes, 1))))

@@ -1,0 +1,125 @@
+"""One Parquet file, of which nothing is believed that its parts contradict.
+
+Arrow's errors about a damaged file are of any type, and some of its readers just end early: here
+all of that is an error of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.row import AGAIN, Noted, no_columns, reading, unnoted
+
+_ANY = (Exception,)
+_BUFFER = 1 << 18  # bytes read ahead a column, instead of whole column chunks
+
+
+@contextmanager
+def opened(path: Path, noted: Noted = unnoted) -> Iterator[pq.ParquetFile]:
+    """A Parquet file whose footer agrees with itself; pages are checked where they have checksums.
+
+    Args:
+        path: The file.
+        noted: Told that it is opened.
+
+    Raises:
+        InputError: It is damaged or can't be read.
+    """
+    with noted(path), reading(path, _ANY):
+        file = pq.ParquetFile(path, buffer_size=_BUFFER, page_checksum_verification=True)
+    with file:
+        with noted(path), reading(path, _ANY):
+            _check_names(file.schema_arrow)
+            _check_numbers(path, file)
+        yield file
+
+
+def batches(
+    path: Path, file: pq.ParquetFile, group: int, names: list[str], size: int
+) -> Iterator[pa.RecordBatch]:
+    """A row group's rows, `size` at a time, with these columns, of which there may be none.
+
+    Raises:
+        InputError: It is damaged, or holds more or fewer rows than it says.
+    """
+    rows = file.metadata.row_group(group).num_rows
+    if not names:
+        for first in range(0, rows, size):
+            yield no_columns(min(size, rows - first))
+        return
+    with reading(path, _ANY):
+        found = file.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
+    read = 0
+    while True:
+        with reading(path, _ANY):
+            batch = next(found, None)
+            if batch is None:
+                break
+            # `a.b` asked for is also field b of a column a: take the column alone.
+            batch = batch.select(names)
+            batch.validate()
+        read += batch.num_rows
+        if read <= rows:
+            yield batch
+    if read != rows:
+        raise _contradiction(path, f"row group {group} says {rows:,} rows and holds {read:,}")
+
+
+def column_chunks(path: Path, file: pq.ParquetFile, group: int, names: Sequence[str]) -> list[Any]:
+    """Metadata of what a row group has of these columns."""
+    wanted = set(names)
+    with reading(path, _ANY):
+        meta = file.metadata.row_group(group)
+        chunks = [meta.column(i) for i in range(meta.num_columns)]
+        return [chunk for chunk in chunks if not wanted.isdisjoint(_paths(chunk.path_in_schema))]
+
+
+def _paths(path: str) -> Iterator[str]:
+    """A column, and what it may be inside of: names may have dots themselves."""
+    yield path
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _check_names(fields: Any) -> None:
+    """Read all names, inside of types too: of those that are not UTF-8 Python makes no text."""
+    pending = list(fields)
+    while pending:
+        field = pending.pop()
+        kind = field.name and field.type
+        pending += [kind.field(i) for i in range(getattr(kind, "num_fields", 0))]
+
+
+def _check_numbers(path: Path, file: pq.ParquetFile) -> None:
+    meta, schema = file.metadata, file.schema
+    groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if min(rows, default=0) < 0 or sum(rows) != meta.num_rows:
+        raise _contradiction(
+            path,
+            f"its footer says {meta.num_rows:,} rows, and its {len(rows):,} row groups have "
+            f"{sum(rows):,}",
+        )
+    flat = [schema.column(i).max_repetition_level == 0 for i in range(meta.num_columns)]
+    for number, (group, of_group) in enumerate(zip(groups, rows, strict=True)):
+        for i, is_flat in enumerate(flat):
+            chunk = group.column(i)
+            values = chunk.num_values
+            if values != of_group if is_flat else values < of_group:
+                raise _contradiction(
+                    path,
+                    f"row group {number} has {of_group:,} rows, and {values:,} values in its "
+                    f"column '{chunk.path_in_schema}'",
+                )
+
+
+def _contradiction(path: Path, what: str) -> InputError:
+    return InputError(f"{path} is damaged: {what}", hint=AGAIN)

@@ -1,0 +1,234 @@
+"""What a source hands out, and what every kind of source can do."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from batchrun.jobs.errors import InputError, JobError
+
+BATCH_BYTES = 16 << 20  # a chunk of input rows is about this large, whatever a row's size
+BATCH_ROWS = 256  # and never has more rows: an average says little where lengths are skewed
+
+AGAIN = "copy or write the file again, then submit the job again"  # what to do about damage
+
+_FAULTS = (OSError, pa.ArrowException)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One input file as a source reads it.
+
+    Args:
+        path: Where it is.
+        size: Bytes of it that are the input; None for all.
+        partition: Columns that its folders' names say (`lang=de`), the same in all its rows.
+    """
+
+    path: Path
+    size: int | None = None
+    partition: Mapping[str, int | str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input row.
+
+    Args:
+        index: Number of the row over all input files, from 0.
+        fields: Values by column.
+        error: Why the row can't be used; `fields` is empty then.
+        digest: Of what was read of it: 64 bits, signed.
+    """
+
+    index: int
+    fields: dict[str, Any]
+    error: str | None = None
+    digest: int = 0
+
+
+class Chunk(Protocol):
+    """Consecutive input rows, of bounded size."""
+
+    @property
+    def first(self) -> int:
+        """Index of the first."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows."""
+        ...
+
+    def digests(self, columns: Sequence[str]) -> Sequence[int | None]:
+        """What rows of these columns have as `digest`; None where nothing is known."""
+        ...
+
+    def arrow(self, schema: pa.Schema) -> pa.RecordBatch:
+        """The rows in the types of `Source.schema()`; a bad row is nulls."""
+        ...
+
+    def objects(self, taken: Sequence[str] = ()) -> Iterator[str | dict[str, Any] | None]:
+        """What JSON can hold of each row, None for a bad one.
+
+        A row that is a JSON object already is its text, if it has none of the names `taken`.
+        """
+        ...
+
+    def delimited(self, delimiter: str, names: Sequence[str]) -> Iterator[str | None]:
+        """Each row's values of these columns as a record of CSV, None for a bad one."""
+        ...
+
+
+class Source(Protocol):
+    """Rows of one or several files of one format, numbered in the order of the files.
+
+    Every method streams: memory does not grow with the number of rows. Every one may raise
+    `InputError` when a file turns out to be damaged or is gone.
+    """
+
+    @property
+    def column_names(self) -> list[str]:
+        """Columns; of JSON Lines, those of the first 100 rows."""
+        ...
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows where that is known without reading them, else None."""
+        ...
+
+    def count(self) -> int:
+        """Rows, read through if need be."""
+        ...
+
+    def schema(self) -> pa.Schema:
+        """Arrow schema of all columns; JSON Lines are read through once for it."""
+        ...
+
+    def chunks(
+        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+    ) -> Iterator[Chunk]:
+        """The rows from `start` on, `limit` at most.
+
+        Args:
+            columns: No others are asked for; all by default.
+            start: Index of the first row.
+            limit: Rows at most.
+        """
+        ...
+
+    def rows(
+        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+    ) -> Iterator[Row]:
+        """Rows as Python values, `limit` at most, from row `start` on.
+
+        Text is valid Unicode: a lone surrogate has become U+FFFD. Values are those that JSON has:
+        NaN is None, times are ISO 8601.
+
+        Args:
+            columns: The columns wanted, all by default. One that a row lacks is None.
+            start: Index of the first row.
+            limit: Rows at most.
+        """
+        ...
+
+
+def partition_fields(parts: Sequence[Part]) -> list[pa.Field[Any]]:
+    """What the names of folders say, as columns: integers where all are."""
+    names = dict.fromkeys(name for part in parts for name in part.partition)
+    texts = {n for part in parts for n, value in part.partition.items() if isinstance(value, str)}
+    return [pa.field(name, pa.string() if name in texts else pa.int64()) for name in names]
+
+
+def check_names(path: Path, names: Sequence[str], advice: str) -> None:
+    """Refuse a file that has a column twice.
+
+    Raises:
+        InputError: It has; `advice` is its hint.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} has more than one column named '{twice[0]}'", hint=advice)
+
+
+def no_columns(rows: int) -> pa.RecordBatch:
+    """So many rows without anything in them."""
+    return pa.RecordBatch.from_arrays([pa.nulls(rows)], [""]).select([])
+
+
+def digest_of(data: bytes) -> int:
+    """64 bits that tell a row from what it was, as SQLite's integers are."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+class Noted(Protocol):
+    """Told what is read, while it is: `ReaderNote.reading`."""
+
+    def __call__(
+        self, path: Path | None = None, first: int = -1, rows: int = 0
+    ) -> AbstractContextManager[None]:
+        """These rows of a file are read; without numbers, what it says of itself."""
+        ...
+
+
+def unnoted(
+    path: Path | None = None, first: int = -1, rows: int = 0
+) -> AbstractContextManager[None]:
+    """Tells nobody."""
+    return nullcontext()
+
+
+@contextmanager
+def reading(path: Path, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an InputError that names it.
+
+    Args:
+        path: The file.
+        faults: What is the file's fault: every `Exception` where nothing of ours is called.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except faults as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code is not None:
+            raise InputError(
+                f"{path} can't be read: {os.strerror(code)}",
+                hint=f"look at it with: ls -ld '{path}'",
+            ) from error
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        size = path.stat().st_size if path.exists() else 0
+        raise InputError(
+            f"{path} is damaged or cut short ({size} bytes): {cause}",
+            hint=AGAIN,
+        ) from error
+
+
+def valid_text(text: str) -> str:
+    """The text with lone surrogates, which no encoding can hold, as U+FFFD."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def missing_column(name: str, available: Sequence[str]) -> InputError:
+    """The error for a column that the input does not have: those it has, and the closest one."""
+    there = ", ".join(available[:20]) or "none"
+    more = f" and {len(available) - 20} more" if len(available) > 20 else ""
+    lowered = {column.lower(): column for column in reversed(available)}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1)
+    return InputError(
+        f"the input has no column '{name}'; its columns: {there}{more}",
+        hint=f"did you mean '{lowered[close[0]]}'?" if close else None,
+    )

@@ -1,0 +1,218 @@
+"""The text in a file, whatever it is packed or encoded in; what is no text is named for what it is.
+
+    file -> its first `size` bytes -> unpacked -> UTF-8
+
+Packing and encoding are known by a file's first bytes, never by its name.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa
+
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.row import AGAIN, reading
+
+MAX_RECORD = 256 << 20  # bytes of a row; more is a file of another kind
+_BUFFER = 1 << 18
+_ZSTD_WINDOW = 1 << 27  # bytes: the largest that Arrow unpacks, and that `zstd --long` makes
+
+# First bytes, what such a file is, and what to do with it.
+_FOREIGN = (
+    (b"PAR1", "a Parquet file", "give it a name that ends in .parquet"),
+    (b"PK\x03\x04", "a ZIP archive (or an Excel file)", "unpack it, or save it as CSV"),
+    (b"ARROW1", "an Arrow file", "write it as Parquet"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", "write it as Parquet"),
+    (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
+    (b"\x89HDF", "an HDF5 file", "write it as Parquet"),
+    (b"Obj\x01", "an Avro file", "write it as Parquet"),
+    (b"ORC", "an ORC file", "write it as Parquet"),
+    (b"%PDF", "a PDF", "extract its text first"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data", "git lfs pull"),
+    (b"<!doctype", "a web page, not the data", "look at what the download says"),
+    (b"<html", "a web page, not the data", "look at what the download says"),
+)
+_ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_UNPACKERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": lambda file: _Unpacked(file, bz2.BZ2Decompressor),
+    b"\xfd7zXZ\x00": lambda file: _Unpacked(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)),
+}
+
+
+@contextmanager
+def text_of(path: Path, size: int | None = None) -> Iterator[io.BufferedReader]:
+    """A file's text as UTF-8 bytes, without a byte order mark.
+
+    Args:
+        path: The file.
+        size: Only so many of its bytes, before unpacking; what was appended later is not read.
+
+    Raises:
+        InputError: It can't be read, is damaged, or is no text.
+    """
+    with reading(path), path.open("rb", buffering=0) as raw:
+        try:
+            yield _decoded(path, _unpacked(path, raw, size))
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise InputError(
+                f"{path} is damaged or cut short ({path.stat().st_size} bytes): {error}",
+                hint=AGAIN,
+            ) from error
+
+
+def skip(file: io.BufferedReader, what: re.Pattern[bytes]) -> int:
+    """Read past what matches, however long it is; returns the ends of lines in it."""
+    lines = 0
+    while found := what.match(file.peek()):
+        lines += max(found[0].count(b"\n"), found[0].count(b"\r"))
+        file.read(len(found[0]))
+    return lines
+
+
+def _unpacked(path: Path, raw: IO[bytes], size: int | None) -> io.BufferedReader:
+    file = io.BufferedReader(
+        cast(io.RawIOBase, raw if size is None else _First(raw, size)), _BUFFER
+    )
+    head = file.peek(16)
+    for magic, unpack in _UNPACKERS.items():
+        if head.startswith(magic):
+            return io.BufferedReader(unpack(file), _BUFFER)
+    if head[:4] == b"\x28\xb5\x2f\xfd" or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
+        window = _zstd_window(head)
+        if window > _ZSTD_WINDOW:
+            raise InputError(
+                f"{path} was packed by zstd with a window of {window >> 20:,} MiB; "
+                f"at most {_ZSTD_WINDOW >> 20} MiB are unpacked",
+                hint=f"unpack it first: zstd -d --long=31 '{path}'",
+            )
+        stream = pa.CompressedInputStream(file, "zstd")
+        return io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER)
+    return cast(io.BufferedReader, file)
+
+
+def _zstd_window(head: bytes) -> int:
+    """Bytes that a zstd frame looks back (RFC 8878, section 3.1.1.1); 0 if this says nothing."""
+    if head[:1] != b"\x28" or len(head) < 6:
+        return 0
+    flags = head[4]
+    if flags & 0x20:  # a single segment: its window is its content
+        skip, width = (0, 1, 2, 4)[flags & 3], (1, 2, 4, 8)[flags >> 6]
+        return int.from_bytes(head[5 + skip : 5 + skip + width], "little")
+    exponent, mantissa = head[5] >> 3, head[5] & 7
+    return (1 << (10 + exponent)) // 8 * (8 + mantissa)
+
+
+def _decoded(path: Path, file: io.BufferedReader) -> io.BufferedReader:
+    head = file.peek(64)
+    for mark, encoding in _ENCODINGS:
+        if head.startswith(mark):
+            return io.BufferedReader(cast(io.RawIOBase, _Recoded(path, file, encoding)), _BUFFER)
+    if head.startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
+        head = head[len(codecs.BOM_UTF8) :]
+    for magic, what, advice in _FOREIGN:
+        if head[: len(magic)].lower() == magic.lower():
+            raise InputError(f"{path} is {what}", hint=advice)
+    if len(head) >= 4 and (head[:4:2] == b"\0\0") != (head[1:4:2] == b"\0\0"):
+        order = "BE" if head[0] == 0 else "LE"
+        raise InputError(
+            f"{path} looks like UTF-16 without a byte order mark",
+            hint=f"iconv -f UTF-16{order} -t UTF-8 '{path}' > utf8-{path.name}",
+        )
+    return file
+
+
+class _First(io.RawIOBase):
+    """The first bytes of a file."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self._left = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(min(len(buffer), self._left))
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        return len(data)
+
+
+class _Unpacked(io.RawIOBase):
+    """Streams of bzip2 or xz, one after the other.
+
+    Python's own readers take a stream that does not begin as one for the end of the file, and what
+    comes after it would be lost.
+    """
+
+    def __init__(self, file: IO[bytes], make: Callable[[], Any]) -> None:
+        self._file, self._make = file, make
+        self._unpacker = make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            packed = b""
+            if self._unpacker.eof:
+                packed = self._unpacker.unused_data.lstrip(b"\0")  # which may lie between streams
+                while not packed and (packed := self._file.read(_BUFFER)):
+                    packed = packed.lstrip(b"\0")
+                if not packed:
+                    return 0
+                self._unpacker = self._make()
+            elif self._unpacker.needs_input:
+                packed = self._file.read(_BUFFER)
+                if not packed:
+                    raise EOFError("its packed data have no end")
+            if data := self._unpacker.decompress(packed, len(buffer)):
+                buffer[: len(data)] = data
+                return len(data)
+
+
+class _Recoded(io.RawIOBase):
+    """The text of a file in another encoding, as UTF-8."""
+
+    def __init__(self, path: Path, file: io.BufferedReader, encoding: str) -> None:
+        self._path, self._file = path, file
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._encoding = encoding
+        self._pending = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._pending:
+            data = self._file.read(_BUFFER)
+            try:
+                self._pending = self._decoder.decode(data, final=not data).encode()
+            except UnicodeError as error:
+                raise InputError(
+                    f"{self._path} is not valid {self._encoding.upper()}: {error}",
+                    hint="write it as UTF-8",
+                ) from error
+            if not data:
+                break
+        taken = self._pending[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._pending = self._pending[len(taken) :]
+        return len(taken)

@@ -1,0 +1,267 @@
+"""What sources of text have in common: a record of some bytes is a row."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.cells import joined
+from batchrun.jobs.rows.jsontext import encode, parse_object
+from batchrun.jobs.rows.row import BATCH_BYTES, BATCH_ROWS, Part, Row, digest_of, no_columns
+from batchrun.jobs.rows.shape import InferredType, fitted
+
+_SAMPLE = 100  # rows looked at before the job starts
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of all its records.
+
+    Args:
+        names: Of its columns.
+        delimiter: What separates cells.
+    """
+
+    names: tuple[str, ...]
+    delimiter: str
+    key: bytes = field(init=False)  # what a record's digest has of it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", repr((self.names, self.delimiter)).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row as a file has it.
+
+    Args:
+        line: In which it begins, from 1.
+        data: Its bytes.
+        part: The file.
+        header: Of a file that has one.
+        cells: Of such a file: the values as they were found.
+        error: What is wrong with it, where reading it told.
+    """
+
+    line: int
+    data: bytes
+    part: Part
+    header: Header | None = None
+    cells: Sequence[str] = ()
+    error: str | None = None
+
+    @property
+    def where(self) -> str:
+        """Such as `line 7 of prompts.jsonl`."""
+        return f"line {self.line} of {self.part.path.name}"
+
+    @property
+    def digest(self) -> int:
+        """Of all that it says."""
+        if self.header is None:
+            return digest_of(self.data.strip())
+        # Blanks at the ends of a record are part of its cells.
+        return digest_of(self.header.key + self.data.rstrip(b"\r\n"))
+
+
+class TextSource(ABC):
+    """Rows of text files.
+
+    Args:
+        parts: The files.
+        lenient: What can't be read is the end of the rows, of which there may be none.
+
+    Raises:
+        InputError: There are no rows, the first 100 are all bad, or a file can't be read.
+    """
+
+    def __init__(self, parts: Sequence[Part], *, lenient: bool = False) -> None:
+        self._parts, self._lenient = list(parts), lenient
+        self._partition = {name: None for part in self._parts for name in part.partition}
+        self._schema: pa.Schema | None = None
+        for part in self._parts:
+            with suppress(*(InputError,) if lenient else ()):
+                next(self.records(part), None)  # each one opens, and its beginning unpacks
+        names: dict[str, None] = {}
+        errors = []
+        rows = 0
+        for row in islice(self.rows(), _SAMPLE):
+            rows += 1
+            names.update(dict.fromkeys(row.fields))
+            if row.error is not None:
+                errors.append(row.error)
+        first = self._parts[0].path
+        what = str(first) if len(self._parts) == 1 else f"{len(self._parts)} input files"
+        if rows == 0 and not lenient:
+            raise InputError(f"{what}: the input has no rows", hint="check what wrote it")
+        if len(errors) == rows and not lenient:
+            raise InputError(
+                f"{what}: {self.no_rows} in the first {rows} rows: {errors[0]}", hint=self.advice
+            )
+        self._column_names = list(names)
+
+    no_rows: str  # what is missing where every row is bad
+    advice: str
+
+    @abstractmethod
+    def records(self, part: Part) -> Iterator[Record]:
+        """A file's records, in order."""
+
+    @abstractmethod
+    def parse(self, record: Record) -> dict[str, Any]:
+        """A record's values by column.
+
+        Raises:
+            ValueError: It is a bad row; the message says why.
+        """
+
+    @abstractmethod
+    def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
+        """What an output in JSON has of a record: see `Chunk.objects`."""
+
+    def delimited(self, record: Record, delimiter: str, names: Sequence[str]) -> str | None:
+        """A record's values of these columns as one of CSV; None for a bad row."""
+        fields, error = self.fields(record)
+        return None if error else joined([fields.get(name) for name in names], delimiter)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Columns of the first 100 rows, in order of appearance."""
+        return self._column_names
+
+    @property
+    def num_rows(self) -> None:
+        """Unknown: see `count`."""
+        return
+
+    def count(self) -> int:
+        """Rows, counted without parsing them."""
+        return sum(1 for part in self._parts for _ in self.records(part))
+
+    def schema(self) -> pa.Schema:
+        """Types that hold the values of all rows, as `InferredType` finds them."""
+        if self._schema is None:
+            shapes: dict[str, InferredType] = {}
+            for _, record in self._numbered(0, None):
+                for name, value in self.fields(record)[0].items():
+                    if name not in shapes:
+                        shapes[name] = InferredType()
+                    shapes[name].add(value)
+            self._schema = pa.schema([(name, shape.type()) for name, shape in shapes.items()])
+        return self._schema
+
+    def rows(
+        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+    ) -> Iterator[Row]:
+        """See `Source.rows`."""
+        for index, record in self._numbered(start, limit):
+            yield self.row(index, record, columns)
+
+    def chunks(
+        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+    ) -> Iterator[TextChunk]:
+        """See `Source.chunks`; a record has all its columns in any case."""
+        pending: list[Record] = []
+        size, first = 0, start
+        for _, record in self._numbered(start, limit):
+            pending.append(record)
+            size += len(record.data)
+            if size >= BATCH_BYTES or len(pending) >= BATCH_ROWS:
+                yield TextChunk(self, first, pending)
+                first, pending, size = first + len(pending), [], 0
+        if pending:
+            yield TextChunk(self, first, pending)
+
+    def row(self, index: int, record: Record, columns: Sequence[str] | None = None) -> Row:
+        """A record as a row."""
+        fields, error = self.fields(record)
+        if error is not None:
+            return Row(index, {}, f"{record.where} {error}", record.digest)
+        if columns is not None:
+            fields = {name: fields.get(name) for name in columns}
+        return Row(index, fields, None, record.digest)
+
+    def fields(self, record: Record) -> tuple[dict[str, Any], str | None]:
+        """A record's values, and what is wrong with it."""
+        if record.error is not None:
+            return {}, record.error
+        try:
+            fields = self.parse(record)
+        except UnicodeDecodeError as error:
+            byte = record.data[error.start]
+            return {}, f"is not valid UTF-8: byte 0x{byte:02x} at byte {error.start + 1}"
+        except ValueError as error:
+            return {}, str(error)
+        more = self.partition(record.part)
+        return {**fields, **{k: v for k, v in more.items() if k not in fields}}, None
+
+    def partition(self, part: Part) -> dict[str, Any]:
+        """What the names of a file's folders say; a record's own fields come before it."""
+        return {**self._partition, **part.partition}
+
+    def _numbered(self, start: int, limit: int | None) -> Iterator[tuple[int, Record]]:
+        stop = None if limit is None else start + limit
+        return enumerate(islice(self._records(), start, stop), start)
+
+    def _records(self) -> Iterator[Record]:
+        """The records of all files."""
+        with suppress(*(InputError,) if self._lenient else ()):
+            for part in self._parts:
+                yield from self.records(part)
+
+
+class TextChunk:
+    """Consecutive records of a text source."""
+
+    def __init__(self, source: TextSource, first: int, records: list[Record]) -> None:
+        self.first, self._source, self._records = first, source, records
+
+    @property
+    def num_rows(self) -> int:
+        """Rows."""
+        return len(self._records)
+
+    def digests(self, columns: Sequence[str]) -> list[int]:
+        """See `Chunk.digests`: of all that the record says."""
+        return [record.digest for record in self._records]
+
+    def arrow(self, schema: pa.Schema) -> pa.RecordBatch:
+        """See `Chunk.arrow`."""
+        rows = [self._source.fields(record)[0] for record in self._records]
+        arrays = [fitted([row.get(field.name) for row in rows], field.type) for field in schema]
+        if not arrays:
+            return no_columns(len(rows))
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def objects(self, taken: Sequence[str] = ()) -> Iterator[str | dict[str, Any] | None]:
+        """See `Chunk.objects`."""
+        for record in self._records:
+            more = self._source.partition(record.part)
+            found = self._source.carried(record, (*taken, *more))
+            if isinstance(found, str) and not more.keys().isdisjoint(taken):
+                found = parse_object(found)
+            if isinstance(found, str):
+                yield with_more(found, more)
+            else:
+                missing = {name: value for name, value in more.items() if name not in (found or ())}
+                yield None if found is None else {**found, **missing}
+
+    def delimited(self, delimiter: str, names: Sequence[str]) -> Iterator[str | None]:
+        """See `Chunk.delimited`."""
+        for record in self._records:
+            yield self._source.delimited(record, delimiter, names)
+
+
+def with_more(text: str, more: Mapping[str, Any]) -> str:
+    """The text of a JSON object with more names in it."""
+    if not more:
+        return text
+    head = text[:-1].rstrip()
+    return f"{head}{'' if head == '{' else ', '}{encode(dict(more))[1:]}"

@@ -1,0 +1,60 @@
+"""What is remembered of a job beside its journal: its state, and why it failed.
+
+`state.json` is there for people and for lists of thousands of jobs; the journal is the truth.
+Whoever opens the journal for writing removes it first, so what it says is never out of date.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from batchrun.jobs.files import read_json, write_json
+from batchrun.jobs.journal.journal import STATE
+
+WAITING = ("queued", "running")  # states of a job that has a worker
+
+
+@dataclass(frozen=True)
+class JobSnapshot:
+    """A job in a line.
+
+    Args:
+        state: queued, running, interrupted, done, done-with-errors, failed, cancelled, or new.
+        reason: Why it failed.
+        hint: What to do about it.
+        total: Rows, None while nobody has counted them.
+        done: Rows that have all their results; None where they were not counted.
+        failed: Of these, rows that failed.
+        skipped: Of these, rows that were left out.
+        model: Its name.
+        output: The output's path.
+        fingerprint: Of the specification.
+    """
+
+    state: str
+    reason: str | None = None
+    hint: str | None = None
+    total: int | None = None
+    done: int | None = None
+    failed: int = 0
+    skipped: int = 0
+    model: str = ""
+    output: str = ""
+    fingerprint: str = ""
+
+    def save(self, folder: Path) -> None:
+        """Write `state.json`; durable if the job has ended."""
+        write_json(folder / STATE, asdict(self), durable=self.state not in WAITING)
+
+    @classmethod
+    def load(cls, folder: Path) -> JobSnapshot | None:
+        """Read `state.json`; None where there is none that can be read."""
+        try:
+            data = read_json(f"{folder}/{STATE}")
+            return cls(**{name: data[name] for name in _FIELDS})
+        except (OSError, ValueError, KeyError, TypeError):  # power loss may leave anything
+            return None
+
+
+_FIELDS = [f.name for f in fields(JobSnapshot)]
