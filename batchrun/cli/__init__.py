@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 
+from batchrun import DISTRIBUTION
 from batchrun.cli.errors import ExitStatus, report_errors
 from batchrun.terminal import guard_libraries, say
 
@@ -59,7 +60,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     if wanted:
         from importlib.metadata import version  # noqa: PLC0415
 
-        say(f"batchrun {version('batchrun')}")
+        say(f"batchrun {version(DISTRIBUTION)}")
         ctx.exit()
 
 

