@@ -28,7 +28,6 @@ COMMANDS = {
     "verify": ("batchrun.cli.control", "Check a job."),
     "rm": ("batchrun.cli.control", "Remove jobs."),
     "doctor": ("batchrun.cli.doctor", "Show what this machine can do."),
-    "bench": ("batchrun.cli.bench", "Measure the engine itself."),
 }
 _HIDDEN = {"work": "batchrun.cli.work", "run-job": "batchrun.cli.work"}
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from batchrun.report.memory import TITLES, Case, Moment, Run
 from batchrun.report.text import size
+from benchmarks.memory.trace import TITLES, Case, Moment, Run
 
 Point = tuple[float, float]
 

@@ -1,33 +1,38 @@
-"""`batchrun bench memory`: Table 8 has the paper's figures, the comparison meets its targets."""
+"""The comparison of KV memory: Table 8 has the paper's figures, and the trace meets its targets."""
 
+import io
 import json
 import xml.etree.ElementTree as ET
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from batchrun.allocator.compare import SHAPES, paged_space, static_space, table8, worst_case
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.vmm import AllocatorError
-from batchrun.cli import cli
-from batchrun.report import chart, memory
+from benchmarks.memory import chart, trace
+from benchmarks.memory.__main__ import main
+from benchmarks.memory.spaces import paged_space, static_space
+from benchmarks.memory.table8 import SHAPES, render, table8, worst_case
 
 DOCS = Path(__file__).parents[2] / "docs"
 KIB, MIB = 1 << 10, 1 << 20
-SMALL = memory.Case("small", 46_080, 256 * KIB, 1, 32 * MIB, 40)
-
-
-def bench(*arguments):
-    shown = CliRunner().invoke(cli, ["bench", "memory", *arguments], catch_exceptions=False)
-    assert shown.exit_code == 0, shown.output
-    return shown.output
+SMALL = trace.Case("small", 46_080, 256 * KIB, 1, 32 * MIB, 40)
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
+def shown(tmp_path_factory):
+    """What the benchmark prints, and where its plot is."""
     path = tmp_path_factory.mktemp("plot") / "memory.svg"
-    return json.loads(bench("--json", "--plot", str(path))), path
+    with redirect_stdout(io.StringIO()) as text:
+        main(["--plot", str(path)])
+    return text.getvalue(), path
+
+
+@pytest.fixture(scope="module")
+def full(shown):
+    text, path = shown
+    return json.loads(text.splitlines()[-1]), path
 
 
 def test_targets_on_the_recorded_trace(full):
@@ -49,18 +54,18 @@ def test_the_plot_is_an_image_that_loads_nothing(full):
     text = " ".join(root.itertext())
     for words in ("Sequences in flight", "GiB", "step", "prefers-color-scheme: dark"):
         assert words in text
-    assert all(title in text for title in memory.TITLES.values())
+    assert all(title in text for title in trace.TITLES.values())
     assert full[1].read_text().count("http") == 1, "the name space, and nothing to fetch"
 
 
 def test_every_way_computes_the_same_tokens():
-    runs = memory.compare(SMALL)
+    runs = trace.compare(SMALL)
     want = sum(prompt + out for prompt, out in SMALL.lengths())
     for run in runs.values():
         # Each sequence's last token is never computed, and one step may be one too many.
         assert want - 40 <= run.computed - run.recomputed <= want
         assert run.moments[-1].live == 0, "the step too many finds nothing"
-    assert memory.compare(SMALL) == runs, "the same requests give the same figures"
+    assert trace.compare(SMALL) == runs, "the same requests give the same figures"
     assert chart.draw(SMALL, runs).count('class="line') == 6
 
 
@@ -120,8 +125,15 @@ def test_the_papers_count_is_one_token_above_what_a_layout_can_waste():
     assert worst == 4 * MIB - layout.bytes_per_token
 
 
-def test_table8_is_printed_and_documented():
-    table = bench("--table8").strip()
-    assert "Yi-34B TP-2" in table
-    assert table in (DOCS / "memory.md").read_text()
-    assert len(json.loads(bench("--table8", "--json"))) == 48
+def test_what_is_printed_is_what_the_page_shows(shown, full):
+    page = (DOCS / "memory.md").read_text()
+    for name, table in zip(("compared", "table8"), tables(shown[0]), strict=True):
+        assert f"<!-- {name} -->\n```\n{table}\n```\n" in page
+    assert "Yi-34B TP-2" in render(table8())
+    assert len(full[0]["table8"]) == 48
+
+
+def tables(text):
+    """The two tables of what is printed."""
+    compared, mark, rest = text.partition("\n\ntokens a page |")
+    return compared, f"{mark}{rest}".strip().rsplit("\n\n", 1)[0]

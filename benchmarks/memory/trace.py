@@ -1,4 +1,4 @@
-"""One trace of requests under three ways to keep a KV cache: what `batchrun bench memory` shows.
+"""One trace of requests under three ways to keep a KV cache.
 
 The scheduler is the real one and so is the arena, over real memory; the executor computes nothing.
 Time is counted in steps.
@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from batchrun.allocator.arena import KVArena
-from batchrun.allocator.compare import CountedSpace, WorstCase, paged_space, static_space
 from batchrun.allocator.host import HostMemory
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.engine import core
 from batchrun.engine.scheduler import Scheduler
 from batchrun.report.text import size
+from benchmarks.memory.spaces import CountedSpace, paged_space, static_space
 
 _RECORDED = """
 66+13 47+52 151+70 81+38 37+23 44+156 47+111 65+4 45+30 106+36 85+21 46+115 49+77 39+79 82+2
@@ -30,7 +30,7 @@ _RECORDED = """
 """
 TRACE = tuple((int(a), int(b)) for a, _, b in (p.partition("+") for p in _RECORDED.split()))
 """Tokens of each prompt in examples/prompts.parquet and of the completion that SmolLM2-135M gave,
-at temperature 0.7: `benchmarks/memory.py --record` makes it."""
+at temperature 0.7: `python -m benchmarks.memory --record` makes it."""
 MAX_COMPLETION = core.SamplingParams().max_tokens
 """What the recorded job, and any that does not know its completions, allows for."""
 
@@ -206,23 +206,6 @@ def render_case(case: Case, runs: dict[str, Run]) -> str:
             f"{size(s['used_mean']):>11}{s['utilisation']:>14.1%}{size(s['waste_mean']):>11}"
             f"{s['steps']:>8,}{s['preemptions']:>11,}{s['recomputed']:>12.1%}"
         )
-    return "\n".join(lines)
-
-
-def render_table8(cells: Iterable[WorstCase]) -> str:
-    """Table 8 as text: for each layout and page size, tokens a page and MiB a request may waste."""
-    rows: dict[tuple[bool, str], dict[int, WorstCase]] = {}
-    for cell in cells:
-        name = f"{cell.model} TP-{cell.tensor_parallel}"
-        rows.setdefault((cell.interleaved, name), {})[cell.page_size] = cell
-    lines = ["tokens a page | MiB that a request can waste, on all its GPUs"]
-    for interleaved, title in ((False, "K and V of each layer apart"), (True, "all interleaved")):
-        chosen = {name: row for (kind, name), row in rows.items() if kind is interleaved}
-        pages = next(iter(chosen.values()))
-        lines += ["", f"{title:<28}" + "".join(f"{size(page):>18}" for page in pages)]
-        for name, row in chosen.items():
-            shown = (f"{c.tokens_per_page:.4g} | {c.waste / 2**20:.4g}" for c in row.values())
-            lines.append(f"  {name:<26}" + "".join(f"{text:>18}" for text in shown))
     return "\n".join(lines)
 
 
