@@ -268,10 +268,10 @@ class KVArena:
         """
         settled, self._space.retired = self._space.retired, max(step, self._space.retired)
         pool = self.pool
-        pool.retire(self._space.retired)
+        pool.remeasure()
         demand, self._acquired = pool.acquired - self._acquired, pool.acquired
         budget = pool.page_budget()
-        unused = pool.created - pool.parked - self._space.claimed_pages
+        unused = pool.created - self._space.claimed_pages
         slots = self._slots  # most have what is coming claimed: no need to look any closer
         missing = sum(self._missing(s, n) for s, n in coming if n > slots[s].backed)
         missing += -(-others * self.layout.bytes_per_token // self.layout.page_bytes)

@@ -7,8 +7,7 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html
 from collections.abc import Sequence
 from typing import Any
 
-from batchrun.allocator.mappings import MappingTable
-from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages
+from batchrun.allocator.vmm import AllocatorError, Handle, MappingTable, OutOfPages
 
 _HINTS = {
     "CUDA_ERROR_NO_DEVICE": "look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
@@ -112,7 +111,7 @@ class CudaMemory:
             raise AllocatorError(
                 f"page size {page_size} is not a positive multiple of the driver's {minimum}"
             )
-        self.ledger = MappingTable(self.granularity)
+        self.mappings = MappingTable(self.granularity)
         self._allocations: dict[Handle, list[Any]] = {}  # page -> the driver's handles, by plane
         self._created = 0  # handles are never used again: a stale one is always told
         self._context = call("cuDevicePrimaryCtxRetain", self._device)
@@ -120,29 +119,29 @@ class CudaMemory:
 
     def memory_info(self) -> tuple[int, int]:
         """Bytes of the device that are free, and that it has, whoever uses them."""
-        self.ledger.check_open()
+        self.mappings.check_open()
         self._enter()
         free, total = self.driver.call("cuMemGetInfo")
         return int(free), int(total)
 
-    def reserve(self, size: int) -> int:
+    def reserve(self, size: int, slab: int | None = None) -> int:
         """See `VirtualMemory.reserve`."""
-        self.ledger.check_reserve(size)
+        self.mappings.check_reserve(size, slab)
         self._enter()
         address = int(self.driver.call("cuMemAddressReserve", size * self.planes, 0, 0, 0))
-        self.ledger.reserved(address, size)
+        self.mappings.reserved(address, size, slab)
         return address
 
     def free(self, address: int, size: int) -> None:
         """See `VirtualMemory.free`."""
-        self.ledger.check_free(address, size)
+        self.mappings.check_free(address, size)
         self._enter()
         self.driver.call("cuMemAddressFree", address, size * self.planes)
-        self.ledger.freed(address)
+        self.mappings.freed(address)
 
     def create(self, count: int) -> list[Handle]:
         """See `VirtualMemory.create`."""
-        self.ledger.check_create(count)
+        self.mappings.check_create(count)
         self._enter()
         call, size = self.driver.call, self.granularity
         made: list[Any] = []
@@ -160,34 +159,35 @@ class CudaMemory:
         for position, handle in enumerate(handles):
             begin = position * self.planes
             self._allocations[handle] = made[begin : begin + self.planes]
-        self.ledger.mapped_at.update(dict.fromkeys(handles, 0))
+        self.mappings.created(handles)
         return handles
 
     def destroy(self, handles: Sequence[Handle]) -> None:
         """See `VirtualMemory.destroy`; what a driver's error leaves undone stays to be done."""
-        self.ledger.check_destroy(handles)
+        self.mappings.check_destroy(handles)
         self._enter()
         for handle in handles:
             parts = self._allocations[handle]
             while parts:
                 self.driver.call("cuMemRelease", parts[-1])
                 parts.pop()
-            del self._allocations[handle], self.ledger.mapped_at[handle]
+            del self._allocations[handle]
+            self.mappings.destroyed([handle])
 
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         """See `VirtualMemory.map`. Grants access to a plane's range in one call, the dear one."""
-        pages = self.ledger.check_map(address, handles)
+        place = self.mappings.check_map(address, handles)
         self._enter()
         joined: list[range] = []
         try:
-            for plane, addresses in enumerate(self._of_planes(pages)):
+            for plane, addresses in enumerate(self._of_planes(address, len(handles))):
                 self._join(addresses, [self._allocations[handle][plane] for handle in handles])
                 joined.append(addresses)
         except AllocatorError:
             for addresses in joined:
                 self._unjoin(addresses)
             raise
-        self.ledger.mapped(pages, handles)
+        self.mappings.mapped(place, handles)
 
     def unmap(self, address: int, count: int) -> None:
         """See `VirtualMemory.unmap`. No work that is under way on the device may use the range.
@@ -195,12 +195,12 @@ class CudaMemory:
         The driver's documentation promises to unmap a range that was mapped by one call, so every
         page is its own call.
         """
-        pages = self.ledger.check_unmap(address, count)
-        held = [self._allocations[self.ledger.table[page]] for page in pages]
+        place, pages = self.mappings.check_unmap(address, count)
+        held = [self._allocations[page] for page in pages]
         self._enter()
         done: list[tuple[int, Any]] = []
         try:
-            for plane, addresses in enumerate(self._of_planes(pages)):
+            for plane, addresses in enumerate(self._of_planes(address, count)):
                 for at, allocations in zip(addresses, held, strict=True):
                     self.driver.call("cuMemUnmap", at, self.granularity)
                     done.append((at, allocations[plane]))
@@ -208,23 +208,23 @@ class CudaMemory:
             for at, allocation in done:
                 self._join(range(at, at + self.granularity, self.granularity), [allocation])
             raise
-        self.ledger.unmapped(pages)
+        self.mappings.unmapped(place, count)
 
     def close(self) -> None:
         """See `VirtualMemory.close`. Every call is tried before the first error is raised."""
-        if self.ledger.closed:
+        if self.mappings.closed:
             return
-        pages = (range(at, at + 1) for at in self.ledger.table)
-        mapped = (addresses[0] for page in pages for addresses in self._of_planes(page))
-        held = (part for parts in self._allocations.values() for part in parts)
-        reserved = self.ledger.reservations.items()
+        pages = (self._of_planes(at, 1) for at, _ in self.mappings.all_mapped())
+        mapped = (addresses[0] for page in pages for addresses in page)
+        allocated = (part for parts in self._allocations.values() for part in parts)
+        reserved = self.mappings.reservations.items()
         calls: list[tuple[Any, ...]] = [
             *(("cuMemUnmap", address, self.granularity) for address in mapped),
-            *(("cuMemRelease", allocation) for allocation in held),
-            *(("cuMemAddressFree", at, size * self.planes) for at, size in reserved),
+            *(("cuMemRelease", allocation) for allocation in allocated),
+            *(("cuMemAddressFree", at, held.size * self.planes) for at, held in reserved),
             ("cuDevicePrimaryCtxRelease", self._device),
         ]
-        self.ledger.close()
+        self.mappings.close()
         self._allocations.clear()
         errors: list[AllocatorError] = []
         self._enter()
@@ -241,11 +241,11 @@ class CudaMemory:
         if int(self.driver.call("cuCtxGetCurrent")) != int(self._context):
             self.driver.call("cuCtxSetCurrent", self._context)
 
-    def _of_planes(self, pages: range) -> list[range]:
-        """The addresses of some pages in each plane."""
-        _, size = self.ledger.reservation_of(pages.start, 1)
-        starts = range(pages.start, pages.start + size * self.planes, size)
-        return [range(at, at + len(pages) * self.granularity, self.granularity) for at in starts]
+    def _of_planes(self, address: int, count: int) -> list[range]:
+        """The addresses of a range of pages in each plane."""
+        size = self.mappings.reservation_of(address)[1].size
+        starts = range(address, address + size * self.planes, size)
+        return [range(at, at + count * self.granularity, self.granularity) for at in starts]
 
     def _join(self, pages: range, allocations: Sequence[Any]) -> None:
         """Map pages of one plane and grant access, or leave none of them mapped."""

@@ -9,7 +9,6 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from batchrun.allocator.mappings import MappingTable
 from batchrun.allocator.system import (
     SHARED_MEMORY,
     is_memfd,
@@ -20,7 +19,7 @@ from batchrun.allocator.system import (
     refused,
     why_no_addresses,
 )
-from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, Refused
+from batchrun.allocator.vmm import AllocatorError, Handle, MappingTable, OutOfPages, Refused
 
 # From <linux/mman.h> and <linux/falloc.h>; the `mmap` module lacks some before Python 3.13.
 _MAP_FIXED = 0x10
@@ -77,7 +76,7 @@ class HostMemory:
         self.max_mappings = max_mappings
         self._guard = guard
         self._libc = load_libc()
-        self.ledger = MappingTable(page_size)
+        self.mappings = MappingTable(page_size)
         self._fd = memory_file()
         self._created = 0  # handles given out so far
         self._places: dict[Handle, int] = {}  # page -> where it is in the file, in pages
@@ -86,19 +85,19 @@ class HostMemory:
         self._end = 0  # of the places of all reservations there ever were
         self._ranges: list[tuple[int, int]] = []  # of each: its first place, pages of a plane
         self._spare = _SPARE_PLACES
-        self._mappings = 0  # of each plane
+        self._kernel_mappings = 0  # of each plane
 
-    def reserve(self, size: int) -> int:
+    def reserve(self, size: int, slab: int | None = None) -> int:
         """See `VirtualMemory.reserve`."""
-        self.ledger.check_reserve(size)
+        self.mappings.check_reserve(size, slab)
         self._check_file_limit(self._end + size // self.granularity * self.planes)
         address = self._mmap(None, size * self.planes, None)
-        self.ledger.reserved(address, size)
+        self.mappings.reserved(address, size, slab)
         begin, pages = self._end, size // self.granularity
         self._begins[address] = begin
         self._ranges.append((begin, pages))
         self._end += pages * self.planes
-        self._mappings += 1
+        self._kernel_mappings += 1
         try:
             for plane in range(0 if self._guard else self.planes):
                 self._mmap(address + plane * size, size, begin, plane)
@@ -109,32 +108,31 @@ class HostMemory:
 
     def free(self, address: int, size: int) -> None:
         """See `VirtualMemory.free`."""
-        self.ledger.check_free(address, size)
+        self.mappings.check_free(address, size)
         if self._libc.munmap(address, size * self.planes):
             raise refused("munmap", f"{size} bytes at {address:#x}")
-        self.ledger.freed(address)
+        self.mappings.freed(address)
         del self._begins[address]
-        self._mappings -= 1
+        self._kernel_mappings -= 1
 
     def create(self, count: int) -> list[Handle]:
         """See `VirtualMemory.create`."""
-        self.ledger.check_create(count)
+        self.mappings.check_create(count)
         handles = [Handle(self._created + i) for i in range(count)]
         self._created += count
-        self.ledger.mapped_at.update(dict.fromkeys(handles, 0))
+        self.mappings.created(handles)
         return handles
 
     def destroy(self, handles: Sequence[Handle]) -> None:
         """See `VirtualMemory.destroy`."""
-        self.ledger.check_destroy(handles)
+        self.mappings.check_destroy(handles)
         self._displace([handle for handle in handles if handle in self._places])
-        for handle in handles:
-            del self.ledger.mapped_at[handle]
+        self.mappings.destroyed(handles)
 
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         """See `VirtualMemory.map`."""
-        pages = self.ledger.check_map(address, handles)
-        own = self._own_place(address, len(handles))
+        place = self.mappings.check_map(address, handles)
+        own = self._own_place(address)
         placed = self._place(own, handles)
         try:
             places = [self._places[handle] for handle in handles]
@@ -143,64 +141,63 @@ class HostMemory:
         except AllocatorError:
             self._displace(placed)
             raise
-        self.ledger.mapped(pages, handles)
+        self.mappings.mapped(place, handles)
 
     def unmap(self, address: int, count: int) -> None:
         """See `VirtualMemory.unmap`."""
-        pages = self.ledger.check_unmap(address, count)
+        place, handles = self.mappings.check_unmap(address, count)
         if self._guard:
             self._show(address, [None] * count)
-            self.ledger.unmapped(pages)
+            self.mappings.unmapped(place, count)
             return
-        own = self._own_place(address, count)
-        handles = [self.ledger.table[at] for at in pages]
+        own = self._own_place(address)
         places = list(range(own, own + count))
         if [self._places[handle] for handle in handles] != places:
             self._show(address, places)
-        self.ledger.unmapped(pages)
-        self._displace([h for h in dict.fromkeys(handles) if not self.ledger.mapped_at[h]])
+        self.mappings.unmapped(place, count)
+        self._displace([h for h in dict.fromkeys(handles) if not self.mappings.counts[h]])
 
     def close(self) -> None:
         """See `VirtualMemory.close`."""
-        if self.ledger.closed:
+        if self.mappings.closed:
             return
-        for address, size in self.ledger.reservations.items():
-            self._libc.munmap(address, size * self.planes)
+        for address, held in self.mappings.reservations.items():
+            self._libc.munmap(address, held.size * self.planes)
         os.close(self._fd)
-        self.ledger.close()
+        self.mappings.close()
         self._places.clear()
         self._taken.clear()
         self._begins.clear()
-        self._mappings = 0
+        self._kernel_mappings = 0
 
-    def _own_place(self, address: int, count: int) -> int:
+    def _own_place(self, address: int) -> int:
         """The place that belongs to an address."""
-        base, _ = self.ledger.reservation_of(address, count)
+        base, _ = self.mappings.reservation_of(address)
         return self._begins[base] + (address - base) // self.granularity
 
     def _show(self, address: int, places: Sequence[int | None], *, populate: bool = False) -> None:
         """Have addresses show these places of the file, or nothing; all of them or none."""
         page = self.granularity
-        base, size = self.ledger.reservation_of(address, len(places))
+        base, held = self.mappings.reservation_of(address)
         end = address + len(places) * page
-        left = [self._shown(address - page)] if address > base else []
-        right = [self._shown(end)] if end < base + size else []
-        before = [self._shown(at) for at in range(address, end, page)]
+        left = self._shown(address - page, 1) if address > base else []
+        right = self._shown(end, 1) if end < base + held.size else []
+        before = self._shown(address, len(places))
         runs = [r for r in _runs(places) if before[slice(*r)] != list(places[slice(*r)])]
         # A run cuts the mapping that it lands in at both ends, at worst.
-        if populate and (self._mappings + len(runs) + 1) * self.planes > self.max_mappings:
+        if populate and (self._kernel_mappings + len(runs) + 1) * self.planes > self.max_mappings:
             raise self._out_of_mappings(len(runs))
         done: list[tuple[int, Sequence[int | None], int]] = []  # address, what it showed, plane
         try:
             for plane in range(self.planes):
                 for start, stop in runs:
-                    at = address + plane * size + start * page
+                    at = address + plane * held.size + start * page
                     self._mmap(at, (stop - start) * page, places[start], plane, populate=populate)
                     done.append((at, before[start:stop], plane))
         except AllocatorError:
             self._undo(done, hide=populate)
             raise
-        self._mappings += _cuts([*left, *places, *right]) - _cuts([*left, *before, *right])
+        self._kernel_mappings += _cuts([*left, *places, *right]) - _cuts([*left, *before, *right])
 
     def _undo(self, done: Sequence[tuple[int, Sequence[int | None], int]], *, hide: bool) -> None:
         """Have addresses show again what they did, or nothing.
@@ -216,12 +213,13 @@ class HostMemory:
                 self._mmap(address + start * page, (stop - start) * page, before[start], plane)
         self._guard = self._guard or hide  # those pages do not show their own places any more
 
-    def _shown(self, address: int) -> int | None:
-        """The place that an address shows."""
-        handle = self.ledger.table.get(address)
-        if handle is not None:
-            return self._places[handle]
-        return None if self._guard else self._own_place(address, 1)
+    def _shown(self, address: int, count: int) -> list[int | None]:
+        """The place that each address of a range shows."""
+        pages = self.mappings.pages(address, count)
+        if self._guard:
+            return [self._places.get(page) for page in pages]
+        own = self._own_place(address)
+        return [self._places.get(page, own + index) for index, page in enumerate(pages)]
 
     def _place(self, own: int, handles: Sequence[Handle]) -> list[Handle]:
         """Give those pages that have none a place in the file, and memory; returns them."""
@@ -324,10 +322,11 @@ class HostMemory:
             )
 
     def _out_of_mappings(self, more: int) -> OutOfPages:
+        more, used = more * self.planes, self._kernel_mappings * self.planes
         return OutOfPages(
-            f"cannot add {more * self.planes} memory mappings: {self._mappings * self.planes} of "
-            f"{self.max_mappings} are in use, and Linux bounds them by vm.max_map_count; run "
-            "`sysctl -w vm.max_map_count=1048576`, or use larger pages or fewer sequences at once"
+            f"cannot add {more} memory mappings: {used} of {self.max_mappings} are in use, and "
+            "Linux bounds them by vm.max_map_count; run `sysctl -w vm.max_map_count=1048576`, or "
+            "use larger pages or fewer sequences at once"
         )
 
 

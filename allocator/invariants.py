@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 def check_arena(arena: "KVArena") -> None:
     """Raise AssertionError, with what is wrong, unless every invariant of an arena holds."""
     arena.pool.check()
-    references = Counter[Handle]()
+    references, counts = Counter[Handle](), arena.memory.mappings.counts
     for slot in arena._slots:
         _check_slot(arena, slot)
         for table in slot.tables:
             references.update(table)
     for handle, count in references.items():
-        held = arena.pool.references(handle)
-        assert held == count, f"page {handle} is mapped {count} times, has {held} references"
+        known = counts[handle]
+        assert known == count, f"page {handle} is in {count} slots, and {known} are counted"
     assert arena.pool.in_use == len(references), "a page in use is mapped nowhere"
     tokens = [slot.tokens for slot in arena._slots]
     assert arena._live_tokens == sum(tokens), f"{arena._live_tokens} live, slots have {tokens}"
@@ -53,7 +53,7 @@ def _check_slot(arena: "KVArena", slot: "Slot") -> None:
     for table, aliased in zip(slot.tables, slot.aliased, strict=True):
         assert aliased <= len(table), f"{at}: {aliased} of {len(table)} pages aliased"
         for handle in table[aliased:]:
-            assert arena.pool.references(handle) == 1, f"{at}: page {handle} is shared unawares"
+            assert arena.memory.mappings.counts[handle] == 1, f"{at}: {handle} is shared unawares"
 
 
 def _check_shared(arena: "KVArena") -> None:

@@ -1,6 +1,5 @@
-"""Physical pages that outlive the sequences using them: budget, references, fences."""
+"""Physical pages that outlive the sequences using them, within a budget."""
 
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
@@ -10,18 +9,18 @@ from batchrun.allocator.vmm import AllocatorError, Handle, OutOfBudget, OutOfPag
 class PagePool:
     """Pages of a `VirtualMemory`, created in batches on demand and kept for reuse.
 
-    A page is free, or in use (one or more references), or parked: unreferenced, but a step that
-    was launched earlier may still read it.
+    A page is free or in use. How often it is mapped the memory knows (`VirtualMemory.mappings`):
+    `release`d where it was unmapped, it stays in use until it is mapped nowhere.
 
     Args:
         memory: where pages come from. The pool destroys only what it created.
         budget: bytes of pages to hold at most, now: a number, or a function that is asked at most
-            once between two calls of `retire`; None for as much as the machine has.
+            once between two calls of `remeasure`; None for as much as the machine has.
         batch: pages to create at once at most when fewer are wanted. The pool grows by a small part
             of itself, so that a small cache does not hold a large one's spare pages.
 
     Attributes:
-        created: pages held now: free, in use and parked.
+        created: pages held now, free and in use.
         acquired: pages taken so far.
         create_calls, create_seconds, destroy_calls, destroy_seconds: work done so far.
     """
@@ -36,11 +35,10 @@ class PagePool:
         self._memory = memory
         self._page_bytes = memory.granularity * memory.planes
         self._budget = budget
-        self._measured: int | None = None  # what the function said since the last `retire`
+        self._measured: int | None = None  # what the function said since the last `remeasure`
         self._batch = batch
         self._free: list[Handle] = []
-        self._references: dict[Handle, int] = {}
-        self._parked: deque[tuple[int, list[Handle]]] = deque()  # steps ascending
+        self._used: set[Handle] = set()
         self._refused = False  # creating ahead failed, and growing on demand has not succeeded yet
         self.created = 0
         self.acquired = 0
@@ -56,13 +54,8 @@ class PagePool:
 
     @property
     def in_use(self) -> int:
-        """Pages with at least one reference."""
-        return len(self._references)
-
-    @property
-    def parked(self) -> int:
-        """Pages that wait for `retire`."""
-        return self.created - self.free - self.in_use
+        """Pages that were acquired, and not released since they are mapped nowhere."""
+        return len(self._used)
 
     def page_budget(self) -> int | None:
         """Pages that the budget allows to hold now; None where there is no budget."""
@@ -74,7 +67,7 @@ class PagePool:
         return None if budget is None else max(0, budget // self._page_bytes)
 
     def acquire(self, count: int) -> list[Handle]:
-        """Take `count` pages, with one reference each and undefined contents.
+        """Take `count` pages, mapped nowhere and of undefined contents.
 
         Raises:
             OutOfPages: the budget or the machine has not that many. Nothing was taken.
@@ -84,52 +77,24 @@ class PagePool:
         at = len(self._free) - count
         taken = self._free[at:]
         del self._free[at:]
-        self._references.update(dict.fromkeys(taken, 1))
+        self._used.update(taken)
         self.acquired += count
         return taken
 
-    def addref(self, handles: Sequence[Handle]) -> None:
-        """Add a reference to each page in use."""
+    def release(self, handles: Sequence[Handle]) -> int:
+        """Free those of some pages in use that are mapped nowhere. Returns how many those are."""
         for handle in handles:
-            if handle not in self._references:
-                raise AllocatorError(f"cannot share page {handle}: it is not in use")
-        for handle in handles:
-            self._references[handle] += 1
-
-    def release(self, handles: Sequence[Handle], step: int | None = None) -> int:
-        """Drop a reference from each page; pages without one become free.
-
-        Args:
-            handles: pages in use, each at most as often as it has references.
-            step: the last step that may read the pages: they are parked until it is retired.
-                None when no step can.
-
-        Returns:
-            The number of pages that have no reference any more.
-        """
-        for handle, times in Counter(handles).items():
-            held = self._references.get(handle, 0)
-            if times > held:
-                raise AllocatorError(f"page {handle} has {held} references; {times} are released")
-        if step is not None and self._parked and step < self._parked[-1][0]:
-            raise AllocatorError(f"step {step} comes before step {self._parked[-1][0]}")
-        unused: list[Handle] = []
-        for handle in handles:
-            self._references[handle] -= 1
-            if not self._references[handle]:
-                del self._references[handle]
-                unused.append(handle)
-        if step is None:
-            self._free += unused
-        elif unused:
-            self._parked.append((step, unused))
+            if handle not in self._used:
+                raise AllocatorError(f"cannot release page {handle}: it is not in use")
+        counts = self._memory.mappings.counts
+        unused = [handle for handle in dict.fromkeys(handles) if not counts[handle]]
+        self._used.difference_update(unused)
+        self._free += unused
         return len(unused)
 
-    def retire(self, step: int) -> None:
-        """Free the pages parked for steps up to and including `step`; ask for the budget anew."""
+    def remeasure(self) -> None:
+        """Have the function that says the budget asked anew, when it is needed next."""
         self._measured = None
-        while self._parked and self._parked[0][0] <= step:
-            self._free += self._parked.popleft()[1]
 
     def stock(self, count: int, budget: int | None) -> None:
         """Create `count` pages ahead of need; none where the machine refuses.
@@ -162,17 +127,11 @@ class PagePool:
 
     def check(self) -> None:
         """Raise AssertionError where the pool contradicts itself."""
-        parked = [handle for _, handles in self._parked for handle in handles]
-        every = [*self._free, *self._references, *parked]
-        assert len(set(every)) == len(every), "a page is in two of free, in use, parked"
+        every = [*self._free, *self._used]
+        assert len(set(every)) == len(every), "a page is free twice, or free and in use"
         assert len(every) == self.created, f"{len(every)} pages known, {self.created} created"
-        assert all(n > 0 for n in self._references.values()), "a page in use has no reference"
-        steps = [step for step, _ in self._parked]
-        assert steps == sorted(steps), f"parked steps are out of order: {steps}"
-
-    def references(self, handle: Handle) -> int:
-        """References of a page; 0 when it is free or parked."""
-        return self._references.get(handle, 0)
+        counts = self._memory.mappings.counts
+        assert not any(counts[handle] for handle in self._free), "a free page is mapped"
 
     def _grow(self, count: int) -> None:
         """Create at least `count` pages, some more where possible."""

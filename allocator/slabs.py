@@ -1,4 +1,4 @@
-"""The address space of all slots, and which pages are mapped in it."""
+"""The address space of all slots, and how pages are put behind it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ class Slabs:
     A slab's pages are mapped from its begin on, in order, and leave it from its end.
 
     Attributes:
-        tables: tables[slot][group] are the pages mapped in a slab, from its begin on.
+        tables: tables[slot][group] are the pages mapped in a slab, from its begin on: the memory's
+            own lists, which change as pages are mapped and unmapped.
         mapping, unmapping: the work done so far.
     """
 
@@ -42,17 +43,16 @@ class Slabs:
         self._sizes = [layout.slab_size(group) for group in range(layout.num_groups)]
         self._num_slots = num_slots
         self._bases: list[int] = []
-        self.tables: list[list[list[Handle]]] = [
-            [[] for _ in self._sizes] for _ in range(num_slots)
-        ]
         self.mapping = Work()
         self.unmapping = Work()
         try:
             for size in self._sizes:
-                self._bases.append(memory.reserve(num_slots * size))
+                self._bases.append(memory.reserve(num_slots * size, size))
         except AllocatorError:
             self.free()
             raise
+        groups = [memory.mappings.reservations[base].slabs for base in self._bases]
+        self.tables: list[list[list[Handle]]] = list(map(list, zip(*groups, strict=True)))
 
     @property
     def reserved(self) -> int:
@@ -78,9 +78,7 @@ class Slabs:
         """
         shared = shared or [()] * len(counts)
         fresh = self._pool.acquire(sum(counts))
-        aliases = [handle for handles in shared for handle in handles]
-        self._pool.addref(aliases)
-        mapped: list[tuple[list[Handle], int, list[Handle]]] = []  # table, address, what it gains
+        mapped: list[tuple[int, int]] = []  # address, pages
         used = 0
         try:
             for group, (table, count) in enumerate(zip(self.tables[slot], counts, strict=True)):
@@ -90,15 +88,13 @@ class Slabs:
                     begin = perf_counter()
                     self._memory.map(address, run)
                     self.mapping.add(begin)
-                    mapped.append((table, address, run))
+                    mapped.append((address, len(run)))
                     used += count
         except AllocatorError:
-            for _, address, run in mapped:
-                self._memory.unmap(address, len(run))
-            self._pool.release([*fresh, *aliases])
+            for address, pages in mapped:
+                self._memory.unmap(address, pages)
+            self._pool.release(fresh)
             raise
-        for table, _, run in mapped:
-            table.extend(run)
 
     def replace(self, slot: int, group: int, page: int, fresh: Handle) -> Handle:
         """Map an acquired page in the place of another, which is returned and released.
@@ -106,8 +102,7 @@ class Slabs:
         Raises:
             OutOfPages: the system has no room for the mapping. The page is what it was.
         """
-        table, address = self.tables[slot][group], self.address(group, slot, page)
-        old = table[page]
+        old, address = self.tables[slot][group][page], self.address(group, slot, page)
         begin = perf_counter()
         self._memory.unmap(address, 1)
         self.unmapping.add(begin)
@@ -118,19 +113,16 @@ class Slabs:
             self._memory.map(address, [old])
             raise
         self.mapping.add(begin)
-        table[page] = fresh
         self._pool.release([old])
         return old
 
     def cut(self, slot: int, group: int, keep: int) -> int:
         """Unmap a slab's pages from page `keep` on. Returns how many pages became free."""
-        table = self.tables[slot][group]
+        pages = self.tables[slot][group][keep:]
         begin = perf_counter()
-        self._memory.unmap(self.address(group, slot, keep), len(table) - keep)
+        self._memory.unmap(self.address(group, slot, keep), len(pages))
         self.unmapping.add(begin)
-        freed = self._pool.release(table[keep:])
-        del table[keep:]
-        return freed
+        return self._pool.release(pages)
 
     def free(self) -> None:
         """Give the address space back; nothing may be mapped in it."""

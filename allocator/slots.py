@@ -55,6 +55,7 @@ class SlotTable:
         closed: those that may be opened; neither open nor kept.
         kept: those that are closed and keep tokens.
         with_surplus: those with mapped pages beyond their claim.
+        counts: page -> number of slots that have it mapped.
         claims: pages of all claims, shared ones as often as they are claimed.
         retired: the last step that is finished.
         refusal: why the machine had no pages when they were last asked for in vain; empty where
@@ -66,6 +67,7 @@ class SlotTable:
     ) -> None:
         self.layout = layout
         self.pool = pool
+        self.counts = memory.mappings.counts
         self.slabs = Slabs(memory, layout, pool, num_slots)
         self.sharing = Sharing(layout)
         none = self.none = self.sharing.none
@@ -95,7 +97,7 @@ class SlotTable:
 
     def unshare(self, slot: Slot, num_tokens: int, step: int | None) -> bool:
         """Give a slot pages of its own for the tokens [slot.tokens, num_tokens), all mapped."""
-        layout, references = self.layout, self.pool.references
+        layout, counts = self.layout, self.counts
         begin, end = layout.whole_pages(slot.tokens), layout.pages_for(num_tokens)
         spans = [range(*span) for span in zip(begin, at_most(end, slot.aliased), strict=True)]
         self._reclaim(slot, spans)
@@ -104,7 +106,7 @@ class SlotTable:
             (group, page, max(0, live[group] - page * layout.page_size))
             for group, span in enumerate(spans)
             for page in span
-            if references(slot.tables[group][page]) > 1
+            if counts[slot.tables[group][page]] > 1
         ]
         if step is None and any(nbytes for *_, nbytes in shared):
             raise AllocatorError(f"slot {slot.index} writes into a shared page: name the step")
@@ -168,12 +170,12 @@ class SlotTable:
 
         They are those that it has already, and what is behind all of them and in no other slot.
         """
-        references, keep = self.pool.references, []
+        keep = []
         for own, theirs, count, aliased in zip(
             slot.tables, tables, whole, slot.aliased, strict=True
         ):
             if own[:count] == theirs[:count]:
-                rest = (p for p in range(count, aliased) if references(own[p]) > 1)
+                rest = (p for p in range(count, aliased) if self.counts[own[p]] > 1)
             else:
                 rest = (p for p, handle in enumerate(own) if handle != theirs[p])
             keep.append(next(rest, len(own)))

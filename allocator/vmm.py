@@ -5,11 +5,16 @@ address space and physical pages are obtained separately, one page may be mapped
 addresses, and touching an address with no page behind it is a fault, not a zero.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NewType, Protocol
 
 Handle = NewType("Handle", int)
 """One physical page: `VirtualMemory.granularity` bytes in each of its planes."""
+
+NO_PAGE = Handle(-1)
+"""What `MappingTable` has for an address that no page is behind."""
 
 
 class AllocatorError(Exception):
@@ -26,6 +31,218 @@ class OutOfPages(Refused):
 
 class OutOfBudget(OutOfPages):
     """The machine may have more: the KV budget has not."""
+
+
+Place = tuple[list[Handle], int]
+"""A slab of a `Reservation`, and the index of a range's first page there."""
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Address space that is reserved.
+
+    Attributes:
+        size: bytes of each plane.
+        slab: bytes of each slab.
+        slabs: of each slab, what is at every address from its begin to its last page.
+    """
+
+    size: int
+    slab: int
+    slabs: list[list[Handle]]
+
+
+class MappingTable:
+    """What a `VirtualMemory` has given out, and the rules of that protocol checked against it.
+
+    The only record of which page is at which address, and of how many addresses a page is at. It
+    calls no system. Each `check_*` raises `AllocatorError` where a rule would be broken, and
+    changes nothing.
+
+    Args:
+        granularity: bytes of one page in each plane.
+
+    Attributes:
+        reservations: by their addresses.
+        counts: page that exists -> number of addresses it is mapped at.
+        closed: whether the memory is, so that every check raises.
+    """
+
+    def __init__(self, granularity: int) -> None:
+        self.granularity = granularity
+        self.reservations: dict[int, Reservation] = {}
+        self._bases: list[int] = []  # of them, ascending
+        self.counts: dict[Handle, int] = {}
+        self.closed = False
+
+    def check_open(self) -> None:
+        """The memory is not closed."""
+        if self.closed:
+            raise AllocatorError("this memory is closed")
+
+    def check_reserve(self, size: int, slab: int | None) -> None:
+        """`size` is whole slabs, and a slab whole pages; at least one each."""
+        self.check_open()
+        if size <= 0 or size % self.granularity:
+            raise AllocatorError(
+                f"cannot reserve {size} bytes: not a positive multiple of the page size, "
+                f"{self.granularity}"
+            )
+        if slab is not None and (slab <= 0 or slab % self.granularity or size % slab):
+            raise AllocatorError(
+                f"cannot reserve {size} bytes in slabs of {slab}: not whole slabs, or pages "
+                f"of {self.granularity}"
+            )
+
+    def check_free(self, address: int, size: int) -> None:
+        """The range is one whole reservation, and nothing is mapped in it."""
+        self.check_open()
+        held = self.reservations.get(address)
+        if held is None or held.size != size:
+            why = "no reservation begins there" if held is None else f"it has {held.size} bytes"
+            raise AllocatorError(f"cannot free {size} bytes at {address:#x}: {why}")
+        mapped = sum(page != NO_PAGE for slab in held.slabs for page in slab)
+        if mapped:
+            raise AllocatorError(
+                f"cannot free {size} bytes at {address:#x}: {mapped} pages are still mapped there"
+            )
+
+    def check_create(self, count: int) -> None:
+        """`count` is no negative number."""
+        self.check_open()
+        if count < 0:
+            raise AllocatorError(f"cannot create {count} pages")
+
+    def check_destroy(self, handles: Sequence[Handle]) -> None:
+        """Every page exists, is named once, and is mapped nowhere."""
+        self.check_open()
+        self._check_exist(handles)
+        if len(set(handles)) != len(handles):
+            raise AllocatorError(f"cannot destroy a page twice in one call: {sorted(handles)}")
+        for handle in handles:
+            if self.counts[handle]:
+                raise AllocatorError(
+                    f"cannot destroy page {handle}: it is mapped at {self.counts[handle]} addresses"
+                )
+
+    def check_map(self, address: int, handles: Sequence[Handle]) -> Place:
+        """Every page exists, and the range is in one slab and unmapped. Returns its place."""
+        slab, first = place = self._place(address, len(handles))
+        self._check_exist(handles)
+        there = slab[first : first + len(handles)]
+        if there and there != [NO_PAGE] * len(there):
+            position = next(i for i, page in enumerate(there) if page != NO_PAGE)
+            raise AllocatorError(
+                f"cannot map {len(handles)} pages at {address:#x}: "
+                f"page {position} of the range is mapped already"
+            )
+        return place
+
+    def check_unmap(self, address: int, count: int) -> tuple[Place, list[Handle]]:
+        """The range is in one slab and mapped throughout. Returns its place and its pages."""
+        slab, first = place = self._place(address, count)
+        pages = slab[first : first + count]
+        if len(pages) < count or NO_PAGE in pages:
+            at = address + [*pages, NO_PAGE].index(NO_PAGE) * self.granularity
+            raise AllocatorError(
+                f"cannot unmap {count} pages at {address:#x}: nothing is mapped at {at:#x}"
+            )
+        return place, pages
+
+    def reserved(self, address: int, size: int, slab: int | None) -> None:
+        """Enter a reservation."""
+        slab = slab or size
+        slabs: list[list[Handle]] = [[] for _ in range(size // slab)]
+        self.reservations[address] = Reservation(size, slab, slabs)
+        insort(self._bases, address)
+
+    def freed(self, address: int) -> None:
+        """Enter that a reservation is given back."""
+        del self.reservations[address]
+        self._bases.remove(address)
+
+    def created(self, handles: Sequence[Handle]) -> None:
+        """Enter that pages exist."""
+        self.counts.update(dict.fromkeys(handles, 0))
+
+    def destroyed(self, handles: Sequence[Handle]) -> None:
+        """Enter that pages are given back."""
+        for handle in handles:
+            del self.counts[handle]
+
+    def mapped(self, place: Place, handles: Sequence[Handle]) -> None:
+        """Enter that `handles` are mapped at what `check_map` returned."""
+        slab, first = place
+        if first > len(slab):
+            slab += [NO_PAGE] * (first - len(slab))
+        slab[first : first + len(handles)] = handles
+        for handle in handles:
+            self.counts[handle] += 1
+
+    def unmapped(self, place: Place, count: int) -> None:
+        """Enter that nothing is mapped any more at what `check_unmap` returned."""
+        slab, first = place
+        for handle in slab[first : first + count]:
+            self.counts[handle] -= 1
+        if first + count < len(slab):
+            slab[first : first + count] = [NO_PAGE] * count
+            return
+        del slab[first:]
+        while slab and slab[-1] == NO_PAGE:
+            slab.pop()
+
+    def close(self) -> None:
+        """Forget everything; every check raises from now on."""
+        self.closed = True
+        self.reservations.clear()
+        self._bases.clear()
+        self.counts.clear()
+
+    def pages(self, address: int, count: int) -> list[Handle]:
+        """What is at each address of a range in one slab: a page, or `NO_PAGE`."""
+        slab, first = self._place(address, count)
+        found = slab[first : first + count]
+        return found + [NO_PAGE] * (count - len(found))
+
+    def all_mapped(self) -> Iterator[tuple[int, Handle]]:
+        """Every address that has a page, with the page."""
+        for base, held in self.reservations.items():
+            for begin, slab in zip(
+                range(base, base + held.size, held.slab), held.slabs, strict=True
+            ):
+                for index, page in enumerate(slab):
+                    if page != NO_PAGE:
+                        yield begin + index * self.granularity, page
+
+    def reservation_of(self, address: int, count: int = 0) -> tuple[int, Reservation]:
+        """The reservation that holds a range of `count` pages, and where it begins."""
+        at = bisect_right(self._bases, address)
+        if at:
+            base = self._bases[at - 1]
+            held = self.reservations[base]
+            if address + count * self.granularity <= base + held.size:
+                return base, held
+        raise AllocatorError(f"{count} pages at {address:#x} do not lie in one reservation")
+
+    def _place(self, address: int, count: int) -> Place:
+        if self.closed:
+            self.check_open()
+        if count <= 0:
+            raise AllocatorError(f"a range of {count} pages at {address:#x} is empty")
+        base, held = self.reservation_of(address, count)
+        index, offset = divmod(address - base, held.slab)
+        if offset % self.granularity:
+            raise AllocatorError(
+                f"address {address:#x} is not on a page boundary of the reservation at {base:#x}"
+            )
+        if offset + count * self.granularity > held.slab:
+            raise AllocatorError(f"{count} pages at {address:#x} do not lie in one slab")
+        return held.slabs[index], offset // self.granularity
+
+    def _check_exist(self, handles: Sequence[Handle]) -> None:
+        for handle in handles:
+            if handle not in self.counts:
+                raise AllocatorError(f"page {handle} does not exist (never created, or destroyed)")
 
 
 class VirtualMemory(Protocol):
@@ -49,8 +266,17 @@ class VirtualMemory(Protocol):
     def planes(self) -> int:
         """Parts of a page."""
 
-    def reserve(self, size: int) -> int:
+    @property
+    def mappings(self) -> MappingTable:
+        """Which page is where. To be read by all; only the memory itself changes it."""
+
+    def reserve(self, size: int, slab: int | None = None) -> int:
         """Reserve `size` bytes of address space a plane, without memory; touching it is a fault.
+
+        Args:
+            size: a multiple of `slab`.
+            slab: bytes of equal parts, each range lying in one of them; None for a single part.
+                They are best filled from their begin: addresses before the last page cost memory.
 
         Returns:
             The address, a multiple of the system's page size. Plane k begins `k * size` on.
@@ -75,7 +301,8 @@ class VirtualMemory(Protocol):
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         """Put `handles` behind the range that begins at `address`, readable and writable.
 
-        The range must lie in one reservation and be unmapped. A page may be mapped elsewhere too.
+        The range must lie in one slab of a reservation and be unmapped. A page may be mapped
+        elsewhere too.
 
         Raises:
             OutOfPages: the system has no room for another mapping, or no memory.

@@ -91,7 +91,7 @@ class ArenaModel:
         self.drain()
         self.arena.release()
         self.arena.check()
-        assert (self.memory.ledger.reservations, self.memory.ledger.mapped_at) == ({}, {})
+        assert (self.memory.mappings.reservations, self.memory.mappings.counts) == ({}, {})
         self.memory.close()
 
     def open(self, expected: int) -> int | None:
@@ -267,7 +267,7 @@ class ArenaModel:
         created = self.arena.pool.created
         self.budget = max(0, created + room)
         self.ceiling = max(self.budget, created)
-        self.arena.pool.retire(self.retired)  # it asks anew once a step, and this is the next
+        self.arena.pool.remeasure()  # it asks anew once a step, and this is the next
 
     def trim(self) -> None:
         self.arena.trim()
@@ -319,7 +319,7 @@ class ArenaModel:
         for slot, occupant in self.open_slots.items():
             assert self.arena.live_tokens(slot) == len(occupant.names)
         usage, created = self.arena.usage(), self.arena.pool.created
-        assert created == len(self.memory.ledger.mapped_at)
+        assert created == len(self.memory.mappings.counts)
         assert usage.mapped == created * self.layout.page_bytes
         assert self.ceiling is None or created <= self.ceiling
         lengths = [len(occupant.names) for occupant in self.open_slots.values()]

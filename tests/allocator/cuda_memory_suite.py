@@ -16,8 +16,8 @@ from tests.fake_cuda.control import FAKE, INVALID_CONTEXT, OUT_OF_MEMORY, calls,
 
 def state(memory: CudaMemory) -> tuple[object, ...]:
     """What the driver holds, and what the memory believes it does."""
-    ledger = memory.ledger
-    pages = (dict(ledger.mapped_at), dict(ledger.table), dict(ledger.reservations))
+    mappings = memory.mappings
+    pages = (dict(mappings.counts), dict(mappings.all_mapped()), sorted(mappings.reservations))
     return FAKE.fake_committed(), FAKE.fake_mappings(), FAKE.fake_reservations(), *pages
 
 
@@ -106,7 +106,7 @@ def test_a_reservation_that_fails_is_told(memory: CudaMemory) -> None:
     fail("cuMemAddressReserve", 1, OUT_OF_MEMORY)
     with pytest.raises(OutOfPages, match=r"cuMemAddressReserve failed with .* \(2\)"):
         memory.reserve(PAGE)
-    assert memory.ledger.reservations == {}
+    assert memory.mappings.reservations == {}
 
 
 def test_handles_are_never_used_again(memory: CudaMemory) -> None:

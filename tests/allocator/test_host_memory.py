@@ -58,9 +58,9 @@ def test_consecutive_pages_need_one_kernel_mapping(memory: HostMemory) -> None:
     handles = memory.create(64)
     memory.map(base, handles[:20])
     memory.map(base + 20 * 4096, handles[20:])
-    assert memory._mappings == 1
+    assert memory._kernel_mappings == 1
     memory.unmap(base + 4096, 1)
-    assert memory._mappings == 3
+    assert memory._kernel_mappings == 3
 
 
 def test_pages_in_any_order_need_one_kernel_mapping(memory: HostMemory) -> None:
@@ -68,7 +68,7 @@ def test_pages_in_any_order_need_one_kernel_mapping(memory: HostMemory) -> None:
     for i in range(8):
         for slab in slabs:
             memory.map(slab + i * 4096, memory.create(1))
-    assert memory._mappings == 4
+    assert memory._kernel_mappings == 4
 
 
 def test_a_page_that_moved_keeps_its_place_and_its_bytes(memory: HostMemory) -> None:
@@ -113,7 +113,7 @@ try:
 except OutOfPages as error:
     print(error)
 print(os.fstat(memory._fd).st_blocks * 512 // 4096)
-print([memory.ledger.mapped_at[page] for page in [*there, *more]])
+print([memory.mappings.counts[page] for page in [*there, *more]])
 """)
     message, committed, mapped = done.stdout.splitlines()
     assert message.startswith("cannot commit 8 pages of 4096 bytes: File too large (5 pages are")
@@ -204,7 +204,7 @@ except OutOfPages:
     print("refused")
 memory._libc.munmap(base, 8192 * 1000)  # room for reading the list of mappings
 print(open("/proc/self/maps").read().count(" rw-s ") - before + 1000)
-print([memory.ledger.mapped_at[page] for page in range(2, 17, 2)])
+print([memory.mappings.counts[page] for page in range(2, 17, 2)])
 memory.close()
 """)
     assert done.stdout == f"refused\n0\n{[0] * 8}\n", done.stderr

@@ -236,7 +236,7 @@ def test_a_failed_map_is_rolled_back(
             arena.ensure(slot, 12)
     arena.check()
     assert (arena.live_tokens(slot), arena.mapped_pages(slot)) == (4, 3)
-    assert len(memory.ledger.table) == 3
+    assert len(list(memory.mappings.all_mapped())) == 3
     assert arena.ensure(slot, 12)
     arena.check()
 
@@ -246,7 +246,7 @@ def test_a_failed_reservation_gives_the_others_back(memory: VirtualMemory) -> No
     layout = KVLayout((LayerKV(2, 64, 64),) * 2, 4, PAGE, 80 << 30, 1)
     with pytest.raises(AllocatorError, match=r"(mmap|cuMemAddressReserve) failed"):
         KVArena(memory, layout, num_slots=1)
-    assert memory.ledger.reservations == {}
+    assert memory.mappings.reservations == {}
 
 
 def test_retire_destroys_what_stays_unused_beyond_the_slack(make_arena: MakeArena) -> None:
@@ -257,7 +257,7 @@ def test_retire_destroys_what_stays_unused_beyond_the_slack(make_arena: MakeAren
     assert arena.pool.created == 31, "the next sequence may be about to open the slot"
     arena.retire(2)
     assert arena.pool.created == 16 + 4 + 4
-    assert len(arena.memory.ledger.mapped_at) == arena.pool.created
+    assert len(arena.memory.mappings.counts) == arena.pool.created
     assert arena.ensure(kept, 64)
     arena.check()
 
@@ -400,7 +400,7 @@ def test_slots_lie_one_slab_apart_in_one_reservation(
             Twin(memory).write(arena.address(group) + s * slab, bytes([65 + s]) * PAGE)
         read = Twin(memory).read(arena.address(group) + slot * slab, 2)
         assert read == bytes([65 + slot] * 2)
-    assert len(memory.ledger.reservations) == 2
+    assert len(memory.mappings.reservations) == 2
 
 
 def test_release_gives_everything_back(make_arena: MakeArena, memory: VirtualMemory) -> None:
@@ -409,8 +409,8 @@ def test_release_gives_everything_back(make_arena: MakeArena, memory: VirtualMem
     arena.close(opened(arena, 8), step=4)
     arena.release()
     arena.release()
-    ledger = memory.ledger
-    assert (ledger.reservations, ledger.table, ledger.mapped_at) == ({}, {}, {})
+    mappings = memory.mappings
+    assert (mappings.reservations, mappings.counts) == ({}, {})
     assert arena.usage().reserved == arena.usage().mapped == 0
     with pytest.raises(AllocatorError, match="released"):
         arena.open()

@@ -1,4 +1,4 @@
-"""The pool: budget, references, fences, and that nothing is lost or given twice."""
+"""The pool: budget, what is in use, and that nothing is lost or given twice."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ class Full(Wrapped):
         self.refusals = 0
 
     def create(self, count: int) -> list[Handle]:
-        if len(self.ledger.mapped_at) + count > self.room:
+        if len(self.mappings.counts) + count > self.room:
             self.refusals += 1
             raise OutOfPages("the machine is full")
         return self.memory.create(count)
@@ -51,10 +51,10 @@ def test_a_budget_that_moves_is_asked_once_after_each_step(memory: VirtualMemory
     assert pool.page_budget() == 2
     assert asked == 1
     budget = 3 * PAGE
-    pool.retire(1)
+    pool.remeasure()
     pool.acquire(1)
     budget = PAGE  # less than what is held already
-    pool.retire(2)
+    pool.remeasure()
     with pytest.raises(OutOfPages, match="room for 0"):
         pool.acquire(1)
     assert asked == 3
@@ -68,39 +68,36 @@ def test_released_pages_are_reused_before_the_pool_grows(memory: VirtualMemory) 
     assert pool.created == 4
 
 
-def test_a_shared_page_is_freed_by_its_last_reference(memory: VirtualMemory) -> None:
-    pool = PagePool(memory)
-    handles = pool.acquire(2)
-    pool.addref(handles[:1])
-    assert pool.release(handles) == 1
-    assert (pool.references(handles[0]), pool.references(handles[1])) == (1, 0)
-    assert pool.release(handles[:1]) == 1
-
-
-def test_parked_pages_wait_for_their_step(memory: VirtualMemory) -> None:
-    pool = PagePool(memory, budget=2 * PAGE)
+def test_a_shared_page_is_freed_where_it_was_mapped_last(memory: VirtualMemory) -> None:
+    pool, base = PagePool(memory), memory.reserve(4 * PAGE)
     one, two = pool.acquire(2)
-    pool.release([one], step=7)
-    pool.release([two], step=9)
-    pool.retire(6)
-    with pytest.raises(OutOfPages):
-        pool.acquire(1)
-    pool.retire(8)
-    assert pool.parked == 1
-    assert pool.acquire(1) == [one]
-    with pytest.raises(AllocatorError, match="step 3 comes before step 9"):
-        pool.release([one], step=3)
+    memory.map(base, [one, two, one])
+    memory.unmap(base, 2)
+    assert pool.release([one, two]) == 1
+    assert (pool.in_use, pool.free) == (1, 1)
+    memory.unmap(base + 2 * PAGE, 1)
+    assert pool.release([one]) == 1
+    assert sorted(pool.acquire(2)) == sorted([one, two])
 
 
-def test_releasing_more_often_than_referenced_changes_nothing(memory: VirtualMemory) -> None:
+def test_releasing_what_is_not_in_use_changes_nothing(memory: VirtualMemory) -> None:
     pool = PagePool(memory)
     one, two = pool.acquire(2)
-    with pytest.raises(AllocatorError, match=f"page {two} has 1 references; 2 are released"):
-        pool.release([one, two, two])
-    with pytest.raises(AllocatorError, match="not in use"):
-        pool.addref([one, Handle(999)])
-    assert (pool.references(one), pool.references(two)) == (1, 1)
+    assert pool.release([two, two]) == 1, "a page that is named twice is free once"
+    for wrong in (two, Handle(999)):
+        with pytest.raises(AllocatorError, match=f"page {wrong}: it is not in use"):
+            pool.release([one, wrong])
+    assert (pool.in_use, pool.free) == (1, 1)
     pool.check()
+
+
+def test_a_free_page_that_is_mapped_is_found(memory: VirtualMemory) -> None:
+    pool, base = PagePool(memory), memory.reserve(PAGE)
+    page = pool.acquire(1)
+    pool.release(page)
+    memory.map(base, page)
+    with pytest.raises(AssertionError, match="a free page is mapped"):
+        pool.check()
 
 
 def test_a_large_pool_grows_by_batches_within_its_budget(memory: VirtualMemory) -> None:
@@ -153,61 +150,59 @@ def test_a_machine_that_refuses_pages_ahead_is_not_asked_again_until_it_gives_so
 
 
 class PoolMachine(RuleBasedStateMachine):
+    """A pool and a memory, whose pages are mapped anywhere before they are released."""
+
     BUDGET = 12
+    PLACES = 40
 
     def __init__(self) -> None:
         super().__init__()
         self.memory = open_memory()
+        self.base = self.memory.reserve(self.PLACES * PAGE)
         self.pool = PagePool(self.memory, budget=self.BUDGET * PAGE)
-        self.references: Counter[Handle] = Counter()
-        self.parked: list[tuple[int, Handle]] = []
-        self.step = 0
+        self.used: set[Handle] = set()
+        self.mapped: dict[int, Handle] = {}  # address -> page
 
     def teardown(self) -> None:
         self.memory.close()
 
     @rule(count=st.integers(0, 6))
     def acquire(self, count: int) -> None:
-        fits = len(self.references) + len(self.parked) + count <= self.BUDGET
-        if not fits:
+        if len(self.used) + count > self.BUDGET:
             with pytest.raises(OutOfPages):
                 self.pool.acquire(count)
             return
         handles = self.pool.acquire(count)
         assert len(handles) == count
-        taken = set(self.references) | {handle for _, handle in self.parked}
-        assert not taken & set(handles)
-        self.references.update(handles)
+        assert not self.used & set(handles)
+        self.used.update(handles)
 
-    @precondition(lambda self: self.references)
+    @precondition(lambda self: self.used)
+    @rule(data=st.data(), at=st.integers(0, PLACES - 1))
+    def map(self, data: st.DataObject, at: int) -> None:
+        address, handle = self.base + at * PAGE, data.draw(st.sampled_from(sorted(self.used)))
+        if address not in self.mapped:
+            self.memory.map(address, [handle])
+            self.mapped[address] = handle
+
+    @precondition(lambda self: self.mapped)
     @rule(data=st.data())
-    def addref(self, data: st.DataObject) -> None:
-        handles = data.draw(st.lists(st.sampled_from(sorted(self.references)), max_size=3))
-        self.pool.addref(handles)
-        self.references.update(handles)
+    def unmap_and_release(self, data: st.DataObject) -> None:
+        picked = data.draw(st.sets(st.sampled_from(sorted(self.mapped)), max_size=5))
+        handles = [self.mapped.pop(address) for address in sorted(picked)]
+        for address in picked:
+            self.memory.unmap(address, 1)
+        self.release(handles)
 
-    @precondition(lambda self: self.references)
-    @rule(data=st.data(), fenced=st.booleans())
-    def release(self, data: st.DataObject, fenced: bool) -> None:
-        held = sorted(self.references.elements())
-        picked = data.draw(st.sets(st.integers(0, len(held) - 1), max_size=5))
-        handles = [held[i] for i in picked]
-        self.pool.release(handles, self.step if fenced else None)
-        self.references.subtract(handles)
-        for handle in set(handles):
-            if not self.references[handle]:
-                del self.references[handle]
-                if fenced:
-                    self.parked.append((self.step, handle))
+    @precondition(lambda self: self.used)
+    @rule(data=st.data())
+    def release_any(self, data: st.DataObject) -> None:
+        self.release(data.draw(st.lists(st.sampled_from(sorted(self.used)), max_size=3)))
 
-    @rule()
-    def next_step(self) -> None:
-        self.step += 1
-
-    @rule(behind=st.integers(0, 3))
-    def retire(self, behind: int) -> None:
-        self.pool.retire(self.step - behind)
-        self.parked = [(s, h) for s, h in self.parked if s > self.step - behind]
+    def release(self, handles: list[Handle]) -> None:
+        gone = set(handles) - set(self.mapped.values())
+        assert self.pool.release(handles) == len(gone)
+        self.used -= gone
 
     @rule(count=st.integers(-1, 4))
     def stock(self, count: int) -> None:
@@ -224,10 +219,11 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         self.pool.check()
-        assert self.pool.in_use == len(self.references)
-        assert self.pool.parked == len(self.parked)
-        assert all(self.pool.references(h) == n for h, n in self.references.items())
-        assert self.pool.created == len(self.memory.ledger.mapped_at) <= self.BUDGET
+        assert self.pool.in_use == len(self.used)
+        assert self.pool.created == self.pool.free + self.pool.in_use
+        counts = Counter(self.mapped.values())
+        assert all(counts[h] == n for h, n in self.memory.mappings.counts.items())
+        assert self.pool.created == len(self.memory.mappings.counts) <= self.BUDGET
 
 
 TestPoolMachine = PoolMachine.TestCase

@@ -1,5 +1,6 @@
 """What every `VirtualMemory` must do, run over the twin of this process."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import memory_twins
@@ -16,7 +17,7 @@ from hypothesis.stateful import (
 )
 from memory_twins import PAGE, Twin, examples, faulted
 
-from batchrun.allocator.vmm import AllocatorError, Handle, VirtualMemory
+from batchrun.allocator.vmm import NO_PAGE, AllocatorError, Handle, VirtualMemory
 
 PAGES = 8
 
@@ -34,7 +35,7 @@ def first_and_last(twin: Twin, address: int) -> tuple[int, int]:
 
 
 def test_a_terabyte_of_address_space_is_given(twin: Twin) -> None:
-    base = twin.memory.reserve(1 << 40)
+    base = twin.memory.reserve(1 << 40, 1 << 30)
     last = base + (1 << 40) - twin.memory.granularity
     twin.memory.map(last, twin.memory.create(1))
     fill(twin, last, 7)
@@ -172,6 +173,9 @@ VIOLATIONS: dict[str, Callable[[VirtualMemory, int, int, Handle], object]] = {
     "create a negative number": lambda m, p, base, spare: m.create(-1),
     "reserve nothing": lambda m, p, base, spare: m.reserve(0),
     "reserve a part of a page": lambda m, p, base, spare: m.reserve(p + 1),
+    "reserve a part of a slab": lambda m, p, base, spare: m.reserve(8 * p, 3 * p),
+    "reserve slabs of a part of a page": lambda m, p, base, spare: m.reserve(8 * p, p // 2),
+    "reserve slabs of nothing": lambda m, p, base, spare: m.reserve(8 * p, 0),
 }
 
 
@@ -191,6 +195,25 @@ def test_a_broken_rule_raises_and_changes_nothing(twin: Twin, broken: str) -> No
     twin.memory.unmap(base, PAGES)
     twin.memory.destroy([*mapped, spare])
     twin.memory.free(base, PAGES * page)
+
+
+def test_a_range_lies_in_one_slab(twin: Twin) -> None:
+    page = twin.memory.granularity
+    base = twin.memory.reserve(8 * page, 4 * page)
+    one, two = twin.memory.create(2)
+    with pytest.raises(AllocatorError, match=r"2 pages at .* do not lie in one slab"):
+        twin.memory.map(base + 3 * page, [one, two])
+    twin.memory.map(base + 3 * page, [one])
+    twin.memory.map(base + 4 * page, [two])
+    twin.write(base + 4 * page - 1, b"ab")
+    assert twin.read(base + 4 * page - 1, 2) == b"ab", "slabs follow each other"
+    with pytest.raises(AllocatorError, match=r"2 pages at .* do not lie in one slab"):
+        twin.memory.unmap(base + 3 * page, 2)
+    assert twin.memory.mappings.pages(base, 4) == [NO_PAGE] * 3 + [one]
+    twin.memory.unmap(base + 3 * page, 1)
+    assert twin.memory.mappings.reservations[base].slabs == [[], [two]]
+    twin.memory.unmap(base + 4 * page, 1)
+    twin.memory.free(base, 8 * page)
 
 
 def test_destroying_a_page_twice_raises(twin: Twin) -> None:
@@ -231,13 +254,19 @@ class MemoryMachine(RuleBasedStateMachine):
         self.memory, self.page = self.twin.memory, self.twin.memory.granularity
         self.contents: dict[Handle, int] = {}
         self.table: dict[int, Handle] = {}
+        self.slabs: dict[int, int] = {}  # of each reservation, pages
 
     def teardown(self) -> None:
         self.memory.close()
 
-    @rule(target=bases)
-    def reserve(self) -> int:
-        return self.memory.reserve(PAGES * self.page)
+    @rule(target=bases, slab=st.sampled_from([None, PAGES // 2, 2]))
+    def reserve(self, slab: int | None) -> int:
+        base = self.memory.reserve(PAGES * self.page, None if slab is None else slab * self.page)
+        self.slabs[base] = slab or PAGES
+        return base
+
+    def in_one_slab(self, base: int, at: int, count: int) -> bool:
+        return at % self.slabs[base] + count <= self.slabs[base]
 
     @rule(target=handles, count=st.integers(0, 5))
     def create(self, count: int):
@@ -252,7 +281,7 @@ class MemoryMachine(RuleBasedStateMachine):
         address = base + at * self.page
         pages = [address + i * self.page for i in range(len(run))]
         legal = (
-            at + len(run) <= PAGES
+            self.in_one_slab(base, at, len(run))
             and not self.table.keys() & set(pages)
             and self.contents.keys() >= set(run)
         )
@@ -267,7 +296,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def unmap(self, base: int, at: int, count: int) -> None:
         address = base + at * self.page
         pages = [address + i * self.page for i in range(count)]
-        if not (at + count <= PAGES and self.table.keys() >= set(pages)):
+        if not (self.in_one_slab(base, at, count) and self.table.keys() >= set(pages)):
             with pytest.raises(AllocatorError):
                 self.memory.unmap(address, count)
             return
@@ -305,19 +334,27 @@ class MemoryMachine(RuleBasedStateMachine):
                 assert first_and_last(self.twin, address) == (byte, byte)
 
     @invariant()
+    def the_table_has_every_page_where_it_is(self) -> None:
+        mappings, counts = self.memory.mappings, Counter(self.table.values())
+        assert dict(mappings.all_mapped()) == self.table
+        assert mappings.counts == {handle: counts[handle] for handle in self.contents}
+        ends = [slab[-1:] for held in mappings.reservations.values() for slab in held.slabs]
+        assert [NO_PAGE] not in ends
+
+    @invariant()
     def kernel_mappings_are_counted_right(self) -> None:
-        count = getattr(self.memory, "_mappings", None)
+        count = getattr(self.memory, "_kernel_mappings", None)
         if count is not None:
-            assert count == kernel_mappings(self.memory.ledger.reservations)
+            assert count == kernel_mappings(self.memory)
 
 
-def kernel_mappings(reservations: dict[int, int]) -> int:
+def kernel_mappings(memory: VirtualMemory) -> int:
     """What the kernel itself says: lines of /proc/self/maps that overlap each reservation."""
     with open("/proc/self/maps") as maps:
         ranges = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in maps]
     return sum(
-        low < base + size and high > base
-        for base, size in reservations.items()
+        low < base + held.size and high > base
+        for base, held in memory.mappings.reservations.items()
         for low, high in ranges
     )
 

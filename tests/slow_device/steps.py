@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchrun.allocator.arena import KVArena
-from batchrun.allocator.vmm import AllocatorError, Handle, VirtualMemory
+from batchrun.allocator.vmm import NO_PAGE, AllocatorError, Handle, VirtualMemory
 from batchrun.engine.core import StepPlan
 
 Done = Counter[Any]  # operations, by stream
@@ -41,7 +41,7 @@ class Uses:
     ) -> None:
         """Bytes `[first, last)` of a slab are touched."""
         first, last = bytes_
-        size, table = arena.layout.page_size, arena._slabs.tables[slot][group]
+        size, table = arena.layout.page_size, arena._slots[slot].tables[group]
         for page in range(first // size, -(-last // size)):
             self.addresses.add(arena._slabs.address(group, slot, page))
             touched = range(max(first - page * size, 0), min(last - page * size, size))
@@ -183,11 +183,13 @@ class WatchedMemory:
     def page_at(self, address: int, nbytes: int) -> tuple[Handle, range] | None:
         """The mapped page at an address, and which bytes of it are meant; None outside."""
         try:
-            base, _ = self.ledger.reservation_of(address, 1)
+            base, _ = self.mappings.reservation_of(address, 1)
         except AllocatorError:
             return None
         offset = (address - base) % self.memory.granularity
-        return self.ledger.table[address - offset], range(offset, offset + nbytes)
+        [page] = self.mappings.pages(address - offset, 1)
+        assert page != NO_PAGE, "bytes are copied where there is no page"
+        return page, range(offset, offset + nbytes)
 
 
 def _meet(one: range, other: range) -> bool:
