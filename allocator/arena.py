@@ -16,12 +16,12 @@ alone. What a slot shares lies before its live tokens' end, so that growing does
 
 from collections.abc import Callable, Iterable
 
-from batchrun.allocator.accounting import Usage, paged_blocks, paged_bytes, static_bytes
-from batchrun.allocator.invariants import check_arena
+from batchrun.allocator.accounting import Usage
+from batchrun.allocator.invariants import check_slots
 from batchrun.allocator.layout import KVLayout
 from batchrun.allocator.pages import PagePool
 from batchrun.allocator.sharing import MemoryCopy, at_most
-from batchrun.allocator.slots import Slot, SlotTable
+from batchrun.allocator.slots import SlotTable
 from batchrun.allocator.vmm import AllocatorError, VirtualMemory
 
 _SPARE_PAGES = 4  # Unused pages that are never too many.
@@ -74,11 +74,9 @@ class KVArena:
         self.slack = slack
         self.give_back = give_back
         self.pool = PagePool(memory, budget)
-        self._space = SlotTable(memory, layout, self.pool, num_slots)
-        self._slots, self._slabs = self._space.slots, self._space.slabs
-        self._sharing = self._space.sharing
-        self._live_tokens = 0
-        self._live_blocks = 0
+        self._table = SlotTable(memory, layout, self.pool, num_slots)
+        self._slots, self._slabs = self._table.slots, self._table.slabs
+        self._sharing = self._table.sharing
         self._acquired = 0  # by the pool's count, when a step was last retired
 
     def open(self, num_tokens: int = 0) -> int | None:
@@ -94,23 +92,14 @@ class KVArena:
         if not self._slabs.reserved:
             raise AllocatorError("this KVArena is released")
         wanted = self.layout.pages_for(num_tokens)
-        total = sum(wanted)
-
-        slot, least = None, (False, False, 0, 0)
-        for index in self._space.closed:
-            each = self._slots[index]
-            if not each.aliased_end or each.fence <= self._space.retired:
-                pages = each.num_pages
-                misfit = each.aliased_end > 0, pages < total, abs(pages - total), index
-                if slot is None or misfit < least:
-                    slot, least = each, misfit
+        slot = self._table.closest(wanted)
         if slot is None:
             return None
         if slot.aliased_end:
-            self._space.cut(slot, self._space.usable(slot, self._space.none, slot.tables))
-            self._sharing.alias(slot, self._space.none)
-        self._space.closed.remove(slot.index)
-        self._space.claim(slot, at_most(wanted, slot.lengths))
+            self._table.cut(slot, self._table.usable(slot, self._table.none, slot.tables))
+            self._sharing.alias(slot, self._table.none)
+        self._table.closed.remove(slot.index)
+        self._table.claim(slot, at_most(wanted, slot.lengths))
         return slot.index
 
     def ensure(self, slot: int, num_tokens: int, step: int | None = None) -> bool:
@@ -136,16 +125,16 @@ class KVArena:
         """
         state = self._slots[slot]
         before, claimed = state.tokens, state.claimed
-        if not 0 <= num_tokens <= state.backed and not self._extend(state, num_tokens):
+        if not 0 <= num_tokens <= state.backed and not self._table.extend(state, num_tokens):
             return False
         if num_tokens == before:
             return True
-        if num_tokens > before < state.aliased_end and not self._space.unshare(
+        if num_tokens > before < state.aliased_end and not self._table.unshare(
             state, num_tokens, step
         ):
-            self._space.claim(state, at_most(claimed, state.lengths))
+            self._table.claim(state, at_most(claimed, state.lengths))
             return False
-        self._set_live(state, num_tokens)
+        self._table.set_live(state, num_tokens)
         return True
 
     def share(self, source: int, num_shared: int, num_tokens: int, step: int) -> int | None:
@@ -175,39 +164,21 @@ class KVArena:
         held = self.held_tokens(source)
         if not 0 <= num_shared <= held:
             raise AllocatorError(f"slot {source} has {held} tokens; {num_shared} can't be shared")
-        if step <= self._space.retired:
+        if step <= self._table.retired:
             raise AllocatorError(f"step {step} is retired; copies can't be made before it")
-        whole, wanted = layout.whole_pages(num_shared), layout.pages_for(num_shared)
         expected = layout.pages_for(max(num_shared, num_tokens))
-        slot = self._space.sharer(origin, whole, sum(expected))
-        if slot is None:
+        slot = self._table.sharer(origin, layout.whole_pages(num_shared), sum(expected))
+        if slot is None or not self._table.share(slot, origin, num_shared, step):
             return None
-        fence, origin.fence = origin.fence, max(origin.fence, step)  # nobody steals from it
-        self._space.cut(slot, self._space.usable(slot, whole, origin.tables))
-        has = slot.lengths
-        self._space.claim(slot, at_most(wanted, has))
-        aliases = [t[n:w] for t, n, w in zip(origin.tables, has, whole, strict=True)]
-        copies = [int(n <= w < c) for n, w, c in zip(has, whole, wanted, strict=True)]
-        mapped = self._space.map(slot, copies, aliases)
-        origin.fence = fence
-        if not mapped:
-            self._space.claim(slot, self._space.none, is_open=False)
-            return None
-        self._space.closed.remove(slot.index)
-        self._sharing.alias(origin, tuple(map(max, origin.aliased, whole)))
-        self._sharing.alias(slot, whole)
-        self._space.claim(slot, at_most(expected, slot.lengths))
-        self._set_live(slot, num_shared)
-        for group, page in enumerate(whole):
-            rest = num_shared * layout.group_bytes_per_token(group) - page * layout.page_size
-            if rest:
-                self._sharing.order(step, (group, page), origin, slot, rest)
+        self._table.closed.remove(slot.index)
+        self._table.claim(slot, at_most(expected, slot.lengths))
+        self._table.set_live(slot, num_shared)
         return slot.index
 
     def fork(self, source: int, step: int) -> int | None:
         """Open a slot with all live tokens of an open one: see `share`."""
         state = self._slots[source]
-        self._check_slot_open(state)
+        state.check_open()
         return self.share(source, state.tokens, state.tokens, step)
 
     def take_copies(self) -> tuple[MemoryCopy, ...]:
@@ -232,25 +203,25 @@ class KVArena:
                 can be shared from.
         """
         state = self._slots[slot]
-        self._check_slot_open(state)
+        state.check_open()
         if not 0 <= keep <= state.tokens:
             raise AllocatorError(f"slot {slot} has {state.tokens} tokens; {keep} can't be kept")
-        self._set_live(state, 0)
+        self._table.set_live(state, 0)
         state.fence = max(state.fence, step)
-        self._space.claim(state, self.layout.pages_for(keep), is_open=False)
+        self._table.claim(state, self.layout.pages_for(keep), is_open=False)
         state.kept = keep
-        (self._space.kept if keep else self._space.closed).add(slot)
+        (self._table.kept if keep else self._table.closed).add(slot)
         self._sharing.forget_copies(state)
 
     def drop(self, slot: int) -> None:
         """Give up what a kept slot kept: it is a closed slot like others now."""
-        if slot not in self._space.kept:
+        if slot not in self._table.kept:
             raise AllocatorError(f"slot {slot} keeps nothing")
         state = self._slots[slot]
         state.kept = 0
-        self._space.kept.remove(slot)
-        self._space.closed.add(slot)
-        self._space.claim(state, self._space.none, is_open=False)
+        self._table.kept.remove(slot)
+        self._table.closed.add(slot)
+        self._table.claim(state, self._table.none, is_open=False)
         self._sharing.forget_copies(state)
 
     def retire(self, step: int, coming: Iterable[tuple[int, int]] = (), others: int = 0) -> None:
@@ -266,30 +237,31 @@ class KVArena:
                 and kept; without, as many as the last step took, within `slack`.
             others: tokens that will be live soon in slots that are not open yet.
         """
-        settled, self._space.retired = self._space.retired, max(step, self._space.retired)
+        settled, self._table.retired = self._table.retired, max(step, self._table.retired)
         pool = self.pool
         pool.remeasure()
         demand, self._acquired = pool.acquired - self._acquired, pool.acquired
         budget = pool.page_budget()
-        unused = pool.created - self._space.claimed_pages
+        unused = pool.created - self._table.claimed_pages
         slots = self._slots  # most have what is coming claimed: no need to look any closer
-        missing = sum(self._missing(s, n) for s, n in coming if n > slots[s].backed)
+        pages_for, lacks = self.layout.pages_for, self._table.missing
+        missing = sum(sum(lacks(slots[s], pages_for(n))) for s, n in coming if n > slots[s].backed)
         missing += -(-others * self.layout.bytes_per_token // self.layout.page_bytes)
-        allowed = max(missing, _SPARE_PAGES + int(self.slack * self._space.claimed_pages))
+        allowed = max(missing, _SPARE_PAGES + int(self.slack * self._table.claimed_pages))
         over = 0 if budget is None else pool.created - budget
         excess = max(unused - allowed, over)
         if excess > 0:
-            fence, most = (settled, self.give_back) if over <= 0 else (self._space.retired, None)
+            fence, most = (settled, self.give_back) if over <= 0 else (self._table.retired, None)
             if most is not None:
                 excess = min(excess, most)
-            self._space.steal(excess - pool.free, fence, more=most is None)
+            self._table.steal(excess - pool.free, fence, more=most is None)
             pool.shrink(max(0, pool.free - excess))
         else:
             pool.stock(min(max(missing, demand), allowed) - unused, budget)
 
     def trim(self) -> None:
         """Destroy every page that no open slot has claimed and no unfinished step may read."""
-        self._space.steal(self.pool.created, self._space.retired)
+        self._table.steal(self.pool.created, self._table.retired)
         self.pool.shrink()
 
     def can_fit(self, num_tokens: int) -> bool:
@@ -305,7 +277,7 @@ class KVArena:
 
         Then tokens that fit alone (`can_fit`) may yet get none, however often they are asked for.
         """
-        return self._space.refusal
+        return self._table.refusal
 
     def has_room(self, num_tokens: int, spare: float) -> bool:
         """Whether so many tokens more could be held now with a part of the budget to spare.
@@ -318,7 +290,7 @@ class KVArena:
             return True
         spared = max(int(spare * budget), self.num_open * self.layout.num_groups)
         wanted = self.layout.total_pages_for(num_tokens)
-        return self._space.claimed_pages + wanted + spared <= budget
+        return self._table.claimed_pages + wanted + spared <= budget
 
     def address(self, group: int, plane: int = 0) -> int:
         """Where slot 0's slab of `group` begins; slot s's is s * `layout.slab_size(group)` on."""
@@ -340,7 +312,7 @@ class KVArena:
     @property
     def num_open(self) -> int:
         """Slots that are open."""
-        return self.num_slots - len(self._space.closed) - len(self._space.kept)
+        return self._table.num_open
 
     @property
     def work_seconds(self) -> float:
@@ -351,73 +323,21 @@ class KVArena:
 
     def usage(self) -> Usage:
         """What is reserved, mapped and live now. Cheap: nothing is counted up for it."""
-        layout, pool, slabs = self.layout, self.pool, self._slabs
-        return Usage(
-            reserved=slabs.reserved,
-            mapped=pool.created * layout.page_bytes,
-            live=self._live_tokens * layout.bytes_per_token - self._sharing.live_twice(),
-            shared=self._sharing.open_claims.excess * layout.page_bytes,
-            static=static_bytes(layout, self.num_open),
-            paged=paged_bytes(layout, self._live_blocks),
-            map_calls=slabs.mapping.calls,
-            unmap_calls=slabs.unmapping.calls,
-            create_calls=pool.create_calls,
-            destroy_calls=pool.destroy_calls,
-            map_seconds=slabs.mapping.seconds,
-            unmap_seconds=slabs.unmapping.seconds,
-            create_seconds=pool.create_seconds,
-            destroy_seconds=pool.destroy_seconds,
-        )
+        return self._table.usage()
 
     def release(self) -> None:
         """Close all slots and give everything back. No step may be unfinished. Idempotent."""
         for slot in self._slots:
             if slot.backed >= 0:
-                self.close(slot.index, self._space.retired)
-        for index in tuple(self._space.kept):
+                self.close(slot.index, self._table.retired)
+        for index in tuple(self._table.kept):
             self.drop(index)
         for slot in self._slots:
-            self._space.cut(slot, self._space.none)
+            self._table.cut(slot, self._table.none)
         self._sharing.copies.clear()
         self.pool.shrink()
         self._slabs.free()
 
     def check(self) -> None:
         """Raise AssertionError, with what is wrong, unless every invariant holds."""
-        check_arena(self)
-
-    def _missing(self, slot: int, num_tokens: int) -> int:
-        """Pages that a slot lacks for so many tokens."""
-        tables, wanted = self._slots[slot].tables, self.layout.pages_for(num_tokens)
-        return sum(max(0, n - len(t)) for n, t in zip(wanted, tables, strict=True))
-
-    def _extend(self, slot: Slot, num_tokens: int) -> bool:
-        """Claim and map pages for more tokens than `slot.backed`."""
-        self._check_slot_open(slot)
-        if not 0 <= num_tokens <= self.layout.max_tokens:
-            raise AllocatorError(
-                f"slot {slot.index} cannot hold {num_tokens} tokens: a slot has "
-                f"{self.layout.max_tokens}"
-            )
-        wanted = self.layout.pages_for(num_tokens)
-        missing = [max(0, n - len(t)) for n, t in zip(wanted, slot.tables, strict=True)]
-        if any(missing):
-            before = slot.claimed
-            # What the slot has of the wanted pages is claimed first: stealing must not take it.
-            self._space.claim(slot, at_most(wanted, slot.lengths))
-            if not self._space.map(slot, missing):
-                self._space.claim(slot, at_most(before, slot.lengths))
-                return False
-        self._space.claim(slot, wanted)
-        return True
-
-    def _set_live(self, slot: Slot, num_tokens: int) -> None:
-        before, slot.tokens = slot.tokens, num_tokens
-        self._live_tokens += num_tokens - before
-        self._live_blocks += paged_blocks(num_tokens) - paged_blocks(before)
-        if before < slot.aliased_end or num_tokens < slot.aliased_end:
-            self._sharing.recount(slot)
-
-    def _check_slot_open(self, slot: Slot) -> None:
-        if slot.backed < 0:
-            raise AllocatorError(f"slot {slot.index} is not open")
+        check_slots(self._table)

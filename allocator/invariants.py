@@ -1,37 +1,34 @@
-"""What must hold in an arena between calls, worked out from its tables alone."""
+"""What must hold in an arena between calls, worked out from its slots' tables alone."""
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from batchrun.allocator.accounting import paged_blocks
+from batchrun.allocator.slot import Slot
+from batchrun.allocator.slots import SlotTable
 from batchrun.allocator.vmm import Handle
 
-if TYPE_CHECKING:
-    from batchrun.allocator.arena import KVArena
-    from batchrun.allocator.slots import Slot
 
-
-def check_arena(arena: "KVArena") -> None:
+def check_slots(slots: SlotTable) -> None:
     """Raise AssertionError, with what is wrong, unless every invariant of an arena holds."""
-    arena.pool.check()
-    references, counts = Counter[Handle](), arena.memory.mappings.counts
-    for slot in arena._slots:
-        _check_slot(arena, slot)
+    slots.pool.check()
+    references, counts = Counter[Handle](), slots.counts
+    for slot in slots.slots:
+        _check_slot(slots, slot)
         for table in slot.tables:
             references.update(table)
     for handle, count in references.items():
         known = counts[handle]
         assert known == count, f"page {handle} is in {count} slots, and {known} are counted"
-    assert arena.pool.in_use == len(references), "a page in use is mapped nowhere"
-    tokens = [slot.tokens for slot in arena._slots]
-    assert arena._live_tokens == sum(tokens), f"{arena._live_tokens} live, slots have {tokens}"
-    assert arena._live_blocks == sum(map(paged_blocks, tokens)), "paged blocks"
-    assert arena._space.claims == sum(s.num_claimed for s in arena._slots), "claims"
-    _check_shared(arena)
+    assert slots.pool.in_use == len(references), "a page in use is mapped nowhere"
+    tokens = [slot.tokens for slot in slots.slots]
+    assert slots.live_tokens == sum(tokens), f"{slots.live_tokens} live, slots have {tokens}"
+    assert slots.live_blocks == sum(map(paged_blocks, tokens)), "paged blocks"
+    assert slots.claims == sum(s.num_claimed for s in slots.slots), "claims"
+    _check_shared(slots)
 
 
-def _check_slot(arena: "KVArena", slot: "Slot") -> None:
-    layout = arena.layout
+def _check_slot(slots: SlotTable, slot: Slot) -> None:
+    layout = slots.layout
     at, pages = f"slot {slot.index}", tuple(len(table) for table in slot.tables)
     assert slot.num_pages == sum(pages), f"{at}: {slot.num_pages} pages, table {pages}"
     assert slot.num_claimed == sum(slot.claimed), f"{at}: claim {slot.claimed}"
@@ -39,28 +36,28 @@ def _check_slot(arena: "KVArena", slot: "Slot") -> None:
         f"{at}: claims {slot.claimed} of {pages} pages"
     )
     state = (slot.backed, slot.tokens, slot.claimed)
-    if slot.index in arena._space.closed | arena._space.kept:
+    if slot.index in slots.closed | slots.kept:
         assert state == (-1, 0, layout.pages_for(slot.kept)), f"{at} is closed with {state}"
-        assert (slot.kept > 0) == (slot.index in arena._space.kept), f"{at} keeps {slot.kept}"
+        assert (slot.kept > 0) == (slot.index in slots.kept), f"{at} keeps {slot.kept}"
     else:
         backed = layout.tokens_in(slot.claimed)
         assert slot.tokens <= slot.backed == backed, (
             f"{at}: {slot.tokens} live, {slot.backed} backed, {backed} fit the claim"
         )
         assert slot.kept == 0, f"{at} is open and keeps {slot.kept}"
-    assert (slot.surplus > 0) == (slot.index in arena._space.with_surplus), f"{at}: surplus"
+    assert (slot.surplus > 0) == (slot.index in slots.with_surplus), f"{at}: surplus"
     assert slot.aliased_end == layout.tokens_on(slot.aliased), f"{at}: {slot.aliased} aliased"
     for table, aliased in zip(slot.tables, slot.aliased, strict=True):
         assert aliased <= len(table), f"{at}: {aliased} of {len(table)} pages aliased"
         for handle in table[aliased:]:
-            assert arena.memory.mappings.counts[handle] == 1, f"{at}: {handle} is shared unawares"
+            assert slots.counts[handle] == 1, f"{at}: {handle} is shared unawares"
 
 
-def _check_shared(arena: "KVArena") -> None:
+def _check_shared(slots: SlotTable) -> None:
     """Claims, live and shared bytes, page by page; where each page lies; the copies ordered."""
-    layout, places = arena.layout, dict[Handle, set[tuple[int, int]]]()
+    layout, places = slots.layout, dict[Handle, set[tuple[int, int]]]()
     claimed, opened, live = set[Handle](), Counter[Handle](), dict[Handle, int]()
-    for slot in arena._slots:
+    for slot in slots.slots:
         for group, table in enumerate(slot.tables):
             end = slot.tokens * layout.group_bytes_per_token(group)
             for page, handle in enumerate(table):
@@ -71,16 +68,16 @@ def _check_shared(arena: "KVArena") -> None:
             if slot.backed >= 0:
                 opened.update(table[: slot.claimed[group]])
     assert all(len(place) == 1 for place in places.values()), "a page lies at several indices"
-    assert arena._space.claimed_pages == len(claimed), f"{len(claimed)} pages are claimed"
-    usage, saved = arena.usage(), opened.total() - len(opened)
+    assert slots.claimed_pages == len(claimed), f"{len(claimed)} pages are claimed"
+    usage, saved = slots.usage(), opened.total() - len(opened)
     total = sum(live.values()) * layout.planes
     assert usage.live == total, f"{usage.live} live, pages hold {total}"
     assert usage.shared == saved * layout.page_bytes, f"{usage.shared} shared, {saved} pages are"
-    for _, copy in arena._sharing.copies:
+    for _, copy in slots.sharing.copies:
         for at in (copy.source, copy.target):
             index, offset = divmod(at, layout.slab_size(copy.group))
-            slot, page = arena._slots[index], offset // layout.page_size
+            slot, page = slots.slots[index], offset // layout.page_size
             assert page < len(slot.tables[copy.group]), f"{copy}: slot {index} has no page {page}"
-            assert page < slot.claimed[copy.group] or slot.fence > arena._space.retired, (
+            assert page < slot.claimed[copy.group] or slot.fence > slots.retired, (
                 f"{copy}: page {page} of slot {index} may be taken"
             )

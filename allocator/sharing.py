@@ -12,13 +12,10 @@ page that a prefix ends on is copied:
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from batchrun.allocator.layout import KVLayout
+from batchrun.allocator.slot import Slot
 from batchrun.allocator.vmm import Handle
-
-if TYPE_CHECKING:
-    from batchrun.allocator.slots import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,37 +82,37 @@ class Sharing:
         self._short: dict[int, Slot] = {}  # whose last live page may be an aliased one
         self.copies: list[tuple[int, MemoryCopy]] = []  # before which step's kernels, what
 
-    def alias(self, slot: "Slot", pages: tuple[int, ...]) -> None:
+    def alias(self, slot: Slot, pages: tuple[int, ...]) -> None:
         """Set how many leading pages of a slot may be shared, and count anew."""
         slot.aliased, slot.aliased_end = pages, self._layout.tokens_on(pages)
         self.recount(slot)
 
-    def recount(self, slot: "Slot") -> None:
-        """Bring the tallies in line with a slot whose claim, aliased pages or tokens changed."""
+    def recount(self, slot: Slot) -> None:
+        """Count anew a slot whose claim, aliased pages or tokens changed."""
         claimed = at_most(slot.aliased, slot.claimed)
         reach = (
             claimed,
             claimed if slot.backed >= 0 else self.none,
             at_most(slot.aliased, self._layout.whole_pages(slot.tokens)),
         )
-        for tally, was, now in zip(
-            self._tallies, slot.counted or (self.none,) * 3, reach, strict=True
+        for counts, was, now in zip(
+            self._ref_counts, slot.counted or (self.none,) * 3, reach, strict=True
         ):
             for table, before, after in zip(slot.tables, was, now, strict=True):
-                tally.add(table[before:after])
-                tally.remove(table[after:before])
+                counts.add(table[before:after])
+                counts.remove(table[after:before])
         slot.counted = reach
         if 0 < slot.tokens < slot.aliased_end:
             self._short[slot.index] = slot
         else:
             self._short.pop(slot.index, None)
 
-    def replaced(self, slot: "Slot", group: int, page: int, old: Handle) -> None:
+    def replaced(self, slot: Slot, group: int, page: int, old: Handle) -> None:
         """Count the page that a slot has now instead of an aliased one."""
-        for tally, reach in zip(self._tallies, slot.counted, strict=True):
+        for counts, reach in zip(self._ref_counts, slot.counted, strict=True):
             if page < reach[group]:
-                tally.remove([old])
-                tally.add([slot.tables[group][page]])
+                counts.remove([old])
+                counts.add([slot.tables[group][page]])
 
     def live_twice(self) -> int:
         """Bytes of live tokens that a sum over slots counts beyond the first time."""
@@ -133,7 +130,7 @@ class Sharing:
         return self._full.excess * layout.page_bytes + sum(twice) * layout.planes
 
     def order(
-        self, step: int, place: tuple[int, int], source: "Slot", target: "Slot", nbytes: int
+        self, step: int, place: tuple[int, int], source: Slot, target: Slot, nbytes: int
     ) -> None:
         """Have the first bytes of a page, at a group and index, copied to another slot's.
 
@@ -147,7 +144,7 @@ class Sharing:
         copy = MemoryCopy(group, begin, end, nbytes, slots)
         self.copies.append((step, copy))
 
-    def forget_copies(self, slot: "Slot") -> None:
+    def forget_copies(self, slot: Slot) -> None:
         """Drop the copies to unclaimed pages of a slot that closes, unless another copy reads them.
 
         The pages of the other copies stay until they are made.
@@ -170,7 +167,7 @@ class Sharing:
         self.copies = wanted[::-1]
 
     @property
-    def _tallies(self) -> tuple[RefCounts, RefCounts, RefCounts]:
+    def _ref_counts(self) -> tuple[RefCounts, RefCounts, RefCounts]:
         return self.claims, self.open_claims, self._full
 
 

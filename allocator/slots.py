@@ -1,50 +1,14 @@
 """What each slot has mapped, what it claims, and how pages move from slot to slot."""
 
-from dataclasses import dataclass, field
-
+from batchrun.allocator.accounting import Usage, paged_blocks, paged_bytes, static_bytes
 from batchrun.allocator.layout import KVLayout
 from batchrun.allocator.pages import PagePool
 from batchrun.allocator.sharing import Sharing, at_most
 from batchrun.allocator.slabs import Slabs
+from batchrun.allocator.slot import Slot
 from batchrun.allocator.vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
 
 _STEAL_PAGES = 8  # of each slab, where there are many: one unmap then serves several requests
-
-
-@dataclass(slots=True)
-class Slot:
-    """One sequence's place. Open while `backed` is not -1, kept while `kept` is not 0."""
-
-    index: int
-    tables: list[list[Handle]]  # per group, the mapped pages from the slab's begin on (Slabs')
-    claimed: tuple[int, ...]  # per group, pages that may be in use; at most len(table)
-    aliased: tuple[int, ...]  # per group, leading pages that may have other references
-    backed: int = -1  # tokens that the claimed pages hold; -1 when closed
-    tokens: int = 0  # live tokens
-    kept: int = 0  # tokens that a closed slot keeps
-    fence: int = -1  # the surplus may be read until this step is retired
-    num_pages: int = 0
-    num_claimed: int = 0
-    aliased_end: int = 0  # tokens that have bytes on the aliased pages
-    counted: tuple[tuple[int, ...], ...] = field(default=())  # per tally and group, pages
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Mapped pages per group."""
-        return tuple(map(len, self.tables))
-
-    @property
-    def surplus(self) -> int:
-        """Pages that are mapped and not claimed."""
-        return self.num_pages - self.num_claimed
-
-    @property
-    def unaliased_surplus(self) -> int:
-        """Surplus past the aliased pages: no other slot has it."""
-        if not self.aliased_end:
-            return self.surplus
-        pages = zip(self.tables, self.claimed, self.aliased, strict=True)
-        return sum(len(table) - max(claimed, aliased) for table, claimed, aliased in pages)
 
 
 class SlotTable:
@@ -57,6 +21,7 @@ class SlotTable:
         with_surplus: those with mapped pages beyond their claim.
         counts: page -> number of slots that have it mapped.
         claims: pages of all claims, shared ones as often as they are claimed.
+        live_tokens: of all slots.
         retired: the last step that is finished.
         refusal: why the machine had no pages when they were last asked for in vain; empty where
             it was the budget.
@@ -76,13 +41,107 @@ class SlotTable:
         self.kept: set[int] = set()
         self.with_surplus: set[int] = set()
         self.claims = 0
+        self.live_tokens = 0
+        self.live_blocks = 0  # that a paged cache would have for them
         self.retired = -1
         self.refusal = ""
+
+    @property
+    def num_open(self) -> int:
+        """Slots that are open."""
+        return len(self.slots) - len(self.closed) - len(self.kept)
 
     @property
     def claimed_pages(self) -> int:
         """Pages that open and kept slots claim, each once."""
         return self.claims - self.sharing.claims.excess
+
+    def usage(self) -> Usage:
+        """See `KVArena.usage`."""
+        layout, pool, slabs = self.layout, self.pool, self.slabs
+        return Usage(
+            reserved=slabs.reserved,
+            mapped=pool.created * layout.page_bytes,
+            live=self.live_tokens * layout.bytes_per_token - self.sharing.live_twice(),
+            shared=self.sharing.open_claims.excess * layout.page_bytes,
+            static=static_bytes(layout, self.num_open),
+            paged=paged_bytes(layout, self.live_blocks),
+            map_calls=slabs.mapping.calls,
+            unmap_calls=slabs.unmapping.calls,
+            create_calls=pool.create_calls,
+            destroy_calls=pool.destroy_calls,
+            map_seconds=slabs.mapping.seconds,
+            unmap_seconds=slabs.unmapping.seconds,
+            create_seconds=pool.create_seconds,
+            destroy_seconds=pool.destroy_seconds,
+        )
+
+    def closest(self, wanted: tuple[int, ...]) -> Slot | None:
+        """The closed slot whose pages fit best, of those that may be opened now.
+
+        Slots without shared pages come first, then those with pages enough.
+        """
+        total = sum(wanted)
+        best, least = None, (False, False, 0, 0)
+        for index in self.closed:
+            slot = self.slots[index]
+            if not slot.aliased_end or slot.fence <= self.retired:
+                pages = slot.num_pages
+                misfit = slot.aliased_end > 0, pages < total, abs(pages - total), index
+                if best is None or misfit < least:
+                    best, least = slot, misfit
+        return best
+
+    def missing(self, slot: Slot, wanted: tuple[int, ...]) -> list[int]:
+        """Pages of each slab that a slot lacks of those wanted."""
+        return [max(0, n - len(table)) for n, table in zip(wanted, slot.tables, strict=True)]
+
+    def extend(self, slot: Slot, num_tokens: int) -> bool:
+        """Claim and map pages for more tokens than `slot.backed`; False when they can't be had."""
+        slot.check_open()
+        most = self.layout.max_tokens
+        if not 0 <= num_tokens <= most:
+            raise AllocatorError(
+                f"slot {slot.index} cannot hold {num_tokens} tokens: a slot has {most}"
+            )
+        wanted = self.layout.pages_for(num_tokens)
+        missing = self.missing(slot, wanted)
+        if any(missing):
+            before = slot.claimed
+            # What the slot has of the wanted pages is claimed first: stealing must not take it.
+            self.claim(slot, at_most(wanted, slot.lengths))
+            if not self.map(slot, missing):
+                self.claim(slot, at_most(before, slot.lengths))
+                return False
+        self.claim(slot, wanted)
+        return True
+
+    def share(self, slot: Slot, origin: Slot, num_shared: int, step: int) -> bool:
+        """Give a closed slot the pages of another's first tokens, and order copies of parts.
+
+        Returns:
+            False when that can't be had. The slot is a closed one then, with what it could keep.
+        """
+        layout = self.layout
+        whole, wanted = layout.whole_pages(num_shared), layout.pages_for(num_shared)
+        fence, origin.fence = origin.fence, max(origin.fence, step)  # nobody steals from it
+        self.cut(slot, self.usable(slot, whole, origin.tables))
+        has = slot.lengths
+        self.claim(slot, at_most(wanted, has))
+        aliases = [t[n:w] for t, n, w in zip(origin.tables, has, whole, strict=True)]
+        copies = [int(n <= w < c) for n, w, c in zip(has, whole, wanted, strict=True)]
+        mapped = self.map(slot, copies, aliases)
+        origin.fence = fence
+        if not mapped:
+            self.claim(slot, self.none, is_open=False)
+            return False
+        self.sharing.alias(origin, tuple(map(max, origin.aliased, whole)))
+        self.sharing.alias(slot, whole)
+        for group, page in enumerate(whole):
+            rest = num_shared * layout.group_bytes_per_token(group) - page * layout.page_size
+            if rest:
+                self.sharing.order(step, (group, page), origin, slot, rest)
+        return True
 
     def map(self, slot: Slot, counts: list[int], shared: list[list[Handle]] | None = None) -> bool:
         """Map more pages in a slot, as `Slabs.extend` does; False when they can't be had."""
@@ -246,4 +305,12 @@ class SlotTable:
         else:
             self.with_surplus.discard(slot.index)
         if slot.aliased_end:
+            self.sharing.recount(slot)
+
+    def set_live(self, slot: Slot, num_tokens: int) -> None:
+        """Set how many tokens of an open slot are live."""
+        before, slot.tokens = slot.tokens, num_tokens
+        self.live_tokens += num_tokens - before
+        self.live_blocks += paged_blocks(num_tokens) - paged_blocks(before)
+        if before < slot.aliased_end or num_tokens < slot.aliased_end:
             self.sharing.recount(slot)

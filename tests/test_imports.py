@@ -179,6 +179,24 @@ def test_nothing_of_ours_is_imported_by_another_name():
             assert not {n.partition(".")[0] for n in names} & {"allocator", "jobs"}, path
 
 
+def test_no_two_modules_import_each_other():
+    """Nor any longer circle, of imports wherever they stand."""
+    done = set()
+
+    def visit(module, way):
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module in done:
+            return
+        for other in imports(module):
+            if other in MODULES:
+                visit(other, [*way, module])
+        done.add(module)
+
+    for module in MODULES:
+        if package(module) == "allocator":
+            visit(module, [])
+
+
 def test_names_are_imported_from_where_they_are_defined():
     """A name that is handed on is a second name for one thing."""
     wrong = []
