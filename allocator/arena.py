@@ -318,8 +318,8 @@ class KVArena:
     def work_seconds(self) -> float:
         """Time that creating, mapping, unmapping and destroying pages has taken so far."""
         slabs, pool = self._slabs, self.pool
-        mapping = slabs.mapping.seconds + slabs.unmapping.seconds
-        return mapping + pool.create_seconds + pool.destroy_seconds
+        every = slabs.mapping, slabs.unmapping, pool.creating, pool.destroying
+        return sum(work.seconds for work in every)
 
     def usage(self) -> Usage:
         """What is reserved, mapped and live now. Cheap: nothing is counted up for it."""

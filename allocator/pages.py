@@ -1,9 +1,23 @@
 """Physical pages that outlive the sequences using them, within a budget."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 from batchrun.allocator.vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
+
+
+@dataclass(slots=True)
+class Work:
+    """Calls made so far, and the seconds they took."""
+
+    calls: int = 0
+    seconds: float = 0.0
+
+    def add(self, begin: float) -> None:
+        """Count a call that began at `begin` and ends now."""
+        self.calls += 1
+        self.seconds += perf_counter() - begin
 
 
 class PagePool:
@@ -22,7 +36,7 @@ class PagePool:
     Attributes:
         created: pages held now, free and in use.
         acquired: pages taken so far.
-        create_calls, create_seconds, destroy_calls, destroy_seconds: work done so far.
+        creating, destroying: the work done so far.
     """
 
     def __init__(
@@ -42,10 +56,8 @@ class PagePool:
         self._refused = False  # creating ahead failed, and growing on demand has not succeeded yet
         self.created = 0
         self.acquired = 0
-        self.create_calls = 0
-        self.create_seconds = 0.0
-        self.destroy_calls = 0
-        self.destroy_seconds = 0.0
+        self.creating = Work()
+        self.destroying = Work()
 
     @property
     def free(self) -> int:
@@ -119,8 +131,7 @@ class PagePool:
             return 0
         begin = perf_counter()
         self._memory.destroy(self._free[keep:])
-        self.destroy_seconds += perf_counter() - begin
-        self.destroy_calls += 1
+        self.destroying.add(begin)
         del self._free[keep:]
         self.created -= excess
         return excess
@@ -160,7 +171,7 @@ class PagePool:
         try:
             handles = self._memory.create(count)
         finally:
-            self.create_seconds += perf_counter() - begin
-        self.create_calls += 1
+            self.creating.seconds += perf_counter() - begin
+        self.creating.calls += 1
         self.created += count
         self._free += handles

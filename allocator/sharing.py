@@ -79,6 +79,7 @@ class Sharing:
         self.claims = RefCounts()
         self.open_claims = RefCounts()
         self._full = RefCounts()  # aliased pages all of whose tokens are live
+        self._ref_counts = self.claims, self.open_claims, self._full
         self._short: dict[int, Slot] = {}  # whose last live page may be an aliased one
         self.copies: list[tuple[int, MemoryCopy]] = []  # before which step's kernels, what
 
@@ -165,10 +166,6 @@ class Sharing:
             wanted.append((step, copy))
             read.add((copy.group, copy.source // size))
         self.copies = wanted[::-1]
-
-    @property
-    def _ref_counts(self) -> tuple[RefCounts, RefCounts, RefCounts]:
-        return self.claims, self.open_claims, self._full
 
 
 def at_most(pages: tuple[int, ...], others: Sequence[int]) -> tuple[int, ...]:

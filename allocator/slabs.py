@@ -1,25 +1,11 @@
 """The address space of all slots, and how pages are put behind it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 from batchrun.allocator.layout import KVLayout
-from batchrun.allocator.pages import PagePool
+from batchrun.allocator.pages import PagePool, Work
 from batchrun.allocator.vmm import AllocatorError, Handle, VirtualMemory
-
-
-@dataclass(slots=True)
-class Work:
-    """Calls made so far, and the seconds they took."""
-
-    calls: int = 0
-    seconds: float = 0.0
-
-    def add(self, begin: float) -> None:
-        """Count a call that began at `begin` and ends now."""
-        self.calls += 1
-        self.seconds += perf_counter() - begin
 
 
 class Slabs:

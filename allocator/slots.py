@@ -68,12 +68,12 @@ class SlotTable:
             paged=paged_bytes(layout, self.live_blocks),
             map_calls=slabs.mapping.calls,
             unmap_calls=slabs.unmapping.calls,
-            create_calls=pool.create_calls,
-            destroy_calls=pool.destroy_calls,
+            create_calls=pool.creating.calls,
+            destroy_calls=pool.destroying.calls,
             map_seconds=slabs.mapping.seconds,
             unmap_seconds=slabs.unmapping.seconds,
-            create_seconds=pool.create_seconds,
-            destroy_seconds=pool.destroy_seconds,
+            create_seconds=pool.creating.seconds,
+            destroy_seconds=pool.destroying.seconds,
         )
 
     def closest(self, wanted: tuple[int, ...]) -> Slot | None:

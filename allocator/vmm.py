@@ -101,8 +101,7 @@ class MappingTable:
         if held is None or held.size != size:
             why = "no reservation begins there" if held is None else f"it has {held.size} bytes"
             raise AllocatorError(f"cannot free {size} bytes at {address:#x}: {why}")
-        mapped = sum(page != NO_PAGE for slab in held.slabs for page in slab)
-        if mapped:
+        if mapped := sum(len(slab) - slab.count(NO_PAGE) for slab in held.slabs):
             raise AllocatorError(
                 f"cannot free {size} bytes at {address:#x}: {mapped} pages are still mapped there"
             )
@@ -120,21 +119,17 @@ class MappingTable:
         if len(set(handles)) != len(handles):
             raise AllocatorError(f"cannot destroy a page twice in one call: {sorted(handles)}")
         for handle in handles:
-            if self.counts[handle]:
-                raise AllocatorError(
-                    f"cannot destroy page {handle}: it is mapped at {self.counts[handle]} addresses"
-                )
+            if count := self.counts[handle]:
+                raise AllocatorError(f"cannot destroy page {handle}: it is mapped {count} times")
 
     def check_map(self, address: int, handles: Sequence[Handle]) -> Place:
         """Every page exists, and the range is in one slab and unmapped. Returns its place."""
         slab, first = place = self._place(address, len(handles))
         self._check_exist(handles)
-        there = slab[first : first + len(handles)]
-        if there and there != [NO_PAGE] * len(there):
-            position = next(i for i, page in enumerate(there) if page != NO_PAGE)
+        count, there = len(handles), slab[first : first + len(handles)]
+        if mapped := len(there) - there.count(NO_PAGE):
             raise AllocatorError(
-                f"cannot map {len(handles)} pages at {address:#x}: "
-                f"page {position} of the range is mapped already"
+                f"cannot map {count} pages at {address:#x}: at {mapped} of them is a page already"
             )
         return place
 
@@ -142,18 +137,16 @@ class MappingTable:
         """The range is in one slab and mapped throughout. Returns its place and its pages."""
         slab, first = place = self._place(address, count)
         pages = slab[first : first + count]
-        if len(pages) < count or NO_PAGE in pages:
-            at = address + [*pages, NO_PAGE].index(NO_PAGE) * self.granularity
+        if missing := count - len(pages) + pages.count(NO_PAGE):
             raise AllocatorError(
-                f"cannot unmap {count} pages at {address:#x}: nothing is mapped at {at:#x}"
+                f"cannot unmap {count} pages at {address:#x}: at {missing} of them is none"
             )
         return place, pages
 
     def reserved(self, address: int, size: int, slab: int | None) -> None:
         """Enter a reservation."""
         slab = slab or size
-        slabs: list[list[Handle]] = [[] for _ in range(size // slab)]
-        self.reservations[address] = Reservation(size, slab, slabs)
+        self.reservations[address] = Reservation(size, slab, [[] for _ in range(size // slab)])
         insort(self._bases, address)
 
     def freed(self, address: int) -> None:
@@ -207,12 +200,10 @@ class MappingTable:
     def all_mapped(self) -> Iterator[tuple[int, Handle]]:
         """Every address that has a page, with the page."""
         for base, held in self.reservations.items():
-            for begin, slab in zip(
-                range(base, base + held.size, held.slab), held.slabs, strict=True
-            ):
-                for index, page in enumerate(slab):
-                    if page != NO_PAGE:
-                        yield begin + index * self.granularity, page
+            for number, slab in enumerate(held.slabs):
+                begin = base + number * held.slab
+                every = zip(range(begin, begin + held.slab, self.granularity), slab, strict=False)
+                yield from ((address, page) for address, page in every if page != NO_PAGE)
 
     def reservation_of(self, address: int, count: int = 0) -> tuple[int, Reservation]:
         """The reservation that holds a range of `count` pages, and where it begins."""

@@ -105,9 +105,9 @@ def test_a_large_pool_grows_by_batches_within_its_budget(memory: VirtualMemory) 
     pool.acquire(320)
     pool.acquire(1)
     assert (pool.created, pool.free) == (324, 3)
-    calls = pool.create_calls
+    calls = pool.creating.calls
     pool.acquire(3)
-    assert pool.create_calls == calls
+    assert pool.creating.calls == calls
 
 
 def test_a_batch_the_machine_refuses_falls_back_to_what_is_wanted(memory: VirtualMemory) -> None:
@@ -124,12 +124,12 @@ def test_pages_are_created_ahead_within_the_budget(memory: VirtualMemory) -> Non
     pool = PagePool(memory, budget=8 * PAGE)
     pool.acquire(3)
     pool.stock(4, pool.page_budget())
-    assert (pool.created, pool.free, pool.create_calls) == (7, 4, 2)
+    assert (pool.created, pool.free, pool.creating.calls) == (7, 4, 2)
     pool.stock(4, pool.page_budget())
     assert (pool.created, pool.free) == (8, 5)
     pool.stock(1, pool.page_budget())
     pool.stock(-2, None)
-    assert (pool.created, pool.acquired, pool.create_calls) == (8, 3, 3)
+    assert (pool.created, pool.acquired, pool.creating.calls) == (8, 3, 3)
 
 
 def test_a_machine_that_refuses_pages_ahead_is_not_asked_again_until_it_gives_some(
