@@ -122,7 +122,7 @@ def move(
 def grown(spec: JobSpec) -> list[str]:
     """What was appended to text inputs since the submission, a line each: no part of the job."""
     lines = []
-    for was in spec.inputs if spec.input_format != "parquet" else ():
+    for was in spec.inputs if _may_grow(spec) else ():
         with suppress(OSError):
             more = Path(was.path).stat().st_size - was.size
             if more > 0:
@@ -154,7 +154,7 @@ def changes(
     for was in spec.inputs:
         if only is None or was.path in only:
             # What was appended is no part of the job: sources of text read no further than it was.
-            most = None if spec.input_format == "parquet" else was.size
+            most = was.size if _may_grow(spec) else None
             now = InputFile.of(Path(was.path), most=most)
             if was.size != now.size:
                 lines.append(f"{was.path}: it had {was.size} bytes and now has {now.size}")
@@ -173,3 +173,9 @@ def changes(
                 hint=f"if it is elsewhere now: batchrun resume --moved '{model}'=NEW",
             ) from error
     return lines
+
+
+def _may_grow(spec: JobSpec) -> bool:
+    from batchrun.jobs.rows.formats import FORMATS  # noqa: PLC0415 - Arrow, seldom
+
+    return not FORMATS[spec.input_format].columnar

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from batchrun.jobs.errors import InputError, JobError, OutputError, SpecDamaged
+from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.rows.row import Part
 
@@ -22,28 +22,6 @@ _SHOWN = 200  # characters of a value that differs
 
 # Where things are and how fast they go, not what comes out.
 _NOT_CONTENT = {"output", "runtime", "version"}
-
-
-def output_format(path: Path) -> Literal["parquet", "jsonl", "csv"]:
-    """The format that a file's name asks for.
-
-    Raises:
-        OutputError: None that is known.
-    """
-    suffix = path.suffix.lower()
-    if suffix in {".parquet", ".pq"}:
-        return "parquet"
-    if suffix in {".gz", ".zst"}:
-        suffix = Path(path.stem).suffix.lower()
-    if suffix in {".jsonl", ".ndjson"}:
-        return "jsonl"
-    if suffix in {".csv", ".tsv"}:
-        return "csv"
-    raise OutputError(
-        f"{path}: its name does not say which format to write",
-        hint="names end in .parquet, .pq, .jsonl, .ndjson, .csv or .tsv, "
-        "all but Parquet's also with .gz or .zst",
-    )
 
 
 @dataclass(frozen=True)
@@ -177,6 +155,8 @@ class JobSpec:
         output = dict(self.output)
         if output.get("path") in places:
             output["path"] = places[output["path"]]
+            from batchrun.jobs.rows.formats import output_format  # noqa: PLC0415 - seldom
+
             output["format"] = output_format(Path(output["path"]))
             output.pop("overwrite", None)
             output.pop("stdout", None)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice, zip_longest
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.files import read_json
 from batchrun.jobs.folder import JobFolder, check_unchanged
 from batchrun.jobs.identity import ModelFingerprint
 from batchrun.jobs.journal.journal import STATE, Journal
-from batchrun.jobs.output.joined import Joined
 from batchrun.jobs.output.rejoin import rejoin
-from batchrun.jobs.rows.cells import delimiter_of
-from batchrun.jobs.rows.jsonable import json_values
-from batchrun.jobs.rows.parquetfile import batches, opened
-from batchrun.jobs.rows.row import BATCH_ROWS, Noted, Source, unnoted
+from batchrun.jobs.rows.formats import FORMATS
+from batchrun.jobs.rows.row import Noted, Source, unnoted
 from batchrun.jobs.rows.source import open_source
-from batchrun.jobs.rows.stream import text_of
-from batchrun.jobs.spec import JobSpec, output_format
+from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import STATS
 
 _FINISHED = ("done", "done-with-errors")
@@ -113,79 +107,11 @@ def _output(spec: JobSpec, journal: Journal, source: Source, noted: Noted) -> It
         yield f"the output {path} is gone; the journal has its rows: batchrun export"
         return
     joined = rejoin(spec, journal, source)
-    parquet = spec.output["format"] == "parquet"
     try:
-        compared = _parquet(path, joined, noted) if parquet else _text(path, joined)
-        found = list(islice(compared, _SHOWN))
+        differences = FORMATS[spec.output["format"]].differences(path, joined, noted)
+        found = list(islice(differences, _SHOWN))
         if not found:
             joined.finish()
         yield from found
     except (OSError, pa.ArrowException, ValueError, LookupError) as error:
         yield f"the output {path} can't be read: {error}"
-
-
-def _parquet(path: Path, joined: Joined, noted: Noted) -> Iterator[str]:
-    schema = joined.schema()
-    with opened(path, noted) as file:
-        if file.schema_arrow.names != schema.names:
-            yield (
-                f"the output {path} has the columns {', '.join(file.schema_arrow.names)}, "
-                f"not {', '.join(schema.names)}"
-            )
-            return
-        written = _batches(path, file, noted)
-        ahead = pa.Table.from_batches([], file.schema_arrow)
-        row = 0
-        for batch in joined.batches():
-            while ahead.num_rows < batch.num_rows and (more := next(written, None)) is not None:
-                ahead = pa.concat_tables([ahead, pa.Table.from_batches([more])])
-            for name in schema.names:
-                found = _first_difference(batch[name], ahead[name].slice(0, batch.num_rows))
-                if found is not None:
-                    yield f"the output {path} differs from the job in '{name}' of row {row + found}"
-            row += batch.num_rows
-            ahead = ahead.slice(batch.num_rows)
-        left = ahead.num_rows + sum(more.num_rows for more in written)
-        if left:
-            yield f"the output {path} has {left:,} rows more than the job"
-
-
-def _batches(path: Path, file: pq.ParquetFile, noted: Noted) -> Iterator[pa.RecordBatch]:
-    for group in range(file.num_row_groups):
-        found = batches(path, file, group, file.schema_arrow.names, BATCH_ROWS)
-        while True:
-            with noted(path):
-                batch = next(found, None)
-            if batch is None:
-                break
-            yield batch
-
-
-def _first_difference(want: pa.Array[Any], got: pa.ChunkedArray[Any]) -> int | None:
-    if pa.chunked_array([want]).equals(got):
-        return None
-    pairs = enumerate(zip_longest(_values([want]), _values(got.chunks)))
-    # Not a number is no difference, nor is another dictionary for the same values.
-    differing = (i for i, (a, b) in pairs if a != b and repr(a) != repr(b))
-    first = next(differing, None)
-    return len(got) if first is None and len(got) < len(want) else first
-
-
-def _values(arrays: Iterable[pa.Array[Any]]) -> list[Any]:
-    try:
-        return [value for array in arrays for value in array.to_pylist()]
-    except ValueError:  # text that is not UTF-8
-        return [value for array in arrays for value in json_values(array, "replace")]
-
-
-def _text(path: Path, joined: Joined) -> Iterator[str]:
-    records = joined.lines()
-    if output_format(path) == "csv":
-        records = joined.delimited(delimiter_of(path))
-    with text_of(path) as file:
-        for number, want in enumerate(records):
-            if file.read(len(want)) != want:
-                yield f"the output {path} differs from the job in row {number}"
-                return
-        if file.read(1):
-            yield f"the output {path} has more rows than the job"

@@ -16,10 +16,9 @@ import click
 
 from batchrun.jobs.errors import InputError, OutputError
 from batchrun.jobs.output.destination import one_at_a_time
-from batchrun.jobs.rows.source import sniffed
+from batchrun.jobs.rows.formats import sniffed
 
 PIPE = "-"
-_SUFFIX = {"parquet": ".parquet", "jsonl": ".jsonl", "csv": ".csv"}
 
 
 @contextmanager
@@ -63,7 +62,7 @@ def taken_in(inputs: Sequence[str], root: Path) -> Iterator[tuple[list[str], Pat
                 hint="write it to a file whose name says what it is",
             )
         # Its name is that of the job, and its suffix says how to read it.
-        named = path.rename(path.with_name(f"{path.stem}{_SUFFIX[kind]}"))
+        named = path.rename(path.with_name(f"{path.stem}{kind.suffixes[0]}"))
         path = named
         yield [str(named)], named
     except InputError as error:  # nobody else knows the file

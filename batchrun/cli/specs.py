@@ -15,11 +15,10 @@ from batchrun.engine.core import SamplingParams
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.output.destination import check_place
 from batchrun.jobs.output.export import check_columns, check_destination
-from batchrun.jobs.rows.cells import delimiter_of
-from batchrun.jobs.rows.parquet import ParquetSource
+from batchrun.jobs.rows.formats import FORMATS, output_format
 from batchrun.jobs.rows.row import Noted, Source, missing_column, unnoted
 from batchrun.jobs.rows.source import expand_inputs, open_source
-from batchrun.jobs.spec import InputFile, JobSpec, output_format
+from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import chat_templates, lacks_chat_template, no_chat_template, resolve
 from batchrun.prompts.messages import RESERVED, arguments_taken
 from batchrun.prompts.template import Template, looks_like_json
@@ -189,14 +188,13 @@ def output_settings(path: str) -> dict[str, Any]:
 def _default_output(first: Path, input_format: str) -> str:
     name = first.name.removeprefix(".stdin-")
     stem = "stdin" if name != first.name else name.split(".")[0]
-    suffix = "tsv" if input_format == "csv" and delimiter_of(first) == "\t" else input_format
-    return f"{stem}-completions.{suffix}"
+    return f"{stem}-completions{FORMATS[input_format].output_suffix(first)}"
 
 
 def to_stdout(input_format: str) -> dict[str, Any]:
     """Settings of an output that lies in the job's folder until it is handed out."""
-    kind = "csv" if input_format == "csv" else "jsonl"
-    return {"path": f"output.{kind}", "format": kind, "stdout": True}
+    kind = FORMATS[FORMATS[input_format].stdout]
+    return {"path": f"output{kind.suffixes[0]}", "format": kind.name, "stdout": True}
 
 
 def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
@@ -232,8 +230,8 @@ def _prompt(
         if name not in names:
             raise _missing(name, names, in_template=fields is not None)
     column = None if fields is not None else needed(names)[0]
-    if isinstance(source, ParquetSource) and column is not None:
-        check_prompt_type(source.schema().field(column))
+    if source.types is not None and column is not None:
+        check_prompt_type(source.types.field(column))
     args = _template_args(options["template_args"])
     prompt = {
         "column": column,

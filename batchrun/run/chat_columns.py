@@ -9,8 +9,6 @@ import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.arrowtypes import is_list, is_text, without_dictionary
-from batchrun.jobs.rows.delimited import DelimitedSource
-from batchrun.jobs.rows.parquet import ParquetSource
 from batchrun.jobs.rows.row import Source
 from batchrun.prompts.messages import ARGUMENT_COLUMNS, CHAT_COLUMNS
 
@@ -29,10 +27,8 @@ def are_chats(prompt: Mapping[str, Any], source: Source) -> bool | None:
     column = prompt.get("column") or "prompt"
     if column in CHAT_COLUMNS:
         return True
-    if isinstance(source, DelimitedSource):  # all text
-        return False
-    if isinstance(source, ParquetSource) and column in source.column_names:
-        kind = without_dictionary(source.schema().field(column).type)
+    if source.types is not None and column in source.types.names:
+        kind = without_dictionary(source.types.field(column).type)
         return None if pa.types.is_null(kind) else not is_text(kind)
     return None
 
@@ -67,9 +63,7 @@ def check_argument_types(names: Sequence[str], source: Source) -> None:
     Raises:
         InputError: One holds neither objects nor text.
     """
-    if not isinstance(source, ParquetSource):
-        return
-    for name in names:
+    for name in names if source.types is not None else ():
         kind = without_dictionary(source.schema().field(name).type)
         nested = is_list(kind) or pa.types.is_struct(kind) or pa.types.is_map(kind)
         if not (nested or is_text(kind) or pa.types.is_null(kind)):

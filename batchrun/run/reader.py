@@ -14,6 +14,7 @@ from batchrun.estimate.savings import Saved, Savings
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result, RowDigests
 from batchrun.jobs.output.joined import Digests, row_changed
+from batchrun.jobs.rows.formats import FORMATS
 from batchrun.jobs.rows.jsontext import encode
 from batchrun.jobs.rows.row import Row, Source
 from batchrun.jobs.spec import JobSpec
@@ -51,7 +52,7 @@ def prompt_options(spec: JobSpec) -> dict[str, Any]:
     return {
         **{k: v for k, v in spec.prompt.items() if k not in own},
         "arguments_are_data": bool(spec.prompt.get("ignore_param_columns")),
-        "columnar": spec.input_format == "parquet",
+        "columnar": FORMATS[spec.input_format].columnar,
         "plain": encode,
         "told": spec.runtime.get("param_columns", ()),  # when the job was submitted
     }

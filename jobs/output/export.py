@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import errno
-import gzip
-import io
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchrun.jobs.errors import OutputError, OutputTaken
 from batchrun.jobs.files import MayReplace, atomic_write
 from batchrun.jobs.output.joined import Joined, output_columns
-from batchrun.jobs.rows.cells import delimiter_of
-from batchrun.jobs.rows.row import BATCH_ROWS
+from batchrun.jobs.rows.formats import FORMATS
 
-_GROUP_BYTES = 32 << 20  # of a Parquet row group before encoding
-_GROUP_ROWS = 1 << 17
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -96,7 +88,7 @@ def export(
     Args:
         joined: Its rows.
         destination: The file.
-        format: `parquet`, `jsonl` or `csv`; a name ending in .gz or .zst compresses the latter two.
+        format: Its format's name in `FORMATS`.
         may_replace: Whether it may replace what is there when it is whole; see `atomic_write`.
         private: Nobody else may ever read it.
 
@@ -111,11 +103,7 @@ def export(
     """
     try:
         with atomic_write(destination, may_replace=may_replace, private=private) as file:
-            if format == "parquet":
-                count = _write_parquet(file, joined)
-            else:
-                with _compressed(file, destination.suffix.lower()) as packed:
-                    count = _write_text(packed, joined, format, destination)
+            FORMATS[format].write(file, joined, destination)
             joined.finish()
     except FileExistsError as error:
         raise OutputTaken(
@@ -131,76 +119,4 @@ def export(
             f"{destination} can't be written: {cause}; the results are safe in the job",
             hint=f"{advice}: batchrun export",
         ) from error
-    return count
-
-
-def _write_parquet(file: IO[bytes], joined: Joined) -> int:
-    schema = joined.schema()
-    # Names inside of list types are part of a column's type: they stay as they are.
-    writer = pq.ParquetWriter(
-        file,
-        schema,
-        compression="zstd",
-        use_compliant_nested_type=False,
-        write_page_checksum=True,
-    )
-    count = size = 0
-    group: list[pa.RecordBatch] = []
-
-    def flush() -> None:
-        writer.write_table(pa.Table.from_batches(group, schema), row_group_size=_GROUP_ROWS)
-        group.clear()
-
-    try:
-        for batch in joined.batches():
-            group.append(batch)
-            count += batch.num_rows
-            size += batch.nbytes
-            if size >= _GROUP_BYTES or len(group) * BATCH_ROWS >= _GROUP_ROWS:
-                flush()
-                size = 0
-        if group:
-            flush()
-        writer.close()
-    except BaseException:
-        writer.is_open = False  # else its finaliser would write a footer into a closed file
-        raise
-    return count
-
-
-def _write_text(file: IO[bytes], joined: Joined, format: str, name: Path) -> int:  # noqa: A002
-    count = 0
-    if format == "csv":
-        records = joined.delimited(delimiter_of(name))
-        file.write(next(records))
-    else:
-        records = joined.lines()
-    for record in records:
-        file.write(record)
-        count += 1
-    return count
-
-
-@contextmanager
-def _compressed(file: IO[bytes], suffix: str) -> Iterator[IO[bytes]]:
-    if suffix == ".gz":  # without name and time: the same rows give the same bytes
-        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-            yield cast(IO[bytes], packed)
-    elif suffix == ".zst":
-        with pa.CompressedOutputStream(_Unclosed(file), "zstd") as stream:
-            yield cast(IO[bytes], stream)
-    else:
-        yield file
-
-
-class _Unclosed(io.RawIOBase):
-    """A file for pyarrow, which closes what it writes to, that leaves the real one open."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        return self._file.write(data)
+    return joined.count

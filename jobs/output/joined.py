@@ -17,16 +17,13 @@ from batchrun.jobs.errors import InputError, SpecChanged
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.cells import joined
-from batchrun.jobs.rows.jsontext import encode
-from batchrun.jobs.rows.lost import LostChunk
-from batchrun.jobs.rows.row import BATCH_ROWS, Chunk, Source, valid_text
-from batchrun.jobs.rows.textsource import with_more
+from batchrun.jobs.rows.columnar import ColumnarChunk
+from batchrun.jobs.rows.row import BATCH_ROWS, Chunk, Source, no_columns, valid_text
+from batchrun.jobs.rows.rowformat import ROW
 
 Value = Callable[[Result], Any]
 Added = Mapping[str, tuple[pa.DataType, Value]]
 Digests = Callable[[int, int], Mapping[int, int]]  # of so many rows from one on, by row
-
-_ROW = "row"  # the column that says which row of the input a result is of
 
 _ADDED: Added = {
     "completion": (pa.string(), lambda result: _text(result.text)),
@@ -79,7 +76,8 @@ class Joined:
         check: Called when all rows were read: the last word on the input.
 
     Attributes:
-        unknown: Results so far of rows that are not those that were computed.
+        count: Rows so far, as often as they have samples.
+        unknown: Of these, rows that are not those that were computed.
 
     Raises:
         SpecChanged: From whatever iterates over rows: a row is not the one that was computed.
@@ -96,6 +94,7 @@ class Joined:
     columns: Sequence[str] | None = None
     whole: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
+    count: int = 0
     unknown: int = 0
 
     def finish(self) -> None:
@@ -107,9 +106,9 @@ class Joined:
         """Of the output: the input's columns, those that get in the way renamed, and more."""
         fields = list(self._input_schema())
         names = [field.name for field in fields]
-        named = [field.with_name(_free(field.name, self._taken, names)) for field in fields]
+        named = [field.with_name(self.free(field.name, names)) for field in fields]
         if self.numbered:
-            named = [pa.field(_ROW, pa.int64()), *(field.with_nullable(True) for field in named)]
+            named = [pa.field(ROW, pa.int64()), *(field.with_nullable(True) for field in named)]
         named += [pa.field(name, kind) for name, (kind, _) in self.added.items()]
         return pa.schema(named).with_metadata(self._input_schema().metadata)
 
@@ -125,26 +124,14 @@ class Joined:
                 rows = range(low, min(low + step, chunk.num_rows))
                 yield self._batch(batch, chunk.first, rows, known, schema)
 
-    def lines(self) -> Iterator[bytes]:
-        """The rows as lines of JSON."""
-        for row, record, results in self._rows(lambda chunk: chunk.objects(self._taken)):
-            fields = {} if record is None else record
-            if not isinstance(fields, str):
-                fields = encode({_free(k, self._taken, fields): v for k, v in fields.items()})
-            for result in results:
-                line = with_more(fields, {name: of(result) for name, (_, of) in self.added.items()})
-                if self.numbered:
-                    line = f'{{"{_ROW}": {row}, {line[1:].lstrip()}'
-                yield (line + "\n").encode()
-
     def delimited(self, delimiter: str) -> Iterator[bytes]:
         """The rows as records of CSV, after a header."""
         given = self._input_schema().names
-        names = [_free(name, self._taken, given) for name in given]
-        first = [_ROW] if self.numbered else []
+        names = [self.free(name, given) for name in given]
+        first = [ROW] if self.numbered else []
         yield (joined([*first, *names, *self.added], delimiter) + "\n").encode()
         empty = joined([None] * len(given), delimiter)
-        for row, record, results in self._rows(lambda chunk: chunk.delimited(delimiter, given)):
+        for row, record, results in self.rows(lambda chunk: chunk.delimited(delimiter, given)):
             for result in results:
                 more = joined([of(result) for _, of in self.added.values()], delimiter)
                 cells = [str(row)] if self.numbered else []
@@ -152,8 +139,17 @@ class Joined:
                 yield (delimiter.join([*cells, more]) + "\n").encode()
 
     @property
-    def _taken(self) -> list[str]:
-        return [*self.added, *([_ROW] if self.numbered else [])]
+    def taken(self) -> list[str]:
+        """Names of columns that the input's are not to have."""
+        return [*self.added, *([ROW] if self.numbered else [])]
+
+    def free(self, name: str, used: Container[str]) -> str:
+        """A column's name, or with `input_` before it, as often as it takes, where it is taken."""
+        if name not in (taken := self.taken):
+            return name
+        while name in taken or name in used:
+            name = f"input_{name}"
+        return name
 
     def _input_schema(self) -> pa.Schema:
         schema = self.source.schema()
@@ -173,12 +169,16 @@ class Joined:
                 yield chunk
                 row += chunk.num_rows
         for first in range(row, rows, BATCH_ROWS):
-            yield LostChunk(first, min(BATCH_ROWS, rows - first))
+            yield _Lost.of(first, min(BATCH_ROWS, rows - first), self._input_schema())
 
-    def _rows(
+    def rows(
         self, records: Callable[[Chunk], Iterator[Any]]
     ) -> Iterator[tuple[int, Any, list[Result]]]:
-        """Row, its record, None for one that is bad or not known, and its results."""
+        """Row, its record, None for one that is bad or not known, and its results.
+
+        Args:
+            records: What is wanted of each of a chunk's rows.
+        """
         for chunk in self._chunks():
             known = self._known(chunk)
             for row, (record, sure) in enumerate(zip(records(chunk), known, strict=True)):
@@ -198,7 +198,8 @@ class Joined:
         results = self.answers.take(row)
         if results and known is None:
             self.whole()
-        elif results and not known:
+        self.count += len(results)
+        if results and known is False:
             self.unknown += len(results)
             if not self.numbered:
                 raise row_changed(row)
@@ -243,13 +244,18 @@ def input_ended(rows: int) -> SpecChanged:
     )
 
 
-def _free(name: str, taken: Sequence[str], used: Container[str]) -> str:
-    """The name, or with `input_` before it, as often as it takes, where the output adds it."""
-    if name not in taken:
-        return name
-    while name in taken or name in used:
-        name = f"input_{name}"
-    return name
+class _Lost(ColumnarChunk):
+    """Rows of which nothing is left but their numbers."""
+
+    @classmethod
+    def of(cls, first: int, num_rows: int, schema: pa.Schema) -> _Lost:
+        nulls = [pa.nulls(num_rows, field.type) for field in schema]
+        batch = pa.RecordBatch.from_arrays(nulls, schema=schema) if nulls else no_columns(num_rows)
+        return cls(first, batch)
+
+    def digests(self, columns: Sequence[str]) -> list[int | None]:
+        """See `Chunk.digests`."""
+        return [None] * self.num_rows
 
 
 def _text(text: str | None) -> str | None:

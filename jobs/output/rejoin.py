@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -16,9 +15,8 @@ from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.output.export import export
 from batchrun.jobs.output.joined import Joined, output_columns
 from batchrun.jobs.output.result_reader import ResultReader
-from batchrun.jobs.rows.lost import Lost
-from batchrun.jobs.rows.parquetfile import opened
-from batchrun.jobs.rows.row import Noted, Part, Source, reading, unnoted
+from batchrun.jobs.rows.formats import FORMATS
+from batchrun.jobs.rows.row import Noted, Source, reading, unnoted
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
 
@@ -89,7 +87,8 @@ def export_job(
         joined = _what_is_left(spec, journal, noted, lost)
         return Exported(write(joined), joined.unknown)
     except InputError:
-        joined = _joined(spec, journal, Lost(), partial=True, numbered=True)
+        nothing = open_source([], spec.input_format, lenient=True)
+        joined = _joined(spec, journal, nothing, partial=True, numbered=True)
         return Exported(write(joined), joined.unknown)
 
 
@@ -118,7 +117,7 @@ def rejoin(
         parts = [file.part for file in spec.inputs]
         source = open_source(parts, spec.input_format, noted=noted)
     files = _Files(spec)
-    if spec.input_format == "parquet":  # whose digests are of the columns that were read alone
+    if FORMATS[spec.input_format].columnar:  # digests are of the columns that were read alone
         files.compare()
     return _joined(spec, journal, source, partial=partial, whole=files.compare, check=files.check)
 
@@ -167,35 +166,14 @@ class _Files:
 
 
 def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Path | None) -> Joined:
-    source: Source
-    columns = None
     parts = list(takewhile(lambda part: part.path != lost, (file.part for file in spec.inputs)))
-    if spec.input_format == "parquet":
-        source, columns = _left_of_parquet(parts, journal.meta(READ) or [], noted)
-    else:
-        source = open_source(parts, spec.input_format, lenient=True)
+    source = open_source(parts, spec.input_format, lenient=True, noted=noted)
+    columns = None
+    if FORMATS[spec.input_format].columnar:
+        columns = journal.meta(READ) or []
+        if not set(columns) <= set(source.column_names):
+            source, columns = open_source([], spec.input_format, lenient=True), []
     return _joined(spec, journal, source, partial=True, numbered=True, columns=columns)
-
-
-def _left_of_parquet(
-    parts: Sequence[Part], read: Sequence[str], noted: Noted
-) -> tuple[Source, Sequence[str]]:
-    """The files before the first that can't be read, with the columns that the job read."""
-    parts = list(takewhile(lambda part: _opens(part, noted), parts))
-    if parts:
-        with suppress(InputError):
-            source = open_source(parts, "parquet", noted=noted)
-            if set(read) <= set(source.column_names):
-                return source, read
-    return Lost(), []
-
-
-def _opens(part: Part, noted: Noted) -> bool:
-    try:
-        with opened(part.path, noted):
-            return True
-    except InputError:
-        return False
 
 
 def _joined(

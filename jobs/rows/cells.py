@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.jobs.rows.jsontext import as_text
+from batchrun.jobs.rows.rowformat import suffixes
 
-_PACKED = {".gz", ".zst", ".bz2", ".xz"}
 _SPECIAL = re.compile(r'["\r\n,;\t|]|^\s|\s$')
-
-
-def suffixes(path: Path) -> tuple[str, str]:
-    """What a name says of a format, and of a packing behind it: `.jsonl` and `.gz`, or nothing."""
-    suffix = path.suffix.lower()
-    if suffix in _PACKED:
-        return Path(path.stem).suffix.lower(), suffix
-    return suffix, ""
 
 
 def delimiter_of(path: Path) -> str:

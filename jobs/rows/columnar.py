@@ -34,12 +34,12 @@ class ColumnarChunk:
         names = self._batch.schema.names
         for index, values in enumerate(self._values(names, "strict"), self.first):
             if isinstance(values, str):
-                [replaced] = self._slice(index).digests(names)
-                yield Row(index, {}, f"row {index}: {values}", replaced)
+                [replaced] = self._slice(index)._values(names, "replace")
+                yield Row(index, {}, f"row {index}: {values}", _digest(replaced))
             else:
                 yield Row(index, dict(zip(names, values, strict=True)), None, _digest(values))
 
-    def digests(self, columns: Sequence[str]) -> list[int]:
+    def digests(self, columns: Sequence[str]) -> Sequence[int | None]:
         """See `Chunk.digests`."""
         return [_digest(values) for values in self._values(columns, "replace")]
 

@@ -12,24 +12,55 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.cells import delimiter_of, joined
-from batchrun.jobs.rows.row import Part, check_names, partition_fields
+from batchrun.jobs.rows.row import Noted, Part, check_names, partition_fields, unnoted
+from batchrun.jobs.rows.rowformat import TextFormat
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
-from batchrun.jobs.rows.textsource import Header, Record, TextSource
+from batchrun.jobs.rows.textsource import Asked, Header, Record, TextSource
+
+if TYPE_CHECKING:
+    from batchrun.jobs.output.joined import Joined
 
 csv.field_size_limit(MAX_RECORD)  # Python's own limit is less than a long prompt
 
 _DELIMITERS = ",;\t|"  # of a .csv: that which its header has most of, the first of equals
+_LONE_COLUMNS = (b"prompt", b'"prompt"', b"messages", b'"messages"')
 _QUOTED = re.compile(r'"(?:[^"]++|"")*+"')
 _BLANK, _BLANK_OF_ANY_END = re.compile(rb"(?:\r?\n)++"), re.compile(rb"[\r\n]++")
 _ANY_END = re.compile(rb"\r\n?|\n")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _RETURN = "\udc0d"  # stands for a \r that ends no line, at which Python's csv would end one
+
+
+class CsvFormat(TextFormat):
+    """CSV, and TSV where the name says so."""
+
+    name, title, stdout = "csv", "CSV", "csv"
+    suffixes = (".csv", ".tsv")
+
+    def begins(self, head: bytes) -> bool:
+        """See `RowFormat.begins`: with a header."""
+        header = head.partition(b"\n")[0].strip()
+        return any(d in header for d in _DELIMITERS.encode()) or header in _LONE_COLUMNS
+
+    def open(
+        self, parts: Sequence[Part], *, lenient: bool = False, noted: Noted = unnoted
+    ) -> DelimitedSource:
+        """See `RowFormat.open`."""
+        return DelimitedSource(parts, asked=self.fields, lenient=lenient)
+
+    def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
+        """See `TextFormat.records`."""
+        return joined.delimited(delimiter_of(path))
+
+    def output_suffix(self, first: Path) -> str:
+        """See `RowFormat.output_suffix`: of TSV that of TSV."""
+        return ".tsv" if delimiter_of(first) == "\t" else ".csv"
 
 
 class DelimitedSource(TextSource):
@@ -42,10 +73,10 @@ class DelimitedSource(TextSource):
     no_rows = "no record that fits its header"
     advice = "look at the delimiter, the quotes and the header"
 
-    def __init__(self, parts: Sequence[Part], *, lenient: bool = False) -> None:
+    def __init__(self, parts: Sequence[Part], *, asked: Asked, lenient: bool) -> None:
         self._headers: dict[Path, tuple[str, ...]] = {}
         self._own: set[str] = set()  # names in any of them
-        super().__init__(parts, lenient=lenient)
+        super().__init__(parts, asked=asked, lenient=lenient)
 
     @property
     def column_names(self) -> list[str]:
@@ -59,6 +90,11 @@ class DelimitedSource(TextSource):
         for name in self._own & values.keys():
             values[name] = None if values[name] is None else str(values[name])
         return values
+
+    @property
+    def types(self) -> pa.Schema:
+        """The same as `schema`."""
+        return self.schema()
 
     def schema(self) -> pa.Schema:
         """Text, but for what folders' names say."""

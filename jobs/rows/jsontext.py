@@ -228,3 +228,11 @@ def as_text(value: Any) -> str | None:
 def encode_plain(value: Mapping[str, Any]) -> str:
     """The same, quickly, of values without anything that the rules speak of."""
     return _PLAIN.encode(value)
+
+
+def with_more(text: str, more: Mapping[str, Any]) -> str:
+    """The text of a JSON object with more names in it."""
+    if not more:
+        return text
+    head = text[:-1].rstrip()
+    return f"{head}{'' if head == '{' else ', '}{encode(dict(more))[1:]}"

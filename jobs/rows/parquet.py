@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice, takewhile, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.arrowtypes import is_text
 from batchrun.jobs.rows.columnar import ColumnarChunk
+from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.rows.parquetfile import batches, column_chunks, opened
 from batchrun.jobs.rows.row import (
     BATCH_BYTES,
@@ -25,10 +27,84 @@ from batchrun.jobs.rows.row import (
     reading,
     unnoted,
 )
+from batchrun.jobs.rows.rowformat import RowFormat
 from batchrun.jobs.rows.unify import conform
 from batchrun.jobs.rows.united import united
 
+if TYPE_CHECKING:
+    from batchrun.jobs.output.joined import Joined
+
 _PROBE = 8  # rows
+_GROUP_BYTES = 32 << 20  # of a row group before encoding
+_GROUP_ROWS = 1 << 17
+
+
+class ParquetFormat(RowFormat):
+    """Parquet."""
+
+    name, title, suffixes, columnar = "parquet", "Parquet", (".parquet", ".pq"), True
+
+    def begins(self, head: bytes) -> bool:
+        """See `RowFormat.begins`."""
+        return head.startswith(b"PAR1")
+
+    def open(
+        self, parts: Sequence[Part], *, lenient: bool = False, noted: Noted = unnoted
+    ) -> ParquetSource:
+        """See `RowFormat.open`."""
+        if lenient:
+            parts = list(takewhile(lambda part: _opens(part, noted), parts))
+            with suppress(InputError):
+                return ParquetSource(parts, noted)
+            parts = []
+        return ParquetSource(parts, noted)
+
+    def write(self, file: IO[bytes], joined: Joined, path: Path) -> None:
+        """See `RowFormat.write`."""
+        schema = joined.schema()
+        # Names inside of list types are part of a column's type: they stay as they are.
+        writer = pq.ParquetWriter(
+            file,
+            schema,
+            compression="zstd",
+            use_compliant_nested_type=False,
+            write_page_checksum=True,
+        )
+        try:
+            for group in _groups(joined.batches()):
+                writer.write_table(pa.Table.from_batches(group, schema), _GROUP_ROWS)
+            writer.close()
+        except BaseException:
+            writer.is_open = False  # else its finaliser would write a footer into a closed file
+            raise
+
+    def differences(self, path: Path, joined: Joined, noted: Noted) -> Iterator[str]:
+        """See `RowFormat.differences`: there is none in any value."""
+        schema = joined.schema()
+        with opened(path, noted) as file:
+            there = file.schema_arrow
+            if there.names != schema.names:
+                yield (
+                    f"the output {path} has the columns {', '.join(there.names)}, "
+                    f"not {', '.join(schema.names)}"
+                )
+                return
+            written = _batches(path, file, noted)
+            ahead = pa.Table.from_batches([], there)
+            row = 0
+            for batch in joined.batches():
+                while ahead.num_rows < batch.num_rows and (more := next(written, None)) is not None:
+                    ahead = pa.concat_tables([ahead, pa.Table.from_batches([more])])
+                for name in schema.names:
+                    found = _first_difference(batch[name], ahead[name].slice(0, batch.num_rows))
+                    if found is not None:
+                        at = f"'{name}' of row {row + found}"
+                        yield f"the output {path} differs from the job in {at}"
+                row += batch.num_rows
+                ahead = ahead.slice(batch.num_rows)
+            left = ahead.num_rows + sum(more.num_rows for more in written)
+            if left:
+                yield f"the output {path} has {left:,} rows more than the job"
 
 
 class ParquetSource:
@@ -36,20 +112,19 @@ class ParquetSource:
 
     Raises:
         InputError: A file is damaged or can't be read, no schema holds the values of all, or there
-            are no rows.
+            are no rows. Of no files at all there is a source without anything.
     """
 
     def __init__(self, parts: Sequence[Part], noted: Noted = unnoted) -> None:
         self._parts, self._noted = list(parts), noted
-        paths = [part.path for part in parts]
-        self._schema, self._counts = united(paths, noted)
+        self._schema, self._counts = united([part.path for part in parts], noted)
         for field in partition_fields(parts):
             if field.name not in self._schema.names:
                 self._schema = self._schema.append(field)
             else:
                 _check_partition(self._parts, self._schema.field(field.name))
-        if self.num_rows == 0:
-            raise InputError(f"{paths[0]}: the input has no rows", hint="check what wrote it")
+        if parts and self.num_rows == 0:
+            raise InputError(f"{parts[0].path}: the input has no rows", hint="check what wrote it")
 
     @property
     def column_names(self) -> list[str]:
@@ -64,6 +139,11 @@ class ParquetSource:
     def count(self) -> int:
         """The same as `num_rows`."""
         return self.num_rows
+
+    @property
+    def types(self) -> pa.Schema:
+        """The same as `schema`."""
+        return self._schema
 
     def schema(self) -> pa.Schema:
         """Of all files: the first one's, metadata and all, unless others have more."""
@@ -188,3 +268,53 @@ def _batch_rows(
         for probe in islice(batches(path, file, group, names, _PROBE), 1):
             row_bytes = max(row_bytes, conform(probe, schema).nbytes / max(probe.num_rows, 1))
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(row_bytes, 1))))
+
+
+def _groups(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Batches that make a row group each."""
+    group: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        group.append(batch)
+        size += batch.nbytes
+        if size >= _GROUP_BYTES or len(group) * BATCH_ROWS >= _GROUP_ROWS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _opens(part: Part, noted: Noted) -> bool:
+    try:
+        with opened(part.path, noted):
+            return True
+    except InputError:
+        return False
+
+
+def _batches(path: Path, file: pq.ParquetFile, noted: Noted) -> Iterator[pa.RecordBatch]:
+    for group in range(file.num_row_groups):
+        found = batches(path, file, group, file.schema_arrow.names, BATCH_ROWS)
+        while True:
+            with noted(path):
+                batch = next(found, None)
+            if batch is None:
+                break
+            yield batch
+
+
+def _first_difference(want: pa.Array[Any], got: pa.ChunkedArray[Any]) -> int | None:
+    if pa.chunked_array([want]).equals(got):
+        return None
+    pairs = enumerate(zip_longest(_values([want]), _values(got.chunks)))
+    # Not a number is no difference, nor is another dictionary for the same values.
+    differing = (i for i, (a, b) in pairs if a != b and repr(a) != repr(b))
+    first = next(differing, None)
+    return len(got) if first is None and len(got) < len(want) else first
+
+
+def _values(arrays: Iterable[pa.Array[Any]]) -> list[Any]:
+    try:
+        return [value for array in arrays for value in array.to_pylist()]
+    except ValueError:  # text that is not UTF-8
+        return [value for array in arrays for value in json_values(array, "replace")]

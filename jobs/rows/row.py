@@ -111,8 +111,13 @@ class Source(Protocol):
         """Rows, read through if need be."""
         ...
 
+    @property
+    def types(self) -> pa.Schema | None:
+        """Of all columns, where files or format say them; None where each row has its own."""
+        ...
+
     def schema(self) -> pa.Schema:
-        """Arrow schema of all columns; JSON Lines are read through once for it."""
+        """Types that hold the values of all rows; without `types` all are read once for it."""
         ...
 
     def chunks(

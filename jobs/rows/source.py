@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and globs of Parquet, JSON or CSV."""
+"""Where rows come from: files, folders and globs, of one format."""
 
 from __future__ import annotations
 
@@ -7,40 +7,22 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Literal
 from urllib.parse import unquote
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.cells import suffixes
-from batchrun.jobs.rows.delimited import DelimitedSource
-from batchrun.jobs.rows.jsonl import JsonSource
-from batchrun.jobs.rows.parquet import ParquetSource
+from batchrun.jobs.rows.formats import FORMATS, input_format, input_names, sniffed
 from batchrun.jobs.rows.row import Noted, Part, Source, reading, unnoted
-from batchrun.jobs.rows.stream import text_of
+from batchrun.jobs.rows.rowformat import RowFormat
 
-Format = Literal["parquet", "jsonl", "csv"]
-
-_SUFFIXES: dict[str, Format] = {
-    **dict.fromkeys((".parquet", ".pq"), "parquet"),
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
-    **dict.fromkeys((".csv", ".tsv"), "csv"),
-}
-_NAMES = {"parquet": "Parquet", "jsonl": "JSON", "csv": "CSV"}
-_TEXT: dict[str, type[JsonSource] | type[DelimitedSource]] = {
-    "jsonl": JsonSource,
-    "csv": DelimitedSource,
-}
-_FORMATS = ", ".join(_SUFFIXES) + ", all but Parquet's also with .gz, .zst, .bz2 or .xz"
 # What describes a dataset and is no part of it.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_LONE_COLUMNS = (b"prompt", b'"prompt"', b"messages", b'"messages"')
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
 def expand_inputs(
     paths: Sequence[str], log: Callable[[str], None] = lambda _: None
-) -> tuple[list[Part], Format]:
-    """The files that files, folders and globs name, and the one format they have.
+) -> tuple[list[Part], str]:
+    """The files that files, folders and globs name, and the name of the one format they have.
 
     A folder stands for all files of a known format beneath it, hidden ones and those whose names
     begin with `_` left out. Files come in natural order (`part-2` before `part-10`), each once.
@@ -53,7 +35,7 @@ def expand_inputs(
     Raises:
         InputError: A path leads to nothing, or to files of unknown or of several formats.
     """
-    found: dict[Path, tuple[Path, Format]] = {}
+    found: dict[Path, tuple[Path, RowFormat]] = {}
     for path in paths:
         for file, kind in _expand(path, log):
             found.setdefault(file.resolve(), (file, kind))
@@ -62,14 +44,14 @@ def expand_inputs(
     ordered = sorted(found.values(), key=lambda known: _natural(known[0]))
     formats = {kind: file for file, kind in reversed(ordered)}
     if len(formats) > 1:
-        each = [f"{file} is {_NAMES[kind]}" for kind, file in formats.items()]
+        each = [f"{file} is {kind.title}" for kind, file in formats.items()]
         raise InputError(
             f"the input mixes formats: {', '.join(sorted(each))}",
             hint="submit them as separate jobs",
         )
     files = [file for file, _ in ordered]
     parts = [Part(file, None, values) for file, values in _partitions(files)]
-    return parts, ordered[0][1]
+    return parts, ordered[0][1].name
 
 
 def open_source(
@@ -79,26 +61,12 @@ def open_source(
     lenient: bool = False,
     noted: Noted = unnoted,
 ) -> Source:
-    """Open files of one format as one sequence of rows.
-
-    Reads metadata and beginnings only.
-
-    Args:
-        parts: The files.
-        format: Theirs.
-        lenient: Of text files: what can't be read is the end of the rows, no error.
-        noted: Told what is read of Parquet, which C++ does: it may end the process.
-
-    Raises:
-        InputError: A file is damaged or unreadable, Parquet schemas differ, or there are no rows.
-    """
+    """Files as one sequence of rows: see `RowFormat.open`."""
     files = [p if isinstance(p, Part) else Part(p) for p in parts]
-    if format == "parquet":
-        return ParquetSource(files, noted)
-    return _TEXT[format](files, lenient=lenient)
+    return FORMATS[format].open(files, lenient=lenient, noted=noted)
 
 
-def _expand(path: str, log: Callable[[str], None]) -> Iterator[tuple[Path, Format]]:
+def _expand(path: str, log: Callable[[str], None]) -> Iterator[tuple[Path, RowFormat]]:
     where = Path(path).expanduser()
     with reading(where):
         try:
@@ -121,7 +89,7 @@ def _expand(path: str, log: Callable[[str], None]) -> Iterator[tuple[Path, Forma
         yield from _files(Path(match), log)
 
 
-def _files(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, Format]]:
+def _files(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, RowFormat]]:
     """The file itself, or the input files beneath a folder, and their formats."""
     if os.path.isdir(path):
         yield from _beneath(path, log)
@@ -132,15 +100,15 @@ def _files(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, Forma
         raise InputError(
             f"{path} is not a regular file", hint=f"pipe it in: batchrun submit - < '{path}'"
         )
-    kind = _format(path) or sniffed(path)
+    kind = input_format(path) or sniffed(path)
     if kind is None:
         raise InputError(
-            f"{path} has no known input format (by its name)", hint=f"names end in {_FORMATS}"
+            f"{path} has no known input format (by its name)", hint=f"names end in {input_names()}"
         )
     yield path, kind
 
 
-def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, Format]]:
+def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, RowFormat]]:
     def refuse(error: OSError) -> None:
         raise InputError(
             f"{error.filename} can't be read: {error.strerror}", f"ls -ld '{error.filename}'"
@@ -162,7 +130,7 @@ def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, For
         for name in names:
             if name.startswith((".", "_")):
                 continue
-            kind = _format(Path(name))
+            kind = input_format(Path(name))
             if name in _ABOUT or kind is None:
                 others.append(name)
                 arrow |= name.endswith(".arrow")
@@ -175,35 +143,11 @@ def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, For
             + (", but Arrow files, as datasets' save_to_disk writes them" if arrow else ""),
             hint=f"datasets.load_from_disk('{path}').to_parquet('rows.parquet')"
             if arrow
-            else f"input files' names end in {_FORMATS}",
+            else f"input files' names end in {input_names()}",
         )
     if others:
         shown = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
         log(f"{path}: {len(others)} files are left out, by their names: {shown}")
-
-
-def _format(path: Path) -> Format | None:
-    """The format that a file's name says."""
-    suffix, packing = suffixes(path)
-    found = _SUFFIXES.get(suffix)
-    return None if packing and found == "parquet" else found
-
-
-def sniffed(path: Path) -> Format | None:
-    """The format that a file has by how it begins; None where that says nothing.
-
-    Raises:
-        InputError: It can't be read, or is known to be of another kind.
-    """
-    with reading(path), path.open("rb") as file:
-        if file.read(4) == b"PAR1":
-            return "parquet"
-    with text_of(path) as text:
-        head = text.peek(1 << 16).lstrip()
-    if head.startswith((b"{", b"[")):
-        return "jsonl"
-    header = head.partition(b"\n")[0].strip()
-    return "csv" if any(d in header for d in b",;\t|") or header in _LONE_COLUMNS else None
 
 
 def _partitions(files: Sequence[Path]) -> Iterator[tuple[Path, dict[str, int | str | None]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,9 +13,11 @@ import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.cells import joined
-from batchrun.jobs.rows.jsontext import encode, parse_object
+from batchrun.jobs.rows.jsontext import parse_object, with_more
 from batchrun.jobs.rows.row import BATCH_BYTES, BATCH_ROWS, Part, Row, digest_of, no_columns
 from batchrun.jobs.rows.shape import InferredType, fitted
+
+Asked = Callable[[dict[str, Any]], dict[str, Any]]
 
 _SAMPLE = 100  # rows looked at before the job starts
 
@@ -76,14 +78,17 @@ class TextSource(ABC):
 
     Args:
         parts: The files.
+        asked: See `TextFormat.fields`.
         lenient: What can't be read is the end of the rows, of which there may be none.
 
     Raises:
         InputError: There are no rows, the first 100 are all bad, or a file can't be read.
     """
 
-    def __init__(self, parts: Sequence[Part], *, lenient: bool = False) -> None:
-        self._parts, self._lenient = list(parts), lenient
+    def __init__(
+        self, parts: Sequence[Part], *, asked: Asked = lambda values: values, lenient: bool = False
+    ) -> None:
+        self._parts, self._asked, self._lenient = list(parts), asked, lenient
         self._partition = {name: None for part in self._parts for name in part.partition}
         self._schema: pa.Schema | None = None
         for part in self._parts:
@@ -97,8 +102,7 @@ class TextSource(ABC):
             names.update(dict.fromkeys(row.fields))
             if row.error is not None:
                 errors.append(row.error)
-        first = self._parts[0].path
-        what = str(first) if len(self._parts) == 1 else f"{len(self._parts)} input files"
+        what = f"{len(parts)} input files" if len(parts) != 1 else str(parts[0].path)
         if rows == 0 and not lenient:
             raise InputError(f"{what}: the input has no rows", hint="check what wrote it")
         if len(errors) == rows and not lenient:
@@ -141,6 +145,11 @@ class TextSource(ABC):
         """Unknown: see `count`."""
         return
 
+    @property
+    def types(self) -> pa.Schema | None:
+        """Unknown, unless a format says them: see `schema`."""
+        return None
+
     def count(self) -> int:
         """Rows, counted without parsing them."""
         return sum(1 for part in self._parts for _ in self.records(part))
@@ -180,8 +189,12 @@ class TextSource(ABC):
             yield TextChunk(self, first, pending)
 
     def row(self, index: int, record: Record, columns: Sequence[str] | None = None) -> Row:
-        """A record as a row."""
+        """A record as a row: what it asks."""
         fields, error = self.fields(record)
+        try:
+            fields = self._asked(fields) if error is None else {}
+        except ValueError as problem:
+            error = str(problem)
         if error is not None:
             return Row(index, {}, f"{record.where} {error}", record.digest)
         if columns is not None:
@@ -257,11 +270,3 @@ class TextChunk:
         """See `Chunk.delimited`."""
         for record in self._records:
             yield self._source.delimited(record, delimiter, names)
-
-
-def with_more(text: str, more: Mapping[str, Any]) -> str:
-    """The text of a JSON object with more names in it."""
-    if not more:
-        return text
-    head = text[:-1].rstrip()
-    return f"{head}{'' if head == '{' else ', '}{encode(dict(more))[1:]}"

@@ -76,6 +76,8 @@ def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, li
             raise
         found.setdefault(tuple(schema), _Kind(schema, [])).paths.append(path)
     kinds = list(found.values())
+    if not kinds:
+        return pa.schema([]), []
     for kind in kinds:
         check_names(kind.paths[0], kind.schema.names, "give its columns different names")
     fields = list(kinds[0].schema)

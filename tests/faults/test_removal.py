@@ -9,9 +9,10 @@ import pytest
 
 from batchrun.cli.export import _room
 from batchrun.jobs.folder import sweep
-from batchrun.jobs.output import export
 from batchrun.jobs.output.destination import exporting, one_at_a_time
 from batchrun.jobs.output.rejoin import export_job
+from batchrun.jobs.rows.jsonl import JsonFormat
+from batchrun.jobs.rows.parquet import ParquetFormat
 from tests.faults.smalljob import Ledger, NullEngine, SmallJob, forked, outcome_of
 
 MARK = "Pr1vate-M4rker"
@@ -22,10 +23,9 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half(file, joined):
+def half(self, file, joined, path):
     """Writes rows as if they were not whole yet, and is killed."""
-    for line in joined.lines():
-        file.write(line)
+    JsonFormat().write(file, joined, path)
     file.flush()
     die()
 
@@ -58,7 +58,7 @@ def test_rm_leaves_nothing_whoever_was_killed_when(tmp_path, monkeypatch, moment
 
     def killed():
         if moment == "export":
-            export._write_parquet = half
+            ParquetFormat.write = half
         stop = die if moment == "run" else lambda _: None
         return outcome_of(
             lambda: small.submit_and_run(
@@ -72,7 +72,7 @@ def test_rm_leaves_nothing_whoever_was_killed_when(tmp_path, monkeypatch, moment
         small.output.unlink()  # whole, and its user's
 
         def exported():
-            export._write_parquet = half
+            ParquetFormat.write = half
             {"copied": copied, "piped": piped}[moment](job)
             return 0
 

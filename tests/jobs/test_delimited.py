@@ -18,8 +18,8 @@ from batchrun.jobs.output.export import export
 from batchrun.jobs.output.joined import Joined, output_columns
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.cells import joined
+from batchrun.jobs.rows.formats import output_format
 from batchrun.jobs.rows.source import open_source
-from batchrun.jobs.spec import output_format
 from tests.jobs.reading import objects
 
 

@@ -22,8 +22,8 @@ from batchrun.jobs.journal.results import Result
 from batchrun.jobs.output.export import check_columns, check_destination, export
 from batchrun.jobs.output.joined import Joined, output_columns
 from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.rows.formats import output_format
 from batchrun.jobs.rows.source import open_source
-from batchrun.jobs.spec import output_format
 
 OUTPUT_COLUMNS = ("completion", "finish_reason", "prompt_tokens", "completion_tokens", "error")
 REPO = Path(__file__).parents[2]
@@ -430,7 +430,7 @@ EXPORT = """
     from batchrun.jobs.output.result_reader import ResultReader
     from batchrun.jobs.output.export import check_destination, export
     from batchrun.jobs.output.joined import Joined, output_columns
-    from batchrun.jobs.spec import output_format
+    from batchrun.jobs.rows.formats import output_format
     from batchrun.jobs.journal.journal import Result
     from batchrun.jobs.rows.source import open_source
 

@@ -1,0 +1,67 @@
+"""The formats of inputs and outputs, and what names and beginnings of files say of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batchrun.jobs.errors import OutputError
+from batchrun.jobs.rows.delimited import CsvFormat
+from batchrun.jobs.rows.jsonl import JsonFormat
+from batchrun.jobs.rows.parquet import ParquetFormat
+from batchrun.jobs.rows.row import reading
+from batchrun.jobs.rows.rowformat import PACKINGS, WRITTEN_PACKINGS, RowFormat, suffixes
+from batchrun.jobs.rows.stream import text_of
+
+# By name; what has no name that says so is the first that begins like it.
+FORMATS: dict[str, RowFormat] = {f.name: f for f in (ParquetFormat(), JsonFormat(), CsvFormat())}
+
+
+def input_format(path: Path) -> RowFormat | None:
+    """The format that an input's name says."""
+    suffix, packing = suffixes(path)
+    for known in FORMATS.values():
+        if suffix in known.suffixes + known.input_suffixes and not (packing and known.columnar):
+            return known
+    return None
+
+
+def output_format(path: Path) -> str:
+    """The name of the format that an output's name asks for.
+
+    Raises:
+        OutputError: None that is known.
+    """
+    suffix, packing = suffixes(path)
+    for known in FORMATS.values():
+        packings = ("",) if known.columnar else ("", *WRITTEN_PACKINGS)
+        if suffix in known.suffixes and packing in packings:
+            return known.name
+    *names, last = [name for known in FORMATS.values() for name in known.suffixes]
+    raise OutputError(
+        f"{path}: its name does not say which format to write",
+        hint=f"names end in {', '.join(names)} or {last}, "
+        f"all but Parquet's also with {' or '.join(WRITTEN_PACKINGS)}",
+    )
+
+
+def input_names() -> str:
+    """How names of inputs end, for people."""
+    names = [n for known in FORMATS.values() for n in known.suffixes + known.input_suffixes]
+    *packings, last = PACKINGS
+    return f"{', '.join(names)}, all but Parquet's also with {', '.join(packings)} or {last}"
+
+
+def sniffed(path: Path) -> RowFormat | None:
+    """The format that a file has by how it begins; None where that says nothing.
+
+    Raises:
+        InputError: It can't be read, or is known to be of another kind.
+    """
+    with reading(path), path.open("rb") as file:
+        head = file.read(16)
+    for known in FORMATS.values():
+        if known.columnar and known.begins(head):
+            return known
+    with text_of(path) as text:
+        head = text.peek(1 << 16).lstrip()
+    return next((f for f in FORMATS.values() if not f.columnar and f.begins(head)), None)
