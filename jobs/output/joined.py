@@ -16,7 +16,6 @@ import pyarrow as pa
 from batchrun.jobs.errors import InputError, SpecChanged
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.output.result_reader import ResultReader
-from batchrun.jobs.rows.cells import joined
 from batchrun.jobs.rows.columnar import ColumnarChunk
 from batchrun.jobs.rows.row import BATCH_ROWS, Chunk, Source, no_columns, valid_text
 from batchrun.jobs.rows.rowformat import ROW
@@ -104,17 +103,17 @@ class Joined:
 
     def schema(self) -> pa.Schema:
         """Of the output: the input's columns, those that get in the way renamed, and more."""
-        fields = list(self._input_schema())
+        fields = list(self.input_schema())
         names = [field.name for field in fields]
         named = [field.with_name(self.free(field.name, names)) for field in fields]
         if self.numbered:
             named = [pa.field(ROW, pa.int64()), *(field.with_nullable(True) for field in named)]
         named += [pa.field(name, kind) for name, (kind, _) in self.added.items()]
-        return pa.schema(named).with_metadata(self._input_schema().metadata)
+        return pa.schema(named).with_metadata(self.input_schema().metadata)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The rows in the types of `schema`."""
-        given, schema = self._input_schema(), self.schema()
+        given, schema = self.input_schema(), self.schema()
         for chunk in self._chunks():
             batch = chunk.arrow(given)
             # With n samples a row's values are there n times: in pieces about as large as before.
@@ -123,20 +122,6 @@ class Joined:
             for low in range(0, chunk.num_rows, step):
                 rows = range(low, min(low + step, chunk.num_rows))
                 yield self._batch(batch, chunk.first, rows, known, schema)
-
-    def delimited(self, delimiter: str) -> Iterator[bytes]:
-        """The rows as records of CSV, after a header."""
-        given = self._input_schema().names
-        names = [self.free(name, given) for name in given]
-        first = [ROW] if self.numbered else []
-        yield (joined([*first, *names, *self.added], delimiter) + "\n").encode()
-        empty = joined([None] * len(given), delimiter)
-        for row, record, results in self.rows(lambda chunk: chunk.delimited(delimiter, given)):
-            for result in results:
-                more = joined([of(result) for _, of in self.added.values()], delimiter)
-                cells = [str(row)] if self.numbered else []
-                cells += [empty if record is None else record] if given else []
-                yield (delimiter.join([*cells, more]) + "\n").encode()
 
     @property
     def taken(self) -> list[str]:
@@ -151,7 +136,8 @@ class Joined:
             name = f"input_{name}"
         return name
 
-    def _input_schema(self) -> pa.Schema:
+    def input_schema(self) -> pa.Schema:
+        """Of the input's columns that the output has, by the input's names."""
         schema = self.source.schema()
         if self.columns is None:
             return schema
@@ -169,7 +155,7 @@ class Joined:
                 yield chunk
                 row += chunk.num_rows
         for first in range(row, rows, BATCH_ROWS):
-            yield _Lost.of(first, min(BATCH_ROWS, rows - first), self._input_schema())
+            yield _Lost.of(first, min(BATCH_ROWS, rows - first), self.input_schema())
 
     def rows(
         self, records: Callable[[Chunk], Iterator[Any]]

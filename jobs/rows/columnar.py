@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchrun.jobs.rows.cells import joined
 from batchrun.jobs.rows.jsonable import Errors, json_values
 from batchrun.jobs.rows.jsontext import encode_plain
 from batchrun.jobs.rows.row import Row, digest_of
@@ -58,10 +57,9 @@ class ColumnarChunk:
             record = dict(zip(names, values, strict=True))
             yield encode_plain(record) if plain else record
 
-    def delimited(self, delimiter: str, names: Sequence[str]) -> Iterator[str | None]:
-        """See `Chunk.delimited`."""
-        for values in self._values(names, "replace"):
-            yield joined(values, delimiter)
+    def cells(self, names: Sequence[str], delimiter: str) -> Iterator[str | Sequence[Any] | None]:
+        """See `Chunk.cells`."""
+        return self._values(names, "replace")
 
     def _slice(self, index: int) -> ColumnarChunk:
         return ColumnarChunk(index, self._batch.slice(index - self.first, 1))

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.cells import delimiter_of, joined
+from batchrun.jobs.rows.jsontext import as_text
 from batchrun.jobs.rows.row import Noted, Part, check_names, partition_fields, unnoted
-from batchrun.jobs.rows.rowformat import TextFormat
+from batchrun.jobs.rows.rowformat import ROW, TextFormat, suffixes
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
 from batchrun.jobs.rows.textsource import Asked, Header, Record, TextSource
 
@@ -30,6 +30,7 @@ csv.field_size_limit(MAX_RECORD)  # Python's own limit is less than a long promp
 
 _DELIMITERS = ",;\t|"  # of a .csv: that which its header has most of, the first of equals
 _LONE_COLUMNS = (b"prompt", b'"prompt"', b"messages", b'"messages"')
+_SPECIAL = re.compile(r'["\r\n,;\t|]|^\s|\s$')
 _QUOTED = re.compile(r'"(?:[^"]++|"")*+"')
 _BLANK, _BLANK_OF_ANY_END = re.compile(rb"(?:\r?\n)++"), re.compile(rb"[\r\n]++")
 _ANY_END = re.compile(rb"\r\n?|\n")
@@ -56,7 +57,17 @@ class CsvFormat(TextFormat):
 
     def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
         """See `TextFormat.records`."""
-        return joined.delimited(delimiter_of(path))
+        delimiter, added = delimiter_of(path), joined.added
+        given = joined.input_schema().names
+        names = [joined.free(name, given) for name in given]
+        first = [ROW] if joined.numbered else []
+        yield (record_of([*first, *names, *added], delimiter) + "\n").encode()
+        for row, cells, results in joined.rows(lambda chunk: chunk.cells(given, delimiter)):
+            record = record_of(cells or [None] * len(given), delimiter)
+            before = [*([str(row)] if first else []), *([record] if given else [])]
+            for result in results:
+                more = record_of([of(result) for _, of in added.values()], delimiter)
+                yield (delimiter.join([*before, more]) + "\n").encode()
 
     def output_suffix(self, first: Path) -> str:
         """See `RowFormat.output_suffix`: of TSV that of TSV."""
@@ -175,18 +186,18 @@ class DelimitedSource(TextSource):
         fields, error = self.fields(record)
         return fields if error is None else None
 
-    def delimited(self, record: Record, delimiter: str, names: Sequence[str]) -> str | None:
-        """See `TextSource.delimited`: the record as it is, where that is what is asked for."""
-        fields, error = self.fields(record)
-        if error is not None:
-            return None
+    def cells(
+        self, record: Record, names: Sequence[str], delimiter: str
+    ) -> str | Sequence[Any] | None:
+        """See `TextSource.cells`: the record as it is, where that is what is asked for."""
+        found = super().cells(record, names, delimiter)
         header = record.header
         assert header is not None
-        if header.delimiter == delimiter and list(header.names) == list(names):
+        if found is not None and (header.delimiter, [*header.names]) == (delimiter, [*names]):
             text = record.data.decode().rstrip("\r\n")
             if ('"' not in text and "\r" not in text) or _plain(delimiter).fullmatch(text):
                 return text
-        return joined([fields.get(name) for name in names], delimiter)
+        return found
 
 
 class _Lines:
@@ -278,3 +289,23 @@ def _raw_cells(text: str, delimiter: str) -> list[str]:
     """The cells of a valid record with their quotes."""
     one = re.escape(delimiter)
     return re.findall(rf'("(?:[^"]++|"")*+"|[^{one}]*+)(?:{one}|\Z)', text)
+
+
+def delimiter_of(path: Path) -> str:
+    """What separates cells in an output of this name: a tab, or a comma."""
+    return "\t" if suffixes(path)[0] == ".tsv" else ","
+
+
+def record_of(cells: str | Iterable[Any], delimiter: str) -> str:
+    """Values as a record, without the line's end, if they are not text already.
+
+    Lists and objects are JSON.
+    """
+    return cells if isinstance(cells, str) else delimiter.join(map(_cell, cells))
+
+
+def _cell(value: Any) -> str:
+    text = as_text(value)
+    if text is None:
+        return ""
+    return '"' + text.replace('"', '""') + '"' if not text or _SPECIAL.search(text) else text

@@ -85,8 +85,11 @@ class Chunk(Protocol):
         """
         ...
 
-    def delimited(self, delimiter: str, names: Sequence[str]) -> Iterator[str | None]:
-        """Each row's values of these columns as a record of CSV, None for a bad one."""
+    def cells(self, names: Sequence[str], delimiter: str) -> Iterator[str | Sequence[Any] | None]:
+        """Each row's values of these columns, None for a bad one.
+
+        A row that is a record of just these already, so delimited, is its text.
+        """
         ...
 
 

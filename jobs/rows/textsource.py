@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.cells import joined
 from batchrun.jobs.rows.jsontext import parse_object, with_more
 from batchrun.jobs.rows.row import BATCH_BYTES, BATCH_ROWS, Part, Row, digest_of, no_columns
 from batchrun.jobs.rows.shape import InferredType, fitted
@@ -130,10 +129,12 @@ class TextSource(ABC):
     def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
         """What an output in JSON has of a record: see `Chunk.objects`."""
 
-    def delimited(self, record: Record, delimiter: str, names: Sequence[str]) -> str | None:
-        """A record's values of these columns as one of CSV; None for a bad row."""
+    def cells(
+        self, record: Record, names: Sequence[str], delimiter: str
+    ) -> str | Sequence[Any] | None:
+        """What an output in CSV has of a record: see `Chunk.cells`."""
         fields, error = self.fields(record)
-        return None if error else joined([fields.get(name) for name in names], delimiter)
+        return None if error else [fields.get(name) for name in names]
 
     @property
     def column_names(self) -> list[str]:
@@ -266,7 +267,7 @@ class TextChunk:
                 missing = {name: value for name, value in more.items() if name not in (found or ())}
                 yield None if found is None else {**found, **missing}
 
-    def delimited(self, delimiter: str, names: Sequence[str]) -> Iterator[str | None]:
-        """See `Chunk.delimited`."""
+    def cells(self, names: Sequence[str], delimiter: str) -> Iterator[str | Sequence[Any] | None]:
+        """See `Chunk.cells`."""
         for record in self._records:
-            yield self._source.delimited(record, delimiter, names)
+            yield self._source.cells(record, names, delimiter)

@@ -17,7 +17,7 @@ from batchrun.jobs.journal.results import Result
 from batchrun.jobs.output.export import export
 from batchrun.jobs.output.joined import Joined, output_columns
 from batchrun.jobs.output.result_reader import ResultReader
-from batchrun.jobs.rows.cells import joined
+from batchrun.jobs.rows.delimited import record_of
 from batchrun.jobs.rows.formats import output_format
 from batchrun.jobs.rows.source import open_source
 from tests.jobs.reading import objects
@@ -118,7 +118,7 @@ def test_a_lone_carriage_return_is_text_unless_it_ends_the_header(tmp_path):
     ]
     assert [row["a"] for row in objects(source)] == ["x\ry", "u\rv\r\nw", ""]
     [chunk] = source.chunks()
-    records = list(chunk.delimited(",", ["a", "b"]))
+    records = [record_of(cells, ",") for cells in chunk.cells(["a", "b"], ",")]
     assert records == ['"x\ry",1', '"u\rv\r\nw","\rz"', '"",']
     table = pandas.read_csv(io.BytesIO("\n".join(["a,b", *records]).encode()), dtype=str)
     assert list(table["a"][:2]) == ["x\ry", "u\rv\r\nw"]
@@ -214,7 +214,7 @@ def test_quotes_where_other_readers_want_none_are_written_anew(tmp_path):
     """Into CSV a record goes as it is, but for a quote inside of a cell that has none around it."""
     source = opened(tmp_path, 'id,v\n007,5" pipe\n"8",say ""hi""\n"9","a ""b"", c"\n')
     [chunk] = source.chunks()
-    records = list(chunk.delimited(",", ["id", "v"]))
+    records = [record_of(cells, ",") for cells in chunk.cells(["id", "v"], ",")]
     assert records == ['007,"5"" pipe"', '8,"say """"hi"""""', '"9","a ""b"", c"']
     text = "\n".join(["id,v", *records]).encode()
     for read in (polars.read_csv, pandas.read_csv, pyarrow.csv.read_csv):
@@ -233,7 +233,7 @@ cells = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=6
 @settings(max_examples=150, deadline=None)
 def test_any_text_survives(tmp_path_factory, records, delimiter):
     path = tmp_path_factory.getbasetemp() / ("x.tsv" if delimiter == "\t" else "x.csv")
-    lines = [joined(record, delimiter) for record in (("a", "b", "c"), *records)]
+    lines = [record_of(record, delimiter) for record in (("a", "b", "c"), *records)]
     path.write_text("\n".join(lines) + "\n", newline="")
     source = open_source([path], "csv")
     assert [tuple(row.fields.values()) for row in source.rows()] == records

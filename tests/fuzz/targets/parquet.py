@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from batchrun.cli.isolated import isolated
 from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.delimited import record_of
 from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.rows.row import Noted, unnoted
 from batchrun.jobs.rows.source import expand_inputs, open_source
@@ -251,7 +252,7 @@ def _rows(path: Path, noted: Noted) -> str:
             raise Wrong(f"rows {chunk.first} on: {chunk.num_rows}, {len(digests)} digests")
         indices += chunk.num_rows
         lines += sum(1 for _ in chunk.objects())
-        cells += sum(1 for _ in chunk.delimited(",", names))
+        cells += sum(1 for values in chunk.cells(names, ",") if record_of(values, ",") is not None)
         for values, column in zip(read, batch.columns, strict=True):
             values.extend(json_values(column, "replace"))
     rows = [row.index for row in source.rows(names[:2])]
