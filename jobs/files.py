@@ -30,7 +30,14 @@ _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 # And those that can't sync a directory alone, when asked for it.
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}
 
-MayReplace = Callable[[os.stat_result], bool]
+Identity = list[int]  # inode, size, time of the last change: what JSON can hold
+MayReplace = Callable[[Identity], bool]
+
+
+def identity_of(stat: os.stat_result) -> Identity:
+    """What tells a file from any other that takes its place."""
+    # Not the device: its number may change when the machine starts again.
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
 def fsync_directory(path: Path) -> None:
@@ -165,8 +172,8 @@ def atomic_write(
     Args:
         path: The file.
         durable: Without it nothing is synced: for what the next seconds make worthless.
-        may_replace: Told the finished file's stat, says whether it may replace what is there. If
-            not, it takes the name only if nothing has it, in one step.
+        may_replace: Told the finished file's identity, says whether it may replace what is there.
+            If not, it takes the name only if nothing has it, in one step.
         private: It stays its user's alone, whatever was there.
 
     Raises:
@@ -186,7 +193,7 @@ def atomic_write(
             if durable:
                 os.fsync(handle)
             # Still locked: nobody takes it for abandoned.
-            if may_replace(os.fstat(handle)):
+            if may_replace(identity_of(os.fstat(handle))):
                 temporary.replace(path)
             else:
                 _take_name(temporary, path)

@@ -33,13 +33,13 @@ from batchrun.jobs.files import (
     make_folders,
     open_private,
     private_mode,
-    remove_abandoned,
 )
 from batchrun.jobs.identity import ModelFingerprint, changes, load_limits, load_places, move
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
 from batchrun.jobs.journal.schema import NAME
 from batchrun.jobs.lease import CANCEL, Lease, held_by
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.snapshot import WAITING, JobSnapshot
 from batchrun.jobs.spec import FILE, JobSpec
 
@@ -242,7 +242,7 @@ class JobFolder:
         """
         with Lease(self.path):
             for destination in self._destinations():
-                remove_abandoned(destination)
+                OUTPUTS.sweep(destination)
             grave = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.path.parent))
             self.path.rename(grave)  # else a list could show half a job
             fsync_directory(grave.parent)

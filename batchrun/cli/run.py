@@ -30,7 +30,7 @@ from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.output.destination import check_apart, one_at_a_time, resuming
-from batchrun.jobs.output.export import check_destination
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import JobSpec
 from batchrun.machine import importing
 from batchrun.models.resolve import fingerprint
@@ -138,7 +138,8 @@ def _check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
         return
     destination = Path(spec.output["path"])
     check_apart(root, destination, [Path(file.path) for file in spec.inputs])
-    check_destination(destination, bool(spec.output.get("overwrite")))  # it may be there by now
+    # It may be there by now.
+    OUTPUTS.check(destination, overwrite=bool(spec.output.get("overwrite")))
 
 
 def _told_limits(spec: JobSpec, job: JobFolder) -> str:

@@ -14,7 +14,8 @@ from batchrun.cli.piped import PIPE
 from batchrun.engine.core import SamplingParams
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.output.destination import check_place
-from batchrun.jobs.output.export import check_columns, check_destination
+from batchrun.jobs.output.export import check_columns
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS, output_format
 from batchrun.jobs.rows.row import Noted, Source, missing_column, unnoted
 from batchrun.jobs.rows.source import expand_inputs, open_source
@@ -96,7 +97,7 @@ def make_spec(
     check_columns(source.column_names, options["token_ids"], n, keep, prefix)
     if not output.get("stdout"):
         check_place(home, Path(output["path"]), [part.path for part in parts])
-        check_destination(Path(output["path"]), options["overwrite"])
+        OUTPUTS.check(Path(output["path"]), overwrite=options["overwrite"])
     model = _model(options, home, log)
     _check_chat_template(prompt, source, model)
     return JobSpec(

@@ -14,13 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from batchrun.jobs.errors import LOCAL_DISK, JobError, OutputError, OutputTaken
-from batchrun.jobs.files import MayReplace, close_to_others, make_folders, open_private, write_json
+from batchrun.jobs.files import (
+    Identity,
+    MayReplace,
+    close_to_others,
+    make_folders,
+    open_private,
+    write_json,
+)
 from batchrun.jobs.folder import JobFolder, list_jobs
 from batchrun.jobs.identity import PLACES, places_with_output, set_limits
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.schema import NAME
 from batchrun.jobs.lease import Lease, held_by
-from batchrun.jobs.output.export import check_destination
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import FILE, JobSpec
 
 _LIVE = ("new", "queued", "running")
@@ -28,8 +35,6 @@ _OWN_FOLDERS = ("jobs", "measured", "models", "queue", "verdicts")  # of `home()
 _LOCK = ".submitting"  # among the jobs
 _WRITTEN = "output"  # in a journal: identities of what is, or may be, this job's own output
 _MAY_GO = "output_may_go"  # of what was there when its user said that it may be replaced
-
-Identity = list[int]  # inode, size, time of the last change: what JSON can hold
 
 
 @contextmanager
@@ -72,8 +77,8 @@ def check_place(root: Path, destination: Path, inputs: Iterable[Path]) -> None:
     Raises:
         OutputError: It is an input, by whatever path, or among the files that batchrun keeps.
     """
-    where = _places(destination)
-    if any(where & _places(path) for path in inputs):
+    where = OUTPUTS.places(destination)
+    if any(where & OUTPUTS.places(path) for path in inputs):
         raise OutputError(f"{destination} is an input of this job", hint="choose another --output")
     real = Path(os.path.realpath(destination))
     ours = any(real.is_relative_to(os.path.realpath(root / name)) for name in _OWN_FOLDERS)
@@ -98,7 +103,7 @@ def check_apart(
     Raises:
         OutputError: The message names the other job.
     """
-    where = _places(destination)
+    where = OUTPUTS.places(destination)
     read: dict[str | tuple[object, ...], Path] | None = None
     for other in list_jobs(root):
         try:
@@ -108,13 +113,13 @@ def check_apart(
             spec = other.spec()
         except (JobError, OSError):  # it is gone, or damaged: it writes nothing
             continue
-        theirs = _places(Path(spec.output["path"])) if spec.output.get("path") else set()
+        theirs = OUTPUTS.places(Path(spec.output["path"])) if spec.output.get("path") else set()
         if where & theirs:
             raise _taken(f"{destination} is where", other, state, "writes its output")
-        if any(where & _places(Path(file.path)) for file in spec.inputs):
+        if any(where & OUTPUTS.places(Path(file.path)) for file in spec.inputs):
             raise _taken(f"{destination} is what", other, state, "reads")
         if read is None:
-            read = {place: path for path in inputs for place in _places(path)}
+            read = {place: path for path in inputs for place in OUTPUTS.places(path)}
         if changing := theirs & read.keys():
             raise _taken(f"the input {read[changing.pop()]} is what", other, state, "replaces")
 
@@ -122,7 +127,7 @@ def check_apart(
 class Claim:
     """What a job may replace where its output goes. Remembers what it puts there.
 
-    Called by `atomic_write`, when the output is whole and has not got its name yet.
+    Called by `OutputStore.write`, when the output is whole and has not got its name yet.
 
     Args:
         journal: The job's; open for writing to call this.
@@ -140,13 +145,13 @@ class Claim:
         asked = there == self._journal.meta(_MAY_GO) or (self._overwrite and not written)
         return asked or there in written
 
-    def __call__(self, made: os.stat_result) -> bool:
+    def __call__(self, made: Identity) -> bool:
         """Whether what is there now may be replaced by this file."""
-        there = identity(self._path)
+        there = OUTPUTS.identity(self._path)
         may = there is not None and self.covers(there)
         # Before it has the name: whoever goes on after a crash knows it, and what it may replace.
-        self._journal.set_meta(_WRITTEN, [*([there] if may else []), _identity(made)])
-        return may and there == identity(self._path)
+        self._journal.set_meta(_WRITTEN, [*([there] if may else []), made])
+        return may and there == OUTPUTS.identity(self._path)
 
 
 @contextmanager
@@ -187,8 +192,8 @@ def resuming(
             if output is not None:
                 check_place(root, path, inputs)
             check_apart(root, path, inputs, job)
-            check_destination(path, True)
-            there = identity(path)
+            OUTPUTS.check(path, overwrite=True)
+            there = OUTPUTS.identity(path)
             if there is not None and not overwrite:
                 _check_own(job, spec, there)
             if output is not None:
@@ -225,11 +230,11 @@ def exporting(
     spec = job.spec()
     check_place(root, destination, [Path(file.path) for file in spec.inputs])
     check_apart(root, destination, [], job)
-    check_destination(destination, overwrite)
-    before = identity(destination) if overwrite else None
+    OUTPUTS.check(destination, overwrite=overwrite)
+    before = OUTPUTS.identity(destination) if overwrite else None
 
     def unchanged() -> bool:
-        return before is not None and before == identity(destination)
+        return before is not None and before == OUTPUTS.identity(destination)
 
     if not is_same(destination, Path(spec.output["path"])):
         job.note_destination(destination)
@@ -238,8 +243,8 @@ def exporting(
     if held_by(job.path) is not None:
         raise _taken(f"{destination} is where", job, job.state(), "writes its output")
 
-    def remembered(made: os.stat_result) -> bool:
-        written = [*([before] if before is not None else []), _identity(made)]
+    def remembered(made: Identity) -> bool:
+        written = [*([before] if before is not None else []), made]
         job.remember(_WRITTEN, written)
         return unchanged()
 
@@ -247,22 +252,9 @@ def exporting(
         yield remembered
 
 
-def identity(path: Path) -> Identity | None:
-    """What tells a file from any other that takes its place; None where there is none."""
-    try:
-        return _identity(os.lstat(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def is_same(path: Path, other: Path) -> bool:
     """Whether two paths lead to one file, or would: through links, `..`, mounts of a folder."""
-    return bool(_places(path) & _places(other))
-
-
-def _identity(stat: os.stat_result) -> Identity:
-    # Not the device: its number may change when the machine starts again.
-    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
+    return bool(OUTPUTS.places(path) & OUTPUTS.places(other))
 
 
 def _check_own(job: JobFolder, spec: JobSpec, there: Identity) -> None:
@@ -273,22 +265,6 @@ def _check_own(job: JobFolder, spec: JobSpec, there: Identity) -> None:
                 f"{path} exists, and the job {job.id} did not write it",
                 hint=f"batchrun resume {job.id} --output OTHER, or --overwrite to replace it",
             )
-
-
-def _places(path: Path) -> set[str | tuple[object, ...]]:
-    """By what a file is known: paths are of one file, or would be, where these have one in common.
-
-    Its path without links, its inode, its name in its folder's inode.
-    """
-    real = os.path.realpath(path)
-    found: set[str | tuple[object, ...]] = {real}
-    for where, name in ((real, ()), (os.path.dirname(real), (os.path.basename(real),))):
-        try:
-            stat = os.stat(where)
-        except OSError:  # it is not there, or nobody may look
-            continue
-        found.add((stat.st_dev, stat.st_ino, *name))
-    return found
 
 
 def _is_job(folder: Path) -> bool:

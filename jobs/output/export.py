@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from batchrun.jobs.errors import OutputError, OutputTaken
-from batchrun.jobs.files import MayReplace, atomic_write
+from batchrun.jobs.files import MayReplace
 from batchrun.jobs.output.joined import Joined, output_columns
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -42,35 +42,6 @@ def check_columns(
         )
 
 
-def check_destination(path: Path, overwrite: bool) -> None:
-    """Prove that a file can be written there, by writing one beside it and removing it.
-
-    Raises:
-        OutputError: It can't, or it exists and is not to be replaced.
-    """
-    # `os.path` because pathlib raises where a folder on the way may not be entered.
-    if os.path.isdir(path):
-        raise OutputError(f"{path} is a folder", hint=f"--output '{path / 'output.parquet'}'")
-    if os.path.lexists(path):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OutputError(f"{path} is not a regular file", hint="choose another --output")
-        if not overwrite:
-            raise OutputError(
-                f"{path} exists already", hint="--overwrite to replace it, or another --output"
-            )
-    parent = path.absolute().parent
-    if not os.path.exists(parent):
-        raise OutputError(f"{path}: there is no folder {parent}", hint=f"mkdir -p '{parent}'")
-    try:
-        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.", suffix=".tmp"):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"{path} can't be written: {error.strerror or error}",
-            hint=f"choose another --output, or see: ls -ld '{parent}'",
-        ) from error
-
-
 def export(
     joined: Joined,
     destination: Path,
@@ -89,7 +60,7 @@ def export(
         joined: Its rows.
         destination: The file.
         format: Its format's name in `FORMATS`.
-        may_replace: Whether it may replace what is there when it is whole; see `atomic_write`.
+        may_replace: Whether it may replace what is there when it is whole; see `OutputStore`.
         private: Nobody else may ever read it.
 
     Returns:
@@ -102,7 +73,7 @@ def export(
         JobError: What `joined` raises.
     """
     try:
-        with atomic_write(destination, may_replace=may_replace, private=private) as file:
+        with OUTPUTS.write(destination, may_replace=may_replace, private=private) as file:
             FORMATS[format].write(file, joined, destination)
             joined.finish()
     except FileExistsError as error:

@@ -22,11 +22,11 @@ from batchrun.jobs.output.destination import (
     check_apart,
     check_place,
     exporting,
-    identity,
     is_same,
     one_at_a_time,
     resuming,
 )
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import InputFile
 
 ROOT = Path(__file__).parents[2]
@@ -498,7 +498,8 @@ class TestExporting:
 def test_identity_is_of_the_name_itself(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to("file")
-    assert identity(tmp_path / "gone") is None
-    assert identity(tmp_path / "file" / "deeper") is None
-    assert identity(tmp_path / "link") != identity(tmp_path / "file")
-    assert json.loads(json.dumps(identity(tmp_path / "file"))) == identity(tmp_path / "file")
+    assert OUTPUTS.identity(tmp_path / "gone") is None
+    assert OUTPUTS.identity(tmp_path / "file" / "deeper") is None
+    assert OUTPUTS.identity(tmp_path / "link") != OUTPUTS.identity(tmp_path / "file")
+    there = OUTPUTS.identity(tmp_path / "file")
+    assert json.loads(json.dumps(there)) == there

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from batchrun.jobs.errors import JobError, OutputError
 from batchrun.jobs.journal.results import Result
-from batchrun.jobs.output.export import check_columns, check_destination, export
+from batchrun.jobs.output.export import check_columns, export
 from batchrun.jobs.output.joined import Joined, output_columns
 from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import output_format
 from batchrun.jobs.rows.source import open_source
 
@@ -367,39 +368,39 @@ class TestChecks:
             check_columns(["completion_token_ids"], True, 1)
 
     def test_destination_leaves_nothing_behind(self, tmp_path):
-        check_destination(tmp_path / "o.parquet", False)
+        OUTPUTS.check(tmp_path / "o.parquet", overwrite=False)
         assert list(tmp_path.iterdir()) == []
 
     def test_destination_exists(self, tmp_path):
         path = tmp_path / "o.parquet"
         path.write_text("precious")
         with pytest.raises(OutputError, match="exists already") as info:
-            check_destination(path, False)
+            OUTPUTS.check(path, overwrite=False)
         assert "--overwrite" in info.value.hint
-        check_destination(path, True)
+        OUTPUTS.check(path, overwrite=True)
         assert path.read_text() == "precious"
 
     def test_destination_is_no_file(self, tmp_path):
         for overwrite in (False, True):
             with pytest.raises(OutputError, match="is a folder"):
-                check_destination(tmp_path, overwrite)
+                OUTPUTS.check(tmp_path, overwrite=overwrite)
             with pytest.raises(OutputError, match="not a regular file"):
-                check_destination(Path("/dev/null"), overwrite)
+                OUTPUTS.check(Path("/dev/null"), overwrite=overwrite)
 
     def test_destination_without_a_folder(self, tmp_path):
         path = tmp_path / "a" / "b" / "o.parquet"
         with pytest.raises(OutputError, match="there is no folder") as info:
-            check_destination(path, False)
+            OUTPUTS.check(path, overwrite=False)
         assert info.value.hint == f"mkdir -p '{path.parent}'"
         (tmp_path / "file").touch()
         with pytest.raises(OutputError, match="can't be written: Not a directory"):
-            check_destination(tmp_path / "file" / "o.parquet", False)
+            OUTPUTS.check(tmp_path / "file" / "o.parquet", overwrite=False)
 
     def test_destination_with_a_name_too_long(self, tmp_path):
         with pytest.raises(OutputError, match="can't be written: File name too long"):
-            check_destination(tmp_path / ("x" * 260 + ".parquet"), False)
+            OUTPUTS.check(tmp_path / ("x" * 260 + ".parquet"), overwrite=False)
         with pytest.raises(OutputError, match="can't be written"):
-            check_destination(tmp_path / ("x" * 245 + ".jsonl"), False)
+            OUTPUTS.check(tmp_path / ("x" * 245 + ".jsonl"), overwrite=False)
 
 
 @pytest.fixture
@@ -428,8 +429,9 @@ EXPORT = """
     from pathlib import Path
     from batchrun.jobs.errors import OutputError
     from batchrun.jobs.output.result_reader import ResultReader
-    from batchrun.jobs.output.export import check_destination, export
+    from batchrun.jobs.output.export import export
     from batchrun.jobs.output.joined import Joined, output_columns
+    from batchrun.jobs.output.store import OUTPUTS
     from batchrun.jobs.rows.formats import output_format
     from batchrun.jobs.journal.journal import Result
     from batchrun.jobs.rows.source import open_source
@@ -475,7 +477,7 @@ class TestFailures:
         code = """
             if os.getuid() == 0:
                 os.setuid(65534)
-            for act in (run, lambda: check_destination(out, False)):
+            for act in (run, lambda: OUTPUTS.check(out, overwrite=False)):
                 try:
                     act()
                 except OutputError as error:
