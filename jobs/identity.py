@@ -13,6 +13,7 @@ from typing import Any
 
 from batchrun.jobs.errors import InputError, JobError, SpecChanged
 from batchrun.jobs.files import read_json, write_json
+from batchrun.jobs.rows.part import INPUTS
 from batchrun.jobs.spec import InputFile, JobSpec
 
 ModelFingerprint = Callable[[Path], str]
@@ -124,7 +125,7 @@ def grown(spec: JobSpec) -> list[str]:
     lines = []
     for was in spec.inputs if _may_grow(spec) else ():
         with suppress(OSError):
-            more = Path(was.path).stat().st_size - was.size
+            more = INPUTS.stat(Path(was.path)).size - was.size
             if more > 0:
                 lines.append(
                     f"{was.path} has {more:,} bytes more than when the job was submitted: "

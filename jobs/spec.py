@@ -11,7 +11,7 @@ from typing import Any
 
 from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
-from batchrun.jobs.rows.row import Part
+from batchrun.jobs.rows.part import INPUTS, Part
 
 VERSION = 1
 FILE = "job.json"
@@ -58,10 +58,10 @@ class InputFile:
             InputError: It can't be read.
         """
         try:
-            size = path.stat().st_size
+            size = INPUTS.stat(path).size
             size = size if most is None else min(size, most)
             digest = blake2b(str(size).encode(), digest_size=16)
-            with path.open("rb") as file:
+            with INPUTS.open(path) as file:
                 if size <= _WHOLE:
                     for begin in range(0, size, _SAMPLE):
                         digest.update(file.read(min(_SAMPLE, size - begin)))

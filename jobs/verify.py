@@ -14,8 +14,10 @@ from batchrun.jobs.folder import JobFolder, check_unchanged
 from batchrun.jobs.identity import ModelFingerprint
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.output.rejoin import rejoin
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS
-from batchrun.jobs.rows.row import Noted, Source, unnoted
+from batchrun.jobs.rows.part import Noted, unnoted
+from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import STATS
@@ -103,7 +105,7 @@ def _rows(
 def _output(spec: JobSpec, journal: Journal, source: Source, noted: Noted) -> Iterator[str]:
     """Where the output is not what an export would write now."""
     path = Path(spec.output["path"])
-    if not path.exists():
+    if OUTPUTS.identity(path) is None:
         yield f"the output {path} is gone; the journal has its rows: batchrun export"
         return
     joined = rejoin(spec, journal, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -16,7 +15,8 @@ from batchrun.jobs.output.export import export
 from batchrun.jobs.output.joined import Joined, output_columns
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.formats import FORMATS
-from batchrun.jobs.rows.row import Noted, Source, reading, unnoted
+from batchrun.jobs.rows.part import INPUTS, Noted, unnoted
+from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
 
@@ -206,5 +206,4 @@ def _joined(
 
 def _identity(path: Path) -> tuple[int, ...]:
     with reading(path):
-        found = os.stat(path)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return INPUTS.stat(path).identity

@@ -8,6 +8,7 @@ from batchrun.jobs.errors import OutputError
 from batchrun.jobs.rows.delimited import CsvFormat
 from batchrun.jobs.rows.jsonl import JsonFormat
 from batchrun.jobs.rows.parquet import ParquetFormat
+from batchrun.jobs.rows.part import INPUTS
 from batchrun.jobs.rows.row import reading
 from batchrun.jobs.rows.rowformat import PACKINGS, WRITTEN_PACKINGS, RowFormat, suffixes
 from batchrun.jobs.rows.stream import text_of
@@ -57,7 +58,7 @@ def sniffed(path: Path) -> RowFormat | None:
     Raises:
         InputError: It can't be read, or is known to be of another kind.
     """
-    with reading(path), path.open("rb") as file:
+    with reading(path), INPUTS.open(path) as file:
         head = file.read(16)
     for known in FORMATS.values():
         if known.columnar and known.begins(head):

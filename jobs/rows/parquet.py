@@ -16,16 +16,14 @@ from batchrun.jobs.rows.arrowtypes import is_text
 from batchrun.jobs.rows.columnar import ColumnarChunk
 from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.rows.parquetfile import batches, column_chunks, opened
+from batchrun.jobs.rows.part import Noted, Part, unnoted
 from batchrun.jobs.rows.row import (
     BATCH_BYTES,
     BATCH_ROWS,
-    Noted,
-    Part,
     Row,
     missing_column,
     partition_fields,
     reading,
-    unnoted,
 )
 from batchrun.jobs.rows.rowformat import RowFormat
 from batchrun.jobs.rows.unify import conform

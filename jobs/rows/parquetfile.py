@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.row import AGAIN, Noted, no_columns, reading, unnoted
+from batchrun.jobs.rows.part import Noted, unnoted
+from batchrun.jobs.rows.row import AGAIN, no_columns, reading
 
 _ANY = (Exception,)
 _BUFFER = 1 << 18  # bytes read ahead a column, instead of whole column chunks

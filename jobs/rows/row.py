@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError, JobError
+from batchrun.jobs.rows.part import INPUTS, Part
 
 BATCH_BYTES = 16 << 20  # a chunk of input rows is about this large, whatever a row's size
 BATCH_ROWS = 256  # and never has more rows: an average says little where lengths are skewed
@@ -23,21 +24,6 @@ AGAIN = "copy or write the file again, then submit the job again"  # what to do 
 
 _FAULTS = (OSError, pa.ArrowException)
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One input file as a source reads it.
-
-    Args:
-        path: Where it is.
-        size: Bytes of it that are the input; None for all.
-        partition: Columns that its folders' names say (`lang=de`), the same in all its rows.
-    """
-
-    path: Path
-    size: int | None = None
-    partition: Mapping[str, int | str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,23 +165,6 @@ def digest_of(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-class Noted(Protocol):
-    """Told what is read, while it is: `ReaderNote.reading`."""
-
-    def __call__(
-        self, path: Path | None = None, first: int = -1, rows: int = 0
-    ) -> AbstractContextManager[None]:
-        """These rows of a file are read; without numbers, what it says of itself."""
-        ...
-
-
-def unnoted(
-    path: Path | None = None, first: int = -1, rows: int = 0
-) -> AbstractContextManager[None]:
-    """Tells nobody."""
-    return nullcontext()
-
-
 @contextmanager
 def reading(path: Path, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterator[None]:
     """Turn what goes wrong while a file is read into an InputError that names it.
@@ -216,11 +185,16 @@ def reading(path: Path, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterat
                 hint=f"look at it with: ls -ld '{path}'",
             ) from error
         cause = (str(error).splitlines() or [type(error).__name__])[0]
-        size = path.stat().st_size if path.exists() else 0
-        raise InputError(
-            f"{path} is damaged or cut short ({size} bytes): {cause}",
-            hint=AGAIN,
-        ) from error
+        raise damaged(path, cause) from error
+
+
+def damaged(path: Path, cause: object) -> InputError:
+    """The error for a file that is not what it was written as."""
+    try:
+        size = INPUTS.stat(path).size
+    except OSError:
+        size = 0
+    return InputError(f"{path} is damaged or cut short ({size} bytes): {cause}", hint=AGAIN)
 
 
 def valid_text(text: str) -> str:

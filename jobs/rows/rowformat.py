@@ -12,7 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, cast
 
 import pyarrow as pa
 
-from batchrun.jobs.rows.row import Noted, Part, Source, unnoted
+from batchrun.jobs.rows.part import Noted, Part, unnoted
+from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.stream import text_of
 
 if TYPE_CHECKING:  # it is made of sources

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from glob import glob, has_magic
 from pathlib import Path
 from urllib.parse import unquote
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.formats import FORMATS, input_format, input_names, sniffed
-from batchrun.jobs.rows.row import Noted, Part, Source, reading, unnoted
+from batchrun.jobs.rows.part import INPUTS, Noted, Part, unnoted
+from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.rowformat import RowFormat
 
 # What describes a dataset and is no part of it.
@@ -66,78 +65,35 @@ def open_source(
     return FORMATS[format].open(files, lenient=lenient, noted=noted)
 
 
-def _expand(path: str, log: Callable[[str], None]) -> Iterator[tuple[Path, RowFormat]]:
-    where = Path(path).expanduser()
-    with reading(where):
-        try:
-            where.lstat()
-            there = True
-        except (FileNotFoundError, NotADirectoryError):
-            there = False
-    if there:
-        yield from _files(where, log)
-        return
-    if not has_magic(path):
-        raise InputError(
-            f"{path}: there is no such file or folder",
-            hint=f"ls '{_existing_parent(where)}' shows what there is",
-        )
-    matches = glob(str(where), recursive=True)
-    if not matches:
-        raise InputError(f"no file matches {path}", hint="check the pattern, quotes around it")
-    for match in matches:
-        yield from _files(Path(match), log)
-
-
-def _files(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, RowFormat]]:
-    """The file itself, or the input files beneath a folder, and their formats."""
-    if os.path.isdir(path):
-        yield from _beneath(path, log)
-        return
-    if not os.path.exists(path):
-        raise InputError(f"{path} is a link to a file that is not there", f"ls -l '{path}'")
-    if not os.path.isfile(path):
-        raise InputError(
-            f"{path} is not a regular file", hint=f"pipe it in: batchrun submit - < '{path}'"
-        )
-    kind = input_format(path) or sniffed(path)
-    if kind is None:
-        raise InputError(
-            f"{path} has no known input format (by its name)", hint=f"names end in {input_names()}"
-        )
-    yield path, kind
-
-
-def _beneath(path: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, RowFormat]]:
-    def refuse(error: OSError) -> None:
-        raise InputError(
-            f"{error.filename} can't be read: {error.strerror}", f"ls -ld '{error.filename}'"
-        ) from error
-
-    some, others, arrow = False, [], False
-    been: set[tuple[int, int]] = set()  # a link may lead back up
-    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
-        names.sort()
-        folders[:] = sorted(
-            (name for name in folders if not name.startswith((".", "_"))),
-            key=lambda name: (os.path.islink(os.path.join(folder, name)), name),
-        )
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in been:
-            folders.clear()
+def _expand(name: str, log: Callable[[str], None]) -> Iterator[tuple[Path, RowFormat]]:
+    with reading(Path(name).expanduser()):
+        found = list(INPUTS.expand(name))
+    for path, beneath in found:
+        if beneath is not None:
+            yield from _of_folder(path, beneath, log)
             continue
-        been.add((here.st_dev, here.st_ino))
-        for name in names:
-            if name.startswith((".", "_")):
-                continue
-            kind = input_format(Path(name))
-            if name in _ABOUT or kind is None:
-                others.append(name)
-                arrow |= name.endswith(".arrow")
-                continue
-            some = True
-            yield Path(folder, name), kind
+        kind = input_format(path) or sniffed(path)
+        if kind is None:
+            raise InputError(
+                f"{path} has no known input format (by its name)",
+                hint=f"names end in {input_names()}",
+            )
+        yield path, kind
+
+
+def _of_folder(
+    path: Path, beneath: Iterator[Path], log: Callable[[str], None]
+) -> Iterator[tuple[Path, RowFormat]]:
+    some, others = False, []
+    for file in beneath:
+        kind = input_format(file)
+        if file.name in _ABOUT or kind is None:
+            others.append(file.name)
+            continue
+        some = True
+        yield file, kind
     if not some:
+        arrow = any(name.endswith(".arrow") for name in others)
         raise InputError(
             f"folder {path} has no input files"
             + (", but Arrow files, as datasets' save_to_disk writes them" if arrow else ""),
@@ -177,7 +133,3 @@ def _partitions(files: Sequence[Path]) -> Iterator[tuple[Path, dict[str, int | s
 def _natural(path: Path) -> tuple[list[str | int], str]:
     parts = re.split(r"([0-9]+)", str(path))
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next((parent for parent in path.parents if os.path.isdir(parent)), Path("/"))

@@ -22,7 +22,8 @@ from typing import IO, Any, cast
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.row import AGAIN, reading
+from batchrun.jobs.rows.part import INPUTS
+from batchrun.jobs.rows.row import damaged, reading
 
 MAX_RECORD = 256 << 20  # bytes of a row; more is a file of another kind
 _BUFFER = 1 << 18
@@ -67,14 +68,11 @@ def text_of(path: Path, size: int | None = None) -> Iterator[io.BufferedReader]:
     Raises:
         InputError: It can't be read, is damaged, or is no text.
     """
-    with reading(path), path.open("rb", buffering=0) as raw:
+    with reading(path), INPUTS.open(path, buffering=0) as raw:
         try:
             yield _decoded(path, _unpacked(path, raw, size))
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-            raise InputError(
-                f"{path} is damaged or cut short ({path.stat().st_size} bytes): {error}",
-                hint=AGAIN,
-            ) from error
+            raise damaged(path, error) from error
 
 
 def skip(file: io.BufferedReader, what: re.Pattern[bytes]) -> int:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.parquetfile import opened
-from batchrun.jobs.rows.row import Noted, check_names, reading, unnoted
+from batchrun.jobs.rows.part import INPUTS, Noted, unnoted
+from batchrun.jobs.rows.row import check_names, reading
 from batchrun.jobs.rows.stream import text_of
 from batchrun.jobs.rows.unify import (
     TypeConflictError,
@@ -105,7 +106,7 @@ def _check_kind(path: Path) -> None:
     Raises:
         InputError: It is one, or can't be read.
     """
-    with reading(path), path.open("rb") as file:
+    with reading(path), INPUTS.open(path) as file:
         head = file.read(4)
     if not head or head in _MAGIC:
         return

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.row import Part
+from batchrun.jobs.rows.part import Part
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.stream import text_of
 

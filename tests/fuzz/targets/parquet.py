@@ -17,7 +17,7 @@ from batchrun.cli.isolated import isolated
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.delimited import record_of
 from batchrun.jobs.rows.jsonable import json_values
-from batchrun.jobs.rows.row import Noted, unnoted
+from batchrun.jobs.rows.part import Noted, unnoted
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from tests.fuzz.mutate import damaged
 from tests.fuzz.thrift import Span, spans, varint

@@ -1,0 +1,143 @@
+"""What a job reads, and the place where that lies. Loads no Arrow, which takes a while."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from glob import glob, has_magic
+from pathlib import Path
+from typing import IO, NamedTuple, Protocol
+
+from batchrun.jobs.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One input file as a source reads it.
+
+    Args:
+        path: Where it is.
+        size: Bytes of it that are the input; None for all.
+        partition: Columns that its folders' names say (`lang=de`), the same in all its rows.
+    """
+
+    path: Path
+    size: int | None = None
+    partition: Mapping[str, int | str | None] = field(default_factory=dict)
+
+
+class Noted(Protocol):
+    """Told what is read, while it is: `ReaderNote.reading`."""
+
+    def __call__(
+        self, path: Path | None = None, first: int = -1, rows: int = 0
+    ) -> AbstractContextManager[None]:
+        """These rows of a file are read; without numbers, what it says of itself."""
+        ...
+
+
+def unnoted(
+    path: Path | None = None, first: int = -1, rows: int = 0
+) -> AbstractContextManager[None]:
+    """Tells nobody."""
+    return nullcontext()
+
+
+class InputStat(NamedTuple):
+    """A file as it is now.
+
+    Args:
+        size: In bytes.
+        identity: Tells it from any other that takes its place, and from what it was.
+    """
+
+    size: int
+    identity: tuple[int, ...]
+
+
+class InputStore(Protocol):
+    """Where inputs lie. A path is a name; only the store looks behind it. Raises `OSError`."""
+
+    def expand(self, name: str) -> Iterator[tuple[Path, Iterator[Path] | None]]:
+        """What a path or a pattern stands for: files, and folders with the files beneath each.
+
+        Hidden files are left out of folders, and those whose names begin with `_`.
+
+        Raises:
+            InputError: There is no such thing, or it can't be read more than once.
+        """
+
+    def open(self, path: Path, buffering: int = -1) -> IO[bytes]:
+        """Its bytes; `buffering` as Python's own `open` has it. Any place of them can be sought."""
+
+    def stat(self, path: Path) -> InputStat:
+        """What it is now."""
+
+
+class LocalInputs:
+    """Files of this machine."""
+
+    def open(self, path: Path, buffering: int = -1) -> IO[bytes]:
+        """See `InputStore.open`."""
+        return path.open("rb", buffering)
+
+    def stat(self, path: Path) -> InputStat:
+        """See `InputStore.stat`."""
+        found = os.stat(path)
+        identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return InputStat(found.st_size, identity)
+
+    def expand(self, name: str) -> Iterator[tuple[Path, Iterator[Path] | None]]:
+        """See `InputStore.expand`."""
+        where = Path(name).expanduser()
+        matches = [str(where)]
+        try:
+            where.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            if not has_magic(name):
+                parent = next((p for p in where.parents if os.path.isdir(p)), Path("/"))
+                raise InputError(
+                    f"{name}: there is no such file or folder",
+                    hint=f"ls '{parent}' shows what there is",
+                ) from None
+            matches = glob(str(where), recursive=True)
+        if not matches:
+            raise InputError(f"no file matches {name}", hint="check the pattern, quotes around it")
+        for match in matches:
+            path = Path(match)
+            if os.path.isdir(path):
+                yield path, _beneath(path)
+                continue
+            if not os.path.exists(path):
+                raise InputError(f"{path} is a link to a file that is not there", f"ls -l '{path}'")
+            if not os.path.isfile(path):
+                raise InputError(
+                    f"{path} is not a regular file",
+                    hint=f"pipe it in: batchrun submit - < '{path}'",
+                )
+            yield path, None
+
+
+INPUTS: InputStore = LocalInputs()
+
+
+def _beneath(path: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise InputError(
+            f"{error.filename} can't be read: {error.strerror}", f"ls -ld '{error.filename}'"
+        ) from error
+
+    been: set[tuple[int, int]] = set()  # a link may lead back up
+    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        folders[:] = sorted(
+            (name for name in folders if not name.startswith((".", "_"))),
+            key=lambda name: (os.path.islink(os.path.join(folder, name)), name),
+        )
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in been:
+            folders.clear()
+            continue
+        been.add((here.st_dev, here.st_ino))
+        yield from (Path(folder, n) for n in sorted(names) if not n.startswith((".", "_")))
