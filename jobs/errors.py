@@ -44,6 +44,14 @@ class SpecChanged(JobError):  # noqa: N818 - likewise
     """A job would go on with other work than it was submitted with."""
 
 
+def input_changed(what: str) -> SpecChanged:
+    """The error for an input that is found to have changed since it was read."""
+    return SpecChanged(
+        f"{what}: it was changed meanwhile; the results are safe in the job",
+        hint="restore the input, then: batchrun resume",
+    )
+
+
 class SpecDamaged(JobError):  # noqa: N818 - likewise
     """What a job was submitted with can't be read any more."""
 

@@ -10,7 +10,6 @@ import struct
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from batchrun.jobs.errors import LOCAL_DISK, LeaseHeld, OutputError, no_locks
 from batchrun.jobs.files import open_private
@@ -84,12 +83,7 @@ class Lease:
         self._handle = handle
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None

@@ -12,7 +12,6 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from batchrun.jobs.errors import LOCAL_DISK, OutputError, no_locks
 from batchrun.jobs.files import current_umask, make_folders, private_mode
@@ -103,12 +102,7 @@ class DeviceQueue:
     def _numbers(self) -> list[int]:
         return [int(name) for name in os.listdir(self._folder) if name.isdigit()]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._handle is not None:
             (self._folder / str(self._number)).unlink(missing_ok=True)
             os.close(self._handle)

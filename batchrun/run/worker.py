@@ -25,7 +25,7 @@ from batchrun.engine.core import EngineError, FinishReason, Request, Sequence
 from batchrun.errors import MachineError, StepFailed, said_by
 from batchrun.estimate.measured import Measured, StepSampler
 from batchrun.jobs import folder as folders
-from batchrun.jobs.errors import Fenced, JobError, JournalError, OutputTaken
+from batchrun.jobs.errors import Fenced, JobError, JournalError, OutputTaken, input_changed
 from batchrun.jobs.files import check_room, free_bytes
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.identity import grown
@@ -34,7 +34,6 @@ from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Partial, Result, RowDigests
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import Claim
-from batchrun.jobs.output.joined import input_ended
 from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.source import open_source
@@ -195,7 +194,9 @@ class _Run:
                 self.stats.load_s = time.perf_counter() - self._began
                 self._compute(self._workbench)
                 if self._samples < self._total * self.spec.n and not self.stop.is_set():
-                    raise input_ended(self._total)
+                    raise input_changed(
+                        f"the input ended before its {self._total:,} rows were read"
+                    )
             if self._samples < self._total * self.spec.n:
                 cancelled = self.job.cancel_requested()
                 outcome = Outcome.CANCELLED if cancelled else Outcome.INTERRUPTED

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchrun.jobs.errors import InputError, SpecChanged
+from batchrun.jobs.errors import InputError, SpecChanged, input_changed
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.columnar import ColumnarChunk
@@ -214,20 +214,7 @@ class Joined:
 
 def row_changed(row: int) -> SpecChanged:
     """The error for a row that is not what it was when it was read for the first time."""
-    return SpecChanged(
-        f"row {row:,} of the input is not the row that the job read: it was changed meanwhile; "
-        "the results are safe in the job",
-        hint="restore the input, then: batchrun resume",
-    )
-
-
-def input_ended(rows: int) -> SpecChanged:
-    """The error for an input that had `rows` rows, as they were counted, and has less."""
-    return SpecChanged(
-        f"the input ended before its {rows:,} rows were read: it was changed meanwhile; "
-        "the results are safe in the job",
-        hint="restore the input, then: batchrun resume",
-    )
+    return input_changed(f"row {row:,} of the input is not the row that the job read")
 
 
 class _Lost(ColumnarChunk):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from batchrun.jobs.errors import JobError, SpecChanged
+from batchrun.jobs.errors import JobError, input_changed
 from batchrun.jobs.journal.results import Result
 
 
@@ -63,18 +63,11 @@ class ResultReader:
     def finish(self) -> None:
         """Check that no result is left, and no row."""
         if self._next is not None:
-            raise SpecChanged(
-                f"there is a result of row {self._next.row}, which the input does not have: it was "
-                "changed meanwhile; the results are safe in the job",
-                hint="restore the input, then: batchrun resume",
+            raise input_changed(
+                f"there is a result of row {self._next.row}, which the input does not have"
             )
-
         if not self._partial and self._rows is not None and self._taken < self._rows:
-            raise SpecChanged(
-                f"the input ended after {self._taken:,} of its {self._rows:,} rows: it was changed "
-                "meanwhile; the results are safe in the job",
-                hint="restore the input, then: batchrun resume",
-            )
+            raise input_changed(f"the input ended after {self._taken:,} of its {self._rows:,} rows")
 
 
 def _rank(result: Result) -> tuple[bool, float, int]:

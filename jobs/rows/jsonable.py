@@ -23,10 +23,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Iterable, Sequence
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from itertools import pairwise
-from numbers import Integral, Real
 from typing import Any, Literal
 from uuid import UUID
 
@@ -61,33 +58,8 @@ def json_values(array: pa.Array[Any], errors: Errors = "strict") -> list[Any]:
             return array.to_pylist()
         except ValueError:  # text that is not UTF-8, a struct with two fields of one name
             pass
-    rule = next((rule for applies, rule in _RULES if applies(kind)), _of_python)
-    return rule(array, errors)
-
-
-def jsonable(value: Any) -> Any:  # noqa: PLR0911 - one for each kind of value
-    """The same of a single Python value: its times have microseconds."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, Decimal):
-        return f"{value:f}"
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, datetime | time):
-        return value.isoformat(timespec="microseconds")
-    if isinstance(value, date):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return seconds_text(value // timedelta(microseconds=1), "us")
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    return str(value)
+    rule = next((rule for applies, rule in _RULES if applies(kind)), None)
+    return rule(array, errors) if rule else _each(str, array.to_pylist())
 
 
 def _each(convert: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
@@ -198,10 +170,6 @@ def _cut(items: Sequence[Any], lengths: Iterable[int | None]) -> list[Any]:
         lists.append(None if length is None else items[low : low + length])
         low += length or 0
     return lists
-
-
-def _of_python(array: pa.Array[Any], errors: Errors) -> list[Any]:
-    return [jsonable(value) for value in array.to_pylist()]
 
 
 def _is_plain(kind: Any) -> bool:

@@ -35,7 +35,6 @@ class Noted(Protocol):
         self, path: Path | None = None, first: int = -1, rows: int = 0
     ) -> AbstractContextManager[None]:
         """These rows of a file are read; without numbers, what it says of itself."""
-        ...
 
 
 def unnoted(

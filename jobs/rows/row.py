@@ -49,34 +49,28 @@ class Chunk(Protocol):
     @property
     def first(self) -> int:
         """Index of the first."""
-        ...
 
     @property
     def num_rows(self) -> int:
         """Rows."""
-        ...
 
     def digests(self, columns: Sequence[str]) -> Sequence[int | None]:
         """What rows of these columns have as `digest`; None where nothing is known."""
-        ...
 
     def arrow(self, schema: pa.Schema) -> pa.RecordBatch:
         """The rows in the types of `Source.schema()`; a bad row is nulls."""
-        ...
 
     def objects(self, taken: Sequence[str] = ()) -> Iterator[str | dict[str, Any] | None]:
         """What JSON can hold of each row, None for a bad one.
 
         A row that is a JSON object already is its text, if it has none of the names `taken`.
         """
-        ...
 
     def cells(self, names: Sequence[str], delimiter: str) -> Iterator[str | Sequence[Any] | None]:
         """Each row's values of these columns, None for a bad one.
 
         A row that is a record of just these already, so delimited, is its text.
         """
-        ...
 
 
 class Source(Protocol):
@@ -89,25 +83,20 @@ class Source(Protocol):
     @property
     def column_names(self) -> list[str]:
         """Columns; of JSON Lines, those of the first 100 rows."""
-        ...
 
     @property
     def num_rows(self) -> int | None:
         """Rows where that is known without reading them, else None."""
-        ...
 
     def count(self) -> int:
         """Rows, read through if need be."""
-        ...
 
     @property
     def types(self) -> pa.Schema | None:
         """Of all columns, where files or format say them; None where each row has its own."""
-        ...
 
     def schema(self) -> pa.Schema:
         """Types that hold the values of all rows; without `types` all are read once for it."""
-        ...
 
     def chunks(
         self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
@@ -119,7 +108,6 @@ class Source(Protocol):
             start: Index of the first row.
             limit: Rows at most.
         """
-        ...
 
     def rows(
         self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
@@ -134,7 +122,6 @@ class Source(Protocol):
             start: Index of the first row.
             limit: Rows at most.
         """
-        ...
 
 
 def partition_fields(parts: Sequence[Part]) -> list[pa.Field[Any]]:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.jobs.rows.jsonable import json_values, jsonable
+from batchrun.jobs.rows.jsonable import json_values
 
 REPO = Path(__file__).parents[2]
 DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}
@@ -227,18 +227,17 @@ def test_any_date_is_what_numpy_says(days):
         (Decimal("1.10"), "1.10"),
         (Decimal("1E+3"), "1000"),
         (b"\x00\xff", "AP8="),
-        ({"a": [float("nan"), (1, None)]}, {"a": [None, [1, None]]}),
+        ({"a": [float("nan"), 1.5]}, {"a": [None, 1.5]}),
+        ((1, None), [1, None]),
         (np.float16(1.5), 1.5),
         (np.int8(3), 3),
         (True, True),
     ],
 )
 def test_a_python_value_has_the_rule_of_its_type(value, expected):
-    found = jsonable(value)
+    [found] = json_values(pa.array([value]))
     assert found == expected
     assert type(found) is type(expected)
-    if not isinstance(value, np.generic | dict | Decimal):
-        assert json_values(pa.array([value])) == [expected]
 
 
 @pytest.mark.parametrize("wrap", [False, True])
