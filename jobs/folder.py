@@ -153,12 +153,12 @@ class JobFolder:
             JobSnapshot(state).save(self.path)
             return
         try:
-            brief = self._counted(state)
+            snapshot = self._counted(state)
         except JobError:  # of a damaged job that is all there is to say
-            brief = JobSnapshot(state)
-        replace(brief, reason=reason, hint=hint).save(self.path)
+            snapshot = JobSnapshot(state)
+        replace(snapshot, reason=reason, hint=hint).save(self.path)
 
-    def brief(self) -> JobSnapshot:
+    def snapshot(self) -> JobSnapshot:
         """The job in a line. Reads no journal that is at rest since the last `set_state`.
 
         Raises:

@@ -80,12 +80,12 @@ def _short(path: str) -> str:
 def _listed(job: JobFolder) -> dict[str, Any]:
     """One job of the list. A damaged folder is listed with what is wrong, and hides no other."""
     try:
-        brief = job.brief()
+        snapshot = job.snapshot()
     except JobError as error:
         unknown = {"done": None, "total": None, "failed": None, "skipped": None, "model": ""}
         return {"job": job.id, "state": "damaged", **unknown, "output": str(error)}
     names = ("state", "done", "total", "failed", "skipped", "model", "output")
-    return {"job": job.id, **{name: getattr(brief, name) for name in names}}
+    return {"job": job.id, **{name: getattr(snapshot, name) for name in names}}
 
 
 @click.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -123,18 +124,17 @@ class Joined:
                 rows = range(low, min(low + step, chunk.num_rows))
                 yield self._batch(batch, chunk.first, rows, known, schema)
 
-    @property
+    @cached_property
     def taken(self) -> list[str]:
         """Names of columns that the input's are not to have."""
         return [*self.added, *([ROW] if self.numbered else [])]
 
     def free(self, name: str, used: Container[str]) -> str:
         """A column's name, or with `input_` before it, as often as it takes, where it is taken."""
-        if name not in (taken := self.taken):
-            return name
-        while name in taken or name in used:
-            name = f"input_{name}"
-        return name
+        renamed = name
+        while renamed in self.taken or (renamed != name and renamed in used):
+            renamed = f"input_{renamed}"
+        return renamed
 
     def input_schema(self) -> pa.Schema:
         """Of the input's columns that the output has, by the input's names."""

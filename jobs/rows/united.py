@@ -30,7 +30,7 @@ _UNITS = {"milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _SchemaFiles:
     """A schema, and the files that have it."""
 
     schema: pa.Schema
@@ -66,7 +66,7 @@ def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, li
         InputError: A file is damaged or can't be read, or a column would change its values.
     """
     counts: list[int] = []
-    found: dict[tuple[pa.Field[Any], ...], _Kind] = {}
+    found: dict[tuple[pa.Field[Any], ...], _SchemaFiles] = {}
     for path in paths:
         try:
             with opened(path, noted) as file:
@@ -75,7 +75,7 @@ def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, li
         except InputError:
             _check_kind(path)
             raise
-        found.setdefault(tuple(schema), _Kind(schema, [])).paths.append(path)
+        found.setdefault(tuple(schema), _SchemaFiles(schema, [])).paths.append(path)
     kinds = list(found.values())
     if not kinds:
         return pa.schema([]), []
@@ -115,7 +115,9 @@ def _check_kind(path: Path) -> None:
     raise InputError(f"{path} is not a Parquet file", hint="give it a name that says what it is")
 
 
-def _conflict(earlier: Sequence[_Kind], kind: _Kind, conflict: TypeConflictError) -> InputError:
+def _conflict(
+    earlier: Sequence[_SchemaFiles], kind: _SchemaFiles, conflict: TypeConflictError
+) -> InputError:
     """The refusal, with the first file whose schema alone does not go with this one's."""
     first = earlier[0]
     for other in earlier:
@@ -135,7 +137,7 @@ def _differ(name: str, how: str, advice: str | None = None) -> InputError:
     )
 
 
-def _check_casts(kind: _Kind, schema: pa.Schema) -> None:
+def _check_casts(kind: _SchemaFiles, schema: pa.Schema) -> None:
     """Prove that Arrow has the casts, before rows need them."""
     for field in kind.schema:
         to = schema.field(field.name).type
@@ -146,7 +148,7 @@ def _check_casts(kind: _Kind, schema: pa.Schema) -> None:
             raise _differ(field.name, how) from error
 
 
-def _check_values(kind: _Kind, kinds: Sequence[_Kind], schema: pa.Schema) -> None:
+def _check_values(kind: _SchemaFiles, kinds: Sequence[_SchemaFiles], schema: pa.Schema) -> None:
     """Prove by the files' statistics that their values are exact in the united types."""
     leaves = [
         _Leaf(i, name, was, to, limits)
@@ -199,7 +201,7 @@ def _least_and_greatest(
     return found
 
 
-def _cause(kind: _Kind, kinds: Iterable[_Kind], leaf: _Leaf) -> tuple[Path, Any]:
+def _cause(kind: _SchemaFiles, kinds: Iterable[_SchemaFiles], leaf: _Leaf) -> tuple[Path, Any]:
     """The first file, and its type, for which a column has to become another type."""
     for other in kinds:
         pair = unite_fields(kind.schema, other.schema)

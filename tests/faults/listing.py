@@ -40,10 +40,10 @@ def measure_briefs(home: Path, jobs: int) -> tuple[float, float]:
     seconds = []
     for _ in range(ROUNDS):
         began = time.perf_counter(), time.process_time()
-        listed = [job.brief() for job in list_jobs(home)]
+        listed = [job.snapshot() for job in list_jobs(home)]
         seconds.append((time.perf_counter() - began[0], time.process_time() - began[1]))
         assert len(listed) == jobs
-        assert {brief.state for brief in listed} == {"done-with-errors"}
+        assert {snapshot.state for snapshot in listed} == {"done-with-errors"}
     return min(wall for wall, _ in seconds), min(cpu for _, cpu in seconds)
 
 

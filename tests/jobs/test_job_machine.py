@@ -268,8 +268,8 @@ class JobMachine(RuleBasedStateMachine):
         assert counts.skipped == (0 in statuses)
         state = "running" if self.worker is not None else self.state
         assert self.job.state() == state
-        brief = self.job.brief()
-        assert (brief.state, brief.done, brief.failed) == (state, len(whole), len(failed))
+        snapshot = self.job.snapshot()
+        assert (snapshot.state, snapshot.done, snapshot.failed) == (state, len(whole), len(failed))
         same = find_same(self.home, self.job.spec())
         assert (same is None) == (state in ("done", "cancelled"))
 

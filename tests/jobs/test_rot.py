@@ -320,7 +320,7 @@ def test_a_damaged_state_is_made_of_the_journal_and_damaged_figures_are_named(jo
         path = job.path / name
         data = path.read_bytes()
         path.write_bytes(data.replace(b"done", b"bone"))
-        assert (job.state(), job.brief().done) == ("done", ROWS)
+        assert (job.state(), job.snapshot().done) == ("done", ROWS)
         [problem] = verify(job)
         assert f"{name} is damaged" in problem
         path.write_bytes(data)

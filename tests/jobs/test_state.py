@@ -69,22 +69,32 @@ def test_what_is_noted_is_never_out_of_date(job):
         journal.end_run("done-with-errors", {})
         journal.close()
         job.set_state("done-with-errors")
-    brief = job.brief()
-    assert (brief.state, brief.total, brief.done, brief.failed) == ("done-with-errors", 2, 2, 1)
+    snapshot = job.snapshot()
+    assert (snapshot.state, snapshot.total, snapshot.done, snapshot.failed) == (
+        "done-with-errors",
+        2,
+        2,
+        1,
+    )
     assert job.retry_failed() == 1
-    brief = job.brief()
-    assert (brief.state, brief.total, brief.done, brief.failed) == ("interrupted", 2, 1, 0)
+    snapshot = job.snapshot()
+    assert (snapshot.state, snapshot.total, snapshot.done, snapshot.failed) == (
+        "interrupted",
+        2,
+        1,
+        0,
+    )
     end(job, "done")
     with Lease(job.path), job.journal(readonly=False) as journal:
         journal.begin_run()
-    assert job.state() == job.brief().state == "interrupted"
+    assert job.state() == job.snapshot().state == "interrupted"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"state": "done"}'])
 def test_a_torn_note_is_no_note(job, content):
     end(job, "cancelled")
     (job.path / "state.json").write_text(content)
-    assert job.state() == job.brief().state == "cancelled"
+    assert job.state() == job.snapshot().state == "cancelled"
 
 
 def test_a_wish_to_cancel_lasts_until_the_next_worker(job):
@@ -117,10 +127,10 @@ def test_ten_thousand_jobs_are_listed_without_a_journal_being_opened(job, home, 
     elapsed = []
     for _ in range(3):  # other work on the machine must not decide
         began = time.process_time()
-        briefs = [job.brief() for job in list_jobs(home)]
+        snapshots = [job.snapshot() for job in list_jobs(home)]
         elapsed.append(time.process_time() - began)
-    assert len(briefs) == 501
-    assert {(b.state, b.model, b.done) for b in briefs} == {("done", "tiny", 0)}
+    assert len(snapshots) == 501
+    assert {(b.state, b.model, b.done) for b in snapshots} == {("done", "tiny", 0)}
     assert 10_000 / 501 * min(elapsed) < 1
 
 
@@ -130,6 +140,6 @@ def test_a_damaged_job_s_state_is_still_noted(job):
     with Lease(job.path):
         job.set_state("failed", "the journal is damaged")
     assert job.failure() == ("the journal is damaged", None)
-    assert JobFolder(job.path).brief().done is None
+    assert JobFolder(job.path).snapshot().done is None
     with pytest.raises(JournalError):
         Journal(job.path, 1)
