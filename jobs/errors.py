@@ -1,6 +1,8 @@
 """What a user can cause. Library code raises these; the command line prints them."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class JobError(Exception):
@@ -62,9 +64,19 @@ class JobNotFound(JobError):  # noqa: N818 - likewise
 
 # What file systems say that have no locks, such as NFS without its lock daemon, and some of FUSE.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+ROOM = "make room there, or set BATCHRUN_HOME to a folder that can be written"
 LOCAL_DISK = "set BATCHRUN_HOME to a folder on a disk of this machine"
 
 
 def no_locks(error: OSError) -> bool:
     """Whether this error of a lock says that its file system has none."""
     return error.errno in _NO_LOCKS
+
+
+@contextmanager
+def refused(kind: type[JobError], what: str, hint: str) -> Iterator[None]:
+    """The system's refusals within are errors for a user: what is refused, the cause, a hint."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}", hint) from error

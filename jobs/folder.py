@@ -19,6 +19,7 @@ from typing import Any
 
 from batchrun.jobs import queue as turns
 from batchrun.jobs.errors import (
+    ROOM,
     JobError,
     JobNotFound,
     JournalError,
@@ -347,7 +348,7 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
         cause = isinstance(error, OSError) and error.strerror
         raise OutputError(
             f"no job folder can be made in {folder}: {cause or error}",
-            hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
+            hint=ROOM,
         ) from error
     return JobFolder(building)
 

@@ -6,12 +6,13 @@ lead today. Nor is a job another that has less memory: `limits.json` says how it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from batchrun.jobs.errors import InputError, JobError, SpecChanged
+from batchrun.jobs.errors import InputError, JobError, SpecChanged, refused
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.rows.part import INPUTS
 from batchrun.jobs.spec import InputFile, JobSpec
@@ -163,16 +164,11 @@ def changes(
                 lines.append(f"{was.path}: its content changed")
     model = spec.model.get("path")
     if model and model_fingerprint is not None and (only is None or model in only):
-        try:
-            if not Path(model).exists():
-                raise FileNotFoundError(2, "No such file or directory")
+        elsewhere = f"if it is elsewhere now: batchrun resume --moved '{model}'=NEW"
+        with refused(InputError, f"the model in {model} can't be read", elsewhere):
+            os.stat(model)
             if model_fingerprint(Path(model)) != spec.model.get("fingerprint"):
                 lines.append(f"the model in {model}: its weights, config or tokenizer changed")
-        except OSError as error:
-            raise InputError(
-                f"the model in {model} can't be read: {error.strerror or error}",
-                hint=f"if it is elsewhere now: batchrun resume --moved '{model}'=NEW",
-            ) from error
     return lines
 
 

@@ -13,7 +13,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from batchrun.jobs.errors import LOCAL_DISK, OutputError, no_locks
+from batchrun.jobs.errors import LOCAL_DISK, ROOM, OutputError, no_locks
 from batchrun.jobs.files import current_umask, make_folders, private_mode
 from batchrun.jobs.holders import write_lock
 from batchrun.jobs.lease import is_locked
@@ -78,7 +78,7 @@ class DeviceQueue:
                 f"no place can be taken in {self._folder}: {error.strerror or error}",
                 hint=f"its file system has no locks or no hard links: {LOCAL_DISK}"
                 if no_locks(error) or error.errno == errno.EPERM
-                else "make room there, or set BATCHRUN_HOME to a folder that can be written",
+                else ROOM,
             ) from error
         self._handle = handle
         return self

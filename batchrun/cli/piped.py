@@ -8,13 +8,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
-from batchrun.jobs.errors import InputError, OutputError
+from batchrun.jobs.errors import ROOM, InputError, OutputError, refused
 from batchrun.jobs.output.destination import one_at_a_time
 from batchrun.jobs.rows.formats import sniffed
 
@@ -86,12 +86,5 @@ def hand_out(path: Path, to: BinaryIO | None = None) -> None:
     out.flush()
 
 
-@contextmanager
-def _room(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"stdin can't be kept in {folder}: {error.strerror or error}",
-            hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
-        ) from error
+def _room(folder: Path) -> AbstractContextManager[None]:
+    return refused(OutputError, f"stdin can't be kept in {folder}", ROOM)

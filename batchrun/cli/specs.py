@@ -232,8 +232,8 @@ def _prompt(
         if name not in names:
             raise _missing(name, names, in_template=fields is not None)
     column = None if fields is not None else needed(names)[0]
-    if source.types is not None and column is not None:
-        check_prompt_type(source.types.field(column))
+    if source.typed and column is not None:
+        check_prompt_type(source.schema().field(column))
     args = _template_args(options["template_args"])
     prompt = {
         "column": column,

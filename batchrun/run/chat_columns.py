@@ -27,8 +27,8 @@ def are_chats(prompt: Mapping[str, Any], source: Source) -> bool | None:
     column = prompt.get("column") or "prompt"
     if column in CHAT_COLUMNS:
         return True
-    if source.types is not None and column in source.types.names:
-        kind = without_dictionary(source.types.field(column).type)
+    if source.typed and column in source.column_names:
+        kind = without_dictionary(source.schema().field(column).type)
         return None if pa.types.is_null(kind) else not is_text(kind)
     return None
 
@@ -63,7 +63,7 @@ def check_argument_types(names: Sequence[str], source: Source) -> None:
     Raises:
         InputError: One holds neither objects nor text.
     """
-    for name in names if source.types is not None else ():
+    for name in names if source.typed else ():
         kind = without_dictionary(source.schema().field(name).type)
         nested = is_list(kind) or pa.types.is_struct(kind) or pa.types.is_map(kind)
         if not (nested or is_text(kind) or pa.types.is_null(kind)):

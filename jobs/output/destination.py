@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from batchrun.jobs.errors import LOCAL_DISK, JobError, OutputError, OutputTaken
+from batchrun.jobs.errors import LOCAL_DISK, ROOM, JobError, OutputError, OutputTaken, refused
 from batchrun.jobs.files import (
     Identity,
     MayReplace,
@@ -45,22 +45,13 @@ def one_at_a_time(root: Path) -> Iterator[None]:
         OutputError: The lock's file can't be made or locked.
     """
     path = root / "jobs" / _LOCK
-    try:
+    with refused(OutputError, f"{path} can't be written", ROOM):
         make_folders(path.parent)
         close_to_others(path.parent)
         handle = open_private(path, os.O_RDWR)
-    except OSError as error:
-        raise OutputError(
-            f"{path} can't be written: {error.strerror or error}",
-            hint="make room there, or set BATCHRUN_HOME to a folder that can be written",
-        ) from error
     try:
-        try:
+        with refused(OutputError, f"{path} can't be locked", LOCAL_DISK):
             fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OutputError(
-                f"{path} can't be locked: {error.strerror or error}", hint=LOCAL_DISK
-            ) from error
         yield
     finally:
         os.close(handle)

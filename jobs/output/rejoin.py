@@ -162,7 +162,11 @@ class _Files:
                 raise SpecChanged(f"{file.path} was changed while it was read", "batchrun export")
 
     def _identities(self) -> list[tuple[int, ...]]:
-        return [_identity(Path(file.path)) for file in self._spec.inputs]
+        found = []
+        for file in self._spec.inputs:
+            with reading(Path(file.path)):
+                found.append(INPUTS.stat(Path(file.path)).identity)
+        return found
 
 
 def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Path | None) -> Joined:
@@ -202,8 +206,3 @@ def _joined(
         whole=whole,
         check=check,
     )
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    with reading(path):
-        return INPUTS.stat(path).identity

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Protocol
 
-from batchrun.jobs.errors import OutputError
+from batchrun.jobs.errors import OutputError, refused
 from batchrun.jobs.files import Identity, MayReplace, atomic_write, identity_of, remove_abandoned
 
 
@@ -55,14 +55,9 @@ class LocalOutputs:
         parent = path.absolute().parent
         if not os.path.exists(parent):
             raise OutputError(f"{path}: there is no folder {parent}", hint=f"mkdir -p '{parent}'")
-        try:
-            with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.", suffix=".tmp"):
-                pass
-        except OSError as error:
-            raise OutputError(
-                f"{path} can't be written: {error.strerror or error}",
-                hint=f"choose another --output, or see: ls -ld '{parent}'",
-            ) from error
+        advice = f"choose another --output, or see: ls -ld '{parent}'"
+        with refused(OutputError, f"{path} can't be written", advice):
+            tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.", suffix=".tmp").close()
 
     def write(
         self, path: Path, *, may_replace: MayReplace, private: bool

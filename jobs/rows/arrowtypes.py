@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyarrow as pa
+from pyarrow import types
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether values are text."""
-    return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+def _any_of(*kinds: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+    return lambda kind: any(is_kind(kind) for is_kind in kinds)
+
+
+is_text = _any_of(types.is_string, types.is_large_string, types.is_string_view)
+is_binary = _any_of(
+    types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view
+)
+is_large_list = _any_of(types.is_large_list, types.is_large_list_view)  # offsets of 64 bits
+is_list = _any_of(  # not of maps, which lists are too
+    types.is_list, types.is_fixed_size_list, types.is_list_view, is_large_list
+)
 
 
 def without_dictionary(kind: pa.DataType) -> pa.DataType:
     """The type of the values, whether a dictionary holds each once or not."""
     return kind.value_type if isinstance(kind, pa.DictionaryType) else kind
-
-
-def is_binary(kind: pa.DataType) -> bool:
-    """Whether values are bytes."""
-    return (
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind)
-        or pa.types.is_binary_view(kind)
-    )
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether values are lists, other than maps."""
-    return (
-        pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_fixed_size_list(kind)
-        or pa.types.is_list_view(kind)
-        or pa.types.is_large_list_view(kind)
-    )
-
-
-def is_large_list(kind: pa.DataType) -> bool:
-    """Whether values are lists with offsets of 64 bits."""
-    return pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.jsontext import as_text
-from batchrun.jobs.rows.part import Noted, Part, unnoted
+from batchrun.jobs.rows.part import Part
 from batchrun.jobs.rows.row import check_names, partition_fields
 from batchrun.jobs.rows.rowformat import ROW, TextFormat, suffixes
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
@@ -39,42 +39,6 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 _RETURN = "\udc0d"  # stands for a \r that ends no line, at which Python's csv would end one
 
 
-class CsvFormat(TextFormat):
-    """CSV, and TSV where the name says so."""
-
-    name, title, stdout = "csv", "CSV", "csv"
-    suffixes = (".csv", ".tsv")
-
-    def begins(self, head: bytes) -> bool:
-        """See `RowFormat.begins`: with a header."""
-        header = head.partition(b"\n")[0].strip()
-        return any(d in header for d in _DELIMITERS.encode()) or header in _LONE_COLUMNS
-
-    def open(
-        self, parts: Sequence[Part], *, lenient: bool = False, noted: Noted = unnoted
-    ) -> DelimitedSource:
-        """See `RowFormat.open`."""
-        return DelimitedSource(parts, asked=self.fields, lenient=lenient)
-
-    def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
-        """See `TextFormat.records`."""
-        delimiter, added = delimiter_of(path), joined.added
-        given = joined.input_schema().names
-        names = [joined.free(name, given) for name in given]
-        first = [ROW] if joined.numbered else []
-        yield (record_of([*first, *names, *added], delimiter) + "\n").encode()
-        for row, cells, results in joined.rows(lambda chunk: chunk.cells(given, delimiter)):
-            record = record_of(cells or [None] * len(given), delimiter)
-            before = [*([str(row)] if first else []), *([record] if given else [])]
-            for result in results:
-                more = record_of([of(result) for _, of in added.values()], delimiter)
-                yield (delimiter.join([*before, more]) + "\n").encode()
-
-    def output_suffix(self, first: Path) -> str:
-        """See `RowFormat.output_suffix`: of TSV that of TSV."""
-        return ".tsv" if delimiter_of(first) == "\t" else ".csv"
-
-
 class DelimitedSource(TextSource):
     """CSV and TSV files; each begins with the names of its columns.
 
@@ -82,6 +46,7 @@ class DelimitedSource(TextSource):
         InputError: A file has no header, or one with a name twice.
     """
 
+    typed = True
     no_rows = "no record that fits its header"
     advice = "look at the delimiter, the quotes and the header"
 
@@ -102,11 +67,6 @@ class DelimitedSource(TextSource):
         for name in self._own & values.keys():
             values[name] = None if values[name] is None else str(values[name])
         return values
-
-    @property
-    def types(self) -> pa.Schema:
-        """The same as `schema`."""
-        return self.schema()
 
     def schema(self) -> pa.Schema:
         """Text, but for what folders' names say."""
@@ -199,6 +159,37 @@ class DelimitedSource(TextSource):
             if ('"' not in text and "\r" not in text) or _plain(delimiter).fullmatch(text):
                 return text
         return found
+
+
+class CsvFormat(TextFormat):
+    """CSV, and TSV where the name says so."""
+
+    source = DelimitedSource
+    name, title, stdout = "csv", "CSV", "csv"
+    suffixes = (".csv", ".tsv")
+
+    def begins(self, head: bytes) -> bool:
+        """See `RowFormat.begins`: with a header."""
+        header = head.partition(b"\n")[0].strip()
+        return any(d in header for d in _DELIMITERS.encode()) or header in _LONE_COLUMNS
+
+    def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
+        """See `TextFormat.records`."""
+        delimiter, added = delimiter_of(path), joined.added
+        given = joined.input_schema().names
+        names = [joined.free(name, given) for name in given]
+        first = [ROW] if joined.numbered else []
+        yield (record_of([*first, *names, *added], delimiter) + "\n").encode()
+        for row, cells, results in joined.rows(lambda chunk: chunk.cells(given, delimiter)):
+            record = record_of(cells or [None] * len(given), delimiter)
+            before = f"{row}{delimiter}{record}" if first else record
+            for result in results:
+                more = record_of([of(result) for _, of in added.values()], delimiter)
+                yield f"{before}{delimiter if given else ''}{more}\n".encode()
+
+    def output_suffix(self, first: Path) -> str:
+        """See `RowFormat.output_suffix`: of TSV that of TSV."""
+        return ".tsv" if delimiter_of(first) == "\t" else ".csv"
 
 
 class _Lines:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows import jsontext
-from batchrun.jobs.rows.part import Noted, Part, unnoted
+from batchrun.jobs.rows.part import Part
 from batchrun.jobs.rows.row import AGAIN
 from batchrun.jobs.rows.rowformat import ROW, TextFormat
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
@@ -25,45 +25,6 @@ _READ = 1 << 18
 _BLANK = re.compile(rb"\s++")
 # Strings whole, one that goes on behind what was read as its quote, and what nests or separates.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\],]', re.DOTALL)
-
-
-class JsonFormat(TextFormat):
-    """JSON objects, a line each in an output."""
-
-    name, title = "jsonl", "JSON"
-    suffixes, input_suffixes = (".jsonl", ".ndjson"), (".json",)
-
-    def begins(self, head: bytes) -> bool:
-        """See `RowFormat.begins`."""
-        return head.startswith((b"{", b"["))
-
-    def open(
-        self, parts: Sequence[Part], *, lenient: bool = False, noted: Noted = unnoted
-    ) -> JsonSource:
-        """See `RowFormat.open`."""
-        return JsonSource(parts, asked=self.fields, lenient=lenient)
-
-    def record(self, row: str, result: Mapping[str, Any]) -> str:
-        """The JSON object of a result: its row's, and then what is added, by default.
-
-        Args:
-            row: The row's object; the empty one if the row is bad or not known.
-            result: Values that an output has of it, by column.
-        """
-        return jsontext.with_more(row, result)
-
-    def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
-        """See `TextFormat.records`."""
-        added = joined.added.items()
-        for index, row, results in joined.rows(lambda chunk: chunk.objects(joined.taken)):
-            fields = {} if row is None else row
-            if not isinstance(fields, str):
-                fields = jsontext.encode({joined.free(k, fields): v for k, v in fields.items()})
-            for result in results:
-                line = self.record(fields, {name: of(result) for name, (_, of) in added})
-                if joined.numbered:
-                    line = f'{{"{ROW}": {index}, {line[1:].lstrip()}'
-                yield (line + "\n").encode()
 
 
 class JsonSource(TextSource):
@@ -96,6 +57,40 @@ class JsonSource(TextSource):
             return jsontext.carried(record.data.decode(), taken)
         except UnicodeDecodeError:
             return None
+
+
+class JsonFormat(TextFormat):
+    """JSON objects, a line each in an output."""
+
+    source = JsonSource
+    name, title = "jsonl", "JSON"
+    suffixes, input_suffixes = (".jsonl", ".ndjson"), (".json",)
+
+    def begins(self, head: bytes) -> bool:
+        """See `RowFormat.begins`."""
+        return head.startswith((b"{", b"["))
+
+    def record(self, row: str, result: Mapping[str, Any]) -> str:
+        """The JSON object of a result: its row's, and then what is added, by default.
+
+        Args:
+            row: The row's object; the empty one if the row is bad or not known.
+            result: Values that an output has of it, by column.
+        """
+        return jsontext.with_more(row, result)
+
+    def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
+        """See `TextFormat.records`."""
+        added = joined.added.items()
+        for index, row, results in joined.rows(lambda chunk: chunk.objects(joined.taken)):
+            fields = {} if row is None else row
+            if not isinstance(fields, str):
+                fields = jsontext.encode({joined.free(k, fields): v for k, v in fields.items()})
+            for result in results:
+                line = self.record(fields, {name: of(result) for name, (_, of) in added})
+                if joined.numbered:
+                    line = f'{{"{ROW}": {index}, {line[1:].lstrip()}'
+                yield (line + "\n").encode()
 
 
 def _has_lines(head: bytes) -> bool:

@@ -113,6 +113,8 @@ class ParquetSource:
             are no rows. Of no files at all there is a source without anything.
     """
 
+    typed = True
+
     def __init__(self, parts: Sequence[Part], noted: Noted = unnoted) -> None:
         self._parts, self._noted = list(parts), noted
         self._schema, self._counts = united([part.path for part in parts], noted)
@@ -137,11 +139,6 @@ class ParquetSource:
     def count(self) -> int:
         """The same as `num_rows`."""
         return self.num_rows
-
-    @property
-    def types(self) -> pa.Schema:
-        """The same as `schema`."""
-        return self._schema
 
     def schema(self) -> pa.Schema:
         """Of all files: the first one's, metadata and all, unless others have more."""

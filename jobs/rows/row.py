@@ -92,11 +92,11 @@ class Source(Protocol):
         """Rows, read through if need be."""
 
     @property
-    def types(self) -> pa.Schema | None:
-        """Of all columns, where files or format say them; None where each row has its own."""
+    def typed(self) -> bool:
+        """Whether files or format say the types of columns. Else each row has its own."""
 
     def schema(self) -> pa.Schema:
-        """Types that hold the values of all rows; without `types` all are read once for it."""
+        """Types that hold all values; where they are not said all rows are read once for it."""
 
     def chunks(
         self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None

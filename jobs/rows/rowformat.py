@@ -15,6 +15,7 @@ import pyarrow as pa
 from batchrun.jobs.rows.part import Noted, Part, unnoted
 from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.stream import text_of
+from batchrun.jobs.rows.textsource import TextSource
 
 if TYPE_CHECKING:  # it is made of sources
     from batchrun.jobs.output.joined import Joined
@@ -87,7 +88,19 @@ class RowFormat(ABC):
 
 
 class TextFormat(RowFormat):
-    """Text with a record for each row."""
+    """Text with a record for each row.
+
+    Attributes:
+        source: Reads it.
+    """
+
+    source: ClassVar[type[TextSource]]
+
+    def open(
+        self, parts: Sequence[Part], *, lenient: bool = False, noted: Noted = unnoted
+    ) -> Source:
+        """See `RowFormat.open`."""
+        return self.source(parts, asked=self.fields, lenient=lenient)
 
     def fields(self, values: dict[str, Any]) -> dict[str, Any]:
         """What a record asks: columns with prompt and parameters. All that it holds, by default.

@@ -111,6 +111,7 @@ class TextSource(ABC):
             )
         self._column_names = list(names)
 
+    typed = False
     no_rows: str  # what is missing where every row is bad
     advice: str
 
@@ -146,11 +147,6 @@ class TextSource(ABC):
     def num_rows(self) -> None:
         """Unknown: see `count`."""
         return
-
-    @property
-    def types(self) -> pa.Schema | None:
-        """Unknown, unless a format says them: see `schema`."""
-        return None
 
     def count(self) -> int:
         """Rows, counted without parsing them."""

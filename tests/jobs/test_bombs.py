@@ -75,7 +75,7 @@ def test_lines_are_counted_where_they_are_passed_over(tmp_path):
 )
 def test_one_endless_row_is_refused_in_bounded_memory(tmp_path, monkeypatch, name, head, piece):
     for module in ("jsonl", "delimited"):
-        monkeypatch.setattr(f"jobs.{module}.MAX_RECORD", MIB)
+        monkeypatch.setattr(f"batchrun.jobs.rows.{module}.MAX_RECORD", MIB)
     source = bomb(tmp_path / name, head, piece, 32)
     tracemalloc.start()
     try:
