@@ -166,6 +166,13 @@ def test_python_agrees_that_no_torch_is_loaded():
     assert shown.stdout == "[]\n"
 
 
+def test_what_reads_no_rows_loads_no_arrow():
+    """It takes longer to load than `batchrun list` takes for all else."""
+    code = "import sys, batchrun.jobs.folder; print({'pyarrow', 'numpy'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "set()\n"
+
+
 def test_nothing_of_ours_is_imported_by_another_name():
     """`allocator` and `jobs` are folders of the repository, and packages of batchrun alone."""
     files = [

@@ -142,11 +142,6 @@ class DelimitedSource(TextSource):
             values = [value and value.replace(_RETURN, "\r") for value in values]
         return dict(zip(names, values, strict=True))
 
-    def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
-        """See `TextSource.carried`."""
-        fields, error = self.fields(record)
-        return fields if error is None else None
-
     def cells(
         self, record: Record, names: Sequence[str], delimiter: str
     ) -> str | Sequence[Any] | None:

@@ -127,9 +127,10 @@ class TextSource(ABC):
             ValueError: It is a bad row; the message says why.
         """
 
-    @abstractmethod
     def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
         """What an output in JSON has of a record: see `Chunk.objects`."""
+        fields, error = self.fields(record)
+        return fields if error is None else None
 
     def cells(
         self, record: Record, names: Sequence[str], delimiter: str
