@@ -52,8 +52,10 @@ _ENCODINGS = (
 )
 _UNPACKERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"BZh": lambda file: _Unpacked(file, bz2.BZ2Decompressor),
-    b"\xfd7zXZ\x00": lambda file: _Unpacked(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)),
+    b"BZh": lambda file: _Pieces(file, _streams(file, bz2.BZ2Decompressor)),
+    b"\xfd7zXZ\x00": lambda file: _Pieces(
+        file, _streams(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
+    ),
 }
 
 
@@ -86,7 +88,7 @@ def skip(file: io.BufferedReader, what: re.Pattern[bytes]) -> int:
 
 def _unpacked(path: Path, raw: IO[bytes], size: int | None) -> io.BufferedReader:
     file = io.BufferedReader(
-        cast(io.RawIOBase, raw if size is None else _First(raw, size)), _BUFFER
+        cast(io.RawIOBase, raw if size is None else _Pieces(raw, _first(raw, size))), _BUFFER
     )
     head = file.peek(16)
     for magic, unpack in _UNPACKERS.items():
@@ -121,7 +123,7 @@ def _decoded(path: Path, file: io.BufferedReader) -> io.BufferedReader:
     head = file.peek(64)
     for mark, encoding in _ENCODINGS:
         if head.startswith(mark):
-            return io.BufferedReader(cast(io.RawIOBase, _Recoded(path, file, encoding)), _BUFFER)
+            return io.BufferedReader(_Pieces(file, _recoded(path, file, encoding)), _BUFFER)
     if head.startswith(codecs.BOM_UTF8):
         file.read(len(codecs.BOM_UTF8))
         head = head[len(codecs.BOM_UTF8) :]
@@ -137,80 +139,66 @@ def _decoded(path: Path, file: io.BufferedReader) -> io.BufferedReader:
     return file
 
 
-class _First(io.RawIOBase):
-    """The first bytes of a file."""
+class _Pieces(io.RawIOBase):
+    """A file of what a generator makes of another one, which whoever opened it closes."""
 
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        self._file, self._left = file, size
+    def __init__(self, file: IO[bytes], pieces: Iterator[bytes]) -> None:
+        self._file, self._pieces, self._rest = file, pieces, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._file.read(min(len(buffer), self._left))
-        buffer[: len(data)] = data
-        self._left -= len(data)
-        return len(data)
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = memoryview(piece)
+        taken = min(len(buffer), len(self._rest))
+        buffer[:taken], self._rest = self._rest[:taken], self._rest[taken:]
+        return taken
 
 
-class _Unpacked(io.RawIOBase):
-    """Streams of bzip2 or xz, one after the other.
+def _first(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """The first bytes of a file."""
+    while size and (data := file.read(min(size, _BUFFER))):
+        size -= len(data)
+        yield data
+
+
+def _streams(file: IO[bytes], make: Callable[[], Any]) -> Iterator[bytes]:
+    """What is in streams of bzip2 or xz, one after the other.
 
     Python's own readers take a stream that does not begin as one for the end of the file, and what
     comes after it would be lost.
     """
-
-    def __init__(self, file: IO[bytes], make: Callable[[], Any]) -> None:
-        self._file, self._make = file, make
-        self._unpacker = make()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while True:
-            packed = b""
-            if self._unpacker.eof:
-                packed = self._unpacker.unused_data.lstrip(b"\0")  # which may lie between streams
-                while not packed and (packed := self._file.read(_BUFFER)):
-                    packed = packed.lstrip(b"\0")
-                if not packed:
-                    return 0
-                self._unpacker = self._make()
-            elif self._unpacker.needs_input:
-                packed = self._file.read(_BUFFER)
-                if not packed:
-                    raise EOFError("its packed data have no end")
-            if data := self._unpacker.decompress(packed, len(buffer)):
-                buffer[: len(data)] = data
-                return len(data)
+    unpacker = make()
+    while True:
+        packed = b""
+        if unpacker.eof:
+            packed = unpacker.unused_data.lstrip(b"\0")  # which may lie between streams
+            while not packed and (packed := file.read(_BUFFER)):
+                packed = packed.lstrip(b"\0")
+            if not packed:
+                return
+            unpacker = make()
+        elif unpacker.needs_input:
+            packed = file.read(_BUFFER)
+            if not packed:
+                raise EOFError("its packed data have no end")
+        if data := unpacker.decompress(packed, _BUFFER):
+            yield data
 
 
-class _Recoded(io.RawIOBase):
+def _recoded(path: Path, file: IO[bytes], encoding: str) -> Iterator[bytes]:
     """The text of a file in another encoding, as UTF-8."""
-
-    def __init__(self, path: Path, file: io.BufferedReader, encoding: str) -> None:
-        self._path, self._file = path, file
-        self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._encoding = encoding
-        self._pending = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._pending:
-            data = self._file.read(_BUFFER)
-            try:
-                self._pending = self._decoder.decode(data, final=not data).encode()
-            except UnicodeError as error:
-                raise InputError(
-                    f"{self._path} is not valid {self._encoding.upper()}: {error}",
-                    hint="write it as UTF-8",
-                ) from error
-            if not data:
-                break
-        taken = self._pending[: len(buffer)]
-        buffer[: len(taken)] = taken
-        self._pending = self._pending[len(taken) :]
-        return len(taken)
+    decoder = codecs.getincrementaldecoder(encoding)()
+    data = b" "
+    while data:
+        data = file.read(_BUFFER)
+        try:
+            yield decoder.decode(data, final=not data).encode()
+        except UnicodeError as error:
+            raise InputError(
+                f"{path} is not valid {encoding.upper()}: {error}", hint="write it as UTF-8"
+            ) from error
