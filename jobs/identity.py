@@ -14,7 +14,7 @@ from typing import Any
 
 from batchrun.jobs.errors import InputError, JobError, SpecChanged, refused
 from batchrun.jobs.files import read_json, write_json
-from batchrun.jobs.rows.part import INPUTS
+from batchrun.jobs.rows.store import INPUTS
 from batchrun.jobs.spec import InputFile, JobSpec
 
 ModelFingerprint = Callable[[Path], str]

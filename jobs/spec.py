@@ -11,7 +11,7 @@ from typing import Any
 
 from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
-from batchrun.jobs.rows.part import INPUTS, Part
+from batchrun.jobs.rows.store import INPUTS, Part
 
 VERSION = 1
 FILE = "job.json"

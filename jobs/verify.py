@@ -16,9 +16,9 @@ from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.output.rejoin import rejoin
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS
-from batchrun.jobs.rows.part import Noted, unnoted
 from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import STATS
 

@@ -17,9 +17,9 @@ from batchrun.jobs.output.destination import check_place
 from batchrun.jobs.output.export import check_columns
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS, output_format
-from batchrun.jobs.rows.part import Noted, unnoted
 from batchrun.jobs.rows.row import Source, missing_column
 from batchrun.jobs.rows.source import expand_inputs, open_source
+from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import chat_templates, lacks_chat_template, no_chat_template, resolve
 from batchrun.prompts.messages import RESERVED, arguments_taken

@@ -15,9 +15,9 @@ from batchrun.jobs.output.export import export
 from batchrun.jobs.output.joined import Joined, output_columns
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.formats import FORMATS
-from batchrun.jobs.rows.part import INPUTS, Noted, unnoted
 from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.rows.store import INPUTS, Noted, unnoted
 from batchrun.jobs.spec import JobSpec
 
 _LEFT = "batchrun export --partial -o FILE has the results by row number, and what is left of it"

@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.jsontext import as_text
-from batchrun.jobs.rows.part import Part
 from batchrun.jobs.rows.row import check_names, partition_fields
 from batchrun.jobs.rows.rowformat import ROW, TextFormat, suffixes
+from batchrun.jobs.rows.store import Part
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
 from batchrun.jobs.rows.textsource import Asked, Header, Record, TextSource
 

@@ -8,9 +8,9 @@ from batchrun.jobs.errors import OutputError
 from batchrun.jobs.rows.delimited import CsvFormat
 from batchrun.jobs.rows.jsonl import JsonFormat
 from batchrun.jobs.rows.parquet import ParquetFormat
-from batchrun.jobs.rows.part import INPUTS
 from batchrun.jobs.rows.row import reading
 from batchrun.jobs.rows.rowformat import PACKINGS, WRITTEN_PACKINGS, RowFormat, suffixes
+from batchrun.jobs.rows.store import INPUTS
 from batchrun.jobs.rows.stream import text_of
 
 # By name; what has no name that says so is the first that begins like it.

@@ -11,9 +11,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows import jsontext
-from batchrun.jobs.rows.part import Part
 from batchrun.jobs.rows.row import AGAIN
 from batchrun.jobs.rows.rowformat import ROW, TextFormat
+from batchrun.jobs.rows.store import Part
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
 from batchrun.jobs.rows.textsource import Record, TextSource
 

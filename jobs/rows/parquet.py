@@ -16,7 +16,6 @@ from batchrun.jobs.rows.arrowtypes import is_text
 from batchrun.jobs.rows.columnar import ColumnarChunk
 from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.rows.parquetfile import batches, column_chunks, opened
-from batchrun.jobs.rows.part import Noted, Part, unnoted
 from batchrun.jobs.rows.row import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -26,6 +25,7 @@ from batchrun.jobs.rows.row import (
     reading,
 )
 from batchrun.jobs.rows.rowformat import RowFormat
+from batchrun.jobs.rows.store import Noted, Part, unnoted
 from batchrun.jobs.rows.unify import conform
 from batchrun.jobs.rows.united import united
 
@@ -265,16 +265,17 @@ def _batch_rows(
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(row_bytes, 1))))
 
 
-def _groups(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+def _groups(found: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
     """Batches that make a row group each."""
     group: list[pa.RecordBatch] = []
     size = 0
-    for batch in batches:
+    for batch in found:
         group.append(batch)
         size += batch.nbytes
         if size >= _GROUP_BYTES or len(group) * BATCH_ROWS >= _GROUP_ROWS:
             yield group
-            group, size = [], 0
+            group.clear()  # whoever has it still has no memory of it
+            size = 0
     if group:
         yield group
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.part import Noted, unnoted
 from batchrun.jobs.rows.row import AGAIN, no_columns, reading
+from batchrun.jobs.rows.store import Noted, unnoted
 
 _ANY = (Exception,)
 _BUFFER = 1 << 18  # bytes read ahead a column, instead of whole column chunks

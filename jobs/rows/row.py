@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError, JobError
-from batchrun.jobs.rows.part import INPUTS, Part
+from batchrun.jobs.rows.store import INPUTS, Part
 
 BATCH_BYTES = 16 << 20  # a chunk of input rows is about this large, whatever a row's size
 BATCH_ROWS = 256  # and never has more rows: an average says little where lengths are skewed

@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, cast
 
 import pyarrow as pa
 
-from batchrun.jobs.rows.part import Noted, Part, unnoted
 from batchrun.jobs.rows.row import Source
+from batchrun.jobs.rows.store import Noted, Part, unnoted
 from batchrun.jobs.rows.stream import text_of
 from batchrun.jobs.rows.textsource import TextSource
 

@@ -9,9 +9,9 @@ from urllib.parse import unquote
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.formats import FORMATS, input_format, input_names, sniffed
-from batchrun.jobs.rows.part import INPUTS, Noted, Part, unnoted
 from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.rowformat import RowFormat
+from batchrun.jobs.rows.store import INPUTS, Noted, Part, unnoted
 
 # What describes a dataset and is no part of it.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}

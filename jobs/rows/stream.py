@@ -22,8 +22,8 @@ from typing import IO, Any, cast
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.part import INPUTS
 from batchrun.jobs.rows.row import damaged, reading
+from batchrun.jobs.rows.store import INPUTS
 
 MAX_RECORD = 256 << 20  # bytes of a row; more is a file of another kind
 _BUFFER = 1 << 18

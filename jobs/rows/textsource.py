@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.jsontext import parse_object, with_more
-from batchrun.jobs.rows.part import Part
 from batchrun.jobs.rows.row import BATCH_BYTES, BATCH_ROWS, Row, digest_of, no_columns
 from batchrun.jobs.rows.shape import InferredType, fitted
+from batchrun.jobs.rows.store import Part
 
 Asked = Callable[[dict[str, Any]], dict[str, Any]]
 

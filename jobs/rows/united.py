@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.parquetfile import opened
-from batchrun.jobs.rows.part import INPUTS, Noted, unnoted
 from batchrun.jobs.rows.row import check_names, reading
+from batchrun.jobs.rows.store import INPUTS, Noted, unnoted
 from batchrun.jobs.rows.stream import text_of
 from batchrun.jobs.rows.unify import (
     TypeConflictError,

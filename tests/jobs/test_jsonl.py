@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.jsonl import JsonSource
-from batchrun.jobs.rows.part import Part
 from batchrun.jobs.rows.row import valid_text
+from batchrun.jobs.rows.store import Part
 from tests.jobs.reading import batches, objects
 
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.part import Part
 from batchrun.jobs.rows.row import BATCH_BYTES
 from batchrun.jobs.rows.source import expand_inputs, open_source
+from batchrun.jobs.rows.store import Part
 from tests.jobs.reading import batches, objects
 
 RECORDS = [

@@ -7,7 +7,7 @@ import pytest
 
 from batchrun.jobs.errors import InputError, OutputError
 from batchrun.jobs.output.store import LocalOutputs
-from batchrun.jobs.rows.part import LocalInputs
+from batchrun.jobs.rows.store import LocalInputs
 
 
 @pytest.fixture(params=[LocalInputs])

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.part import Part
 from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.rows.store import Part
 from batchrun.jobs.rows.stream import text_of
 
 TEXT = '{"prompt": "ü"}\n{"prompt": "two"}\n'
