@@ -39,7 +39,7 @@ from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.row import Row
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.spec import InputFile, JobSpec
-from batchrun.jobs.stats import RunStats, summarise
+from batchrun.jobs.stats import summarise
 from batchrun.machine import peak_rss
 
 ALLOWED_RATIO = 1.25
@@ -145,7 +145,7 @@ def run(folder: Path) -> dict[str, Any]:
         journal.set_meta("rows_total", source.num_rows)
         journal.set_meta(READ, ["prompt"])
         journal_s = write_all(journal, source.rows(["prompt"]))
-        journal.end_run("done", RunStats().as_dict())
+        journal.end_run("done", {})
     ran, ran_cpu = time.perf_counter(), time.process_time()
     with job.journal() as journal:
         done = journal.done()

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "models": {"jobs"},
     "prompts": {"models"},
     "engine": {"allocator", "models", "prompts"},
-    "report": set(),
+    "report": {"jobs"},
     "run": {"allocator", "engine", "estimate", "jobs", "models", "prompts"},
     "estimate": {"engine", "jobs", "models", "prompts", "run"},
     "cli": {"allocator", "engine", "estimate", "jobs", "models", "prompts", "report", "run"},

@@ -139,7 +139,7 @@ def journal_keeps_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ended(self: worker._Run, *rest: Any) -> None:
         end_row(self, *rest)
-        wanted = self._earlier.samples + self.stats.completions
+        wanted = self._earlier.samples + self._counted["completions"]
         while self._samples < wanted and not self._failures:
             time.sleep(0.001)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import log2
 from mmap import PAGESIZE
 from pathlib import Path
@@ -241,24 +241,11 @@ class Assembly:
         )
 
     def measurements(self) -> dict[str, float | str]:
-        """The engine's figures so far, by the names of `batchrun.jobs.stats.RunStats`."""
-        stats = self.engine.stats
+        """The engine's figures so far, by the names of `batchrun.jobs.metrics`."""
         return {
-            "steps": stats.steps,
-            "prefill_tokens": stats.prefill_tokens,
-            "decode_tokens": stats.decode_tokens,
-            "drafted_tokens": stats.drafted_tokens,
-            "accepted_tokens": stats.accepted_tokens,
-            "recomputed_tokens": stats.recomputed_tokens,
+            **asdict(self.engine.stats),
+            **self.usage.as_dict(),
             "shared_tokens": self.scheduler.num_shared_tokens,
-            "prefill_s": stats.prefill_seconds,
-            "decode_s": stats.decode_seconds,
-            "sequence_s": stats.sequence_seconds,
-            "map_hidden_s": stats.map_hidden_seconds,
-            "map_exposed_s": stats.map_exposed_seconds,
-            "map_stalls": stats.map_stalls,
-            "device_s": stats.device_seconds,
-            "idle_s": stats.idle_seconds,
             "max_num_seqs": self.max_num_seqs,
             "preemptions": self.scheduler.num_preemptions,
             "weights_bytes": self._weights_bytes,
@@ -266,7 +253,6 @@ class Assembly:
             "device": str(self.loaded.device),
             "attention": self.executor.backend.name,
             "model": self.settings.model_name,
-            **self.usage.as_dict(),
         }
 
     def close(self) -> None:

@@ -317,25 +317,24 @@ class Engine:
             if segment.drafts:
                 drafted += len(segment.drafts)
         stats.steps += 1
-        stats.seconds += seconds
         stats.prefill_tokens += prefill
         stats.drafted_tokens += drafted
         stats.decode_tokens += computed - prefill - drafted
         stats.recomputed_tokens = self.scheduler.num_recomputed_tokens
-        stats.prefill_seconds += seconds * prefill / computed
-        stats.decode_seconds += seconds * (computed - prefill) / computed
-        stats.sequence_seconds += seconds * len(plan.segments)
-        stats.device_seconds = self.executor.device_seconds
-        stats.idle_seconds = self.executor.idle_seconds
+        stats.prefill_s += seconds * prefill / computed
+        stats.decode_s += seconds * (computed - prefill) / computed
+        stats.sequence_s += seconds * len(plan.segments)
+        stats.device_s = self.executor.device_seconds
+        stats.idle_s = self.executor.idle_seconds
 
     def _count_mapping(self) -> None:
         """Work on pages since the last call; hidden where the device still computes after it."""
         before, self._mapped = self._mapped, self._mapping_seconds()
         seconds = self._mapped - before
         if seconds and self._in_flight and self.executor.busy():
-            self.stats.map_hidden_seconds += seconds
+            self.stats.map_hidden_s += seconds
         elif seconds:
-            self.stats.map_exposed_seconds += seconds
+            self.stats.map_exposed_s += seconds
             self.stats.map_stalls += bool(self._in_flight)
 
 

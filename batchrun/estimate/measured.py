@@ -149,7 +149,7 @@ class StepSampler:
         self._before = dict.fromkeys(("engine_s", "steps", "tokens", "kv_s", "kv_live_s"), 0.0)
 
     def observe(self, figures: Mapping[str, Any]) -> None:
-        """Take in the figures of `RunStats` as they are now."""
+        """Take in a run's figures as they are now."""
         now = {name: figures[name] for name in self._before if name != "tokens"}
         now["tokens"] = figures["prefill_tokens"] + figures["decode_tokens"]
         decoded, right = figures["decode_tokens"], figures["accepted_tokens"]

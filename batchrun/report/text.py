@@ -10,26 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from batchrun.jobs.metrics import METRICS
 from batchrun.terminal import printable
 
 Cells = tuple[str, ...]
 
-_KV_ROWS = (
-    ("live", "bytes holding tokens"),
-    ("mapped", "physical memory used"),
-    ("shared", "more, if prefixes were not shared"),
-    ("paged", "16-token blocks would hold"),
-    ("static", "max-length slots would hold"),
-    ("reserved", "address space, costs nothing"),
-)
-_TIME_ROWS = (
-    ("load_s", "load the model"),
-    ("tokenise_s", "tokenise"),
-    ("plan_s", "plan"),
-    ("engine_s", "engine"),
-    ("journal_s", "journal"),
-    ("export_s", "export"),
-)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -129,7 +114,8 @@ def _time(summary: Mapping[str, Any]) -> str:
     wall = time["wall_s"]
     lines = [("time", seconds(wall), "wall clock; reader, engine and journal run side by side")]
     lines += [
-        ("", seconds(time[key]), f"{label}{_share(time[key], wall)}") for key, label in _TIME_ROWS
+        ("", seconds(time[name]), f"{label}{_share(time[name], wall)}")
+        for name, label in _labels("time")
     ]
     return _table(lines)
 
@@ -150,7 +136,7 @@ def _kv(kv: Mapping[str, Any]) -> str:
             _percent(shares.get(name)),
             meaning,
         )
-        for name, meaning in _KV_ROWS
+        for name, meaning in _labels("kv.peak")
         if name != "shared" or peak[name]
     ]
     return _table(lines)
@@ -183,6 +169,12 @@ def _memory(summary: Mapping[str, Any]) -> str:
         ("peak RSS", rss),
     ]
     return _table(lines)
+
+
+def _labels(section: str) -> list[tuple[str, str]]:
+    """Names and labels of the figures of a section that have a line of their own."""
+    keys = ((metric.key.rpartition("."), metric.label) for metric in METRICS if metric.label)
+    return [(name, label) for (place, _, name), label in keys if place == section]
 
 
 def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> str:

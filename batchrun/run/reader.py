@@ -126,7 +126,7 @@ class Workbench(Prompts, Protocol):
         """Where requests go."""
 
     def measurements(self) -> Mapping[str, Any]:
-        """Figures by the names of `RunStats`."""
+        """Figures by the names of `batchrun.jobs.metrics`."""
 
     def close(self) -> None:
         """Give everything back."""

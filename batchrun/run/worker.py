@@ -33,12 +33,13 @@ from batchrun.jobs.inflight import InFlightRows, ReaderNote
 from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Partial, Result, RowDigests
 from batchrun.jobs.lease import Lease
+from batchrun.jobs.metrics import Figures, recorded
 from batchrun.jobs.output.destination import Claim
 from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
-from batchrun.jobs.stats import RunStats, write_summary
+from batchrun.jobs.stats import write_summary
 from batchrun.models.resolve import fingerprint
 from batchrun.run.channel import Channel, Closed
 from batchrun.run.live import Progress
@@ -157,8 +158,7 @@ class _Run:
         self.stop, self.log, self.watchdog = stop, log, watchdog
         self._on_progress = on_progress
         self._began = time.perf_counter()
-        self.stats = RunStats(started_at=time.time())
-        self._journal_seconds = 0.0
+        self._counted = recorded({})  # what this class measures itself
         self._engine_began: float | None = None
         self._engine_ended: float | None = None
         self._reader: Reader | None = None
@@ -191,7 +191,7 @@ class _Run:
                 self._check_room_ahead()
                 with self.watchdog.busy("loading the model", _PATIENCE):
                     self._workbench = open_workbench(self.spec, self.log)
-                self.stats.load_s = time.perf_counter() - self._began
+                self._counted["load_s"] = time.perf_counter() - self._began
                 self._compute(self._workbench)
                 if self._samples < self._total * self.spec.n and not self.stop.is_set():
                     raise input_changed(
@@ -230,7 +230,7 @@ class _Run:
         measured, planner = self._sampler.measured, self._reader and self._reader.planner
         if not measured.seconds:
             return
-        home, measured.load_s = folders.home(), self.stats.load_s
+        home, measured.load_s = folders.home(), self._counted["load_s"]
         if planner:
             measured.share = planner.share
         with suppress(JobError, OSError):  # the job is done, and this a hint for others
@@ -304,7 +304,7 @@ class _Run:
             Closed: They will not.
         """
         assert self._reader is not None
-        while self._reader.handed > self.stats.completions:
+        while self._reader.handed > self._counted["completions"]:
             requests.wait(_DRAINED_SECONDS)
 
     def _digests(self, first: int, count: int) -> Mapping[int, int]:
@@ -377,8 +377,8 @@ class _Run:
     def _end_row(self, request: Request, result: Result, results: Channel[Item]) -> None:
         """Hand a result on, and those of rows that ask the same."""
         results.put(result)
-        self.stats.completions += 1
-        self.stats.completion_tokens += result.completion_tokens
+        self._counted["completions"] += 1
+        self._counted["completion_tokens"] += result.completion_tokens
         assert self._reader is not None
         if self._reader.planner is not None:
             self._reader.planner.learn(request, result.completion_tokens)
@@ -422,7 +422,7 @@ class _Run:
                     began = time.perf_counter()
                     with self.watchdog.busy("writing the journal"):
                         journal.write(pending, figures, begun, digests)
-                    self._journal_seconds += time.perf_counter() - began
+                    self._counted["journal_s"] += time.perf_counter() - began
                     self._samples += len(pending)
                     self._count_failures(pending)
                     pending, partials, digests = [], [], []
@@ -486,7 +486,7 @@ class _Run:
                 raise
         for line in grown(spec):
             self.log(line)
-        self.stats.export_s = time.perf_counter() - began
+        self._counted["export_s"] = time.perf_counter() - began
 
     def _end(self, outcome: Outcome) -> None:
         """Note how the run ended."""
@@ -501,37 +501,33 @@ class _Run:
         if not isinstance(failure, StepFailed):  # its supervisor tries again
             self.job.set_state(str(outcome), reason)
 
-    def _figures(self) -> dict[str, Any]:
-        """The run's statistics so far."""
-        measured = self._workbench.measurements() if self._workbench is not None else {}
+    def _figures(self) -> Figures:
+        """The run's figures so far."""
         now = time.perf_counter()
+        measured = self._counted | {"wall_s": now - self._began, "peak_rss": machine.peak_rss()}
         if self._engine_began is not None:
-            self.stats.engine_s = (self._engine_ended or now) - self._engine_began
-        stats = replace(
-            self.stats,
-            wall_s=now - self._began,
-            journal_s=self._journal_seconds,
-            tail_s=self._tail(measured),
-            peak_rss=machine.peak_rss(),
-            **measured,
-        )
+            measured["engine_s"] = (self._engine_ended or now) - self._engine_began
+        if self._workbench is not None:
+            measured |= self._workbench.measurements()
+            measured["tail_s"] = self._tail(measured)
         if self._reader is not None:
-            stats.tokenise_s = self._reader.seconds
-            stats.plan_s = self._reader.planner.seconds if self._reader.planner else 0.0
-            stats.duplicates = self._reader.duplicates.rows
-            stats.duplicate_tokens = self._reader.duplicates.tokens
-            stats.completions += stats.duplicates
-            saved = self._reader.saved()
-            stats.saved_prompt_tokens = saved.prompt_tokens
-            stats.saved_steps = round(saved.steps * stats.steps)
+            duplicates, saved = self._reader.duplicates, self._reader.saved()
+            measured["tokenise_s"] = self._reader.seconds
+            measured["plan_s"] = self._reader.planner.seconds if self._reader.planner else 0.0
+            measured["duplicates"] = duplicates.rows
+            measured["duplicate_tokens"] = duplicates.tokens
+            measured["completions"] += duplicates.rows
+            measured["saved_prompt_tokens"] = saved.prompt_tokens
+            steps = measured["steps"]
+            measured["saved_steps"] = round(saved.steps * steps)
             if saved.tail:  # as many tokens in more steps: what a step costs beside them
-                cost = self._sampler.measured.costs()[0] or stats.engine_s / max(1, stats.steps)
-                stats.saved_tail_s = saved.tail * stats.steps * cost
-        return stats.as_dict()
+                cost = self._sampler.measured.costs()[0] or measured["engine_s"] / max(1, steps)
+                measured["saved_tail_s"] = saved.tail * steps * cost
+        return recorded(measured)
 
     def _tail(self, measured: Mapping[str, Any]) -> float:
         """Seconds since half as many sequences ran last as ran on average, once all have ended."""
-        seconds = measured.get("kv_s")
+        seconds = measured["kv_s"]
         if not seconds or self._engine_ended is None:
             return 0.0
         half = measured["sequence_s"] / seconds / 2
@@ -539,7 +535,7 @@ class _Run:
         return self._engine_ended - max(full, default=self._engine_ended)
 
     def _report(self, phase: str, engine: RowEngine | None = None) -> None:
-        running, waiting, generated = (0, 0, self.stats.completion_tokens)
+        running, waiting, generated = (0, 0, self._counted["completion_tokens"])
         if engine is not None:
             running, waiting, generated = engine.load()
         self._on_progress(

@@ -55,9 +55,9 @@ def _steps(assembly: Assembly, count: int) -> None:
 def _timed(assembly: Assembly, count: int) -> dict[str, float]:
     """Seconds of one step by the clock, in the device, and between two of them."""
     stats = assembly.engine.stats
-    before = time.perf_counter(), stats.device_seconds, stats.idle_seconds
+    before = time.perf_counter(), stats.device_s, stats.idle_s
     _steps(assembly, count)
-    after = time.perf_counter(), stats.device_seconds, stats.idle_seconds
+    after = time.perf_counter(), stats.device_s, stats.idle_s
     wall, device, idle = ((b - a) / count for a, b in zip(before, after, strict=True))
     return {"step_s": wall, "device_s": device, "idle_s": idle}
 

@@ -128,7 +128,7 @@ def decode(bench: Bench, assembly: Assembly, shape: Shape, context: int) -> dict
 
 def _clocks(assembly: Assembly) -> tuple[float, ...]:
     stats = assembly.engine.stats
-    return stats.steps, time.perf_counter(), stats.device_seconds, stats.idle_seconds
+    return stats.steps, time.perf_counter(), stats.device_s, stats.idle_s
 
 
 def _tokens(assembly: Assembly) -> int:

@@ -1,14 +1,14 @@
 """The summary: measured figures of all runs, merged."""
 
 import json
-from dataclasses import fields
 
 import pytest
 
 from batchrun.jobs.files import read_json
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.lease import Lease
-from batchrun.jobs.stats import RunStats, summarise, write_summary
+from batchrun.jobs.metrics import METRICS, RATIOS, merged, recorded
+from batchrun.jobs.stats import summarise, write_summary
 
 KV = ("reserved", "mapped", "live", "shared", "static", "paged")
 
@@ -20,45 +20,63 @@ def ok(row, sample=0, **more):
 
 
 def test_merging_adds_amounts_and_keeps_peaks():
-    first = RunStats(
-        started_at=100.0,
-        wall_s=2.0,
-        steps=10,
-        peak_kv_mapped=700,
-        peak_rss=5,
-        max_num_seqs=8,
-        kv_live_s=30.0,
-        kv_s=2.0,
-        weights_bytes=11,
-        device="cpu",
-        model="tiny",
+    first = recorded(
+        {
+            "wall_s": 2.0,
+            "steps": 10,
+            "peak_kv_mapped": 700,
+            "peak_rss": 5,
+            "max_num_seqs": 8,
+            "kv_live_s": 30.0,
+            "kv_s": 2.0,
+            "weights_bytes": 11,
+            "device": "cpu",
+            "model": "tiny",
+        }
     )
-    second = RunStats(
-        started_at=200.0,
-        wall_s=3.0,
-        steps=1,
-        peak_kv_mapped=600,
-        peak_rss=6,
-        max_num_seqs=4,
-        kv_live_s=10.0,
-        kv_s=1.0,
-        weights_bytes=11,
-        device="cpu",
+    second = recorded(
+        {
+            "wall_s": 3.0,
+            "steps": 1,
+            "peak_kv_mapped": 600,
+            "peak_rss": 6,
+            "max_num_seqs": 4,
+            "kv_live_s": 10.0,
+            "kv_s": 1.0,
+            "weights_bytes": 11,
+            "device": "cpu",
+        }
     )
-    runs = [first.as_dict(), second.as_dict()]
-    merged = RunStats.merge(runs)
-    assert (merged.started_at, merged.wall_s, merged.steps) == (100.0, 5.0, 11)
-    assert (merged.peak_kv_mapped, merged.peak_rss, merged.max_num_seqs) == (700, 6, 8)
-    assert (merged.kv_live_s, merged.kv_s, merged.weights_bytes) == (40.0, 3.0, 11)
-    assert (merged.device, merged.model) == ("cpu", "tiny")
-    assert RunStats.merge(runs[::-1]).as_dict() == merged.as_dict()
+    figures = merged([first, second])
+    assert (figures["wall_s"], figures["steps"]) == (5.0, 11)
+    assert [figures[name] for name in ("peak_kv_mapped", "peak_rss", "max_num_seqs")] == [700, 6, 8]
+    assert [figures[name] for name in ("kv_live_s", "kv_s", "weights_bytes")] == [40.0, 3.0, 11]
+    assert (figures["device"], figures["model"]) == ("cpu", "tiny")
+    assert merged([second, first]) == figures
 
 
 def test_merging_one_run_changes_nothing_and_none_is_zero():
-    numbers = {f.name: type(f.default)(i + 1) for i, f in enumerate(fields(RunStats))}
-    assert RunStats.merge([numbers]).as_dict() == numbers
-    assert RunStats.merge([]).as_dict() == RunStats().as_dict()
-    assert RunStats.merge([{}]).as_dict() == RunStats().as_dict()
+    numbers = {m.name: type(m.zero)(i + 1) for i, m in enumerate(METRICS)}
+    assert merged([numbers]) == numbers
+    zeros = recorded({})
+    assert merged([]) == merged([{}]) == zeros
+    assert {type(value) for value in zeros.values()} == {str, int, float}
+
+
+def test_what_is_no_metric_is_not_recorded():
+    with pytest.raises(KeyError, match="stepz"):
+        recorded({"steps": 1, "stepz": 2})
+
+
+def test_every_figure_has_a_name_and_a_place_of_its_own():
+    names = [metric.name for metric in METRICS]
+    keys = [row.key for row in (*METRICS, *RATIOS) if row.key]
+    assert len({*names}) == len(names)
+    assert len({*keys}) == len(keys)
+    assert {ratio.by for ratio in RATIOS} | {ratio.of for ratio in RATIOS} <= {
+        *names,
+        "completed_rows",
+    }
 
 
 def test_a_job_that_never_ran_has_a_summary(job):
@@ -76,7 +94,7 @@ def run(job, results, state, **stats):
     with job.journal(readonly=False) as journal:
         journal.begin_run()
         journal.set_meta("rows_total", 10)
-        stats = RunStats(completions=len(results), **stats).as_dict()
+        stats = recorded({"completions": len(results), **stats})
         journal.write(results, stats)
         if state is not None:
             journal.end_run(state, stats)

@@ -1,0 +1,175 @@
+"""The figures of a job's runs: one table, a row each.
+
+From it follow what a run records, how a job's runs become one, and what `stats.json` and
+`batchrun stats` say. Another figure is a row here, and one place that measures it: a field of
+`EngineStats`, or a name in what `Assembly`, `UsageIntegral` or the worker measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Figures = dict[str, Any]  # by the names of metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A figure of a run, since its start.
+
+    Attributes:
+        name: Among a run's figures.
+        unit: "s", "bytes", "bytes*s" or "text", or what it counts.
+        merge: Makes one of the figures of a job's runs, in their order.
+        key: Where it stands in `stats.json`: "section.name"; "" where it does not.
+        label: What it is, for a line of its own in `batchrun stats`; "" where a sentence has it.
+    """
+
+    name: str
+    unit: str
+    merge: Callable[[list[Any]], Any]
+    key: str = ""
+    label: str = ""
+
+    @property
+    def zero(self) -> Any:
+        """What it is before anything was measured."""
+        return {"text": "", "s": 0.0, "bytes*s": 0.0}.get(self.unit, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """One figure over another of the same job; None where the other is 0.
+
+    Attributes:
+        key: Where it stands in `stats.json`.
+        of: The one figure.
+        by: The other.
+    """
+
+    key: str
+    of: str
+    by: str
+
+
+def _latest(values: list[str]) -> str:
+    return next(filter(None, reversed(values)), "")
+
+
+# Of KV memory, and what `batchrun stats` says of it.
+_KV = {
+    "live": "bytes holding tokens",
+    "mapped": "physical memory used",
+    "shared": "more, if prefixes were not shared",
+    "paged": "16-token blocks would hold",
+    "static": "max-length slots would hold",
+    "reserved": "address space, costs nothing",
+}
+
+METRICS = (
+    Metric("model", "text", _latest, "model"),
+    Metric("device", "text", _latest, "device"),
+    Metric("attention", "text", _latest, "attention"),
+    # The reader, the engine and the journal work at the same time.
+    Metric("wall_s", "s", sum, "time.wall_s"),
+    Metric("load_s", "s", sum, "time.load_s", "load the model"),
+    Metric("tokenise_s", "s", sum, "time.tokenise_s", "tokenise"),
+    Metric("plan_s", "s", sum, "time.plan_s", "plan"),
+    Metric("engine_s", "s", sum, "time.engine_s", "engine"),
+    Metric("journal_s", "s", sum, "time.journal_s", "journal"),
+    Metric("export_s", "s", sum, "time.export_s", "export"),
+    # Duplicates have results that were not computed, as another row asked the same: `completions`
+    # counts them, `completion_tokens` does not.
+    Metric("completions", "samples", sum),
+    Metric("completion_tokens", "tokens", sum),
+    Metric("duplicates", "samples", sum, "duplicates.rows"),
+    Metric("duplicate_tokens", "tokens", sum, "duplicates.tokens"),
+    # A step that mixes prefill and decode shares its time by tokens.
+    Metric("prefill_tokens", "tokens", sum, "tokens.prefilled"),
+    Metric("decode_tokens", "tokens", sum, "tokens.decoded"),
+    Metric("recomputed_tokens", "tokens", sum, "tokens.recomputed"),
+    Metric("drafted_tokens", "tokens", sum, "tokens.drafted"),
+    Metric("accepted_tokens", "tokens", sum, "tokens.accepted"),
+    Metric("shared_tokens", "tokens", sum, "tokens.shared"),
+    Metric("generated_tokens", "tokens", sum),  # also of samples that have not ended
+    Metric("prefill_s", "s", sum),
+    Metric("decode_s", "s", sum),
+    # What the file's order would have taken more, about; 0 for a run that ended early.
+    Metric("saved_prompt_tokens", "tokens", sum, "saved.prompt_tokens"),
+    Metric("saved_steps", "steps", sum, "saved.steps"),
+    Metric("saved_tail_s", "s", sum, "saved.tail_s"),
+    # The tail is the end of the engine's time, from when half as many sequences ran last as ran on
+    # average; `sequence_s` are running sequences, integrated over `kv_s`.
+    Metric("steps", "steps", sum, "batch.steps"),
+    Metric("max_num_seqs", "sequences", max, "batch.max_num_seqs"),
+    Metric("sequence_s", "s", sum),
+    Metric("tail_s", "s", sum, "batch.tail_s"),
+    Metric("preemptions", "preemptions", sum, "preemptions"),
+    # The engine's time, and KV memory integrated over it.
+    Metric("kv_s", "s", sum),
+    *(Metric(f"kv_{name}_s", "bytes*s", sum) for name in _KV),
+    *(
+        Metric(f"peak_kv_{name}", "bytes", max, f"kv.peak.{name}", label)
+        for name, label in _KV.items()
+    ),
+    Metric("map_calls", "calls", sum, "kv.map_calls"),
+    Metric("map_s", "s", sum, "kv.map_s"),
+    Metric("unmap_calls", "calls", sum, "kv.unmap_calls"),
+    Metric("unmap_s", "s", sum, "kv.unmap_s"),
+    Metric("create_calls", "calls", sum, "kv.create_calls"),
+    Metric("create_s", "s", sum, "kv.create_s"),
+    Metric("map_hidden_s", "s", sum, "kv.map_hidden_s"),
+    Metric("map_exposed_s", "s", sum, "kv.map_exposed_s"),
+    Metric("map_stalls", "stalls", sum, "kv.map_stalls"),
+    Metric("device_s", "s", sum, "device_time.busy_s"),
+    Metric("idle_s", "s", sum, "device_time.idle_s"),
+    Metric("peak_rss", "bytes", max, "peak_rss"),
+    Metric("weights_bytes", "bytes", max, "weights_bytes"),
+    Metric("peak_activations", "bytes", max, "peak_activations"),
+)
+
+RATIOS = (
+    Ratio("throughput.prefill_tokens_per_s", "prefill_tokens", "prefill_s"),
+    Ratio("throughput.decode_tokens_per_s", "decode_tokens", "decode_s"),
+    Ratio("throughput.completion_tokens_per_s", "completion_tokens", "engine_s"),
+    Ratio("throughput.rows_per_s", "completed_rows", "engine_s"),
+    Ratio("batch.mean_occupancy", "sequence_s", "kv_s"),
+    *(Ratio(f"kv.time_averaged.{name}", f"kv_{name}_s", "kv_s") for name in _KV),
+    Ratio("kv.utilisation", "kv_live_s", "kv_mapped_s"),
+    Ratio("kv.static_utilisation", "kv_live_s", "kv_static_s"),
+    Ratio("kv.paged_utilisation", "kv_live_s", "kv_paged_s"),
+)
+
+
+def recorded(measured: Mapping[str, Any]) -> Figures:
+    """A run's figures: what was measured, and zeros.
+
+    Raises:
+        KeyError: Something was measured that is no metric.
+    """
+    figures = {metric.name: metric.zero for metric in METRICS}
+    unknown = measured.keys() - figures.keys()
+    if unknown:
+        raise KeyError(f"no metric: {', '.join(sorted(unknown))}")
+    return figures | dict(measured)
+
+
+def merged(runs: Iterable[Mapping[str, Any]]) -> Figures:
+    """The figures of a job, of those of its runs; what a run lacks was nothing."""
+    runs = list(runs)
+    return {m.name: m.merge([m.zero, *(run.get(m.name, m.zero) for run in runs)]) for m in METRICS}
+
+
+def placed(summary: dict[str, Any], figures: Mapping[str, Any]) -> None:
+    """Put figures and their ratios into a summary, each where its key says."""
+    values = {metric.key: figures[metric.name] for metric in METRICS if metric.key}
+    for ratio in RATIOS:
+        by = figures[ratio.by]
+        values[ratio.key] = figures[ratio.of] / by if by else None
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        place = summary
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
