@@ -87,8 +87,9 @@ class UsageIntegral:
         return live / mapped if mapped else 1.0
 
     def as_dict(self) -> dict[str, float]:
-        """Byte-seconds (`kv_live_s`), peaks (`peak_kv_live`) and the latest counters, by name."""
+        """Bytes now (`kv_live`), byte-seconds (`kv_live_s`), peaks (`peak_kv_live`), counters."""
         result: dict[str, float] = {"kv_s": self.seconds}
+        result |= {f"kv_{name}": getattr(self._latest, name, 0) for name in _BYTES}
         result |= {f"kv_{name}_s": value for name, value in self._sums.items()}
         result |= {f"peak_kv_{name}": peak for name, peak in self._peaks.items()}
         for work in ("map", "unmap", "create"):

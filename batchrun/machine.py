@@ -180,6 +180,12 @@ def memory() -> dict[str, int]:
     }
 
 
+def rss() -> int:
+    """Bytes of memory that this process has now; 0 where the kernel does not say."""
+    now = _line(Path("/proc/self/status"), "VmRSS")
+    return int(now.split()[0]) * 1024 if now else 0
+
+
 def peak_rss() -> int:
     """Bytes of memory that this process had at most."""
     peak = _line(Path("/proc/self/status"), "VmHWM")

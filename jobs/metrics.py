@@ -24,6 +24,7 @@ class Metric:
         merge: Makes one of the figures of a job's runs, in their order.
         key: Where it stands in `stats.json`: "section.name"; "" where it does not.
         label: What it is, for a line of its own in `batchrun stats`; "" where a sentence has it.
+        sampled: Whether the journal keeps it over time.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Metric:
     merge: Callable[[list[Any]], Any]
     key: str = ""
     label: str = ""
+    sampled: bool = False
 
     @property
     def zero(self) -> Any:
@@ -53,8 +55,9 @@ class Ratio:
     by: str
 
 
-def _latest(values: list[str]) -> str:
-    return next(filter(None, reversed(values)), "")
+def _latest(values: list[Any]) -> Any:
+    """The last one that is not zero."""
+    return next(filter(None, reversed(values)), values[0])
 
 
 # Of KV memory, and what `batchrun stats` says of it.
@@ -72,7 +75,7 @@ METRICS = (
     Metric("device", "text", _latest, "device"),
     Metric("attention", "text", _latest, "attention"),
     # The reader, the engine and the journal work at the same time.
-    Metric("wall_s", "s", sum, "time.wall_s"),
+    Metric("wall_s", "s", sum, "time.wall_s", sampled=True),
     Metric("load_s", "s", sum, "time.load_s", "load the model"),
     Metric("tokenise_s", "s", sum, "time.tokenise_s", "tokenise"),
     Metric("plan_s", "s", sum, "time.plan_s", "plan"),
@@ -81,18 +84,18 @@ METRICS = (
     Metric("export_s", "s", sum, "time.export_s", "export"),
     # Duplicates have results that were not computed, as another row asked the same: `completions`
     # counts them, `completion_tokens` does not.
-    Metric("completions", "samples", sum),
+    Metric("completions", "samples", sum, sampled=True),
     Metric("completion_tokens", "tokens", sum),
     Metric("duplicates", "samples", sum, "duplicates.rows"),
     Metric("duplicate_tokens", "tokens", sum, "duplicates.tokens"),
     # A step that mixes prefill and decode shares its time by tokens.
-    Metric("prefill_tokens", "tokens", sum, "tokens.prefilled"),
-    Metric("decode_tokens", "tokens", sum, "tokens.decoded"),
+    Metric("prefill_tokens", "tokens", sum, "tokens.prefilled", sampled=True),
+    Metric("decode_tokens", "tokens", sum, "tokens.decoded", sampled=True),
     Metric("recomputed_tokens", "tokens", sum, "tokens.recomputed"),
     Metric("drafted_tokens", "tokens", sum, "tokens.drafted"),
     Metric("accepted_tokens", "tokens", sum, "tokens.accepted"),
     Metric("shared_tokens", "tokens", sum, "tokens.shared"),
-    Metric("generated_tokens", "tokens", sum),  # also of samples that have not ended
+    Metric("generated_tokens", "tokens", sum, sampled=True),  # also of samples that have not ended
     Metric("prefill_s", "s", sum),
     Metric("decode_s", "s", sum),
     # What the file's order would have taken more, about; 0 for a run that ended early.
@@ -101,12 +104,15 @@ METRICS = (
     Metric("saved_tail_s", "s", sum, "saved.tail_s"),
     # The tail is the end of the engine's time, from when half as many sequences ran last as ran on
     # average; `sequence_s` are running sequences, integrated over `kv_s`.
-    Metric("steps", "steps", sum, "batch.steps"),
+    Metric("steps", "steps", sum, "batch.steps", sampled=True),
     Metric("max_num_seqs", "sequences", max, "batch.max_num_seqs"),
     Metric("sequence_s", "s", sum),
     Metric("tail_s", "s", sum, "batch.tail_s"),
     Metric("preemptions", "preemptions", sum, "preemptions"),
-    # The engine's time, and KV memory integrated over it.
+    Metric("running", "sequences", _latest, sampled=True),
+    Metric("waiting", "sequences", _latest, sampled=True),
+    # KV memory as it is, at its peak, and integrated over the engine's time.
+    *(Metric(f"kv_{name}", "bytes", _latest, sampled=True) for name in _KV),
     Metric("kv_s", "s", sum),
     *(Metric(f"kv_{name}_s", "bytes*s", sum) for name in _KV),
     *(
@@ -124,10 +130,13 @@ METRICS = (
     Metric("map_stalls", "stalls", sum, "kv.map_stalls"),
     Metric("device_s", "s", sum, "device_time.busy_s"),
     Metric("idle_s", "s", sum, "device_time.idle_s"),
+    Metric("rss", "bytes", _latest, sampled=True),
     Metric("peak_rss", "bytes", max, "peak_rss"),
     Metric("weights_bytes", "bytes", max, "weights_bytes"),
     Metric("peak_activations", "bytes", max, "peak_activations"),
 )
+
+SAMPLED = tuple(metric.name for metric in METRICS if metric.sampled)
 
 RATIOS = (
     Ratio("throughput.prefill_tokens_per_s", "prefill_tokens", "prefill_s"),

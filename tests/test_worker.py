@@ -261,6 +261,15 @@ def test_figures_add_up(submit: Submit) -> None:
     assert 0 < summary["batch"]["mean_occupancy"] <= summary["batch"]["max_num_seqs"] == 8
     assert summary["weights_bytes"] < summary["peak_rss"]
     assert summary["row_seconds"]["decode"]["p50"] <= summary["row_seconds"]["decode"]["max"]
+    with job.journal() as journal:
+        samples = journal.samples(1)
+    assert samples
+    for sample in samples:
+        assert 0 <= sample["wall_s"] <= summary["time"]["wall_s"]
+        assert 0 <= sample["running"] <= 8
+        assert sample["kv_live"] <= sample["kv_mapped"] <= kv["peak"]["mapped"]
+        assert sample["rss"] > 0
+        assert sample["generated_tokens"] <= tokens["completion"]
 
 
 def test_one_worker_at_a_time(submit: Submit) -> None:

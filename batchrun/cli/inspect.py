@@ -26,14 +26,19 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.command()
 @job_argument
 @json_option
-def stats_command(job: str | None, as_json: bool) -> None:
+@click.option("--samples", is_flag=True, help="Print JSON, with the figures of each run over time.")
+def stats_command(job: str | None, as_json: bool, samples: bool) -> None:
     """Show where a job's rows, time and memory went.
 
     JOB is its id or the beginning of one; without it, the latest job is shown. While a job runs,
     the figures are those of its last commit to the journal.
     """
-    summary = summarise(find(home(), job))
-    if as_json:
+    folder = find(home(), job)
+    summary = summarise(folder)
+    if samples:
+        with folder.journal() as journal:
+            summary["samples"] = [journal.samples(run["id"]) for run in journal.runs()]
+    if as_json or samples:
         say_json(summary)
     else:
         say(*render(summary).split("\n"))

@@ -246,6 +246,8 @@ class Assembly:
             **asdict(self.engine.stats),
             **self.usage.as_dict(),
             "shared_tokens": self.scheduler.num_shared_tokens,
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
             "max_num_seqs": self.max_num_seqs,
             "preemptions": self.scheduler.num_preemptions,
             "weights_bytes": self._weights_bytes,

@@ -504,7 +504,8 @@ class _Run:
     def _figures(self) -> Figures:
         """The run's figures so far."""
         now = time.perf_counter()
-        measured = self._counted | {"wall_s": now - self._began, "peak_rss": machine.peak_rss()}
+        measured = self._counted | {"wall_s": now - self._began}
+        measured |= {"rss": machine.rss(), "peak_rss": machine.peak_rss()}
         if self._engine_began is not None:
             measured["engine_s"] = (self._engine_ended or now) - self._engine_began
         if self._workbench is not None:

@@ -20,6 +20,7 @@ from batchrun.jobs.errors import Fenced, JournalError
 from batchrun.jobs.files import fsync_directory, remove
 from batchrun.jobs.journal.readings import CONDEMNED, Readings
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result
+from batchrun.jobs.journal.samples import Sampler
 from batchrun.jobs.journal.schema import (
     NAME,
     SEALS,
@@ -58,6 +59,7 @@ _REMOVE = {
     "crashes": "DELETE FROM crashes WHERE row = ? AND run = ?",
     "rows": "DELETE FROM rows WHERE row = ?",
     "meta": "DELETE FROM meta WHERE key = ?",
+    "samples": "DELETE FROM samples WHERE id = ?",
     "runs": "UPDATE runs SET started_at = (julianday('now') - 2440587.5) * 86400, ended_at = NULL, "
     "state = 'interrupted', stats = '{}', reason = NULL, crc = NULL WHERE id = ?",
 }
@@ -83,6 +85,7 @@ class Journal(Readings):
         self._writer = not readonly
         self._named = False  # whether the log's name is on disk for certain
         self._logged = 0  # bytes of results since the last checkpoint
+        self._sampler = Sampler()
         if not readonly:
             try:
                 remove(folder / STATE)
@@ -107,7 +110,7 @@ class Journal(Readings):
             for folder in self.path.parent.absolute().parents[:3]:
                 with suppress(PermissionError):
                     fsync_directory(folder)
-        self._run = cursor.lastrowid or 0
+        self._run, self._sampler = cursor.lastrowid or 0, Sampler()
         return self._run
 
     def resume_run(self, run: int) -> None:
@@ -125,7 +128,8 @@ class Journal(Readings):
 
         Args:
             results: New results; the tokens kept of their samples go.
-            stats: The run's statistics so far; they replace those written before.
+            stats: The run's figures so far; they replace those written before. Every few seconds
+                a sample of them is kept.
             partials: Tokens so far; they replace those of the same samples. Of a sample that has
                 a result they are dropped.
             digests: Numbers of input rows, and what tells each from any other content. They are to
@@ -163,6 +167,7 @@ class Journal(Readings):
             if stats is not None:
                 self._db.execute("UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run))
                 self._db.execute(_SEAL_RUN, (run,))
+                self._logged += self._sampler.add(self._db, run, stats)
         self._logged += _DIGEST_BYTES * len(digests)
         self._logged += sum(_ROW_BYTES + len(row[2] or "") + len(row[3]) for row in rows)
         self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens, *_ in kept)

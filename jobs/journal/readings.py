@@ -192,6 +192,11 @@ class Readings:
             for run in self._proven("runs", "ORDER BY id")
         ]
 
+    def samples(self, run: int) -> list[dict[str, Any]]:
+        """A run's figures over time, by the names of metrics; none that are damaged."""
+        found = self._sound("samples", "WHERE run = ? ORDER BY id", run)
+        return [json.loads(figures) for _, _, figures in found]
+
     def beyond(self, rows: int) -> int:
         """Results of rows that a job of so many rows hasn't."""
         [(count,)] = self._all("SELECT count(*) FROM results WHERE id >= ?", rows * self.n)
@@ -253,6 +258,8 @@ class Readings:
             return f"the note {key!r}"
         if table == "runs":
             return f"the figures of run {key}"
+        if table == "samples":
+            return f"sample {key} of figures over time"
         row, sample = divmod(key, self.n) if table in {"results", "partials"} else (key, 0)
         of = {"results": "result", "partials": "begun result", "crashes": "crash", "rows": "digest"}
         which = f", sample {sample}" if table in {"results", "partials"} and self.n > 1 else ""

@@ -18,7 +18,7 @@ from batchrun.jobs.errors import LOCAL_DISK, JournalError
 from batchrun.jobs.files import open_private
 
 NAME = "journal.db"
-VERSION = 5
+VERSION = 6
 _HEADER, _WRITE_VERSION = 100, 18  # bytes, and which of them (sqlite.org/fileformat2, 1.3)
 _APPLICATION = 0x62617463  # "batc"
 BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
@@ -34,6 +34,7 @@ TABLES = {
     "crashes": ("row", "run"),
     "rows": ("row", "digest"),
     "runs": ("id", "started_at", "ended_at", "state", "stats", "reason"),
+    "samples": ("id", "run", "figures"),
     "meta": ("key", "value"),
 }
 SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
@@ -56,6 +57,13 @@ _ROWS = """
 CREATE TABLE rows (                       -- input rows as they were read
     row INTEGER PRIMARY KEY,
     digest INTEGER NOT NULL,              -- 64 bits
+    crc INTEGER
+)"""
+_SAMPLES = """
+CREATE TABLE samples (                    -- a run's figures over time
+    id INTEGER PRIMARY KEY,
+    run INTEGER NOT NULL,
+    figures TEXT NOT NULL,                -- JSON; seconds since the run began are its wall_s
     crc INTEGER
 )"""
 _SCHEMA = f"""
@@ -87,6 +95,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER);
 {_PARTIALS};
 {_CRASHES};
 {_ROWS};
+{_SAMPLES};
 """
 
 
@@ -130,12 +139,14 @@ MIGRATIONS = {
         tuple(
             statement
             for table, seal in SEALS.items()
+            if table != "samples"
             for statement in (
                 f"ALTER TABLE {table} ADD COLUMN crc INTEGER",
                 f"UPDATE {table} SET crc = {seal}",
             )
         ),
     ),
+    5: Migration("figures over time", (_SAMPLES,)),
 }
 
 
@@ -269,8 +280,9 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> 
     if len(header) == _HEADER and header[_WRITE_VERSION] > 2:  # SQLite would read it, never write
         raise JournalError(f"{path} is damaged: its header is not SQLite's", BEYOND_REPAIR)
     # Of a column that is the key no more SQLite finds no record, and says nothing.
-    for table, columns in _made().items() if version == VERSION else ():
-        if _columns(db, table) != columns:
+    for table, columns in _made().items():
+        there = _columns(db, table)
+        if not set(there) <= set(columns) or (version == VERSION and there != columns):
             raise JournalError(
                 f"{path} is damaged: its table {table} has other columns", BEYOND_REPAIR
             )

@@ -59,6 +59,12 @@ def test_integral_weighs_by_time_and_keeps_peaks() -> None:
     assert integral.utilisation == pytest.approx((18 + 3) / (20 + 15))
     assert integral.as_dict() == {
         "kv_s": 2.5,
+        "kv_reserved": 100,
+        "kv_mapped": 30,
+        "kv_live": 6,
+        "kv_shared": 0,
+        "kv_static": 40,
+        "kv_paged": 7,
         "kv_reserved_s": 250.0,
         "kv_mapped_s": 35.0,
         "kv_live_s": 21.0,

@@ -35,6 +35,9 @@ def test_a_job_from_start_to_end(batchrun):
     stats = batchrun("stats", "--json").json
     assert (stats["job"], stats["state"], stats["rows"]["done"]) == (job, "done", 3)
     assert job in batchrun("stats", job).out
+    [samples] = batchrun("stats", "--samples").json["samples"]
+    assert samples
+    assert samples[-1]["completions"] <= 3
     listed = batchrun("list", "--json").json
     assert [(row["job"], row["done"], row["total"]) for row in listed] == [(job, 3, 3)]
     assert f"{job}  done   3/3" in batchrun("list").out

@@ -136,7 +136,7 @@ def _as_of_version_1(scene: Scene) -> None:
         for table, column in SINCE_VERSION_1:
             if column in {row[1] for row in db.execute(f"PRAGMA table_info({table})")}:
                 db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        for table in ("partials", "crashes", "rows"):
+        for table in ("partials", "crashes", "rows", "samples"):
             db.execute(f"DROP TABLE {table}")
         db.executescript("PRAGMA user_version=1")
 
@@ -155,7 +155,7 @@ def _migrated(scene: Scene) -> bool:
     with closing(sqlite3.connect(scene.small.jobs()[0].path / "journal.db")) as db:
         [(version,)] = db.execute("PRAGMA user_version")
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
-    assert ({"partials", "crashes"} <= tables) == (version == VERSION)
+    assert ({"partials", "crashes", "samples"} <= tables) == (version == VERSION)
     return bool(version == VERSION)
 
 

@@ -216,6 +216,22 @@ def test_rotten_figures_of_a_run_are_none(job, home):
     assert (run["id"], run["state"], run["stats"]) == (1, "interrupted", {})
 
 
+def test_a_rotten_sample_is_none(job, home):
+    with Lease(job.path), job.journal(readonly=False) as journal:
+        run = journal.begin_run()
+        for second in (0.0, 60.0, 120.0):
+            journal.write([], {"wall_s": second})
+        journal.end_run("done", {})
+    rot(job, "UPDATE samples SET figures = '{' WHERE id = 2")
+    assert "sample 2 of figures over time" in verify(job)[0]
+    with job.journal() as journal:
+        assert journal.samples(run) == [{"wall_s": 0.0}, {"wall_s": 120.0}]
+    assert len(mended(job, home)) == 1
+    with job.journal() as journal:
+        journal.check()
+        assert journal.samples(run) == [{"wall_s": 0.0}, {"wall_s": 120.0}]
+
+
 def test_a_run_that_is_gone_gives_its_number_to_no_other(job, home):
     rot(job, "UPDATE runs SET id = 9")
     mended(job, home)
@@ -224,7 +240,7 @@ def test_a_run_that_is_gone_gives_its_number_to_no_other(job, home):
         assert [run["id"] for run in journal.runs()] == [1, 9]
 
 
-@pytest.mark.parametrize("table", ["results", "partials", "crashes", "rows", "runs"])
+@pytest.mark.parametrize("table", ["results", "partials", "crashes", "rows", "runs", "samples"])
 def test_a_rotten_schema_is_named(job, home, tmp_path, table):
     """A column that is the key no more has no number in any record."""
     db = sqlite3.connect(job.path / "journal.db")

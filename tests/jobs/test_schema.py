@@ -107,6 +107,21 @@ def test_a_writer_brings_an_older_journal_up_to_date(old, tmp_path_factory):
     assert tables(old) == tables(fresh)
 
 
+def test_an_older_journal_whose_key_is_none_is_damaged(old):
+    db = sqlite3.connect(old / "journal.db")
+    with db:
+        db.execute("PRAGMA writable_schema=ON")
+        db.execute(
+            "UPDATE sqlite_master SET sql = replace(sql, 'id INTEGER PRIMARY', 'id INTEGER') "
+            "WHERE name = 'results'"
+        )
+        db.execute("UPDATE sqlite_master SET sql = replace(sql, 'INTEGER KEY', 'INTEGER')")
+    db.close()
+    for readonly in (True, False):
+        with pytest.raises(JournalError, match="its table results has other columns"):
+            Journal(old, 1, readonly=readonly)
+
+
 def test_every_older_version_has_a_named_step():
     assert sorted(schema.MIGRATIONS) == list(range(1, schema.VERSION))
     assert all(re.match(r"\w", step.name) for step in schema.MIGRATIONS.values())
