@@ -7,7 +7,8 @@ those two ways of allocating would have held for the very same sequences at the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from batchrun.jobs.metrics import METRICS
@@ -15,6 +16,37 @@ from batchrun.terminal import printable
 
 Cells = tuple[str, ...]
 
+# Lines with the figures in their places; one with a ? is left out where all of its figures are 0.
+_TOKENS = """\
+tokens       {tokens.prompt} prompt, {tokens.completion} completion
+computed     {tokens.prefilled} prefilled, {tokens.decoded} decoded, \
+{tokens.recomputed} recomputed after {preemptions} preemptions
+shared ?     {tokens.shared} prompt tokens
+guessed ?    {tokens.drafted} tokens from rows' own text, \
+{tokens.accepted} right{tokens.accepted/tokens.drafted}
+duplicates ? {duplicates.rows} rows, {duplicates.tokens} completion tokens
+planned ?    saved about {saved.prompt_tokens} prompt tokens, {saved.steps} steps, \
+{saved.tail_s} of tail
+throughput   {throughput.completion_tokens_per_s} completion tokens/s, \
+{throughput.rows_per_s} rows/s
+             prefill {throughput.prefill_tokens_per_s} tokens/s, \
+decode {throughput.decode_tokens_per_s} tokens/s (mixed steps are split by token count)
+batch        {batch.mean_occupancy} of {batch.max_num_seqs} sequences running on average, \
+{batch.steps} steps
+           ? under half of that in the last {batch.tail_s}"""
+_PAGING = """\
+paging       {kv.map_calls} map calls in {kv.map_s}, {kv.unmap_calls} unmap calls in \
+{kv.unmap_s}, {kv.create_calls} create calls in {kv.create_s}"""
+_CPU = "peak RSS     {peak_rss}, of which {weights_bytes} weights"
+_GPU = """\
+             {kv.map_hidden_s} hidden behind computing, {kv.map_exposed_s} not\
+{kv.map_exposed_s/time.wall_s}, {kv.map_stalls} stalls
+GPU time     {device_time.busy_s} in steps, \
+{device_time.idle_s} between them{device_time.idle_s/device_time}
+GPU memory   {weights_bytes} weights, {peak_activations} activations at most
+peak RSS     {peak_rss}"""
+_FIGURE = re.compile(r"{([\w.]+)(?:/([\w.]+))?}")
+_UNIT_OF = {metric.key: metric.unit for metric in METRICS}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -24,9 +56,14 @@ def render(summary: Mapping[str, Any]) -> str:
     Raises:
         KeyError: `summary` lacks a figure of its documented schema.
     """
-    sections = [_rows(summary), _tokens(summary), _time(summary)]
-    if summary["batch"]["steps"]:
-        sections += [_kv(summary["kv"]), _memory(summary), _latency(summary["row_seconds"])]
+    figures = dict(_figures(summary))
+    tokens = _TOKENS + _others("", "tokens", "batch", "duplicates", "saved")
+    sections = [_rows(summary), _filled(tokens, figures), _time(figures)]
+    if figures["batch.steps"]:
+        busy = figures["device_time.busy_s"]
+        figures["device_time"] = busy + figures["device_time.idle_s"]
+        memory = f"{_PAGING}{_others('kv', 'device_time')}\n{_GPU if busy else _CPU}"
+        sections += [_kv(figures), _filled(memory, figures), _latency(summary["row_seconds"])]
     head = f"job {summary['job']}: {summary['state']}, model {summary['model']}"
     if summary["device"]:
         head += f" on {summary['device']}"
@@ -58,123 +95,66 @@ def _rows(summary: Mapping[str, Any]) -> str:
     return _table(lines)
 
 
-def _tokens(summary: Mapping[str, Any]) -> str:
-    tokens, rate, batch = summary["tokens"], summary["throughput"], summary["batch"]
-    same, tail = summary["duplicates"], batch["tail_s"]
-    lines = [
-        ("tokens", f"{tokens['prompt']:,} prompt, {tokens['completion']:,} completion"),
-        (
-            "computed",
-            f"{tokens['prefilled']:,} prefilled, {tokens['decoded']:,} decoded, "
-            f"{tokens['recomputed']:,} recomputed after {summary['preemptions']:,} preemptions",
-        ),
-        *([("shared", f"{tokens['shared']:,} prompt tokens")] if tokens["shared"] else []),
-        *([("guessed", _guesses(tokens))] if tokens["drafted"] else []),
-        *(
-            [("duplicates", f"{same['rows']:,} rows, {same['tokens']:,} completion tokens")]
-            if same["rows"]
-            else []
-        ),
-        *([("planned", _saved(summary["saved"]))] if any(summary["saved"].values()) else []),
-        (
-            "throughput",
-            f"{_rate(rate['completion_tokens_per_s'])} completion tokens/s, "
-            f"{_rate(rate['rows_per_s'])} rows/s",
-        ),
-        (
-            "",
-            f"prefill {_rate(rate['prefill_tokens_per_s'])} tokens/s, "
-            f"decode {_rate(rate['decode_tokens_per_s'])} tokens/s "
-            "(mixed steps are split by token count)",
-        ),
-        (
-            "batch",
-            f"{_rate(batch['mean_occupancy'])} of {batch['max_num_seqs']:,} sequences running "
-            f"on average, {batch['steps']:,} steps",
-        ),
-        *([("", f"under half of that in the last {seconds(tail)}")] if tail else []),
-    ]
-    return _table(lines)
+def _figures(summary: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """All figures by the keys of metrics."""
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            yield from _figures(value, f"{section}{name}.")
+        else:
+            yield section + name, value
 
 
-def _saved(saved: Mapping[str, Any]) -> str:
-    return (
-        f"saved about {saved['prompt_tokens']:,} prompt tokens, {saved['steps']:,} steps, "
-        f"{seconds(saved['tail_s'])} of tail"
+def _filled(template: str, figures: Mapping[str, Any]) -> str:
+    """Lines of a template; `{part/whole}` is a share in parentheses."""
+    lines = []
+    for line in template.splitlines():
+        if "?" not in line or any(figures[key] for key, whole in _FIGURE.findall(line)):
+            lines.append(_FIGURE.sub(lambda key: _written(figures, *key.groups()), line))
+    return "\n".join(lines).replace("?", " ")
+
+
+def _written(figures: Mapping[str, Any], key: str, whole: str | None) -> str:
+    value, unit = figures[key], _UNIT_OF.get(key)
+    if whole is not None:
+        return _share(value, figures[whole])
+    if unit in {"s", "bytes"}:
+        return seconds(value) if unit == "s" else size(value)
+    return f"{value:,}" if isinstance(value, int) else _rate(value)
+
+
+def _others(*sections: str) -> str:
+    """Lines of a template for figures with a label, of sections that are sentences otherwise."""
+    return "".join(
+        f"\n           ? {{{f'{section}.{name}'.lstrip('.')}}} {label}"
+        for section in sections
+        for name, label in _labels(section)
     )
-
-
-def _guesses(tokens: Mapping[str, int]) -> str:
-    drafted, accepted = tokens["drafted"], tokens["accepted"]
-    return f"{drafted:,} tokens from rows' own text, {accepted:,} right{_share(accepted, drafted)}"
-
-
-def _time(summary: Mapping[str, Any]) -> str:
-    time = summary["time"]
-    wall = time["wall_s"]
-    lines = [("time", seconds(wall), "wall clock; reader, engine and journal run side by side")]
-    lines += [
-        ("", seconds(time[name]), f"{label}{_share(time[name], wall)}")
-        for name, label in _labels("time")
-    ]
-    return _table(lines)
-
-
-def _kv(kv: Mapping[str, Any]) -> str:
-    average, peak = kv["time_averaged"], kv["peak"]
-    shares = {
-        "mapped": kv["utilisation"],
-        "static": kv["static_utilisation"],
-        "paged": kv["paged_utilisation"],
-    }
-    lines = [("KV memory", "average", "peak", "live share", "")]
-    lines += [
-        (
-            f"  {name}",
-            _size(average[name]),
-            size(peak[name]),
-            _percent(shares.get(name)),
-            meaning,
-        )
-        for name, meaning in _labels("kv.peak")
-        if name != "shared" or peak[name]
-    ]
-    return _table(lines)
-
-
-def _memory(summary: Mapping[str, Any]) -> str:
-    kv = summary["kv"]
-    calls = (
-        f"{kv[f'{name}_calls']:,} {name} calls in {seconds(kv[f'{name}_s'])}"
-        for name in ("map", "unmap", "create")
-    )
-    lines = [("paging", ", ".join(calls))]
-    weights, rss = f"{size(summary['weights_bytes'])} weights", size(summary["peak_rss"])
-    device, wall = summary["device_time"], summary["time"]["wall_s"]
-    busy, idle = device["busy_s"], device["idle_s"]
-    if not busy:
-        return _table([*lines, ("peak RSS", f"{rss}, of which {weights}")])
-    exposed = kv["map_exposed_s"]
-    lines += [
-        (
-            "",
-            f"{seconds(kv['map_hidden_s'])} hidden behind computing, {seconds(exposed)} not"
-            f"{_share(exposed, wall)}, {kv['map_stalls']:,} stalls",
-        ),
-        (
-            "GPU time",
-            f"{seconds(busy)} in steps, {seconds(idle)} between them{_share(idle, busy + idle)}",
-        ),
-        ("GPU memory", f"{weights}, {size(summary['peak_activations'])} activations at most"),
-        ("peak RSS", rss),
-    ]
-    return _table(lines)
 
 
 def _labels(section: str) -> list[tuple[str, str]]:
     """Names and labels of the figures of a section that have a line of their own."""
     keys = ((metric.key.rpartition("."), metric.label) for metric in METRICS if metric.label)
     return [(name, label) for (place, _, name), label in keys if place == section]
+
+
+def _time(figures: Mapping[str, Any]) -> str:
+    wall = figures["time.wall_s"]
+    lines = [("time", seconds(wall), "wall clock; reader, engine and journal run side by side")]
+    for name, label in _labels("time"):
+        spent = figures[f"time.{name}"]
+        lines.append(("", seconds(spent), f"{label}{_share(spent, wall)}"))
+    return _table(lines)
+
+
+def _kv(figures: Mapping[str, Any]) -> str:
+    shares = {"mapped": "utilisation", "static": "static_utilisation", "paged": "paged_utilisation"}
+    lines = [("KV memory", "average", "peak", "live share", "")]
+    for name, label in _labels("kv.peak"):
+        average, peak = figures[f"kv.time_averaged.{name}"], figures[f"kv.peak.{name}"]
+        share = figures[f"kv.{shares[name]}"] if name in shares else None
+        if name != "shared" or peak:
+            lines.append((f"  {name}", _size(average), size(peak), _percent(share), label))
+    return _table(lines)
 
 
 def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> str:

@@ -4,6 +4,9 @@ import copy
 
 import pytest
 
+from batchrun.jobs import metrics
+from batchrun.jobs.metrics import METRICS, Metric
+from batchrun.report import text
 from batchrun.report.text import render, seconds, size
 
 SUMMARY = {
@@ -195,6 +198,19 @@ def test_a_clean_job_mentions_no_failures_and_no_truncation(summary):
     assert "1,200 of 1,200 done\n" in text
     assert "failed" not in text.replace("done-with-errors", "")
     assert "cut off" not in text
+
+
+def test_another_row_of_the_table_is_another_figure_and_line(summary, monkeypatch):
+    """In `stats.json`, whichever section it is of, and in the text where it is not 0."""
+    keys = ("naps", "tokens.lost", "kv.moves", "device_time.naps", "time.nap_s")
+    rows = [Metric(f"x{i}", "", sum, key, f"new {key}") for i, key in enumerate(keys)]
+    for module in (metrics, text):
+        monkeypatch.setattr(module, "METRICS", (*METRICS, *rows))
+    runs = [{"steps": 7, "x0": 1200, "x1": 30}, {"x0": 34, "x2": 5, "x4": 6}]
+    metrics.placed(summary, {"completed_rows": 0} | metrics.merged(runs))
+    assert (summary["naps"], summary["tokens"]["lost"], summary["kv"]["moves"]) == (1234, 30, 5)
+    new = [" ".join(line.split()) for line in render(summary).splitlines() if "new " in line]
+    assert new == ["1,234 new naps", "30 new tokens.lost", "6.0 s new time.nap_s", "5 new kv.moves"]
 
 
 def test_a_job_that_never_ran_shows_no_memory(summary):
