@@ -92,7 +92,7 @@ class UsageIntegral:
         result |= {f"kv_{name}": getattr(self._latest, name, 0) for name in _BYTES}
         result |= {f"kv_{name}_s": value for name, value in self._sums.items()}
         result |= {f"peak_kv_{name}": peak for name, peak in self._peaks.items()}
-        for work in ("map", "unmap", "create"):
+        for work in ("map", "unmap", "create", "destroy"):
             result[f"{work}_calls"] = getattr(self._latest, f"{work}_calls", 0)
             result[f"{work}_s"] = getattr(self._latest, f"{work}_seconds", 0.0)
         return result

@@ -125,6 +125,8 @@ METRICS = (
     Metric("unmap_s", "s", sum, "kv.unmap_s"),
     Metric("create_calls", "calls", sum, "kv.create_calls"),
     Metric("create_s", "s", sum, "kv.create_s"),
+    Metric("destroy_calls", "calls", sum, "kv.destroy_calls", "destroy calls"),
+    Metric("destroy_s", "s", sum, "kv.destroy_s", "in destroy calls"),
     Metric("map_hidden_s", "s", sum, "kv.map_hidden_s"),
     Metric("map_exposed_s", "s", sum, "kv.map_exposed_s"),
     Metric("map_stalls", "stalls", sum, "kv.map_stalls"),

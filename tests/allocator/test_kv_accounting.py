@@ -80,9 +80,11 @@ def test_integral_weighs_by_time_and_keeps_peaks() -> None:
         "map_calls": 4,
         "unmap_calls": 0,
         "create_calls": 0,
+        "destroy_calls": 0,
         "map_s": 0.0,
         "unmap_s": 0.0,
         "create_s": 0.0,
+        "destroy_s": 0.0,
     }
     with pytest.raises(ValueError, match="backwards by 1"):
         integral.add(usage(), -1.0)

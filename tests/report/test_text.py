@@ -81,6 +81,8 @@ SUMMARY = {
         "unmap_s": 0.02,
         "create_calls": 33,
         "create_s": 0.11,
+        "destroy_calls": 0,
+        "destroy_s": 0.0,
         "map_hidden_s": 0.0,
         "map_exposed_s": 0.1375,
         "map_stalls": 0,
@@ -142,6 +144,13 @@ def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):
     assert planned in render(summary)
     summary["tokens"] |= {"drafted": 0, "accepted": 0}
     assert "guessed" not in render(summary)
+
+
+def test_memory_that_was_given_back_is_shown_where_some_was(summary):
+    assert "destroy" not in render(summary)
+    summary["kv"] |= {"destroy_calls": 4321, "destroy_s": 0.25}
+    lines = [line.strip() for line in render(summary).splitlines() if "destroy" in line]
+    assert lines == ["4,321 destroy calls", "0.2 s in destroy calls"]
 
 
 def test_a_gpus_time_and_memory_are_shown_where_there_is_one(summary):
