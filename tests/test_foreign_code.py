@@ -29,7 +29,7 @@ def audit(event, args):
     elif event in {"pickle.find_class", "os.system", "subprocess.Popen", "socket.connect"}:
         seen.write(f"{event} {args[:2]}\\n")
 
-from batchrun.engine import canary, loading
+from batchrun.engine.model import gates, loading
 from batchrun.engine.model.generation import read_generation
 from batchrun.prompts.builder import prompt_builder
 from batchrun.models.resolve import resolve
@@ -42,7 +42,7 @@ for model in MODELS:
     encode = prompt_builder(loaded.tokenizer, {"chat": True}, max_model_len=most, model="mine")
     assert encode({"prompt": "a"})
     read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len)
-    canary.reference(loaded)
+    gates.reference(loaded)
 """
 
 

@@ -157,13 +157,16 @@ def _attention() -> tuple[dict[str, str], dict[str, str]]:
     """
     import torch  # noqa: PLC0415  (slow to import)
 
-    from batchrun.engine.attention.check import check, check_kinds  # noqa: PLC0415  (needs torch)
+    from batchrun.engine.model.judge import (  # noqa: PLC0415  (needs torch)
+        check_kernel,
+        check_kinds,
+    )
 
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.float32
     if cuda or multiplies_bfloat16():
         dtype = torch.bfloat16
-    found = {name: check(name, device, dtype) for name in NAMES}
+    found = {name: check_kernel(name, device, dtype) for name in NAMES}
     return (
         {name: f"{'works' if works else 'no'}: {what}" for name, (works, what) in found.items()},
         {

@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from batchrun.engine.assembly import Settings, assemble, choose_device, fit_context
 from batchrun.engine.cpu.compile import guard_caches
-from batchrun.engine.model import canary, loading
+from batchrun.engine.model import gates, loading
 from batchrun.engine.model.generation import vocabulary_size, within_vocabulary
 from batchrun.engine.shortage import device_errors
 from batchrun.machine import keep_freed_memory, return_freed_memory
@@ -60,10 +60,10 @@ class Runtime:
         vocabulary = vocabulary_size(self.loaded.model)
         self.encode = within_vocabulary(builder, self.loaded.tokenizer, vocabulary)
         self._weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
-        known = canary.seen(self.loaded, self._weights, settings.cache)
+        known = gates.seen(self.loaded, self._weights, settings.cache)
         if not known:
             whole.check_finite(self.loaded.model)
-        want = None if known else canary.reference(self.loaded)
+        want = None if known else gates.reference(self.loaded)
         self.assembly = assemble(self.loaded, settings, log)
         self.engine, self.measurements = self.assembly.engine, self.assembly.measurements
         self.generation = self.assembly.generation
@@ -79,15 +79,15 @@ class Runtime:
             raise
         keep_freed_memory()
 
-    def _check(self, want: canary.Reference | None, log: Callable[[str], None]) -> None:
+    def _check(self, want: gates.Reference | None, log: Callable[[str], None]) -> None:
         """The third gate."""
         loaded, assembly, settings = self.loaded, self.assembly, self.assembly.settings
-        difference = canary.verify_once(
+        difference = gates.verify_once(
             loaded,
             self._weights,
             settings.cache,
             "-".join(assembly.kernels).replace(" ", "-"),
-            lambda: canary.verify(
+            lambda: gates.verify(
                 loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens, want
             ),
         )

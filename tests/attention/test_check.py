@@ -11,7 +11,7 @@ import torch
 from batchrun.cli.doctor import TESTED, examine
 from batchrun.engine import attention
 from batchrun.engine.attention import sdpa
-from batchrun.engine.attention.check import KINDS, check, check_kinds
+from batchrun.engine.model.judge import KINDS, check_kernel, check_kinds
 from tests.attention.test_native import HAS_COMPILER
 
 CPU = torch.device("cpu")
@@ -19,21 +19,21 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sdpa_is_within_rounding_of_float32(dtype: torch.dtype) -> None:
-    works, what = check("sdpa", CPU, dtype)
+    works, what = check_kernel("sdpa", CPU, dtype)
     assert works
     assert what.endswith(str(dtype).removeprefix("torch."))
 
 
 @pytest.mark.parametrize("name", [n for n in attention.NAMES if n not in {"sdpa", "native"}])
 def test_the_others_say_why_not(name: str) -> None:
-    assert check(name, CPU, torch.float32) == (False, "it needs a CUDA device")
+    assert check_kernel(name, CPU, torch.float32) == (False, "it needs a CUDA device")
 
 
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
-        (lambda out: out + 0.01, "it is wrong: 0.01 from float32"),
-        (lambda out: out * torch.nan, "it is wrong: nan from float32"),
+        (lambda out: out + 0.01, "it is wrong: 0.0034 from float32"),
+        (lambda out: out * torch.nan, "it is wrong: inf from float32"),
         (lambda out: out[:, :, :7] - out, "it fails: The size of tensor"),
     ],
 )
@@ -47,7 +47,7 @@ def test_a_wrong_kernel_is_found_out(
             return spoil(super().run(*arguments))  # type: ignore[arg-type]
 
     monkeypatch.setattr(sdpa, "make", lambda *_: Spoilt())
-    works, found = check("sdpa", CPU, torch.float32)
+    works, found = check_kernel("sdpa", CPU, torch.float32)
     assert not works
     assert found.startswith(what)
 
@@ -82,7 +82,7 @@ def test_without_a_kernel_they_work(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_each_kind_of_attention_is_right_on_a_gpu(dtype: torch.dtype) -> None:
     for kind, spec in KINDS.items():
-        works, what = check("sdpa", torch.device("cuda"), dtype, spec)
+        works, what = check_kernel("sdpa", torch.device("cuda"), dtype, spec)
         assert works, f"{kind}: {what}"
 
 
@@ -91,6 +91,6 @@ def test_each_kind_of_attention_is_right_on_a_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", attention.NAMES)
 def test_kernels_on_a_gpu_are_right_or_say_why_not(name: str, dtype: torch.dtype) -> None:
-    works, what = check(name, torch.device("cuda"), dtype)
+    works, what = check_kernel(name, torch.device("cuda"), dtype)
     expected = ("flashinfer-python", "its kernels", "it needs", "it computes on a CPU")
     assert works or what.startswith(expected), what

@@ -24,11 +24,11 @@ from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.tensor import layer_views
 from batchrun.engine import attention
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
-from batchrun.engine.attention.check import check
 from batchrun.engine.core import SamplingParams, Segment
 from batchrun.engine.cpu import attention as native
 from batchrun.engine.cpu import compile as compiled
 from batchrun.engine.cpu.attention import Level
+from batchrun.engine.model.judge import check_kernel
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from tests.attention.slots import segment
 from tests.parity.models import build
@@ -362,7 +362,7 @@ def test_greedy_equals_generate(name: str, chunk: int) -> None:
 def test_auto_takes_it_and_doctor_finds_it_right() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert attention.create("auto", geometry(PLAIN, dtype)).name == "native"
-        works, what = check("native", CPU, dtype)
+        works, what = check_kernel("native", CPU, dtype)
         assert works, what
     half = geometry(PLAIN, torch.float16)
     lines: list[str] = []
@@ -389,7 +389,7 @@ def test_without_a_compiler_sdpa_computes_and_one_line_says_so(
     assert lines == [f"attention by sdpa (native: {reason})"]
     with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
         make(PLAIN, torch.float32)
-    assert check("native", CPU, torch.float32) == (False, f"it fails: {reason}")
+    assert check_kernel("native", CPU, torch.float32) == (False, f"it fails: {reason}")
 
 
 def test_a_compiler_that_fails_is_told_with_its_reason(

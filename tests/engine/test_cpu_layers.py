@@ -17,8 +17,9 @@ from batchrun.engine.cpu import layers as cpu_layers
 from batchrun.engine.cpu.layers import NativeLayer, NativeLinear, PackedWeight
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.model import fused
-from batchrun.engine.model.optimize import _logits, optimize
+from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import prepare
+from batchrun.engine.model.trial import logits_of
 from batchrun.errors import ModelError
 from tests.parity.models import _SMALL
 from tests.parity.runner import outputs, rig, run
@@ -91,14 +92,14 @@ def layers(model: nn.Module) -> list[NativeLayer]:
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_layers_built_like_llamas_become_native(name: str, path: str) -> None:
-    exact = _logits(prepare(made(NATIVE[name]).float()).model, 17)
+    exact = logits_of(prepare(made(NATIVE[name]).float()).model)
     loaded = prepare(made(NATIVE[name]))
-    before, size = _logits(loaded.model, 17), loaded.weights_bytes
+    before, size = logits_of(loaded.model), loaded.weights_bytes
     assert optimize(loaded.model, compile=False, log=pytest.fail)[0] == "native layers"
     assert len(layers(loaded.model)) == 3
     assert not [m for m in loaded.model.modules() if type(m) is nn.Linear]
     assert loaded.weights_bytes >= size
-    after = _logits(loaded.model, 17)
+    after = logits_of(loaded.model)
     # No further from the numbers in float32 than transformers is in bfloat16.
     assert torch.dist(after, exact) < 1.2 * torch.dist(before, exact)
     assert optimize(loaded.model, compile=False, log=pytest.fail)[0] == "native layers"
@@ -107,22 +108,22 @@ def test_layers_built_like_llamas_become_native(name: str, path: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_keep_their_layers_and_get_native_linear_layers(name: str) -> None:
     loaded = prepare(made(OTHERS[name]))
-    before = _logits(loaded.model, 17)
+    before = logits_of(loaded.model)
     optimize(loaded.model, compile=False, log=pytest.fail)
     assert not layers(loaded.model)
     assert [m for m in loaded.model.modules() if isinstance(m, NativeLinear)]
     scale = 0.05 * float(before.abs().max())
-    torch.testing.assert_close(_logits(loaded.model, 17), before, rtol=0, atol=scale)
+    torch.testing.assert_close(logits_of(loaded.model), before, rtol=0, atol=scale)
 
 
 def test_layers_without_positions_stay_among_native_ones() -> None:
     config = tf.SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 1])
     loaded = prepare(made(config))
-    before = _logits(loaded.model, 17)
+    before = logits_of(loaded.model)
     optimize(loaded.model, compile=False, log=pytest.fail)
     assert [layer.layer_idx for layer in layers(loaded.model)] == [0, 2]
     scale = 0.05 * float(before.abs().max())
-    torch.testing.assert_close(_logits(loaded.model, 17), before, rtol=0, atol=scale)
+    torch.testing.assert_close(logits_of(loaded.model), before, rtol=0, atol=scale)
 
 
 def linear(n: int, k: int, *, bias: bool = True) -> nn.Linear:

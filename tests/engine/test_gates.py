@@ -15,7 +15,8 @@ from transformers import masking_utils as masking
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.model import canary, trial
+from batchrun.engine.model import gates, trial
+from batchrun.engine.model.judge import check_linear, difference
 from batchrun.engine.model.masks import Seen, _read, named_windows
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel, has_experts, prepare
@@ -122,7 +123,7 @@ def test_the_canary_looks_beyond_a_chunk() -> None:
     with rig(loaded) as r:
         r.executor.backend = _Unchunked()
         with pytest.raises(ModelError, match="Llama4ForCausalLM is refused"):
-            canary.verify(loaded, r.executor, r.arena, 64)
+            gates.verify(loaded, r.executor, r.arena, 64)
 
 
 def test_a_model_of_images_is_run_as_text() -> None:
@@ -137,7 +138,7 @@ def test_a_model_of_images_is_run_as_text() -> None:
     assert len(loaded.layers) == 2
     prompts = [[5, 9, 33, 7], list(range(3, 60))]
     with rig(loaded) as r:
-        canary.verify(loaded, r.executor, r.arena, 64)
+        gates.verify(loaded, r.executor, r.arena, 64)
         got = outputs(run(r, prompts, SamplingParams(max_tokens=8)))
     assert got == [generate(model, prompt, 8) for prompt in prompts]
 
@@ -152,7 +153,7 @@ def test_a_model_whose_logits_are_no_numbers_is_refused(value: float, dtype: tor
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 3] = value
     with pytest.raises(ModelError, match=r"logits on a test prompt are not finite in \w+16|32"):
-        canary.reference(prepare(model))
+        gates.reference(prepare(model))
 
 
 class _Broken(SDPA):
@@ -169,7 +170,7 @@ def test_an_engine_whose_logits_are_no_numbers_is_refused() -> None:
     with rig(loaded) as r:
         r.executor.backend = _Broken()
         with pytest.raises(ModelError, match="not finite, and its own are"):
-            canary.verify(loaded, r.executor, r.arena, 64)
+            gates.verify(loaded, r.executor, r.arena, 64)
 
 
 # --- mixtures of experts in half precision ---
@@ -192,14 +193,14 @@ def mixture(seed: int, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_routers_that_rounding_sways_are_no_reason_to_refuse(seed: int, attention: str) -> None:
     loaded = mixture(seed)
-    want = canary.reference(loaded)
+    want = gates.reference(loaded)
     assert want.rounding > 0.1  # the model's own two precisions disagree as much
     assert want.hooked is not None
     assert want.hooked < 1e-4
     lines: list[str] = []
     optimize(loaded.model, compile=False, log=lines.append)
     with rig(loaded, attention=attention) as r:
-        assert canary.verify(loaded, r.executor, r.arena, 64, want) < 0.06
+        assert gates.verify(loaded, r.executor, r.arena, 64, want) < 0.06
         r.arena.check()
 
 
@@ -222,18 +223,18 @@ class _Louder(SDPA):
 @pytest.mark.parametrize("backend", [_Wider, _Louder, _Broken])
 def test_attention_that_is_wrong_is_told_from_routers_that_sway(backend: type[SDPA]) -> None:
     loaded = mixture(1)
-    want = canary.reference(loaded)
+    want = gates.reference(loaded)
     with rig(loaded) as r:
         r.executor.backend = backend()
         with pytest.raises(ModelError, match="PhimoeForCausalLM is refused"):
-            canary.verify(loaded, r.executor, r.arena, 64, want)
+            gates.verify(loaded, r.executor, r.arena, 64, want)
 
 
 def test_a_hooked_model_that_is_not_itself_is_not_excused_by_its_routers() -> None:
     loaded = mixture(1)
-    want = replace(canary.reference(loaded), hooked=0.1)
+    want = replace(gates.reference(loaded), hooked=0.1)
     with rig(loaded) as r, pytest.raises(ModelError, match="is refused"):
-        canary.verify(loaded, r.executor, r.arena, 64, want)
+        gates.verify(loaded, r.executor, r.arena, 64, want)
 
 
 def test_mixtures_of_experts_are_known_as_such() -> None:
@@ -245,15 +246,50 @@ def test_mixtures_of_experts_are_known_as_such() -> None:
 
 def test_a_long_reference_takes_no_scores_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = prepare(seeded(tf.MistralConfig(**_SMALL, sliding_window=11)))
-    eager = canary.reference(loaded)
+    eager = gates.reference(loaded)
     asked: list[str] = []
-    own = canary.set_attention
-    monkeypatch.setattr(canary, "set_attention", lambda m, name: (asked.append(name), own(m, name)))
-    monkeypatch.setattr(canary, "_EAGER_SCORES", 100)
-    fused = canary.reference(loaded)
+    own = gates.set_attention
+    monkeypatch.setattr(gates, "set_attention", lambda m, name: (asked.append(name), own(m, name)))
+    monkeypatch.setattr(gates, "_EAGER_SCORES", 100)
+    fused = gates.reference(loaded)
     assert asked == ["sdpa", "batchrun"]
     for one, other in zip(eager.logits, fused.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     asked.clear()  # transformers' SDPA knows no cap
-    canary.reference(prepare(build("gemma2-softcap")))
+    gates.reference(prepare(build("gemma2-softcap")))
     assert asked == ["eager", "batchrun"]
+
+
+# --- one way to judge ---
+
+
+def test_differences_are_shares_of_the_largest_number() -> None:
+    want = torch.tensor([1.0, -4.0])
+    assert difference(want.bfloat16(), want) == 0
+    assert difference(torch.tensor([1.0, -3.0]), want) == 0.25
+    for number in (torch.nan, torch.inf):
+        assert difference(torch.tensor([1.0, number]), want) == torch.inf
+    assert difference(torch.zeros(2), torch.zeros(2)) == 0
+
+
+class _Off(torch.nn.Linear):
+    """One number of a result is off by a share of the largest."""
+
+    share = 0.05
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        out[3, 2] += self.share * out.abs().max()
+        return out
+
+
+def test_a_linear_layer_with_one_wrong_number_is_refused() -> None:
+    linear = torch.nn.Linear(64, 96).bfloat16()
+    off = _Off(64, 96).bfloat16()
+    off.load_state_dict(linear.state_dict())
+    check_linear(linear, copy.deepcopy(linear))
+    with pytest.raises(ValueError, match=r"off by 0\.05 of its largest result"):
+        check_linear(linear, off)
+    off.share = float("nan")
+    with pytest.raises(ValueError, match="off by inf"):
+        check_linear(linear, off)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from batchrun.engine.model import canary, loading
+from batchrun.engine.model import gates, loading
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.errors import ModelError
 from batchrun.models import whole
@@ -196,6 +196,6 @@ def test_a_config_of_another_model_is_refused_before_it_is_built(
     folder = shutil.copytree(plain, tmp_path / "model")
     edit_config(folder, **changes)
     with pytest.raises(ModelError) as caught:
-        canary.reference(run(folder))
+        gates.reference(run(folder))
     assert caught.value.hint
     assert str(caught.value).isprintable()

@@ -15,10 +15,11 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.model import canary
+from batchrun.engine.model import gates
+from batchrun.engine.model.compiled import Compilers
 from batchrun.engine.model.fused import FusedNorm, Projection, Undo, merge_projections
 from batchrun.engine.model.hook import HOOK, set_attention
-from batchrun.engine.model.optimize import _Compilers, optimize
+from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from tests.parity.models import CONFIGS, build
 from tests.parity.runner import generate, outputs, rig, run
@@ -82,7 +83,7 @@ def test_fused_models_give_the_same_logits_and_tokens_and_take_no_more_memory(na
     assert completions(loaded) == wanted(name)
     assert [generate(loaded.model, p, MAX_TOKENS) for p in PROMPTS[:2]] == wanted(name)[:2]
     with rig(loaded) as r:
-        assert canary.verify(loaded, r.executor, r.arena, 64) < 1e-4
+        assert gates.verify(loaded, r.executor, r.arena, 64) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_one_compiled_graph_serves_all_layers_and_batches(name: str) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         assert completions(loaded) == wanted(name)
         with rig(loaded) as r:
-            assert canary.verify(loaded, r.executor, r.arena, 64) < 1e-4
+            assert gates.verify(loaded, r.executor, r.arena, 64) < 1e-4
         torch.testing.assert_close(eager_logits(loaded.model), before, rtol=1e-5, atol=1e-5)
     assert optimize(loaded.model, compile=True, log=pytest.fail) == ALL
 
@@ -245,7 +246,7 @@ def test_no_compiler_outlives_the_compilation() -> None:
     AsyncCompile.process_pool()  # as on a machine where this was compiled before, or has one core
     assert _pool_set
     assert optimize(prepare(build("llama")).model, compile=True, log=pytest.fail) == ALL
-    _Compilers.ready()
+    Compilers.ready()
     assert not _pool_set
 
 

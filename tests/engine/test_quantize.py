@@ -9,11 +9,12 @@ from torch import nn
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.cpu import layers as cpu_layers
 from batchrun.engine.cpu.layers import NativeLayer
-from batchrun.engine.model import canary
+from batchrun.engine.model import gates
 from batchrun.engine.model.loading import load
-from batchrun.engine.model.optimize import _logits, optimize
+from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.model.quantize import Int8Linear, int8_weights
+from batchrun.engine.model.trial import logits_of
 from batchrun.models.resolve import ModelRef
 from tests.engine.test_cpu_layers import NATIVE, made
 from tests.parity.models import build
@@ -50,15 +51,15 @@ def test_sums_of_whole_weights_stay_within_float16() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt-neox", "phi3"])
 def test_any_architecture_computes_with_them(name: str) -> None:
-    whole = _logits(prepare(build(name)).model, 17)
+    whole = logits_of(prepare(build(name)).model)
     model = build(name)
     int8_weights(model)
     loaded = prepare(model)
     assert not [m for m in model.modules() if type(m) is nn.Linear]
-    got = _logits(loaded.model, 17)
+    got = logits_of(loaded.model)
     assert float(torch.cosine_similarity(got, whole, 0)) > 0.99
     optimize(loaded.model, compile=False, log=pytest.fail)
-    torch.testing.assert_close(_logits(loaded.model, 17), got, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(loaded.model), got, rtol=1e-4, atol=1e-4)
 
 
 @needs_native
@@ -67,12 +68,12 @@ def test_native_layers_take_them(name: str) -> None:
     model = made(NATIVE[name])
     int8_weights(model)
     loaded = prepare(model)
-    before = _logits(loaded.model, 17)
+    before = logits_of(loaded.model)
     assert optimize(loaded.model, compile=False, log=pytest.fail)[0] == "native layers"
     assert len([m for m in model.modules() if isinstance(m, NativeLayer)]) == 3
     assert not [m for m in model.modules() if isinstance(m, Int8Linear)]
     scale = 0.05 * float(before.abs().max())
-    torch.testing.assert_close(_logits(loaded.model, 17), before, rtol=0, atol=scale)
+    torch.testing.assert_close(logits_of(loaded.model), before, rtol=0, atol=scale)
     assert outputs_of(loaded, 8) == outputs_of(loaded, 1)
 
 
@@ -89,8 +90,8 @@ def test_the_default_model_has_half_the_weights_and_nearly_the_same_logits(
     # The embedding, which is the head as well, stays as it is beside the head's copy.
     embedding = whole.model.get_input_embeddings().weight.nbytes
     assert eight.weights_bytes - embedding < 0.52 * whole.weights_bytes
-    want, got = _logits(whole.model, 17), _logits(eight.model, 17)
+    want, got = logits_of(whole.model), logits_of(eight.model)
     assert float(torch.cosine_similarity(got, want, 0)) > 0.998
     optimize(eight.model, compile=False, log=pytest.fail)
     with rig(eight, attention="native") as engine:
-        assert canary.verify(eight, engine.executor, engine.arena, 64) < 0.06
+        assert gates.verify(eight, engine.executor, engine.arena, 64) < 0.06

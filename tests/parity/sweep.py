@@ -23,7 +23,7 @@ import torch
 import transformers as tf
 
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.model import canary
+from batchrun.engine.model import gates
 from batchrun.engine.model.prepare import prepare
 from batchrun.errors import ModelError
 from tests.parity import zoo
@@ -68,7 +68,7 @@ def judge(kind: str, *, window: bool = False) -> Verdict:
         vocab = model.config.get_text_config().vocab_size
         prompts = [[rng.randrange(3, vocab) for _ in range(length)] for length in _LENGTHS]
         with rig(loaded, max_num_batched_tokens=50) as r:
-            canary.verify(loaded, r.executor, r.arena, 50)
+            gates.verify(loaded, r.executor, r.arena, 50)
             got = outputs(run(r, prompts, SamplingParams(max_tokens=_TOKENS)))
     except ModelError as error:
         return Verdict(name, "refused", _line(error).partition(" is refused: ")[2])

@@ -16,7 +16,7 @@ from batchrun.allocator.arena import KVArena
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.graphs import Recorded
-from batchrun.engine.model import canary
+from batchrun.engine.model import gates
 from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.errors import ModelError
@@ -166,7 +166,7 @@ def test_recorded_steps_equal_generate(lag: int) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_canary_passes(name: str) -> None:
     with rig(loaded(name)) as r:
-        assert canary.verify(loaded(name), r.executor, r.arena, 64) < 1e-4
+        assert gates.verify(loaded(name), r.executor, r.arena, 64) < 1e-4
         r.arena.check()
         assert r.arena.num_open == 0
 
@@ -289,19 +289,19 @@ def test_the_canary_knows_what_rounding_does(dtype: torch.dtype) -> None:
     model = build("llama")
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     half = prepare(model.to(dtype))
-    found = canary.reference(half)
+    found = gates.reference(half)
     assert 0 < found.rounding < 0.1
     assert all(p.dtype == dtype for p in half.model.parameters())
     for name, parameter in half.model.named_parameters():
         assert torch.equal(parameter, weights[name].to(dtype)), name
     with rig(half) as r:
-        assert canary.verify(half, r.executor, r.arena, 64, found) < 0.06
+        assert gates.verify(half, r.executor, r.arena, 64, found) < 0.06
         # As much rounding as no limit for wrong attention may grow with.
-        noisy = canary.Reference(found.logits, rounding=5.0)
+        noisy = gates.Reference(found.logits, rounding=5.0)
         wrong = tuple(logits.flip(-1) for logits in found.logits)
-        assert canary.verify(half, r.executor, r.arena, 64, noisy) < 0.06
+        assert gates.verify(half, r.executor, r.arena, 64, noisy) < 0.06
         with pytest.raises(ModelError, match="is refused"):
-            canary.verify(half, r.executor, r.arena, 64, canary.Reference(wrong, 5.0))
+            gates.verify(half, r.executor, r.arena, 64, gates.Reference(wrong, 5.0))
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -14,7 +14,7 @@ from batchrun.allocator.arena import KVArena
 from batchrun.engine.assembly import Assembly
 from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, StepPlan
 from batchrun.engine.executor import Ticket, TorchExecutor
-from batchrun.engine.model import canary
+from batchrun.engine.model import gates
 from batchrun.engine.transfers import CudaTransfers
 from batchrun.errors import ModelError
 from tests.parity.runner import run
@@ -142,7 +142,7 @@ def verify() -> float:
         SlowDevice().installed() as device,
         rig(device, loaded("llama"), graphs=(1, 2, 4), max_num_seqs=4) as r,
     ):
-        return canary.verify(loaded("llama"), r.executor, r.arena, 64)
+        return gates.verify(loaded("llama"), r.executor, r.arena, 64)
 
 
 def test_the_canary_passes_over_recorded_steps() -> None:

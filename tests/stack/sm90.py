@@ -38,6 +38,7 @@ from batchrun.engine.model import int8_gpu
 from batchrun.engine.model import optimize as optimizing
 from batchrun.engine.model.prepare import prepare
 from batchrun.engine.model.quantize import Int8Linear, int8_weights
+from batchrun.engine.model.trial import logits_of
 from benchmarks.gpu import shapes
 from tests.parity import models
 
@@ -158,7 +159,7 @@ def main() -> int:
             (torch.cuda, "get_device_properties", properties),
             (torch.cuda, "current_device", lambda: 0),
             (torch, "compile", partial(torch.compile, backend=compile_on_cuda)),
-            (optimizing, "_can_be_native", lambda *_: False),
+            (optimizing, "can_be_native", lambda *_: False),
             (Int8Linear, "forward", by_operator),
         ):
             patches.enter_context(mock.patch.object(where, what, by))
@@ -166,7 +167,7 @@ def main() -> int:
         done = optimizing.optimize(prepare(model).model, compile=True, log=log.append)
         with torch.compiler.set_stance("fail_on_recompile"):
             for tokens in (2, 1024):  # one graph serves every step
-                optimizing._logits(model, tokens)
+                logits_of(model, tokens)
     print(json.dumps({"optimised": done, "log": log}))
     return 0
 

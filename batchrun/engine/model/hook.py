@@ -43,6 +43,41 @@ class StepLostError(UnsupportedError):
 
 _STEP: ContextVar[Step | None] = ContextVar("batchrun_step", default=None)
 
+# --- in a compiled layer ---
+
+# The call that the attention operator of the running layer stands for: a graph can hold neither
+# the step nor the layer's number, or each layer would need a graph of its own.
+CALL: ContextVar[tuple[Step, int, LayerAttention]] = ContextVar("batchrun_attention_call")
+_LIBRARY = torch.library.Library("batchrun", "FRAGMENT")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value) -> Tensor",
+    tags=[torch.Tag.needs_exact_strides],
+)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Tensors `[1, H, T, D]` as transformers has them, to `[1, T, Hq, Dv]`."""
+    step, index, layer = CALL.get()
+    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return step.attend(index, layer, *packed)[None].contiguous()
+
+
+def _attend_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("batchrun::attend", _attend_shape, lib=_LIBRARY)
+
+
+class Traced:
+    """Stands for the step while a layer is compiled: one object, so that all layers look alike."""
+
+
+TRACED = Traced()
+
+# --- in any other one ---
+
 
 def current_step() -> Step | None:
     """The step that is computed now, of a model that does not pass it on: see `tell_beside`."""
@@ -87,7 +122,7 @@ def hook(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    batchrun_step: Step | None = None,
+    batchrun_step: Step | Traced | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -96,6 +131,8 @@ def hook(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls in every layer, tensors `[1, H, T, D]`."""
+    if isinstance(batchrun_step, Traced):
+        return torch.ops.batchrun.attend(query, key, value), None
     step = batchrun_step or current_step()
     unknown = [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and k not in _HARMLESS]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

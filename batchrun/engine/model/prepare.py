@@ -32,7 +32,7 @@ from batchrun.errors import ModelError
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that passed the first two gates; `canary.verify` is the third.
+    """A model that passed the first two gates; `gates.verify` is the third.
 
     Args:
         model: The transformers model, in evaluation mode, its attention hooked.

@@ -1,40 +1,29 @@
-"""Test sequences, and their way through slots: what the third gate compares."""
+"""Test sequences and made-up forwards: what the gates compare."""
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequences
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
 
+from batchrun.engine.attention import LayerAttention
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.kvspace import KVSpace
+from batchrun.engine.model.hook import Step, is_told_beside
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.errors import ModelError
 
 _LEAST = 48  # tokens
 COMPARED = 4  # the last chunk's end, and the decodes behind it
 
-
-class Computes(Protocol):
-    """What a trial needs of an executor: see `TorchExecutor`."""
-
-    def logits(self, segments: Sequences[Segment]) -> torch.Tensor: ...  # noqa: D102
-
-
-class KVSlots(Protocol):
-    """What a trial needs of KV memory: see `KVSpace`."""
-
-    def open(self, num_tokens: int = 0) -> int | None: ...  # noqa: D102
-    def ensure(self, slot: int, num_tokens: int) -> bool: ...  # noqa: D102
-    def close(self, slot: int, step: int) -> None: ...  # noqa: D102
-    def retire(self, step: int) -> None: ...  # noqa: D102
-    @property
-    def refusal(self) -> str: ...  # noqa: D102
+# --- through slots ---
 
 
 def prompt_tokens(loaded: LoadedModel) -> int:
@@ -68,11 +57,24 @@ def sequences_of(loaded: LoadedModel) -> list[Sequence]:
 
 
 def through_slots(
-    sequences: list[Sequence], executor: Computes, space: KVSlots, chunk: int
+    sequences: list[Sequence],
+    compute: Callable[[Sequences[Segment]], torch.Tensor],
+    chunk: int,
+    space: KVSpace | None = None,
 ) -> list[tuple[Sequence, torch.Tensor]]:
-    """Each sequence, and the logits `[n, V]` after its last tokens."""
-    for sequence in sequences:
-        sequence.slot = space.open(sequence.num_tokens)
+    """Compute sequences interleaved, in chunks, and their last three tokens one by one.
+
+    Args:
+        sequences: What to compute.
+        compute: As `TorchExecutor.logits`.
+        chunk: Tokens of a chunk.
+        space: Where slots and memory come from; None where slot i is the i-th sequence's own.
+
+    Returns:
+        Each sequence that there was a slot for, and the logits `[n, V]` after its last tokens.
+    """
+    for i, sequence in enumerate(sequences):
+        sequence.slot = i if space is None else space.open(sequence.num_tokens)
     # With a single slot there is no second sequence to mix in.
     sequences = [s for s in sequences if s.slot is not None]
     logits: list[list[torch.Tensor]] = [[] for _ in sequences]
@@ -80,21 +82,32 @@ def through_slots(
         segments = []
         for sequence in sequences:
             start = sequence.num_computed_tokens
-            # The last three tokens one by one, as decodes.
             length = min(max(1, sequence.num_tokens - 3 - start), chunk)
             if start < sequence.num_tokens and sequence.slot is not None:
-                if not space.ensure(sequence.slot, start + length):
+                if space is not None and not space.ensure(sequence.slot, start + length):
                     raise budget_too_small(sequence.num_tokens, space.refusal)
                 segments.append(Segment(sequence, sequence.slot, start, length, sampled=True))
-        rows = executor.logits(segments)
-        for segment, row in zip(segments, rows, strict=True):
+        for segment, row in zip(segments, compute(segments), strict=True):
             segment.sequence.num_computed_tokens += segment.length
             logits[segment.sequence.request.row].append(row)
-    for sequence in sequences:
-        if sequence.slot is not None:
-            space.close(sequence.slot, 0)
-    space.retire(0)
-    return [(s, torch.stack(r[-COMPARED:])) for s, r in zip(sequences, logits, strict=False)]
+    if space is not None:
+        for sequence in sequences:
+            if sequence.slot is not None:
+                space.close(sequence.slot, 0)
+        space.retire(0)
+    return [(s, torch.stack(r[-COMPARED:])) for s, r in zip(sequences, logits, strict=True)]
+
+
+def plain_views(
+    loaded: LoadedModel, sequences: Sequences[Sequence]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each layer's keys and values for the slots of sequences, in ordinary float32 memory."""
+    slots = len(sequences), max(s.num_tokens for s in sequences)
+
+    def zeros(heads: int, dim: int) -> torch.Tensor:
+        return torch.zeros(*slots, heads, dim, dtype=torch.float32, device=loaded.device)
+
+    return [(zeros(s.kv_heads, s.k_dim), zeros(s.kv_heads, s.v_dim)) for s in loaded.layers]
 
 
 @contextmanager
@@ -124,7 +137,92 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             parameter.data = half
 
 
-def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest number wanted; infinite if it is none."""
-    off = float((got.float() - want).abs().max() / want.abs().max().clamp_min(1e-6))
-    return off if math.isfinite(off) else math.inf
+# --- forwards without a cache ---
+
+FEW_TOKENS = 17
+LayerCall = tuple[torch.Tensor, dict[str, Any], torch.Tensor]  # input, keywords, output
+
+
+class _Causal:
+    """A step of one sequence, whose attention need only be the same each time."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerAttention] = {}
+
+    def attend(
+        self,
+        layer_index: int,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        self.layers[layer_index] = layer
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        out = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+
+@torch.inference_mode()
+def logits_of(
+    model: PreTrainedModel, tokens: int = FEW_TOKENS, step: Step | None = None
+) -> torch.Tensor:
+    """Logits after a made-up sequence of so many tokens, float32 `[V]`."""
+    vocab = model.config.get_text_config().vocab_size
+    positions = torch.arange(tokens, device=model.device)[None]
+    output = model(
+        input_ids=(positions + 3) * 7919 % vocab,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=torch.tensor([tokens - 1], device=model.device),
+        batchrun_step=step or _Causal(),
+    )
+    logits: torch.Tensor = output.logits[0, 0].float()
+    return logits
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, dict[int, LayerAttention]]:
+    """The model's list of layers, and what each asks of attention.
+
+    Raises:
+        ValueError: It has no such list, or several.
+    """
+    step = _Causal()
+    logits_of(model, step=step)
+    wanted = [{i} for i in range(len(step.layers))]
+    stacks = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and [_layer_numbers(layer) for layer in m] == wanted
+    ]
+    if len(stacks) != 1:
+        raise ValueError(f"{len(stacks)} lists of decoder layers found")
+    return stacks[0], step.layers
+
+
+def _layer_numbers(layer: nn.Module) -> set[int]:
+    found = (getattr(module, "layer_idx", None) for module in layer.modules())
+    return {number for number in found if isinstance(number, int)}
+
+
+def layer_calls(model: PreTrainedModel) -> list[LayerCall]:
+    """How a forward calls each decoder layer; nothing where a call does not say all it takes."""
+    if is_told_beside(model):
+        return []
+    try:
+        layers, _ = decoder_layers(model)
+    except ValueError:
+        return []
+    calls: list[LayerCall] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda _, args, kwargs, out: calls.append((args[0], kwargs, out)), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    logits_of(model)
+    for handle in handles:
+        handle.remove()
+    return calls if all(isinstance(out, torch.Tensor) for _, _, out in calls) else []

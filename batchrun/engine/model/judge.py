@@ -1,17 +1,94 @@
-"""A small case for each backend, against SDPA in float32: what works on this machine."""
+"""How far results may be off, and the smallest gate: kernels against float32. Needs torch alone."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from batchrun.engine import attention
-from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
+from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.transfers import copied
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far off results of one dtype may be, as a share of the largest number: see `difference`.
+
+    Args:
+        kernel: Attention, from float32's of the same rounded numbers.
+        linear: A linear layer, whose sums have another order.
+        layer: A decoder layer, of what it changes of each token.
+        modules: Logits, after modules were replaced.
+        layers: Logits, after all layers were judged one by one: rounding adds up over them.
+        slots: Logits and attention over slots.
+    """
+
+    kernel: float
+    linear: float
+    layer: float
+    modules: float
+    layers: float
+    slots: float
+
+
+_TOLERANCES = {
+    torch.float32: Tolerance(3.4e-6, 1e-5, 1e-3, 1e-4, 1e-4, 2e-3),
+    torch.float16: Tolerance(1.7e-3, 0.02, 0.05, 0.06, 0.25, 0.06),
+    torch.bfloat16: Tolerance(0.01, 0.02, 0.05, 0.06, 0.25, 0.06),
+}
+
+
+def tolerance(dtype: torch.dtype) -> Tolerance:
+    """What results of a dtype are judged by: bfloat16's where it is none of ours."""
+    return _TOLERANCES.get(dtype, _TOLERANCES[torch.bfloat16])
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest number wanted; infinite if it is none."""
+    want = want.float()
+    off = float((got.float() - want).abs().max() / want.abs().max().clamp_min(1e-6))
+    return off if math.isfinite(off) else math.inf
+
+
+# --- modules ---
+
+
+@torch.inference_mode()
+def same_layer(
+    layer: nn.Module, x: torch.Tensor, kwargs: dict[str, Any], want: torch.Tensor
+) -> bool:
+    """Whether a decoder layer computes what another one did, to its dtype's precision.
+
+    Token by token, against how much the layer changes each.
+    """
+    try:
+        got = layer(x, **kwargs).float()
+    except (TypeError, ValueError, RuntimeError):  # it is called otherwise
+        return False
+    part = tolerance(x.dtype).layer
+    off, change = (torch.linalg.vector_norm(t, dim=-1) for t in (got - want, want.float() - x))
+    norm = torch.linalg.vector_norm(x.float(), dim=-1)
+    return bool((off <= part * change + part / 5 * norm).all())
+
+
+@torch.inference_mode()
+def check_linear(linear: nn.Module, native: nn.Module) -> None:
+    """Raise ValueError unless both compute the same of random bfloat16 numbers."""
+    width = int(linear.in_features)  # type: ignore[arg-type]
+    x = torch.randn(17, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    off = difference(native(x), linear(x))
+    if off > tolerance(x.dtype).linear:
+        raise ValueError(f"a linear layer is off by {off:.2g} of its largest result")
+
+
+# --- kernels ---
 
 _PLAIN = LayerSpec(4, 2, 128, 128, 128**-0.5)  # the usual width: its kernels are compiled first
 KINDS = {
@@ -22,7 +99,6 @@ KINDS = {
     "chunks (llama4_text)": replace(_PLAIN, chunk=64),
     "keys wider than values (deepseek_v3)": LayerSpec(4, 4, 192, 128, 192**-0.5),
 }
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def check_kinds(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[bool, str]]:
@@ -30,20 +106,20 @@ def check_kinds(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[boo
 
     Returns:
         Whether that is a kernel made for it, and not `sdpa`, which serves everything and is slow
-        on a GPU; and what it is, with what `check` says of it.
+        on a GPU; and what it is, with what `check_kernel` says of it.
     """
     found = {}
     for kind, spec in KINDS.items():
         geometry = _geometry(spec, device, dtype)
         for name in (*attention.candidates(geometry), "sdpa"):
-            works, what = check(name, device, dtype, spec)
+            works, what = check_kernel(name, device, dtype, spec)
             if works or name == "sdpa":
                 found[kind] = (name != "sdpa", f"{name}, {what}")
                 break
     return found
 
 
-def check(
+def check_kernel(
     name: str, device: torch.device, dtype: torch.dtype, spec: LayerSpec = _PLAIN
 ) -> tuple[bool, str]:
     """Run a backend over slots with decodes, a chunk and a whole prompt in one step.
@@ -57,7 +133,7 @@ def check(
         spec: The layer.
 
     Returns:
-        Whether it works, and the largest difference from float32, or why it does not work.
+        Whether it works, and the `difference` from float32, or why it does not work.
     """
     segments = [_segment(0, 299, 1), _segment(1, 0, 1), _segment(2, 20, 100), _segment(3, 0, 70)]
     geometry = _geometry(spec, device, dtype)
@@ -79,11 +155,11 @@ def check(
     except (ValueError, RuntimeError) as error:
         return False, f"it fails: {str(error).strip().splitlines()[0]}"
     # float32 of the same rounded numbers, so that only the kernel's own error is left.
-    expected = _run(SDPA(), segments, layer, [tensor.float().cpu() for tensor in tensors])
-    difference = float((got.float().cpu() - expected).abs().max())
-    if not difference <= _TOLERANCE[dtype]:
-        return False, f"it is wrong: {difference:.2g} from float32"
-    return True, f"{difference:.1g} from float32, in {str(dtype)[6:]}"
+    want = _run(SDPA(), segments, layer, [tensor.float().cpu() for tensor in tensors])
+    off = difference(got.cpu(), want)
+    if off > tolerance(dtype).kernel:
+        return False, f"it is wrong: {off:.2g} from float32"
+    return True, f"{off:.1g} from float32, in {str(dtype)[6:]}"
 
 
 def _geometry(spec: LayerSpec, device: torch.device, dtype: torch.dtype) -> Geometry:
@@ -91,7 +167,7 @@ def _geometry(spec: LayerSpec, device: torch.device, dtype: torch.dtype) -> Geom
 
 
 def _run(
-    backend: attention.AttentionBackend,
+    backend: AttentionBackend,
     segments: list[Segment],
     layer: LayerAttention,
     tensors: list[torch.Tensor],

@@ -1,4 +1,10 @@
-"""The third gate: before a job starts, the engine's logits must be the model's own."""
+"""The third gate: before a job starts, the engine's logits must be the model's own.
+
+In a mixture of experts a router's choice between two that are nearly alike is decided by rounding,
+and what follows is another computation. So where logits say little two questions are asked instead:
+is the hooked model the model itself in float32, where routers agree; and does each layer's
+attention over slots give what float32 gives of the very same queries, keys and values.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +12,38 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
+from batchrun.engine.attention import LayerAttention
+from batchrun.engine.attention.sdpa import SDPA
+from batchrun.engine.core import Segment
 from batchrun.engine.executor import TorchExecutor, kept
-from batchrun.engine.model.apart import attention_alone, hooked_in_float32
-from batchrun.engine.model.hook import HOOK, set_attention
+from batchrun.engine.kvspace import KVSpace
+from batchrun.engine.model.hook import HOOK, Step, set_attention
+from batchrun.engine.model.judge import difference, same_layer, tolerance
 from batchrun.engine.model.prepare import OF_A_MODEL, LoadedModel, has_experts
 from batchrun.engine.model.trial import (
     COMPARED,
-    KVSlots,
-    difference,
+    LayerCall,
+    decoder_layers,
     in_float32,
+    logits_of,
+    plain_views,
     prompt_tokens,
     sequences_of,
     through_slots,
 )
 from batchrun.engine.shortage import device_errors
+from batchrun.engine.transfers import HostTransfers
 from batchrun.errors import ModelError, said_by
 
-_TOLERANCE = {torch.float32: 2e-3}  # of the largest logit; half precision differs by rounding
-_HALF_TOLERANCE = 0.06
 _TIMES_ROUNDING = 3  # as often as the model itself is off in its dtype; at most so much:
 _MOST_TOLERANCE = 0.5  # what attends to other tokens differs by more
 _EAGER_SCORES = 1 << 28  # of a layer; more take 1 GiB and more in float32
@@ -83,7 +95,7 @@ def reference(loaded: LoadedModel) -> Reference:
                 exact = _own_logits(loaded)
             rounding = max(map(difference, logits, exact))
             if has_experts(loaded.model):
-                hooked = hooked_in_float32(loaded, exact)
+                hooked = _hooked_in_float32(loaded, exact)
     return Reference(logits, rounding, hooked)
 
 
@@ -114,7 +126,7 @@ def _own_logits(loaded: LoadedModel) -> tuple[torch.Tensor, ...]:
 def verify(
     loaded: LoadedModel,
     executor: TorchExecutor,
-    space: KVSlots,
+    space: KVSpace,
     chunk: int,
     want: Reference | None = None,
 ) -> float:
@@ -131,8 +143,7 @@ def verify(
         want: Its `reference`; None to compute it now.
 
     Returns:
-        The largest difference, as a share of the largest logit. Of a mixture of experts where that
-        is much, the largest one of attention alone: see `engine.apart`.
+        Their `difference`; of a mixture of experts where that is much, that of attention alone.
 
     Raises:
         ModelError: They differ; the message names the architecture and by how much.
@@ -143,28 +154,127 @@ def verify(
     worst = 0.0
     with torch.inference_mode():
         chunk = max(1, min(chunk // 2, longest // 3))
-        for sequence, logits in through_slots(sequences, executor, space, chunk):
+        for sequence, logits in through_slots(sequences, executor.logits, chunk, space):
             wanted = want.logits[sequence.request.row][-len(logits) :]
             worst = max(worst, difference(logits, wanted))
-    tolerance = _TOLERANCE.get(loaded.dtype, _HALF_TOLERANCE)
+    most = tolerance(loaded.dtype).slots
     if want.hooked is None:
-        tolerance = max(tolerance, min(_MOST_TOLERANCE, _TIMES_ROUNDING * want.rounding))
-    elif tolerance < worst < math.inf and want.hooked <= _TOLERANCE[torch.float32]:
-        worst = attention_alone(loaded, executor, space, chunk)
+        most = max(most, min(_MOST_TOLERANCE, _TIMES_ROUNDING * want.rounding))
+    elif most < worst < math.inf and want.hooked <= tolerance(torch.float32).slots:
+        worst = _attention_alone(loaded, executor, space, chunk)
     if worst == math.inf:
         raise ModelError(
             f"the architecture {loaded.architecture} is refused: on a test prompt of {longest} "
             "tokens its logits over contiguous slots are not finite, and its own are",
             hint="try another --dtype or --attention",
         )
-    if worst > tolerance:
+    if worst > most:
         raise ModelError(
             f"the architecture {loaded.architecture} is refused: on a test prompt of {longest} "
             f"tokens its logits over contiguous slots differ from its own by {worst:.2g} of the "
-            f"largest logit, more than {tolerance:.2g}",
+            f"largest logit, more than {most:.2g}",
             hint="its attention does something that this version does not know",
         )
     return worst
+
+
+def _hooked_in_float32(loaded: LoadedModel, want: tuple[torch.Tensor, ...]) -> float:
+    """How far the hooked model is from its own logits `want`, where both compute in float32."""
+    sequences = sequences_of(loaded)
+    views, transfers = plain_views(loaded, sequences), HostTransfers(loaded.device)
+    executor = TorchExecutor(loaded, views, [], SDPA(), transfers)
+    chunk = max(1, sequences[0].num_tokens // 3)
+    with torch.inference_mode(), in_float32(loaded.model):
+        found = through_slots(sequences, executor.logits, chunk)
+    return max(difference(got, want[s.request.row][-len(got) :]) for s, got in found)
+
+
+def _attention_alone(
+    loaded: LoadedModel, executor: TorchExecutor, space: KVSpace, chunk: int
+) -> float:
+    """The largest difference of a layer's attention from float32's of the same numbers.
+
+    Steps that the executor has recorded are launched anew meanwhile.
+    """
+    sequences = sequences_of(loaded)
+    judge = _Judge(executor, plain_views(loaded, sequences))
+    as_it_was = executor.graphs, executor.pieces, executor.wrap
+    executor.graphs, executor.pieces, executor.wrap = None, None, judge.watch
+    try:
+        with torch.inference_mode():
+            through_slots(sequences, judge.logits, chunk, space)
+    finally:
+        executor.graphs, executor.pieces, executor.wrap = as_it_was
+    return judge.worst
+
+
+class _Judge:
+    """An executor's attention, computed in float32 too, and compared."""
+
+    def __init__(
+        self, executor: TorchExecutor, views: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self.worst = 0.0
+        self._executor = executor
+        self._views = views
+        self._backend = SDPA()
+        self._segments: list[Segment] = []
+        self._step: Step | None = None
+
+    def logits(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """As the executor's."""
+        self._segments = [replace(s, slot=s.sequence.request.row) for s in segments]
+        return self._executor.logits(segments)
+
+    def watch(self, step: Step) -> Step:
+        """Stand between the model and a step."""
+        self._step = step
+        return self
+
+    def attend(
+        self,
+        layer_index: int,
+        layer: LayerAttention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `Step.attend`."""
+        assert self._step is not None
+        out = self._step.attend(layer_index, layer, query, key, value)
+        keys, values = self._views[layer_index]
+        at = 0
+        for s in self._segments:
+            written, at = slice(at, at + s.length), at + s.length
+            keys[s.slot, s.start : s.start + s.length] = key[written].float()
+            values[s.slot, s.start : s.start + s.length] = value[written].float()
+        self._backend.plan(self._segments)
+        want = self._backend.run(layer, query.float(), keys, values)
+        self.worst = max(self.worst, difference(out, want))
+        return out
+
+
+def check_modules(
+    model: PreTrainedModel, want: torch.Tensor, calls: Sequence[LayerCall] = ()
+) -> None:
+    """Raise ValueError unless layers and logits are still what they were.
+
+    Args:
+        model: The model, maybe changed.
+        want: Its `logits_of` before.
+        calls: Its layers' calls before, where they are known.
+    """
+    if calls:
+        for i, (layer, call) in enumerate(zip(decoder_layers(model)[0], calls, strict=True)):
+            if not same_layer(layer, *call):
+                raise ValueError(f"layer {i} computes something else")
+    off, allowed = difference(logits_of(model), want), tolerance(model.dtype)
+    most = allowed.layers if calls else allowed.modules
+    if off > most:
+        raise ValueError(f"logits differ by {off:.2g} of the largest, more than {most:.2g}")
+
+
+# --- remembered verdicts ---
 
 
 def seen(loaded: LoadedModel, fingerprint: str, cache: Path) -> bool:
