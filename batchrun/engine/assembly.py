@@ -24,7 +24,8 @@ from batchrun.engine import attention
 from batchrun.engine.attention import Geometry
 from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, StepPlan
 from batchrun.engine.core import Sequence as Row
-from batchrun.engine.cpu.attention import Level, NativeBF16
+from batchrun.engine.cpu import Level
+from batchrun.engine.cpu.attention import NativeBF16
 from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor

@@ -12,7 +12,6 @@ import torch
 
 from batchrun.engine.beams import width
 from batchrun.engine.core import SamplingParams, Segment, Sequence
-from batchrun.engine.cpu import layers as cpu_layers
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.processors import Processors, ban
 
@@ -264,18 +263,10 @@ def _if_finite(highest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _most_likely(logits: torch.Tensor) -> torch.Tensor:
     """The first of the highest of each row; -1 where that is NaN or infinite."""
-    if (
-        _on_cpu(logits)
-        and logits.dtype == torch.bfloat16
-        and cpu_layers.unsupported_reason() is None
-    ):
-        return cpu_layers.argmax(logits)
     if _on_cpu(logits):
-        highest, tokens = logits.max(dim=-1)  # argmax takes four times as long
-    else:
-        tokens = logits.argmax(dim=-1)
-        highest = logits.gather(1, tokens[:, None])[:, 0]
-    return _if_finite(highest, tokens)
+        return cpu_sampling.most_likely(logits)
+    tokens = logits.argmax(dim=-1)
+    return _if_finite(logits.gather(1, tokens[:, None])[:, 0], tokens)
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:

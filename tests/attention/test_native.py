@@ -25,9 +25,9 @@ from batchrun.allocator.tensor import layer_views
 from batchrun.engine import attention
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
 from batchrun.engine.core import SamplingParams, Segment
+from batchrun.engine.cpu import Level
 from batchrun.engine.cpu import attention as native
 from batchrun.engine.cpu import compile as compiled
-from batchrun.engine.cpu.attention import Level
 from batchrun.engine.model.judge import check_kernel
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from tests.attention.slots import segment

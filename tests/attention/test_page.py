@@ -13,10 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "batchrun" / "engine"
 FILES = {path.name: path for path in (ENGINE / "attention").glob("*.*")} | {
-    f"cpu/{path.name}": path for path in (ENGINE / "cpu").glob("attention*.*")
+    f"cpu/{path.name}": path
+    for pattern in ("attention*.*", "*.h")
+    for path in (ENGINE / "cpu").glob(pattern)
 }
 PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| `((?:cpu/)?\w+\.(?:py|cpp))` \|.*\| (\d+) \|$", PAGE, re.MULTILINE)
+ROWS = re.findall(r"^\| `((?:cpu/)?\w+\.(?:py|cpp|h))` \|.*\| (\d+) \|$", PAGE, re.MULTILINE)
 _LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,

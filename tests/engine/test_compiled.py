@@ -1,5 +1,6 @@
 """Compiled code is loaded from where nobody else can have put it, and from nowhere else."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -161,3 +162,23 @@ def test_a_user_without_a_name_or_a_home_is_told_what_to_set(source, monkeypatch
     assert not Path("~").exists()
     with pytest.raises(compiled.CompileError, match="set HOME or XDG_CACHE_HOME"):
         compiled.load(source)
+
+
+def test_a_header_beside_a_source_is_part_of_it(library, source):
+    source.with_name("common.h").write_text("// another constant\n")
+    assert compiled.build(source) != library
+
+
+class Given(ctypes.Structure):
+    _fields_ = (("a", ctypes.c_int64), ("b", ctypes.c_void_p))
+
+
+@pytest.mark.parametrize(("size", "same"), [(16, True), (24, False)])
+def test_a_struct_has_the_size_that_the_source_gives_it(library, source, size, same):
+    export = f'extern "C" long batchrun_sizeof_Given() {{ return {size}; }}\n'
+    source.write_text(SOURCE + export)
+    if same:
+        assert compiled.load(source, structs=[Given]).answer() == 42
+    else:
+        with pytest.raises(AssertionError, match=r"answer\.cpp has another Given"):
+            compiled.load(source, structs=[Given])

@@ -11,9 +11,12 @@ import torch
 import transformers as tf
 from torch import nn
 
+from batchrun.engine import cpu
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.core import SamplingParams
+from batchrun.engine.cpu import Level
 from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.cpu.layers import NativeLayer, NativeLinear, PackedWeight
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.model import fused
@@ -57,11 +60,12 @@ OTHERS = {
 @pytest.fixture(params=["amx", "avx512"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """With each of the two ways to multiply tiles."""
-    amx = request.param == "amx"
-    if cpu_layers.library().batchrun_layers_use_amx(int(amx)) != amx:
+    wanted = Level.TILES if request.param == "amx" else Level.VECTORS
+    if cpu.level() < wanted:
         pytest.skip("the CPU has no AMX")
-    yield request.param
-    cpu_layers.library().batchrun_layers_use_amx(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "level", lambda: wanted)
+        yield request.param
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -195,7 +199,8 @@ def test_a_weight_that_native_code_cannot_take_stays() -> None:
 def test_a_cpu_without_the_instructions_keeps_torchs_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_layers, "cpu_features", lambda: "avx2 fma")
+    monkeypatch.setattr(cpu, "cpu_features", lambda: "avx2 fma")
+    monkeypatch.setattr(cpu, "level", cpu.level.__wrapped__)
     monkeypatch.setattr(cpu_layers, "unsupported_reason", cpu_layers.unsupported_reason.__wrapped__)
     loaded = prepare(made(NATIVE["llama"]))
     lines: list[str] = []
@@ -209,13 +214,13 @@ def test_the_first_of_the_highest(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     logits = torch.randn(shape).bfloat16()
     logits[0, shape[1] // 2 :: 5] = 9
-    assert torch.equal(cpu_layers.argmax(logits), logits.max(dim=-1).indices)
-    assert torch.equal(cpu_layers.argmax(logits[:, ::2]), logits[:, ::2].max(dim=-1).indices)
+    assert torch.equal(cpu_sampling.most_likely(logits), logits.max(dim=-1).indices)
+    assert torch.equal(cpu_sampling.most_likely(logits[:, ::2]), logits[:, ::2].max(dim=-1).indices)
     for none in (-torch.inf, torch.inf, torch.nan):
         logits[0, shape[1] // 3] = none
         if none != -torch.inf:  # one is enough
-            assert cpu_layers.argmax(logits).tolist()[0] == -1
-        assert cpu_layers.argmax(torch.full_like(logits, none)).tolist() == [-1] * shape[0]
+            assert cpu_sampling.most_likely(logits).tolist()[0] == -1
+        assert cpu_sampling.most_likely(torch.full_like(logits, none)).tolist() == [-1] * shape[0]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 300])

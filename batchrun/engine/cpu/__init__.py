@@ -1,1 +1,30 @@
 """Native code for CPUs: compiled where it runs; without it the engine is only slower."""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+from functools import cache
+
+from batchrun.machine import cpu_features
+
+
+class Level(IntEnum):
+    """What multiplies bfloat16: as in common.h."""
+
+    NOTHING = 0
+    VECTORS = 1  # AVX512-BF16
+    TILES = 2  # AMX
+
+
+@cache
+def level() -> Level:
+    """The best that this process may use: tiles are the kernel's to grant, once a process."""
+    features = set(cpu_features().split())
+    if not {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"} <= features:
+        return Level.NOTHING
+    if not {"amx_bf16", "amx_tile"} <= features:
+        return Level.VECTORS
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    granted = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return Level.TILES if granted else Level.VECTORS

@@ -13,13 +13,9 @@
 //
 // No byte behind a sequence's last token is read: there is no memory.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
+#include "common.h"
+
 #include <type_traits>
-#include <vector>
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -35,21 +31,7 @@ constexpr int64_t kPart = 256;
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 
-// As in native.py. Strides count elements; the last one of each tensor is 1.
-struct Call {
-  const void* query;             // [n, q_heads, k_dim]
-  const void *keys, *values;     // [slots, tokens, kv_heads, dim]
-  void* out;                     // [n, q_heads, v_dim], dense
-  const float* sinks;            // [q_heads] or null
-  const int32_t *slots, *ends;   // [n]
-  const int32_t* starts;         // unused
-  int64_t n, q_heads, kv_heads, k_dim, v_dim;
-  int64_t query_stride[2], key_stride[3], value_stride[3];
-  int64_t window;  // 0: none
-  int64_t threads;
-  int64_t level;  // unused
-  float scale, softcap;  // 0: none
-};
+FILLED_BY_PYTHON(Call, AttentionCall<float>, 36)
 
 namespace {
 
@@ -58,28 +40,6 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 struct Part {
   int64_t row, begin, end;
 };
-
-// Memory that starts at a cache line and is kept from call to call.
-class Buffer {
- public:
-  float* get(int64_t floats) {
-    if (int64_t(memory_.size()) < floats + 16) memory_.resize(floats + 16);
-    auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    return reinterpret_cast<float*>((address + 63) & ~uintptr_t(63));
-  }
-
- private:
-  std::vector<float> memory_;
-};
-
-inline float widen(float x) { return x; }
-
-inline float widen(uint16_t x) {  // bfloat16
-  uint32_t bits = uint32_t(x) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
 
 inline void narrow(float x, float* to) { *to = x; }
 
@@ -210,19 +170,19 @@ inline void accumulate(const float* weights, const float* decay, const float* ro
 
 // Of one part: sums [q_heads, padded(v_dim)], and each query head's highest score and total weight.
 template <class T>
-void attend(const Call& c, const Part& part, float* sums, float* top, float* total, Buffer& buffer) {
+void attend(const AttentionCall<T>& c, const Part& part, float* sums, float* top, float* total,
+            Buffer<float>& buffer) {
   const int64_t k_width = padded(c.k_dim), v_width = padded(c.v_dim);
   const int64_t group = c.q_heads / c.kv_heads, slot = c.slots[part.row];
-  const T* keys = static_cast<const T*>(c.keys) + slot * c.key_stride[0];
-  const T* values = static_cast<const T*>(c.values) + slot * c.value_stride[0];
+  const T* keys = c.keys + slot * c.key_stride[0];
+  const T* values = c.values + slot * c.value_stride[0];
   float* queries = buffer.get(c.q_heads * k_width + kBlock * (std::max(k_width, v_width) + group) +
                               group);
   float* rows = queries + c.q_heads * k_width;
   float* scores = rows + kBlock * std::max(k_width, v_width);
   float* decay = scores + group * kBlock;
   for (int64_t h = 0; h < c.q_heads; h++) {
-    const T* query =
-        static_cast<const T*>(c.query) + part.row * c.query_stride[0] + h * c.query_stride[1];
+    const T* query = c.query + part.row * c.query_stride[0] + h * c.query_stride[1];
     for (int64_t d = 0; d < k_width; d++)
       queries[h * k_width + d] = d < c.k_dim ? widen(query[d]) * c.scale : 0;
   }
@@ -272,8 +232,8 @@ void attend(const Call& c, const Part& part, float* sums, float* top, float* tot
 }
 
 template <class T>
-void decode(const Call& c) {
-  static thread_local Buffer kept;
+void decode(const AttentionCall<T>& c) {
+  static thread_local Buffer<float> kept;
   const int64_t v_width = padded(c.v_dim), size = c.q_heads * (v_width + 2);
   std::vector<Part> parts;
   std::vector<int64_t> firsts;  // each row's first part, and the end
@@ -288,7 +248,7 @@ void decode(const Call& c) {
   float* memory = kept.get(num_parts * size);  // of a part: sums, highest scores, total weights
 #pragma omp parallel num_threads(c.threads)
   {
-    static thread_local Buffer buffer;
+    static thread_local Buffer<float> buffer;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < num_parts; i++) {
       float *sums = memory + i * size, *top = sums + c.q_heads * v_width;
@@ -310,7 +270,7 @@ void decode(const Call& c) {
         for (int64_t d = 0; d < v_width; d++)
           sum[d] = p ? sum[d] + other[d] * weight : other[d] * weight;
       }
-      T* out = static_cast<T*>(c.out) + i * c.v_dim;
+      T* out = c.out + i * c.v_dim;
       for (int64_t d = 0; d < c.v_dim; d++) narrow(sum[d] / total, out + d);
     }
   }
@@ -318,6 +278,6 @@ void decode(const Call& c) {
 
 }  // namespace
 
-extern "C" void batchrun_decode_float32(const Call* call) { decode<float>(*call); }
+extern "C" void batchrun_decode_float32(const AttentionCall<float>* call) { decode(*call); }
 
-extern "C" void batchrun_decode_bfloat16(const Call* call) { decode<uint16_t>(*call); }
+extern "C" void batchrun_decode_bfloat16(const AttentionCall<uint16_t>* call) { decode(*call); }

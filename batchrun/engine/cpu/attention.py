@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from enum import IntEnum
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from batchrun.engine import cpu
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, Upload
 from batchrun.engine.attention.batch import (
     CHUNKS,
@@ -27,6 +28,7 @@ from batchrun.engine.attention.batch import (
 )
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Segment
+from batchrun.engine.cpu import Level
 from batchrun.engine.cpu import compile as compiled
 from batchrun.engine.cpu.compile import CompileError
 
@@ -36,14 +38,6 @@ _FUNCTIONS = {
     torch.float32: "batchrun_decode_float32",
     torch.bfloat16: "batchrun_decode_bfloat16",
 }
-
-
-class Level(IntEnum):
-    """What multiplies bfloat16 in this process: as in attention_bf16.cpp."""
-
-    NOTHING = 0
-    VECTORS = 1  # AVX512-BF16
-    TILES = 2  # AMX
 
 
 def unsupported_reason(
@@ -68,20 +62,20 @@ def make(
 
     At most what `level` says multiplies bfloat16.
     """
+    level = min(level, cpu.level()) if geometry.dtype == torch.bfloat16 else Level.NOTHING
+    if level:
+        with suppress(CompileError):  # by a compiler that is older than the CPU
+            library = compiled.load(SOURCE_BF16, log, [Call])
+            return NativeBF16(library.batchrun_attend, level, library.batchrun_part())
     try:
-        if geometry.dtype == torch.bfloat16 and level:
-            library = compiled.load(SOURCE_BF16, log)
-            level = min(level, Level(library.batchrun_level()))
-            if level:
-                return NativeBF16(library.batchrun_attend, level, library.batchrun_part())
-        library = compiled.load(SOURCE, log)
+        library = compiled.load(SOURCE, log, [Call])
     except CompileError as error:
         raise ValueError(f"it can't be compiled: {error}") from error
     return Native(getattr(library, _FUNCTIONS[geometry.dtype]))
 
 
-class _Call(ctypes.Structure):
-    """As in attention.cpp, and with what only attention_bf16.cpp reads at the end."""
+class Call(ctypes.Structure):
+    """`AttentionCall` of common.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "sinks")),
@@ -140,9 +134,9 @@ def _call(
     starts: Ints | None = None,
     shared: SharedParts | None = None,
     level: Level = Level.NOTHING,
-) -> _Call:
+) -> Call:
     """What the calls of a step have in common. The arrays must outlive it."""
-    call = _Call(n=len(batch), threads=torch.get_num_threads(), level=level)
+    call = Call(n=len(batch), threads=torch.get_num_threads(), level=level)
     call.slots, call.ends = batch.slots.ctypes.data, batch.ends.ctypes.data
     if starts is not None:
         call.starts = starts.ctypes.data
@@ -159,7 +153,7 @@ class NativeBF16:
     What sequences of a step share of each other's tokens is read once for all of them.
 
     Args:
-        attend: The library's function, which takes a pointer to a `_Call`.
+        attend: The library's function, which takes a pointer to a `Call`.
         level: What is to multiply.
         part: Tokens whose attention is a sum of its own.
     """
@@ -202,7 +196,7 @@ class Native:
     Longer segments are SDPA's.
 
     Args:
-        decode: One of the library's functions, which takes a pointer to a `_Call`.
+        decode: One of the library's functions, which takes a pointer to a `Call`.
     """
 
     name = "native"

@@ -15,70 +15,25 @@
 // Tiles are 16 rows of 16 pairs of numbers: what AMX multiplies, and AVX512-BF16 row by row.
 // No byte behind a sequence's last token is read: there is no memory.
 
-#include <algorithm>
+#include "common.h"
+
 #include <atomic>
-#include <cstdint>
-#include <limits>
-#include <vector>
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
-    defined(__AVX512VL__)
-#include <immintrin.h>
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define HAS_AMX
-#endif
+using Call = AttentionCall<uint16_t>;
 
-enum Level : int64_t { kNothing, kVectors, kTiles };  // as in native.py
-
-// As in native.py. Strides count elements; the last one of each tensor is 1.
-struct Call {
-  const uint16_t* query;           // [tokens, q_heads, k_dim]
-  const uint16_t *keys, *values;   // [slots, tokens, kv_heads, dim]
-  uint16_t* out;                   // [tokens, q_heads, v_dim], dense
-  const float* sinks;              // [q_heads] or null
-  const int32_t *slots, *ends;     // [n]
-  const int32_t* starts;           // [n + 1]: each segment's first query, which are its last tokens
-  int64_t n, q_heads, kv_heads, k_dim, v_dim;
-  int64_t query_stride[2], key_stride[3], value_stride[3];
-  int64_t window;  // 0: none
-  int64_t threads;
-  int64_t level;
-  float scale, softcap;  // 0: none
-  const uint16_t *new_keys, *new_values;  // [tokens, kv_heads, dim] to put in place first, or null
-  int64_t new_key_stride[2], new_value_stride[2];
-  int64_t n_shared;            // parts that several decodes have in common, from their first on
-  const int32_t* shared_part;  // [n_shared]: which it is, of each of its members
-  const int32_t *shared_starts, *shared_members;  // [n_shared + 1], [...] segments
-  const int32_t* own_part;                        // [n]: the first that is not shared
-};
+FILLED_BY_PYTHON(Call, Call, 36)
 
 namespace {
 
 constexpr int64_t kBlock = 32;
 constexpr int64_t kPart = 128;
 constexpr int64_t kPanel = 32;
-constexpr int64_t kTile = 512;             // numbers of a tile
 constexpr int64_t kScores = kPart + 16;    // strides of a panel's rows: no powers of 2
 constexpr int64_t kWeights = kPart + 32;
 constexpr int64_t kRows = 192;             // queries of a task: enough to be worth packing for
 constexpr int64_t kPacked = 512 * 1024;    // bytes of packed heads that stay in the L2 cache
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLowest = -3e38f;          // the highest score of no tokens
-
-// Memory that starts at a cache line and is kept from call to call.
-class Buffer {
- public:
-  void* get(int64_t bytes) {
-    if (int64_t(memory_.size()) < bytes + 64) memory_.resize(bytes + 64);
-    auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    return reinterpret_cast<void*>((address + 63) & ~uintptr_t(63));
-  }
-
- private:
-  std::vector<char> memory_;
-};
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -133,7 +88,7 @@ void multiply_vectors(const Product& p) {
     }
 }
 
-#ifdef HAS_AMX
+#ifdef __AMX_BF16__
 // Of 16 or 32 rows.
 template <bool two>
 inline void multiply_panel(const Product& p, int64_t r) {
@@ -170,24 +125,8 @@ void multiply_tiles(const Product& p) {
     p.rows - r > 16 ? multiply_panel<true>(p, r) : multiply_panel<false>(p, r);
 }
 
-void use_tiles() {
-  struct alignas(64) {
-    uint8_t palette = 1, start = 0, zero[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  asm volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
-}
-
-int64_t level() {  // tiles are the kernel's to grant, once a process
-  static const bool granted = !syscall(SYS_arch_prctl, 0x1023, 18);
-  return granted ? kTiles : kVectors;
-}
 #else
 void multiply_tiles(const Product& p) { multiply_vectors(p); }
-void use_tiles() {}
-int64_t level() { return kVectors; }
 #endif
 
 // ---- packing ----
@@ -248,15 +187,14 @@ inline void pack_value(const uint16_t* from, int64_t stride, uint16_t* tile) {
 // The highest of the scores at tokens [begin, end), in each lane. Those elsewhere in [from, to), a
 // range of whole blocks, become -inf.
 inline __m512 highest(float* scores, int64_t from, int64_t to, int64_t begin, int64_t end) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512 none = all(-std::numeric_limits<float>::infinity());
   auto hide = [&](int64_t t, __mmask16 hidden) {  // stored whole: loads wait for masked stores
     _mm512_store_ps(scores + t, _mm512_mask_mov_ps(_mm512_load_ps(scores + t), hidden, none));
   };
   for (int64_t t = from; t < std::min(begin, to); t += 16)
-    hide(t, _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(begin - t)));
+    hide(t, _mm512_cmplt_epi32_mask(lanes(), _mm512_set1_epi32(begin - t)));
   for (int64_t t = std::max(from, end / 16 * 16); t < to; t += 16)
-    hide(t, _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(end - t)));
+    hide(t, _mm512_cmpge_epi32_mask(lanes(), _mm512_set1_epi32(end - t)));
   __m512 most = none, other = none;
   for (int64_t t = from; t < to; t += kBlock) {
     most = _mm512_max_ps(most, _mm512_load_ps(scores + t));
@@ -400,7 +338,7 @@ class Worker {
   float *scores, *sums, *own_states;
 
   void reserve(const Task& task, int64_t rows) {
-    static thread_local Buffer buffer;
+    static thread_local Buffer<char> buffer;
     const int64_t space = round_up(rows, kPanel);
     const int64_t halves[] = {task.heads * space * k_width, task.heads * kPart * k_width,
                               task.heads * kPart * v_width, kPanel * kWeights,
@@ -409,7 +347,7 @@ class Worker {
     int64_t bytes = 0;
     for (int64_t n : halves) bytes += n * 2;
     for (int64_t n : floats) bytes += n * 4;
-    auto at = static_cast<char*>(buffer.get(bytes));
+    char* at = buffer.get(bytes);
     uint16_t** const half[] = {&queries, &keys, &values, &weights, &copy};
     float** const single[] = {&scores, &sums, &own_states};
     for (int i = 0; i < 5; at += halves[i++] * 2) *half[i] = reinterpret_cast<uint16_t*>(at);
@@ -550,8 +488,8 @@ class Step {
       firsts[i + 1] = firsts[i];
       if (is_decode(i)) firsts[i + 1] += (end - 1) / kPart + 1 - begin(end - 1) / kPart;
     }
-    static thread_local Buffer kept;
-    states = static_cast<float*>(kept.get(firsts[c.n] * c.q_heads * state * 4));
+    static thread_local Buffer<float> kept;
+    states = kept.get(firsts[c.n] * c.q_heads * state);
     decodes.reserve(firsts[c.n]);  // pointers to them stay
     places.reserve(firsts[c.n]);
     add_shared();
@@ -647,7 +585,6 @@ void attend(const Call& c) {
   std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(c.threads)
   {
-    if (c.level == kTiles) use_tiles();
     Worker worker(c);
     if (c.new_keys && c.starts[c.n] > c.n) {  // prompts
       for (int64_t i = 0; i < c.n; i++) {
@@ -659,14 +596,14 @@ void attend(const Call& c) {
       }
 #pragma omp barrier
     }
-    for (int64_t i = taken++; i < num_tasks;) {
-      const int64_t next = taken++;  // a task early, to ask for its keys
-      worker.run(step.tasks[i], next < num_tasks ? &step.tasks[next] : nullptr);
-      i = next;
+    {
+      const Tiles tiles(c.level);
+      for (int64_t i = taken++; i < num_tasks;) {
+        const int64_t next = taken++;  // a task early, to ask for its keys
+        worker.run(step.tasks[i], next < num_tasks ? &step.tasks[next] : nullptr);
+        i = next;
+      }
     }
-#ifdef HAS_AMX
-    if (c.level == kTiles) _tile_release();
-#endif
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < c.n * c.q_heads; i++)
@@ -676,14 +613,6 @@ void attend(const Call& c) {
 
 }  // namespace
 
-extern "C" int64_t batchrun_level() { return level(); }
-
 extern "C" int64_t batchrun_part() { return kPart; }
 
 extern "C" void batchrun_attend(const Call* call) { attend(*call); }
-
-#else
-
-extern "C" int64_t batchrun_level() { return 0; }
-
-#endif

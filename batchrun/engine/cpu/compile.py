@@ -19,7 +19,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -40,12 +40,29 @@ class CompileError(Exception):
     """A source can't be compiled here; says why in one line."""
 
 
-def load(source: Path, log: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
+def load(
+    source: Path,
+    log: Callable[[str], None] = lambda line: None,
+    structs: Iterable[type[ctypes.Structure]] = (),
+) -> ctypes.CDLL:
     """The library of a source; one that a full disk or a crash has damaged is compiled again.
+
+    Args:
+        source: C++, which may include the headers beside it.
+        log: Told, in a line, that it has to be compiled.
+        structs: What is handed over; the source has to know the same sizes.
 
     Raises:
         CompileError: There is no compiler, it fails, or there is no place to keep it.
     """
+    library = _load(source, log)
+    for struct in structs:
+        size: int = getattr(library, f"batchrun_sizeof_{struct.__name__}")()
+        assert size == ctypes.sizeof(struct), f"{source.name} has another {struct.__name__}"
+    return library
+
+
+def _load(source: Path, log: Callable[[str], None]) -> ctypes.CDLL:
     try:
         path = build(source, log)
         try:
@@ -163,8 +180,10 @@ def _compile(compiler: str, source: Path, to: Path) -> None:
 
 
 def _key(source: Path) -> str:
-    """What a library depends on: source, flags, torch, and what the CPU can do."""
-    parts = [source.read_text(encoding="utf-8"), *_FLAGS, torch.__version__, cpu_features()]
+    """What a library depends on: source, headers, flags, torch, and what the CPU can do."""
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    parts = [*texts, *_FLAGS, torch.__version__, cpu_features()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -14,16 +14,9 @@
 // divide: each byte of them is read once. Many rows are a band for each thread, which then stays in
 // its core's cache from the first product of a layer to the last.
 
-#include <immintrin.h>
-#include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "common.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <vector>
+#include <omp.h>
 
 // As in layers.py.
 struct Matrix {
@@ -37,7 +30,7 @@ struct Linear {
   Matrix weight;
   const uint16_t* x;  // [rows, k]
   uint16_t* out;      // [rows, n]
-  int64_t rows, threads;
+  int64_t rows, threads, level;
 };
 
 struct Project {
@@ -50,7 +43,7 @@ struct Project {
   const uint16_t* x;     // [rows, k]
   const uint16_t *cos, *sin;  // [rows, rotary]
   uint16_t* out;         // [rows, n]
-  int64_t rows, threads;
+  int64_t rows, threads, level;
 };
 
 struct Finish {
@@ -60,44 +53,21 @@ struct Finish {
   const uint16_t* attended;  // [rows, output.k]
   const uint16_t* x;         // [rows, output.n]: the layer's input
   uint16_t* out;             // [rows, output.n]
-  int64_t rows, threads;
+  int64_t rows, threads, level;
 };
+
+FILLED_BY_PYTHON(Linear, Linear, 10)
+FILLED_BY_PYTHON(Project, Project, 20)
+FILLED_BY_PYTHON(Finish, Finish, 23)
 
 namespace {
 
-constexpr int64_t kTile = 512;               // bfloat16 numbers of 16 x 32
 constexpr int64_t kBand = 128;               // rows worth a band of their own
 constexpr int64_t kCached = 384 * 1024;      // numbers of A that a core's cache holds
 
 int64_t tiles(int64_t rows) { return (rows + 15) / 16; }
 
-// Memory that starts at a cache line and is kept from call to call.
-template <class T>
-class Buffer {
- public:
-  ~Buffer() { std::free(memory_); }
-
-  T* get(int64_t count) {
-    if (count > count_) {
-      std::free(memory_);
-      count_ = (count + 63) / 64 * 64;
-      memory_ = static_cast<T*>(std::aligned_alloc(64, count_ * sizeof(T)));
-      if (!memory_) std::abort();
-    }
-    return memory_;
-  }
-
- private:
-  T* memory_ = nullptr;
-  int64_t count_ = 0;
-};
-
 // --- sixteen numbers at a time ---
-
-inline __m512 widen(const uint16_t* from) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
 
 // Weights of 8 bits: bfloat16 holds whole numbers up to 256.
 inline void widen(const int8_t* from, int64_t count, uint16_t* to) {
@@ -193,14 +163,6 @@ struct Ahead {
 };
 
 #ifdef __AMX_BF16__
-bool amx = false;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 template <bool both>
 void multiply_amx(const uint16_t* a, const uint16_t* b, int64_t k, float* c, Ahead ahead) {
   const uint16_t* lower = a + k * 16;
@@ -270,10 +232,10 @@ void multiply_avx512(const uint16_t* a, int64_t rows, const uint16_t* b, int64_t
   }
 }
 
-void multiply(const uint16_t* a, int64_t rows, const uint16_t* b, int64_t k, float* c,
-              Ahead ahead) {
+void multiply(int64_t level, const uint16_t* a, int64_t rows, const uint16_t* b, int64_t k,
+              float* c, Ahead ahead) {
 #ifdef __AMX_BF16__
-  if (amx) {
+  if (level == kTiles) {
     asm volatile("" ::: "memory");  // the compiler takes tile loads for no reads
     if (rows > 16) {
       multiply_amx<true>(a, b, k, c, ahead);
@@ -293,8 +255,9 @@ struct Share {
   int64_t band, bands;
   int64_t part, parts;  // of the panels
   int64_t most;         // rows of the largest band
+  int64_t level;        // what is to multiply
 
-  explicit Share(int64_t rows) {
+  Share(int64_t rows, int64_t level) : level(level) {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const int64_t all = tiles(rows);
     bands = std::clamp<int64_t>(rows / kBand, 1, threads);
@@ -340,7 +303,8 @@ void product(const uint16_t* a, int64_t rows, const Matrix& w, const Share& shar
     for (int64_t row = 0, i = 0; row < rows; row += 32, i++) {
       const char* next = weights + bytes + i * lines * 2 * w.k;
       const bool wanted = panel + 1 < last && i * lines < all;
-      multiply(a + row * w.k, rows - row, b, w.k, block, {next, wanted ? lines : 0});
+      multiply(share.level, a + row * w.k, rows - row, b, w.k, block,
+               {next, wanted ? lines : 0});
       epilogue(row, std::min<int64_t>(32, rows - row), panel * 32, block);
     }
   }
@@ -353,18 +317,12 @@ inline __m512 sixteen(const Matrix& w, const float* block, int64_t row, int64_t 
   return w.bias ? _mm512_add_ps(sum, _mm512_loadu_ps(w.bias + column + half * 16)) : sum;
 }
 
-template <class Body>
-void together(int64_t rows, int64_t threads, Body body) {
-#pragma omp parallel num_threads(threads)
+template <class Call, class Body>
+void together(const Call& c, Body body) {
+#pragma omp parallel num_threads(c.threads)
   {
-#ifdef __AMX_BF16__
-    static const TileConfig config;
-    if (amx) _tile_loadconfig(&config);
-#endif
-    body(Share(rows));
-#ifdef __AMX_BF16__
-    if (amx) _tile_release();
-#endif
+    const Tiles tiles(c.level);
+    body(Share(c.rows, c.level));
   }
 }
 
@@ -372,7 +330,7 @@ thread_local Buffer<uint16_t> packed;
 
 void linear(const Linear& c) {
   const Matrix& w = c.weight;
-  together(c.rows, c.threads, [&](const Share& share) {
+  together(c, [&](const Share& share) {
     const int64_t step = Share::rows_of(w.k);
     uint16_t* a = packed.get(step * w.k);
     for (int64_t at = share.begin; at < share.end; at += step) {
@@ -414,7 +372,7 @@ void rotate(const Project& c, const float* norm, const uint16_t* cos, const uint
 
 void project(const Project& c) {
   const Matrix& w = c.weight;
-  together(c.rows, c.threads, [&](const Share& share) {
+  together(c, [&](const Share& share) {
     const int64_t step = Share::rows_of(w.k);
     uint16_t* a = packed.get(step * w.k);
     for (int64_t i = 0; i < share.most; i += step) {
@@ -443,7 +401,7 @@ void finish(const Finish& c) {
   static thread_local Buffer<uint16_t> middle_kept, inner_kept;
   uint16_t* middle = middle_kept.get(c.rows * n);
   uint16_t* shared = inner_kept.get(c.threads * step * inner);
-  together(c.rows, c.threads, [&](const Share& share) {
+  together(c, [&](const Share& share) {
     uint16_t* a = packed.get(step * widest);
     uint16_t* activated = shared + share.band * step * inner;
     for (int64_t i = 0; i < share.most; i += step) {
@@ -489,55 +447,11 @@ void rms_norm(const uint16_t* x, const float* weight, uint16_t* out, double eps,
   }
 }
 
-// The first of the highest of each row [rows, n]; -1 where that is infinite or one is NaN.
-void argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; row++) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 highest = _mm512_set1_ps(-__builtin_inff());
-    __m512i places = _mm512_setzero_si512();
-    __mmask16 nan = 0;
-    for (int64_t i = 0; i < n; i += 16) {
-      uint16_t last[16];
-      const uint16_t* from = x + row * n + i;
-      if (i + 16 > n) {
-        std::fill(last, last + 16, uint16_t(0xff80));  // -inf
-        std::copy(from, from + n - i, last);
-        from = last;
-      }
-      const __m512 values = widen(from);
-      const __mmask16 higher = _mm512_cmp_ps_mask(values, highest, _CMP_GT_OQ);
-      nan |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-      highest = _mm512_mask_mov_ps(highest, higher, values);
-      places = _mm512_mask_mov_epi32(places, higher, _mm512_add_epi32(lanes, _mm512_set1_epi32(i)));
-    }
-    const float top = _mm512_reduce_max_ps(highest);
-    const __m512 most = _mm512_set1_ps(top);
-    const __mmask16 reach = _mm512_cmp_ps_mask(highest, most, _CMP_EQ_OQ);
-    found[row] = nan || !std::isfinite(top) ? -1 : _mm512_mask_reduce_min_epi32(reach, places);
-  }
-}
-
 }  // namespace
-
-// Whether AMX computes: a process has to ask for its registers.
-extern "C" int batchrun_layers_use_amx(int wanted) {
-#ifdef __AMX_BF16__
-  amx = wanted && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
-  return amx;
-#else
-  return 0;
-#endif
-}
 
 extern "C" void batchrun_rms_norm(const uint16_t* x, const float* weight, uint16_t* out, double eps,
                                   int64_t rows, int64_t n, int64_t threads) {
   rms_norm(x, weight, out, eps, rows, n, threads);
-}
-
-extern "C" void batchrun_argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found,
-                                int64_t threads) {
-  argmax(x, rows, n, found, threads);
 }
 
 extern "C" void batchrun_linear(const Linear* call) { linear(*call); }

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from batchrun.engine import cpu
 from batchrun.engine.cpu import compile as compiled
 from batchrun.engine.cpu.compile import CompileError
 from batchrun.engine.model.quantize import Int8Linear
-from batchrun.machine import cpu_features
 
 if TYPE_CHECKING:
     from batchrun.engine.attention import LayerAttention
@@ -36,7 +36,7 @@ _COLUMNS = 32  # of a panel
 @cache
 def unsupported_reason() -> str | None:
     """Why this machine can't run it; None where it can. Compiles it at the first call."""
-    if "avx512_bf16" not in cpu_features().split():
+    if not cpu.level():
         return "the CPU has no AVX512-BF16"
     try:
         library()
@@ -47,14 +47,12 @@ def unsupported_reason() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled library, made to use AMX where the CPU has it.
+    """The compiled library.
 
     Raises:
         CompileError: It can't be compiled.
     """
-    found = compiled.load(_SOURCE)
-    found.batchrun_layers_use_amx(1)
-    return found
+    return compiled.load(_SOURCE, structs=(Linear, Project, Finish))
 
 
 class _Matrix(ctypes.Structure):
@@ -65,15 +63,19 @@ class _Matrix(ctypes.Structure):
     )
 
 
-class _Linear(ctypes.Structure):
+class Linear(ctypes.Structure):
+    """As in layers.cpp."""
+
     _fields_ = (
         ("weight", _Matrix),
         *((name, ctypes.c_void_p) for name in ("x", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "threads", "level")),
     )
 
 
-class _Project(ctypes.Structure):
+class Project(ctypes.Structure):
+    """As in layers.cpp."""
+
     _fields_ = (
         ("weight", _Matrix),
         ("norm", ctypes.c_void_p),
@@ -82,17 +84,19 @@ class _Project(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("dim", "rotary")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "threads", "level")),
     )
 
 
-class _Finish(ctypes.Structure):
+class Finish(ctypes.Structure):
+    """As in layers.cpp."""
+
     _fields_ = (
         *((name, _Matrix) for name in ("output", "gate_up", "down")),
         ("norm", ctypes.c_void_p),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("attended", "x", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "threads", "level")),
     )
 
 
@@ -148,7 +152,7 @@ class NativeLinear(nn.Module):
         super().__init__()
         self.packed = _packed([linear])
         self.nbytes = self.packed.nbytes
-        self._call = _Linear(weight=self.packed.matrix)
+        self._call = Linear(weight=self.packed.matrix, level=cpu.level())
         self._compute = library().batchrun_linear
 
     @property
@@ -181,24 +185,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The first of the highest of each row: `[N, V]` bfloat16 to `[N]` int64.
-
-    It is -1 where the highest is infinite, or one is NaN.
-
-    torch's `max` takes some seven times as long on a CPU, and its `argmax` longer still.
-    """
-    logits = logits.contiguous()
-    found = logits.new_empty(len(logits), dtype=torch.int64)
-    library().batchrun_argmax(
-        ctypes.c_void_p(logits.data_ptr()),
-        *(ctypes.c_int64(n) for n in logits.shape),
-        ctypes.c_void_p(found.data_ptr()),
-        ctypes.c_int64(torch.get_num_threads()),
-    )
-    return found
-
-
 class NativeLayer(nn.Module):
     """A pre-norm decoder layer: grouped-query attention with rotary positions, SiLU-gated MLP.
 
@@ -229,15 +215,18 @@ class NativeLayer(nn.Module):
         ]
         self.nbytes = sum(w.nbytes for w in self._weights) + sum(n.nbytes for n in self._norms)
         matrices = [w.matrix for w in self._weights]
-        self._project = _Project(
+        self._project = Project(
             weight=matrices[0],
             norm=self._norms[0].data_ptr(),
             heads_norm=tuple(norm.data_ptr() for norm in self._norms[2:]),
             heads=tuple(self.heads[:2]),
             dim=dim,
             eps=parts.eps,
+            level=cpu.level(),
         )
-        self._finish = _Finish(*matrices[1:], norm=self._norms[1].data_ptr(), eps=parts.eps)
+        self._finish = Finish(
+            *matrices[1:], norm=self._norms[1].data_ptr(), eps=parts.eps, level=cpu.level()
+        )
         self._library = library()
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:

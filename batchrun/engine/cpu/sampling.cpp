@@ -14,15 +14,7 @@
 #pragma GCC optimize("fp-contract=off", "no-trapping-math")
 #endif
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "common.h"
 
 #ifdef __clang__
 #pragma STDC FP_CONTRACT OFF
@@ -144,15 +136,6 @@ struct Memory {
   }
 };
 
-inline float number(const float* x) { return *x; }
-
-inline float number(const uint16_t* x) {
-  const uint32_t bits = uint32_t(*x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 // Logits over their temperature; returns the highest, NaN where a logit is NaN or infinity.
 template <class T>
 float scaled(const T* logits, int64_t n, float temperature, float* x) {
@@ -160,7 +143,7 @@ float scaled(const T* logits, int64_t n, float temperature, float* x) {
   int32_t invalid = 0;
 #pragma omp simd reduction(max : highest) reduction(| : invalid)
   for (int64_t i = 0; i < n; i++) {
-    const float logit = number(logits + i);
+    const float logit = widen(logits[i]);
     invalid |= !(logit < kInfinity);
     x[i] = logit / temperature;
     highest = x[i] > highest ? x[i] : highest;
@@ -174,7 +157,7 @@ int64_t most_likely(const T* logits, int64_t n) {
   float highest = -kInfinity;
   int64_t found = -1;
   for (int64_t i = 0; i < n; i++)
-    if (number(logits + i) > highest) highest = number(logits + i), found = i;
+    if (widen(logits[i]) > highest) highest = widen(logits[i]), found = i;
   return found;
 }
 
@@ -259,6 +242,38 @@ extern "C" void batchrun_logsumexp(const void* logits, int bfloat16, int64_t row
          out[row] = float(highest + std::log(std::ldexp(sum, -44)));
        });
 }
+
+#ifdef __AVX512F__
+// The first of the highest of each row [rows, n]; -1 where that is infinite or one is NaN.
+extern "C" void batchrun_argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found,
+                                int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    __m512 highest = _mm512_set1_ps(-__builtin_inff());
+    __m512i places = _mm512_setzero_si512();
+    __mmask16 nan = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+      uint16_t last[16];
+      const uint16_t* from = x + row * n + i;
+      if (i + 16 > n) {
+        std::fill(last, last + 16, uint16_t(0xff80));  // -inf
+        std::copy(from, from + n - i, last);
+        from = last;
+      }
+      const __m512 values = widen(from);
+      const __mmask16 higher = _mm512_cmp_ps_mask(values, highest, _CMP_GT_OQ);
+      nan |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+      highest = _mm512_mask_mov_ps(highest, higher, values);
+      const __m512i at = _mm512_add_epi32(lanes(), _mm512_set1_epi32(i));
+      places = _mm512_mask_mov_epi32(places, higher, at);
+    }
+    const float top = _mm512_reduce_max_ps(highest);
+    const __m512 most = _mm512_set1_ps(top);
+    const __mmask16 reach = _mm512_cmp_ps_mask(highest, most, _CMP_EQ_OQ);
+    found[row] = nan || !std::isfinite(top) ? -1 : _mm512_mask_reduce_min_epi32(reach, places);
+  }
+}
+#endif
 
 // On some of the rows; penalties: repetition, presence and frequency, `count` of each.
 extern "C" void batchrun_penalise(float* logits, int64_t n, int64_t count, const int64_t* rows,
