@@ -20,12 +20,11 @@ from batchrun.allocator.host import HostMemory
 from batchrun.allocator.layout import KVLayout, LayerKV, planes_of
 from batchrun.allocator.tensor import layer_views, slab_bytes
 from batchrun.allocator.vmm import AllocatorError, VirtualMemory
-from batchrun.engine import attention
+from batchrun.engine import attention, cpu
 from batchrun.engine.attention import Geometry
 from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, StepPlan
 from batchrun.engine.core import Sequence as Row
 from batchrun.engine.cpu import Level
-from batchrun.engine.cpu.attention import NativeBF16
 from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
@@ -352,15 +351,15 @@ class Assembly:
     def _drafts(self) -> Drafts | None:
         """Guesses, where attention takes several tokens of each row in one call.
 
-        Other attention on a CPU takes a call for each such row, which costs more than it saves; on
-        a GPU a step is planned before the tokens of the one before it are known.
+        A call for each such row costs more than it saves; on a GPU a step is planned before the
+        tokens of the one before it are known.
         """
-        backend = self.executor.backend
-        if not self.settings.drafts or self.executor.lag or not isinstance(backend, NativeBF16):
+        several = self.executor.backend.max_query is None and not self._cuda
+        if not self.settings.drafts or self.executor.lag or not several:
             return None
         row = self.loaded.model.config.get_text_config().vocab_size * self.loaded.dtype.itemsize
         # The rows of a tile; vectors multiply 8 rows at a time.
-        return Drafts(_DRAFT_LOGITS // row, free=16 if backend.level is Level.TILES else 8)
+        return Drafts(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
 
     def _warm_up(self) -> None:
         """Record decode steps, then run the largest steps there can be.

@@ -14,16 +14,14 @@ import torch
 from batchrun.engine import pieces
 from batchrun.engine.attention import Attention, AttentionBackend, LayerAttention
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence, StepOutput, StepPlan
-from batchrun.engine.cpu.attention import NativeBF16
 from batchrun.engine.graphs import DecodeGraphs, Record
+from batchrun.engine.kvformat import PLAIN, KVFormat, Write
 from batchrun.engine.model.hook import Step
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.processors import Processors
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
-
-_WORD = torch.complex128  # the widest dtype: the GPU moves it in one access
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +74,7 @@ class TorchExecutor:
         relieve: Called when the device has no memory for a step, which is then tried once more:
             waits for the device and gives unused memory back to it.
         processors: What the model does to logits, beside what sampling parameters say.
+        kv_format: How keys and values lie in `views`; one of the backend's.
 
     Attributes:
         wrap: Stands between the model and its attention, for who wants to see that.
@@ -92,6 +91,7 @@ class TorchExecutor:
         lag: int = 0,
         relieve: Callable[[], None] = lambda: None,
         processors: Processors | None = None,
+        kv_format: KVFormat = PLAIN,
     ) -> None:
         self.loaded = loaded
         self.backend = backend
@@ -103,9 +103,9 @@ class TorchExecutor:
         self._relieve = relieve
         self._collected = 0  # the last step that has ended
         self._views, self._slabs = views, slabs
-        # A GPU writes rows by index element by element: in half precision wider ones are faster.
-        wide = loaded.device.type == "cuda"
-        self._words = [tuple(as_words(v) if wide else None for v in pair) for pair in views]
+        if kv_format.name not in backend.kv_formats:
+            raise ValueError(f"{backend.name} reads no {kv_format.name} keys and values")
+        self._writes = [(kv_format.writer(k), kv_format.writer(v)) for k, v in views]
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
         self._sampler = Sampler(
@@ -325,7 +325,7 @@ class TorchExecutor:
             use_cache=False,
             logits_to_keep=last,
             batchrun_step=self.wrap(
-                _SlotStep(self._views, self._words, rows, self.backend, attention)
+                _SlotStep(self._views, self._writes, rows, self.backend, attention)
             ),
         )
         return kept(output.logits[0], last)
@@ -336,7 +336,7 @@ class _SlotStep:
     """Attention of one step: write the new keys and values in place, then attend."""
 
     views: Seq[tuple[torch.Tensor, torch.Tensor]]
-    words: Seq[tuple[torch.Tensor | None, ...]]
+    writes: Seq[tuple[Write, Write]]
     rows: torch.Tensor
     backend: AttentionBackend
     attention: Attention
@@ -350,34 +350,16 @@ class _SlotStep:
         value: torch.Tensor,
     ) -> torch.Tensor:
         keys, values = self.views[layer_index]
-        if isinstance(self.backend, NativeBF16):
+        if self.backend.writes_kv:
             return self.backend.run(layer, query, keys, values, (key, value))
-        for slots, words, new in zip(
-            (keys, values), self.words[layer_index], (key, value), strict=True
-        ):
-            wide = None if words is None else as_words(new)
-            if words is None or wide is None:
-                slots.view(-1, *slots.shape[2:])[self.rows] = new
-            else:
-                words[self.rows] = wide
+        for write, new in zip(self.writes[layer_index], (key, value), strict=True):
+            write(self.rows, new)
         return self.attention(layer, query, keys, values)
 
 
 def kept(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """`[T, V]` or `[N, V]`, as a model keeps all logits or those wanted, `[N]`, to `[N, V]`."""
     return logits if len(logits) == len(wanted) else logits[wanted]
-
-
-def as_words(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The same memory, `[..., H, D]`, as `[tokens, H, words]` of 16 bytes each.
-
-    None where rows do not consist of such words.
-    """
-    words = _WORD.itemsize // tensor.dtype.itemsize
-    steps = (*tensor.shape[-1:], *tensor.stride()[:-1], tensor.storage_offset())
-    if tensor.stride(-1) != 1 or any(step % words for step in steps):
-        return None
-    return tensor.view(-1, *tensor.shape[-2:]).view(_WORD)
 
 
 def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:

@@ -88,20 +88,32 @@ class Upload(Protocol):
         """See `Transfers.upload`."""
 
 
+NewKV = tuple["torch.Tensor", "torch.Tensor"]
+"""Keys `[T, Hkv, Dk]` and values `[T, Hkv, Dv]` of a step's tokens."""
+
 Attention = Callable[
     ["LayerAttention", "torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"
 ]
-"""What `AttentionBackend.run` is."""
+"""What `AttentionBackend.run` is, of keys and values that are in their slots."""
 
 
 class AttentionBackend(Protocol):
     """A kernel library over slots that are contiguous in virtual memory.
 
-    `capturable` says whether `plan` can be `fixed`.
+    Attributes:
+        name: One of `NAMES`.
+        capturable: Whether `plan` can be `fixed`.
+        writes_kv: Whether `run` takes the step's new keys and values, and puts them in their slots.
+        max_query: Tokens of each sequence that one call computes with those of others at most;
+            None for any. More are a call for each sequence.
+        kv_formats: Names of the `KVFormat`s that it reads.
     """
 
     name: str
-    capturable: bool
+    capturable: bool = False
+    writes_kv: bool = False
+    max_query: int | None = None
+    kv_formats: tuple[str, ...] = ("plain",)
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """Prepare a step: its segments lie one behind the other, single-token ones first.
@@ -122,6 +134,7 @@ class AttentionBackend(Protocol):
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        new: NewKV | None = None,
     ) -> torch.Tensor:
         """Attend causally, each segment over its own slot.
 
@@ -131,6 +144,7 @@ class AttentionBackend(Protocol):
             keys: `[num_slots, slot_tokens, Hkv, Dk]`, a strided view; only tokens up to a segment's
                 end may be touched, beyond them there is no memory.
             values: `[num_slots, slot_tokens, Hkv, Dv]`, likewise.
+            new: What is to be put into the slots first, where the backend `writes_kv`.
 
         Returns:
             `[T, Hq, Dv]`.

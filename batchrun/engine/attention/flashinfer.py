@@ -20,7 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec, Upload
+from batchrun.engine.attention import (
+    AttentionBackend,
+    Geometry,
+    LayerAttention,
+    LayerSpec,
+    NewKV,
+    Upload,
+)
 from batchrun.engine.attention.batch import (
     Batch,
     Ints,
@@ -158,7 +165,7 @@ class _Plan:
         self._key = key
 
 
-class FlashInfer:
+class FlashInfer(AttentionBackend):
     """One launch for the decodes of a step and one for its prefills.
 
     Args:
@@ -215,6 +222,7 @@ class FlashInfer:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        new: NewKV | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
         out = query.new_empty(*query.shape[:2], values.shape[-1])

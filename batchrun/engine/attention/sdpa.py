@@ -12,7 +12,14 @@ from functools import partial
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from batchrun.engine.attention import Geometry, LayerAttention, Upload, explicit
+from batchrun.engine.attention import (
+    AttentionBackend,
+    Geometry,
+    LayerAttention,
+    NewKV,
+    Upload,
+    explicit,
+)
 from batchrun.engine.attention.explicit import Problem, blocks, mask
 from batchrun.engine.attention.gathered import Decodes
 from batchrun.engine.core import Segment
@@ -36,7 +43,7 @@ def make(
     return SDPA(upload)
 
 
-class SDPA:
+class SDPA(AttentionBackend):
     """Reads each slot in place through a strided view, but for decodes that it batches.
 
     What it allocates is bounded whatever the lengths: see `explicit.SCORES`, `gathered.NUMBERS`.
@@ -48,7 +55,7 @@ class SDPA:
     """
 
     name = "sdpa"
-    capturable = False  # lengths are shapes here
+    max_query = 1  # which are a call each too on a CPU
 
     def __init__(self, upload: Upload | None = None, *, batched: bool | None = None) -> None:
         self._upload = upload
@@ -68,6 +75,7 @@ class SDPA:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        new: NewKV | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
         out = query.new_empty(*query.shape[:2], values.shape[-1])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from batchrun.engine.attention import Geometry, LayerAttention, Upload
+from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, NewKV, Upload
 from batchrun.engine.attention.batch import (
     Batch,
     Ints,
@@ -55,7 +55,7 @@ class _Launch:
     causal: bool
 
 
-class TorchFlash:
+class TorchFlash(AttentionBackend):
     """One launch for the decodes of a step and one for its prefills.
 
     Args:
@@ -109,6 +109,7 @@ class TorchFlash:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        new: NewKV | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
         tokens = keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from batchrun.engine import cpu
-from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, Upload
+from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, NewKV, Upload
 from batchrun.engine.attention.batch import (
     CHUNKS,
     Batch,
@@ -103,7 +103,7 @@ class Call(ctypes.Structure):
         values: torch.Tensor,
         *,
         by: Callable[..., object],
-        new: tuple[torch.Tensor, torch.Tensor] | None = None,
+        new: NewKV | None = None,
     ) -> torch.Tensor:
         """Have a library's function attend for the batch, whose queries are the first ones."""
         if query.stride(2) != 1:
@@ -147,7 +147,7 @@ def _call(
     return call
 
 
-class NativeBF16:
+class NativeBF16(AttentionBackend):
     """One call for a step. What a query gets depends on its own sequence alone, bit for bit.
 
     What sequences of a step share of each other's tokens is read once for all of them.
@@ -159,7 +159,7 @@ class NativeBF16:
     """
 
     name = "native"
-    capturable = False  # there are no graphs on a CPU
+    writes_kv = True
 
     def __init__(self, attend: Callable[..., object], level: Level, part: int) -> None:
         self._function = attend
@@ -181,16 +181,13 @@ class NativeBF16:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        new: tuple[torch.Tensor, torch.Tensor] | None = None,
+        new: NewKV | None = None,
     ) -> torch.Tensor:
-        """See `AttentionBackend.run`.
-
-        `new` are keys and values `[T, Hkv, D]` of the queries' tokens, put into the slots first.
-        """
+        """See `AttentionBackend.run`."""
         return self._call.attend(layer, query, keys, values, by=self._function, new=new)
 
 
-class Native:
+class Native(AttentionBackend):
     """One call for all decodes of a step, which reads each key and each value once.
 
     Longer segments are SDPA's.
@@ -200,7 +197,7 @@ class Native:
     """
 
     name = "native"
-    capturable = False
+    max_query = 1
 
     def __init__(self, decode: Callable[..., object]) -> None:
         self._decode = decode
@@ -223,6 +220,7 @@ class Native:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        new: NewKV | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
         at = len(self._decodes)

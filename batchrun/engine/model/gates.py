@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from batchrun import DISTRIBUTION
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Segment
@@ -310,7 +311,7 @@ def verify_once(
 
 
 def _key(loaded: LoadedModel, fingerprint: str) -> str:
-    versions = [_version(name) for name in ("batchrun", "torch", "transformers")]
+    versions = [_version(name) for name in (DISTRIBUTION, "torch", "transformers")]
     return "-".join([fingerprint, str(loaded.dtype), str(loaded.device), *versions])
 
 

@@ -173,7 +173,8 @@ def _run(
     tensors: list[torch.Tensor],
 ) -> torch.Tensor:
     backend.plan(segments)
-    return backend.run(layer, *tensors)
+    query, keys, values = tensors
+    return backend.run(layer, query, keys, values)
 
 
 def _segment(slot: int, start: int, length: int) -> Segment:
