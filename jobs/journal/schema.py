@@ -1,4 +1,4 @@
-"""The journal's tables, how they are opened, and how those of older versions become today's."""
+"""The journal's tables, and how they are made and opened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from batchrun.jobs.errors import LOCAL_DISK, JournalError
 from batchrun.jobs.files import open_private
 
 NAME = "journal.db"
-VERSION = 6
+VERSION = 1
 _HEADER, _WRITE_VERSION = 100, 18  # bytes, and which of them (sqlite.org/fileformat2, 1.3)
 _APPLICATION = 0x62617463  # "batc"
 BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
@@ -39,34 +38,7 @@ TABLES = {
 }
 SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
 
-_PARTIALS = """
-CREATE TABLE partials (                   -- tokens of samples that have no result yet
-    id INTEGER PRIMARY KEY,               -- row * n + sample
-    token_ids BLOB NOT NULL,              -- little-endian int32
-    logprob REAL,
-    crc INTEGER
-)"""
-_CRASHES = """
-CREATE TABLE crashes (                    -- rows that were in the engine as a run's process died
-    row INTEGER NOT NULL,
-    run INTEGER NOT NULL,
-    crc INTEGER,
-    PRIMARY KEY (row, run)
-) WITHOUT ROWID"""
-_ROWS = """
-CREATE TABLE rows (                       -- input rows as they were read
-    row INTEGER PRIMARY KEY,
-    digest INTEGER NOT NULL,              -- 64 bits
-    crc INTEGER
-)"""
-_SAMPLES = """
-CREATE TABLE samples (                    -- a run's figures over time
-    id INTEGER PRIMARY KEY,
-    run INTEGER NOT NULL,
-    figures TEXT NOT NULL,                -- JSON; seconds since the run began are its wall_s
-    crc INTEGER
-)"""
-_SCHEMA = f"""
+_SCHEMA = """
 CREATE TABLE results (
     id INTEGER PRIMARY KEY,               -- row * n + sample
     status TEXT NOT NULL,                 -- 'ok', 'error' or 'skipped'
@@ -87,67 +59,35 @@ CREATE TABLE runs (                       -- one a worker's life; the id is its 
     started_at REAL NOT NULL,             -- unix time
     ended_at REAL,
     state TEXT,                           -- null while it runs or after it was killed
-    stats TEXT NOT NULL DEFAULT '{{}}',
+    stats TEXT NOT NULL DEFAULT '{}',
     reason TEXT,                          -- why it failed
     crc INTEGER
 );
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER);
-{_PARTIALS};
-{_CRASHES};
-{_ROWS};
-{_SAMPLES};
+CREATE TABLE partials (                   -- tokens of samples that have no result yet
+    id INTEGER PRIMARY KEY,               -- row * n + sample
+    token_ids BLOB NOT NULL,              -- little-endian int32
+    logprob REAL,
+    crc INTEGER
+);
+CREATE TABLE crashes (                    -- rows that were in the engine as a run's process died
+    row INTEGER NOT NULL,
+    run INTEGER NOT NULL,
+    crc INTEGER,
+    PRIMARY KEY (row, run)
+) WITHOUT ROWID;
+CREATE TABLE rows (                       -- input rows as they were read
+    row INTEGER PRIMARY KEY,
+    digest INTEGER NOT NULL,              -- 64 bits
+    crc INTEGER
+);
+CREATE TABLE samples (                    -- a run's figures over time
+    id INTEGER PRIMARY KEY,
+    run INTEGER NOT NULL,
+    figures TEXT NOT NULL,                -- JSON; seconds since the run began are its wall_s
+    crc INTEGER
+);
 """
-
-
-@dataclass(frozen=True)
-class Migration:
-    """From one version of the tables to the next.
-
-    Args:
-        name: What it brings.
-        statements: They change the file.
-    """
-
-    name: str
-    statements: tuple[str, ...]
-
-
-# By the version that they start from.
-MIGRATIONS = {
-    1: Migration(
-        "in-flight tokens, crash counts and the reasons of failures",
-        (
-            "ALTER TABLE runs ADD COLUMN reason TEXT",
-            "CREATE TABLE partials (id INTEGER PRIMARY KEY, token_ids BLOB NOT NULL)",
-            "CREATE TABLE crashes (row INTEGER NOT NULL, run INTEGER NOT NULL, "
-            "PRIMARY KEY (row, run)) WITHOUT ROWID",
-        ),
-    ),
-    2: Migration(
-        "log-probabilities",
-        (
-            "ALTER TABLE results ADD COLUMN logprob REAL",
-            "ALTER TABLE partials ADD COLUMN logprob REAL",
-        ),
-    ),
-    3: Migration(
-        "digests of input rows",
-        ("CREATE TABLE rows (row INTEGER PRIMARY KEY, digest INTEGER NOT NULL)",),
-    ),
-    4: Migration(
-        "checksums, of what is there by then",
-        tuple(
-            statement
-            for table, seal in SEALS.items()
-            if table != "samples"
-            for statement in (
-                f"ALTER TABLE {table} ADD COLUMN crc INTEGER",
-                f"UPDATE {table} SET crc = {seal}",
-            )
-        ),
-    ),
-    5: Migration("figures over time", (_SAMPLES,)),
-}
 
 
 def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
@@ -178,12 +118,10 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
 
 
 def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
-    """Open a journal, one of an older version as if it were of today's.
-
-    A writer changes an older one for good; a reader takes no lock that a writer would notice.
+    """Open a journal. A reader takes no lock that a writer would notice.
 
     Raises:
-        JournalError: There is none, it is damaged, or a newer program wrote it.
+        JournalError: There is none, it is damaged, or another version of the program wrote it.
     """
     if not path.exists():
         raise JournalError(f"{path} is missing", hint="submit the job again")
@@ -199,7 +137,9 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
         if not readonly:
             _set_modes(db)
             _settle_log(db, wal)
-        _bring_up_to_date(db, path, readonly=readonly)
+        if readonly:
+            db.execute("PRAGMA temp_store=MEMORY")
+        _check_schema(db, path)
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         if db is not None:
             db.close()
@@ -266,14 +206,12 @@ def _settle_log(db: sqlite3.Connection, log: Path) -> None:
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # waits for readers as for a lock
 
 
-def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> None:
-    version = _version(db)
-    if version != VERSION and version not in MIGRATIONS:
+def _check_schema(db: sqlite3.Connection, path: Path) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version != VERSION:
         raise JournalError(
-            f"{path} has version {version}, this program knows up to {VERSION}",
-            hint="pip install --upgrade batchrun-llm"
-            if version > VERSION
-            else "submit the job again",
+            f"{path} has version {version}, this program reads version {VERSION}",
+            hint="pip install --upgrade batchrun-llm" if version > VERSION else BEYOND_REPAIR,
         )
     with path.open("rb") as file:
         header = file.read(_HEADER)
@@ -281,21 +219,10 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path, *, readonly: bool) -> 
         raise JournalError(f"{path} is damaged: its header is not SQLite's", BEYOND_REPAIR)
     # Of a column that is the key no more SQLite finds no record, and says nothing.
     for table, columns in _made().items():
-        there = _columns(db, table)
-        if not set(there) <= set(columns) or (version == VERSION and there != columns):
+        if _columns(db, table) != columns:
             raise JournalError(
                 f"{path} is damaged: its table {table} has other columns", BEYOND_REPAIR
             )
-    if readonly:
-        db.execute("PRAGMA temp_store=MEMORY")
-        if version < VERSION:
-            _as_of_today(db)
-    elif version < VERSION:
-        with transaction(db):
-            for step in range(_version(db), VERSION):  # another writer may have been quicker
-                for statement in MIGRATIONS[step].statements:
-                    db.execute(statement)
-            db.execute(f"PRAGMA user_version={VERSION}")
 
 
 @cache
@@ -312,28 +239,9 @@ def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str, int]]:
     return [(name, kind, key) for _, name, kind, _, _, key in info]
 
 
-def _as_of_today(db: sqlite3.Connection) -> None:
-    """Temporary views and tables over those of an older version, which stay as they are."""
-    for table, columns in TABLES.items():
-        there = {column for (_, column, *_) in db.execute(f"PRAGMA main.table_info({table})")}
-        if not there:
-            db.execute(f"CREATE TEMP TABLE {table} ({', '.join(columns)}, crc)")
-        elif "crc" not in there:
-            values = ", ".join(c if c in there else f"NULL AS {c}" for c in columns)
-            db.execute(
-                f"CREATE TEMP VIEW {table} AS SELECT *, {SEALS[table]} AS crc "
-                f"FROM (SELECT {values} FROM main.{table})"
-            )
-
-
 def with_checksum(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """A record as it is stored."""
     return (*values, checksum(values))
-
-
-def _version(db: sqlite3.Connection) -> int:
-    found: int = db.execute("PRAGMA user_version").fetchone()[0]
-    return found
 
 
 @contextmanager

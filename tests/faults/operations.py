@@ -1,4 +1,4 @@
-"""A fault at every step of what is done to jobs between runs: make, move, migrate, retry, remove.
+"""A fault at every step of what is done to jobs between runs: make, move, retry, remove.
 
     python -m tests.faults.operations              # every step, until one ends unharmed
     python -m tests.faults.operations --stride 9   # every ninth: a sample
@@ -17,18 +17,15 @@ import json
 import os
 import platform
 import shutil
-import sqlite3
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from batchrun.jobs import folder
-from batchrun.jobs.journal.schema import VERSION
 from batchrun.run.worker import Outcome
 from tests.faults import shim
 from tests.faults.liveness import check_goes_on
@@ -46,11 +43,6 @@ FAULTS = {
     "torn write": (Fault.TORN, {Kind.WRITE}, 0),
     "failed sync": (Fault.FAIL, {Kind.SYNC}, errno.EIO),
 }
-SINCE_VERSION_1 = [
-    ("runs", "reason"),
-    ("results", "logprob"),
-    *((table, "crc") for table in ("runs", "results", "meta")),
-]
 
 
 class Scene:
@@ -130,17 +122,6 @@ def _halfway(scene: Scene) -> None:
     assert scene.run(stop_at=ROWS // 2) == INTERRUPTED
 
 
-def _as_of_version_1(scene: Scene) -> None:
-    _halfway(scene)
-    with closing(sqlite3.connect(scene.small.jobs()[0].path / "journal.db")) as db:
-        for table, column in SINCE_VERSION_1:
-            if column in {row[1] for row in db.execute(f"PRAGMA table_info({table})")}:
-                db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        for table in ("partials", "crashes", "rows", "samples"):
-            db.execute(f"DROP TABLE {table}")
-        db.executescript("PRAGMA user_version=1")
-
-
 def _move_input(scene: Scene) -> None:
     _halfway(scene)
     scene.moved.parent.mkdir()
@@ -151,26 +132,12 @@ def _relocate(scene: Scene) -> None:
     scene.small.jobs()[0].relocate(str(scene.small.prompts.parent), str(scene.moved.parent))
 
 
-def _migrated(scene: Scene) -> bool:
-    with closing(sqlite3.connect(scene.small.jobs()[0].path / "journal.db")) as db:
-        [(version,)] = db.execute("PRAGMA user_version")
-        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
-    assert ({"partials", "crashes", "samples"} <= tables) == (version == VERSION)
-    return bool(version == VERSION)
-
-
-def _migrate(scene: Scene) -> None:
-    with scene.small.jobs()[0].journal(readonly=False):
-        pass
-
-
 OPERATIONS = {
     "create": Operation(
         prepare=lambda scene: None,
         do=lambda scene: folder.create(scene.small.home, scene.small.spec()),
         done=lambda scene: bool(scene.small.jobs()),
     ),
-    "migrate": Operation(_as_of_version_1, _migrate, _migrated),
     "relocate": Operation(
         prepare=_move_input,
         do=_relocate,

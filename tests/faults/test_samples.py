@@ -51,7 +51,7 @@ def test_a_fault_at_every_seventeenth_step(library: Path) -> None:
 
 def test_a_fault_at_every_nineteenth_step_of_what_is_done_between_runs(library: Path) -> None:
     report = run(library, "tests.faults.operations", "--stride", "19")
-    assert set(report["cases"]) == {"create", "migrate", "relocate", "retry", "remove"}
+    assert set(report["cases"]) == {"create", "relocate", "retry", "remove"}
     assert all(sum(faults.values()) >= 6 for faults in report["cases"].values())
 
 

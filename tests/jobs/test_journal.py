@@ -154,7 +154,7 @@ def test_a_newer_journal_is_refused(tmp_path):
     with sqlite3.connect(tmp_path / "journal.db") as db:
         db.execute("PRAGMA user_version=9")
     db.close()
-    with pytest.raises(JournalError, match=f"knows up to {VERSION}") as refused:
+    with pytest.raises(JournalError, match=f"reads version {VERSION}") as refused:
         Journal(tmp_path, 1)
     assert refused.value.hint == "pip install --upgrade batchrun-llm"
 

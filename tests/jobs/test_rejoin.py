@@ -476,24 +476,6 @@ def test_without_digests_the_whole_input_has_to_be_what_it_was(tmp_path, kind, o
     rows_left(tmp_path, job, keys, out, same=range(digests), columns=columns)
 
 
-def test_a_journal_without_the_table_is_exported(tmp_path):
-    """By a reader, who may not change it."""
-    source = written(tmp_path / "in.csv", "csv", ROWS)
-    job = job_of(tmp_path, source, kind="csv")
-    answered(job, digests=False)
-    db = sqlite3.connect(job.path / "journal.db")
-    with db:
-        db.execute("DROP TABLE rows")
-        db.execute("DELETE FROM meta WHERE key = ?", (READ,))
-        db.execute("PRAGMA user_version=3")
-    db.close()
-    assert export(job, tmp_path / "o.csv").rows == 6
-    written(source, "csv", ROWS[::-1])
-    with pytest.raises(SpecChanged, match="its content changed"):
-        export(job, tmp_path / "o.csv")
-    assert export(job, tmp_path / "o.csv", partial=True).unknown == 6
-
-
 # --- while an export reads -----------------------------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """A run's figures over time: as many as can be drawn, however long it takes."""
 
-import sqlite3
 from itertools import pairwise
 
 import pytest
@@ -93,18 +92,3 @@ def test_a_sample_is_in_the_transaction_of_the_results(folder):
             with pytest.raises(Fenced):
                 journal.write([], {"wall_s": 20.0})
             assert seconds(other, run) == [1.0]
-
-
-def test_a_reader_of_a_journal_without_the_table_finds_none(folder):
-    with Journal(folder, 1) as journal:
-        run = journal.begin_run()
-    db = sqlite3.connect(folder / "journal.db")
-    with db:
-        db.execute("DROP TABLE samples")
-        db.execute("PRAGMA user_version=5")
-    db.close()
-    with Journal(folder, 1, readonly=True) as journal:
-        assert journal.samples(run) == []
-    with Journal(folder, 1) as journal:
-        assert journal.samples(run) == []
-        journal.check()
