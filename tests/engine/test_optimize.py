@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.model import gates
-from batchrun.engine.model.compiled import Compilers
+from batchrun.engine.model.compiled import wait_for_compilers
 from batchrun.engine.model.fused import FusedNorm, Projection, Undo, merge_projections
 from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.model.optimize import optimize
@@ -246,7 +246,7 @@ def test_no_compiler_outlives_the_compilation() -> None:
     AsyncCompile.process_pool()  # as on a machine where this was compiled before, or has one core
     assert _pool_set
     assert optimize(prepare(build("llama")).model, compile=True, log=pytest.fail) == ALL
-    Compilers.ready()
+    wait_for_compilers()
     assert not _pool_set
 
 

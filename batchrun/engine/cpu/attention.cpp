@@ -49,7 +49,7 @@ inline void narrow(float x, uint16_t* to) {
   *to = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline int64_t padded(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+inline int64_t padded(int64_t dim) { return round_up(dim, kLanes); }
 
 inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 

@@ -35,8 +35,6 @@ constexpr int64_t kPacked = 512 * 1024;    // bytes of packed heads that stay in
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLowest = -3e38f;          // the highest score of no tokens
 
-inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
 inline __m512 all(float x) { return _mm512_set1_ps(x); }
 
 // 2^x to a part in 300,000; exactly 1 of 0.
@@ -286,15 +284,19 @@ struct Task {
   float* const* states;          // of each decode: [q_heads, state]
 };
 
-class Worker {
+struct Shape {
+  explicit Shape(const Call& call) : c(call) {}
+
+  const Call& c;
+  const int64_t group = c.q_heads / c.kv_heads;
+  const int64_t k_width = round_up(c.k_dim, 32), v_width = round_up(c.v_dim, 32);
+  const int64_t state = State::size(v_width);
+};
+
+class Worker : Shape {
  public:
   explicit Worker(const Call& call)
-      : c(call),
-        multiply(call.level == kTiles ? multiply_tiles : multiply_vectors),
-        group(c.q_heads / c.kv_heads),
-        k_width(round_up(c.k_dim, 32)),
-        v_width(round_up(c.v_dim, 32)),
-        state(State::size(v_width)) {}
+      : Shape(call), multiply(call.level == kTiles ? multiply_tiles : multiply_vectors) {}
 
   // Puts a segment's new token's keys and values of some heads into the slot.
   void write(int64_t segment, int64_t query, int64_t token, int64_t head, int64_t heads) const {
@@ -331,9 +333,7 @@ class Worker {
   }
 
  private:
-  const Call& c;
   void (*const multiply)(const Product&);
-  const int64_t group, k_width, v_width, state;
   uint16_t *queries, *keys, *values, *weights, *copy;
   float *scores, *sums, *own_states;
 
@@ -474,15 +474,9 @@ class Worker {
 };
 
 // What is to be computed for a step, and the states of its decodes' parts.
-class Step {
+class Step : Shape {
  public:
-  explicit Step(const Call& call)
-      : c(call),
-        group(c.q_heads / c.kv_heads),
-        k_width(round_up(c.k_dim, 32)),
-        v_width(round_up(c.v_dim, 32)),
-        state(State::size(v_width)),
-        firsts(c.n + 1) {
+  explicit Step(const Call& call) : Shape(call), firsts(c.n + 1) {
     for (int64_t i = 0; i < c.n; i++) {
       const int64_t end = c.ends[i];
       firsts[i + 1] = firsts[i];
@@ -512,8 +506,6 @@ class Step {
   }
 
  private:
-  const Call& c;
-  const int64_t group, k_width, v_width, state;
   std::vector<int64_t> firsts;  // the first part of each segment, of all decodes'
   float* states;                // [parts, q_heads, state]
   std::vector<int64_t> decodes;
@@ -579,7 +571,11 @@ class Step {
   }
 };
 
-void attend(const Call& c) {
+}  // namespace
+
+extern "C" int64_t batchrun_part() { return kPart; }
+
+extern "C" void batchrun_attend(const Call& c) {
   const Step step(c);
   const auto num_tasks = int64_t(step.tasks.size());
   std::atomic<int64_t> taken{0};
@@ -610,9 +606,3 @@ void attend(const Call& c) {
       if (step.is_decode(i / c.q_heads)) step.finish(i / c.q_heads, i % c.q_heads);
   }
 }
-
-}  // namespace
-
-extern "C" int64_t batchrun_part() { return kPart; }
-
-extern "C" void batchrun_attend(const Call* call) { attend(*call); }

@@ -46,6 +46,8 @@ struct AttentionCall {
 
 namespace {
 
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
 // Memory that starts at a cache line and is kept from call to call.
 template <class T>
 class Buffer {
@@ -55,7 +57,7 @@ class Buffer {
   T* get(int64_t count) {
     if (count > count_) {
       std::free(memory_);
-      count_ = (std::max(count, count_ + count_ / 2) + 63) / 64 * 64;  // sizes may creep up
+      count_ = round_up(std::max(count, count_ + count_ / 2), 64);  // sizes may creep up
       memory_ = static_cast<T*>(std::aligned_alloc(64, count_ * sizeof(T)));
       if (!memory_) std::abort();
     }

@@ -55,27 +55,23 @@ def load(
     Raises:
         CompileError: There is no compiler, it fails, or there is no place to keep it.
     """
-    library = _load(source, log)
-    for struct in structs:
-        size: int = getattr(library, f"batchrun_sizeof_{struct.__name__}")()
-        assert size == ctypes.sizeof(struct), f"{source.name} has another {struct.__name__}"
-    return library
-
-
-def _load(source: Path, log: Callable[[str], None]) -> ctypes.CDLL:
     try:
         path = build(source, log)
         try:
-            return ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
         except OSError:
             if os.statvfs(path.parent).f_flag & os.ST_NOEXEC:
                 raise CompileError(
                     f"{path.parent} is mounted noexec: set XDG_CACHE_HOME to a folder elsewhere"
                 ) from None
             path.unlink(missing_ok=True)
-            return ctypes.CDLL(str(build(source, log)))
+            library = ctypes.CDLL(str(build(source, log)))
     except (OSError, subprocess.SubprocessError) as error:
         raise CompileError(_told(error)) from error
+    for struct in structs:
+        size: int = getattr(library, f"batchrun_sizeof_{struct.__name__}")()
+        assert size == ctypes.sizeof(struct), f"{source.name} has another {struct.__name__}"
+    return library
 
 
 def build(source: Path, log: Callable[[str], None] = lambda line: None) -> Path:

@@ -328,7 +328,29 @@ void together(const Call& c, Body body) {
 
 thread_local Buffer<uint16_t> packed;
 
-void linear(const Linear& c) {
+// Norms one head and rotates it (Su et al. 2021), its halves against each other.
+void rotate(const Project& c, const float* norm, const uint16_t* cos, const uint16_t* sin,
+            uint16_t* head) {
+  const float scale = norm ? inverse_rms(head, c.dim, c.eps) : 1;
+  const int64_t half = c.rotary / 2;
+  auto normed = [&](int64_t i) {
+    const __m512 x = widen(head + i);
+    if (!norm) return x;
+    return _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(scale)), _mm512_loadu_ps(norm + i));
+  };
+  for (int64_t i = 0; i < half; i += 16) {
+    const __m512 x = normed(i), y = normed(i + half);
+    const __m512 crossed = _mm512_mul_ps(y, widen(sin + i));
+    narrow(_mm512_fmsub_ps(x, widen(cos + i), crossed), head + i);
+    narrow(_mm512_fmadd_ps(y, widen(cos + half + i), _mm512_mul_ps(x, widen(sin + half + i))),
+           head + half + i);
+  }
+  for (int64_t i = c.rotary; norm && i < c.dim; i += 16) narrow(normed(i), head + i);
+}
+
+}  // namespace
+
+extern "C" void batchrun_linear(const Linear& c) {
   const Matrix& w = c.weight;
   together(c, [&](const Share& share) {
     const int64_t step = Share::rows_of(w.k);
@@ -350,27 +372,7 @@ void linear(const Linear& c) {
   });
 }
 
-// Norms one head and rotates it (Su et al. 2021), its halves against each other.
-void rotate(const Project& c, const float* norm, const uint16_t* cos, const uint16_t* sin,
-            uint16_t* head) {
-  const float scale = norm ? inverse_rms(head, c.dim, c.eps) : 1;
-  const int64_t half = c.rotary / 2;
-  auto normed = [&](int64_t i) {
-    const __m512 x = widen(head + i);
-    if (!norm) return x;
-    return _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(scale)), _mm512_loadu_ps(norm + i));
-  };
-  for (int64_t i = 0; i < half; i += 16) {
-    const __m512 x = normed(i), y = normed(i + half);
-    const __m512 crossed = _mm512_mul_ps(y, widen(sin + i));
-    narrow(_mm512_fmsub_ps(x, widen(cos + i), crossed), head + i);
-    narrow(_mm512_fmadd_ps(y, widen(cos + half + i), _mm512_mul_ps(x, widen(sin + half + i))),
-           head + half + i);
-  }
-  for (int64_t i = c.rotary; norm && i < c.dim; i += 16) narrow(normed(i), head + i);
-}
-
-void project(const Project& c) {
+extern "C" void batchrun_project(const Project& c) {
   const Matrix& w = c.weight;
   together(c, [&](const Share& share) {
     const int64_t step = Share::rows_of(w.k);
@@ -395,7 +397,7 @@ void project(const Project& c) {
   });
 }
 
-void finish(const Finish& c) {
+extern "C" void batchrun_finish(const Finish& c) {
   const int64_t n = c.output.n, inner = c.down.k, widest = std::max({n, c.output.k, inner});
   const int64_t step = Share::rows_of(widest);
   static thread_local Buffer<uint16_t> middle_kept, inner_kept;
@@ -436,8 +438,8 @@ void finish(const Finish& c) {
   });
 }
 
-void rms_norm(const uint16_t* x, const float* weight, uint16_t* out, double eps, int64_t rows,
-              int64_t n, int64_t threads) {
+extern "C" void batchrun_rms_norm(const uint16_t* x, const float* weight, uint16_t* out, double eps,
+                                  int64_t rows, int64_t n, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const uint16_t* from = x + row * n;
@@ -446,16 +448,3 @@ void rms_norm(const uint16_t* x, const float* weight, uint16_t* out, double eps,
       normed(from + i, scale, weight + i, out + row * n + i);
   }
 }
-
-}  // namespace
-
-extern "C" void batchrun_rms_norm(const uint16_t* x, const float* weight, uint16_t* out, double eps,
-                                  int64_t rows, int64_t n, int64_t threads) {
-  rms_norm(x, weight, out, eps, rows, n, threads);
-}
-
-extern "C" void batchrun_linear(const Linear* call) { linear(*call); }
-
-extern "C" void batchrun_project(const Project* call) { project(*call); }
-
-extern "C" void batchrun_finish(const Finish* call) { finish(*call); }

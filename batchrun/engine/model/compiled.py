@@ -84,12 +84,12 @@ def compile_layers(
             check()
     except Exception as error:  # no compiler, no triton, or a layer that can't be one graph
         _uncompile(model, log, error)
-    Compilers.end()
+    _end_compilers()
 
 
 def _prepare(model: PreTrainedModel, log: Callable[[str], None]) -> None:
     """Have each layer compiled at its next call."""
-    Compilers.ready()
+    wait_for_compilers()
     layers, attentions = decoder_layers(model)
     compiled = {
         kind: torch.compile(kind.forward, fullgraph=True, dynamic=True)
@@ -100,30 +100,23 @@ def _prepare(model: PreTrainedModel, log: Callable[[str], None]) -> None:
         layer._compiled_call_impl = _Layer(layer, compiled[type(layer)], i, attentions[i], failed)
 
 
-class Compilers:
-    """Torch's compile processes, for whose end our own process would wait seconds at its own."""
+_ending: list[Thread] = []  # of torch's compile processes, for whose end ours would wait seconds
 
-    _ending: Thread | None = None
 
-    @classmethod
-    def ready(cls) -> None:
-        """Wait until those are gone that were told to end: torch would still ask them."""
-        if cls._ending is not None:
-            cls._ending.join()
+def wait_for_compilers() -> None:
+    """Wait until those are gone that were told to end: torch would still ask them."""
+    while _ending:
+        _ending.pop().join()
 
-    @classmethod
-    def end(cls) -> None:
-        """Let them end beside whatever comes next."""
-        cls._ending = Thread(target=cls._end, name="end-compilers", daemon=True)
-        cls._ending.start()
 
-    @staticmethod
-    def _end() -> None:
-        from torch._inductor.async_compile import (  # noqa: PLC0415 - slow, and loaded by now
-            shutdown_compile_workers,
-        )
+def _end_compilers() -> None:
+    """Let them end beside whatever comes next."""
+    from torch._inductor.async_compile import (  # noqa: PLC0415 - slow, and loaded by now
+        shutdown_compile_workers,
+    )
 
-        shutdown_compile_workers()
+    _ending.append(Thread(target=shutdown_compile_workers, name="end-compilers", daemon=True))
+    _ending[-1].start()
 
 
 def compiled_layers(model: PreTrainedModel) -> list[nn.Module]:
