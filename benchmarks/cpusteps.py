@@ -27,10 +27,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 import torch
 
-from batchrun.engine.assembly import Settings
+from batchrun.engine.build import Assembly, build
 from batchrun.engine.core import Request, SamplingParams, StepPlan
 from batchrun.engine.cpu import layers as cpu_layers
-from batchrun.engine.runtime import Runtime
+from batchrun.engine.settings import Settings
 from batchrun.jobs.folder import home
 from batchrun.machine import description
 from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
@@ -74,11 +74,11 @@ class Timed:
 class Watch:
     """Steps an engine and times it."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Assembly) -> None:
         self.steps: list[Timed] = []
         self._engine = runtime.engine
         self._shape = _shape(runtime)
-        executor: Any = runtime.assembly.executor
+        executor: Any = runtime.executor
         self._launch, self._forward = executor.launch, executor._forward
         executor.launch, executor._forward = self._note, self._time
         self._in_forward = 0.0
@@ -135,7 +135,7 @@ def repeated(
         drafts=drafts,
     )
     measured, runs = [ceilings()], []
-    with Runtime(settings, {}, lambda line: print(line, file=sys.stderr)) as runtime:
+    with build(settings, {}, lambda line: print(line, file=sys.stderr)) as runtime:
         watch = Watch(runtime)
         for _ in range(repeat + 1):
             watch.steps = []
@@ -188,7 +188,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _shape(runtime: Runtime) -> Shape:
+def _shape(runtime: Assembly) -> Shape:
     config = runtime.loaded.model.config
     return Shape(
         name=config.model_type,

@@ -26,10 +26,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 import torch
 from torch.nn import functional
 
-from batchrun.engine.assembly import Settings
+from batchrun.engine.build import Assembly, build
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.model.hook import HOOK
-from batchrun.engine.runtime import Runtime
+from batchrun.engine.settings import Settings
 from batchrun.jobs.folder import home
 from batchrun.machine import description
 from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
@@ -44,17 +44,17 @@ WINDOW, WINDOWS = 512, 16
 SEQUENCES, STEPS, ROUNDS = (16, 128), 24, 3
 
 
-def opened(ref: ModelRef, way: str) -> Runtime:
+def opened(ref: ModelRef, way: str) -> Assembly:
     """The engine, of one of the ways."""
     settings = Settings(
         *(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts"),
         device="cpu",
         **WAYS[way],
     )
-    return Runtime(settings, {}, lambda line: print(line, file=sys.stderr))
+    return build(settings, {}, lambda line: print(line, file=sys.stderr))
 
 
-def windows(runtime: Runtime) -> Iterator[torch.Tensor]:
+def windows(runtime: Assembly) -> Iterator[torch.Tensor]:
     """Tokens of the documents, a window after the other."""
     text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))
     ids = runtime.loaded.tokenizer(text).input_ids
@@ -63,13 +63,13 @@ def windows(runtime: Runtime) -> Iterator[torch.Tensor]:
 
 
 @torch.inference_mode()
-def log_probabilities(runtime: Runtime, ids: torch.Tensor) -> torch.Tensor:
+def log_probabilities(runtime: Assembly, ids: torch.Tensor) -> torch.Tensor:
     """Of each next token of a window, `[T, V]`."""
     logits = runtime.loaded.model(input_ids=ids[None], use_cache=False).logits[0]
     return logits.float().log_softmax(-1)
 
 
-def speed(runtime: Runtime, sequences: int) -> float:
+def speed(runtime: Assembly, sequences: int) -> float:
     """Tokens a second of decode steps."""
     params = SamplingParams(max_tokens=STEPS + 4, ignore_eos=True)
     for row in range(sequences):

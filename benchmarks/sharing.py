@@ -22,10 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from batchrun.engine.assembly import Assembly, Settings
+from batchrun.engine.build import Assembly
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.model.loading import load
 from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.settings import Settings
 from batchrun.jobs.folder import home
 from batchrun.machine import description
 from batchrun.models.resolve import DEFAULT_MODEL, resolve
@@ -154,7 +155,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="in others tokens may differ")
     args = parser.parse_args()
     ref = resolve(args.model, home() / "models")
-    settings = Settings(str(ref.path), ref.name, ref.fingerprint, home() / "verdicts")
+    settings = Settings(
+        str(ref.path), ref.name, ref.fingerprint, home() / "verdicts", optimize=False
+    )
     loaded = load(str(ref.path), name=ref.name, dtype=args.dtype)
     result: dict[str, Any] = {
         "benchmark": "sharing",

@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 import torch
 from transformers import GenerationConfig
 
-from batchrun.engine.assembly import Settings
+from batchrun.engine.build import Assembly, build
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.model.loading import load
 from batchrun.engine.model.prepare import LoadedModel
-from batchrun.engine.runtime import Runtime
+from batchrun.engine.settings import Settings
 from batchrun.jobs.folder import home
 from batchrun.machine import description
 from batchrun.models.resolve import DEFAULT_MODEL, resolve
@@ -40,7 +40,7 @@ from batchrun.models.resolve import DEFAULT_MODEL, resolve
 Outputs = list[list[int]]
 
 
-def run_batchrun(runtime: Runtime, prompts: Outputs, max_tokens: int) -> Outputs:
+def run_batchrun(runtime: Assembly, prompts: Outputs, max_tokens: int) -> Outputs:
     params = SamplingParams(max_tokens=max_tokens)
     for row, ids in enumerate(prompts):
         runtime.engine.add(Request(row, 0, tuple(ids), params, 0))
@@ -113,7 +113,7 @@ def main() -> None:
     texts = pq.read_table(args.input, columns=["prompt"])["prompt"].to_pylist()
     figures: dict[str, Any] = {}
     plain = load(str(ref.path), dtype=args.dtype)
-    with Runtime(settings, {"chat": True}, print) as runtime:
+    with build(settings, {"chat": True}, print) as runtime:
         prompts = [list(runtime.encode({"prompt": text})) for text in texts]
         ways: dict[str, Callable[[], Outputs]] = {
             "batchrun": lambda: run_batchrun(runtime, prompts, args.max_tokens),
@@ -133,7 +133,7 @@ def main() -> None:
                 outputs[name] = way()
                 seconds[name].append(time.perf_counter() - began)
                 print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
-        utilisation = runtime.assembly.usage.utilisation
+        utilisation = runtime.usage.utilisation
     tokens = sum(map(len, outputs["batchrun"]))
     print(f"{'':24} {'tokens/s':>9} {'seconds':>8} {'same completions':>17}")
     for name in ways:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from batchrun.engine.assembly import Settings
-from batchrun.engine.runtime import Runtime
+from batchrun.engine.build import Assembly, build
+from batchrun.engine.settings import Settings
 from batchrun.jobs import folder
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import resolve
@@ -61,15 +62,9 @@ hostile = st.fixed_dictionaries(
 )
 
 
-class Bench(Runtime):
-    """A model and its engine for many jobs."""
-
-    def close(self) -> None:
-        """Not after each."""
-
-
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Assembly]:
+    """A model and its engine for many jobs."""
     root = tmp_path_factory.mktemp("hostile")
     path = write_tiny_model(root / "tiny")
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -87,13 +82,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         max_num_batched_tokens=48,
         page_size=4096,
     )
-    bench = Bench(made, {}, print)
-    yield bench
-    Runtime.close(bench)
+    bench = build(made, {}, print)
+    with patch.object(bench, "close", lambda: None):  # not after each
+        yield bench
+    bench.close()
 
 
 def answered(
-    bench: Bench, root: Path, rows: list[dict[str, Any]], n: int = 1, **prompt: Any
+    bench: Assembly, root: Path, rows: list[dict[str, Any]], n: int = 1, **prompt: Any
 ) -> list[dict[str, Any]]:
     """The output of a job of these rows."""
     home = root / f"home-{len(list(root.iterdir()))}"
@@ -121,7 +117,7 @@ def answered(
 
 
 @pytest.fixture(scope="module")
-def wanted(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def wanted(bench: Assembly, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     rows = answered(bench, tmp_path_factory.mktemp("wanted"), [{"prompt": p} for p in GOOD])
     assert all(row["error"] is None for row in rows)
     return [row["completion_token_ids"] for row in rows]
@@ -145,7 +141,7 @@ def rows_of(*values: dict[str, Any]) -> list[dict[str, Any]]:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_what_rows_hold_harms_no_other(
-    bench: Bench, wanted: list[Any], tmp_path: Path, rows: list[dict[str, Any]], n: int
+    bench: Assembly, wanted: list[Any], tmp_path: Path, rows: list[dict[str, Any]], n: int
 ) -> None:
     mixed: list[dict[str, Any]] = []
     for i in range(max(len(rows), len(GOOD))):
@@ -160,7 +156,7 @@ def test_what_rows_hold_harms_no_other(
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_rows_without_finite_numbers_and_those_that_ask_the_same(
-    bench: Bench, wanted: list[Any], tmp_path: Path, n: int
+    bench: Assembly, wanted: list[Any], tmp_path: Path, n: int
 ) -> None:
     [token] = bench.loaded.tokenizer("Y")["input_ids"]
     assert not any(token in ids for ids in wanted), "a good row would fail too"

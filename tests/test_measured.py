@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from batchrun.engine.assembly import Limits
+from batchrun.engine.settings import Limits
 from batchrun.estimate.measured import Measured, StepSampler
 from batchrun.jobs.spec import JobSpec
 

@@ -328,7 +328,7 @@ def _check_chat_template(
 
 def _model(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -> dict[str, Any]:
     if options["device"].startswith("cuda"):
-        from batchrun.engine.assembly import choose_device  # noqa: PLC0415 - imports torch
+        from batchrun.engine.settings import choose_device  # noqa: PLC0415 - imports torch
 
         choose_device(options["device"])
     trusted = options["trust_remote_code"]

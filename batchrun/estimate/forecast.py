@@ -210,17 +210,17 @@ def read_model_info(
     from transformers import GenerationConfig  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
-    from batchrun.engine import assembly  # noqa: PLC0415
-    from batchrun.engine.model import generation, loading, trial  # noqa: PLC0415
+    from batchrun.engine import settings as here  # noqa: PLC0415
+    from batchrun.engine.model import loading, trial  # noqa: PLC0415
     from batchrun.engine.model import prepare as model  # noqa: PLC0415
+    from batchrun.engine.model.generation import read_generation  # noqa: PLC0415
     from batchrun.engine.model.quantize import int8_weights  # noqa: PLC0415
     from batchrun.engine.model.reading import reading  # noqa: PLC0415
-    from batchrun.prompts.builder import prompt_builder  # noqa: PLC0415
 
     transformers_logging.set_verbosity_error()
     settings = engine_settings(spec, step_cost)
     path, trusted = settings.model_path, settings.trust_remote_code
-    device = assembly.choose_device(settings.device, log)
+    device = here.choose_device(settings.device, log)
     config, tokenizer = loading.read_config_and_tokenizer(
         path, settings.model_name, trust_remote_code=trusted
     )
@@ -240,24 +240,16 @@ def read_model_info(
         with reading(settings.model_name, path, "the generation config of "):
             empty.generation_config = GenerationConfig.from_pretrained(path)
     loaded = model.prepare(empty, tokenizer, max_model_len=settings.max_model_len)
-    loaded = assembly.fit_context(loaded, settings, device)
-    encode = prompt_builder(
-        tokenizer,
-        prompt_options(spec),
-        max_model_len=loaded.max_model_len,
-        model=settings.model_name,
-        log=log,
-    )
-    limits = assembly.LIMITS[device.partition(":")[0]]
-    max_num_seqs = settings.max_num_seqs or limits.max_num_seqs
-    step_tokens = settings.max_num_batched_tokens or limits.step_tokens(step_cost)
-    assembly.check_backend(loaded, settings, device, max_num_seqs, step_tokens)
-    layout = assembly.kv_layout(loaded, settings, cuda=device != "cpu")
+    loaded = here.fit_context(loaded, settings, device)
+    encode = here.prompt_encoder(loaded, settings, prompt_options(spec), log)
+    limits = settings.limits(device)
+    here.check_backend(loaded, settings, device)
+    layout = here.kv_layout(loaded, settings, cuda=device != "cpu")
     given = budget = settings.kv_budget
     if budget is None:
-        free = assembly.available_memory()
+        free = here.available_memory()
         if device != "cpu":
-            free = torch.cuda.mem_get_info(device)[0] - assembly.DEVICE_HEADROOM
+            free = torch.cuda.mem_get_info(device)[0] - here.DEVICE_HEADROOM
         budget = free - loaded.weights_bytes
 
     def can_fit(tokens: int) -> bool:
@@ -267,13 +259,13 @@ def read_model_info(
     if not can_fit(trial.prompt_tokens(loaded)):
         raise trial.budget_too_small(trial.prompt_tokens(loaded))
     return ModelInfo(
-        generation.within_vocabulary(encode, tokenizer, generation.vocabulary_size(empty)),
-        generation.read_generation(empty, tokenizer, loaded.max_model_len),
+        encode,
+        read_generation(empty, tokenizer, loaded.max_model_len),
         device,
         loaded.max_model_len,
         layout.bytes_per_token,
         budget,
-        max_num_seqs,
-        step_tokens,
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
         can_fit,
     )

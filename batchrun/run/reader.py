@@ -119,7 +119,7 @@ class Prompts(Protocol):
 
 
 class Workbench(Prompts, Protocol):
-    """An engine with what surrounds it: `batchrun.engine.runtime.Runtime`."""
+    """An engine with what surrounds it: `batchrun.engine.build.build`."""
 
     @property
     def engine(self) -> RowEngine:

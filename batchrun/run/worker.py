@@ -55,8 +55,8 @@ from batchrun.run.reader import (
 from batchrun.run.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from batchrun.engine.assembly import Settings
     from batchrun.engine.engine import Completion
+    from batchrun.engine.settings import Settings
 
 _COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
@@ -594,13 +594,13 @@ def _result(completion: Completion) -> Result:
 def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
     """The real engine for a job."""
     with machine.importing():
-        from batchrun.engine.runtime import Runtime  # noqa: PLC0415 - imports torch
+        from batchrun.engine.build import build  # noqa: PLC0415 - imports torch
         from batchrun.engine.shortage import device_errors  # noqa: PLC0415
 
     measured = Measured.load(folders.home(), spec)
     settings = engine_settings(spec, measured.step_cost if measured else None)
     with device_errors("the model", "--max-num-seqs N"):
-        opened = Runtime(settings, prompt_options(spec), log)
+        opened = build(settings, prompt_options(spec), log)
     gc.freeze()  # or each collection would go through all of torch and the model again
     return opened
 
@@ -612,7 +612,7 @@ def engine_settings(spec: JobSpec, step_cost: float | None) -> Settings:
         spec: The job.
         step_cost: What a step takes beside its tokens, in the time of one; None where unknown.
     """
-    from batchrun.engine.assembly import Settings  # noqa: PLC0415 - imports torch
+    from batchrun.engine.settings import Settings  # noqa: PLC0415 - imports torch
 
     model = spec.model
     not_engine = {"plan", "param_columns"}

@@ -13,7 +13,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.steps import add, assembled, drain
 
 if TYPE_CHECKING:
-    from batchrun.engine.assembly import Assembly
+    from batchrun.engine.build import Assembly
 
 _SHOWN = 15  # functions
 

@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchrun.engine.assembly import Settings, assemble
+from batchrun.engine.build import Assembly
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.model.prepare import prepare
+from batchrun.engine.settings import Settings
 from benchmarks.gpu import roofline
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.roofline import Span
 from benchmarks.gpu.shapes import Shape, build, prompt
 
 if TYPE_CHECKING:
-    from batchrun.engine.assembly import Assembly
+    from batchrun.engine.build import Assembly
 
 
 def run(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -47,7 +48,7 @@ def assembled(
     with tempfile.TemporaryDirectory() as cache:
         chosen = {"device": bench.device, "attention": bench.attention} | settings
         wanted = Settings("", shape.name, shape.name, Path(cache), **chosen)
-        with assemble(loaded, wanted, print) as assembly:
+        with Assembly(loaded, wanted, print) as assembly:
             yield assembly
 
 

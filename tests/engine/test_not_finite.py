@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from batchrun.engine.assembly import Assembly, Settings, assemble
+from batchrun.engine.build import Assembly
 from batchrun.engine.core import FinishReason, SamplingParams
 from batchrun.engine.cpu import layers as cpu_layers
 from batchrun.engine.model.prepare import LoadedModel, prepare
+from batchrun.engine.settings import Settings
 from tests.parity.models import CONFIGS, build, seeded
 from tests.parity.runner import outputs, rig, run
 
@@ -102,7 +103,7 @@ def test_in_bfloat16_with_native_layers_and_guesses(kind: str, optimize: bool) -
     settings = Settings("", "tiny", "", None, optimize=optimize, max_num_seqs=5, page_size=8192)  # type: ignore[arg-type]
     found = []
     for bad in (False, True):
-        with assemble(loaded(dtype=torch.bfloat16), settings) as r:
+        with Assembly(loaded(dtype=torch.bfloat16), settings) as r:
             if bad:
                 check(r, found[0], params)
             else:

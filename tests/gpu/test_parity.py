@@ -21,10 +21,11 @@ import torch
 import transformers as tf
 
 from batchrun.engine import attention
-from batchrun.engine.assembly import Assembly, Settings, assemble
 from batchrun.engine.attention import Geometry
+from batchrun.engine.build import Assembly
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.model.prepare import LoadedModel, prepare
+from batchrun.engine.settings import Settings
 from tests.gpu.conftest import CUDA
 from tests.parity.models import CONFIGS
 
@@ -103,7 +104,7 @@ def engine(
 ) -> Iterator[Assembly]:
     chosen = {"max_num_seqs": 7, "max_num_batched_tokens": 64, "optimize": False} | settings
     wanted = Settings("", "parity", "parity", cache, attention=backend, **chosen)
-    with assemble(loaded, wanted, log.append) as made:
+    with Assembly(loaded, wanted, log.append) as made:
         yield made
 
 

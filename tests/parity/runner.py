@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from batchrun.allocator.cuda import CudaMemory
-from batchrun.engine.assembly import Assembly, Settings
+from batchrun.engine.build import Assembly
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Completion
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.pieces import Apart
+from batchrun.engine.settings import Settings
 
 
 class _OverFakeDriver(Assembly):

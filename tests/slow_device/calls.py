@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
-from batchrun.engine.assembly import Assembly
+from batchrun.engine.build import Assembly
 from tests.slow_device.device import SlowDevice
 
 MAPPING = frozenset({"cuMemCreate", "cuMemMap", "cuMemSetAccess"})

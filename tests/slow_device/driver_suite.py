@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from batchrun.allocator.vmm import AllocatorError
-from batchrun.engine.assembly import Assembly
+from batchrun.engine.build import Assembly
 from batchrun.engine.core import EngineError, Request, SamplingParams
 from tests.fake_cuda.control import (
     CONTEXT,

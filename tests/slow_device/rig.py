@@ -12,14 +12,15 @@ import torch
 
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.vmm import VirtualMemory
-from batchrun.engine import assembly
-from batchrun.engine.assembly import Assembly
+from batchrun.engine import build
 from batchrun.engine.attention import AttentionBackend, Geometry, Upload
 from batchrun.engine.attention.sdpa import SDPA
+from batchrun.engine.build import Assembly
 from batchrun.engine.core import Segment, StepOutput, StepPlan
 from batchrun.engine.executor import Ticket
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.settings import geometry_of
 from batchrun.engine.transfers import CudaTransfers
 from tests.parity import runner
 from tests.slow_device.device import SlowDevice
@@ -68,11 +69,11 @@ def rig(
         return KVArena(WatchedMemory(memory, device.steps), *args, **kwargs)
 
     with (
-        patch.object(assembly, "HostTransfers", lambda: Transfers(device, lag, staging)),
-        patch.object(assembly, "KVArena", watched),
+        patch.object(build, "HostTransfers", lambda: Transfers(device, lag, staging)),
+        patch.object(build, "KVArena", watched),
         runner.rig(loaded, lag=lag, **settings) as made,
     ):
-        made.scheduler._lookahead = assembly._LOOKAHEAD if lag else 0  # as on a device
+        made.scheduler._lookahead = build._LOOKAHEAD if lag else 0  # as on a device
         if backend is not None:
             made.executor.backend = backend(_geometry(made), made.executor.transfers.upload)
         scratch = _record(made, graphs) if graphs else None
@@ -115,15 +116,8 @@ def _record(rig: Assembly, sizes: Sequence[int]) -> int:
 
 
 def _geometry(rig: Assembly) -> Geometry:
-    return Geometry(
-        layers=rig.loaded.layers,
-        slot_tokens=rig.arena.layout.slot_tokens,
-        num_slots=rig.arena.num_slots,
-        max_num_seqs=rig.max_num_seqs,
-        max_num_batched_tokens=rig.max_num_batched_tokens,
-        dtype=rig.loaded.dtype,
-        device=rig.loaded.device,
-    )
+    slots = rig.arena.layout.slot_tokens, rig.arena.num_slots
+    return geometry_of(rig.loaded, rig.limits, *slots)
 
 
 class Recorder:

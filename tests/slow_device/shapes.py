@@ -10,7 +10,7 @@ from unittest.mock import patch
 from hypothesis import strategies as st
 
 from batchrun.allocator.arena import KVArena
-from batchrun.engine.assembly import Assembly
+from batchrun.engine.build import Assembly
 from batchrun.engine.model.prepare import LoadedModel
 from tests.parity.test_generate import bytes_per_token
 from tests.slow_device.device import SlowDevice

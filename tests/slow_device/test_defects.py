@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from batchrun.allocator.arena import KVArena
-from batchrun.engine.assembly import Assembly
+from batchrun.engine.build import Assembly
 from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, StepPlan
 from batchrun.engine.executor import Ticket, TorchExecutor
 from batchrun.engine.model import gates

@@ -142,9 +142,9 @@ def run(model: Path, scratch: Path) -> str:
         EngineError: There is no memory for it.
         Wrong: It computes something else than transformers does.
     """
-    from batchrun.engine.assembly import Settings  # noqa: PLC0415
+    from batchrun.engine.build import build  # noqa: PLC0415
     from batchrun.engine.core import Request  # noqa: PLC0415
-    from batchrun.engine.runtime import Runtime  # noqa: PLC0415
+    from batchrun.engine.settings import Settings  # noqa: PLC0415
     from batchrun.models.resolve import (  # noqa: PLC0415
         chat_templates,
         lacks_chat_template,
@@ -167,7 +167,7 @@ def run(model: Path, scratch: Path) -> str:
         kv_budget=4 << 20,
         optimize=False,  # which packs weights
     )
-    with Runtime(settings, {"chat": True}, lambda _: None) as runtime:
+    with build(settings, {"chat": True}, lambda _: None) as runtime:
         if no_template:
             raise Wrong("a chat template appears that the files do not have")
         for row, text in enumerate(_TEXTS):

@@ -1,0 +1,332 @@
+"""An engine for one device: model, memory, kernels, executor and scheduler put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from batchrun.allocator.accounting import Usage, UsageIntegral, paged_bytes, static_bytes
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.cuda import CudaMemory
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.tensor import layer_views, slab_bytes
+from batchrun.allocator.vmm import AllocatorError, VirtualMemory
+from batchrun.engine import attention, cpu
+from batchrun.engine.core import EngineError
+from batchrun.engine.cpu import Level
+from batchrun.engine.cpu.compile import guard_caches
+from batchrun.engine.drafts import Drafts
+from batchrun.engine.engine import Engine
+from batchrun.engine.executor import TorchExecutor
+from batchrun.engine.model import gates, loading
+from batchrun.engine.model.generation import read_generation
+from batchrun.engine.model.optimize import optimize
+from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.settings import (
+    DEVICE_HEADROOM,
+    Encode,
+    Settings,
+    available_memory,
+    choose_device,
+    fit_context,
+    geometry_of,
+    kv_layout,
+    no_backend,
+    num_slots,
+    prompt_encoder,
+)
+from batchrun.engine.shortage import device_errors
+from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
+from batchrun.engine.warmup import WarmUp
+from batchrun.machine import keep_freed_memory, return_freed_memory
+from batchrun.models import whole
+
+_LOOKAHEAD = 4  # steps
+_GIVE_BACK = 16  # pages a step: some 45 us each in the driver, and a short step takes 2 ms
+_DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a part of the claimed ones
+_DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no guess is worth
+
+
+def build(
+    settings: Settings, prompt: Mapping[str, Any], log: Callable[[str], None] = lambda _: None
+) -> Assembly:
+    """Load a model, build its engine, and check it: what a job runs on.
+
+    Args:
+        settings: What to run, and how.
+        prompt: Keyword arguments of `PromptBuilder`.
+        log: Told, a line each, what the user should know.
+
+    Raises:
+        ModelError: The model can't be loaded, or is refused.
+        EngineError: See `Assembly`.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    return_freed_memory()  # loading and packing leave hundreds of MiB behind
+    with device_errors("the weights", None):
+        loaded = loading.load(
+            settings.model_path,
+            name=settings.model_name,
+            dtype=settings.dtype,
+            quantize=settings.quantize,
+            device=choose_device(settings.device, log),
+            trust_remote_code=settings.trust_remote_code,
+            max_model_len=settings.max_model_len,
+        )
+    if loaded.device.type == "cuda":
+        guard_caches(log)
+    loaded = fit_context(loaded, settings, str(loaded.device))
+    for note in loaded.notes:
+        log(note)
+    encode = prompt_encoder(loaded, settings, prompt, log)
+    weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
+    want = None
+    if not gates.seen(loaded, weights, settings.cache):
+        whole.check_finite(loaded.model)
+        want = gates.reference(loaded)
+    assembly = Assembly(loaded, settings, log)
+    assembly.encode = encode
+    if ignored := ", ".join(assembly.generation.ignored):
+        log(f"the model's generation config asks for {ignored}, which batchrun does not do")
+    try:
+        difference = gates.verify_once(
+            loaded,
+            weights,
+            settings.cache,
+            "-".join(assembly.kernels).replace(" ", "-"),
+            lambda: gates.verify(
+                loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens, want
+            ),
+        )
+    except BaseException:
+        assembly.close()
+        raise
+    if difference is not None:
+        log(f"checked {loaded.architecture} against eager attention: {difference:.1g}")
+    keep_freed_memory()
+    return assembly
+
+
+class Assembly:
+    """A model's engine with its memory and kernels. Close it to give the memory back.
+
+    Args:
+        loaded: The model, on its device; made faster in place where settings say so.
+        settings: How to run it.
+        log: Told, a line each, what the user should know.
+
+    Attributes:
+        encode: Makes prompt tokens of a row's fields; there where `build` made it all.
+        kernels: What computes: the attention backend, and what `optimize` made faster.
+        generation: How the model wants to be sampled.
+
+    Raises:
+        EngineError: There is no memory for it, or a backend asked for by name can't be used.
+    """
+
+    encode: Encode
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: Settings,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.loaded = loaded
+        self.settings = settings
+        self.limits = settings.limits(loaded.device.type)
+        self.max_num_seqs = self.limits.max_num_seqs
+        self.max_num_batched_tokens = self.limits.max_num_batched_tokens
+        self.generation = read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len)
+        self.usage = UsageIntegral()
+        self._log = log
+        self._cuda = loaded.device.type == "cuda"
+        made = optimize(loaded.model, compile=self._cuda, log=log) if settings.optimize else ()
+        self._weights_bytes = loaded.weights_bytes
+        self._scratch = False  # whether a slot is open for what fills up recorded steps
+        self._resources = ExitStack()
+        try:
+            self.arena = self._make_arena()
+            self.executor = self._make_executor()
+            if self._cuda:
+                warmup = WarmUp(self.executor, self.arena, self.limits, log)
+                self._scratch = warmup.run(graphs=settings.graphs)
+        except AllocatorError as error:
+            self.close()
+            fits = fit_context(loaded, replace(settings, max_model_len=None), loaded.device.type)
+            less = f"use --max-model-len {fits.max_model_len} or less, or fewer --max-num-seqs"
+            raise EngineError(
+                f"no KV memory can be set up for {self.max_num_seqs} sequences of "
+                f"{loaded.max_model_len} tokens: {error}",
+                hint="lower --max-num-seqs or --max-model-len" if fits is loaded else less,
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        recorded = ("recorded pieces",) * (self.executor.pieces is not None)
+        self.kernels = (self.executor.backend.name, *made, *recorded)
+        self.scheduler = Scheduler(
+            self.arena,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=loaded.max_model_len,
+            share=settings.share_prefixes,
+            drafts=self._drafts(),
+            lookahead=_LOOKAHEAD if self.executor.lag else 0,
+        )
+        self.engine = Engine(
+            self.executor,
+            self.scheduler,
+            loaded.tokenizer,
+            loaded.eos_ids,
+            specials=self.generation.specials,
+            observe=lambda seconds: self.usage.add(self._usage(), seconds),
+            mapping_seconds=lambda: self.arena.work_seconds,
+        )
+
+    def measurements(self) -> dict[str, float | str]:
+        """The engine's figures so far, by the names of `batchrun.jobs.metrics`."""
+        return {
+            **asdict(self.engine.stats),
+            **self.usage.as_dict(),
+            "shared_tokens": self.scheduler.num_shared_tokens,
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "max_num_seqs": self.max_num_seqs,
+            "preemptions": self.scheduler.num_preemptions,
+            "weights_bytes": self._weights_bytes,
+            "peak_activations": self._peak_activations(),
+            "device": str(self.loaded.device),
+            "attention": self.executor.backend.name,
+            "model": self.settings.model_name,
+        }
+
+    def close(self) -> None:
+        """Wait for the device, then give slots, pages and addresses back."""
+        self._resources.close()
+
+    def __enter__(self) -> Assembly:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _make_memory(self) -> tuple[VirtualMemory, Callable[[], int]]:
+        """The device's memory, and what says how many bytes of it the KV cache may still take.
+
+        Below 0 when another program took more than was left: then the cache gives pages back.
+        """
+        layout = kv_layout(self.loaded, self.settings, cuda=self._cuda)
+        if not self._cuda:
+            return HostMemory(layout.page_size, planes=layout.planes, guard=False), available_memory
+        memory = CudaMemory(
+            self.loaded.device.index or 0, page_size=layout.page_size, planes=layout.planes
+        )
+        return memory, lambda: memory.memory_info()[0] - DEVICE_HEADROOM
+
+    def _make_arena(self) -> KVArena:
+        memory, free = self._make_memory()
+        self._resources.callback(memory.close)
+        wanted = kv_layout(self.loaded, self.settings, cuda=self._cuda)
+        layout = replace(wanted, page_size=memory.granularity, planes=memory.planes)
+
+        def measured() -> int:
+            """What the pool may hold: what it has and what is free beside it."""
+            held = self.arena.pool.created if hasattr(self, "arena") else 0
+            return held * layout.page_bytes + free()
+
+        arena = KVArena(
+            memory,
+            layout,
+            num_slots=num_slots(self.limits, cuda=self._cuda),
+            budget=measured if self.settings.kv_budget is None else self.settings.kv_budget,
+            slack=_DEVICE_SLACK if self._cuda else _HOST_SLACK,
+            give_back=_GIVE_BACK if self._cuda else None,
+        )
+        self._resources.callback(arena.release)
+        return arena
+
+    def _make_executor(self) -> TorchExecutor:
+        loaded, settings = self.loaded, self.settings
+        transfers: Transfers = HostTransfers()
+        lag = 0
+        if self._cuda:
+            lag = int(settings.overlap and not self._waits_for_tokens())
+            transfers = CudaTransfers(loaded.device, lag)
+        self._resources.callback(transfers.drain)
+        slots = self.arena.layout.slot_tokens, self.arena.num_slots
+        geometry = geometry_of(loaded, self.limits, *slots)
+        try:
+            backend = attention.create(settings.attention, geometry, transfers.upload, self._log)
+        except ValueError as error:
+            raise no_backend(error) from error
+        layers = range(len(loaded.layers))
+        views = [layer_views(self.arena, i, loaded.dtype, loaded.device) for i in layers]
+        groups = range(self.arena.layout.num_groups)
+        slabs = [slab_bytes(self.arena, group, loaded.device) for group in groups]
+        return TorchExecutor(
+            loaded,
+            views,
+            slabs,
+            backend,
+            transfers,
+            lag=lag,
+            relieve=self._relieve,
+            processors=self.generation.processors,
+        )
+
+    def _waits_for_tokens(self) -> bool:
+        """Whether a step's tokens have to be known before the next one's are sampled."""
+        names = self.generation.processors.reads_tokens
+        if names:
+            self._log(
+                f"each step waits for the one before it: the model's {' and '.join(names)} "
+                "(generation config) look at the tokens so far"
+            )
+        return bool(names)
+
+    def _drafts(self) -> Drafts | None:
+        """Guesses, where attention takes several tokens of each row in one call.
+
+        A call for each such row costs more than it saves; on a GPU a step is planned before the
+        tokens of the one before it are known.
+        """
+        several = self.executor.backend.max_query is None and not self._cuda
+        if not self.settings.drafts or self.executor.lag or not several:
+            return None
+        row = self.loaded.model.config.get_text_config().vocab_size * self.loaded.dtype.itemsize
+        # The rows of a tile; vectors multiply 8 rows at a time.
+        return Drafts(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
+
+    def _relieve(self) -> None:
+        """Give the device the KV pages that nobody needs, and what torch keeps for later."""
+        self._log("the device has no memory for a step: giving unused memory back to it")
+        torch.cuda.synchronize(self.loaded.device)
+        self.arena.trim()
+        torch.cuda.empty_cache()
+
+    def _usage(self) -> Usage:
+        """The arena's, without the slot of the fillers, which is no sequence."""
+        usage, layout = self.arena.usage(), self.arena.layout
+        if not self._scratch:
+            return usage
+        return replace(
+            usage,
+            live=usage.live - layout.bytes_per_token,
+            static=usage.static - static_bytes(layout, 1),
+            paged=usage.paged - paged_bytes(layout, 1),
+        )
+
+    def _peak_activations(self) -> int:
+        """Bytes that torch held on the GPU at most, beside the weights; 0 on a CPU."""
+        if not self._cuda:
+            return 0
+        held = torch.cuda.max_memory_reserved(self.loaded.device)
+        return max(0, held - self._weights_bytes)

@@ -1,0 +1,251 @@
+"""How a model is to run, and what that means here: known before there are weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import log2
+from mmap import PAGESIZE
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchrun import machine
+from batchrun.allocator.cuda import Driver
+from batchrun.allocator.layout import KVLayout, LayerKV, planes_of
+from batchrun.allocator.vmm import AllocatorError
+from batchrun.engine import attention
+from batchrun.engine.attention import Geometry
+from batchrun.engine.core import EngineError
+from batchrun.engine.model.generation import vocabulary_size, within_vocabulary
+from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.sharing import KEPT
+from batchrun.errors import ModelError
+from batchrun.prompts.builder import prompt_builder
+
+Encode = Callable[[Mapping[str, Any]], tuple[int, ...]]
+
+_HOST_PAGE = 256 << 10  # bytes, of all slabs of a slot together
+_LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than filling them
+# The driver takes as long to map an allocation of 128 MiB as one of 2 MiB (docs/memory.md).
+_DEVICE_PAGE_TOKENS = 32
+_LEAST_DEVICE_PAGE = 2 << 20  # bytes
+_MOST_ADDRESSES = 1 << 46  # bytes of slots, of which a process can have less than twice as many
+_HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
+DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
+_STEP_SHARE = 0.1  # of a step's time, what it costs beside its tokens
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step is made of, where the user did not say."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def step_tokens(self, step_cost: float | None) -> int:
+        """Tokens of a step: so many that what it costs beside them is a tenth of its time.
+
+        A quarter to twice the default, and the default where the cost is not known.
+        """
+        if not step_cost:
+            return self.max_num_batched_tokens
+        wanted = 1 << max(0, round(log2(step_cost / _STEP_SHARE)))
+        least = max(self.max_num_seqs, self.max_num_batched_tokens // 4)
+        return max(least, min(wanted, 2 * self.max_num_batched_tokens))
+
+
+LIMITS = {"cpu": Limits(256, 1024), "cuda": Limits(256, 8192)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run a model: nothing here changes what comes out.
+
+    Args:
+        model_path: Folder with config, tokenizer and safetensors.
+        model_name: What to call it in messages.
+        fingerprint: Of the model's content, for remembered verdicts.
+        cache: Folder of remembered verdicts.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        quantize: `int8` for weights of 8 bits, or None.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        attention: Name of the attention backend.
+        max_num_seqs: Sequences that run at once; None for the device's default, as below.
+        max_num_batched_tokens: Tokens computed in one step at most; None for the device's default,
+            or what `step_cost` makes of it.
+        step_cost: What a step takes beside its tokens, in the time of one token, as measured in
+            earlier runs; None where there were none.
+        max_model_len: Context length; None for the model's own.
+        kv_budget: Bytes of KV pages at most; None for what the device has.
+        page_size: Bytes of a KV page; None for 8 to 256 KiB on a CPU, the more the fewer slabs,
+            and on a GPU for some 32 tokens, but the driver's least at least.
+        layers_per_slab: Layers whose keys and values lie together; None for all on a GPU, and on a
+            CPU for one where a layer's share of a token is less than what a TLB entry covers.
+        share_prefixes: Whether rows with a common prefix compute and hold it once.
+        drafts: Whether tokens are guessed; only on a CPU, in bfloat16.
+        overlap: Whether the host works on the next step while the device computes one.
+        graphs: Whether steps are recorded as CUDA graphs, those with prompts in pieces.
+        optimize: Whether the model's modules are fused, and compiled on a GPU.
+        trust_remote_code: Whether the model's own Python code may run.
+    """
+
+    model_path: str
+    model_name: str
+    fingerprint: str
+    cache: Path
+    dtype: str = "auto"
+    quantize: str | None = None
+    device: str = "auto"
+    attention: str = "auto"
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    step_cost: float | None = None
+    max_model_len: int | None = None
+    kv_budget: int | None = None
+    page_size: int | None = None
+    layers_per_slab: int | None = None
+    share_prefixes: bool = True
+    drafts: bool = True
+    overlap: bool = True
+    graphs: bool = True
+    optimize: bool = True
+    trust_remote_code: bool = False
+
+    def limits(self, device: str) -> Limits:
+        """What a step is made of: what was asked for, or the device's default."""
+        default = LIMITS[device.partition(":")[0]]
+        tokens = self.max_num_batched_tokens or default.step_tokens(self.step_cost)
+        return Limits(self.max_num_seqs or default.max_num_seqs, tokens)
+
+
+def choose_device(name: str, log: Callable[[str], None] = lambda _: None) -> str:
+    """The torch device that `--device` means.
+
+    Raises:
+        ModelError: There is no such device here; the message says what is missing.
+    """
+    if name == "cpu":
+        return "cpu"
+    problem = _why_no_cuda(name)
+    if problem is None:
+        return "cuda:0" if name in {"auto", "cuda"} else name
+    if name != "auto":
+        raise ModelError(f"the device {name} can't be used: {problem}", hint="use --device cpu")
+    if torch.cuda.is_available():
+        log(f"computing on the CPU, because the GPU can't be used: {problem}")
+    return "cpu"
+
+
+def _why_no_cuda(name: str) -> str | None:
+    if not torch.cuda.is_available():
+        return (
+            "torch sees no CUDA device"
+            if torch.version.cuda
+            else f"torch {torch.__version__} is built without CUDA"
+        )
+    if name not in {"auto", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}:
+        return f"there are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+    try:
+        Driver()
+    except AllocatorError as error:
+        return str(error)
+    return None
+
+
+def kv_layout(loaded: LoadedModel, settings: Settings, *, cuda: bool) -> KVLayout:
+    """The shape of a model's KV memory. A device's driver may make its pages larger."""
+    layers = tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers)
+    element, per_slab = loaded.dtype.itemsize, settings.layers_per_slab
+    if per_slab is None:
+        dense = not cuda and max(layer.width for layer in layers) * element < PAGESIZE
+        per_slab = 1 if dense else len(layers)
+    per_slab = min(per_slab, len(layers))
+    page_size = settings.page_size
+    if page_size is None and cuda:
+        slab = sum(layer.width for layer in layers) * element * per_slab / len(layers)
+        page_size = max(_LEAST_DEVICE_PAGE, 1 << round(log2(_DEVICE_PAGE_TOKENS * slab)))
+    elif page_size is None:
+        fair = 1 << (_HOST_PAGE // -(-len(layers) // per_slab)).bit_length() - 1
+        page_size = max(_LEAST_HOST_PAGE, fair)
+    planes = planes_of(layers, per_slab)
+    return KVLayout(layers, element, page_size, loaded.max_model_len, per_slab, planes)
+
+
+def fit_context(loaded: LoadedModel, settings: Settings, device: str) -> LoadedModel:
+    """Give a model whose slots exceed the address space a shorter context, if none was asked for.
+
+    Each sequence reserves addresses for the whole context, and there are 2^47 for all of a process.
+    """
+    seqs = settings.limits(device).max_num_seqs
+    layout = kv_layout(loaded, settings, cuda=device != "cpu")
+    most = _MOST_ADDRESSES // ((seqs + KEPT + 1) * layout.bytes_per_token)
+    if settings.max_model_len is not None or layout.slot_tokens <= most:
+        return loaded
+    limit = 1 << most.bit_length() - 1
+    note = (
+        f"context of {limit:,} of {loaded.max_model_len:,} tokens: more for each of {seqs} "
+        "sequences would exceed a process's addresses; --max-model-len with fewer --max-num-seqs "
+        "goes further"
+    )
+    return replace(loaded, max_model_len=limit, notes=(*loaded.notes, note))
+
+
+def prompt_encoder(
+    loaded: LoadedModel, settings: Settings, prompt: Mapping[str, Any], log: Callable[[str], None]
+) -> Encode:
+    """What makes prompt tokens of a row's fields; `prompt` are arguments of `PromptBuilder`."""
+    builder = prompt_builder(
+        loaded.tokenizer,
+        prompt,
+        max_model_len=loaded.max_model_len,
+        model=settings.model_name,
+        log=log,
+    )
+    return within_vocabulary(builder, loaded.tokenizer, vocabulary_size(loaded.model))
+
+
+def check_backend(loaded: LoadedModel, settings: Settings, device: str) -> None:
+    """Refuse, before there are weights, an attention backend that was asked for by name.
+
+    Raises:
+        EngineError: It can't serve this model on this device.
+    """
+    cuda = device != "cpu"
+    layout, limits = kv_layout(loaded, settings, cuda=cuda), settings.limits(device)
+    geometry = geometry_of(loaded, limits, layout.slot_tokens, num_slots(limits, cuda=cuda))
+    try:
+        attention.check(settings.attention, replace(geometry, device=torch.device(device)))
+    except ValueError as error:
+        raise no_backend(error) from error
+
+
+def num_slots(limits: Limits, *, cuda: bool) -> int:
+    """Of running sequences, of those whose beginnings are kept, and for the fillers of graphs."""
+    return limits.max_num_seqs + KEPT + cuda
+
+
+def geometry_of(loaded: LoadedModel, limits: Limits, slot_tokens: int, slots: int) -> Geometry:
+    """What attention is made for, where the model is."""
+    return Geometry(
+        layers=loaded.layers,
+        slot_tokens=slot_tokens,
+        num_slots=slots,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        dtype=loaded.dtype,
+        device=loaded.device,
+    )
+
+
+def no_backend(error: ValueError) -> EngineError:
+    """What is told where attention that was asked for by name can't be used."""
+    return EngineError(
+        str(error), hint="use --attention auto; `batchrun doctor` says what works here"
+    )
+
+
+def available_memory() -> int:
+    """Bytes that the KV cache may still take: what is free here and now, less some headroom."""
+    return machine.available_memory() - _HOST_HEADROOM
