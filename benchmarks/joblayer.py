@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from batchrun.jobs.folder import create
 from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.journal.results import Result
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.row import Row
 from batchrun.jobs.rows.source import expand_inputs, open_source
@@ -133,10 +134,10 @@ def run(folder: Path) -> dict[str, Any]:
     spec = JobSpec(
         inputs=(InputFile.of(path),),
         input_format=kind,
-        prompt={"column": "prompt"},
-        model={"name": "null"},
-        sampling={},
-        output={"path": str(output), "format": "parquet", "token_ids": True},
+        prompt=PromptSpec(column="prompt"),
+        model=ModelSpec(name="null"),
+        sampling=SamplingSpec(),
+        output=OutputSpec(path=str(output), format="parquet", token_ids=True),
     )
     job = create(folder, spec)
     began, cpu = time.perf_counter(), time.process_time()
@@ -188,11 +189,11 @@ def run_demo(folder: Path) -> dict[str, Any]:
     spec = JobSpec(
         inputs=(InputFile.of(prompts),),
         input_format="parquet",
-        prompt={"column": "prompt", "template": None, "chat": True, "system": None},
-        model={"name": model.name, "path": str(model.path), "fingerprint": model.fingerprint},
-        sampling={"max_tokens": 64},
+        prompt=PromptSpec(column="prompt", chat=True),
+        model=ModelSpec(name=model.name, path=str(model.path), fingerprint=model.fingerprint),
+        sampling=SamplingSpec(max_tokens=64),
         seed=1,
-        output={"path": str(folder / "out.parquet"), "format": "parquet", "token_ids": False},
+        output=OutputSpec(path=str(folder / "out.parquet"), format="parquet"),
     )
     in_steps = 0.0
     in_threads: dict[str, float] = {}

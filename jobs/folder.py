@@ -94,7 +94,8 @@ class JobFolder:
     def spec(self) -> JobSpec:
         """The job's specification, with inputs and model where they are, and limits as they are."""
         spec = self.submitted().at(load_places(self.path)).within(self.path)
-        return replace(spec, runtime={**spec.runtime, **load_limits(self.path)})
+        limits: dict[str, Any] = load_limits(self.path)
+        return replace(spec, runtime=replace(spec.runtime, **limits))
 
     def mend(self) -> list[str]:
         """Put right what can be of damaged files, and say what, a line each. Needs the lease.
@@ -260,7 +261,7 @@ class JobFolder:
     def _destinations(self) -> Iterator[Path]:
         for load in (JobSpec.load, lambda _: self.spec()):  # as submitted, and as it is now
             with suppress(JobError, OSError):
-                if path := load(self.path).output.get("path"):
+                if path := load(self.path).output.path:
                     yield self.path / path
         with suppress(OSError):
             for name in (self.path / _DESTINATIONS).read_bytes().split(b"\0")[:-1]:
@@ -282,8 +283,8 @@ class JobFolder:
             done=counts.rows,
             failed=counts.failed,
             skipped=counts.skipped,
-            model=spec.model.get("name") or "",
-            output=spec.output.get("path") or "",
+            model=spec.model.name,
+            output=spec.output.path,
             fingerprint=spec.fingerprint(),
         )
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from batchrun.jobs.errors import InputError, JobError, SpecChanged, refused
 from batchrun.jobs.files import read_json, write_json
+from batchrun.jobs.options import RuntimeSpec
 from batchrun.jobs.rows.store import INPUTS
 from batchrun.jobs.spec import InputFile, JobSpec
 
@@ -33,13 +35,14 @@ def load_places(folder: Path) -> dict[str, str]:
 
 
 def load_limits(folder: Path) -> dict[str, int]:
-    """How the job is to run that was told otherwise since, by names in `JobSpec.runtime`.
+    """How the job is to run that was told otherwise since, by names of `RuntimeSpec`.
 
     Raises:
         JobError: The file is damaged.
     """
     told = _told(folder / LIMITS, "--max-num-seqs N")
-    return {name: value for name, value in told.items() if isinstance(value, int)}
+    known = {f.name for f in fields(RuntimeSpec)}
+    return {name: v for name, v in told.items() if name in known and isinstance(v, int)}
 
 
 def set_limits(folder: Path, limits: Mapping[str, int]) -> None:
@@ -78,7 +81,7 @@ def places_with_output(folder: Path, spec: JobSpec, output: Path | None) -> dict
     """
     places = load_places(folder)
     if output is not None:
-        places[str(spec.output["path"])] = str(output)
+        places[spec.output.path] = str(output)
     return {old: new for old, new in places.items() if old != new}
 
 
@@ -162,12 +165,12 @@ def changes(
                 lines.append(f"{was.path}: it had {was.size} bytes and now has {now.size}")
             elif was.fingerprint != now.fingerprint:
                 lines.append(f"{was.path}: its content changed")
-    model = spec.model.get("path")
+    model = spec.model.path
     if model and model_fingerprint is not None and (only is None or model in only):
         elsewhere = f"if it is elsewhere now: batchrun resume --moved '{model}'=NEW"
         with refused(InputError, f"the model in {model} can't be read", elsewhere):
             os.stat(model)
-            if model_fingerprint(Path(model)) != spec.model.get("fingerprint"):
+            if model_fingerprint(Path(model)) != spec.model.fingerprint:
                 lines.append(f"the model in {model}: its weights, config or tokenizer changed")
     return lines
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.rows.store import INPUTS, Part
 
 VERSION = 1
@@ -22,6 +23,13 @@ _SHOWN = 200  # characters of a value that differs
 
 # Where things are and how fast they go, not what comes out.
 _NOT_CONTENT = {"output", "runtime", "version"}
+_PARTS: dict[str, type[Any]] = {
+    "prompt": PromptSpec,
+    "model": ModelSpec,
+    "sampling": SamplingSpec,
+    "output": OutputSpec,
+    "runtime": RuntimeSpec,
+}
 
 
 @dataclass(frozen=True)
@@ -91,29 +99,27 @@ class JobSpec:
     Args:
         inputs: The input files, in row order.
         input_format: `parquet`, `jsonl` or `csv`.
-        prompt: How a row becomes a prompt: `column`, `template`, `chat`, `system`.
-        model: `name`, `path`, `fingerprint`, `dtype`, `trust_remote_code`.
-        sampling: Sampling parameters that the user gave, by name.
+        prompt: How a row becomes a prompt.
+        model: What computes the answers.
+        sampling: How, as far as the user said.
         seed: Of the whole job.
         n: Completions a row.
         keep: How many of them the output has, the best by mean log-probability; None for all.
         limit: Rows at most; None for all.
-        output: `path`, `format`, `token_ids`, `prefix` of added columns' names, `overwrite` where
-            what is at `path` may be replaced, `stdout` where it is handed out in the end. Not part
-            of the fingerprint.
-        runtime: How to run: device, batch limits, KV budget. Not part of the fingerprint.
+        output: Where the answers go. Not part of the fingerprint.
+        runtime: How to run. Not part of the fingerprint.
     """
 
     inputs: tuple[InputFile, ...]
     input_format: str
-    prompt: Mapping[str, Any]
-    model: Mapping[str, Any]
-    sampling: Mapping[str, Any]
+    prompt: PromptSpec
+    model: ModelSpec
+    sampling: SamplingSpec
     seed: int = 0
     n: int = 1
     limit: int | None = None
-    output: Mapping[str, Any] = field(default_factory=dict)
-    runtime: Mapping[str, Any] = field(default_factory=dict)
+    output: OutputSpec = field(default_factory=OutputSpec)
+    runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     version: int = VERSION
     keep: int | None = None
 
@@ -122,23 +128,9 @@ class JobSpec:
         text = json.dumps(self._content(), sort_keys=True)
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
-    def differences(self, other: JobSpec) -> list[str]:
-        """What determines the output and differs, a line each: name, this one's, the other's."""
-        inputs = [
-            f"input {now.path} ({now.size} bytes) is not what {was.path} ({was.size} bytes) was"
-            for was, now in zip(self.inputs, other.inputs, strict=False)
-            if was.fingerprint != now.fingerprint
-        ]
-        if len(self.inputs) != len(other.inputs):
-            inputs = [f"inputs: {len(self.inputs)} files, now {len(other.inputs)}"]
-        mine, theirs = self._content(), other._content()
-        del mine["inputs"], theirs["inputs"]
-        return inputs + _differing(_flat(mine), _flat(theirs))
-
     def paths(self) -> list[str]:
         """Where inputs and model lie."""
-        model = self.model.get("path")
-        return [i.path for i in self.inputs] + ([str(model)] if model else [])
+        return [i.path for i in self.inputs] + [self.model.path] * bool(self.model.path)
 
     def at(self, places: Mapping[str, str]) -> JobSpec:
         """The same job with inputs, model and output where `places` says that their paths lead.
@@ -148,27 +140,21 @@ class JobSpec:
         Raises:
             OutputError: The output's new name says no format.
         """
-        if not places:
-            return self
         inputs = tuple(replace(i, path=places.get(i.path, i.path)) for i in self.inputs)
-        model = {k: places.get(v, v) if k == "path" else v for k, v in self.model.items()}
-        output = dict(self.output)
-        if output.get("path") in places:
-            output["path"] = places[output["path"]]
+        model = replace(self.model, path=places.get(self.model.path, self.model.path))
+        output = self.output
+        if (path := places.get(output.path)) is not None:
             from batchrun.jobs.rows.formats import output_format  # noqa: PLC0415 - seldom
 
-            output["format"] = output_format(Path(output["path"]))
-            output.pop("overwrite", None)
-            output.pop("stdout", None)
+            kind = output_format(Path(path))
+            output = replace(output, path=path, format=kind, overwrite=False, stdout=False)
         return replace(self, inputs=inputs, model=model, output=output)
 
     def within(self, folder: Path) -> JobSpec:
         """The same job, with full paths of what lies in its folder: stdin, and stdout-to-be."""
         inputs = tuple(replace(file, path=str(folder / file.path)) for file in self.inputs)
-        output = dict(self.output)
-        if output.get("path"):
-            output["path"] = str(folder / output["path"])
-        return replace(self, inputs=inputs, output=output)
+        path = self.output.path and str(folder / self.output.path)
+        return replace(self, inputs=inputs, output=replace(self.output, path=path))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -217,18 +203,28 @@ class JobSpec:
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> JobSpec:
         """What `as_dict` said; names that this version does not know are left out."""
-        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        return cls(**{**known, "inputs": tuple(InputFile(**i) for i in data["inputs"])})
+        found = _known_names(cls, data)
+        for name in _PARTS.keys() & found:
+            found[name] = _PARTS[name](**_known_names(_PARTS[name], found[name]))
+        return cls(**{**found, "inputs": tuple(InputFile(**file) for file in data["inputs"])})
 
     def _content(self) -> dict[str, Any]:
         content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}
-        if self.keep is None:  # as it was before there was such a thing
-            del content["keep"]
         content["inputs"] = [
             [i.fingerprint, i.partition] if i.partition else i.fingerprint for i in self.inputs
         ]
-        content["model"] = {k: v for k, v in self.model.items() if k not in {"path", "name"}}
+        del content["model"]["path"], content["model"]["name"]
         return content
+
+
+def _known_names(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """What of JSON is a field of that class; JSON has lists where there were tuples."""
+    names = {f.name for f in fields(kind)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in {**data}.items()
+        if name in names
+    }
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

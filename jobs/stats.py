@@ -49,9 +49,9 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
     summary = {
         "job": job.id,
         "state": state or job.state(),
-        "output": spec.output.get("path"),
+        "output": spec.output.path,
         "samples_per_row": spec.n,
-        "max_tokens": spec.sampling.get("max_tokens"),
+        "max_tokens": spec.sampling.max_tokens,
         "rows": {
             "total": total,
             "done": counts.rows,
@@ -68,7 +68,7 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
     }
     figures = merged(run["stats"] for run in runs)
     figures["completed_rows"] = figures["completions"] / spec.n
-    figures["model"] = figures["model"] or spec.model.get("name")
+    figures["model"] = figures["model"] or spec.model.name
     placed(summary, figures)
     return summary
 

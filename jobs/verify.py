@@ -104,13 +104,13 @@ def _rows(
 
 def _output(spec: JobSpec, journal: Journal, source: Source, noted: Noted) -> Iterator[str]:
     """Where the output is not what an export would write now."""
-    path = Path(spec.output["path"])
+    path = Path(spec.output.path)
     if OUTPUTS.identity(path) is None:
         yield f"the output {path} is gone; the journal has its rows: batchrun export"
         return
     joined = rejoin(spec, journal, source)
     try:
-        differences = FORMATS[spec.output["format"]].differences(path, joined, noted)
+        differences = FORMATS[spec.output.format].differences(path, joined, noted)
         found = list(islice(differences, _SHOWN))
         if not found:
             joined.finish()

@@ -24,6 +24,7 @@ from batchrun.jobs.errors import JournalError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
@@ -208,12 +209,12 @@ def make_job(home: Path, rows: list[tuple[str, int, float]], *, n: int, keep: in
     spec = JobSpec(
         inputs=(InputFile.of(path),),
         input_format="parquet",
-        prompt={"column": "prompt"},
-        model={"name": "none"},
-        sampling={},
+        prompt=PromptSpec(column="prompt"),
+        model=ModelSpec(name="none"),
+        sampling=SamplingSpec(),
         n=n,
         keep=keep,
-        output={"path": str(home / "out.parquet"), "format": "parquet"},
+        output=OutputSpec(path=str(home / "out.parquet"), format="parquet"),
     )
     return folder.create(home, spec)
 

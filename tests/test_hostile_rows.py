@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from batchrun.engine.build import Assembly, build
 from batchrun.engine.settings import Settings
 from batchrun.jobs import folder
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import resolve
 from batchrun.run.param_columns import OVERRIDES
@@ -99,12 +100,12 @@ def answered(
     spec = JobSpec(
         inputs=(InputFile.of(path),),
         input_format="jsonl",
-        prompt=prompt,
-        model={"name": "tiny", "path": "", "fingerprint": "", "dtype": "float32"},
-        sampling={"max_tokens": 6},
+        prompt=PromptSpec(**prompt),
+        model=ModelSpec(name="tiny", path="", fingerprint="", dtype="float32"),
+        sampling=SamplingSpec(max_tokens=6),
         n=n,
         seed=1,
-        output={"path": str(out), "format": "jsonl", "token_ids": True},
+        output=OutputSpec(path=str(out), format="jsonl", token_ids=True),
     )
     job = folder.create(home, spec)
     outcome = run_job(job.path, stop=threading.Event(), open_workbench=lambda *_: bench)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from batchrun.engine.settings import Limits
 from batchrun.estimate.measured import Measured, StepSampler
+from batchrun.jobs.options import ModelSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import JobSpec
 
 COSTS = (0.004, 0.0007, 2e-11)
@@ -21,10 +23,10 @@ def spec(**changes: Any) -> JobSpec:
     fields: dict[str, Any] = {
         "inputs": (),
         "input_format": "jsonl",
-        "prompt": {},
-        "model": {"name": "m", "path": "/m", "fingerprint": "abc", "dtype": "float32"},
-        "sampling": {},
-        "runtime": {"device": "auto", "max_num_seqs": 8, "plan": True},
+        "prompt": PromptSpec(),
+        "model": ModelSpec("m", "/m", "abc", "float32"),
+        "sampling": SamplingSpec(),
+        "runtime": RuntimeSpec(max_num_seqs=8),
     }
     return JobSpec(**{**fields, **changes})
 
@@ -98,10 +100,10 @@ def test_what_is_remembered_is_of_the_same_model_and_settings(tmp_path: Path) ->
     measured.save(tmp_path, spec())
     assert Measured.load(tmp_path, spec()) == measured
     model, runtime = spec().model, spec().runtime
-    assert Measured.load(tmp_path, spec(model={**model, "path": "/elsewhere"})) == measured
-    assert Measured.load(tmp_path, spec(runtime={**runtime, "max_num_seqs": 2})) == measured
-    assert Measured.load(tmp_path, spec(model={**model, "dtype": "bfloat16"})) is None
-    assert Measured.load(tmp_path, spec(runtime={**runtime, "device": "cuda:0"})) is None
+    assert Measured.load(tmp_path, spec(model=replace(model, path="/elsewhere"))) == measured
+    assert Measured.load(tmp_path, spec(runtime=replace(runtime, max_num_seqs=2))) == measured
+    assert Measured.load(tmp_path, spec(model=replace(model, dtype="bfloat16"))) is None
+    assert Measured.load(tmp_path, spec(runtime=replace(runtime, device="cuda:0"))) is None
     [path] = (tmp_path / "measured").iterdir()
     path.write_text("{")
     assert Measured.load(tmp_path, spec()) is None

@@ -23,6 +23,7 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.lease import Lease
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
@@ -33,7 +34,7 @@ from batchrun.run.worker import Outcome, run_job
 from tests.tiny import write_tiny_model
 
 ROWS = 30
-SAMPLED = {"max_tokens": 10, "temperature": 1.0}
+SAMPLED = SamplingSpec(max_tokens=10, temperature=1.0)
 Submit = Callable[..., JobFolder]
 
 
@@ -57,21 +58,16 @@ def submit(
         spec = JobSpec(
             inputs=(InputFile.of(path),),
             input_format="parquet",
-            prompt={"column": "prompt", "template": None, "chat": False, "system": None},
-            model={
-                "name": "tiny",
-                "path": str(tiny.path),
-                "fingerprint": tiny.fingerprint,
-                "dtype": "float32",
-            },
+            prompt=PromptSpec(column="prompt"),
+            model=ModelSpec(
+                name="tiny", path=str(tiny.path), fingerprint=tiny.fingerprint, dtype="float32"
+            ),
             sampling=SAMPLED,
             seed=4,
-            output={
-                "path": str(tmp_path / f"out-{number}.parquet"),
-                "format": "parquet",
-                "token_ids": True,
-            },
-            runtime={"max_num_seqs": 8, "max_num_batched_tokens": 64, "page_size": 4096},
+            output=OutputSpec(
+                path=str(tmp_path / f"out-{number}.parquet"), format="parquet", token_ids=True
+            ),
+            runtime=RuntimeSpec(max_num_seqs=8, max_num_batched_tokens=64, page_size=4096),
         )
         return folder.create(tmp_path, replace(spec, **changes))
 
@@ -83,7 +79,7 @@ def run(job: JobFolder, **kwargs: Any) -> Outcome:
 
 
 def output(job: JobFolder) -> pa.Table:
-    return pq.read_table(job.spec().output["path"])
+    return pq.read_table(job.spec().output.path)
 
 
 def test_every_row_gets_its_answer_whatever_the_batching(submit: Submit) -> None:
@@ -93,9 +89,9 @@ def test_every_row_gets_its_answer_whatever_the_batching(submit: Submit) -> None
     assert want["prompt"].to_pylist()[3].startswith("row 3:")
     assert len(set(want["completion"].to_pylist())) > ROWS // 2
     for runtime in (
-        {"max_num_seqs": 1},
-        {"max_num_seqs": 7, "max_num_batched_tokens": 5, "page_size": 4096},
-        {"max_num_seqs": 64, "kv_budget": 20 * 4096, "page_size": 4096, "layers_per_slab": 1},
+        RuntimeSpec(max_num_seqs=1),
+        RuntimeSpec(max_num_seqs=7, max_num_batched_tokens=5, page_size=4096),
+        RuntimeSpec(max_num_seqs=64, kv_budget=20 * 4096, page_size=4096, layers_per_slab=1),
     ):
         job = submit(runtime=runtime)
         assert run(job) is Outcome.DONE
@@ -103,13 +99,13 @@ def test_every_row_gets_its_answer_whatever_the_batching(submit: Submit) -> None
         assert job.spec().fingerprint() == plain.spec().fingerprint()
 
 
-@pytest.mark.parametrize("sampling", [SAMPLED, {"max_tokens": 10}])
-def test_a_plan_changes_no_token(submit: Submit, sampling: dict[str, Any]) -> None:
+@pytest.mark.parametrize("sampling", [SAMPLED, SamplingSpec(max_tokens=10)])
+def test_a_plan_changes_no_token(submit: Submit, sampling: SamplingSpec) -> None:
     """Of rows that repeat, share prefixes far apart and are of all lengths."""
     prompts = [f"{'a common beginning ' * (i % 4)}row {i % 20}" for i in range(ROWS)]
     columns = {"prompt": prompts, "max_tokens": [3 + i % 20 % 7 for i in range(ROWS)]}
     planned = submit(columns, sampling=sampling)
-    runtime = {**planned.spec().runtime, "plan": False}
+    runtime = replace(planned.spec().runtime, plan=False)
     plain = submit(columns, sampling=sampling, runtime=runtime)
     assert plain.spec().fingerprint() == planned.spec().fingerprint()
     assert [run(planned), run(plain)] == [Outcome.DONE] * 2
@@ -120,11 +116,16 @@ def test_a_plan_changes_no_token(submit: Submit, sampling: dict[str, Any]) -> No
 
 def test_a_plan_changes_no_token_of_a_real_model(submit: Submit, smollm2: ModelRef) -> None:
     prompts = [f"{'The sea is calm today. ' * (i % 3 * 2)}My name is" for i in range(9)]
-    model = {"name": smollm2.name, "path": str(smollm2.path), "dtype": "float32"}
-    model["fingerprint"] = smollm2.fingerprint
+    model = ModelSpec(smollm2.name, str(smollm2.path), smollm2.fingerprint, "float32")
     jobs = [
-        submit({"prompt": prompts}, limit=None, model=model, sampling={"max_tokens": 6}, **more)
-        for more in ({}, {"runtime": {"plan": False}})
+        submit(
+            {"prompt": prompts},
+            limit=None,
+            model=model,
+            sampling=SamplingSpec(max_tokens=6),
+            **more,
+        )
+        for more in ({}, {"runtime": RuntimeSpec(plan=False)})
     ]
     assert [run(job) for job in jobs] == [Outcome.DONE] * 2
     assert output(jobs[0]).equals(output(jobs[1]))
@@ -181,7 +182,7 @@ def test_columns_set_a_rows_own_parameters(submit: Submit) -> None:
     job = submit({"max_tokens": lengths, "seed": seeds, "temperature": [0.0] * ROWS})
     assert run(job) is Outcome.DONE
     counts = output(job)["completion_tokens"].to_pylist()
-    assert counts[0] <= SAMPLED["max_tokens"]
+    assert counts[0] <= (SAMPLED.max_tokens or 0)
     assert all(count <= i for i, count in enumerate(counts) if i)
     assert counts[3] == 3
 
@@ -210,7 +211,7 @@ def test_samples_of_a_row_differ_and_stand_together(submit: Submit) -> None:
 
 
 def test_samples_that_can_not_differ_are_told(submit: Submit) -> None:
-    for sampling, told in (({"max_tokens": 1}, True), (SAMPLED, False)):
+    for sampling, told in ((SamplingSpec(max_tokens=1), True), (SAMPLED, False)):
         lines: list[str] = []
         run(submit(n=2, sampling=sampling), log=lines.append)
         assert any("will be the same" in line for line in lines) is told
@@ -286,10 +287,10 @@ def test_changed_input_and_changed_model_are_refused(submit: Submit, tmp_path: P
     with pytest.raises(SpecChanged, match=path.name):
         run(job)
     spec = submit().spec()
-    changed = folder.create(tmp_path, replace(spec, model={**spec.model, "fingerprint": "0"}))
+    changed = folder.create(tmp_path, replace(spec, model=replace(spec.model, fingerprint="0")))
     with pytest.raises(SpecChanged, match="model"):
         run(changed)
-    gone = folder.create(tmp_path, replace(spec, model={**spec.model, "path": "/nowhere"}))
+    gone = folder.create(tmp_path, replace(spec, model=replace(spec.model, path="/nowhere")))
     with pytest.raises(JobError, match="/nowhere"):
         run(gone)
 
@@ -405,7 +406,7 @@ def test_whatever_a_tokenizer_raises_is_an_error_of_its_row(submit: Submit) -> N
                 raise next(left)
             return (1,)
 
-    job, lines = submit({"prompt": prompts}, runtime={"plan": False}), list[str]()
+    job, lines = submit({"prompt": prompts}, runtime=RuntimeSpec(plan=False)), list[str]()
     outcome = run(job, open_workbench=lambda *_: Bench(), log=lines.append)
     assert outcome is Outcome.DONE_WITH_ERRORS
     errors = {i: e for i, e in enumerate(output(job)["error"].to_pylist()) if e}
@@ -428,7 +429,7 @@ def test_an_engine_that_fails_makes_suspects_of_its_rows(submit: Submit) -> None
 
     bench = _SlowWorkbench()
     bench.engine = Engine()
-    job = submit(runtime={"plan": False})
+    job = submit(runtime=RuntimeSpec(plan=False))
     with pytest.raises(worker.StepFailed, match="a step of the engine failed: ZeroDivisionError"):
         run(job, open_workbench=lambda *_: bench)
     suspects = InFlightRows(job.path)
@@ -451,9 +452,12 @@ def test_an_input_that_has_other_rows_than_were_counted(
 
     path = tmp_path / "in.jsonl"
     written(6)
-    out = {"path": str(tmp_path / "out.jsonl"), "format": "jsonl"}
+    out = OutputSpec(str(tmp_path / "out.jsonl"), "jsonl")
     job = submit(
-        inputs=(InputFile.of(path),), input_format="jsonl", output=out, runtime={"plan": plan}
+        inputs=(InputFile.of(path),),
+        input_format="jsonl",
+        output=out,
+        runtime=RuntimeSpec(plan=plan),
     )
     prompts: list[str] = []
 
@@ -503,7 +507,7 @@ def test_a_row_that_is_not_what_an_earlier_run_read_ends_the_next_one(submit: Su
 def test_a_finished_job_only_exports_again(submit: Submit) -> None:
     job = submit()
     run(job)
-    path = Path(job.spec().output["path"])
+    path = Path(job.spec().output.path)
     want = path.read_bytes()
     path.unlink()
 
@@ -557,7 +561,7 @@ def test_rows_without_a_prompt_can_be_left_out(submit: Submit) -> None:
     strict = submit({"prompt": prompts})
     assert run(strict) is Outcome.DONE_WITH_ERRORS
     assert strict.counts().failed == 2 * ROWS // 3
-    job = submit({"prompt": prompts}, prompt={**strict.spec().prompt, "skip_empty": True})
+    job = submit({"prompt": prompts}, prompt=replace(strict.spec().prompt, skip_empty=True))
     assert run(job) is Outcome.DONE
     assert (job.counts().failed, job.counts().skipped) == (0, 2 * ROWS // 3)
     answered = [text is not None for text in output(job)["completion"].to_pylist()]

@@ -60,8 +60,8 @@ def run(
 
     status = watch(job, as_json=as_json, log_from=log_size, alive=alive)
     output = job.spec().output
-    if output.get("stdout") and status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
-        hand_out(Path(output["path"]))
+    if output.stdout and status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+        hand_out(Path(output.path))
     return status
 
 
@@ -151,7 +151,7 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
         line += f", {rows['resumed']:,} of them kept from earlier runs"
     if rows["failed"]:
         line += f", {rows['failed']:,} failed (the column `error` says why)"
-    aside = bool(job.spec().output.get("stdout"))  # stdout has the answers
+    aside = job.spec().output.stdout  # stdout has the answers
     if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
         say(line, f"output: {output}", f"next:   batchrun stats {job.id}", err=aside)
     else:

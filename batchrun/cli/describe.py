@@ -8,12 +8,14 @@ from typing import Any
 from batchrun.jobs.spec import JobSpec
 from batchrun.terminal import say
 
+_NOT_SAID: tuple[object, ...] = (None, False, (), {}, "")
+
 
 def job_parameters(spec: JobSpec) -> dict[str, Any]:
     """What a job was asked for, JSON-able; what was left to its default is left out."""
     samples = {"n": spec.n} if spec.keep is None else {"n": spec.keep, "best_of": spec.n}
-    runtime = dict(spec.runtime)
-    columns = runtime.pop("param_columns", [])
+    runtime = _given(spec.runtime)
+    columns = runtime.pop("param_columns", None)
     parameters: dict[str, Any] = {
         "inputs": [file.path for file in spec.inputs],
         "prompt": _given(spec.prompt),
@@ -25,7 +27,7 @@ def job_parameters(spec: JobSpec) -> dict[str, Any]:
             **({"from_columns": columns} if columns else {}),
         },
         "output": _given(spec.output),
-        "runtime": _given(runtime),
+        "runtime": runtime,
     }
     if spec.limit is not None:
         parameters["limit"] = spec.limit
@@ -45,5 +47,6 @@ def print_fields(fields: Mapping[str, Any]) -> None:
             say(f"{label:<{width}}  {line}")
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if value not in (None, False, [], ())}
+def _given(part: object) -> dict[str, Any]:
+    said = {name: value for name, value in vars(part).items() if value not in _NOT_SAID}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in said.items()}

@@ -12,9 +12,10 @@ import click
 from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.cli.piped import PIPE, hand_out
-from batchrun.cli.specs import output_settings, to_stdout
+from batchrun.cli.specs import output_to, to_stdout
 from batchrun.jobs.folder import JobFolder, find, home
 from batchrun.jobs.inflight import ReaderNote
+from batchrun.jobs.options import OutputSpec
 from batchrun.jobs.output.destination import exporting
 from batchrun.jobs.output.rejoin import Exported, export_job
 from batchrun.jobs.spec import JobSpec
@@ -44,20 +45,25 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     root = home()
     folder = find(root, job)
     spec = folder.spec()
-    if output is None and spec.output.get("stdout"):
+    if output is None and spec.output.stdout:
         output = PIPE
     target = _target(spec, output)
 
     def write(note: ReaderNote, lost: Path | None = None) -> Exported:
-        how = {"format": target["format"], "partial": partial, "noted": note.reading, "lost": lost}
+        how: dict[str, Any] = {
+            "format": target.format,
+            "partial": partial,
+            "noted": note.reading,
+            "lost": lost,
+        }
         with folder.journal() as journal:
             if output == PIPE:
                 with _room(folder) as place:
-                    path = Path(place, target["path"])
+                    path = Path(place, target.path)
                     found = export_job(spec, journal, path, **how)
                     hand_out(path)
                     return found
-            path = Path(target["path"])
+            path = Path(target.path)
             with exporting(root, folder, path, overwrite=overwrite) as may_replace:
                 return export_job(spec, journal, path, may_replace=may_replace, **how)
 
@@ -68,7 +74,7 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
             raise
         lost = crash.path  # the crash itself can't be caught: it and what follows is done without
         found = isolated(lambda note: write(note, lost))
-    where = "stdout" if output == PIPE else target["path"]
+    where = "stdout" if output == PIPE else target.path
     say(f"{found.rows:,} rows in {where}", err=output == PIPE)
     if found.unknown is not None:
         say(
@@ -78,10 +84,10 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
         )
 
 
-def _target(spec: JobSpec, output: str | None) -> dict[str, Any]:
+def _target(spec: JobSpec, output: str | None) -> OutputSpec:
     if output == PIPE:
         return to_stdout(spec.input_format)
-    return output_settings(output) if output else dict(spec.output)
+    return output_to(output) if output else spec.output
 
 
 def _room(job: JobFolder) -> tempfile.TemporaryDirectory[str]:

@@ -25,7 +25,7 @@ from batchrun.cli.options import (
     submit_options,
 )
 from batchrun.cli.piped import PIPE, taken_in
-from batchrun.cli.specs import make_spec, output_settings
+from batchrun.cli.specs import make_spec, output_to
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
 from batchrun.jobs.inflight import ReaderNote
@@ -134,21 +134,21 @@ def _check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
             hint=f"batchrun resume {same.id}{only_failed}{_told_limits(spec, same)}, or submit "
             "with --again to begin anew",
         )
-    if spec.output.get("stdout"):
+    if spec.output.stdout:
         return
-    destination = Path(spec.output["path"])
+    destination = Path(spec.output.path)
     check_apart(root, destination, [Path(file.path) for file in spec.inputs])
     # It may be there by now.
-    OUTPUTS.check(destination, overwrite=bool(spec.output.get("overwrite")))
+    OUTPUTS.check(destination, overwrite=spec.output.overwrite)
 
 
 def _told_limits(spec: JobSpec, job: JobFolder) -> str:
     """The options of `resume` by which a job would run as another that is the same work."""
-    was = job.spec().runtime
+    now, was = vars(spec.runtime), vars(job.spec().runtime)
     return "".join(
-        f" --{name.replace('_', '-')} {spec.runtime[name]}"
+        f" --{name.replace('_', '-')} {now[name]}"
         for name in _LIMITS
-        if spec.runtime.get(name) not in (None, was.get(name))
+        if now[name] not in (None, was[name])
     )
 
 
@@ -189,7 +189,7 @@ def resume_command(
         jobs = [found for found in list_jobs(root) if _is_resumable(found)]
     else:
         jobs = [find(root, job)]
-    path = Path(output_settings(output)["path"]) if output else None
+    path = Path(output_to(output).path) if output else None
     for found in jobs:
         for pair in moved:
             old, equals, new = pair.partition("=")

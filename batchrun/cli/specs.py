@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import click
 from batchrun.cli.piped import PIPE
 from batchrun.engine.core import SamplingParams
 from batchrun.jobs.errors import InputError
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.output.destination import check_place
 from batchrun.jobs.output.export import check_columns
 from batchrun.jobs.output.store import OUTPUTS
@@ -46,7 +48,14 @@ _SAMPLING = (
     "num_beams",
     "length_penalty",
 )
-_SELDOM = ("skip_empty", "ignore_param_columns", "special_tokens_in_data")  # of the prompt
+_PROMPT = (
+    "template",
+    "chat",
+    "system",
+    "skip_empty",
+    "ignore_param_columns",
+    "special_tokens_in_data",
+)
 _EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
 _RUNTIME = (
     "device",
@@ -89,16 +98,16 @@ def make_spec(
     if options["output"] == PIPE:
         output = to_stdout(input_format)
     else:
-        output = output_settings(options["output"] or _default_output(parts[0].path, input_format))
+        output = output_to(options["output"] or _default_output(parts[0].path, input_format))
     source = open_source(parts, input_format, noted=noted)
     prompt = _prompt(options, fields, source, log)
     own = [*_param_columns(options, source, sampling, log), *_argument_columns(prompt, source, log)]
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
     prefix = options["output_prefix"]
     check_columns(source.column_names, options["token_ids"], n, keep, prefix)
-    if not output.get("stdout"):
-        check_place(home, Path(output["path"]), [part.path for part in parts])
-        OUTPUTS.check(Path(output["path"]), overwrite=options["overwrite"])
+    if not output.stdout:
+        check_place(home, Path(output.path), [part.path for part in parts])
+        OUTPUTS.check(Path(output.path), overwrite=options["overwrite"])
     model = _model(options, home, log)
     _check_chat_template(prompt, source, model)
     return JobSpec(
@@ -111,27 +120,22 @@ def make_spec(
         n=n,
         keep=keep,
         limit=options["limit"],
-        output={
-            **output,
-            "token_ids": options["token_ids"],
-            **({"prefix": prefix} if prefix else {}),
-            **({"overwrite": True} if options["overwrite"] else {}),
-        },
-        runtime={
-            **{name: options[name] for name in _RUNTIME},
-            **({"param_columns": own} if own else {}),  # noted for whoever looks at the job
-        },
+        output=replace(
+            output, token_ids=options["token_ids"], prefix=prefix, overwrite=options["overwrite"]
+        ),
+        # Columns are noted for whoever looks at the job.
+        runtime=RuntimeSpec(**{name: options[name] for name in _RUNTIME}, param_columns=tuple(own)),
     )
 
 
-def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_settings(options: Mapping[str, Any]) -> SamplingSpec:
     """The sampling parameters that were given; what was not is the model's or batchrun's default.
 
     Raises:
         click.UsageError: A value is out of range.
     """
     given = {name: options[name] for name in _SAMPLING if options[name] is not None}
-    given |= {name: list(options[name]) for name in ("stop", "stop_token_ids") if options[name]}
+    given |= {name: options[name] for name in ("stop", "stop_token_ids") if options[name]}
     if options["ignore_eos"]:
         given["ignore_eos"] = True
     if not -(2**63) <= options["seed"] < 2**63:
@@ -145,11 +149,11 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     if "" in options["stop"]:
         raise click.UsageError("--stop must not be empty")
     try:
-        SamplingParams(**{**given, "stop": tuple(options["stop"])})
+        SamplingParams(**given)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise click.UsageError(f"--{name.replace('_', '-')} {rest}") from error
-    return given
+    return SamplingSpec(**given)
 
 
 def _beam_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,14 +181,14 @@ def _beam_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def output_settings(path: str) -> dict[str, Any]:
+def output_to(path: str) -> OutputSpec:
     """Where the output goes and in which format, which the name's suffix says.
 
     Raises:
         OutputError: The suffix says nothing.
     """
     destination = Path(path).expanduser().absolute()
-    return {"path": str(destination), "format": output_format(destination)}
+    return OutputSpec(str(destination), output_format(destination))
 
 
 def _default_output(first: Path, input_format: str) -> str:
@@ -193,10 +197,10 @@ def _default_output(first: Path, input_format: str) -> str:
     return f"{stem}-completions{FORMATS[input_format].output_suffix(first)}"
 
 
-def to_stdout(input_format: str) -> dict[str, Any]:
+def to_stdout(input_format: str) -> OutputSpec:
     """Settings of an output that lies in the job's folder until it is handed out."""
     kind = FORMATS[FORMATS[input_format].stdout]
-    return {"path": f"output{kind.suffixes[0]}", "format": kind.name, "stdout": True}
+    return OutputSpec(f"output{kind.suffixes[0]}", kind.name, stdout=True)
 
 
 def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
@@ -216,7 +220,7 @@ def _prompt(
     fields: Sequence[str] | None,
     source: Source,
     log: Callable[[str], None],
-) -> dict[str, Any]:
+) -> PromptSpec:
     """How a row becomes a prompt. A `messages` column is used where there is no `prompt`."""
 
     def needed(names: Sequence[str]) -> list[str]:
@@ -235,15 +239,8 @@ def _prompt(
     if source.typed and column is not None:
         check_prompt_type(source.schema().field(column))
     args = _template_args(options["template_args"])
-    prompt = {
-        "column": column,
-        "template": options["template"],
-        "chat": options["chat"],
-        "system": options["system"],
-        # Only where they are asked for: the fingerprint of other jobs has never had them.
-        **{name: True for name in _SELDOM if options[name]},
-        **({"template_args": args} if args else {}),
-    }
+    asked = {name: options[name] for name in _PROMPT}
+    prompt = PromptSpec(column, **asked, template_args=args)
     if args and are_chats(prompt, source) is False:
         raise click.UsageError("--template-arg without a chat: add --chat")
     return prompt
@@ -281,21 +278,19 @@ def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputErro
 def _param_columns(
     options: Mapping[str, Any],
     source: Source,
-    sampling: Mapping[str, Any],
+    sampling: SamplingSpec,
     log: Callable[[str], None],
 ) -> list[str]:
     """The columns that act as sampling parameters, which `log` is told."""
     if options["ignore_param_columns"]:
         return []
-    found = param_columns(source, sampling, options["limit"])
+    found = param_columns(source, sampling.given, options["limit"])
     if found:
         log(parameters_taken(found))
     return found
 
 
-def _argument_columns(
-    prompt: Mapping[str, Any], source: Source, log: Callable[[str], None]
-) -> list[str]:
+def _argument_columns(prompt: PromptSpec, source: Source, log: Callable[[str], None]) -> list[str]:
     """The columns that are known to speak to the chat template, which `log` is told."""
     found = [name for name in argument_columns(prompt, source) if name in source.column_names]
     if not found or not are_chats(prompt, source):
@@ -305,40 +300,38 @@ def _argument_columns(
     return found
 
 
-def _check_chat_template(
-    prompt: Mapping[str, Any], source: Source, model: Mapping[str, Any]
-) -> None:
+def _check_chat_template(prompt: PromptSpec, source: Source, model: ModelSpec) -> None:
     """Refuse chats for a model that is known to have no template for them, or another one.
 
     Raises:
         ModelError: It has none, or one that does not read what the job says to it. What only
             loading the tokenizer would tell is left to the run.
     """
-    folder, code = Path(model["path"]), model["trust_remote_code"]
+    folder, code = Path(model.path), model.trust_remote_code
     if are_chats(prompt, source) and not code and lacks_chat_template(folder):
-        raise no_chat_template(model["name"])
-    args = prompt.get("template_args")
+        raise no_chat_template(model.name)
+    args = prompt.template_args
     if args and not code and (sources := chat_templates(folder)):
         from batchrun.prompts.chat_source import (  # noqa: PLC0415 - Jinja, seldom
             check_template_args,
         )
 
-        check_template_args(args, sources, model["name"])
+        check_template_args(args, sources, model.name)
 
 
-def _model(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -> dict[str, Any]:
+def _model(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -> ModelSpec:
     if options["device"].startswith("cuda"):
         from batchrun.engine.settings import choose_device  # noqa: PLC0415 - imports torch
 
         choose_device(options["device"])
     trusted = options["trust_remote_code"]
     ref = resolve(options["model"], home / "models", trust_remote_code=trusted, log=log)
-    return {
-        "name": ref.name,
-        "path": str(ref.path),
-        "fingerprint": ref.fingerprint,
-        "dtype": options["dtype"],
-        **({"quantize": options["quantize"]} if options["quantize"] else {}),
-        "trust_remote_code": trusted,
-        "max_model_len": options["max_model_len"],
-    }
+    return ModelSpec(
+        name=ref.name,
+        path=str(ref.path),
+        fingerprint=ref.fingerprint,
+        dtype=options["dtype"],
+        quantize=options["quantize"],
+        trust_remote_code=trusted,
+        max_model_len=options["max_model_len"],
+    )

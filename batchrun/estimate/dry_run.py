@@ -73,9 +73,8 @@ def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit | None
     parts = [file.part for file in spec.inputs]
     source = open_source(parts, spec.input_format, noted=limit.note.reading)
     source.count()  # through to the end: an array may be cut short, a quote never closed
-    few = replace(
-        spec, limit=min(_ROWS, spec.limit or _ROWS), runtime={**spec.runtime, "plan": False}
-    )
+    unplanned = replace(spec.runtime, plan=False)
+    few = replace(spec, limit=min(_ROWS, spec.limit or _ROWS), runtime=unplanned)
     tried = _Tried(info)
     reader = Reader(few, source, DoneSet(spec.n), info, log, limit=limit, barren=_BARREN)
     reader.read(tried, tried)

@@ -158,7 +158,7 @@ def forecast(
         info,
         known or Measured(),
         reader,
-        bool(spec.runtime.get("share_prefixes", True)),
+        spec.runtime.share_prefixes,
         BatchModel(info.max_num_seqs, info.max_num_batched_tokens),
     )
     reader.read(planned, planned)

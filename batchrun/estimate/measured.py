@@ -27,7 +27,7 @@ _KEPT = 0.5  # weight of earlier runs, each time that there is a new one: machin
 # What changes the number of steps, not what one takes.
 _NOT_SPEED = {
     *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "plan", "share_prefixes"),
-    "param_columns",
+    *("name", "path", "max_model_len", "param_columns"),
 }
 _RIDGE = 1e-9  # of the diagonal: runs all of whose steps are alike can't tell amounts apart
 _LEAST = 1e-12  # of an amount's squares: amounts are counts, and less than that is none
@@ -166,8 +166,8 @@ class StepSampler:
 
 def _path(home: Path, spec: JobSpec) -> Path:
     """Where the figures of such jobs are: the same model, settings and machine."""
-    model = {k: v for k, v in spec.model.items() if k not in {"name", "path", "max_model_len"}}
-    runtime = {k: v for k, v in spec.runtime.items() if v is not None and k not in _NOT_SPEED}
+    said = {**vars(spec.model), **vars(spec.runtime)}
+    settings = {name: value for name, value in said.items() if name not in _NOT_SPEED}
     machine = [platform.node(), platform.machine(), os.cpu_count()]
-    text = json.dumps([model, runtime, machine], sort_keys=True)
+    text = json.dumps([settings, machine], sort_keys=True)
     return home / "measured" / f"{blake2b(text.encode(), digest_size=8).hexdigest()}.json"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
+from batchrun.jobs.options import PromptSpec
 from batchrun.jobs.rows.arrowtypes import is_list, is_text, without_dictionary
 from batchrun.jobs.rows.row import Source
 from batchrun.prompts.messages import ARGUMENT_COLUMNS, CHAT_COLUMNS
@@ -18,13 +19,13 @@ def usual_column(names: Sequence[str]) -> str:
     return next((name for name in ("prompt", *CHAT_COLUMNS) if name in names), "prompt")
 
 
-def are_chats(prompt: Mapping[str, Any], source: Source) -> bool | None:
+def are_chats(prompt: PromptSpec, source: Source) -> bool | None:
     """Whether prompts are chats; None where that is each row's affair."""
-    if prompt.get("chat") or prompt.get("system") is not None:
+    if prompt.chat or prompt.system is not None:
         return True
-    if prompt.get("template"):
+    if prompt.template:
         return False
-    column = prompt.get("column") or "prompt"
+    column = prompt.column or "prompt"
     if column in CHAT_COLUMNS:
         return True
     if source.typed and column in source.column_names:
@@ -33,9 +34,9 @@ def are_chats(prompt: Mapping[str, Any], source: Source) -> bool | None:
     return None
 
 
-def argument_columns(prompt: Mapping[str, Any], source: Source) -> list[str]:
+def argument_columns(prompt: PromptSpec, source: Source) -> list[str]:
     """The columns that may speak to the chat template, such as `tools`."""
-    if prompt.get("ignore_param_columns") or are_chats(prompt, source) is False:
+    if prompt.ignore_param_columns or are_chats(prompt, source) is False:
         return []
     # Where a row can bring a column that no row before it had, each is asked for all.
     names = ARGUMENT_COLUMNS if source.num_rows is None else source.column_names

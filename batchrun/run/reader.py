@@ -50,11 +50,11 @@ def prompt_options(spec: JobSpec) -> dict[str, Any]:
     """What `PromptBuilder` is told of a job: the rest of `prompt` is the reader's."""
     own = {"skip_empty", "ignore_param_columns"}
     return {
-        **{k: v for k, v in spec.prompt.items() if k not in own},
-        "arguments_are_data": bool(spec.prompt.get("ignore_param_columns")),
+        **{k: v for k, v in vars(spec.prompt).items() if k not in own},
+        "arguments_are_data": spec.prompt.ignore_param_columns,
         "columnar": FORMATS[spec.input_format].columnar,
         "plain": encode,
-        "told": spec.runtime.get("param_columns", ()),  # when the job was submitted
+        "told": spec.runtime.param_columns,  # when the job was submitted
     }
 
 
@@ -187,19 +187,17 @@ class Reader:
         self._encode = workbench.encode
         self.seconds, self.handed = 0.0, 0
         self.duplicates = Duplicates(spec.n)
-        self.planner = Planner() if spec.runtime.get("plan", True) else None
+        self.planner = Planner() if spec.runtime.plan else None
         self._savings = Savings(
             workbench.max_num_seqs,
             workbench.max_num_batched_tokens,
-            share=bool(spec.runtime.get("share_prefixes", True)),
+            share=spec.runtime.share_prefixes,
         )
         self._generation = workbench.generation
         self._at = self._limit.note
-        self._given = {
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in spec.sampling.items()},
-            "logprobs": spec.keep is not None,  # best-of ranks by them
-        }
-        if self._generation.stop and spec.sampling.get("num_beams", 1) > 1:
+        # Best-of ranks by log-probabilities.
+        self._given = {**spec.sampling.given, "logprobs": spec.keep is not None}
+        if self._generation.stop and (spec.sampling.num_beams or 1) > 1:
             raise InputError(
                 "the model's generation config has stop strings "
                 f"({', '.join(map(repr, self._generation.stop))}), and beam search knows none",
@@ -207,19 +205,19 @@ class Reader:
             )
         self._has_told_internal = False
         prompt, self._log = spec.prompt, log
-        if prompt.get("template"):
-            needed = Template(prompt["template"]).columns
+        if prompt.template:
+            needed = Template(prompt.template).columns
         else:
-            needed = [prompt.get("column") or "prompt"]
+            needed = [prompt.column or "prompt"]
         known = [name for name in OVERRIDES if name in source.column_names]
         # Where a row can bring a column that no row before it had, each is asked for all.
         whole = source.num_rows is not None
         self._overrides = known if whole else list(OVERRIDES)
-        if prompt.get("ignore_param_columns"):
+        if prompt.ignore_param_columns:
             known, self._overrides = [], []
         spoken = argument_columns(prompt, source)
         self.columns = list(dict.fromkeys([*needed, *self._overrides, *spoken]))
-        self._told = set(spec.runtime.get("param_columns", ()))  # when the job was submitted
+        self._told = set(spec.runtime.param_columns)  # when the job was submitted
         self._tell(known)
         temperature = {**self._generation.sampling, **self._given}.get("temperature")
         if spec.n > 1 and not temperature and "temperature" not in known:
@@ -338,7 +336,7 @@ class Reader:
             raise
         except BaseException as error:
             found = self._problem(row.index, error)
-            if found.kind in _EMPTY and self._spec.prompt.get("skip_empty"):
+            if found.kind in _EMPTY and self._spec.prompt.skip_empty:
                 return [Result(row.index, s, "skipped") for s in samples]
             text = str(found).encode(errors="backslashreplace").decode()
             return [

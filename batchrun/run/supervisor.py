@@ -165,7 +165,7 @@ def work(path: Path, root: Path) -> int:
 
 def device_of(job: JobFolder) -> str:
     """The queue that a job waits in, found out without loading torch."""
-    wanted = str(job.spec().runtime.get("device") or "auto")
+    wanted = job.spec().runtime.device
     if wanted == "auto":
         wanted = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
     return "cuda:0" if wanted == "cuda" else wanted

@@ -434,7 +434,7 @@ class _Run:
         """Refuse what can't fit: of results and output the least that they can take."""
         left = self._total * self.spec.n - self._samples
         copied = 0 if self.spec.limit else sum(file.size for file in self.spec.inputs) // 4
-        check_room((self.job.path, left * _RESULT_BYTES), (Path(self.spec.output["path"]), copied))
+        check_room((self.job.path, left * _RESULT_BYTES), (Path(self.spec.output.path), copied))
 
     def _watch_room(self) -> None:
         """End the run before a disk is full; say once, early, that one will be.
@@ -442,7 +442,7 @@ class _Run:
         Raises:
             OutputError: There is no room for more.
         """
-        output = Path(self.spec.output["path"])
+        output = Path(self.spec.output.path)
         check_room((self.job.path, 0), (output, 0))
         size = sum(file.stat().st_size for file in self.job.path.glob("journal.db*"))
         done = max(1, self._samples)
@@ -466,7 +466,7 @@ class _Run:
     def _export(self) -> None:
         self._report("export")
         began = time.perf_counter()
-        spec, path = self.spec, Path(self.spec.output["path"])
+        spec, path = self.spec, Path(self.spec.output.path)
         with Journal(self.job.path, spec.n) as journal:
             journal.resume_run(self._run_id)
             try:
@@ -474,8 +474,8 @@ class _Run:
                     spec,
                     journal,
                     path,
-                    format=spec.output["format"],
-                    may_replace=Claim(journal, path, overwrite=bool(spec.output.get("overwrite"))),
+                    format=spec.output.format,
+                    may_replace=Claim(journal, path, overwrite=spec.output.overwrite),
                     noted=self._limit.note.reading,
                 )
             except OutputTaken as error:
@@ -614,18 +614,17 @@ def engine_settings(spec: JobSpec, step_cost: float | None) -> Settings:
     """
     from batchrun.engine.settings import Settings  # noqa: PLC0415 - imports torch
 
-    model = spec.model
-    not_engine = {"plan", "param_columns"}
-    runtime = {k: v for k, v in spec.runtime.items() if v is not None and k not in not_engine}
+    model, not_engine = spec.model, {"plan", "param_columns"}
+    runtime = {k: v for k, v in vars(spec.runtime).items() if k not in not_engine}
     return Settings(
-        model_path=model["path"],
-        model_name=model["name"],
-        fingerprint=model["fingerprint"],
+        model_path=model.path,
+        model_name=model.name,
+        fingerprint=model.fingerprint,
         cache=folders.home() / "verdicts",
-        dtype=model.get("dtype", "auto"),
-        quantize=model.get("quantize"),
-        trust_remote_code=bool(model.get("trust_remote_code")),
-        max_model_len=model.get("max_model_len"),
+        dtype=model.dtype,
+        quantize=model.quantize,
+        trust_remote_code=model.trust_remote_code,
+        max_model_len=model.max_model_len,
         step_cost=step_cost,
         **runtime,
     )

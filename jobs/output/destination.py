@@ -104,7 +104,7 @@ def check_apart(
             spec = other.spec()
         except (JobError, OSError):  # it is gone, or damaged: it writes nothing
             continue
-        theirs = OUTPUTS.places(Path(spec.output["path"])) if spec.output.get("path") else set()
+        theirs = OUTPUTS.places(Path(spec.output.path)) if spec.output.path else set()
         if where & theirs:
             raise _taken(f"{destination} is where", other, state, "writes its output")
         if any(where & OUTPUTS.places(Path(file.path)) for file in spec.inputs):
@@ -179,7 +179,7 @@ def resuming(
             submitted = job.submitted()
             places = places_with_output(job.path, submitted, output)
             spec = submitted.at(places).within(job.path)
-            path, inputs = Path(spec.output["path"]), [Path(file.path) for file in spec.inputs]
+            path, inputs = Path(spec.output.path), [Path(file.path) for file in spec.inputs]
             if output is not None:
                 check_place(root, path, inputs)
             check_apart(root, path, inputs, job)
@@ -227,7 +227,7 @@ def exporting(
     def unchanged() -> bool:
         return before is not None and before == OUTPUTS.identity(destination)
 
-    if not is_same(destination, Path(spec.output["path"])):
+    if not is_same(destination, Path(spec.output.path)):
         job.note_destination(destination)
         yield lambda _: unchanged()
         return
@@ -249,9 +249,9 @@ def is_same(path: Path, other: Path) -> bool:
 
 
 def _check_own(job: JobFolder, spec: JobSpec, there: Identity) -> None:
-    path = Path(spec.output["path"])
+    path = Path(spec.output.path)
     with job.journal() as journal:
-        if not Claim(journal, path, overwrite=bool(spec.output.get("overwrite"))).covers(there):
+        if not Claim(journal, path, overwrite=spec.output.overwrite).covers(there):
             raise OutputTaken(
                 f"{path} exists, and the job {job.id} did not write it",
                 hint=f"batchrun resume {job.id} --output OTHER, or --overwrite to replace it",

@@ -72,7 +72,7 @@ def export_job(
     """
 
     def write(joined: Joined) -> int:
-        private = bool(spec.output.get("stdout"))  # it is kept with the job
+        private = spec.output.stdout  # it is kept with the job
         return export(joined, destination, format=format, may_replace=may_replace, private=private)
 
     try:
@@ -195,9 +195,7 @@ def _joined(
     return Joined(
         source,
         ResultReader(journal.results(skip_damaged=partial), spec.n, partial, spec.keep, total),
-        output_columns(
-            bool(output.get("token_ids")), spec.n, spec.keep, output.get("prefix") or ""
-        ),
+        output_columns(output.token_ids, spec.n, spec.keep, output.prefix),
         limit=spec.limit if total is None else int(total),
         digests=journal.digests,
         read=journal.meta(READ) or [],

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.jobs.folder import create
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import fingerprint
 from tests.cli.gate import Gate
@@ -108,15 +109,15 @@ class CommandLine:
         spec = JobSpec(
             inputs=(InputFile.of(source),),
             input_format="parquet" if source.suffix == ".parquet" else "jsonl",
-            prompt={"column": "prompt", "template": None, "chat": False, "system": None},
-            model={
-                "name": str(self.model),
-                "path": str(self.model),
-                "fingerprint": fingerprint(self.model),
-                "dtype": "auto",
-            },
-            sampling={"max_tokens": 2},
-            output={"path": str(self.folder / output), "format": "jsonl"},
+            prompt=PromptSpec(column="prompt"),
+            model=ModelSpec(
+                name=str(self.model),
+                path=str(self.model),
+                fingerprint=fingerprint(self.model),
+                dtype="auto",
+            ),
+            sampling=SamplingSpec(max_tokens=2),
+            output=OutputSpec(path=str(self.folder / output), format="jsonl"),
         )
         return create(self.home, spec).path
 

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from batchrun.engine.core import Request
 from batchrun.jobs import folder
 from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
 from batchrun.run import worker
@@ -63,17 +64,14 @@ def make_job(home: Path, prompts: Path, ref: ModelRef, output: Path, max_tokens:
     spec = JobSpec(
         inputs=(InputFile.of(prompts),),
         input_format="parquet",
-        prompt={"column": "prompt", "template": None, "chat": False, "system": None},
-        model={
-            "name": ref.name,
-            "path": str(ref.path),
-            "fingerprint": ref.fingerprint,
-            "dtype": "float32",
-        },
-        sampling={"max_tokens": max_tokens, "temperature": 0.8, "top_p": 0.95},
+        prompt=PromptSpec(column="prompt"),
+        model=ModelSpec(
+            name=ref.name, path=str(ref.path), fingerprint=ref.fingerprint, dtype="float32"
+        ),
+        sampling=SamplingSpec(max_tokens=max_tokens, temperature=0.8, top_p=0.95),
         seed=5,
-        output={"path": str(output), "format": "parquet", "token_ids": True},
-        runtime={"max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_budget": 64 << 20},
+        output=OutputSpec(path=str(output), format="parquet", token_ids=True),
+        runtime=RuntimeSpec(max_num_seqs=8, max_num_batched_tokens=64, kv_budget=64 << 20),
     )
     return folder.create(home, spec)
 

@@ -35,6 +35,7 @@ from batchrun.cli.errors import describe
 from batchrun.errors import StepFailed, said_by
 from batchrun.jobs import folder
 from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 from batchrun.machine import end_with_lost_threads
@@ -212,15 +213,15 @@ class Case:
         return JobSpec(
             inputs=(InputFile.of(prompts),),
             input_format="jsonl",
-            prompt={"column": "prompt", "template": None, "chat": False, "system": None},
-            model={
-                "name": "tiny",
-                "path": str(self.model),
-                "fingerprint": fingerprint(self.model),
-                "dtype": "float32",
-            },
-            sampling={"max_tokens": 6, "temperature": 1.0},
-            output={"path": str(self.output), "format": "jsonl"},
+            prompt=PromptSpec(column="prompt"),
+            model=ModelSpec(
+                name="tiny",
+                path=str(self.model),
+                fingerprint=fingerprint(self.model),
+                dtype="float32",
+            ),
+            sampling=SamplingSpec(max_tokens=6, temperature=1.0),
+            output=OutputSpec(path=str(self.output), format="jsonl"),
         )
 
 

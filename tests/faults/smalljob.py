@@ -30,6 +30,7 @@ from batchrun.jobs.errors import LeaseHeld
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Result
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 from batchrun.prompts.messages import PromptError
@@ -189,10 +190,10 @@ class SmallJob:
         return JobSpec(
             inputs=(InputFile.of(self.prompts),),
             input_format="parquet",
-            prompt={"column": "prompt", "template": None, "chat": False, "system": None},
-            model={"name": "null", "path": str(self.root), "fingerprint": "", "dtype": "float32"},
-            sampling={"max_tokens": MAX_TOKENS},
-            output={"path": str(self.output), "format": self.format, "token_ids": True},
+            prompt=PromptSpec(column="prompt"),
+            model=ModelSpec(name="null", path=str(self.root), fingerprint="", dtype="float32"),
+            sampling=SamplingSpec(max_tokens=MAX_TOKENS),
+            output=OutputSpec(path=str(self.output), format=self.format, token_ids=True),
         )
 
     def jobs(self) -> list[JobFolder]:

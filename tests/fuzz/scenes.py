@@ -20,6 +20,7 @@ from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.folder import JobFolder, create, find_same, list_jobs
 from batchrun.jobs.identity import PLACES, set_limits
 from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.destination import check_apart, resuming
 from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.spec import InputFile, JobSpec
@@ -84,10 +85,10 @@ def _submitted(root: Path) -> JobFolder:
     spec = JobSpec(
         inputs=(InputFile.of(own),),
         input_format="jsonl",
-        prompt={"column": "prompt", "template": None, "chat": False, "system": None},
-        model={"name": "null", "path": "", "fingerprint": "", "dtype": "float32"},
-        sampling={"max_tokens": 6},
-        output={"path": _OUTPUT, "format": "jsonl", "token_ids": True},
+        prompt=PromptSpec(column="prompt"),
+        model=ModelSpec(name="null", path="", fingerprint="", dtype="float32"),
+        sampling=SamplingSpec(max_tokens=6),
+        output=OutputSpec(path=_OUTPUT, format="jsonl", token_ids=True),
     )
     return create(root, spec, own)
 
@@ -188,7 +189,7 @@ def _look(job: JobFolder, home: Path) -> None:
         float(line["time"])
         str(line["message"]).encode()
     tail.close()
-    spec = JobSpec((), "jsonl", {}, {}, {})
+    spec = JobSpec((), "jsonl", PromptSpec(), ModelSpec(), SamplingSpec())
     find_same(home, spec)
     check_apart(home, home / "other", [])
 

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.jobs.folder import create
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 
 
@@ -22,12 +23,12 @@ def spec(prompts, tmp_path):
     return JobSpec(
         inputs=(InputFile.of(prompts),),
         input_format="parquet",
-        prompt={"column": "prompt", "template": None, "chat": False, "system": None},
-        model={"name": "tiny", "path": "/models/tiny", "fingerprint": "m1", "dtype": "float32"},
-        sampling={"max_tokens": 8, "temperature": 0.7},
+        prompt=PromptSpec(column="prompt"),
+        model=ModelSpec(name="tiny", path="/models/tiny", fingerprint="m1", dtype="float32"),
+        sampling=SamplingSpec(max_tokens=8, temperature=0.7),
         seed=1,
-        output={"path": str(tmp_path / "out.parquet"), "format": "parquet", "token_ids": False},
-        runtime={"max_num_seqs": 8, "device": "cpu"},
+        output=OutputSpec(path=str(tmp_path / "out.parquet"), format="parquet"),
+        runtime=RuntimeSpec(max_num_seqs=8, device="cpu"),
     )
 
 

@@ -42,7 +42,7 @@ def end(job, state):
 
 @pytest.fixture
 def out(spec):
-    return Path(spec.output["path"])
+    return Path(spec.output.path)
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ class TestResuming:
             pass
 
     def test_what_it_was_submitted_to_replace(self, home, spec, out):
-        job = create(home, replace(spec, output={**spec.output, "overwrite": True}))
+        job = create(home, replace(spec, output=replace(spec.output, overwrite=True)))
         out.write_text("old")
         with resuming(home, job):
             pass
@@ -378,7 +378,7 @@ class TestResuming:
         with pytest.raises(OutputTaken, match=later.id):
             resuming(home, job, overwrite=True).__enter__()
         with resuming(home, job, tmp_path / "b.parquet"):
-            assert job.spec().output["path"] == str(tmp_path / "b.parquet")
+            assert job.spec().output.path == str(tmp_path / "b.parquet")
         with pytest.raises(OutputTaken, match=later.id):
             resuming(home, job, out).__enter__()
 
@@ -388,20 +388,20 @@ class TestResuming:
         assert not (job.path / "places.json").exists()
 
     def test_another_output(self, home, spec, out, tmp_path):
-        job = create(home, replace(spec, output={**spec.output, "overwrite": True}))
+        job = create(home, replace(spec, output=replace(spec.output, overwrite=True)))
         before = (job.path / "job.json").read_bytes()
         elsewhere = tmp_path / "b.jsonl.gz"
         with resuming(home, job, elsewhere):
             pass
         output = job.spec().output
-        assert (output["path"], output["format"]) == (str(elsewhere), "jsonl")
-        assert "overwrite" not in output  # that was said of another file
+        assert (output.path, output.format) == (str(elsewhere), "jsonl")
+        assert not output.overwrite  # that was said of another file
         assert job.spec().fingerprint() == spec.fingerprint()
         assert (job.path / "job.json").read_bytes() == before
         with resuming(home, job, out):  # and back
             pass
         assert job.spec() == JobFolder(job.path).spec() == replace(spec, output=job.spec().output)
-        assert job.spec().output == {**spec.output, "overwrite": True}
+        assert job.spec().output == replace(spec.output, overwrite=True)
 
     def test_another_output_and_a_moved_input_go_together(self, home, job, prompts, tmp_path):
         moved = prompts.rename(tmp_path / "moved.parquet")
@@ -409,10 +409,10 @@ class TestResuming:
         with resuming(home, job, tmp_path / "b.jsonl"):
             pass
         assert job.spec().inputs[0].path == str(moved)
-        assert job.spec().output["path"] == str(tmp_path / "b.jsonl")
+        assert job.spec().output.path == str(tmp_path / "b.jsonl")
         again = moved.rename(tmp_path / "again.parquet")
         job.relocate(str(moved), str(again))
-        assert job.spec().output["path"] == str(tmp_path / "b.jsonl")
+        assert job.spec().output.path == str(tmp_path / "b.jsonl")
 
     def test_another_output_that_cannot_be(self, home, job, prompts, tmp_path):
         (tmp_path / "there.jsonl").write_text("x")

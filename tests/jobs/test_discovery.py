@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.jobs.errors import InputError
+from batchrun.jobs.options import ModelSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.rows.formats import sniffed
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.spec import InputFile, JobSpec
@@ -151,7 +152,7 @@ def test_a_moved_file_keeps_its_partition_and_another_one_is_another_job(tmp_pat
     file = InputFile.of(part.path, part.partition)
 
     def spec(file):
-        return JobSpec((file,), "jsonl", {}, {}, {})
+        return JobSpec((file,), "jsonl", PromptSpec(), ModelSpec(), SamplingSpec())
 
     again = JobSpec.of(json.loads(json.dumps(spec(file).as_dict())))
     assert again.inputs[0].part.partition == {"lang": "de"}

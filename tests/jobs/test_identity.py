@@ -10,6 +10,7 @@ from batchrun.jobs.errors import InputError, JobError, SpecChanged
 from batchrun.jobs.folder import check_unchanged, create, find_same
 from batchrun.jobs.identity import set_limits
 from batchrun.jobs.lease import Lease
+from batchrun.jobs.options import OutputSpec
 from batchrun.jobs.spec import InputFile
 
 
@@ -27,7 +28,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def job(make_job, spec, model):
-    return make_job(model={**spec.model, "path": str(model)})
+    return make_job(model=replace(spec.model, path=str(model)))
 
 
 def test_a_changed_input_is_refused_by_name(job, prompts):
@@ -135,7 +136,7 @@ def test_limits_that_were_told_since_count_and_change_no_work(job):
     was = job.spec()
     set_limits(job.path, {"max_num_seqs": 8, "kv_budget": 1 << 20})
     set_limits(job.path, {"max_num_seqs": 4})
-    assert dict(job.spec().runtime) == {**was.runtime, "max_num_seqs": 4, "kv_budget": 1 << 20}
+    assert job.spec().runtime == replace(was.runtime, max_num_seqs=4, kv_budget=1 << 20)
     assert job.spec().fingerprint() == was.fingerprint()
     assert job.submitted() == was
     check_unchanged(job, digest)
@@ -151,7 +152,7 @@ def end(job, state):
 
 def test_the_newest_job_of_the_same_work_is_found(home, spec, make_job):
     assert find_same(home, spec) is None
-    jobs = [make_job(), make_job(output={"path": "/o"}), make_job(seed=2), make_job()]
+    jobs = [make_job(), make_job(output=OutputSpec(path="/o")), make_job(seed=2), make_job()]
     for number, job in enumerate(jobs):
         os.utime(job.path / "job.json", ns=(number, number))
     assert find_same(home, spec).id == jobs[3].id

@@ -30,6 +30,7 @@ from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.journal import READ
 from batchrun.jobs.journal.results import Partial, Result
 from batchrun.jobs.lease import Lease
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import InputFile, JobSpec
@@ -68,8 +69,16 @@ class JobMachine(RuleBasedStateMachine):
     def submit(self, n):
         path = self.root / "in.parquet"
         pq.write_table(pa.table({"prompt": [f"{row}" for row in range(ROWS)]}), path)
-        output = {"path": str(self.root / "out.jsonl"), "format": "jsonl"}
-        spec = JobSpec((InputFile.of(path),), "parquet", {}, {"name": "m"}, {}, n=n, output=output)
+        output = OutputSpec(str(self.root / "out.jsonl"), "jsonl")
+        spec = JobSpec(
+            (InputFile.of(path),),
+            "parquet",
+            PromptSpec(),
+            ModelSpec("m"),
+            SamplingSpec(),
+            n=n,
+            output=output,
+        )
         self.n, self.home = n, self.root / "0"
         self.job = create(self.home, spec)
         self.results, self.partials, self.crashes = {}, {}, {}
@@ -175,7 +184,7 @@ class JobMachine(RuleBasedStateMachine):
 
     def export(self, journal):
         spec = self.job.spec()
-        export_job(spec, journal, Path(spec.output["path"]), format="jsonl")
+        export_job(spec, journal, Path(spec.output.path), format="jsonl")
 
     # --- what happens to it ----------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.lease import Lease
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.destination import one_at_a_time
 from batchrun.jobs.queue import DeviceQueue
 from batchrun.jobs.spec import InputFile, JobSpec
@@ -51,8 +53,9 @@ def umask_of():
 def spec(tmp_path):
     source = tmp_path / "prompts.jsonl"
     source.write_text(f'{{"prompt": "{MARK}"}}\n')
-    output = {"path": str(tmp_path / "out.jsonl"), "format": "jsonl"}
-    return JobSpec((InputFile.of(source),), "jsonl", {}, {"name": "m"}, {}, output=output)
+    output = OutputSpec(str(tmp_path / "out.jsonl"), "jsonl")
+    inputs = (InputFile.of(source),)
+    return JobSpec(inputs, "jsonl", PromptSpec(), ModelSpec("m"), SamplingSpec(), output=output)
 
 
 def used(home, spec):
@@ -163,6 +166,7 @@ def test_owner_and_group_are_kept_by_who_can(tmp_path):
 
 REPLACE = f"""
 import os, sys
+from dataclasses import replace
 from pathlib import Path
 from batchrun.jobs.files import atomic_write
 os.setgroups([]); os.setgid({USER}); os.setuid({USER})
@@ -204,7 +208,7 @@ def test_a_name_of_broken_unicode_is_kept_as_it_is(tmp_path, spec):
     job = create(tmp_path / "home", spec)
     places = {str(tmp_path / "out.jsonl"): str(tmp_path / name)}
     write_json(job.path / "places.json", places)
-    assert job.spec().output["path"] == str(tmp_path / name)
+    assert job.spec().output.path == str(tmp_path / name)
     folder = tmp_path / name
     folder.mkdir()
     Journal.create(folder)
@@ -237,8 +241,10 @@ def test_rm_takes_what_killed_writers_left_beside_every_destination(tmp_path, sp
 
 KILLED = """
 import os, shutil, signal, sys
+from dataclasses import replace
 from pathlib import Path
 from jobs import folder
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import JobSpec
 home, job, moment = Path(sys.argv[1]), folder.JobFolder(Path(sys.argv[2])), sys.argv[3]
 def die(*_, **__):
@@ -255,7 +261,7 @@ else:
 @pytest.mark.parametrize("moment", ["removing", "making"])
 def test_what_a_killed_process_left_half_done_is_swept_away(tmp_path, spec, moment):
     home = tmp_path / "home"
-    spec = JobSpec(spec.inputs, "jsonl", {"template": MARK}, {"name": "m"}, {}, output=spec.output)
+    spec = replace(spec, prompt=PromptSpec(template=MARK))
     job = create(home, spec)
     command = [sys.executable, "-c", KILLED, str(home), str(job.path), moment]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9

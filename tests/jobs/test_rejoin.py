@@ -22,6 +22,7 @@ from batchrun.jobs.errors import InputError, JobError, SpecChanged
 from batchrun.jobs.folder import create
 from batchrun.jobs.journal.journal import READ
 from batchrun.jobs.journal.results import Result
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output import rejoin
 from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.source import open_source
@@ -65,10 +66,10 @@ def job_of(home, *paths, kind, **changes):
     spec = JobSpec(
         inputs=tuple(InputFile.of(path) for path in paths),
         input_format="jsonl" if kind == "json" else kind,
-        prompt={"column": "prompt"},
-        model={"name": "m"},
-        sampling={},
-        output={"path": str(home / "out.jsonl"), "format": "jsonl"},
+        prompt=PromptSpec(column="prompt"),
+        model=ModelSpec(name="m"),
+        sampling=SamplingSpec(),
+        output=OutputSpec(path=str(home / "out.jsonl"), format="jsonl"),
     )
     return create(home, replace(spec, **changes))
 

@@ -62,7 +62,7 @@ def job(make_job, tmp_path, suffix):
 
 
 def export(job, journal, path, **options):
-    return export_job(job.spec(), journal, path, format=job.spec().output["format"], **options)
+    return export_job(job.spec(), journal, path, format=job.spec().output.format, **options)
 
 
 def rot(job, statement):
@@ -368,7 +368,7 @@ def test_a_job_whose_journal_is_gone_is_listed_and_hides_no_other(job, home, mak
     "suffix", ["parquet", "jsonl", "csv", "jsonl.gz", "csv.zst"], indirect=True
 )
 def test_a_flipped_bit_of_the_output_is_named_or_says_nothing(job, suffix):
-    path = Path(job.spec().output["path"])
+    path = Path(job.spec().output.path)
     data = path.read_bytes()
     if suffix == "parquet":
         tables = pq.read_table(path)
@@ -393,7 +393,7 @@ def test_a_flipped_bit_of_the_output_is_named_or_says_nothing(job, suffix):
 
 @pytest.mark.parametrize("suffix", ["parquet"], indirect=True)
 def test_parquet_outputs_can_be_proven_by_any_reader(job, tmp_path):
-    path = Path(job.spec().output["path"])
+    path = Path(job.spec().output.path)
     data = bytearray(path.read_bytes())
     with pq.ParquetFile(path) as file:
         column = file.metadata.row_group(0).column(0)

@@ -66,7 +66,7 @@ def finish(job):
 
 def write(job, journal):
     spec = job.spec()
-    export_job(spec, journal, Path(spec.output["path"]), format=spec.output["format"])
+    export_job(spec, journal, Path(spec.output.path), format=spec.output.format)
 
 
 def edit(job, *statements, sealed=True):
@@ -148,7 +148,7 @@ def swap(lines):
 )
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_a_changed_output_is_found(done, suffix, change, problem):
-    path = Path(done.spec().output["path"])
+    path = Path(done.spec().output.path)
     if suffix == "parquet":
         schema = pq.read_schema(path)
         rows = pq.read_table(path).to_pylist()
@@ -165,13 +165,13 @@ def test_a_changed_output_is_found(done, suffix, change, problem):
 
 @pytest.mark.parametrize("suffix", ["parquet"])
 def test_columns_of_another_file_are_named(done):
-    path = Path(done.spec().output["path"])
+    path = Path(done.spec().output.path)
     pq.write_table(pq.read_table(path).drop_columns(["score"]), path)
     assert "has the columns prompt, kind, input_error" in verify(done)[0]
 
 
 def test_an_output_that_is_gone_or_torn_is_found(done):
-    path = Path(done.spec().output["path"])
+    path = Path(done.spec().output.path)
     path.write_bytes(path.read_bytes()[:40])
     assert len(verify(done)) >= 1
     path.unlink()
