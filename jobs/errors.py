@@ -1,8 +1,9 @@
 """What a user can cause. Library code raises these; the command line prints them."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from string import Formatter
 
 
 class JobError(Exception):
@@ -16,6 +17,28 @@ class JobError(Exception):
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class OptionError(JobError):
+    """An option is not known, or has a value that it cannot have.
+
+    Args:
+        message: With `{name}` where an option is meant, and `{}` for each of `values`.
+        values: What a user said.
+    """
+
+    def __init__(self, message: str, *values: object) -> None:
+        super().__init__(message)
+        self.args = (message, *values)
+
+    def __str__(self) -> str:
+        return self.spelled(str)
+
+    def spelled(self, spell: Callable[[str], str]) -> str:
+        """The message with the names of options as `spell` writes them."""
+        message, *values = self.args
+        names = {name for _, name, _, _ in Formatter().parse(message) if name}
+        return str(message).format(*values, **{name: spell(name) for name in names})
 
 
 class InputError(JobError):

@@ -9,15 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from batchrun.jobs.errors import InputError, JobError, SpecChanged, refused
 from batchrun.jobs.files import read_json, write_json
-from batchrun.jobs.options import RuntimeSpec
 from batchrun.jobs.rows.store import INPUTS
-from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.spec import LIMIT_NAMES, InputFile, JobSpec
 
 ModelFingerprint = Callable[[Path], str]
 
@@ -41,8 +39,7 @@ def load_limits(folder: Path) -> dict[str, int]:
         JobError: The file is damaged.
     """
     told = _told(folder / LIMITS, "--max-num-seqs N")
-    known = {f.name for f in fields(RuntimeSpec)}
-    return {name: v for name, v in told.items() if name in known and isinstance(v, int)}
+    return {name: v for name, v in told.items() if name in LIMIT_NAMES and isinstance(v, int)}
 
 
 def set_limits(folder: Path, limits: Mapping[str, int]) -> None:

@@ -1,35 +1,36 @@
-"""What a user says of a job, part by part. A default stands for what was not said."""
+"""The parts of a job's specification: each option stands at its field, with its default and help.
+
+A default stands for what was not said.
+"""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
+from batchrun.jobs.kinds import (
+    FINITE,
+    MODEL,
+    OUTPUT,
+    PROMPT,
+    RUNNING,
+    SAMPLING,
+    Choice,
+    Device,
+    Integer,
+    Named,
+    Number,
+    RowRule,
+    Size,
+    one_of,
+    option,
+    whole,
+)
 
-@dataclass(frozen=True)
-class PromptSpec:
-    """How a row becomes a prompt.
-
-    Args:
-        column: The column that holds it; None with a template.
-        template: Text with `{column}` fields.
-        chat: The prompt is a user's message in the model's chat template.
-        system: A system message before it; implies `chat`.
-        template_args: What the chat template is told, by name.
-        special_tokens_in_data: What reads like a control token in a row is one.
-        skip_empty: Rows without a prompt are no errors.
-        ignore_param_columns: Columns named like parameters are data.
-    """
-
-    column: str | None = None
-    template: str | None = None
-    chat: bool = False
-    system: str | None = None
-    template_args: Mapping[str, Any] = field(default_factory=dict)
-    special_tokens_in_data: bool = False
-    skip_empty: bool = False
-    ignore_param_columns: bool = False
+MOST_SEQUENCES = 1 << 20  # what is kept of each, even unused, would fill a machine's memory
+_COUNT = Integer(1)
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,78 @@ class ModelSpec:
         name: What the user called it.
         path: Its folder.
         fingerprint: Of its content.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        quantize: `int8`, or None.
-        trust_remote_code: Its own Python code may run.
-        max_model_len: Tokens of prompt and completion at most; None for the model's own.
     """
 
-    name: str = ""
+    SECTION: ClassVar = MODEL
+
+    name: str = option(
+        "Alias, folder, .gguf file or hub id.",
+        name="model",
+        short="-m",
+        default="smollm2-135m-instruct",
+    )
     path: str = ""
     fingerprint: str = ""
-    dtype: str = "auto"
-    quantize: str | None = None
-    trust_remote_code: bool = False
-    max_model_len: int | None = None
+    dtype: str = option(
+        "Type of weights and KV cache. auto: the model's own on a GPU; on a CPU bfloat16 "
+        "where it has instructions for it, else float32.",
+        one_of("auto", "float32", "bfloat16", "float16"),
+        "auto",
+    )
+    quantize: str | None = option(
+        "Weights of 8 bits: half the memory; answers differ a little from the model's own.",
+        one_of("int8"),
+    )
+    max_model_len: int | None = option(
+        "Prompt and completion together at most; default: the model's context length.",
+        _COUNT,
+        metavar="TOKENS",
+    )
+    trust_remote_code: bool = option(
+        "Run Python code that comes with the model. Read it first.", default=False
+    )
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """How a row becomes a prompt. `column` is None where a template makes it."""
+
+    SECTION: ClassVar = PROMPT
+
+    column: str | None = option(
+        "Column to read; default: prompt, else messages or conversations.",
+        name="prompt_column",
+        metavar="NAME",
+    )
+    template: str | None = option(
+        "Build the prompt from columns: 'Summarise: {text}'. Any column's name can stand in "
+        "the braces; {{ and }} are literal ones.",
+        metavar="TEXT",
+    )
+    chat: bool = option("Send the prompt as a user message, in the chat template.", default=False)
+    system: str | None = option("System message to put before it; implies --chat.", metavar="TEXT")
+    template_args: Mapping[str, Any] = option(
+        "Tell the model's chat template, such as enable_thinking=false; what a row has in a "
+        "column chat_template_kwargs wins. Repeatable.",
+        Named(),
+        {},
+        flag="--template-arg",
+        metavar="NAME=VALUE",
+    )
+    special_tokens_in_data: bool = option(
+        "What reads like a control token (<|im_end|>, </s>) in columns of a chat or a "
+        "--template is one; else it is text. In a plain prompt it always is one.",
+        default=False,
+    )
+    skip_empty: bool = option(
+        "Leave out rows without a prompt; they are no errors, and have no completion.",
+        default=False,
+    )
+    ignore_param_columns: bool = option(
+        "A column named like a sampling parameter (temperature, seed, stop, ...), tools or "
+        "chat_template_kwargs is data.",
+        default=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -62,21 +122,86 @@ class SamplingSpec:
     Their meaning is that of `batchrun.engine.core.SamplingParams`.
     """
 
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    num_beams: int | None = None
-    length_penalty: float | None = None
-    early_stopping: bool | Literal["never"] | None = None
+    SECTION: ClassVar = SAMPLING
+
+    max_tokens: int | None = option(
+        "At most so many new tokens.", Integer(), metavar="N", row=whole(1, 1 << 63, "at least 1")
+    )
+    min_tokens: int | None = option(
+        "Do not stop before so many.", Integer(), metavar="N", row=whole(0, 1 << 63, "0 or more")
+    )
+    temperature: float | None = option(
+        "0 takes the likeliest token always.",
+        Number(),
+        metavar="X",
+        row=RowRule("0 or more, and at most 5", lambda v: 0 <= v <= 5),
+    )
+    top_p: float | None = option(
+        "Draw from the likeliest with sum X.",
+        Number(),
+        metavar="X",
+        row=RowRule("above 0 and at most 1", lambda v: 0 < v <= 1),
+    )
+    top_k: int | None = option(
+        "Draw from the N likeliest; 0 is off.",
+        Integer(),
+        metavar="N",
+        row=whole(0, 1 << 31, "0 (off) or more"),
+    )
+    min_p: float | None = option(
+        "Drop what is less likely than X times the top.",
+        Number(),
+        metavar="X",
+        row=RowRule("between 0 and 1", lambda v: 0 <= v <= 1),
+    )
+    repetition_penalty: float | None = option(
+        "Above 1 discourages repeating.",
+        Number(),
+        metavar="X",
+        row=RowRule("above 0 (0.000001 to 1000000)", lambda v: 1e-6 < v < 1e6),
+    )
+    presence_penalty: float | None = option(
+        "Subtracted once for a used token.", Number(), metavar="X", row=FINITE
+    )
+    frequency_penalty: float | None = option(
+        "Subtracted for each use of it.", Number(), metavar="X", row=FINITE
+    )
+    stop: tuple[str, ...] = option(
+        "Stop before this text. Repeatable.",
+        default=(),
+        several=True,
+        metavar="TEXT",
+        row=RowRule("text, or a list of texts"),
+    )
+    stop_token_ids: tuple[int, ...] = option(
+        "Stop at this token. Repeatable.",
+        Integer(0),
+        (),
+        several=True,
+        flag="--stop-token-id",
+        metavar="ID",
+        row=RowRule(
+            "a list of whole numbers, 0 or more", lambda ids: all(0 <= i < 1 << 31 for i in ids)
+        ),
+    )
+    ignore_eos: bool = option(
+        "Never choose the model's end tokens.", default=False, row=RowRule("true or false")
+    )
+    num_beams: int | None = option(
+        "Search the likeliest answer among N at once, instead of sampling (beam search).",
+        _COUNT,
+        metavar="N",
+    )
+    length_penalty: float | None = option(
+        "Of beams: above 1 favours long answers, below 1 short ones; default: 1.",
+        Number(),
+        metavar="X",
+    )
+    early_stopping: bool | Literal["never"] | None = option(
+        "Of beams: yes ends with the first N answers, never only when none can be better; "
+        "default: no, when none is likely to be.",
+        Choice({"no": False, "yes": True, "never": "never"}),
+    )
 
     @property
     def given(self) -> dict[str, Any]:
@@ -90,19 +215,29 @@ class OutputSpec:
     """Where the answers go.
 
     Args:
-        path: The file.
         format: `parquet`, `jsonl` or `csv`.
-        token_ids: It has a column `completion_token_ids`.
-        prefix: Put before the names of added columns.
-        overwrite: What is at `path` may be replaced.
         stdout: It lies in the job's folder, and is handed out in the end.
     """
 
-    path: str = ""
+    SECTION: ClassVar = OUTPUT
+
+    path: str = option(
+        "A .parquet, .jsonl, .csv or .tsv file, or - for stdout; default: "
+        "INPUT-completions, in the input's format, in this folder.",
+        default="",
+        name="output",
+        short="-o",
+        metavar="FILE",
+    )
     format: str = ""
-    token_ids: bool = False
-    prefix: str = ""
-    overwrite: bool = False
+    prefix: str = option(
+        "Put before the names of added columns: judge_ makes judge_completion, and so on.",
+        default="",
+        name="output_prefix",
+        metavar="TEXT",
+    )
+    overwrite: bool = option("Replace the output file if it exists.", default=False)
+    token_ids: bool = option("Add the column completion_token_ids.", default=False)
     stdout: bool = False
 
 
@@ -111,33 +246,53 @@ class RuntimeSpec:
     """How a job runs, which never changes an answer. None leaves it to the device.
 
     Args:
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        attention: Name of the kernel, or `auto`.
-        max_num_seqs: Rows that generate at the same time at most.
-        max_num_batched_tokens: Tokens of a step at most.
-        kv_budget: Bytes of KV memory at most.
-        page_size: Bytes of one of its pages.
-        layers_per_slab: Layers whose keys and values lie together.
-        share_prefixes: What rows begin with in common is computed and held once.
-        drafts: On a CPU tokens are guessed.
-        overlap: On a GPU the next step is planned while one is computed.
-        graphs: On a GPU steps are recorded.
-        optimize: The model's modules are fused.
-        plan: Rows are put in order, and equal ones computed once.
         param_columns: Columns that say a row's own parameters, as told when it was submitted.
     """
 
-    device: str = "auto"
-    attention: str = "auto"
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    kv_budget: int | None = None
-    page_size: int | None = None
-    layers_per_slab: int | None = None
-    share_prefixes: bool = True
-    drafts: bool = True
-    overlap: bool = True
-    graphs: bool = True
-    optimize: bool = True
-    plan: bool = True
+    SECTION: ClassVar = RUNNING
+
+    device: str = option(
+        "Where to compute. auto: the first GPU if there is one that can be used.",
+        Device(),
+        "auto",
+        metavar="auto|cpu|cuda|cuda:N",
+        section=MODEL,
+    )
+    attention: str = option(
+        "Attention kernel; `batchrun doctor` says which work here.", default="auto", section=MODEL
+    )
+    max_num_seqs: int | None = option(
+        "Rows that generate at the same time at most.",
+        Integer(1, MOST_SEQUENCES),
+        metavar="N",
+        anew=True,
+    )
+    max_num_batched_tokens: int | None = option(
+        "Tokens computed in one step at most; longer prompts are cut into chunks.",
+        _COUNT,
+        metavar="N",
+        anew=True,
+    )
+    kv_budget: int | None = option(
+        "KV memory at most, like 256MiB.", Size(), metavar="SIZE", anew=True
+    )
+    page_size: int | None = option(
+        "Physical page of the KV memory.", Size(mmap.PAGESIZE), metavar="SIZE"
+    )
+    layers_per_slab: int | None = option(
+        "Layers that share a KV slab; default: all.", _COUNT, metavar="N"
+    )
+    share_prefixes: bool = option(
+        "Compute and hold once what prompts begin with alike.", default=True
+    )
+    drafts: bool = option(
+        "On a CPU in bfloat16: guess tokens from a row's own text, and check many at once.",
+        default=True,
+    )
+    overlap: bool = option("On a GPU: plan, map and copy while it computes.", default=True)
+    graphs: bool = option("On a GPU: record steps as CUDA graphs.", default=True)
+    optimize: bool = option("Fuse the model's modules, and on a GPU compile them.", default=True)
+    plan: bool = option(
+        "Compute equal rows once, rows that begin alike together, long ones early.", default=True
+    )
     param_columns: tuple[str, ...] = ()

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
+from batchrun.jobs.kinds import PROMPT, SAMPLING, Integer, Option, option, options_of, whole
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.rows.store import INPUTS, Part
 
@@ -24,8 +25,8 @@ _SHOWN = 200  # characters of a value that differs
 # Where things are and how fast they go, not what comes out.
 _NOT_CONTENT = {"output", "runtime", "version"}
 _PARTS: dict[str, type[Any]] = {
-    "prompt": PromptSpec,
     "model": ModelSpec,
+    "prompt": PromptSpec,
     "sampling": SamplingSpec,
     "output": OutputSpec,
     "runtime": RuntimeSpec,
@@ -104,24 +105,38 @@ class JobSpec:
         sampling: How, as far as the user said.
         seed: Of the whole job.
         n: Completions a row.
-        keep: How many of them the output has, the best by mean log-probability; None for all.
+        keep: How many of them the output has, the best by mean log-probability; None for all. With
+            `--best-of` that is what `--n` says, and `n` is what `--best-of` does.
         limit: Rows at most; None for all.
         output: Where the answers go. Not part of the fingerprint.
         runtime: How to run. Not part of the fingerprint.
     """
+
+    SECTION: ClassVar = SAMPLING
 
     inputs: tuple[InputFile, ...]
     input_format: str
     prompt: PromptSpec
     model: ModelSpec
     sampling: SamplingSpec
-    seed: int = 0
-    n: int = 1
-    limit: int | None = None
+    seed: int = option(
+        "Same seed, same answers.",
+        Integer(),
+        0,
+        metavar="N",
+        row=whole(-1 << 63, 1 << 63, "of 64 bits"),
+    )
+    n: int = option("Samples for each row.", Integer(1), 1)
+    limit: int | None = option("Only the first rows.", Integer(1), metavar="ROWS", section=PROMPT)
     output: OutputSpec = field(default_factory=OutputSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     version: int = VERSION
-    keep: int | None = None
+    keep: int | None = option(
+        "Draw N samples and keep the --n likeliest, by mean log-probability of their tokens.",
+        Integer(1),
+        name="best_of",
+        metavar="N",
+    )
 
     def fingerprint(self) -> str:
         """Digest of what determines the output; the same after inputs or model were moved."""
@@ -215,6 +230,13 @@ class JobSpec:
         ]
         del content["model"]["path"], content["model"]["name"]
         return content
+
+
+# Every option of a job, by its name in Python, in the order of the help text.
+OPTIONS: Mapping[str, Option] = {
+    found.name: found for part in (*_PARTS.values(), JobSpec) for found in options_of(part)
+}
+LIMIT_NAMES = tuple(name for name, found in OPTIONS.items() if found.anew)  # as `resume` has them
 
 
 def _known_names(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,14 @@ from batchrun.cli.doctor import TESTED
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.run import resume_command, submit_command
 from batchrun.jobs.output.joined import output_columns
+from batchrun.jobs.spec import OPTIONS
 from batchrun.report.text import render
 from batchrun.run.param_columns import OVERRIDES
 from tests.parity.models import CONFIGS
 from tests.report.test_text import SUMMARY
 
 ROOT = Path(__file__).parent.parent
+SUBMISSION = ("--wait", "--again", "--dry-run", "--json")  # what is said of it, not of the job
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -80,6 +82,16 @@ def test_every_option_of_submit_is_in_the_readme_and_the_other_way_round():
     installers = {"--no-deps", "--from"}
     known = options | others | installers | {"--partial", "--help"}
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
+
+
+def test_each_option_of_a_job_stands_in_the_readme_in_its_section():
+    rows = re.findall(r"^\| (\w+) \| (`--.*) \|$", section("Options of `submit`"), re.MULTILINE)
+    shown = {title: re.findall(r"`(--[a-z-]+)`", names) for title, names in rows}
+    for title, named in shown.items():
+        own = {o.flag for o in OPTIONS.values() if o.section.lower().startswith(title)}
+        assert own
+        assert own <= set(named)
+    assert sum(map(len, shown.values())) == len(OPTIONS) + len(SUBMISSION)
 
 
 def test_output_columns_and_exit_codes_are_those_of_the_readme():

@@ -10,17 +10,12 @@ import click
 from batchrun.cli.describe import print_fields
 from batchrun.cli.inspect import json_option
 from batchrun.cli.isolated import isolated
-from batchrun.cli.options import (
-    SectionCommand,
-    model_options,
-    prompt_options,
-    runtime_options,
-    sampling_options,
-)
+from batchrun.cli.options import SectionCommand, job_options
 from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec
 from batchrun.jobs.folder import home
 from batchrun.jobs.inflight import ReaderNote
+from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING
 from batchrun.report.text import seconds, size
 from batchrun.run.overdue import PromptLimit, prompt_seconds
 from batchrun.terminal import MESSAGE, say, say_json
@@ -28,10 +23,7 @@ from batchrun.terminal import MESSAGE, say, say_json
 
 @click.command(cls=SectionCommand)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@model_options
-@prompt_options
-@sampling_options
-@runtime_options
+@job_options(MODEL, PROMPT, SAMPLING, RUNNING)
 @json_option
 def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what a job would take, before any weight is loaded.
@@ -44,7 +36,7 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
         say(line, err=True, limit=MESSAGE)
 
     # An input may well have columns that an output would add.
-    unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True, "token_ids": False}
+    unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True}
     with taken_in(inputs, home()) as (paths, _):
         found = isolated(lambda note: _found(paths, {**options, **unused}, log, note))
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +15,47 @@ from batchrun.cli.describe import job_parameters, print_fields
 from batchrun.cli.errors import ExitStatus, print_error
 from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import isolated
-from batchrun.cli.options import (
-    SectionCommand,
-    limit_options,
-    model_options,
-    output_options,
-    prompt_options,
-    runtime_options,
-    sampling_options,
-    submit_options,
-)
+from batchrun.cli.options import SectionCommand, job_options, section_option
 from batchrun.cli.piped import PIPE, taken_in
 from batchrun.cli.specs import make_spec, output_to
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
 from batchrun.jobs.inflight import ReaderNote
+from batchrun.jobs.kinds import MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING
 from batchrun.jobs.output.destination import check_apart, one_at_a_time, resuming
 from batchrun.jobs.output.store import OUTPUTS
-from batchrun.jobs.spec import JobSpec
+from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
 from batchrun.machine import importing
 from batchrun.models.resolve import fingerprint
 from batchrun.run.overdue import PromptLimit, prompt_seconds
 from batchrun.terminal import MESSAGE, say, say_json
 from batchrun.trust import others_write
 
-_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "kv_budget")  # of a job's runtime
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
 
 
-def _watching(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
-        "--wait/--detach",
-        default=True,
-        help="Watch until the job ends, and exit as it did; or return at once with the job's id.",
-    )(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")(
-        command
-    )
+_running = partial(section_option, section=RUNNING)
+_wait = partial(
+    _running,
+    "--wait/--detach",
+    default=True,
+    help="Watch until the job ends, and exit as it did; or return at once with the job's id.",
+)
+_json = _running("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 
 
 @click.command(cls=SectionCommand)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@model_options
-@prompt_options
-@sampling_options
-@output_options
-@runtime_options
-@submit_options
+@job_options(MODEL, PROMPT, SAMPLING, OUTPUT, RUNNING)
+@_wait(show_default=True)
+@_running("--again", is_flag=True, help="Begin anew though the same work can be resumed.")
+@_running(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything but the weights, try the first 20 rows, show the job, start "
+    "nothing. It fails where the run would, or where none of these rows makes a prompt.",
+)
+@_json
 def submit_command(
     inputs: tuple[str, ...],
     dry_run: bool,
@@ -146,8 +141,8 @@ def _told_limits(spec: JobSpec, job: JobFolder) -> str:
     """The options of `resume` by which a job would run as another that is the same work."""
     now, was = vars(spec.runtime), vars(job.spec().runtime)
     return "".join(
-        f" --{name.replace('_', '-')} {now[name]}"
-        for name in _LIMITS
+        f" {OPTIONS[name].flag} {now[name]}"
+        for name in LIMIT_NAMES
         if now[name] not in (None, was[name])
     )
 
@@ -164,8 +159,9 @@ def _told_limits(spec: JobSpec, job: JobFolder) -> str:
 )
 @click.option("--output", "-o", metavar="FILE", help="Another file for the output, from now on.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there now, whoever wrote it.")
-@limit_options
-@_watching
+@job_options(RUNNING, anew=True)
+@_json
+@_wait()
 def resume_command(
     job: str | None,
     *,

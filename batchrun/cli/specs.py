@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-
-import click
+from typing import Any, TypeVar
 
 from batchrun.cli.piped import PIPE
+from batchrun.engine import attention
 from batchrun.engine.core import SamplingParams
-from batchrun.jobs.errors import InputError
+from batchrun.jobs import spec
+from batchrun.jobs.errors import InputError, OptionError
+from batchrun.jobs.kinds import one_of, options_of
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.output.destination import check_place
 from batchrun.jobs.output.export import check_columns
@@ -35,49 +36,36 @@ from batchrun.run.chat_columns import (
 )
 from batchrun.run.param_columns import param_columns, parameters_taken
 
-_SAMPLING = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "num_beams",
-    "length_penalty",
-)
-_PROMPT = (
-    "template",
-    "chat",
-    "system",
-    "skip_empty",
-    "ignore_param_columns",
-    "special_tokens_in_data",
-)
-_EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
-_RUNTIME = (
-    "device",
-    "attention",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "kv_budget",
-    "page_size",
-    "layers_per_slab",
-    "share_prefixes",
-    "drafts",
-    "overlap",
-    "graphs",
-    "optimize",
-    "plan",
-)
+OPTIONS = {
+    **spec.OPTIONS,
+    # The names are the engine's.
+    "attention": replace(spec.OPTIONS["attention"], kind=one_of("auto", *attention.NAMES)),
+}
+T = TypeVar("T")
+
+
+def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options by name: what was given, as it is meant, and defaults for the others.
+
+    Raises:
+        OptionError: One is not known, or can't have that value.
+    """
+    for name in given:
+        if name not in OPTIONS:
+            near = get_close_matches(name, OPTIONS, 1)
+            raise OptionError("there is no option {}" + "; is {} meant?" * len(near), name, *near)
+    return {name: option.read(given.get(name)) for name, option in OPTIONS.items()}
+
+
+def part_of(kind: type[T], options: Mapping[str, Any]) -> T:
+    """A part of a specification, as options say it."""
+    return kind(**{option.at: options[option.name] for option in options_of(kind)})
 
 
 def make_spec(
     inputs: Sequence[str],
     home: Path,
-    options: Mapping[str, Any],
+    given: Mapping[str, Any],
     *,
     log: Callable[[str], None],
     noted: Noted = unnoted,
@@ -88,26 +76,29 @@ def make_spec(
     of the inputs `noted` is told.
 
     Raises:
-        click.UsageError: An option has a value that it cannot have.
+        OptionError: An option has a value that it cannot have.
         JobError: An input cannot be read, a column is missing, the output cannot be written.
         ModelError: The model cannot be used.
     """
-    sampling = sampling_settings(options)
+    options = read_options(given)
+    sampling = sampling_of(options)
     fields = _template_fields(options)
     parts, input_format = expand_inputs(inputs, log)
     if options["output"] == PIPE:
-        output = to_stdout(input_format)
+        place = to_stdout(input_format)
     else:
-        output = output_to(options["output"] or _default_output(parts[0].path, input_format))
+        place = output_to(options["output"] or _default_output(parts[0].path, input_format))
+    output = replace(
+        part_of(OutputSpec, options), path=place.path, format=place.format, stdout=place.stdout
+    )
     source = open_source(parts, input_format, noted=noted)
     prompt = _prompt(options, fields, source, log)
     own = [*_param_columns(options, source, sampling, log), *_argument_columns(prompt, source, log)]
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
-    prefix = options["output_prefix"]
-    check_columns(source.column_names, options["token_ids"], n, keep, prefix)
+    check_columns(source.column_names, output.token_ids, n, keep, output.prefix)
     if not output.stdout:
         check_place(home, Path(output.path), [part.path for part in parts])
-        OUTPUTS.check(Path(output.path), overwrite=options["overwrite"])
+        OUTPUTS.check(Path(output.path), overwrite=output.overwrite)
     model = _model(options, home, log)
     _check_chat_template(prompt, source, model)
     return JobSpec(
@@ -120,65 +111,48 @@ def make_spec(
         n=n,
         keep=keep,
         limit=options["limit"],
-        output=replace(
-            output, token_ids=options["token_ids"], prefix=prefix, overwrite=options["overwrite"]
-        ),
+        output=output,
         # Columns are noted for whoever looks at the job.
-        runtime=RuntimeSpec(**{name: options[name] for name in _RUNTIME}, param_columns=tuple(own)),
+        runtime=replace(part_of(RuntimeSpec, options), param_columns=tuple(own)),
     )
 
 
-def sampling_settings(options: Mapping[str, Any]) -> SamplingSpec:
+def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
     """The sampling parameters that were given; what was not is the model's or batchrun's default.
 
     Raises:
-        click.UsageError: A value is out of range.
+        OptionError: A value is out of range, or two can't be together.
     """
-    given = {name: options[name] for name in _SAMPLING if options[name] is not None}
-    given |= {name: options[name] for name in ("stop", "stop_token_ids") if options[name]}
-    if options["ignore_eos"]:
-        given["ignore_eos"] = True
+    sampling, best_of, n = part_of(SamplingSpec, options), options["best_of"], options["n"]
     if not -(2**63) <= options["seed"] < 2**63:
-        raise click.UsageError(f"--seed {options['seed']} does not fit into 64 bits")
-    best_of = options["best_of"]
-    if best_of is not None and best_of < options["n"]:
-        raise click.UsageError(f"--best-of {best_of} is less than --n {options['n']}")
-    if best_of is not None and best_of > 1 and options["temperature"] == 0:
-        raise click.UsageError("--best-of with --temperature 0: all samples would be the same")
-    given |= _beam_settings(options)
-    if "" in options["stop"]:
-        raise click.UsageError("--stop must not be empty")
-    try:
-        SamplingParams(**given)
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise click.UsageError(f"--{name.replace('_', '-')} {rest}") from error
-    return SamplingSpec(**given)
-
-
-def _beam_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What beam search adds: the model may ask for sampling, which it does not do."""
-    beams = (options["num_beams"] or 1) > 1
+        raise OptionError("{seed} {} does not fit into 64 bits", options["seed"])
+    if best_of is not None and best_of < n:
+        raise OptionError("{best_of} {} is less than {n} {}", best_of, n)
+    if best_of is not None and best_of > 1 and sampling.temperature == 0:
+        raise OptionError("{best_of} with {temperature} 0: all samples would be the same")
+    beams = (sampling.num_beams or 1) > 1
     for name in ("length_penalty", "early_stopping"):
         if options[name] is not None and not beams:
-            flag = name.replace("_", "-")
-            raise click.UsageError(f"--{flag} is of beam search: add --num-beams")
-    if not beams:
-        return {}
-    for name, value in (("best-of", options["best_of"]), ("n", options["n"])):
-        if value is not None and value > 1:
-            raise click.UsageError(
-                f"--num-beams with --{name}: beam search has one answer for each row"
-            )
-    if options["temperature"]:
-        raise click.UsageError("--num-beams with --temperature: beam search does not sample")
-    if options["stop"]:
-        raise click.UsageError("--num-beams with --stop: use --stop-token-id, or cut the text")
-    early = options["early_stopping"]
-    return {
-        "temperature": 0.0,
-        **({} if early is None else {"early_stopping": _EARLY_STOPPING[early]}),
-    }
+            raise OptionError(f"{{{name}}} is of beam search: add {{num_beams}}")
+    if beams:
+        for name in ("best_of", "n"):
+            if (options[name] or 1) > 1:
+                raise OptionError(
+                    f"{{num_beams}} with {{{name}}}: beam search has one answer for each row"
+                )
+        if sampling.temperature:
+            raise OptionError("{num_beams} with {temperature}: beam search does not sample")
+        if sampling.stop:
+            raise OptionError("{num_beams} with {stop}: use {stop_token_ids}, or cut the text")
+        sampling = replace(sampling, temperature=0.0)  # the model may ask for sampling
+    if "" in sampling.stop:
+        raise OptionError("{stop} must not be empty")
+    try:
+        SamplingParams(**sampling.given)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise OptionError(f"{{{name}}} {{}}", rest) from error
+    return sampling
 
 
 def output_to(path: str) -> OutputSpec:
@@ -208,11 +182,11 @@ def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
     if template is None:
         return None
     if options["prompt_column"] is not None:
-        raise click.UsageError("--template and --prompt-column exclude each other")
+        raise OptionError("{template} and {prompt_column} exclude each other")
     try:
         return Template(template).columns
     except ValueError as error:
-        raise click.UsageError(f"--template: {error}") from error
+        raise OptionError("{template}: {}", str(error)) from error
 
 
 def _prompt(
@@ -238,31 +212,13 @@ def _prompt(
     column = None if fields is not None else needed(names)[0]
     if source.typed and column is not None:
         check_prompt_type(source.schema().field(column))
-    args = _template_args(options["template_args"])
-    asked = {name: options[name] for name in _PROMPT}
-    prompt = PromptSpec(column, **asked, template_args=args)
-    if args and are_chats(prompt, source) is False:
-        raise click.UsageError("--template-arg without a chat: add --chat")
-    return prompt
-
-
-def _template_args(given: Sequence[str]) -> dict[str, Any]:
-    """What `--template-arg NAME=VALUE` says: JSON where it is any, else text."""
-    args: dict[str, Any] = {}
-    for pair in given:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise click.UsageError(f"--template-arg {pair}: write NAME=VALUE")
+    prompt = replace(part_of(PromptSpec, options), column=column)
+    for name in prompt.template_args:
         if name in RESERVED:
-            raise click.UsageError(f"--template-arg {name}: batchrun sets {name} itself")
-        if name in args:
-            raise click.UsageError(f"--template-arg {name} is there twice")
-        try:
-            args[name] = json.loads(text)
-            json.dumps(args[name], allow_nan=False)
-        except (ValueError, RecursionError):
-            args[name] = text
-    return args
+            raise OptionError("{template_args} {}: batchrun sets {} itself", name, name)
+    if prompt.template_args and are_chats(prompt, source) is False:
+        raise OptionError("{template_args} without a chat: add {chat}")
+    return prompt
 
 
 def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputError:
@@ -324,14 +280,7 @@ def _model(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -
         from batchrun.engine.settings import choose_device  # noqa: PLC0415 - imports torch
 
         choose_device(options["device"])
-    trusted = options["trust_remote_code"]
-    ref = resolve(options["model"], home / "models", trust_remote_code=trusted, log=log)
-    return ModelSpec(
-        name=ref.name,
-        path=str(ref.path),
-        fingerprint=ref.fingerprint,
-        dtype=options["dtype"],
-        quantize=options["quantize"],
-        trust_remote_code=trusted,
-        max_model_len=options["max_model_len"],
-    )
+    model = part_of(ModelSpec, options)
+    trusted = model.trust_remote_code
+    ref = resolve(model.name, home / "models", trust_remote_code=trusted, log=log)
+    return replace(model, name=ref.name, path=str(ref.path), fingerprint=ref.fingerprint)

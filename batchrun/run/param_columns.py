@@ -14,30 +14,26 @@ import pyarrow as pa
 
 from batchrun.engine.core import SamplingParams
 from batchrun.jobs.errors import InputError
+from batchrun.jobs.kinds import Flag, Integer, Number, RowRule, Text
 from batchrun.jobs.rows.arrowtypes import is_text, without_dictionary
 from batchrun.jobs.rows.row import Source
+from batchrun.jobs.spec import OPTIONS
 
 FLAG = "--ignore-param-columns"
 _LOOKED_AT = 1000  # rows, before the job starts
 _SHOWN = 60  # characters of a value, in a message
-_Kinds = tuple[Callable[[pa.DataType], bool], ...]
-_NUMBERS: _Kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-_TEXT: _Kinds = (is_text,)
+_Types = tuple[Callable[[pa.DataType], bool], ...]
+_NUMBERS: _Types = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, is_text)
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a parameter's column can hold. Numbers may also be text, as CSV has them.
-
-    A range is of what is plausible where that tells parameters from data: no temperature of the
-    weather is to be taken for one of sampling.
-    """
+class _Column:
+    """What a parameter's column can hold. Numbers may also be text, as CSV has them."""
 
     read: Callable[[Any], Any]  # TypeError, ValueError or ArithmeticError where it is none
-    valid: Callable[[Any], bool]
-    rule: str
-    types: _Kinds
-    items: _Kinds = ()  # types that a list of them has
+    types: _Types
+    items: _Types  # types that a list of them has
+    must: RowRule
 
     def takes(self, type: pa.DataType) -> bool:  # noqa: A002 - Arrow's word
         """Whether a column of that Arrow type can hold it."""
@@ -89,37 +85,19 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(map(_integer, value if isinstance(value, list | tuple) else [value]))
 
 
-def _whole(low: int, high: int, rule: str) -> _Kind:
-    return _Kind(_integer, lambda v: low <= v < high, f"a whole number, {rule}", _NUMBERS + _TEXT)
-
-
-def _real(valid: Callable[[float], bool], rule: str) -> _Kind:
-    return _Kind(_number, valid, rule, _NUMBERS + _TEXT)
-
+_COLUMNS: dict[tuple[type[Any], bool], tuple[Callable[[Any], Any], _Types, _Types]] = {
+    (Integer, False): (_integer, _NUMBERS, ()),
+    (Integer, True): (_ids, _NUMBERS, _NUMBERS),
+    (Number, False): (_number, _NUMBERS, ()),
+    (Flag, False): (_flag, (pa.types.is_boolean, *_NUMBERS), ()),
+    (Text, True): (_texts, (is_text,), (is_text,)),
+}
 
 # Columns of these names are the row's own sampling parameters.
-OVERRIDES: dict[str, _Kind] = {
-    "max_tokens": _whole(1, 1 << 63, "at least 1"),
-    "min_tokens": _whole(0, 1 << 63, "0 or more"),
-    "top_k": _whole(0, 1 << 31, "0 (off) or more"),
-    "seed": _whole(-1 << 63, 1 << 63, "of 64 bits"),
-    "temperature": _real(lambda v: 0 <= v <= 5, "0 or more, and at most 5"),
-    "top_p": _real(lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "min_p": _real(lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "repetition_penalty": _real(lambda v: 1e-6 < v < 1e6, "above 0 (0.000001 to 1000000)"),
-    "presence_penalty": _real(lambda v: abs(v) < 1e6, "a finite number"),
-    "frequency_penalty": _real(lambda v: abs(v) < 1e6, "a finite number"),
-    "stop": _Kind(_texts, lambda _: True, "text, or a list of texts", _TEXT, _TEXT),
-    "stop_token_ids": _Kind(
-        _ids,
-        lambda ids: all(0 <= i < 1 << 31 for i in ids),
-        "a list of whole numbers, 0 or more",
-        _NUMBERS + _TEXT,
-        _NUMBERS + _TEXT,
-    ),
-    "ignore_eos": _Kind(
-        _flag, lambda _: True, "true or false", (pa.types.is_boolean, *_NUMBERS, *_TEXT)
-    ),
+OVERRIDES = {
+    name: _Column(*_COLUMNS[type(option.kind), option.several], option.row)
+    for name, option in OPTIONS.items()
+    if option.row is not None
 }
 
 
@@ -151,14 +129,14 @@ def read_parameter(name: str, value: Any) -> Any:
     """
     if _says_nothing(name, value):
         return None
-    kind = OVERRIDES[name]
+    column = OVERRIDES[name]
     try:
-        found = kind.read(value)
-        if kind.valid(found):
+        found = column.read(value)
+        if column.must.valid(found):
             return None if found == () and name == "stop" else found
     except (TypeError, ValueError, ArithmeticError, RecursionError):
         pass
-    raise BadParameterError(name, _shown(value), kind.rule)
+    raise BadParameterError(name, _shown(value), column.must.rule)
 
 
 def _says_nothing(name: str, value: Any) -> bool:
@@ -187,7 +165,7 @@ def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = No
         for name in names:
             kind = source.schema().field(name).type
             if not OVERRIDES[name].takes(kind):
-                raise _refused(name, f"it holds {kind}, and must be {OVERRIDES[name].rule}")
+                raise _refused(name, f"it holds {kind}, and must be {OVERRIDES[name].must.rule}")
     tallies = {name: _ColumnUse() for name in names}
     rows = 0
     for row in source.rows(names, 0, min(_LOOKED_AT, limit or _LOOKED_AT)):
