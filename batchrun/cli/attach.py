@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from batchrun.cli.errors import ExitStatus, print_error
@@ -14,11 +14,12 @@ from batchrun.cli.progress import ProgressView, make_view
 from batchrun.cli.work import STATUS
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
-from batchrun.jobs.lease import Lease, held_by
+from batchrun.jobs.lease import held_by
 from batchrun.jobs.stats import summarise
 from batchrun.report.text import seconds
 from batchrun.run import supervisor
-from batchrun.run.live import LogTail, forget_progress, read_progress
+from batchrun.run.live import LogTail, read_progress
+from batchrun.submit import start
 from batchrun.terminal import say, say_json
 
 _POLL_S = 0.1
@@ -26,39 +27,28 @@ _BEGIN_S = 30.0  # that `--detach` waits for a worker to begin, to tell of one t
 
 
 def run(
-    job: JobFolder,
+    taking: AbstractContextManager[JobFolder],
     *,
     as_json: bool,
     detach: bool = False,
-    guard: AbstractContextManager[object] | None = None,
 ) -> ExitStatus:
-    """Start a worker for the job, and watch it unless told to leave it alone.
+    """Start a worker for a job, and watch it unless told to leave it alone.
 
     Args:
-        job: The job.
+        taking: Gives the job; entered before anything is done, and left when the worker has it.
         as_json: Print the outcome as JSON.
         detach: Leave it alone.
-        guard: Entered before anything is done, and left when the worker has the job.
 
     Raises:
         LeaseHeld: It has a worker.
     """
-    with guard or nullcontext(), Lease(job.path) as lease:  # refused at once, by name of who has it
-        forget_progress(job.path)
+    with taking as job:
         log_size = LogTail.size(job.path)
-        job.set_state("queued")
-        worker = supervisor.start(job, lease)
+        worker = start(job)
     if detach:
         return _detach(job, worker, as_json)
 
-    def alive() -> bool:
-        if worker.process.poll() is None or held_by(job.path) is not None:
-            return True
-        if worker.began(0) is False:
-            worker.note_failure()
-        return False
-
-    status = watch(job, as_json=as_json, log_from=log_size, alive=alive)
+    status = watch(job, as_json=as_json, log_from=log_size, alive=worker.alive)
     output = job.spec().output
     if output.stdout and status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
         hand_out(Path(output.path))

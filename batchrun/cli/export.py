@@ -11,14 +11,14 @@ import click
 
 from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import ReaderCrashed, isolated
-from batchrun.cli.piped import PIPE, hand_out
-from batchrun.cli.specs import output_to, to_stdout
+from batchrun.cli.piped import hand_out
 from batchrun.jobs.folder import JobFolder, find, home
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.options import OutputSpec
 from batchrun.jobs.output.destination import exporting
 from batchrun.jobs.output.rejoin import Exported, export_job
 from batchrun.jobs.spec import JobSpec
+from batchrun.specs import PIPE, output_to, to_stdout
 from batchrun.terminal import say
 
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
-from batchrun.cli.specs import OPTIONS
 from batchrun.jobs.errors import OptionError
 from batchrun.jobs.kinds import Choice, Device, Flag, Integer, Kind, Named, Number, Option, Size
+from batchrun.specs import OPTIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ from batchrun.cli.errors import ExitStatus, print_error
 from batchrun.cli.inspect import job_argument
 from batchrun.cli.isolated import isolated
 from batchrun.cli.options import SectionCommand, job_options, section_option
-from batchrun.cli.piped import PIPE, taken_in
-from batchrun.cli.specs import make_spec, output_to
+from batchrun.cli.piped import taken_in
 from batchrun.jobs.errors import JobError, LeaseHeld
-from batchrun.jobs.folder import JobFolder, create, find, find_same, home, list_jobs, sweep
+from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.kinds import MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING
-from batchrun.jobs.output.destination import check_apart, one_at_a_time, resuming
-from batchrun.jobs.output.store import OUTPUTS
-from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
+from batchrun.jobs.output.destination import resuming
+from batchrun.jobs.spec import JobSpec
 from batchrun.machine import importing
 from batchrun.models.resolve import fingerprint
 from batchrun.run.overdue import PromptLimit, prompt_seconds
+from batchrun.specs import PIPE, make_spec, output_to
+from batchrun.submit import check_free, submitting
 from batchrun.terminal import MESSAGE, say, say_json
 from batchrun.trust import others_write
 
@@ -87,19 +87,14 @@ def submit_command(
         if dry_run:
             _dry_run(root, spec, log, again=again, as_json=as_json)
             return 0
-        with ExitStack() as deciding:
-            deciding.enter_context(one_at_a_time(root))
-            sweep(root)
-            _check_free(root, spec, again=again)
-            job = create(root, spec, own)
-            until_it_runs = deciding.pop_all()
-    return attach.run(job, as_json=as_json, detach=not wait, guard=until_it_runs)
+        taking = submitting(root, spec, own, again=again)
+        return attach.run(taking, as_json=as_json, detach=not wait)
 
 
 def _dry_run(
     root: Path, spec: JobSpec, log: Callable[[str], None], *, again: bool, as_json: bool
 ) -> None:
-    _check_free(root, spec, again=again)
+    check_free(root, spec, again=again)
 
     def try_rows(note: ReaderNote) -> None:
         with importing():
@@ -114,37 +109,6 @@ def _dry_run(
     else:
         print_fields(job_parameters(spec))
         say("", "everything checks out; nothing was started (--dry-run)")
-
-
-def _check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
-    """Refuse what another job does, or whose destination is another job's by now."""
-    same = None if again else find_same(root, spec)
-    if same is not None:
-        counts, total, state = same.counts(), same.total(), same.state()
-        only_failed = " --retry-failed" if state == "done-with-errors" else ""
-        raise JobError(
-            f"the job {same.id} is the same work, {state} with {counts.rows:,} of "
-            f"{'?' if total is None else format(total, ',')} rows done"
-            + (f", {counts.failed:,} of them failed" if counts.failed else ""),
-            hint=f"batchrun resume {same.id}{only_failed}{_told_limits(spec, same)}, or submit "
-            "with --again to begin anew",
-        )
-    if spec.output.stdout:
-        return
-    destination = Path(spec.output.path)
-    check_apart(root, destination, [Path(file.path) for file in spec.inputs])
-    # It may be there by now.
-    OUTPUTS.check(destination, overwrite=spec.output.overwrite)
-
-
-def _told_limits(spec: JobSpec, job: JobFolder) -> str:
-    """The options of `resume` by which a job would run as another that is the same work."""
-    now, was = vars(spec.runtime), vars(job.spec().runtime)
-    return "".join(
-        f" {OPTIONS[name].flag} {now[name]}"
-        for name in LIMIT_NAMES
-        if now[name] not in (None, was[name])
-    )
 
 
 @click.command()
@@ -196,9 +160,9 @@ def resume_command(
     status = 0
     for found in jobs:
         more = {"output": path, "overwrite": overwrite, "limits": told}
-        guard = _resuming(root, found, retry_failed=retry_failed, **more)
+        taking = _resuming(root, found, retry_failed=retry_failed, **more)
         try:
-            ended = attach.run(found, as_json=as_json, detach=not wait, guard=guard)
+            ended = attach.run(taking, as_json=as_json, detach=not wait)
         except JobError as error:
             if not every:
                 raise
@@ -219,7 +183,9 @@ def _is_resumable(job: JobFolder) -> bool:
 
 
 @contextmanager
-def _resuming(root: Path, job: JobFolder, *, retry_failed: bool, **options: Any) -> Iterator[None]:
+def _resuming(
+    root: Path, job: JobFolder, *, retry_failed: bool, **options: Any
+) -> Iterator[JobFolder]:
     def tell(line: str) -> None:
         say(f"{job.id}: {line}", err=True, limit=MESSAGE)
 
@@ -227,4 +193,4 @@ def _resuming(root: Path, job: JobFolder, *, retry_failed: bool, **options: Any)
         if retry_failed:
             count = job.retry_failed()
             say(f"{count:,} failed results of {job.id} are to do again", err=True)
-        yield
+        yield job

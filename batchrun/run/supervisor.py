@@ -27,7 +27,7 @@ from typing import Any
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.files import open_private
 from batchrun.jobs.folder import WORKER_LOG, JobFolder, last_words
-from batchrun.jobs.lease import Lease
+from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
 from batchrun.run.live import Reporter
 from batchrun.run.runs import Runs
@@ -59,6 +59,14 @@ class Started:
             self._began = bool(os.read(self.told, 1))
             os.close(self.told)
         return self._began
+
+    def alive(self) -> bool:
+        """Whether it, or whoever has the job by now, lives; notes why it never began."""
+        if self.process.poll() is None or held_by(self.job.path) is not None:
+            return True
+        if self.began(0) is False:
+            self.note_failure()
+        return False
 
     def note_failure(self) -> None:
         """Note why a supervisor that never began ended, in its own last words."""

@@ -293,12 +293,12 @@ def test_nobody_else_decides_until_the_resumed_job_has_its_worker(
     monkeypatch.setattr(supervisor, "start", starting)
 
     @contextmanager
-    def guard() -> Iterator[None]:
+    def taking() -> Iterator[JobFolder]:
         held.append(held_by(job.path))
-        yield
+        yield JobFolder(job.path)
         held.append(held_by(job.path))
 
-    attach.run(job, as_json=True, detach=True, guard=guard())
+    attach.run(taking(), as_json=True, detach=True)
     busy.close()
     assert started[0].wait() == 0
     assert held == [None, started[0].pid]

@@ -1,4 +1,7 @@
-"""From the options of `submit` to a checked `JobSpec`: what is bound to fail, fails here."""
+"""From options to a checked `JobSpec`: what is bound to fail, fails here.
+
+Who calls it says options by their names in Python, and `OptionError` names them so.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchrun.cli.piped import PIPE
 from batchrun.engine import attention
 from batchrun.engine.core import SamplingParams
 from batchrun.jobs import spec
@@ -41,6 +43,7 @@ OPTIONS = {
     # The names are the engine's.
     "attention": replace(spec.OPTIONS["attention"], kind=one_of("auto", *attention.NAMES)),
 }
+PIPE = "-"  # as an output: what is handed out in the end
 T = TypeVar("T")
 
 
