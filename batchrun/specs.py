@@ -102,7 +102,7 @@ def make_spec(
     if not output.stdout:
         check_place(home, Path(output.path), [part.path for part in parts])
         OUTPUTS.check(Path(output.path), overwrite=output.overwrite)
-    model = _model(options, home, log)
+    model = model_of(options, home, log)
     _check_chat_template(prompt, source, model)
     return JobSpec(
         inputs=tuple(InputFile.of(part.path, part.partition) for part in parts),
@@ -278,7 +278,12 @@ def _check_chat_template(prompt: PromptSpec, source: Source, model: ModelSpec) -
         check_template_args(args, sources, model.name)
 
 
-def _model(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -> ModelSpec:
+def model_of(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -> ModelSpec:
+    """The model that options name, ready to load.
+
+    Raises:
+        ModelError: It, or the device, can't be used.
+    """
     if options["device"].startswith("cuda"):
         from batchrun.engine.settings import choose_device  # noqa: PLC0415 - imports torch
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from batchrun.jobs.errors import ROOM, JobError, OutputError, refused
+from batchrun.jobs.errors import ROOM, InputError, JobError, OutputError, refused
 from batchrun.jobs.folder import JobFolder, create, find_same, sweep
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import check_apart, one_at_a_time
@@ -51,6 +52,18 @@ def kept_input(
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def as_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Rows as lines of JSON.
+
+    Raises:
+        InputError: One has a value that JSON has not.
+    """
+    try:
+        return b"".join(json.dumps(dict(row)).encode() + b"\n" for row in rows)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"a row can't be written as JSON: {error}") from error
 
 
 def _room(folder: Path, what: str) -> AbstractContextManager[None]:

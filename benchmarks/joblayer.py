@@ -204,7 +204,7 @@ def run_demo(folder: Path) -> dict[str, Any]:
         in_threads[thread.name] = time.thread_time()
 
     def open_timed(spec: JobSpec, log: Callable[[str], None]) -> Any:
-        runtime = worker._open_runtime(spec, log)
+        runtime = worker.open_runtime(spec, log)
         step = runtime.engine.step
 
         def timed_step() -> Any:

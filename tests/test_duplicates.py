@@ -29,7 +29,7 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
-from batchrun.run import duplicates, worker
+from batchrun.run import duplicates, planner, worker
 from batchrun.run.duplicates import Duplicates
 from batchrun.run.live import Progress
 from batchrun.run.planner import Waiting
@@ -311,7 +311,7 @@ def test_every_row_has_its_own_answer(
         patch.setattr(worker, "_COMMIT_SECONDS", rng.choice([0.0, 0.5]))
         patch.setattr(duplicates, "_SETS", 4)
         patch.setattr(Journal, "write", proven(Journal.write))
-        patch.setattr("batchrun.run.planner._FIRST", rng.choice([2, 7, 512]))
+        patch.setattr(planner, "_FIRST", rng.choice([2, 7, 512]))
         job = make_job(Path(name), rows, n=n, keep=keep)
         for stop_at in (*stops, None):
             outcome, engine = run(job, rng, stop_at)

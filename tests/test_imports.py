@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "estimate": {"engine", "jobs", "models", "prompts", "run"},
     "specs": {"engine", "jobs", "models", "prompts", "run"},
     "submit": {"jobs", "run"},
+    "llm": {"engine", "jobs", "run", "specs", "submit"},
+    "api": {"jobs", "run", "specs", "submit"},
     "cli": {
         *("allocator", "engine", "estimate", "jobs", "models", "prompts", "report", "run"),
         *("specs", "submit"),
@@ -44,6 +46,8 @@ TORCH_FREE = (
     "prompts.template",
     "specs",
     "submit",
+    "api",
+    "llm",
     "run.reader",
     "run.supervisor",
     "run.worker",
@@ -117,11 +121,11 @@ def package(module):
 def test_every_module_of_the_tree_is_read():
     assert len(MODULES) > 150
     here = {parts[1] for name in MODULES if len(parts := name.split(".")) > 2}
-    assert here | {"specs", "submit"} == set(MAY_IMPORT)
+    assert here | {"specs", "submit", "llm", "api"} == set(MAY_IMPORT)
 
 
 def test_what_stands_in_no_package_imports_no_package():
-    alone = [m for m in MODULES if not package(m) and m != "batchrun.__main__"]
+    alone = [m for m in MODULES if not package(m) and m not in ("batchrun", "batchrun.__main__")]
     assert len(alone) > 4
     assert [(m, i) for m in alone for i in imports(m) if i in MODULES and package(i)] == []
 
@@ -144,7 +148,7 @@ def test_only_the_command_line_knows_click():
     assert knows == {"cli"}
 
 
-@pytest.mark.parametrize("name", ["jobs", "models", "prompts", "specs", "submit", "cli"])
+@pytest.mark.parametrize("name", ["jobs", "models", "prompts", "specs", "submit", "api", "cli"])
 def test_what_knows_nothing_of_engines_names_none(name):
     engines = {"batchrun.allocator.tensor", "batchrun.engine.executor", "batchrun.engine.engine"}
     assert [m for m in MODULES if package(m) == name and imports(m) & engines] == []
@@ -183,6 +187,24 @@ def test_what_reads_no_rows_loads_no_arrow():
     code = "import sys, batchrun.jobs.folder; print({'pyarrow', 'numpy'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "set()\n"
+
+
+def test_functions_of_the_package_keep_their_names_whatever_modules_are_imported():
+    """`batchrun.run` and `batchrun.submit` are functions, and modules have these names too."""
+    code = (
+        "import sys, batchrun\n"
+        "assert not {'torch', 'pyarrow', 'click', 'numpy'} & set(sys.modules)\n"
+        "from batchrun.run import supervisor\n"
+        "import batchrun.submit, batchrun.run.worker\n"
+        "from batchrun import LLM, run, submit, machine\n"
+        "names = [getattr(batchrun, name) for name in batchrun.__all__]\n"
+        "assert all(map(callable, [*names, run, submit])), names\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: batchrun.nothing\n"
+        "except AttributeError: print('fine')\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "fine\n"
 
 
 def test_nothing_of_ours_is_imported_by_another_name():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from batchrun.jobs.inflight import Making, ReaderNote
+from batchrun.run import overdue
 from batchrun.run.overdue import Onlooker, Overdue, PromptLimit, place_of
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +116,7 @@ def looked(
     """Have an onlooker look at a process that makes the prompt of row 7 without end."""
     monkeypatch.setenv("BATCHRUN_PROMPT_SECONDS", "0.1" if what == "runs" else "1000")
     monkeypatch.setenv("BATCHRUN_STALL_SECONDS", "0.2" if what == "sleeps" else "1000")
-    monkeypatch.setattr("batchrun.run.overdue._MEMORY", 1 << 26)
+    monkeypatch.setattr(overdue, "_MEMORY", 1 << 26)
     note = ReaderNote(folder)
     process = subprocess.Popen(
         [sys.executable, "-c", BURN, str(folder), what],

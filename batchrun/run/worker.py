@@ -136,7 +136,7 @@ def run_job(
                 watchdog=watchdog,
             )
         with limit:
-            return run.run(open_workbench or _open_runtime)
+            return run.run(open_workbench or open_runtime)
 
 
 class _Run:
@@ -353,7 +353,7 @@ class _Run:
         for completion in completions:
             if completion.sequence.admitted is not None:
                 self._running.remove(completion.sequence.request.row)
-            self._end_row(completion.sequence.request, _result(completion), results)
+            self._end_row(completion.sequence.request, result_of(completion), results)
 
     @contextmanager
     def _suspecting(self, *rows: int) -> Iterator[None]:
@@ -565,7 +565,8 @@ def _logprob(sequence: Sequence) -> float | None:
     return sequence.logprob if sequence.request.params.logprobs else None
 
 
-def _result(completion: Completion) -> Result:
+def result_of(completion: Completion) -> Result:
+    """What a journal holds of a sequence that ended."""
     sequence = completion.sequence
     request = sequence.request
     ok = sequence.finish_reason is not FinishReason.ERROR
@@ -591,7 +592,7 @@ def _result(completion: Completion) -> Result:
     )
 
 
-def _open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
+def open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
     """The real engine for a job."""
     with machine.importing():
         from batchrun.engine.build import build  # noqa: PLC0415 - imports torch

@@ -8,8 +8,8 @@ from pathlib import Path
 _HOLD = """
 import os, sys, time
 if 'run-job' in sys.orig_argv:
-    import batchrun.run.worker
-    opening, steps = batchrun.run.worker._open_runtime, iter(range({steps}))
+    from batchrun.run import worker
+    opening, steps = worker.open_runtime, iter(range({steps}))
     def opened(*arguments):
         workbench = opening(*arguments)
         step = workbench.engine.step
@@ -20,7 +20,7 @@ if 'run-job' in sys.orig_argv:
             return step()
         workbench.engine.step = held
         return workbench
-    batchrun.run.worker._open_runtime = opened
+    worker.open_runtime = opened
 """
 
 

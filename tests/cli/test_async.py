@@ -270,7 +270,7 @@ def test_an_engine_that_fails_whatever_its_rows_are_ends_the_job(batchrun: Comma
         "    return launch(self, plan)\n"
         "TorchExecutor.launch = trapped"
     )
-    done = trapped(batchrun, trap, supervisor="import batchrun.run.runs as r; r._BARREN = 3")
+    done = trapped(batchrun, trap, supervisor="from batchrun.run import runs as r; r._BARREN = 3")
     assert done.returncode == 1, done.stderr
     assert "crashed with SIGABRT 3 times in a row, and no row was answered" in done.stderr
     assert "failed: RuntimeError: no kernel" in done.stderr
@@ -288,9 +288,9 @@ def test_a_disk_that_hangs_ends_the_job_with_the_reason(
 ) -> None:
     module, name = re.match(r"([a-z.]+)\.([A-Zi].*)", place).groups()
     trap = (
-        f"import {module}\n"
+        f"import {module}, sys\n"
         f"def hanging(*_):\n    hang()\n{'    yield' if 'islice' in name else ''}\n"
-        f"{module}.{name} = hanging"
+        f"sys.modules['{module}'].{name} = hanging"
     )
     done = trapped(batchrun, trap)
     assert done.returncode == 1

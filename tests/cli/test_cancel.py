@@ -130,13 +130,13 @@ def test_what_forks_off_a_run_keeps_neither_its_lock_nor_its_turn(
     """Neither a fork nor a program that C starts; both outlive the run."""
     leave = (
         "import os, signal\n"
-        "import batchrun.run.live\n"
+        "from batchrun.run import live\n"
         "def leave(*_):\n"
         "    os.system('sleep 600 & echo $! > pids')\n"
         "    forked = os.fork() or signal.pause()\n"
         "    print(forked, file=open('pids', 'a'), flush=True)\n"
         "    os._exit(1)\n"
-        "batchrun.run.live.Reporter.__init__ = leave\n"
+        "live.Reporter.__init__ = leave\n"
     )
     set_trap(trap, "run-job", leave)
     job = detached(batchrun, "a.jsonl")

@@ -47,7 +47,7 @@ def test_what_a_job_starts_executes_nothing_of_the_folder_either(
     monkeypatch.setenv("PYTHONPATH", ":/mine:")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/cuda/lib64:")
     code = (
-        "import os, random, sys; import batchrun.run.supervisor as s; print(s.__file__)\n"
+        "import os, random, sys; from batchrun.run import supervisor as s; print(s.__file__)\n"
         "print(os.environ['LD_LIBRARY_PATH'], *sys.path, sep='|')\n"
     )
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"

@@ -209,9 +209,9 @@ def test_a_template_that_never_ends_is_named_and_ends_the_job(
     model = hostile(batchrun.model, tmp_path, template)
     done = trapped(
         batchrun,
-        "import batchrun.run.reader as r; r.Reader.__init__.__kwdefaults__['barren'] = 3",
+        "from batchrun.run import reader as r; r.Reader.__init__.__kwdefaults__['barren'] = 3",
         "--chat",
-        supervisor="import batchrun.run.runs as r; r._BARREN = 2",
+        supervisor="from batchrun.run import runs as r; r._BARREN = 2",
         model=model,
         BATCHRUN_PROMPT_SECONDS="0.2",
     )

@@ -116,7 +116,7 @@ def run_noting(job: JobFolder, notes: Path, last_row: int | None = None) -> None
     handle = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def open_noting(spec: JobSpec, log: Callable[[str], None]) -> Any:
-        runtime = worker._open_runtime(spec, log)
+        runtime = worker.open_runtime(spec, log)
         add = runtime.engine.add
 
         def noting(request: Request) -> None:

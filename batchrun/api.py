@@ -1,0 +1,250 @@
+"""batchrun from Python: jobs that outlive who submits them, and a model for a loop in a notebook.
+
+Options have the names of the command line's, with underscores; `batchrun submit --help` says what
+each does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.jobs import cancel, folder
+from batchrun.jobs.errors import JobError, OptionError
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.lease import held_by
+from batchrun.jobs.output.destination import resuming
+from batchrun.jobs.output.rejoin import rejoin
+from batchrun.jobs.rows.formats import FORMATS
+from batchrun.jobs.rows.jsonl import JsonFormat
+from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS
+from batchrun.jobs.stats import summarise
+from batchrun.run.live import Progress, read_progress
+from batchrun.specs import PIPE, make_spec, output_to
+from batchrun.submit import as_lines, kept_input, start, submitting
+
+if TYPE_CHECKING:
+    from batchrun.jobs.output.joined import Joined
+    from batchrun.run.supervisor import Started
+
+Rows = pa.Table | Sequence[Mapping[str, Any]]
+Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Rows
+
+_POLL_S = 0.1
+_FINISHED = ("done", "done-with-errors")
+_log = logging.getLogger("batchrun").info
+
+
+class Job:
+    """A job, which runs in a process of its own, whatever becomes of this one."""
+
+    def __init__(self, job: JobFolder, started: Started | None = None) -> None:
+        self._job, self._started = job, started
+
+    @classmethod
+    def find(cls, name: str | None = None) -> Job:
+        """The job of that id, or whose id begins so; the latest without one.
+
+        Raises:
+            JobNotFound: There is none, or more than one.
+        """
+        return cls(folder.find(folder.home(), name))
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id}>"
+
+    @property
+    def id(self) -> str:
+        """Its name, as `batchrun list` shows it."""
+        return self._job.id
+
+    @property
+    def state(self) -> str:
+        """One of new, queued, running, interrupted, done, done-with-errors, failed, cancelled."""
+        return self._job.state()
+
+    @property
+    def output(self) -> Path:
+        """The file of its answers; there once the job is done."""
+        return Path(self._job.spec().output.path)
+
+    def wait(self, timeout: float | None = None) -> Job:
+        """Return this job when it has ended: done, with failed rows or without, or stopped.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Raises:
+            TimeoutError: It goes on after that.
+            JobError: It failed; the message says why.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        while self._alive():
+            if until is not None and time.monotonic() >= until:
+                raise TimeoutError(f"the job {self.id} goes on after {timeout} s")
+            time.sleep(_POLL_S)
+        if self.state == "failed":
+            reason, hint = self._job.failure() or ("it failed", None)
+            raise JobError(f"the job {self.id} failed: {reason}", hint)
+        return self
+
+    def _alive(self) -> bool:
+        if self._started is not None:
+            return self._started.alive()
+        return held_by(self._job.path) is not None
+
+    def progress(self) -> Progress | None:
+        """Where its run is, a few times a second; None before it has said so."""
+        return read_progress(self._job.path)
+
+    def stats(self) -> dict[str, Any]:
+        """What `batchrun stats --json` prints."""
+        return summarise(self._job)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The output's rows, in input order; while the job is not done, those that are.
+
+        Raises:
+            JobError: The input is not what it was, or can't be read.
+        """
+        with ExitStack() as stack:
+            joined = self._joined(stack)
+            if FORMATS[self._job.spec().input_format].columnar:
+                for batch in joined.batches():
+                    yield from batch.to_pylist()
+            else:
+                yield from map(json.loads, JsonFormat().records(joined, self.output))
+            joined.finish()
+
+    def to_arrow(self) -> pa.Table:
+        """The output's rows as a table; while the job is not done, those that are.
+
+        Raises:
+            JobError: The input is not what it was, or can't be read.
+        """
+        with ExitStack() as stack:
+            joined = self._joined(stack)
+            table = pa.Table.from_batches(list(joined.batches()), joined.schema())
+            joined.finish()
+            return table
+
+    def _joined(self, stack: ExitStack) -> Joined:
+        partial = self.state not in _FINISHED
+        journal = stack.enter_context(self._job.journal())
+        return rejoin(self._job.spec(), journal, partial=partial)
+
+    def resume(
+        self,
+        *,
+        retry_failed: bool = False,
+        output: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        **limits: Any,
+    ) -> Job:
+        """Continue: finished rows are kept, begun ones go on where they were.
+
+        Args:
+            retry_failed: Do the failed rows again.
+            output: Another file for the output, from now on.
+            overwrite: Replace what is there now, whoever wrote it.
+            limits: `max_num_seqs`, `max_num_batched_tokens`, `kv_budget`, from now on.
+
+        Raises:
+            JobError: It runs, its input changed, or its output is another job's.
+        """
+        if unknown := limits.keys() - set(LIMIT_NAMES):
+            raise OptionError("{} can't be told a job anew", min(unknown))
+        told = {name: OPTIONS[name].read(value) for name, value in limits.items()}
+        path = None if output is None else Path(output_to(os.fspath(output)).path)
+        with resuming(folder.home(), self._job, path, overwrite=overwrite, limits=told, tell=_log):
+            if retry_failed:
+                self._job.retry_failed()
+            self._reap()
+            self._started = start(self._job)
+        return self
+
+    def cancel(self) -> Job:
+        """Stop it; what it has done is kept.
+
+        Raises:
+            JobError: It does not run.
+        """
+        cancel.cancel(self._job)
+        self._reap()
+        return self
+
+    def _reap(self) -> None:
+        """Its supervisor, where this process started it, has ended: let the kernel forget it."""
+        if self._started is not None:
+            self._started.process.wait()
+
+
+def submit(
+    inputs: Inputs,
+    *,
+    model: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    again: bool = False,
+    log: Callable[[str], None] = _log,
+    **options: Any,
+) -> Job:
+    """Check a job and start it in a process of its own.
+
+    Args:
+        inputs: Files, folders or globs, one or several; or rows, as a table or a list of dicts.
+        model: Alias, folder, `.gguf` file or hub id.
+        output: A file; by default beside `INPUT-completions` in this folder, of rows in the job.
+        again: Begin anew though the same work can be resumed.
+        log: Told, a line each, what a user should know.
+        options: As `batchrun submit --help` names them, with underscores.
+
+    Raises:
+        OptionError: An option is not known, or has a value that it cannot have.
+        JobError: An input can't be read, the output can't be written, or it is the work of another.
+        ModelError: The model can't be used.
+    """
+    root = folder.home()
+    with ExitStack() as stack:
+        own = None
+        if isinstance(inputs, str | os.PathLike):
+            inputs = [inputs]
+        if isinstance(inputs, pa.Table) or any(isinstance(item, Mapping) for item in inputs):
+            own = stack.enter_context(_kept(root, inputs))
+            inputs, output = [own], PIPE if output is None else output
+        paths = [os.fspath(path) for path in inputs]  # type: ignore[arg-type]
+        given = {"model": model, "output": output, **options}
+        spec = make_spec(paths, root, given, log=log)
+        job = stack.enter_context(submitting(root, spec, own, again=again))
+        return Job(job, start(job))
+
+
+def run(inputs: Inputs, **options: Any) -> Job:
+    """Submit a job, and wait until it has ended: see `submit` and `Job.wait`."""
+    return submit(inputs, **options).wait()
+
+
+def list_jobs() -> list[Job]:
+    """All jobs, the oldest first."""
+    return [Job(job) for job in folder.list_jobs(folder.home())]
+
+
+def _kept(root: Path, rows: Any) -> Any:
+    """A file of rows in memory, until the block ends or a job has it."""
+
+    def write(file: BinaryIO) -> None:
+        if isinstance(rows, pa.Table):
+            pq.write_table(rows, file)
+        else:
+            file.write(as_lines(rows))
+
+    suffix = ".parquet" if isinstance(rows, pa.Table) else ".jsonl"
+    return kept_input(root, "the rows", write, lambda _: suffix)

@@ -1,0 +1,178 @@
+"""A model in this process, for a loop in a notebook: prompts in, results out, nothing kept."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from batchrun.engine.core import Request
+from batchrun.jobs.folder import home
+from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
+from batchrun.jobs.options import PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.rows.store import Part
+from batchrun.jobs.spec import JobSpec
+from batchrun.run.chat_columns import usual_column
+from batchrun.run.reader import QUEUED_REQUESTS, Reader, RowEngine, Workbench
+from batchrun.run.worker import open_runtime, result_of
+from batchrun.specs import model_of, part_of, read_options, sampling_of
+from batchrun.submit import as_lines
+
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+_log = logging.getLogger("batchrun").info
+
+
+class LLM:
+    """A model that is loaded once, and the engine of jobs around it. Close it to free its memory.
+
+    Args:
+        model: Alias, folder, `.gguf` file or hub id.
+        log: Told, a line each, what a user should know.
+        options: As `batchrun submit --help` names them, with underscores; those of sampling hold
+            where `generate` says nothing else.
+
+    Raises:
+        OptionError: An option is not known, or has a value that it cannot have.
+        ModelError: The model can't be used.
+    """
+
+    def __init__(
+        self, model: str | None = None, *, log: Callable[[str], None] = _log, **options: Any
+    ) -> None:
+        self._options, self._log = {"model": model, **options}, log
+        asked = read_options(self._options)
+        sampling_of(asked)
+        self._spec = JobSpec(
+            (),
+            "jsonl",
+            part_of(PromptSpec, asked),
+            model_of(asked, home(), log),
+            SamplingSpec(),
+            runtime=part_of(RuntimeSpec, asked),
+        )
+        self._runtime: Workbench | None = open_runtime(self._spec, log)
+
+    def generate(self, prompts: Iterable[Prompt], **sampling: Any) -> list[Result]:
+        """The results of all prompts, in their order; of one that failed, `error` says why.
+
+        Args:
+            prompts: Each is text, a chat (a list of messages), or a row (a dict), whose columns
+                mean what they mean in a file: `prompt` or `messages`, fields of a template, its
+                own sampling parameters.
+            sampling: Sampling options, for these prompts. With `n` above 1 a prompt has as many
+                results one after the other, numbered by `row` and `sample`.
+
+        Raises:
+            OptionError: An option is not known, or has a value that it cannot have.
+            InputError: A prompt has a value that JSON has not.
+        """
+        options = read_options({**self._options, **sampling})
+        best_of, n = options["best_of"], options["n"]
+        spec = replace(
+            self._spec,
+            sampling=sampling_of(options),
+            seed=options["seed"],
+            n=best_of or n,
+            keep=n if best_of else None,
+        )
+        rows = [self._fields(prompt) for prompt in prompts]
+        if self._runtime is None:
+            self._runtime = open_runtime(self._spec, self._log)
+        try:
+            found = _computed(spec, rows, self._runtime, self._log) if rows else []
+        except BaseException:  # rows are left in the engine, and none of the next may meet them
+            self.close()
+            raise
+        answers = ResultReader(iter(found), spec.n, False, spec.keep, len(rows))
+        return [result for row in range(len(rows)) for result in answers.take(row)]
+
+    def _fields(self, prompt: Prompt) -> dict[str, Any]:
+        if not isinstance(prompt, Mapping):
+            return {"prompt": prompt}
+        if self._spec.prompt.column or self._spec.prompt.template:
+            return dict(prompt)
+        name = usual_column([*prompt])
+        return {**prompt, "prompt": prompt[name]} if name in prompt else dict(prompt)
+
+    def close(self) -> None:
+        """Give the memory back; `generate` would load the model again."""
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Drive:
+    """Takes the reader's requests and results, and lets the engine compute, in one thread.
+
+    Attributes:
+        results: By row and sample.
+    """
+
+    def __init__(self, engine: RowEngine) -> None:
+        self._engine = engine
+        self.results: dict[tuple[int, int], Result] = {}
+        self.copies: list[CopiedResult] = []
+        self.reader: Reader | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether enough waits in the engine."""
+        return self._engine.load()[1] >= QUEUED_REQUESTS
+
+    def put(self, item: Request | Result | CopiedResult | RowDigests) -> None:
+        """A request to compute, or a result in its place."""
+        if isinstance(item, Request):
+            while self.full:
+                self.step()
+            self._engine.add(item)
+        elif isinstance(item, Result):
+            self.results[item.row, item.sample] = item
+        elif isinstance(item, CopiedResult):
+            self.copies.append(item)
+
+    def close(self) -> None:
+        """There is no more: compute what is left."""
+        while self._engine.has_work:
+            self.step()
+
+    def step(self) -> None:
+        """Let the engine go one step on."""
+        assert self.reader is not None
+        for completion in self._engine.step():
+            request, result = completion.sequence.request, result_of(completion)
+            self.put(result)
+            if self.reader.planner is not None:
+                self.reader.planner.learn(request, result.completion_tokens)
+                for same in self.reader.settle(request, result):
+                    self.put(same)
+
+
+def _computed(
+    spec: JobSpec,
+    rows: Sequence[Mapping[str, Any]],
+    bench: Workbench,
+    log: Callable[[str], None],
+) -> list[Result]:
+    """The results of rows in their order: they are read, planned and computed as a job's are."""
+    with tempfile.TemporaryDirectory(prefix="batchrun-") as place:
+        path = Path(place, "rows.jsonl")
+        path.write_bytes(as_lines(rows))
+        drive = _Drive(bench.engine)
+        source = open_source([Part(path)], "jsonl")
+        drive.reader = Reader(spec, source, DoneSet(spec.n), bench, log)
+        drive.reader.read(drive, drive)
+    for copy in drive.copies:
+        of = drive.results[copy.of_row, copy.of_sample]
+        drive.put(of._replace(row=copy.row, sample=copy.sample))
+    return [drive.results[key] for key in sorted(drive.results)]
