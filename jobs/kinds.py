@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 from batchrun.jobs.errors import OptionError
 
@@ -19,36 +19,27 @@ RUNNING = "Running (these never change an answer)"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Kind(Protocol):
-    """The values that an option can have."""
+@dataclass(frozen=True)
+class Kind:
+    """The values that an option can have: those of some types, and what is made of them.
+
+    Args:
+        types: In Python.
+        what: It is, in words.
+        make: Makes what is meant; raises ValueError where it can't be.
+        metavar: Stands for a value in help; None where its kind says enough.
+    """
+
+    types: tuple[type[Any], ...]
+    what: str
+    make: Callable[[Any], Any]
+    metavar: str | None = None
 
     def read(self, value: Any) -> Any:
         """What a value means; raises ValueError, which says what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text."""
-
-    def read(self, value: Any) -> str:
-        """The text; a path is one, too."""
-        if not isinstance(value, str | os.PathLike):
-            raise ValueError(f"{value!r} is no text")
-        return os.fspath(value)
-
-
-TEXT = Text()
-
-
-@dataclass(frozen=True)
-class Flag:
-    """True or false."""
-
-    def read(self, value: Any) -> bool:
-        """The flag."""
-        if not isinstance(value, bool):
-            raise ValueError(f"{value!r} is neither True nor False")
-        return value
+        if not isinstance(value, self.types) or isinstance(value, bool) != (bool in self.types):
+            raise ValueError(f"{value!r} is no {self.what}")
+        return self.make(value)
 
 
 @dataclass(frozen=True)
@@ -57,9 +48,10 @@ class Integer:
 
     least: int | None = None
     most: int | None = None
+    metavar = "N"
 
     def read(self, value: Any) -> int:
-        """The number."""
+        """The number, as of `Kind`."""
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{value!r} is no whole number")
         if self.least is not None and value < self.least:
@@ -70,24 +62,14 @@ class Integer:
 
 
 @dataclass(frozen=True)
-class Number:
-    """A number."""
-
-    def read(self, value: Any) -> float:
-        """The number."""
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{value!r} is no number")
-        return float(value)
-
-
-@dataclass(frozen=True)
 class Choice:
     """One of some words, each of which stands for a value."""
 
     words: Mapping[str, Any]
+    metavar = None
 
     def read(self, value: Any) -> Any:
-        """The value of a word, or the value itself."""
+        """The value of a word, or the value itself, as of `Kind`."""
         if isinstance(value, str) and value in self.words:
             return self.words[value]
         if any(value is known for known in self.words.values()):
@@ -100,48 +82,41 @@ def one_of(*words: str) -> Choice:
     return Choice({word: word for word in words})
 
 
-@dataclass(frozen=True)
-class Size:
+def size(multiple_of: int = 1) -> Kind:
     """Bytes above 0, with an optional binary unit: `256MiB`, `2G`, `1048576`."""
 
-    multiple_of: int = 1
-
-    def read(self, value: Any) -> int:
-        """The bytes."""
+    def make(value: int | str) -> int:
         text = str(value).strip()
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
         if found is None:
             raise ValueError(f"{value!r} is no size; write for example 256MiB or 2GiB")
-        size = int(float(found[1]) * _UNITS[found[2].upper()])
-        if size <= 0 or size % self.multiple_of:
-            raise ValueError(f"{value!r} is no positive multiple of {self.multiple_of} bytes")
-        return size
+        bytes_ = int(float(found[1]) * _UNITS[found[2].upper()])
+        if bytes_ <= 0 or bytes_ % multiple_of:
+            raise ValueError(f"{value!r} is no positive multiple of {multiple_of} bytes")
+        return bytes_
+
+    return Kind((int, str), "size", make, "SIZE")
 
 
-@dataclass(frozen=True)
-class Device:
-    """A device by its name; whether it is there is found out when it is used."""
-
-    def read(self, value: Any) -> str:
-        """The name."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
-            raise ValueError(f"{value!r} is no device; there are auto, cpu, cuda and cuda:N")
-        return str(value)
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"{name!r} is no device; there are auto, cpu, cuda and cuda:N")
+    return name
 
 
-@dataclass(frozen=True)
-class Named:
-    """Values by name, as JSON has them."""
+def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(dict(value), allow_nan=False)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    return dict(value)
 
-    def read(self, value: Any) -> dict[str, Any]:
-        """The values."""
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{value!r} has no names")
-        try:
-            json.dumps(dict(value), allow_nan=False)
-        except (TypeError, RecursionError) as error:
-            raise ValueError(str(error)) from None
-        return dict(value)
+
+TEXT = Kind((str, os.PathLike), "text", os.fspath)
+FLAG = Kind((bool,), "flag: True or False", bool)
+NUMBER = Kind((int, float), "number", float, "X")
+DEVICE = Kind((str,), "device", _device, "auto|cpu|cuda|cuda:N")
+NAMED = Kind((Mapping,), "mapping", _as_json, "NAME=VALUE")
 
 
 @dataclass(frozen=True)
@@ -178,7 +153,7 @@ class Option:
         name: As an argument in Python; that of the field where it is empty.
         flag: On the command line; the name with dashes where it is empty.
         short: A letter for it there.
-        metavar: Stands for its value in help.
+        metavar: Stands for its value in help; that of its kind where it is None.
         section: Of the help; that of the class where it is empty.
         several: Its value is a tuple of that kind, and is repeated on the command line.
         row: What rows can say in a column of its name; None where they can't.
@@ -188,7 +163,7 @@ class Option:
     """
 
     help: str
-    kind: Kind = TEXT
+    kind: Kind | Integer | Choice = TEXT
     name: str = ""
     flag: str = ""
     short: str = ""
@@ -219,12 +194,12 @@ class Option:
 
 def option(
     help: str,  # noqa: A002
-    kind: Kind | None = None,
+    kind: Kind | Integer | Choice | None = None,
     default: Any = None,
     **more: Any,
 ) -> Any:
     """A field that is an option, text or a flag unless it is said otherwise: see `Option`."""
-    kind = kind or (Flag() if isinstance(default, bool) else TEXT)
+    kind = kind or (FLAG if isinstance(default, bool) else TEXT)
     said = {"option": Option(help, kind, **more)}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=said)
@@ -239,6 +214,7 @@ def options_of(part: Any) -> Iterator[Option]:
                 found,
                 name=found.name or f.name,
                 flag=found.flag or f"--{(found.name or f.name).replace('_', '-')}",
+                metavar=found.metavar or found.kind.metavar,
                 section=found.section or part.SECTION,
                 at=f.name,
                 default={} if f.default is MISSING else f.default,

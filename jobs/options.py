@@ -11,21 +11,21 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from batchrun.jobs.kinds import (
+    DEVICE,
     FINITE,
     MODEL,
+    NAMED,
+    NUMBER,
     OUTPUT,
     PROMPT,
     RUNNING,
     SAMPLING,
     Choice,
-    Device,
     Integer,
-    Named,
-    Number,
     RowRule,
-    Size,
     one_of,
     option,
+    size,
     whole,
 )
 
@@ -94,10 +94,9 @@ class PromptSpec:
     template_args: Mapping[str, Any] = option(
         "Tell the model's chat template, such as enable_thinking=false; what a row has in a "
         "column chat_template_kwargs wins. Repeatable.",
-        Named(),
+        NAMED,
         {},
         flag="--template-arg",
-        metavar="NAME=VALUE",
     )
     special_tokens_in_data: bool = option(
         "What reads like a control token (<|im_end|>, </s>) in columns of a chat or a "
@@ -125,47 +124,36 @@ class SamplingSpec:
     SECTION: ClassVar = SAMPLING
 
     max_tokens: int | None = option(
-        "At most so many new tokens.", Integer(), metavar="N", row=whole(1, 1 << 63, "at least 1")
+        "At most so many new tokens.", Integer(), row=whole(1, 1 << 63, "at least 1")
     )
     min_tokens: int | None = option(
-        "Do not stop before so many.", Integer(), metavar="N", row=whole(0, 1 << 63, "0 or more")
+        "Do not stop before so many.", Integer(), row=whole(0, 1 << 63, "0 or more")
     )
     temperature: float | None = option(
         "0 takes the likeliest token always.",
-        Number(),
-        metavar="X",
+        NUMBER,
         row=RowRule("0 or more, and at most 5", lambda v: 0 <= v <= 5),
     )
     top_p: float | None = option(
         "Draw from the likeliest with sum X.",
-        Number(),
-        metavar="X",
+        NUMBER,
         row=RowRule("above 0 and at most 1", lambda v: 0 < v <= 1),
     )
     top_k: int | None = option(
-        "Draw from the N likeliest; 0 is off.",
-        Integer(),
-        metavar="N",
-        row=whole(0, 1 << 31, "0 (off) or more"),
+        "Draw from the N likeliest; 0 is off.", Integer(), row=whole(0, 1 << 31, "0 (off) or more")
     )
     min_p: float | None = option(
         "Drop what is less likely than X times the top.",
-        Number(),
-        metavar="X",
+        NUMBER,
         row=RowRule("between 0 and 1", lambda v: 0 <= v <= 1),
     )
     repetition_penalty: float | None = option(
         "Above 1 discourages repeating.",
-        Number(),
-        metavar="X",
+        NUMBER,
         row=RowRule("above 0 (0.000001 to 1000000)", lambda v: 1e-6 < v < 1e6),
     )
-    presence_penalty: float | None = option(
-        "Subtracted once for a used token.", Number(), metavar="X", row=FINITE
-    )
-    frequency_penalty: float | None = option(
-        "Subtracted for each use of it.", Number(), metavar="X", row=FINITE
-    )
+    presence_penalty: float | None = option("Subtracted once for a used token.", NUMBER, row=FINITE)
+    frequency_penalty: float | None = option("Subtracted for each use of it.", NUMBER, row=FINITE)
     stop: tuple[str, ...] = option(
         "Stop before this text. Repeatable.",
         default=(),
@@ -188,14 +176,10 @@ class SamplingSpec:
         "Never choose the model's end tokens.", default=False, row=RowRule("true or false")
     )
     num_beams: int | None = option(
-        "Search the likeliest answer among N at once, instead of sampling (beam search).",
-        _COUNT,
-        metavar="N",
+        "Search the likeliest answer among N at once, instead of sampling (beam search).", _COUNT
     )
     length_penalty: float | None = option(
-        "Of beams: above 1 favours long answers, below 1 short ones; default: 1.",
-        Number(),
-        metavar="X",
+        "Of beams: above 1 favours long answers, below 1 short ones; default: 1.", NUMBER
     )
     early_stopping: bool | Literal["never"] | None = option(
         "Of beams: yes ends with the first N answers, never only when none can be better; "
@@ -253,35 +237,24 @@ class RuntimeSpec:
 
     device: str = option(
         "Where to compute. auto: the first GPU if there is one that can be used.",
-        Device(),
+        DEVICE,
         "auto",
-        metavar="auto|cpu|cuda|cuda:N",
         section=MODEL,
     )
     attention: str = option(
         "Attention kernel; `batchrun doctor` says which work here.", default="auto", section=MODEL
     )
     max_num_seqs: int | None = option(
-        "Rows that generate at the same time at most.",
-        Integer(1, MOST_SEQUENCES),
-        metavar="N",
-        anew=True,
+        "Rows that generate at the same time at most.", Integer(1, MOST_SEQUENCES), anew=True
     )
     max_num_batched_tokens: int | None = option(
         "Tokens computed in one step at most; longer prompts are cut into chunks.",
         _COUNT,
-        metavar="N",
         anew=True,
     )
-    kv_budget: int | None = option(
-        "KV memory at most, like 256MiB.", Size(), metavar="SIZE", anew=True
-    )
-    page_size: int | None = option(
-        "Physical page of the KV memory.", Size(mmap.PAGESIZE), metavar="SIZE"
-    )
-    layers_per_slab: int | None = option(
-        "Layers that share a KV slab; default: all.", _COUNT, metavar="N"
-    )
+    kv_budget: int | None = option("KV memory at most, like 256MiB.", size(), anew=True)
+    page_size: int | None = option("Physical page of the KV memory.", size(mmap.PAGESIZE))
+    layers_per_slab: int | None = option("Layers that share a KV slab; default: all.", _COUNT)
     share_prefixes: bool = option(
         "Compute and hold once what prompts begin with alike.", default=True
     )

@@ -123,10 +123,9 @@ class JobSpec:
         "Same seed, same answers.",
         Integer(),
         0,
-        metavar="N",
         row=whole(-1 << 63, 1 << 63, "of 64 bits"),
     )
-    n: int = option("Samples for each row.", Integer(1), 1)
+    n: int = option("Samples for each row.", Integer(1), 1, metavar="INTEGER RANGE")
     limit: int | None = option("Only the first rows.", Integer(1), metavar="ROWS", section=PROMPT)
     output: OutputSpec = field(default_factory=OutputSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
@@ -135,7 +134,6 @@ class JobSpec:
         "Draw N samples and keep the --n likeliest, by mean log-probability of their tokens.",
         Integer(1),
         name="best_of",
-        metavar="N",
     )
 
     def fingerprint(self) -> str:

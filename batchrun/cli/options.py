@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from batchrun.jobs.errors import OptionError
-from batchrun.jobs.kinds import Choice, Device, Flag, Integer, Kind, Named, Number, Option, Size
+from batchrun.jobs.kinds import FLAG, NAMED, NUMBER, TEXT, Choice, Integer, Kind, Option
 from batchrun.specs import OPTIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -24,7 +24,7 @@ class KindType(click.ParamType[Any]):
     """
 
     def __init__(self, kind: Kind) -> None:
-        self.name = type(kind).__name__.lower()
+        self.name = kind.what
         self._kind = kind
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
@@ -94,14 +94,14 @@ def job_options(*sections: str, anew: bool = False) -> Callable[[Command], Comma
 def _on_command_line(option: Option) -> Callable[[Command], Command]:
     on = option.default is True
     shown = bool(option.default) or type(option.default) is int
-    named = isinstance(option.kind, Named)
+    named = option.kind == NAMED
     return section_option(
         *filter(None, [option.short]),
         f"{option.flag}/--no-{option.flag[2:]}" if on else option.flag,
         option.name,
         section=option.section,
         type=_type(option.kind),
-        is_flag=isinstance(option.kind, Flag),
+        is_flag=option.kind == FLAG,
         multiple=option.several or named,
         callback=_pairs if named else None,
         default=option.default if shown else None,
@@ -111,19 +111,13 @@ def _on_command_line(option: Option) -> Callable[[Command], Command]:
     )
 
 
-def _type(kind: Kind) -> click.ParamType[Any]:
+def _type(kind: Kind | Integer | Choice) -> click.ParamType[Any]:
     if isinstance(kind, Choice):
         return click.Choice(list(kind.words))
-    if isinstance(kind, Integer) and kind != Integer():
-        return click.IntRange(kind.least, kind.most)
-    if isinstance(kind, Size | Device):
-        return KindType(kind)
-    plain: dict[type[Any], click.ParamType[Any]] = {
-        Integer: click.INT,
-        Number: click.FLOAT,
-        Flag: click.BOOL,
-    }
-    return plain.get(type(kind), click.STRING)
+    if isinstance(kind, Integer):
+        return click.INT if kind == Integer() else click.IntRange(kind.least, kind.most)
+    plain = {FLAG: click.BOOL, NUMBER: click.FLOAT, TEXT: click.STRING, NAMED: click.STRING}
+    return plain.get(kind) or KindType(kind)
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> dict[str, Any]:

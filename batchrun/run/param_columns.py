@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from batchrun.engine.core import SamplingParams
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.kinds import Flag, Integer, Number, RowRule, Text
+from batchrun.jobs.kinds import FLAG, NUMBER, TEXT, Integer, RowRule
 from batchrun.jobs.rows.arrowtypes import is_text, without_dictionary
 from batchrun.jobs.rows.row import Source
 from batchrun.jobs.spec import OPTIONS
 
-FLAG = "--ignore-param-columns"
+IGNORE = "--ignore-param-columns"
 _LOOKED_AT = 1000  # rows, before the job starts
 _SHOWN = 60  # characters of a value, in a message
 _Types = tuple[Callable[[pa.DataType], bool], ...]
@@ -85,17 +85,18 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(map(_integer, value if isinstance(value, list | tuple) else [value]))
 
 
-_COLUMNS: dict[tuple[type[Any], bool], tuple[Callable[[Any], Any], _Types, _Types]] = {
-    (Integer, False): (_integer, _NUMBERS, ()),
-    (Integer, True): (_ids, _NUMBERS, _NUMBERS),
-    (Number, False): (_number, _NUMBERS, ()),
-    (Flag, False): (_flag, (pa.types.is_boolean, *_NUMBERS), ()),
-    (Text, True): (_texts, (is_text,), (is_text,)),
+# By kind, and whether there may be several.
+_COLUMNS: dict[tuple[Any, bool], tuple[Callable[[Any], Any], _Types, _Types]] = {
+    (Integer(), False): (_integer, _NUMBERS, ()),
+    (Integer(0), True): (_ids, _NUMBERS, _NUMBERS),
+    (NUMBER, False): (_number, _NUMBERS, ()),
+    (FLAG, False): (_flag, (pa.types.is_boolean, *_NUMBERS), ()),
+    (TEXT, True): (_texts, (is_text,), (is_text,)),
 }
 
 # Columns of these names are the row's own sampling parameters.
 OVERRIDES = {
-    name: _Column(*_COLUMNS[type(option.kind), option.several], option.row)
+    name: _Column(*_COLUMNS[option.kind, option.several], option.row)
     for name, option in OPTIONS.items()
     if option.row is not None
 }
@@ -112,7 +113,7 @@ class BadParameterError(ValueError):
     def __init__(self, name: str, value: str, rule: str) -> None:
         super().__init__(
             f"the column {name} holds {value}, and {name} must be {rule}; "
-            f"{FLAG} takes such columns as data"
+            f"{IGNORE} takes such columns as data"
         )
         self.value, self.rule = value, rule
 
@@ -184,9 +185,8 @@ def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = No
 
 def parameters_taken(names: Iterable[str]) -> str:
     """What users are told of columns that act as sampling parameters."""
-    return (
-        f"sampling parameters taken from columns: {', '.join(names)}; to take them as data: {FLAG}"
-    )
+    taken = ", ".join(names)
+    return f"sampling parameters taken from columns: {taken}; to take them as data: {IGNORE}"
 
 
 @dataclass
@@ -229,7 +229,7 @@ def _look(
 def _refused(name: str, reason: str) -> InputError:
     return InputError(
         f"the column '{name}' can't be the rows' own {name}: {reason}",
-        hint=f"if it is data, add {FLAG}; else mend it",
+        hint=f"if it is data, add {IGNORE}; else mend it",
     )
 
 
