@@ -12,6 +12,7 @@ from typing import Any
 from batchrun.engine.core import Request
 from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
+from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING
 from batchrun.jobs.options import PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.source import open_source
@@ -45,7 +46,7 @@ class LLM:
         self, model: str | None = None, *, log: Callable[[str], None] = _log, **options: Any
     ) -> None:
         self._options, self._log = {"model": model, **options}, log
-        asked = read_options(self._options)
+        asked = read_options(self._options, MODEL, PROMPT, SAMPLING, RUNNING)
         sampling_of(asked)
         self._spec = JobSpec(
             (),
@@ -71,6 +72,7 @@ class LLM:
             OptionError: An option is not known, or has a value that it cannot have.
             InputError: A prompt has a value that JSON has not.
         """
+        read_options(sampling, SAMPLING)
         options = read_options({**self._options, **sampling})
         best_of, n = options["best_of"], options["n"]
         spec = replace(
@@ -80,11 +82,12 @@ class LLM:
             n=best_of or n,
             keep=n if best_of else None,
         )
-        rows = [self._fields(prompt) for prompt in prompts]
+        rows = [self._fields(prompt) for prompt in prompts][: options["limit"]]
+        lines = as_lines(rows)
         if self._runtime is None:
             self._runtime = open_runtime(self._spec, self._log)
         try:
-            found = _computed(spec, rows, self._runtime, self._log) if rows else []
+            found = _computed(spec, lines, self._runtime, self._log) if rows else []
         except BaseException:  # rows are left in the engine, and none of the next may meet them
             self.close()
             raise
@@ -160,14 +163,14 @@ class _Drive:
 
 def _computed(
     spec: JobSpec,
-    rows: Sequence[Mapping[str, Any]],
+    lines: bytes,
     bench: Workbench,
     log: Callable[[str], None],
 ) -> list[Result]:
-    """The results of rows in their order: they are read, planned and computed as a job's are."""
+    """The results of rows, which are lines of JSON: read, planned and computed as a job's are."""
     with tempfile.TemporaryDirectory(prefix="batchrun-") as place:
         path = Path(place, "rows.jsonl")
-        path.write_bytes(as_lines(rows))
+        path.write_bytes(lines)
         drive = _Drive(bench.engine)
         source = open_source([Part(path)], "jsonl")
         drive.reader = Reader(spec, source, DoneSet(spec.n), bench, log)

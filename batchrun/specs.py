@@ -47,16 +47,22 @@ PIPE = "-"  # as an output: what is handed out in the end
 T = TypeVar("T")
 
 
-def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
+def read_options(given: Mapping[str, Any], *sections: str) -> dict[str, Any]:
     """All options by name: what was given, as it is meant, and defaults for the others.
 
+    Args:
+        given: Values by name.
+        sections: Only options of these can be given; all by default.
+
     Raises:
-        OptionError: One is not known, or can't have that value.
+        OptionError: One is not known, means nothing here, or can't have that value.
     """
     for name in given:
         if name not in OPTIONS:
             near = get_close_matches(name, OPTIONS, 1)
             raise OptionError("there is no option {}" + "; is {} meant?" * len(near), name, *near)
+        if sections and OPTIONS[name].section not in sections:
+            raise OptionError(f"{{{name}}} means nothing here")
     return {name: option.read(given.get(name)) for name, option in OPTIONS.items()}
 
 

@@ -161,6 +161,12 @@ def test_a_model_here_takes_text_chats_and_rows(llm: LLM) -> None:
         llm.generate([{"prompt": "one", "x": object()}])
     with pytest.raises(OptionError, match="top_p must be above 0"):
         llm.generate(["one"], top_p=2)
+    with pytest.raises(OptionError, match="device means nothing here"):
+        llm.generate(["one"], device="cpu")
+    with pytest.raises(OptionError, match="output means nothing here"):
+        LLM(output="out.jsonl")
+    with pytest.raises(InputError, match="no input files were given"):
+        submit([])
 
 
 def test_equal_prompts_have_equal_results_and_the_best_are_kept(llm: LLM) -> None:
