@@ -124,33 +124,28 @@ def _written(figures: Mapping[str, Any], key: str, whole: str | None) -> str:
 
 def _others(*sections: str) -> str:
     """Lines of a template for figures with a label, of sections that are sentences otherwise."""
-    return "".join(
-        f"\n           ? {{{f'{section}.{name}'.lstrip('.')}}} {label}"
-        for section in sections
-        for name, label in _labels(section)
-    )
+    return "".join(f"\n           ? {{{key}}} {label}" for key, label in _labels(*sections))
 
 
-def _labels(section: str) -> list[tuple[str, str]]:
-    """Names and labels of the figures of a section that have a line of their own."""
-    keys = ((metric.key.rpartition("."), metric.label) for metric in METRICS if metric.label)
-    return [(name, label) for (place, _, name), label in keys if place == section]
+def _labels(*sections: str) -> list[tuple[str, str]]:
+    """Keys and labels of the figures of sections that have a line of their own."""
+    return [(m.key, m.label) for m in METRICS if m.label and m.key.rpartition(".")[0] in sections]
 
 
 def _time(figures: Mapping[str, Any]) -> str:
     wall = figures["time.wall_s"]
     lines = [("time", seconds(wall), "wall clock; reader, engine and journal run side by side")]
-    for name, label in _labels("time"):
-        spent = figures[f"time.{name}"]
-        lines.append(("", seconds(spent), f"{label}{_share(spent, wall)}"))
+    for key, label in _labels("time"):
+        lines.append(("", seconds(figures[key]), f"{label}{_share(figures[key], wall)}"))
     return _table(lines)
 
 
 def _kv(figures: Mapping[str, Any]) -> str:
     shares = {"mapped": "utilisation", "static": "static_utilisation", "paged": "paged_utilisation"}
     lines = [("KV memory", "average", "peak", "live share", "")]
-    for name, label in _labels("kv.peak"):
-        average, peak = figures[f"kv.time_averaged.{name}"], figures[f"kv.peak.{name}"]
+    for key, label in _labels("kv.peak"):
+        name = key.removeprefix("kv.peak.")
+        average, peak = figures[f"kv.time_averaged.{name}"], figures[key]
         share = figures[f"kv.{shares[name]}"] if name in shares else None
         if name != "shared" or peak:
             lines.append((f"  {name}", _size(average), size(peak), _percent(share), label))

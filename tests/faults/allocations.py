@@ -301,8 +301,9 @@ def _import_all() -> None:
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(1)
-    import batchrun.engine.build  # noqa: F401, PLC0415
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401, PLC0415
+
+    import batchrun.engine.build  # noqa: F401, PLC0415
 
 
 if __name__ == "__main__":
