@@ -110,8 +110,7 @@ def count(name: str, rows: int, *, planned: bool) -> dict[str, Any]:
                 given += 1
                 engine.add(waiting.request())
         for completion in engine.step() if engine.has_work else ():
-            sequence = completion.sequence
-            savings.end(sequence.request.row, 0, len(sequence.output_ids))
+            savings.end(completion.request.row, 0, len(completion.token_ids))
     arena.release()
     memory.close()
     steps = engine.stats.steps

@@ -56,8 +56,8 @@ def run(loaded: LoadedModel, settings: Settings, requests: Sequence[Request]) ->
         outputs = {}
         while made.engine.has_work:
             for completion in made.engine.step():
-                request = completion.sequence.request
-                outputs[request.row, request.sample] = completion.sequence.output_ids
+                request = completion.request
+                outputs[request.row, request.sample] = completion.token_ids
         seconds = time.perf_counter() - began
         print(f"  {seconds:.1f} s", file=sys.stderr)
         return Run(seconds, outputs, made.measurements())

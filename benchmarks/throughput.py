@@ -47,7 +47,7 @@ def run_batchrun(runtime: Assembly, prompts: Outputs, max_tokens: int) -> Output
     done: dict[int, list[int]] = {}
     while runtime.engine.has_work:
         for completion in runtime.engine.step():
-            done[completion.sequence.request.row] = completion.sequence.output_ids
+            done[completion.request.row] = completion.token_ids
     return [done[row] for row in range(len(prompts))]
 
 

@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.core import FinishReason, Request, SamplingParams, Sequence
-from batchrun.engine.engine import Completion
+from batchrun.engine.core import Completion, FinishReason, Request, SamplingParams
 from batchrun.engine.model.generation import Generation
 from batchrun.jobs import folder
 from batchrun.jobs.errors import JournalError
@@ -160,20 +159,17 @@ class _Engine:
     def add(self, request: Request) -> None:
         self._queue.append(request)
 
-    def partials(self) -> list[Sequence]:
-        return [Sequence(r, [1]) for r in self._queue]
+    def partials(self) -> list[Request]:
+        return [replace(r, generated_ids=(1,)) for r in self._queue]
 
     def step(self) -> list[Completion]:
         if self._rng.random() < 0.5:
             return []
         request = self._queue.pop(self._rng.randrange(len(self._queue)))
         self.computed.append((request.row, request.sample))
-        sequence = Sequence(request, [len(self.computed)], finish_reason=FinishReason.STOP)
         if request.prompt_ids[0] == ord("!"):
-            sequence.finish_reason, sequence.output_ids = FinishReason.ERROR, []
-            sequence.error, sequence.error_kind = "refused", "kv_budget"
-            return [Completion(sequence, None)]
-        return [Completion(sequence, said(request))]
+            return [Completion(request, (), None, FinishReason.ERROR, "kv_budget", "refused")]
+        return [Completion(request, (len(self.computed),), said(request))]
 
 
 def said(request: Request) -> str:

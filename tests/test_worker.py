@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.engine.core import EngineError, FinishReason, Sequence
-from batchrun.engine.engine import Completion
+from batchrun.engine.core import Completion, EngineError
 from batchrun.engine.model.generation import Generation
 from batchrun.jobs import files, folder
 from batchrun.jobs.errors import JobError, JournalError, LeaseHeld, OutputError, SpecChanged
@@ -356,8 +355,7 @@ class _SlowEngine:
         self.most = max(self.most, len(self.queue))
 
     def step(self) -> list[Completion]:
-        sequence = Sequence(self.queue.pop(0), finish_reason=FinishReason.STOP)
-        return [Completion(sequence, "text")]
+        return [Completion(self.queue.pop(0), text="text")]
 
 
 class _SlowWorkbench:

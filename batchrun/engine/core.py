@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
@@ -151,6 +152,35 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A request that has ended.
+
+    Args:
+        request: It.
+        token_ids: The output; where it ended in an error, as far as it came.
+        text: The output's text; None where it ended in an error, or nobody makes text.
+        finish_reason: Why it ended.
+        error_kind: The kind of the failure; None if it is none.
+        error: What was wrong; None likewise.
+        logprob: Sum of the output's log-probabilities, where the parameters ask for it.
+        arrived, admitted, first_token, finished: When it was queued, first computed, had a token,
+            and ended, in `time.perf_counter` seconds; None where it did not come to that.
+    """
+
+    request: Request
+    token_ids: tuple[int, ...] = ()
+    text: str | None = None
+    finish_reason: FinishReason = FinishReason.STOP
+    error_kind: str | None = None
+    error: str | None = None
+    logprob: float = 0.0
+    arrived: float = 0.0
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
 class Status(StrEnum):
     """Where a sequence is in its life."""
 
@@ -166,10 +196,10 @@ class Sequence:
     `num_computed_tokens` counts the leading tokens whose keys and values are in the slot once the
     launched steps have run. `num_pending` tokens were sampled by steps that are not collected yet:
     they exist, and only the device knows them. `logprob` is the sum of the output's
-    log-probabilities where the parameters ask for it. Times are `time.perf_counter` seconds.
+    log-probabilities where the parameters ask for it. `text` is the output's once it has
+    ended without an error. Times are `time.perf_counter` seconds.
 
-    `origin` is the number of its stay in the slot. `inherited` says whose tokens it begins with:
-    ends, and the origins of those who have computed the tokens before them, as they had them then.
+    `key` and `inherited` are those of its segments while it is in a slot.
     """
 
     request: Request
@@ -179,6 +209,7 @@ class Sequence:
     num_pending: int = 0
     slot: int | None = None
     status: Status = Status.WAITING
+    text: str | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
     error_kind: str | None = None
@@ -188,7 +219,7 @@ class Sequence:
     finished: float | None = None
     high_water: int = 0
     inherited: tuple[tuple[int, int], ...] = ()
-    origin: int = -1
+    key: int = -1
     blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
     group: BeamGroup | None = None  # whose round it is part of
     lookup: Lookup | None = None  # what guesses its tokens
@@ -224,58 +255,84 @@ class Sequence:
         ids = list(prompt[start : start + length])
         return ids + self.output_ids[: length - len(ids)]
 
+    def fail(self, kind: str, reason: str) -> None:
+        """It ends as an error."""
+        self.finish_reason, self.error_kind, self.error = FinishReason.ERROR, kind, reason
+
+    def completion(self) -> Completion:
+        """What it came to."""
+        assert self.finish_reason is not None
+        return Completion(
+            self.request,
+            tuple(self.output_ids),
+            self.text,
+            self.finish_reason,
+            self.error_kind,
+            self.error,
+            self.logprob,
+            self.arrived,
+            self.admitted,
+            self.first_token,
+            self.finished,
+        )
+
 
 @dataclass(slots=True, eq=False)  # not frozen: that is four times as slow to make
 class Segment:
-    """Tokens `[start, start + length)` of one sequence, computed in one step.
+    """Tokens `[start, start + length)` of the sequence in a slot, computed in one step.
 
-    `sampled` says that the segment reaches the sequence's last token, so that its last logits
-    yield the next one. `pending` says that its one token is known to the device alone. `drafts` are
-    tokens at the end of a sampled segment that are only guessed; what they follow yields one too.
-    It is never changed.
+    `token_ids` are theirs; none where it is one token that the device alone knows yet. `sampled`
+    says that the segment reaches the sequence's last token, so that its last logits yield the next
+    one. The last `num_drafts` tokens of a sampled segment are draft tokens; each of them yields a
+    token, and so does what they follow.
+
+    `key` is the number of the sequence's stay in the slot. `inherited` says whose tokens it begins
+    with: ends, and the keys of those who have computed the tokens before them, as they had them
+    then. It is never changed.
     """
 
-    sequence: Sequence
     slot: int
     start: int
     length: int
     sampled: bool
-    pending: bool = False
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def num_known_tokens(self) -> int:
-        """Tokens of it that are no guesses."""
-        return self.length - len(self.drafts)
+    token_ids: Seq[int] = ()
+    num_drafts: int = 0
+    key: int = -1
+    inherited: tuple[tuple[int, int], ...] = ()
 
     @property
     def end(self) -> int:
         """Tokens of the sequence up to its last one."""
         return self.start + self.length
 
-    def ids_so_far(self, last: int | None = None) -> list[int]:
-        """The sequence's tokens up to its end, guesses included, none of them pending.
+    @property
+    def drafts(self) -> Seq[int]:
+        """Its draft tokens."""
+        return self.token_ids[self.length - self.num_drafts :] if self.num_drafts else ()
 
-        Args:
-            last: Only so many, `end` at most; None for all.
-        """
-        begin = 0 if last is None else self.end - last
-        known = self.end - len(self.drafts)
-        if begin >= known:
-            return list(self.drafts[begin - known :])
-        return [*self.sequence.token_ids(begin, known - begin), *self.drafts]
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """What has come to a slot: a request, and the output that it has by then."""
+
+    slot: int
+    request: Request
+    output_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The segments of one step, single-token ones (decodes) first.
+    """The segments of one step, single-token ones (decodes) first: a value, for any process.
 
-    `copies` are to be made in KV memory before them, in their order, and after step `copies_after`,
-    the last one that uses what they read and write. Steps behind that may still run.
+    `new` are the sequences that are in their slots for the first time: who computes steps keeps
+    what it needs of them, and other plans name no more than their slots. `copies` are to be made in
+    KV memory before the segments, in their order, and after step `copies_after`, the last one that
+    uses what they read and write. Steps behind that may still run.
     """
 
     step: int
     segments: tuple[Segment, ...]
+    new: tuple[NewSequence, ...] = ()
     copies: tuple[MemoryCopy, ...] = ()
     copies_after: int = 0
 
@@ -289,13 +346,14 @@ class StepPlan:
 class StepOutput:
     """What a step produced: the token after each sampled segment, in the plan's order.
 
-    Those of a segment with drafts are one after what is known, and one after each of the drafts.
+    Those of a segment with draft tokens are one after what is known, and one after each of them.
 
     A token below 0 says that the logits it was to be chosen by are not finite.
 
     `logprobs` are their log-probabilities under the model's own distribution, before penalties,
-    temperature and filters; none where no segment's parameters ask for them. `candidates` are
-    those of each segment whose sequence is in a beam group, in order: its token means nothing.
+    temperature and filters; none where no segment's parameters ask for them. Where
+    any sequence is in a beam group there are as many `candidates`: of one that is, its token means
+    nothing; others have none.
     """
 
     step: int

@@ -10,7 +10,8 @@ right (Leviathan et al., ICML 2023): the tokens are those of one step each.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from batchrun.engine.core import Segment, Sequence
 
@@ -95,6 +96,7 @@ class Drafts:
     def extend(
         self,
         segments: list[Segment],
+        stays: Mapping[int, Sequence],
         budget: int,
         max_model_len: int,
         ensure: Callable[[int, int], bool],
@@ -103,16 +105,20 @@ class Drafts:
 
         Args:
             segments: Of the step; changed in place.
+            stays: Whose they are, by their keys.
             budget: Guesses at most.
             max_model_len: Tokens of a sequence at most.
             ensure: Gives a slot memory for so many tokens, or says that there is none.
         """
-        able = [i for i, segment in enumerate(segments) if _takes_drafts(segment)]
+        able = [
+            (i, stays[segment.key])
+            for i, segment in enumerate(segments)
+            if _takes_drafts(segment, stays[segment.key])
+        ]
         free = self.free - sum(segment.length for segment in segments)
         places = min(budget, self.num_logits - sum(segment.sampled for segment in segments))
-        for number, i in enumerate(able):
+        for number, (i, sequence) in enumerate(able):
             segment, others = segments[i], len(able) - number
-            sequence = segment.sequence
             if sequence.lookup is None:
                 sequence.lookup = self._lookup(sequence)
             params, known = sequence.request.params, sequence.num_known_tokens
@@ -124,14 +130,14 @@ class Drafts:
             if drafts and ensure(segment.slot, known + len(drafts)):
                 places -= len(drafts)
                 free -= len(drafts)
-                segments[i] = Segment(
-                    sequence, segment.slot, segment.start, 1 + len(drafts), True, drafts=drafts
+                ids = (*segment.token_ids, *drafts)
+                segments[i] = replace(
+                    segment, length=len(ids), token_ids=ids, num_drafts=len(drafts)
                 )
 
 
-def _takes_drafts(segment: Segment) -> bool:
+def _takes_drafts(segment: Segment, sequence: Sequence) -> bool:
     """Whether guesses may follow: penalties depend on the tokens before, beams on each other."""
-    sequence = segment.sequence
     return (
         segment.sampled
         and segment.length == 1

@@ -6,17 +6,17 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import (
+    Candidates,
+    Completion,
     EngineError,
     FinishReason,
     Request,
-    Segment,
     Sequence,
-    Status,
-    StepOutput,
     StepPlan,
 )
 from batchrun.engine.enginestats import EngineStats
@@ -27,14 +27,6 @@ from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.prompts.builder import Tokenizer
 
 _NOT_FINITE = "not_finite"
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A sequence that ended, with its text; the text is None where it ended in an error."""
-
-    sequence: Sequence
-    text: str | None
 
 
 class Engine:
@@ -101,13 +93,17 @@ class Engine:
             sequence.group = BeamGroup(sequence, most, request.params.stop_ids(self._eos_ids))
         self.scheduler.add(sequence)
 
-    def partials(self) -> list[Sequence]:
-        """What has not ended and has tokens already, as collected so far.
+    def partials(self) -> list[Request]:
+        """What has not ended and has tokens already: requests that go on where it is.
 
         Not those of beam searches: a run that goes on begins them anew, to the same end.
         """
         unfinished = (*self.scheduler.running, *self.scheduler.waiting)
-        return [s for s in unfinished if s.output_ids and s.group is None]
+        return [
+            replace(s.request, generated_ids=tuple(s.output_ids), generated_logprob=s.logprob)
+            for s in unfinished
+            if s.output_ids and s.group is None
+        ]
 
     def step(self) -> list[Completion]:
         """Plan and launch one step, and collect those that are due.
@@ -125,68 +121,63 @@ class Engine:
         plan = self.scheduler.plan()
         self._count_mapping()
         if plan.segments:
-            for segment in plan.segments:
-                if segment.sequence.admitted is None:
-                    segment.sequence.admitted = began
-                    self.on_admit(segment.sequence.request)
+            for sequence in self.scheduler.owners(plan) if plan.new else ():
+                if sequence is not None and sequence.admitted is None:
+                    sequence.admitted = began
+                    self.on_admit(sequence.request)
             self._in_flight.append((plan, self.executor.launch(plan), began))
         elif not self._in_flight and self.scheduler.has_work and not self.scheduler.rejected:
             raise EngineError(
                 f"the scheduler is stuck: {len(self.scheduler.running)} sequences run, "
                 f"{len(self.scheduler.waiting)} wait, and none of them gets KV memory"
             )
-        done: list[Completion] = []
+        ended: list[Sequence] = []
         while len(self._in_flight) > (self.executor.lag if plan.segments else 0):
-            done += self._collect()
+            ended += self._collect()
         for sequence in self.scheduler.rejected:
             sequence.finished = time.perf_counter()
             self._texts.pop(sequence, None)
-            done.append(Completion(sequence, None))
+        ended += self.scheduler.rejected
         self.scheduler.rejected.clear()
-        return done
+        return [sequence.completion() for sequence in ended]
 
-    def _collect(self) -> list[Completion]:
+    def _collect(self) -> list[Sequence]:
         """Wait for the oldest step in flight, take its tokens in, and find who has ended."""
         plan, ticket, began = self._in_flight.popleft()
         tokens = self.executor.collect(ticket)
         now = time.perf_counter()
         seconds = now - max(began, self._collected)
         self._collected = now
-        self._count(plan, seconds)
+        owners = self.scheduler.owners(plan)
+        self._count(plan, owners, seconds)
         self._observe(seconds)
-        done: list[Completion] = []
-        groups: list[Sequence] = []
+        done: list[Sequence] = []
+        beams: list[tuple[Sequence, Candidates]] = []
         logprobs = tokens.logprobs or (0.0,) * len(tokens.token_ids)
         produced = list(zip(tokens.token_ids, logprobs, strict=True))
-        finished, end = Status.FINISHED, 0
-        for segment in plan.segments:
+        end = 0
+        for segment, sequence in zip(plan.segments, owners, strict=True):
             if not segment.sampled:
                 continue
-            sequence = segment.sequence
-            begin, end = end, end + 1 + len(segment.drafts)
-            if sequence.group is not None:
-                groups.append(sequence)
-            if sequence.status is finished:
+            begin, end = end, end + 1 + segment.num_drafts
+            if sequence is None:
                 continue  # it ended while this step, one too many, was on its way
             if sequence.first_token is None:
                 sequence.first_token = now
-            if sequence.group is None:
-                completion = self._append(segment, produced[begin:end])
-                if completion is not None and sequence.error is not None:
+            if sequence.group is not None:
+                beams.append((sequence, tokens.candidates[begin]))
+            elif self._append(sequence, segment.drafts, produced[begin:end]):
+                if sequence.error is not None:
                     self.scheduler.forsake(sequence)
                     self._texts.pop(sequence, None)
-                if completion is not None:
-                    sequence.finished = now
-                    done.append(completion)
-        ended = [c.sequence for c in done]
-        beams, forks = self._advance(groups, tokens)
-        for completion in beams:
-            completion.sequence.finished = now
-            group = completion.sequence.group
-            ended += group.sequences if group is not None else ()
+                done.append(sequence)
+        leaders, forks = self._advance(beams)
+        ended = [*done, *(s for leader in leaders if leader.group for s in leader.group.sequences)]
         self.scheduler.commit(plan, tokens, ended, forks)
         self._count_mapping()
-        return [c for c in done + beams if not self._is_begun_anew(c.sequence)]
+        for sequence in (*done, *leaders):
+            sequence.finished = now
+        return [s for s in (*done, *leaders) if not self._is_begun_anew(s)]
 
     def _is_begun_anew(self, failed: Sequence) -> bool:
         """Whether a row is computed once more, for it may have failed by another one's numbers.
@@ -212,45 +203,48 @@ class Engine:
         )
         return True
 
-    def _append(self, segment: Segment, found: list[tuple[int, float]]) -> Completion | None:
-        """Take in tokens and their log-probabilities, up to the first after a wrong guess."""
-        sequence, drafts, stats = segment.sequence, segment.drafts, self.stats
-        right = 0
+    def _append(self, sequence: Sequence, drafts: Seq[int], found: list[tuple[int, float]]) -> bool:
+        """Take in tokens and their log-probabilities, up to the first after a wrong draft token.
+
+        Returns:
+            Whether the sequence has ended.
+        """
+        stats, right, reason = self.stats, 0, None
         for token, logprob in found:
             if token < 0:
-                return _not_finite(sequence)
+                _not_finite(sequence)
+                return True
             sequence.output_ids.append(token)
             sequence.logprob += logprob
             try:
-                reason, text = self._ending(sequence, token)
+                reason = self._ending(sequence, token)
             except PROCESS_ENDS:
                 raise
             except BaseException as error:
-                return _without_text(sequence, error)
-            if reason is not None or not drafts or drafts[right : right + 1] != (token,):
+                _without_text(sequence, error)
+                return True
+            if reason is not None or not drafts or right == len(drafts) or drafts[right] != token:
                 break
             right += 1
         stats.generated_tokens += right + 1
         if right:  # those before the last one were computed, too
             stats.decode_tokens += right
             stats.accepted_tokens += right
-        if reason is None:
-            return None
         sequence.finish_reason = reason
-        return Completion(sequence, text)
+        return reason is not None
 
     def _advance(
-        self, sampled: list[Sequence], tokens: StepOutput
-    ) -> tuple[list[Completion], list[tuple[Sequence, Sequence]]]:
+        self, beams: list[tuple[Sequence, Candidates]]
+    ) -> tuple[list[Sequence], list[tuple[Sequence, Sequence]]]:
         """Take in what beams may go on with; where a round is over, decide how they do.
 
         Returns:
-            The rows that have ended; and those of other rows that go on elsewhere, as of
-            `BeamGroup.advance`.
+            The leaders of rows that have ended; and the sequences of other rows that go on
+            elsewhere, as of `BeamGroup.advance`.
         """
-        done: list[Completion] = []
+        done: list[Sequence] = []
         forks: list[tuple[Sequence, Sequence]] = []
-        for sequence, candidates in zip(sampled, tokens.candidates, strict=True):
+        for sequence, candidates in beams:
             group = sequence.group
             assert group is not None
             if group.ended:
@@ -258,7 +252,8 @@ class Engine:
             if not math.isfinite(candidates[0][1]):
                 group.ended = True
                 self.scheduler.forsake(sequence)
-                done.append(_not_finite(group.leader, len(sequence.output_ids)))
+                _not_finite(group.leader, len(sequence.output_ids))
+                done.append(group.leader)
                 continue
             group.report(sequence, candidates)
             if not group.is_complete:
@@ -266,26 +261,28 @@ class Engine:
             forks += group.advance()
             self.stats.generated_tokens += 1
             if group.ended:
-                done.append(self._best_of(group))
+                self._end(group)
+                done.append(group.leader)
         return done, forks
 
-    def _best_of(self, group: BeamGroup) -> Completion:
-        """The answer of a search that has ended."""
+    def _end(self, group: BeamGroup) -> None:
+        """Make an answer of a search that has ended."""
         leader = group.leader
         leader.finish_reason = group.finish()
         if self._tokenizer is None:
-            return Completion(leader, None)
+            return
         answer = Answer(self._tokenizer, leader.request.prompt_ids)
         try:
             answer.push(leader.output_ids, last=True)
         except PROCESS_ENDS:
             raise
         except BaseException as error:
-            return _without_text(leader, error)
-        return Completion(leader, answer.text)
+            _without_text(leader, error)
+        else:
+            leader.text = answer.text
 
-    def _ending(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
-        """Whether the token just appended ends the sequence, and then the whole text."""
+    def _ending(self, sequence: Sequence, token: int) -> FinishReason | None:
+        """Whether the token just appended ends the sequence, which then gets its text."""
         params = sequence.request.params
         length, reason = sequence.num_known_tokens, None
         stops = token in params.stop_token_ids or (token in self._eos_ids and not params.ignore_eos)
@@ -294,7 +291,7 @@ class Engine:
         elif length >= sequence.most_tokens or length >= self.scheduler.max_model_len:
             reason = FinishReason.LENGTH
         if self._tokenizer is None or (reason is None and not params.stop):
-            return reason, None
+            return reason
         answer = self._texts.pop(sequence, None)
         if answer is None:
             prompt_ids = sequence.request.prompt_ids
@@ -303,19 +300,21 @@ class Engine:
             answer.push(sequence.output_ids[:-1])
         cut = answer.push([token], last=reason is not None)
         if cut is not None and len(sequence.output_ids) >= params.min_tokens:
-            return FinishReason.STOP, answer.text[:cut]
+            sequence.text = answer.text[:cut]
+            return FinishReason.STOP
         if reason is None:
             self._texts[sequence] = answer
-        return reason, answer.text
+        else:
+            sequence.text = answer.text
+        return reason
 
-    def _count(self, plan: StepPlan, seconds: float) -> None:
+    def _count(self, plan: StepPlan, owners: Seq[Sequence | None], seconds: float) -> None:
         stats, computed, prefill, drafted = self.stats, 0, 0, 0
-        for segment in plan.segments:
+        for segment, sequence in zip(plan.segments, owners, strict=True):
             computed += segment.length
-            if segment.start < segment.sequence.num_prompt_tokens:
+            if sequence is not None and segment.start < sequence.num_prompt_tokens:
                 prefill += segment.length
-            if segment.drafts:
-                drafted += len(segment.drafts)
+            drafted += segment.num_drafts
         stats.steps += 1
         stats.prefill_tokens += prefill
         stats.drafted_tokens += drafted
@@ -338,20 +337,13 @@ class Engine:
             self.stats.map_stalls += bool(self._in_flight)
 
 
-def _failed(sequence: Sequence, kind: str, reason: str) -> Completion:
-    sequence.finish_reason = FinishReason.ERROR
-    sequence.error_kind, sequence.error = kind, reason
-    return Completion(sequence, None)
+def _without_text(sequence: Sequence, error: BaseException) -> None:
+    sequence.fail("internal", f"no text can be made of its tokens: {said_by(error)}")
 
 
-def _without_text(sequence: Sequence, error: BaseException) -> Completion:
-    return _failed(sequence, "internal", f"no text can be made of its tokens: {said_by(error)}")
-
-
-def _not_finite(sequence: Sequence, generated: int | None = None) -> Completion:
+def _not_finite(sequence: Sequence, generated: int | None = None) -> None:
     count = len(sequence.output_ids) if generated is None else generated
-    return _failed(
-        sequence,
+    sequence.fail(
         _NOT_FINITE,
         f"the model computed no finite numbers after {sequence.num_prompt_tokens:,} tokens of the "
         f"prompt and {count:,} of the answer: they may be in --dtype float32",

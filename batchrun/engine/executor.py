@@ -13,15 +13,17 @@ import torch
 
 from batchrun.engine import pieces
 from batchrun.engine.attention import Attention, AttentionBackend, LayerAttention
-from batchrun.engine.core import Request, SamplingParams, Segment, Sequence, StepOutput, StepPlan
+from batchrun.engine.core import Candidates, Segment, StepOutput, StepPlan
 from batchrun.engine.graphs import DecodeGraphs, Record
 from batchrun.engine.kvformat import PLAIN, KVFormat, Write
 from batchrun.engine.model.hook import Step
 from batchrun.engine.model.prepare import LoadedModel
-from batchrun.engine.processors import Processors
+from batchrun.engine.processors import Processors, Row
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
+
+_UNKNOWN = (0,)  # in the place of a token that only the device knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Ticket:
 
     step: int
     tokens: Download
+    beams: Seq[int] = ()  # which of them are of beams
 
 
 class Executor(Protocol):
@@ -108,9 +111,7 @@ class TorchExecutor:
         self._writes = [(kv_format.writer(k), kv_format.writer(v)) for k, v in views]
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
-        self._sampler = Sampler(
-            num_slots, transfers.upload, self._stop_ids, processors, loaded.eos_ids
-        )
+        self._sampler = Sampler(num_slots, transfers.upload, processors, loaded.eos_ids)
         # The last token sampled in each slot: the next step reads it here, not from the host.
         self._last = torch.zeros(num_slots, dtype=torch.int64, device=loaded.device)
 
@@ -126,24 +127,26 @@ class TorchExecutor:
 
     def launch(self, plan: StepPlan) -> Ticket:
         """See `Executor.launch`."""
-        sampled = list(_sampled(plan.segments))
+        self._sampler.enter(plan.new)
+        rows = self._sampler.rows(plan.segments)
         with self._step():
             self._copy(plan)
             try:
-                chosen, slots = self._choose(plan.segments, sampled)
+                chosen, slots = self._choose(plan.segments, rows)
             except torch.OutOfMemoryError:
                 self._relieve()
                 # What was written so far is written again: the same numbers to the same places.
-                chosen, slots = self._choose(plan.segments, sampled)
-            if sampled:
+                chosen, slots = self._choose(plan.segments, rows)
+            if rows:
                 # The next step's inputs, and what penalties count.
                 if slots is not None:  # a row without a token has ended, whatever follows
                     self._last.index_copy_(0, slots, chosen[0].clamp_min(0))
-                self._sampler.took(chosen[0], sampled)
-            return Ticket(plan.step, self.transfers.download(*chosen))
+                self._sampler.took(chosen[0], rows)
+            beams = [i for i, row in enumerate(rows) if row.params.beams] if chosen[2:] else ()
+            return Ticket(plan.step, self.transfers.download(*chosen), beams)
 
     def _choose(
-        self, segments: Seq[Segment], sampled: Seq[Segment]
+        self, segments: Seq[Segment], rows: Seq[Row]
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """Compute the segments.
 
@@ -155,9 +158,9 @@ class TorchExecutor:
         """
         slots = None
         if self.lag:
-            slots = self.transfers.upload(np.array([s.slot for s in sampled], np.int64))
+            slots = self.transfers.upload(np.array([row.slot for row in rows], np.int64))
         logits = self._logits(segments)
-        return (self._sampler.sample(logits, sampled) if sampled else ()), slots
+        return (self._sampler.sample(logits, rows) if rows else ()), slots
 
     def collect(self, ticket: Ticket) -> StepOutput:
         """See `Executor.collect`."""
@@ -165,9 +168,10 @@ class TorchExecutor:
             token_ids, *others = ticket.tokens.get() or [[]]
         self._collected = ticket.step
         logprobs = tuple(others[0]) if others else ()
-        of_beams = others[1] if len(others) > 1 else ()
-        candidates = tuple(tuple((int(token), p) for token, p in each) for each in of_beams)
-        return StepOutput(ticket.step, tuple(token_ids), logprobs, candidates)
+        candidates: list[Candidates] = [()] * len(token_ids) if ticket.beams else []
+        for row, found in zip(ticket.beams, others[1] if ticket.beams else (), strict=True):
+            candidates[row] = tuple((int(token), logprob) for token, logprob in found)
+        return StepOutput(ticket.step, tuple(token_ids), logprobs, tuple(candidates))
 
     def busy(self) -> bool:
         """See `Executor.busy`."""
@@ -191,7 +195,7 @@ class TorchExecutor:
             scratch: A slot with memory for one token, for the rows that fill up a batch.
             record: See `DecodeGraphs`.
         """
-        filler = Segment(_nobody(), scratch, 0, 1, sampled=True)
+        filler = Segment(scratch, 0, 1, sampled=True)
 
         def prepare(size: int) -> tuple[torch.Tensor, torch.Tensor]:
             self.backend.plan([filler] * size, fixed=True)
@@ -245,10 +249,6 @@ class TorchExecutor:
         with device_errors(), torch.inference_mode(), self.transfers.step():
             yield
 
-    def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
-        """Tokens that end the sequence."""
-        return sequence.request.params.stop_ids(self.loaded.eos_ids)
-
     def _logits(self, segments: Seq[Segment]) -> torch.Tensor:
         """As `logits`, within a step."""
         graphs, upload = self.graphs, self.transfers.upload
@@ -292,16 +292,12 @@ class TorchExecutor:
         """
         ids: list[int] = []
         for segment in segments:
-            if segment.pending:
-                ids.append(0)
-            else:
-                ids += segment.sequence.token_ids(segment.start, segment.num_known_tokens)
-                ids += segment.drafts
+            ids += segment.token_ids or _UNKNOWN
         slots = np.array([s.slot for s in segments], np.int64)
         starts = np.array([s.start for s in segments], np.int64)
         each = np.empty((3, len(segments)), np.int64)
         each[0], each[1] = starts, slots * self._slot_tokens + starts
-        each[2] = np.where([s.pending for s in segments], slots, -1)
+        each[2] = np.where([not s.token_ids for s in segments], slots, -1)
         packed = np.empty((4, len(ids)), np.int64)
         packed[0] = ids
         if len(ids) == len(segments):
@@ -369,19 +365,5 @@ def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:
     for segment in segments:
         end += segment.length
         if segment.sampled:
-            last += range(end - 1 - len(segment.drafts), end)
+            last += range(end - 1 - segment.num_drafts, end)
     return np.array(last, np.int64)
-
-
-def _sampled(segments: Seq[Segment]) -> Iterator[Segment]:
-    """A segment for each token that is sampled: up to what is known, and up to each draft."""
-    for s in segments:
-        if s.sampled:
-            for i in range(len(s.drafts)):
-                length, drafts = s.num_known_tokens + i, s.drafts[:i]
-                yield Segment(s.sequence, s.slot, s.start, length, sampled=True, drafts=drafts)
-            yield s
-
-
-def _nobody() -> Sequence:
-    return Sequence(Request(-1, 0, (0,), SamplingParams(), 0))

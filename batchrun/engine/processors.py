@@ -17,13 +17,55 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from batchrun.engine.core import Segment
+from batchrun.engine.core import NewSequence, Request, SamplingParams
 
 Upload = Callable[[np.ndarray], torch.Tensor]
 Ids = tuple[int, ...]
 
 _TOP_H = 100  # tokens that top-h looks at
 _MOST_DECAY = 1e30  # times an end token's logit: beyond that is no float32
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A row of logits: what the token that follows the first `end` ones of a sequence is chosen by.
+
+    `output_ids` are the sequence's, as the host knows them: complete where no step is in flight.
+    """
+
+    slot: int
+    request: Request
+    output_ids: list[int]
+    params: SamplingParams
+    num_prompt_tokens: int
+    end: int = 0
+
+    @classmethod
+    def of(cls, new: NewSequence) -> Row:
+        """Of a sequence that has come to a slot."""
+        request = new.request
+        length = len(request.prompt_ids)
+        return cls(new.slot, request, list(new.output_ids), request.params, length)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return self.end - self.num_prompt_tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and output together, as the parameters allow."""
+        return self.num_prompt_tokens + self.params.max_tokens
+
+    def ids_so_far(self, last: int | None = None) -> list[int]:
+        """The sequence's tokens up to `end`.
+
+        Args:
+            last: Only so many, `end` at most; None for all.
+        """
+        begin = (0 if last is None else self.end - last) - self.num_prompt_tokens
+        output = self.output_ids[max(begin, 0) : self.num_generated]
+        return output if begin >= 0 else [*self.request.prompt_ids[begin:], *output]
 
 
 @dataclass(frozen=True)
@@ -83,40 +125,40 @@ class Processors:
         }
         return tuple(name for name, depends in asked.items() if depends)
 
-    def add_bias(self, logits: torch.Tensor, segments: Seq[Segment], upload: Upload) -> None:
+    def add_bias(self, logits: torch.Tensor, rows: Seq[Row], upload: Upload) -> None:
         """Add biases to `[N, V]`, in place."""
         found = [
-            (row, ids[-1], bias)
-            for row, segment in enumerate(segments)
+            (i, ids[-1], bias)
+            for i, row in enumerate(rows)
             for ids, bias in self.sequence_bias.items()
-            if _ends_with(segment, ids[:-1])
+            if _ends_with(row, ids[:-1])
         ]
         if found:
             at = upload(np.array([f[:2] for f in found]).T)
             values = upload(np.array([f[2] for f in found], np.float32))
             logits.index_put_((at[0], at[1]), values, accumulate=True)
 
-    def banned(self, segment: Segment) -> Iterator[int]:
-        """Tokens that may not follow a segment for those before it."""
+    def banned(self, row: Row) -> Iterator[int]:
+        """Tokens that may not follow a row for those before it."""
         for word in self.bad_words:
-            if _ends_with(segment, word[:-1]):
+            if _ends_with(row, word[:-1]):
                 yield word[-1]
         size = self.no_repeat_ngram_size
-        if size and segment.end >= size:
-            tokens = np.array(segment.ids_so_far(), np.int64)
+        if size and row.end >= size:
+            tokens = np.array(row.ids_so_far(), np.int64)
             windows = np.lib.stride_tricks.sliding_window_view(tokens, size)
             same = (windows[:, :-1] == tokens[len(tokens) + 1 - size :]).all(1)
             yield from np.unique(windows[same, -1]).tolist()
 
-    def finish(self, logits: torch.Tensor, segments: Seq[Segment], upload: Upload) -> torch.Tensor:
+    def finish(self, logits: torch.Tensor, rows: Seq[Row], upload: Upload) -> torch.Tensor:
         """What comes after penalties and bans, on `[N, V]`, mostly in place; returns it."""
-        self._force(logits, segments, upload)
+        self._force(logits, rows, upload)
         if self.remove_invalid_values:
             logits = logits.nan_to_num(nan=0.0)
-        self._decay(logits, segments, upload)
-        begun = [row for row, segment in enumerate(segments) if self._at_begin(segment)]
-        pairs = [(row, t) for row in range(len(segments)) for t in self.suppress]
-        pairs += [(row, t) for row in begun for t in self.begin_suppress]
+        self._decay(logits, rows, upload)
+        begun = [i for i, row in enumerate(rows) if self._at_begin(row)]
+        pairs = [(i, t) for i in range(len(rows)) for t in self.suppress]
+        pairs += [(i, t) for i in begun for t in self.begin_suppress]
         ban(logits, pairs, upload)
         return logits
 
@@ -152,38 +194,37 @@ class Processors:
             logits = _drop_below(logits, ((-entropy).exp() * self.eta**0.5).clamp(max=self.eta))
         return logits
 
-    def _force(self, logits: torch.Tensor, segments: Seq[Segment], upload: Upload) -> None:
+    def _force(self, logits: torch.Tensor, rows: Seq[Row], upload: Upload) -> None:
         pairs = []
-        for row, segment in enumerate(segments):
-            if self.forced_bos is not None and segment.end == 1:
-                pairs.append((row, self.forced_bos))
-            if segment.end == min(segment.sequence.most_tokens, self.max_model_len) - 1:
-                pairs = [p for p in pairs if p[0] != row] if self.forced_eos else pairs
-                pairs += [(row, token) for token in self.forced_eos]
+        for i, row in enumerate(rows):
+            if self.forced_bos is not None and row.end == 1:
+                pairs.append((i, self.forced_bos))
+            if row.end == min(row.most_tokens, self.max_model_len) - 1:
+                pairs = [p for p in pairs if p[0] != i] if self.forced_eos else pairs
+                pairs += [(i, token) for token in self.forced_eos]
         if pairs:
             at = upload(np.array(pairs).T)
             logits[at[0]] = -torch.inf
             logits[at[0], at[1]] = 0.0
 
-    def _decay(self, logits: torch.Tensor, segments: Seq[Segment], upload: Upload) -> None:
+    def _decay(self, logits: torch.Tensor, rows: Seq[Row], upload: Upload) -> None:
         if self.decay is None or not self.eos_ids:
             return
         start, factor = self.decay
-        rows, weights = [], []
-        for row, segment in enumerate(segments):
-            beyond = segment.end - segment.sequence.num_prompt_tokens - start
+        grown, weights = [], []
+        for i, row in enumerate(rows):
+            beyond = row.num_generated - start
             if beyond > 0:
-                rows.append(row)
+                grown.append(i)
                 weights.append(_power(factor, beyond) - 1)
-        if rows:
-            at = upload(np.array(rows))[:, None], upload(np.array(self.eos_ids))[None]
+        if grown:
+            at = upload(np.array(grown))[:, None], upload(np.array(self.eos_ids))[None]
             values, weight = logits[at], upload(np.array(weights, np.float32))[:, None]
-            grown = torch.where(values.isfinite(), values.abs() * weight, 0.0)
-            logits[at] = values + grown
+            logits[at] = values + torch.where(values.isfinite(), values.abs() * weight, 0.0)
 
-    def _at_begin(self, segment: Segment) -> bool:
-        prompt = segment.sequence.num_prompt_tokens
-        return segment.end == prompt + (prompt == 1 and self.forced_bos is not None)
+    def _at_begin(self, row: Row) -> bool:
+        prompt = row.num_prompt_tokens
+        return row.end == prompt + (prompt == 1 and self.forced_bos is not None)
 
 
 def ban(logits: torch.Tensor, pairs: Iterable[tuple[int, int]], upload: Upload) -> None:
@@ -194,9 +235,9 @@ def ban(logits: torch.Tensor, pairs: Iterable[tuple[int, int]], upload: Upload) 
         logits[at[0], at[1]] = -torch.inf
 
 
-def _ends_with(segment: Segment, ids: Ids) -> bool:
+def _ends_with(row: Row, ids: Ids) -> bool:
     count = len(ids)
-    return not count or (count <= segment.end and segment.ids_so_far(count) == list(ids))
+    return not count or (count <= row.end and row.ids_so_far(count) == list(ids))
 
 
 def _power(factor: float, exponent: int) -> float:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from hashlib import blake2b
 
 import numpy as np
 import torch
 
 from batchrun.engine.beams import width
-from batchrun.engine.core import SamplingParams, Segment, Sequence
+from batchrun.engine.core import NewSequence, SamplingParams, Segment
 from batchrun.engine.cpu import sampling as cpu_sampling
-from batchrun.engine.processors import Processors, ban
+from batchrun.engine.processors import Processors, Row, ban
 
 _AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
 _COLDEST = 1e-37  # of temperatures that float32 can divide by
@@ -38,7 +39,6 @@ class Sampler:
     Args:
         num_slots: Slots that sequences can be in.
         upload: Copies an array to the device without waiting.
-        stop_ids: The tokens that would end a sequence.
         processors: What the model does to logits, beside what parameters say.
         eos_ids: The model's end tokens, which rows that ignore them never get.
     """
@@ -47,33 +47,55 @@ class Sampler:
         self,
         num_slots: int,
         upload: Callable[[np.ndarray], torch.Tensor],
-        stop_ids: Callable[[Sequence], Collection[int]],
         processors: Processors | None = None,
         eos_ids: Collection[int] = (),
     ) -> None:
-        self._eos_ids = sorted(eos_ids)
+        self._eos_ids = frozenset(eos_ids)
         self._ends: torch.Tensor | None = None  # the same on the device
         self._num_slots = num_slots
         self._upload = upload
-        self._stop_ids = stop_ids
         self._processors = processors if processors and processors.active else None
         self._seen: _Seen | None = None
+        self._rows: dict[int, Row] = {}  # slot -> what is known of the sequence in it
 
-    def sample(self, logits: torch.Tensor, segments: Seq[Segment]) -> tuple[torch.Tensor, ...]:
+    def enter(self, new: Iterable[NewSequence]) -> None:
+        """Take note of the sequences that have come to slots."""
+        for each in new:
+            self._rows[each.slot] = Row.of(each)
+
+    def rows(self, segments: Iterable[Segment]) -> list[Row]:
+        """A row for each token that segments yield; they hold until the next call."""
+        found: list[Row] = []
+        for segment in segments:
+            if segment.sampled:
+                row, ids = self._rows[segment.slot], segment.token_ids
+                end = segment.start + segment.length
+                at = segment.start - row.num_prompt_tokens
+                if at >= 0 and ids:
+                    row.output_ids[at:] = ids
+                elif ids:
+                    row.output_ids[:] = ids[-at:]
+                for before in range(segment.num_drafts, 0, -1):
+                    found.append(replace(row, end=end - before))
+                row.end = end
+                found.append(row)
+        return found
+
+    def sample(self, logits: torch.Tensor, rows: Seq[Row]) -> tuple[torch.Tensor, ...]:
         """Choose the token that follows each segment; `took` is to be told once they stand.
 
         Args:
             logits: `[N, V]`; may be changed in place.
-            segments: The N sampled segments; a draw belongs to the position that it fills.
+            rows: Of the N rows; a draw belongs to the position that it fills.
 
         Returns:
             `[N]` int64 token ids on the device of `logits`, -1 where no logit is finite, or one is
-            NaN or infinite; and, where any segment asks for them,
+            NaN or infinite; and, where any row asks for them,
             `[N]` float32, the tokens' log-probabilities under `logits` as they came. Where M
-            segments are beams, both, and `[M, K, 2]` float64: the ids and log-probabilities of K
+            rows are of beams, both, and `[M, K, 2]` float64: the ids and log-probabilities of K
             candidates each.
         """
-        params, asked = [s.sequence.request.params for s in segments], self._processors
+        params, asked = [row.params for row in rows], self._processors
         plain = asked is None and all(p.plain for p in params)
         scored = not plain and any(p.logprobs or p.beams for p in params)
         own = self._ban_ends(logits, params, keep=scored)
@@ -81,7 +103,7 @@ class Sampler:
             return (_most_likely(logits),)
         beams = [i for i, p in enumerate(params) if p.beams]
         penalised = [i for i, p in enumerate(params) if p.penalised]
-        banned = list(self._banned(segments, logits.shape[1]))
+        banned = list(self._banned(rows, logits.shape[1]))
         changed = bool(asked or penalised or banned)
         if not (scored or changed) and all(p.greedy for p in params):
             return (_most_likely(logits),)
@@ -93,43 +115,43 @@ class Sampler:
             at = self._upload(np.array(beams))
             logits[at] = logits[at].log_softmax(dim=-1)
         if changed:
-            logits = self._process(logits, segments, penalised, banned)
+            logits = self._process(logits, rows, penalised, banned)
         if asked and asked.renormalize and beams:
             logits[at] = logits[at].log_softmax(dim=-1)
         drawn = [i for i, p in enumerate(params) if not p.greedy]
-        if len(drawn) == len(segments):
-            tokens = self._draw(logits, segments)
+        if len(drawn) == len(rows):
+            tokens = self._draw(logits, rows)
         else:
             tokens = _most_likely(logits)
             if drawn:
                 index = self._upload(np.array(drawn))
-                tokens[index] = self._draw(logits[index], [segments[i] for i in drawn])
+                tokens[index] = self._draw(logits[index], [rows[i] for i in drawn])
         chosen: tuple[torch.Tensor, ...] = (tokens,)
         if scored:
             norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else own.logsumexp(dim=-1)
             chosen += (own.gather(1, tokens.clamp_min(0)[:, None])[:, 0] - norm,)
         if beams:
-            chosen += (self._candidates(logits[at], [segments[i] for i in beams]),)
+            chosen += (self._candidates(logits[at], [rows[i] for i in beams]),)
         return chosen
 
     def _process(
         self,
         logits: torch.Tensor,
-        segments: Seq[Segment],
+        rows: Seq[Row],
         penalised: Seq[int],
         banned: Seq[tuple[int, int]],
     ) -> torch.Tensor:
         """Apply all that changes logits `[N, V]` before a token is chosen, mostly in place."""
         asked = self._processors
         if asked is not None:
-            asked.add_bias(logits, segments, self._upload)
+            asked.add_bias(logits, rows, self._upload)
         if penalised:
             if self._seen is None:
                 self._seen = _Seen(self._num_slots, logits, self._upload)
-            rows = self._upload(np.array(penalised))
-            self._seen.penalise(logits, rows, [segments[i] for i in penalised])
+            at = self._upload(np.array(penalised))
+            self._seen.penalise(logits, at, [rows[i] for i in penalised])
         ban(logits, banned, self._upload)
-        return logits if asked is None else asked.finish(logits, segments, self._upload)
+        return logits if asked is None else asked.finish(logits, rows, self._upload)
 
     def _ban_ends(
         self, logits: torch.Tensor, params: Seq[SamplingParams], *, keep: bool
@@ -146,7 +168,7 @@ class Sampler:
         own = logits.to(torch.float32, copy=True) if keep else None
         if all(p.ignore_eos and not (p.beams or p.stop_token_ids) for p in params):
             if self._ends is None:
-                self._ends = torch.tensor(self._eos_ids, device=logits.device)
+                self._ends = torch.tensor(sorted(self._eos_ids), device=logits.device)
             logits.index_fill_(1, self._ends, -torch.inf)
         else:
             pairs = [
@@ -164,48 +186,46 @@ class Sampler:
             return []
         return [token for token in self._eos_ids if token not in params.stop_token_ids]
 
-    def _banned(self, segments: Seq[Segment], vocabulary: int) -> Iterator[tuple[int, int]]:
-        """What may not be sampled: the number of a segment, and a token."""
-        for i, segment in enumerate(segments):
-            params = segment.sequence.request.params
+    def _banned(self, rows: Seq[Row], vocabulary: int) -> Iterator[tuple[int, int]]:
+        """What may not be sampled: the number of a row, and a token."""
+        for i, row in enumerate(rows):
+            params = row.params
             if params.beams:
                 yield from ((i, token) for token in self._ignored(params))
-            if params.min_tokens > _generated(segment):
-                for token in self._stop_ids(segment.sequence):
+            if params.min_tokens > row.num_generated:
+                for token in params.stop_ids(self._eos_ids):
                     if token < vocabulary:  # a row may name any, and none beyond is ever drawn
                         yield i, token
             if self._processors is not None:
-                yield from ((i, token) for token in self._processors.banned(segment))
+                yield from ((i, token) for token in self._processors.banned(row))
 
-    def took(self, tokens: torch.Tensor, segments: Seq[Segment]) -> None:
+    def took(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
         """Count the tokens `[N]` that were chosen for penalties to come.
 
         Apart from `sample`, so that a step that fails there may be tried again.
         """
         if self._seen is None:
             return
-        each = [s.sequence.request.params for s in segments]
-        counted = [i for i, p in enumerate(each) if p.penalised and not p.beams]
+        each = enumerate(row.params for row in rows)
+        counted = [i for i, p in each if p.penalised and not p.beams]
         if counted:
             index = self._upload(np.array(counted))
             taken = tokens[index].clamp_min(0)
-            self._seen.count(taken, [segments[i] for i in counted])
+            self._seen.count(taken, [rows[i] for i in counted])
 
-    def _candidates(self, logprobs: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
+    def _candidates(self, logprobs: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
         """The likeliest tokens of `[M, V]`, and their log-probabilities: `[M, K, 2]` float64."""
         most = max(
-            width(s.sequence.request.params.num_beams, len(self._stop_ids(s.sequence)))
-            for s in segments
+            width(row.params.num_beams, len(row.params.stop_ids(self._eos_ids))) for row in rows
         )
         values, ids = logprobs.topk(min(most, logprobs.shape[1]))
         return torch.stack((ids.double(), values.double()), dim=-1)
 
-    def _draw(self, logits: torch.Tensor, segments: Seq[Segment]) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
         """Draw from `[N, V]` by inverting each row's distribution at its own uniform number."""
-        requests = [s.sequence.request for s in segments]
-        params = [r.params for r in requests]
+        params = [row.params for row in rows]
         numbers = [
-            uniform(r.seed, r.row, r.sample, s.end) for r, s in zip(requests, segments, strict=True)
+            uniform(r.seed, r.row, r.sample, row.end) for row in rows for r in (row.request,)
         ]
         if self._processors is not None and self._processors.filters:
             logits = self._filtered(logits, params, self._processors)
@@ -273,11 +293,6 @@ def _on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _generated(segment: Segment) -> int:
-    """Tokens generated before the one that follows the segment."""
-    return segment.end - segment.sequence.num_prompt_tokens
-
-
 class _Seen:
     """The tokens of each slot's sequence, on the device, because the last one is known there first.
 
@@ -293,21 +308,21 @@ class _Seen:
         self.prompt = torch.zeros(shape, dtype=torch.bool, device=logits.device)
         self._one = torch.ones((), dtype=torch.int32, device=logits.device)
         self._upload = upload
-        self._holds: dict[int, tuple[Sequence, int]] = {}  # slot -> whose, how many output tokens
+        self._holds: dict[int, tuple[Row, int]] = {}  # slot -> whose, how many output tokens
 
-    def penalise(self, logits: torch.Tensor, rows: torch.Tensor, segments: Seq[Segment]) -> None:
+    def penalise(self, logits: torch.Tensor, at: torch.Tensor, rows: Seq[Row]) -> None:
         """Apply repetition, presence and frequency penalties to some rows of `[N, V]`, in place.
 
         Args:
             logits: Of all rows.
-            rows: `[M]`, those to penalise.
-            segments: The M segments of those rows.
+            at: `[M]`, those to penalise.
+            rows: Those M.
         """
-        for segment in segments:
-            if self._holds.get(segment.slot) != (segment.sequence, _generated(segment)):
-                self._rebuild(segment)
-        slots = self._slots(segments)
-        params = [s.sequence.request.params for s in segments]
+        for row in rows:
+            if self._holds.get(row.slot) != (row, row.num_generated):
+                self._rebuild(row)
+        slots = self._slots(rows)
+        params = [row.params for row in rows]
         penalties = self._upload(
             np.array(
                 [
@@ -319,33 +334,33 @@ class _Seen:
             )
         )
         if _on_cpu(logits) and cpu_sampling.penalise(
-            logits, rows, slots, penalties, counts=self.counts, prompt=self.prompt
+            logits, at, slots, penalties, counts=self.counts, prompt=self.prompt
         ):
             return
         repetition, presence, frequency = penalties[:, :, None]
-        values, counts = logits[rows], self.counts[slots]
+        values, counts = logits[at], self.counts[slots]
         repeated = torch.where(values < 0, values * repetition, values / repetition)
         values = torch.where(self.prompt[slots] | (counts > 0), repeated, values)
-        logits[rows] = values - (presence * (counts > 0) + frequency * counts)
+        logits[at] = values - (presence * (counts > 0) + frequency * counts)
 
-    def count(self, tokens: torch.Tensor, segments: Seq[Segment]) -> None:
-        """Add one token `[M]` to each segment's sequence."""
-        self.counts.index_put_((self._slots(segments), tokens), self._one, accumulate=True)
-        for segment in segments:
-            self._holds[segment.slot] = (segment.sequence, _generated(segment) + 1)
+    def count(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
+        """Add one token `[M]` to each row's sequence."""
+        self.counts.index_put_((self._slots(rows), tokens), self._one, accumulate=True)
+        for row in rows:
+            self._holds[row.slot] = (row, row.num_generated + 1)
 
-    def _slots(self, segments: Seq[Segment]) -> torch.Tensor:
-        return self._upload(np.array([s.slot for s in segments]))
+    def _slots(self, rows: Seq[Row]) -> torch.Tensor:
+        return self._upload(np.array([row.slot for row in rows]))
 
-    def _rebuild(self, segment: Segment) -> None:
+    def _rebuild(self, row: Row) -> None:
         """Begin anew with a sequence that has come to the slot, all of whose tokens are known."""
-        slot, sequence = segment.slot, segment.sequence
+        slot, output = row.slot, row.output_ids[: row.num_generated]
         self.counts[slot] = 0
         self.prompt[slot] = False
-        self.prompt[slot, self._upload(np.array(sequence.request.prompt_ids))] = True
-        if sequence.output_ids:
-            ids = self._upload(np.array(sequence.output_ids))
-            self.counts[slot].index_add_(0, ids, self._one.expand(len(sequence.output_ids)))
+        self.prompt[slot, self._upload(np.array(row.request.prompt_ids))] = True
+        if output:
+            ids = self._upload(np.array(output))
+            self.counts[slot].index_add_(0, ids, self._one.expand(len(output)))
 
 
 def filter_rows(

@@ -11,7 +11,7 @@ from itertools import islice
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import (
     EngineError,
-    FinishReason,
+    NewSequence,
     Segment,
     Sequence,
     Status,
@@ -83,6 +83,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
         self.num_shared_tokens = 0
+        self._stays: dict[int, Sequence] = {}  # key -> the running sequence
+        self._new: dict[int, Sequence] = {}  # those that no plan has named yet
         self._launched = self._committed = 0  # the last steps with segments
         self._admitting = True  # False from a preemption until memory has come back
         self._share = share
@@ -158,13 +160,18 @@ class Scheduler:
         copies = self.space.take_copies()
         after = max((self._used.get(slot, 0) for c in copies for slot in c.slots), default=0)
         self._launch(segments)
-        return StepPlan(self.step, tuple(segments), copies, after)
+        return StepPlan(self.step, tuple(segments), self._told(segments), copies, after)
+
+    def owners(self, plan: StepPlan) -> list[Sequence | None]:
+        """Whose the segments of a plan are; None where that has ended since."""
+        get = self._stays.get
+        return [get(segment.key) for segment in plan.segments]
 
     def _launch(self, segments: list[Segment]) -> None:
         """Count what this step computes as computed, and what it samples as pending."""
         for segment in segments:
-            sequence, start = segment.sequence, segment.start
-            end, high = start + segment.length - len(segment.drafts), sequence.high_water
+            sequence, start = self._stays[segment.key], segment.start
+            end, high = start + segment.length - segment.num_drafts, sequence.high_water
             if start < high:
                 self.num_recomputed_tokens += min(end, high) - start
             if end > high:
@@ -175,6 +182,13 @@ class Scheduler:
             self._used[segment.slot] = self.step
         if segments:
             self._launched = self.step
+
+    def _told(self, segments: list[Segment]) -> tuple[NewSequence, ...]:
+        """The sequences of segments that no plan has named yet."""
+        if not self._new:
+            return ()
+        new = [self._new.pop(s.key) for s in segments if s.key in self._new]
+        return tuple(NewSequence(_slot(s), s.request, tuple(s.output_ids)) for s in new)
 
     def commit(
         self,
@@ -193,9 +207,10 @@ class Scheduler:
             forks: Beams that go on from where others are: see `BeamGroup.advance`.
         """
         assert plan.step == tokens.step
+        get = self._stays.get
         for segment in plan.segments:
-            if segment.sampled and segment.sequence.group is None:
-                segment.sequence.num_pending -= 1
+            if segment.sampled and (sequence := get(segment.key)) and sequence.group is None:
+                sequence.num_pending -= 1
         self._finish(finished)
         if self._drafts is not None:
             self._settle(plan)
@@ -295,8 +310,11 @@ class Scheduler:
             if fits is None:
                 return False
             if fits:
-                pending = todo <= sequence.num_pending
-                segments.append(Segment(sequence, slot, start, length, length == todo, pending))
+                ids = () if todo <= sequence.num_pending else sequence.token_ids(start, length)
+                key, inherited = sequence.key, sequence.inherited
+                segments.append(
+                    Segment(slot, start, length, length == todo, ids, 0, key, inherited)
+                )
                 budget -= length
         return True
 
@@ -304,15 +322,15 @@ class Scheduler:
         """Add guesses to a step where there is memory for more than what is sure to come."""
         drafts = self._drafts
         if drafts is not None and self._admitting and self.space.has_room(budget, _SPARE):
-            drafts.extend(segments, budget, self.max_model_len, self.space.ensure)
+            drafts.extend(segments, self._stays, budget, self.max_model_len, self.space.ensure)
 
     def _settle(self, plan: StepPlan) -> None:
         """Count the right guesses of a step as computed."""
         for segment in plan.segments:
-            sequence = segment.sequence
-            if sequence.lookup is not None and sequence.status is Status.RUNNING:
+            sequence = self._stays.get(segment.key)
+            if sequence is not None and sequence.lookup is not None:
                 sequence.lookup.settle()
-                if segment.drafts:
+                if segment.num_drafts:
                     assert plan.step == self._launched, "a step was planned upon guesses"
                     sequence.num_computed_tokens = sequence.num_known_tokens - 1
                     sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
@@ -343,7 +361,8 @@ class Scheduler:
         self._prefixes.expect(sequence)
         if sequence.group is not None:
             self._groups[sequence.group] = None
-        return Segment(sequence, slot, shared, length, length == todo)
+        ids, key = sequence.token_ids(shared, length), sequence.key
+        return Segment(slot, shared, length, length == todo, ids, 0, key, sequence.inherited)
 
     def _next(self) -> tuple[Sequence, Match] | None:
         """Who is to be admitted, and where most of its tokens are."""
@@ -371,6 +390,7 @@ class Scheduler:
         if shared:  # whoever wrote those pages is still to be waited for
             self._used[slot] = max(self._used.get(slot, 0), self._used.get(source, 0))
         self.num_shared_tokens += shared
+        self._stays[sequence.key] = self._new[sequence.key] = sequence
         sequence.slot = slot
         sequence.num_computed_tokens = shared
         sequence.status = Status.RUNNING
@@ -417,7 +437,7 @@ class Scheduler:
         while True:
             if not self._prefixes.drop_oldest():
                 victim = self._victim(sequence)
-                segments[:] = [s for s in segments if s.sequence is not victim]
+                segments[:] = [s for s in segments if s.key != victim.key]
                 if victim is sequence and len(self.running) == 1:
                     self._check_machine()
                     self._reject_begun(sequence, num_tokens)
@@ -425,8 +445,7 @@ class Scheduler:
                 self._preempt(victim)
                 if victim is sequence:
                     return False
-            assert sequence.slot is not None
-            if self.space.ensure(sequence.slot, num_tokens):
+            if self.space.ensure(_slot(sequence), num_tokens):
                 return True
 
     def _victim(self, sequence: Sequence) -> Sequence:
@@ -450,10 +469,11 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence, keep: int = 0, step: int | None = None) -> None:
         """Close the sequence's slot; what it holds can be shared until its memory is taken."""
-        slot = sequence.slot
-        assert slot is not None
+        slot = _slot(sequence)
         self.space.close(slot, self._launched if step is None else step, keep)
         self._prefixes.leave(slot, keep)
+        del self._stays[sequence.key]
+        self._new.pop(sequence.key, None)
         sequence.slot = None
         sequence.num_computed_tokens = 0
 
@@ -490,9 +510,7 @@ class Scheduler:
 
     def _reject(self, sequence: Sequence, kind: str, reason: str) -> None:
         sequence.status = Status.FINISHED
-        sequence.finish_reason = FinishReason.ERROR
-        sequence.error_kind = kind
-        sequence.error = reason
+        sequence.fail(kind, reason)
         self.rejected.append(sequence)
 
     def check(self) -> None:
@@ -505,6 +523,7 @@ class Scheduler:
         beams = {s for group in self._groups for s in group.sequences}
         assert beams == {s for s in (*self.running, *self.waiting) if s.group in self._groups}
         assert len(self.running) <= self.max_num_seqs
+        assert self._stays == {s.key: s for s in self.running}
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
             assert 0 <= sequence.num_computed_tokens <= sequence.num_tokens
@@ -547,3 +566,9 @@ def why_refused(
 def _width(sequence: Sequence) -> int:
     """Places in the batch that a row may need."""
     return 1 if sequence.group is None else sequence.group.params.num_beams
+
+
+def _slot(sequence: Sequence) -> int:
+    """The slot of a running sequence."""
+    assert sequence.slot is not None
+    return sequence.slot

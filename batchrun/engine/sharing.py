@@ -89,8 +89,8 @@ class SharedPrefixes:
             if begin < shared
         )
         self._stays += 1
-        sequence.origin = self._stays
-        self._origins[slot] = (*sequence.inherited, (sys.maxsize, sequence.origin))
+        sequence.key = self._stays
+        self._origins[slot] = (*sequence.inherited, (sys.maxsize, sequence.key))
         self._index.remove(slot)
         self._owners[slot] = sequence
 

@@ -9,8 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from batchrun.allocator.arena import KVArena
-from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, StepPlan
-from batchrun.engine.core import Sequence as Row
+from batchrun.engine.core import (
+    EngineError,
+    NewSequence,
+    Request,
+    SamplingParams,
+    Segment,
+    StepPlan,
+)
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.graphs import CudaRecorder, batch_sizes
 from batchrun.engine.pieces import CudaPieces
@@ -64,7 +70,7 @@ class WarmUp:
         """
         # With top-p, which needs more memory to sample than anything else.
         params = SamplingParams(temperature=1.0, top_p=0.9)
-        segments = []
+        segments, new = [], []
         for row, length in enumerate(filter(None, lengths[: self.limits.max_num_seqs])):
             slot = self.arena.open(length)
             if slot is None:
@@ -72,11 +78,12 @@ class WarmUp:
             if not self.arena.ensure(slot, length):
                 self.arena.close(slot, 0)
                 break
-            sequence = Row(Request(row, 0, (0,) * length, params, 0))
-            segments.append(Segment(sequence, slot, 0, length, sampled=True))
+            ids = (0,) * length
+            segments.append(Segment(slot, 0, length, True, ids))
+            new.append(NewSequence(slot, Request(row, 0, ids, params, 0)))
         began = launched = time.perf_counter()
         if segments:
-            ticket = self.executor.launch(StepPlan(0, tuple(segments)))
+            ticket = self.executor.launch(StepPlan(0, tuple(segments), tuple(new)))
             launched = time.perf_counter()
             self.executor.collect(ticket)
         ended = time.perf_counter()

@@ -8,7 +8,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from batchrun.engine.core import Request, SamplingParams, Sequence
+from batchrun.engine.core import Completion, Request, SamplingParams
 from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.estimate.savings import Saved, Savings
 from batchrun.jobs.errors import InputError
@@ -33,7 +33,6 @@ from batchrun.run.planner import Planner, Waiting
 from batchrun.run.watchdog import Watchdog
 
 if TYPE_CHECKING:  # they import torch, which is not loaded before there is something to compute
-    from batchrun.engine.engine import Completion
     from batchrun.engine.model.generation import Generation
 
 Read = Result | CopiedResult | RowDigests  # what the reader has for the journal
@@ -94,8 +93,8 @@ class RowEngine(Protocol):
     def step(self) -> list[Completion]:
         """Go one step on; returns what ended."""
 
-    def partials(self) -> Iterable[Sequence]:
-        """What has not ended and has tokens already."""
+    def partials(self) -> Iterable[Request]:
+        """What has not ended and has tokens already: requests that go on where it is."""
 
 
 class Prompts(Protocol):

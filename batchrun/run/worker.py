@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchrun import machine
 from batchrun.allocator.vmm import AllocatorError, Refused
-from batchrun.engine.core import EngineError, FinishReason, Request, Sequence
+from batchrun.engine.core import Completion, EngineError, FinishReason, Request
 from batchrun.errors import MachineError, StepFailed, said_by
 from batchrun.estimate.measured import Measured, StepSampler
 from batchrun.jobs import folder as folders
@@ -55,7 +55,6 @@ from batchrun.run.reader import (
 from batchrun.run.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from batchrun.engine.engine import Completion
     from batchrun.engine.settings import Settings
 
 _COMMIT_RESULTS = 1024  # results in one transaction at most
@@ -351,9 +350,9 @@ class _Run:
             completions = engine.step()
         self._last_at[engine.load()[0]] = time.perf_counter()
         for completion in completions:
-            if completion.sequence.admitted is not None:
-                self._running.remove(completion.sequence.request.row)
-            self._end_row(completion.sequence.request, result_of(completion), results)
+            if completion.admitted is not None:
+                self._running.remove(completion.request.row)
+            self._end_row(completion.request, result_of(completion), results)
 
     @contextmanager
     def _suspecting(self, *rows: int) -> Iterator[None]:
@@ -556,20 +555,18 @@ class _Run:
 
 def _checkpoint(engine: RowEngine) -> Checkpoint:
     return [
-        Partial(s.request.row, s.request.sample, tuple(s.output_ids), _logprob(s))
-        for s in engine.partials()
+        Partial(
+            *(r.row, r.sample, r.generated_ids),
+            r.generated_logprob if r.params.logprobs else None,
+        )
+        for r in engine.partials()
     ]
 
 
-def _logprob(sequence: Sequence) -> float | None:
-    return sequence.logprob if sequence.request.params.logprobs else None
-
-
-def result_of(completion: Completion) -> Result:
+def result_of(done: Completion) -> Result:
     """What a journal holds of a sequence that ended."""
-    sequence = completion.sequence
-    request = sequence.request
-    ok = sequence.finish_reason is not FinishReason.ERROR
+    request = done.request
+    ok = done.finish_reason is not FinishReason.ERROR
 
     def between(begin: float | None, end: float | None) -> float | None:
         return None if begin is None or end is None else end - begin
@@ -578,17 +575,17 @@ def result_of(completion: Completion) -> Result:
         row=request.row,
         sample=request.sample,
         status="ok" if ok else "error",
-        text=completion.text,
-        token_ids=tuple(sequence.output_ids) if ok else (),
-        finish_reason=str(sequence.finish_reason) if ok else None,
+        text=done.text,
+        token_ids=done.token_ids if ok else (),
+        finish_reason=str(done.finish_reason) if ok else None,
         prompt_tokens=len(request.prompt_ids),
-        completion_tokens=len(sequence.output_ids) if ok else 0,
-        error=sequence.error,
-        error_kind=sequence.error_kind,
-        queue_s=between(sequence.arrived, sequence.admitted),
-        prefill_s=between(sequence.admitted, sequence.first_token),
-        decode_s=between(sequence.first_token, sequence.finished),
-        logprob=_logprob(sequence) if ok else None,
+        completion_tokens=len(done.token_ids) if ok else 0,
+        error=done.error,
+        error_kind=done.error_kind,
+        queue_s=between(done.arrived, done.admitted),
+        prefill_s=between(done.admitted, done.first_token),
+        decode_s=between(done.first_token, done.finished),
+        logprob=done.logprob if ok and request.params.logprobs else None,
     )
 
 

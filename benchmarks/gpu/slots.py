@@ -14,7 +14,7 @@ from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.tensor import layer_views
 from batchrun.engine import attention
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
-from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.core import Segment
 from batchrun.engine.transfers import copied
 from benchmarks.gpu.bench import Bench, Unavailable
 from benchmarks.gpu.shapes import Shape, dtype_of
@@ -43,11 +43,8 @@ class Slots:
 
     def segments(self, length: int) -> list[Segment]:
         """The last `length` tokens of each slot."""
-        params = SamplingParams()
-        return [
-            Segment(Sequence(Request(i, 0, (0,), params, 0)), i, self.tokens - length, length, True)
-            for i in range(self.count)
-        ]
+        start = self.tokens - length
+        return [Segment(slot, start, length, sampled=True) for slot in range(self.count)]
 
     def query(self, length: int) -> torch.Tensor:
         """Random queries for the last `length` tokens of each slot, `[count * length, Hq, D]`."""

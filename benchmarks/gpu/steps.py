@@ -64,10 +64,9 @@ def drain(assembly: Assembly) -> int:
     tokens = 0
     while assembly.engine.has_work:
         for completion in assembly.engine.step():
-            sequence = completion.sequence
-            if sequence.error is not None:
-                raise RuntimeError(f"row {sequence.request.row}: {sequence.error}")
-            tokens += len(sequence.output_ids)
+            if completion.error is not None:
+                raise RuntimeError(f"row {completion.request.row}: {completion.error}")
+            tokens += len(completion.token_ids)
     return tokens
 
 

@@ -167,10 +167,11 @@ def _run(
 
 def _commit(scheduler: Scheduler, plan: core.StepPlan, lengths: Sequence[tuple[int, int]]) -> None:
     """Give each sampled segment a token, and end the sequences that have all of theirs."""
-    sampled = [s.sequence for s in plan.segments if s.sampled]
+    owners = zip(plan.segments, scheduler.owners(plan), strict=True)
+    sampled = [sequence for segment, sequence in owners if segment.sampled]
     ended = []
     for sequence in sampled:
-        if sequence.status is not core.Status.FINISHED:
+        if sequence is not None:
             sequence.output_ids.append(0)
             if len(sequence.output_ids) == lengths[sequence.request.row][1]:
                 ended.append(sequence)

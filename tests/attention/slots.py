@@ -16,8 +16,7 @@ from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.tensor import layer_views
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.flashinfer import Kind
-from batchrun.engine.core import Request, SamplingParams, Segment
-from batchrun.engine.core import Sequence as Row
+from batchrun.engine.core import Segment
 from batchrun.engine.transfers import copied
 
 DIM = 64
@@ -74,8 +73,7 @@ def slots(layers: tuple[LayerSpec, ...], max_tokens: int = 300) -> Iterator[Slot
 
 
 def segment(slot: int, start: int, length: int) -> Segment:
-    row = Row(Request(slot, 0, (0,), SamplingParams(), 0))
-    return Segment(row, slot, start, length, sampled=True)
+    return Segment(slot, start, length, sampled=True)
 
 
 def upload(array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:

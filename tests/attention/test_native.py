@@ -235,7 +235,7 @@ def test_what_decodes_have_in_common_is_read_once_and_changes_no_bit(
             backend.plan([one])
             alone.append(backend.run(layer, row, keys, values))
         for one in step:
-            one.sequence.origin, one.sequence.inherited = one.slot, inherited.get(one.slot, ())
+            one.key, one.inherited = one.slot, inherited.get(one.slot, ())
         backend.plan(step)
         got = backend.run(layer, query, keys, values)  # what fails is shown, and keys can't be
         assert torch.equal(got, torch.cat(alone))

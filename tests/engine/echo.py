@@ -52,14 +52,14 @@ def expected_of_beams(request: Request, max_tokens: int, stops: frozenset[int]) 
     group = BeamGroup(leader, max_tokens, stops)
     while not group.ended:
         for sequence in group.sequences:
-            group.report(sequence, candidates(sequence.known_ids, _count(sequence, stops)))
+            group.report(sequence, candidates(sequence.known_ids, _count(request, stops)))
         group.advance()
     group.finish()
     return leader.output_ids
 
 
-def _count(sequence: Sequence, stops: frozenset[int]) -> int:
-    return width(sequence.request.params.num_beams, len(stops))
+def _count(request: Request, stops: frozenset[int]) -> int:
+    return width(request.params.num_beams, len(stops))
 
 
 class Oracle(Lookup):
@@ -93,38 +93,43 @@ class EchoExecutor:
         stops: frozenset[int] = frozenset(),
     ) -> None:
         self.keys, self.values, self.slab, self.lag = keys, values, slab, lag
-        self._queue: deque[tuple[StepPlan, Seq[MemoryCopy], SharedParts | None]] = deque()
+        self._queue = deque[tuple[StepPlan, list[Request], Seq[MemoryCopy], SharedParts | None]]()
         self.num_shared_parts = 0  # of decodes, as often as another's could be read instead
-        self._ids: dict[Segment, list[int]] = {}
+        self._requests: dict[int, Request] = {}  # slot -> whose
         self._last: dict[int, int] = {}
         self._stops = stops
         self._collected = 0
 
     def launch(self, plan: StepPlan) -> Ticket:
         for s in plan.segments:
-            assert not s.pending or s.length == 1
-            if not s.pending:
-                known = s.sequence.token_ids(s.start, s.num_known_tokens)
-                self._ids[s] = [*known, *s.drafts]
-                assert len(self._ids[s]) == s.length, "a token was planned before it is known"
+            is_pending = s.length == 1 and not s.token_ids
+            assert is_pending or len(s.token_ids) == s.length, "a token is planned but not known"
+        self._requests |= {new.slot: new.request for new in plan.new}
+        requests = [self._requests[s.slot] for s in plan.segments]  # by now, not when it is run
         copies = plan.copies
         if plan.copies_after <= self._collected:  # as early as may be: others are still to run
             self._copy(copies)
             copies = ()
-        self._queue.append((plan, copies, shared_parts(plan.segments, PART)))
+        self._queue.append((plan, requests, copies, shared_parts(plan.segments, PART)))
         assert len(self._queue) <= self.lag + 1
         return Ticket(plan.step, torch.empty(0))
 
     def collect(self, ticket: Ticket) -> StepOutput:
-        plan, copies, shared = self._queue.popleft()
+        plan, requests, copies, shared = self._queue.popleft()
         assert plan.step == ticket.step, "steps are collected out of order"
         self._copy(copies)
         self._collected = plan.step
-        read = list(self._run(plan, shared))
+        read = list(self._run(plan, requests, shared))
         of_beams = tuple(
-            candidates(ids, _count(s, self._stops)) for s, ids in read if s.group is not None
+            candidates(ids, _count(request, self._stops)) if request.params.beams else ()
+            for request, ids in read
         )
-        return StepOutput(plan.step, tuple(next_token(ids) for _, ids in read), (), of_beams)
+        return StepOutput(
+            plan.step,
+            tuple(next_token(ids) for _, ids in read),
+            (),
+            of_beams if any(of_beams) else (),
+        )
 
     def busy(self) -> bool:
         return bool(self._queue)
@@ -135,21 +140,21 @@ class EchoExecutor:
             self.slab[:, c.target : c.target + c.nbytes] = source
 
     def _run(
-        self, plan: StepPlan, shared: SharedParts | None
-    ) -> Iterator[tuple[Sequence, list[int]]]:
+        self, plan: StepPlan, requests: list[Request], shared: SharedParts | None
+    ) -> Iterator[tuple[Request, list[int]]]:
         if shared is not None:
             self._compare(plan.segments, shared)
         for s in plan.segments:
-            known = [self._last[s.slot]] if s.pending else self._ids.pop(s)
+            known = s.token_ids or [self._last[s.slot]]
             ids = torch.tensor(known, dtype=torch.float64)
             self.keys[s.slot, s.start : s.start + s.length] = ids[:, None, None]
             self.values[s.slot, s.start : s.start + s.length] = -ids[:, None, None]
-        for s in plan.segments:
+        for s, request in zip(plan.segments, requests, strict=True):
             if s.sampled:
                 ids = self._read(s)
                 self._last[s.slot] = next_token(ids)
-                for end in range(len(ids) - len(s.drafts), len(ids) + 1):
-                    yield s.sequence, ids[:end]
+                for end in range(len(ids) - s.num_drafts, len(ids) + 1):
+                    yield request, ids[:end]
 
     def _compare(self, segments: Seq[Segment], shared: SharedParts) -> None:
         """What attention may read in any one member's slot is the same in all."""

@@ -54,7 +54,7 @@ def test_a_search_that_memory_holds_one_beam_of_goes_on() -> None:
         rig.add([*range(30)], 20, num_beams=4)
         rig.drain()
         rig.verify()
-        assert rig.done[0].sequence.error is None
+        assert rig.done[0].error is None
         assert rig.engine.stats.recomputed_tokens > 100
     finally:
         rig.close()

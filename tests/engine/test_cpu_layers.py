@@ -298,8 +298,8 @@ def test_guessed_tokens_are_those_of_one_step_each() -> None:
 
     def results(*, drafts: bool) -> tuple[EngineStats, list[tuple[object, ...]]]:
         with rig(loaded, attention="native", drafts=drafts) as made_:
-            done = [c.sequence for c in run(made_, many, each)]
-            return made_.engine.stats, [(s.output_ids, s.logprob, s.finish_reason) for s in done]
+            done = run(made_, many, each)
+            return made_.engine.stats, [(c.token_ids, c.logprob, c.finish_reason) for c in done]
 
     stepwise, wanted = results(drafts=False)
     guessing, found = results(drafts=True)

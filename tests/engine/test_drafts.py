@@ -68,7 +68,8 @@ def segments(*rows: Row) -> list[Segment]:
     found = []
     for slot, each in enumerate(rows):
         each.slot = slot
-        found.append(Segment(each, slot, each.num_known_tokens - 1, 1, sampled=True))
+        last = each.num_known_tokens - 1
+        found.append(Segment(slot, last, 1, True, each.token_ids(last, 1), key=slot))
     return found
 
 
@@ -81,7 +82,7 @@ def test_what_costs_nothing_is_shared_out_and_the_rest_is_for_those_trusted() ->
 
     rows = [row([1, 2] * 5, max_tokens=40) for _ in range(4)]
     plan = segments(*rows)
-    Drafts(100, 16).extend(plan, 100, 1000, ensure)
+    Drafts(100, 16).extend(plan, dict(enumerate(rows)), 100, 1000, ensure)
     # Of 16 tokens 12 are free: 3 each, and what the one without memory leaves.
     assert [len(s.drafts) for s in plan] == [3, 0, 4, 5]
     assert [s.length for s in plan] == [4, 1, 5, 6]
@@ -93,15 +94,16 @@ def test_what_costs_nothing_is_shared_out_and_the_rest_is_for_those_trusted() ->
         each.lookup.trust = LONGEST
     for logits, budget, wanted in ((100, 100, 15), (24, 100, 5), (100, 8, 2), (4, 100, 0)):
         plan = segments(*rows)
-        Drafts(logits, 16).extend(plan, budget, 1000, lambda *_: True)
+        Drafts(logits, 16).extend(plan, dict(enumerate(rows)), budget, 1000, lambda *_: True)
         assert [len(s.drafts) for s in plan] == [wanted] * 4
 
 
 def test_no_guess_goes_beyond_a_rows_end() -> None:
     short, full = row([1, 2] * 3, max_tokens=3), row([1, 2] * 5)
     last, penalised = row([1, 2] * 5, max_tokens=1), row([1, 2] * 5, presence_penalty=0.5)
-    plan = segments(short, full, last, penalised)
-    Drafts(100, 16).extend(plan, 100, 12, lambda *_: True)
+    rows = [short, full, last, penalised]
+    plan = segments(*rows)
+    Drafts(100, 16).extend(plan, dict(enumerate(rows)), 100, 12, lambda *_: True)
     assert [len(s.drafts) for s in plan] == [2, 1, 0, 0]
 
 

@@ -240,14 +240,13 @@ def test_a_tokenizer_that_fails_makes_errors_of_its_rows(num_beams: int) -> None
     with rig(model) as r:
         done = run(r, prompts, params)
         assert r.arena.num_open == 0
-    failed = [c for c in done if c.sequence.finish_reason is FinishReason.ERROR]
+    failed = [c for c in done if c.finish_reason is FinishReason.ERROR]
     assert 0 < len(failed) < len(done)
     for completion in done:
-        sequence = completion.sequence
         if completion in failed:
-            assert sequence.error == "no text can be made of its tokens: Panic: at a token"
-            assert sequence.error_kind == "internal"
-            assert any(i % 17 == 2 for i in sequence.known_ids)
+            assert completion.error == "no text can be made of its tokens: Panic: at a token"
+            assert completion.error_kind == "internal"
+            assert any(i % 17 == 2 for i in (*completion.request.prompt_ids, *completion.token_ids))
         else:
             assert completion.text is not None
 
@@ -266,5 +265,5 @@ def test_the_models_own_stop_strings_end_an_answer(tokenizer: Any) -> None:
         held = run(r, prompts, found.params({"max_tokens": 20}))
         ignored = run(r, prompts, found.params({"max_tokens": 20, "ignore_eos": True}))
     assert [c.text.partition(stop)[0] for c in free] == [c.text for c in held]
-    assert sum(c.sequence.finish_reason is FinishReason.STOP for c in held) > 1
-    assert all(len(c.sequence.output_ids) == 20 for c in ignored)
+    assert sum(c.finish_reason is FinishReason.STOP for c in held) > 1
+    assert all(len(c.token_ids) == 20 for c in ignored)

@@ -54,15 +54,14 @@ def rows(bad: bool) -> list[list[int]]:
 def check(r: Assembly, want: list[list[int]], params: Any) -> None:
     done = run(r, rows(bad=True), params, seed=5)
     for i, completion in enumerate(done):
-        sequence = completion.sequence
         if i % 3 == 1:
-            assert sequence.finish_reason is FinishReason.ERROR
-            assert sequence.error_kind == "not_finite"
-            prompt = sequence.num_prompt_tokens
-            assert f"no finite numbers after {prompt} tokens of the prompt" in sequence.error
+            assert completion.finish_reason is FinishReason.ERROR
+            assert completion.error_kind == "not_finite"
+            prompt = len(completion.request.prompt_ids)
+            assert f"no finite numbers after {prompt} tokens of the prompt" in completion.error
         else:
-            assert sequence.error is None
-            assert sequence.output_ids == want[i]
+            assert completion.error is None
+            assert list(completion.token_ids) == want[i]
     assert r.arena.num_open == 0
 
 
@@ -125,11 +124,10 @@ def test_it_may_happen_in_mid_answer() -> None:
         done = run(r, prompts, params)
         failed = 0
         for ids, completion, expected in zip(prompts, done, want, strict=True):
-            sequence = completion.sequence
             if said in ids or said in expected[:-1]:
                 failed += 1
                 count = 0 if said in ids else expected.index(said) + 1
-                assert sequence.error.count(f"and {count} of the answer") == 1
+                assert completion.error.count(f"and {count} of the answer") == 1
             else:
-                assert sequence.output_ids == expected
+                assert list(completion.token_ids) == expected
         assert 0 < failed < len(done)

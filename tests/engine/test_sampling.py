@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from batchrun.engine import sampling
-from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.core import NewSequence, Request, SamplingParams, Segment, Sequence
 from batchrun.engine.cpu import sampling as cpu_sampling
+from batchrun.engine.processors import Row
 from batchrun.engine.sampling import Sampler, filter_rows
 
 VOCAB = 4000
@@ -33,13 +34,15 @@ def sequence(row: int = 0, output: tuple[int, ...] = (), **params: object) -> Se
 def sample(
     rows: torch.Tensor, sequences: list[Sequence], stop_ids: frozenset[int] = frozenset()
 ) -> torch.Tensor:
-    sampler = Sampler(len(sequences), torch.tensor, lambda _: stop_ids)
-    [tokens] = sampler.sample(rows, segments(sequences))
+    sampler = Sampler(len(sequences), torch.tensor, eos_ids=stop_ids)
+    [tokens] = sampler.sample(rows, entered(sampler, sequences))
     return tokens
 
 
-def segments(sequences: list[Sequence]) -> list[Segment]:
-    return [Segment(s, i, s.num_tokens - 1, 1, True) for i, s in enumerate(sequences)]
+def entered(sampler: Sampler, sequences: list[Sequence]) -> list[Row]:
+    """The rows of sequences that have come to slots, and have computed all but their last token."""
+    sampler.enter(NewSequence(i, s.request, tuple(s.output_ids)) for i, s in enumerate(sequences))
+    return sampler.rows(Segment(i, s.num_tokens - 1, 1, True) for i, s in enumerate(sequences))
 
 
 def logits(count: int, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
@@ -187,35 +190,37 @@ def test_a_device_that_nobody_waits_for_draws_the_same(spread: float) -> None:
     params = [p for p in FILTERS if p.temperature > 0.5]
     rows = logits(len(params), spread)
     numbers = [sampling.uniform(1, row, 0, 0) for row in range(len(params))]
-    sampler = Sampler(1, torch.tensor, lambda _: frozenset())
+    sampler = Sampler(1, torch.tensor)
     got = sampler._draw_at_once(rows, params, numbers)
     assert torch.equal(got, cpu_sampling.draw(rows, params, numbers))
 
 
 def test_penalties_know_the_tokens_that_the_host_does_not() -> None:
     """A pipelined sequence, in a slot that it left and came back to, with others in between."""
-    sampler = Sampler(2, torch.tensor, lambda _: frozenset())
+    sampler = Sampler(2, torch.tensor)
     params = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.4}
     first, second = sequence(0, **params), sequence(1, output=(9, 9), **params)
 
-    def penalised(target: Sequence, slot: int, output: tuple[int, ...]) -> None:
+    def penalised(
+        target: Sequence, slot: int, output: tuple[int, ...], *, new: bool = True
+    ) -> None:
         """Samples once more; `output` are the tokens so far, which the host may not know yet."""
+        if new:
+            sampler.enter([NewSequence(slot, target.request, output)])
         rows = logits(1, seed=len(output))
         want = rows.clone()
         sample(want, [sequence(0, output=output, **params)])
         end = target.num_prompt_tokens + len(output)
-        segment = Segment(target, slot, end - 1, 1, True)
-        [token] = sampler.sample(rows, [segment])
+        now = sampler.rows([Segment(slot, end - 1, 1, True)])
+        [token] = sampler.sample(rows, now)
         assert torch.equal(rows, want)
-        sampler.took(token, [segment])
+        sampler.took(token, now)
         outputs.append(int(token))
 
     outputs: list[int] = []
     penalised(first, 0, ())
-    penalised(first, 0, (outputs[0],))  # pending: not in first.output_ids
-    first.output_ids = list(outputs)
+    penalised(first, 0, (outputs[0],), new=False)  # pending: the host never knows it
     penalised(first, 1, tuple(outputs))  # preempted, and admitted to another slot
-    first.output_ids = list(outputs)
     penalised(second, 1, (9, 9))
     del outputs[-1]
     penalised(first, 0, tuple(outputs))  # back again: slot 0 has counted less
@@ -234,8 +239,8 @@ def test_log_probabilities_are_the_models_own(dtype: torch.dtype) -> None:
         sequence(3, min_tokens=2, logprobs=True),
     ]
     stop = frozenset({int(rows[3].argmax())})
-    sampler = Sampler(4, torch.tensor, lambda _: stop)
-    tokens, got = sampler.sample(rows, segments(sequences))
+    sampler = Sampler(4, torch.tensor, eos_ids=stop)
+    tokens, got = sampler.sample(rows, entered(sampler, sequences))
     assert int(tokens[3]) not in stop
     torch.testing.assert_close(got, want.gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=0)
 
@@ -367,11 +372,10 @@ def test_rows_that_ignore_end_tokens_never_get_one(
         )
         sequences.append(Sequence(Request(row, 0, (1,), params, 5)))
     for chosen in (sequences, sequences[:1]):  # all alike are another way
-        segments = [Segment(s, i, 0, 1, sampled=True) for i, s in enumerate(chosen)]
         logits = torch.zeros(len(chosen), 9, dtype=dtype)
         logits[:, 3], logits[:, 7], logits[:, 5] = 40.0, 39.0, 20.0
-        sampler = Sampler(3, torch.tensor, lambda _: frozenset(), None, ends)
-        tokens, *rest = sampler.sample(logits, segments)
+        sampler = Sampler(3, torch.tensor, eos_ids=ends)
+        tokens, *rest = sampler.sample(logits, entered(sampler, chosen))
         assert tokens.tolist() == [5, 7, 3][: len(chosen)]
         if logprobs:  # under the model's own distribution
             want = torch.tensor([20.0, 39.0, 40.0])[: len(chosen)] - 40.313

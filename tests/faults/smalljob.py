@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.cli.errors import describe
-from batchrun.engine.core import FinishReason, Request, Sequence, Status
-from batchrun.engine.engine import Completion
+from batchrun.engine.core import Completion, Request, Sequence
 from batchrun.engine.model.generation import Generation
 from batchrun.jobs import folder
 from batchrun.jobs.errors import LeaseHeld
@@ -117,8 +116,9 @@ class NullEngine:
         assert request.row not in self.ledger.acknowledged(), "an answered row is computed again"
         self._sequences.append(Sequence(request, list(request.generated_ids)))
 
-    def partials(self) -> list[Sequence]:
-        return [sequence for sequence in self._sequences if sequence.output_ids]
+    def partials(self) -> list[Request]:
+        begun = [s for s in self._sequences if s.output_ids]
+        return [replace(s.request, generated_ids=tuple(s.output_ids)) for s in begun]
 
     def step(self) -> list[Completion]:
         self.before_step(self._ended)
@@ -130,10 +130,12 @@ class NullEngine:
                 self._tokens += 1
         ended = [s for s in self._sequences if len(s.output_ids) >= length(s.request.row)]
         for sequence in ended:
-            sequence.status, sequence.finish_reason = Status.FINISHED, FinishReason.STOP
             self._sequences.remove(sequence)
         self._ended += len(ended)
-        return [Completion(s, " ".join(map(str, s.output_ids))) for s in ended]
+        return [
+            Completion(s.request, tuple(s.output_ids), " ".join(map(str, s.output_ids)))
+            for s in ended
+        ]
 
 
 class NullWorkbench:

@@ -115,8 +115,8 @@ def outputs(made: Assembly, given: list[list[int]]) -> list[list[int]]:
     done: dict[int, list[int]] = {}
     while made.engine.has_work:
         for completion in made.engine.step():
-            assert completion.sequence.error is None
-            done[completion.sequence.request.row] = completion.sequence.output_ids
+            assert completion.error is None
+            done[completion.request.row] = list(completion.token_ids)
     return [done[row] for row in range(len(given))]
 
 

@@ -12,8 +12,7 @@ import torch
 
 from batchrun.allocator.cuda import CudaMemory
 from batchrun.engine.build import Assembly
-from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.engine import Completion
+from batchrun.engine.core import Completion, Request, SamplingParams
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.model.prepare import LoadedModel
@@ -56,7 +55,7 @@ def run(
     done: dict[int, Completion] = {}
     while rig.engine.has_work:
         for completion in rig.engine.step():
-            row = completion.sequence.request.row
+            row = completion.request.row
             assert row not in done, f"row {row} completed twice"
             done[row] = completion
         if check:
@@ -66,7 +65,7 @@ def run(
 
 
 def outputs(completions: Sequence[Completion]) -> list[list[int]]:
-    return [c.sequence.output_ids for c in completions]
+    return [list(c.token_ids) for c in completions]
 
 
 def generate(model: Any, prompt: Sequence[int], max_tokens: int, **kwargs: Any) -> list[int]:

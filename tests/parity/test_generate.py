@@ -227,9 +227,8 @@ def test_another_engine_goes_on_in_mid_generation(lag: int) -> None:
                     r.engine.add(Request(row, 0, tuple(prompt), params, 11, tokens))
             for _ in range(steps):
                 for completion in r.engine.step() if r.engine.has_work else ():
-                    sequence = completion.sequence
-                    done[sequence.request.row] = sequence.output_ids
-            begun = {s.request.row: tuple(s.output_ids) for s in r.engine.partials()}
+                    done[completion.request.row] = list(completion.token_ids)
+            begun = {left.row: left.generated_ids for left in r.engine.partials()}
             assert begun or not r.engine.has_work
     assert [done[row] for row in range(len(prompts()))] == want
 
@@ -247,13 +246,13 @@ def test_log_probabilities_are_those_of_a_forward(lag: int) -> None:
                     r.engine.add(Request(row, 0, tuple(prompt), params, 3, *begun.get(row, ())))
             for _ in range(steps):
                 for completion in r.engine.step() if r.engine.has_work else ():
-                    done[completion.sequence.request.row] = completion.sequence
+                    done[completion.request.row] = completion
             left = r.engine.partials()
-            begun = {s.request.row: (tuple(s.output_ids), s.logprob) for s in left}
+            begun = {each.row: (each.generated_ids, each.generated_logprob) for each in left}
             preemptions += r.scheduler.num_preemptions
     assert preemptions > 0
     for row, prompt in enumerate(prompts()):
-        ids = torch.tensor([[*prompt, *done[row].output_ids]])
+        ids = torch.tensor([[*prompt, *done[row].token_ids]])
         set_attention(model.model, "eager")
         with torch.inference_mode():
             scores = model.model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]

@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers as tf
 
-from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.core import NewSequence, Request, SamplingParams, Segment, Sequence
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.drafts import Drafts, Lookup
 from batchrun.engine.model.generation import Generation, read_generation
 from batchrun.engine.model.prepare import LoadedModel, prepare
+from batchrun.engine.processors import Row
 from batchrun.engine.sampling import Sampler
 from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run
@@ -174,11 +175,17 @@ def test_filters_keep_what_transformers_keeps(warpers: dict[str, Any], spread: f
         ids = torch.full((6, 4), 5)
         want = torch.softmax(chain(ids, rows.clone()), -1)
         params = generation.params({"max_tokens": 9})
-        sampler = Sampler(6, torch.tensor, lambda _: frozenset(), generation.processors)
+        sampler = Sampler(6, torch.tensor, generation.processors)
         got = sampler._filtered(rows, [params] * 6, generation.processors)
     torch.testing.assert_close(torch.softmax(got, -1), want, atol=1e-5, rtol=1e-3)
     assert torch.equal(got > -torch.inf, want > 0)
     assert bool((want == 0).any())
+
+
+def entered(sampler: Sampler, requests: list[Request]) -> list[Row]:
+    """The rows behind prompts of requests that have come to slots."""
+    sampler.enter(NewSequence(slot, request) for slot, request in enumerate(requests))
+    return sampler.rows(Segment(i, 0, len(r.prompt_ids), True) for i, r in enumerate(requests))
 
 
 @pytest.mark.parametrize("on_gpu_way", [False, True])
@@ -190,12 +197,11 @@ def test_drawn_tokens_are_those_that_the_filters_keep(
         count = 400
         row = torch.randn(1, 199, generator=torch.Generator().manual_seed(1)) * 2
         rows = row.repeat(count, 1)
-        each = [Sequence(Request(i, 0, (3, 5), params, 4)) for i in range(count)]
-        segments = [Segment(s, i, 0, 2, True) for i, s in enumerate(each)]
-        sampler = Sampler(count, torch.tensor, lambda _: frozenset(), generation.processors)
+        each = [Request(i, 0, (3, 5), params, 4) for i in range(count)]
+        sampler = Sampler(count, torch.tensor, generation.processors)
         if on_gpu_way:
             monkeypatch.setattr("batchrun.engine.sampling._on_cpu", lambda _: False)
-        [tokens] = sampler.sample(rows.clone(), segments)
+        [tokens] = sampler.sample(rows.clone(), entered(sampler, each))
         kept = sampler._filtered(row, [params], generation.processors)[0]
     probabilities = torch.softmax(kept, -1)
     assert bool((probabilities[tokens] > 0).all())
@@ -212,12 +218,16 @@ def test_rows_without_finite_numbers_are_told_where_a_model_has_processors() -> 
         rows = torch.randn(4, 199)
         rows[0, 3], rows[2] = torch.nan, -torch.inf
         each = [
-            Sequence(Request(i, 0, (3, 5, 9), generation.params({"temperature": t}), 4))
+            Request(i, 0, (3, 5, 9), generation.params({"temperature": t}), 4)
             for i, t in enumerate((0.0, 1.0, 1.0, 0.0))
         ]
-        segments = [Segment(s, i, 0, 3, True) for i, s in enumerate(each)]
-        sampler = Sampler(4, torch.tensor, lambda _: frozenset(), generation.processors)
-        assert (sampler.sample(rows, segments)[0] < 0).tolist() == [True, False, True, False]
+        sampler = Sampler(4, torch.tensor, generation.processors)
+        assert (sampler.sample(rows, entered(sampler, each))[0] < 0).tolist() == [
+            True,
+            False,
+            True,
+            False,
+        ]
 
 
 def test_a_compiler_changes_nothing() -> None:

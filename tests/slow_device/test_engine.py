@@ -47,11 +47,10 @@ def test_any_job_equals_generate(
                     r.engine.add(Request(row, 0, prompt, params[row], 0, begun.get(row, ())))
             while r.engine.has_work and (steps := steps - 1) >= 0:
                 for completion in r.engine.step():
-                    sequence = completion.sequence
-                    done[sequence.request.row] = sequence.output_ids
+                    done[completion.request.row] = list(completion.token_ids)
                 r.scheduler.check()
                 r.arena.check()
-            begun = {s.request.row: tuple(s.output_ids) for s in r.engine.partials()}
+            begun = {left.row: left.generated_ids for left in r.engine.partials()}
     for row, (number, count) in enumerate(job):
         assert done[row] == want[number][:count]
 
@@ -73,7 +72,7 @@ def test_beams_and_draws_are_the_same(chosen: set[int], shape: Shape) -> None:
             r.engine.add(Request(row, 0, tuple(prompts[row]), test_beams.params(row), 3))
         while r.engine.has_work:
             for completion in r.engine.step():
-                done[completion.sequence.request.row] = completion.sequence.output_ids
+                done[completion.request.row] = list(completion.token_ids)
             r.scheduler.check()
             r.arena.check()
     assert done == {row: beams_elsewhere()[row] for row in chosen}

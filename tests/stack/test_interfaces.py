@@ -19,7 +19,7 @@ import torch
 
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.torch_flash import TorchFlash
-from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.core import Segment
 from batchrun.engine.transfers import copied
 from tests.test_docs import ROOT
 
@@ -203,9 +203,8 @@ def test_the_flash_operator_takes_a_step_of_decodes_and_prefills(window: int | N
     geometry = Geometry((spec,), 320, 4, 4, 256, torch.bfloat16, meta)
     kernel = torch.ops.aten._flash_attention_forward
     backend = TorchFlash(geometry, partial(copied, device=meta), kernel)
-    request = Request(0, 0, (1,), SamplingParams(), 0)
     spans = [(299, 1), (7, 1), (20, 40), (0, 30)]
-    segments = [Segment(Sequence(request), i, *span, sampled=True) for i, span in enumerate(spans)]
+    segments = [Segment(i, *span, sampled=True) for i, span in enumerate(spans)]
     keys = torch.empty(4, 320, 2, 64, dtype=torch.bfloat16, device=meta)
     layer = LayerAttention(spec.scale, window)
     for some in (segments, segments[:2], segments[2:]):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from batchrun.engine.attention import Geometry
 from batchrun.engine.attention.torch_flash import TorchFlash
-from batchrun.engine.core import Request, SamplingParams, Segment, StepPlan
-from batchrun.engine.core import Sequence as Row
+from batchrun.engine.core import NewSequence, Request, SamplingParams, Segment, StepPlan
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.transfers import Download, HostTransfers
@@ -73,14 +73,24 @@ def executor(name: str) -> Iterator[tuple[TorchExecutor, LoadedModel]]:
         yield TorchExecutor(loaded, views, [], backend, transfers, lag=1), loaded  # type: ignore[arg-type]
 
 
-def segment(slot: int, length: int, **params: Any) -> Segment:
+PROMPT = tuple(range(3, 23))
+
+
+def segment(slot: int, length: int) -> Segment:
     """A whole prompt, or with a length of 1 a decode of it whose token is on the device."""
-    row = Row(Request(slot, 0, tuple(range(3, 23)), SamplingParams(**params), 0))
-    return Segment(row, slot, 20 - length, length, sampled=True)
+    return Segment(slot, 20 - length, length, True, PROMPT if length > 1 else ())
 
 
-def launch(made: TorchExecutor, segments: Sequence[Segment]) -> tuple[torch.Tensor, ...]:
-    tokens = made.launch(StepPlan(0, tuple(segments))).tokens
+def launch(
+    made: TorchExecutor, segments: Sequence[Segment], *params: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    """Of rows with these parameters."""
+    each = zip_longest((s.slot for s in segments), params, fillvalue={})
+    new = [
+        NewSequence(slot, Request(slot, 0, PROMPT, SamplingParams(**asked), 0))
+        for slot, asked in each
+    ]
+    tokens = made.launch(StepPlan(0, tuple(segments), tuple(new))).tokens
     assert isinstance(tokens, Unread)
     return tokens.tensors
 
@@ -128,6 +138,6 @@ def test_a_step_in_pieces_stays_on_the_device(name: str) -> None:
 def test_no_way_to_sample_waits_for_the_device(params: dict[str, Any]) -> None:
     with executor("llama") as (made, _):
         for few in ([params], [params, {}, params]):
-            tensors = launch(made, [segment(i, 20, **each) for i, each in enumerate(few)])
+            tensors = launch(made, [segment(i, 20) for i in range(len(few))], *few)
             assert {tensor.device for tensor in tensors} == {CUDA}
             assert tensors[0].shape == (len(few),)

@@ -76,17 +76,17 @@ class SharedParts:
 def shared_parts(segments: Sequence[Segment], size: int) -> SharedParts | None:
     """What decodes have in common, in parts of `size` tokens; None where it is nothing.
 
-    Tokens are in common that were shared from one stay in a slot (`Sequence.inherited`). Whoever
+    Tokens are in common that were shared from one stay in a slot (`Segment.inherited`). Whoever
     has a part in common has all before it in common too.
     """
-    origins = {origin for s in segments for _, origin in s.sequence.inherited}
+    origins = {origin for s in segments for _, origin in s.inherited}
     if not origins:
         return None
     found: dict[tuple[int, int], list[int]] = {}
     for i, segment in enumerate(segments):
         if segment.length == 1:
-            sequence, first = segment.sequence, 0
-            for end, origin in (*sequence.inherited, (segment.start, sequence.origin)):
+            first = 0
+            for end, origin in (*segment.inherited, (segment.start, segment.key)):
                 last = min(end, segment.start) // size
                 if origin in origins:
                     for part in range(first, last):

@@ -224,7 +224,7 @@ class _Judge:
 
     def logits(self, segments: Sequence[Segment]) -> torch.Tensor:
         """As the executor's."""
-        self._segments = [replace(s, slot=s.sequence.request.row) for s in segments]
+        self._segments = [replace(s, slot=s.key) for s in segments]  # each row's own
         return self._executor.logits(segments)
 
     def watch(self, step: Step) -> Step:

@@ -13,7 +13,7 @@ from torch import nn
 from batchrun.engine import attention
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.sdpa import SDPA
-from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.core import Segment
 from batchrun.engine.transfers import copied
 
 
@@ -178,5 +178,4 @@ def _run(
 
 
 def _segment(slot: int, start: int, length: int) -> Segment:
-    request = Request(slot, 0, (0,), SamplingParams(), 0)
-    return Segment(Sequence(request), slot, start, length, sampled=True)
+    return Segment(slot, start, length, sampled=True)

@@ -76,7 +76,7 @@ def through_slots(
     for i, sequence in enumerate(sequences):
         sequence.slot = i if space is None else space.open(sequence.num_tokens)
     # With a single slot there is no second sequence to mix in.
-    sequences = [s for s in sequences if s.slot is not None]
+    sequences = [s for s in sequences if s.slot is not None]  # each at the number of its row
     logits: list[list[torch.Tensor]] = [[] for _ in sequences]
     while any(s.num_computed_tokens < s.num_tokens for s in sequences):
         segments = []
@@ -86,10 +86,13 @@ def through_slots(
             if start < sequence.num_tokens and sequence.slot is not None:
                 if space is not None and not space.ensure(sequence.slot, start + length):
                     raise budget_too_small(sequence.num_tokens, space.refusal)
-                segments.append(Segment(sequence, sequence.slot, start, length, sampled=True))
+                ids = sequence.token_ids(start, length)
+                segments.append(
+                    Segment(sequence.slot, start, length, True, ids, key=sequence.request.row)
+                )
         for segment, row in zip(segments, compute(segments), strict=True):
-            segment.sequence.num_computed_tokens += segment.length
-            logits[segment.sequence.request.row].append(row)
+            sequences[segment.key].num_computed_tokens += segment.length
+            logits[segment.key].append(row)
     if space is not None:
         for sequence in sequences:
             if sequence.slot is not None:
