@@ -15,8 +15,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
-
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.host import HostMemory
 from batchrun.allocator.layout import KVLayout, LayerKV
@@ -59,7 +57,10 @@ class NoModel:
         self.tokens += plan.num_tokens
         self.sequences += len(plan.segments)
         self._plan = plan
-        return Ticket(plan.step, torch.empty(0))
+        return Ticket(plan.step)
+
+    def sample(self, ticket: Ticket) -> None:
+        """Nothing."""
 
     def collect(self, ticket: Ticket) -> StepOutput:
         """A token for each that asks for one."""

@@ -1,4 +1,4 @@
-"""The loop: plan, launch, collect, commit."""
+"""The loop: plan, launch, sample, collect, commit."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ class Engine:
                 if sequence is not None and sequence.admitted is None:
                     sequence.admitted = began
                     self.on_admit(sequence.request)
-            self._in_flight.append((plan, self.executor.launch(plan), began))
+            ticket = self.executor.launch(plan)
+            self.executor.sample(ticket)
+            self._in_flight.append((plan, ticket, began))
         elif not self._in_flight and self.scheduler.has_work and not self.scheduler.rejected:
             raise EngineError(
                 f"the scheduler is stuck: {len(self.scheduler.running)} sequences run, "

@@ -26,21 +26,28 @@ from batchrun.engine.transfers import Download, Transfers
 _UNKNOWN = (0,)  # in the place of a token that only the device knows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ticket:
-    """A launched step, to be collected: it has ended when its tokens are there."""
+    """A launched step, to be sampled and then collected: it has ended when its tokens are there.
+
+    Who computes steps keeps there what it needs: the plan's segments, their logits `[N, V]` until
+    they are sampled, the slots of those on the device, and which rows are of beams.
+    """
 
     step: int
-    tokens: Download
-    beams: Seq[int] = ()  # which of them are of beams
+    segments: Seq[Segment] = ()
+    logits: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    beams: Seq[int] = ()
+    tokens: Download | None = None
 
 
 class Executor(Protocol):
-    """Computes steps, in the order of their launches.
+    """Computes steps, in the order of their launches: `launch`, `sample`, `collect` each.
 
     Attributes:
-        lag: Steps that may be launched and not collected when another one is launched; 0 where
-            `launch` itself computes.
+        lag: Steps that may be sampled and not collected when another one is launched; 0 where
+            `launch` and `sample` themselves compute.
         device_seconds, idle_seconds: See `EngineStats`.
     """
 
@@ -52,7 +59,10 @@ class Executor(Protocol):
     def idle_seconds(self) -> float: ...  # noqa: D102
 
     def launch(self, plan: StepPlan) -> Ticket:
-        """Start a step whose memory is in place."""
+        """Start the forward of a step whose memory is in place."""
+
+    def sample(self, ticket: Ticket) -> None:
+        """Start to choose the step's tokens, before another one is launched."""
 
     def collect(self, ticket: Ticket) -> StepOutput:
         """Wait until the oldest step that is not collected has ended; returns its tokens.
@@ -128,42 +138,49 @@ class TorchExecutor:
     def launch(self, plan: StepPlan) -> Ticket:
         """See `Executor.launch`."""
         self._sampler.enter(plan.new)
-        rows = self._sampler.rows(plan.segments)
+        ticket = Ticket(plan.step, plan.segments)
         with self._step():
             self._copy(plan)
+            if self.lag:  # the next step reads their tokens on the device
+                slots = [s.slot for s in plan.segments if s.sampled]
+                ticket.slots = self.transfers.upload(np.array(slots, np.int64))
             try:
-                chosen, slots = self._choose(plan.segments, rows)
+                ticket.logits = self._logits(plan.segments)
             except torch.OutOfMemoryError:
                 self._relieve()
                 # What was written so far is written again: the same numbers to the same places.
-                chosen, slots = self._choose(plan.segments, rows)
+                ticket.logits = self._logits(plan.segments)
+        return ticket
+
+    def sample(self, ticket: Ticket) -> None:
+        """See `Executor.sample`."""
+        rows = self._sampler.rows(ticket.segments)
+        chosen: tuple[torch.Tensor, ...] = ()
+        with self._step(more=True):
             if rows:
-                # The next step's inputs, and what penalties count.
-                if slots is not None:  # a row without a token has ended, whatever follows
-                    self._last.index_copy_(0, slots, chosen[0].clamp_min(0))
+                chosen = self._chosen(ticket, rows)
+                if ticket.slots is not None:  # a row without a token has ended, whatever follows
+                    self._last.index_copy_(0, ticket.slots, chosen[0].clamp_min(0))
                 self._sampler.took(chosen[0], rows)
-            beams = [i for i, row in enumerate(rows) if row.params.beams] if chosen[2:] else ()
-            return Ticket(plan.step, self.transfers.download(*chosen), beams)
+            if chosen[2:]:
+                ticket.beams = [i for i, row in enumerate(rows) if row.params.beams]
+            ticket.tokens = self.transfers.download(*chosen)
 
-    def _choose(
-        self, segments: Seq[Segment], rows: Seq[Row]
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        """Compute the segments.
-
-        May be done twice: it changes nothing that it reads.
-
-        Returns:
-            What `Sampler.sample` returns, or nothing where none is sampled; and the slots of those
-            where the next step reads their tokens on the device.
-        """
-        slots = None
-        if self.lag:
-            slots = self.transfers.upload(np.array([row.slot for row in rows], np.int64))
-        logits = self._logits(segments)
-        return (self._sampler.sample(logits, rows) if rows else ()), slots
+    def _chosen(self, ticket: Ticket, rows: Seq[Row]) -> tuple[torch.Tensor, ...]:
+        """As `Sampler.sample`."""
+        assert ticket.logits is not None
+        try:
+            return self._sampler.sample(ticket.logits, rows)
+        except torch.OutOfMemoryError:
+            ticket.logits = None
+            self._relieve()
+            return self._sampler.sample(self._logits(ticket.segments), rows)  # they were changed
+        finally:
+            ticket.logits = None
 
     def collect(self, ticket: Ticket) -> StepOutput:
         """See `Executor.collect`."""
+        assert ticket.tokens is not None
         with device_errors():
             token_ids, *others = ticket.tokens.get() or [[]]
         self._collected = ticket.step
@@ -245,8 +262,8 @@ class TorchExecutor:
                     slab[:, copy.target : copy.target + size].copy_(source, non_blocking=True)
 
     @contextmanager
-    def _step(self) -> Iterator[None]:
-        with device_errors(), torch.inference_mode(), self.transfers.step():
+    def _step(self, *, more: bool = False) -> Iterator[None]:
+        with device_errors(), torch.inference_mode(), self.transfers.step(more=more):
             yield
 
     def _logits(self, segments: Seq[Segment]) -> torch.Tensor:

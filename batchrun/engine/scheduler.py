@@ -376,8 +376,6 @@ class Scheduler:
                     break
                 places = 0  # none but beams of rows begun overtakes it
                 continue
-            if sequence.num_pending:  # preempted; its last token is not known yet
-                break
             match, coming = self._prefixes.match(sequence)
             if coming - match.num_ready < BLOCK:
                 return sequence, match
@@ -458,6 +456,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take the slot away; the sequence recomputes from its tokens when admitted again."""
+        assert not sequence.num_pending, "a step in flight computes a token of it"
         self.num_preemptions += 1
         self._admitting = False
         slot, computed = sequence.slot, sequence.known_ids[: sequence.num_computed_tokens]

@@ -49,8 +49,12 @@ class Transfers(Protocol):
     idle_seconds: float
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """The uploads, kernels and download of one step are issued in this context."""
+    def step(self, *, more: bool = False) -> Iterator[None]:
+        """The uploads, kernels and download of one step are issued in this context.
+
+        Args:
+            more: Of the step issued last.
+        """
         yield
 
     @contextmanager
@@ -125,7 +129,7 @@ class HostTransfers:
         self._device = device
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, *, more: bool = False) -> Iterator[None]:
         """See `Transfers.step`."""
         yield
 
@@ -198,16 +202,14 @@ class CudaTransfers:
         self.idle_seconds = 0.0
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, *, more: bool = False) -> Iterator[None]:
         """See `Transfers.step`."""
-        stage = self._stage = self._stages[self._steps % len(self._stages)]
-        self._steps += 1
-        if stage.launched:
-            stage.end.synchronize()  # long past: that step was collected
-        stage.clear()
-        stage.launched = True
+        if not more:
+            self._begin_stage()
+        stage = self._stage
         with torch.cuda.stream(self.compute):
-            stage.begin.record(self.compute)
+            if not more:
+                stage.begin.record(self.compute)
             yield
             stage.end.record(self.compute)
 
@@ -275,6 +277,14 @@ class CudaTransfers:
             stream.synchronize()
         self.device_seconds = self.idle_seconds = 0.0
         self._last_end = None
+
+    def _begin_stage(self) -> None:
+        stage = self._stage = self._stages[self._steps % len(self._stages)]
+        self._steps += 1
+        if stage.launched:
+            stage.end.synchronize()  # long past: that step was collected
+        stage.clear()
+        stage.launched = True
 
     def _upload_apart(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """Send what is too much for the staging memory, through memory of its own."""

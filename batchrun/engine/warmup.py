@@ -84,6 +84,7 @@ class WarmUp:
         began = launched = time.perf_counter()
         if segments:
             ticket = self.executor.launch(StepPlan(0, tuple(segments), tuple(new)))
+            self.executor.sample(ticket)
             launched = time.perf_counter()
             self.executor.collect(ticket)
         ended = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import asdict
 from typing import Any
@@ -36,7 +37,10 @@ class Elsewhere:
     def launch(self, plan: StepPlan) -> Ticket:
         sent = sent_anew(plan)
         self._tickets[plan.step] = self._executor.launch(sent)
-        return Ticket(plan.step, torch.empty(0))
+        return Ticket(plan.step)
+
+    def sample(self, ticket: Ticket) -> None:
+        self._executor.sample(self._tickets[ticket.step])
 
     def collect(self, ticket: Ticket) -> StepOutput:
         return sent_anew(self._executor.collect(self._tickets.pop(ticket.step)))
@@ -70,6 +74,23 @@ def test_an_executor_needs_nothing_but_plans(lag: int) -> None:
             return [(c.request, c.token_ids, c.finish_reason, c.logprob) for c in done]
 
     assert completions(elsewhere=True) == completions(elsewhere=False)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_is_decided_between_forward_and_sampling_counts(lag: int) -> None:
+    with rig(loaded("llama"), lag=lag) as r:
+        sample = r.executor.sample
+
+        def odd(ticket: Ticket) -> None:
+            assert ticket.tokens is None, "tokens were chosen by the forward"
+            if ticket.logits is not None:
+                even = torch.arange(ticket.logits.shape[1]) % 2 == 0
+                ticket.logits = ticket.logits.masked_fill(even, -math.inf)
+            sample(ticket)
+
+        r.executor.sample = odd  # type: ignore[method-assign]
+        done = run(r, prompts(), SamplingParams(max_tokens=9, ignore_eos=True))
+        assert all(token % 2 for completion in done for token in completion.token_ids)
 
 
 def test_a_completion_is_a_value() -> None:

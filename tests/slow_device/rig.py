@@ -35,8 +35,9 @@ class Transfers(CudaTransfers):
         self._steps_of_device = device.steps
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        with self._steps_of_device.launch(self.compute), super().step():
+    def step(self, *, more: bool = False) -> Iterator[None]:
+        known = self._steps_of_device.launch(self.compute, more=more)
+        with known, super().step(more=more):
             yield
 
 

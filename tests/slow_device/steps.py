@@ -95,10 +95,18 @@ class Steps:
         self._copying_stream: Any = None
 
     @contextmanager
-    def launch(self, stream: Any) -> Iterator[None]:
-        """What is enqueued in this block is a step, on the given stream and those it waits for."""
-        step, self.next_uses = Step(self.next_uses), Uses()
-        self._steps = [*self.unfinished(), step]
+    def launch(self, stream: Any, *, more: bool = False) -> Iterator[None]:
+        """What is enqueued in this block is a step, on the given stream and those it waits for.
+
+        Args:
+            stream: On which.
+            more: It belongs to the last step.
+        """
+        if not more:
+            self._steps = [*self.unfinished(), Step(self.next_uses)]
+            self.next_uses = Uses()
+        step = self.last
+        step.end = None
         try:
             yield
         finally:

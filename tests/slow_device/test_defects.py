@@ -12,7 +12,7 @@ import torch
 
 from batchrun.allocator.arena import KVArena
 from batchrun.engine.build import Assembly
-from batchrun.engine.core import EngineError, Request, SamplingParams, Segment, StepPlan
+from batchrun.engine.core import EngineError, Request, SamplingParams, Segment
 from batchrun.engine.executor import Ticket, TorchExecutor
 from batchrun.engine.model import gates
 from batchrun.engine.transfers import CudaTransfers
@@ -28,15 +28,14 @@ STOPS = tuple(range(3, 199, 3))  # a step more than is needed is on its way when
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that samples nothing is collected without a look at the device."""
-    launch = TorchExecutor.launch
+    sample = TorchExecutor.sample
 
-    def forgetting(self: TorchExecutor, plan: StepPlan) -> Ticket:
-        ticket = launch(self, plan)
-        if any(segment.sampled for segment in plan.segments):
-            return ticket
-        return replace(ticket, tokens=SimpleNamespace(get=list))
+    def forgetting(self: TorchExecutor, ticket: Ticket) -> None:
+        sample(self, ticket)
+        if not any(segment.sampled for segment in ticket.segments):
+            ticket.tokens = SimpleNamespace(get=list)
 
-    monkeypatch.setattr(TorchExecutor, "launch", forgetting)
+    monkeypatch.setattr(TorchExecutor, "sample", forgetting)
 
 
 def job(seed: int, r: Assembly) -> None:

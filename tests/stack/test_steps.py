@@ -90,7 +90,9 @@ def launch(
         NewSequence(slot, Request(slot, 0, PROMPT, SamplingParams(**asked), 0))
         for slot, asked in each
     ]
-    tokens = made.launch(StepPlan(0, tuple(segments), tuple(new))).tokens
+    ticket = made.launch(StepPlan(0, tuple(segments), tuple(new)))
+    made.sample(ticket)
+    tokens = ticket.tokens
     assert isinstance(tokens, Unread)
     return tokens.tensors
 
