@@ -279,12 +279,12 @@ class Assembly:
             transfers,
             lag=lag,
             relieve=self._relieve,
-            processors=self.generation.processors,
+            config=self.generation.logits,
         )
 
     def _waits_for_tokens(self) -> bool:
         """Whether a step's tokens have to be known before the next one's are sampled."""
-        names = self.generation.processors.reads_tokens
+        names = self.generation.logits.reads_tokens
         if names:
             self._log(
                 f"each step waits for the one before it: the model's {' and '.join(names)} "

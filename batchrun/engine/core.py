@@ -55,7 +55,7 @@ class SamplingParams:
             is likely to be better; "never", when none can be, for a length penalty of 0 or more.
 
     Attributes:
-        plain: The likeliest token is taken, whatever came before: nothing else is asked for.
+        penalised: Whether tokens already seen change the logits.
 
     Raises:
         ValueError: A value is out of range; the message names it.
@@ -78,7 +78,7 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
-    plain: bool = field(init=False, repr=False, compare=False)
+    penalised: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         repetition, finite = self.repetition_penalty, "a finite number"
@@ -102,8 +102,8 @@ class SamplingParams:
         ):
             if not valid:
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
-        asked = self.min_tokens or self.logprobs or self.beams or self.penalised
-        object.__setattr__(self, "plain", self.greedy and not asked)
+        penalties = (repetition, self.presence_penalty, self.frequency_penalty)
+        object.__setattr__(self, "penalised", penalties != (1, 0, 0))
 
     @property
     def greedy(self) -> bool:
@@ -119,11 +119,6 @@ class SamplingParams:
     def beams(self) -> bool:
         """Whether tokens are chosen by beam search."""
         return self.num_beams > 1
-
-    @property
-    def penalised(self) -> bool:
-        """Whether tokens already seen change the logits."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ from batchrun.engine.attention import Attention, AttentionBackend, LayerAttentio
 from batchrun.engine.core import Candidates, Segment, StepOutput, StepPlan
 from batchrun.engine.graphs import DecodeGraphs, Record
 from batchrun.engine.kvformat import PLAIN, KVFormat, Write
+from batchrun.engine.logits import LogitsConfig
 from batchrun.engine.model.hook import Step
 from batchrun.engine.model.prepare import LoadedModel
-from batchrun.engine.processors import Processors, Row
+from batchrun.engine.processors import Row
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
@@ -86,7 +87,7 @@ class TorchExecutor:
         lag: See `Executor`; 0 unless `transfers` are asynchronous.
         relieve: Called when the device has no memory for a step, which is then tried once more:
             waits for the device and gives unused memory back to it.
-        processors: What the model does to logits, beside what sampling parameters say.
+        config: What the model asks of logits, beside what sampling parameters say.
         kv_format: How keys and values lie in `views`; one of the backend's.
 
     Attributes:
@@ -103,7 +104,7 @@ class TorchExecutor:
         *,
         lag: int = 0,
         relieve: Callable[[], None] = lambda: None,
-        processors: Processors | None = None,
+        config: LogitsConfig | None = None,
         kv_format: KVFormat = PLAIN,
     ) -> None:
         self.loaded = loaded
@@ -121,7 +122,7 @@ class TorchExecutor:
         self._writes = [(kv_format.writer(k), kv_format.writer(v)) for k, v in views]
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
-        self._sampler = Sampler(num_slots, transfers.upload, processors, loaded.eos_ids)
+        self.sampler = Sampler(num_slots, transfers.upload, loaded.eos_ids, config)
         # The last token sampled in each slot: the next step reads it here, not from the host.
         self._last = torch.zeros(num_slots, dtype=torch.int64, device=loaded.device)
 
@@ -137,7 +138,7 @@ class TorchExecutor:
 
     def launch(self, plan: StepPlan) -> Ticket:
         """See `Executor.launch`."""
-        self._sampler.enter(plan.new)
+        self.sampler.enter(plan.new)
         ticket = Ticket(plan.step, plan.segments)
         with self._step():
             self._copy(plan)
@@ -154,14 +155,14 @@ class TorchExecutor:
 
     def sample(self, ticket: Ticket) -> None:
         """See `Executor.sample`."""
-        rows = self._sampler.rows(ticket.segments)
+        rows = self.sampler.prepare(ticket.segments)
         chosen: tuple[torch.Tensor, ...] = ()
         with self._step(more=True):
             if rows:
                 chosen = self._chosen(ticket, rows)
                 if ticket.slots is not None:  # a row without a token has ended, whatever follows
                     self._last.index_copy_(0, ticket.slots, chosen[0].clamp_min(0))
-                self._sampler.took(chosen[0], rows)
+                self.sampler.accept(chosen[0], rows)
             if chosen[2:]:
                 ticket.beams = [i for i, row in enumerate(rows) if row.params.beams]
             ticket.tokens = self.transfers.download(*chosen)
@@ -170,11 +171,11 @@ class TorchExecutor:
         """As `Sampler.sample`."""
         assert ticket.logits is not None
         try:
-            return self._sampler.sample(ticket.logits, rows)
+            return self.sampler.sample(ticket.logits, rows)
         except torch.OutOfMemoryError:
             ticket.logits = None
             self._relieve()
-            return self._sampler.sample(self._logits(ticket.segments), rows)  # they were changed
+            return self.sampler.sample(self._logits(ticket.segments), rows)  # they were changed
         finally:
             ticket.logits = None
 

@@ -1,36 +1,28 @@
-"""What a model's generation config does to logits, as transformers' processors and warpers do it.
-
-The order is transformers' own (`GenerationMixin._get_logits_processor`), with our parameters at
-their places: biases, penalties, bans (with `min_tokens`), forced tokens, invalid values, the
-growing weight of end tokens, suppressed tokens; of rows that are drawn then temperature, top-h,
-top-k, top-p, min-p, typical-p, epsilon, eta. Those of beams act on log-probabilities.
-
-What depends on a row's tokens is decided on the host, so those must be known when it is sampled.
-"""
+"""What changes logits before a token is chosen by them: one class each, in a list of each job."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from batchrun.engine.core import NewSequence, Request, SamplingParams
+from batchrun.engine.cpu import sampling as cpu_sampling
 
 Upload = Callable[[np.ndarray], torch.Tensor]
-Ids = tuple[int, ...]
-
-_TOP_H = 100  # tokens that top-h looks at
-_MOST_DECAY = 1e30  # times an end token's logit: beyond that is no float32
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A row of logits: what the token that follows the first `end` ones of a sequence is chosen by.
+    """A row of logits, by which the token behind the first `end` ones of a sequence is chosen.
 
-    `output_ids` are the sequence's, as the host knows them: complete where no step is in flight.
+    `output_ids` are the sequence's, as the host knows them, with draft tokens: complete where no
+    step is in flight. The last `num_drafts` tokens before `end` are draft tokens.
     """
 
     slot: int
@@ -39,6 +31,7 @@ class Row:
     params: SamplingParams
     num_prompt_tokens: int
     end: int = 0
+    num_drafts: int = 0
 
     @classmethod
     def of(cls, new: NewSequence) -> Row:
@@ -68,191 +61,183 @@ class Row:
         return output if begin >= 0 else [*self.request.prompt_ids[begin:], *output]
 
 
-@dataclass(frozen=True)
-class Processors:
-    """What a generation config asks of logits, beside what sampling parameters say.
+class LogitsProcessor(Protocol):
+    """Changes the logits of rows; one for all rows of a job.
 
-    Args:
-        eos_ids: The model's end tokens.
-        max_model_len: Tokens of prompt and output together at most.
-        sequence_bias: Added to the logit of a sequence's last token where the others precede it.
-        bad_words: Sequences whose last token may not follow the others.
-        no_repeat_ngram_size: No sequence of so many tokens comes twice; 0 where that is allowed.
-        forced_bos: The token that follows a prompt of one token.
-        forced_eos: The tokens one of which is the last one where the length ends an answer.
-        remove_invalid_values: NaN counts as 0, infinities as the largest numbers there are.
-        decay: From so many tokens on, end tokens become likelier by a factor a token.
-        suppress: Tokens that never come.
-        begin_suppress: Tokens that do not come first.
-        renormalize: Beams' log-probabilities are those of what is left.
-        top_h, typical_p, epsilon, eta: Filters of drawn rows; None or 0 where off.
+    In each step `prepare` comes first, while the device computes the logits, then `apply`, and
+    `accept` when the tokens are chosen. The rows of a sequence with draft tokens follow each other.
     """
 
-    eos_ids: Ids = ()
-    max_model_len: int = 1 << 62
-    sequence_bias: Mapping[Ids, float] = field(default_factory=dict)
-    bad_words: tuple[Ids, ...] = ()
-    no_repeat_ngram_size: int = 0
-    forced_bos: int | None = None
-    forced_eos: Ids = ()
-    remove_invalid_values: bool = False
-    decay: tuple[int, float] | None = None
-    suppress: Ids = ()
-    begin_suppress: Ids = ()
-    renormalize: bool = False
-    top_h: float | None = None
-    typical_p: float | None = None
-    epsilon: float = 0.0
-    eta: float = 0.0
+    def prepare(self, rows: Seq[Row]) -> bool:
+        """Do what the host has to; returns whether `apply` would change anything."""
 
-    @property
-    def active(self) -> bool:
-        """Whether anything is asked for."""
-        return self != Processors(self.eos_ids, self.max_model_len)
+    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+        """Change `[N, V]`, maybe in place; returns it, in float32 or as it came.
 
-    @property
-    def filters(self) -> bool:
-        """Whether drawn rows are filtered by more than their own parameters."""
-        return any((self.top_h, self.typical_p, self.epsilon, self.eta))
+        Of beams they are log-probabilities. May be called again, with logits as they came.
+        """
 
-    @property
-    def reads_tokens(self) -> tuple[str, ...]:
-        """What depends on the tokens of a row so far, by the config's names."""
-        asked = {
-            "no_repeat_ngram_size": self.no_repeat_ngram_size,
-            "bad_words_ids": any(len(word) > 1 for word in self.bad_words),
-            "sequence_bias": any(len(ids) > 1 for ids in self.sequence_bias),
-        }
-        return tuple(name for name, depends in asked.items() if depends)
+    def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
+        """The tokens `[N]` were chosen, on the device of the logits; -1 where there is none."""
 
-    def add_bias(self, logits: torch.Tensor, rows: Seq[Row], upload: Upload) -> None:
-        """Add biases to `[N, V]`, in place."""
-        found = [
-            (i, ids[-1], bias)
-            for i, row in enumerate(rows)
-            for ids, bias in self.sequence_bias.items()
-            if _ends_with(row, ids[:-1])
-        ]
-        if found:
-            at = upload(np.array([f[:2] for f in found]).T)
-            values = upload(np.array([f[2] for f in found], np.float32))
-            logits.index_put_((at[0], at[1]), values, accumulate=True)
+    def rollback(self, row: Row, count: int) -> None:
+        """The last `count` tokens chosen for a sequence are void: they followed wrong drafts."""
 
-    def banned(self, row: Row) -> Iterator[int]:
-        """Tokens that may not follow a row for those before it."""
-        for word in self.bad_words:
-            if _ends_with(row, word[:-1]):
-                yield word[-1]
-        size = self.no_repeat_ngram_size
-        if size and row.end >= size:
-            tokens = np.array(row.ids_so_far(), np.int64)
-            windows = np.lib.stride_tricks.sliding_window_view(tokens, size)
-            same = (windows[:, :-1] == tokens[len(tokens) + 1 - size :]).all(1)
-            yield from np.unique(windows[same, -1]).tolist()
 
-    def finish(self, logits: torch.Tensor, rows: Seq[Row], upload: Upload) -> torch.Tensor:
-        """What comes after penalties and bans, on `[N, V]`, mostly in place; returns it."""
-        self._force(logits, rows, upload)
-        if self.remove_invalid_values:
-            logits = logits.nan_to_num(nan=0.0)
-        self._decay(logits, rows, upload)
-        begun = [i for i, row in enumerate(rows) if self._at_begin(row)]
-        pairs = [(i, t) for i in range(len(rows)) for t in self.suppress]
-        pairs += [(i, t) for i in begun for t in self.begin_suppress]
-        ban(logits, pairs, upload)
+class Stateless(LogitsProcessor):
+    """One that remembers nothing from step to step."""
+
+    def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
+        """See `LogitsProcessor.accept`."""
+
+    def rollback(self, row: Row, count: int) -> None:
+        """See `LogitsProcessor.rollback`."""
+
+
+class Bans(Stateless):
+    """Tokens of rows that are never chosen.
+
+    Args:
+        upload: Copies an array to the device without waiting.
+    """
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+        self._pairs: list[tuple[int, int]] = []
+
+    @abstractmethod
+    def banned(self, row: Row) -> Iterable[int]:
+        """Those of a row."""
+
+    def prepare(self, rows: Seq[Row]) -> bool:
+        """See `LogitsProcessor.prepare`."""
+        self._pairs = [(i, token) for i, row in enumerate(rows) for token in self.banned(row)]
+        return bool(self._pairs)
+
+    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+        """See `LogitsProcessor.apply`."""
+        # A row may name any tokens: none beyond the vocabulary is ever drawn.
+        found = np.array([p for p in self._pairs if p[1] < logits.shape[1]], np.int64)
+        if len(found):
+            at = self._upload(np.ascontiguousarray(found.T))
+            logits[at[0], at[1]] = -torch.inf
         return logits
 
-    def filter_first(self, logits: torch.Tensor) -> torch.Tensor:
-        """Top-h, which comes before all filters of a row's own."""
-        if self.top_h is None:
+
+class EndTokens(Bans):
+    """No end token of the model where a row ignores them, nor one that ends it too early.
+
+    Args:
+        upload: See `Bans`.
+        eos_ids: The model's end tokens.
+    """
+
+    def __init__(self, upload: Upload, eos_ids: Collection[int]) -> None:
+        super().__init__(upload)
+        self._eos_ids = frozenset(eos_ids)
+        self._sorted = sorted(eos_ids)
+        self._everywhere: torch.Tensor | None = None  # the same on the device
+        self._all = False
+
+    def banned(self, row: Row) -> Iterable[int]:
+        """See `Bans.banned`; not a token that a row stops at itself, but for a row too short."""
+        params = row.params
+        if params.ignore_eos:
+            yield from (token for token in self._sorted if token not in params.stop_token_ids)
+        if params.min_tokens > row.num_generated:
+            yield from params.stop_ids(self._eos_ids)
+
+    def prepare(self, rows: Seq[Row]) -> bool:
+        """See `LogitsProcessor.prepare`."""
+        each = [row.params for row in rows]
+        if not any(p.ignore_eos or p.min_tokens for p in each):
+            return False
+        self._all = all(p.ignore_eos and not p.stop_token_ids for p in each)
+        return bool(self._sorted) if self._all else super().prepare(rows)
+
+    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+        """See `LogitsProcessor.apply`."""
+        if not self._all:
+            return super().apply(logits, rows)
+        if self._everywhere is None:
+            self._everywhere = torch.tensor(self._sorted, device=logits.device)
+        return logits.index_fill_(1, self._everywhere, -torch.inf)
+
+
+class Penalties(Stateless):
+    """Repetition, presence and frequency penalties.
+
+    They know the tokens of each slot's sequence on the device, because the last one is known there
+    first: how often each is in the output, `[num_slots, V]`, and whether it is in the prompt.
+
+    Args:
+        upload: See `Bans`.
+        num_slots: Slots that sequences can be in.
+    """
+
+    def __init__(self, upload: Upload, num_slots: int) -> None:
+        self._upload = upload
+        self._num_slots = num_slots
+        self._at: list[int] = []  # rows
+        self._holds: dict[int, tuple[Row, int]] = {}  # slot -> whose, how many output tokens
+        self._counts: torch.Tensor | None = None
+
+    def prepare(self, rows: Seq[Row]) -> bool:
+        """See `LogitsProcessor.prepare`."""
+        self._at = [i for i, row in enumerate(rows) if row.params.penalised]
+        return bool(self._at)
+
+    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+        """See `LogitsProcessor.apply`."""
+        logits = logits.float()
+        counts, prompt = self._seen(logits)
+        penalised = [rows[i] for i in self._at]
+        for row in penalised:
+            if self._holds.get(row.slot) != (row, row.num_generated):
+                self._rebuild(row, counts[row.slot], prompt[row.slot])
+        at, slots = self._upload(np.array(self._at)), self._slots(penalised)
+        params = [row.params for row in penalised]
+        each = [[p.repetition_penalty for p in params], [p.presence_penalty for p in params]]
+        each.append([p.frequency_penalty for p in params])
+        penalties = self._upload(np.array(each, dtype=np.float32))
+        if logits.device.type == "cpu" and cpu_sampling.penalise(
+            logits, at, slots, penalties, counts=counts, prompt=prompt
+        ):
             return logits
-        head, at = logits.topk(min(_TOP_H, logits.shape[1]), dim=-1)
-        logprobs = head.log_softmax(-1)
-        terms = -_times(logprobs.exp(), logprobs)
-        keep = terms.cumsum(-1) <= terms.sum(-1, keepdim=True) * self.top_h
-        keep[:, 0] = True
-        kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, at, keep)
-        return logits.masked_fill(~kept, -torch.inf)
-
-    def filter_last(self, logits: torch.Tensor) -> torch.Tensor:
-        """Typical-p (arXiv 2202.00666), epsilon and eta (arXiv 2210.15191)."""
-        if self.typical_p is not None:
-            logprobs = logits.log_softmax(-1)
-            entropy = -_times(logprobs.exp(), logprobs).sum(-1, keepdim=True)
-            shifted = (-logprobs - entropy).abs()
-            ordered, at = shifted.sort(-1)
-            mass = logits.gather(-1, at).softmax(-1).cumsum(-1)
-            last = (mass < self.typical_p).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
-            drop = ordered > ordered.gather(1, last)
-            drop[:, 0] = False
-            logits = logits.masked_fill(drop.scatter(1, at, drop), -torch.inf)
-        if self.epsilon:
-            logits = _drop_below(logits, torch.full_like(logits[:, :1], self.epsilon))
-        if self.eta:
-            logprobs = logits.log_softmax(-1)
-            entropy = -_times(logprobs.exp(), logprobs).sum(-1, keepdim=True)
-            logits = _drop_below(logits, ((-entropy).exp() * self.eta**0.5).clamp(max=self.eta))
+        repetition, presence, frequency = penalties[:, :, None]
+        values, seen = logits[at], counts[slots]
+        repeated = torch.where(values < 0, values * repetition, values / repetition)
+        values = torch.where(prompt[slots] | (seen > 0), repeated, values)
+        logits[at] = values - (presence * (seen > 0) + frequency * seen)
         return logits
 
-    def _force(self, logits: torch.Tensor, rows: Seq[Row], upload: Upload) -> None:
-        pairs = []
-        for i, row in enumerate(rows):
-            if self.forced_bos is not None and row.end == 1:
-                pairs.append((i, self.forced_bos))
-            if row.end == min(row.most_tokens, self.max_model_len) - 1:
-                pairs = [p for p in pairs if p[0] != i] if self.forced_eos else pairs
-                pairs += [(i, token) for token in self.forced_eos]
-        if pairs:
-            at = upload(np.array(pairs).T)
-            logits[at[0]] = -torch.inf
-            logits[at[0], at[1]] = 0.0
-
-    def _decay(self, logits: torch.Tensor, rows: Seq[Row], upload: Upload) -> None:
-        if self.decay is None or not self.eos_ids:
+    def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
+        """See `LogitsProcessor.accept`; beams' tokens are chosen elsewhere."""
+        at = [i for i in self._at if not rows[i].params.beams]
+        if not at:
             return
-        start, factor = self.decay
-        grown, weights = [], []
-        for i, row in enumerate(rows):
-            beyond = row.num_generated - start
-            if beyond > 0:
-                grown.append(i)
-                weights.append(_power(factor, beyond) - 1)
-        if grown:
-            at = upload(np.array(grown))[:, None], upload(np.array(self.eos_ids))[None]
-            values, weight = logits[at], upload(np.array(weights, np.float32))[:, None]
-            logits[at] = values + torch.where(values.isfinite(), values.abs() * weight, 0.0)
+        counted = [rows[i] for i in at]
+        assert self._counts is not None
+        taken = tokens[self._upload(np.array(at))].clamp_min(0)
+        self._counts.index_put_((self._slots(counted), taken), self._one, accumulate=True)
+        for row in counted:
+            self._holds[row.slot] = (row, row.num_generated + 1)
 
-    def _at_begin(self, row: Row) -> bool:
-        prompt = row.num_prompt_tokens
-        return row.end == prompt + (prompt == 1 and self.forced_bos is not None)
+    def _seen(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._counts is None:
+            shape, device = (self._num_slots, logits.shape[1]), logits.device
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=device)
+            self._prompt = torch.zeros(shape, dtype=torch.bool, device=device)
+            self._one = torch.ones((), dtype=torch.int32, device=device)
+        return self._counts, self._prompt
 
+    def _slots(self, rows: Seq[Row]) -> torch.Tensor:
+        return self._upload(np.array([row.slot for row in rows]))
 
-def ban(logits: torch.Tensor, pairs: Iterable[tuple[int, int]], upload: Upload) -> None:
-    """Set some `(row, token)` of `[N, V]` to minus infinity, in place."""
-    found = np.array(list(pairs), np.int64)
-    if len(found):
-        at = upload(np.ascontiguousarray(found.T))
-        logits[at[0], at[1]] = -torch.inf
-
-
-def _ends_with(row: Row, ids: Ids) -> bool:
-    count = len(ids)
-    return not count or (count <= row.end and row.ids_so_far(count) == list(ids))
-
-
-def _power(factor: float, exponent: int) -> float:
-    try:
-        return min(factor**exponent, _MOST_DECAY)
-    except OverflowError:
-        return _MOST_DECAY
-
-
-def _times(probabilities: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """Their product, 0 where the probability is."""
-    return torch.where(probabilities > 0, probabilities * logprobs, 0.0)
-
-
-def _drop_below(logits: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Without tokens of a probability below `[N, 1]`, but for the likeliest."""
-    drop = (logits.softmax(-1) < limit) & (logits < logits.amax(-1, keepdim=True))
-    return logits.masked_fill(drop, -torch.inf)
+    def _rebuild(self, row: Row, counts: torch.Tensor, prompt: torch.Tensor) -> None:
+        """Begin anew with a sequence that has come to the slot, all of whose tokens are known."""
+        counts[:], prompt[:] = 0, False
+        prompt[self._upload(np.array(row.request.prompt_ids))] = True
+        output = row.output_ids[: row.num_generated]
+        if output:
+            counts.index_add_(0, self._upload(np.array(output)), self._one.expand(len(output)))

@@ -42,7 +42,7 @@ def sample(
 def entered(sampler: Sampler, sequences: list[Sequence]) -> list[Row]:
     """The rows of sequences that have come to slots, and have computed all but their last token."""
     sampler.enter(NewSequence(i, s.request, tuple(s.output_ids)) for i, s in enumerate(sequences))
-    return sampler.rows(Segment(i, s.num_tokens - 1, 1, True) for i, s in enumerate(sequences))
+    return sampler.prepare(Segment(i, s.num_tokens - 1, 1, True) for i, s in enumerate(sequences))
 
 
 def logits(count: int, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
@@ -211,10 +211,10 @@ def test_penalties_know_the_tokens_that_the_host_does_not() -> None:
         want = rows.clone()
         sample(want, [sequence(0, output=output, **params)])
         end = target.num_prompt_tokens + len(output)
-        now = sampler.rows([Segment(slot, end - 1, 1, True)])
+        now = sampler.prepare([Segment(slot, end - 1, 1, True)])
         [token] = sampler.sample(rows, now)
         assert torch.equal(rows, want)
-        sampler.took(token, now)
+        sampler.accept(token, now)
         outputs.append(int(token))
 
     outputs: list[int] = []

@@ -135,7 +135,7 @@ def test_what_needs_no_tokens_is_the_same_pipelined(lag: int) -> None:
         for k in names
     }
     with configured(**settings) as (model, generation):
-        assert not generation.processors.reads_tokens
+        assert not generation.logits.reads_tokens
         want = [generate(model.model, p, MAX_TOKENS) for p in prompts()]
         with rig(model, lag=lag, max_num_seqs=7) as r:
             params = generation.params({"max_tokens": MAX_TOKENS})
@@ -145,9 +145,9 @@ def test_what_needs_no_tokens_is_the_same_pipelined(lag: int) -> None:
 def test_what_needs_tokens_says_so() -> None:
     for name, reads in (("bad_words_ids", ()), ("bad words of several", ("bad_words_ids",))):
         with configured(**CONFIGS[name]) as (_, generation):
-            assert generation.processors.reads_tokens == reads
+            assert generation.logits.reads_tokens == reads
     with configured(no_repeat_ngram_size=3, sequence_bias=[[[4, 5], 1.0]]) as (_, generation):
-        assert generation.processors.reads_tokens == ("no_repeat_ngram_size", "sequence_bias")
+        assert generation.logits.reads_tokens == ("no_repeat_ngram_size", "sequence_bias")
 
 
 WARPERS: list[dict[str, Any]] = [
@@ -175,8 +175,8 @@ def test_filters_keep_what_transformers_keeps(warpers: dict[str, Any], spread: f
         ids = torch.full((6, 4), 5)
         want = torch.softmax(chain(ids, rows.clone()), -1)
         params = generation.params({"max_tokens": 9})
-        sampler = Sampler(6, torch.tensor, generation.processors)
-        got = sampler._filtered(rows, [params] * 6, generation.processors)
+        sampler = Sampler(6, torch.tensor, config=generation.logits)
+        got = sampler._filtered(rows, [params] * 6)
     torch.testing.assert_close(torch.softmax(got, -1), want, atol=1e-5, rtol=1e-3)
     assert torch.equal(got > -torch.inf, want > 0)
     assert bool((want == 0).any())
@@ -185,7 +185,7 @@ def test_filters_keep_what_transformers_keeps(warpers: dict[str, Any], spread: f
 def entered(sampler: Sampler, requests: list[Request]) -> list[Row]:
     """The rows behind prompts of requests that have come to slots."""
     sampler.enter(NewSequence(slot, request) for slot, request in enumerate(requests))
-    return sampler.rows(Segment(i, 0, len(r.prompt_ids), True) for i, r in enumerate(requests))
+    return sampler.prepare(Segment(i, 0, len(r.prompt_ids), True) for i, r in enumerate(requests))
 
 
 @pytest.mark.parametrize("on_gpu_way", [False, True])
@@ -198,11 +198,11 @@ def test_drawn_tokens_are_those_that_the_filters_keep(
         row = torch.randn(1, 199, generator=torch.Generator().manual_seed(1)) * 2
         rows = row.repeat(count, 1)
         each = [Request(i, 0, (3, 5), params, 4) for i in range(count)]
-        sampler = Sampler(count, torch.tensor, generation.processors)
+        sampler = Sampler(count, torch.tensor, config=generation.logits)
         if on_gpu_way:
             monkeypatch.setattr("batchrun.engine.sampling._on_cpu", lambda _: False)
         [tokens] = sampler.sample(rows.clone(), entered(sampler, each))
-        kept = sampler._filtered(row, [params], generation.processors)[0]
+        kept = sampler._filtered(row, [params])[0]
     probabilities = torch.softmax(kept, -1)
     assert bool((probabilities[tokens] > 0).all())
     likely = probabilities * count > 10
@@ -221,7 +221,7 @@ def test_rows_without_finite_numbers_are_told_where_a_model_has_processors() -> 
             Request(i, 0, (3, 5, 9), generation.params({"temperature": t}), 4)
             for i, t in enumerate((0.0, 1.0, 1.0, 0.0))
         ]
-        sampler = Sampler(4, torch.tensor, generation.processors)
+        sampler = Sampler(4, torch.tensor, config=generation.logits)
         assert (sampler.sample(rows, entered(sampler, each))[0] < 0).tolist() == [
             True,
             False,

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.processors import Processors
+from batchrun.engine.logits import LogitsConfig
 from batchrun.prompts.messages import PromptError
 
 Ids = tuple[int, ...]
@@ -44,7 +44,7 @@ class Generation:
         max_length: Tokens of prompt and answer together, where no number of tokens is given.
         min_length: The same for the least.
         specials: Tokens that completions do not show, by their text.
-        processors: What is done to logits beside what sampling parameters say.
+        logits: What is done to logits beside what sampling parameters say.
         ignored: What the model asks for and does not get, as `name=value`.
     """
 
@@ -53,7 +53,7 @@ class Generation:
     max_length: int | None = None
     min_length: int | None = None
     specials: Mapping[str, int] = field(default_factory=dict)
-    processors: Processors = field(default_factory=Processors)
+    logits: LogitsConfig = field(default_factory=LogitsConfig)
     ignored: tuple[str, ...] = ()
 
     def params(self, given: Mapping[str, Any]) -> SamplingParams:
@@ -117,10 +117,10 @@ def read_generation(model: PreTrainedModel, tokenizer: Any, max_model_len: int) 
     config, ends = model.generation_config, tuple(sorted(eos_ids(model, tokenizer)))
     specials = special_tokens(tokenizer)
     if config is None:
-        return Generation(specials=specials, processors=Processors(ends, max_model_len))
+        return Generation(specials=specials, logits=LogitsConfig(ends, max_model_len))
     found = {k: v for k, v in config.to_dict().items() if v is not None}
     values, ignored = _sampling(found)
-    processors, refused = _processors(found, ends, max_model_len, vocabulary_size(model))
+    logits, refused = _logits(found, ends, max_model_len, vocabulary_size(model))
     ignored += refused
     ignored += [
         f"{name}={found[name]}"
@@ -141,7 +141,7 @@ def read_generation(model: PreTrainedModel, tokenizer: Any, max_model_len: int) 
         stop=stop,
         **lengths,
         specials=specials,
-        processors=processors,
+        logits=logits,
         ignored=tuple(ignored),
     )
 
@@ -175,10 +175,10 @@ def _sampling(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, ignored
 
 
-def _processors(
+def _logits(
     found: Mapping[str, Any], ends: Ids, max_model_len: int, size: int
-) -> tuple[Processors, list[str]]:
-    """Processors for a vocabulary of so many tokens, and what of them can't be."""
+) -> tuple[LogitsConfig, list[str]]:
+    """What is done to logits of a vocabulary of so many tokens, and what of them can't be."""
     vocabulary = _Vocabulary(size, ends)
     readers: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "sequence_bias": ("sequence_bias", vocabulary.biases),
@@ -199,7 +199,7 @@ def _processors(
             "epsilon_cutoff": ("epsilon", _share),
             "eta_cutoff": ("eta", _share),
         }
-    made, ignored = Processors(ends, max_model_len), []
+    made, ignored = LogitsConfig(ends, max_model_len), []
     for name, (ours, read) in readers.items():
         if name in found:
             try:
