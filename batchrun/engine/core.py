@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
 from batchrun.allocator.sharing import MemoryCopy
@@ -127,7 +129,8 @@ class Request:
 
     Its random stream derives from (seed, row, sample, position) and from nothing else.
     `generated_ids` are tokens of it that an earlier run computed, `generated_logprob` the sum of
-    their log-probabilities: it goes on behind them.
+    their log-probabilities: it goes on behind them. Only where `context` is the same do two
+    requests share memory, answers or guesses: it names what else the numbers depend on.
     """
 
     row: int
@@ -137,6 +140,17 @@ class Request:
     seed: int
     generated_ids: tuple[int, ...] = ()
     generated_logprob: float = 0.0
+    context: tuple[str, ...] = ()
+
+    @property
+    def namespace(self) -> bytes:
+        """What precedes the prompt's tokens, in one block, in all that knows rows by them."""
+        return _digest(self.context) if self.context else b""
+
+
+@lru_cache(1024)
+def _digest(context: tuple[str, ...]) -> bytes:
+    return blake2b(repr(context).encode("utf-8", "surrogatepass")).digest()
 
 
 class FinishReason(StrEnum):

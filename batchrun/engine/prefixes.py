@@ -12,10 +12,18 @@ from dataclasses import dataclass
 BLOCK = 16  # tokens: no shorter prefix is shared
 
 
-def blocks_of(ids: tuple[int, ...] | bytes, size: int = BLOCK) -> tuple[int, ...]:
-    """A hash of each whole block and all before it; `size` is that of a block of packed tokens."""
+def blocks_of(
+    ids: tuple[int, ...] | bytes, size: int = BLOCK, *, namespace: bytes = b""
+) -> tuple[int, ...]:
+    """A hash of each whole block and all before it.
+
+    Args:
+        ids: Tokens.
+        size: Of a block; that of packed tokens, if they are.
+        namespace: Of the request: what is before the first block.
+    """
     found: list[int] = []
-    value = 0
+    value = hash(namespace)
     for begin in range(0, len(ids) - size + 1, size):
         value = hash((value, ids[begin : begin + size]))
         found.append(value)
@@ -46,19 +54,22 @@ class PrefixIndex:
 
     def __init__(self, ready: Callable[[int], int]) -> None:
         self._ready = ready
-        self._tokens: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # and their blocks
+        # Tokens, their blocks, and the namespace of both.
+        self._tokens: dict[int, tuple[tuple[int, ...], tuple[int, ...], bytes]] = {}
         self._slots: dict[int, dict[int, None]] = {}  # block -> slots, in the order of `put`
 
-    def put(self, slot: int, ids: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+    def put(
+        self, slot: int, ids: tuple[int, ...], blocks: tuple[int, ...], namespace: bytes
+    ) -> None:
         """Note what a slot has from now on, in the place of what it had."""
         self.remove(slot)
-        self._tokens[slot] = ids, blocks
+        self._tokens[slot] = ids, blocks, namespace
         for block in blocks:
             self._slots.setdefault(block, {})[slot] = None
 
     def remove(self, slot: int) -> None:
         """Forget a slot."""
-        for block in self._tokens.pop(slot, ((), ()))[1]:
+        for block in self._tokens.pop(slot, ((), (), b""))[1]:
             slots = self._slots[block]
             del slots[slot]
             if not slots:
@@ -76,7 +87,9 @@ class PrefixIndex:
         """Slots that have a block, and all before it."""
         return self._slots.get(block, ())
 
-    def matches(self, ids: tuple[int, ...], blocks: tuple[int, ...]) -> Iterator[Match]:
+    def matches(
+        self, ids: tuple[int, ...], blocks: tuple[int, ...], namespace: bytes
+    ) -> Iterator[Match]:
         """Slots that have at least a block in common with tokens, by blocks the longest first.
 
         A hash alone is not believed: the tokens are compared.
@@ -94,8 +107,9 @@ class PrefixIndex:
             for slot in levels[depth - 1]:
                 if slot not in seen:
                     seen.add(slot)
-                    common = common_length(ids, self._tokens[slot][0], depth * BLOCK)
-                    if common:
+                    others, _, theirs = self._tokens[slot]
+                    common = common_length(ids, others, depth * BLOCK)
+                    if common and theirs == namespace:
                         yield Match(slot, common, min(common, self._ready(slot)))
 
 

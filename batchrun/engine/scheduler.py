@@ -279,7 +279,7 @@ class Scheduler:
         if source is not None:
             slot = self.space.share(source, shared, child.num_tokens, self.step + 1)
             if slot is None:  # more may be shared of it later
-                self._prefixes.note(source, parent.known_ids[:shared])
+                self._prefixes.note(source, parent, shared)
         if source is None or slot is None:
             self._requeue(child)
             return
@@ -459,10 +459,10 @@ class Scheduler:
         assert not sequence.num_pending, "a step in flight computes a token of it"
         self.num_preemptions += 1
         self._admitting = False
-        slot, computed = sequence.slot, sequence.known_ids[: sequence.num_computed_tokens]
+        slot, computed = sequence.slot, sequence.num_computed_tokens
         self._leave(sequence)
         if slot is not None and slot not in self._uncopied:
-            self._prefixes.note(slot, computed)
+            self._prefixes.note(slot, sequence, computed)
         self.running.remove(sequence)
         self._requeue(sequence)
 

@@ -37,7 +37,8 @@ class SharedPrefixes:
     def read(self, sequence: Sequence) -> None:
         """Take the blocks of the tokens that a sequence has now; to be called before it waits."""
         if self._active and sequence.shares:
-            sequence.blocks = blocks_of(sequence.known_ids)
+            namespace = sequence.request.namespace
+            sequence.blocks = blocks_of(sequence.known_ids, namespace=namespace)
 
     def want(self, sequence: Sequence) -> None:
         """A sequence begins to wait."""
@@ -69,7 +70,9 @@ class SharedPrefixes:
         if not sequence.blocks:
             return best, coming
         most = sequence.num_tokens - 1
-        for match in self._index.matches(sequence.known_ids, sequence.blocks):
+        for match in self._index.matches(
+            sequence.known_ids, sequence.blocks, sequence.request.namespace
+        ):
             if match.num_ready > best.num_ready:
                 best = replace(match, num_ready=min(most, match.num_ready))
             if match.num_ready == match.num_tokens:
@@ -97,7 +100,8 @@ class SharedPrefixes:
     def expect(self, sequence: Sequence) -> None:
         """A sequence that waited until now will have all its known tokens in its slot."""
         assert sequence.slot is not None
-        self._index.put(sequence.slot, sequence.known_ids, sequence.blocks)
+        namespace = sequence.request.namespace
+        self._index.put(sequence.slot, sequence.known_ids, sequence.blocks, namespace)
 
     def leave(self, slot: int, keep: int) -> None:
         """A sequence has left its slot, which keeps some tokens, or else is any closed one."""
@@ -107,10 +111,11 @@ class SharedPrefixes:
         if len(self._kept) > KEPT:
             self.drop_oldest()
 
-    def note(self, slot: int, ids: tuple[int, ...]) -> None:
-        """A slot has these tokens computed, and no more."""
+    def note(self, slot: int, sequence: Sequence, num_tokens: int) -> None:
+        """A slot has so many tokens of a sequence computed, and no more."""
         if self._active:
-            self._index.put(slot, ids, blocks_of(ids))
+            ids, namespace = sequence.known_ids[:num_tokens], sequence.request.namespace
+            self._index.put(slot, ids, blocks_of(ids, namespace=namespace), namespace)
 
     def forget(self, slot: int) -> None:
         """Nobody knows what a slot has."""

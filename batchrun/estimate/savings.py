@@ -131,7 +131,7 @@ class _Order:
     def add(self, row: Waiting, expected: float) -> None:
         tokens = len(row.prompt) // WIDTH
         if self._recent is not None:
-            tokens -= min(self._recent.shared(row.prompt), tokens - 1)
+            tokens -= min(self._recent.shared(row), tokens - 1)
         self.prompt_tokens += tokens
         self.open[row.rest.row, row.rest.sample] = (tokens, expected, False)
         if len(self.open) > _OPEN:
@@ -156,13 +156,14 @@ class _Recent:
         self._seen: OrderedDict[int, int] = OrderedDict()  # -> its last row; in order of these
         self._row = 0
 
-    def shared(self, prompt: bytes) -> int:
-        """Tokens that the prompt begins with as one of the last rows does; it is one now."""
+    def shared(self, row: Waiting) -> int:
+        """Tokens that a row begins with as one of the last rows does; it is one now."""
         self._row += 1
         while self._seen and next(iter(self._seen.values())) < self._row - self._rows:
             self._seen.popitem(last=False)
         depth = 0
-        for block, key in enumerate(blocks_of(prompt, BLOCK * WIDTH)):
+        blocks = blocks_of(row.prompt, BLOCK * WIDTH, namespace=row.rest.namespace)
+        for block, key in enumerate(blocks):
             depth += depth == block and key in self._seen
             self._seen[key] = self._row
             self._seen.move_to_end(key)

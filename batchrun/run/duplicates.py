@@ -16,7 +16,7 @@ from threading import Lock
 
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.jobs.journal.results import CopiedResult, Result
-from batchrun.run.planner import Waiting, pack
+from batchrun.run.planner import Waiting
 
 _SETS = 1 << 16  # of the table
 _WAYS = 4  # entries of a set; a full one replaces them in turn
@@ -61,7 +61,7 @@ class Duplicates:
         request = waiting.rest
         if not request.params.greedy:
             return True
-        digest = _digest(waiting.prompt, request.params)
+        digest = _digest(waiting.identity, request.params)
         number = request.row * self._n + request.sample
         with self._lock:
             leader = self._leaders.get(digest)
@@ -89,7 +89,7 @@ class Duplicates:
         """
         if not request.params.greedy:
             return []
-        digest = _digest(pack(request.prompt_ids), request.params)
+        digest = _digest(Waiting.of(request).identity, request.params)
         number = request.row * self._n + request.sample
         with self._lock:
             if self._leaders.get(digest) != number:
@@ -134,8 +134,8 @@ def _halves(digest: bytes) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def _digest(prompt: bytes, params: SamplingParams) -> bytes:
-    return blake2b(_tag(params) + prompt, digest_size=16).digest()
+def _digest(identity: bytes, params: SamplingParams) -> bytes:
+    return blake2b(_tag(params) + identity, digest_size=16).digest()
 
 
 @lru_cache(1024)

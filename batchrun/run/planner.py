@@ -39,6 +39,11 @@ class Waiting(NamedTuple):
         """Pack it."""
         return cls(pack(request.prompt_ids), _with_prompt(request, ()))
 
+    @property
+    def identity(self) -> bytes:
+        """Its prompt, behind its namespace: rows that begin alike have this in common."""
+        return self.rest.namespace + self.prompt
+
     def request(self) -> Request:
         """Unpack it."""
         ids = array("I")
@@ -52,7 +57,8 @@ def pack(ids: tuple[int, ...]) -> bytes:
 
 
 def _with_prompt(r: Request, ids: tuple[int, ...]) -> Request:
-    return Request(r.row, r.sample, ids, r.params, r.seed, r.generated_ids, r.generated_logprob)
+    generated = r.generated_ids, r.generated_logprob
+    return Request(r.row, r.sample, ids, r.params, r.seed, *generated, r.context)
 
 
 def order(prompts: Sequence[bytes], lengths: Sequence[float]) -> list[int]:
@@ -163,8 +169,8 @@ class Planner:
                 len(ready) + len(new) > _ROWS or size > _TOKENS * WIDTH if enough else not full()
             ):
                 waiting = ready.popleft()
-                last = waiting.prompt
-                size -= len(last)
+                last = waiting.identity
+                size -= len(waiting.prompt)
                 yield waiting
             if enough:
                 ready = self._ordered([*ready, *new], last)
@@ -176,7 +182,7 @@ class Planner:
         began = time.perf_counter()
         # Rows that an earlier run began come before all others: they are what a stop leaves open.
         lengths = [self.expected(w.rest.params) + _BEGUN * bool(w.rest.generated_ids) for w in rows]
-        at = order([*(w.prompt for w in rows), last], [*lengths, math.inf])
+        at = order([*(w.identity for w in rows), last], [*lengths, math.inf])
         ordered = deque(rows[i] for i in at if i < len(rows))
         self.seconds += time.perf_counter() - began
         return ordered
