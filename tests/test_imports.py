@@ -39,7 +39,7 @@ TORCH_FREE = (
     "allocator.cuda",
     "engine.core",
     "engine.scheduler",
-    "engine.drafts",
+    "engine.proposers",
     "jobs.output.rejoin",
     "jobs.verify",
     "models.resolve",

@@ -20,13 +20,13 @@ from batchrun.engine import attention, cpu
 from batchrun.engine.core import EngineError
 from batchrun.engine.cpu import Level
 from batchrun.engine.cpu.compile import guard_caches
-from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.model import gates, loading
 from batchrun.engine.model.generation import read_generation
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.proposers import PromptLookup, Proposer
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.settings import (
     DEVICE_HEADROOM,
@@ -178,7 +178,7 @@ class Assembly:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=loaded.max_model_len,
             share=settings.share_prefixes,
-            drafts=self._drafts(),
+            proposer=self._proposer(),
             lookahead=_LOOKAHEAD if self.executor.lag else 0,
         )
         self.engine = Engine(
@@ -292,8 +292,8 @@ class Assembly:
             )
         return bool(names)
 
-    def _drafts(self) -> Drafts | None:
-        """Guesses, where attention takes several tokens of each row in one call.
+    def _proposer(self) -> Proposer | None:
+        """Speculative decoding, where attention takes several tokens of each row in one call.
 
         A call for each such row costs more than it saves; on a GPU a step is planned before the
         tokens of the one before it are known.
@@ -303,7 +303,7 @@ class Assembly:
             return None
         row = self.loaded.model.config.get_text_config().vocab_size * self.loaded.dtype.itemsize
         # The rows of a tile; vectors multiply 8 rows at a time.
-        return Drafts(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
+        return PromptLookup(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
 
     def _relieve(self) -> None:
         """Give the device the KV pages that nobody needs, and what torch keeps for later."""

@@ -13,7 +13,6 @@ from batchrun.allocator.sharing import MemoryCopy
 
 if TYPE_CHECKING:
     from batchrun.engine.beams import BeamGroup
-    from batchrun.engine.drafts import Lookup
 
 Candidates = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
 
@@ -130,7 +129,7 @@ class Request:
     Its random stream derives from (seed, row, sample, position) and from nothing else.
     `generated_ids` are tokens of it that an earlier run computed, `generated_logprob` the sum of
     their log-probabilities: it goes on behind them. Only where `context` is the same do two
-    requests share memory, answers or guesses: it names what else the numbers depend on.
+    requests share memory, answers or draft tokens: it names what else the numbers depend on.
     """
 
     row: int
@@ -231,7 +230,6 @@ class Sequence:
     key: int = -1
     blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
     group: BeamGroup | None = None  # whose round it is part of
-    lookup: Lookup | None = None  # what guesses its tokens
     shares: bool = True  # memory with rows that begin alike
     num_prompt_tokens: int = field(init=False)
     most_tokens: int = field(init=False)  # prompt and output, as the parameters allow

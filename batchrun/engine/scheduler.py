@@ -18,9 +18,9 @@ from batchrun.engine.core import (
     StepOutput,
     StepPlan,
 )
-from batchrun.engine.drafts import Drafts
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.prefixes import BLOCK, Match
+from batchrun.engine.proposers import Proposer, add_drafts
 from batchrun.engine.sharing import SharedPrefixes
 
 # Part of the budget that admitting leaves to sequences that grow: or else the youngest would be
@@ -54,7 +54,7 @@ class Scheduler:
         max_num_batched_tokens: Tokens computed in one step at most.
         max_model_len: Tokens of prompt and output together at most.
         share: Whether common prefixes are shared.
-        drafts: What guesses tokens to come; for executors without steps in flight.
+        proposer: Proposes draft tokens; for executors without steps in flight.
         lookahead: Steps for which memory is prepared while the device computes; 0 where preparing
             it early saves no time.
     """
@@ -67,7 +67,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         share: bool = True,
-        drafts: Drafts | None = None,
+        proposer: Proposer | None = None,
         lookahead: int = 0,
     ) -> None:
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
@@ -88,7 +88,7 @@ class Scheduler:
         self._launched = self._committed = 0  # the last steps with segments
         self._admitting = True  # False from a preemption until memory has come back
         self._share = share
-        self._drafts = drafts
+        self._proposer = proposer
         self._lookahead = lookahead
         self._groups: dict[BeamGroup, None] = {}  # those that have begun
         self._uncopied = set[int]()  # slots of beams, until the copies ordered for them are made
@@ -155,7 +155,7 @@ class Scheduler:
                     self._check_machine()
                     break
         self._prefixes.drop_unwanted()
-        self._guess(segments, budget)
+        self._propose(segments, budget)
         self._uncopied.clear()
         copies = self.space.take_copies()
         after = max((self._used.get(slot, 0) for c in copies for slot in c.slots), default=0)
@@ -212,8 +212,8 @@ class Scheduler:
             if segment.sampled and (sequence := get(segment.key)) and sequence.group is None:
                 sequence.num_pending -= 1
         self._finish(finished)
-        if self._drafts is not None:
-            self._settle(plan)
+        if self._proposer is not None:
+            self._settle(plan, self._proposer)
         self._committed = plan.step
         for child, _ in forks:
             if child.slot is not None:  # idle: no step that is not committed reads it
@@ -318,22 +318,27 @@ class Scheduler:
                 budget -= length
         return True
 
-    def _guess(self, segments: list[Segment], budget: int) -> None:
-        """Add guesses to a step where there is memory for more than what is sure to come."""
-        drafts = self._drafts
-        if drafts is not None and self._admitting and self.space.has_room(budget, _SPARE):
-            drafts.extend(segments, self._stays, budget, self.max_model_len, self.space.ensure)
+    def _propose(self, segments: list[Segment], budget: int) -> None:
+        """Add draft tokens where there is memory for more than what is sure to come."""
+        if self._proposer and self._admitting and self.space.has_room(budget, _SPARE):
+            add_drafts(
+                self._proposer,
+                segments,
+                self._stays,
+                budget=budget,
+                max_model_len=self.max_model_len,
+                ensure=self.space.ensure,
+            )
 
-    def _settle(self, plan: StepPlan) -> None:
-        """Count the right guesses of a step as computed."""
-        for segment in plan.segments:
-            sequence = self._stays.get(segment.key)
-            if sequence is not None and sequence.lookup is not None:
-                sequence.lookup.settle()
-                if segment.num_drafts:
-                    assert plan.step == self._launched, "a step was planned upon guesses"
-                    sequence.num_computed_tokens = sequence.num_known_tokens - 1
-                    sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
+    def _settle(self, plan: StepPlan, proposer: Proposer) -> None:
+        """Count the right draft tokens of a step as computed."""
+        owners = self.owners(plan)
+        proposer.settle(filter(None, owners))
+        for segment, sequence in zip(plan.segments, owners, strict=True):
+            if segment.num_drafts and sequence is not None:
+                assert plan.step == self._launched, "a step was planned upon draft tokens"
+                sequence.num_computed_tokens = sequence.num_known_tokens - 1
+                sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
 
     def _admit(self, budget: int, share: bool, spare: float) -> Segment | None:
         """Start the first waiting sequence that can: open a slot and back its first chunk."""
@@ -392,6 +397,8 @@ class Scheduler:
         sequence.slot = slot
         sequence.num_computed_tokens = shared
         sequence.status = Status.RUNNING
+        if self._proposer is not None:
+            self._proposer.open(sequence)
         # Waiting for memory makes nobody younger, or two could take it from each other for ever.
         insort(self.running, sequence, key=lambda s: s.arrived)
 
@@ -472,6 +479,8 @@ class Scheduler:
         self.space.close(slot, self._launched if step is None else step, keep)
         self._prefixes.leave(slot, keep)
         del self._stays[sequence.key]
+        if self._proposer is not None:
+            self._proposer.close(sequence)
         self._new.pop(sequence.key, None)
         sequence.slot = None
         sequence.num_computed_tokens = 0

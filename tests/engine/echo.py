@@ -17,8 +17,8 @@ from batchrun.allocator.sharing import MemoryCopy
 from batchrun.engine.attention.batch import SharedParts, shared_parts
 from batchrun.engine.beams import BeamGroup, width
 from batchrun.engine.core import Candidates, Request, Segment, Sequence, StepOutput, StepPlan
-from batchrun.engine.drafts import Lookup
 from batchrun.engine.executor import Ticket
+from batchrun.engine.proposers import Lookup
 
 VOCAB = 997
 PART = 4  # tokens whose attention is a sum of its own
@@ -65,14 +65,14 @@ def _count(request: Request, stops: frozenset[int]) -> int:
 class Oracle(Lookup):
     """Guesses what comes, but for one token in five."""
 
-    def guess(self, most: int) -> list[int]:
-        super().guess(most)
+    def draft(self, most: int) -> list[int]:
+        super().draft(most)
         ids = list(self._sequence.known_ids)
         for _ in range(most):
             ids.append(next_token(ids))
         came = ids[len(ids) - most :]
-        self._guess = [token if token % 5 else token + 1 for token in came]
-        return self._guess
+        self._drafts = [token if token % 5 else token + 1 for token in came]
+        return self._drafts
 
 
 class EchoExecutor:

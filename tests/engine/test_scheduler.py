@@ -15,8 +15,8 @@ from batchrun.allocator.host import HostMemory
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.tensor import layer_views, slab_bytes
 from batchrun.engine.core import Completion, FinishReason, Request, SamplingParams
-from batchrun.engine.drafts import Drafts
 from batchrun.engine.engine import Engine
+from batchrun.engine.proposers import PromptLookup, Proposer
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
 from tests.engine.echo import EchoExecutor, Oracle, expected, expected_of_beams
@@ -37,7 +37,7 @@ class Rig:
         lag: int = 0,
         eos: frozenset[int] = frozenset(),
         share: bool = True,
-        drafts: Drafts | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         self.memory = HostMemory(PAGE)
         layout = KVLayout((LayerKV(1, 37, 37),), 8, PAGE, MAX_LEN, 1)
@@ -49,7 +49,7 @@ class Rig:
             max_num_batched_tokens=batched,
             max_model_len=MAX_LEN,
             share=share,
-            drafts=drafts,
+            proposer=proposer,
         )
         views = layer_views(self.arena, 0, torch.float64)
         executor = EchoExecutor(*views, slab_bytes(self.arena, 0), lag, eos)
@@ -136,8 +136,8 @@ class EngineMachine(RuleBasedStateMachine):
         eos: frozenset[int],
     ) -> None:
         lag, logits = way
-        drafts = Drafts(logits, 16, Oracle) if logits else None
-        self.rig = Rig(seqs=seqs, batched=batched, pages=pages, lag=lag, eos=eos, drafts=drafts)
+        proposer = PromptLookup(logits, 16, Oracle) if logits else None
+        self.rig = Rig(seqs=seqs, batched=batched, pages=pages, lag=lag, eos=eos, proposer=proposer)
 
     @rule(
         length=st.integers(1, MAX_LEN + 3), first=st.integers(0, 900), max_tokens=st.integers(1, 40)

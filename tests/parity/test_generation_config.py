@@ -15,10 +15,10 @@ import transformers as tf
 
 from batchrun.engine.core import NewSequence, Request, SamplingParams, Segment, Sequence
 from batchrun.engine.cpu import sampling as cpu_sampling
-from batchrun.engine.drafts import Drafts, Lookup
 from batchrun.engine.model.generation import Generation, read_generation
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.processors import Row
+from batchrun.engine.proposers import Lookup, PromptLookup
 from batchrun.engine.sampling import Sampler
 from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run
@@ -93,12 +93,12 @@ class Told(Lookup):
         super().__init__(sequence)
         self._answer = answers[sequence.request.prompt_ids]
 
-    def guess(self, most: int) -> list[int]:
-        super().guess(most)
+    def draft(self, most: int) -> list[int]:
+        super().draft(most)
         begin = len(self._sequence.output_ids)
         coming = enumerate(self._answer[begin : begin + most], begin)
-        self._guess = [t if (t + i) % 4 else t + 1 for i, t in coming]
-        return self._guess
+        self._drafts = [t if (t + i) % 4 else t + 1 for i, t in coming]
+        return self._drafts
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -116,7 +116,9 @@ def test_the_tokens_are_generates_own(name: str, beams: int) -> None:
         if beams == 1 and not params.penalised:
             with rig(model) as r:  # guesses are part of what came before
                 answers = dict(zip(map(tuple, prompts()), want, strict=True))
-                r.scheduler._drafts = Drafts(1000, free=40, lookup=lambda s: Told(s, answers))
+                r.scheduler._proposer = PromptLookup(
+                    1000, free=40, lookup=lambda s: Told(s, answers)
+                )
                 assert outputs(run(r, prompts(), params)) == want
                 assert 0 < r.engine.stats.accepted_tokens < r.engine.stats.drafted_tokens
     plain = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.core import Sequence as Row
-from batchrun.engine.drafts import LONGEST, Drafts, Lookup
+from batchrun.engine.proposers import LONGEST, DraftBatch, Lookup, PromptLookup, add_drafts
 from tests.engine.echo import Oracle
 from tests.engine.test_scheduler import MAX_LEN, Rig
 
@@ -43,9 +44,9 @@ def test_what_followed_the_last_tokens_is_guessed(
     sequence = row(prompt)
     lookup = Lookup(sequence)
     for token in output:  # it reads what is new only
-        lookup.guess(most)
+        lookup.draft(most)
         sequence.output_ids.append(token)
-    assert lookup.guess(most) == reference([*prompt, *output], most)
+    assert lookup.draft(most) == reference([*prompt, *output], most)
 
 
 def test_trust_follows_what_was_right() -> None:
@@ -53,13 +54,13 @@ def test_trust_follows_what_was_right() -> None:
     lookup = Lookup(sequence)
     trusted = []
     for number in range(5):
-        guess = lookup.guess(max(1, lookup.trust))
+        guess = lookup.draft(max(1, lookup.trust))
         sequence.output_ids += guess if number < 4 else [*guess[:5], 99]
         lookup.settle()
         lookup.settle()  # again, of a step without a guess: nothing new is known
         trusted.append(lookup.trust)
     assert trusted == [1, 3, 7, 15, 5]
-    assert lookup.guess(3) == []
+    assert lookup.draft(3) == []
     lookup.settle()
     assert lookup.trust == 5
 
@@ -73,6 +74,11 @@ def segments(*rows: Row) -> list[Segment]:
     return found
 
 
+def extend(proposer: PromptLookup, plan: list[Segment], rows: list[Row], **limits: Any) -> None:
+    limits = {"budget": 100, "max_model_len": 1000, "ensure": lambda *_: True, **limits}
+    add_drafts(proposer, plan, dict(enumerate(rows)), **limits)
+
+
 def test_what_costs_nothing_is_shared_out_and_the_rest_is_for_those_trusted() -> None:
     given_: list[tuple[int, int]] = []
 
@@ -82,19 +88,19 @@ def test_what_costs_nothing_is_shared_out_and_the_rest_is_for_those_trusted() ->
 
     rows = [row([1, 2] * 5, max_tokens=40) for _ in range(4)]
     plan = segments(*rows)
-    Drafts(100, 16).extend(plan, dict(enumerate(rows)), 100, 1000, ensure)
-    # Of 16 tokens 12 are free: 3 each, and what the one without memory leaves.
-    assert [len(s.drafts) for s in plan] == [3, 0, 4, 5]
-    assert [s.length for s in plan] == [4, 1, 5, 6]
+    proposer = PromptLookup(100, 16)
+    extend(proposer, plan, rows, ensure=ensure)
+    # Of 16 tokens 12 are free: 3 each, but for the one without memory.
+    assert [len(s.drafts) for s in plan] == [3, 0, 3, 3]
+    assert [s.length for s in plan] == [4, 1, 4, 4]
     assert plan[0].drafts == (1, 2, 1)
-    assert given_ == [(0, 13), (1, 13), (2, 14), (3, 15)]
-    assert sum(s.length for s in plan) == 16
+    assert given_ == [(0, 13), (1, 13), (2, 13), (3, 13)]
     for each in rows:
-        assert each.lookup is not None
-        each.lookup.trust = LONGEST
+        proposer.lookups[each].trust = LONGEST
     for logits, budget, wanted in ((100, 100, 15), (24, 100, 5), (100, 8, 2), (4, 100, 0)):
         plan = segments(*rows)
-        Drafts(logits, 16).extend(plan, dict(enumerate(rows)), budget, 1000, lambda *_: True)
+        proposer.num_logits = logits
+        extend(proposer, plan, rows, budget=budget)
         assert [len(s.drafts) for s in plan] == [wanted] * 4
 
 
@@ -103,13 +109,13 @@ def test_no_guess_goes_beyond_a_rows_end() -> None:
     last, penalised = row([1, 2] * 5, max_tokens=1), row([1, 2] * 5, presence_penalty=0.5)
     rows = [short, full, last, penalised]
     plan = segments(*rows)
-    Drafts(100, 16).extend(plan, dict(enumerate(rows)), 100, 12, lambda *_: True)
+    extend(PromptLookup(100, 16), plan, rows, max_model_len=12)
     assert [len(s.drafts) for s in plan] == [2, 1, 0, 0]
 
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    made = Rig(seqs=4, batched=64, pages=None, drafts=Drafts(64, 16, Oracle))
+    made = Rig(seqs=4, batched=64, pages=None, proposer=PromptLookup(64, 16, Oracle))
     yield made
     made.close()
 
@@ -133,3 +139,46 @@ def test_guesses_behind_a_prompts_last_token_are_counted(rig: Rig) -> None:
     stats = rig.engine.stats
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
     assert stats.prefill_tokens + stats.decode_tokens == 30  # each token once, but for the last
+
+
+class Recording(PromptLookup):
+    """A proposer that has something of each sequence from `open` to `close`, as one with KV has."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 16, Oracle)
+        self.held: set[Row] = set()
+        self.asked = 0
+
+    def open(self, sequence: Row) -> None:
+        assert sequence not in self.held
+        assert sequence.slot is not None
+        self.held.add(sequence)
+
+    def close(self, sequence: Row) -> None:
+        super().close(sequence)
+        self.held.remove(sequence)
+
+    def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
+        self.asked += len(batch.sequences)
+        assert {sequence for sequence, _ in batch.sequences} <= self.held
+        return super().propose(batch)
+
+    def settle(self, sequences: Iterable[Row]) -> None:
+        settled = list(sequences)
+        assert set(settled) <= self.held
+        super().settle(settled)
+
+
+@pytest.mark.parametrize("pages", [12, 34])  # too few, and enough for all
+def test_a_proposer_is_told_of_the_sequences_that_it_may_be_asked_for(pages: int) -> None:
+    proposer = Recording()
+    made = Rig(seqs=4, batched=64, pages=pages, proposer=proposer)
+    for row in range(12):
+        made.add([row, row + 1, row + 2] * 5, 20)
+    made.drain()
+    made.verify()
+    assert bool(made.scheduler.num_preemptions) == (pages == 12)
+    assert bool(proposer.asked) == (pages == 34)
+    assert not proposer.held
+    assert not proposer.lookups
+    made.close()

@@ -1,0 +1,209 @@
+"""Speculative decoding: draft tokens that a step checks at once, and who proposes them.
+
+A text often goes on as it did before: an answer quotes its prompt, a list repeats its form. So the
+tokens that followed the last ones when they came before are proposed again (LLMA, Yang et
+al., arXiv 2304.04487; known as prompt lookup). The step computes them behind the sequence's last
+token, samples after each of them, and takes what was sampled as far as the draft tokens before it
+were right (Leviathan et al., ICML 2023): the tokens are those of one step each.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from batchrun.engine.core import Segment, Sequence
+
+LONGEST = 15  # draft tokens of a sequence in a step
+_NGRAMS = (3, 2)  # last tokens to look for, the best sign first
+_TYPE = "i"
+_SIZE = array(_TYPE).itemsize
+
+
+class Lookup:
+    """What follows the last tokens of a sequence, where they were before in it.
+
+    Args:
+        sequence: Its tokens so far are known. They only grow.
+
+    Attributes:
+        trust: Draft tokens of it worth computing, as those before were right so far.
+    """
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.trust = 0
+        self._sequence = sequence
+        self._packed = bytearray()
+        self._drafts: list[int] = []
+        self._known = 0  # tokens when they were made
+
+    def draft(self, most: int) -> list[int]:
+        """At most so many tokens that may come next; none where the last ones are new."""
+        sequence, packed = self._sequence, self._packed
+        known = len(packed) // _SIZE
+        self._known = sequence.num_known_tokens
+        packed += array(_TYPE, sequence.token_ids(known, self._known - known)).tobytes()
+        self._drafts = []
+        for length in _NGRAMS:
+            at = _last(packed, packed[-length * _SIZE :])
+            if at >= 0:
+                # Who repeats himself does so beyond the end of what there is.
+                begin = at + length * _SIZE
+                after = array(_TYPE, packed[begin : begin + most * _SIZE]).tolist()
+                self._drafts = (after * -(-most // len(after)))[:most]
+                break
+        return self._drafts
+
+    def settle(self) -> None:
+        """Compare the last draft tokens with those that have come since."""
+        if self._drafts:
+            came = self._sequence.num_known_tokens - self._known
+            tokens = self._sequence.token_ids(self._known, came)
+            pairs = enumerate(zip(self._drafts, tokens, strict=False))
+            right = next((i for i, (a, b) in pairs if a != b), min(came, len(self._drafts)))
+            whole = right == len(self._drafts)
+            self.trust = min(LONGEST, 2 * self.trust + 1) if whole else right
+            self._drafts = []
+
+
+def _last(packed: bytearray, tail: bytearray) -> int:
+    """Where `tail` was last before the end, on a token's border; -1 where it was not."""
+    at = packed.rfind(tail, 0, len(packed) - _SIZE)
+    while at > 0 and at % _SIZE:
+        at = packed.rfind(tail, 0, at + len(tail) - 1)
+    return at
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """Sequences of a step that may take draft tokens, each with how many at most.
+
+    Args:
+        sequences: They and their room. All their tokens are known.
+        num_tokens: Of the step without drafts.
+        num_sampled: Its rows of logits without drafts.
+        budget: Draft tokens in all at most.
+    """
+
+    sequences: Seq[tuple[Sequence, int]]
+    num_tokens: int
+    num_sampled: int
+    budget: int
+
+
+class Proposer(Protocol):
+    """Proposes draft tokens, for executors without steps in flight."""
+
+    def open(self, sequence: Sequence) -> None:
+        """A sequence runs in a slot from now on: it may come in batches."""
+
+    def close(self, sequence: Sequence) -> None:
+        """It has left its slot."""
+
+    def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
+        """Draft tokens for each sequence of the batch, none for some.
+
+        As many as cost nothing, and as are likely right. Not all of them may be computed.
+        """
+
+    def settle(self, sequences: Iterable[Sequence]) -> None:
+        """A step was taken in: these of its sequences go on, with tokens that are known now."""
+
+
+class PromptLookup:
+    """Proposes what followed the last tokens of a sequence where they were before in it.
+
+    Args:
+        num_logits: Of a step at most, with draft tokens: each is one of the whole vocabulary.
+        free: Tokens of a step that take no longer than one, as weights are read either way.
+        lookup: Makes what looks for one sequence.
+    """
+
+    def __init__(
+        self, num_logits: int, free: int, lookup: Callable[[Sequence], Lookup] = Lookup
+    ) -> None:
+        self.num_logits = num_logits
+        self.free = free
+        self._make = lookup
+        self.lookups: dict[Sequence, Lookup] = {}
+
+    def open(self, sequence: Sequence) -> None:
+        """See `Proposer.open`."""
+
+    def close(self, sequence: Sequence) -> None:
+        """See `Proposer.close`."""
+        self.lookups.pop(sequence, None)
+
+    def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
+        """See `Proposer.propose`."""
+        free = self.free - batch.num_tokens
+        places = min(batch.budget, self.num_logits - batch.num_sampled)
+        found: list[tuple[int, ...]] = []
+        for number, (sequence, room) in enumerate(batch.sequences):
+            others = len(batch.sequences) - number
+            if sequence not in self.lookups:
+                self.lookups[sequence] = self._make(sequence)
+            lookup = self.lookups[sequence]
+            wanted = max(lookup.trust, free // others)
+            most = max(0, min(wanted, places // others, LONGEST, room))
+            # One is made in any case: whether it will have been right says what to try next.
+            drafts = tuple(lookup.draft(max(most, 1))[:most])
+            places -= len(drafts)
+            free -= len(drafts)
+            found.append(drafts)
+        return found
+
+    def settle(self, sequences: Iterable[Sequence]) -> None:
+        """See `Proposer.settle`."""
+        for sequence in sequences:
+            if sequence in self.lookups:
+                self.lookups[sequence].settle()
+
+
+def add_drafts(
+    proposer: Proposer,
+    segments: list[Segment],
+    stays: Mapping[int, Sequence],
+    *,
+    budget: int,
+    max_model_len: int,
+    ensure: Callable[[int, int], bool],
+) -> None:
+    """Let segments of one sampled token compute draft tokens behind it.
+
+    Args:
+        proposer: Proposes them.
+        segments: Of the step; changed in place.
+        stays: Whose they are, by their keys.
+        budget: Draft tokens at most.
+        max_model_len: Tokens of a sequence at most.
+        ensure: Gives a slot memory for so many tokens, or says that there is none.
+    """
+    able: list[int] = []
+    sequences: list[tuple[Sequence, int]] = []
+    for i, segment in enumerate(segments):
+        sequence = stays[segment.key]
+        if _takes_drafts(segment, sequence):
+            able.append(i)
+            room = min(sequence.most_tokens, max_model_len) - sequence.num_known_tokens - 1
+            sequences.append((sequence, room))
+    tokens, sampled = sum(s.length for s in segments), sum(s.sampled for s in segments)
+    proposed = proposer.propose(DraftBatch(sequences, tokens, sampled, budget))
+    for i, drafts in zip(able, proposed, strict=True):
+        segment = segments[i]
+        if drafts and ensure(segment.slot, segment.end + len(drafts)):
+            ids = (*segment.token_ids, *drafts)
+            segments[i] = replace(segment, length=len(ids), token_ids=ids, num_drafts=len(drafts))
+
+
+def _takes_drafts(segment: Segment, sequence: Sequence) -> bool:
+    """Whether any may follow: penalties depend on the tokens before, beams on each other."""
+    return (
+        segment.sampled
+        and segment.length == 1
+        and sequence.group is None
+        and not sequence.request.params.penalised
+    )
