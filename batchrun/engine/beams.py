@@ -49,29 +49,26 @@ class BeamGroup:
         self._reports: dict[Sequence, Candidates] = {}
 
     def report(self, sequence: Sequence, candidates: Candidates) -> None:
-        """Take in what may follow a sequence: at least its `width(...)` likeliest tokens."""
+        """See `Group.report`: at least its `width(...)` likeliest tokens."""
         self._reports[sequence] = candidates
+        sequence.idle = True
 
-    def has_reported(self, sequence: Sequence) -> bool:
-        """Whether the sequence waits for others of this round."""
-        return sequence in self._reports
+    @property
+    def width(self) -> int:
+        """See `Group.width`."""
+        return self.params.num_beams
 
     @property
     def is_complete(self) -> bool:
-        """Whether all sequences have reported: `advance` is due."""
+        """See `Group.is_complete`."""
         return len(self._reports) == len(self.sequences)
 
     def advance(self) -> list[tuple[Sequence, Sequence]]:
-        """End the round.
-
-        Changes the sequences' output; where one is taken over, what is computed for it is void.
-
-        Returns:
-            The sequences that are taken over or new, each with the one whose tokens, but for the
-            last, are its own now. Empty when the group has ended.
-        """
+        """See `Group.advance`."""
         length = len(self.sequences[0].output_ids) + 1
         best = self._best_candidates()
+        for sequence in self._reports:
+            sequence.idle = False
         self._reports.clear()
         is_last = length >= self._max_tokens
         for score, rank, token in best[: self.params.num_beams]:
@@ -87,7 +84,7 @@ class BeamGroup:
         return self._take_over(survivors, length)
 
     def finish(self) -> FinishReason:
-        """Give the leader the best answer; returns why that one ended."""
+        """See `Group.finish`."""
         self.leader.output_ids = list(self.finished[0].token_ids)
         stopped = self.leader.output_ids[-1] in self._stop_ids
         return FinishReason.STOP if stopped else FinishReason.LENGTH

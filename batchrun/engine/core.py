@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from batchrun.allocator.sharing import MemoryCopy
-
-if TYPE_CHECKING:
-    from batchrun.engine.beams import BeamGroup
 
 Candidates = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
 
@@ -229,7 +226,8 @@ class Sequence:
     inherited: tuple[tuple[int, int], ...] = ()
     key: int = -1
     blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
-    group: BeamGroup | None = None  # whose round it is part of
+    group: Group | None = None  # whose round it is part of
+    idle: bool = False  # until the others of its group have computed theirs
     shares: bool = True  # memory with rows that begin alike
     num_prompt_tokens: int = field(init=False)
     most_tokens: int = field(init=False)  # prompt and output, as the parameters allow
@@ -237,6 +235,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.request.prompt_ids)
         self.most_tokens = self.num_prompt_tokens + self.request.params.max_tokens
+
+    @property
+    def width(self) -> int:
+        """Places in the batch that its row may need."""
+        return 1 if self.group is None else self.group.width
 
     @property
     def known_ids(self) -> tuple[int, ...]:
@@ -282,6 +285,44 @@ class Sequence:
             self.first_token,
             self.finished,
         )
+
+
+class Group(Protocol):
+    """Sequences of one row that go on together, in rounds: what becomes of one is up to all.
+
+    Attributes:
+        leader: The sequence that the row began with, which gets its answer.
+        sequences: Those that live.
+        ended: Whether the answer is final.
+    """
+
+    leader: Sequence
+    sequences: list[Sequence]
+    ended: bool
+
+    @property
+    def width(self) -> int:
+        """Sequences that it may come to have."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all sequences have reported: `advance` is due."""
+
+    def report(self, sequence: Sequence, candidates: Candidates) -> None:
+        """Take in what may follow a sequence, which is idle until the next round."""
+
+    def advance(self) -> list[tuple[Sequence, Sequence]]:
+        """End the round.
+
+        Changes the sequences' output; where one is taken over, what is computed for it is void.
+
+        Returns:
+            The sequences that are taken over or new, each with the one whose tokens, but for the
+            last, are its own now. Empty when the group has ended.
+        """
+
+    def finish(self) -> FinishReason:
+        """Give the leader the answer; returns why that one ended."""
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that is four times as slow to make

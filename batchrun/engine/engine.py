@@ -15,6 +15,7 @@ from batchrun.engine.core import (
     Completion,
     EngineError,
     FinishReason,
+    Group,
     Request,
     Sequence,
     StepPlan,
@@ -242,7 +243,7 @@ class Engine:
 
         Returns:
             The leaders of rows that have ended; and the sequences of other rows that go on
-            elsewhere, as of `BeamGroup.advance`.
+            elsewhere, as of `Group.advance`.
         """
         done: list[Sequence] = []
         forks: list[tuple[Sequence, Sequence]] = []
@@ -267,7 +268,7 @@ class Engine:
                 done.append(group.leader)
         return done, forks
 
-    def _end(self, group: BeamGroup) -> None:
+    def _end(self, group: Group) -> None:
         """Make an answer of a search that has ended."""
         leader = group.leader
         leader.finish_reason = group.finish()

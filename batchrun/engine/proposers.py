@@ -10,7 +10,7 @@ were right (Leviathan et al., ICML 2023): the tokens are those of one step each.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -166,10 +166,10 @@ class PromptLookup:
 def add_drafts(
     proposer: Proposer,
     segments: list[Segment],
-    stays: Mapping[int, Sequence],
-    *,
+    owners: Seq[Sequence | None],
     budget: int,
     max_model_len: int,
+    *,
     ensure: Callable[[int, int], bool],
 ) -> None:
     """Let segments of one sampled token compute draft tokens behind it.
@@ -177,16 +177,15 @@ def add_drafts(
     Args:
         proposer: Proposes them.
         segments: Of the step; changed in place.
-        stays: Whose they are, by their keys.
+        owners: Whose they are, each in its slot.
         budget: Draft tokens at most.
         max_model_len: Tokens of a sequence at most.
         ensure: Gives a slot memory for so many tokens, or says that there is none.
     """
     able: list[int] = []
     sequences: list[tuple[Sequence, int]] = []
-    for i, segment in enumerate(segments):
-        sequence = stays[segment.key]
-        if _takes_drafts(segment, sequence):
+    for i, (segment, sequence) in enumerate(zip(segments, owners, strict=True)):
+        if sequence is not None and _takes_drafts(segment, sequence):
             able.append(i)
             room = min(sequence.most_tokens, max_model_len) - sequence.num_known_tokens - 1
             sequences.append((sequence, room))

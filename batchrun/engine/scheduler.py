@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from itertools import islice
 
-from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import (
-    EngineError,
-    NewSequence,
+    Group,
     Segment,
     Sequence,
     Status,
@@ -19,9 +15,11 @@ from batchrun.engine.core import (
     StepPlan,
 )
 from batchrun.engine.kvspace import KVSpace
-from batchrun.engine.prefixes import BLOCK, Match
+from batchrun.engine.prefixes import BLOCK
 from batchrun.engine.proposers import Proposer, add_drafts
 from batchrun.engine.sharing import SharedPrefixes
+from batchrun.engine.stays import Stays, slot_of
+from batchrun.engine.waiting import WaitingQueue, check_machine, why_given_up, why_refused
 
 # Part of the budget that admitting leaves to sequences that grow: or else the youngest would be
 # preempted again and again. It saves nine in ten recomputed tokens for 2 to 4% more steps.
@@ -44,9 +42,9 @@ class Scheduler:
     and waits while that one computes it. A finished slot keeps what waiting rows need, until memory
     is needed more.
 
-    The beams of a row are sequences like others, in a `BeamGroup`. One that has computed all its
-    tokens is idle until the others have; where idle ones hold all the memory, the youngest give
-    way. A row that is admitted has a place in the batch for all its beams.
+    The sequences of a `Group` are like others. One that has computed all its tokens is idle until
+    the others have; where idle ones hold all the memory, the youngest give way. A row that is
+    admitted has a place in the batch for all that its group may come to have.
 
     Args:
         space: Where keys and values live; with `sharing.KEPT` slots beyond `max_num_seqs`.
@@ -76,30 +74,26 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival: the youngest is last
         self.rejected: list[Sequence] = []
         self.step = 0
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
-        self.num_shared_tokens = 0
-        self._stays: dict[int, Sequence] = {}  # key -> the running sequence
-        self._new: dict[int, Sequence] = {}  # those that no plan has named yet
         self._launched = self._committed = 0  # the last steps with segments
         self._admitting = True  # False from a preemption until memory has come back
         self._share = share
         self._proposer = proposer
         self._lookahead = lookahead
-        self._groups: dict[BeamGroup, None] = {}  # those that have begun
-        self._uncopied = set[int]()  # slots of beams, until the copies ordered for them are made
-        self._used: dict[int, int] = {}  # slot -> the last step that may read or write its pages
+        self._groups: dict[Group, None] = {}  # those that have begun
         self._prefixes = SharedPrefixes(space, share)
+        self._stays = Stays(space, self._prefixes)
+        self.waiting = WaitingQueue(self._prefixes)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; one that can never fit is rejected with the reason at once."""
         refused = why_refused(
             sequence.num_prompt_tokens,
-            _width(sequence),
+            sequence.width,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             can_fit=self.space.can_fit,
@@ -107,9 +101,12 @@ class Scheduler:
         if refused is not None:
             self._reject(sequence, *refused)
         else:
-            self._prefixes.read(sequence)
-            self.waiting.insert(self._prefixes.place(sequence, self.waiting), sequence)
-            self._prefixes.want(sequence)
+            self.waiting.add(sequence)
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Tokens that sequences had when they came to their slots."""
+        return self._stays.num_shared_tokens
 
     @property
     def has_work(self) -> bool:
@@ -152,20 +149,21 @@ class Scheduler:
                 elif share:
                     share = False
                 elif not self._reject_hopeless():
-                    self._check_machine()
+                    check_machine(self.space)
                     break
         self._prefixes.drop_unwanted()
-        self._propose(segments, budget)
-        self._uncopied.clear()
-        copies = self.space.take_copies()
-        after = max((self._used.get(slot, 0) for c in copies for slot in c.slots), default=0)
+        # Where there is memory for more than what is sure to come.
+        if self._proposer and self._admitting and self.space.has_room(budget, _SPARE):
+            owners, longest = self._stays.owners(segments), self.max_model_len
+            add_drafts(self._proposer, segments, owners, budget, longest, ensure=self.space.ensure)
+        copies, after = self._stays.take_copies()
         self._launch(segments)
-        return StepPlan(self.step, tuple(segments), self._told(segments), copies, after)
+        new = self._stays.use(segments, self.step)
+        return StepPlan(self.step, tuple(segments), new, copies, after)
 
     def owners(self, plan: StepPlan) -> list[Sequence | None]:
         """Whose the segments of a plan are; None where that has ended since."""
-        get = self._stays.get
-        return [get(segment.key) for segment in plan.segments]
+        return self._stays.owners(plan.segments)
 
     def _launch(self, segments: list[Segment]) -> None:
         """Count what this step computes as computed, and what it samples as pending."""
@@ -179,16 +177,8 @@ class Scheduler:
             sequence.num_computed_tokens = end
             if segment.sampled and sequence.group is None:
                 sequence.num_pending += 1
-            self._used[segment.slot] = self.step
         if segments:
             self._launched = self.step
-
-    def _told(self, segments: list[Segment]) -> tuple[NewSequence, ...]:
-        """The sequences of segments that no plan has named yet."""
-        if not self._new:
-            return ()
-        new = [self._new.pop(s.key) for s in segments if s.key in self._new]
-        return tuple(NewSequence(_slot(s), s.request, tuple(s.output_ids)) for s in new)
 
     def commit(
         self,
@@ -204,12 +194,11 @@ class Scheduler:
             tokens: Those of the sampled segments, already appended to `output_ids` by the caller
                 who knows about stop conditions.
             finished: The sequences that ended with this step; their slots are closed.
-            forks: Beams that go on from where others are: see `BeamGroup.advance`.
+            forks: Sequences that go on from where others are: see `Group.advance`.
         """
         assert plan.step == tokens.step
-        get = self._stays.get
-        for segment in plan.segments:
-            if segment.sampled and (sequence := get(segment.key)) and sequence.group is None:
+        for segment, sequence in zip(plan.segments, self.owners(plan), strict=True):
+            if segment.sampled and sequence is not None and sequence.group is None:
                 sequence.num_pending -= 1
         self._finish(finished)
         if self._proposer is not None:
@@ -217,13 +206,17 @@ class Scheduler:
         self._committed = plan.step
         for child, _ in forks:
             if child.slot is not None:  # idle: no step that is not committed reads it
-                self._leave(child, self._prefixes.worth_keeping(child.slot), self._committed)
+                self._leave(child, self._committed, keep=True)
                 self.running.remove(child)
             elif child in self.waiting:
-                self._unqueue(child)
+                self.waiting.remove(child)
         self.space.retire(plan.step, self._coming(), self._others())
         for child, parent in forks:
-            self._fork(child, parent)
+            found = self._stays.fork(child, parent, self.step + 1)
+            if found is None:
+                self._requeue(child)
+            else:
+                self._start(child, *found, child.num_tokens - 1)
         if not self.has_work and self._committed == self._launched:
             self.space.trim()
 
@@ -251,40 +244,22 @@ class Scheduler:
 
     def _others(self) -> int:
         """Tokens of sequences that may be admitted next, one step's at most."""
-        tokens, most = 0, self.max_num_batched_tokens if self._lookahead else 0
-        for s in islice(self.waiting, max(0, self.max_num_seqs - len(self.running))):
-            if tokens >= most:
-                break
-            tokens += s.num_tokens
-        return min(tokens, most)
+        most = self.max_num_batched_tokens if self._lookahead else 0
+        return self.waiting.num_tokens(self.max_num_seqs - len(self.running), most)
 
     def _finish(self, sequences: Seq[Sequence]) -> None:
         """Close the slots of sequences that have ended, or take them out of the queue."""
         for sequence in sequences:
             if sequence.slot is not None:
-                self._leave(sequence, self._prefixes.worth_keeping(sequence.slot))
-            else:  # preempted while its last token was on the way, or its group's
-                self._unqueue(sequence)
+                self._leave(sequence, self._launched, keep=True)
+            else:  # preempted, and its group has ended
+                self.waiting.remove(sequence)
             sequence.status = Status.FINISHED
             if sequence.group is not None:
                 self._groups.pop(sequence.group, None)
         if sequences:
             self._admitting = True
             self.running = [s for s in self.running if s.status is Status.RUNNING]
-
-    def _fork(self, child: Sequence, parent: Sequence) -> None:
-        """Let a beam go on from its parent's memory, or wait to compute its tokens anew."""
-        shared = child.num_tokens - 1
-        source, slot = parent.slot, None
-        if source is not None:
-            slot = self.space.share(source, shared, child.num_tokens, self.step + 1)
-            if slot is None:  # more may be shared of it later
-                self._prefixes.note(source, parent, shared)
-        if source is None or slot is None:
-            self._requeue(child)
-            return
-        self._uncopied.add(slot)
-        self._start(child, slot, source, shared)
 
     def _continue(self, segments: list[Segment]) -> bool:
         """Plan the running sequences; False if that has to wait for the steps in flight."""
@@ -318,18 +293,6 @@ class Scheduler:
                 budget -= length
         return True
 
-    def _propose(self, segments: list[Segment], budget: int) -> None:
-        """Add draft tokens where there is memory for more than what is sure to come."""
-        if self._proposer and self._admitting and self.space.has_room(budget, _SPARE):
-            add_drafts(
-                self._proposer,
-                segments,
-                self._stays,
-                budget=budget,
-                max_model_len=self.max_model_len,
-                ensure=self.space.ensure,
-            )
-
     def _settle(self, plan: StepPlan, proposer: Proposer) -> None:
         """Count the right draft tokens of a step as computed."""
         owners = self.owners(plan)
@@ -342,7 +305,7 @@ class Scheduler:
 
     def _admit(self, budget: int, share: bool, spare: float) -> Segment | None:
         """Start the first waiting sequence that can: open a slot and back its first chunk."""
-        found = self._next()
+        found = self.waiting.first(self._groups, self._places())
         if found is None:
             return None
         sequence, match = found
@@ -361,7 +324,7 @@ class Scheduler:
             self._prefixes.forget(slot)
             self.space.close(slot, self._launched)
             return None
-        self._unqueue(sequence)
+        self.waiting.remove(sequence)
         self._start(sequence, slot, match.slot, shared)
         self._prefixes.expect(sequence)
         if sequence.group is not None:
@@ -369,33 +332,9 @@ class Scheduler:
         ids, key = sequence.token_ids(shared, length), sequence.key
         return Segment(slot, shared, length, length == todo, ids, 0, key, sequence.inherited)
 
-    def _next(self) -> tuple[Sequence, Match] | None:
-        """Who is to be admitted, and where most of its tokens are."""
-        places = self._places()
-        for sequence in self.waiting:
-            if sequence.group in self._groups:
-                if sequence.group.has_reported(sequence):
-                    continue
-            elif _width(sequence) > places:
-                if not self._groups:
-                    break
-                places = 0  # none but beams of rows begun overtakes it
-                continue
-            match, coming = self._prefixes.match(sequence)
-            if coming - match.num_ready < BLOCK:
-                return sequence, match
-            # else a running one computes what it needs: share it then
-        return None
-
     def _start(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
         """Let a sequence run in a slot that has its first tokens already, from another one."""
-        self._prefixes.begin(sequence, slot, source, shared)
-        if shared:  # whoever wrote those pages is still to be waited for
-            self._used[slot] = max(self._used.get(slot, 0), self._used.get(source, 0))
-        self.num_shared_tokens += shared
-        self._stays[sequence.key] = self._new[sequence.key] = sequence
-        sequence.slot = slot
-        sequence.num_computed_tokens = shared
+        self._stays.begin(sequence, slot, source, shared)
         sequence.status = Status.RUNNING
         if self._proposer is not None:
             self._proposer.open(sequence)
@@ -403,30 +342,16 @@ class Scheduler:
         insort(self.running, sequence, key=lambda s: s.arrived)
 
     def _places(self) -> int:
-        """Sequences that may be admitted beside those that run and the beams of rows begun."""
+        """Sequences that may be admitted beside those that run and those of groups begun."""
         if not self._groups:
             return self.max_num_seqs - len(self.running)
         plain = sum(sequence.group is None for sequence in self.running)
-        return self.max_num_seqs - plain - sum(g.params.num_beams for g in self._groups)
-
-    def _unqueue(self, sequence: Sequence) -> None:
-        self.waiting.remove(sequence)
-        self._prefixes.unwant(sequence)
+        return self.max_num_seqs - plain - sum(group.width for group in self._groups)
 
     def _requeue(self, sequence: Sequence) -> None:
-        """Let a sequence that has run wait, before those that have not and those that came later.
-
-        Else beams of a younger row would be computed before those that elder ones wait for.
-        """
+        """Let a sequence that has run wait."""
         sequence.status = Status.WAITING
-        place = 0
-        for other in self.waiting:
-            if not other.high_water or other.arrived >= sequence.arrived:
-                break
-            place += 1
-        self.waiting.insert(place, sequence)
-        self._prefixes.read(sequence)
-        self._prefixes.want(sequence)
+        self.waiting.add_again(sequence)
 
     def _make_room(
         self, sequence: Sequence, num_tokens: int, segments: list[Segment]
@@ -444,20 +369,20 @@ class Scheduler:
                 victim = self._victim(sequence)
                 segments[:] = [s for s in segments if s.key != victim.key]
                 if victim is sequence and len(self.running) == 1:
-                    self._check_machine()
+                    check_machine(self.space)
                     self._reject_begun(sequence, num_tokens)
                     return False
                 self._preempt(victim)
                 if victim is sequence:
                     return False
-            if self.space.ensure(_slot(sequence), num_tokens):
+            if self.space.ensure(slot_of(sequence), num_tokens):
                 return True
 
     def _victim(self, sequence: Sequence) -> Sequence:
-        """Who gives way to a sequence: the youngest, or an idle beam of its group before itself."""
+        """Who gives way to a sequence: the youngest, or an idle one of its group before itself."""
         victim, group = self.running[-1], sequence.group
         if victim is sequence and group is not None:
-            idle = [s for s in self.running if s.group is group and group.has_reported(s)]
+            idle = [s for s in self.running if s.group is group and s.idle]
             return idle[-1] if idle else victim
         return victim
 
@@ -466,24 +391,19 @@ class Scheduler:
         assert not sequence.num_pending, "a step in flight computes a token of it"
         self.num_preemptions += 1
         self._admitting = False
-        slot, computed = sequence.slot, sequence.num_computed_tokens
-        self._leave(sequence)
-        if slot is not None and slot not in self._uncopied:
-            self._prefixes.note(slot, sequence, computed)
+        self._close_proposals(sequence)
+        self._stays.interrupt(sequence, self._launched)
         self.running.remove(sequence)
         self._requeue(sequence)
 
-    def _leave(self, sequence: Sequence, keep: int = 0, step: int | None = None) -> None:
-        """Close the sequence's slot; what it holds can be shared until its memory is taken."""
-        slot = _slot(sequence)
-        self.space.close(slot, self._launched if step is None else step, keep)
-        self._prefixes.leave(slot, keep)
-        del self._stays[sequence.key]
+    def _leave(self, sequence: Sequence, step: int, *, keep: bool) -> None:
+        """Close the sequence's slot: see `Stays.end`."""
+        self._close_proposals(sequence)
+        self._stays.end(sequence, step, keep=keep)
+
+    def _close_proposals(self, sequence: Sequence) -> None:
         if self._proposer is not None:
             self._proposer.close(sequence)
-        self._new.pop(sequence.key, None)
-        sequence.slot = None
-        sequence.num_computed_tokens = 0
 
     def _reject_hopeless(self) -> bool:
         """Give up a waiting sequence that has grown beyond all memory; False if there is none."""
@@ -493,27 +413,12 @@ class Scheduler:
                 return True
         return False
 
-    def _check_machine(self) -> None:
-        """Nothing can be computed for want of memory: if it is the machine's, no row is to blame.
-
-        Raises:
-            EngineError: It is.
-        """
-        if self.space.refusal:
-            raise EngineError(
-                f"there is no memory for a single row: {self.space.refusal}",
-                hint="what is done is kept; then: batchrun resume",
-            )
-
     def _reject_begun(self, sequence: Sequence, num_tokens: int) -> None:
         """Give up a row that has come to need more memory than there is, with all its beams."""
         self._finish(self.forsake(sequence))
         self._reject(
             sequence if sequence.group is None else sequence.group.leader,
-            "kv_budget",
-            f"the row needs the keys and values of {num_tokens} tokens "
-            f"({sequence.num_prompt_tokens} of them the prompt), more than the KV budget "
-            "holds; raise --kv-budget or lower --max-tokens",
+            *why_given_up(sequence, num_tokens),
         )
 
     def _reject(self, sequence: Sequence, kind: str, reason: str) -> None:
@@ -525,13 +430,13 @@ class Scheduler:
         """Assert what must hold between steps."""
         slots = [s.slot for s in self.running]
         assert None not in slots, "a running sequence has no slot"
-        self._prefixes.check(self.running, self.waiting)
+        self._prefixes.check(self.running, list(self.waiting))
         assert len(set(slots)) == len(slots), f"a slot is used twice: {slots}"
         assert self._places() >= 0
         beams = {s for group in self._groups for s in group.sequences}
         assert beams == {s for s in (*self.running, *self.waiting) if s.group in self._groups}
         assert len(self.running) <= self.max_num_seqs
-        assert self._stays == {s.key: s for s in self.running}
+        self._stays.check(self.running)
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
             assert 0 <= sequence.num_computed_tokens <= sequence.num_tokens
@@ -539,44 +444,3 @@ class Scheduler:
             assert sequence.status is Status.WAITING
             assert sequence.slot is None
             assert sequence.num_computed_tokens == 0
-
-
-def why_refused(
-    prompt_tokens: int,
-    beams: int,
-    *,
-    max_model_len: int,
-    max_num_seqs: int,
-    can_fit: Callable[[int], bool],
-) -> tuple[str, str] | None:
-    """Why a row can never be computed: a kind of failure, and the reason. None where it can."""
-    if prompt_tokens + 1 > max_model_len:
-        return (
-            "prompt_too_long",
-            f"the prompt has {prompt_tokens} tokens and the context holds "
-            f"{max_model_len}, one of them for the answer",
-        )
-    if not can_fit(prompt_tokens + 1):
-        return (
-            "kv_budget",
-            f"the prompt has {prompt_tokens} tokens, whose keys and values "
-            "exceed the KV budget; raise --kv-budget",
-        )
-    if beams > max_num_seqs:
-        return (
-            "bad_parameter",
-            f"the row has {beams} beams and {max_num_seqs} sequences run at "
-            "once; raise --max-num-seqs or lower --num-beams",
-        )
-    return None
-
-
-def _width(sequence: Sequence) -> int:
-    """Places in the batch that a row may need."""
-    return 1 if sequence.group is None else sequence.group.params.num_beams
-
-
-def _slot(sequence: Sequence) -> int:
-    """The slot of a running sequence."""
-    assert sequence.slot is not None
-    return sequence.slot

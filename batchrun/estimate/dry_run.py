@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from batchrun.engine.core import Request
-from batchrun.engine.scheduler import why_refused
+from batchrun.engine.waiting import why_refused
 from batchrun.estimate.forecast import ModelInfo, read_model_info
 from batchrun.estimate.measured import Measured
 from batchrun.jobs.errors import InputError

@@ -41,7 +41,7 @@ def search(model: Any, prompt: list[int], params: SamplingParams) -> tuple[list[
         best = logits.topk(width(params.num_beams, len(stops)))
         for i, sequence in enumerate(group.sequences):
             found = tuple(zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True))
-            assert not group.has_reported(sequence)
+            assert not sequence.idle
             group.report(sequence, found)
         group.advance()
         assert len(group.sequences) <= params.num_beams

@@ -76,7 +76,7 @@ def segments(*rows: Row) -> list[Segment]:
 
 def extend(proposer: PromptLookup, plan: list[Segment], rows: list[Row], **limits: Any) -> None:
     limits = {"budget": 100, "max_model_len": 1000, "ensure": lambda *_: True, **limits}
-    add_drafts(proposer, plan, dict(enumerate(rows)), **limits)
+    add_drafts(proposer, plan, rows, **limits)
 
 
 def test_what_costs_nothing_is_shared_out_and_the_rest_is_for_those_trusted() -> None:

@@ -1,0 +1,117 @@
+"""Who is in which slot, and until when the memory of it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+from batchrun.allocator.sharing import MemoryCopy
+from batchrun.engine.core import NewSequence, Segment, Sequence
+from batchrun.engine.kvspace import KVSpace
+from batchrun.engine.sharing import SharedPrefixes
+
+
+class Stays:
+    """The stays of sequences in slots, each known by a key (see `Segment`).
+
+    Args:
+        space: Where keys and values live.
+        prefixes: What slots have of which tokens.
+
+    Attributes:
+        num_shared_tokens: Tokens that sequences had when they came to their slots.
+    """
+
+    def __init__(self, space: KVSpace, prefixes: SharedPrefixes) -> None:
+        self.num_shared_tokens = 0
+        self._space, self._prefixes = space, prefixes
+        self._by_key: dict[int, Sequence] = {}
+        self._new: dict[int, Sequence] = {}  # those that no plan has named yet
+        self._uncopied = set[int]()  # forks' slots, until the copies ordered for them are made
+        self._used: dict[int, int] = {}  # slot -> the last step that may read or write its pages
+
+    def __getitem__(self, key: int) -> Sequence:
+        return self._by_key[key]
+
+    def owners(self, segments: Iterable[Segment]) -> list[Sequence | None]:
+        """Whose segments are; None where that has ended since."""
+        get = self._by_key.get
+        return [get(segment.key) for segment in segments]
+
+    def begin(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
+        """A sequence is in a slot that has its first tokens already, from another one."""
+        self._prefixes.begin(sequence, slot, source, shared)
+        if shared:  # whoever wrote those pages is still to be waited for
+            self._used[slot] = max(self._used.get(slot, 0), self._used.get(source, 0))
+        self.num_shared_tokens += shared
+        self._by_key[sequence.key] = self._new[sequence.key] = sequence
+        sequence.slot, sequence.num_computed_tokens = slot, shared
+
+    def end(self, sequence: Sequence, step: int, *, keep: bool = False) -> None:
+        """A sequence leaves its slot; what it holds can be shared until its memory is taken.
+
+        Args:
+            sequence: It.
+            step: The last one that may read the slot.
+            keep: What waiting sequences need of it stays until `SharedPrefixes` drops it.
+        """
+        slot = slot_of(sequence)
+        kept = self._prefixes.worth_keeping(slot) if keep else 0
+        self._space.close(slot, step, kept)
+        self._prefixes.leave(slot, kept)
+        del self._by_key[sequence.key]
+        self._new.pop(sequence.key, None)
+        sequence.slot, sequence.num_computed_tokens = None, 0
+
+    def interrupt(self, sequence: Sequence, step: int) -> None:
+        """The same where more is to be computed of it: others may share what there is."""
+        slot, computed = slot_of(sequence), sequence.num_computed_tokens
+        self.end(sequence, step)
+        if slot not in self._uncopied:
+            self._prefixes.note(slot, sequence, computed)
+
+    def fork(self, child: Sequence, parent: Sequence, step: int) -> tuple[int, int] | None:
+        """A slot that has all tokens of a child but the last, of its parent's memory.
+
+        Args:
+            child: It has no slot.
+            parent: Whose tokens it has, but for the last one.
+            step: The next one.
+
+        Returns:
+            The slot and the parent's. None where there is none: the tokens are computed anew.
+        """
+        source, shared = parent.slot, child.num_tokens - 1
+        if source is None:
+            return None
+        slot = self._space.share(source, shared, child.num_tokens, step)
+        if slot is None:  # more may be shared of it later
+            self._prefixes.note(source, parent, shared)
+            return None
+        self._uncopied.add(slot)
+        return slot, source
+
+    def take_copies(self) -> tuple[tuple[MemoryCopy, ...], int]:
+        """Copies that were ordered, and the last step that uses what they read and write."""
+        self._uncopied.clear()
+        copies = self._space.take_copies()
+        return copies, max((self._used.get(s, 0) for c in copies for s in c.slots), default=0)
+
+    def use(self, segments: Seq[Segment], step: int) -> tuple[NewSequence, ...]:
+        """A step with segments is planned; returns the sequences that no plan has named yet."""
+        for segment in segments:
+            self._used[segment.slot] = step
+        if not self._new:
+            return ()
+        new = [self._new.pop(s.key) for s in segments if s.key in self._new]
+        return tuple(NewSequence(slot_of(s), s.request, tuple(s.output_ids)) for s in new)
+
+    def check(self, running: Iterable[Sequence]) -> None:
+        """Assert what must hold between steps."""
+        assert self._by_key == {s.key: s for s in running}, "stays are another's"
+
+
+def slot_of(sequence: Sequence) -> int:
+    """The slot of a running sequence."""
+    assert sequence.slot is not None
+    return sequence.slot
