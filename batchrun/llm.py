@@ -153,7 +153,7 @@ class _Drive:
         """Let the engine go one step on."""
         assert self.reader is not None
         for completion in self._engine.step():
-            request, result = completion.sequence.request, result_of(completion)
+            request, result = completion.request, result_of(completion)
             self.put(result)
             if self.reader.planner is not None:
                 self.reader.planner.learn(request, result.completion_tokens)
