@@ -19,8 +19,9 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import Part
 from batchrun.jobs.spec import JobSpec
 from batchrun.run.chat_columns import usual_column
+from batchrun.run.engine_loop import result_of
+from batchrun.run.opening import open_runtime
 from batchrun.run.reader import QUEUED_REQUESTS, Reader, RowEngine, Workbench
-from batchrun.run.worker import open_runtime, result_of
 from batchrun.specs import model_of, part_of, read_options, sampling_of
 from batchrun.submit import as_lines
 

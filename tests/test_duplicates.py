@@ -30,10 +30,11 @@ from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
 from batchrun.run import duplicates, planner, worker
 from batchrun.run.duplicates import Duplicates
+from batchrun.run.endings import Outcome
 from batchrun.run.live import Progress
 from batchrun.run.planner import Waiting
 from batchrun.run.reader import Reader
-from batchrun.run.worker import Outcome, run_job
+from batchrun.run.worker import run_job
 
 GREEDY = SamplingParams(max_tokens=5)
 

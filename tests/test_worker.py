@@ -16,10 +16,12 @@ import pytest
 
 from batchrun.engine.core import Completion, EngineError
 from batchrun.engine.model.generation import Generation
+from batchrun.errors import StepFailed
 from batchrun.jobs import files, folder
 from batchrun.jobs.errors import JobError, JournalError, LeaseHeld, OutputError, SpecChanged
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.inflight import InFlightRows
+from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
@@ -27,9 +29,13 @@ from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import ModelRef, resolve
-from batchrun.run import worker
+from batchrun.run import writer
+from batchrun.run.endings import Outcome
+from batchrun.run.engine_loop import EngineLoop
 from batchrun.run.live import Progress
-from batchrun.run.worker import Outcome, run_job
+from batchrun.run.reader import QUEUED_REQUESTS, Reader
+from batchrun.run.worker import run_job
+from batchrun.run.writer import JournalWriter
 from tests.tiny import write_tiny_model
 
 ROWS = 30
@@ -134,16 +140,24 @@ def test_a_plan_changes_no_token_of_a_real_model(submit: Submit, smollm2: ModelR
 @pytest.fixture
 def journal_keeps_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each result is on disk before the engine goes on, however slow the disk is."""
-    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
-    end_row = worker._Run._end_row
+    monkeypatch.setattr(writer, "_COMMIT_SECONDS", 0.0)
+    run, end_row = JournalWriter.run, EngineLoop._end_row
+    writers: list[tuple[JournalWriter, int]] = []
 
-    def ended(self: worker._Run, *rest: Any) -> None:
+    def noted(self: JournalWriter, *rest: Any) -> None:
+        writers.append((self, self.samples))
+        run(self, *rest)
+
+    def ended(self: EngineLoop, *rest: Any) -> None:
         end_row(self, *rest)
-        wanted = self._earlier.samples + self._counted["completions"]
-        while self._samples < wanted and not self._failures:
+        while not self._stopped():
+            journal, before = writers[-1] if writers else (None, 0)
+            if journal and journal.samples - before >= self._figures.counted["completions"]:
+                return
             time.sleep(0.001)
 
-    monkeypatch.setattr(worker._Run, "_end_row", ended)
+    monkeypatch.setattr(JournalWriter, "run", noted)
+    monkeypatch.setattr(EngineLoop, "_end_row", ended)
 
 
 def stop_after(results: int, stop: threading.Event) -> Callable[[Progress], None]:
@@ -315,12 +329,10 @@ def test_a_failure_in_any_thread_ends_the_run(
     with monkeypatch.context() as patch:
         if thread == "reader":
             error: Exception = JobError("the disk with the input went away")
-            patch.setattr(
-                worker.Reader, "_requests_of", fail_at(9, error, worker.Reader._requests_of)
-            )
+            patch.setattr(Reader, "_requests_of", fail_at(9, error, Reader._requests_of))
         elif thread == "journal":
             error = JournalError("the disk is full")
-            patch.setattr(worker.Journal, "write", fail_at(3, error, worker.Journal.write))
+            patch.setattr(Journal, "write", fail_at(3, error, Journal.write))
         else:
             error = EngineError("the device is gone")
             from batchrun.engine.executor import TorchExecutor  # noqa: PLC0415
@@ -380,7 +392,7 @@ def test_a_slow_engine_does_not_come_to_hold_the_whole_file(submit: Submit, tmp_
     job = submit(inputs=(InputFile.of(path),))
     workbench = _SlowWorkbench()
     assert run(job, open_workbench=lambda *_: workbench) is Outcome.DONE
-    assert 1 < workbench.engine.most <= worker.QUEUED_REQUESTS
+    assert 1 < workbench.engine.most <= QUEUED_REQUESTS
     assert output(job)["completion"].to_pylist() == ["text"] * 5000
 
 
@@ -428,7 +440,7 @@ def test_an_engine_that_fails_makes_suspects_of_its_rows(submit: Submit) -> None
     bench = _SlowWorkbench()
     bench.engine = Engine()
     job = submit(runtime=RuntimeSpec(plan=False))
-    with pytest.raises(worker.StepFailed, match="a step of the engine failed: ZeroDivisionError"):
+    with pytest.raises(StepFailed, match="a step of the engine failed: ZeroDivisionError"):
         run(job, open_workbench=lambda *_: bench)
     suspects = InFlightRows(job.path)
     assert suspects.rows() == [0]

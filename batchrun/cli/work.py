@@ -141,7 +141,7 @@ def _lost(job: JobFolder, reporter: Reporter, what: str) -> None:
 
 def _stalled(job: JobFolder, reporter: Reporter, what: str, seconds: float) -> None:
     """End a run that hangs; where each thread is goes into worker.log."""
-    from batchrun.run.worker import ENGINE  # noqa: PLC0415
+    from batchrun.run.engine_loop import ENGINE  # noqa: PLC0415
 
     reason = f"{what} has not ended in {seconds:.0f} s"
     reporter.message(reason)

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 
 class Closed(Exception):  # noqa: N818 - how a consumer learns of the end, not a failure
     """Nothing more comes, or nobody takes any more."""
 
 
+class Sender(Protocol[T_contra]):
+    """The end of a channel where items go in."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the next `put` would wait."""
+
+    def put(self, item: T_contra) -> None:
+        """Hand an item on; raises `Closed`."""
+
+    def close(self) -> None:
+        """There is no more."""
+
+
+class Receiver(Protocol[T]):
+    """The end of a channel where items come out."""
+
+    def take(self, most: int, timeout: float | None = 0) -> list[T]:
+        """See `Channel.take`."""
+
+
 class Channel(Generic[T]):
-    """Items in order, at most `size` of them waiting."""
+    """Items in order, at most `size` of them waiting. Who is given it is given one of its ends."""
 
     def __init__(self, size: int) -> None:
         self._size = size

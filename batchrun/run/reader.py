@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batchrun.engine.core import Completion, Request, SamplingParams
 from batchrun.errors import PROCESS_ENDS, said_by
@@ -20,6 +20,7 @@ from batchrun.jobs.rows.row import Row, Source
 from batchrun.jobs.spec import JobSpec
 from batchrun.prompts.messages import PromptError
 from batchrun.prompts.template import Template
+from batchrun.run.channel import Sender
 from batchrun.run.chat_columns import argument_columns
 from batchrun.run.duplicates import Duplicates
 from batchrun.run.overdue import BARREN, Overdue, PromptLimit, never_made, place_of, too_long
@@ -36,7 +37,6 @@ if TYPE_CHECKING:  # they import torch, which is not loaded before there is some
     from batchrun.engine.model.generation import Generation
 
 Read = Result | CopiedResult | RowDigests  # what the reader has for the journal
-ItemT_contra = TypeVar("ItemT_contra", contravariant=True)
 
 QUEUED_REQUESTS = 256  # inside the engine
 HANDED_REQUESTS = 64  # between reader and engine: what is not there yet can be planned again
@@ -55,20 +55,6 @@ def prompt_options(spec: JobSpec) -> dict[str, Any]:
         "plain": encode,
         "told": spec.runtime.param_columns,  # when the job was submitted
     }
-
-
-class Sink(Protocol[ItemT_contra]):
-    """Where the reader puts things: a `Channel`, or who merely counts."""
-
-    @property
-    def full(self) -> bool:
-        """Whether the next `put` would wait."""
-
-    def put(self, item: ItemT_contra) -> None:
-        """Hand it on."""
-
-    def close(self) -> None:
-        """There is no more."""
 
 
 class RowEngine(Protocol):
@@ -223,7 +209,7 @@ class Reader:
             own = "" if whole or not self._overrides else " without a temperature of its own"
             log(f"the temperature is 0: all samples of a row{own} will be the same")
 
-    def read(self, requests: Sink[Request], results: Sink[Read]) -> None:
+    def read(self, requests: Sender[Request], results: Sender[Read]) -> None:
         """Put every row that has no result yet, as planned, and close `requests`.
 
         What a row was is put where results go, before the row is put anywhere.
@@ -247,7 +233,7 @@ class Reader:
         self._note(results)
         requests.close()
 
-    def _hand(self, request: Request, requests: Sink[Request]) -> None:
+    def _hand(self, request: Request, requests: Sender[Request]) -> None:
         self.handed += 1
         requests.put(request)
 
@@ -263,7 +249,7 @@ class Reader:
         return self._savings.saved()
 
     def _without_duplicates(
-        self, planner: Planner, requests: Iterable[Request], results: Sink[Read]
+        self, planner: Planner, requests: Iterable[Request], results: Sender[Read]
     ) -> Iterator[Waiting]:
         for request in requests:
             waiting = Waiting.of(request)
@@ -276,7 +262,7 @@ class Reader:
             elif claimed:
                 yield waiting
 
-    def _to_do(self, results: Sink[Read]) -> Iterator[Request]:
+    def _to_do(self, results: Sender[Read]) -> Iterator[Request]:
         """Requests in file order; results of rows that can't be one go where results do."""
         spec = self._spec
         rows = islice(self._source.rows(self.columns, 0, spec.limit), spec.limit)
@@ -295,7 +281,7 @@ class Reader:
                     self._note(results)
                     results.put(item)
 
-    def _compare(self, row: Row, results: Sink[Read]) -> None:
+    def _compare(self, row: Row, results: Sender[Read]) -> None:
         """Refuse a row that changed since it was read before; remember one that was not."""
         if row.index % _PAGE == 0:
             self._known = self._digests(row.index, _PAGE)
@@ -307,7 +293,7 @@ class Reader:
         elif was != row.digest:
             raise row_changed(row.index)
 
-    def _note(self, results: Sink[Read]) -> None:
+    def _note(self, results: Sender[Read]) -> None:
         if self._seen:
             results.put(RowDigests(self._seen))
             self._seen = []

@@ -33,7 +33,7 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
-from batchrun.run import worker
+from batchrun.run import opening, worker, writer
 from batchrun.run.live import Progress
 
 COLUMNS = ["completion", "completion_token_ids", "finish_reason", "prompt_tokens", "error"]
@@ -116,7 +116,7 @@ def run_noting(job: JobFolder, notes: Path, last_row: int | None = None) -> None
     handle = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def open_noting(spec: JobSpec, log: Callable[[str], None]) -> Any:
-        runtime = worker.open_runtime(spec, log)
+        runtime = opening.open_runtime(spec, log)
         add = runtime.engine.add
 
         def noting(request: Request) -> None:
@@ -212,7 +212,7 @@ def main() -> None:
         if args.tiny:
             from tests.tiny import write_tiny_model  # noqa: PLC0415
 
-            worker._COMMIT_SECONDS = 0.0  # or the whole job would be one transaction
+            writer._COMMIT_SECONDS = 0.0  # or the whole job would be one transaction
             ref = resolve(str(write_tiny_model(root / "tiny")), root / "models")
         else:
             ref = resolve(DEFAULT_MODEL, folder.home({}) / "models")

@@ -33,8 +33,8 @@ from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpe
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 from batchrun.prompts.messages import PromptError
-from batchrun.run import worker
-from batchrun.run.worker import Outcome
+from batchrun.run import worker, writer
+from batchrun.run.endings import Outcome
 
 MAX_TOKENS = 6
 DONE, ENDED_WITH_ERROR, BUG, INTERRUPTED, REFUSED = 0, 3, 4, 5, 6  # exit codes of a worker
@@ -231,8 +231,8 @@ class SmallJob:
                 ledger.acknowledge(result.row)
             on_acknowledged([result.row for result in results])
 
-        assert hasattr(worker, "_COMMIT_RESULTS")
-        worker._COMMIT_RESULTS = 2
+        assert hasattr(writer, "COMMIT_RESULTS")
+        writer.COMMIT_RESULTS = 2
         Journal.write = noting  # type: ignore[method-assign]
         try:
             engine = NullEngine(ledger, slots, before_step)

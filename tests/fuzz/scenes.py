@@ -26,9 +26,9 @@ from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import STATS, summarise
 from batchrun.jobs.verify import verify
-from batchrun.run import worker
+from batchrun.run import engine_loop, worker, writer
+from batchrun.run.endings import Outcome
 from batchrun.run.live import LogTail, Progress, Reporter, read_progress
-from batchrun.run.worker import Outcome
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, length, token
 from tests.fuzz.trial import Wrong
 
@@ -100,7 +100,7 @@ def _run(
 ) -> Outcome:
     """Run the job: two results in a transaction, and what is in flight noted after each step."""
     write, count = Journal.write, 0
-    patched = (worker._COMMIT_RESULTS, worker._CHECKPOINT_SECONDS)
+    patched = (writer.COMMIT_RESULTS, engine_loop._CHECKPOINT_SECONDS)
 
     def noting(journal: Journal, results: list[Any], *rest: Any, **more: Any) -> None:
         nonlocal count
@@ -109,7 +109,7 @@ def _run(
         acknowledged(count)
 
     ledger = Ledger(ROWS)
-    worker._COMMIT_RESULTS, worker._CHECKPOINT_SECONDS = 2, 0.0
+    writer.COMMIT_RESULTS, engine_loop._CHECKPOINT_SECONDS = 2, 0.0
     Journal.write = noting  # type: ignore[method-assign, assignment]
     try:
         return worker.run_job(
@@ -119,7 +119,7 @@ def _run(
         )
     finally:
         Journal.write = write  # type: ignore[method-assign]
-        worker._COMMIT_RESULTS, worker._CHECKPOINT_SECONDS = patched
+        writer.COMMIT_RESULTS, engine_loop._CHECKPOINT_SECONDS = patched
         ledger.close()
 
 

@@ -1,0 +1,172 @@
+"""The engine's loop: requests in, steps, results out. It runs in the thread that runs the job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+
+from batchrun.allocator.vmm import AllocatorError
+from batchrun.engine.core import Completion, EngineError, FinishReason, Request
+from batchrun.errors import MachineError, StepFailed, said_by
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.inflight import InFlightRows
+from batchrun.jobs.journal.results import Partial, Result
+from batchrun.run.channel import Closed, Receiver, Sender
+from batchrun.run.figures import RunFigures
+from batchrun.run.reader import QUEUED_REQUESTS, Reader, RowEngine
+from batchrun.run.watchdog import Watchdog
+from batchrun.run.writer import Item
+
+_CHECKPOINT_SECONDS = 5.0  # between two notes of what unfinished rows have so far
+ENGINE = "a step of the engine"
+
+# What the engine raises that has nothing to do with what its rows hold.
+_NO_ROWS_FAULT = (EngineError, JobError, AllocatorError, MachineError, OSError, MemoryError)
+
+
+class EngineLoop:
+    """Drives an engine until there are no more requests, or it is to stop.
+
+    Args:
+        engine: What computes.
+        reader: Whose rows they are; it is told of what ends.
+        in_flight: Told which rows are in the engine.
+        crashes: Rows that were in a crash: each gets the engine to itself.
+        figures: Told of each step.
+        watchdog: Told when the engine is at work.
+        stopped: Whether the loop is to end.
+        report: Called after each step.
+    """
+
+    def __init__(
+        self,
+        engine: RowEngine,
+        reader: Reader,
+        in_flight: InFlightRows,
+        crashes: Container[int],
+        figures: RunFigures,
+        *,
+        watchdog: Watchdog,
+        stopped: Callable[[], bool],
+        report: Callable[[], None],
+    ) -> None:
+        self._engine, self._reader = engine, reader
+        self._in_flight, self._crashes = in_flight, crashes
+        self._figures, self._watchdog = figures, watchdog
+        self._stopped, self._report = stopped, report
+
+    def run(self, requests: Receiver[Request], results: Sender[Item]) -> None:
+        """Drive the engine.
+
+        Raises:
+            Closed: Nobody takes results any more.
+            StepFailed: The engine failed, maybe by one of its rows.
+        """
+        engine, more = self._engine, True
+        engine.on_admit = lambda request: self._in_flight.add(request.row)
+        checkpoint = time.monotonic() + _CHECKPOINT_SECONDS
+        while not self._stopped():
+            # What waits inside the engine is bounded too, or it would come to hold the whole file.
+            room = QUEUED_REQUESTS - engine.load()[1]
+            try:
+                wait = 0 if engine.has_work else 0.1
+                for request in requests.take(room, wait) if more and room > 0 else []:
+                    self._add(request, results)
+            except Closed:
+                more = False
+            if engine.has_work:
+                self._step(results)
+            elif not more:
+                return
+            if time.monotonic() >= checkpoint:
+                results.put(self._checkpoint())
+                checkpoint = time.monotonic() + _CHECKPOINT_SECONDS
+            self._report()
+        results.put(self._checkpoint())
+
+    def _add(self, request: Request, results: Sender[Item]) -> None:
+        """Give the engine a request; one that was in a crash gets the engine to itself."""
+        alone = request.row in self._crashes
+        while alone and self._engine.has_work and not self._stopped():
+            self._step(results)
+        with self._watchdog.busy(ENGINE), self._suspecting(request.row):
+            self._in_flight.add(request.row)  # what is set up for a row may hang, too
+            self._engine.add(request)
+            self._in_flight.remove(request.row)
+        while alone and self._engine.has_work and not self._stopped():
+            self._step(results)
+
+    def _step(self, results: Sender[Item]) -> None:
+        with self._watchdog.busy(ENGINE), self._suspecting():
+            completions = self._engine.step()
+        self._figures.stepped(self._engine.load()[0])
+        for completion in completions:
+            if completion.admitted is not None:
+                self._in_flight.remove(completion.request.row)
+            self._end_row(completion.request, result_of(completion), results)
+
+    @contextmanager
+    def _suspecting(self, *rows: int) -> Iterator[None]:
+        """The engine's work: where it fails for no known reason, its rows may be the cause.
+
+        Args:
+            rows: What it is given just now.
+
+        Raises:
+            StepFailed: It did.
+        """
+        try:
+            yield
+        except _NO_ROWS_FAULT:
+            raise
+        except Exception as error:
+            for row in rows:
+                self._in_flight.add(row)
+            raise StepFailed(f"{ENGINE} failed: {said_by(error)}") from error
+
+    def _end_row(self, request: Request, result: Result, results: Sender[Item]) -> None:
+        """Hand a result on, and those of rows that ask the same."""
+        results.put(result)
+        self._figures.counted["completions"] += 1
+        self._figures.counted["completion_tokens"] += result.completion_tokens
+        if self._reader.planner is not None:
+            self._reader.planner.learn(request, result.completion_tokens)
+            for same in self._reader.settle(request, result):
+                results.put(same)
+
+    def _checkpoint(self) -> list[Partial]:
+        """What unfinished rows have so far."""
+        return [
+            Partial(
+                *(r.row, r.sample, r.generated_ids),
+                r.generated_logprob if r.params.logprobs else None,
+            )
+            for r in self._engine.partials()
+        ]
+
+
+def result_of(done: Completion) -> Result:
+    """What a journal holds of a sequence that ended."""
+    request = done.request
+    ok = done.finish_reason is not FinishReason.ERROR
+
+    def between(begin: float | None, end: float | None) -> float | None:
+        return None if begin is None or end is None else end - begin
+
+    return Result(
+        row=request.row,
+        sample=request.sample,
+        status="ok" if ok else "error",
+        text=done.text,
+        token_ids=done.token_ids if ok else (),
+        finish_reason=str(done.finish_reason) if ok else None,
+        prompt_tokens=len(request.prompt_ids),
+        completion_tokens=len(done.token_ids) if ok else 0,
+        error=done.error,
+        error_kind=done.error_kind,
+        queue_s=between(done.arrived, done.admitted),
+        prefill_s=between(done.admitted, done.first_token),
+        decode_s=between(done.first_token, done.finished),
+        logprob=done.logprob if ok and request.params.logprobs else None,
+    )

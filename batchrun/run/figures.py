@@ -1,0 +1,99 @@
+"""What a run measures, by the names of `batchrun.jobs.metrics`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from batchrun import machine
+from batchrun.estimate.measured import Measured, StepSampler
+from batchrun.jobs import folder as folders
+from batchrun.jobs.errors import JobError
+from batchrun.jobs.metrics import Figures, recorded
+from batchrun.jobs.spec import JobSpec
+from batchrun.run.reader import Reader, Workbench
+
+
+class RunFigures:
+    """Put together from what the run's parts count. Each part counts its own; any thread may read.
+
+    Attributes:
+        began: When the run did, as `time.perf_counter` says.
+        counted: What stands in no part: the run itself changes it.
+        reader, workbench: Once there are some.
+    """
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.counted = recorded({})
+        self.reader: Reader | None = None
+        self.workbench: Workbench | None = None
+        self._steps = StepSampler()
+        self._engine_began: float | None = None
+        self._engine_ended: float | None = None
+        self._last_at: dict[int, float] = {}  # when so many sequences ran last
+
+    def engine_begins(self) -> None:
+        """From now on the engine is at work."""
+        self._engine_began = time.perf_counter()
+
+    def engine_ended(self) -> None:
+        """It is not any more."""
+        self._engine_ended = time.perf_counter()
+
+    def stepped(self, running: int) -> None:
+        """A step of so many sequences has ended."""
+        self._last_at[running] = time.perf_counter()
+
+    def observed(self) -> Figures:
+        """As `so_far`, and remembered for the time that steps take."""
+        figures = self.so_far()
+        self._steps.observe(figures)
+        return figures
+
+    def so_far(self) -> Figures:
+        """All of them, now."""
+        now = time.perf_counter()
+        measured = self.counted | {"wall_s": now - self.began}
+        measured |= {"rss": machine.rss(), "peak_rss": machine.peak_rss()}
+        if self._engine_began is not None:
+            measured["engine_s"] = (self._engine_ended or now) - self._engine_began
+        if self.workbench is not None:
+            measured |= self.workbench.measurements()
+            measured["tail_s"] = self._tail(measured)
+        if self.reader is not None:
+            duplicates, saved = self.reader.duplicates, self.reader.saved()
+            measured["tokenise_s"] = self.reader.seconds
+            measured["plan_s"] = self.reader.planner.seconds if self.reader.planner else 0.0
+            measured["duplicates"] = duplicates.rows
+            measured["duplicate_tokens"] = duplicates.tokens
+            measured["completions"] += duplicates.rows
+            measured["saved_prompt_tokens"] = saved.prompt_tokens
+            steps = measured["steps"]
+            measured["saved_steps"] = round(saved.steps * steps)
+            if saved.tail:  # as many tokens in more steps: what a step costs beside them
+                cost = self._steps.measured.costs()[0] or measured["engine_s"] / max(1, steps)
+                measured["saved_tail_s"] = saved.tail * steps * cost
+        return recorded(measured)
+
+    def remember(self, spec: JobSpec) -> None:
+        """Keep how long steps took, for `batchrun plan`."""
+        measured, planner = self._steps.measured, self.reader and self.reader.planner
+        if not measured.seconds:
+            return
+        home, measured.load_s = folders.home(), self.counted["load_s"]
+        if planner:
+            measured.share = planner.share
+        with suppress(JobError, OSError):  # the job is done, and this a hint for others
+            measured.after(Measured.load(home, spec)).save(home, spec)
+
+    def _tail(self, measured: Mapping[str, Any]) -> float:
+        """Seconds since half as many sequences ran last as ran on average, once all have ended."""
+        seconds = measured["kv_s"]
+        if not seconds or self._engine_ended is None:
+            return 0.0
+        half = measured["sequence_s"] / seconds / 2
+        full = [at for running, at in self._last_at.items() if running >= half]
+        return self._engine_ended - max(full, default=self._engine_ended)
