@@ -28,13 +28,13 @@ from batchrun.jobs.rows.formats import FORMATS
 from batchrun.jobs.rows.jsonl import JsonFormat
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS
 from batchrun.jobs.stats import summarise
-from batchrun.run.live import Progress, read_progress
+from batchrun.runner.live import Progress, read_progress
 from batchrun.specs import PIPE, make_spec, output_to
-from batchrun.submit import as_lines, kept_input, start, submitting
+from batchrun.submission import as_lines, kept_input, start, submitting
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined
-    from batchrun.run.supervisor import Started
+    from batchrun.runner.supervisor import Started
 
 Rows = pa.Table | Sequence[Mapping[str, Any]]
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Rows

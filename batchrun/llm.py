@@ -18,12 +18,12 @@ from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import Part
 from batchrun.jobs.spec import JobSpec
-from batchrun.run.chat_columns import usual_column
-from batchrun.run.engine_loop import result_of
-from batchrun.run.opening import open_runtime
-from batchrun.run.reader import QUEUED_REQUESTS, Reader, RowEngine, Workbench
+from batchrun.runner.chat_columns import usual_column
+from batchrun.runner.engine_loop import result_of
+from batchrun.runner.opening import open_runtime
+from batchrun.runner.reader import QUEUED_REQUESTS, Reader, RowEngine, Workbench
 from batchrun.specs import model_of, part_of, read_options, sampling_of
-from batchrun.submit import as_lines
+from batchrun.submission import as_lines
 
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 _log = logging.getLogger("batchrun").info

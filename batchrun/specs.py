@@ -29,14 +29,14 @@ from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import chat_templates, lacks_chat_template, no_chat_template, resolve
 from batchrun.prompts.messages import RESERVED, arguments_taken
 from batchrun.prompts.template import Template, looks_like_json
-from batchrun.run.chat_columns import (
+from batchrun.runner.chat_columns import (
     are_chats,
     argument_columns,
     check_argument_types,
     check_prompt_type,
     usual_column,
 )
-from batchrun.run.param_columns import param_columns, parameters_taken
+from batchrun.runner.param_columns import param_columns, parameters_taken
 
 OPTIONS = {
     **spec.OPTIONS,

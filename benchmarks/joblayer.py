@@ -182,7 +182,7 @@ def run(folder: Path) -> dict[str, Any]:
 def run_demo(folder: Path) -> dict[str, Any]:
     """The job of `make demo`, with clocks around the engine's steps and in the threads."""
     from batchrun.models.resolve import DEFAULT_MODEL, resolve  # noqa: PLC0415
-    from batchrun.run import opening, worker  # noqa: PLC0415 - torch
+    from batchrun.runner import opening, worker  # noqa: PLC0415 - torch
 
     prompts = Path(__file__).parents[1] / "examples" / "prompts.parquet"
     model = resolve(DEFAULT_MODEL, folder / "models")

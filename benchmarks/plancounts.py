@@ -24,8 +24,8 @@ from batchrun.engine.executor import Ticket
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
 from batchrun.estimate.savings import Savings
-from batchrun.run.planner import Planner, Waiting
-from batchrun.run.reader import HANDED_REQUESTS, QUEUED_REQUESTS
+from batchrun.runner.planner import Planner, Waiting
+from batchrun.runner.reader import HANDED_REQUESTS, QUEUED_REQUESTS
 from benchmarks.workloads import generate
 
 SEQUENCES, BUDGET = 64, 512  # at once; tokens of a step

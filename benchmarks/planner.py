@@ -35,8 +35,8 @@ from batchrun.engine.core import Request, SamplingParams
 from batchrun.estimate.savings import Savings
 from batchrun.jobs.journal.results import Result
 from batchrun.machine import description, peak_rss
-from batchrun.run.duplicates import Duplicates
-from batchrun.run.planner import Planner, Waiting
+from batchrun.runner.duplicates import Duplicates
+from batchrun.runner.planner import Planner, Waiting
 from benchmarks.workloads import generate, write
 
 PROMPT, PREFIX, PREFIXES = 200, 100, 1000  # tokens, tokens, prefixes

@@ -15,7 +15,7 @@ import pytest
 from batchrun import LLM, Job, list_jobs, run, submit
 from batchrun.jobs.errors import InputError, JobError, JobNotFound, OptionError
 from batchrun.jobs.lease import Lease
-from batchrun.run import reader
+from batchrun.runner import reader
 from tests.tiny import write_tiny_model
 
 PROMPTS = ["one", "two", "a longer one", "one"]

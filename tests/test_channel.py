@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from batchrun.run.channel import Channel, Closed
+from batchrun.runner.channel import Channel, Closed
 
 
 def test_order_and_bound() -> None:

@@ -20,7 +20,7 @@ from batchrun.cli.run import resume_command, submit_command
 from batchrun.jobs.output.joined import output_columns
 from batchrun.jobs.spec import OPTIONS
 from batchrun.report.text import render
-from batchrun.run.param_columns import OVERRIDES
+from batchrun.runner.param_columns import OVERRIDES
 from tests.parity.models import CONFIGS
 from tests.report.test_text import SUMMARY
 

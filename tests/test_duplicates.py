@@ -28,13 +28,13 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
-from batchrun.run import duplicates, planner, worker
-from batchrun.run.duplicates import Duplicates
-from batchrun.run.endings import Outcome
-from batchrun.run.live import Progress
-from batchrun.run.planner import Waiting
-from batchrun.run.reader import Reader
-from batchrun.run.worker import run_job
+from batchrun.runner import duplicates, planner, worker
+from batchrun.runner.duplicates import Duplicates
+from batchrun.runner.endings import Outcome
+from batchrun.runner.live import Progress
+from batchrun.runner.planner import Waiting
+from batchrun.runner.reader import Reader
+from batchrun.runner.worker import run_job
 
 GREEDY = SamplingParams(max_tokens=5)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import batchrun
+
 ROOT = Path(__file__).parent.parent
 TORCH = {"torch", "transformers", "accelerate", "flashinfer", "triton"}
 
@@ -20,15 +22,15 @@ MAY_IMPORT = {
     "prompts": {"models"},
     "engine": {"allocator", "models", "prompts"},
     "report": {"jobs"},
-    "run": {"allocator", "engine", "estimate", "jobs", "models", "prompts"},
-    "estimate": {"engine", "jobs", "models", "prompts", "run"},
-    "specs": {"engine", "jobs", "models", "prompts", "run"},
-    "submit": {"jobs", "run"},
-    "llm": {"engine", "jobs", "run", "specs", "submit"},
-    "api": {"jobs", "run", "specs", "submit"},
+    "runner": {"allocator", "engine", "estimate", "jobs", "models", "prompts"},
+    "estimate": {"engine", "jobs", "models", "prompts", "runner"},
+    "specs": {"engine", "jobs", "models", "prompts", "runner"},
+    "submission": {"jobs", "runner"},
+    "llm": {"engine", "jobs", "runner", "specs", "submission"},
+    "api": {"jobs", "runner", "specs", "submission"},
     "cli": {
-        *("allocator", "engine", "estimate", "jobs", "models", "prompts", "report", "run"),
-        *("specs", "submit"),
+        *("allocator", "engine", "estimate", "jobs", "models", "prompts", "report", "runner"),
+        *("specs", "submission"),
     },
 }
 
@@ -45,12 +47,12 @@ TORCH_FREE = (
     "models.resolve",
     "prompts.template",
     "specs",
-    "submit",
+    "submission",
     "api",
     "llm",
-    "run.reader",
-    "run.supervisor",
-    "run.worker",
+    "runner.reader",
+    "runner.supervisor",
+    "runner.worker",
     *(f"cli.{file.stem}" for file in sorted((ROOT / "batchrun/cli").glob("*.py"))[1:]),
 )
 
@@ -121,7 +123,7 @@ def package(module):
 def test_every_module_of_the_tree_is_read():
     assert len(MODULES) > 150
     here = {parts[1] for name in MODULES if len(parts := name.split(".")) > 2}
-    assert here | {"specs", "submit", "llm", "api"} == set(MAY_IMPORT)
+    assert here | {"specs", "submission", "llm", "api"} == set(MAY_IMPORT)
 
 
 def test_what_stands_in_no_package_imports_no_package():
@@ -148,7 +150,7 @@ def test_only_the_command_line_knows_click():
     assert knows == {"cli"}
 
 
-@pytest.mark.parametrize("name", ["jobs", "models", "prompts", "specs", "submit", "api", "cli"])
+@pytest.mark.parametrize("name", ["jobs", "models", "prompts", "specs", "submission", "api", "cli"])
 def test_what_knows_nothing_of_engines_names_none(name):
     engines = {"batchrun.allocator.tensor", "batchrun.engine.executor", "batchrun.engine.engine"}
     assert [m for m in MODULES if package(m) == name and imports(m) & engines] == []
@@ -189,22 +191,18 @@ def test_what_reads_no_rows_loads_no_arrow():
     assert shown.stdout == "set()\n"
 
 
-def test_functions_of_the_package_keep_their_names_whatever_modules_are_imported():
-    """`batchrun.run` and `batchrun.submit` are functions, and modules have these names too."""
+def test_the_functions_of_the_package_load_nothing_before_they_are_asked_for():
     code = (
         "import sys, batchrun\n"
         "assert not {'torch', 'pyarrow', 'click', 'numpy'} & set(sys.modules)\n"
-        "from batchrun.run import supervisor\n"
-        "import batchrun.submit, batchrun.run.worker\n"
-        "from batchrun import LLM, run, submit, machine\n"
-        "names = [getattr(batchrun, name) for name in batchrun.__all__]\n"
-        "assert all(map(callable, [*names, run, submit])), names\n"
+        "assert all(callable(getattr(batchrun, name)) for name in batchrun.__all__)\n"
         "assert 'torch' not in sys.modules\n"
         "try: batchrun.nothing\n"
         "except AttributeError: print('fine')\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "fine\n"
+    assert not {f"batchrun.{name}" for name in batchrun.__all__} & set(MODULES)
 
 
 def test_nothing_of_ours_is_imported_by_another_name():

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from batchrun.jobs.inflight import Making, ReaderNote
-from batchrun.run import overdue
-from batchrun.run.overdue import Onlooker, Overdue, PromptLimit, place_of
+from batchrun.runner import overdue
+from batchrun.runner.overdue import Onlooker, Overdue, PromptLimit, place_of
 
 ROOT = Path(__file__).parents[1]
 

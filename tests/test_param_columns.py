@@ -16,7 +16,12 @@ import pytest
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.source import open_source
-from batchrun.run.param_columns import OVERRIDES, BadParameterError, param_columns, read_parameter
+from batchrun.runner.param_columns import (
+    OVERRIDES,
+    BadParameterError,
+    param_columns,
+    read_parameter,
+)
 
 
 @pytest.mark.parametrize(

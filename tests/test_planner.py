@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.prefixes import BLOCK
-from batchrun.run import planner
-from batchrun.run.planner import Planner, Waiting, common_blocks, order
+from batchrun.runner import planner
+from batchrun.runner.planner import Planner, Waiting, common_blocks, order
 
 Ids = tuple[int, ...]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.estimate.savings import _OPEN, BatchModel, Saved, Savings, _Recent
-from batchrun.run.planner import Waiting
+from batchrun.runner.planner import Waiting
 from benchmarks.plancounts import count
 
 

@@ -11,7 +11,7 @@ import time
 # Without the timer that needs no lock of the interpreter: it knows of no stops.
 STOPPED = """
 import faulthandler, os, signal, threading, time
-from batchrun.run.watchdog import Watchdog
+from batchrun.runner.watchdog import Watchdog
 faulthandler.dump_traceback_later = lambda *_, **__: None
 def stalled(what, seconds):
     print(what, "has not ended in", seconds, "s", flush=True)

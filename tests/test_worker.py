@@ -29,13 +29,13 @@ from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import ModelRef, resolve
-from batchrun.run import writer
-from batchrun.run.endings import Outcome
-from batchrun.run.engine_loop import EngineLoop
-from batchrun.run.live import Progress
-from batchrun.run.reader import QUEUED_REQUESTS, Reader
-from batchrun.run.worker import run_job
-from batchrun.run.writer import JournalWriter
+from batchrun.runner import writer
+from batchrun.runner.endings import Outcome
+from batchrun.runner.engine_loop import EngineLoop
+from batchrun.runner.live import Progress
+from batchrun.runner.reader import QUEUED_REQUESTS, Reader
+from batchrun.runner.worker import run_job
+from batchrun.runner.writer import JournalWriter
 from tests.tiny import write_tiny_model
 
 ROWS = 30
@@ -532,7 +532,7 @@ def test_a_finished_job_only_exports_again(submit: Submit) -> None:
 def test_a_run_ends_before_the_disk_is_full(
     submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "_ROOM_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "_ROOM_SECONDS", 0.0)
     job = submit()
     free = iter([1 << 40] * 12)  # and then none
     monkeypatch.setattr(files, "free_bytes", lambda _: next(free, 0))
@@ -557,10 +557,10 @@ def test_a_job_that_cannot_fit_is_not_begun(
 def test_a_disk_that_will_be_full_is_told_of_early(
     submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "_COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "_ROOM_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "_COMMIT_RESULTS", 4)
-    monkeypatch.setattr(worker, "free_bytes", lambda _: 1)
+    monkeypatch.setattr(writer, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "_ROOM_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "COMMIT_RESULTS", 4)
+    monkeypatch.setattr(writer, "free_bytes", lambda _: 1)
     lines: list[str] = []
     assert run(submit(), log=lines.append) is Outcome.DONE
     assert sum("it will stop, and can be resumed" in line for line in lines) == 1

@@ -17,9 +17,9 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.stats import summarise
 from batchrun.report.text import seconds
-from batchrun.run import supervisor
-from batchrun.run.live import LogTail, read_progress
-from batchrun.submit import start
+from batchrun.runner import supervisor
+from batchrun.runner.live import LogTail, read_progress
+from batchrun.submission import start
 from batchrun.terminal import say, say_json
 
 _POLL_S = 0.1

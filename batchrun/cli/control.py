@@ -17,7 +17,7 @@ from batchrun.jobs.lease import held_by
 from batchrun.jobs.output.destination import one_at_a_time
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import fingerprint
-from batchrun.run.live import LogTail
+from batchrun.runner.live import LogTail
 from batchrun.terminal import MESSAGE, say
 
 _POLL_S = 0.1

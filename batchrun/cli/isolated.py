@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.inflight import ReaderNote, Reading
 from batchrun.jobs.rows.row import AGAIN
-from batchrun.run.overdue import Onlooker, not_made
+from batchrun.runner.overdue import Onlooker, not_made
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import click
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.formats import sniffed
 from batchrun.specs import PIPE
-from batchrun.submit import kept_input
+from batchrun.submission import kept_input
 
 
 @contextmanager

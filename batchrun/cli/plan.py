@@ -16,7 +16,7 @@ from batchrun.jobs.folder import home
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING
 from batchrun.report.text import seconds, size
-from batchrun.run.overdue import PromptLimit, prompt_seconds
+from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.specs import PIPE, make_spec
 from batchrun.terminal import MESSAGE, say, say_json
 

@@ -14,7 +14,7 @@ from batchrun.report.text import seconds
 from batchrun.terminal import MESSAGE, printable, say
 
 if TYPE_CHECKING:
-    from batchrun.run.live import Progress
+    from batchrun.runner.live import Progress
 
 LINE_EVERY_S = 5.0
 _RATE_WINDOW_S = 20.0

@@ -25,9 +25,9 @@ from batchrun.jobs.output.destination import resuming
 from batchrun.jobs.spec import JobSpec
 from batchrun.machine import importing
 from batchrun.models.resolve import fingerprint
-from batchrun.run.overdue import PromptLimit, prompt_seconds
+from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.specs import PIPE, make_spec, output_to
-from batchrun.submit import check_free, submitting
+from batchrun.submission import check_free, submitting
 from batchrun.terminal import MESSAGE, say, say_json
 from batchrun.trust import others_write
 

@@ -19,11 +19,11 @@ from batchrun.errors import StepFailed
 from batchrun.jobs.errors import Fenced, LeaseHeld
 from batchrun.jobs.folder import JobFolder, home
 from batchrun.machine import end_with_lost_threads, use_cores
-from batchrun.run import supervisor
-from batchrun.run.live import Reporter
-from batchrun.run.overdue import prompt_seconds, stall_seconds
-from batchrun.run.runs import TELL
-from batchrun.run.watchdog import Watchdog
+from batchrun.runner import supervisor
+from batchrun.runner.live import Reporter
+from batchrun.runner.overdue import prompt_seconds, stall_seconds
+from batchrun.runner.runs import TELL
+from batchrun.runner.watchdog import Watchdog
 from batchrun.terminal import MESSAGE, say
 
 STATUS = {
@@ -85,7 +85,7 @@ def run_job_command(folder: Path) -> int:
         try:
             if (note := use_cores()) is not None:
                 reporter.message(note)
-            from batchrun.run.worker import (  # noqa: PLC0415 - 18 MB that no supervisor needs
+            from batchrun.runner.worker import (  # noqa: PLC0415 - 18 MB that no supervisor needs
                 run_job,
             )
 
@@ -141,7 +141,7 @@ def _lost(job: JobFolder, reporter: Reporter, what: str) -> None:
 
 def _stalled(job: JobFolder, reporter: Reporter, what: str, seconds: float) -> None:
     """End a run that hangs; where each thread is goes into worker.log."""
-    from batchrun.run.engine_loop import ENGINE  # noqa: PLC0415
+    from batchrun.runner.engine_loop import ENGINE  # noqa: PLC0415
 
     reason = f"{what} has not ended in {seconds:.0f} s"
     reporter.message(reason)

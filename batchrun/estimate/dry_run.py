@@ -14,8 +14,8 @@ from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
-from batchrun.run.overdue import PromptLimit
-from batchrun.run.reader import Reader
+from batchrun.runner.overdue import PromptLimit
+from batchrun.runner.reader import Reader
 
 _ROWS = 20
 _BARREN = 2  # rows whose prompts take too long, before it gives up

@@ -21,9 +21,9 @@ from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
-from batchrun.run.opening import engine_settings
-from batchrun.run.overdue import PromptLimit
-from batchrun.run.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, prompt_options
+from batchrun.runner.opening import engine_settings
+from batchrun.runner.overdue import PromptLimit
+from batchrun.runner.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, prompt_options
 
 
 @dataclass(frozen=True)

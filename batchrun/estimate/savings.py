@@ -12,7 +12,7 @@ from threading import Lock
 from typing import NamedTuple
 
 from batchrun.engine.prefixes import BLOCK, blocks_of
-from batchrun.run.planner import WIDTH, Waiting
+from batchrun.runner.planner import WIDTH, Waiting
 
 # Rows that come later than those that run and yet find what they compute: of the engine's queue of
 # 256 three quarters, as counted with the real scheduler (benchmarks/plancounts.py).

@@ -3,7 +3,7 @@
     {% set s = s ~ s %}  {{ 'x' * 10**9 }}  {{ '%*d' % (10**9, 1) }}  {{ 3 | round(10**9, 'ceil') }}
 
 No text, list or number of a template is longer than any prompt could be, and neither is what it
-makes in the end. What takes long without growing is left to `batchrun.run.overdue`.
+makes in the end. What takes long without growing is left to `batchrun.runner.overdue`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from batchrun.models.resolve import ModelRef
-from batchrun.run.param_columns import OVERRIDES
+from batchrun.runner.param_columns import OVERRIDES
 from benchmarks.workloads import WORKLOADS, Row, generate
 
 ROOT = Path(__file__).parents[2]

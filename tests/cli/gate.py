@@ -8,7 +8,7 @@ from pathlib import Path
 _HOLD = """
 import os, sys, time
 if 'run-job' in sys.orig_argv:
-    from batchrun.run import worker
+    from batchrun.runner import worker
     opening, steps = worker.open_runtime, iter(range({steps}))
     def opened(*arguments):
         workbench = opening(*arguments)

@@ -18,7 +18,7 @@ from batchrun.jobs.folder import JobFolder, list_jobs
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.queue import DeviceQueue
-from batchrun.run.supervisor import device_of
+from batchrun.runner.supervisor import device_of
 from tests.cli.conftest import CommandLine
 from tests.cli.gate import Gate
 
@@ -177,7 +177,7 @@ def test_a_run_that_crashes_is_started_again(batchrun: CommandLine, gate: Gate) 
 
 HANG = """
 import os, sys, threading
-from batchrun.run.watchdog import Watchdog
+from batchrun.runner.watchdog import Watchdog
 start, dogs = Watchdog.start, []
 def remembered(self):
     dogs.append(self)
@@ -270,7 +270,9 @@ def test_an_engine_that_fails_whatever_its_rows_are_ends_the_job(batchrun: Comma
         "    return launch(self, plan)\n"
         "TorchExecutor.launch = trapped"
     )
-    done = trapped(batchrun, trap, supervisor="from batchrun.run import runs as r; r._BARREN = 3")
+    done = trapped(
+        batchrun, trap, supervisor="from batchrun.runner import runs as r; r._BARREN = 3"
+    )
     assert done.returncode == 1, done.stderr
     assert "crashed with SIGABRT 3 times in a row, and no row was answered" in done.stderr
     assert "failed: RuntimeError: no kernel" in done.stderr
@@ -279,7 +281,7 @@ def test_an_engine_that_fails_whatever_its_rows_are_ends_the_job(batchrun: Comma
 @pytest.mark.parametrize(
     ("what", "place"),
     [
-        pytest.param("reading the input", "batchrun.run.reader.islice", marks=pytest.mark.long),
+        pytest.param("reading the input", "batchrun.runner.reader.islice", marks=pytest.mark.long),
         ("writing the journal", "batchrun.jobs.journal.journal.Journal.write"),
     ],
 )

@@ -130,7 +130,7 @@ def test_what_forks_off_a_run_keeps_neither_its_lock_nor_its_turn(
     """Neither a fork nor a program that C starts; both outlive the run."""
     leave = (
         "import os, signal\n"
-        "from batchrun.run import live\n"
+        "from batchrun.runner import live\n"
         "def leave(*_):\n"
         "    os.system('sleep 600 & echo $! > pids')\n"
         "    forked = os.fork() or signal.pause()\n"

@@ -18,7 +18,7 @@ from batchrun.cli import attach, cli
 from batchrun.jobs.folder import JobFolder, list_jobs
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
-from batchrun.run import supervisor
+from batchrun.runner import supervisor
 from tests.cli.conftest import CommandLine, Shown
 from tests.cli.test_async import until
 

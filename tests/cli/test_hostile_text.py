@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 
 from batchrun.cli.progress import make_view
-from batchrun.run.live import Progress
+from batchrun.runner.live import Progress
 from tests.cli.conftest import CommandLine
 from tests.tiny import edit_config
 

@@ -11,7 +11,7 @@ import pytest
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import Lease, held_by
-from batchrun.run import supervisor
+from batchrun.runner import supervisor
 from tests.cli.conftest import CommandLine
 
 OURS = ("allocator", "jobs", "tests")
@@ -47,7 +47,7 @@ def test_what_a_job_starts_executes_nothing_of_the_folder_either(
     monkeypatch.setenv("PYTHONPATH", ":/mine:")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/cuda/lib64:")
     code = (
-        "import os, random, sys; from batchrun.run import supervisor as s; print(s.__file__)\n"
+        "import os, random, sys; from batchrun.runner import supervisor as s; print(s.__file__)\n"
         "print(os.environ['LD_LIBRARY_PATH'], *sys.path, sep='|')\n"
     )
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"

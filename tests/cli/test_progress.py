@@ -5,7 +5,7 @@ import io
 import pytest
 
 from batchrun.cli.progress import BarView, LineView, Rates, make_view
-from batchrun.run.live import Progress
+from batchrun.runner.live import Progress
 
 
 def at(rows_done, tokens, *, total=100, failed=0, resumed=0, phase="run"):

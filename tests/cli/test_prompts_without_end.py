@@ -16,8 +16,8 @@ import pytest
 
 from batchrun.jobs.folder import JobFolder, list_jobs
 from batchrun.jobs.inflight import Making
-from batchrun.run.overdue import Overrun
-from batchrun.run.runs import _blame
+from batchrun.runner.overdue import Overrun
+from batchrun.runner.runs import _blame
 from tests.cli.conftest import CommandLine
 from tests.cli.test_async import trapped, until
 
@@ -209,9 +209,9 @@ def test_a_template_that_never_ends_is_named_and_ends_the_job(
     model = hostile(batchrun.model, tmp_path, template)
     done = trapped(
         batchrun,
-        "from batchrun.run import reader as r; r.Reader.__init__.__kwdefaults__['barren'] = 3",
+        "from batchrun.runner import reader as r; r.Reader.__init__.__kwdefaults__['barren'] = 3",
         "--chat",
-        supervisor="from batchrun.run import runs as r; r._BARREN = 2",
+        supervisor="from batchrun.runner import runs as r; r._BARREN = 2",
         model=model,
         BATCHRUN_PROMPT_SECONDS="0.2",
     )

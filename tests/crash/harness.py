@@ -33,8 +33,8 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
-from batchrun.run import opening, worker, writer
-from batchrun.run.live import Progress
+from batchrun.runner import opening, worker, writer
+from batchrun.runner.live import Progress
 
 COLUMNS = ["completion", "completion_token_ids", "finish_reason", "prompt_tokens", "error"]
 

@@ -33,7 +33,7 @@ from batchrun.jobs.errors import JobError
 from batchrun.jobs.holders import holders
 from batchrun.jobs.lease import LOCK, held_by
 from batchrun.jobs.verify import verify
-from batchrun.run.live import read_progress
+from batchrun.runner.live import read_progress
 from tests.faults.liveness import cancel_all, check_goes_on
 from tests.faults.smalljob import (
     BUG,

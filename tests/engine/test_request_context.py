@@ -12,8 +12,8 @@ from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.prefixes import BLOCK, blocks_of
 from batchrun.estimate.savings import Savings
 from batchrun.jobs.journal.results import CopiedResult, Result
-from batchrun.run.duplicates import Duplicates
-from batchrun.run.planner import Planner, Waiting, common_blocks
+from batchrun.runner.duplicates import Duplicates
+from batchrun.runner.planner import Planner, Waiting, common_blocks
 from tests.engine.test_scheduler import Rig
 
 PROMPT = tuple(range(3, 3 + 2 * BLOCK + 5))

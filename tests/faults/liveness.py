@@ -20,8 +20,8 @@ from batchrun.jobs.cancel import cancel
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
-from batchrun.run import worker
-from batchrun.run.endings import Outcome
+from batchrun.runner import worker
+from batchrun.runner.endings import Outcome
 from tests.faults.smalljob import DONE, Ledger, NullEngine, NullWorkbench, SmallJob, forked
 
 ROWS = 2

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchrun.jobs import folder
-from batchrun.run.endings import Outcome
+from batchrun.runner.endings import Outcome
 from tests.faults import shim
 from tests.faults.liveness import check_goes_on
 from tests.faults.shim import Fault, Kind

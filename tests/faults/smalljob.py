@@ -33,8 +33,8 @@ from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpe
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 from batchrun.prompts.messages import PromptError
-from batchrun.run import worker, writer
-from batchrun.run.endings import Outcome
+from batchrun.runner import worker, writer
+from batchrun.runner.endings import Outcome
 
 MAX_TOKENS = 6
 DONE, ENDED_WITH_ERROR, BUG, INTERRUPTED, REFUSED = 0, 3, 4, 5, 6  # exit codes of a worker

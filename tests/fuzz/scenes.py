@@ -26,9 +26,9 @@ from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import STATS, summarise
 from batchrun.jobs.verify import verify
-from batchrun.run import engine_loop, worker, writer
-from batchrun.run.endings import Outcome
-from batchrun.run.live import LogTail, Progress, Reporter, read_progress
+from batchrun.runner import engine_loop, worker, writer
+from batchrun.runner.endings import Outcome
+from batchrun.runner.live import LogTail, Progress, Reporter, read_progress
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, length, token
 from tests.fuzz.trial import Wrong
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import held_by
-from batchrun.run.live import read_progress
+from batchrun.runner.live import read_progress
 from tests.soak.batchrun import BOUND_S, Batchrun, Problem
 from tests.soak.flat import Watched, left_behind, processes
 from tests.soak.strikes import STRIKES, Strike, children, mount

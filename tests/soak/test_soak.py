@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from batchrun.jobs import folder
-from batchrun.run import worker
-from batchrun.run.endings import Outcome
+from batchrun.runner import worker
+from batchrun.runner.endings import Outcome
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, SmallJob
 from tests.soak.flat import Sample, Watched, left_behind, processes, sample
 from tests.soak.works import alike, write

@@ -10,7 +10,7 @@ from batchrun import machine
 from batchrun.estimate.measured import Measured
 from batchrun.jobs import folder as folders
 from batchrun.jobs.spec import JobSpec
-from batchrun.run.reader import Workbench, prompt_options
+from batchrun.runner.reader import Workbench, prompt_options
 
 if TYPE_CHECKING:
     from batchrun.engine.settings import Settings

@@ -20,18 +20,18 @@ from batchrun.jobs.rows.row import Row, Source
 from batchrun.jobs.spec import JobSpec
 from batchrun.prompts.messages import PromptError
 from batchrun.prompts.template import Template
-from batchrun.run.channel import Sender
-from batchrun.run.chat_columns import argument_columns
-from batchrun.run.duplicates import Duplicates
-from batchrun.run.overdue import BARREN, Overdue, PromptLimit, never_made, place_of, too_long
-from batchrun.run.param_columns import (
+from batchrun.runner.channel import Sender
+from batchrun.runner.chat_columns import argument_columns
+from batchrun.runner.duplicates import Duplicates
+from batchrun.runner.overdue import BARREN, Overdue, PromptLimit, never_made, place_of, too_long
+from batchrun.runner.param_columns import (
     OVERRIDES,
     BadParameterError,
     parameters_taken,
     read_parameter,
 )
-from batchrun.run.planner import Planner, Waiting
-from batchrun.run.watchdog import Watchdog
+from batchrun.runner.planner import Planner, Waiting
+from batchrun.runner.watchdog import Watchdog
 
 if TYPE_CHECKING:  # they import torch, which is not loaded before there is something to compute
     from batchrun.engine.model.generation import Generation

@@ -18,8 +18,8 @@ from batchrun.cgroups import oom_kills
 from batchrun.jobs.folder import WORKER_LOG, JobFolder
 from batchrun.jobs.inflight import InFlightRows, Making, ReaderNote, Reading
 from batchrun.jobs.snapshot import WAITING, JobSnapshot
-from batchrun.run.live import Reporter
-from batchrun.run.overdue import BARREN, Onlooker, Overrun, never_made, place_in
+from batchrun.runner.live import Reporter
+from batchrun.runner.overdue import BARREN, Onlooker, Overrun, never_made, place_in
 
 TELL = signal.SIGUSR2  # asks a run to print where its threads are
 _TELL_S = 1.0  # that it has for it

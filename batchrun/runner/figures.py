@@ -13,7 +13,7 @@ from batchrun.jobs import folder as folders
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.metrics import Figures, recorded
 from batchrun.jobs.spec import JobSpec
-from batchrun.run.reader import Reader, Workbench
+from batchrun.runner.reader import Reader, Workbench
 
 
 class RunFigures:

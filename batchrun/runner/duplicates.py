@@ -16,7 +16,7 @@ from threading import Lock
 
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.jobs.journal.results import CopiedResult, Result
-from batchrun.run.planner import Waiting
+from batchrun.runner.planner import Waiting
 
 _SETS = 1 << 16  # of the table
 _WAYS = 4  # entries of a set; a full one replaces them in turn

@@ -29,8 +29,8 @@ from batchrun.jobs.files import open_private
 from batchrun.jobs.folder import WORKER_LOG, JobFolder, last_words
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
-from batchrun.run.live import Reporter
-from batchrun.run.runs import Runs
+from batchrun.runner.live import Reporter
+from batchrun.runner.runs import Runs
 
 _INHERITED = "BATCHRUN_INHERITED"  # in the environment of a child: handles that it has from us
 _POLL_S = 0.2

@@ -17,8 +17,8 @@ from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import check_apart, one_at_a_time
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
-from batchrun.run import supervisor
-from batchrun.run.live import forget_progress
+from batchrun.runner import supervisor
+from batchrun.runner.live import forget_progress
 
 
 @contextmanager

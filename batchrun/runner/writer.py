@@ -19,9 +19,9 @@ from batchrun.jobs.journal.results import (
     RowDigests,
 )
 from batchrun.jobs.spec import JobSpec
-from batchrun.run.channel import Closed, Receiver
-from batchrun.run.figures import RunFigures
-from batchrun.run.watchdog import Watchdog
+from batchrun.runner.channel import Closed, Receiver
+from batchrun.runner.figures import RunFigures
+from batchrun.runner.watchdog import Watchdog
 
 COMMIT_RESULTS = 1024  # results in one transaction at most
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it

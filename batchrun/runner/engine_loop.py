@@ -12,11 +12,11 @@ from batchrun.errors import MachineError, StepFailed, said_by
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.results import Partial, Result
-from batchrun.run.channel import Closed, Receiver, Sender
-from batchrun.run.figures import RunFigures
-from batchrun.run.reader import QUEUED_REQUESTS, Reader, RowEngine
-from batchrun.run.watchdog import Watchdog
-from batchrun.run.writer import Item
+from batchrun.runner.channel import Closed, Receiver, Sender
+from batchrun.runner.figures import RunFigures
+from batchrun.runner.reader import QUEUED_REQUESTS, Reader, RowEngine
+from batchrun.runner.watchdog import Watchdog
+from batchrun.runner.writer import Item
 
 _CHECKPOINT_SECONDS = 5.0  # between two notes of what unfinished rows have so far
 ENGINE = "a step of the engine"

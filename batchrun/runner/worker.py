@@ -36,16 +36,16 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import write_summary
 from batchrun.models.resolve import fingerprint
-from batchrun.run.channel import Channel, Closed
-from batchrun.run.endings import Outcome, note_end, write_output
-from batchrun.run.engine_loop import EngineLoop
-from batchrun.run.figures import RunFigures
-from batchrun.run.live import Progress
-from batchrun.run.opening import open_runtime
-from batchrun.run.overdue import PromptLimit
-from batchrun.run.reader import HANDED_REQUESTS, Reader, RowEngine, Workbench
-from batchrun.run.watchdog import Watchdog
-from batchrun.run.writer import COMMIT_RESULTS, Item, JournalWriter
+from batchrun.runner.channel import Channel, Closed
+from batchrun.runner.endings import Outcome, note_end, write_output
+from batchrun.runner.engine_loop import EngineLoop
+from batchrun.runner.figures import RunFigures
+from batchrun.runner.live import Progress
+from batchrun.runner.opening import open_runtime
+from batchrun.runner.overdue import PromptLimit
+from batchrun.runner.reader import HANDED_REQUESTS, Reader, RowEngine, Workbench
+from batchrun.runner.watchdog import Watchdog
+from batchrun.runner.writer import COMMIT_RESULTS, Item, JournalWriter
 
 _DRAINED_SECONDS = 0.05  # between two looks whether the engine has nothing any more
 _PATIENCE = 6  # times as long as a step may take, for loading a model or writing the output
