@@ -284,11 +284,12 @@ class _Off(torch.nn.Linear):
 
 
 def test_a_linear_layer_with_one_wrong_number_is_refused() -> None:
+    torch.manual_seed(0)
     linear = torch.nn.Linear(64, 96).bfloat16()
     off = _Off(64, 96).bfloat16()
     off.load_state_dict(linear.state_dict())
     check_linear(linear, copy.deepcopy(linear))
-    with pytest.raises(ValueError, match=r"off by 0\.05 of its largest result"):
+    with pytest.raises(ValueError, match=r"off by 0\.0(49|5\d*) of its largest"):
         check_linear(linear, off)
     off.share = float("nan")
     with pytest.raises(ValueError, match="off by inf"):
