@@ -104,7 +104,10 @@ def make_spec(
     prompt = _prompt(options, fields, source, log)
     own = [*_param_columns(options, source, sampling, log), *_argument_columns(prompt, source, log)]
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
-    check_columns(source.column_names, output.token_ids, n, keep, output.prefix)
+    logprobs = options["logprobs"] is not None
+    check_columns(
+        *(source.column_names, output.token_ids, n, keep, output.prefix), logprobs=logprobs
+    )
     if not output.stdout:
         check_place(home, Path(output.path), [part.path for part in parts])
         OUTPUTS.check(Path(output.path), overwrite=output.overwrite)

@@ -31,6 +31,7 @@ from batchrun.jobs.kinds import (
 
 MOST_SEQUENCES = 1 << 20  # what is kept of each, even unused, would fill a machine's memory
 _COUNT = Integer(1)
+_TOP = Integer(0)
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,9 @@ class SamplingSpec:
     )
     ignore_eos: bool = option(
         "Never choose the model's end tokens.", default=False, row=RowRule("true or false")
+    )
+    logprobs: int | None = option(
+        "Add the log-probability of each token, and of the N likeliest in its place.", _TOP
     )
     num_beams: int | None = option(
         "Search the likeliest answer among N at once, instead of sampling (beam search).", _COUNT

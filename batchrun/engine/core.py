@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from batchrun.allocator.sharing import MemoryCopy
 
 Candidates = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
+TokenLogprobs = tuple[float, Candidates]  # of a token, and of the likeliest in its place
 
 
 class EngineError(Exception):
@@ -46,7 +47,9 @@ class SamplingParams:
         stop: Texts that end the completion; they are not part of it.
         stop_token_ids: Tokens that end it, beside the model's own end tokens.
         ignore_eos: The model's own end tokens never come, but for those in `stop_token_ids`.
-        logprobs: The log-probabilities of its tokens are summed up.
+        scored: The log-probabilities of its tokens are summed up.
+        logprobs: The log-probability of each token is kept, and those of so many of the likeliest
+            in its place; None for neither.
         num_beams: The likeliest answer is searched among so many at once, instead of sampling.
         length_penalty: An answer's log-probability is divided by its length to the power of it.
         early_stopping: Search ends when there are `num_beams` answers; if not, when none to come
@@ -72,7 +75,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: bool = False
+    scored: bool = False
+    logprobs: int | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -91,6 +95,8 @@ class SamplingParams:
             ("presence_penalty", abs(self.presence_penalty) < 1e6, finite),
             ("frequency_penalty", abs(self.frequency_penalty) < 1e6, finite),
             ("min_tokens", self.min_tokens <= self.max_tokens, "max_tokens at most"),
+            ("logprobs", (self.logprobs or 0) >= 0, "0 or more"),
+            ("logprobs", self.logprobs is None or not self.beams, "left out with beam search"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("length_penalty", abs(self.length_penalty) < 100, finite),
             ("early_stopping", self.early_stopping in (True, False, "never"), "a flag, or never"),
@@ -125,8 +131,9 @@ class Request:
 
     Its random stream derives from (seed, row, sample, position) and from nothing else.
     `generated_ids` are tokens of it that an earlier run computed, `generated_logprob` the sum of
-    their log-probabilities: it goes on behind them. Only where `context` is the same do two
-    requests share memory, answers or draft tokens: it names what else the numbers depend on.
+    their log-probabilities, `generated_logprobs` each of them: it goes on behind them. Only where
+    `context` is the same do two requests share memory, answers or draft tokens: it names what else
+    the numbers depend on.
     """
 
     row: int
@@ -136,6 +143,7 @@ class Request:
     seed: int
     generated_ids: tuple[int, ...] = ()
     generated_logprob: float = 0.0
+    generated_logprobs: tuple[TokenLogprobs, ...] = ()
     context: tuple[str, ...] = ()
 
     @property
@@ -169,6 +177,7 @@ class Completion:
         error_kind: The kind of the failure; None if it is none.
         error: What was wrong; None likewise.
         logprob: Sum of the output's log-probabilities, where the parameters ask for it.
+        logprobs: Of each token of it, likewise.
         arrived, admitted, first_token, finished: When it was queued, first computed, had a token,
             and ended, in `time.perf_counter` seconds; None where it did not come to that.
     """
@@ -180,6 +189,7 @@ class Completion:
     error_kind: str | None = None
     error: str | None = None
     logprob: float = 0.0
+    logprobs: tuple[TokenLogprobs, ...] = ()
     arrived: float = 0.0
     admitted: float | None = None
     first_token: float | None = None
@@ -210,6 +220,7 @@ class Sequence:
     request: Request
     output_ids: list[int] = field(default_factory=list)
     logprob: float = 0.0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_pending: int = 0
     slot: int | None = None
@@ -280,6 +291,7 @@ class Sequence:
             self.error_kind,
             self.error,
             self.logprob,
+            tuple(self.logprobs),
             self.arrived,
             self.admitted,
             self.first_token,
@@ -401,10 +413,12 @@ class StepOutput:
     `logprobs` are their log-probabilities under the model's own distribution, before penalties,
     temperature and filters; none where no segment's parameters ask for them. Where
     any sequence is in a beam group there are as many `candidates`: of one that is, its token means
-    nothing; others have none.
+    nothing; others have none. `likeliest` are as many tokens in the place of each as any parameters
+    ask for, by that distribution, the likeliest first; none where none do.
     """
 
     step: int
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
     candidates: tuple[Candidates, ...] = ()
+    likeliest: tuple[Candidates, ...] = ()

@@ -83,8 +83,9 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request."""
-        begun, logprob = list(request.generated_ids), request.generated_logprob
-        self._queue(Sequence(request, begun, logprob, arrived=time.perf_counter()))
+        begun, logprobs = list(request.generated_ids), list(request.generated_logprobs)
+        now = time.perf_counter()
+        self._queue(Sequence(request, begun, request.generated_logprob, logprobs, arrived=now))
 
     def _queue(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -101,7 +102,12 @@ class Engine:
         """
         unfinished = (*self.scheduler.running, *self.scheduler.waiting)
         return [
-            replace(s.request, generated_ids=tuple(s.output_ids), generated_logprob=s.logprob)
+            replace(
+                s.request,
+                generated_ids=tuple(s.output_ids),
+                generated_logprob=s.logprob,
+                generated_logprobs=tuple(s.logprobs),
+            )
             for s in unfinished
             if s.output_ids and s.group is None
         ]
@@ -157,7 +163,8 @@ class Engine:
         done: list[Sequence] = []
         beams: list[tuple[Sequence, Candidates]] = []
         logprobs = tokens.logprobs or (0.0,) * len(tokens.token_ids)
-        produced = list(zip(tokens.token_ids, logprobs, strict=True))
+        likeliest = tokens.likeliest or ((),) * len(tokens.token_ids)
+        produced = list(zip(tokens.token_ids, logprobs, likeliest, strict=True))
         end = 0
         for segment, sequence in zip(plan.segments, owners, strict=True):
             if not segment.sampled:
@@ -198,6 +205,7 @@ class Engine:
                 failed.request,
                 ids,
                 failed.logprob,
+                failed.logprobs,
                 arrived=failed.arrived,
                 admitted=failed.admitted,
                 first_token=failed.first_token,
@@ -206,19 +214,24 @@ class Engine:
         )
         return True
 
-    def _append(self, sequence: Sequence, drafts: Seq[int], found: list[tuple[int, float]]) -> bool:
+    def _append(
+        self, sequence: Sequence, drafts: Seq[int], found: list[tuple[int, float, Candidates]]
+    ) -> bool:
         """Take in tokens and their log-probabilities, up to the first after a wrong draft token.
 
         Returns:
             Whether the sequence has ended.
         """
         stats, right, reason = self.stats, 0, None
-        for token, logprob in found:
+        asked = sequence.request.params.logprobs
+        for token, logprob, likeliest in found:
             if token < 0:
                 _not_finite(sequence)
                 return True
             sequence.output_ids.append(token)
             sequence.logprob += logprob
+            if asked is not None:
+                sequence.logprobs.append((logprob, likeliest[:asked]))
             try:
                 reason = self._ending(sequence, token)
             except PROCESS_ENDS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,8 +163,7 @@ class TorchExecutor:
                 if ticket.slots is not None:  # a row without a token has ended, whatever follows
                     self._last.index_copy_(0, ticket.slots, chosen[0].clamp_min(0))
                 self.sampler.accept(chosen[0], rows)
-            if chosen[2:]:
-                ticket.beams = [i for i, row in enumerate(rows) if row.params.beams]
+            ticket.beams = [i for i, row in enumerate(rows) if row.params.beams]
             ticket.tokens = self.transfers.download(*chosen)
 
     def _chosen(self, ticket: Ticket, rows: Seq[Row]) -> tuple[torch.Tensor, ...]:
@@ -185,11 +184,14 @@ class TorchExecutor:
         with device_errors():
             token_ids, *others = ticket.tokens.get() or [[]]
         self._collected = ticket.step
-        logprobs = tuple(others[0]) if others else ()
+        logprobs, *pairs = others or [[]]
         candidates: list[Candidates] = [()] * len(token_ids) if ticket.beams else []
-        for row, found in zip(ticket.beams, others[1] if ticket.beams else (), strict=True):
-            candidates[row] = tuple((int(token), logprob) for token, logprob in found)
-        return StepOutput(ticket.step, tuple(token_ids), logprobs, tuple(candidates))
+        for row, found in zip(ticket.beams, pairs.pop(0) if ticket.beams else (), strict=True):
+            candidates[row] = _candidates(found)
+        likeliest = map(_candidates, pairs[0]) if pairs else ()
+        return StepOutput(
+            *(ticket.step, tuple(token_ids), tuple(logprobs)), tuple(candidates), tuple(likeliest)
+        )
 
     def busy(self) -> bool:
         """See `Executor.busy`."""
@@ -385,3 +387,8 @@ def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:
         if segment.sampled:
             last += range(end - 1 - segment.num_drafts, end)
     return np.array(last, np.int64)
+
+
+def _candidates(pairs: Iterable[tuple[float, float]]) -> Candidates:
+    """Of the float64 in which tokens and their log-probabilities come from the device."""
+    return tuple((int(token), logprob) for token, logprob in pairs)

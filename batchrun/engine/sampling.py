@@ -107,14 +107,15 @@ class Sampler:
         Returns:
             `[N]` int64 token ids on the device of `logits`, -1 where no logit is finite, or one is
             NaN or infinite; and, where any row asks for them,
-            `[N]` float32, the tokens' log-probabilities under `logits` as they came. Where M
-            rows are of beams, both, and `[M, K, 2]` float64: the ids and log-probabilities of K
-            candidates each.
+            `[N]` float32, the tokens' log-probabilities under `logits` as they came. Then, where M
+            rows are of beams, `[M, K, 2]` float64: the ids and log-probabilities of K candidates
+            each; and where any row asks for the L likeliest, `[N, L, 2]` float64: theirs.
         """
         params = [row.params for row in rows]
         drawn = [i for i, p in enumerate(params) if p.temperature]
         beams = [i for i, p in enumerate(params) if p.num_beams > 1]
-        scored = bool(beams) or any(p.logprobs for p in params)
+        likeliest = max(0 if p.logprobs is None else p.logprobs for p in params)
+        scored = bool(beams) or any(p.scored or p.logprobs is not None for p in params)
         own = logits.to(torch.float32, copy=True) if scored and self._active else logits
         if beams or (not _on_cpu(logits) and (drawn or scored)):
             logits = logits.float()
@@ -137,6 +138,8 @@ class Sampler:
             chosen += (own.gather(1, tokens.clamp_min(0)[:, None])[:, 0] - norm,)
         if beams:
             chosen += (self._candidates(logits[at], [rows[i] for i in beams]),)
+        if likeliest:
+            chosen += (_likeliest(own, norm, likeliest),)
         return chosen
 
     def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
@@ -201,6 +204,12 @@ class Sampler:
         # Strictly below the end, so that rounding can never choose a token of probability zero.
         target = torch.minimum(columns[4] * total, torch.nextafter(total, torch.zeros_like(total)))
         return _if_finite(highest, torch.searchsorted(cdf, target, right=True)[:, 0])
+
+
+def _likeliest(logits: torch.Tensor, norm: torch.Tensor, most: int) -> torch.Tensor:
+    """The likeliest tokens of `[N, V]`, and their log-probabilities: `[N, most, 2]` float64."""
+    values, ids = logits.topk(min(most, logits.shape[1]))
+    return torch.stack((ids.double(), (values.float() - norm[:, None]).double()), dim=-1)
 
 
 def _over(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

@@ -140,7 +140,8 @@ class EngineLoop:
         return [
             Partial(
                 *(r.row, r.sample, r.generated_ids),
-                r.generated_logprob if r.params.logprobs else None,
+                r.generated_logprob if r.params.scored else None,
+                r.generated_logprobs if r.params.logprobs is not None else None,
             )
             for r in self._engine.partials()
         ]
@@ -168,5 +169,6 @@ def result_of(done: Completion) -> Result:
         queue_s=between(done.arrived, done.admitted),
         prefill_s=between(done.admitted, done.first_token),
         decode_s=between(done.first_token, done.finished),
-        logprob=done.logprob if ok and request.params.logprobs else None,
+        logprob=done.logprob if ok and request.params.scored else None,
+        logprobs=done.logprobs if ok and request.params.logprobs is not None else None,
     )

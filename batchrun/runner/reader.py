@@ -181,7 +181,7 @@ class Reader:
         self._generation = workbench.generation
         self._at = self._limit.note
         # Best-of ranks by log-probabilities.
-        self._given = {**spec.sampling.given, "logprobs": spec.keep is not None}
+        self._given = {**spec.sampling.given, "scored": spec.keep is not None}
         if self._generation.stop and (spec.sampling.num_beams or 1) > 1:
             raise InputError(
                 "the model's generation config has stop strings "
@@ -331,7 +331,10 @@ class Reader:
         none = Partial(row.index, 0, ())
         begun = [self._begun.get((row.index, s), none) for s in samples]
         return [
-            Request(row.index, s, ids, params, seed, b.token_ids, b.logprob or 0.0)
+            Request(
+                *(row.index, s, ids, params, seed),
+                *(b.token_ids, b.logprob or 0.0, b.logprobs or ()),
+            )
             for s, b in zip(samples, begun, strict=True)
         ]
 

@@ -19,7 +19,7 @@ from typing import Any
 from batchrun.jobs.errors import Fenced, JournalError
 from batchrun.jobs.files import fsync_directory, remove
 from batchrun.jobs.journal.readings import CONDEMNED, Readings
-from batchrun.jobs.journal.results import CopiedResult, Partial, Result
+from batchrun.jobs.journal.results import CopiedResult, Partial, Result, packed
 from batchrun.jobs.journal.samples import Sampler
 from batchrun.jobs.journal.schema import (
     NAME,
@@ -38,7 +38,7 @@ STATE = "state.json"  # what `list` remembers of a journal, as long as nobody wr
 _CHECKPOINT_BYTES = 4 << 20  # of results, until they move from the log into the database
 _ROW_BYTES = 160  # of a result besides its text and tokens
 _DIGEST_BYTES = 16
-_INSERT = f"INSERT INTO results VALUES ({', '.join('?' * 15)})"
+_INSERT = f"INSERT INTO results VALUES ({', '.join('?' * (len(TABLES['results']) + 1))})"
 _COPIED = ", ".join(
     {"id": "?1", "run": "?3", "queue_s": "NULL", "prefill_s": "NULL", "decode_s": "NULL"}.get(c, c)
     for c in TABLES["results"]
@@ -49,7 +49,7 @@ _COPY = (
 )
 _TOKEN_BYTES = 9  # of a copied result, text and number
 _PARTIAL = (
-    "INSERT OR REPLACE INTO partials SELECT ?1, ?2, ?3, ?4 "
+    "INSERT OR REPLACE INTO partials SELECT ?1, ?2, ?3, ?4, ?5 "
     "WHERE NOT EXISTS (SELECT 1 FROM results WHERE id = ?1)"
 )
 # Deleting the last run would let its number be given again.
@@ -150,7 +150,14 @@ class Journal(Readings):
             if isinstance(c, CopiedResult)
         ]
         kept = [
-            with_checksum((self._number(p), array("i", p.token_ids).tobytes(), _real(p.logprob)))
+            with_checksum(
+                (
+                    self._number(p),
+                    array("i", p.token_ids).tobytes(),
+                    _real(p.logprob),
+                    packed(p.logprobs),
+                )
+            )
             for p in partials
         ]
         seen = [with_checksum(digest) for digest in digests]
@@ -169,8 +176,10 @@ class Journal(Readings):
                 self._db.execute(_SEAL_RUN, (run,))
                 self._logged += self._sampler.add(self._db, run, stats)
         self._logged += _DIGEST_BYTES * len(digests)
-        self._logged += sum(_ROW_BYTES + len(row[2] or "") + len(row[3]) for row in rows)
-        self._logged += sum(_ROW_BYTES + len(tokens) for _, tokens, *_ in kept)
+        self._logged += sum(
+            _ROW_BYTES + len(row[2] or "") + len(row[3]) + len(row[-2] or b"") for row in rows
+        )
+        self._logged += sum(_ROW_BYTES + len(r[1]) + len(r[3] or b"") for r in kept)
         self._logged += sum(
             _ROW_BYTES + _TOKEN_BYTES * c.tokens for c in results if isinstance(c, CopiedResult)
         )
@@ -296,6 +305,7 @@ class Journal(Readings):
             None if decode_s is None else float(decode_s),
             self._run,
             _real(result.logprob),
+            packed(result.logprobs),
         )
         return with_checksum(values)
 

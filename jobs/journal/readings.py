@@ -14,7 +14,7 @@ from typing import Any
 
 from batchrun.jobs.checksums import checksum
 from batchrun.jobs.errors import JournalError
-from batchrun.jobs.journal.results import Counts, DoneSet, Partial, Result
+from batchrun.jobs.journal.results import Counts, DoneSet, Partial, Result, unpacked
 from batchrun.jobs.journal.schema import BEYOND_REPAIR, TABLES
 
 _SELECTS = {t: f"SELECT {', '.join(columns)}, crc FROM {t}" for t, columns in TABLES.items()}
@@ -83,8 +83,8 @@ class Readings:
     def partials(self) -> dict[tuple[int, int], Partial]:
         """Tokens so far of samples that have no result, by (row, sample); none that are damaged."""
         partials = (
-            Partial(number // self.n, number % self.n, _tokens(ids), logprob)
-            for number, ids, logprob in self._sound("partials")
+            Partial(number // self.n, number % self.n, _tokens(ids), logprob, unpacked(logprobs))
+            for number, ids, logprob, logprobs in self._sound("partials")
         )
         return {(p.row, p.sample): p for p in partials}
 
@@ -160,8 +160,8 @@ class Readings:
                     if skip_damaged:
                         continue
                     raise self._damaged(self.damage())
-                number, status, text, ids, *rest, _, logprob, _ = record
-                rest.append(logprob)
+                number, status, text, ids, *rest, _, logprob, logprobs, _ = record
+                rest += logprob, unpacked(logprobs)
                 row, sample = divmod(number, self.n)
                 yield Result(row, sample, status, text, _tokens(ids), *rest)
 

@@ -4,7 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from itertools import chain
+from struct import Struct
 from typing import NamedTuple, cast
+
+_MOST = Struct("<i")
+
+
+TokenLogprobs = tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
+"""Of each token its log-probability, and the likeliest tokens in its place with theirs."""
+
+
+def packed(logprobs: TokenLogprobs | None) -> bytes | None:
+    """As they are stored: how many likeliest there are, then little-endian float32 and int32."""
+    if logprobs is None:
+        return None
+    most = len(logprobs[0][1]) if logprobs else 0
+    record = Struct(f"<f{most * 'if'}")
+    flat = (record.pack(own, *chain.from_iterable(likeliest)) for own, likeliest in logprobs)
+    return b"".join((_MOST.pack(most), *flat))
+
+
+def unpacked(data: bytes | None) -> TokenLogprobs | None:
+    """What `packed` made."""
+    if data is None:
+        return None
+    (most,) = _MOST.unpack_from(data)
+    records = Struct(f"<f{most * 'if'}").iter_unpack(data[_MOST.size :])
+    return tuple((own, tuple(zip(pairs[::2], pairs[1::2], strict=True))) for own, *pairs in records)
 
 
 class Result(NamedTuple):
@@ -12,7 +39,8 @@ class Result(NamedTuple):
 
     `status` is `ok`, `error`, or `skipped` where the user asked to leave such rows out: no
     completion and no error, counted apart, and not among those that are tried again.
-    `logprob` is the sum of its tokens' log-probabilities, None where no one asked for it.
+    `logprob` is the sum of its tokens' log-probabilities, None where no one asked for it;
+    `logprobs` likewise has each of them, with those of the likeliest tokens in its place.
     """
 
     row: int
@@ -29,6 +57,7 @@ class Result(NamedTuple):
     prefill_s: float | None = None
     decode_s: float | None = None
     logprob: float | None = None
+    logprobs: TokenLogprobs | None = None
 
     @property
     def mean_logprob(self) -> float | None:
@@ -59,12 +88,13 @@ class RowDigests(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """The tokens that a sample without a result has so far; `logprob` as of a result."""
+    """The tokens that a sample without a result has so far; log-probabilities as of a result."""
 
     row: int
     sample: int
     token_ids: tuple[int, ...]
     logprob: float | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

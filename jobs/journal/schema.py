@@ -27,9 +27,9 @@ TABLES = {
     "results": (
         *("id", "status", "text", "token_ids", "finish_reason", "prompt_tokens"),
         *("completion_tokens", "error", "error_kind", "queue_s", "prefill_s", "decode_s"),
-        *("run", "logprob"),
+        *("run", "logprob", "logprobs"),
     ),
-    "partials": ("id", "token_ids", "logprob"),
+    "partials": ("id", "token_ids", "logprob", "logprobs"),
     "crashes": ("row", "run"),
     "rows": ("row", "digest"),
     "runs": ("id", "started_at", "ended_at", "state", "stats", "reason"),
@@ -52,6 +52,7 @@ CREATE TABLE results (
     queue_s REAL, prefill_s REAL, decode_s REAL,
     run INTEGER NOT NULL,
     logprob REAL,                         -- sum over its tokens; null where no one asked for it
+    logprobs BLOB,                        -- each of them: `results.packed`; null likewise
     crc INTEGER
 );
 CREATE TABLE runs (                       -- one a worker's life; the id is its fencing token
@@ -68,6 +69,7 @@ CREATE TABLE partials (                   -- tokens of samples that have no resu
     id INTEGER PRIMARY KEY,               -- row * n + sample
     token_ids BLOB NOT NULL,              -- little-endian int32
     logprob REAL,
+    logprobs BLOB,
     crc INTEGER
 );
 CREATE TABLE crashes (                    -- rows that were in the engine as a run's process died

@@ -24,13 +24,15 @@ def check_columns(
     n: int,
     keep: int | None = None,
     prefix: str = "",
+    *,
+    logprobs: bool = False,
 ) -> None:
     """Refuse an input that has a column which the output adds.
 
     Raises:
         OutputError: It has; the message names it.
     """
-    added = output_columns(token_ids, n, keep, prefix)
+    added = output_columns(token_ids, n, keep, prefix, logprobs=logprobs)
     clash = [name for name in added if name in column_names]
     if clash:
         names = ", ".join(f"'{name}'" for name in clash)

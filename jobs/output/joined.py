@@ -25,6 +25,8 @@ Value = Callable[[Result], Any]
 Added = Mapping[str, tuple[pa.DataType, Value]]
 Digests = Callable[[int, int], Mapping[int, int]]  # of so many rows from one on, by row
 
+_PAIR = ("token_id", "logprob")
+_TOKEN = pa.struct([(_PAIR[0], pa.int32()), (_PAIR[1], pa.float32())])
 _ADDED: Added = {
     "completion": (pa.string(), lambda result: _text(result.text)),
     "finish_reason": (pa.string(), lambda result: result.finish_reason),
@@ -35,12 +37,28 @@ _ADDED: Added = {
         pa.list_(pa.field("element", pa.int32())),
         lambda result: result.token_ids,
     ),
+    "logprobs": (
+        pa.list_(pa.field("element", pa.float32())),
+        lambda result: result.logprobs and [own for own, _ in result.logprobs],
+    ),
+    "top_logprobs": (
+        pa.list_(pa.field("element", pa.list_(pa.field("element", _TOKEN)))),
+        lambda result: (
+            result.logprobs
+            and [
+                [dict(zip(_PAIR, pair, strict=True)) for pair in each]
+                for _, each in result.logprobs
+            ]
+        ),
+    ),
     "mean_logprob": (pa.float64(), lambda result: result.mean_logprob),
     "sample": (pa.int64(), lambda result: result.sample),
 }
 
 
-def output_columns(token_ids: bool, n: int, keep: int | None = None, prefix: str = "") -> Added:
+def output_columns(
+    token_ids: bool, n: int, keep: int | None = None, prefix: str = "", *, logprobs: bool = False
+) -> Added:
     """Columns that the export adds after the input's, in order, with their types and values.
 
     Args:
@@ -48,9 +66,12 @@ def output_columns(token_ids: bool, n: int, keep: int | None = None, prefix: str
         n: Samples a row.
         keep: How many of them the output has, the best; None for all.
         prefix: Put before each name.
+        logprobs: Whether to add `logprobs` and `top_logprobs`.
     """
     optional = {
         "completion_token_ids": token_ids,
+        "logprobs": logprobs,
+        "top_logprobs": logprobs,
         "mean_logprob": keep is not None,
         "sample": (keep or n) > 1,
     }

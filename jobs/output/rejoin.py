@@ -195,7 +195,10 @@ def _joined(
     return Joined(
         source,
         ResultReader(journal.results(skip_damaged=partial), spec.n, partial, spec.keep, total),
-        output_columns(output.token_ids, spec.n, spec.keep, output.prefix),
+        output_columns(
+            *(output.token_ids, spec.n, spec.keep, output.prefix),
+            logprobs=spec.sampling.logprobs is not None,
+        ),
         limit=spec.limit if total is None else int(total),
         digests=journal.digests,
         read=journal.meta(READ) or [],

@@ -288,7 +288,7 @@ def test_guessed_tokens_are_those_of_one_step_each() -> None:
     optimize(loaded.model, compile=False, log=pytest.fail)
     kinds: list[dict[str, Any]] = [
         {"ignore_eos": True},
-        {"temperature": 0.3, "top_p": 0.9, "logprobs": True, "ignore_eos": True},
+        {"temperature": 0.3, "top_p": 0.9, "scored": True, "ignore_eos": True},
         {"min_tokens": 20, "stop_token_ids": tuple(range(0, 99, 7))},
         {"presence_penalty": 0.5, "max_tokens": 9},
         {"num_beams": 2, "max_tokens": 9},

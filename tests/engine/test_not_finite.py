@@ -21,7 +21,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "drawn": {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
     "penalised": {"repetition_penalty": 1.3, "frequency_penalty": 0.1},
-    "scored": {"temperature": 0.7, "top_k": 5, "logprobs": True},
+    "scored": {"temperature": 0.7, "top_k": 5, "scored": True},
     "at least": {"min_tokens": 4},
     "beams": {"num_beams": 3},
 }

@@ -55,7 +55,7 @@ def added(executor: TorchExecutor) -> Parity:
     return made
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "logprobs": True}, {"top_k": 3}])
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "scored": True}, {"top_k": 3}])
 def test_a_new_processor_is_one_more_in_the_list(params: dict[str, Any]) -> None:
     asked = SamplingParams(max_tokens=12, ignore_eos=True, **params)
     with rig(loaded("llama")) as r:

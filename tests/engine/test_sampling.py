@@ -233,10 +233,10 @@ def test_log_probabilities_are_the_models_own(dtype: torch.dtype) -> None:
     rows = logits(4).to(dtype)
     want = torch.log_softmax(rows.float(), -1)
     sequences = [
-        sequence(0, logprobs=True),
-        sequence(1, temperature=1.7, top_k=5, logprobs=True),
-        sequence(2, repetition_penalty=2.0, output=(9,), logprobs=True),
-        sequence(3, min_tokens=2, logprobs=True),
+        sequence(0, scored=True),
+        sequence(1, temperature=1.7, top_k=5, scored=True),
+        sequence(2, repetition_penalty=2.0, output=(9,), scored=True),
+        sequence(3, min_tokens=2, scored=True),
     ]
     stop = frozenset({int(rows[3].argmax())})
     sampler = Sampler(4, torch.tensor, eos_ids=stop)

@@ -17,7 +17,7 @@ from tests.parity.test_generate import loaded, prompts
 
 KINDS: list[dict[str, Any]] = [
     {},
-    {"temperature": 0.9, "top_p": 0.9, "logprobs": True},
+    {"temperature": 0.9, "top_p": 0.9, "scored": True},
     {"presence_penalty": 0.5, "repetition_penalty": 1.2, "min_tokens": 5},
     {"num_beams": 3, "repetition_penalty": 1.3},
     {"ignore_eos": True, "frequency_penalty": 0.3, "temperature": 0.5},

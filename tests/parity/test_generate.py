@@ -237,7 +237,7 @@ def test_another_engine_goes_on_in_mid_generation(lag: int) -> None:
 def test_log_probabilities_are_those_of_a_forward(lag: int) -> None:
     """Also of tokens that an earlier engine sampled, and of preempted sequences."""
     model, done, begun = loaded("llama"), {}, {}
-    params = SamplingParams(max_tokens=20, temperature=1.3, top_k=50, logprobs=True)
+    params = SamplingParams(max_tokens=20, temperature=1.3, top_k=50, scored=True)
     preemptions = 0
     for steps in (4, 9, 1000):
         with rig(model, lag=lag, kv_budget=45 * 4096, max_num_batched_tokens=50) as r:

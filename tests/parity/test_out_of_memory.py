@@ -12,7 +12,7 @@ from batchrun.engine.core import EngineError, SamplingParams
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import loaded, prompts
 
-PENALISED = SamplingParams(max_tokens=8, temperature=1.0, repetition_penalty=1.3, logprobs=True)
+PENALISED = SamplingParams(max_tokens=8, temperature=1.0, repetition_penalty=1.3, scored=True)
 
 
 def failing(call: Callable[..., Any], fails: Iterator[bool]) -> Callable[..., Any]:

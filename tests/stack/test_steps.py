@@ -132,7 +132,7 @@ def test_a_step_in_pieces_stays_on_the_device(name: str) -> None:
     [
         {"temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1},
         {"temperature": 1.0, "repetition_penalty": 1.2, "frequency_penalty": 0.1, "min_tokens": 2},
-        {"presence_penalty": 1.0, "logprobs": True},
+        {"presence_penalty": 1.0, "scored": True},
         {"num_beams": 2},
     ],
     ids=" ".join,
