@@ -1,0 +1,93 @@
+"""The product stays small: a ceiling for each folder, raised only by a commit that says why."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.lines import lines_of_code
+
+ROOT = Path(__file__).parent.parent
+
+# Lines of code: no blank lines, comments or docstrings.
+CEILINGS = {
+    "allocator": 1730,
+    "batchrun": 960,
+    "batchrun/cli": 1520,
+    "batchrun/engine": 3320,
+    "batchrun/engine/attention": 880,
+    "batchrun/engine/cpu": 2170,
+    "batchrun/engine/model": 2040,
+    "batchrun/estimate": 470,
+    "batchrun/models": 1220,
+    "batchrun/prompts": 1260,
+    "batchrun/report": 170,
+    "batchrun/runner": 2030,
+    "jobs": 2060,
+    "jobs/journal": 830,
+    "jobs/output": 640,
+    "jobs/rows": 2240,
+}
+FILE_CEILING = 400  # lines of any kind
+# Files that a later change should divide: none of them may grow.
+LONGER = {
+    "batchrun/engine/core.py": 424,
+    "batchrun/engine/cpu/attention_bf16.cpp": 608,
+    "batchrun/engine/cpu/layers.cpp": 450,
+    "batchrun/engine/cpu/layers.py": 405,
+    "batchrun/engine/scheduler.py": 446,
+    "jobs/folder.py": 484,
+}
+
+
+def sources(folder: str, pattern: str = "*") -> list[Path]:
+    found = [p for p in (ROOT / folder).glob(pattern) if p.suffix in {".py", ".cpp", ".h"}]
+    assert found, folder
+    return sorted(found)
+
+
+def all_sources() -> list[Path]:
+    return [path for folder in CEILINGS for path in sources(folder)]
+
+
+@pytest.mark.parametrize(("folder", "most"), CEILINGS.items())
+def test_a_folder_is_no_larger_than_its_ceiling(folder: str, most: int) -> None:
+    size = sum(map(lines_of_code, sources(folder)))
+    assert size <= most
+    assert size > most - 100, f"{folder} has {size} lines of code: lower its ceiling"
+
+
+def test_every_folder_has_a_ceiling() -> None:
+    tops = [ROOT / "allocator", ROOT / "jobs", ROOT / "batchrun"]
+    files = [p for top in tops for p in top.rglob("*.py") if not p.parent.is_symlink()]
+    folders = {p.parent.relative_to(ROOT).as_posix() for p in files}
+    linked = ("batchrun/allocator", "batchrun/jobs")
+    assert {f for f in folders if not f.startswith(linked)} == set(CEILINGS)
+
+
+def test_no_file_is_longer_than_can_be_read_at_once() -> None:
+    for path in all_sources():
+        name = path.relative_to(ROOT).as_posix()
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= LONGER.get(name, FILE_CEILING), f"{name} has {lines} lines"
+
+
+def test_the_way_of_a_row_can_be_read_in_a_day() -> None:
+    """The files that the architecture page tells a newcomer to read first."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.split("\n## Where to begin\n")[1].split("\n## ")[0]
+    names = re.findall(r"`([\w/]+\.py)`", section)
+    assert len(names) > 20
+    assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names) < 8000
+
+
+def test_lines_are_counted(tmp_path: Path) -> None:
+    python, native = tmp_path / "a.py", tmp_path / "a.cpp"
+    python.write_text(
+        '"""A docstring\nof two."""\n\nx = (  # one\n    1,\n)\n# more\ny = """a\nb"""\n'
+    )
+    assert lines_of_code(python) == 5
+    native.write_text("// A comment\n\nint x;  // one\n  // more\n")
+    assert lines_of_code(native) == 1
