@@ -258,7 +258,7 @@ def test_log_probabilities_are_those_of_a_forward(lag: int) -> None:
             scores = model.model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
         set_attention(model.model, HOOK)
         want = scores.gather(1, ids[0, len(prompt) :, None]).mean()
-        assert abs(done[row].logprob / len(done[row].output_ids) - float(want)) < 1e-4
+        assert abs(done[row].logprob / len(done[row].token_ids) - float(want)) < 1e-4
 
 
 def test_end_tokens_min_tokens_and_ignore_eos() -> None:

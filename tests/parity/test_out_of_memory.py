@@ -35,7 +35,7 @@ def test_one_refusal_is_relieved_and_changes_no_token(place: str, lag: int) -> N
     with rig(loaded("llama"), lag=lag) as r:
         relieved: list[int] = []
         r.executor._relieve = lambda: relieved.append(r.scheduler.step)
-        owner = r.executor if place == "_forward" else r.executor._sampler
+        owner = r.executor if place == "_forward" else r.executor.sampler
         every_third = (i % 3 == 0 for i in range(1000))
         setattr(owner, place, failing(getattr(owner, place), every_third))
         assert outputs(run(r, prompts(), PENALISED, seed=3)) == want
@@ -57,6 +57,6 @@ def test_a_second_refusal_says_what_to_do() -> None:
 def test_what_can_t_be_done_twice_is_not() -> None:
     with rig(loaded("llama"), lag=1) as r:
         r.executor._relieve = lambda: pytest.fail("a step was tried again")
-        r.executor._sampler.took = failing(r.executor._sampler.took, iter([False, True]))  # type: ignore[method-assign]
+        r.executor.sampler.accept = failing(r.executor.sampler.accept, iter([False, True]))  # type: ignore[method-assign]
         with pytest.raises(EngineError, match="no memory left"):
             run(r, prompts(), PENALISED)

@@ -94,7 +94,7 @@ def test_shapes_come_to_what_they_are_for(graphs: bool) -> None:
 def test_what_a_step_without_memory_gives_back_no_other_step_uses(place: str) -> None:
     """It is not over itself, and the one before it may run until then."""
     with Shape(tokens=200, greedy=True).rig(loaded("llama")) as r:
-        owner = r.executor if place == "_forward" else r.executor._sampler
+        owner = r.executor if place == "_forward" else r.executor.sampler
         every_third = (i % 3 == 0 for i in range(1000))
         setattr(owner, place, failing(getattr(owner, place), every_third))
         unmapped = r.arena.usage().unmap_calls
