@@ -115,7 +115,7 @@ def count(name: str, rows: int, *, planned: bool) -> dict[str, Any]:
     arena.release()
     memory.close()
     steps = engine.stats.steps
-    shared, saved = scheduler.num_shared_tokens, savings.saved()
+    shared, saved = scheduler.stays.num_shared_tokens, savings.saved()
     return {
         "computed": executor.tokens,
         "shared": shared,

@@ -28,7 +28,7 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
-from batchrun.runner import duplicates, planner, worker
+from batchrun.runner import duplicates, planner, writer
 from batchrun.runner.duplicates import Duplicates
 from batchrun.runner.endings import Outcome
 from batchrun.runner.live import Progress
@@ -305,7 +305,7 @@ def test_every_row_has_its_own_answer(
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setenv("BATCHRUN_HOME", name)
-        patch.setattr(worker, "_COMMIT_SECONDS", rng.choice([0.0, 0.5]))
+        patch.setattr(writer, "_COMMIT_SECONDS", rng.choice([0.0, 0.5]))
         patch.setattr(duplicates, "_SETS", 4)
         patch.setattr(Journal, "write", proven(Journal.write))
         patch.setattr(planner, "_FIRST", rng.choice([2, 7, 512]))

@@ -196,7 +196,7 @@ class Assembly:
         return {
             **asdict(self.engine.stats),
             **self.usage.as_dict(),
-            "shared_tokens": self.scheduler.num_shared_tokens,
+            "shared_tokens": self.scheduler.stays.num_shared_tokens,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "max_num_seqs": self.max_num_seqs,

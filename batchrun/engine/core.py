@@ -283,20 +283,10 @@ class Sequence:
     def completion(self) -> Completion:
         """What it came to."""
         assert self.finish_reason is not None
-        return Completion(
-            self.request,
-            tuple(self.output_ids),
-            self.text,
-            self.finish_reason,
-            self.error_kind,
-            self.error,
-            self.logprob,
-            tuple(self.logprobs),
-            self.arrived,
-            self.admitted,
-            self.first_token,
-            self.finished,
-        )
+        ended = self.text, self.finish_reason, self.error_kind, self.error
+        times = self.arrived, self.admitted, self.first_token, self.finished
+        logprobs = self.logprob, tuple(self.logprobs)
+        return Completion(self.request, tuple(self.output_ids), *ended, *logprobs, *times)
 
 
 class Group(Protocol):

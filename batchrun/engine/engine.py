@@ -335,7 +335,7 @@ class Engine:
         stats.prefill_tokens += prefill
         stats.drafted_tokens += drafted
         stats.decode_tokens += computed - prefill - drafted
-        stats.recomputed_tokens = self.scheduler.num_recomputed_tokens
+        stats.recomputed_tokens = self.scheduler.stays.num_recomputed_tokens
         stats.prefill_s += seconds * prefill / computed
         stats.decode_s += seconds * (computed - prefill) / computed
         stats.sequence_s += seconds * len(plan.segments)

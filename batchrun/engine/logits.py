@@ -23,7 +23,6 @@ from batchrun.engine.processors import (
     LogitsProcessor,
     Penalties,
     Row,
-    Stateless,
     Upload,
 )
 
@@ -149,7 +148,7 @@ def processors(
     return [processor for asked, processor in made if asked]
 
 
-class SequenceBias(Stateless):
+class SequenceBias(LogitsProcessor):
     """Added to the logit of a sequence's last token where its other ones come before."""
 
     def __init__(self, upload: Upload, config: LogitsConfig) -> None:
@@ -204,7 +203,7 @@ class NoRepeatNgram(Bans):
         return found
 
 
-class ForcedTokens(Stateless):
+class ForcedTokens(LogitsProcessor):
     """One token behind a prompt of one, and some at the end that the length sets."""
 
     def __init__(self, upload: Upload, config: LogitsConfig) -> None:
@@ -230,19 +229,15 @@ class ForcedTokens(Stateless):
         return logits
 
 
-class InvalidValues(Stateless):
+class InvalidValues(LogitsProcessor):
     """NaN counts as 0, infinities as the largest numbers there are."""
-
-    def prepare(self, rows: Seq[Row]) -> bool:
-        """See `LogitsProcessor.prepare`."""
-        return True
 
     def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
         """See `LogitsProcessor.apply`."""
         return logits.float().nan_to_num(nan=0.0)
 
 
-class Decay(Stateless):
+class Decay(LogitsProcessor):
     """End tokens become likelier, from so many tokens on, by a factor a token."""
 
     def __init__(self, upload: Upload, config: LogitsConfig) -> None:
@@ -283,7 +278,7 @@ class Suppressed(Bans):
         return config.suppress + (config.begin_suppress if row.num_generated == forced else ())
 
 
-class Renormalized(Stateless):
+class Renormalized(LogitsProcessor):
     """Beams' log-probabilities are those of what is left."""
 
     def __init__(self, upload: Upload) -> None:

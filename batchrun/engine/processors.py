@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,21 +60,24 @@ class Row:
         return output if begin >= 0 else [*self.request.prompt_ids[begin:], *output]
 
 
-class LogitsProcessor(Protocol):
+class LogitsProcessor:
     """Changes the logits of rows; one for all rows of a job.
 
     In each step `prepare` comes first, while the device computes the logits, then `apply`, and
     `accept` when the tokens are chosen. The rows of a sequence with draft tokens follow each other.
+    One that remembers nothing from step to step has only the first two.
     """
 
     def prepare(self, rows: Seq[Row]) -> bool:
         """Do what the host has to; returns whether `apply` would change anything."""
+        return True
 
     def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
         """Change `[N, V]`, maybe in place; returns it, in float32 or as it came.
 
         Of beams they are log-probabilities. May be called again, with logits as they came.
         """
+        raise NotImplementedError
 
     def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
         """The tokens `[N]` were chosen, on the device of the logits; -1 where there is none."""
@@ -84,17 +86,7 @@ class LogitsProcessor(Protocol):
         """The last `count` tokens chosen for a sequence are void: they followed wrong drafts."""
 
 
-class Stateless(LogitsProcessor):
-    """One that remembers nothing from step to step."""
-
-    def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
-        """See `LogitsProcessor.accept`."""
-
-    def rollback(self, row: Row, count: int) -> None:
-        """See `LogitsProcessor.rollback`."""
-
-
-class Bans(Stateless):
+class Bans(LogitsProcessor):
     """Tokens of rows that are never chosen.
 
     Args:
@@ -164,7 +156,7 @@ class EndTokens(Bans):
         return logits.index_fill_(1, self._everywhere, -torch.inf)
 
 
-class Penalties(Stateless):
+class Penalties(LogitsProcessor):
     """Repetition, presence and frequency penalties.
 
     They know the tokens of each slot's sequence on the device, because the last one is known there

@@ -60,6 +60,9 @@ class Sampler:
         self._upload = upload
         self._rows: dict[int, Row] = {}  # slot -> what is known of the sequence in it
         self._active: list[LogitsProcessor] = []
+        self._last: list[Row] = []  # rows, and what they ask for
+        # Those drawn, those of beams, whether logprobs are asked for, and of how many likeliest.
+        self._asked: tuple[list[int], list[int], bool, int] = [], [], False, 0
 
     def enter(self, new: Iterable[NewSequence]) -> None:
         """Take note of the sequences that have come to slots."""
@@ -88,6 +91,13 @@ class Sampler:
                     found.append(replace(row, end=end - count + i, num_drafts=i))
                 row.end, row.num_drafts = end, count
                 found.append(row)
+        if found != self._last:  # mostly the same rows, further on
+            each = list(enumerate(row.params for row in found))
+            beams = [i for i, p in each if p.beams]
+            likeliest = max((p.logprobs or 0 for _, p in each), default=0)
+            scored = bool(beams) or any(p.scored or p.logprobs is not None for _, p in each)
+            self._asked = [i for i, p in each if not p.greedy], beams, scored, likeliest
+            self._last = found
         self._active = [p for p in self.processors if found and p.prepare(found)]
         return found
 
@@ -111,11 +121,7 @@ class Sampler:
             rows are of beams, `[M, K, 2]` float64: the ids and log-probabilities of K candidates
             each; and where any row asks for the L likeliest, `[N, L, 2]` float64: theirs.
         """
-        params = [row.params for row in rows]
-        drawn = [i for i, p in enumerate(params) if p.temperature]
-        beams = [i for i, p in enumerate(params) if p.num_beams > 1]
-        likeliest = max(0 if p.logprobs is None else p.logprobs for p in params)
-        scored = bool(beams) or any(p.scored or p.logprobs is not None for p in params)
+        drawn, beams, scored, likeliest = self._asked
         own = logits.to(torch.float32, copy=True) if scored and self._active else logits
         if beams or (not _on_cpu(logits) and (drawn or scored)):
             logits = logits.float()
@@ -147,7 +153,7 @@ class Sampler:
 
         Apart from `sample`, so that a step that fails there may be tried again.
         """
-        for processor in self._active:
+        for processor in self.processors:
             processor.accept(tokens, rows)
 
     def _candidates(self, logprobs: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:

@@ -78,15 +78,13 @@ class Scheduler:
         self.rejected: list[Sequence] = []
         self.step = 0
         self.num_preemptions = 0
-        self.num_recomputed_tokens = 0
         self._launched = self._committed = 0  # the last steps with segments
         self._admitting = True  # False from a preemption until memory has come back
         self._share = share
-        self._proposer = proposer
         self._lookahead = lookahead
         self._groups: dict[Group, None] = {}  # those that have begun
         self._prefixes = SharedPrefixes(space, share)
-        self._stays = Stays(space, self._prefixes)
+        self.stays = Stays(space, self._prefixes, proposer)
         self.waiting = WaitingQueue(self._prefixes)
 
     def add(self, sequence: Sequence) -> None:
@@ -102,11 +100,6 @@ class Scheduler:
             self._reject(sequence, *refused)
         else:
             self.waiting.add(sequence)
-
-    @property
-    def num_shared_tokens(self) -> int:
-        """Tokens that sequences had when they came to their slots."""
-        return self._stays.num_shared_tokens
 
     @property
     def has_work(self) -> bool:
@@ -153,32 +146,19 @@ class Scheduler:
                     break
         self._prefixes.drop_unwanted()
         # Where there is memory for more than what is sure to come.
-        if self._proposer and self._admitting and self.space.has_room(budget, _SPARE):
-            owners, longest = self._stays.owners(segments), self.max_model_len
-            add_drafts(self._proposer, segments, owners, budget, longest, ensure=self.space.ensure)
-        copies, after = self._stays.take_copies()
-        self._launch(segments)
-        new = self._stays.use(segments, self.step)
+        proposer, ensure = self.stays.proposer, self.space.ensure
+        if proposer and self._admitting and self.space.has_room(budget, _SPARE):
+            owners = self.stays.owners(segments)
+            add_drafts(proposer, segments, owners, budget, self.max_model_len, ensure=ensure)
+        copies, after = self.stays.take_copies()
+        new = self.stays.launch(segments, self.step)
+        if segments:
+            self._launched = self.step
         return StepPlan(self.step, tuple(segments), new, copies, after)
 
     def owners(self, plan: StepPlan) -> list[Sequence | None]:
         """Whose the segments of a plan are; None where that has ended since."""
-        return self._stays.owners(plan.segments)
-
-    def _launch(self, segments: list[Segment]) -> None:
-        """Count what this step computes as computed, and what it samples as pending."""
-        for segment in segments:
-            sequence, start = self._stays[segment.key], segment.start
-            end, high = start + segment.length - segment.num_drafts, sequence.high_water
-            if start < high:
-                self.num_recomputed_tokens += min(end, high) - start
-            if end > high:
-                sequence.high_water = end
-            sequence.num_computed_tokens = end
-            if segment.sampled and sequence.group is None:
-                sequence.num_pending += 1
-        if segments:
-            self._launched = self.step
+        return self.stays.owners(plan.segments)
 
     def commit(
         self,
@@ -197,22 +177,19 @@ class Scheduler:
             forks: Sequences that go on from where others are: see `Group.advance`.
         """
         assert plan.step == tokens.step
-        for segment, sequence in zip(plan.segments, self.owners(plan), strict=True):
-            if segment.sampled and sequence is not None and sequence.group is None:
-                sequence.num_pending -= 1
+        self.stays.collect(plan.segments)
         self._finish(finished)
-        if self._proposer is not None:
-            self._settle(plan, self._proposer)
+        self.stays.settle(plan.segments, last=plan.step == self._launched)
         self._committed = plan.step
         for child, _ in forks:
             if child.slot is not None:  # idle: no step that is not committed reads it
-                self._leave(child, self._committed, keep=True)
+                self.stays.end(child, self._committed, keep=True)
                 self.running.remove(child)
             elif child in self.waiting:
                 self.waiting.remove(child)
         self.space.retire(plan.step, self._coming(), self._others())
         for child, parent in forks:
-            found = self._stays.fork(child, parent, self.step + 1)
+            found = self.stays.fork(child, parent, self.step + 1)
             if found is None:
                 self._requeue(child)
             else:
@@ -251,7 +228,7 @@ class Scheduler:
         """Close the slots of sequences that have ended, or take them out of the queue."""
         for sequence in sequences:
             if sequence.slot is not None:
-                self._leave(sequence, self._launched, keep=True)
+                self.stays.end(sequence, self._launched, keep=True)
             else:  # preempted, and its group has ended
                 self.waiting.remove(sequence)
             sequence.status = Status.FINISHED
@@ -293,16 +270,6 @@ class Scheduler:
                 budget -= length
         return True
 
-    def _settle(self, plan: StepPlan, proposer: Proposer) -> None:
-        """Count the right draft tokens of a step as computed."""
-        owners = self.owners(plan)
-        proposer.settle(filter(None, owners))
-        for segment, sequence in zip(plan.segments, owners, strict=True):
-            if segment.num_drafts and sequence is not None:
-                assert plan.step == self._launched, "a step was planned upon draft tokens"
-                sequence.num_computed_tokens = sequence.num_known_tokens - 1
-                sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
-
     def _admit(self, budget: int, share: bool, spare: float) -> Segment | None:
         """Start the first waiting sequence that can: open a slot and back its first chunk."""
         found = self.waiting.first(self._groups, self._places())
@@ -334,10 +301,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
         """Let a sequence run in a slot that has its first tokens already, from another one."""
-        self._stays.begin(sequence, slot, source, shared)
-        sequence.status = Status.RUNNING
-        if self._proposer is not None:
-            self._proposer.open(sequence)
+        self.stays.begin(sequence, slot, source, shared)
         # Waiting for memory makes nobody younger, or two could take it from each other for ever.
         insort(self.running, sequence, key=lambda s: s.arrived)
 
@@ -391,19 +355,9 @@ class Scheduler:
         assert not sequence.num_pending, "a step in flight computes a token of it"
         self.num_preemptions += 1
         self._admitting = False
-        self._close_proposals(sequence)
-        self._stays.interrupt(sequence, self._launched)
+        self.stays.interrupt(sequence, self._launched)
         self.running.remove(sequence)
         self._requeue(sequence)
-
-    def _leave(self, sequence: Sequence, step: int, *, keep: bool) -> None:
-        """Close the sequence's slot: see `Stays.end`."""
-        self._close_proposals(sequence)
-        self._stays.end(sequence, step, keep=keep)
-
-    def _close_proposals(self, sequence: Sequence) -> None:
-        if self._proposer is not None:
-            self._proposer.close(sequence)
 
     def _reject_hopeless(self) -> bool:
         """Give up a waiting sequence that has grown beyond all memory; False if there is none."""
@@ -436,7 +390,7 @@ class Scheduler:
         beams = {s for group in self._groups for s in group.sequences}
         assert beams == {s for s in (*self.running, *self.waiting) if s.group in self._groups}
         assert len(self.running) <= self.max_num_seqs
-        self._stays.check(self.running)
+        self.stays.check(self.running)
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
             assert 0 <= sequence.num_computed_tokens <= sequence.num_tokens

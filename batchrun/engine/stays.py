@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from batchrun.allocator.sharing import MemoryCopy
-from batchrun.engine.core import NewSequence, Segment, Sequence
+from batchrun.engine.core import NewSequence, Segment, Sequence, Status
 from batchrun.engine.kvspace import KVSpace
+from batchrun.engine.proposers import Proposer
 from batchrun.engine.sharing import SharedPrefixes
 
 
@@ -17,21 +18,23 @@ class Stays:
     Args:
         space: Where keys and values live.
         prefixes: What slots have of which tokens.
+        proposer: Told of stays that begin and end, and proposes draft tokens for them.
 
     Attributes:
         num_shared_tokens: Tokens that sequences had when they came to their slots.
+        num_recomputed_tokens: Tokens that were computed before, in other stays.
     """
 
-    def __init__(self, space: KVSpace, prefixes: SharedPrefixes) -> None:
-        self.num_shared_tokens = 0
+    def __init__(
+        self, space: KVSpace, prefixes: SharedPrefixes, proposer: Proposer | None = None
+    ) -> None:
+        self.num_shared_tokens = self.num_recomputed_tokens = 0
+        self.proposer = proposer
         self._space, self._prefixes = space, prefixes
         self._by_key: dict[int, Sequence] = {}
         self._new: dict[int, Sequence] = {}  # those that no plan has named yet
         self._uncopied = set[int]()  # forks' slots, until the copies ordered for them are made
         self._used: dict[int, int] = {}  # slot -> the last step that may read or write its pages
-
-    def __getitem__(self, key: int) -> Sequence:
-        return self._by_key[key]
 
     def owners(self, segments: Iterable[Segment]) -> list[Sequence | None]:
         """Whose segments are; None where that has ended since."""
@@ -46,6 +49,9 @@ class Stays:
         self.num_shared_tokens += shared
         self._by_key[sequence.key] = self._new[sequence.key] = sequence
         sequence.slot, sequence.num_computed_tokens = slot, shared
+        sequence.status = Status.RUNNING
+        if self.proposer is not None:
+            self.proposer.open(sequence)
 
     def end(self, sequence: Sequence, step: int, *, keep: bool = False) -> None:
         """A sequence leaves its slot; what it holds can be shared until its memory is taken.
@@ -55,6 +61,8 @@ class Stays:
             step: The last one that may read the slot.
             keep: What waiting sequences need of it stays until `SharedPrefixes` drops it.
         """
+        if self.proposer is not None:
+            self.proposer.close(sequence)
         slot = slot_of(sequence)
         kept = self._prefixes.worth_keeping(slot) if keep else 0
         self._space.close(slot, step, kept)
@@ -97,14 +105,50 @@ class Stays:
         copies = self._space.take_copies()
         return copies, max((self._used.get(s, 0) for c in copies for s in c.slots), default=0)
 
-    def use(self, segments: Seq[Segment], step: int) -> tuple[NewSequence, ...]:
-        """A step with segments is planned; returns the sequences that no plan has named yet."""
+    def launch(self, segments: Seq[Segment], step: int) -> tuple[NewSequence, ...]:
+        """Count what a step computes as computed, and what it samples as pending.
+
+        Returns:
+            The sequences that no plan has named yet.
+        """
         for segment in segments:
+            sequence, start = self._by_key[segment.key], segment.start
+            end, high = start + segment.length - segment.num_drafts, sequence.high_water
+            if start < high:
+                self.num_recomputed_tokens += min(end, high) - start
+            if end > high:
+                sequence.high_water = end
+            sequence.num_computed_tokens = end
+            if segment.sampled and sequence.group is None:
+                sequence.num_pending += 1
             self._used[segment.slot] = step
         if not self._new:
             return ()
         new = [self._new.pop(s.key) for s in segments if s.key in self._new]
         return tuple(NewSequence(slot_of(s), s.request, tuple(s.output_ids)) for s in new)
+
+    def collect(self, segments: Seq[Segment]) -> None:
+        """The tokens of a step are known."""
+        for segment, sequence in zip(segments, self.owners(segments), strict=True):
+            if segment.sampled and sequence is not None and sequence.group is None:
+                sequence.num_pending -= 1
+
+    def settle(self, segments: Seq[Segment], *, last: bool) -> None:
+        """Count the right draft tokens of a step as computed, once its tokens were taken in.
+
+        Args:
+            segments: Of the step.
+            last: No step was planned after it.
+        """
+        if self.proposer is None:
+            return
+        owners = self.owners(segments)
+        self.proposer.settle(filter(None, owners))
+        for segment, sequence in zip(segments, owners, strict=True):
+            if segment.num_drafts and sequence is not None:
+                assert last, "a step was planned upon draft tokens"
+                sequence.num_computed_tokens = sequence.num_known_tokens - 1
+                sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
 
     def check(self, running: Iterable[Sequence]) -> None:
         """Assert what must hold between steps."""

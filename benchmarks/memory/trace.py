@@ -162,7 +162,7 @@ def _run(
             moments.append(Moment(len(scheduler.running), used * scale, live * scale))
             computed += collected.num_tokens
             _commit(scheduler, collected, lengths)
-    return Run(moments, computed, scheduler.num_recomputed_tokens, scheduler.num_preemptions)
+    return Run(moments, computed, scheduler.stays.num_recomputed_tokens, scheduler.num_preemptions)
 
 
 def _commit(scheduler: Scheduler, plan: core.StepPlan, lengths: Sequence[tuple[int, int]]) -> None:

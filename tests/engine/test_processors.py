@@ -12,13 +12,13 @@ import torch
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.logits import LogitsConfig, processors
-from batchrun.engine.processors import Row
+from batchrun.engine.processors import LogitsProcessor, Row
 from batchrun.engine.proposers import PromptLookup
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import loaded, prompts
 
 
-class Parity:
+class Parity(LogitsProcessor):
     """Tokens of one sequence are even and odd in turns: what it may choose depends on its last."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def test_tokens_behind_wrong_draft_tokens_are_taken_back() -> None:
     def tokens(*, drafts: bool) -> tuple[list[list[int]], list[str]]:
         with rig(loaded("llama")) as r:
             if drafts:
-                r.scheduler._proposer = PromptLookup(64, 64)
+                r.scheduler.stays.proposer = PromptLookup(64, 64)
             made = added(r.executor)
             found = outputs(run(r, few, asked))
             assert bool(r.engine.stats.accepted_tokens) == drafts

@@ -40,7 +40,7 @@ def shared(rig: Rig, contexts: list[tuple[str, ...]]) -> int:
         rig.engine.add(request)
     rig.drain()
     rig.verify()
-    return rig.scheduler.num_shared_tokens
+    return rig.scheduler.stays.num_shared_tokens
 
 
 def test_memory_is_shared_within_a_context(rig: Rig) -> None:

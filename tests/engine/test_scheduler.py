@@ -297,7 +297,7 @@ def test_a_common_prefix_is_computed_once(make_rig, lag):  # type: ignore[no-unt
     rig.drain()
     rig.verify()
     assert prefilled(rig) == 48 + 12 * 2
-    assert rig.scheduler.num_shared_tokens == 11 * 48
+    assert rig.scheduler.stays.num_shared_tokens == 11 * 48
     # By three of four rows, in 4 steps of 3 rounds: 12 parts of 4 tokens.
     assert rig.engine.executor.num_shared_parts == 3 * 4 * 3 * 12
 
@@ -366,7 +366,7 @@ def test_nothing_is_shared_where_it_is_switched_off(make_rig):  # type: ignore[n
         rig.add([*range(40), row], 5)
     rig.drain()
     rig.verify()
-    assert (prefilled(rig), rig.scheduler.num_shared_tokens) == (4 * 41, 0)
+    assert (prefilled(rig), rig.scheduler.stays.num_shared_tokens) == (4 * 41, 0)
 
 
 def test_more_than_memory_holds_recomputes_little(make_rig):  # type: ignore[no-untyped-def]

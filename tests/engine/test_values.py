@@ -70,7 +70,7 @@ def test_an_executor_needs_nothing_but_plans(lag: int) -> None:
             if elsewhere:
                 r.engine.executor = Elsewhere(r.executor)
             done = [sent_anew(completion) for completion in run(r, prompts(), each, seed=3)]
-            assert r.scheduler.num_preemptions or r.scheduler.num_recomputed_tokens
+            assert r.scheduler.num_preemptions or r.scheduler.stays.num_recomputed_tokens
             return [(c.request, c.token_ids, c.finish_reason, c.logprob) for c in done]
 
     assert completions(elsewhere=True) == completions(elsewhere=False)

@@ -117,7 +117,7 @@ def test_rows_that_begin_alike_share_it_and_equal_generate(
         shape["kv_budget"] = bytes_per_token(model) * 190
     with rig(model, **shape) as r:
         done = run(r, families(), SamplingParams(max_tokens=MAX_TOKENS))
-        assert r.scheduler.num_shared_tokens > 400
+        assert r.scheduler.stays.num_shared_tokens > 400
         assert ("kv_budget" in shape) == (r.scheduler.num_preemptions > 0)
     assert outputs(done) == wanted_of_families(name)
 

@@ -116,7 +116,7 @@ def test_the_tokens_are_generates_own(name: str, beams: int) -> None:
         if beams == 1 and not params.penalised:
             with rig(model) as r:  # guesses are part of what came before
                 answers = dict(zip(map(tuple, prompts()), want, strict=True))
-                r.scheduler._proposer = PromptLookup(
+                r.scheduler.stays.proposer = PromptLookup(
                     1000, free=40, lookup=lambda s: Told(s, answers)
                 )
                 assert outputs(run(r, prompts(), params)) == want

@@ -85,7 +85,7 @@ def test_shapes_come_to_what_they_are_for(graphs: bool) -> None:
     with shape.rig(loaded("llama")) as r:
         done = run(r, families(), SamplingParams(max_tokens=MAX_TOKENS))
         assert r.scheduler.num_preemptions > 0
-        assert r.scheduler.num_shared_tokens > 400
+        assert r.scheduler.stays.num_shared_tokens > 400
         assert r.engine.stats.recomputed_tokens > 0
     assert outputs(done) == wanted_of_families("llama")
 
