@@ -283,10 +283,20 @@ class Sequence:
     def completion(self) -> Completion:
         """What it came to."""
         assert self.finish_reason is not None
-        ended = self.text, self.finish_reason, self.error_kind, self.error
-        times = self.arrived, self.admitted, self.first_token, self.finished
-        logprobs = self.logprob, tuple(self.logprobs)
-        return Completion(self.request, tuple(self.output_ids), *ended, *logprobs, *times)
+        return Completion(
+            request=self.request,
+            token_ids=tuple(self.output_ids),
+            text=self.text,
+            finish_reason=self.finish_reason,
+            error_kind=self.error_kind,
+            error=self.error,
+            logprob=self.logprob,
+            logprobs=tuple(self.logprobs),
+            arrived=self.arrived,
+            admitted=self.admitted,
+            first_token=self.first_token,
+            finished=self.finished,
+        )
 
 
 class Group(Protocol):
