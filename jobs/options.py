@@ -263,7 +263,7 @@ class RuntimeSpec:
         "Compute and hold once what prompts begin with alike.", default=True
     )
     drafts: bool = option(
-        "On a CPU in bfloat16: guess tokens from a row's own text, and check many at once.",
+        "On a CPU in bfloat16: propose tokens from a row's own text, and check many in one step.",
         default=True,
     )
     overlap: bool = option("On a GPU: plan, map and copy while it computes.", default=True)

@@ -25,9 +25,9 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`, and `skipped` where the user
         left some out; they are among the done ones), `finish_reasons`, `tokens`
         (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`,
-        `drafted` and `accepted`: guessed, and of these right; and `shared`: of prompts, not
-        computed because another row had), `duplicates` (`rows` and
-        completion `tokens` that were taken from another row), `saved` by planning (about so many
+        `drafted` and `accepted`: draft tokens, and the right ones of them; and `shared`: of
+        prompts, not computed because another row had), `duplicates` (`rows` and completion
+        `tokens` that were taken from another row), `saved` by planning (about so many
         `prompt_tokens`, `steps` and seconds of the tail), `time` (seconds), `throughput` (of what
         was computed, per second; rows of all), `batch` (with the seconds of its tail), `kv` (bytes:
         `time_averaged` and `peak` of reserved, mapped, live, shared, static, paged; `utilisation`

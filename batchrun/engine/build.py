@@ -50,7 +50,7 @@ from batchrun.models import whole
 _LOOKAHEAD = 4  # steps
 _GIVE_BACK = 16  # pages a step: some 45 us each in the driver, and a short step takes 2 ms
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a part of the claimed ones
-_DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no guess is worth
+_DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no draft is worth
 
 
 def build(

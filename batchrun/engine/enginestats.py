@@ -12,7 +12,7 @@ class EngineStats:
     Its fields have the names of `batchrun.jobs.metrics`.
 
     Attributes:
-        decode_tokens: Those computed behind prompts, but for wrong guesses.
+        decode_tokens: Those computed behind prompts, but for wrong draft tokens.
         drafted_tokens, accepted_tokens: Guessed, and those of them that were right.
         map_hidden_s, map_exposed_s: Mapping, unmapping and creating pages while the
             device computed, and while it had nothing to do.

@@ -84,7 +84,7 @@ class Settings:
         layers_per_slab: Layers whose keys and values lie together; None for all on a GPU, and on a
             CPU for one where a layer's share of a token is less than what a TLB entry covers.
         share_prefixes: Whether rows with a common prefix compute and hold it once.
-        drafts: Whether tokens are guessed; only on a CPU, in bfloat16.
+        drafts: Whether draft tokens are proposed; only on a CPU, in bfloat16.
         overlap: Whether the host works on the next step while the device computes one.
         graphs: Whether steps are recorded as CUDA graphs, those with prompts in pieces.
         optimize: Whether the model's modules are fused, and compiled on a GPU.

@@ -1,7 +1,7 @@
 """What planning saves: the same rows through a model of a run, in the file's order and as planned.
 
 Only one of the two is computed, so this is an estimate. The model knows how long each answer became
-and what prompts begin with; it knows nothing of memory that runs short, nor of guessed tokens.
+and what prompts begin with; it knows nothing of memory that runs short, nor of draft tokens.
 """
 
 from __future__ import annotations

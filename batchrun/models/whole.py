@@ -20,7 +20,7 @@ from batchrun.models.metadata import some
 _CHUNK = 1 << 20  # elements looked at together: what is made of them stays in a core's cache
 # What quantised weights are multiplied by. Without it they are other numbers.
 _SCALES = re.compile(r"(_scale(_inv|_2)?|\.scales|\.biases|\.absmax|_quant_state\.\w+)$")
-# Buffers that models used to save, and layers that only guess tokens ahead.
+# Buffers that models used to save, and layers that only propose tokens ahead.
 _HARMLESS = re.compile(r"inv_freq$|\.masked_bias$|attn\.bias$|attention\.bias$|(^|\.)mtp")
 
 

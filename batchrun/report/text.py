@@ -22,8 +22,8 @@ tokens       {tokens.prompt} prompt, {tokens.completion} completion
 computed     {tokens.prefilled} prefilled, {tokens.decoded} decoded, \
 {tokens.recomputed} recomputed after {preemptions} preemptions
 shared ?     {tokens.shared} prompt tokens
-guessed ?    {tokens.drafted} tokens from rows' own text, \
-{tokens.accepted} right{tokens.accepted/tokens.drafted}
+drafts ?     {tokens.drafted} tokens proposed from rows' own text, \
+{tokens.accepted} accepted{tokens.accepted/tokens.drafted}
 duplicates ? {duplicates.rows} rows, {duplicates.tokens} completion tokens
 planned ?    saved about {saved.prompt_tokens} prompt tokens, {saved.steps} steps, \
 {saved.tail_s} of tail

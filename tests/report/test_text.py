@@ -118,7 +118,7 @@ def summary():
         "51,234 prompt, 40,321 completion",
         "128 recomputed after 7 preemptions",
         "shared       9,876 prompt tokens",
-        "guessed      20,000 tokens from rows' own text, 15,000 right (75%)",
+        "drafts       20,000 tokens proposed from rows' own text, 15,000 accepted (75%)",
         "403 completion tokens/s, 12.6 rows/s",
         "prefill 1,234 tokens/s, decode 457 tokens/s (mixed steps are split by token count)",
         "41.2 of 64 sequences running on average, 987 steps",
@@ -143,7 +143,7 @@ def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):
     planned = "planned      saved about 12,345 prompt tokens, 67 steps, 1.5 s of tail"
     assert planned in render(summary)
     summary["tokens"] |= {"drafted": 0, "accepted": 0}
-    assert "guessed" not in render(summary)
+    assert "drafts" not in render(summary)
 
 
 def test_memory_that_was_given_back_is_shown_where_some_was(summary):
