@@ -366,7 +366,7 @@ def test_rows_that_ignore_end_tokens_never_get_one(
     for row, stops in enumerate(kinds):
         params = SamplingParams(
             temperature=temperature,
-            logprobs=logprobs,
+            scored=logprobs,
             ignore_eos=stops is not None,
             stop_token_ids=stops or (),
         )
