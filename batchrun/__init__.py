@@ -1,8 +1,8 @@
 """batchrun: run a whole dataset through an open LLM on your own hardware, unattended."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+# With `python -m batchrun` this is executed before `__main__` takes the working folder off the
+# path: a module that is imported here could be a file of that folder.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from batchrun.api import Job, list_jobs, run, submit
     from batchrun.llm import LLM
@@ -11,8 +11,10 @@ DISTRIBUTION = "batchrun-llm"  # what it is installed as
 __all__ = ["LLM", "Job", "list_jobs", "run", "submit"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """What stands in `__all__`, imported when it is asked for: `import batchrun` loads none."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415
+
     return getattr(import_module("batchrun.llm" if name == "LLM" else "batchrun.api"), name)
