@@ -16,7 +16,7 @@ from threading import Lock
 
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.jobs.journal.results import CopiedResult, Result
-from batchrun.runner.planner import Waiting
+from batchrun.runner.planner import Waiting, pack
 
 _SETS = 1 << 16  # of the table
 _WAYS = 4  # entries of a set; a full one replaces them in turn
@@ -89,7 +89,7 @@ class Duplicates:
         """
         if not request.params.greedy:
             return []
-        digest = _digest(Waiting.of(request).identity, request.params)
+        digest = _digest(request.namespace + pack(request.prompt_ids), request.params)
         number = request.row * self._n + request.sample
         with self._lock:
             if self._leaders.get(digest) != number:

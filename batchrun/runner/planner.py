@@ -57,8 +57,17 @@ def pack(ids: tuple[int, ...]) -> bytes:
 
 
 def _with_prompt(r: Request, ids: tuple[int, ...]) -> Request:
-    generated = r.generated_ids, r.generated_logprob, r.generated_logprobs
-    return Request(r.row, r.sample, ids, r.params, r.seed, *generated, r.context)
+    return Request(
+        r.row,
+        r.sample,
+        ids,
+        r.params,
+        r.seed,
+        r.generated_ids,
+        r.generated_logprob,
+        r.generated_logprobs,
+        r.context,
+    )
 
 
 def order(prompts: Sequence[bytes], lengths: Sequence[float]) -> list[int]:
