@@ -36,7 +36,8 @@ batch        {batch.mean_occupancy} of {batch.max_num_seqs} sequences running on
            ? under half of that in the last {batch.tail_s}"""
 _PAGING = """\
 paging       {kv.map_calls} map calls in {kv.map_s}, {kv.unmap_calls} unmap calls in \
-{kv.unmap_s}, {kv.create_calls} create calls in {kv.create_s}"""
+{kv.unmap_s}, {kv.create_calls} create calls in {kv.create_s}
+           ? {kv.destroy_calls} destroy calls in {kv.destroy_s}"""
 _CPU = "peak RSS     {peak_rss}, of which {weights_bytes} weights"
 _GPU = """\
              {kv.map_hidden_s} hidden behind computing, {kv.map_exposed_s} not\

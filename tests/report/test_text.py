@@ -150,7 +150,7 @@ def test_memory_that_was_given_back_is_shown_where_some_was(summary):
     assert "destroy" not in render(summary)
     summary["kv"] |= {"destroy_calls": 4321, "destroy_s": 0.25}
     lines = [line.strip() for line in render(summary).splitlines() if "destroy" in line]
-    assert lines == ["4,321 destroy calls", "0.2 s in destroy calls"]
+    assert lines == ["4,321 destroy calls in 0.2 s"]
 
 
 def test_a_gpus_time_and_memory_are_shown_where_there_is_one(summary):
