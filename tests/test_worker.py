@@ -18,11 +18,11 @@ from batchrun.engine.core import Completion, EngineError
 from batchrun.engine.model.generation import Generation
 from batchrun.errors import StepFailed
 from batchrun.jobs import files, folder
-from batchrun.jobs.errors import JobError, JournalError, LeaseHeld, OutputError, SpecChanged
+from batchrun.jobs.errors import Fenced, JobError, JournalError, LeaseHeld, OutputError, SpecChanged
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.journal import Journal
-from batchrun.jobs.journal.results import Result
+from batchrun.jobs.journal.results import DoneSet, Result
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
@@ -578,3 +578,26 @@ def test_rows_without_a_prompt_can_be_left_out(submit: Submit) -> None:
     assert answered == [i % 3 == 2 for i in range(ROWS)]
     assert output(job)["error"].null_count == ROWS
     assert job.spec().fingerprint() != strict.spec().fingerprint()
+
+
+def test_an_earlier_run_adds_nothing_to_what_a_run_has_read(
+    submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a lock was lost, it may still write as the next run looks at what there is."""
+    job, done = submit(), Journal.done
+    refused: list[Fenced] = []
+    with Journal(job.path, 1) as earlier:
+        earlier.begin_run()
+
+        def late(journal: Journal) -> DoneSet:
+            found = done(journal)
+            with pytest.raises(Fenced) as caught:
+                earlier.write([Result(0, 0, "ok", "late")])
+            refused.append(caught.value)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "done", late)
+            assert run(job) is Outcome.DONE
+    assert len(refused) == 1
+    assert [row["completion"] for row in output(job).to_pylist()].count("late") == 0

@@ -130,12 +130,12 @@ class _Run:
         self._in_flight.clear()  # of the run before; its supervisor has taken note
         with Journal(job.path, spec.n) as journal:
             self._total = _count_rows(source, spec, journal)
+            self._number = journal.begin_run()  # what is read below no earlier run adds to any more
             self._done = journal.done()
             self._begun = journal.partials()
             self._crashes = journal.crash_counts()
             self._condemned = journal.condemned()
             self._earlier = journal.counts()
-            self._number = journal.begin_run()
         self._writer = JournalWriter(
             job,
             spec,
