@@ -156,10 +156,8 @@ class _Drive:
         for completion in self._engine.step():
             request, result = completion.request, result_of(completion)
             self.put(result)
-            if self.reader.planner is not None:
-                self.reader.planner.learn(request, result.completion_tokens)
-                for same in self.reader.settle(request, result):
-                    self.put(same)
+            for same in self.reader.ended(request, result):
+                self.put(same)
 
 
 def _computed(

@@ -163,7 +163,8 @@ class TorchExecutor:
                 if ticket.slots is not None:  # a row without a token has ended, whatever follows
                     self._last.index_copy_(0, ticket.slots, chosen[0].clamp_min(0))
                 self.sampler.accept(chosen[0], rows)
-            ticket.beams = [i for i, row in enumerate(rows) if row.params.beams]
+            if chosen[2:]:
+                ticket.beams = [i for i, row in enumerate(rows) if row.params.beams]
             ticket.tokens = self.transfers.download(*chosen)
 
     def _chosen(self, ticket: Ticket, rows: Seq[Row]) -> tuple[torch.Tensor, ...]:

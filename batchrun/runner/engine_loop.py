@@ -130,10 +130,8 @@ class EngineLoop:
         results.put(result)
         self._figures.counted["completions"] += 1
         self._figures.counted["completion_tokens"] += result.completion_tokens
-        if self._reader.planner is not None:
-            self._reader.planner.learn(request, result.completion_tokens)
-            for same in self._reader.settle(request, result):
-                results.put(same)
+        for same in self._reader.ended(request, result):
+            results.put(same)
 
     def _checkpoint(self) -> list[Partial]:
         """What unfinished rows have so far."""

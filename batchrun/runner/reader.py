@@ -237,6 +237,13 @@ class Reader:
         self.handed += 1
         requests.put(request)
 
+    def ended(self, request: Request, result: Result) -> list[Result]:
+        """A row was computed: its length is learnt. Returns results of rows that ask the same."""
+        if self.planner is None:
+            return []
+        self.planner.learn(request, result.completion_tokens)
+        return self.settle(request, result)
+
     def settle(self, request: Request, result: Result) -> list[Result]:
         """A row that was planned has ended: the results of those that ask the same."""
         same = self.duplicates.settle(request, result)
