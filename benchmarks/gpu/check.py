@@ -7,9 +7,9 @@
     python -m benchmarks.gpu.check --toy             the rehearsal, on a CPU
 
 Each part is a process of its own with a time limit of its own: one that fails or hangs costs its
-own figures and nothing else. They run in the order of their worth, tests side by side, and the
-JSON is written after each: what ends the check early costs what was not done. benchmarks/METHOD.md
-says what each figure means.
+own figures and nothing else. They run in the order of their worth, those that time nothing side by
+side, and the JSON is written after each: what ends the check early costs what was not done.
+benchmarks/METHOD.md says what each figure means.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def run_all(
     deadline: float,
     keep: Callable[[Records], None],
 ) -> list[str]:
-    """Run the parts in turn, tests side by side; each may use the seconds that others left.
+    """Run the parts, some side by side; each may use the seconds that others left.
 
     Args:
         parts: In order.

@@ -78,6 +78,13 @@ def steps(figures: Figures) -> Iterator[str]:
     if "prefill_s" in figures:
         rate = figures["prefill_tokens"] / figures["prefill_s"]
         yield f"- prefill: {rate:,.0f} tokens/s"
+    for row in figures.get("chats", ()):
+        yield (
+            f"- {row['requests']:,} requests as long as chats, {row['sequences']} at a time: "
+            f"{row['tokens_per_s']:,.0f} tokens/s out ({row['tokens']:,} in {row['seconds']:.2f} "
+            f"s), {row['prompt_tokens'] / row['seconds']:,.0f} in; mapping exposed for "
+            f"{row['exposed']:.2%}, device idle for {row['idle']:.2%}"
+        )
 
 
 def job(figures: Figures) -> Iterator[str]:
@@ -95,6 +102,11 @@ def job(figures: Figures) -> Iterator[str]:
             f"- without overlap {figures['tokens_per_s_without_overlap']:,.0f} tokens/s; mapping "
             f"hidden for {figures['hidden_without_overlap']:.2%}, device idle for "
             f"{figures['idle_without_overlap']:.2%}"
+        )
+    for row in figures.get("choices", ()):
+        yield (
+            f"- {row['choice']}: {row['tokens_per_s']:,.0f} tokens/s, mapping exposed for "
+            f"{row['exposed']:.2%}, live / mapped {row['utilisation']:.3f}"
         )
 
 

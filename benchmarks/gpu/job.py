@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -14,14 +16,23 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import TOY_LOAD, Load, Shape
 from benchmarks.gpu.steps import add, assembled, drain
 
+if TYPE_CHECKING:
+    from batchrun.engine.build import Assembly
+
 
 def run(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The measured job, then the same one with every mapping in the open."""
+    """The measured job, each choice the other way, and the job with every mapping in the open."""
     shape, load = bench.shape("qwen3-0.6b"), TOY_LOAD if bench.toy else Load()
     settings = settings_of(bench, load)
-    found = measure(bench, shape, load, settings)
-    sizes = {k: settings[k] for k in ("max_num_seqs", "max_num_batched_tokens")}
-    yield {"load": {"shape": shape.name, **asdict(load), **sizes}} | found
+    with ready(bench, shape, load, settings) as (assembly, seconds):
+        found = {"ready_s": seconds} | measured(bench, assembly, shape, load)
+        sizes = {k: settings[k] for k in ("max_num_seqs", "max_num_batched_tokens")}
+        yield {"load": {"shape": shape.name, **asdict(load), **sizes}} | found
+        choices: list[dict[str, Any]] = []
+        for name, choice in others(assembly):
+            with choice:
+                choices.append({"choice": name} | measured(bench, assembly, shape, load))
+            yield {"choices": choices}
     gc.collect()
     if not bench.toy:
         torch.cuda.empty_cache()
@@ -39,38 +50,59 @@ def settings_of(bench: Bench, load: Load) -> dict[str, Any]:
     }
 
 
-def measure(bench: Bench, shape: Shape, load: Load, settings: dict[str, Any]) -> dict[str, Any]:
-    """One job through an engine of its own, after a small one that visits every batch size."""
+def others(assembly: Assembly) -> Iterator[tuple[str, Any]]:
+    """What the engine was made to do, each the other way."""
+    arena, executor = assembly.arena, assembly.executor
+    yield "no pages created ahead", patch.object(arena.pool, "stock")
+    yield "no unused pages kept", patch.object(arena, "slack", 0.0)
+    yield "decode steps recorded in pieces only", patch.object(executor, "graphs", None)
+
+
+@contextmanager
+def ready(
+    bench: Bench, shape: Shape, load: Load, settings: dict[str, Any]
+) -> Iterator[tuple[Assembly, float]]:
+    """An engine that has done a small job, which visits every batch size; and when it was made."""
     began = time.perf_counter()
     with assembled(bench, shape, **settings) as assembly:
-        ready = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         seqs = settings["max_num_seqs"]
         add(assembly, shape, [(load.shortest, 1 + row // 4) for row in range(seqs)])
         drain(assembly)
-        before = assembly.measurements()
-        add(assembly, shape, load.lengths())
-        bench.synchronise()
-        began = time.perf_counter()
-        tokens = drain(assembly)
-        bench.synchronise()
-        seconds = time.perf_counter() - began
-        after = assembly.measurements()
-        gone = {k: v - before[k] for k, v in after.items() if isinstance(v, float | int)}
-        wanted = sum(out for _, out in load.lengths())
-        if tokens != wanted:
-            raise RuntimeError(f"{tokens} tokens came out, {wanted} were asked for")
-        return {
-            "ready_s": ready,
-            "seconds": seconds,
-            "tokens": tokens,
-            "tokens_per_s": tokens / seconds,
-            "steps": gone["steps"],
-            "exposed": gone["map_exposed_s"] / seconds,
-            "hidden": gone["map_hidden_s"] / seconds,
-            "stalls": gone["map_stalls"],
-            "utilisation": gone["kv_live_s"] / gone["kv_mapped_s"],
-            "idle": gone["idle_s"] / seconds,
-            "device_s": gone["device_s"],
-            "preemptions": gone["preemptions"],
-            "recomputed": gone["recomputed_tokens"],
-        }
+        yield assembly, seconds
+
+
+def measure(bench: Bench, shape: Shape, load: Load, settings: dict[str, Any]) -> dict[str, Any]:
+    """One job through an engine of its own."""
+    with ready(bench, shape, load, settings) as (assembly, seconds):
+        return {"ready_s": seconds} | measured(bench, assembly, shape, load)
+
+
+def measured(bench: Bench, assembly: Assembly, shape: Shape, load: Load) -> dict[str, Any]:
+    """One job through an idle engine."""
+    before = assembly.measurements()
+    add(assembly, shape, load.lengths())
+    bench.synchronise()
+    began = time.perf_counter()
+    tokens = drain(assembly)
+    bench.synchronise()
+    seconds = time.perf_counter() - began
+    after = assembly.measurements()
+    gone = {k: v - before[k] for k, v in after.items() if isinstance(v, float | int)}
+    wanted = sum(out for _, out in load.lengths())
+    if tokens != wanted:
+        raise RuntimeError(f"{tokens} tokens came out, {wanted} were asked for")
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+        "steps": gone["steps"],
+        "exposed": gone["map_exposed_s"] / seconds,
+        "hidden": gone["map_hidden_s"] / seconds,
+        "stalls": gone["map_stalls"],
+        "utilisation": gone["kv_live_s"] / gone["kv_mapped_s"],
+        "idle": gone["idle_s"] / seconds,
+        "device_s": gone["device_s"],
+        "preemptions": gone["preemptions"],
+        "recomputed": gone["recomputed_tokens"],
+    }

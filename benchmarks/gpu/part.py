@@ -30,7 +30,10 @@ from benchmarks.gpu.bench import Bench, Unavailable
 from benchmarks.gpu.outcome import TOY_DEVICE
 
 _PR_SET_PDEATHSIG = 1
-PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "cuda-bindings", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "triton", "flashinfer-python", "flash-attn", "cuda-bindings"),
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:

@@ -26,6 +26,7 @@ class Part:
         about: What it shows.
         tests: What pytest is to run; none for a part that measures.
         sanitized: Whether the tests run under compute-sanitizer.
+        beside: Whether it runs beside others of which the same holds: no time of it is a figure.
         greedy: Whether it would take all the time that others left: it gets none of that.
     """
 
@@ -34,24 +35,32 @@ class Part:
     about: str
     tests: tuple[str, ...] = ()
     sanitized: bool = False
+    beside: bool = False
     greedy: bool = False
 
 
 _MEMORY = ("tests/gpu/test_memory.py", "tests/gpu/test_transfers.py")
 
 PARTS = (
-    Part("submit", 150, "`batchrun submit`, a tiny model in bf16: killed, resumed, compared"),
+    Part(
+        "submit",
+        150,
+        "`batchrun submit`, a tiny model in bf16: killed, resumed, compared",
+        beside=True,
+    ),
     Part(
         "memory",
         60,
         "pytest -m gpu: the allocator, aliases, fences and copies",
         (*_MEMORY, "tests/allocator"),
+        beside=True,
     ),
     Part(
         "parity",
-        60,
+        90,
         "pytest -m gpu: attention kernels, and tokens against `generate`",
         ("tests/gpu", "tests/attention", *(f"--ignore={name}" for name in _MEMORY)),
+        beside=True,
     ),
     # Kernels are many times slower under it: fewer tests.
     Part(
@@ -60,23 +69,24 @@ PARTS = (
         "compute-sanitizer over the memory tests",
         (_MEMORY[0], "-k", "not cuda-1 and not cuda-2"),
         sanitized=True,
+        beside=True,
     ),
     Part("ceilings", 20, "copy bandwidth and bf16 matrix rate"),
-    Part("steps", 100, "Llama-3-8B shape: decode steps, prefill chunks, idle time"),
-    Part("job", 75, "256 requests, Qwen3-0.6B shape: throughput, mapping, KV utilisation"),
+    Part("steps", 120, "Llama-3-8B shape: decode steps, prefill chunks, idle time, 1,000 chats"),
+    Part("job", 110, "256 requests, Qwen3-0.6B shape: throughput, mapping, KV utilisation"),
     Part("host", 45, "what small steps cost the host, and which of its functions"),
     Part("pressure", 45, "the same with 8 GiB for keys and values: sequences are preempted"),
-    Part("peer", 40, "the same through transformers' generate_batch", greedy=True),
-    Part("vllm", 150, "the same through vLLM, where it is installed"),
     Part("vmm", 30, "driver calls: create, map, set-access, unmap"),
     Part("layouts", 50, "contiguous slots against 16-token pages"),
     Part("slabs", 35, "layers_per_slab: decode attention time and waste"),
+    Part("vllm", 150, "the job through vLLM, where it is installed"),
+    Part("peer", 40, "the job through transformers' generate_batch", greedy=True),
 )
 
 
 def groups(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """The parts in order, tests that follow each other together: no time of theirs is a figure."""
-    for _, group in itertools.groupby(parts, key=lambda part: None if part.tests else part.name):
+    """The parts in order, those that may run side by side together."""
+    for _, group in itertools.groupby(parts, key=lambda part: None if part.beside else part.name):
         yield list(group)
 
 

@@ -120,6 +120,22 @@ class Load:
 TOY_LOAD = Load(requests=8, shortest=4, longest=24)
 
 
+def chats(count: int = 1000, *, longest: int = 1024, seed: int = 0) -> list[tuple[int, int]]:
+    """Tokens in and out of requests as long as ShareGPT's: few long ones among many short.
+
+    Log-normal, cut at 4 and at `longest`. The means of 222 in and 189 out are those of the 1,000
+    rows that vLLM's benchmark takes of it (224 and 188, by its pull request 14036).
+    """
+    rng = random.Random(seed)
+
+    def draw(mean: float, deviation: float) -> int:
+        while not 4 <= (length := round(rng.lognormvariate(mean, deviation))) <= longest:
+            pass
+        return length
+
+    return [(draw(5.0, 1.3), draw(4.9, 1.0)) for _ in range(count)]
+
+
 def prompt(length: int, vocab: int, seed: int) -> tuple[int, ...]:
     """Random token ids, none of them special."""
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Decode steps and prefill chunks of the engine: Llama-3-8B's shape, 256 sequences."""
+"""Decode steps, prefill chunks and chats through the engine: Llama-3-8B's shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchrun.engine.settings import Settings
 from benchmarks.gpu import roofline
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.roofline import Span
-from benchmarks.gpu.shapes import Shape, build, prompt
+from benchmarks.gpu.shapes import Shape, build, chats, prompt
 
 if TYPE_CHECKING:
     from batchrun.engine.build import Assembly
@@ -30,13 +30,17 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
     with assembled(
         bench,
         shape,
-        max_num_seqs=bench.size(256, 8),
+        max_num_seqs=bench.size(512, 16),
         max_num_batched_tokens=chunk,
         max_model_len=bench.size(2048, 128),
     ) as assembly:
         yield {"shape": shape.name, "ready_s": time.perf_counter() - began}
         yield prefill(bench, assembly, shape, chunk, size)
         yield decode(bench, assembly, shape, size)
+        found: list[dict[str, float]] = []
+        for seqs in (bench.size(256, 8), bench.size(512, 16)):
+            found.append(chatting(bench, assembly, shape, seqs))
+            yield {"chats": found}
 
 
 @contextmanager
@@ -52,9 +56,14 @@ def assembled(
             yield assembly
 
 
-def add(assembly: Assembly, shape: Shape, lengths: Sequence[tuple[int, int]]) -> None:
-    """Queue requests of (tokens in, tokens out), greedy and never ended by an end token."""
-    for row, (size, out) in enumerate(lengths):
+def add(
+    assembly: Assembly, shape: Shape, lengths: Sequence[tuple[int, int]], *, first: int = 0
+) -> None:
+    """Queue requests of (tokens in, tokens out), greedy and never ended by an end token.
+
+    Those of the same row, counted from `first`, begin alike.
+    """
+    for row, (size, out) in enumerate(lengths, first):
         params = SamplingParams(max_tokens=out, ignore_eos=True)
         assembly.engine.add(Request(row, 0, prompt(size, shape.vocab, row), params, 0))
 
@@ -123,6 +132,36 @@ def decode(bench: Bench, assembly: Assembly, shape: Shape, context: int) -> dict
         "decode_device_s": device / steps,
         # A CPU has no device to idle.
         "decode_idle": idle / (device + idle) if device else 0.0,
+    }
+
+
+def chatting(bench: Bench, assembly: Assembly, shape: Shape, seqs: int) -> dict[str, float]:
+    """A job of requests as long as chats are, `seqs` at a time, after a small one like it."""
+    assembly.scheduler.max_num_seqs = seqs
+    lengths = chats(bench.size(1000, 24), longest=bench.size(1024, 32))
+    small = [(size, min(out, 32)) for size, out in lengths[: 2 * seqs]]
+    add(assembly, shape, small, first=len(lengths))
+    drain(assembly)
+    before = assembly.measurements()
+    add(assembly, shape, lengths)
+    bench.synchronise()
+    began = time.perf_counter()
+    tokens = drain(assembly)
+    bench.synchronise()
+    seconds = time.perf_counter() - began
+    after = assembly.measurements()
+    gone = {k: v - before[k] for k, v in after.items() if isinstance(v, float | int)}
+    return {
+        "sequences": seqs,
+        "requests": len(lengths),
+        "prompt_tokens": sum(size for size, _ in lengths),
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "steps": gone["steps"],
+        "exposed": gone["map_exposed_s"] / seconds,
+        "idle": gone["idle_s"] / seconds,
+        "utilisation": gone["kv_live_s"] / gone["kv_mapped_s"],
     }
 
 

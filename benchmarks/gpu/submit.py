@@ -23,6 +23,7 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.holders import holders, send
 from batchrun.jobs.lease import LOCK, held_by
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.shapes import SHAPES, Shape, chats
 from tests.tiny import byte_vocabulary, write_tokenizer
 
 _POLL_S = 0.02
@@ -47,13 +48,15 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
 class Trial:
     """A folder with a model, a file of prompts, and the jobs made of them."""
 
-    def __init__(self, bench: Bench, folder: Path) -> None:
+    def __init__(self, bench: Bench, folder: Path, *, whole: bool = False) -> None:
         self.bench = bench
         self.folder = folder
         self.home = folder / "home"
-        self.sequences = bench.size(64, 4)
-        write_model(bench, folder / "model")
-        self.rows = write_rows(bench, folder / "rows.parquet")
+        self.sequences = bench.size(256 if whole else 64, 4)
+        write_model(bench, folder / "model", SHAPES["qwen3-0.6b"] if whole else None)
+        table = chat_rows(bench) if whole else odd_rows(bench)
+        pq.write_table(table, folder / "rows.parquet")
+        self.rows = table.num_rows
 
     def cli(self, *arguments: str) -> Any:
         """What `batchrun ... --json` prints.
@@ -178,17 +181,21 @@ class Trial:
         return [json.loads(line) for line in lines]
 
 
-def write_model(bench: Bench, folder: Path) -> None:
-    """A Llama of random weights with heads as wide as the kernels have them."""
+def write_model(bench: Bench, folder: Path, shape: Shape | None = None) -> None:
+    """A Llama of random weights; a small one, its heads as wide as kernels have them, or `shape`.
+
+    Its tokens are bytes whatever the shape, so that its answers are text.
+    """
     torch.manual_seed(7)
-    hidden = bench.size(512, 64)
+    hidden, shape = bench.size(512, 64), None if bench.toy else shape
     config = LlamaConfig(
         vocab_size=len(byte_vocabulary()),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=bench.size(4, 2),
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=shape.hidden if shape else hidden,
+        intermediate_size=shape.intermediate if shape else 2 * hidden,
+        num_hidden_layers=shape.layers if shape else bench.size(4, 2),
+        num_attention_heads=shape.q_heads if shape else 4,
+        num_key_value_heads=shape.kv_heads if shape else 2,
+        head_dim=shape.head_dim if shape else hidden // 4,
         max_position_embeddings=bench.size(16384, 2048),
         initializer_range=0.05,  # so that tokens are chosen by more than rounding
         bos_token_id=1,
@@ -196,25 +203,38 @@ def write_model(bench: Bench, folder: Path) -> None:
         pad_token_id=0,
     )
     dtype = torch.float32 if bench.toy else torch.bfloat16
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    with torch.device(bench.device):
+        model = LlamaForCausalLM(config)
+    model.to(dtype).save_pretrained(folder)
     write_tokenizer(folder)
 
 
-def write_rows(bench: Bench, path: Path) -> int:
-    """Prompts of many lengths, some that begin alike, one longer than a step; returns how many."""
+def odd_rows(bench: Bench) -> pa.Table:
+    """Prompts of many lengths, some that begin alike, one longer than a step."""
     rng = random.Random(3)
     count = bench.size(512, 48)
     longest = bench.size(12_000, 1_500)
-
-    def text(length: int) -> str:
-        return "".join(rng.choices("abcdefghij klmnop", k=length))
-
-    common = text(bench.size(600, 100))
-    prompts = [text(rng.randint(3, 200)) for _ in range(count)]
+    common = _text(rng, bench.size(600, 100))
+    prompts = [_text(rng, rng.randint(3, 200)) for _ in range(count)]
     prompts[::5] = [common + prompt for prompt in prompts[::5]]
-    prompts[count // 3] = text(longest)
+    prompts[count // 3] = _text(rng, longest)
     lengths = [rng.randint(16, bench.size(400, 80)) for _ in range(count)]
     lengths[::16] = [1] * len(lengths[::16])
-    table = {"id": list(range(count)), "prompt": prompts, "max_tokens": lengths}
-    pq.write_table(pa.table(table), path)
-    return count
+    return pa.table({"id": list(range(count)), "prompt": prompts, "max_tokens": lengths})
+
+
+def chat_rows(bench: Bench) -> pa.Table:
+    """As many tokens in and out as chats have."""
+    rng = random.Random(4)
+    lengths = chats(bench.size(4000, 48), longest=bench.size(1024, 60))
+    return pa.table(
+        {
+            "id": list(range(len(lengths))),
+            "prompt": [_text(rng, size) for size, _ in lengths],
+            "max_tokens": [out for _, out in lengths],
+        }
+    )
+
+
+def _text(rng: random.Random, length: int) -> str:
+    return "".join(rng.choices("abcdefghij klmnop", k=length))

@@ -127,8 +127,8 @@ def test_time_that_is_left_goes_to_parts_that_end_by_themselves(
     tests = ("tests/gpu",)
     parts = [
         Part("one", 30, ""),
-        Part("two", 30, "", tests),
-        Part("three", 50, "", tests),  # beside it
+        Part("two", 30, "", tests, beside=True),
+        Part("three", 50, "", tests, beside=True),
         Part("four", 30, "", greedy=True),
         Part("five", 30, ""),
     ]
@@ -215,7 +215,7 @@ def test_parts_that_do_not_fit_the_budget_are_skipped(tmp_path: Path) -> None:
     result, said = rehearse(tmp_path, "--only=ceilings,steps", "--budget=900")
     assert statuses(result) == {"ceilings": "done", "steps": "skipped"}
     reason = result["parts"]["steps"]["reason"]
-    assert re.fullmatch(r"its 1000 s do not fit into the \d+ s left", reason)
+    assert re.fullmatch(r"its 1200 s do not fit into the \d+ s left", reason)
     assert reason in said
 
 
