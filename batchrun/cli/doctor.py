@@ -126,6 +126,8 @@ def _shown(name: str, value: Any) -> Any:
             key: size(item) if isinstance(item, int) else item or "not installed"
             for key, item in value.items()
         }
+    if name == "batchrun" and value is None:
+        return "not installed: a checkout"
     return ", ".join(value) if name == "tested_architectures" else value
 
 

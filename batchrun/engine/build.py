@@ -141,7 +141,7 @@ class Assembly:
     ) -> None:
         self.loaded = loaded
         self.settings = settings
-        self.limits = settings.limits(loaded.device.type)
+        self.limits = settings.limits(str(loaded.device))
         self.max_num_seqs = self.limits.max_num_seqs
         self.max_num_batched_tokens = self.limits.max_num_batched_tokens
         self.generation = read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len)

@@ -80,7 +80,7 @@ PARTS = (
     Part("layouts", 50, "contiguous slots against 16-token pages"),
     Part("slabs", 35, "layers_per_slab: decode attention time and waste"),
     Part("vllm", 150, "the job through vLLM, where it is installed"),
-    Part("peer", 40, "the job through transformers' generate_batch", greedy=True),
+    Part("peer", 60, "the job through transformers' generate_batch", greedy=True),
 )
 
 

@@ -23,6 +23,7 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.holders import holders, send
 from batchrun.jobs.lease import LOCK, held_by
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.parts import ROOT
 from benchmarks.gpu.shapes import SHAPES, Shape, chats
 from tests.tiny import byte_vocabulary, write_tokenizer
 
@@ -67,7 +68,15 @@ class Trial:
         done = subprocess.run(
             [sys.executable, "-m", "batchrun", *arguments, "--json"],
             cwd=self.folder,
-            env={**os.environ, "BATCHRUN_HOME": str(self.home), "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "BATCHRUN_HOME": str(self.home),
+                "HF_HUB_OFFLINE": "1",
+                # From a checkout that is not installed, too.
+                "PYTHONPATH": os.pathsep.join(
+                    [str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])]
+                ),
+            },
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -28,20 +28,39 @@ class Tile:
     warps: int = 4
     stages: int = 4
 
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: weights of one byte and activations of two, for each stage."""
+        return self.stages * self.k * (self.n + 2 * self.t)
 
-def tile_for(tokens: int, rows: int, processors: int) -> Tile:
+
+# By tokens at most, largest first, as an H100 had them fastest (docs/kernels.md).
+_TILES = {
+    16: (Tile(32, 16, 256), Tile(16, 16, 256)),
+    32: (Tile(32, 32, 128), Tile(16, 32, 128)),
+    64: (Tile(64, 64, 128), Tile(32, 64, 128), Tile(16, 64, 128)),
+    128: (Tile(64, 128, 64), Tile(64, 64, 128)),
+    256: (Tile(128, 256, 64, warps=8, stages=3), Tile(64, 128, 64), Tile(64, 64, 128)),
+    WIDEN_ABOVE: (Tile(128, 256, 64, warps=8), Tile(128, 128, 64, warps=8, stages=3)),
+}
+_FULL = 0.8  # of the multiprocessors at work: more do not make up for smaller tiles
+
+
+def tile_for(tokens: int, rows: int, processors: int, shared: int) -> Tile:
     """The tile for a product of so many tokens and rows of weights.
 
-    Few tokens wait for memory: small tiles, so that every multiprocessor reads.
+    Args:
+        tokens: `WIDEN_ABOVE` at most.
+        rows: Of weights.
+        processors: Multiprocessors.
+        shared: Bytes of shared memory that a program can have.
     """
-    if tokens > 256:
-        return Tile(128, 128, 64, warps=8, stages=3)
-    if tokens > 64:
-        return Tile(64, 64, 128)
-    n = 32 if rows >= 32 * processors else 16
-    if tokens <= 16:
-        return Tile(n, 16, 256)
-    return Tile(n, 32 if tokens <= 32 else 64, 128)
+    tiles = next(tiles for most, tiles in _TILES.items() if tokens <= most)
+    fitting = [tile for tile in tiles if tile.shared <= shared]
+    for tile in fitting:
+        if -(-rows // tile.n) * -(-tokens // tile.t) >= _FULL * processors:
+            return tile
+    return fitting[-1]
 
 
 @cache
@@ -63,8 +82,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _resources(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory of each."""
+    found: Any = torch.cuda.get_device_properties(device)  # whose types lack the second
+    return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
 def linear(
@@ -84,7 +105,7 @@ def linear(
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > WIDEN_ABOVE or unsupported_reason(x.device, x.dtype) is not None:
         return widened(x, weight, scales, bias)
-    tile = tile_for(len(rows), len(weight), _processors(x.device))
+    tile = tile_for(len(rows), len(weight), *_resources(x.device))
     with torch.cuda.device(x.device):
         out = launch(rows, weight, scales, bias, tile)
     return out.view(*x.shape[:-1], -1)
