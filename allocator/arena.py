@@ -17,7 +17,6 @@ alone. What a slot shares lies before its live tokens' end, so that growing does
 from collections.abc import Callable, Iterable
 
 from batchrun.allocator.accounting import Usage
-from batchrun.allocator.invariants import check_slots
 from batchrun.allocator.layout import KVLayout
 from batchrun.allocator.pages import PagePool
 from batchrun.allocator.sharing import MemoryCopy, at_most
@@ -337,7 +336,3 @@ class KVArena:
         self._sharing.copies.clear()
         self.pool.shrink()
         self._slabs.free()
-
-    def check(self) -> None:
-        """Raise AssertionError, with what is wrong, unless every invariant holds."""
-        check_slots(self._table)

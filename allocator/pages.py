@@ -136,14 +136,6 @@ class PagePool:
         self.created -= excess
         return excess
 
-    def check(self) -> None:
-        """Raise AssertionError where the pool contradicts itself."""
-        every = [*self._free, *self._used]
-        assert len(set(every)) == len(every), "a page is free twice, or free and in use"
-        assert len(every) == self.created, f"{len(every)} pages known, {self.created} created"
-        counts = self._memory.mappings.counts
-        assert not any(counts[handle] for handle in self._free), "a free page is mapped"
-
     def _grow(self, count: int) -> None:
         """Create at least `count` pages, some more where possible."""
         wanted = max(count, min(self._batch, self.created // 32))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
-    "allocator": 1730,
+    "allocator": 1640,
     "batchrun": 960,
     "batchrun/cli": 1520,
     "batchrun/engine": 3320,

@@ -16,6 +16,7 @@ from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.sharing import MemoryCopy
 from batchrun.allocator.tensor import strided_view
 from batchrun.allocator.vmm import Handle
+from tests.allocator.invariants import check_arena
 
 MAX_TOKENS = 96
 LAYOUTS = [
@@ -90,7 +91,7 @@ class ArenaModel:
         """Give everything back, and see that it is."""
         self.drain()
         self.arena.release()
-        self.arena.check()
+        check_arena(self.arena)
         assert (self.memory.mappings.reservations, self.memory.mappings.counts) == ({}, {})
         self.memory.close()
 
@@ -310,7 +311,7 @@ class ArenaModel:
 
     def check(self) -> None:
         """Every rule, and every byte that the executed steps have provided."""
-        self.arena.check()
+        check_arena(self.arena)
         for slot, occupant in {**self.open_slots, **self.kept}.items():
             self.verify(slot, occupant.names[: occupant.solid])
         for slot, occupant in self.left.items():

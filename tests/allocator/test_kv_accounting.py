@@ -9,6 +9,7 @@ from batchrun.allocator.accounting import Usage, UsageIntegral
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.vmm import VirtualMemory
+from tests.allocator.invariants import check_arena
 
 
 def usage(**values: int) -> Usage:
@@ -124,7 +125,7 @@ def test_memory_is_real_under_churn(num_slots: int, seed: int) -> None:
         layout = KVLayout((LayerKV(3, dim, dim),) * 30, 4, memory.granularity, 8192, 30)
         arena = KVArena(memory, layout, num_slots=num_slots)
         integral = churn(arena, steps=600, seed=seed, prompts=(10, 300), answers=150, chunk=64)
-        arena.check()
+        check_arena(arena)
         assert integral.utilisation >= 0.95
         seconds = integral.as_dict()
         assert seconds["kv_static_s"] > 20 * seconds["kv_mapped_s"]
@@ -139,7 +140,7 @@ def test_memory_is_real_at_1k_tokens_and_16_to_18_a_page(
     arena = KVArena(memory, layout, num_slots=48)
     integral = churn(arena, steps=900, seed=0, prompts=(300, 1500), answers=200, chunk=512)
     assert integral.utilisation >= 0.96
-    arena.check()
+    check_arena(arena)
 
 
 def test_reclamation_deferred_saves_most_mapping_where_lengths_repeat(

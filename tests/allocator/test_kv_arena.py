@@ -9,6 +9,7 @@ from memory_twins import PAGE, Twin, Wrapped, faulted, run_python
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+from tests.allocator.invariants import check_arena
 
 MakeArena = Callable[..., KVArena]
 
@@ -32,7 +33,7 @@ def test_open_gives_each_slot_once_and_maps_nothing(make_arena: MakeArena) -> No
     assert work(arena) == (0, 0, 0)
     arena.close(1, step=0)
     assert arena.open() == 1
-    arena.check()
+    check_arena(arena)
 
 
 def test_ensure_maps_each_groups_pages_in_one_call(make_arena: MakeArena) -> None:
@@ -55,7 +56,7 @@ def test_ensure_of_what_is_there_does_no_work(make_arena: MakeArena) -> None:
         assert arena.live_tokens(slot) == tokens
     assert work(arena) == before
     assert arena.mapped_pages(slot) == 2, "fewer live tokens unmap nothing"
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_reopened_slot_maps_nothing(make_arena: MakeArena) -> None:
@@ -109,7 +110,7 @@ def test_closed_slots_give_pages_only_when_their_step_is_retired(make_arena: Mak
     arena.retire(5)
     assert arena.ensure(second, 40)
     assert arena.mapped_pages(first) == 0
-    arena.check()
+    check_arena(arena)
 
 
 def test_surplus_of_a_reopened_slot_keeps_its_fence(make_arena: MakeArena) -> None:
@@ -123,7 +124,7 @@ def test_surplus_of_a_reopened_slot_keeps_its_fence(make_arena: MakeArena) -> No
     arena.retire(5)
     assert arena.ensure(other, 32)
     assert not arena.ensure(other, 36), "the two pages of live tokens are never taken"
-    arena.check()
+    check_arena(arena)
 
 
 def test_the_largest_surplus_is_stolen_first_by_runs(make_arena: MakeArena) -> None:
@@ -136,7 +137,7 @@ def test_the_largest_surplus_is_stolen_first_by_runs(make_arena: MakeArena) -> N
         assert arena.ensure(growing, tokens)
     assert (arena.mapped_pages(small), arena.mapped_pages(large)) == (3, 15 - 8)
     assert work(arena) == (3 + 8, 1, 3), "all eight came from one unmap, none was created"
-    arena.check()
+    check_arena(arena)
 
 
 def test_closed_slots_give_before_open_ones(make_arena: MakeArena) -> None:
@@ -151,7 +152,7 @@ def test_closed_slots_give_before_open_ones(make_arena: MakeArena) -> None:
     assert arena.ensure(growing, 24)
     assert arena.mapped_pages(reopened) == 15 - 8
     assert arena.ensure(reopened, 16)
-    arena.check()
+    check_arena(arena)
 
 
 def test_ensure_is_all_or_nothing_over_groups(make_arena: MakeArena) -> None:
@@ -162,7 +163,7 @@ def test_ensure_is_all_or_nothing_over_groups(make_arena: MakeArena) -> None:
     assert arena.usage() == arena_before
     assert work(arena) == work_before
     assert (arena.live_tokens(slot), arena.mapped_pages(slot)) == (8, 6)
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_slot_that_gets_no_pages_keeps_none_from_others(make_arena: MakeArena) -> None:
@@ -175,7 +176,7 @@ def test_a_slot_that_gets_no_pages_keeps_none_from_others(make_arena: MakeArena)
     assert not arena.ensure(slot, 52)
     assert arena.ensure(opened(arena, 0), 44)
     assert arena.mapped_pages(slot) == 1
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_slot_may_use_up_what_open_kept_for_it_in_another_group(make_arena: MakeArena) -> None:
@@ -187,10 +188,10 @@ def test_a_slot_may_use_up_what_open_kept_for_it_in_another_group(make_arena: Ma
     assert arena.open(32) == slot
     assert (arena.mapped_pages(slot), arena.mapped_pages(other)) == (8, 8)
     assert not arena.ensure(slot, 20)
-    arena.check()
+    check_arena(arena)
     assert arena.ensure(slot, 16)
     assert not arena.ensure(slot, 17)
-    arena.check()
+    check_arena(arena)
 
 
 def test_an_earlier_step_named_later_does_not_weaken_the_fence(make_arena: MakeArena) -> None:
@@ -234,11 +235,11 @@ def test_a_failed_map_is_rolled_back(
     else:
         with pytest.raises(AllocatorError, match="no room"):
             arena.ensure(slot, 12)
-    arena.check()
+    check_arena(arena)
     assert (arena.live_tokens(slot), arena.mapped_pages(slot)) == (4, 3)
     assert len(list(memory.mappings.all_mapped())) == 3
     assert arena.ensure(slot, 12)
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_failed_reservation_gives_the_others_back(memory: VirtualMemory) -> None:
@@ -259,7 +260,7 @@ def test_retire_destroys_what_stays_unused_beyond_the_slack(make_arena: MakeAren
     assert arena.pool.created == 16 + 4 + 4
     assert len(arena.memory.mappings.counts) == arena.pool.created
     assert arena.ensure(kept, 64)
-    arena.check()
+    check_arena(arena)
 
 
 def test_retire_creates_what_the_last_step_took_ahead_of_need(make_arena: MakeArena) -> None:
@@ -274,7 +275,7 @@ def test_retire_creates_what_the_last_step_took_ahead_of_need(make_arena: MakeAr
     assert arena.pool.free == 4
     arena.retire(2)  # a step that took nothing
     assert arena.pool.free == 4
-    arena.check()
+    check_arena(arena)
 
 
 def test_pages_ahead_stay_within_slack_and_budget(make_arena: MakeArena) -> None:
@@ -310,7 +311,7 @@ def test_a_machine_that_is_full_does_not_make_retire_fail(
     arena.retire(0)
     assert arena.pool.created == 3
     assert not arena.ensure(0, 16)
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_budget_that_shrinks_takes_what_no_sequence_needs(make_arena: MakeArena) -> None:
@@ -345,7 +346,7 @@ def test_a_budget_that_shrinks_takes_what_no_sequence_needs(make_arena: MakeAren
     assert not arena.ensure(kept, 44)
     arena.retire(1)
     assert arena.ensure(kept, 44)
-    arena.check()
+    check_arena(arena)
 
 
 def test_trim_leaves_only_what_open_slots_claim(make_arena: MakeArena) -> None:
@@ -360,7 +361,7 @@ def test_trim_leaves_only_what_open_slots_claim(make_arena: MakeArena) -> None:
     arena.retire(2)
     arena.trim()
     assert arena.pool.created == 5
-    arena.check()
+    check_arena(arena)
 
 
 @pytest.mark.parametrize(("budget", "largest"), [(None, 64), (10 * PAGE, 40), (10 * PAGE - 1, 36)])
@@ -385,7 +386,7 @@ def test_misuse_is_refused(make_arena: MakeArena, memory: VirtualMemory) -> None
         KVArena(memory, KVLayout((LayerKV(1, 8, 8),), 2, 2 * PAGE, 8, 1), num_slots=1)
     with pytest.raises(AllocatorError, match="num_slots 0"):
         make_arena(num_slots=0)
-    arena.check()
+    check_arena(arena)
 
 
 def test_slots_lie_one_slab_apart_in_one_reservation(
@@ -414,7 +415,7 @@ def test_release_gives_everything_back(make_arena: MakeArena, memory: VirtualMem
     assert arena.usage().reserved == arena.usage().mapped == 0
     with pytest.raises(AllocatorError, match="released"):
         arena.open()
-    arena.check()
+    check_arena(arena)
 
 
 @pytest.mark.parametrize("token", [11, 12, 63])
@@ -468,7 +469,7 @@ def test_pages_for_what_comes_are_created_whatever_the_slack(make_arena: MakeAre
     arena.retire(1)
     arena.retire(2)
     assert arena.pool.created < 20, "what does not come after all goes back"
-    arena.check()
+    check_arena(arena)
 
 
 def test_pages_are_created_for_all_slots_that_grow_at_once(make_arena: MakeArena) -> None:
@@ -493,7 +494,7 @@ def test_pages_go_back_a_few_at_a_time_as_long_as_the_budget_holds(make_arena: M
     for step in range(2, 20):
         arena.retire(step)
         held.append(arena.pool.created)
-        arena.check()
+        check_arena(arena)
     steps = [before - after for before, after in pairwise(held)]
     assert max(steps) == 3
     assert sorted(held, reverse=True) == held

@@ -14,6 +14,7 @@ from batchrun.allocator.arena import KVArena
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.tensor import layer_views
 from batchrun.allocator.vmm import VirtualMemory
+from tests.allocator.invariants import check_arena
 
 TOKENS = st.integers(0, MAX_TOKENS)
 
@@ -171,7 +172,7 @@ def churn_tensors(memory: VirtualMemory, rng: random.Random) -> None:
         for slot, (name, tokens) in running.items():
             verify(slot, name, tokens)
         arena.retire(step)
-        arena.check()
+        check_arena(arena)
     assert preempted > 5
     assert arena.usage().unmap_calls > 5
     arena.release()

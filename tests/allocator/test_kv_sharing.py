@@ -8,6 +8,7 @@ from memory_twins import PAGE, SCALE, Twin, Wrapped
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.sharing import MemoryCopy
 from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
+from tests.allocator.invariants import check_arena
 
 MakeArena = Callable[..., KVArena]
 TOKEN = 1024 * SCALE
@@ -75,7 +76,7 @@ def test_whole_pages_are_aliased_and_the_last_is_copied(arena: KVArena, writer: 
     usage = arena.usage()
     assert usage.live == (10 + 3) * TOKEN
     assert usage.shared == PAGE
-    arena.check()
+    check_arena(arena)
 
 
 def test_sharers_grow_apart(arena: KVArena, writer: Writer) -> None:
@@ -90,7 +91,7 @@ def test_sharers_grow_apart(arena: KVArena, writer: Writer) -> None:
         "abcdefgxyz",
         "abcdefghij123",
     ]
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_prefix_of_whole_pages_needs_no_copy(arena: KVArena, writer: Writer) -> None:
@@ -113,13 +114,13 @@ def test_writing_into_shared_pages_replaces_them_first(arena: KVArena, writer: W
     assert writer.read(slot) == "abcdefXYZ"
     assert writer.read(source) == "abcdefghijkl"
     assert arena.usage().live == (12 + 5) * TOKEN
-    arena.check()
+    check_arena(arena)
     assert arena.ensure(source, 3)
     assert not arena.ensure(source, 4, step=1), "what step 1 copies from stays where it is"
     arena.retire(1)
     writer.append(source, "?", step=2)
     assert (writer.read(source), writer.read(slot)) == ("abc?", "abcdefXYZ")
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_copy_for_writing_needs_a_step_and_a_slot_that_nobody_reads(
@@ -140,7 +141,7 @@ def test_a_copy_for_writing_needs_a_step_and_a_slot_that_nobody_reads(
     assert arena.ensure(source, 4)
     assert arena.ensure(source, 5), "no other slot has the second page now"
     assert arena.pool.in_use == pages
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_closed_slot_that_has_the_prefix_is_taken_again(arena: KVArena, writer: Writer) -> None:
@@ -155,7 +156,7 @@ def test_a_closed_slot_that_has_the_prefix_is_taken_again(arena: KVArena, writer
     writer.append(slot, "abc")
     assert arena.usage().map_calls == before
     assert writer.read(slot) == "abcdefghiabc"
-    arena.check()
+    check_arena(arena)
 
 
 def test_open_avoids_shared_pages(arena: KVArena, writer: Writer) -> None:
@@ -171,7 +172,7 @@ def test_open_avoids_shared_pages(arena: KVArena, writer: Writer) -> None:
     assert arena.ensure(slot, 8)
     writer.write(slot, 0, "12345678")
     assert writer.read(source) == "abcdefgh"
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_kept_slot_is_not_opened_nor_stolen_from(make_arena: MakeArena) -> None:
@@ -196,7 +197,7 @@ def test_a_kept_slot_is_not_opened_nor_stolen_from(make_arena: MakeArena) -> Non
     arena.drop(kept)
     arena.retire(2)
     assert {arena.open(), arena.open()} == {0, 1}
-    arena.check()
+    check_arena(arena)
     with pytest.raises(AllocatorError, match="keeps nothing"):
         arena.drop(kept)
 
@@ -216,7 +217,7 @@ def test_a_closed_source_is_not_stolen_from_before_its_step(make_arena: MakeAren
     arena.retire(3)
     assert arena.ensure(grown, 12)
     assert arena.held_tokens(source) == 4
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_prefix_that_is_in_use_stays_mapped_in_closed_slots(make_arena: MakeArena) -> None:
@@ -236,7 +237,7 @@ def test_a_prefix_that_is_in_use_stays_mapped_in_closed_slots(make_arena: MakeAr
     arena.drop(kept)
     assert arena.ensure(other, 40)
     assert [arena.mapped_pages(slot) for slot in (kept, *slots)] == [0, 0, 0]
-    arena.check()
+    check_arena(arena)
 
 
 def test_share_that_cannot_be_had_changes_nothing(make_arena: MakeArena) -> None:
@@ -254,7 +255,7 @@ def test_share_that_cannot_be_had_changes_nothing(make_arena: MakeArena) -> None
     arena.close(source, step=0)
     assert arena.ensure(1 - source, 8), "no step reads the source after all"
     assert arena.take_copies() == ()
-    arena.check()
+    check_arena(arena)
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
@@ -277,7 +278,7 @@ def test_a_failed_map_is_rolled_back(
     assert arena.ensure(source, 10)
     failing.calls = 0
     assert arena.share(source, 7, num_tokens=7, step=0) is None
-    arena.check()
+    check_arena(arena)
     failing.calls = -10
     slot = arena.share(source, 8, num_tokens=8, step=0)
     assert arena.ensure(slot, 6)
@@ -285,13 +286,13 @@ def test_a_failed_map_is_rolled_back(
     arena.retire(0)
     failing.calls = 0
     assert not arena.ensure(slot, 7, step=1)
-    arena.check()
+    check_arena(arena)
     failing.calls = -10
     assert arena.ensure(slot, 7, step=1)
     assert len(arena.take_copies()) == 2
-    arena.check()
+    check_arena(arena)
     arena.release()
-    arena.check()
+    check_arena(arena)
 
 
 def test_copies_into_a_closed_slot_are_dropped_unless_another_needs_them(
@@ -310,7 +311,7 @@ def test_copies_into_a_closed_slot_are_dropped_unless_another_needs_them(
     assert arena.ensure(source, 12)
     writer.write(source, 10, "kl")
     assert writer.read(arena.share(kept, 10, 10, step=1)) == "abcdefghij"
-    arena.check()
+    check_arena(arena)
 
 
 def test_misuse_is_refused(arena: KVArena, writer: Writer) -> None:
@@ -324,4 +325,4 @@ def test_misuse_is_refused(arena: KVArena, writer: Writer) -> None:
     arena.retire(4)
     with pytest.raises(AllocatorError, match="step 4 is retired"):
         arena.share(source, 5, 5, step=4)
-    arena.check()
+    check_arena(arena)

@@ -21,6 +21,7 @@ from batchrun.engine.model.masks import Seen, _read, named_windows
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel, has_experts, prepare
 from batchrun.errors import ModelError
+from tests.allocator.invariants import check_arena
 from tests.parity.models import _SMALL, CONFIGS, build, seeded
 from tests.parity.runner import generate, outputs, rig, run
 
@@ -201,7 +202,7 @@ def test_routers_that_rounding_sways_are_no_reason_to_refuse(seed: int, attentio
     optimize(loaded.model, compile=False, log=lines.append)
     with rig(loaded, attention=attention) as r:
         assert gates.verify(loaded, r.executor, r.arena, 64, want) < 0.06
-        r.arena.check()
+        check_arena(r.arena)
 
 
 class _Wider(SDPA):

@@ -19,6 +19,7 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.proposers import PromptLookup, Proposer
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
+from tests.allocator.invariants import check_arena
 from tests.engine.echo import EchoExecutor, Oracle, expected, expected_of_beams
 
 PAGE = 4096
@@ -80,7 +81,7 @@ class Rig:
 
     def check(self) -> None:
         self.scheduler.check()
-        self.arena.check()
+        check_arena(self.arena)
 
     def verify(self) -> None:
         assert sorted(self.done) == list(range(len(self.requests)))

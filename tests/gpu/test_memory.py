@@ -12,6 +12,7 @@ import torch
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.tensor import layer_views, strided_view
+from tests.allocator.invariants import check_arena
 
 TOKEN = 1024  # bytes: two layers of 64 + 64 int32
 
@@ -96,7 +97,7 @@ def test_pages_of_a_closed_slot_wait_for_the_step_that_reads_them(memory: Any, d
     assert arena.ensure(other, tokens)
     keys[other, :tokens] = 7
     assert (keys[other, :tokens] == 7).all()
-    arena.check()
+    check_arena(arena)
     arena.release()
 
 
@@ -143,7 +144,7 @@ def test_patterns_survive_two_steps_in_flight(memory: Any, device: str, seed: in
                 passed.synchronize()
             arena.retire(done)
         stolen = arena.usage().unmap_calls
-        arena.check()
+        check_arena(arena)
     assert wrong.item() == 0
     assert closed > 20
     assert stolen > 5, "no page ever moved between slots"

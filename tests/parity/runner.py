@@ -18,6 +18,7 @@ from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.pieces import Apart
 from batchrun.engine.settings import Settings
+from tests.allocator.invariants import check_arena
 
 
 class _OverFakeDriver(Assembly):
@@ -60,7 +61,7 @@ def run(
             done[row] = completion
         if check:
             rig.scheduler.check()
-            rig.arena.check()
+            check_arena(rig.arena)
     return [done[row] for row in range(len(prompts))]
 
 

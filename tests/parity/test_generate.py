@@ -20,6 +20,7 @@ from batchrun.engine.model import gates
 from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.errors import ModelError
+from tests.allocator.invariants import check_arena
 from tests.parity.models import CONFIGS, build
 from tests.parity.runner import generate, outputs, rig, run
 
@@ -167,7 +168,7 @@ def test_recorded_steps_equal_generate(lag: int) -> None:
 def test_the_canary_passes(name: str) -> None:
     with rig(loaded(name)) as r:
         assert gates.verify(loaded(name), r.executor, r.arena, 64) < 1e-4
-        r.arena.check()
+        check_arena(r.arena)
         assert r.arena.num_open == 0
 
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams
+from tests.allocator.invariants import check_arena
 from tests.parity import runner, test_beams
 from tests.parity.runner import outputs, run
 from tests.parity.test_generate import MAX_TOKENS, families, loaded, wanted_of_families
@@ -49,7 +50,7 @@ def test_any_job_equals_generate(
                 for completion in r.engine.step():
                     done[completion.request.row] = list(completion.token_ids)
                 r.scheduler.check()
-                r.arena.check()
+                check_arena(r.arena)
             begun = {left.row: left.generated_ids for left in r.engine.partials()}
     for row, (number, count) in enumerate(job):
         assert done[row] == want[number][:count]
@@ -74,7 +75,7 @@ def test_beams_and_draws_are_the_same(chosen: set[int], shape: Shape) -> None:
             for completion in r.engine.step():
                 done[completion.request.row] = list(completion.token_ids)
             r.scheduler.check()
-            r.arena.check()
+            check_arena(r.arena)
     assert done == {row: beams_elsewhere()[row] for row in chosen}
 
 

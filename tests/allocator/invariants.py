@@ -3,14 +3,17 @@
 from collections import Counter
 
 from batchrun.allocator.accounting import paged_blocks
+from batchrun.allocator.arena import KVArena
+from batchrun.allocator.pages import PagePool
 from batchrun.allocator.slot import Slot
 from batchrun.allocator.slots import SlotTable
 from batchrun.allocator.vmm import Handle
 
 
-def check_slots(slots: SlotTable) -> None:
+def check_arena(arena: KVArena) -> None:
     """Raise AssertionError, with what is wrong, unless every invariant of an arena holds."""
-    slots.pool.check()
+    slots = arena._table
+    check_pool(slots.pool)
     references, counts = Counter[Handle](), slots.counts
     for slot in slots.slots:
         _check_slot(slots, slot)
@@ -25,6 +28,15 @@ def check_slots(slots: SlotTable) -> None:
     assert slots.live_blocks == sum(map(paged_blocks, tokens)), "paged blocks"
     assert slots.claims == sum(s.num_claimed for s in slots.slots), "claims"
     _check_shared(slots)
+
+
+def check_pool(pool: PagePool) -> None:
+    """Raise AssertionError where a pool contradicts itself."""
+    every = [*pool._free, *pool._used]
+    assert len(set(every)) == len(every), "a page is free twice, or free and in use"
+    assert len(every) == pool.created, f"{len(every)} pages known, {pool.created} created"
+    counts = pool._memory.mappings.counts
+    assert not any(counts[handle] for handle in pool._free), "a free page is mapped"
 
 
 def _check_slot(slots: SlotTable, slot: Slot) -> None:
