@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from batchrun.engine.settings import Limits
+from batchrun.engine.settings import Limits, Settings
 from batchrun.estimate.measured import Measured, StepSampler
 from batchrun.jobs.options import ModelSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import JobSpec
@@ -79,6 +81,17 @@ def test_a_step_has_the_tokens_that_make_its_own_cost_a_tenth() -> None:
     assert limits.step_tokens(60) == 512
     assert [limits.step_tokens(cost) for cost in (None, 1, 25, 1e9)] == [1024, 256, 256, 2048]
     assert intervals((0.0, 0.001, 0.0)).step_cost is None
+
+
+def test_a_large_gpu_runs_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings("", "tiny", "tiny", Path())
+    assert settings.limits("cpu") == Limits(256, 1024)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gib, most in ((8, 256), (24, 256), (80, 512)):
+        device = SimpleNamespace(total_memory=gib << 30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=device: found)
+        assert settings.limits("cuda:0") == Limits(most, 8192)
+        assert replace(settings, max_num_seqs=7).limits("cuda:0").max_num_seqs == 7
 
 
 def test_figures_that_grow_become_intervals() -> None:
