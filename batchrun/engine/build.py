@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -48,6 +49,7 @@ from batchrun.machine import keep_freed_memory, return_freed_memory
 from batchrun.models import whole
 
 _LOOKAHEAD = 4  # steps
+_MEASURED_S = 0.05  # between two looks at free memory, each of which takes up to 0.4 ms
 _GIVE_BACK = 16  # pages a step: some 45 us each in the driver, and a short step takes 2 ms
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a part of the claimed ones
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no draft is worth
@@ -237,10 +239,15 @@ class Assembly:
         wanted = kv_layout(self.loaded, self.settings, cuda=self._cuda)
         layout = replace(wanted, page_size=memory.granularity, planes=memory.planes)
 
+        at, found = -_MEASURED_S, 0
+
         def measured() -> int:
             """What the pool may hold: what it has and what is free beside it."""
-            held = self.arena.pool.created if hasattr(self, "arena") else 0
-            return held * layout.page_bytes + free()
+            nonlocal at, found
+            if time.monotonic() - at >= _MEASURED_S:
+                held = self.arena.pool.created if hasattr(self, "arena") else 0
+                at, found = time.monotonic(), held * layout.page_bytes + free()
+            return found
 
         arena = KVArena(
             memory,
