@@ -148,7 +148,7 @@ class KVArena:
                 that still has the pages. That its bytes are right, and written by steps before
                 `step`, is the caller's to know.
             num_shared: tokens.
-            num_tokens: a guess how long the new sequence is, as in `open`.
+            num_tokens: how long the new sequence may become, as in `open`.
             step: the step before whose kernels the copies will be made: until it is retired, a
                 source that is copied from keeps its pages.
 

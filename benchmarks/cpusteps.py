@@ -6,7 +6,7 @@ The roofline model is that of docs/performance.md: weights once a step and the k
 attention reads over the measured bandwidth, or operations over the measured matrix rate, whichever
 takes longer. Both ceilings are measured before and after each run, and the better one counts.
 The model is one of steps that compute one token a row, and so do these; then the same rows run with
-guessed tokens, as jobs do by default, and that time too is set against the model of these steps.
+draft tokens, as jobs do by default, and that time too is set against the model of these steps.
 """
 
 from __future__ import annotations
@@ -160,16 +160,16 @@ def main() -> None:
     ref = resolve(args.model, home() / "models")
     rows = list(generate(args.workload, args.rows, 0))
     alone, measured = repeated(ref, rows, args.repeat, drafts=False)
-    guessing, more = repeated(ref, rows, args.repeat, drafts=True)
+    drafting, more = repeated(ref, rows, args.repeat, drafts=True)
     measured += more
     best = Ceilings(max(c.bandwidth for c in measured), max(c.matrix for c in measured))
     each = [figures(steps, best) for steps in alone]
     middle = {key: statistics.median(run[key] for run in each) for key in each[0]}
     tokens = sum(row.max_tokens for row in rows)
-    guessed = statistics.median(sum(step.seconds for step in steps) for steps in guessing)
+    drafted = statistics.median(sum(step.seconds for step in steps) for steps in drafting)
     middle["tokens_per_s"] = tokens / middle["seconds"]
-    middle["guessing_tokens_per_s"] = tokens / guessed
-    middle["guessing_of_roofline"] = middle["of_roofline"] * middle["seconds"] / guessed
+    middle["drafting_tokens_per_s"] = tokens / drafted
+    middle["drafting_of_roofline"] = middle["of_roofline"] * middle["seconds"] / drafted
     for key, value in middle.items():
         print(f"{key:24} {value:10.4g}")
     result = {

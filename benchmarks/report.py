@@ -175,8 +175,8 @@ def cpusteps(result: dict[str, Any]) -> Iterator[str]:
     outside, in_decodes = result["outside_forward"], result["outside_forward_decodes"]
     yield f"| outside the model's forward | {outside:.1%} | {in_decodes:.1%} |"
     yield ""
-    yield f"{result['tokens_per_s']:,.0f} completion tokens/s. With guessed tokens, as jobs run by "
-    yield f"default, {result['guessing_tokens_per_s']:,.0f}: {result['guessing_of_roofline']:.2f} "
+    yield f"{result['tokens_per_s']:,.0f} completion tokens/s. With draft tokens, as jobs run by "
+    yield f"default, {result['drafting_tokens_per_s']:,.0f}: {result['drafting_of_roofline']:.2f} "
     yield "of the model of steps that compute one token a row."
 
 

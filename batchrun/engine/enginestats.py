@@ -13,7 +13,7 @@ class EngineStats:
 
     Attributes:
         decode_tokens: Those computed behind prompts, but for wrong draft tokens.
-        drafted_tokens, accepted_tokens: Guessed, and those of them that were right.
+        drafted_tokens, accepted_tokens: Proposed, and those of them that were right.
         map_hidden_s, map_exposed_s: Mapping, unmapping and creating pages while the
             device computed, and while it had nothing to do.
         map_stalls: Times that the device ran out of work while pages were being mapped.
