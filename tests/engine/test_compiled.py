@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from batchrun.engine.cpu import attention, layers
 from batchrun.engine.cpu import compile as compiled
 from batchrun.trust import who_else
 
@@ -182,3 +184,41 @@ def test_a_struct_has_the_size_that_the_source_gives_it(library, source, size, s
     else:
         with pytest.raises(AssertionError, match=r"answer\.cpp has another Given"):
             compiled.load(source, structs=[Given])
+
+
+def members(source: Path, struct: str) -> list[tuple[str, type]]:
+    """Names and ctypes of a C++ struct's members, in the order of their declarations."""
+    text = re.sub(r"//.*", "", source.read_text(encoding="utf-8"))
+    body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.DOTALL)
+    assert body is not None, struct
+    found: list[tuple[str, type]] = []
+    for declaration in filter(None, map(str.strip, body[1].split(";"))):
+        kind, names = re.fullmatch(r"(?:const )?(\w+)(.*)", declaration, re.DOTALL).groups()
+        for name in names.split(","):
+            pointer, word, count = re.fullmatch(r"\s*(\*?)\s*(\w+)(?:\[(\d)\])?\s*", name).groups()
+            made: type = ctypes.c_void_p if pointer else C_TYPES[kind]
+            found.append((word, made * int(count) if count else made))
+    return found
+
+
+C_TYPES = {
+    "int64_t": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+    "Matrix": layers._Matrix,
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "struct", "ours"),
+    [
+        ("common.h", "AttentionCall", attention.Call),
+        ("layers.cpp", "Matrix", layers._Matrix),
+        ("layers.cpp", "Linear", layers.Linear),
+        ("layers.cpp", "Project", layers.Project),
+        ("layers.cpp", "Finish", layers.Finish),
+    ],
+)
+def test_what_is_handed_over_has_the_same_members(source, struct, ours):
+    """In the same order: two of one size that change places would compile as well."""
+    assert [*ours._fields_] == members(Path(attention.__file__).with_name(source), struct)
