@@ -90,7 +90,7 @@ def _rows(
             yield f"{journal.path} does not say how many rows there are"
         return
     if source is not None:
-        there = source.num_rows if source.num_rows is not None else source.count()
+        there = source.count()
         there = there if spec.limit is None else min(there, spec.limit)
         if there != total:
             yield f"the input has {there:,} rows, the journal says {total:,}"

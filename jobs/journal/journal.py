@@ -292,17 +292,14 @@ class Journal(Readings):
 
     def _record(self, result: Result) -> tuple[Any, ...]:
         """A result as it is stored."""
-        ids, queue_s, prefill_s, decode_s = result.token_ids, *result[10:13]
         values = (
             self._number(result),
             *result[2:4],
-            array("i", ids).tobytes(),
+            array("i", result.token_ids).tobytes(),
             *result[5:8],
             _storable(result.error),
             result.error_kind,
-            None if queue_s is None else float(queue_s),
-            None if prefill_s is None else float(prefill_s),
-            None if decode_s is None else float(decode_s),
+            *map(_real, result[10:13]),
             self._run,
             _real(result.logprob),
             packed(result.logprobs),

@@ -98,25 +98,22 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
     Raises:
         JournalError: It can't be made.
     """
-    db: sqlite3.Connection | None = None
     try:
         os.close(open_private(folder / NAME, os.O_RDWR))  # SQLite's own files beside it are like it
-        db = sqlite3.connect(folder / NAME, isolation_level=None)
-        _set_modes(db)
-        db.executescript(
-            f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
-        )
-        values = [(key, json.dumps(value)) for key, value in (meta or {}).items()]
-        db.executemany("INSERT INTO meta VALUES (?, ?, ?)", map(with_checksum, values))
-        db.execute("COMMIT")
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
+        with closing(sqlite3.connect(folder / NAME, isolation_level=None)) as db:
+            _set_modes(db)
+            db.executescript(
+                f"BEGIN;{_SCHEMA}"
+                f"PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
+            )
+            values = [(key, json.dumps(value)) for key, value in (meta or {}).items()]
+            db.executemany("INSERT INTO meta VALUES (?, ?, ?)", map(with_checksum, values))
+            db.execute("COMMIT")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
     except (sqlite3.Error, OSError) as error:
         raise JournalError(
             f"{folder / NAME} can't be made: {_told(error)}", hint=_hint(error)
         ) from error
-    finally:
-        if db is not None:
-            db.close()
 
 
 def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
@@ -132,19 +129,20 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     if readonly and not wal.exists() and not os.access(path.parent, os.W_OK):
         mode = "ro&immutable=1"  # SQLite would need to make files beside it
     address = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}"
-    db: sqlite3.Connection | None = None
     try:
         db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
-        db.create_function("checksum", -1, lambda *values: checksum(values), deterministic=True)
-        if not readonly:
-            _set_modes(db)
-            _settle_log(db, wal)
-        if readonly:
-            db.execute("PRAGMA temp_store=MEMORY")
-        _check_schema(db, path)
-    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        if db is not None:
+        try:
+            db.create_function("checksum", -1, lambda *values: checksum(values), deterministic=True)
+            if readonly:
+                db.execute("PRAGMA temp_store=MEMORY")
+            else:
+                _set_modes(db)
+                _settle_log(db, wal)
+            _check_schema(db, path)
+        except BaseException:
             db.close()
+            raise
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         if is_damage(error):
             raise JournalError(f"{path} is damaged: {error}", hint=BEYOND_REPAIR) from error
         raise JournalError(
@@ -152,10 +150,6 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
             hint=_hint(error)
             or "check free disk space and permissions; a copy of the folder may help",
         ) from error
-    except JournalError:
-        if db is not None:
-            db.close()
-        raise
     return db
 
 
