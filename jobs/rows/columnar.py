@@ -33,7 +33,8 @@ class ColumnarChunk:
         names = self._batch.schema.names
         for index, values in enumerate(self._values(names, "strict"), self.first):
             if isinstance(values, str):
-                [replaced] = self._slice(index)._values(names, "replace")
+                one = ColumnarChunk(index, self._batch.slice(index - self.first, 1))
+                [replaced] = one._values(names, "replace")
                 yield Row(index, {}, f"row {index}: {values}", _digest(replaced))
             else:
                 yield Row(index, dict(zip(names, values, strict=True)), None, _digest(values))
@@ -60,9 +61,6 @@ class ColumnarChunk:
     def cells(self, names: Sequence[str], delimiter: str) -> Iterator[str | Sequence[Any] | None]:
         """See `Chunk.cells`."""
         return self._values(names, "replace")
-
-    def _slice(self, index: int) -> ColumnarChunk:
-        return ColumnarChunk(index, self._batch.slice(index - self.first, 1))
 
     def _values(self, names: Sequence[str], errors: Errors) -> Iterator[Sequence[Any] | str]:
         """Values of each row, or, with `strict`, what is wrong with it."""

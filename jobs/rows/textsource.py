@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.jsontext import parse_object, with_more
 from batchrun.jobs.rows.row import BATCH_BYTES, BATCH_ROWS, Row, digest_of, no_columns
 from batchrun.jobs.rows.shape import InferredType, fitted
 from batchrun.jobs.rows.store import Part
@@ -58,11 +57,6 @@ class Record:
     header: Header | None = None
     cells: Sequence[str] = ()
     error: str | None = None
-
-    @property
-    def where(self) -> str:
-        """Such as `line 7 of prompts.jsonl`."""
-        return f"line {self.line} of {self.part.path.name}"
 
     @property
     def digest(self) -> int:
@@ -127,7 +121,7 @@ class TextSource(ABC):
             ValueError: It is a bad row; the message says why.
         """
 
-    def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
+    def carried(self, record: Record, taken: Sequence[str]) -> str | dict[str, Any] | None:
         """What an output in JSON has of a record: see `Chunk.objects`."""
         fields, error = self.fields(record)
         return fields if error is None else None
@@ -195,7 +189,8 @@ class TextSource(ABC):
         except ValueError as problem:
             error = str(problem)
         if error is not None:
-            return Row(index, {}, f"{record.where} {error}", record.digest)
+            where = f"line {record.line} of {record.part.path.name}"
+            return Row(index, {}, f"{where} {error}", record.digest)
         if columns is not None:
             fields = {name: fields.get(name) for name in columns}
         return Row(index, fields, None, record.digest)
@@ -255,15 +250,7 @@ class TextChunk:
     def objects(self, taken: Sequence[str] = ()) -> Iterator[str | dict[str, Any] | None]:
         """See `Chunk.objects`."""
         for record in self._records:
-            more = self._source.partition(record.part)
-            found = self._source.carried(record, (*taken, *more))
-            if isinstance(found, str) and not more.keys().isdisjoint(taken):
-                found = parse_object(found)
-            if isinstance(found, str):
-                yield with_more(found, more)
-            else:
-                missing = {name: value for name, value in more.items() if name not in (found or ())}
-                yield None if found is None else {**found, **missing}
+            yield self._source.carried(record, taken)
 
     def cells(self, names: Sequence[str], delimiter: str) -> Iterator[str | Sequence[Any] | None]:
         """See `Chunk.cells`."""
