@@ -140,19 +140,18 @@ class Readings:
         )
         return [found[rank] for rank in ranks]
 
-    def results(self, first_row: int = 0, *, skip_damaged: bool = False) -> Iterator[Result]:
+    def results(self, *, skip_damaged: bool = False) -> Iterator[Result]:
         """Results in (row, sample) order, streamed.
 
         Args:
-            first_row: Where to begin.
             skip_damaged: Leave out what is damaged.
 
         Raises:
             JournalError: One is damaged; the message says whose.
         """
-        query = f"{_SELECTS['results']} WHERE id >= ? ORDER BY id"
+        query = f"{_SELECTS['results']} ORDER BY id"
         with self._errors("read"), self._lenient():
-            for record in self._db.execute(query, (first_row * self.n,)):
+            for record in self._db.execute(query):
                 if checksum(record[:-1]) != record[-1]:
                     if skip_damaged:
                         continue

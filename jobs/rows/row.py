@@ -99,27 +99,23 @@ class Source(Protocol):
         """Types that hold all values; where they are not said all rows are read once for it."""
 
     def chunks(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+        self, columns: Sequence[str] | None = None, limit: int | None = None
     ) -> Iterator[Chunk]:
-        """The rows from `start` on, `limit` at most.
+        """The rows, `limit` at most.
 
         Args:
             columns: No others are asked for; all by default.
-            start: Index of the first row.
             limit: Rows at most.
         """
 
-    def rows(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
-    ) -> Iterator[Row]:
-        """Rows as Python values, `limit` at most, from row `start` on.
+    def rows(self, columns: Sequence[str] | None = None, limit: int | None = None) -> Iterator[Row]:
+        """Rows as Python values, `limit` at most.
 
         Text is valid Unicode: a lone surrogate has become U+FFFD. Values are those that JSON has:
         NaN is None, times are ISO 8601.
 
         Args:
             columns: The columns wanted, all by default. One that a row lacks is None.
-            start: Index of the first row.
             limit: Rows at most.
         """
 

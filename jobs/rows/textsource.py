@@ -151,7 +151,7 @@ class TextSource(ABC):
         """Types that hold the values of all rows, as `InferredType` finds them."""
         if self._schema is None:
             shapes: dict[str, InferredType] = {}
-            for _, record in self._numbered(0, None):
+            for record in self._records():
                 for name, value in self.fields(record)[0].items():
                     if name not in shapes:
                         shapes[name] = InferredType()
@@ -159,20 +159,18 @@ class TextSource(ABC):
             self._schema = pa.schema([(name, shape.type()) for name, shape in shapes.items()])
         return self._schema
 
-    def rows(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
-    ) -> Iterator[Row]:
+    def rows(self, columns: Sequence[str] | None = None, limit: int | None = None) -> Iterator[Row]:
         """See `Source.rows`."""
-        for index, record in self._numbered(start, limit):
+        for index, record in enumerate(islice(self._records(), limit)):
             yield self.row(index, record, columns)
 
     def chunks(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+        self, columns: Sequence[str] | None = None, limit: int | None = None
     ) -> Iterator[TextChunk]:
         """See `Source.chunks`; a record has all its columns in any case."""
         pending: list[Record] = []
-        size, first = 0, start
-        for _, record in self._numbered(start, limit):
+        size, first = 0, 0
+        for record in islice(self._records(), limit):
             pending.append(record)
             size += len(record.data)
             if size >= BATCH_BYTES or len(pending) >= BATCH_ROWS:
@@ -212,10 +210,6 @@ class TextSource(ABC):
     def partition(self, part: Part) -> dict[str, Any]:
         """What the names of a file's folders say; a record's own fields come before it."""
         return {**self._partition, **part.partition}
-
-    def _numbered(self, start: int, limit: int | None) -> Iterator[tuple[int, Record]]:
-        stop = None if limit is None else start + limit
-        return enumerate(islice(self._records(), start, stop), start)
 
     def _records(self) -> Iterator[Record]:
         """The records of all files."""

@@ -104,9 +104,9 @@ class TestPartitions:
 
     def test_only_the_partition_is_asked_for(self, tmp_path, kind):
         put(tmp_path / "d/lang=de/a", kind, *[{"prompt": f"{i}"} for i in range(600)])
-        rows = list(opened(tmp_path / "d").rows(["lang"], 250, 10))
+        rows = list(opened(tmp_path / "d").rows(["lang"], 260))
         assert [(row.index, row.fields) for row in rows] == [
-            (i, {"lang": "de"}) for i in range(250, 260)
+            (i, {"lang": "de"}) for i in range(260)
         ]
 
 
