@@ -169,13 +169,9 @@ class JobSpec:
         path = self.output.path and str(folder / self.output.path)
         return replace(self, inputs=inputs, output=replace(self.output, path=path))
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     def save(self, folder: Path) -> None:
         """Write `job.json`."""
-        write_json(folder / FILE, self.as_dict())
+        write_json(folder / FILE, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> JobSpec:
@@ -215,7 +211,7 @@ class JobSpec:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> JobSpec:
-        """What `as_dict` said; names that this version does not know are left out."""
+        """What `asdict` made of one; names that this version does not know are left out."""
         found = _known_names(cls, data)
         for name in _PARTS.keys() & found:
             found[name] = _PARTS[name](**_known_names(_PARTS[name], found[name]))

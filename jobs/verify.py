@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.files import read_json
-from batchrun.jobs.folder import JobFolder, check_unchanged
-from batchrun.jobs.identity import ModelFingerprint
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.identity import ModelFingerprint, check_unchanged
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.output.rejoin import rejoin
 from batchrun.jobs.output.store import OUTPUTS

@@ -37,7 +37,6 @@ LONGER = {
     "batchrun/engine/cpu/attention_bf16.cpp": 608,
     "batchrun/engine/cpu/layers.cpp": 450,
     "batchrun/engine/cpu/layers.py": 405,
-    "jobs/folder.py": 484,
 }
 
 

@@ -7,7 +7,6 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,22 +21,7 @@ _HEADER, _WRITE_VERSION = 100, 18  # bytes, and which of them (sqlite.org/filefo
 _APPLICATION = 0x62617463  # "batc"
 BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
 
-# Every table's columns; each record ends in the checksum of its values.
-TABLES = {
-    "results": (
-        *("id", "status", "text", "token_ids", "finish_reason", "prompt_tokens"),
-        *("completion_tokens", "error", "error_kind", "queue_s", "prefill_s", "decode_s"),
-        *("run", "logprob", "logprobs"),
-    ),
-    "partials": ("id", "token_ids", "logprob", "logprobs"),
-    "crashes": ("row", "run"),
-    "rows": ("row", "digest"),
-    "runs": ("id", "started_at", "ended_at", "state", "stats", "reason"),
-    "samples": ("id", "run", "figures"),
-    "meta": ("key", "value"),
-}
-SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
-
+_NAMES = ("results", "partials", "crashes", "rows", "runs", "samples", "meta")
 _SCHEMA = """
 CREATE TABLE results (
     id INTEGER PRIMARY KEY,               -- row * n + sample
@@ -90,6 +74,21 @@ CREATE TABLE samples (                    -- a run's figures over time
     crc INTEGER
 );
 """
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str, int]]:
+    """Name, type and place in the key."""
+    info = db.execute(f"PRAGMA table_info({table})")
+    return [(name, kind, key) for _, name, kind, _, _, key in info]
+
+
+with closing(sqlite3.connect(":memory:")) as _db:
+    _db.executescript(_SCHEMA)
+    _MADE = {table: _columns(_db, table) for table in _NAMES}
+
+# Every table's columns; each record ends in the checksum of its values.
+TABLES = {table: tuple(name for name, _, _ in made[:-1]) for table, made in _MADE.items()}
+SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
 
 
 def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
@@ -214,25 +213,11 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
     if len(header) == _HEADER and header[_WRITE_VERSION] > 2:  # SQLite would read it, never write
         raise JournalError(f"{path} is damaged: its header is not SQLite's", BEYOND_REPAIR)
     # Of a column that is the key no more SQLite finds no record, and says nothing.
-    for table, columns in _made().items():
+    for table, columns in _MADE.items():
         if _columns(db, table) != columns:
             raise JournalError(
                 f"{path} is damaged: its table {table} has other columns", BEYOND_REPAIR
             )
-
-
-@cache
-def _made() -> dict[str, list[tuple[str, str, int]]]:
-    """Columns of a new journal's tables."""
-    with closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(_SCHEMA)
-        return {table: _columns(db, table) for table in TABLES}
-
-
-def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str, int]]:
-    """Name, type and place in the key."""
-    info = db.execute(f"PRAGMA table_info({table})")
-    return [(name, kind, key) for _, name, kind, _, _, key in info]
 
 
 def with_checksum(values: tuple[Any, ...]) -> tuple[Any, ...]:

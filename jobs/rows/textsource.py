@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -150,11 +151,9 @@ class TextSource(ABC):
     def schema(self) -> pa.Schema:
         """Types that hold the values of all rows, as `InferredType` finds them."""
         if self._schema is None:
-            shapes: dict[str, InferredType] = {}
+            shapes: defaultdict[str, InferredType] = defaultdict(InferredType)
             for record in self._records():
                 for name, value in self.fields(record)[0].items():
-                    if name not in shapes:
-                        shapes[name] = InferredType()
                     shapes[name].add(value)
             self._schema = pa.schema([(name, shape.type()) for name, shape in shapes.items()])
         return self._schema

@@ -1,6 +1,7 @@
 """Folders as people have them: partitions, links, datasets of a hub, files without a suffix."""
 
 import json
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -154,7 +155,7 @@ def test_a_moved_file_keeps_its_partition_and_another_one_is_another_job(tmp_pat
     def spec(file):
         return JobSpec((file,), "jsonl", PromptSpec(), ModelSpec(), SamplingSpec())
 
-    again = JobSpec.of(json.loads(json.dumps(spec(file).as_dict())))
+    again = JobSpec.of(json.loads(json.dumps(asdict(spec(file)))))
     assert again.inputs[0].part.partition == {"lang": "de"}
     assert again.fingerprint() == spec(file).fingerprint()
     other = InputFile.of(part.path, {"lang": "fr"})
