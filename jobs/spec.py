@@ -138,7 +138,12 @@ class JobSpec:
 
     def fingerprint(self) -> str:
         """Digest of what determines the output; the same after inputs or model were moved."""
-        text = json.dumps(self._content(), sort_keys=True)
+        content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}
+        content["inputs"] = [
+            [i.fingerprint, i.partition] if i.partition else i.fingerprint for i in self.inputs
+        ]
+        del content["model"]["path"], content["model"]["name"]
+        text = json.dumps(content, sort_keys=True)
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def paths(self) -> list[str]:
@@ -216,14 +221,6 @@ class JobSpec:
         for name in _PARTS.keys() & found:
             found[name] = _PARTS[name](**_known_names(_PARTS[name], found[name]))
         return cls(**{**found, "inputs": tuple(InputFile(**file) for file in data["inputs"])})
-
-    def _content(self) -> dict[str, Any]:
-        content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}
-        content["inputs"] = [
-            [i.fingerprint, i.partition] if i.partition else i.fingerprint for i in self.inputs
-        ]
-        del content["model"]["path"], content["model"]["name"]
-        return content
 
 
 # Every option of a job, by its name in Python, in the order of the help text.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from batchrun.jobs.errors import InputError, SpecChanged
 from batchrun.jobs.files import MayReplace
@@ -180,16 +180,9 @@ def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Path | No
 
 
 def _joined(
-    spec: JobSpec,
-    journal: Journal,
-    source: Source,
-    *,
-    partial: bool,
-    numbered: bool = False,
-    columns: Sequence[str] | None = None,
-    whole: Callable[[], None] = lambda: None,
-    check: Callable[[], None] = lambda: None,
+    spec: JobSpec, journal: Journal, source: Source, *, partial: bool, **more: Any
 ) -> Joined:
+    """A job's results beside a source; more is said as of `Joined`."""
     output, total = spec.output, journal.meta("rows_total")
     return Joined(
         source,
@@ -201,8 +194,5 @@ def _joined(
         limit=spec.limit if total is None else int(total),
         digests=journal.digests,
         read=journal.meta(READ) or [],
-        numbered=numbered,
-        columns=columns,
-        whole=whole,
-        check=check,
+        **more,
     )

@@ -21,12 +21,7 @@ class ColumnarChunk:
     """
 
     def __init__(self, first: int, batch: pa.RecordBatch) -> None:
-        self.first, self._batch = first, batch
-
-    @property
-    def num_rows(self) -> int:
-        """Rows."""
-        return self._batch.num_rows
+        self.first, self.num_rows, self._batch = first, batch.num_rows, batch
 
     def rows(self) -> Iterator[Row]:
         """The rows as Python values: see `Source.rows`."""

@@ -125,12 +125,7 @@ def _struct(array: Any, errors: Errors) -> list[Any]:
     names = [field.name for field in array.type]
     columns = [json_values(array.field(i), errors) for i in range(len(names))]
     rows: Iterable[Any] = zip(*columns, strict=True) if names else [()] * len(array)
-    if not array.null_count:
-        return [dict(zip(names, row, strict=True)) for row in rows]
-    return [
-        dict(zip(names, row, strict=True)) if there else None
-        for row, there in zip(rows, array.is_valid().to_pylist(), strict=True)
-    ]
+    return _valid(array, [dict(zip(names, row, strict=True)) for row in rows])
 
 
 def _list(array: Any, errors: Errors) -> list[Any]:
@@ -145,9 +140,13 @@ def _map(array: Any, errors: Errors) -> list[Any]:
     keys = json_values(array.keys.slice(low, length), errors)
     items = json_values(array.items.slice(low, length), errors)
     lengths = [after - before for before, after in pairwise(offsets)]
-    lists = _cut([list(pair) for pair in zip(keys, items, strict=True)], lengths)
+    return _valid(array, _cut([list(pair) for pair in zip(keys, items, strict=True)], lengths))
+
+
+def _valid(array: pa.Array[Any], values: Sequence[Any]) -> list[Any]:
+    """The values, and None where the array is null."""
     valid = array.is_valid().to_pylist()
-    return [pairs if there else None for pairs, there in zip(lists, valid, strict=True)]
+    return [value if there else None for value, there in zip(values, valid, strict=True)]
 
 
 def _cut(items: Sequence[Any], lengths: Iterable[int | None]) -> list[Any]:

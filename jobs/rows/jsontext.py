@@ -177,11 +177,6 @@ def carried(text: str, taken: Iterable[str] = ()) -> str | None:
         return None
     if not isinstance(fields, dict) or not fields.keys().isdisjoint(taken) or _deep(text, fields):
         return None
-    text = text.strip()
-    return _in_one_line(text) if "\n" in text or "\r" in text else text
-
-
-def _in_one_line(text: str) -> str:
     return " ".join(filter(None, (line.strip() for line in _LINE_ENDS.split(text))))
 
 

@@ -123,18 +123,10 @@ class ParquetSource:
                 self._schema = self._schema.append(field)
             else:
                 _check_partition(self._parts, self._schema.field(field.name))
+        self.column_names = list(self._schema.names)  # the first file's first
+        self.num_rows = sum(self._counts)
         if parts and self.num_rows == 0:
             raise InputError(f"{parts[0].path}: the input has no rows", hint="check what wrote it")
-
-    @property
-    def column_names(self) -> list[str]:
-        """Columns, the first file's first."""
-        return list(self._schema.names)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows, from the files' own metadata."""
-        return sum(self._counts)
 
     def count(self) -> int:
         """The same as `num_rows`."""

@@ -44,15 +44,15 @@ class Row:
 
 
 class Chunk(Protocol):
-    """Consecutive input rows, of bounded size."""
+    """Consecutive input rows, of bounded size.
 
-    @property
-    def first(self) -> int:
-        """Index of the first."""
+    Attributes:
+        first: Index of the first.
+        num_rows: How many they are.
+    """
 
-    @property
-    def num_rows(self) -> int:
-        """Rows."""
+    first: int
+    num_rows: int
 
     def digests(self, columns: Sequence[str]) -> Sequence[int | None]:
         """What rows of these columns have as `digest`; None where nothing is known."""
@@ -78,7 +78,12 @@ class Source(Protocol):
 
     Every method streams: memory does not grow with the number of rows. Every one may raise
     `InputError` when a file turns out to be damaged or is gone.
+
+    Attributes:
+        typed: Whether files or format say the types of columns. Else each row has its own.
     """
+
+    typed: bool
 
     @property
     def column_names(self) -> list[str]:
@@ -90,10 +95,6 @@ class Source(Protocol):
 
     def count(self) -> int:
         """Rows, read through if need be."""
-
-    @property
-    def typed(self) -> bool:
-        """Whether files or format say the types of columns. Else each row has its own."""
 
     def schema(self) -> pa.Schema:
         """Types that hold all values; where they are not said all rows are read once for it."""

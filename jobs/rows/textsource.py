@@ -107,6 +107,7 @@ class TextSource(ABC):
         self._column_names = list(names)
 
     typed = False
+    num_rows = None  # unknown: see `count`
     no_rows: str  # what is missing where every row is bad
     advice: str
 
@@ -138,11 +139,6 @@ class TextSource(ABC):
     def column_names(self) -> list[str]:
         """Columns of the first 100 rows, in order of appearance."""
         return self._column_names
-
-    @property
-    def num_rows(self) -> None:
-        """Unknown: see `count`."""
-        return
 
     def count(self) -> int:
         """Rows, counted without parsing them."""
@@ -221,12 +217,8 @@ class TextChunk:
     """Consecutive records of a text source."""
 
     def __init__(self, source: TextSource, first: int, records: list[Record]) -> None:
-        self.first, self._source, self._records = first, source, records
-
-    @property
-    def num_rows(self) -> int:
-        """Rows."""
-        return len(self._records)
+        self.first, self.num_rows = first, len(records)
+        self._source, self._records = source, records
 
     def digests(self, columns: Sequence[str]) -> list[int]:
         """See `Chunk.digests`: of all that the record says."""
