@@ -21,6 +21,7 @@ _HEADER, _WRITE_VERSION = 100, 18  # bytes, and which of them (sqlite.org/filefo
 _APPLICATION = 0x62617463  # "batc"
 BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
 
+# Tables, in the order in which damage is told.
 _NAMES = ("results", "partials", "crashes", "rows", "runs", "samples", "meta")
 _SCHEMA = """
 CREATE TABLE results (
