@@ -148,7 +148,7 @@ class ParquetSource:
     def chunks(
         self, columns: Sequence[str] | None = None, limit: int | None = None
     ) -> Iterator[ColumnarChunk]:
-        """See `Source.chunks`. Reads these columns only.
+        """See `Source.chunks`. Reads these columns only, in this order.
 
         Raises:
             InputError: There is no such column, or a file turns out to be damaged.
@@ -157,23 +157,16 @@ class ParquetSource:
         for name in names:
             if name not in self.column_names:
                 raise missing_column(name, self.column_names)
-        first = 0
-        for batch in self._read(names, limit):
-            yield ColumnarChunk(first, batch)
-            first += batch.num_rows
-
-    def _read(self, columns: Sequence[str], limit: int | None) -> Iterator[pa.RecordBatch]:
-        """Batches of bounded size, columns in the order asked for."""
         stop = self.num_rows if limit is None else min(self.num_rows, limit)
-        schema = pa.schema([self._schema.field(name) for name in columns])
+        schema = pa.schema([self._schema.field(name) for name in names])
         first = 0
         for part, count in zip(self._parts, self._counts, strict=True):
             if count and first < stop:
                 with reading(part.path):
-                    yield from _read_file(
-                        part, schema, stop - first, noted=self._noted, before=first
-                    )
-            first += count
+                    found = _read_file(part, schema, stop - first, noted=self._noted, before=first)
+                    for batch in found:
+                        yield ColumnarChunk(first, batch)
+                        first += batch.num_rows
 
 
 def _check_partition(parts: Sequence[Part], field: pa.Field[Any]) -> None:
