@@ -20,6 +20,7 @@ from batchrun.jobs.kinds import one_of, options_of
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.output.destination import check_place
 from batchrun.jobs.output.export import check_columns
+from batchrun.jobs.output.joined import output_columns
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS, output_format
 from batchrun.jobs.rows.row import Source, missing_column
@@ -105,9 +106,8 @@ def make_spec(
     own = [*_param_columns(options, source, sampling, log), *_argument_columns(prompt, source, log)]
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
     logprobs = options["logprobs"] is not None
-    check_columns(
-        *(source.column_names, output.token_ids, n, keep, output.prefix), logprobs=logprobs
-    )
+    added = output_columns(output.token_ids, n, keep, output.prefix, logprobs=logprobs)
+    check_columns(source.column_names, added)
     if not output.stdout:
         check_place(home, Path(output.path), [part.path for part in parts])
         OUTPUTS.check(Path(output.path), overwrite=output.overwrite)

@@ -262,10 +262,15 @@ def _take_name(temporary: Path, path: Path) -> None:
 def remove_abandoned(path: Path) -> None:
     """Remove temporary files of a file whose writer is dead: its lock on them died with it."""
     # As many characters as `mkstemp` draws: `.out.old.tmp` is somebody's own file.
-    for name in glob.glob(f".{glob.escape(path.name)}.????????.tmp", root_dir=path.parent):
-        with suppress(OSError), (path.parent / name).open("rb") as file:
+    remove_unlocked(path.parent, f".{glob.escape(path.name)}.????????.tmp")
+
+
+def remove_unlocked(folder: Path, pattern: str) -> None:
+    """Remove the files of such names that no living process has locked."""
+    for name in glob.glob(pattern, root_dir=folder):
+        with suppress(OSError), (folder / name).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (path.parent / name).unlink()
+            (folder / name).unlink()
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:

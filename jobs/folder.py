@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import os
 import re
@@ -12,21 +11,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from batchrun.jobs import queue as turns
-from batchrun.jobs.errors import (
-    ROOM,
-    JobError,
-    JobNotFound,
-    JournalError,
-    OutputError,
-    SpecChanged,
-    SpecDamaged,
-)
+from batchrun.jobs.errors import ROOM, JobError, JobNotFound, JournalError, OutputError, SpecDamaged
 from batchrun.jobs.files import (
     current_umask,
     free_bytes,
@@ -34,20 +25,19 @@ from batchrun.jobs.files import (
     make_folders,
     open_private,
     private_mode,
+    remove_unlocked,
 )
-from batchrun.jobs.identity import ModelFingerprint, changes, load_limits, load_places, move
+from batchrun.jobs.identity import load_limits, load_places
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
 from batchrun.jobs.journal.schema import NAME
 from batchrun.jobs.lease import CANCEL, Lease, held_by
 from batchrun.jobs.output.store import OUTPUTS
-from batchrun.jobs.snapshot import WAITING, JobSnapshot
+from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words
 from batchrun.jobs.spec import FILE, JobSpec
 
 _FULL = 1 << 20  # bytes left on a disk that is full for all purposes
 _DESTINATIONS = "destinations"  # beside its own, where its results were written to
-_WORDS = 1 << 16  # bytes of a log in which last words are looked for
-WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
 
 
 def home(environment: Mapping[str, str] = os.environ) -> Path:
@@ -110,7 +100,7 @@ class JobFolder:
         with self.journal(readonly=False) as journal:  # which removes state.json
             lines = [f"{what} was damaged: it is to do again" for what in journal.mend()]
             if journal.meta("spec") is None:
-                journal.set_meta("spec", spec.as_dict())
+                journal.set_meta("spec", asdict(spec))
         if noted is not None and not lines:
             noted.save(self.path)
         try:
@@ -151,13 +141,10 @@ class JobFolder:
         Raises:
             OSError: It can't be written.
         """
-        if state in WAITING:
-            JobSnapshot(state).save(self.path)
-            return
-        try:
-            snapshot = self._counted(state)
-        except JobError:  # of a damaged job that is all there is to say
-            snapshot = JobSnapshot(state)
+        snapshot = JobSnapshot(state)
+        if state not in WAITING:
+            with suppress(JobError):  # of a damaged job that is all there is to say
+                snapshot = self._counted(state)
         replace(snapshot, reason=reason, hint=hint).save(self.path)
 
     def snapshot(self) -> JobSnapshot:
@@ -267,12 +254,6 @@ class JobFolder:
             for name in (self.path / _DESTINATIONS).read_bytes().split(b"\0")[:-1]:
                 yield Path(os.fsdecode(name))
 
-    def relocate(
-        self, old: str, new: str, model_fingerprint: ModelFingerprint | None = None
-    ) -> None:
-        """Take note that inputs or the model have moved; see `batchrun.jobs.identity.move`."""
-        move(self.path, self.submitted(), old, new, model_fingerprint)
-
     def _counted(self, state: str) -> JobSnapshot:
         spec = self.spec()
         with self.journal() as journal:
@@ -287,32 +268,6 @@ class JobFolder:
             output=spec.output.path,
             fingerprint=spec.fingerprint(),
         )
-
-
-def last_words(folder: Path, since: float = 0.0, at: int = 0) -> tuple[str, str | None] | None:
-    """What a job's process printed that could not note how it ended, and what to do about it.
-
-    Args:
-        folder: The job's folder.
-        since: Seconds since the epoch; what was printed before says nothing.
-        at: Where in its log to begin, in bytes.
-    """
-    try:
-        with (folder / WORKER_LOG).open("rb") as file:
-            if os.fstat(file.fileno()).st_mtime < since:
-                return None
-            file.seek(max(at, os.fstat(file.fileno()).st_size - _WORDS))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return None
-    _, error, words = text.rpartition("error: ")
-    reason, _, rest = words.strip().partition("\n")
-    if error:
-        return reason, rest.removeprefix("hint: ").partition("\n")[0] or None
-    # A process that dies while it is loaded leaves a traceback, and nothing behind it.
-    _, traceback, frames = words.rpartition("Traceback (most recent call last):\n")
-    raised = [line for line in frames.splitlines() if line[:1].strip()]
-    return (raised[0], None) if traceback and len(raised) == 1 else None
 
 
 def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
@@ -337,7 +292,7 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
                 own.rename(building / kept)
                 spec = spec.at({str(own): kept})
             spec.save(building)
-            Journal.create(building, {"spec": spec.as_dict()})
+            Journal.create(building, {"spec": asdict(spec)})
             JobFolder(building).set_state("new")
             fsync_directory(building)
             building = _rename_to_new_id(building, spec)
@@ -348,8 +303,7 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
     except (OSError, JournalError) as error:
         cause = isinstance(error, OSError) and error.strerror
         raise OutputError(
-            f"no job folder can be made in {folder}: {cause or error}",
-            hint=ROOM,
+            f"no job folder can be made in {folder}: {cause or error}", hint=ROOM
         ) from error
     return JobFolder(building)
 
@@ -363,10 +317,7 @@ def sweep(root: Path) -> None:
     folder = root / "jobs"
     for name in glob.glob(".????????.tmp", root_dir=folder):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in glob.glob(".stdin-????????.*", root_dir=folder):
-        with suppress(OSError), (folder / name).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its reader lives, else
-            (folder / name).unlink()
+    remove_unlocked(folder, ".stdin-????????.*")
 
 
 def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:
@@ -438,41 +389,6 @@ def find_same(root: Path, spec: JobSpec) -> JobFolder | None:
         except JobError:
             continue  # a damaged one is no job to resume
     return None
-
-
-def check_unchanged(job: JobFolder, model_fingerprint: ModelFingerprint | None = None) -> None:
-    """Refuse to go on with other work than what was submitted.
-
-    Args:
-        job: The job.
-        model_fingerprint: Digests a model; without it the model is not looked at.
-
-    Raises:
-        SpecChanged: The message names what changed.
-        SpecDamaged: `job.json` says nothing any more.
-        InputError: An input or the model is gone or can't be read.
-    """
-    spec = job.spec()
-    with job.journal() as journal:
-        kept = journal.meta("spec")
-    edited = JobSpec.of(kept).edits(job.path) if kept is not None else []
-    if edited is None:
-        raise SpecDamaged(
-            f"{job.path / FILE} is damaged; the journal has what it said",
-            hint=f"batchrun resume {job.id} writes it anew",
-        )
-    if edited:
-        raise SpecChanged(
-            "job.json was edited since the job was submitted, or is damaged: " + "; ".join(edited),
-            hint="undo that, or remove the file: `batchrun resume` writes it anew; "
-            "new parameters are a job of their own",
-        )
-    changed = changes(spec, model_fingerprint)
-    if changed:
-        raise SpecChanged(
-            "the input or model changed since the job was submitted: " + "; ".join(changed),
-            hint="restore it, or submit the new one as a job of its own",
-        )
 
 
 def _new_id(spec: JobSpec) -> str:

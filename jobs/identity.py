@@ -10,12 +10,15 @@ import os
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from batchrun.jobs.errors import InputError, JobError, SpecChanged, refused
+from batchrun.jobs.errors import InputError, JobError, SpecChanged, SpecDamaged, refused
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.rows.store import INPUTS
-from batchrun.jobs.spec import LIMIT_NAMES, InputFile, JobSpec
+from batchrun.jobs.spec import FILE, LIMIT_NAMES, InputFile, JobSpec
+
+if TYPE_CHECKING:
+    from batchrun.jobs.folder import JobFolder
 
 ModelFingerprint = Callable[[Path], str]
 
@@ -82,14 +85,48 @@ def places_with_output(folder: Path, spec: JobSpec, output: Path | None) -> dict
     return {old: new for old, new in places.items() if old != new}
 
 
+def check_unchanged(job: JobFolder, model_fingerprint: ModelFingerprint | None = None) -> None:
+    """Refuse to go on with other work than what was submitted.
+
+    Args:
+        job: The job.
+        model_fingerprint: Digests a model; without it the model is not looked at.
+
+    Raises:
+        SpecChanged: The message names what changed.
+        SpecDamaged: `job.json` says nothing any more.
+        InputError: An input or the model is gone or can't be read.
+    """
+    spec = job.spec()
+    with job.journal() as journal:
+        kept = journal.meta("spec")
+    edited = JobSpec.of(kept).edits(job.path) if kept is not None else []
+    if edited is None:
+        raise SpecDamaged(
+            f"{job.path / FILE} is damaged; the journal has what it said",
+            hint=f"batchrun resume {job.id} writes it anew",
+        )
+    if edited:
+        raise SpecChanged(
+            "job.json was edited since the job was submitted, or is damaged: " + "; ".join(edited),
+            hint="undo that, or remove the file: `batchrun resume` writes it anew; "
+            "new parameters are a job of their own",
+        )
+    changed = changes(spec, model_fingerprint)
+    if changed:
+        raise SpecChanged(
+            "the input or model changed since the job was submitted: " + "; ".join(changed),
+            hint="restore it, or submit the new one as a job of its own",
+        )
+
+
 def move(
-    folder: Path, spec: JobSpec, old: str, new: str, model_fingerprint: ModelFingerprint | None
+    job: JobFolder, old: str, new: str, model_fingerprint: ModelFingerprint | None = None
 ) -> None:
     """Note that a file or folder is elsewhere now, if its content is the same.
 
     Args:
-        folder: The job's.
-        spec: As it was submitted.
+        job: The job.
         old: Where it was: as the job was submitted, or as it was moved before.
         new: Where it is.
         model_fingerprint: Digests a model; without it a moved model is not looked at.
@@ -98,7 +135,7 @@ def move(
         SpecChanged: What is there is not what was submitted.
         JobError: The job has nothing in `old`, or `new` can't be read.
     """
-    places = load_places(folder)
+    spec, places = job.submitted(), load_places(job.path)
     before, after = Path(old).expanduser().absolute(), Path(new).expanduser().absolute()
     moved = {
         path: str(after / Path(known).relative_to(before))
@@ -109,7 +146,7 @@ def move(
     if not moved:
         there = [places.get(path, path) for path in spec.paths()]
         raise JobError(
-            f"the job {folder.name} has neither an input nor its model in {before}",
+            f"the job {job.id} has neither an input nor its model in {before}",
             hint=f"it has {', '.join(there[:3])}{' and more' if len(there) > 3 else ''}",
         )
     found = changes(spec.at(moved), model_fingerprint, only=set(moved.values()))
@@ -118,7 +155,7 @@ def move(
             f"{after} is not what the job was submitted with: {'; '.join(found)}",
             hint="find the old one, or submit the new one as a job of its own",
         )
-    write_json(folder / PLACES, places | moved)
+    write_json(job.path / PLACES, places | moved)
 
 
 def grown(spec: JobSpec) -> list[str]:

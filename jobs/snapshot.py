@@ -6,6 +6,7 @@ Whoever opens the journal for writing removes it first, so what it says is never
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.journal.journal import STATE
 
 WAITING = ("queued", "running")  # states of a job that has a worker
+WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
+_WORDS = 1 << 16  # bytes of it in which last words are looked for
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,29 @@ class JobSnapshot:
 
 
 _FIELDS = [f.name for f in fields(JobSnapshot)]
+
+
+def last_words(folder: Path, since: float = 0.0, at: int = 0) -> tuple[str, str | None] | None:
+    """What a job's process printed that could not note how it ended, and what to do about it.
+
+    Args:
+        folder: The job's folder.
+        since: Seconds since the epoch; what was printed before says nothing.
+        at: Where in its log to begin, in bytes.
+    """
+    try:
+        with (folder / WORKER_LOG).open("rb") as file:
+            if os.fstat(file.fileno()).st_mtime < since:
+                return None
+            file.seek(max(at, os.fstat(file.fileno()).st_size - _WORDS))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    _, error, words = text.rpartition("error: ")
+    reason, _, rest = words.strip().partition("\n")
+    if error:
+        return reason, rest.removeprefix("hint: ").partition("\n")[0] or None
+    # A process that dies while it is loaded leaves a traceback, and nothing behind it.
+    _, traceback, frames = words.rpartition("Traceback (most recent call last):\n")
+    raised = [line for line in frames.splitlines() if line[:1].strip()]
+    return (raised[0], None) if traceback and len(raised) == 1 else None

@@ -138,7 +138,12 @@ class JobSpec:
 
     def fingerprint(self) -> str:
         """Digest of what determines the output; the same after inputs or model were moved."""
-        text = json.dumps(self._content(), sort_keys=True)
+        content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}
+        content["inputs"] = [
+            [i.fingerprint, i.partition] if i.partition else i.fingerprint for i in self.inputs
+        ]
+        del content["model"]["path"], content["model"]["name"]
+        text = json.dumps(content, sort_keys=True)
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def paths(self) -> list[str]:
@@ -169,13 +174,9 @@ class JobSpec:
         path = self.output.path and str(folder / self.output.path)
         return replace(self, inputs=inputs, output=replace(self.output, path=path))
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     def save(self, folder: Path) -> None:
         """Write `job.json`."""
-        write_json(folder / FILE, self.as_dict())
+        write_json(folder / FILE, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> JobSpec:
@@ -215,19 +216,11 @@ class JobSpec:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> JobSpec:
-        """What `as_dict` said; names that this version does not know are left out."""
+        """What `asdict` made of one; names that this version does not know are left out."""
         found = _known_names(cls, data)
         for name in _PARTS.keys() & found:
             found[name] = _PARTS[name](**_known_names(_PARTS[name], found[name]))
         return cls(**{**found, "inputs": tuple(InputFile(**file) for file in data["inputs"])})
-
-    def _content(self) -> dict[str, Any]:
-        content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}
-        content["inputs"] = [
-            [i.fingerprint, i.partition] if i.partition else i.fingerprint for i in self.inputs
-        ]
-        del content["model"]["path"], content["model"]["name"]
-        return content
 
 
 # Every option of a job, by its name in Python, in the order of the help text.

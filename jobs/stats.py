@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from batchrun.jobs.files import write_json
@@ -73,8 +72,6 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
     return summary
 
 
-def write_summary(job: JobFolder, state: str | None = None) -> Path:
+def write_summary(job: JobFolder, state: str | None = None) -> None:
     """Write the summary to the job's `stats.json`, whole or not at all."""
-    path = job.path / STATS
-    write_json(path, summarise(job, state))
-    return path
+    write_json(job.path / STATS, summarise(job, state))

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.files import read_json
-from batchrun.jobs.folder import JobFolder, check_unchanged
-from batchrun.jobs.identity import ModelFingerprint
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.identity import ModelFingerprint, check_unchanged
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.output.rejoin import rejoin
 from batchrun.jobs.output.store import OUTPUTS
@@ -90,7 +90,7 @@ def _rows(
             yield f"{journal.path} does not say how many rows there are"
         return
     if source is not None:
-        there = source.num_rows if source.num_rows is not None else source.count()
+        there = source.count()
         there = there if spec.limit is None else min(there, spec.limit)
         if there != total:
             yield f"the input has {there:,} rows, the journal says {total:,}"

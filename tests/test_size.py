@@ -25,10 +25,10 @@ CEILINGS = {
     "batchrun/prompts": 1260,
     "batchrun/report": 170,
     "batchrun/runner": 2030,
-    "jobs": 2060,
-    "jobs/journal": 830,
-    "jobs/output": 640,
-    "jobs/rows": 2240,
+    "jobs": 2030,
+    "jobs/journal": 780,
+    "jobs/output": 600,
+    "jobs/rows": 2150,
 }
 FILE_CEILING = 400  # lines of any kind
 # Files that a later change should divide: none of them may grow.
@@ -37,7 +37,6 @@ LONGER = {
     "batchrun/engine/cpu/attention_bf16.cpp": 608,
     "batchrun/engine/cpu/layers.cpp": 450,
     "batchrun/engine/cpu/layers.py": 405,
-    "jobs/folder.py": 484,
 }
 
 

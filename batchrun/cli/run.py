@@ -19,6 +19,7 @@ from batchrun.cli.options import SectionCommand, job_options, section_option
 from batchrun.cli.piped import taken_in
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
+from batchrun.jobs.identity import move
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.kinds import MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING
 from batchrun.jobs.output.destination import resuming
@@ -155,7 +156,7 @@ def resume_command(
             old, equals, new = pair.partition("=")
             if not equals:
                 raise click.UsageError(f"--moved {pair}: write OLD=NEW")
-            found.relocate(old, new, fingerprint)
+            move(found, old, new, fingerprint)
     told = {name: value for name, value in limits.items() if value is not None}
     status = 0
     for found in jobs:

@@ -169,7 +169,7 @@ def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = No
                 raise _refused(name, f"it holds {kind}, and must be {OVERRIDES[name].must.rule}")
     tallies = {name: _ColumnUse() for name in names}
     rows = 0
-    for row in source.rows(names, 0, min(_LOOKED_AT, limit or _LOOKED_AT)):
+    for row in source.rows(names, min(_LOOKED_AT, limit or _LOOKED_AT)):
         rows += 1
         if row.error is None:
             _look(row.index, row.fields, job, tallies)

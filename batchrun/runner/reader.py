@@ -272,7 +272,7 @@ class Reader:
     def _to_do(self, results: Sender[Read]) -> Iterator[Request]:
         """Requests in file order; results of rows that can't be one go where results do."""
         spec = self._spec
-        rows = islice(self._source.rows(self.columns, 0, spec.limit), spec.limit)
+        rows = islice(self._source.rows(self.columns, spec.limit), spec.limit)
         while (row := self._next(rows)) is not None:
             self._compare(row, results)
             todo = [s for s in range(spec.n) if (row.index, s) not in self._done]

@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from batchrun.cgroups import oom_kills
-from batchrun.jobs.folder import WORKER_LOG, JobFolder
+from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.inflight import InFlightRows, Making, ReaderNote, Reading
-from batchrun.jobs.snapshot import WAITING, JobSnapshot
+from batchrun.jobs.snapshot import WAITING, WORKER_LOG, JobSnapshot
 from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import BARREN, Onlooker, Overrun, never_made, place_in
 

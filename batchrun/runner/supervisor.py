@@ -26,9 +26,10 @@ from typing import Any
 
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.files import open_private
-from batchrun.jobs.folder import WORKER_LOG, JobFolder, last_words
+from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
+from batchrun.jobs.snapshot import WORKER_LOG, last_words
 from batchrun.runner.live import Reporter
 from batchrun.runner.runs import Runs
 

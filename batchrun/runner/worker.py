@@ -25,9 +25,9 @@ from batchrun import machine
 from batchrun.allocator.vmm import Refused
 from batchrun.engine.core import Request
 from batchrun.errors import MachineError
-from batchrun.jobs import folder as folders
 from batchrun.jobs.errors import JobError, input_changed
 from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.identity import check_unchanged
 from batchrun.jobs.inflight import InFlightRows, ReaderNote
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.lease import Lease
@@ -88,7 +88,7 @@ def run_job(
         reading = note.reading
         with watchdog.busy("looking at the inputs", _PATIENCE), reading():
             # A workbench that is given needs no model.
-            folders.check_unchanged(job, None if open_workbench else fingerprint)
+            check_unchanged(job, None if open_workbench else fingerprint)
             spec = job.spec()
             parts = [file.part for file in spec.inputs]
             source = open_source(parts, spec.input_format, noted=reading)
@@ -289,9 +289,7 @@ def _count_rows(source: Source, spec: JobSpec, journal: Journal) -> int:
     """Rows of the job, as the first run counted them."""
     total = journal.meta("rows_total")
     if total is None:
-        total = source.num_rows
-        if total is None:
-            total = source.count()
+        total = source.count()
         if spec.limit is not None:
             total = min(total, spec.limit)
         journal.set_meta("rows_total", total)

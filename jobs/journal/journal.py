@@ -144,11 +144,8 @@ class Journal(Readings):
         """
         run = self._run
         rows = [self._record(result) for result in results if isinstance(result, Result)]
-        copies = [
-            (self._number(c), c.of_row * self.n + c.of_sample, run)
-            for c in results
-            if isinstance(c, CopiedResult)
-        ]
+        copied = [result for result in results if isinstance(result, CopiedResult)]
+        copies = [(self._number(c), c.of_row * self.n + c.of_sample, run) for c in copied]
         kept = [
             with_checksum(
                 (
@@ -180,9 +177,7 @@ class Journal(Readings):
             _ROW_BYTES + len(row[2] or "") + len(row[3]) + len(row[-2] or b"") for row in rows
         )
         self._logged += sum(_ROW_BYTES + len(r[1]) + len(r[3] or b"") for r in kept)
-        self._logged += sum(
-            _ROW_BYTES + _TOKEN_BYTES * c.tokens for c in results if isinstance(c, CopiedResult)
-        )
+        self._logged += sum(_ROW_BYTES + _TOKEN_BYTES * c.tokens for c in copied)
         if self._logged >= _CHECKPOINT_BYTES:
             self._checkpoint()
 
@@ -292,17 +287,14 @@ class Journal(Readings):
 
     def _record(self, result: Result) -> tuple[Any, ...]:
         """A result as it is stored."""
-        ids, queue_s, prefill_s, decode_s = result.token_ids, *result[10:13]
         values = (
             self._number(result),
             *result[2:4],
-            array("i", ids).tobytes(),
+            array("i", result.token_ids).tobytes(),
             *result[5:8],
             _storable(result.error),
             result.error_kind,
-            None if queue_s is None else float(queue_s),
-            None if prefill_s is None else float(prefill_s),
-            None if decode_s is None else float(decode_s),
+            *map(_real, result[10:13]),
             self._run,
             _real(result.logprob),
             packed(result.logprobs),

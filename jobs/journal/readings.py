@@ -140,22 +140,18 @@ class Readings:
         )
         return [found[rank] for rank in ranks]
 
-    def results(self, first_row: int = 0, *, skip_damaged: bool = False) -> Iterator[Result]:
+    def results(self, *, skip_damaged: bool = False) -> Iterator[Result]:
         """Results in (row, sample) order, streamed.
 
         Args:
-            first_row: Where to begin.
             skip_damaged: Leave out what is damaged.
 
         Raises:
             JournalError: One is damaged; the message says whose.
         """
-        query = f"{_SELECTS['results']} WHERE id >= ? ORDER BY id"
-        with (
-            self._errors("read"),
-            self._lenient() if skip_damaged else self._naming_damage(),
-        ):
-            for record in self._db.execute(query, (first_row * self.n,)):
+        query = f"{_SELECTS['results']} ORDER BY id"
+        with self._errors("read"), self._lenient():
+            for record in self._db.execute(query):
                 if checksum(record[:-1]) != record[-1]:
                     if skip_damaged:
                         continue
@@ -164,15 +160,6 @@ class Readings:
                 rest += logprob, unpacked(logprobs)
                 row, sample = divmod(number, self.n)
                 yield Result(row, sample, status, text, _tokens(ids), *rest)
-
-    @contextmanager
-    def _naming_damage(self) -> Iterator[None]:
-        """Where text is no UTF-8 and can't even be read, say whose it is."""
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            damage = self.damage()
-            raise self._damaged(damage) if damage else error from error
 
     def digests(self, first: int, count: int) -> dict[int, int]:
         """Digests of the input rows that were read, of `count` from row `first` on, by row.
@@ -217,7 +204,7 @@ class Readings:
             raise JournalError(f"{self.path} is damaged: {'; '.join(found)}")
 
     def check_structure(self) -> None:
-        """Verify that SQLite finds its way in the file, and the tables there.
+        """Verify that SQLite finds its way in the file.
 
         Raises:
             JournalError: It is damaged; the message says how.
@@ -225,14 +212,9 @@ class Readings:
         try:
             with self._lenient():
                 found = [row[0] for row in self._db.execute("PRAGMA integrity_check(3)")]
-                for table, columns in TABLES.items():
-                    info = self._db.execute(f"PRAGMA table_info({table})")
-                    if [name for (_, name, *_) in info] != [*columns, "crc"]:
-                        found.append(f"its table {table} has other columns")
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             found = [str(error)]
         if found != ["ok"]:
-            found = [what for what in found if what != "ok"]
             raise JournalError(f"{self.path} is damaged: {'; '.join(found)}", hint=BEYOND_REPAIR)
 
     def damage(self) -> list[Damage]:

@@ -126,11 +126,6 @@ class DoneSet(Container[tuple[int, int]]):
         byte = number >> 3
         return byte < len(self._bits) and bool(self._bits[byte] >> (number & 7) & 1)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the bitmap, in bytes."""
-        return len(self._bits)
-
     def add(self, number: int) -> None:
         """Mark `row * n + sample`."""
         byte = number >> 3

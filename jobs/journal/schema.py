@@ -7,7 +7,6 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,22 +21,8 @@ _HEADER, _WRITE_VERSION = 100, 18  # bytes, and which of them (sqlite.org/filefo
 _APPLICATION = 0x62617463  # "batc"
 BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
 
-# Every table's columns; each record ends in the checksum of its values.
-TABLES = {
-    "results": (
-        *("id", "status", "text", "token_ids", "finish_reason", "prompt_tokens"),
-        *("completion_tokens", "error", "error_kind", "queue_s", "prefill_s", "decode_s"),
-        *("run", "logprob", "logprobs"),
-    ),
-    "partials": ("id", "token_ids", "logprob", "logprobs"),
-    "crashes": ("row", "run"),
-    "rows": ("row", "digest"),
-    "runs": ("id", "started_at", "ended_at", "state", "stats", "reason"),
-    "samples": ("id", "run", "figures"),
-    "meta": ("key", "value"),
-}
-SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
-
+# Tables, in the order in which damage is told.
+_NAMES = ("results", "partials", "crashes", "rows", "runs", "samples", "meta")
 _SCHEMA = """
 CREATE TABLE results (
     id INTEGER PRIMARY KEY,               -- row * n + sample
@@ -92,31 +77,43 @@ CREATE TABLE samples (                    -- a run's figures over time
 """
 
 
+def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str, int]]:
+    """Name, type and place in the key."""
+    info = db.execute(f"PRAGMA table_info({table})")
+    return [(name, kind, key) for _, name, kind, _, _, key in info]
+
+
+with closing(sqlite3.connect(":memory:")) as _db:
+    _db.executescript(_SCHEMA)
+    _MADE = {table: _columns(_db, table) for table in _NAMES}
+
+# Every table's columns; each record ends in the checksum of its values.
+TABLES = {table: tuple(name for name, _, _ in made[:-1]) for table, made in _MADE.items()}
+SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
+
+
 def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
     """Make an empty journal that remembers `meta`; its content is durable on return.
 
     Raises:
         JournalError: It can't be made.
     """
-    db: sqlite3.Connection | None = None
     try:
         os.close(open_private(folder / NAME, os.O_RDWR))  # SQLite's own files beside it are like it
-        db = sqlite3.connect(folder / NAME, isolation_level=None)
-        _set_modes(db)
-        db.executescript(
-            f"BEGIN;{_SCHEMA}PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
-        )
-        values = [(key, json.dumps(value)) for key, value in (meta or {}).items()]
-        db.executemany("INSERT INTO meta VALUES (?, ?, ?)", map(with_checksum, values))
-        db.execute("COMMIT")
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
+        with closing(sqlite3.connect(folder / NAME, isolation_level=None)) as db:
+            _set_modes(db)
+            db.executescript(
+                f"BEGIN;{_SCHEMA}"
+                f"PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
+            )
+            values = [(key, json.dumps(value)) for key, value in (meta or {}).items()]
+            db.executemany("INSERT INTO meta VALUES (?, ?, ?)", map(with_checksum, values))
+            db.execute("COMMIT")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
     except (sqlite3.Error, OSError) as error:
         raise JournalError(
             f"{folder / NAME} can't be made: {_told(error)}", hint=_hint(error)
         ) from error
-    finally:
-        if db is not None:
-            db.close()
 
 
 def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
@@ -132,19 +129,20 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     if readonly and not wal.exists() and not os.access(path.parent, os.W_OK):
         mode = "ro&immutable=1"  # SQLite would need to make files beside it
     address = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}"
-    db: sqlite3.Connection | None = None
     try:
         db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
-        db.create_function("checksum", -1, lambda *values: checksum(values), deterministic=True)
-        if not readonly:
-            _set_modes(db)
-            _settle_log(db, wal)
-        if readonly:
-            db.execute("PRAGMA temp_store=MEMORY")
-        _check_schema(db, path)
-    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        if db is not None:
+        try:
+            db.create_function("checksum", -1, lambda *values: checksum(values), deterministic=True)
+            if readonly:
+                db.execute("PRAGMA temp_store=MEMORY")
+            else:
+                _set_modes(db)
+                _settle_log(db, wal)
+            _check_schema(db, path)
+        except BaseException:
             db.close()
+            raise
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         if is_damage(error):
             raise JournalError(f"{path} is damaged: {error}", hint=BEYOND_REPAIR) from error
         raise JournalError(
@@ -152,10 +150,6 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
             hint=_hint(error)
             or "check free disk space and permissions; a copy of the folder may help",
         ) from error
-    except JournalError:
-        if db is not None:
-            db.close()
-        raise
     return db
 
 
@@ -220,25 +214,11 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
     if len(header) == _HEADER and header[_WRITE_VERSION] > 2:  # SQLite would read it, never write
         raise JournalError(f"{path} is damaged: its header is not SQLite's", BEYOND_REPAIR)
     # Of a column that is the key no more SQLite finds no record, and says nothing.
-    for table, columns in _made().items():
+    for table, columns in _MADE.items():
         if _columns(db, table) != columns:
             raise JournalError(
                 f"{path} is damaged: its table {table} has other columns", BEYOND_REPAIR
             )
-
-
-@cache
-def _made() -> dict[str, list[tuple[str, str, int]]]:
-    """Columns of a new journal's tables."""
-    with closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(_SCHEMA)
-        return {table: _columns(db, table) for table in TABLES}
-
-
-def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str, int]]:
-    """Name, type and place in the key."""
-    info = db.execute(f"PRAGMA table_info({table})")
-    return [(name, kind, key) for _, name, kind, _, _, key in info]
 
 
 def with_checksum(values: tuple[Any, ...]) -> tuple[Any, ...]:

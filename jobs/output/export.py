@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from batchrun.jobs.errors import OutputError, OutputTaken
 from batchrun.jobs.files import MayReplace
-from batchrun.jobs.output.joined import Joined, output_columns
+from batchrun.jobs.output.joined import Joined
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_columns(
-    column_names: Sequence[str],
-    token_ids: bool,
-    n: int,
-    keep: int | None = None,
-    prefix: str = "",
-    *,
-    logprobs: bool = False,
-) -> None:
-    """Refuse an input that has a column which the output adds.
+def check_columns(column_names: Sequence[str], added: Iterable[str]) -> None:
+    """Refuse an input that has a column which the output adds: see `output_columns`.
 
     Raises:
         OutputError: It has; the message names it.
     """
-    added = output_columns(token_ids, n, keep, prefix, logprobs=logprobs)
     clash = [name for name in added if name in column_names]
     if clash:
         names = ", ".join(f"'{name}'" for name in clash)

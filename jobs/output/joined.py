@@ -168,11 +168,11 @@ class Joined:
 
     def _chunks(self) -> Iterator[Chunk]:
         if not self.numbered:
-            yield from self.source.chunks(self.columns, 0, self.limit)
+            yield from self.source.chunks(self.columns, self.limit)
             return
         row, rows = 0, self.limit or 0
         with suppress(InputError):  # from here on nothing is left of it
-            for chunk in self.source.chunks(self.columns, 0, self.limit):
+            for chunk in self.source.chunks(self.columns, self.limit):
                 yield chunk
                 row += chunk.num_rows
         for first in range(row, rows, BATCH_ROWS):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from batchrun.jobs.errors import InputError, SpecChanged
 from batchrun.jobs.files import MayReplace
@@ -71,25 +71,24 @@ def export_job(
         JobError: A result is missing and `partial` is not set, or is of no row.
     """
 
-    def write(joined: Joined) -> int:
+    def write(joined: Joined) -> Exported:
         private = spec.output.stdout  # it is kept with the job
-        return export(joined, destination, format=format, may_replace=may_replace, private=private)
+        rows = export(joined, destination, format=format, may_replace=may_replace, private=private)
+        return Exported(rows, joined.unknown if joined.numbered else None)
 
     try:
         if lost is not None:
             raise InputError(f"{lost} can't be read")
-        return Exported(write(rejoin(spec, journal, partial=partial, noted=noted)))
+        return write(rejoin(spec, journal, partial=partial, noted=noted))
     except (SpecChanged, InputError) as error:
         if not partial:
             error.hint = f"{error.hint}; {_LEFT}" if error.hint else _LEFT
             raise
     try:
-        joined = _what_is_left(spec, journal, noted, lost)
-        return Exported(write(joined), joined.unknown)
+        return write(_what_is_left(spec, journal, noted, lost))
     except InputError:
         nothing = open_source([], spec.input_format, lenient=True)
-        joined = _joined(spec, journal, nothing, partial=True, numbered=True)
-        return Exported(write(joined), joined.unknown)
+        return write(_joined(spec, journal, nothing, partial=True, numbered=True))
 
 
 def rejoin(
@@ -181,16 +180,9 @@ def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Path | No
 
 
 def _joined(
-    spec: JobSpec,
-    journal: Journal,
-    source: Source,
-    *,
-    partial: bool,
-    numbered: bool = False,
-    columns: Sequence[str] | None = None,
-    whole: Callable[[], None] = lambda: None,
-    check: Callable[[], None] = lambda: None,
+    spec: JobSpec, journal: Journal, source: Source, *, partial: bool, **more: Any
 ) -> Joined:
+    """A job's results beside a source; more is said as of `Joined`."""
     output, total = spec.output, journal.meta("rows_total")
     return Joined(
         source,
@@ -202,8 +194,5 @@ def _joined(
         limit=spec.limit if total is None else int(total),
         digests=journal.digests,
         read=journal.meta(READ) or [],
-        numbered=numbered,
-        columns=columns,
-        whole=whole,
-        check=check,
+        **more,
     )

@@ -6,14 +6,17 @@ import os
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from batchrun.jobs.errors import OutputError, refused
 from batchrun.jobs.files import Identity, MayReplace, atomic_write, identity_of, remove_abandoned
 
 
-class OutputStore(Protocol):
-    """Files that appear whole or not at all. A path is a name; only the store looks behind it."""
+class OutputStore:
+    """Files that appear whole or not at all: here on this machine.
+
+    A path is a name; only the store looks behind it. One for another place has the same methods.
+    """
 
     def check(self, path: Path, *, overwrite: bool) -> None:
         """Prove that a file can be written there, by writing one beside it and removing it.
@@ -21,27 +24,6 @@ class OutputStore(Protocol):
         Raises:
             OutputError: It can't, or it exists and is not to be replaced.
         """
-
-    def write(
-        self, path: Path, *, may_replace: MayReplace, private: bool
-    ) -> AbstractContextManager[IO[bytes]]:
-        """See `atomic_write`; what it leaves when its process is killed `sweep` removes."""
-
-    def sweep(self, path: Path) -> None:
-        """Remove what dead writers left beside a file."""
-
-    def identity(self, path: Path) -> Identity | None:
-        """What tells a file from any other that takes its place; None where there is none."""
-
-    def places(self, path: Path) -> set[str | tuple[object, ...]]:
-        """By what a file is known: paths are of one, or would be, where they have one in common."""
-
-
-class LocalOutputs:
-    """Files of this machine."""
-
-    def check(self, path: Path, *, overwrite: bool) -> None:
-        """See `OutputStore.check`."""
         # `os.path` because pathlib raises where a folder on the way may not be entered.
         if os.path.isdir(path):
             raise OutputError(f"{path} is a folder", hint=f"--output '{path / 'output.parquet'}'")
@@ -62,22 +44,25 @@ class LocalOutputs:
     def write(
         self, path: Path, *, may_replace: MayReplace, private: bool
     ) -> AbstractContextManager[IO[bytes]]:
-        """See `OutputStore.write`."""
+        """See `atomic_write`; what it leaves when its process is killed `sweep` removes."""
         return atomic_write(path, may_replace=may_replace, private=private)
 
     def sweep(self, path: Path) -> None:
-        """See `OutputStore.sweep`."""
+        """Remove what dead writers left beside a file."""
         remove_abandoned(path)
 
     def identity(self, path: Path) -> Identity | None:
-        """See `OutputStore.identity`."""
+        """What tells a file from any other that takes its place; None where there is none."""
         try:
             return identity_of(os.lstat(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def places(self, path: Path) -> set[str | tuple[object, ...]]:
-        """Its path without links, its inode, its name in its folder's inode."""
+        """By what a file is known: paths are of one, or would be, where they have one in common.
+
+        Its path without links, its inode, its name in its folder's inode.
+        """
         real = os.path.realpath(path)
         found: set[str | tuple[object, ...]] = {real}
         for where, name in ((real, ()), (os.path.dirname(real), (os.path.basename(real),))):
@@ -89,4 +74,4 @@ class LocalOutputs:
         return found
 
 
-OUTPUTS: OutputStore = LocalOutputs()
+OUTPUTS = OutputStore()

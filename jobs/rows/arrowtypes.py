@@ -8,16 +8,17 @@ import pyarrow as pa
 from pyarrow import types
 
 
-def _any_of(*kinds: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+def any_of(*kinds: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+    """Whether a type is one of these kinds."""
     return lambda kind: any(is_kind(kind) for is_kind in kinds)
 
 
-is_text = _any_of(types.is_string, types.is_large_string, types.is_string_view)
-is_binary = _any_of(
+is_text = any_of(types.is_string, types.is_large_string, types.is_string_view)
+is_binary = any_of(
     types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view
 )
-is_large_list = _any_of(types.is_large_list, types.is_large_list_view)  # offsets of 64 bits
-is_list = _any_of(  # not of maps, which lists are too
+is_large_list = any_of(types.is_large_list, types.is_large_list_view)  # offsets of 64 bits
+is_list = any_of(  # not of maps, which lists are too
     types.is_list, types.is_fixed_size_list, types.is_list_view, is_large_list
 )
 

@@ -21,19 +21,15 @@ class ColumnarChunk:
     """
 
     def __init__(self, first: int, batch: pa.RecordBatch) -> None:
-        self.first, self._batch = first, batch
-
-    @property
-    def num_rows(self) -> int:
-        """Rows."""
-        return self._batch.num_rows
+        self.first, self.num_rows, self._batch = first, batch.num_rows, batch
 
     def rows(self) -> Iterator[Row]:
         """The rows as Python values: see `Source.rows`."""
         names = self._batch.schema.names
         for index, values in enumerate(self._values(names, "strict"), self.first):
             if isinstance(values, str):
-                [replaced] = self._slice(index)._values(names, "replace")
+                one = ColumnarChunk(index, self._batch.slice(index - self.first, 1))
+                [replaced] = one._values(names, "replace")
                 yield Row(index, {}, f"row {index}: {values}", _digest(replaced))
             else:
                 yield Row(index, dict(zip(names, values, strict=True)), None, _digest(values))
@@ -60,9 +56,6 @@ class ColumnarChunk:
     def cells(self, names: Sequence[str], delimiter: str) -> Iterator[str | Sequence[Any] | None]:
         """See `Chunk.cells`."""
         return self._values(names, "replace")
-
-    def _slice(self, index: int) -> ColumnarChunk:
-        return ColumnarChunk(index, self._batch.slice(index - self.first, 1))
 
     def _values(self, names: Sequence[str], errors: Errors) -> Iterator[Sequence[Any] | str]:
         """Values of each row, or, with `strict`, what is wrong with it."""

@@ -30,7 +30,7 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchrun.jobs.rows.arrowtypes import is_binary, is_list, is_text
+from batchrun.jobs.rows.arrowtypes import any_of, is_binary, is_list, is_text
 from batchrun.jobs.rows.moments import (
     clock_text,
     date_text,
@@ -40,6 +40,9 @@ from batchrun.jobs.rows.moments import (
 )
 
 Errors = Literal["strict", "replace"]
+Rule = Callable[[Any, Errors], list[Any]]
+
+_is_simple = any_of(is_text, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
 
 
 def json_values(array: pa.Array[Any], errors: Errors = "strict") -> list[Any]:
@@ -74,19 +77,14 @@ def _text(array: pa.Array[Any], errors: Errors) -> list[Any]:
     ]
 
 
-def _float(array: pa.Array[Any], errors: Errors) -> list[Any]:
-    return [
-        None if value is None or not math.isfinite(value) else float(value)
-        for value in array.to_pylist()
-    ]
+def _by_value(convert: Callable[[Any], Any]) -> Rule:
+    """A rule that makes of each of Python's own values what JSON has for it."""
+    return lambda array, errors: _each(convert, array.to_pylist())
 
 
-def _decimal(array: pa.Array[Any], errors: Errors) -> list[Any]:
-    return _each("{:f}".format, array.to_pylist())
-
-
-def _binary(array: pa.Array[Any], errors: Errors) -> list[Any]:
-    return _each(lambda value: base64.b64encode(value).decode(), array.to_pylist())
+def _by_unit(text: Callable[[int, str], str]) -> Rule:
+    """A rule that makes text of each integer number of units."""
+    return lambda array, errors: _each(lambda value: text(value, array.type.unit), _integers(array))
 
 
 def _timestamp(array: pa.Array[Any], errors: Errors) -> list[Any]:
@@ -98,16 +96,6 @@ def _timestamp(array: pa.Array[Any], errors: Errors) -> list[Any]:
 def _date(array: pa.Array[Any], errors: Errors) -> list[Any]:
     day = 86_400_000 if pa.types.is_date64(array.type) else 1
     return _each(lambda value: date_text(value // day), _integers(array))
-
-
-def _time(array: pa.Array[Any], errors: Errors) -> list[Any]:
-    kind: Any = array.type
-    return _each(lambda value: clock_text(value, kind.unit), _integers(array))
-
-
-def _duration(array: pa.Array[Any], errors: Errors) -> list[Any]:
-    kind: Any = array.type
-    return _each(lambda value: seconds_text(value, kind.unit), _integers(array))
 
 
 def _integers(array: pa.Array[Any]) -> list[Any]:
@@ -137,12 +125,7 @@ def _struct(array: Any, errors: Errors) -> list[Any]:
     names = [field.name for field in array.type]
     columns = [json_values(array.field(i), errors) for i in range(len(names))]
     rows: Iterable[Any] = zip(*columns, strict=True) if names else [()] * len(array)
-    if not array.null_count:
-        return [dict(zip(names, row, strict=True)) for row in rows]
-    return [
-        dict(zip(names, row, strict=True)) if there else None
-        for row, there in zip(rows, array.is_valid().to_pylist(), strict=True)
-    ]
+    return _valid(array, [dict(zip(names, row, strict=True)) for row in rows])
 
 
 def _list(array: Any, errors: Errors) -> list[Any]:
@@ -157,9 +140,13 @@ def _map(array: Any, errors: Errors) -> list[Any]:
     keys = json_values(array.keys.slice(low, length), errors)
     items = json_values(array.items.slice(low, length), errors)
     lengths = [after - before for before, after in pairwise(offsets)]
-    lists = _cut([list(pair) for pair in zip(keys, items, strict=True)], lengths)
+    return _valid(array, _cut([list(pair) for pair in zip(keys, items, strict=True)], lengths))
+
+
+def _valid(array: pa.Array[Any], values: Sequence[Any]) -> list[Any]:
+    """The values, and None where the array is null."""
     valid = array.is_valid().to_pylist()
-    return [pairs if there else None for pairs, there in zip(lists, valid, strict=True)]
+    return [value if there else None for value, there in zip(values, valid, strict=True)]
 
 
 def _cut(items: Sequence[Any], lengths: Iterable[int | None]) -> list[Any]:
@@ -174,12 +161,7 @@ def _cut(items: Sequence[Any], lengths: Iterable[int | None]) -> list[Any]:
 
 def _is_plain(kind: Any) -> bool:
     """Whether Python's own values are what JSON can hold."""
-    if (
-        is_text(kind)
-        or pa.types.is_integer(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_null(kind)
-    ):
+    if _is_simple(kind):
         return True
     if pa.types.is_struct(kind):
         return all(_is_plain(field.type) for field in kind)
@@ -190,18 +172,18 @@ def _is_extension(kind: pa.DataType) -> bool:
     return isinstance(kind, pa.BaseExtensionType)
 
 
-_RULES: list[tuple[Callable[[Any], bool], Callable[[Any, Errors], list[Any]]]] = [
+_RULES: list[tuple[Callable[[Any], bool], Rule]] = [
     (is_text, _text),
-    (pa.types.is_floating, _float),
+    (pa.types.is_floating, _by_value(lambda value: float(value) if math.isfinite(value) else None)),
     (pa.types.is_struct, _struct),
     (is_list, _list),
     (pa.types.is_dictionary, _dictionary),
     (pa.types.is_timestamp, _timestamp),
     (pa.types.is_date, _date),
-    (pa.types.is_time, _time),
-    (pa.types.is_duration, _duration),
-    (pa.types.is_decimal, _decimal),
-    (is_binary, _binary),
+    (pa.types.is_time, _by_unit(clock_text)),
+    (pa.types.is_duration, _by_unit(seconds_text)),
+    (pa.types.is_decimal, _by_value("{:f}".format)),
+    (is_binary, _by_value(lambda value: base64.b64encode(value).decode())),
     (pa.types.is_map, _map),
     (_is_extension, _extension),
     (pa.types.is_run_end_encoded, _run_ends),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -51,12 +52,15 @@ class JsonSource(TextSource):
         """See `TextSource.parse`."""
         return jsontext.parse_object(record.data.decode())
 
-    def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
-        """See `TextSource.carried`."""
-        try:
-            return jsontext.carried(record.data.decode(), taken)
-        except UnicodeDecodeError:
-            return None
+    def carried(self, record: Record, taken: Sequence[str]) -> str | dict[str, Any] | None:
+        """See `TextSource.carried`: the record as it is, where every reader takes that."""
+        more = self.partition(record.part)
+        if more.keys().isdisjoint(taken):
+            with suppress(UnicodeDecodeError):
+                text = jsontext.carried(record.data.decode(), (*taken, *more))
+                if text is not None:
+                    return jsontext.with_more(text, more)
+        return super().carried(record, taken)
 
 
 class JsonFormat(TextFormat):

@@ -30,7 +30,8 @@ _LONE = re.compile(
 _LINE_ENDS = re.compile(r"[\r\n]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING = json.JSONEncoder(ensure_ascii=False).encode
-_PLAIN = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+# What `encode` does, quickly, of values without anything that the rules speak of.
+encode_plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 class Number(float):
@@ -161,32 +162,21 @@ def _valid(value: Any) -> Any:
     return value
 
 
-def carried(text: str, taken: Iterable[str] = ()) -> str | dict[str, Any] | None:
-    """What an output has of a JSON object: its text in one line, where every reader takes that.
+def carried(text: str, taken: Iterable[str] = ()) -> str | None:
+    """The text of a JSON object in one line; None where not every reader takes it as it is.
 
     Args:
         text: What should be an object.
         taken: Names that it must not have.
-
-    Returns:
-        The text; the object for `encode`, where something in it has to change; None where
-        `parse_object` would raise.
     """
-    if not _suspect(text):
-        try:
-            fields = _CHECK.decode(text)
-        except (ValueError, RecursionError, _Repeated):
-            fields = None
-        if isinstance(fields, dict) and fields.keys().isdisjoint(taken) and not _deep(text, fields):
-            text = text.strip()
-            return _in_one_line(text) if "\n" in text or "\r" in text else text
-    try:
-        return parse_object(text)
-    except ValueError:
+    if _suspect(text):
         return None
-
-
-def _in_one_line(text: str) -> str:
+    try:
+        fields = _CHECK.decode(text)
+    except (ValueError, RecursionError, _Repeated):
+        return None
+    if not isinstance(fields, dict) or not fields.keys().isdisjoint(taken) or _deep(text, fields):
+        return None
     return " ".join(filter(None, (line.strip() for line in _LINE_ENDS.split(text))))
 
 
@@ -223,11 +213,6 @@ def as_text(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return encode(value)
     return str(value) if isinstance(value, int | Number) or math.isfinite(value) else None
-
-
-def encode_plain(value: Mapping[str, Any]) -> str:
-    """The same, quickly, of values without anything that the rules speak of."""
-    return _PLAIN.encode(value)
 
 
 def with_more(text: str, more: Mapping[str, Any]) -> str:

@@ -25,11 +25,10 @@ def timestamp_text(value: int, unit: str, zone: tzinfo | None) -> str:
         unit: `s`, `ms`, `us` or `ns`: it has 0, 3, 6 or 9 digits of a second.
         zone: None if the time is of no zone.
     """
-    digits = _DIGITS[unit]
-    seconds, fraction = divmod(value, 10**digits)
+    seconds, fraction = _seconds(value, unit)
     offset = 0 if zone is None else _offset(seconds, zone)
     days, second = divmod(seconds + offset, _DAY)
-    text = f"{date_text(days)}T{_clock(second)}{_fraction(fraction, digits)}"
+    text = f"{date_text(days)}T{_clock(second)}{fraction}"
     return text if zone is None else text + _offset_text(offset)
 
 
@@ -44,16 +43,14 @@ def date_text(days: int) -> str:
 
 def clock_text(value: int, unit: str) -> str:
     """ISO 8601 of a time of day in units since midnight."""
-    digits = _DIGITS[unit]
-    seconds, fraction = divmod(value, 10**digits)
-    return _clock(seconds) + _fraction(fraction, digits)
+    seconds, fraction = _seconds(value, unit)
+    return _clock(seconds) + fraction
 
 
 def seconds_text(value: int, unit: str) -> str:
     """A duration in seconds, exactly."""
-    digits = _DIGITS[unit]
-    seconds, fraction = divmod(abs(value), 10**digits)
-    return f"{'-' if value < 0 else ''}{seconds}{_fraction(fraction, digits)}"
+    seconds, fraction = _seconds(abs(value), unit)
+    return f"{'-' if value < 0 else ''}{seconds}{fraction}"
 
 
 @lru_cache
@@ -76,8 +73,11 @@ def _clock(second: int) -> str:
     return f"{hour:02d}:{minute:02d}:{second:02d}"
 
 
-def _fraction(value: int, digits: int) -> str:
-    return f".{value:0{digits}d}" if digits else ""
+def _seconds(value: int, unit: str) -> tuple[int, str]:
+    """Whole seconds, and the digits of the rest with their point."""
+    digits = _DIGITS[unit]
+    seconds, rest = divmod(value, 10**digits)
+    return seconds, f".{rest:0{digits}d}" if digits else ""
 
 
 def _offset(seconds: int, zone: tzinfo) -> int:

@@ -123,18 +123,10 @@ class ParquetSource:
                 self._schema = self._schema.append(field)
             else:
                 _check_partition(self._parts, self._schema.field(field.name))
+        self.column_names = list(self._schema.names)  # the first file's first
+        self.num_rows = sum(self._counts)
         if parts and self.num_rows == 0:
             raise InputError(f"{parts[0].path}: the input has no rows", hint="check what wrote it")
-
-    @property
-    def column_names(self) -> list[str]:
-        """Columns, the first file's first."""
-        return list(self._schema.names)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows, from the files' own metadata."""
-        return sum(self._counts)
 
     def count(self) -> int:
         """The same as `num_rows`."""
@@ -144,21 +136,19 @@ class ParquetSource:
         """Of all files: the first one's, metadata and all, unless others have more."""
         return self._schema
 
-    def rows(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
-    ) -> Iterator[Row]:
+    def rows(self, columns: Sequence[str] | None = None, limit: int | None = None) -> Iterator[Row]:
         """See `Source.rows`.
 
         Raises:
             InputError: There is no such column, or a file turns out to be damaged.
         """
-        for chunk in self.chunks(columns, start, limit):
+        for chunk in self.chunks(columns, limit):
             yield from chunk.rows()
 
     def chunks(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+        self, columns: Sequence[str] | None = None, limit: int | None = None
     ) -> Iterator[ColumnarChunk]:
-        """See `Source.chunks`. Reads these columns only, and no row group that ends before `start`.
+        """See `Source.chunks`. Reads these columns only, in this order.
 
         Raises:
             InputError: There is no such column, or a file turns out to be damaged.
@@ -167,29 +157,16 @@ class ParquetSource:
         for name in names:
             if name not in self.column_names:
                 raise missing_column(name, self.column_names)
-        for batch in self._read(names, start, limit):
-            yield ColumnarChunk(start, batch)
-            start += batch.num_rows
-
-    def _read(
-        self, columns: Sequence[str], start: int, limit: int | None
-    ) -> Iterator[pa.RecordBatch]:
-        """Batches of bounded size of rows `start` on, columns in the order asked for."""
-        stop = self.num_rows if limit is None else min(self.num_rows, start + limit)
-        schema = pa.schema([self._schema.field(name) for name in columns])
+        stop = self.num_rows if limit is None else min(self.num_rows, limit)
+        schema = pa.schema([self._schema.field(name) for name in names])
         first = 0
         for part, count in zip(self._parts, self._counts, strict=True):
-            if first < stop and first + count > start:
+            if count and first < stop:
                 with reading(part.path):
-                    yield from _read_file(
-                        part,
-                        schema,
-                        start - first,
-                        stop - first,
-                        noted=self._noted,
-                        before=first,
-                    )
-            first += count
+                    found = _read_file(part, schema, stop - first, noted=self._noted, before=first)
+                    for batch in found:
+                        yield ColumnarChunk(first, batch)
+                        first += batch.num_rows
 
 
 def _check_partition(parts: Sequence[Part], field: pa.Field[Any]) -> None:
@@ -214,9 +191,9 @@ def _constant(value: int | str | None, kind: pa.DataType) -> Any:
 
 
 def _read_file(
-    part: Part, schema: pa.Schema, start: int, stop: int, *, noted: Noted, before: int
+    part: Part, schema: pa.Schema, stop: int, *, noted: Noted, before: int
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of a file's rows from `start` to `stop`; `before` are those of earlier files."""
+    """Batches of a file's first `stop` rows; `before` are those of earlier files."""
     with opened(part.path, noted) as file:
         there = set(file.schema_arrow.names)
         names = [name for name in schema.names if name in there]
@@ -224,8 +201,7 @@ def _read_file(
         first = 0  # of the row group, then of the batch
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            if not rows or first >= stop or first + rows <= start:
-                first += rows
+            if not rows or first >= stop:
                 continue
             with noted(part.path, before + first, rows):
                 size = _batch_rows(part.path, file, group, names, schema)
@@ -235,10 +211,10 @@ def _read_file(
                     batch = next(found, None)
                 if batch is None:
                     break
-                low, high = max(start - first, 0), min(stop - first, batch.num_rows)
+                wanted = min(stop - first, batch.num_rows)
                 first += batch.num_rows
-                if low < high:
-                    rows_read = conform(batch.slice(low, high - low), schema)
+                if wanted > 0:
+                    rows_read = conform(batch.slice(0, wanted), schema)
                     for name in said.keys() - there:
                         rows_read = _with_constant(rows_read, name, said[name])
                     yield rows_read

@@ -44,15 +44,15 @@ class Row:
 
 
 class Chunk(Protocol):
-    """Consecutive input rows, of bounded size."""
+    """Consecutive input rows, of bounded size.
 
-    @property
-    def first(self) -> int:
-        """Index of the first."""
+    Attributes:
+        first: Index of the first.
+        num_rows: How many they are.
+    """
 
-    @property
-    def num_rows(self) -> int:
-        """Rows."""
+    first: int
+    num_rows: int
 
     def digests(self, columns: Sequence[str]) -> Sequence[int | None]:
         """What rows of these columns have as `digest`; None where nothing is known."""
@@ -78,7 +78,12 @@ class Source(Protocol):
 
     Every method streams: memory does not grow with the number of rows. Every one may raise
     `InputError` when a file turns out to be damaged or is gone.
+
+    Attributes:
+        typed: Whether files or format say the types of columns. Else each row has its own.
     """
+
+    typed: bool
 
     @property
     def column_names(self) -> list[str]:
@@ -91,35 +96,27 @@ class Source(Protocol):
     def count(self) -> int:
         """Rows, read through if need be."""
 
-    @property
-    def typed(self) -> bool:
-        """Whether files or format say the types of columns. Else each row has its own."""
-
     def schema(self) -> pa.Schema:
         """Types that hold all values; where they are not said all rows are read once for it."""
 
     def chunks(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+        self, columns: Sequence[str] | None = None, limit: int | None = None
     ) -> Iterator[Chunk]:
-        """The rows from `start` on, `limit` at most.
+        """The rows, `limit` at most.
 
         Args:
             columns: No others are asked for; all by default.
-            start: Index of the first row.
             limit: Rows at most.
         """
 
-    def rows(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
-    ) -> Iterator[Row]:
-        """Rows as Python values, `limit` at most, from row `start` on.
+    def rows(self, columns: Sequence[str] | None = None, limit: int | None = None) -> Iterator[Row]:
+        """Rows as Python values, `limit` at most.
 
         Text is valid Unicode: a lone surrogate has become U+FFFD. Values are those that JSON has:
         NaN is None, times are ISO 8601.
 
         Args:
             columns: The columns wanted, all by default. One that a row lacks is None.
-            start: Index of the first row.
             limit: Rows at most.
         """
 

@@ -49,8 +49,7 @@ def expand_inputs(
             hint="submit them as separate jobs",
         )
     files = [file for file, _ in ordered]
-    parts = [Part(file, None, values) for file, values in _partitions(files)]
-    return parts, ordered[0][1].name
+    return list(_parts(files)), ordered[0][1].name
 
 
 def open_source(
@@ -106,7 +105,7 @@ def _of_folder(
         log(f"{path}: {len(others)} files are left out, by their names: {shown}")
 
 
-def _partitions(files: Sequence[Path]) -> Iterator[tuple[Path, dict[str, int | str | None]]]:
+def _parts(files: Sequence[Path]) -> Iterator[Part]:
     """Each file with what the folders on the way to it say, as hive names them."""
     said: list[dict[str, str]] = []
     for file in files:
@@ -121,13 +120,11 @@ def _partitions(files: Sequence[Path]) -> Iterator[tuple[Path, dict[str, int | s
         if all(re.fullmatch(r"0|-?[1-9]\d{0,17}|" + _NO_VALUE, v.get(name, "0")) for v in said)
     }
     for file, values in zip(files, said, strict=True):
-        yield (
-            file,
-            {
-                name: None if value == _NO_VALUE else int(value) if name in numbers else value
-                for name, value in values.items()
-            },
-        )
+        partition = {
+            name: None if value == _NO_VALUE else int(value) if name in numbers else value
+            for name, value in values.items()
+        }
+        yield Part(file, None, partition)
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:

@@ -56,8 +56,21 @@ class InputStat(NamedTuple):
     identity: tuple[int, ...]
 
 
-class InputStore(Protocol):
-    """Where inputs lie. A path is a name; only the store looks behind it. Raises `OSError`."""
+class InputStore:
+    """Where inputs lie: here on this machine. Raises `OSError`.
+
+    A path is a name; only the store looks behind it. One for another place has the same methods.
+    """
+
+    def open(self, path: Path, buffering: int = -1) -> IO[bytes]:
+        """Its bytes; `buffering` as Python's own `open` has it. Any place of them can be sought."""
+        return path.open("rb", buffering)
+
+    def stat(self, path: Path) -> InputStat:
+        """What it is now."""
+        found = os.stat(path)
+        identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return InputStat(found.st_size, identity)
 
     def expand(self, name: str) -> Iterator[tuple[Path, Iterator[Path] | None]]:
         """What a path or a pattern stands for: files, and folders with the files beneath each.
@@ -67,29 +80,6 @@ class InputStore(Protocol):
         Raises:
             InputError: There is no such thing, or it can't be read more than once.
         """
-
-    def open(self, path: Path, buffering: int = -1) -> IO[bytes]:
-        """Its bytes; `buffering` as Python's own `open` has it. Any place of them can be sought."""
-
-    def stat(self, path: Path) -> InputStat:
-        """What it is now."""
-
-
-class LocalInputs:
-    """Files of this machine."""
-
-    def open(self, path: Path, buffering: int = -1) -> IO[bytes]:
-        """See `InputStore.open`."""
-        return path.open("rb", buffering)
-
-    def stat(self, path: Path) -> InputStat:
-        """See `InputStore.stat`."""
-        found = os.stat(path)
-        identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        return InputStat(found.st_size, identity)
-
-    def expand(self, name: str) -> Iterator[tuple[Path, Iterator[Path] | None]]:
-        """See `InputStore.expand`."""
         where = Path(name).expanduser()
         matches = [str(where)]
         try:
@@ -119,7 +109,7 @@ class LocalInputs:
             yield path, None
 
 
-INPUTS: InputStore = LocalInputs()
+INPUTS = InputStore()
 
 
 def _beneath(path: Path) -> Iterator[Path]:

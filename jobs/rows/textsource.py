@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.rows.jsontext import parse_object, with_more
 from batchrun.jobs.rows.row import BATCH_BYTES, BATCH_ROWS, Row, digest_of, no_columns
 from batchrun.jobs.rows.shape import InferredType, fitted
 from batchrun.jobs.rows.store import Part
@@ -58,11 +58,6 @@ class Record:
     header: Header | None = None
     cells: Sequence[str] = ()
     error: str | None = None
-
-    @property
-    def where(self) -> str:
-        """Such as `line 7 of prompts.jsonl`."""
-        return f"line {self.line} of {self.part.path.name}"
 
     @property
     def digest(self) -> int:
@@ -112,6 +107,7 @@ class TextSource(ABC):
         self._column_names = list(names)
 
     typed = False
+    num_rows = None  # unknown: see `count`
     no_rows: str  # what is missing where every row is bad
     advice: str
 
@@ -127,7 +123,7 @@ class TextSource(ABC):
             ValueError: It is a bad row; the message says why.
         """
 
-    def carried(self, record: Record, taken: Iterable[str]) -> str | dict[str, Any] | None:
+    def carried(self, record: Record, taken: Sequence[str]) -> str | dict[str, Any] | None:
         """What an output in JSON has of a record: see `Chunk.objects`."""
         fields, error = self.fields(record)
         return fields if error is None else None
@@ -144,11 +140,6 @@ class TextSource(ABC):
         """Columns of the first 100 rows, in order of appearance."""
         return self._column_names
 
-    @property
-    def num_rows(self) -> None:
-        """Unknown: see `count`."""
-        return
-
     def count(self) -> int:
         """Rows, counted without parsing them."""
         return sum(1 for part in self._parts for _ in self.records(part))
@@ -156,29 +147,25 @@ class TextSource(ABC):
     def schema(self) -> pa.Schema:
         """Types that hold the values of all rows, as `InferredType` finds them."""
         if self._schema is None:
-            shapes: dict[str, InferredType] = {}
-            for _, record in self._numbered(0, None):
+            shapes: defaultdict[str, InferredType] = defaultdict(InferredType)
+            for record in self._records():
                 for name, value in self.fields(record)[0].items():
-                    if name not in shapes:
-                        shapes[name] = InferredType()
                     shapes[name].add(value)
             self._schema = pa.schema([(name, shape.type()) for name, shape in shapes.items()])
         return self._schema
 
-    def rows(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
-    ) -> Iterator[Row]:
+    def rows(self, columns: Sequence[str] | None = None, limit: int | None = None) -> Iterator[Row]:
         """See `Source.rows`."""
-        for index, record in self._numbered(start, limit):
+        for index, record in enumerate(islice(self._records(), limit)):
             yield self.row(index, record, columns)
 
     def chunks(
-        self, columns: Sequence[str] | None = None, start: int = 0, limit: int | None = None
+        self, columns: Sequence[str] | None = None, limit: int | None = None
     ) -> Iterator[TextChunk]:
         """See `Source.chunks`; a record has all its columns in any case."""
         pending: list[Record] = []
-        size, first = 0, start
-        for _, record in self._numbered(start, limit):
+        size, first = 0, 0
+        for record in islice(self._records(), limit):
             pending.append(record)
             size += len(record.data)
             if size >= BATCH_BYTES or len(pending) >= BATCH_ROWS:
@@ -195,7 +182,8 @@ class TextSource(ABC):
         except ValueError as problem:
             error = str(problem)
         if error is not None:
-            return Row(index, {}, f"{record.where} {error}", record.digest)
+            where = f"line {record.line} of {record.part.path.name}"
+            return Row(index, {}, f"{where} {error}", record.digest)
         if columns is not None:
             fields = {name: fields.get(name) for name in columns}
         return Row(index, fields, None, record.digest)
@@ -218,10 +206,6 @@ class TextSource(ABC):
         """What the names of a file's folders say; a record's own fields come before it."""
         return {**self._partition, **part.partition}
 
-    def _numbered(self, start: int, limit: int | None) -> Iterator[tuple[int, Record]]:
-        stop = None if limit is None else start + limit
-        return enumerate(islice(self._records(), start, stop), start)
-
     def _records(self) -> Iterator[Record]:
         """The records of all files."""
         with suppress(*(InputError,) if self._lenient else ()):
@@ -233,12 +217,8 @@ class TextChunk:
     """Consecutive records of a text source."""
 
     def __init__(self, source: TextSource, first: int, records: list[Record]) -> None:
-        self.first, self._source, self._records = first, source, records
-
-    @property
-    def num_rows(self) -> int:
-        """Rows."""
-        return len(self._records)
+        self.first, self.num_rows = first, len(records)
+        self._source, self._records = source, records
 
     def digests(self, columns: Sequence[str]) -> list[int]:
         """See `Chunk.digests`: of all that the record says."""
@@ -255,15 +235,7 @@ class TextChunk:
     def objects(self, taken: Sequence[str] = ()) -> Iterator[str | dict[str, Any] | None]:
         """See `Chunk.objects`."""
         for record in self._records:
-            more = self._source.partition(record.part)
-            found = self._source.carried(record, (*taken, *more))
-            if isinstance(found, str) and not more.keys().isdisjoint(taken):
-                found = parse_object(found)
-            if isinstance(found, str):
-                yield with_more(found, more)
-            else:
-                missing = {name: value for name, value in more.items() if name not in (found or ())}
-                yield None if found is None else {**found, **missing}
+            yield self._source.carried(record, taken)
 
     def cells(self, names: Sequence[str], delimiter: str) -> Iterator[str | Sequence[Any] | None]:
         """See `Chunk.cells`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -147,8 +147,7 @@ _WIDENING = (
 
 def exact_range(kind: Any, to: Any) -> tuple[int, int] | None:
     """Least and greatest integer of a type that the united one holds; None if it holds all."""
-    if pa.types.is_dictionary(kind):
-        return exact_range(kind.value_type, to)
+    kind = without_dictionary(kind)
     if pa.types.is_int64(kind) or pa.types.is_uint64(kind):
         if pa.types.is_floating(to):
             return -_DOUBLE_EXACT, _DOUBLE_EXACT
@@ -193,14 +192,8 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """
     if batch.schema.equals(schema):
         return batch
-    there = set(batch.schema.names)
-    columns = [
-        cast(batch.column(field.name), field.type)
-        if field.name in there
-        else pa.nulls(batch.num_rows, field.type)
-        for field in schema
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    there = dict(zip(batch.schema.names, batch.columns, strict=True))
+    return pa.RecordBatch.from_arrays(_all_of(schema, there, batch.num_rows), schema=schema)
 
 
 def cast(array: Any, to: Any) -> Any:
@@ -216,12 +209,7 @@ def cast(array: Any, to: Any) -> Any:
         return pa.nulls(len(array), to)
     if pa.types.is_struct(kind):
         parts = {field.name: array.field(i) for i, field in enumerate(kind)}
-        columns = [
-            cast(parts[field.name], field.type)
-            if field.name in parts
-            else pa.nulls(len(array), field.type)
-            for field in to
-        ]
+        columns = _all_of(to, parts, len(array))
         return pa.StructArray.from_arrays(columns, fields=list(to), mask=array.is_null())
     if pa.types.is_map(kind):
         pairs = [cast(array.keys, to.key_type), cast(array.items, to.item_type)]
@@ -231,6 +219,14 @@ def cast(array: Any, to: Any) -> Any:
     if is_list(kind):
         return _cast_lists(array, to)
     return array.cast(to)
+
+
+def _all_of(fields: Iterable[pa.Field[Any]], there: Mapping[str, Any], rows: int) -> list[Any]:
+    """Arrays of these fields, in their types: those that are there, nulls in place of others."""
+    return [
+        cast(there[field.name], field.type) if field.name in there else pa.nulls(rows, field.type)
+        for field in fields
+    ]
 
 
 def _cast_lists(array: Any, to: Any) -> Any:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchrun.jobs import folder
+from batchrun.jobs.identity import move
 from batchrun.runner.endings import Outcome
 from tests.faults import shim
 from tests.faults.liveness import check_goes_on
@@ -129,7 +130,7 @@ def _move_input(scene: Scene) -> None:
 
 
 def _relocate(scene: Scene) -> None:
-    scene.small.jobs()[0].relocate(str(scene.small.prompts.parent), str(scene.moved.parent))
+    move(scene.small.jobs()[0], str(scene.small.prompts.parent), str(scene.moved.parent))
 
 
 OPERATIONS = {

@@ -11,6 +11,7 @@ import json
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def _check_content(job: JobFolder, scene: str, *, rolled_back: bool) -> None:
     for name, value in found.items():
         if value != known[name]:
             raise Wrong(f"{name}: {value}, not {known[name]}")
-    if json.loads(json.dumps(job.spec().as_dict())) != known["spec"](job):
+    if json.loads(json.dumps(asdict(job.spec()))) != known["spec"](job):
         raise Wrong(f"the specification is {job.spec()}")
     if (job.path / STATS).exists():
         rows = read_json(job.path / STATS)["rows"]
@@ -240,7 +241,7 @@ def _known(scene: str) -> dict[str, Any]:
             rows = [result.row for result in journal.results()]
             total, begun = journal.meta("rows_total"), len(journal.partials())
         done = read_json(folder / STATS)["rows"]["done"] if (folder / STATS).exists() else None
-        spec = job.spec().as_dict()
+        spec = asdict(job.spec())
 
         def here(other: JobFolder) -> Any:
             return json.loads(json.dumps(spec).replace(str(folder), str(other.path)))

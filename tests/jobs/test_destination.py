@@ -15,6 +15,7 @@ import pytest
 from batchrun.jobs.errors import Fenced, LeaseHeld, OutputError, OutputTaken
 from batchrun.jobs.files import atomic_write
 from batchrun.jobs.folder import JobFolder, create
+from batchrun.jobs.identity import move
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import (
@@ -405,13 +406,13 @@ class TestResuming:
 
     def test_another_output_and_a_moved_input_go_together(self, home, job, prompts, tmp_path):
         moved = prompts.rename(tmp_path / "moved.parquet")
-        job.relocate(str(prompts), str(moved))
+        move(job, str(prompts), str(moved))
         with resuming(home, job, tmp_path / "b.jsonl"):
             pass
         assert job.spec().inputs[0].path == str(moved)
         assert job.spec().output.path == str(tmp_path / "b.jsonl")
         again = moved.rename(tmp_path / "again.parquet")
-        job.relocate(str(moved), str(again))
+        move(job, str(moved), str(again))
         assert job.spec().output.path == str(tmp_path / "b.jsonl")
 
     def test_another_output_that_cannot_be(self, home, job, prompts, tmp_path):

@@ -1,6 +1,7 @@
 """Folders as people have them: partitions, links, datasets of a hub, files without a suffix."""
 
 import json
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -104,9 +105,9 @@ class TestPartitions:
 
     def test_only_the_partition_is_asked_for(self, tmp_path, kind):
         put(tmp_path / "d/lang=de/a", kind, *[{"prompt": f"{i}"} for i in range(600)])
-        rows = list(opened(tmp_path / "d").rows(["lang"], 250, 10))
+        rows = list(opened(tmp_path / "d").rows(["lang"], 260))
         assert [(row.index, row.fields) for row in rows] == [
-            (i, {"lang": "de"}) for i in range(250, 260)
+            (i, {"lang": "de"}) for i in range(260)
         ]
 
 
@@ -154,7 +155,7 @@ def test_a_moved_file_keeps_its_partition_and_another_one_is_another_job(tmp_pat
     def spec(file):
         return JobSpec((file,), "jsonl", PromptSpec(), ModelSpec(), SamplingSpec())
 
-    again = JobSpec.of(json.loads(json.dumps(spec(file).as_dict())))
+    again = JobSpec.of(json.loads(json.dumps(asdict(spec(file)))))
     assert again.inputs[0].part.partition == {"lang": "de"}
     assert again.fingerprint() == spec(file).fingerprint()
     other = InputFile.of(part.path, {"lang": "fr"})

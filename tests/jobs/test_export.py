@@ -290,7 +290,7 @@ class TestTypes:
         lines = [{"prompt": "a"}] * 100 + [{"error": "mine", "input_error": "also mine"}]
         path.write_text("\n".join(map(json.dumps, lines)))
         source = open_source([path], "jsonl")
-        check_columns(source.column_names, False, 1)
+        check_columns(source.column_names, output_columns(False, 1))
         write(source, tmp_path / name, (Result(i, 0, "ok", "x") for i in range(101)))
         row = read(tmp_path / name)[100]
         assert row["error"] is None
@@ -358,14 +358,14 @@ class TestChecks:
             assert ".jsonl" in info.value.hint
 
     def test_columns_that_clash(self):
-        check_columns(["prompt", "sample", "completion_token_ids"], False, 1)
+        check_columns(["prompt", "sample", "completion_token_ids"], output_columns(False, 1))
         with pytest.raises(OutputError, match="a column 'error', which") as info:
-            check_columns(["error", "prompt"], False, 1)
+            check_columns(["error", "prompt"], output_columns(False, 1))
         assert "'error' to 'input_error'" in info.value.hint
         with pytest.raises(OutputError, match="columns 'completion', 'sample'"):
-            check_columns(["sample", "completion"], False, 2)
+            check_columns(["sample", "completion"], output_columns(False, 2))
         with pytest.raises(OutputError, match="'completion_token_ids'"):
-            check_columns(["completion_token_ids"], True, 1)
+            check_columns(["completion_token_ids"], output_columns(True, 1))
 
     def test_destination_leaves_nothing_behind(self, tmp_path):
         OUTPUTS.check(tmp_path / "o.parquet", overwrite=False)

@@ -14,8 +14,9 @@ import pytest
 from batchrun.jobs import files
 from batchrun.jobs import folder as folders
 from batchrun.jobs.errors import JobNotFound, OutputError, SpecChanged
-from batchrun.jobs.folder import JobFolder, check_unchanged, create, find, list_jobs
+from batchrun.jobs.folder import JobFolder, create, find, list_jobs
 from batchrun.jobs.folder import home as jobs_home
+from batchrun.jobs.identity import check_unchanged
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.spec import InputFile

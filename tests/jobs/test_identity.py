@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from batchrun.jobs.errors import InputError, JobError, SpecChanged
-from batchrun.jobs.folder import check_unchanged, create, find_same
-from batchrun.jobs.identity import set_limits
+from batchrun.jobs.folder import create, find_same
+from batchrun.jobs.identity import check_unchanged, move, set_limits
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.options import OutputSpec
 from batchrun.jobs.spec import InputFile
@@ -80,16 +80,16 @@ def test_moved_input_and_model_are_found_again(job, prompts, model, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     first = prompts.rename(elsewhere / "other.parquet")
-    job.relocate(str(prompts), str(first), digest)
+    move(job, str(prompts), str(first), digest)
     second = first.rename(elsewhere / "third.parquet")
-    job.relocate(str(first), str(second), digest)  # by where it was last
+    move(job, str(first), str(second), digest)  # by where it was last
     moved = model.rename(elsewhere / "model")
-    job.relocate(str(model), str(moved), digest)
+    move(job, str(model), str(moved), digest)
     check_unchanged(job, digest)
     assert job.spec().paths() == [str(second), str(moved)]
     assert (job.path / "job.json").read_bytes() == before
     second.rename(prompts)
-    job.relocate(str(prompts), str(prompts), digest)  # by where it was at first
+    move(job, str(prompts), str(prompts), digest)  # by where it was at first
     check_unchanged(job, digest)
 
 
@@ -101,10 +101,10 @@ def test_a_moved_folder_takes_its_files_along(home, spec, tmp_path):
     inputs = tuple(InputFile.of(data / name) for name in ("a.jsonl", "b.jsonl"))
     job = create(home, replace(spec, inputs=inputs))
     data.rename(tmp_path / "database")
-    job.relocate(str(data), str(tmp_path / "database"))
+    move(job, str(data), str(tmp_path / "database"))
     check_unchanged(job)
     with pytest.raises(JobError, match="has neither"):
-        job.relocate(str(tmp_path / "dat"), str(tmp_path))
+        move(job, str(tmp_path / "dat"), str(tmp_path))
 
 
 def test_another_file_is_no_moved_one(job, prompts, model, tmp_path):
@@ -120,7 +120,7 @@ def test_another_file_is_no_moved_one(job, prompts, model, tmp_path):
         (other, prompts, JobError, "has neither an input nor its model"),
     ]:
         with pytest.raises(error, match=match):
-            job.relocate(str(old), str(new), digest)
+            move(job, str(old), str(new), digest)
     assert not (job.path / "places.json").exists()
     check_unchanged(job, digest)
 

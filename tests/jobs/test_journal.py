@@ -53,8 +53,6 @@ def test_results_read_back_equal_in_row_and_sample_order(journal, tmp_path):
     journal.write([BAD, ok(1, 0)])
     expected = [BAD, ok(1, 0), ok(1, 1), RICH]
     assert list(journal.results()) == expected
-    assert list(journal.results(1)) == expected[1:]
-    assert list(journal.results(4)) == []
     with Journal(tmp_path, 2, readonly=True) as other:
         assert list(other.results()) == expected
         other.check()
@@ -87,7 +85,7 @@ def test_the_done_set_is_exact_and_takes_one_bit_a_sample(journal):
     assert (800_000, 1) in done
     assert (800_000, 0) not in done
     assert (10**12, 0) not in done
-    assert done.nbytes <= 1.6e6 * 1.5 / 8
+    assert len(done._bits) <= 1.6e6 * 1.5 / 8
 
 
 def test_counts(journal):

@@ -163,7 +163,7 @@ def test_every_layout_has_the_same_rows_however_it_is_read(tmp_path_factory, obj
         source = JsonSource([Part(path)])
         patch.setattr("batchrun.jobs.rows.jsonl._READ", size)
         assert [row.fields for row in source.rows()] == objects
-        assert [row.index for row in source.rows(start=1)] == list(range(1, len(objects)))
+        assert [row.index for row in source.rows()] == list(range(len(objects)))
         assert source.count() == len(objects)
 
 

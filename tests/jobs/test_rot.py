@@ -14,7 +14,8 @@ import pytest
 from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.jobs.checksums import checksum, sealed, unsealed
 from batchrun.jobs.errors import JournalError, SpecChanged, SpecDamaged
-from batchrun.jobs.folder import check_unchanged, find_same, list_jobs
+from batchrun.jobs.folder import find_same, list_jobs
+from batchrun.jobs.identity import check_unchanged
 from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result
 from batchrun.jobs.lease import Lease

@@ -86,14 +86,13 @@ class TestContract:
             assert list(rows[0].fields) == ["prompt", "id"]
 
     @pytest.mark.parametrize(
-        ("start", "limit"),
-        [(0, 0), (0, 1), (299, 2), (300, 300), (333, 334), (334, None), (999, 5), (1000, None)],
+        "limit", [0, 1, 299, 300, 301, 333, 334, 335, 600, 999, 1000, 1001, None]
     )
-    def test_any_stretch_of_rows(self, source, start, limit):
-        stop = 1000 if limit is None else min(1000, start + limit)
-        rows = list(source.rows(["id"], start=start, limit=limit))
-        assert [row.index for row in rows] == list(range(start, stop))
-        assert [row.fields["id"] for row in rows] == list(range(start, stop))
+    def test_so_many_rows(self, source, limit):
+        stop = 1000 if limit is None else min(1000, limit)
+        rows = list(source.rows(["id"], limit))
+        assert [row.index for row in rows] == list(range(stop))
+        assert [row.fields["id"] for row in rows] == list(range(stop))
 
     def test_columns_and_number(self, source):
         assert source.column_names == ["id", "prompt", "score", "tags", "meta"]

@@ -201,9 +201,8 @@ def test_the_summary_of_two_runs(two_runs):
 
 
 def test_stats_json_is_the_summary(two_runs):
-    path = write_summary(two_runs)
-    assert path == two_runs.path / "stats.json"
-    assert read_json(path) == summarise(two_runs)
+    write_summary(two_runs)
+    assert read_json(two_runs.path / "stats.json") == summarise(two_runs)
 
 
 def test_rows_of_several_samples_are_counted_as_rows(make_job):

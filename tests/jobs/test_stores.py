@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from batchrun.jobs.errors import InputError, OutputError
-from batchrun.jobs.output.store import LocalOutputs
-from batchrun.jobs.rows.store import LocalInputs
+from batchrun.jobs.output.store import OutputStore
+from batchrun.jobs.rows.store import InputStore
 
 
-@pytest.fixture(params=[LocalInputs])
+@pytest.fixture(params=[InputStore])
 def inputs(request, tmp_path):
     """A store, a place in it, and what puts a file there."""
 
@@ -23,7 +23,7 @@ def inputs(request, tmp_path):
     return request.param(), tmp_path, put
 
 
-@pytest.fixture(params=[LocalOutputs])
+@pytest.fixture(params=[OutputStore])
 def outputs(request, tmp_path):
     return request.param(), tmp_path
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.jobs.checksums import checksum
+from batchrun.jobs.identity import move
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.journal.schema import SEALS
@@ -189,7 +190,7 @@ def test_changed_inputs_parameters_and_models_are_found(done, tmp_path):
     path = tmp_path / "in.parquet"
     path.rename(tmp_path / "moved.parquet")
     assert "in.parquet can't be read" in verify(done)[0]
-    done.relocate(str(path), str(tmp_path / "moved.parquet"))
+    move(done, str(path), str(tmp_path / "moved.parquet"))
     assert verify(done) == []
     (done.path / "job.json").write_text("{")
     assert "job.json is damaged" in verify(done)[0]
