@@ -196,14 +196,6 @@ class Completion:
     finished: float | None = None
 
 
-class Status(StrEnum):
-    """Where a sequence is in its life."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request being worked on. Invariant: `0 <= num_computed_tokens <= num_tokens`.
@@ -224,7 +216,6 @@ class Sequence:
     num_computed_tokens: int = 0
     num_pending: int = 0
     slot: int | None = None
-    status: Status = Status.WAITING
     text: str | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None

@@ -70,11 +70,6 @@ class LogitsConfig:
     eta: float = 0.0
 
     @property
-    def active(self) -> bool:
-        """Whether anything is asked for."""
-        return self != LogitsConfig(self.eos_ids, self.max_model_len)
-
-    @property
     def filters(self) -> bool:
         """Whether drawn rows are filtered by more than their own parameters."""
         return any((self.top_h, self.typical_p, self.epsilon, self.eta))

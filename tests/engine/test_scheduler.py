@@ -19,6 +19,7 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.proposers import PromptLookup, Proposer
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
+from tests.engine import invariants
 from tests.engine.echo import EchoExecutor, Oracle, expected, expected_of_beams
 
 PAGE = 4096
@@ -79,7 +80,7 @@ class Rig:
             assert steps < 20_000, "the engine makes no progress"
 
     def check(self) -> None:
-        self.scheduler.check()
+        invariants.check(self.scheduler)
         self.arena.check()
 
     def verify(self) -> None:

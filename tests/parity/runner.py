@@ -18,6 +18,7 @@ from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.pieces import Apart
 from batchrun.engine.settings import Settings
+from tests.engine import invariants
 
 
 class _OverFakeDriver(Assembly):
@@ -59,7 +60,7 @@ def run(
             assert row not in done, f"row {row} completed twice"
             done[row] = completion
         if check:
-            rig.scheduler.check()
+            invariants.check(rig.scheduler)
             rig.arena.check()
     return [done[row] for row in range(len(prompts))]
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams
+from tests.engine import invariants
 from tests.parity import runner, test_beams
 from tests.parity.runner import outputs, run
 from tests.parity.test_generate import MAX_TOKENS, families, loaded, wanted_of_families
@@ -48,7 +49,7 @@ def test_any_job_equals_generate(
             while r.engine.has_work and (steps := steps - 1) >= 0:
                 for completion in r.engine.step():
                     done[completion.request.row] = list(completion.token_ids)
-                r.scheduler.check()
+                invariants.check(r.scheduler)
                 r.arena.check()
             begun = {left.row: left.generated_ids for left in r.engine.partials()}
     for row, (number, count) in enumerate(job):
@@ -73,7 +74,7 @@ def test_beams_and_draws_are_the_same(chosen: set[int], shape: Shape) -> None:
         while r.engine.has_work:
             for completion in r.engine.step():
                 done[completion.request.row] = list(completion.token_ids)
-            r.scheduler.check()
+            invariants.check(r.scheduler)
             r.arena.check()
     assert done == {row: beams_elsewhere()[row] for row in chosen}
 
