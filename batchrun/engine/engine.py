@@ -25,7 +25,7 @@ from batchrun.engine.executor import Executor, Ticket
 from batchrun.engine.output import Answer, Specials
 from batchrun.engine.scheduler import Scheduler
 from batchrun.errors import PROCESS_ENDS, said_by
-from batchrun.prompts.builder import Tokenizer
+from batchrun.prompts.chat import Tokenizer
 
 _NOT_FINITE = "not_finite"
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from batchrun.prompts.builder import Tokenizer
+from batchrun.prompts.chat import Tokenizer
 
 _CONTEXT = 8  # prompt tokens that precede the output when it is decoded
 _REMEMBERED = 1024  # lists of stop strings

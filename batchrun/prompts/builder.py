@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from batchrun.errors import ModelError
 from batchrun.models.resolve import no_chat_template
-from batchrun.prompts.chat import ChatTemplate, Messages, continued
+from batchrun.prompts.chat import ChatTemplate, Messages, Tokenizer, continued
 from batchrun.prompts.chat_source import check_template_args, has_literal
 from batchrun.prompts.control_tokens import ControlTokens
 from batchrun.prompts.messages import (
@@ -23,34 +23,12 @@ from batchrun.prompts.messages import (
     read_arguments,
     read_messages,
     read_tools,
+    wrong_type,
 )
 from batchrun.prompts.sandbox import check_constants
 from batchrun.prompts.template import Template
 
 _TOOLS, _ARGUMENTS = ARGUMENT_COLUMNS
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    chat_template: Any
-    bos_token: Any
-    bos_token_id: Any
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
-        """Text to `input_ids`."""
-
-    def get_vocab(self) -> Mapping[str, int]:
-        """All tokens, as the tokenizer writes them."""
-
-    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
-        """Tokens to text."""
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Messages to the model's own prompt text."""
-
-    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The template itself."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +107,12 @@ class PromptBuilder:
             if not value:
                 raise PromptError("empty_prompt", "the prompt is empty")
         elif not is_chat(value):
-            raise PromptError("wrong_type", f"the prompt is {kind_of(value)}, not text")
+            raise wrong_type(f"the prompt is {kind_of(value)}, not text")
         plain = isinstance(value, str) and not self.needs_chat_template
         try:
             text, marked = (value, marked) if plain else self._chat(value, fields, marked)
         except RecursionError:
-            raise PromptError("wrong_type", "the chat is nested too deeply") from None
+            raise wrong_type("the chat is nested too deeply") from None
         return self._encode(text, marked, add_special_tokens=plain)
 
     def _value(self, fields: Mapping[str, Any]) -> tuple[Any, bool]:
@@ -212,9 +190,7 @@ class PromptBuilder:
             if role in ROLES or self._control is None or not self._control.in_name(role.strip()):
                 continue
             if not has_literal(self.chat_template.source(tools=tools), role):
-                raise PromptError(
-                    "wrong_type", f"message {i} has the role {role!r}, which is no role"
-                )
+                raise wrong_type(f"message {i} has the role {role!r}, which is no role")
 
     def _encode(self, text: str, marked: bool, *, add_special_tokens: bool) -> tuple[int, ...]:
         control = self._control if marked else None

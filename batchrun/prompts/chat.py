@@ -21,8 +21,21 @@ _SHOWN = 200  # characters of what a template says of a row
 Messages = list[dict[str, Any]]
 
 
-class ChatTokenizer(Protocol):
+class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
+
+    chat_template: Any
+    bos_token: Any
+    bos_token_id: Any
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
+        """Text to `input_ids`."""
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """All tokens, as the tokenizer writes them."""
+
+    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
+        """Tokens to text."""
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """Messages to the model's own prompt text."""
@@ -55,7 +68,7 @@ class ChatTemplate:
         arguments: What the job says to it, by name.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> None:
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
         self._forms: dict[tuple[str, bool], _Form] = {}
         self._calls: dict[bool, tuple[bool, bool]] = {}

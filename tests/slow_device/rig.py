@@ -70,7 +70,7 @@ def rig(
         return KVArena(WatchedMemory(memory, device.steps), *args, **kwargs)
 
     with (
-        patch.object(build, "HostTransfers", lambda: Transfers(device, lag, staging)),
+        patch.object(build, "Transfers", lambda: Transfers(device, lag, staging)),
         patch.object(build, "KVArena", watched),
         runner.rig(loaded, lag=lag, **settings) as made,
     ):

@@ -21,7 +21,7 @@ from batchrun.engine.attention.torch_flash import TorchFlash
 from batchrun.engine.core import NewSequence, Request, SamplingParams, Segment, StepPlan
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.model.prepare import LoadedModel, prepare
-from batchrun.engine.transfers import Download, HostTransfers
+from batchrun.engine.transfers import Download, Transfers
 from tests.parity.models import CONFIGS
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
@@ -39,7 +39,7 @@ class Unread:
         raise NotImplementedError
 
 
-class ToFakes(HostTransfers):
+class ToFakes(Transfers):
     """Uploads to the fake device."""
 
     def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:

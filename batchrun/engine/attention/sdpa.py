@@ -34,7 +34,7 @@ def unsupported_reason(
 
 
 def make(
-    geometry: Geometry | None,
+    geometry: Geometry,
     upload: Upload | None,
     log: Callable[[str], None],
     name: str = "sdpa",

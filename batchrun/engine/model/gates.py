@@ -42,7 +42,7 @@ from batchrun.engine.model.trial import (
     through_slots,
 )
 from batchrun.engine.shortage import device_errors
-from batchrun.engine.transfers import HostTransfers
+from batchrun.engine.transfers import Transfers
 from batchrun.errors import ModelError, said_by
 
 _TIMES_ROUNDING = 3  # as often as the model itself is off in its dtype; at most so much:
@@ -182,7 +182,7 @@ def verify(
 def _hooked_in_float32(loaded: LoadedModel, want: tuple[torch.Tensor, ...]) -> float:
     """How far the hooked model is from its own logits `want`, where both compute in float32."""
     sequences = sequences_of(loaded)
-    views, transfers = plain_views(loaded, sequences), HostTransfers(loaded.device)
+    views, transfers = plain_views(loaded, sequences), Transfers(loaded.device)
     executor = TorchExecutor(loaded, views, [], SDPA(), transfers)
     chunk = max(1, sequences[0].num_tokens // 3)
     with torch.inference_mode(), in_float32(loaded.model):
