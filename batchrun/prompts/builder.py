@@ -88,11 +88,7 @@ class PromptBuilder:
     @property
     def needs_chat_template(self) -> bool:
         """Whether every prompt is a chat."""
-        return self._wraps or self.column in CHAT_COLUMNS
-
-    @property
-    def _wraps(self) -> bool:
-        return self.chat or self.system is not None
+        return self.chat or self.system is not None or self.column in CHAT_COLUMNS
 
     def __call__(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         """Token ids of the row's prompt.
