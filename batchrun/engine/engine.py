@@ -128,7 +128,7 @@ class Engine:
         plan = self.scheduler.plan()
         self._count_mapping()
         if plan.segments:
-            for sequence in self.scheduler.owners(plan) if plan.new else ():
+            for sequence in self.scheduler.stays.owners(plan.segments) if plan.new else ():
                 if sequence is not None and sequence.admitted is None:
                     sequence.admitted = began
                     self.on_admit(sequence.request)
@@ -157,7 +157,7 @@ class Engine:
         now = time.perf_counter()
         seconds = now - max(began, self._collected)
         self._collected = now
-        owners = self.scheduler.owners(plan)
+        owners = self.scheduler.stays.owners(plan.segments)
         self._count(plan, owners, seconds)
         self._observe(seconds)
         done: list[Sequence] = []

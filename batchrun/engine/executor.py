@@ -208,7 +208,7 @@ class TorchExecutor:
         self.transfers.drain()
         return logits
 
-    def capture(self, sizes: Seq[int], scratch: int, record: Record | None = None) -> None:
+    def capture(self, sizes: Seq[int], scratch: int, record: Record) -> None:
         """Record steps of `sizes` single tokens each as graphs, which then replace eager ones.
 
         Args:

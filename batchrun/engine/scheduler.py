@@ -12,7 +12,7 @@ from batchrun.engine.prefixes import BLOCK
 from batchrun.engine.proposers import Proposer, add_drafts
 from batchrun.engine.sharing import SharedPrefixes
 from batchrun.engine.stays import Stays, slot_of
-from batchrun.engine.waiting import WaitingQueue, check_machine, why_given_up, why_refused
+from batchrun.engine.waiting import WaitingQueue, check_machine, why_refused
 
 # Part of the budget that admitting leaves to sequences that grow: or else the youngest would be
 # preempted again and again. It saves nine in ten recomputed tokens for 2 to 4% more steps.
@@ -148,10 +148,6 @@ class Scheduler:
         if segments:
             self._launched = self.step
         return StepPlan(self.step, tuple(segments), new, copies, after)
-
-    def owners(self, plan: StepPlan) -> list[Sequence | None]:
-        """Whose the segments of a plan are; None where that has ended since."""
-        return self.stays.owners(plan.segments)
 
     def commit(
         self,
@@ -363,7 +359,10 @@ class Scheduler:
         self._finish(self.forsake(sequence))
         self._reject(
             sequence if sequence.group is None else sequence.group.leader,
-            *why_given_up(sequence, num_tokens),
+            "kv_budget",
+            f"the row needs the keys and values of {num_tokens} tokens "
+            f"({sequence.num_prompt_tokens} of them the prompt), more than the KV budget "
+            "holds; raise --kv-budget or lower --max-tokens",
         )
 
     def _reject(self, sequence: Sequence, kind: str, reason: str) -> None:

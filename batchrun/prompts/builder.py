@@ -31,7 +31,7 @@ from batchrun.prompts.template import Template
 _TOOLS, _ARGUMENTS = ARGUMENT_COLUMNS
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PromptBuilder:
     """Makes the prompt tokens of a row.
 
@@ -74,16 +74,13 @@ class PromptBuilder:
     _told: set[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
-        put("chat_template", ChatTemplate(self.tokenizer, self.template_args))
-        put("_told", set(self.told))
+        self.chat_template = ChatTemplate(self.tokenizer, self.template_args)
+        self._told = set(self.told)
         if self.template is not None:
-            put("_template", Template(self.template))
+            self._template = Template(self.template)
         if not self.special_tokens_in_data:
             with suppress(NotImplementedError):  # mistral-common's: it has none in text
-                put("_control", ControlTokens(self.tokenizer))
+                self._control = ControlTokens(self.tokenizer)
 
     @property
     def needs_chat_template(self) -> bool:

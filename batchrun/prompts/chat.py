@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import jinja2
@@ -70,8 +71,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> None:
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
-        self._forms: dict[tuple[str, bool], _Form] = {}
-        self._calls: dict[bool, tuple[bool, bool]] = {}
+        self._form, self._call_form = cache(self._try_form), cache(self._try_calls)
         self._expressed: set[tuple[Any, ...]] = set()
         self._bound: set[bool] = set()  # whether the template for chats with tools, or without, is
 
@@ -204,11 +204,6 @@ class ChatTemplate:
         parts = [content] if isinstance(content, str) else content
         return [{"type": "text", "text": part} for part in parts]
 
-    def _form(self, role: str, tools: bool) -> _Form:
-        if (role, tools) not in self._forms:
-            self._forms[role, tools] = self._try_form(role, tools)
-        return self._forms[role, tools]
-
     def _try_form(self, role: str, tools: bool) -> _Form:
         def shown(content: Any) -> str:
             chat = talk(role, content, lambda text: self._content("user", text, tools))
@@ -227,13 +222,8 @@ class ChatTemplate:
             return _Form(False, plain)
         return _Form(True, "\n") if role == "user" else self._form("user", tools)
 
-    def _call_form(self, tools: bool) -> tuple[bool, bool]:
-        """Whether arguments of calls are text, and whether content beside them must be there."""
-        if tools not in self._calls:
-            self._calls[tools] = self._try_calls(tools)
-        return self._calls[tools]
-
     def _try_calls(self, tools: bool) -> tuple[bool, bool]:
+        """Whether arguments of calls are text, and whether content beside them must be there."""
         name, key, value = (f"{_MARK}{letter}" for letter in "abc")
         for as_text in (False, True):
             for empty in (False, True):

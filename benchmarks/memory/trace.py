@@ -167,7 +167,7 @@ def _run(
 
 def _commit(scheduler: Scheduler, plan: core.StepPlan, lengths: Sequence[tuple[int, int]]) -> None:
     """Give each sampled segment a token, and end the sequences that have all of theirs."""
-    owners = zip(plan.segments, scheduler.owners(plan), strict=True)
+    owners = zip(plan.segments, scheduler.stays.owners(plan.segments), strict=True)
     sampled = [sequence for segment, sequence in owners if segment.sampled]
     ended = []
     for sequence in sampled:

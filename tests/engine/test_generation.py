@@ -214,7 +214,8 @@ def test_tokens_beyond_the_tokenizers_vocabulary_have_no_text(tokenizer: Any) ->
         detokenizer = Detokenizer(each, [])
         for token in [*spell("a日"), 10**6, *spell("b")]:
             detokenizer.push([token])
-        assert detokenizer.finish() == "a日b"
+        detokenizer.push([], last=True)
+        assert detokenizer.text == "a日b"
 
 
 class Panic(BaseException):

@@ -235,7 +235,7 @@ def _best(
 def _library(name: str) -> Any:
     """The module of a kernel library, which has two functions; `name` is one that it serves.
 
-    `unsupported_reason(geometry, name, *, compiled=False)` is as the one here. `make(geometry,
+    `unsupported_reason(geometry, name, *, compiled)` is as the one here. `make(geometry,
     upload, log, name)` makes the backend, compiling kernels if need be; ValueError says why that
     fails.
     """

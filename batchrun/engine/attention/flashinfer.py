@@ -61,7 +61,7 @@ Loader = Callable[[Kind], Any]
 """A kind to its module: `plan` and `paged_run`."""
 
 
-def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool = False) -> str | None:
+def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
     """See `attention.unsupported_reason`."""
     reason = geometry_unsupported(geometry, HEAD_DIMS, softcap=True)
     reason = reason or _library_unsupported(geometry, name, compiled)

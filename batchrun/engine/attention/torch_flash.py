@@ -26,9 +26,7 @@ from batchrun.engine.core import Segment
 Kernel = Callable[..., tuple[torch.Tensor, ...]]
 
 
-def unsupported_reason(
-    geometry: Geometry, name: str = "torch-flash", *, compiled: bool = False
-) -> str | None:
+def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
     """See `attention.unsupported_reason`."""
     if geometry.num_slots * geometry.slot_tokens >= 2**31:
         return "it counts tokens of address space in 32 bits"
@@ -36,9 +34,7 @@ def unsupported_reason(
     return reason or device_unsupported(geometry)
 
 
-def make(
-    geometry: Geometry, upload: Upload, log: Callable[[str], None], name: str = "torch-flash"
-) -> TorchFlash:
+def make(geometry: Geometry, upload: Upload, log: Callable[[str], None], name: str) -> TorchFlash:
     """See `attention.create`."""
     return TorchFlash(geometry, upload, torch.ops.aten._flash_attention_forward)
 

@@ -40,9 +40,7 @@ _FUNCTIONS = {
 }
 
 
-def unsupported_reason(
-    geometry: Geometry, name: str = "native", *, compiled: bool = False
-) -> str | None:
+def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
     """See `attention.unsupported_reason`. A compiler takes some seconds: having to is no reason."""
     if geometry.device.type != "cpu":
         return "it computes on a CPU"

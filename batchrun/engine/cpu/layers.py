@@ -58,9 +58,11 @@ def library() -> ctypes.CDLL:
 class _Matrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("panels", "scales", "bias")),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("n", "k")),
     )
+
+
+_SIZES = tuple((name, ctypes.c_int64) for name in ("rows", "threads", "level"))
 
 
 class Linear(ctypes.Structure):
@@ -69,7 +71,7 @@ class Linear(ctypes.Structure):
     _fields_ = (
         ("weight", _Matrix),
         *((name, ctypes.c_void_p) for name in ("x", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads", "level")),
+        *_SIZES,
     )
 
 
@@ -84,7 +86,7 @@ class Project(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("dim", "rotary")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads", "level")),
+        *_SIZES,
     )
 
 
@@ -96,7 +98,7 @@ class Finish(ctypes.Structure):
         ("norm", ctypes.c_void_p),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("attended", "x", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads", "level")),
+        *_SIZES,
     )
 
 

@@ -157,14 +157,8 @@ def hook(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     seen: Seen = getattr(module, _SEEN, None) or Seen(window=sliding_window or None)
     layer = LayerAttention(scale, seen.window, softcap, s_aux, seen.chunk)
-    out = step.attend(
-        index,
-        layer,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-    )
-    return out[None], None
+    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return step.attend(index, layer, *packed)[None], None
 
 
 class Probe:
