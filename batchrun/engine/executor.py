@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from batchrun.engine import pieces
-from batchrun.engine.attention import Attention, AttentionBackend, LayerAttention
+from batchrun.engine.attention import KV, QKV, Attention, AttentionBackend, LayerAttention
 from batchrun.engine.core import Candidates, Segment, StepOutput, StepPlan
 from batchrun.engine.graphs import DecodeGraphs, Record
 from batchrun.engine.kvformat import PLAIN, KVFormat, Write
@@ -97,7 +97,7 @@ class TorchExecutor:
     def __init__(
         self,
         loaded: LoadedModel,
-        views: Seq[tuple[torch.Tensor, torch.Tensor]],
+        views: Seq[KV],
         slabs: Seq[torch.Tensor],
         backend: AttentionBackend,
         transfers: Transfers,
@@ -352,26 +352,20 @@ class TorchExecutor:
 class _SlotStep:
     """Attention of one step: write the new keys and values in place, then attend."""
 
-    views: Seq[tuple[torch.Tensor, torch.Tensor]]
+    views: Seq[KV]
     writes: Seq[tuple[Write, Write]]
     rows: torch.Tensor
     backend: AttentionBackend
     attention: Attention
 
-    def attend(
-        self,
-        layer_index: int,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
-        keys, values = self.views[layer_index]
+    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
+        query, key, value = new
+        slots = self.views[layer_index]
         if self.backend.writes_kv:
-            return self.backend.run(layer, query, keys, values, (key, value))
-        for write, new in zip(self.writes[layer_index], (key, value), strict=True):
-            write(self.rows, new)
-        return self.attention(layer, query, keys, values)
+            return self.backend.run(layer, query, slots, (key, value))
+        for write, tensor in zip(self.writes[layer_index], (key, value), strict=True):
+            write(self.rows, tensor)
+        return self.attention(layer, query, slots)
 
 
 def kept(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from batchrun.errors import ModelError
 from batchrun.models.resolve import no_chat_template
-from batchrun.prompts.chat import ChatTemplate, Messages, Tokenizer, continued
+from batchrun.prompts.chat import ChatTemplate, Messages, Tokenizer, Tools, continued
 from batchrun.prompts.chat_source import check_template_args, has_literal
 from batchrun.prompts.control_tokens import ControlTokens
 from batchrun.prompts.messages import (
@@ -151,9 +151,7 @@ class PromptBuilder:
         text = self.chat_template.prompt(messages, *said[1:], first=first)
         return text, marked or filled
 
-    def _arguments(
-        self, fields: Mapping[str, Any]
-    ) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    def _arguments(self, fields: Mapping[str, Any]) -> tuple[Tools, dict[str, Any]]:
         """The row's tools, and what it says to the chat template."""
         shown = self._template.columns if self._template is not None else [self.column]
         if self.arguments_are_data:

@@ -20,6 +20,8 @@ _MARK = f"z{secrets.token_hex(8)}"
 _SHOWN = 200  # characters of what a template says of a row
 
 Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
+Render = Callable[[Messages, Tools], str]
 
 
 class Tokenizer(Protocol):
@@ -94,12 +96,7 @@ class ChatTemplate:
         return [self._shape(message, tools) for message in messages]
 
     def prompt(
-        self,
-        messages: Messages,
-        tools: list[dict[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        first: int = 0,
+        self, messages: Messages, tools: Tools, arguments: Mapping[str, Any], *, first: int = 0
     ) -> str:
         """The text of a prompt for the answer to a chat, or for the rest of its last message.
 
@@ -121,9 +118,9 @@ class ChatTemplate:
             if not messages:
                 raise PromptError("empty_prompt", "the chat is empty")
 
-        def render(messages: Messages, tools: list[dict[str, Any]] | None) -> str:
+        def render(messages: Messages, tools: Tools) -> str:
             try:
-                return self._render(messages, tools, arguments or {}, answer=not begun)
+                return self._render(messages, tools, arguments, answer=not begun)
             except PromptError:
                 raise
             except Exception as error:  # a template is the model's program and may raise anything
@@ -137,12 +134,7 @@ class ChatTemplate:
         return text
 
     def _render(
-        self,
-        messages: Messages,
-        tools: list[dict[str, Any]] | None,
-        arguments: Mapping[str, Any],
-        *,
-        answer: bool = True,
+        self, messages: Messages, tools: Tools, arguments: Mapping[str, Any], *, answer: bool
     ) -> str:
         if (tools is not None) not in self._bound:
             bound(self.source(tools=tools is not None))
@@ -156,13 +148,7 @@ class ChatTemplate:
         )
         return str(text)
 
-    def _begun(
-        self,
-        messages: Messages,
-        tools: list[dict[str, Any]] | None,
-        render: Callable[[Messages, list[dict[str, Any]] | None], str],
-        first: int,
-    ) -> str:
+    def _begun(self, messages: Messages, tools: Tools, render: Render, first: int) -> str:
         """The prompt up to the end of the last message's text, as `continue_final_message` cuts it.
 
         What a template trims off that text is not there; the turn is not closed.
@@ -248,12 +234,7 @@ class ChatTemplate:
     # --- what a template leaves out ---
 
     def _check(
-        self,
-        said: Sequence[_Said],
-        messages: Messages,
-        tools: list[dict[str, Any]] | None,
-        text: str,
-        render: Callable[[Messages, list[dict[str, Any]] | None], str],
+        self, said: Sequence[_Said], messages: Messages, tools: Tools, text: str, render: Render
     ) -> None:
         """Refuse a prompt that lacks something of its row.
 
@@ -284,7 +265,7 @@ class ChatTemplate:
             self._expressed.add(s.kind)
 
 
-def _said(messages: Messages, tools: list[dict[str, Any]] | None, first: int) -> Iterator[_Said]:
+def _said(messages: Messages, tools: Tools, first: int) -> Iterator[_Said]:
     have = tools is not None
     for i, message in enumerate(messages):
         calls, role = message.get("tool_calls") or (), message["role"]

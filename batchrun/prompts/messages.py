@@ -164,8 +164,7 @@ def read_arguments(value: Any, *, columnar: bool) -> dict[str, Any]:
     if isinstance(value, str):
         value = parse_json(value, f"{column} is text but", _AS_DATA) if value.strip() else None
         columnar = False
-    if _is_map(value):
-        value = dict(value)
+    value = _object(value)
     if value is None or value == []:
         return {}
     if not isinstance(value, dict):
@@ -213,6 +212,11 @@ def fresh(value: Any, columnar: bool) -> Any:
     return [fresh(item, columnar) for item in value] if isinstance(value, list) else value
 
 
+def _object(value: Any) -> Any:
+    """An object where a list is what a source makes of Arrow's maps; else the value itself."""
+    return dict(value) if _is_map(value) else value
+
+
 def _is_map(value: Any) -> bool:
     """Whether a list is what a source makes of Arrow's maps: pairs of a key and a value."""
     return (
@@ -232,8 +236,7 @@ def _by_message(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _message(i: int, raw: Any, columnar: bool) -> dict[str, Any]:
-    if _is_map(raw):
-        raw = dict(raw)
+    raw = _object(raw)
     if not isinstance(raw, dict):
         raise wrong_type(f"message {i} is not an object with a role")
     # A template must not see absent keys as null, as Parquet and OpenAI write them.
@@ -283,8 +286,7 @@ def _content(i: int, content: Any) -> str | list[str] | None:
 def _part(i: int, part: Any) -> str:
     if isinstance(part, str):
         return part
-    if _is_map(part):
-        part = dict(part)
+    part = _object(part)
     if not isinstance(part, dict):
         raise wrong_type(f"message {i} has a part that is {kind_of(part)}, not text")
     kind = part.get("type")
@@ -324,8 +326,7 @@ def _arguments(where: str, value: Any) -> Arguments:
     text = None
     if isinstance(value, str) and value.strip():
         text, value = value, parse_json(value, f"the arguments of {where} are")
-    if _is_map(value):
-        value = dict(value)
+    value = _object(value)
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         value = {}
     if not isinstance(value, dict):
@@ -337,8 +338,7 @@ def _tool(n: int, tool: Any, columnar: bool) -> dict[str, Any]:
     where, advice = f"tool {n}", f" ({_AS_DATA})"
     if isinstance(tool, str):
         tool, columnar = parse_json(tool, f"{where} is"), False
-    if _is_map(tool):
-        tool = dict(tool)
+    tool = _object(tool)
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind not in (None, "function"):
         raise wrong_type(f"{where} is of type {kind!r}, and models get functions only{advice}")

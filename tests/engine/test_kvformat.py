@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchrun.engine import attention, cpu
-from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
+from batchrun.engine.attention import KV, AttentionBackend, Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.cpu import Level
 from batchrun.engine.executor import TorchExecutor
@@ -55,14 +55,9 @@ class _Halving(SDPA):
     kv_formats = ("doubled",)
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: attention.NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
-        return super().run(layer, query, keys / 2, values / 2)
+        return super().run(layer, query, (slots[0] / 2, slots[1] / 2))
 
 
 def _logits(loaded: LoadedModel, backend: AttentionBackend, kv: KVFormat) -> list[torch.Tensor]:

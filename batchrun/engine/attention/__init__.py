@@ -88,12 +88,13 @@ class Upload(Protocol):
         """See `Transfers.upload`."""
 
 
-NewKV = tuple["torch.Tensor", "torch.Tensor"]
-"""Keys `[T, Hkv, Dk]` and values `[T, Hkv, Dv]` of a step's tokens."""
+KV = tuple["torch.Tensor", "torch.Tensor"]
+"""Keys `[..., Hkv, Dk]` and values `[..., Hkv, Dv]`."""
 
-Attention = Callable[
-    ["LayerAttention", "torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"
-]
+QKV = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
+"""Queries `[T, Hq, Dk]`, keys `[T, Hkv, Dk]` and values `[T, Hkv, Dv]` of a step's tokens."""
+
+Attention = Callable[["LayerAttention", "torch.Tensor", KV], "torch.Tensor"]
 """What `AttentionBackend.run` is, of keys and values that are in their slots."""
 
 
@@ -129,22 +130,17 @@ class AttentionBackend(Protocol):
         """
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """Attend causally, each segment over its own slot.
 
         Args:
             layer: Scale, window and the like.
             query: `[T, Hq, Dk]`, the planned segments' tokens packed.
-            keys: `[num_slots, slot_tokens, Hkv, Dk]`, a strided view; only tokens up to a segment's
-                end may be touched, beyond them there is no memory.
-            values: `[num_slots, slot_tokens, Hkv, Dv]`, likewise.
-            new: What is to be put into the slots first, where the backend `writes_kv`.
+            slots: `[num_slots, slot_tokens, Hkv, D]` each, strided views; only tokens up to a
+                segment's end may be touched, beyond them there is no memory.
+            new: `[T, Hkv, D]` each, what is to be put into the slots first, where the backend
+                `writes_kv`.
 
         Returns:
             `[T, Hq, Dv]`.

@@ -13,10 +13,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from batchrun.engine.attention import (
+    KV,
     AttentionBackend,
     Geometry,
     LayerAttention,
-    NewKV,
     Upload,
     explicit,
 )
@@ -63,18 +63,14 @@ class SDPA(AttentionBackend):
         self._decodes: Decodes | None = None
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
+        keys, values = slots
         out = query.new_empty(*query.shape[:2], values.shape[-1])
         on_cpu = query.device.type == "cpu"
         batched = not on_cpu if self._batched is None else self._batched
-        done = self._run_batched(layer, query, keys, values, out) if batched else frozenset()
+        done = self._run_batched(layer, query, slots, out) if batched else frozenset()
         attend = _grouped if batched else _fused
         if not _plain(layer):
             attend = explicit.attend
@@ -93,18 +89,14 @@ class SDPA(AttentionBackend):
         return out
 
     def _run_batched(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, out: torch.Tensor
     ) -> frozenset[int]:
         """Compute the decodes that can be put together; returns which segments these were."""
         if self._decodes is None:
             self._decodes = Decodes(
                 self._segments, self._upload or partial(copied, device=query.device)
             )
+        keys, values = slots
         numbers = keys.shape[2] * (keys.shape[3] + values.shape[3])
         buckets, done = self._decodes.buckets(layer, keys.shape[1], numbers)
         for bucket in buckets:
@@ -202,11 +194,7 @@ def _grouped(layer: LayerAttention, problem: Problem) -> None:
 
 
 def _of_queries(
-    layer: LayerAttention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    **options: bool,
+    layer: LayerAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: bool
 ) -> torch.Tensor:
     """Attention of the last `t` tokens of sequences: `[n, H, t, D]` over `[n, Hkv, s, D]`."""
     length, total = q.shape[2], k.shape[2]

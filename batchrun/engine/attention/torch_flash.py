@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, NewKV, Upload
+from batchrun.engine.attention import KV, AttentionBackend, Geometry, LayerAttention, Upload
 from batchrun.engine.attention.batch import (
     Batch,
     Ints,
@@ -100,15 +100,10 @@ class TorchFlash(AttentionBackend):
             self._prefill = _Launch(sent[-3], sent[-2], sent[-1], *maxima, causal=True)
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
-        tokens = keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
+        tokens = [tensor.view(-1, *tensor.shape[2:]) for tensor in slots]
         at, outputs = self._num_decodes, []
         if at:
             launch = self._decodes[layer.window or 0]
@@ -122,7 +117,7 @@ class TorchFlash(AttentionBackend):
         launch: _Launch,
         layer: LayerAttention,
         query: torch.Tensor,
-        tokens: tuple[torch.Tensor, torch.Tensor],
+        tokens: Sequence[torch.Tensor],
     ) -> torch.Tensor:
         window = {}
         if launch.causal and layer.window is not None:

@@ -26,7 +26,7 @@ from batchrun.engine.cpu.compile import CompileError
 from batchrun.engine.model.quantize import Int8Linear
 
 if TYPE_CHECKING:
-    from batchrun.engine.attention import LayerAttention
+    from batchrun.engine.attention import QKV, LayerAttention
     from batchrun.engine.model.hook import Step
 
 _SOURCE = Path(__file__).with_name("layers.cpp")
@@ -246,9 +246,9 @@ class NativeLayer(nn.Module):
         call.threads = last.threads = frame.threads
         self._library.batchrun_project(ctypes.byref(call))
         if step is None:
-            attended = _causal(self.attention, *frame.parts)
+            attended = _causal(self.attention, frame.parts)
         else:
-            attended = step.attend(self.layer_idx, self.attention, *frame.parts)
+            attended = step.attend(self.layer_idx, self.attention, frame.parts)
         attended = attended.contiguous()
         last.attended = attended.data_ptr()
         self._library.batchrun_finish(ctypes.byref(last))
@@ -265,7 +265,8 @@ class _Frame:
         held += (tensor.contiguous() for tensor in positions)
         self._held = held
         self.addresses = (*(tensor.data_ptr() for tensor in held), positions[0].shape[-1])
-        self.parts = held[0].split(layer.heads, dim=1)
+        query, key, value = held[0].split(layer.heads, dim=1)
+        self.parts: QKV = query, key, value
 
 
 class NativeStack(nn.Module):
@@ -394,14 +395,12 @@ def _packed(linears: Sequence[nn.Linear | Int8Linear], *, interleave: bool = Fal
     return PackedWeight(weight, scales, bias)
 
 
-def _causal(
-    layer: LayerAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
+def _causal(layer: LayerAttention, parts: QKV) -> torch.Tensor:
     """Attention among the tokens of one sequence, as transformers' eager one."""
-    rows, group = query.shape[0], query.shape[1] // key.shape[1]
-    q, k, v = (t.transpose(0, 1).float() for t in (query, key, value))
+    q, k, v = (t.transpose(0, 1).float() for t in parts)
+    rows, group = q.shape[1], len(q) // len(k)
     scores = q @ k.repeat_interleave(group, 0).mT * layer.scale
     distance = torch.arange(rows)[:, None] - torch.arange(rows)
     hidden = (distance < 0) | (distance >= (layer.window or rows))
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return (weights @ v.repeat_interleave(group, 0)).transpose(0, 1).to(query.dtype)
+    return (weights @ v.repeat_interleave(group, 0)).transpose(0, 1).to(parts[0].dtype)

@@ -175,4 +175,4 @@ def _run(
 ) -> torch.Tensor:
     backend.plan(segments)
     query, keys, values = tensors
-    return backend.run(layer, query, keys, values)
+    return backend.run(layer, query, (keys, values))
