@@ -18,11 +18,11 @@ from batchrun.engine.core import (
     Group,
     Request,
     Sequence,
-    StepPlan,
 )
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.executor import Executor, Ticket
 from batchrun.engine.output import Answer, Specials
+from batchrun.engine.plan import StepPlan
 from batchrun.engine.scheduler import Scheduler
 from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.prompts.chat import Tokenizer

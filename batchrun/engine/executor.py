@@ -13,12 +13,13 @@ import torch
 
 from batchrun.engine import pieces
 from batchrun.engine.attention import KV, QKV, Attention, AttentionBackend, LayerAttention
-from batchrun.engine.core import Candidates, Segment, StepOutput, StepPlan
+from batchrun.engine.core import Candidates, Segment
 from batchrun.engine.graphs import DecodeGraphs, Record
 from batchrun.engine.kvformat import PLAIN, KVFormat, Write
 from batchrun.engine.logits import LogitsConfig
 from batchrun.engine.model.hook import Step
 from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.processors import Row
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.shortage import device_errors

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from batchrun.engine.attention import Upload
-from batchrun.engine.core import NewSequence, Request, SamplingParams
+from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.cpu import sampling as cpu_sampling
+from batchrun.engine.plan import NewSequence
 
 
 @dataclass(slots=True, eq=False)

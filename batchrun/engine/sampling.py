@@ -13,9 +13,10 @@ import torch
 
 from batchrun.engine.attention import Upload
 from batchrun.engine.beams import width
-from batchrun.engine.core import NewSequence, SamplingParams, Segment
+from batchrun.engine.core import SamplingParams, Segment
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.logits import LogitsConfig, processors
+from batchrun.engine.plan import NewSequence
 from batchrun.engine.processors import LogitsProcessor, Row
 
 _AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits

@@ -6,8 +6,9 @@ from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
-from batchrun.engine.core import Group, Segment, Sequence, StepOutput, StepPlan
+from batchrun.engine.core import Group, Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
+from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.prefixes import BLOCK
 from batchrun.engine.proposers import Proposer, add_drafts
 from batchrun.engine.sharing import SharedPrefixes

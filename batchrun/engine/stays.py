@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from batchrun.allocator.sharing import MemoryCopy
-from batchrun.engine.core import NewSequence, Segment, Sequence
+from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
+from batchrun.engine.plan import NewSequence
 from batchrun.engine.proposers import Proposer
 from batchrun.engine.sharing import SharedPrefixes
 

@@ -18,9 +18,10 @@ from torch._subclasses import FakeTensorMode
 
 from batchrun.engine.attention import Geometry
 from batchrun.engine.attention.torch_flash import TorchFlash
-from batchrun.engine.core import NewSequence, Request, SamplingParams, Segment, StepPlan
+from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.model.prepare import LoadedModel, prepare
+from batchrun.engine.plan import NewSequence, StepPlan
 from batchrun.engine.transfers import Download, Transfers
 from tests.parity.models import CONFIGS
 

@@ -261,11 +261,10 @@ class _Frame:
         self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], layer: NativeLayer
     ) -> None:
         self.rows, self.threads = x.shape[1], torch.get_num_threads()
-        held = [x.new_empty(self.rows, sum(layer.heads), layer.dim)]
-        held += (tensor.contiguous() for tensor in positions)
-        self._held = held
-        self.addresses = (*(tensor.data_ptr() for tensor in held), positions[0].shape[-1])
-        query, key, value = held[0].split(layer.heads, dim=1)
+        projected = x.new_empty(self.rows, sum(layer.heads), layer.dim)
+        self._held = [projected, *(tensor.contiguous() for tensor in positions)]
+        self.addresses = (*(tensor.data_ptr() for tensor in self._held), positions[0].shape[-1])
+        query, key, value = projected.split(layer.heads, dim=1)
         self.parts: QKV = query, key, value
 
 
@@ -337,6 +336,9 @@ class _Parts:
     """The modules of a layer that is built as Llama's is."""
 
     def __init__(self, layer: nn.Module) -> None:
+        from transformers.activations import ACT2FN  # noqa: PLC0415 - torch is enough elsewhere
+
+        silus = nn.SiLU, type(ACT2FN["silu"])
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
         linears = [getattr(attention, name, None) for name in names]
@@ -365,7 +367,7 @@ class _Parts:
             or any(linear.out_features % 32 for linear in (self.q, self.k, self.v, self.o))
             or self.gate.out_features % 32
             or any(len({(type(x), x.bias is None) for x in xs}) > 1 for xs in shared)
-            or not isinstance(getattr(mlp, "act_fn", None), nn.SiLU | _silu())
+            or not isinstance(getattr(mlp, "act_fn", None), silus)
             or len(eps) != 1
             or len(self.head_norms) == 1
         ):
@@ -373,26 +375,18 @@ class _Parts:
         self.eps = eps.pop()
 
 
-@cache
-def _silu() -> type:
-    from transformers.activations import ACT2FN  # noqa: PLC0415 - torch alone is enough elsewhere
-
-    return type(ACT2FN["silu"])
-
-
 def _packed(linears: Sequence[nn.Linear | Int8Linear], *, interleave: bool = False) -> PackedWeight:
     """Linear layers with one input as one weight: rows one behind the other, or 16 in turn."""
 
-    def joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-        if interleave and tensors:
+    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if interleave:
             return torch.stack([t.unflatten(0, (-1, 16)) for t in tensors], 1).flatten(0, 2)
-        return torch.cat(tensors) if tensors else None
+        return torch.cat(list(tensors))
 
     weight = joined([linear.weight.data for linear in linears])
-    assert weight is not None
-    scales = joined([linear.scales for linear in linears if isinstance(linear, Int8Linear)])
-    bias = joined([linear.bias.data for linear in linears if linear.bias is not None])
-    return PackedWeight(weight, scales, bias)
+    scales = [linear.scales for linear in linears if isinstance(linear, Int8Linear)]
+    bias = [linear.bias.data for linear in linears if linear.bias is not None]
+    return PackedWeight(weight, *(joined(each) if each else None for each in (scales, bias)))
 
 
 def _causal(layer: LayerAttention, parts: QKV) -> torch.Tensor:
