@@ -55,7 +55,7 @@ class NoModel:
 
     def launch(self, plan: StepPlan) -> Ticket:
         """Count it."""
-        self.tokens += plan.num_tokens
+        self.tokens += sum(s.length for s in plan.segments)
         self.sequences += len(plan.segments)
         self._plan = plan
         return Ticket(plan.step)

@@ -33,11 +33,6 @@ class StepPlan:
     copies: tuple[MemoryCopy, ...] = ()
     copies_after: int = 0
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed in the step."""
-        return sum(s.length for s in self.segments)
-
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:

@@ -161,7 +161,7 @@ def _run(
             collected = in_flight.popleft()
             used, live = _bytes(space, layout)
             moments.append(Moment(len(scheduler.running), used * scale, live * scale))
-            computed += collected.num_tokens
+            computed += sum(s.length for s in collected.segments)
             _commit(scheduler, collected, lengths)
     return Run(moments, computed, scheduler.stays.num_recomputed_tokens, scheduler.num_preemptions)
 
