@@ -28,8 +28,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 import torch
 
 from batchrun.engine.build import Assembly, build
-from batchrun.engine.core import Request, SamplingParams, StepPlan
+from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.plan import StepPlan
 from batchrun.engine.settings import Settings
 from batchrun.jobs.folder import home
 from batchrun.machine import description

@@ -18,9 +18,10 @@ from typing import Any
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.host import HostMemory
 from batchrun.allocator.layout import KVLayout, LayerKV
-from batchrun.engine.core import Request, SamplingParams, StepOutput, StepPlan
+from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import Ticket
+from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
 from batchrun.estimate.savings import Savings
@@ -54,7 +55,7 @@ class NoModel:
 
     def launch(self, plan: StepPlan) -> Ticket:
         """Count it."""
-        self.tokens += plan.num_tokens
+        self.tokens += sum(s.length for s in plan.segments)
         self.sequences += len(plan.segments)
         self._plan = plan
         return Ticket(plan.step)

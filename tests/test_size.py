@@ -16,13 +16,13 @@ CEILINGS = {
     "allocator": 1640,
     "batchrun": 960,
     "batchrun/cli": 1520,
-    "batchrun/engine": 3320,
-    "batchrun/engine/attention": 880,
-    "batchrun/engine/cpu": 2170,
-    "batchrun/engine/model": 2040,
+    "batchrun/engine": 3210,
+    "batchrun/engine/attention": 820,
+    "batchrun/engine/cpu": 2140,
+    "batchrun/engine/model": 1980,
     "batchrun/estimate": 470,
-    "batchrun/models": 1220,
-    "batchrun/prompts": 1260,
+    "batchrun/models": 1190,
+    "batchrun/prompts": 1200,
     "batchrun/report": 170,
     "batchrun/runner": 2030,
     "jobs": 2030,
@@ -33,10 +33,8 @@ CEILINGS = {
 FILE_CEILING = 400  # lines of any kind
 # Files that a later change should divide: none of them may grow.
 LONGER = {
-    "batchrun/engine/core.py": 424,
     "batchrun/engine/cpu/attention_bf16.cpp": 608,
     "batchrun/engine/cpu/layers.cpp": 450,
-    "batchrun/engine/cpu/layers.py": 405,
 }
 
 

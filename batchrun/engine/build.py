@@ -43,7 +43,7 @@ from batchrun.engine.settings import (
     prompt_encoder,
 )
 from batchrun.engine.shortage import device_errors
-from batchrun.engine.transfers import CudaTransfers, HostTransfers, Transfers
+from batchrun.engine.transfers import CudaTransfers, Transfers
 from batchrun.engine.warmup import WarmUp
 from batchrun.machine import keep_freed_memory, return_freed_memory
 from batchrun.models import whole
@@ -262,7 +262,7 @@ class Assembly:
 
     def _make_executor(self) -> TorchExecutor:
         loaded, settings = self.loaded, self.settings
-        transfers: Transfers = HostTransfers()
+        transfers = Transfers()
         lag = 0
         if self._cuda:
             lag = int(settings.overlap and not self._waits_for_tokens())

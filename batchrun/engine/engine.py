@@ -18,14 +18,14 @@ from batchrun.engine.core import (
     Group,
     Request,
     Sequence,
-    StepPlan,
 )
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.executor import Executor, Ticket
 from batchrun.engine.output import Answer, Specials
+from batchrun.engine.plan import StepPlan
 from batchrun.engine.scheduler import Scheduler
 from batchrun.errors import PROCESS_ENDS, said_by
-from batchrun.prompts.builder import Tokenizer
+from batchrun.prompts.chat import Tokenizer
 
 _NOT_FINITE = "not_finite"
 
@@ -128,7 +128,7 @@ class Engine:
         plan = self.scheduler.plan()
         self._count_mapping()
         if plan.segments:
-            for sequence in self.scheduler.owners(plan) if plan.new else ():
+            for sequence in self.scheduler.stays.owners(plan.segments) if plan.new else ():
                 if sequence is not None and sequence.admitted is None:
                     sequence.admitted = began
                     self.on_admit(sequence.request)
@@ -157,7 +157,7 @@ class Engine:
         now = time.perf_counter()
         seconds = now - max(began, self._collected)
         self._collected = now
-        owners = self.scheduler.owners(plan)
+        owners = self.scheduler.stays.owners(plan.segments)
         self._count(plan, owners, seconds)
         self._observe(seconds)
         done: list[Sequence] = []

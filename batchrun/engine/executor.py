@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from batchrun.engine import pieces
-from batchrun.engine.attention import Attention, AttentionBackend, LayerAttention
-from batchrun.engine.core import Candidates, Segment, StepOutput, StepPlan
+from batchrun.engine.attention import KV, QKV, Attention, AttentionBackend, LayerAttention
+from batchrun.engine.core import Candidates, Segment
 from batchrun.engine.graphs import DecodeGraphs, Record
 from batchrun.engine.kvformat import PLAIN, KVFormat, Write
 from batchrun.engine.logits import LogitsConfig
 from batchrun.engine.model.hook import Step
 from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.processors import Row
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.shortage import device_errors
@@ -97,7 +98,7 @@ class TorchExecutor:
     def __init__(
         self,
         loaded: LoadedModel,
-        views: Seq[tuple[torch.Tensor, torch.Tensor]],
+        views: Seq[KV],
         slabs: Seq[torch.Tensor],
         backend: AttentionBackend,
         transfers: Transfers,
@@ -208,7 +209,7 @@ class TorchExecutor:
         self.transfers.drain()
         return logits
 
-    def capture(self, sizes: Seq[int], scratch: int, record: Record | None = None) -> None:
+    def capture(self, sizes: Seq[int], scratch: int, record: Record) -> None:
         """Record steps of `sizes` single tokens each as graphs, which then replace eager ones.
 
         Args:
@@ -352,26 +353,20 @@ class TorchExecutor:
 class _SlotStep:
     """Attention of one step: write the new keys and values in place, then attend."""
 
-    views: Seq[tuple[torch.Tensor, torch.Tensor]]
+    views: Seq[KV]
     writes: Seq[tuple[Write, Write]]
     rows: torch.Tensor
     backend: AttentionBackend
     attention: Attention
 
-    def attend(
-        self,
-        layer_index: int,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
-        keys, values = self.views[layer_index]
+    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
+        query, key, value = new
+        slots = self.views[layer_index]
         if self.backend.writes_kv:
-            return self.backend.run(layer, query, keys, values, (key, value))
-        for write, new in zip(self.writes[layer_index], (key, value), strict=True):
-            write(self.rows, new)
-        return self.attention(layer, query, keys, values)
+            return self.backend.run(layer, query, slots, (key, value))
+        for write, tensor in zip(self.writes[layer_index], (key, value), strict=True):
+            write(self.rows, tensor)
+        return self.attention(layer, query, slots)
 
 
 def kept(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ class DecodeGraphs:
         prepare: Plans a step of so many filler segments and returns its inputs.
         sizes: Batch sizes to record.
         filler: What fills a batch up to the next size: it writes and reads a slot of its own.
-        record: Makes something replayable of a function; a CUDA graph by default.
+        record: Makes something replayable of a function, such as a CUDA graph.
     """
 
     def __init__(
@@ -36,12 +36,11 @@ class DecodeGraphs:
         prepare: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
         sizes: Seq[int],
         filler: Segment,
-        record: Record | None = None,
+        record: Record,
     ) -> None:
         self._filler = filler
         # By size: the inputs at the addresses that a graph reads, and the graph.
         self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, Recorded]] = {}
-        record = record or CudaRecorder()
         for size in sorted(sizes, reverse=True):  # the largest first: the others fit its memory
             packed, last = (tensor.clone() for tensor in prepare(size))
             recorded = record(lambda p=packed, n=last: forward(p, n))  # type: ignore[misc]

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from batchrun.engine.attention import Upload
 from batchrun.engine.processors import (
     Bans,
     EndTokens,
     LogitsProcessor,
     Penalties,
     Row,
-    Upload,
 )
 
 Ids = tuple[int, ...]
@@ -68,11 +68,6 @@ class LogitsConfig:
     typical_p: float | None = None
     epsilon: float = 0.0
     eta: float = 0.0
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is asked for."""
-        return self != LogitsConfig(self.eos_ids, self.max_model_len)
 
     @property
     def filters(self) -> bool:
@@ -172,28 +167,28 @@ class SequenceBias(LogitsProcessor):
         return logits.float().index_put_((at[0], at[1]), values, accumulate=True)
 
 
-class BadWords(Bans):
+class _ConfigBans(Bans):
+    """Bans of the model's config."""
+
+    def __init__(self, upload: Upload, config: LogitsConfig) -> None:
+        super().__init__(upload)
+        self._config = config
+
+
+class BadWords(_ConfigBans):
     """No word's last token where its other ones come before."""
 
-    def __init__(self, upload: Upload, config: LogitsConfig) -> None:
-        super().__init__(upload)
-        self._words = config.bad_words
-
     def banned(self, row: Row) -> Iterable[int]:
         """See `Bans.banned`."""
-        return [word[-1] for word in self._words if _ends_with(row, word[:-1])]
+        return [word[-1] for word in self._config.bad_words if _ends_with(row, word[:-1])]
 
 
-class NoRepeatNgram(Bans):
+class NoRepeatNgram(_ConfigBans):
     """No sequence of so many tokens twice."""
 
-    def __init__(self, upload: Upload, config: LogitsConfig) -> None:
-        super().__init__(upload)
-        self._size = config.no_repeat_ngram_size
-
     def banned(self, row: Row) -> Iterable[int]:
         """See `Bans.banned`."""
-        size = self._size
+        size = self._config.no_repeat_ngram_size
         if row.end < size:
             return []
         tokens = np.array(row.ids_so_far(), np.int64)
@@ -264,12 +259,8 @@ class Decay(LogitsProcessor):
         return logits
 
 
-class Suppressed(Bans):
+class Suppressed(_ConfigBans):
     """Tokens that never come, and some that do not come first."""
-
-    def __init__(self, upload: Upload, config: LogitsConfig) -> None:
-        super().__init__(upload)
-        self._config = config
 
     def banned(self, row: Row) -> Iterable[int]:
         """See `Bans.banned`."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from batchrun.prompts.builder import Tokenizer
+from batchrun.prompts.chat import Tokenizer
 
 _CONTEXT = 8  # prompt tokens that precede the output when it is decoded
 _REMEMBERED = 1024  # lists of stop strings
@@ -37,15 +37,14 @@ class Detokenizer:
         #                | text emitted  | text held back |
         self._prefix, self._read = 0, len(self._ids)
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Add tokens; returns the text that became final."""
-        self._ids += token_ids
-        return self._emit(flush=False)
+    def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
+        """Add tokens; returns the text that became final.
 
-    def finish(self) -> str:
-        """Emit what is held back, an incomplete character as U+FFFD; returns the whole text."""
-        self._emit(flush=True)
-        return self.text
+        With the last ones nothing is held back: an incomplete character is U+FFFD.
+        """
+        self._ids += token_ids
+        new = self._emit(flush=False)
+        return new + self._emit(flush=True) if last else new
 
     def _emit(self, *, flush: bool) -> str:
         before = self._decode(self._ids[self._prefix : self._read])
@@ -129,22 +128,15 @@ class Answer:
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> int | None:
         """Add tokens, the last ones or not; returns where a stop string begins that now ended."""
-        new = _grow(self._shown, token_ids, last)
-        ends = [find_stop(self._shown.text, new, self._stops)]
+        new = self._shown.push(token_ids, last=last)
+        ends = [find_stop(self._shown.text, len(new), self._stops)]
         if self._whole is not None:
-            new = _grow(self._whole, token_ids, last)
-            at = find_stop(self._whole.text, new, self._marked)
+            new = self._whole.push(token_ids, last=last)
+            at = find_stop(self._whole.text, len(new), self._marked)
             if at is not None:
                 behind = self._specials.without(self._whole.text[at:])
                 ends.append(max(0, len(self._shown.text) - len(behind)))
         return min((i for i in ends if i is not None), default=None)
-
-
-def _grow(detokenizer: Detokenizer, token_ids: Sequence[int], last: bool) -> int:
-    """Add tokens; returns how many characters became final."""
-    before = len(detokenizer.text)
-    detokenizer.push(token_ids)
-    return len(detokenizer.finish() if last else detokenizer.text) - before
 
 
 def find_stop(text: str, new: int, stops: Sequence[str]) -> int | None:

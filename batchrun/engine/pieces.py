@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from batchrun.engine.attention import AttentionBackend, LayerAttention
+from batchrun.engine.attention import KV, AttentionBackend, LayerAttention
 from batchrun.engine.graphs import Recorded, unowned
 
 Apart = Callable[[Callable[[], None]], None]  # runs something between two pieces
@@ -168,22 +168,16 @@ class Padded:
         # By heads and width. Zeros at first: what fills a step up must never be no number.
         self._outputs: dict[tuple[int, int], torch.Tensor] = {}
 
-    def __call__(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
+    def __call__(self, layer: LayerAttention, query: torch.Tensor, slots: KV) -> torch.Tensor:
         """As `AttentionBackend.run`."""
-        shape = query.shape[1], values.shape[3]
+        shape = query.shape[1], slots[1].shape[3]
         if shape not in self._outputs:
             self._outputs[shape] = query.new_zeros(self._most, *shape)
         outputs = self._outputs[shape]
 
         def attend() -> None:
             count = self.num_tokens
-            outputs[:count] = self._backend.run(layer, query[:count], keys, values)
+            outputs[:count] = self._backend.run(layer, query[:count], slots)
 
         self.apart(attend)
         # All layers have that memory in turn; what a layer makes of it may live longer.

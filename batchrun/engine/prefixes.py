@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 BLOCK = 16  # tokens: no shorter prefix is shared
+Ids = tuple[int, ...]
 
 
-def blocks_of(
-    ids: tuple[int, ...] | bytes, size: int = BLOCK, *, namespace: bytes = b""
-) -> tuple[int, ...]:
+def blocks_of(ids: Ids | bytes, size: int = BLOCK, *, namespace: bytes) -> tuple[int, ...]:
     """A hash of each whole block and all before it.
 
     Args:
@@ -55,12 +54,10 @@ class PrefixIndex:
     def __init__(self, ready: Callable[[int], int]) -> None:
         self._ready = ready
         # Tokens, their blocks, and the namespace of both.
-        self._tokens: dict[int, tuple[tuple[int, ...], tuple[int, ...], bytes]] = {}
+        self._tokens: dict[int, tuple[Ids, tuple[int, ...], bytes]] = {}
         self._slots: dict[int, dict[int, None]] = {}  # block -> slots, in the order of `put`
 
-    def put(
-        self, slot: int, ids: tuple[int, ...], blocks: tuple[int, ...], namespace: bytes
-    ) -> None:
+    def put(self, slot: int, ids: Ids, blocks: tuple[int, ...], namespace: bytes) -> None:
         """Note what a slot has from now on, in the place of what it had."""
         self.remove(slot)
         self._tokens[slot] = ids, blocks, namespace
@@ -87,9 +84,7 @@ class PrefixIndex:
         """Slots that have a block, and all before it."""
         return self._slots.get(block, ())
 
-    def matches(
-        self, ids: tuple[int, ...], blocks: tuple[int, ...], namespace: bytes
-    ) -> Iterator[Match]:
+    def matches(self, ids: Ids, blocks: tuple[int, ...], namespace: bytes) -> Iterator[Match]:
         """Slots that have at least a block in common with tokens, by blocks the longest first.
 
         A hash alone is not believed: the tokens are compared.
@@ -113,7 +108,7 @@ class PrefixIndex:
                         yield Match(slot, common, min(common, self._ready(slot)))
 
 
-def common_length(ids: tuple[int, ...], others: tuple[int, ...], expected: int) -> int:
+def common_length(ids: Ids, others: Ids, expected: int) -> int:
     """Leading tokens in common, of which `expected` are likely; 0 where they differ earlier."""
     if ids[:expected] != others[:expected]:
         return 0

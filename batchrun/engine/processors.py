@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from batchrun.engine.core import NewSequence, Request, SamplingParams
+from batchrun.engine.attention import Upload
+from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.cpu import sampling as cpu_sampling
-
-Upload = Callable[[np.ndarray], torch.Tensor]
+from batchrun.engine.plan import NewSequence
 
 
 @dataclass(slots=True, eq=False)

@@ -11,11 +11,13 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+from batchrun.engine.attention import Upload
 from batchrun.engine.beams import width
-from batchrun.engine.core import NewSequence, SamplingParams, Segment
+from batchrun.engine.core import SamplingParams, Segment
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.logits import LogitsConfig, processors
-from batchrun.engine.processors import LogitsProcessor, Row, Upload
+from batchrun.engine.plan import NewSequence
+from batchrun.engine.processors import LogitsProcessor, Row
 
 _AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
 _COLDEST = 1e-37  # of temperatures that float32 can divide by

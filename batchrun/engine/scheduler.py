@@ -6,20 +6,14 @@ from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
-from batchrun.engine.core import (
-    Group,
-    Segment,
-    Sequence,
-    Status,
-    StepOutput,
-    StepPlan,
-)
+from batchrun.engine.core import Group, Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
+from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.prefixes import BLOCK
 from batchrun.engine.proposers import Proposer, add_drafts
 from batchrun.engine.sharing import SharedPrefixes
 from batchrun.engine.stays import Stays, slot_of
-from batchrun.engine.waiting import WaitingQueue, check_machine, why_given_up, why_refused
+from batchrun.engine.waiting import WaitingQueue, check_machine, why_refused
 
 # Part of the budget that admitting leaves to sequences that grow: or else the youngest would be
 # preempted again and again. It saves nine in ten recomputed tokens for 2 to 4% more steps.
@@ -156,10 +150,6 @@ class Scheduler:
             self._launched = self.step
         return StepPlan(self.step, tuple(segments), new, copies, after)
 
-    def owners(self, plan: StepPlan) -> list[Sequence | None]:
-        """Whose the segments of a plan are; None where that has ended since."""
-        return self.stays.owners(plan.segments)
-
     def commit(
         self,
         plan: StepPlan,
@@ -231,12 +221,11 @@ class Scheduler:
                 self.stays.end(sequence, self._launched, keep=True)
             else:  # preempted, and its group has ended
                 self.waiting.remove(sequence)
-            sequence.status = Status.FINISHED
             if sequence.group is not None:
                 self._groups.pop(sequence.group, None)
         if sequences:
             self._admitting = True
-            self.running = [s for s in self.running if s.status is Status.RUNNING]
+            self.running = [s for s in self.running if s.slot is not None]
 
     def _continue(self, segments: list[Segment]) -> bool:
         """Plan the running sequences; False if that has to wait for the steps in flight."""
@@ -314,7 +303,6 @@ class Scheduler:
 
     def _requeue(self, sequence: Sequence) -> None:
         """Let a sequence that has run wait."""
-        sequence.status = Status.WAITING
         self.waiting.add_again(sequence)
 
     def _make_room(
@@ -372,29 +360,12 @@ class Scheduler:
         self._finish(self.forsake(sequence))
         self._reject(
             sequence if sequence.group is None else sequence.group.leader,
-            *why_given_up(sequence, num_tokens),
+            "kv_budget",
+            f"the row needs the keys and values of {num_tokens} tokens "
+            f"({sequence.num_prompt_tokens} of them the prompt), more than the KV budget "
+            "holds; raise --kv-budget or lower --max-tokens",
         )
 
     def _reject(self, sequence: Sequence, kind: str, reason: str) -> None:
-        sequence.status = Status.FINISHED
         sequence.fail(kind, reason)
         self.rejected.append(sequence)
-
-    def check(self) -> None:
-        """Assert what must hold between steps."""
-        slots = [s.slot for s in self.running]
-        assert None not in slots, "a running sequence has no slot"
-        self._prefixes.check(self.running, list(self.waiting))
-        assert len(set(slots)) == len(slots), f"a slot is used twice: {slots}"
-        assert self._places() >= 0
-        beams = {s for group in self._groups for s in group.sequences}
-        assert beams == {s for s in (*self.running, *self.waiting) if s.group in self._groups}
-        assert len(self.running) <= self.max_num_seqs
-        self.stays.check(self.running)
-        for sequence in self.running:
-            assert sequence.status is Status.RUNNING
-            assert 0 <= sequence.num_computed_tokens <= sequence.num_tokens
-        for sequence in self.waiting:
-            assert sequence.status is Status.WAITING
-            assert sequence.slot is None
-            assert sequence.num_computed_tokens == 0

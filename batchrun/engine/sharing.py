@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import pairwise
@@ -146,13 +145,6 @@ class SharedPrefixes:
         if slot is not None:
             self._drop(slot)
         return slot is not None
-
-    def check(self, running: Collection[Sequence], waiting: Collection[Sequence]) -> None:
-        """Assert what must hold between steps."""
-        assert self._owners == {s.slot: s for s in running}, "slots are another's"
-        assert not self._kept.keys() & self._owners.keys(), "a slot is kept and runs"
-        wanted = Counter(block for s in waiting for block in s.blocks)
-        assert dict(self._wanted) == wanted, "blocks of waiting sequences"
 
     def _ready(self, slot: int) -> int:
         """Tokens of a slot that launched steps have computed."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from batchrun.allocator.sharing import MemoryCopy
-from batchrun.engine.core import NewSequence, Segment, Sequence, Status
+from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
+from batchrun.engine.plan import NewSequence
 from batchrun.engine.proposers import Proposer
 from batchrun.engine.sharing import SharedPrefixes
 
@@ -49,7 +50,6 @@ class Stays:
         self.num_shared_tokens += shared
         self._by_key[sequence.key] = self._new[sequence.key] = sequence
         sequence.slot, sequence.num_computed_tokens = slot, shared
-        sequence.status = Status.RUNNING
         if self.proposer is not None:
             self.proposer.open(sequence)
 
@@ -149,10 +149,6 @@ class Stays:
                 assert last, "a step was planned upon draft tokens"
                 sequence.num_computed_tokens = sequence.num_known_tokens - 1
                 sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
-
-    def check(self, running: Iterable[Sequence]) -> None:
-        """Assert what must hold between steps."""
-        assert self._by_key == {s.key: s for s in running}, "stays are another's"
 
 
 def slot_of(sequence: Sequence) -> int:

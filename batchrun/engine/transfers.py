@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,23 +31,48 @@ _DTYPES = {
 }
 
 
-class Download(Protocol):
-    """The end of a step, and numbers on their way to the host."""
+def _first(memory: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """As many numbers of `memory` from its begin on, in the shape of `numbers`."""
+    return memory.view(-1)[: numbers.numel()].view(numbers.shape)
+
+
+def copied(
+    array: np.ndarray[Any, Any],
+    to: torch.Tensor | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """As `Transfers.upload`, but over when it returns."""
+    sent = torch.from_numpy(array.copy()).to(device)
+    return sent if to is None else _first(to, sent).copy_(sent)
+
+
+class Download:
+    """The end of a step, and numbers on their way to the host; here they were never away."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._tensors = tensors
 
     def get(self) -> list[list[Any]]:
         """Wait until the step has ended; a list of numbers for each tensor, maybe none."""
+        return [tensor.tolist() for tensor in self._tensors]
 
 
-class Transfers(Protocol):
-    """Moves a step's inputs to the device and its tokens back.
+class Transfers:
+    """Moves a step's inputs to the device and its tokens back; here each copy is waited for.
+
+    On a CPU there is none to wait for, as the host is the device.
 
     Attributes:
         device_seconds: Time the device spent in steps, so far; 0 on the host.
         idle_seconds: Time between the end of a step and the begin of the next; 0 on the host.
     """
 
-    device_seconds: float
-    idle_seconds: float
+    device_seconds = 0.0
+    idle_seconds = 0.0
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
 
     @contextmanager
     def step(self, *, more: bool = False) -> Iterator[None]:
@@ -79,82 +105,21 @@ class Transfers(Protocol):
         Returns:
             The numbers on the device, in the array's shape.
         """
+        return copied(array, to, device=self._device)
 
     def started(self) -> None:
         """The step's inputs are all there: its kernels come next."""
 
     def download(self, *tensors: torch.Tensor) -> Download:
         """Fetch tensors once the kernels so far have run; once in each step, maybe of none."""
+        return Download(tensors)
 
     def busy(self) -> bool:
         """Whether kernels of a step still run or wait to."""
-
-    def drain(self) -> None:
-        """Wait for everything under way, and count times anew."""
-
-
-def _first(memory: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """As many numbers of `memory` from its begin on, in the shape of `numbers`."""
-    return memory.view(-1)[: numbers.numel()].view(numbers.shape)
-
-
-def copied(
-    array: np.ndarray[Any, Any],
-    to: torch.Tensor | None = None,
-    *,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """As `Transfers.upload`, but over when it returns."""
-    sent = torch.from_numpy(array.copy()).to(device)
-    return sent if to is None else _first(to, sent).copy_(sent)
-
-
-class _Arrived:
-    """A download that was never away."""
-
-    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        self._tensors = tensors
-
-    def get(self) -> list[list[Any]]:
-        return [tensor.tolist() for tensor in self._tensors]
-
-
-class HostTransfers:
-    """Waits for each upload, which is none where the host is the device: see `Transfers`."""
-
-    device_seconds = 0.0
-    idle_seconds = 0.0
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._device = device
-
-    @contextmanager
-    def step(self, *, more: bool = False) -> Iterator[None]:
-        """See `Transfers.step`."""
-        yield
-
-    @contextmanager
-    def copying(self, *, beside: bool) -> Iterator[None]:
-        """See `Transfers.copying`."""
-        yield
-
-    def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
-        """See `Transfers.upload`."""
-        return copied(array, to, device=self._device)
-
-    def started(self) -> None:
-        """See `Transfers.started`."""
-
-    def download(self, *tensors: torch.Tensor) -> Download:
-        """See `Transfers.download`."""
-        return _Arrived(tensors)
-
-    def busy(self) -> bool:
-        """See `Transfers.busy`."""
         return False
 
     def drain(self) -> None:
-        """See `Transfers.drain`."""
+        """Wait for everything under way, and count times anew."""
 
 
 class _Stage:
@@ -181,7 +146,7 @@ class _Stage:
         self.gathering = True
 
 
-class CudaTransfers:
+class CudaTransfers(Transfers):
     """Two streams and a ring of staging buffers: see `Transfers`.
 
     Args:
@@ -320,21 +285,19 @@ class CudaTransfers:
         self._last_end = stage.end
 
 
-class _OnItsWay:
+@dataclass
+class _OnItsWay(Download):
     """A step's end, and its download; keeps the sources alive until they have arrived."""
 
-    def __init__(
-        self,
-        transfers: CudaTransfers,
-        stage: _Stage,
-        sources: tuple[torch.Tensor, ...],
-        hosts: list[torch.Tensor],
-    ) -> None:
-        self._transfers, self._stage, self._sources, self._hosts = transfers, stage, sources, hosts
+    transfers: CudaTransfers
+    stage: _Stage
+    sources: tuple[torch.Tensor, ...]
+    hosts: list[torch.Tensor]
 
     def get(self) -> list[list[Any]]:
-        if self._hosts:
-            self._stage.arrived.synchronize()
-        self._stage.end.synchronize()
-        self._transfers._count(self._stage)
-        return [host.tolist() for host in self._hosts]
+        """See `Download.get`."""
+        if self.hosts:
+            self.stage.arrived.synchronize()
+        self.stage.end.synchronize()
+        self.transfers._count(self.stage)
+        return [host.tolist() for host in self.hosts]

@@ -117,16 +117,6 @@ def why_refused(
     return None
 
 
-def why_given_up(sequence: Sequence, num_tokens: int) -> tuple[str, str]:
-    """The same of a row that has come to need the memory of so many tokens, and there is less."""
-    return (
-        "kv_budget",
-        f"the row needs the keys and values of {num_tokens} tokens "
-        f"({sequence.num_prompt_tokens} of them the prompt), more than the KV budget "
-        "holds; raise --kv-budget or lower --max-tokens",
-    )
-
-
 def check_machine(space: KVSpace) -> None:
     """Nothing can be computed for want of memory: if it is the machine's, no row is to blame.
 

@@ -9,17 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from batchrun.allocator.arena import KVArena
-from batchrun.engine.core import (
-    EngineError,
-    NewSequence,
-    Request,
-    SamplingParams,
-    Segment,
-    StepPlan,
-)
+from batchrun.engine.core import EngineError, Request, SamplingParams, Segment
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.graphs import CudaRecorder, batch_sizes
 from batchrun.engine.pieces import CudaPieces
+from batchrun.engine.plan import NewSequence, StepPlan
 from batchrun.engine.settings import Limits
 
 # A step is recorded up to so many times the tokens for which the device takes as long as launching

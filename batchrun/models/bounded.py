@@ -37,24 +37,19 @@ def bounded(stored: Collection[Stored], *, quantised: bool) -> Iterator[None]:
     """
     nbytes = sum(tensor.nbytes for tensor in stored)
     held = nbytes * 8 if quantised else sum(tensor.elements for tensor in stored)
-    counts = {"modules": 0, "weights": 0, "buffers": 0}
     most = {
         "modules": _MODULES * len(stored) + _MORE_MODULES,
         "weights": _TIMES * held + _MORE_WEIGHTS,
-        "buffers": nbytes + _MORE_BUFFERS,
+        "bytes of constants": nbytes + _MORE_BUFFERS,
     }
+    counts = dict.fromkeys(most, 0)
 
     def count(what: str, amount: int) -> None:
         counts[what] += amount
         if counts[what] > most[what]:
-            amounts = {
-                "modules": f"{counts[what]:,} modules and more",
-                "weights": f"{counts[what]:,} weights and more",
-                "buffers": f"{counts[what]:,} bytes of constants and more",
-            }
             raise ModelError(
-                f"the config.json is of another model: it asks for {amounts[what]}, and the files "
-                f"have {len(stored):,} tensors of {held:,} weights",
+                f"the config.json is of another model: it asks for {counts[what]:,} {what} and "
+                f"more, and the files have {len(stored):,} tensors of {held:,} weights",
                 hint="use the config.json that came with the weights",
             )
 
@@ -65,7 +60,7 @@ def bounded(stored: Collection[Stored], *, quantised: bool) -> Iterator[None]:
         count("weights", 0 if parameter is None else parameter.numel())
 
     def of_buffer(_: nn.Module, __: str, buffer: Tensor | None) -> None:
-        count("buffers", 0 if buffer is None else buffer.nbytes)
+        count("bytes of constants", 0 if buffer is None else buffer.nbytes)
 
     with ExitStack() as hooks:
         for handle in (

@@ -28,7 +28,8 @@ def convert_once(file: Path, final: Path) -> None:
         OSError: `final` cannot be written.
     """
     make_folders(final.parent)
-    with _exclusive(final.parent / ".lock"):
+    with open(final.parent / ".lock", "w", opener=open_private) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not final.is_dir():
             _convert_atomically(file, final)
 
@@ -52,13 +53,6 @@ def check_ours(final: Path) -> None:
                 "another model there",
                 hint=f"remove it, and it is converted again: rm -r '{final}'",
             )
-
-
-@contextmanager
-def _exclusive(lock: Path) -> Iterator[None]:
-    with open(lock, "w", opener=open_private) as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _convert_atomically(file: Path, final: Path) -> None:

@@ -42,38 +42,33 @@ def check_gguf(file: Path, type_sizes: dict[int, tuple[int, int]]) -> dict[str, 
         OSError: It can't be read.
     """
     size = file.stat().st_size
+
+    def unreadable(why: object, hint: str = AGAIN) -> ModelError:
+        return ModelError(f"cannot read the GGUF file {file}: {why}", hint=hint)
+
     try:
         with file.open("rb") as opened:
             metadata, stored, wanted = _GGUFHead(opened, size, type_sizes).read()
     except _MalformedError as error:
-        raise ModelError(f"cannot read the GGUF file {file}: {error}", hint=AGAIN) from error
+        raise unreadable(error) from error
     except struct.error as error:
-        raise ModelError(
-            f"cannot read the GGUF file {file}: it ends within its header, after {size:,} bytes",
-            hint=AGAIN,
-        ) from error
+        raise unreadable(f"it ends within its header, after {size:,} bytes") from error
     parts = metadata.get("split.count") or 1
     if isinstance(parts, int) and parts > 1:
         part = metadata.get("split.no", 0)
         which = f"part {part + 1}" if isinstance(part, int) else "a part"
-        raise ModelError(
-            f"cannot read the GGUF file {file}: it is {which} of {parts} of a model, and "
-            "batchrun reads one whole file",
-            hint="merge the parts: llama-gguf-split --merge FIRST-PART.gguf whole.gguf",
+        raise unreadable(
+            f"it is {which} of {parts} of a model, and batchrun reads one whole file",
+            "merge the parts: llama-gguf-split --merge FIRST-PART.gguf whole.gguf",
         )
     if size < wanted:
-        raise ModelError(
-            f"cannot read the GGUF file {file}: it is incomplete, with {size:,} of {wanted:,} "
-            "bytes",
-            hint=AGAIN,
-        )
+        raise unreadable(f"it is incomplete, with {size:,} of {wanted:,} bytes")
     layers = f"{metadata.get('general.architecture')}.block_count"
     count = metadata.get(layers)
     if not isinstance(count, int) or count > len(stored):
-        raise ModelError(
-            f"cannot read the GGUF file {file}: it says {shown(layers)} is {shown(count)}, and has "
-            f"{len(stored):,} tensors",
-            hint="use the file of a language model, or " + AGAIN,
+        raise unreadable(
+            f"it says {shown(layers)} is {shown(count)}, and has {len(stored):,} tensors",
+            "use the file of a language model, or " + AGAIN,
         )
     return stored
 
@@ -118,15 +113,13 @@ class _GGUFHead:
         layout = self._order + layout
         return struct.unpack(layout, self._file.read(struct.calcsize(layout)))
 
-    def _skip(self, length: int) -> None:
+    def _check_room(self, length: int) -> None:
         if length > self._size - self._file.tell():
             raise struct.error("it ends before that")
-        self._file.seek(length, 1)
 
     def _text(self) -> str:
         (length,) = self._take("Q")
-        if length > self._size - self._file.tell():
-            raise struct.error("it ends before that")
+        self._check_room(length)
         return str(self._file.read(length), "utf-8", "replace")
 
     def _value(self, kind: int, depth: int = 0) -> Any:
@@ -138,7 +131,9 @@ class _GGUFHead:
             raise _MalformedError(f"a value has the type {kind}, which is not known here")
         inner, count = self._take("IQ")
         if inner in _VALUES:
-            self._skip(count * struct.calcsize(self._order + _VALUES[inner]))
+            length = count * struct.calcsize(self._order + _VALUES[inner])
+            self._check_room(length)
+            self._file.seek(length, 1)
             return None
         for _ in range(count):
             self._value(inner, depth + 1)

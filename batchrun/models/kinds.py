@@ -59,7 +59,7 @@ def read_config(folder: Path) -> Config:
     file = folder / "config.json"
     _refuse_others(folder, has_config=file.is_file())
     if not file.is_file():
-        raise ModelError(f"{folder} has no config.json, so it is no model folder")
+        raise _no_config(folder)
     config = read_metadata(file)
     if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
         raise ModelError(
@@ -89,35 +89,29 @@ def _refuse_others(folder: Path, *, has_config: bool) -> None:
             f"{folder} is a sentence-transformers model: it makes embeddings, no text",
             hint=_LANGUAGE_MODELS,
         )
-    if has_config:
-        return
-    inner = sorted(path.parent for path in folder.glob("*/config.json"))
-    snapshots = sorted(path.parent for path in folder.glob("snapshots/*/config.json"))
-    ggufs = sorted(folder.glob("*.gguf"))
-    own = folder / "params.json"
-    if ggufs:
+
+
+def _no_config(folder: Path) -> ModelError:
+    """The error for a folder without one; what can be used instead, if it is there, is told."""
+    if ggufs := sorted(folder.glob("*.gguf")):
         parts = [file for file in ggufs if "-of-" in file.name]
-        raise ModelError(
-            f"{folder} has no config.json, so it is no model folder",
-            hint=f"merge the parts of its GGUF file: llama-gguf-split --merge {parts[0]} whole.gguf"
-            if len(parts) > 1
-            else f"name the GGUF file itself: --model {ggufs[0]}",
-        )
-    if own.is_file():
+        hint: str | None = f"name the GGUF file itself: --model {ggufs[0]}"
+        if len(parts) > 1:
+            merge = f"llama-gguf-split --merge {parts[0]} whole.gguf"
+            hint = f"merge the parts of its GGUF file: {merge}"
+    elif (folder / "params.json").is_file():
         beside = folder.name == "original" and (folder.parent / "config.json").is_file()
-        raise ModelError(
+        return ModelError(
             f"{folder} holds a model in its maker's own format (params.json), "
             "not in that of transformers",
             hint=f"use the folder above: --model {folder.parent}"
             if beside
             else "download the model in the format of transformers, with its config.json",
         )
-    if snapshots or inner:
-        found = (snapshots or inner)[-1]
-        raise ModelError(
-            f"{folder} has no config.json, so it is no model folder",
-            hint=f"there is one in it: --model {found}",
-        )
+    else:
+        there = [*folder.glob("snapshots/*/config.json")] or [*folder.glob("*/config.json")]
+        hint = f"there is one in it: --model {max(there).parent}" if there else None
+    return ModelError(f"{folder} has no config.json, so it is no model folder", hint=hint)
 
 
 def _adapter(folder: Path, *, beside: bool) -> ModelError:

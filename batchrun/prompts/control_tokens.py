@@ -15,6 +15,7 @@ import copy
 import re
 import secrets
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from tokenizers import AddedToken
@@ -55,8 +56,7 @@ class ControlTokens:
         self._texts = texts
         self._breakable = re.compile(f"(?=(?:{many}))(?P<first>.)|(?P<one>{one})", re.DOTALL)
         self._normalized = self._read_as()
-        self._copy: Any = None
-        self._aliases: dict[int, str] = {}
+        self._aliases = {i: f"z{_NONCE}k{i}k" for i in self._tokens}
         self._aliased: dict[int, int] = {}
 
     def touches(self, value: Any) -> bool:
@@ -89,8 +89,6 @@ class ControlTokens:
         """
         if self._backend is None:
             return self._encode_pieces(text, add_special_tokens)
-        if self._copy is None:
-            self._copy = self._make_copy()
         parts, end = [], 0
         for i, start, stop in self._found(text):
             parts += [self.strip(text[end:start]), self._aliases[i]]
@@ -182,12 +180,14 @@ class ControlTokens:
             and not text.endswith(_BEFORE, 0, start)
         ]
 
-    def _make_copy(self) -> Any:
+    @cached_property
+    def _copy(self) -> Any:
+        """The tokenizer to which control tokens are text, but for their aliases."""
         made = copy.deepcopy(self._backend)
         made.add_special_tokens(list(self._tokens.values()))
         made.encode_special_tokens = True
         for i, token in self._tokens.items():
-            self._aliases[i] = alias = f"z{_NONCE}k{i}k"
+            alias = self._aliases[i]
             flags = {"lstrip": token.lstrip, "rstrip": token.rstrip}
             flags |= {"single_word": token.single_word, "normalized": token.normalized}
             made.add_tokens([AddedToken(alias, special=False, **flags)])

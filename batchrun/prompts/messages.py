@@ -64,6 +64,11 @@ class PromptError(Exception):
         self.kind = kind
 
 
+def wrong_type(message: str) -> PromptError:
+    """The error for a row that has something else where a prompt or a part of it should be."""
+    return PromptError("wrong_type", message)
+
+
 class Arguments(NamedTuple):
     """A tool call's arguments: the object, and its JSON where that is how the row has it."""
 
@@ -110,7 +115,7 @@ def read_messages(value: Any, *, columnar: bool) -> list[dict[str, Any]]:
     if isinstance(value, dict) or (_is_map(value) and is_chat(dict(value))):
         value = [value]
     if not isinstance(value, list):
-        raise PromptError("wrong_type", f"messages is {kind_of(value)}, not a list of messages")
+        raise wrong_type(f"messages is {kind_of(value)}, not a list of messages")
     if not value:
         raise PromptError("empty_prompt", "messages is an empty list")
     messages = [_message(i, message, columnar) for i, message in enumerate(value)]
@@ -118,7 +123,7 @@ def read_messages(value: Any, *, columnar: bool) -> list[dict[str, Any]]:
         if "content" in message or "tool_calls" in message:
             continue
         if i < len(messages) - 1 or message["role"] != "assistant":
-            raise PromptError("wrong_type", f"message {i} has no content")
+            raise wrong_type(f"message {i} has no content")
         message["content"] = ""  # the answer that is wanted
     return messages
 
@@ -141,7 +146,7 @@ def read_tools(value: Any, *, columnar: bool) -> list[dict[str, Any]] | None:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise PromptError("wrong_type", f"tools is {kind_of(value)}, not a list ({_AS_DATA})")
+        raise wrong_type(f"tools is {kind_of(value)}, not a list ({_AS_DATA})")
     return [_tool(n, tool, columnar) for n, tool in enumerate(value)]
 
 
@@ -159,12 +164,11 @@ def read_arguments(value: Any, *, columnar: bool) -> dict[str, Any]:
     if isinstance(value, str):
         value = parse_json(value, f"{column} is text but", _AS_DATA) if value.strip() else None
         columnar = False
-    if _is_map(value):
-        value = dict(value)
+    value = _object(value)
     if value is None or value == []:
         return {}
     if not isinstance(value, dict):
-        raise PromptError("wrong_type", f"{column} is {kind_of(value)}, not an object ({_AS_DATA})")
+        raise wrong_type(f"{column} is {kind_of(value)}, not an object ({_AS_DATA})")
     found: dict[str, Any] = fresh(value, columnar)
     if taken := sorted(RESERVED & found.keys()):
         raise PromptError("bad_parameter", f"{column} has {taken[0]!r}, which batchrun sets itself")
@@ -181,9 +185,7 @@ def parse_json(text: str, what: str, advice: str = "") -> Any:
         return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         cause = "nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
-        raise PromptError(
-            "wrong_type", f"{what} {cause}" + (f" ({advice})" if advice else "")
-        ) from None
+        raise wrong_type(f"{what} {cause}" + (f" ({advice})" if advice else "")) from None
 
 
 def _finite(text: str) -> float | None:
@@ -210,6 +212,11 @@ def fresh(value: Any, columnar: bool) -> Any:
     return [fresh(item, columnar) for item in value] if isinstance(value, list) else value
 
 
+def _object(value: Any) -> Any:
+    """An object where a list is what a source makes of Arrow's maps; else the value itself."""
+    return dict(value) if _is_map(value) else value
+
+
 def _is_map(value: Any) -> bool:
     """Whether a list is what a source makes of Arrow's maps: pairs of a key and a value."""
     return (
@@ -224,22 +231,21 @@ def _by_message(columns: dict[str, Any]) -> list[dict[str, Any]]:
     there = {key: values for key, values in columns.items() if values is not None}
     lengths = {len(values) if isinstance(values, list) else -1 for values in there.values()}
     if len(lengths) != 1 or -1 in lengths:
-        raise PromptError("wrong_type", "messages is an object of lists that differ in length")
+        raise wrong_type("messages is an object of lists that differ in length")
     return [dict(zip(there, values, strict=True)) for values in zip(*there.values(), strict=True)]
 
 
 def _message(i: int, raw: Any, columnar: bool) -> dict[str, Any]:
-    if _is_map(raw):
-        raw = dict(raw)
+    raw = _object(raw)
     if not isinstance(raw, dict):
-        raise PromptError("wrong_type", f"message {i} is not an object with a role")
+        raise wrong_type(f"message {i} is not an object with a role")
     # A template must not see absent keys as null, as Parquet and OpenAI write them.
     message = {key: fresh(item, columnar) for key, item in raw.items() if item is not None}
     if "role" not in message and isinstance(message.get("from"), str):
         message = _of_speaker(i, message)
     role = message.get("role")
     if not isinstance(role, str):
-        raise PromptError("wrong_type", f"message {i} is not an object with a role")
+        raise wrong_type(f"message {i} is not an object with a role")
     usual = role.strip().lower()
     message["role"] = usual if usual in ROLES else role
     content = _content(i, message.pop("content", None))
@@ -258,9 +264,7 @@ def _of_speaker(i: int, message: dict[str, Any]) -> dict[str, Any]:
     content = message.pop("value", message.get("content"))
     name = speaker.strip().lower()
     if name not in _SPEAKERS:
-        raise PromptError(
-            "wrong_type", f"message {i} is from {speaker!r}, who is no speaker that batchrun knows"
-        )
+        raise wrong_type(f"message {i} is from {speaker!r}, who is no speaker that batchrun knows")
     if name in _CALLERS and isinstance(content, str):
         try:
             calls = parse_json(content, "")
@@ -275,28 +279,23 @@ def _content(i: int, content: Any) -> str | list[str] | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise PromptError(
-            "wrong_type", f"message {i} has content that is {kind_of(content)}, not text"
-        )
+        raise wrong_type(f"message {i} has content that is {kind_of(content)}, not text")
     return [_part(i, part) for part in content] or None
 
 
 def _part(i: int, part: Any) -> str:
     if isinstance(part, str):
         return part
-    if _is_map(part):
-        part = dict(part)
+    part = _object(part)
     if not isinstance(part, dict):
-        raise PromptError("wrong_type", f"message {i} has a part that is {kind_of(part)}, not text")
+        raise wrong_type(f"message {i} has a part that is {kind_of(part)}, not text")
     kind = part.get("type")
     if kind is None:  # null and empty siblings are Parquet's
         kind = next((key for key in _MEDIA if fresh(part.get(key), True)), "text")
     if kind in _TEXT_PARTS:
         text = part.get("text")
         if not isinstance(text, str):
-            raise PromptError(
-                "wrong_type", f"message {i} has a text part whose text is {kind_of(text)}"
-            )
+            raise wrong_type(f"message {i} has a text part whose text is {kind_of(text)}")
         return text
     what = _MEDIA.get(kind, f"a part of type {kind!r}") if isinstance(kind, str) else "a part"
     raise PromptError("not_text", f"message {i} has {what}, and batchrun gives models text only")
@@ -310,9 +309,7 @@ def _tool_calls(i: int, value: Any) -> list[dict[str, Any]]:
         return []
     calls = [value] if isinstance(value, dict) else value
     if not isinstance(calls, list):
-        raise PromptError(
-            "wrong_type", f"the tool calls of message {i} are {kind_of(value)}, not a list"
-        )
+        raise wrong_type(f"the tool calls of message {i} are {kind_of(value)}, not a list")
     found = []
     for n, call in enumerate(calls):
         where = f"tool call {n} of message {i}"
@@ -329,14 +326,11 @@ def _arguments(where: str, value: Any) -> Arguments:
     text = None
     if isinstance(value, str) and value.strip():
         text, value = value, parse_json(value, f"the arguments of {where} are")
-    if _is_map(value):
-        value = dict(value)
+    value = _object(value)
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         value = {}
     if not isinstance(value, dict):
-        raise PromptError(
-            "wrong_type", f"the arguments of {where} are {kind_of(value)}, not an object"
-        )
+        raise wrong_type(f"the arguments of {where} are {kind_of(value)}, not an object")
     return Arguments(value, text)
 
 
@@ -344,13 +338,10 @@ def _tool(n: int, tool: Any, columnar: bool) -> dict[str, Any]:
     where, advice = f"tool {n}", f" ({_AS_DATA})"
     if isinstance(tool, str):
         tool, columnar = parse_json(tool, f"{where} is"), False
-    if _is_map(tool):
-        tool = dict(tool)
+    tool = _object(tool)
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind not in (None, "function"):
-        raise PromptError(
-            "wrong_type", f"{where} is of type {kind!r}, and models get functions only{advice}"
-        )
+        raise wrong_type(f"{where} is of type {kind!r}, and models get functions only{advice}")
     return _wrapped(fresh(tool, columnar), where, advice)
 
 
@@ -365,5 +356,5 @@ def _wrapped(value: Any, where: str, advice: str = "") -> dict[str, Any]:
         value = {**call_id, "type": "function", "function": bare}
     name = value["function"].get("name") if isinstance(value, dict) else None
     if not isinstance(name, str) or not name:
-        raise PromptError("wrong_type", f"{where} is not a function with a name{advice}")
+        raise wrong_type(f"{where} is not a function with a name{advice}")
     return dict(value)

@@ -91,7 +91,7 @@ def compare(
     backend = slots.backend(name, queries)
 
     def contiguous(layer: int) -> torch.Tensor:
-        return backend.run(slots.layer, query, *slots.views[layer])
+        return backend.run(slots.layer, query, slots.views[layer])
 
     def timed(attend: Attend) -> float:
         calls = bench.timed(lambda: [attend(layer) for layer in layers], repeat=5, warmup=1)

@@ -31,8 +31,8 @@ def attend(bench: Bench, slots: Slots) -> dict[str, Any]:
     backend, query = slots.backend(bench.attention, 1), slots.query(1)
 
     def all_layers() -> None:
-        for keys, values in slots.views:
-            backend.run(slots.layer, query, keys, values)
+        for views in slots.views:
+            backend.run(slots.layer, query, views)
 
     layers = len(slots.views)
     seconds = bench.timed(all_layers, repeat=10) / layers

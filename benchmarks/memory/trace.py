@@ -17,6 +17,7 @@ from batchrun.allocator.arena import KVArena
 from batchrun.allocator.host import HostMemory
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.engine import core
+from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.scheduler import Scheduler
 from batchrun.report.text import size
 from benchmarks.memory.spaces import CountedSpace, paged_space, static_space
@@ -148,7 +149,7 @@ def _run(
     params = core.SamplingParams(max_tokens=MAX_COMPLETION * case.stretch)
     for row, (prompt, _) in enumerate(lengths):  # no two prompts begin alike
         scheduler.add(core.Sequence(core.Request(row, 0, (row,) * prompt, params, 0)))
-    in_flight: deque[core.StepPlan] = deque()
+    in_flight: deque[StepPlan] = deque()
     moments: list[Moment] = []
     computed, scale = 0, case.page_size // _PAGE
     while scheduler.has_work or in_flight:
@@ -160,14 +161,14 @@ def _run(
             collected = in_flight.popleft()
             used, live = _bytes(space, layout)
             moments.append(Moment(len(scheduler.running), used * scale, live * scale))
-            computed += collected.num_tokens
+            computed += sum(s.length for s in collected.segments)
             _commit(scheduler, collected, lengths)
     return Run(moments, computed, scheduler.stays.num_recomputed_tokens, scheduler.num_preemptions)
 
 
-def _commit(scheduler: Scheduler, plan: core.StepPlan, lengths: Sequence[tuple[int, int]]) -> None:
+def _commit(scheduler: Scheduler, plan: StepPlan, lengths: Sequence[tuple[int, int]]) -> None:
     """Give each sampled segment a token, and end the sequences that have all of theirs."""
-    owners = zip(plan.segments, scheduler.owners(plan), strict=True)
+    owners = zip(plan.segments, scheduler.stays.owners(plan.segments), strict=True)
     sampled = [sequence for segment, sequence in owners if segment.sampled]
     ended = []
     for sequence in sampled:
@@ -175,7 +176,7 @@ def _commit(scheduler: Scheduler, plan: core.StepPlan, lengths: Sequence[tuple[i
             sequence.output_ids.append(0)
             if len(sequence.output_ids) == lengths[sequence.request.row][1]:
                 ended.append(sequence)
-    scheduler.commit(plan, core.StepOutput(plan.step, (0,) * len(sampled)), ended)
+    scheduler.commit(plan, StepOutput(plan.step, (0,) * len(sampled)), ended)
 
 
 def _bytes(space: KVArena | CountedSpace, layout: KVLayout) -> tuple[int, int]:

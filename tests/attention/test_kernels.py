@@ -61,10 +61,10 @@ def compare(made: Slots, backend: AttentionBackend, segments: list[Segment], lay
         query = made.query(segments, index)
         layer, views = made.attention(index), made.views[index]
         try:
-            got = backend.run(layer, query, *views)
+            got = backend.run(layer, query, views)
         except AssertionError as error:  # pytest would show, and read, the views in the frames
             raise AssertionError(str(error)) from None
-        torch.testing.assert_close(got, reference.run(layer, query, *views))
+        torch.testing.assert_close(got, reference.run(layer, query, views))
 
 
 @st.composite
@@ -156,7 +156,7 @@ def test_slots_at_the_far_end_of_the_address_space_do_not_wrap() -> None:
     backend = TorchFlash(replace(geometry, device=torch.device("cpu")), upload, kernel)
     backend.plan([segment(2046, (1 << 20) - 1, 1), segment(2045, 5, 1)])
     views = torch.empty(2047, 1 << 20, 2, DIM, device="meta")
-    backend.run(attention.LayerAttention(0.1), torch.empty(2, 4, DIM), views, views)
+    backend.run(attention.LayerAttention(0.1), torch.empty(2, 4, DIM), (views, views))
     key_starts = calls[0][4]
     assert isinstance(key_starts, torch.Tensor)
     assert key_starts[:2].tolist() == [2046 << 20, 2045 << 20]

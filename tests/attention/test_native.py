@@ -131,7 +131,7 @@ def test_decodes_are_right_up_to_the_last_byte_of_memory(name: str, dtype: torch
             chosen = rng.sample(range(5), rng.randint(1, 5))
             query = torch.randn(spec.q_heads, len(chosen), spec.k_dim).to(dtype).transpose(0, 1)
             backend.plan([segment(slot, lengths[slot] - 1, 1) for slot in chosen])
-            got = backend.run(layer, query, keys, values)
+            got = backend.run(layer, query, (keys, values))
             assert got.shape == (len(chosen), spec.q_heads, spec.v_dim)
             assert got.dtype == dtype
             for i, slot in enumerate(chosen):
@@ -155,7 +155,7 @@ def test_segments_are_right_up_to_the_last_byte_of_memory(name: str, level: Leve
             query = torch.randn(spec.q_heads, sum(asks.values()), spec.k_dim)
             query = query.bfloat16().transpose(0, 1)
             backend.plan([segment(slot, lengths[slot] - asks[slot], asks[slot]) for slot in chosen])
-            got, at = backend.run(layer, query, keys, values), 0
+            got, at = backend.run(layer, query, (keys, values)), 0
             for slot in chosen:
                 for token in {0, asks[slot] - 1, *rng.choices(range(asks[slot]), k=10)}:
                     end = lengths[slot] - asks[slot] + token + 1
@@ -190,7 +190,7 @@ def test_a_query_gets_the_same_bits_however_its_sequence_is_cut_and_batched(
             backend.plan(segments)
             asked = [queries[s.slot][s.start : s.start + s.length] for s in segments]
             return list(
-                backend.run(layer, torch.cat(asked), keys, values).split([len(q) for q in asked])
+                backend.run(layer, torch.cat(asked), (keys, values)).split([len(q) for q in asked])
             )
 
         whole = [attend([segment(slot, 0, n)])[0] for slot, n in enumerate(lengths)]
@@ -233,16 +233,16 @@ def test_what_decodes_have_in_common_is_read_once_and_changes_no_bit(
         alone = []
         for one, row in zip(step, rows, strict=True):
             backend.plan([one])
-            alone.append(backend.run(layer, row, keys, values))
+            alone.append(backend.run(layer, row, (keys, values)))
         for one in step:
             one.key, one.inherited = one.slot, inherited.get(one.slot, ())
         backend.plan(step)
-        got = backend.run(layer, query, keys, values)  # what fails is shown, and keys can't be
+        got = backend.run(layer, query, (keys, values))  # what fails is shown, and keys can't be
         assert torch.equal(got, torch.cat(alone))
         if spec.window is None and spec.q_heads < 40 * spec.kv_heads:  # one task for all
             for slot in (0, 1, 2, 4):  # 3 comes first: who has the same reads it there
                 keys[slot, :256], values[slot, :256] = torch.nan, torch.nan
-            got = backend.run(layer, query, keys, values)
+            got = backend.run(layer, query, (keys, values))
             assert torch.equal(got, torch.cat(alone))
 
 
@@ -259,7 +259,7 @@ def test_a_mixed_step_uses_both(dtype: torch.dtype) -> None:
         for segments in steps:
             query = torch.randn(sum(s.length for s in segments), 4, 64).to(dtype)
             backend.plan(segments)
-            got, at = backend.run(layer, query, keys, values), 0
+            got, at = backend.run(layer, query, (keys, values)), 0
             for one in segments:
                 for token in range(one.start, one.start + one.length):
                     k, v = keys[one.slot, : token + 1], values[one.slot, : token + 1]
@@ -275,13 +275,13 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_threads() -> None:
         backend, layer = make(PLAIN, torch.float32), asked(PLAIN)
         query = torch.randn(4, 4, 64)
         backend.plan([segment(i, length - 1, 1) for i, length in enumerate(lengths)])
-        together = backend.run(layer, query, keys, values)
+        together = backend.run(layer, query, (keys, values))
         try:
             for count in (1, 3):
                 torch.set_num_threads(count)
                 for i, length in enumerate(lengths):
                     backend.plan([segment(i, length - 1, 1)])
-                    alone = backend.run(layer, query[i : i + 1], keys, values)
+                    alone = backend.run(layer, query[i : i + 1], (keys, values))
                     assert torch.equal(alone[0], together[i])
         finally:
             torch.set_num_threads(threads)
@@ -312,14 +312,14 @@ def test_new_keys_and_values_are_put_in_place_first(name: str, threads: int) -> 
                 value[..., : spec.v_dim],
             )
             backend.plan(step)
-            got = backend.run(layer, query, keys, values, (key, value))
+            got = backend.run(layer, query, (keys, values), (key, value))
             at = 0
             for s in step:
                 end = s.start + s.length
                 assert torch.equal(keys[s.slot, s.start : end], key[at : at + s.length])
                 assert torch.equal(values[s.slot, s.start : end], value[at : at + s.length])
                 at += s.length
-            assert torch.equal(backend.run(layer, query, keys, values), got)
+            assert torch.equal(backend.run(layer, query, (keys, values)), got)
     finally:
         torch.set_num_threads(before)
 
@@ -331,11 +331,11 @@ def test_large_scores_and_what_is_no_number(dtype: torch.dtype) -> None:
         backend.plan([segment(0, 49, 1)])
         query = (torch.randn(1, 4, 64) * 1000).to(dtype)
         want = expected(layer, query[0], keys[0, :50], values[0, :50])
-        got = backend.run(layer, query, keys, values)
+        got = backend.run(layer, query, (keys, values))
         close = 1e-4 if dtype == torch.float32 else 2 * TOLERANCE[dtype]
         torch.testing.assert_close(got[0].double(), want, rtol=close, atol=close)
         keys[0, 7, 0, 3] = torch.nan
-        got = backend.run(layer, query, keys, values)
+        got = backend.run(layer, query, (keys, values))
         assert got[0, :2].isnan().all()
         assert not got[0, 2:].isnan().any()
 

@@ -69,7 +69,7 @@ def worst(
 ) -> float:
     """The largest difference from float64, of some queries of each segment."""
     backend.plan(segments)
-    got = backend.run(layer, query, *views)
+    got = backend.run(layer, query, views)
     at, found = 0, []
     for one in segments:
         for i in {*range(0, one.length, 13), one.length - 1}:
@@ -114,7 +114,7 @@ def test_what_lies_behind_an_end_never_counts(name: str, batched: bool) -> None:
                     view[slot, end : end + 40] = poison
             backend = SDPA(batched=batched)
             backend.plan(segments)
-            found.append(backend.run(layer, query, *views))
+            found.append(backend.run(layer, query, views))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -161,7 +161,7 @@ def peak(spec: LayerSpec, segments: list[Segment], *, batched: bool) -> int:
     backend, layer = SDPA(batched=batched), asked(spec)
     backend.plan(segments)
     with Held() as held:
-        out = backend.run(layer, query, keys, values)
+        out = backend.run(layer, query, (keys, values))
     # A call's queries, and what it returns before it is copied to its place.
     return held.peak - 2 * out.nbytes - query.nbytes
 
@@ -240,10 +240,10 @@ def test_a_cpu_computes_each_sequence_alone() -> None:
     query, keys = torch.randn(5, spec.q_heads, 64), torch.randn(5, 200, spec.kv_heads, 64)
     backend, layer = SDPA(upload), asked(spec)
     backend.plan(segments)
-    together = backend.run(layer, query, keys, keys)
+    together = backend.run(layer, query, (keys, keys))
     for i, one in enumerate(segments):
         backend.plan([one])
-        assert torch.equal(backend.run(layer, query[i : i + 1], keys, keys), together[i : i + 1])
+        assert torch.equal(backend.run(layer, query[i : i + 1], (keys, keys)), together[i : i + 1])
 
 
 @pytest.mark.parametrize(

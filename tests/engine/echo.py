@@ -16,8 +16,9 @@ import torch
 from batchrun.allocator.sharing import MemoryCopy
 from batchrun.engine.attention.batch import SharedParts, shared_parts
 from batchrun.engine.beams import BeamGroup, width
-from batchrun.engine.core import Candidates, Request, Segment, Sequence, StepOutput, StepPlan
+from batchrun.engine.core import Candidates, Request, Segment, Sequence
 from batchrun.engine.executor import Ticket
+from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.proposers import Lookup
 
 VOCAB = 997

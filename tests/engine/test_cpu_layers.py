@@ -12,7 +12,7 @@ import transformers as tf
 from torch import nn
 
 from batchrun.engine import cpu
-from batchrun.engine.attention import LayerAttention
+from batchrun.engine.attention import QKV, LayerAttention
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.cpu import Level
 from batchrun.engine.cpu import layers as cpu_layers
@@ -154,14 +154,8 @@ def test_linear_layers(n: int, k: int, path: str, threads: int) -> None:
 class RowByRow:
     """Attention that makes of each row something of its own."""
 
-    def attend(
-        self,
-        layer_index: int,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
+    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
+        query, key, value = new
         group = query.shape[1] // key.shape[1]
         return query + key.repeat_interleave(group, 1) * value.repeat_interleave(group, 1)
 

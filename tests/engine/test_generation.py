@@ -89,7 +89,7 @@ def test_what_is_not_done_is_named() -> None:
     assert set(generation(**asked).ignored) == {f"{k}={v}" for k, v in asked.items()}
     defaults = tf.GenerationConfig._get_default_generation_params()
     assert generation(**defaults).ignored == ()
-    assert not generation(**defaults).logits.active
+    assert generation(**defaults).logits == generation().logits
 
 
 def test_values_that_can_not_be_are_named_and_left_out() -> None:
@@ -107,7 +107,7 @@ def test_values_that_can_not_be_are_named_and_left_out() -> None:
     found = read_generation(model, None, 256)
     assert len(found.ignored) == 5
     assert found.params({}) == SamplingParams(temperature=1.0)
-    assert not found.logits.active
+    assert found.logits == generation().logits
 
 
 def test_tokens_beyond_the_vocabulary_are_no_part_of_any_processor() -> None:
@@ -214,7 +214,8 @@ def test_tokens_beyond_the_tokenizers_vocabulary_have_no_text(tokenizer: Any) ->
         detokenizer = Detokenizer(each, [])
         for token in [*spell("a日"), 10**6, *spell("b")]:
             detokenizer.push([token])
-        assert detokenizer.finish() == "a日b"
+        detokenizer.push([], last=True)
+        assert detokenizer.text == "a日b"
 
 
 class Panic(BaseException):

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from batchrun.engine import attention, cpu
-from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
+from batchrun.engine.attention import KV, AttentionBackend, Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.cpu import Level
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.kvformat import PLAIN, KVFormat, Write, as_words
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.model.trial import plain_views, sequences_of, through_slots
-from batchrun.engine.transfers import HostTransfers
+from batchrun.engine.transfers import Transfers
 from tests.parity.models import build
 
 
@@ -55,20 +55,15 @@ class _Halving(SDPA):
     kv_formats = ("doubled",)
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: attention.NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
-        return super().run(layer, query, keys / 2, values / 2)
+        return super().run(layer, query, (slots[0] / 2, slots[1] / 2))
 
 
 def _logits(loaded: LoadedModel, backend: AttentionBackend, kv: KVFormat) -> list[torch.Tensor]:
     sequences = sequences_of(loaded)
     views = plain_views(loaded, sequences)
-    executor = TorchExecutor(loaded, views, [], backend, HostTransfers(), kv_format=kv)
+    executor = TorchExecutor(loaded, views, [], backend, Transfers(), kv_format=kv)
     return [logits for _, logits in through_slots(sequences, executor.logits, 7)]
 
 
@@ -85,7 +80,7 @@ def test_another_format_takes_a_writer_and_a_kernel_that_reads_it() -> None:
 def test_backends_say_what_they_can(dtype: torch.dtype) -> None:
     spec = LayerSpec(4, 2, 64, 64, 0.125)
     geometry = Geometry((spec,), 320, 4, 4, 512, dtype, torch.device("cpu"))
-    plain = attention.create("sdpa")
+    plain = attention.create("sdpa", geometry)
     assert (plain.writes_kv, plain.max_query, plain.capturable) == (False, 1, False)
     if attention.unsupported_reason("native", geometry) is None:
         native = attention.create("native", geometry)

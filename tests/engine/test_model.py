@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 
-from batchrun.engine.attention import LayerAttention
+from batchrun.engine.attention import KV, LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import EngineError
 from batchrun.engine.model import gates
@@ -54,27 +54,15 @@ def test_architectures_that_would_be_wrong_are_refused(name: str) -> None:
 class _WrongWindow(SDPA):
     """A backend that forgets the sliding window: right for short prompts, wrong beyond."""
 
-    def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
-        return super().run(LayerAttention(layer.scale), query, keys, values)
+    def run(self, layer: LayerAttention, query: torch.Tensor, slots: KV) -> torch.Tensor:
+        return super().run(LayerAttention(layer.scale), query, slots)
 
 
 class _StaleKeys(SDPA):
     """A backend that is wrong only where a prompt is cut into chunks."""
 
-    def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
-        out = super().run(layer, query, keys, values)
+    def run(self, layer: LayerAttention, query: torch.Tensor, slots: KV) -> torch.Tensor:
+        out = super().run(layer, query, slots)
         return out if self._segments[0].start == 0 else out * 1.05
 
 

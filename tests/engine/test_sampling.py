@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from batchrun.engine import sampling
-from batchrun.engine.core import NewSequence, Request, SamplingParams, Segment, Sequence
+from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.cpu import sampling as cpu_sampling
+from batchrun.engine.plan import NewSequence
 from batchrun.engine.processors import Row
 from batchrun.engine.sampling import Sampler, filter_rows
 

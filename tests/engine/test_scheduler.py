@@ -20,6 +20,7 @@ from batchrun.engine.proposers import PromptLookup, Proposer
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sharing import KEPT
 from tests.allocator.invariants import check_arena
+from tests.engine import invariants
 from tests.engine.echo import EchoExecutor, Oracle, expected, expected_of_beams
 
 PAGE = 4096
@@ -80,7 +81,7 @@ class Rig:
             assert steps < 20_000, "the engine makes no progress"
 
     def check(self) -> None:
-        self.scheduler.check()
+        invariants.check(self.scheduler)
         check_arena(self.arena)
 
     def verify(self) -> None:
@@ -277,7 +278,7 @@ def test_each_step_stays_within_the_token_budget(make_rig):  # type: ignore[no-u
     def spy():  # type: ignore[no-untyped-def]
         nonlocal largest
         made = plan()
-        largest = max(largest, made.num_tokens)
+        largest = max(largest, sum(s.length for s in made.segments))
         return made
 
     rig.scheduler.plan = spy

@@ -40,7 +40,8 @@ def test_pieces_join_to_the_whole(tokenizer: Any, text: str, data: st.DataObject
         emitted += detokenizer.push(ids[:count])
         assert text.startswith(emitted), "text was emitted that a later token changed"
         ids = ids[count:]
-    assert detokenizer.finish() == text
+    detokenizer.push([], last=True)
+    assert detokenizer.text == text
 
 
 @given(ids=st.lists(st.integers(0, 49151), max_size=30))
@@ -51,7 +52,8 @@ def test_any_tokens_decode_as_a_whole(tokenizer: Any, ids: list[int]) -> None:
     for token in ids:
         detokenizer.push([token])
     want = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert detokenizer.finish() == want
+    detokenizer.push([], last=True)
+    assert detokenizer.text == want
 
 
 def test_a_character_cut_by_the_end_is_marked(tokenizer: Any) -> None:
@@ -59,7 +61,7 @@ def test_a_character_cut_by_the_end_is_marked(tokenizer: Any) -> None:
     assert len(ids) > 1
     detokenizer = Detokenizer(tokenizer, [])
     assert detokenizer.push(ids[:1]) == ""
-    assert detokenizer.finish() == "\ufffd"
+    assert detokenizer.push([], last=True) == detokenizer.text == "\ufffd"
 
 
 @given(

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from batchrun.engine.core import Completion, Request, SamplingParams, StepOutput, StepPlan
+from batchrun.engine.core import Completion, Request, SamplingParams
 from batchrun.engine.executor import Executor, Ticket
+from batchrun.engine.plan import StepOutput, StepPlan
 from tests.parity.runner import rig, run
 from tests.parity.test_generate import loaded, prompts
 

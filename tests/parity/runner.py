@@ -19,6 +19,7 @@ from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.pieces import Apart
 from batchrun.engine.settings import Settings
 from tests.allocator.invariants import check_arena
+from tests.engine import invariants
 
 
 class _OverFakeDriver(Assembly):
@@ -60,7 +61,7 @@ def run(
             assert row not in done, f"row {row} completed twice"
             done[row] = completion
         if check:
-            rig.scheduler.check()
+            invariants.check(rig.scheduler)
             check_arena(rig.arena)
     return [done[row] for row in range(len(prompts))]
 

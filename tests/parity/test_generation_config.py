@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers as tf
 
-from batchrun.engine.core import NewSequence, Request, SamplingParams, Segment, Sequence
+from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.model.generation import Generation, read_generation
 from batchrun.engine.model.prepare import LoadedModel, prepare
+from batchrun.engine.plan import NewSequence
 from batchrun.engine.processors import Row
 from batchrun.engine.proposers import Lookup, PromptLookup
 from batchrun.engine.sampling import Sampler

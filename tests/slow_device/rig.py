@@ -16,10 +16,11 @@ from batchrun.engine import build
 from batchrun.engine.attention import AttentionBackend, Geometry, Upload
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.build import Assembly
-from batchrun.engine.core import Segment, StepOutput, StepPlan
+from batchrun.engine.core import Segment
 from batchrun.engine.executor import Ticket
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.settings import geometry_of
 from batchrun.engine.transfers import CudaTransfers
 from tests.parity import runner
@@ -70,7 +71,7 @@ def rig(
         return KVArena(WatchedMemory(memory, device.steps), *args, **kwargs)
 
     with (
-        patch.object(build, "HostTransfers", lambda: Transfers(device, lag, staging)),
+        patch.object(build, "Transfers", lambda: Transfers(device, lag, staging)),
         patch.object(build, "KVArena", watched),
         runner.rig(loaded, lag=lag, **settings) as made,
     ):

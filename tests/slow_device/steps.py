@@ -13,7 +13,7 @@ from typing import Any
 
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.vmm import NO_PAGE, AllocatorError, Handle, VirtualMemory
-from batchrun.engine.core import StepPlan
+from batchrun.engine.plan import StepPlan
 
 Done = Counter[Any]  # operations, by stream
 _NOTHING = range(0)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams
 from tests.allocator.invariants import check_arena
+from tests.engine import invariants
 from tests.parity import runner, test_beams
 from tests.parity.runner import outputs, run
 from tests.parity.test_generate import MAX_TOKENS, families, loaded, wanted_of_families
@@ -49,7 +50,7 @@ def test_any_job_equals_generate(
             while r.engine.has_work and (steps := steps - 1) >= 0:
                 for completion in r.engine.step():
                     done[completion.request.row] = list(completion.token_ids)
-                r.scheduler.check()
+                invariants.check(r.scheduler)
                 check_arena(r.arena)
             begun = {left.row: left.generated_ids for left in r.engine.partials()}
     for row, (number, count) in enumerate(job):
@@ -74,7 +75,7 @@ def test_beams_and_draws_are_the_same(chosen: set[int], shape: Shape) -> None:
         while r.engine.has_work:
             for completion in r.engine.step():
                 done[completion.request.row] = list(completion.token_ids)
-            r.scheduler.check()
+            invariants.check(r.scheduler)
             check_arena(r.arena)
     assert done == {row: beams_elsewhere()[row] for row in chosen}
 

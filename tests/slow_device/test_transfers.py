@@ -101,7 +101,7 @@ def downloads_unordered(transfers: Transfers, download: Any) -> None:
 
 def sources_let_go(transfers: Transfers, download: Any) -> None:
     if download is not None:
-        download._sources = ()
+        download.sources = ()
 
 
 FOUND = {

@@ -211,6 +211,6 @@ def test_the_flash_operator_takes_a_step_of_decodes_and_prefills(window: int | N
         backend.plan(some)
         tokens = sum(segment.length for segment in some)
         query = torch.empty(tokens, 8, 64, dtype=torch.bfloat16, device=meta)
-        assert backend.run(layer, query, keys, keys).shape == (tokens, 8, 64)
+        assert backend.run(layer, query, (keys, keys)).shape == (tokens, 8, 64)
     backend.plan(segments[:2], fixed=True)
-    assert backend.run(layer, query[:2], keys, keys).shape == (2, 8, 64)
+    assert backend.run(layer, query[:2], (keys, keys)).shape == (2, 8, 64)

@@ -18,10 +18,11 @@ from torch._subclasses import FakeTensorMode
 
 from batchrun.engine.attention import Geometry
 from batchrun.engine.attention.torch_flash import TorchFlash
-from batchrun.engine.core import NewSequence, Request, SamplingParams, Segment, StepPlan
+from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.model.prepare import LoadedModel, prepare
-from batchrun.engine.transfers import Download, HostTransfers
+from batchrun.engine.plan import NewSequence, StepPlan
+from batchrun.engine.transfers import Download, Transfers
 from tests.parity.models import CONFIGS
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
@@ -39,7 +40,7 @@ class Unread:
         raise NotImplementedError
 
 
-class ToFakes(HostTransfers):
+class ToFakes(Transfers):
     """Uploads to the fake device."""
 
     def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:

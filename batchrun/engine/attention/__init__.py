@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,12 +88,13 @@ class Upload(Protocol):
         """See `Transfers.upload`."""
 
 
-NewKV = tuple["torch.Tensor", "torch.Tensor"]
-"""Keys `[T, Hkv, Dk]` and values `[T, Hkv, Dv]` of a step's tokens."""
+KV = tuple["torch.Tensor", "torch.Tensor"]
+"""Keys `[..., Hkv, Dk]` and values `[..., Hkv, Dv]`."""
 
-Attention = Callable[
-    ["LayerAttention", "torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"
-]
+QKV = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
+"""Queries `[T, Hq, Dk]`, keys `[T, Hkv, Dk]` and values `[T, Hkv, Dv]` of a step's tokens."""
+
+Attention = Callable[["LayerAttention", "torch.Tensor", KV], "torch.Tensor"]
 """What `AttentionBackend.run` is, of keys and values that are in their slots."""
 
 
@@ -129,44 +130,21 @@ class AttentionBackend(Protocol):
         """
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """Attend causally, each segment over its own slot.
 
         Args:
             layer: Scale, window and the like.
             query: `[T, Hq, Dk]`, the planned segments' tokens packed.
-            keys: `[num_slots, slot_tokens, Hkv, Dk]`, a strided view; only tokens up to a segment's
-                end may be touched, beyond them there is no memory.
-            values: `[num_slots, slot_tokens, Hkv, Dv]`, likewise.
-            new: What is to be put into the slots first, where the backend `writes_kv`.
+            slots: `[num_slots, slot_tokens, Hkv, D]` each, strided views; only tokens up to a
+                segment's end may be touched, beyond them there is no memory.
+            new: `[T, Hkv, D]` each, what is to be put into the slots first, where the backend
+                `writes_kv`.
 
         Returns:
             `[T, Hq, Dv]`.
         """
-
-
-class _Library(Protocol):
-    """What the module of a kernel library offers; `name` is one of those that it serves."""
-
-    def unsupported_reason(
-        self, geometry: Geometry, name: str, *, compiled: bool = False
-    ) -> str | None:
-        """See `attention.unsupported_reason`."""
-
-    def make(
-        self,
-        geometry: Geometry | None,
-        upload: Upload | None,
-        log: Callable[[str], None],
-        name: str,
-    ) -> AttentionBackend:
-        """Make it, compiling kernels if need be; ValueError says why that fails."""
 
 
 def unsupported_reason(name: str, geometry: Geometry, *, compiled: bool = False) -> str | None:
@@ -174,12 +152,13 @@ def unsupported_reason(name: str, geometry: Geometry, *, compiled: bool = False)
 
     With `compiled`, kernels that would first have to be compiled for minutes are a reason too.
     """
-    return _library(name).unsupported_reason(geometry, name, compiled=compiled)
+    reason: str | None = _library(name).unsupported_reason(geometry, name, compiled=compiled)
+    return reason
 
 
 def create(
     name: str,
-    geometry: Geometry | None = None,
+    geometry: Geometry,
     upload: Upload | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> AttentionBackend:
@@ -190,8 +169,8 @@ def create(
 
     Args:
         name: One of `NAMES`, or `auto`.
-        geometry: What it is made for; `sdpa` needs none.
-        upload: How its arrays reach the device; `sdpa` needs none.
+        geometry: What it is made for.
+        upload: How its arrays reach the device; None on a CPU.
         log: Told, in one line, what `auto` could not use and what it uses instead.
 
     Raises:
@@ -199,13 +178,9 @@ def create(
     """
     if name == "auto":
         return _best(geometry, upload, log)
-    library = _library(name)
-    reason = None if geometry is None else library.unsupported_reason(geometry, name)
-    if geometry is None and name != "sdpa":
-        reason = "nothing is known of the model"
-    if reason is not None:
-        raise _cannot_use(name, reason)
-    return library.make(geometry, upload, log, name)
+    _refuse_unsupported(name, geometry)
+    made: AttentionBackend = _library(name).make(geometry, upload, log, name)
+    return made
 
 
 def check(name: str, geometry: Geometry) -> None:
@@ -217,48 +192,50 @@ def check(name: str, geometry: Geometry) -> None:
     if name == "native":  # compiled in seconds, once
         create(name, geometry)
     elif name != "auto":
-        reason = unsupported_reason(name, geometry)
-        if reason is not None:
-            raise _cannot_use(name, reason)
+        _refuse_unsupported(name, geometry)
 
 
-def _cannot_use(name: str, reason: str) -> ValueError:
-    return ValueError(f"the attention backend {name} can't be used: {reason}")
+def _refuse_unsupported(name: str, geometry: Geometry) -> None:
+    reason = unsupported_reason(name, geometry)
+    if reason is not None:
+        raise ValueError(f"the attention backend {name} can't be used: {reason}")
 
 
-def candidates(geometry: Geometry | None) -> tuple[str, ...]:
+def candidates(geometry: Geometry) -> tuple[str, ...]:
     """The kernels that `auto` tries before it takes `sdpa`, the best one first."""
-    if geometry is None:
-        return ()
     if geometry.device.type == "cpu":
         return ("native",)
     return _BEST_FIRST if geometry.dtype.itemsize < 4 else ()
 
 
 def _best(
-    geometry: Geometry | None, upload: Upload | None, log: Callable[[str], None]
+    geometry: Geometry, upload: Upload | None, log: Callable[[str], None]
 ) -> AttentionBackend:
+    found: AttentionBackend | None = None
     skipped = []
-    for name in candidates(geometry):
-        assert geometry is not None
+    for name in (*candidates(geometry), "sdpa"):  # which serves everything
         try:
             reason = unsupported_reason(name, geometry, compiled=True)
             found = None if reason else _library(name).make(geometry, upload, log, name)
         except ValueError as error:
-            found, reason = None, str(error)
+            reason = str(error)
         if found is not None:
             break
         skipped.append(f"{name}: {reason}")
-    else:
-        found = _library("sdpa").make(geometry, upload, log, "sdpa")
+    assert found is not None
     if skipped:
         log(f"attention by {found.name} ({'; '.join(skipped)})")
     return found
 
 
-def _library(name: str) -> _Library:
+def _library(name: str) -> Any:
+    """The module of a kernel library, which has two functions; `name` is one that it serves.
+
+    `unsupported_reason(geometry, name, *, compiled)` is as the one here. `make(geometry,
+    upload, log, name)` makes the backend, compiling kernels if need be; ValueError says why that
+    fails.
+    """
     if name not in _MODULES:
         raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(NAMES)}")
     # Imported when wanted: each needs torch, and some need libraries that may be missing.
-    library: Any = import_module(f"batchrun.engine.{_MODULES[name]}")
-    return cast("_Library", library)
+    return import_module(f"batchrun.engine.{_MODULES[name]}")

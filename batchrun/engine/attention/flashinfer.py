@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from batchrun.engine.attention import (
+    KV,
     AttentionBackend,
     Geometry,
     LayerAttention,
     LayerSpec,
-    NewKV,
     Upload,
 )
 from batchrun.engine.attention.batch import (
@@ -61,7 +61,7 @@ Loader = Callable[[Kind], Any]
 """A kind to its module: `plan` and `paged_run`."""
 
 
-def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool = False) -> str | None:
+def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
     """See `attention.unsupported_reason`."""
     reason = geometry_unsupported(geometry, HEAD_DIMS, softcap=True)
     reason = reason or _library_unsupported(geometry, name, compiled)
@@ -217,18 +217,14 @@ class FlashInfer(AttentionBackend):
         self._make_plans(prefills, self._prefills, launches[1], decode=False, fixed=fixed)
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
+        keys, values = slots
         out = query.new_empty(*query.shape[:2], values.shape[-1])
         heads, dims = (query.shape[1], keys.shape[2]), (keys.shape[3], values.shape[3])
         shape = _shape(LayerSpec(*heads, *dims, layer.scale, layer.window, layer.softcap))
-        k, v = (t.view(-1, self._block, *t.shape[2:]) for t in (keys, values))
+        k, v = (t.view(-1, self._block, *t.shape[2:]) for t in slots)
         at = self._num_decodes
         if at:
             tensors = query[:at], k, v, out[:at]

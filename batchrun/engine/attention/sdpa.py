@@ -13,10 +13,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from batchrun.engine.attention import (
+    KV,
     AttentionBackend,
     Geometry,
     LayerAttention,
-    NewKV,
     Upload,
     explicit,
 )
@@ -26,19 +26,12 @@ from batchrun.engine.core import Segment
 from batchrun.engine.transfers import copied
 
 
-def unsupported_reason(
-    geometry: Geometry, name: str = "sdpa", *, compiled: bool = False
-) -> str | None:
+def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
     """It serves every model everywhere."""
     return None
 
 
-def make(
-    geometry: Geometry | None,
-    upload: Upload | None,
-    log: Callable[[str], None],
-    name: str = "sdpa",
-) -> SDPA:
+def make(geometry: Geometry, upload: Upload | None, log: Callable[[str], None], name: str) -> SDPA:
     """It needs to know nothing beforehand."""
     return SDPA(upload)
 
@@ -70,18 +63,14 @@ class SDPA(AttentionBackend):
         self._decodes: Decodes | None = None
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
+        keys, values = slots
         out = query.new_empty(*query.shape[:2], values.shape[-1])
         on_cpu = query.device.type == "cpu"
         batched = not on_cpu if self._batched is None else self._batched
-        done = self._run_batched(layer, query, keys, values, out) if batched else frozenset()
+        done = self._run_batched(layer, query, slots, out) if batched else frozenset()
         attend = _grouped if batched else _fused
         if not _plain(layer):
             attend = explicit.attend
@@ -100,18 +89,14 @@ class SDPA(AttentionBackend):
         return out
 
     def _run_batched(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, out: torch.Tensor
     ) -> frozenset[int]:
         """Compute the decodes that can be put together; returns which segments these were."""
         if self._decodes is None:
             self._decodes = Decodes(
                 self._segments, self._upload or partial(copied, device=query.device)
             )
+        keys, values = slots
         numbers = keys.shape[2] * (keys.shape[3] + values.shape[3])
         buckets, done = self._decodes.buckets(layer, keys.shape[1], numbers)
         for bucket in buckets:
@@ -170,16 +155,8 @@ def _fused(layer: LayerAttention, problem: Problem) -> None:
         if len(q) == 1:
             _single(layer, q, k, v, out)
             continue
-        causal = _is_causal(layer, len(q), len(k))
-        got = scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=None if causal else mask(layer, len(q), len(k), q.device),
-            is_causal=causal,
-            scale=layer.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        heads_first = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+        got = _of_queries(layer, *heads_first, enable_gqa=q.shape[1] != k.shape[1])
         out.copy_(got[0].transpose(0, 1))
 
 
@@ -211,17 +188,26 @@ def _grouped(layer: LayerAttention, problem: Problem) -> None:
             _single(layer, q, k, v, out)
             continue
         folded = q.unflatten(1, (k.shape[1], -1)).permute(2, 1, 0, 3)  # [G, Hkv, t, Dk]
-        group = len(folded)
-        causal = _is_causal(layer, len(q), len(k))
-        got = scaled_dot_product_attention(
-            folded,
-            k.transpose(0, 1)[None].expand(group, -1, -1, -1),
-            v.transpose(0, 1)[None].expand(group, -1, -1, -1),
-            attn_mask=None if causal else mask(layer, len(q), len(k), q.device),
-            is_causal=causal,
-            scale=layer.scale,
-        )
+        shared = (t.transpose(0, 1)[None].expand(len(folded), -1, -1, -1) for t in (k, v))
+        got = _of_queries(layer, folded, *shared)
         out.copy_(got.permute(2, 1, 0, 3).flatten(1, 2))
+
+
+def _of_queries(
+    layer: LayerAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: bool
+) -> torch.Tensor:
+    """Attention of the last `t` tokens of sequences: `[n, H, t, D]` over `[n, Hkv, s, D]`."""
+    length, total = q.shape[2], k.shape[2]
+    causal = _is_causal(layer, length, total)
+    return scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if causal else mask(layer, length, total, q.device),
+        is_causal=causal,
+        scale=layer.scale,
+        **options,
+    )
 
 
 def _calls(layer: LayerAttention, problem: Problem, *, tiled: bool) -> Iterator[Problem]:

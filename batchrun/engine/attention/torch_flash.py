@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, NewKV, Upload
+from batchrun.engine.attention import KV, AttentionBackend, Geometry, LayerAttention, Upload
 from batchrun.engine.attention.batch import (
     Batch,
     Ints,
@@ -26,9 +26,7 @@ from batchrun.engine.core import Segment
 Kernel = Callable[..., tuple[torch.Tensor, ...]]
 
 
-def unsupported_reason(
-    geometry: Geometry, name: str = "torch-flash", *, compiled: bool = False
-) -> str | None:
+def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
     """See `attention.unsupported_reason`."""
     if geometry.num_slots * geometry.slot_tokens >= 2**31:
         return "it counts tokens of address space in 32 bits"
@@ -36,9 +34,7 @@ def unsupported_reason(
     return reason or device_unsupported(geometry)
 
 
-def make(
-    geometry: Geometry, upload: Upload, log: Callable[[str], None], name: str = "torch-flash"
-) -> TorchFlash:
+def make(geometry: Geometry, upload: Upload, log: Callable[[str], None], name: str) -> TorchFlash:
     """See `attention.create`."""
     return TorchFlash(geometry, upload, torch.ops.aten._flash_attention_forward)
 
@@ -104,15 +100,10 @@ class TorchFlash(AttentionBackend):
             self._prefill = _Launch(sent[-3], sent[-2], sent[-1], *maxima, causal=True)
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
-        tokens = keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
+        tokens = [tensor.view(-1, *tensor.shape[2:]) for tensor in slots]
         at, outputs = self._num_decodes, []
         if at:
             launch = self._decodes[layer.window or 0]
@@ -126,7 +117,7 @@ class TorchFlash(AttentionBackend):
         launch: _Launch,
         layer: LayerAttention,
         query: torch.Tensor,
-        tokens: tuple[torch.Tensor, torch.Tensor],
+        tokens: Sequence[torch.Tensor],
     ) -> torch.Tensor:
         window = {}
         if launch.causal and layer.window is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from batchrun.engine import cpu
-from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, NewKV, Upload
+from batchrun.engine.attention import KV, AttentionBackend, Geometry, LayerAttention, Upload
 from batchrun.engine.attention.batch import (
     CHUNKS,
     Batch,
@@ -40,9 +40,7 @@ _FUNCTIONS = {
 }
 
 
-def unsupported_reason(
-    geometry: Geometry, name: str = "native", *, compiled: bool = False
-) -> str | None:
+def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
     """See `attention.unsupported_reason`. A compiler takes some seconds: having to is no reason."""
     if geometry.device.type != "cpu":
         return "it computes on a CPU"
@@ -99,16 +97,16 @@ class Call(ctypes.Structure):
         self,
         layer: LayerAttention,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        slots: KV,
         *,
         by: Callable[..., object],
-        new: NewKV | None = None,
+        new: KV | None = None,
     ) -> torch.Tensor:
         """Have a library's function attend for the batch, whose queries are the first ones."""
         if query.stride(2) != 1:
             query = query.contiguous()
         sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
+        keys, values = slots
         _, _, self.kv_heads, self.k_dim = keys.shape
         self.q_heads, self.v_dim = query.shape[1], values.shape[3]
         out = query.new_empty(*query.shape[:2], values.shape[3])
@@ -176,15 +174,10 @@ class NativeBF16(AttentionBackend):
         self._call, self._held = _call(*arrays, self.level), arrays
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
-        return self._call.attend(layer, query, keys, values, by=self._function, new=new)
+        return self._call.attend(layer, query, slots, by=self._function, new=new)
 
 
 class Native(AttentionBackend):
@@ -215,18 +208,13 @@ class Native(AttentionBackend):
         self._prefills.plan(longer)
 
     def run(
-        self,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        new: NewKV | None = None,
+        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
         at = len(self._decodes)
         if not at:
-            return self._prefills.run(layer, query, keys, values)
-        out = self._call.attend(layer, query, keys, values, by=self._decode)
+            return self._prefills.run(layer, query, slots)
+        out = self._call.attend(layer, query, slots, by=self._decode)
         if self._longer:
-            out[at:] = self._prefills.run(layer, query[at:], keys, values)
+            out[at:] = self._prefills.run(layer, query[at:], slots)
         return out

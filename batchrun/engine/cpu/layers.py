@@ -26,7 +26,7 @@ from batchrun.engine.cpu.compile import CompileError
 from batchrun.engine.model.quantize import Int8Linear
 
 if TYPE_CHECKING:
-    from batchrun.engine.attention import LayerAttention
+    from batchrun.engine.attention import QKV, LayerAttention
     from batchrun.engine.model.hook import Step
 
 _SOURCE = Path(__file__).with_name("layers.cpp")
@@ -58,9 +58,11 @@ def library() -> ctypes.CDLL:
 class _Matrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("panels", "scales", "bias")),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("n", "k")),
     )
+
+
+_SIZES = tuple((name, ctypes.c_int64) for name in ("rows", "threads", "level"))
 
 
 class Linear(ctypes.Structure):
@@ -69,7 +71,7 @@ class Linear(ctypes.Structure):
     _fields_ = (
         ("weight", _Matrix),
         *((name, ctypes.c_void_p) for name in ("x", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads", "level")),
+        *_SIZES,
     )
 
 
@@ -84,7 +86,7 @@ class Project(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("dim", "rotary")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads", "level")),
+        *_SIZES,
     )
 
 
@@ -96,7 +98,7 @@ class Finish(ctypes.Structure):
         ("norm", ctypes.c_void_p),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("attended", "x", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads", "level")),
+        *_SIZES,
     )
 
 
@@ -244,9 +246,9 @@ class NativeLayer(nn.Module):
         call.threads = last.threads = frame.threads
         self._library.batchrun_project(ctypes.byref(call))
         if step is None:
-            attended = _causal(self.attention, *frame.parts)
+            attended = _causal(self.attention, frame.parts)
         else:
-            attended = step.attend(self.layer_idx, self.attention, *frame.parts)
+            attended = step.attend(self.layer_idx, self.attention, frame.parts)
         attended = attended.contiguous()
         last.attended = attended.data_ptr()
         self._library.batchrun_finish(ctypes.byref(last))
@@ -259,11 +261,11 @@ class _Frame:
         self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], layer: NativeLayer
     ) -> None:
         self.rows, self.threads = x.shape[1], torch.get_num_threads()
-        held = [x.new_empty(self.rows, sum(layer.heads), layer.dim)]
-        held += (tensor.contiguous() for tensor in positions)
-        self._held = held
-        self.addresses = (*(tensor.data_ptr() for tensor in held), positions[0].shape[-1])
-        self.parts = held[0].split(layer.heads, dim=1)
+        projected = x.new_empty(self.rows, sum(layer.heads), layer.dim)
+        self._held = [projected, *(tensor.contiguous() for tensor in positions)]
+        self.addresses = (*(tensor.data_ptr() for tensor in self._held), positions[0].shape[-1])
+        query, key, value = projected.split(layer.heads, dim=1)
+        self.parts: QKV = query, key, value
 
 
 class NativeStack(nn.Module):
@@ -334,6 +336,9 @@ class _Parts:
     """The modules of a layer that is built as Llama's is."""
 
     def __init__(self, layer: nn.Module) -> None:
+        from transformers.activations import ACT2FN  # noqa: PLC0415 - torch is enough elsewhere
+
+        silus = nn.SiLU, type(ACT2FN["silu"])
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
         linears = [getattr(attention, name, None) for name in names]
@@ -362,7 +367,7 @@ class _Parts:
             or any(linear.out_features % 32 for linear in (self.q, self.k, self.v, self.o))
             or self.gate.out_features % 32
             or any(len({(type(x), x.bias is None) for x in xs}) > 1 for xs in shared)
-            or not isinstance(getattr(mlp, "act_fn", None), nn.SiLU | _silu())
+            or not isinstance(getattr(mlp, "act_fn", None), silus)
             or len(eps) != 1
             or len(self.head_norms) == 1
         ):
@@ -370,36 +375,26 @@ class _Parts:
         self.eps = eps.pop()
 
 
-@cache
-def _silu() -> type:
-    from transformers.activations import ACT2FN  # noqa: PLC0415 - torch alone is enough elsewhere
-
-    return type(ACT2FN["silu"])
-
-
 def _packed(linears: Sequence[nn.Linear | Int8Linear], *, interleave: bool = False) -> PackedWeight:
     """Linear layers with one input as one weight: rows one behind the other, or 16 in turn."""
 
-    def joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-        if interleave and tensors:
+    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if interleave:
             return torch.stack([t.unflatten(0, (-1, 16)) for t in tensors], 1).flatten(0, 2)
-        return torch.cat(tensors) if tensors else None
+        return torch.cat(list(tensors))
 
     weight = joined([linear.weight.data for linear in linears])
-    assert weight is not None
-    scales = joined([linear.scales for linear in linears if isinstance(linear, Int8Linear)])
-    bias = joined([linear.bias.data for linear in linears if linear.bias is not None])
-    return PackedWeight(weight, scales, bias)
+    scales = [linear.scales for linear in linears if isinstance(linear, Int8Linear)]
+    bias = [linear.bias.data for linear in linears if linear.bias is not None]
+    return PackedWeight(weight, *(joined(each) if each else None for each in (scales, bias)))
 
 
-def _causal(
-    layer: LayerAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
+def _causal(layer: LayerAttention, parts: QKV) -> torch.Tensor:
     """Attention among the tokens of one sequence, as transformers' eager one."""
-    rows, group = query.shape[0], query.shape[1] // key.shape[1]
-    q, k, v = (t.transpose(0, 1).float() for t in (query, key, value))
+    q, k, v = (t.transpose(0, 1).float() for t in parts)
+    rows, group = q.shape[1], len(q) // len(k)
     scores = q @ k.repeat_interleave(group, 0).mT * layer.scale
     distance = torch.arange(rows)[:, None] - torch.arange(rows)
     hidden = (distance < 0) | (distance >= (layer.window or rows))
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return (weights @ v.repeat_interleave(group, 0)).transpose(0, 1).to(query.dtype)
+    return (weights @ v.repeat_interleave(group, 0)).transpose(0, 1).to(parts[0].dtype)

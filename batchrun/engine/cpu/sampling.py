@@ -165,11 +165,9 @@ def _weights(x: Floats) -> Ints:
 def _invert(weights: Ints, number: float) -> int:
     cdf = weights.cumsum()
     total = int(cdf[-1])
-    return (
-        -1
-        if not total
-        else int(np.searchsorted(cdf, min(int(number * float(total)), total - 1), side="right"))
-    )
+    if not total:
+        return -1
+    return int(np.searchsorted(cdf, min(int(number * float(total)), total - 1), side="right"))
 
 
 def _log(x: float) -> float:

@@ -48,61 +48,59 @@ def _replace_attn(model: PreTrainedModel, modules: list[nn.Module]) -> None:
     tell_beside(model)
     for i, module in enumerate(modules):
         module.layer_idx = i  # type: ignore[assignment]
-        own: Callable[..., Any] = module._attn  # type: ignore[assignment]
-        options: dict[str, Any] = {"scaling": 1 / float(getattr(module, "scale_attn", 1.0))}
-        if getattr(module, "attention_type", None) == "local":  # GPT-Neo, every other layer
-            options["sliding_window"] = model.config.window_size
+        module._attn = _attn(module, model.config)  # type: ignore[assignment]
 
-        def attn(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: torch.Tensor | None = None,
-            *,
-            module: nn.Module = module,
-            own: Callable[..., Any] = own,
-            options: dict[str, Any] = options,
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            if current_step() is None:
-                result: tuple[torch.Tensor, torch.Tensor] = own(query, key, value, attention_mask)
-                return result
-            return _attend(module, query, key, value, **options), None
 
-        module._attn = attn  # type: ignore[assignment]
+def _attn(module: Any, config: Any) -> Callable[..., Any]:
+    own: Callable[..., Any] = module._attn
+    options: dict[str, Any] = {"scaling": 1 / float(getattr(module, "scale_attn", 1.0))}
+    if getattr(module, "attention_type", None) == "local":  # GPT-Neo, every other layer
+        options["sliding_window"] = config.window_size
+
+    def attn(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None
+    ) -> Any:
+        if current_step() is None:
+            return own(query, key, value, attention_mask)
+        return _attend(module, query, key, value, **options), None
+
+    return attn
 
 
 def _replace_falcon(model: PreTrainedModel, modules: list[nn.Module]) -> None:
     """Falcon: keys that groups of heads share stay as few as they are."""
     tell_beside(model)
     for module in modules:
-        own: Callable[..., Any] = module.forward
-        rotate: Callable[..., Any] = sys.modules[type(module).__module__].apply_rotary_pos_emb
+        module.forward = _falcon_forward(module)
 
-        def forward(
-            hidden_states: torch.Tensor,
-            alibi: torch.Tensor | None = None,
-            *args: Any,
-            position_embeddings: Any = None,
-            module: Any = module,
-            own: Callable[..., Any] = own,
-            rotate: Callable[..., Any] = rotate,
-            **kwargs: Any,
-        ) -> Any:
-            if current_step() is None:
-                kwargs["position_embeddings"] = position_embeddings
-                return own(hidden_states, alibi, *args, **kwargs)
-            if alibi is not None:
-                raise UnsupportedError("it adds ALiBi to its scores")
-            split = module._split_heads(module.query_key_value(hidden_states))
-            query, key, value = (tensor.transpose(1, 2) for tensor in split)
-            if module.new_decoder_architecture:
-                each = module.num_heads // module.num_kv_heads
-                key, value = key[:, ::each], value[:, ::each]
-            query, key = rotate(query, key, *position_embeddings)
-            out = _attend(module, query, key, value).transpose(1, 2)
-            return module.dense(out.flatten(2)), None
 
-        module.forward = forward
+def _falcon_forward(module: Any) -> Callable[..., Any]:
+    own: Callable[..., Any] = module.forward
+    rotate: Callable[..., Any] = sys.modules[type(module).__module__].apply_rotary_pos_emb
+
+    def forward(
+        hidden_states: torch.Tensor,
+        alibi: torch.Tensor | None = None,
+        *args: Any,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if current_step() is None:
+            return own(
+                hidden_states, alibi, *args, position_embeddings=position_embeddings, **kwargs
+            )
+        if alibi is not None:
+            raise UnsupportedError("it adds ALiBi to its scores")
+        split = module._split_heads(module.query_key_value(hidden_states))
+        query, key, value = (tensor.transpose(1, 2) for tensor in split)
+        if module.new_decoder_architecture:
+            each = module.num_heads // module.num_kv_heads
+            key, value = key[:, ::each], value[:, ::each]
+        query, key = rotate(query, key, *position_embeddings)
+        out = _attend(module, query, key, value).transpose(1, 2)
+        return module.dense(out.flatten(2)), None
+
+    return forward
 
 
 class _Before:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from threading import Thread
 from typing import Any
@@ -21,6 +22,7 @@ from batchrun.engine.model.trial import decoder_layers, logits_of
 _TOKENS = 251  # to compile with: no model's dimension, or the graph would take both for one
 
 
+@dataclass(eq=False)
 class _Layer:
     """What a decoder layer's call becomes.
 
@@ -28,19 +30,11 @@ class _Layer:
     would need a graph of its own, the layer runs as it was.
     """
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        compiled: Callable[..., Any],
-        index: int,
-        attention: LayerAttention,
-        failed: Callable[[Exception], None],
-    ) -> None:
-        self.layer = layer
-        self.compiled = compiled
-        self.index = index
-        self.attention = attention
-        self.failed = failed
+    layer: nn.Module
+    compiled: Callable[..., Any]
+    index: int
+    attention: LayerAttention
+    failed: Callable[[Exception], None]
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         step = kwargs.get("batchrun_step")

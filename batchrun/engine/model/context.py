@@ -35,7 +35,9 @@ def context_length(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...
         notes.append(
             f"context of {limit} tokens: the model's config names none; set it by --max-model-len"
         )
-    for rope, each_layer in _rope_settings(_rope(config)):
+    # Code that comes with a model may know the old name only.
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    for rope, each_layer in _rope_settings(settings):
         factor = rope.get("factor") or 1.0
         original = rope.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
@@ -74,11 +76,6 @@ def _unfit(what: str) -> ModelError:
     return ModelError(
         f"the model's config.json has {what}", hint="use the one that came with the weights"
     )
-
-
-def _rope(config: Any) -> Any:
-    """Its rope settings; code that comes with a model may know the old name only."""
-    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
 
 
 def _rope_settings(

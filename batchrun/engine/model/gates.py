@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from batchrun import DISTRIBUTION
-from batchrun.engine.attention import LayerAttention
+from batchrun.engine.attention import KV, QKV, LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Segment
 from batchrun.engine.executor import TorchExecutor, kept
@@ -42,7 +42,7 @@ from batchrun.engine.model.trial import (
     through_slots,
 )
 from batchrun.engine.shortage import device_errors
-from batchrun.engine.transfers import HostTransfers
+from batchrun.engine.transfers import Transfers
 from batchrun.errors import ModelError, said_by
 
 _TIMES_ROUNDING = 3  # as often as the model itself is off in its dtype; at most so much:
@@ -182,7 +182,7 @@ def verify(
 def _hooked_in_float32(loaded: LoadedModel, want: tuple[torch.Tensor, ...]) -> float:
     """How far the hooked model is from its own logits `want`, where both compute in float32."""
     sequences = sequences_of(loaded)
-    views, transfers = plain_views(loaded, sequences), HostTransfers(loaded.device)
+    views, transfers = plain_views(loaded, sequences), Transfers(loaded.device)
     executor = TorchExecutor(loaded, views, [], SDPA(), transfers)
     chunk = max(1, sequences[0].num_tokens // 3)
     with torch.inference_mode(), in_float32(loaded.model):
@@ -212,9 +212,7 @@ def _attention_alone(
 class _Judge:
     """An executor's attention, computed in float32 too, and compared."""
 
-    def __init__(
-        self, executor: TorchExecutor, views: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
+    def __init__(self, executor: TorchExecutor, views: Sequence[KV]) -> None:
         self.worst = 0.0
         self._executor = executor
         self._views = views
@@ -232,17 +230,11 @@ class _Judge:
         self._step = step
         return self
 
-    def attend(
-        self,
-        layer_index: int,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
+    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
         """See `Step.attend`."""
         assert self._step is not None
-        out = self._step.attend(layer_index, layer, query, key, value)
+        out = self._step.attend(layer_index, layer, new)
+        query, key, value = new
         keys, values = self._views[layer_index]
         at = 0
         for s in self._segments:
@@ -250,7 +242,7 @@ class _Judge:
             keys[s.slot, s.start : s.start + s.length] = key[written].float()
             values[s.slot, s.start : s.start + s.length] = value[written].float()
         self._backend.plan(self._segments)
-        want = self._backend.run(layer, query.float(), keys, values)
+        want = self._backend.run(layer, query.float(), (keys, values))
         self.worst = max(self.worst, difference(out, want))
         return out
 

@@ -221,17 +221,14 @@ class _Vocabulary:
         return tuple(dict.fromkeys(t for t in map(int, listed) if 0 <= t < self.size))
 
     def words(self, value: Any) -> tuple[Ids, ...]:
-        words = (tuple(map(int, word)) for word in value)
-        return tuple(w for w in dict.fromkeys(words) if self._has(w) and w not in self._end_words)
+        words = dict.fromkeys(tuple(map(int, word)) for word in value)
+        ends = {(token,) for token in self.ends}
+        return tuple(word for word in words if self._has(word) and word not in ends)
 
     def biases(self, value: Any) -> dict[Ids, float]:
         pairs = value.items() if isinstance(value, Mapping) else value
         biases = {tuple(map(int, ids)): float(bias) for ids, bias in pairs}
         return {ids: bias for ids, bias in biases.items() if self._has(ids)}
-
-    @property
-    def _end_words(self) -> set[Ids]:
-        return {(token,) for token in self.ends}
 
     def _has(self, ids: Ids) -> bool:
         return bool(ids) and all(0 <= token < self.size for token in ids)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from batchrun.engine.attention import LayerAttention, LayerSpec
+from batchrun.engine.attention import QKV, LayerAttention, LayerSpec
 from batchrun.engine.model.masks import PROBE, Masks, Seen
 
 HOOK = "batchrun"
@@ -22,15 +22,8 @@ _SEEN = "batchrun_seen"  # on an attention module: which keys its queries see
 class Step(Protocol):
     """What the hook calls: attention of the step that is being computed."""
 
-    def attend(
-        self,
-        layer_index: int,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
-        """Attend one layer: `[T, Hq, Dk]`, `[T, Hkv, Dk]`, `[T, Hkv, Dv]` to `[T, Hq, Dv]`."""
+    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
+        """Attend one layer, to `[T, Hq, Dv]`."""
 
 
 class UnsupportedError(Exception):
@@ -55,11 +48,14 @@ _LIBRARY.define(
 )
 
 
+def _packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> QKV:
+    return query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+
+
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Tensors `[1, H, T, D]` as transformers has them, to `[1, T, Hq, Dv]`."""
     step, index, layer = CALL.get()
-    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return step.attend(index, layer, *packed)[None].contiguous()
+    return step.attend(index, layer, _packed(query, key, value))[None].contiguous()
 
 
 def _attend_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -157,14 +153,7 @@ def hook(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     seen: Seen = getattr(module, _SEEN, None) or Seen(window=sliding_window or None)
     layer = LayerAttention(scale, seen.window, softcap, s_aux, seen.chunk)
-    out = step.attend(
-        index,
-        layer,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-    )
-    return out[None], None
+    return step.attend(index, layer, _packed(query, key, value))[None], None
 
 
 class Probe:
@@ -211,15 +200,9 @@ class Probe:
         for i, old in enumerate(sorted(self._modules)):
             setattr(self._modules[old], _INDEX, i)
 
-    def attend(
-        self,
-        layer_index: int,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
+    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
         """See `Step.attend`; the result is zeros."""
+        query, key, value = new
         self.hits.append(layer_index)
         self.layers[layer_index] = LayerSpec(
             q_heads=query.shape[1],

@@ -70,15 +70,10 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernel computes in bfloat16 and float16, not in {str(dtype)[6:]}"
     if find_spec("triton") is None:
         return "triton is not installed"
-    found = _capability(device)
+    found = torch.cuda.get_device_capability(device)
     if found < _LEAST_CAPABILITY:
         return f"it needs compute capability 8.0, and this device has {found[0]}.{found[1]}"
     return None
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 @cache

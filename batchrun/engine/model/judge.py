@@ -135,7 +135,8 @@ def check_kernel(
     Returns:
         Whether it works, and the `difference` from float32, or why it does not work.
     """
-    segments = [_segment(0, 299, 1), _segment(1, 0, 1), _segment(2, 20, 100), _segment(3, 0, 70)]
+    parts = (299, 1), (0, 1), (20, 100), (0, 70)  # where each begins, and its tokens
+    segments = [Segment(slot, *part, sampled=True) for slot, part in enumerate(parts)]
     geometry = _geometry(spec, device, dtype)
     reason = attention.unsupported_reason(name, geometry, compiled=True)
     if reason is not None:
@@ -174,8 +175,4 @@ def _run(
 ) -> torch.Tensor:
     backend.plan(segments)
     query, keys, values = tensors
-    return backend.run(layer, query, keys, values)
-
-
-def _segment(slot: int, start: int, length: int) -> Segment:
-    return Segment(slot, start, length, sampled=True)
+    return backend.run(layer, query, (keys, values))

@@ -84,12 +84,8 @@ def load(
         int8_weights(model)
     model = model.to(device)
     loaded = prepare(model, tokenizer, max_model_len=max_model_len)
-    reason = (
-        unsupported_reason(loaded.device, wanted)
-        if quantize and loaded.device.type == "cuda"
-        else None
-    )
-    if reason is not None:
+    on_gpu = quantize and loaded.device.type == "cuda"
+    if on_gpu and (reason := unsupported_reason(loaded.device, wanted)) is not None:
         notes.append(
             f"weights of 8 bits save memory and cost time here: each step widens them, as {reason}"
         )

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from batchrun.engine.attention import LayerAttention
+from batchrun.engine.attention import KV, QKV, LayerAttention
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.model.hook import Step, is_told_beside
@@ -101,9 +101,7 @@ def through_slots(
     return [(s, torch.stack(r[-COMPARED:])) for s, r in zip(sequences, logits, strict=True)]
 
 
-def plain_views(
-    loaded: LoadedModel, sequences: Sequences[Sequence]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def plain_views(loaded: LoadedModel, sequences: Sequences[Sequence]) -> list[KV]:
     """Each layer's keys and values for the slots of sequences, in ordinary float32 memory."""
     slots = len(sequences), max(s.num_tokens for s in sequences)
 
@@ -152,16 +150,9 @@ class _Causal:
     def __init__(self) -> None:
         self.layers: dict[int, LayerAttention] = {}
 
-    def attend(
-        self,
-        layer_index: int,
-        layer: LayerAttention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
+    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
         self.layers[layer_index] = layer
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in new)
         out = functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True
         )
