@@ -10,7 +10,7 @@ from pathlib import Path
 
 from batchrun.cli.errors import ExitStatus, print_error
 from batchrun.cli.piped import hand_out
-from batchrun.cli.progress import ProgressView, make_view
+from batchrun.cli.progress import BarView, LineView, make_view
 from batchrun.cli.work import STATUS
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
@@ -108,7 +108,7 @@ def watch(
     return _report(job, time.monotonic() - started, as_json)
 
 
-def _show(job: JobFolder, view: ProgressView, tail: LogTail) -> None:
+def _show(job: JobFolder, view: BarView | LineView, tail: LogTail) -> None:
     for line in tail.lines():
         view.message(str(line["message"]))
     progress = read_progress(job.path)
