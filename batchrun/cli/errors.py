@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from batchrun.errors import said_by
-from batchrun.terminal import MESSAGE, say
+from batchrun.terminal import say, tell
 
 
 class ExitStatus(IntEnum):
@@ -124,6 +124,6 @@ def _bug(error: Exception, folder: Path | None) -> tuple[str, str]:
 
 def print_error(message: str, hint: str | None) -> None:
     """Print an error and what to do about it."""
-    say(f"error: {message}", err=True, limit=MESSAGE)
+    tell(f"error: {message}")
     if hint:
-        say(f"hint: {hint}", err=True, limit=MESSAGE)
+        tell(f"hint: {hint}")

@@ -9,7 +9,7 @@ import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import click
@@ -24,7 +24,7 @@ from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import prompt_seconds, stall_seconds
 from batchrun.runner.runs import TELL
 from batchrun.runner.watchdog import Watchdog
-from batchrun.terminal import MESSAGE, say
+from batchrun.terminal import tell
 
 STATUS = {
     "done": ExitStatus.DONE,
@@ -46,12 +46,7 @@ class StopOnSignal:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -125,7 +120,7 @@ def run_job_command(folder: Path) -> int:
 
 def _print_traceback(error: BaseException) -> None:
     for part in traceback.format_exception(error):
-        say(*part.splitlines(), err=True, limit=MESSAGE)
+        tell(*part.splitlines())
 
 
 def _lost(job: JobFolder, reporter: Reporter, what: str) -> None:
