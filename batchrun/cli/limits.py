@@ -45,7 +45,7 @@ def limits(root: Path = cgroups.ROOT) -> dict[str, str]:
         if limit != resource.RLIM_INFINITY:
             found[what] = f"{limit:,}" if cure is None else f"{size(limit)} ({cure})"
     found["mappings"] = f"{max_map_count():,} (vm.max_map_count)"
-    if _read(root / "proc/sys/vm/overcommit_memory") == "2":
+    if cgroups.text_of(root / "proc/sys/vm/overcommit_memory").strip() == "2":
         found["overcommit"] = "none (sysctl -w vm.overcommit_memory=0)"
     return found
 
@@ -91,10 +91,3 @@ def fallbacks() -> dict[str, str]:
             "(docker run --shm-size, or allow memfd_create in the seccomp profile)"
         }
     return {}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
