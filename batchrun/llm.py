@@ -123,11 +123,9 @@ class _Drive:
         results: By row and sample.
     """
 
-    def __init__(self, engine: RowEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: RowEngine, reader: Reader) -> None:
+        self._engine, self._reader = engine, reader
         self.results: dict[tuple[int, int], Result] = {}
-        self.copies: list[CopiedResult] = []
-        self.reader: Reader | None = None
 
     @property
     def full(self) -> bool:
@@ -143,7 +141,8 @@ class _Drive:
         elif isinstance(item, Result):
             self.results[item.row, item.sample] = item
         elif isinstance(item, CopiedResult):
-            self.copies.append(item)
+            of = self.results[item.of_row, item.of_sample]
+            self.put(of._replace(row=item.row, sample=item.sample))
 
     def close(self) -> None:
         """There is no more: compute what is left."""
@@ -152,11 +151,10 @@ class _Drive:
 
     def step(self) -> None:
         """Let the engine go one step on."""
-        assert self.reader is not None
         for completion in self._engine.step():
             request, result = completion.request, result_of(completion)
             self.put(result)
-            for same in self.reader.ended(request, result):
+            for same in self._reader.ended(request, result):
                 self.put(same)
 
 
@@ -170,11 +168,8 @@ def _computed(
     with tempfile.TemporaryDirectory(prefix="batchrun-") as place:
         path = Path(place, "rows.jsonl")
         path.write_bytes(lines)
-        drive = _Drive(bench.engine)
         source = open_source([Part(path)], "jsonl")
-        drive.reader = Reader(spec, source, DoneSet(spec.n), bench, log)
-        drive.reader.read(drive, drive)
-    for copy in drive.copies:
-        of = drive.results[copy.of_row, copy.of_sample]
-        drive.put(of._replace(row=copy.row, sample=copy.sample))
+        reader = Reader(spec, source, DoneSet(spec.n), bench, log)
+        drive = _Drive(bench.engine, reader)
+        reader.read(drive, drive)
     return [drive.results[key] for key in sorted(drive.results)]

@@ -12,7 +12,7 @@ from batchrun.errors import MachineError, StepFailed, said_by
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.results import Partial, Result
-from batchrun.runner.channel import Closed, Receiver, Sender
+from batchrun.runner.channel import Channel, Closed, Sender
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.reader import QUEUED_REQUESTS, Reader, RowEngine
 from batchrun.runner.watchdog import Watchdog
@@ -56,7 +56,7 @@ class EngineLoop:
         self._figures, self._watchdog = figures, watchdog
         self._stopped, self._report = stopped, report
 
-    def run(self, requests: Receiver[Request], results: Sender[Item]) -> None:
+    def run(self, requests: Channel[Request], results: Sender[Item]) -> None:
         """Drive the engine.
 
         Raises:

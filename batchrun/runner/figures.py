@@ -64,7 +64,7 @@ class RunFigures:
             measured |= self.workbench.measurements()
             measured["tail_s"] = self._tail(measured)
         if self.reader is not None:
-            duplicates, saved = self.reader.duplicates, self.reader.saved()
+            duplicates, saved = self.reader.duplicates, self.reader.savings.saved()
             measured["tokenise_s"] = self.reader.seconds
             measured["plan_s"] = self.reader.planner.seconds if self.reader.planner else 0.0
             measured["duplicates"] = duplicates.rows

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from batchrun.engine.core import Completion, Request, SamplingParams
 from batchrun.errors import PROCESS_ENDS, said_by
-from batchrun.estimate.savings import Saved, Savings
+from batchrun.estimate.savings import Savings
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result, RowDigests
 from batchrun.jobs.output.joined import Digests, row_changed
@@ -142,6 +142,7 @@ class Reader:
         handed: Requests that were given away.
         planner: Puts them in order; None where they stay in the file's.
         duplicates: Knows which of them need no computing.
+        savings: Knows what planning saved.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Reader:
         self.seconds, self.handed = 0.0, 0
         self.duplicates = Duplicates(spec.n)
         self.planner = Planner() if spec.runtime.plan else None
-        self._savings = Savings(
+        self.savings = Savings(
             workbench.max_num_seqs,
             workbench.max_num_batched_tokens,
             share=spec.runtime.share_prefixes,
@@ -227,7 +228,7 @@ class Reader:
         else:
             to_compute = self._without_duplicates(self.planner, rows, results)
             for waiting in self.planner.planned(to_compute, lambda: requests.full):
-                self._savings.put(waiting, self.planner.expected(waiting.rest.params))
+                self.savings.put(waiting, self.planner.expected(waiting.rest.params))
                 self._note(results)
                 self._hand(waiting.request(), requests)
         self._note(results)
@@ -248,22 +249,18 @@ class Reader:
         """A row that was planned has ended: the results of those that ask the same."""
         same = self.duplicates.settle(request, result)
         for ended in (result, *same):
-            self._savings.end(ended.row, ended.sample, ended.completion_tokens)
+            self.savings.end(ended.row, ended.sample, ended.completion_tokens)
         return same
-
-    def saved(self) -> Saved:
-        """What planning saved: see `Savings.saved`."""
-        return self._savings.saved()
 
     def _without_duplicates(
         self, planner: Planner, requests: Iterable[Request], results: Sender[Read]
     ) -> Iterator[Waiting]:
         for request in requests:
             waiting = Waiting.of(request)
-            self._savings.read(waiting, planner.expected(request.params))
+            self.savings.read(waiting, planner.expected(request.params))
             claimed = self.duplicates.claim(waiting, lambda: self._note(results))
             if isinstance(claimed, CopiedResult):
-                self._savings.end(claimed.row, claimed.sample, claimed.tokens)
+                self.savings.end(claimed.row, claimed.sample, claimed.tokens)
                 self._note(results)
                 results.put(claimed)
             elif claimed:
@@ -347,7 +344,10 @@ class Reader:
 
     def _prompt(self, fields: Mapping[str, Any]) -> tuple[tuple[int, ...], SamplingParams]:
         given = self._sampling(fields)
-        params = self._params_of(given)
+        try:
+            params = self._generation.params(given)
+        except ValueError as error:
+            raise PromptError("bad_parameter", str(error)) from None
         ids = self._encode(fields)
         return ids, self._generation.fitted(params, given, len(ids))
 
@@ -379,12 +379,6 @@ class Reader:
                 values[name] = found
                 self._tell([name])
         return values
-
-    def _params_of(self, given: Mapping[str, Any]) -> SamplingParams:
-        try:
-            return self._generation.params(given)
-        except ValueError as error:
-            raise PromptError("bad_parameter", str(error)) from None
 
     def _tell(self, names: Iterable[str]) -> None:
         """Log, once, what is taken as a parameter and was not told of before the job began."""

@@ -26,7 +26,6 @@ _TELL_S = 1.0  # that it has for it
 _LOOK_S = 0.5  # between two looks at what a run is at
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _RESTARTS = 4  # in a row, without a result in between
-_BARREN = BARREN  # in a row, without a good one
 _CRASHED = re.compile(rb"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 _WORDS = 300  # characters
 _FAILED, _INTERRUPTED = 1, 130  # what the supervisor exits with
@@ -108,7 +107,7 @@ class Runs:
             return self._stopped()
         _blame(self._job, overrun, place)
         self._count()
-        if self._barren < _BARREN:
+        if self._barren < BARREN:
             return None
         error = never_made(self._barren, place)
         return self._failed(str(error), error.hint)
@@ -141,7 +140,7 @@ class Runs:
             journal.count_crash(rows)
         self._count()
         self._reporter.message(f"the run crashed with {name}; {len(rows)} rows were in it")
-        if self._vain < _RESTARTS and self._barren < _BARREN:
+        if self._vain < _RESTARTS and self._barren < BARREN:
             return None
         times = max(self._vain, self._barren)
         return self._failed(

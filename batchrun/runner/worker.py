@@ -289,9 +289,7 @@ def _count_rows(source: Source, spec: JobSpec, journal: Journal) -> int:
     """Rows of the job, as the first run counted them."""
     total = journal.meta("rows_total")
     if total is None:
-        total = source.num_rows
-        if total is None:
-            total = source.count()
+        total = source.count()
         if spec.limit is not None:
             total = min(total, spec.limit)
         journal.set_meta("rows_total", total)

@@ -19,7 +19,7 @@ from batchrun.jobs.journal.results import (
     RowDigests,
 )
 from batchrun.jobs.spec import JobSpec
-from batchrun.runner.channel import Closed, Receiver
+from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.watchdog import Watchdog
 
@@ -93,7 +93,7 @@ class JournalWriter:
         """Results that the job has not yet."""
         return self._total * self._spec.n - self.samples
 
-    def run(self, columns: list[str], results: Receiver[Item]) -> None:
+    def run(self, columns: list[str], results: Channel[Item]) -> None:
         """Write what comes until nothing more does.
 
         Args:
