@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchrun.engine.core import Request
 from batchrun.jobs.folder import home
@@ -21,9 +21,13 @@ from batchrun.jobs.spec import JobSpec
 from batchrun.runner.chat_columns import usual_column
 from batchrun.runner.engine_loop import result_of
 from batchrun.runner.opening import open_runtime
-from batchrun.runner.reader import QUEUED_REQUESTS, Reader, RowEngine, Workbench
+from batchrun.runner.reader import QUEUED_REQUESTS, Reader
 from batchrun.specs import model_of, part_of, read_options, sampling_of
 from batchrun.submission import as_lines
+
+if TYPE_CHECKING:  # they import torch
+    from batchrun.engine.build import Assembly
+    from batchrun.engine.engine import Engine
 
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 _log = logging.getLogger("batchrun").info
@@ -57,7 +61,7 @@ class LLM:
             SamplingSpec(),
             runtime=part_of(RuntimeSpec, asked),
         )
-        self._runtime: Workbench | None = open_runtime(self._spec, log)
+        self._runtime: Assembly | None = open_runtime(self._spec, log)
 
     def generate(self, prompts: Iterable[Prompt], **sampling: Any) -> list[Result]:
         """The results of all prompts, in their order; of one that failed, `error` says why.
@@ -123,7 +127,7 @@ class _Drive:
         results: By row and sample.
     """
 
-    def __init__(self, engine: RowEngine, reader: Reader) -> None:
+    def __init__(self, engine: Engine, reader: Reader) -> None:
         self._engine, self._reader = engine, reader
         self.results: dict[tuple[int, int], Result] = {}
 
@@ -161,7 +165,7 @@ class _Drive:
 def _computed(
     spec: JobSpec,
     lines: bytes,
-    bench: Workbench,
+    bench: Assembly,
     log: Callable[[str], None],
 ) -> list[Result]:
     """The results of rows, which are lines of JSON: read, planned and computed as a job's are."""

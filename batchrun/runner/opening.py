@@ -10,13 +10,14 @@ from batchrun import machine
 from batchrun.estimate.measured import Measured
 from batchrun.jobs import folder as folders
 from batchrun.jobs.spec import JobSpec
-from batchrun.runner.reader import Workbench, prompt_options
+from batchrun.runner.reader import prompt_options
 
 if TYPE_CHECKING:
+    from batchrun.engine.build import Assembly
     from batchrun.engine.settings import Settings
 
 
-def open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Workbench:
+def open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Assembly:
     """The real engine for a job."""
     with machine.importing():
         from batchrun.engine.build import build  # noqa: PLC0415 - imports torch

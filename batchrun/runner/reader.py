@@ -8,7 +8,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batchrun.engine.core import Completion, Request, SamplingParams
+from batchrun.engine.core import Request, SamplingParams
 from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.estimate.savings import Savings
 from batchrun.jobs.errors import InputError
@@ -57,32 +57,6 @@ def prompt_options(spec: JobSpec) -> dict[str, Any]:
     }
 
 
-class RowEngine(Protocol):
-    """What a job needs of an engine.
-
-    Attributes:
-        on_admit: Called with each request before it is computed for the first time.
-    """
-
-    on_admit: Callable[[Request], None]
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would do anything."""
-
-    def load(self) -> tuple[int, int, int]:
-        """Sequences running, sequences waiting, and tokens generated so far."""
-
-    def add(self, request: Request) -> None:
-        """Queue a request."""
-
-    def step(self) -> list[Completion]:
-        """Go one step on; returns what ended."""
-
-    def partials(self) -> Iterable[Request]:
-        """What has not ended and has tokens already: requests that go on where it is."""
-
-
 class Prompts(Protocol):
     """What the reader needs of a model."""
 
@@ -101,20 +75,6 @@ class Prompts(Protocol):
     @property
     def max_num_batched_tokens(self) -> int:
         """Tokens in a step."""
-
-
-class Workbench(Prompts, Protocol):
-    """An engine with what surrounds it: `batchrun.engine.build.build`."""
-
-    @property
-    def engine(self) -> RowEngine:
-        """Where requests go."""
-
-    def measurements(self) -> Mapping[str, Any]:
-        """Figures by the names of `batchrun.jobs.metrics`."""
-
-    def close(self) -> None:
-        """Give everything back."""
 
 
 class Reader:
