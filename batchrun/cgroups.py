@@ -16,6 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 ROOT = Path("/")
+# By version: what is used, what of it are files that nobody has used lately, and the limits; beyond
+# `high` everything waits for pages.
+_MEMORY = {
+    1: ("memory.usage_in_bytes", "total_inactive_file", ("memory.limit_in_bytes",)),
+    2: ("memory.current", "inactive_file", ("memory.max", "memory.high")),
+}
 _NONE = 1 << 60  # bytes: version 1 has no word for no limit, only the largest number of pages
 
 
@@ -45,8 +51,7 @@ class MemoryLimit:
 def memory_limit(root: Path = ROOT) -> MemoryLimit | None:
     """The limit that leaves least; None where there is none."""
     version, folders = _levels("memory", root)
-    read = _memory_v1 if version == 1 else _memory_v2
-    found = [limit for folder in folders for limit in read(folder)]
+    found = [limit for folder in folders for limit in _memory_limits(folder, version)]
     return min(found, key=lambda limit: limit.free, default=None)
 
 
@@ -78,30 +83,18 @@ def oom_kills(root: Path = ROOT) -> int:
     return counts.get("oom_kill", 0)
 
 
-def _memory_v1(folder: Path) -> Iterator[MemoryLimit]:
-    used, stat = _number(folder / "memory.usage_in_bytes"), _counts(folder / "memory.stat")
+def _memory_limits(folder: Path, version: int) -> Iterator[MemoryLimit]:
+    current, idle, files = _MEMORY[version]
+    used, stat = _number(folder / current), _counts(folder / "memory.stat")
     if used is None:
         return
-    used -= stat.get("total_inactive_file", 0)
-    limits = {
-        "memory.limit_in_bytes": _number(folder / "memory.limit_in_bytes"),
-        # Of the levels above, too, which a container does not see. What they use it sees less.
-        "memory.stat": stat.get("hierarchical_memory_limit"),
-    }
+    limits = {file: _number(folder / file) for file in files}
+    # Of the levels above, too, which a container does not see. What they use it sees less. Only
+    # version 1 says so.
+    limits["memory.stat"] = stat.get("hierarchical_memory_limit")
     for file, limit in limits.items():
         if limit is not None and limit < _NONE:
-            yield MemoryLimit(folder, file, limit, used)
-
-
-def _memory_v2(folder: Path) -> Iterator[MemoryLimit]:
-    used = _number(folder / "memory.current")
-    if used is None:
-        return
-    used -= _counts(folder / "memory.stat").get("inactive_file", 0)
-    for file in ("memory.max", "memory.high"):  # beyond `high` everything waits for pages
-        limit = _number(folder / file)
-        if limit is not None:
-            yield MemoryLimit(folder, file, limit, used)
+            yield MemoryLimit(folder, file, limit, used - stat.get(idle, 0))
 
 
 def _levels(controller: str, root: Path) -> tuple[int, list[Path]]:

@@ -33,7 +33,6 @@ class ModelInfo:
     Attributes:
         encode: Makes prompt tokens of a row's fields.
         generation: What the model asks for where nobody says.
-        device: Where it would run.
         max_model_len: Tokens of prompt and answer together at most.
         token_bytes: Keys and values of one token.
         budget: Bytes that there are for them.
@@ -44,7 +43,6 @@ class ModelInfo:
 
     encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
     generation: Generation
-    device: str
     max_model_len: int
     token_bytes: int
     budget: int
@@ -256,7 +254,6 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
     return ModelInfo(
         encode,
         read_generation(empty, tokenizer, loaded.max_model_len),
-        device,
         loaded.max_model_len,
         layout.bytes_per_token,
         budget,

@@ -26,7 +26,7 @@ _TELL_S = 1.0  # that it has for it
 _LOOK_S = 0.5  # between two looks at what a run is at
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _RESTARTS = 4  # in a row, without a result in between
-_CRASHED = re.compile(rb"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
+_CRASHED = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 _WORDS = 300  # characters
 _FAILED, _INTERRUPTED = 1, 130  # what the supervisor exits with
 
@@ -179,8 +179,7 @@ class Runs:
 
     def _stack(self, thread: int) -> str:
         """What faulthandler printed last of a thread."""
-        printed = self._words().decode(errors="replace")
-        found = re.findall(rf"hread 0x0*{thread:x} .*?\n((?:  .*\n)*)", printed)
+        found = re.findall(rf"hread 0x0*{thread:x} .*?\n((?:  .*\n)*)", self._words())
         return str(found[-1]) if found else ""
 
     def _note_silent_end(self, code: int) -> None:
@@ -188,7 +187,7 @@ class Runs:
         noted = JobSnapshot.load(self._job.path)
         if noted is not None and noted.state not in WAITING:
             return
-        lines = [line.strip() for line in self._words().decode(errors="replace").splitlines()]
+        lines = [line.strip() for line in self._words().splitlines()]
         lines = [line for line in lines if line]
         if any(line.startswith("error: ") for line in lines):
             return  # it did say, and someone else may have the job
@@ -200,13 +199,11 @@ class Runs:
             "batchrun resume",
         )
 
-    def _words(self) -> bytes:
+    def _words(self) -> str:
         """What the job's processes have printed since the run began."""
         if not self._log.exists():
-            return b""
-        with self._log.open("rb") as file:
-            file.seek(self._printed)
-            return file.read()
+            return ""
+        return self._log.read_bytes()[self._printed :].decode(errors="replace")
 
 
 def _blame(job: JobFolder, overrun: Overrun, place: str) -> None:

@@ -131,11 +131,7 @@ class _Run:
             self._condemned = journal.condemned()
             self._earlier = journal.counts()
         self._writer = JournalWriter(
-            job,
-            spec,
-            self._number,
-            total=self._total,
-            earlier=self._earlier,
+            *(job, spec, self._number, self._total, self._earlier),
             figures=self._figures,
             watchdog=self.watchdog,
             log=self.log,
