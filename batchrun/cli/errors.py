@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from batchrun.errors import said_by
+from batchrun.errors import MachineError, ModelError, said_by
+from batchrun.jobs.errors import JobError
 from batchrun.terminal import say, tell
 
 
@@ -71,8 +72,6 @@ def explain(error: Exception, folder: Path | None = None) -> tuple[str, str | No
 def describe(error: Exception) -> tuple[str, str | None] | None:
     """Message and hint of an error that a user can understand; None for a bug."""
     from batchrun.engine.core import EngineError  # noqa: PLC0415  (not needed for --help)
-    from batchrun.errors import MachineError, ModelError  # noqa: PLC0415
-    from batchrun.jobs.errors import JobError  # noqa: PLC0415
 
     if isinstance(error, JobError | ModelError | EngineError | MachineError):
         return str(error), error.hint

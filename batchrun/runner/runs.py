@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 
 from batchrun.cgroups import oom_kills
@@ -74,10 +74,9 @@ class Runs:
 
     def _watch(self, child: subprocess.Popen[bytes]) -> tuple[int, Overrun | None]:
         """Wait for the end; returns the exit code, and the prompt for which it was ended here."""
-        note = ReaderNote(self._job.path)
-        note.made()  # of the run before
-        onlooker = Onlooker(child.pid, note)
-        try:
+        with closing(ReaderNote(self._job.path)) as note:
+            note.made()  # of the run before
+            onlooker = Onlooker(child.pid, note)
             while True:
                 with suppress(subprocess.TimeoutExpired):
                     return child.wait(_LOOK_S), None
@@ -88,8 +87,6 @@ class Runs:
                     child.wait(_TELL_S)
                 child.kill()
                 return child.wait(), overrun
-        finally:
-            note.close()
 
     def _stopped(self) -> int:
         self._job.set_state("cancelled" if self._job.cancel_requested() else "interrupted")
@@ -157,10 +154,9 @@ class Runs:
 
     def _suspects(self) -> tuple[list[int], Reading | None]:
         """Rows that may have brought the run down, or what it read as it died."""
-        running, note = InFlightRows(self._job.path), ReaderNote(self._job.path)
-        rows, at = running.rows(), note.at()
-        running.close()
-        note.close()
+        path = self._job.path
+        with closing(InFlightRows(path)) as running, closing(ReaderNote(path)) as note:
+            rows, at = running.rows(), note.at()
         if at is None:
             return rows, None
         thread = self._crashed_thread()
