@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from batchrun.errors import MachineError, ModelError, said_by
+from batchrun.errors import UserError, said_by
 from batchrun.jobs.errors import JobError
 from batchrun.terminal import say, tell
 
@@ -73,7 +73,7 @@ def describe(error: Exception) -> tuple[str, str | None] | None:
     """Message and hint of an error that a user can understand; None for a bug."""
     from batchrun.engine.core import EngineError  # noqa: PLC0415  (not needed for --help)
 
-    if isinstance(error, JobError | ModelError | EngineError | MachineError):
+    if isinstance(error, JobError | EngineError | UserError):
         return str(error), error.hint
     if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None):
         return f"a library can't be loaded: {error}", "batchrun doctor says what is amiss"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from batchrun import cgroups, machine
@@ -66,17 +67,11 @@ def lacking() -> Iterator[str]:
     if (free := machine.available_memory()) < _ADDRESSES >> 6:
         yield f"{size(max(0, free))} of memory are free; free some, or lift the group's limit"
     try:
-        memory = HostMemory(_PAGE, guard=False)
+        with closing(HostMemory(_PAGE, guard=False)) as memory:
+            address = memory.reserve(_ADDRESSES)
+            memory.map(address, memory.create(1))
     except (AllocatorError, OSError) as error:
         yield f"KV memory on a CPU: {error}"
-        return
-    try:
-        address = memory.reserve(_ADDRESSES)
-        memory.map(address, memory.create(1))
-    except AllocatorError as error:
-        yield f"KV memory on a CPU: {error}"
-    finally:
-        memory.close()
 
 
 def fallbacks() -> dict[str, str]:

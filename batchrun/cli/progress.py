@@ -5,15 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from batchrun.report.text import seconds
+from batchrun.runner.live import Progress
 from batchrun.terminal import MESSAGE, printable, say
-
-if TYPE_CHECKING:
-    from batchrun.runner.live import Progress
 
 _LINE_EVERY_S = 5.0
 _RATE_WINDOW_S = 20.0
