@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -116,14 +116,12 @@ class Job:
         Raises:
             JobError: The input is not what it was, or can't be read.
         """
-        with ExitStack() as stack:
-            joined = self._joined(stack)
+        with self._joined() as joined:
             if FORMATS[self._job.spec().input_format].columnar:
                 for batch in joined.batches():
                     yield from batch.to_pylist()
             else:
                 yield from map(json.loads, JsonFormat().records(joined, self.output))
-            joined.finish()
 
     def to_arrow(self) -> pa.Table:
         """The output's rows as a table; while the job is not done, those that are.
@@ -131,16 +129,17 @@ class Job:
         Raises:
             JobError: The input is not what it was, or can't be read.
         """
-        with ExitStack() as stack:
-            joined = self._joined(stack)
-            table = pa.Table.from_batches(list(joined.batches()), joined.schema())
-            joined.finish()
-            return table
+        with self._joined() as joined:
+            return pa.Table.from_batches(list(joined.batches()), joined.schema())
 
-    def _joined(self, stack: ExitStack) -> Joined:
+    @contextmanager
+    def _joined(self) -> Iterator[Joined]:
+        """The output's rows, and a look at what was read once all of them are."""
         partial = self.state not in _FINISHED
-        journal = stack.enter_context(self._job.journal())
-        return rejoin(self._job.spec(), journal, partial=partial)
+        with self._job.journal() as journal:
+            joined = rejoin(self._job.spec(), journal, partial=partial)
+            yield joined
+            joined.finish()
 
     def resume(
         self,

@@ -10,13 +10,18 @@ Each function takes the folder that holds `proc` and `sys`, which is `/` but for
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 ROOT = Path("/")
+# By version: what is used, what of it are files that nobody has used lately, and the limits; beyond
+# `high` everything waits for pages.
+_MEMORY = {
+    1: ("memory.usage_in_bytes", "total_inactive_file", ("memory.limit_in_bytes",)),
+    2: ("memory.current", "inactive_file", ("memory.max", "memory.high")),
+}
 _NONE = 1 << 60  # bytes: version 1 has no word for no limit, only the largest number of pages
 
 
@@ -46,8 +51,7 @@ class MemoryLimit:
 def memory_limit(root: Path = ROOT) -> MemoryLimit | None:
     """The limit that leaves least; None where there is none."""
     version, folders = _levels("memory", root)
-    read = _memory_v1 if version == 1 else _memory_v2
-    found = [limit for folder in folders for limit in read(folder)]
+    found = [limit for folder in folders for limit in _memory_limits(folder, version)]
     return min(found, key=lambda limit: limit.free, default=None)
 
 
@@ -60,7 +64,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
             quota = _number(folder / "cpu.cfs_quota_us")
             period = _number(folder / "cpu.cfs_period_us")
         else:  # such as `200000 100000`, or `max 100000`
-            given, _, each = _text(folder / "cpu.max").partition(" ")
+            given, _, each = text_of(folder / "cpu.max").partition(" ")
             quota, period = (int(w) if w.strip().isdigit() else None for w in (given, each))
         if quota and period and quota > 0:
             found.append(quota / period)
@@ -79,56 +83,45 @@ def oom_kills(root: Path = ROOT) -> int:
     return counts.get("oom_kill", 0)
 
 
-def _memory_v1(folder: Path) -> Iterator[MemoryLimit]:
-    used, stat = _number(folder / "memory.usage_in_bytes"), _counts(folder / "memory.stat")
+def _memory_limits(folder: Path, version: int) -> Iterator[MemoryLimit]:
+    current, idle, files = _MEMORY[version]
+    used, stat = _number(folder / current), _counts(folder / "memory.stat")
     if used is None:
         return
-    used -= stat.get("total_inactive_file", 0)
-    limits = {
-        "memory.limit_in_bytes": _number(folder / "memory.limit_in_bytes"),
-        # Of the levels above, too, which a container does not see. What they use it sees less.
-        "memory.stat": stat.get("hierarchical_memory_limit"),
-    }
+    limits = {file: _number(folder / file) for file in files}
+    # Of the levels above, too, which a container does not see. What they use it sees less. Only
+    # version 1 says so.
+    limits["memory.stat"] = stat.get("hierarchical_memory_limit")
     for file, limit in limits.items():
         if limit is not None and limit < _NONE:
-            yield MemoryLimit(folder, file, limit, used)
-
-
-def _memory_v2(folder: Path) -> Iterator[MemoryLimit]:
-    used = _number(folder / "memory.current")
-    if used is None:
-        return
-    used -= _counts(folder / "memory.stat").get("inactive_file", 0)
-    for file in ("memory.max", "memory.high"):  # beyond `high` everything waits for pages
-        limit = _number(folder / file)
-        if limit is not None:
-            yield MemoryLimit(folder, file, limit, used)
+            yield MemoryLimit(folder, file, limit, used - stat.get(idle, 0))
 
 
 def _levels(controller: str, root: Path) -> tuple[int, list[Path]]:
     """The version of the controller's hierarchy, and this process's folders in it, from below."""
-    version, group = 2, ""
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    version, group = 2, None
+    for line in text_of(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         if controller in names.split(","):
-            version, group = 1, path
+            version, group = 1, PurePath(path)
             break
         if number == "0" and not names:
-            group = path
-    if not group:
+            group = PurePath(path)
+    if group is None:
         return version, []
     mounts = list(_mounts(controller if version == 1 else None, root))
     for top, mounted in mounts:
-        if (below := _below(group, top)) is not None:
-            return version, [_in(root, mounted) / part for part in (*_upwards(below), "")]
+        if group.is_relative_to(top) and ".." not in group.parts:
+            below = group.relative_to(top)
+            return version, [mounted / part for part in (below, *below.parents)]
     # A namespace, or a mount of elsewhere, hides the way there: what is seen is what there is.
-    return version, [_in(root, mounted) for _, mounted in mounts[:1]]
+    return version, [mounted for _, mounted in mounts[:1]]
 
 
-def _mounts(controller: str | None, root: Path) -> Iterator[tuple[str, str]]:
+def _mounts(controller: str | None, root: Path) -> Iterator[tuple[str, Path]]:
     """Which part of the hierarchy is mounted, and where; without a controller, of version 2."""
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in text_of(root / "proc/self/mountinfo").splitlines():
         fields, _, rest = line.partition(" - ")
         kind, _, options = rest.partition(" ")
         wanted = (
@@ -138,26 +131,7 @@ def _mounts(controller: str | None, root: Path) -> Iterator[tuple[str, str]]:
         )
         if wanted:
             _, _, _, top, mounted, *_ = fields.split(" ")
-            yield _unescaped(top), _unescaped(mounted)
-
-
-def _below(group: str, top: str) -> str | None:
-    """A group's path from the top of a mount; None where it lies elsewhere."""
-    parts = group.split("/")
-    if ".." in parts or not f"{group}/".startswith(f"{top.rstrip('/')}/"):
-        return None
-    return group[len(top.rstrip("/")) :].strip("/")
-
-
-def _upwards(path: str) -> Iterator[str]:
-    """A relative path and those above it, but for the last, which is empty."""
-    while path:
-        yield path
-        path = os.path.dirname(path)
-
-
-def _in(root: Path, path: str) -> Path:
-    return root / path.lstrip("/")
+            yield _unescaped(top), root / _unescaped(mounted).lstrip("/")
 
 
 def _unescaped(path: str) -> str:
@@ -166,17 +140,17 @@ def _unescaped(path: str) -> str:
 
 def _counts(path: Path) -> dict[str, int]:
     """What lines of a name and a number say."""
-    pairs = (line.split() for line in _text(path).splitlines())
+    pairs = (line.split() for line in text_of(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def _number(path: Path) -> int | None:
     """A file's number; None where it is not there, or says `max`."""
-    text = _text(path).strip()
+    text = text_of(path).strip()
     return int(text) if re.fullmatch(r"-?\d+", text) else None
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """A file's text; empty where it can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")

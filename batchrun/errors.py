@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 
-class ModelError(Exception):
-    """A model that cannot be used, with what to type next in `hint`."""
+class UserError(Exception):
+    """Something for the user to act on, with what to type next in `hint`."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
 
 
-class MachineError(Exception):
-    """Something that this machine, or what it allows this process, lacks; `hint` as above."""
+class ModelError(UserError):
+    """A model that cannot be used."""
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+
+class MachineError(UserError):
+    """Something that this machine, or what it allows this process, lacks."""
 
 
 class StepFailed(Exception):  # noqa: N818 - says what has happened

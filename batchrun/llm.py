@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchrun.engine.core import Request
 from batchrun.jobs.folder import home
@@ -21,9 +21,13 @@ from batchrun.jobs.spec import JobSpec
 from batchrun.runner.chat_columns import usual_column
 from batchrun.runner.engine_loop import result_of
 from batchrun.runner.opening import open_runtime
-from batchrun.runner.reader import QUEUED_REQUESTS, Reader, RowEngine, Workbench
+from batchrun.runner.reader import QUEUED_REQUESTS, Reader
 from batchrun.specs import model_of, part_of, read_options, sampling_of
 from batchrun.submission import as_lines
+
+if TYPE_CHECKING:  # they import torch
+    from batchrun.engine.build import Assembly
+    from batchrun.engine.engine import Engine
 
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 _log = logging.getLogger("batchrun").info
@@ -57,7 +61,7 @@ class LLM:
             SamplingSpec(),
             runtime=part_of(RuntimeSpec, asked),
         )
-        self._runtime: Workbench | None = open_runtime(self._spec, log)
+        self._runtime: Assembly | None = open_runtime(self._spec, log)
 
     def generate(self, prompts: Iterable[Prompt], **sampling: Any) -> list[Result]:
         """The results of all prompts, in their order; of one that failed, `error` says why.
@@ -123,11 +127,9 @@ class _Drive:
         results: By row and sample.
     """
 
-    def __init__(self, engine: RowEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, reader: Reader) -> None:
+        self._engine, self._reader = engine, reader
         self.results: dict[tuple[int, int], Result] = {}
-        self.copies: list[CopiedResult] = []
-        self.reader: Reader | None = None
 
     @property
     def full(self) -> bool:
@@ -143,7 +145,8 @@ class _Drive:
         elif isinstance(item, Result):
             self.results[item.row, item.sample] = item
         elif isinstance(item, CopiedResult):
-            self.copies.append(item)
+            of = self.results[item.of_row, item.of_sample]
+            self.put(of._replace(row=item.row, sample=item.sample))
 
     def close(self) -> None:
         """There is no more: compute what is left."""
@@ -152,29 +155,25 @@ class _Drive:
 
     def step(self) -> None:
         """Let the engine go one step on."""
-        assert self.reader is not None
         for completion in self._engine.step():
             request, result = completion.request, result_of(completion)
             self.put(result)
-            for same in self.reader.ended(request, result):
+            for same in self._reader.ended(request, result):
                 self.put(same)
 
 
 def _computed(
     spec: JobSpec,
     lines: bytes,
-    bench: Workbench,
+    bench: Assembly,
     log: Callable[[str], None],
 ) -> list[Result]:
     """The results of rows, which are lines of JSON: read, planned and computed as a job's are."""
     with tempfile.TemporaryDirectory(prefix="batchrun-") as place:
         path = Path(place, "rows.jsonl")
         path.write_bytes(lines)
-        drive = _Drive(bench.engine)
         source = open_source([Part(path)], "jsonl")
-        drive.reader = Reader(spec, source, DoneSet(spec.n), bench, log)
-        drive.reader.read(drive, drive)
-    for copy in drive.copies:
-        of = drive.results[copy.of_row, copy.of_sample]
-        drive.put(of._replace(row=copy.row, sample=copy.sample))
+        reader = Reader(spec, source, DoneSet(spec.n), bench, log)
+        drive = _Drive(bench.engine, reader)
+        reader.read(drive, drive)
     return [drive.results[key] for key in sorted(drive.results)]

@@ -121,10 +121,8 @@ def start(*threads: threading.Thread) -> None:
 
 def available_memory(root: Path = cgroups.ROOT) -> int:
     """Bytes that can still be had without swapping: of the machine, or of this control group."""
-    free = _line(root / "proc/meminfo", "MemAvailable")
-    if free:
-        available = int(free.split()[0]) * 1024
-    else:
+    available = proc_bytes(root / "proc/meminfo", "MemAvailable")
+    if available is None:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = cgroups.memory_limit(root)
     return available if limit is None else min(available, limit.free)
@@ -172,26 +170,20 @@ def end_with_lost_threads(end: Callable[[str], None]) -> None:
 
 def memory() -> dict[str, int]:
     """Bytes of the whole machine, and those that this process can still have."""
-    total = _line(Path("/proc/meminfo"), "MemTotal")
+    total = proc_bytes(Path("/proc/meminfo"), "MemTotal")
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "total": int(total.split()[0]) * 1024 if total else pages,
-        "available": available_memory(),
-    }
+    return {"total": total or pages, "available": available_memory()}
 
 
 def rss() -> int:
     """Bytes of memory that this process has now; 0 where the kernel does not say."""
-    now = _line(Path("/proc/self/status"), "VmRSS")
-    return int(now.split()[0]) * 1024 if now else 0
+    return proc_bytes(Path("/proc/self/status"), "VmRSS") or 0
 
 
 def peak_rss() -> int:
     """Bytes of memory that this process had at most."""
-    peak = _line(Path("/proc/self/status"), "VmHWM")
-    if peak:
-        return int(peak.split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # its parent's too
+    own = proc_bytes(Path("/proc/self/status"), "VmHWM")
+    return own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # its parent's too
 
 
 def return_freed_memory() -> None:
@@ -217,6 +209,12 @@ def _tune_heap(mapped: int, trimmed: int) -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, trimmed)
 
 
+def proc_bytes(path: Path, name: str) -> int | None:
+    """Bytes that a file says behind a name, in kB; None where it does not."""
+    found = _line(path, name)
+    return int(found.split()[0]) * 1024 if found else None
+
+
 def _of_cpu(*names: str) -> str:
     return _line(Path("/proc/cpuinfo"), *names)
 
@@ -226,8 +224,5 @@ def _line(path: Path, *names: str) -> str:
 
     Nothing, too, where there is no such file: a container may come without /proc.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
+    lines = cgroups.text_of(path).splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")

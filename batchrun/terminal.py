@@ -68,6 +68,11 @@ def say(
     stream.flush()
 
 
+def tell(*lines: str) -> None:
+    """Print lines that are no answer: messages and errors, on stderr."""
+    say(*lines, err=True, limit=MESSAGE)
+
+
 def say_json(value: Any, indent: int | None = 2) -> None:
     """Print a value as JSON, which has an escape for all that is not ASCII."""
     text = json.dumps(value, indent=indent).replace("\x7f", r"\u007f")

@@ -22,7 +22,7 @@ def test_order_and_bound() -> None:
     thread = threading.Thread(target=produce)
     thread.start()
     while len(taken) < 100:
-        longest = max(longest, len(channel))
+        longest = max(longest, len(channel._items))
         taken += channel.take(2, None)
     thread.join()
     with pytest.raises(Closed):

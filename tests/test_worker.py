@@ -150,9 +150,9 @@ def journal_keeps_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ended(self: EngineLoop, *rest: Any) -> None:
         end_row(self, *rest)
-        while not self._stopped():
+        while not self.stopped():
             journal, before = writers[-1] if writers else (None, 0)
-            if journal and journal.samples - before >= self._figures.counted["completions"]:
+            if journal and journal.samples - before >= self.figures.counted["completions"]:
                 return
             time.sleep(0.001)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from batchrun.cli.errors import ExitStatus, print_error
 from batchrun.cli.piped import hand_out
-from batchrun.cli.progress import ProgressView, make_view
+from batchrun.cli.progress import BarView, LineView, make_view
 from batchrun.cli.work import STATUS
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
@@ -20,7 +20,7 @@ from batchrun.report.text import seconds
 from batchrun.runner import supervisor
 from batchrun.runner.live import LogTail, read_progress
 from batchrun.submission import start
-from batchrun.terminal import say, say_json
+from batchrun.terminal import say, say_json, tell
 
 _POLL_S = 0.1
 _BEGIN_S = 30.0  # that `--detach` waits for a worker to begin, to tell of one that can't
@@ -43,12 +43,12 @@ def run(
         LeaseHeld: It has a worker.
     """
     with taking as job:
-        log_size = LogTail.size(job.path)
+        tail = LogTail.at_end(job.path)
         worker = start(job)
     if detach:
         return _detach(job, worker, as_json)
 
-    status = watch(job, as_json=as_json, log_from=log_size, alive=worker.alive)
+    status = watch(job, as_json=as_json, tail=tail, alive=worker.alive)
     output = job.spec().output
     if output.stdout and status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
         hand_out(Path(output.path))
@@ -71,7 +71,7 @@ def watch(
     job: JobFolder,
     *,
     as_json: bool,
-    log_from: int = -1,
+    tail: LogTail | None = None,
     alive: Callable[[], bool] | None = None,
 ) -> ExitStatus:
     """Show the job until its worker ends, then say how it went.
@@ -79,11 +79,11 @@ def watch(
     Args:
         job: The job.
         as_json: Print the outcome as JSON.
-        log_from: Where in the log to begin, in bytes; -1 for its end.
+        tail: What is shown of its log; by default, what is added from now on.
         alive: Whether the worker lives; by default, whether the job's lock is held.
     """
     alive = alive or (lambda: held_by(job.path) is not None)
-    view, tail = make_view(sys.stderr), LogTail(job.path, log_from)
+    view, tail = make_view(sys.stderr), tail or LogTail.at_end(job.path)
     started = time.monotonic()
     view.message(f"job {job.id}")
     try:
@@ -95,20 +95,17 @@ def watch(
                 time.sleep(_POLL_S)
     except KeyboardInterrupt:
         view.close()
-        say(
+        tell(
             "",
             f"the job {job.id} goes on without this view",
             f"next:   batchrun watch {job.id}, or: batchrun cancel {job.id}",
-            err=True,
         )
         return ExitStatus.INTERRUPTED
-    finally:
-        tail.close()
     view.close()
     return _report(job, time.monotonic() - started, as_json)
 
 
-def _show(job: JobFolder, view: ProgressView, tail: LogTail) -> None:
+def _show(job: JobFolder, view: BarView | LineView, tail: LogTail) -> None:
     for line in tail.lines():
         view.message(str(line["message"]))
     progress = read_progress(job.path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime
 
 import click
 
 from batchrun.cli import attach
 from batchrun.cli.errors import ExitStatus
-from batchrun.cli.inspect import job_argument
+from batchrun.cli.inspect import job_argument, when
 from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.jobs.cancel import cancel
 from batchrun.jobs.folder import find, home, sweep
@@ -44,7 +43,7 @@ def logs_command(job: str | None, follow: bool) -> None:
     while not last:
         last = not follow or held_by(folder.path) is None
         for line in tail.lines():
-            say(f"{_when(line['time'])}  {line['message']}", limit=MESSAGE)
+            say(f"{when(line['time'])}  {line['message']}", limit=MESSAGE)
         if not last:
             time.sleep(_POLL_S)
 
@@ -96,10 +95,3 @@ def verify_command(job: str | None) -> int:
     if not problems:
         say(f"{folder.id} is sound: {folder.counts().rows:,} rows")
     return ExitStatus.FAILED if problems else ExitStatus.DONE
-
-
-def _when(seconds: float) -> str:
-    try:
-        return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
-    except (ValueError, OverflowError, OSError):  # the line is damaged
-        return "?" * len("2000-01-01 00:00:00")

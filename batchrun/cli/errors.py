@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
-from batchrun.errors import said_by
-from batchrun.terminal import MESSAGE, say
+from batchrun.errors import UserError, said_by
+from batchrun.jobs.errors import JobError
+from batchrun.terminal import say, tell
 
 
 class ExitStatus(IntEnum):
@@ -71,10 +72,8 @@ def explain(error: Exception, folder: Path | None = None) -> tuple[str, str | No
 def describe(error: Exception) -> tuple[str, str | None] | None:
     """Message and hint of an error that a user can understand; None for a bug."""
     from batchrun.engine.core import EngineError  # noqa: PLC0415  (not needed for --help)
-    from batchrun.errors import MachineError, ModelError  # noqa: PLC0415
-    from batchrun.jobs.errors import JobError  # noqa: PLC0415
 
-    if isinstance(error, JobError | ModelError | EngineError | MachineError):
+    if isinstance(error, JobError | EngineError | UserError):
         return str(error), error.hint
     if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None):
         return f"a library can't be loaded: {error}", "batchrun doctor says what is amiss"
@@ -124,6 +123,6 @@ def _bug(error: Exception, folder: Path | None) -> tuple[str, str]:
 
 def print_error(message: str, hint: str | None) -> None:
     """Print an error and what to do about it."""
-    say(f"error: {message}", err=True, limit=MESSAGE)
+    tell(f"error: {message}")
     if hint:
-        say(f"hint: {hint}", err=True, limit=MESSAGE)
+        tell(f"hint: {hint}")

@@ -19,7 +19,7 @@ from batchrun.jobs.output.destination import exporting
 from batchrun.jobs.output.rejoin import Exported, export_job
 from batchrun.jobs.spec import JobSpec
 from batchrun.specs import PIPE, output_to, to_stdout
-from batchrun.terminal import say
+from batchrun.terminal import say, tell
 
 
 @click.command()
@@ -77,10 +77,9 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     where = "stdout" if output == PIPE else target.path
     say(f"{found.rows:,} rows in {where}", err=output == PIPE)
     if found.unknown is not None:
-        say(
+        tell(
             f"the input is not what it was: {found.unknown:,} of these rows are without their "
-            "input columns; the column `row` says which they are, from 0",
-            err=True,
+            "input columns; the column `row` says which they are, from 0"
         )
 
 

@@ -122,7 +122,14 @@ def show_command(job: str | None, as_json: bool) -> None:
     print_fields({**shown, "runs": [_run_line(run) for run in runs]})
 
 
+def when(seconds: float) -> str:
+    """A moment on this machine's clock; question marks for what is none."""
+    try:
+        return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):  # the line is damaged
+        return "?" * len("2000-01-01 00:00:00")
+
+
 def _run_line(run: dict[str, Any]) -> str:
-    began = datetime.fromtimestamp(run["started_at"]).astimezone()
     wall = run["stats"].get("wall_s") or (run["ended_at"] or time.time()) - run["started_at"]
-    return f"{began:%Y-%m-%d %H:%M:%S}, {run['state'] or 'running or killed'}, {wall:.1f} s"
+    return f"{when(run['started_at'])}, {run['state'] or 'running or killed'}, {wall:.1f} s"

@@ -63,7 +63,12 @@ def isolated(work: Callable[[ReaderNote], T]) -> T:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     with _interrupts_left_to_the_child() as interrupts:
-        parent, child = os.getpid(), _forked()
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of other threads: here they are libraries' that are safe to fork
+            # beside.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
         if child == 0:
             os.close(ours)
             _be_child(work, note, theirs, parent)
@@ -109,13 +114,6 @@ def _crash(how: str, at: object) -> JobError:
     if how in _FAULTS and isinstance(at, Reading) and at.path:
         return ReaderCrashed(Path(at.path), f"{what} crashes the reader ({how})")
     return JobError(f"{what} was ended by {how}")
-
-
-def _forked() -> int:
-    with warnings.catch_warnings():
-        # Python 3.12 warns of other threads: here they are libraries' that are safe to fork beside.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
 
 
 def _be_child(

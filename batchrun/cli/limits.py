@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from batchrun import cgroups, machine
@@ -45,7 +46,7 @@ def limits(root: Path = cgroups.ROOT) -> dict[str, str]:
         if limit != resource.RLIM_INFINITY:
             found[what] = f"{limit:,}" if cure is None else f"{size(limit)} ({cure})"
     found["mappings"] = f"{max_map_count():,} (vm.max_map_count)"
-    if _read(root / "proc/sys/vm/overcommit_memory") == "2":
+    if cgroups.text_of(root / "proc/sys/vm/overcommit_memory").strip() == "2":
         found["overcommit"] = "none (sysctl -w vm.overcommit_memory=0)"
     return found
 
@@ -66,17 +67,11 @@ def lacking() -> Iterator[str]:
     if (free := machine.available_memory()) < _ADDRESSES >> 6:
         yield f"{size(max(0, free))} of memory are free; free some, or lift the group's limit"
     try:
-        memory = HostMemory(_PAGE, guard=False)
+        with closing(HostMemory(_PAGE, guard=False)) as memory:
+            address = memory.reserve(_ADDRESSES)
+            memory.map(address, memory.create(1))
     except (AllocatorError, OSError) as error:
         yield f"KV memory on a CPU: {error}"
-        return
-    try:
-        address = memory.reserve(_ADDRESSES)
-        memory.map(address, memory.create(1))
-    except AllocatorError as error:
-        yield f"KV memory on a CPU: {error}"
-    finally:
-        memory.close()
 
 
 def fallbacks() -> dict[str, str]:
@@ -91,10 +86,3 @@ def fallbacks() -> dict[str, str]:
             "(docker run --shm-size, or allow memfd_create in the seccomp profile)"
         }
     return {}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

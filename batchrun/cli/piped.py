@@ -67,13 +67,12 @@ def _kind(path: Path) -> str:
     return kind.suffixes[0]
 
 
-def hand_out(path: Path, to: BinaryIO | None = None) -> None:
+def hand_out(path: Path) -> None:
     """Write a file to stdout.
 
     Raises:
         BrokenPipeError: Its reader is gone.
     """
-    out = to or sys.stdout.buffer
     with path.open("rb") as file:
-        shutil.copyfileobj(file, out, 1 << 20)
-    out.flush()
+        shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
+    sys.stdout.buffer.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -18,7 +18,7 @@ from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING
 from batchrun.report.text import seconds, size
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.specs import PIPE, make_spec
-from batchrun.terminal import MESSAGE, say, say_json
+from batchrun.terminal import say_json, tell
 
 
 @click.command(cls=SectionCommand)
@@ -31,28 +31,22 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
     Reads, tokenises and plans the whole input as `submit` with the same options would. The time is
     an estimate, from how long the steps of earlier jobs took on this machine with this model.
     """
-
-    def log(line: str) -> None:
-        say(line, err=True, limit=MESSAGE)
-
     # An input may well have columns that an output would add.
     unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True}
     with taken_in(inputs, home()) as (paths, _):
-        found = isolated(lambda note: _found(paths, {**options, **unused}, log, note))
+        found = isolated(lambda note: _found(paths, {**options, **unused}, note))
     if as_json:
         say_json(found)
     else:
         print_fields(_shown(found))
 
 
-def _found(
-    paths: list[str], options: Mapping[str, Any], log: Callable[[str], None], note: ReaderNote
-) -> dict[str, Any]:
+def _found(paths: list[str], options: Mapping[str, Any], note: ReaderNote) -> dict[str, Any]:
     from batchrun.estimate.forecast import forecast  # noqa: PLC0415 - imports numpy
 
-    spec = make_spec(paths, home(), options, log=log, noted=note.reading)
+    spec = make_spec(paths, home(), options, log=tell, noted=note.reading)
     with PromptLimit(note, prompt_seconds()) as limit:
-        return forecast(spec, log, limit)
+        return forecast(spec, tell, limit)
 
 
 def _shown(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,38 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from batchrun.report.text import seconds
+from batchrun.runner.live import Progress
 from batchrun.terminal import MESSAGE, printable, say
 
-if TYPE_CHECKING:
-    from batchrun.runner.live import Progress
-
-LINE_EVERY_S = 5.0
+_LINE_EVERY_S = 5.0
 _RATE_WINDOW_S = 20.0
 _MARGIN = 4  # columns right of the bar: a ^C there must not wrap it
 _ROWS_TO_TELL = 5  # the first rows of a batch end long after it began: they say little
 _PHASES = {"load": "loading the model", "run": "running", "export": "writing the output"}
 
 
-class ProgressView(Protocol):
-    """Shows a job that is running."""
-
-    def update(self, progress: Progress) -> None:
-        """Shows the newest state."""
-
-    def message(self, text: str) -> None:
-        """Prints a line without disturbing what is shown."""
-
-    def close(self) -> None:
-        """Leaves the last state on the screen."""
-
-
-def make_view(stream: TextIO) -> ProgressView:
+def make_view(stream: TextIO) -> BarView | LineView:
     """A bar where `stream` is a terminal, lines where it is not."""
     return BarView(stream) if stream.isatty() else LineView(stream)
 
@@ -47,8 +31,7 @@ class Rates:
     Neither rows of earlier runs nor the time that loading takes count.
     """
 
-    def __init__(self, window_s: float = _RATE_WINDOW_S) -> None:
-        self._window_s = window_s
+    def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
         self._began: tuple[float, int] | None = None
 
@@ -60,7 +43,7 @@ class Rates:
             return
         self._began = self._began or (now, progress.rows_done)
         self._seen.append((now, progress.completion_tokens))
-        while len(self._seen) > 2 and self._seen[1][0] <= now - self._window_s:
+        while len(self._seen) > 2 and self._seen[1][0] <= now - _RATE_WINDOW_S:
             self._seen.popleft()
 
     def tokens_per_s(self) -> float | None:
@@ -102,10 +85,7 @@ class BarView:
         bar.ncols = shutil.get_terminal_size().columns - _MARGIN
         bar.set_description_str(_phase(progress), refresh=False)
         self._rates.add(time.monotonic(), progress)
-        details = _details(progress, self._rates)
-        left = self._rates.seconds_left(progress.rows_total, progress.rows_done)
-        details += [f"{seconds(left)} left"] if left else []
-        bar.set_postfix_str(", ".join(details), refresh=False)
+        bar.set_postfix_str(", ".join(_details(progress, self._rates)), refresh=False)
         if progress.phase != self._phase or progress.rows_done == bar.n:
             self._phase = progress.phase
             bar.refresh()
@@ -125,16 +105,8 @@ class BarView:
 class LineView:
     """A line every few seconds, and one at each change of phase: for logs and pipes."""
 
-    def __init__(
-        self,
-        stream: TextIO,
-        *,
-        every_s: float = LINE_EVERY_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._every_s = every_s
-        self._clock = clock
         self._rates = Rates()
         self._phase = ""
         self._printed_at = 0.0
@@ -142,10 +114,10 @@ class LineView:
 
     def update(self, progress: Progress) -> None:
         """Prints a line if it is time for one."""
-        now = self._clock()
+        now = time.monotonic()
         self._rates.add(now, progress)
         self._latest = progress
-        if progress.phase != self._phase or now - self._printed_at >= self._every_s:
+        if progress.phase != self._phase or now - self._printed_at >= _LINE_EVERY_S:
             self._print(now, progress)
 
     def message(self, text: str) -> None:
@@ -155,16 +127,13 @@ class LineView:
     def close(self) -> None:
         """Prints the last state."""
         if self._latest is not None:
-            self._print(self._clock(), self._latest)
+            self._print(time.monotonic(), self._latest)
 
     def _print(self, now: float, progress: Progress) -> None:
         self._phase, self._printed_at, self._latest = progress.phase, now, None
         total = "?" if progress.rows_total is None else f"{progress.rows_total:,}"
         share = f" ({progress.rows_done / progress.rows_total:.0%})" if progress.rows_total else ""
         parts = [f"{progress.rows_done:,} of {total} rows{share}", *_details(progress, self._rates)]
-        left = self._rates.seconds_left(progress.rows_total, progress.rows_done)
-        if left:
-            parts.append(f"{seconds(left)} left")
         self.message(f"{_phase(progress)}: {', '.join(parts)}")
 
 
@@ -181,4 +150,7 @@ def _details(progress: Progress, rates: Rates) -> list[str]:
         parts.append(f"{progress.rows_resumed:,} resumed")
     if progress.rows_failed:
         parts.append(f"{progress.rows_failed:,} failed")
+    left = rates.seconds_left(progress.rows_total, progress.rows_done)
+    if left:
+        parts.append(f"{seconds(left)} left")
     return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from batchrun.models.resolve import fingerprint
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.specs import PIPE, make_spec, output_to
 from batchrun.submission import check_free, submitting
-from batchrun.terminal import MESSAGE, say, say_json
+from batchrun.terminal import say, say_json, tell
 from batchrun.trust import others_write
 
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
@@ -75,26 +75,20 @@ def submit_command(
     The job runs in a process of its own. Ctrl-C leaves the view, not the job.
     """
     root = home()
-
-    def log(line: str) -> None:
-        say(line, err=True, limit=MESSAGE)
-
     if options["output"] == PIPE and (as_json or not wait):
         raise click.UsageError("--output - with --json or --detach: stdout has the answers")
     if others_write(root):
-        log(f"others can write {root}, and so make and change your jobs: chmod go-w '{root}'")
+        tell(f"others can write {root}, and so make and change your jobs: chmod go-w '{root}'")
     with taken_in(inputs, root) as (paths, own):
-        spec = isolated(lambda note: make_spec(paths, root, options, log=log, noted=note.reading))
+        spec = isolated(lambda note: make_spec(paths, root, options, log=tell, noted=note.reading))
         if dry_run:
-            _dry_run(root, spec, log, again=again, as_json=as_json)
+            _dry_run(root, spec, again=again, as_json=as_json)
             return 0
         taking = submitting(root, spec, own, again=again)
         return attach.run(taking, as_json=as_json, detach=not wait)
 
 
-def _dry_run(
-    root: Path, spec: JobSpec, log: Callable[[str], None], *, again: bool, as_json: bool
-) -> None:
+def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
     check_free(root, spec, again=again)
 
     def try_rows(note: ReaderNote) -> None:
@@ -102,7 +96,7 @@ def _dry_run(
             from batchrun.estimate.dry_run import dry_run  # noqa: PLC0415 - imports torch
 
         with PromptLimit(note, prompt_seconds()) as limit:
-            dry_run(spec, log, limit)
+            dry_run(spec, tell, limit)
 
     isolated(try_rows)
     if as_json:
@@ -168,7 +162,7 @@ def resume_command(
             if not every:
                 raise
             if isinstance(error, LeaseHeld) or not _is_resumable(found):
-                say(f"{error}: left to it", err=True, limit=MESSAGE)  # it goes on, as was wanted
+                tell(f"{error}: left to it")  # it goes on, as was wanted
                 continue
             print_error(str(error), error.hint)  # and the others go on
             ended = ExitStatus.FAILED
@@ -187,11 +181,8 @@ def _is_resumable(job: JobFolder) -> bool:
 def _resuming(
     root: Path, job: JobFolder, *, retry_failed: bool, **options: Any
 ) -> Iterator[JobFolder]:
-    def tell(line: str) -> None:
-        say(f"{job.id}: {line}", err=True, limit=MESSAGE)
-
-    with resuming(root, job, tell=tell, **options):
+    with resuming(root, job, tell=lambda line: tell(f"{job.id}: {line}"), **options):
         if retry_failed:
             count = job.retry_failed()
-            say(f"{count:,} failed results of {job.id} are to do again", err=True)
+            tell(f"{count:,} failed results of {job.id} are to do again")
         yield job

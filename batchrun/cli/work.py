@@ -7,10 +7,10 @@ import os
 import signal
 import threading
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 import click
 
@@ -24,7 +24,7 @@ from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import prompt_seconds, stall_seconds
 from batchrun.runner.runs import TELL
 from batchrun.runner.watchdog import Watchdog
-from batchrun.terminal import MESSAGE, say
+from batchrun.terminal import tell
 
 STATUS = {
     "done": ExitStatus.DONE,
@@ -34,34 +34,25 @@ STATUS = {
 }
 
 
-class StopOnSignal:
-    """While active, the first SIGINT or SIGTERM sets `event` and the second ends the process."""
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM in the block sets; the second ends the process."""
+    event = threading.Event()
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.event.is_set():
+    def handle(number: int, frame: FrameType | None) -> None:
+        if event.is_set():
             # Every acknowledged result is on disk already, so nothing is lost by dying here.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.event.set()
+        event.set()
+
+    before = [(n, signal.signal(n, handle)) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield event
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 @click.command(hidden=True)
@@ -81,7 +72,7 @@ def run_job_command(folder: Path) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     job, handles = JobFolder(folder), supervisor.inherited()
     supervisor.close_in_children(handles)
-    with Reporter(folder) as reporter, StopOnSignal() as stop:
+    with Reporter(folder) as reporter, stopped_by_signals() as stop:
         try:
             if (note := use_cores()) is not None:
                 reporter.message(note)
@@ -99,7 +90,7 @@ def run_job_command(folder: Path) -> int:
             watchdog.start()
             outcome = run_job(
                 folder,
-                stop=stop.event,
+                stop=stop,
                 on_progress=reporter.update,
                 log=reporter.message,
                 held=bool(handles),
@@ -125,7 +116,7 @@ def run_job_command(folder: Path) -> int:
 
 def _print_traceback(error: BaseException) -> None:
     for part in traceback.format_exception(error):
-        say(*part.splitlines(), err=True, limit=MESSAGE)
+        tell(*part.splitlines())
 
 
 def _lost(job: JobFolder, reporter: Reporter, what: str) -> None:

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, replace
 from batchrun.engine.core import Request
 from batchrun.engine.waiting import why_refused
 from batchrun.estimate.forecast import ModelInfo, read_model_info
-from batchrun.estimate.measured import Measured
 from batchrun.jobs.errors import InputError
-from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
@@ -53,7 +51,7 @@ class _Tried:
         """There is no more."""
 
 
-def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit | None = None) -> None:
+def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> None:
     """Check what can be checked without loading weights, and make prompts of the first 20 rows.
 
     Args:
@@ -66,8 +64,7 @@ def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit | None
         ModelError: The model would be refused.
         EngineError: An attention backend asked for by name can't be used.
     """
-    limit, known = limit or PromptLimit(), Measured.load(home(), spec)
-    info = read_model_info(spec, known.step_cost if known else None, log)
+    info = read_model_info(spec, log)
     if info.budget <= 0:
         log("the memory that is free now does not hold the model's weights and keys and values")
     parts = [file.part for file in spec.inputs]

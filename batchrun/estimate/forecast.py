@@ -33,7 +33,6 @@ class ModelInfo:
     Attributes:
         encode: Makes prompt tokens of a row's fields.
         generation: What the model asks for where nobody says.
-        device: Where it would run.
         max_model_len: Tokens of prompt and answer together at most.
         token_bytes: Keys and values of one token.
         budget: Bytes that there are for them.
@@ -44,7 +43,6 @@ class ModelInfo:
 
     encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
     generation: Generation
-    device: str
     max_model_len: int
     token_bytes: int
     budget: int
@@ -120,9 +118,7 @@ def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
     return min(common_length(ids, others, BLOCK), len(ids) - 1) if len(ids) > BLOCK else 0
 
 
-def forecast(
-    spec: JobSpec, log: Callable[[str], None], limit: PromptLimit | None = None
-) -> dict[str, Any]:
+def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> dict[str, Any]:
     """Read and plan the whole input, where a prompt may take as long as `limit` says.
 
     Returns:
@@ -139,11 +135,10 @@ def forecast(
         ModelError: The model would be refused.
         EngineError: So would the attention backend.
     """
-    limit = limit or PromptLimit()
     parts = [file.part for file in spec.inputs]
     source = open_source(parts, spec.input_format, noted=limit.note.reading)
     known = Measured.load(home(), spec)
-    info = read_model_info(spec, known.step_cost if known else None, log)
+    info = read_model_info(spec, log)
     prompt_tokens = 0
 
     def encode(fields: Mapping[str, Any]) -> tuple[int, ...]:
@@ -167,7 +162,7 @@ def forecast(
     fit = int(max(0, info.budget) / each) if each else None
     crowded = 1.0 if fit is None else max(1.0, info.max_num_seqs / max(1, fit))
     steps = planned.slots.steps * crowded
-    saved = reader.saved()
+    saved = reader.savings.saved()
     tokens = planned.computed + planned.expected * (1 + planned.measured.missed)
     amounts = (steps, tokens, planned.held * info.token_bytes)
     return {
@@ -194,9 +189,7 @@ def forecast(
     }
 
 
-def read_model_info(
-    spec: JobSpec, step_cost: float | None, log: Callable[[str], None]
-) -> ModelInfo:
+def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
     """Config, tokenizer and generation config of a job's model, and what they mean on this machine.
 
     What a run refuses without its weights is refused here.
@@ -218,7 +211,7 @@ def read_model_info(
     from batchrun.engine.model.reading import reading  # noqa: PLC0415
 
     transformers_logging.set_verbosity_error()
-    settings = engine_settings(spec, step_cost)
+    settings = engine_settings(spec)
     path, trusted = settings.model_path, settings.trust_remote_code
     device = here.choose_device(settings.device, log)
     config, tokenizer = loading.read_config_and_tokenizer(
@@ -261,7 +254,6 @@ def read_model_info(
     return ModelInfo(
         encode,
         read_generation(empty, tokenizer, loaded.max_model_len),
-        device,
         loaded.max_model_len,
         layout.bytes_per_token,
         budget,

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
@@ -93,15 +93,12 @@ class Measured:
         """This run's figures together with those of runs before."""
         if earlier is None:
             return self
-        return Measured(
-            [_KEPT * a + b for a, b in zip(earlier.moments, self.moments, strict=True)],
-            [_KEPT * a + b for a, b in zip(earlier.products, self.products, strict=True)],
-            earlier.seconds + self.seconds,
-            self.load_s,
-            self.share,
-            self.guessed,
-            self.missed,
-            earlier.runs + self.runs,
+        return replace(
+            self,
+            moments=[_KEPT * a + b for a, b in zip(earlier.moments, self.moments, strict=True)],
+            products=[_KEPT * a + b for a, b in zip(earlier.products, self.products, strict=True)],
+            seconds=earlier.seconds + self.seconds,
+            runs=earlier.runs + self.runs,
         )
 
     def predict(self, amounts: tuple[float, float, float]) -> float:

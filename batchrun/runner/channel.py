@@ -28,15 +28,8 @@ class Sender(Protocol[T_contra]):
         """There is no more."""
 
 
-class Receiver(Protocol[T]):
-    """The end of a channel where items come out."""
-
-    def take(self, most: int, timeout: float | None = 0) -> list[T]:
-        """See `Channel.take`."""
-
-
 class Channel(Generic[T]):
-    """Items in order, at most `size` of them waiting. Who is given it is given one of its ends."""
+    """Items in order, at most `size` of them waiting."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -99,6 +92,3 @@ class Channel(Generic[T]):
             if discard:
                 self._items.clear()
             self._changed.notify_all()
-
-    def __len__(self) -> int:
-        return len(self._items)

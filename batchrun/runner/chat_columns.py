@@ -12,6 +12,7 @@ from batchrun.jobs.options import PromptSpec
 from batchrun.jobs.rows.arrowtypes import is_list, is_text, without_dictionary
 from batchrun.jobs.rows.row import Source
 from batchrun.prompts.messages import ARGUMENT_COLUMNS, CHAT_COLUMNS
+from batchrun.runner.param_columns import column_refused
 
 
 def usual_column(names: Sequence[str]) -> str:
@@ -68,10 +69,7 @@ def check_argument_types(names: Sequence[str], source: Source) -> None:
         kind = without_dictionary(source.schema().field(name).type)
         nested = is_list(kind) or pa.types.is_struct(kind) or pa.types.is_map(kind)
         if not (nested or is_text(kind) or pa.types.is_null(kind)):
-            raise InputError(
-                f"the column '{name}' can't be the rows' own {name}: it holds {kind}",
-                hint="if it is data, add --ignore-param-columns; else mend it",
-            )
+            raise column_refused(name, f"it holds {kind}")
 
 
 def _is_chat(kind: pa.DataType) -> bool:

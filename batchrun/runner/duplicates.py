@@ -107,27 +107,27 @@ class Duplicates:
     def _find(self, digest: bytes) -> int | None:
         """Where the table has a digest."""
         low, high = _halves(digest)
-        table, begin = self._table, _begin(low)
-        if table:
-            for at in range(begin, begin + _WAYS * _FIELDS, _FIELDS):
-                if table[at] == low and table[at + 1] == high and table[at + 2]:
-                    return at
+        table = self._table
+        for at in _entries(low) if table else ():
+            if table[at] == low and table[at + 1] == high and table[at + 2]:
+                return at
         return None
 
     def _note(self, digest: bytes, number: int, tokens: int) -> None:
         if not self._table:
             self._table = array("Q", [0]) * (_SETS * _WAYS * _FIELDS)
         low, high = _halves(digest)
-        begin = _begin(low)
-        entries = range(begin, begin + _WAYS * _FIELDS, _FIELDS)
+        entries = _entries(low)
         free = (at for at in entries if not self._table[at + 2])
         self._turn = (self._turn + 1) % _WAYS
         at = next(free, entries[self._turn])
         self._table[at : at + _FIELDS] = array("Q", (low, high, number + 1, tokens))
 
 
-def _begin(low: int) -> int:
-    return low % _SETS * _WAYS * _FIELDS
+def _entries(low: int) -> range:
+    """Where the entries of a digest's set are."""
+    begin = low % _SETS * _WAYS * _FIELDS
+    return range(begin, begin + _WAYS * _FIELDS, _FIELDS)
 
 
 def _halves(digest: bytes) -> tuple[int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from batchrun.allocator.vmm import AllocatorError
 from batchrun.engine.core import Completion, EngineError, FinishReason, Request
@@ -12,11 +14,14 @@ from batchrun.errors import MachineError, StepFailed, said_by
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.results import Partial, Result
-from batchrun.runner.channel import Closed, Receiver, Sender
+from batchrun.runner.channel import Channel, Closed, Sender
 from batchrun.runner.figures import RunFigures
-from batchrun.runner.reader import QUEUED_REQUESTS, Reader, RowEngine
+from batchrun.runner.reader import QUEUED_REQUESTS, Reader
 from batchrun.runner.watchdog import Watchdog
 from batchrun.runner.writer import Item
+
+if TYPE_CHECKING:  # imports torch
+    from batchrun.engine.engine import Engine
 
 _CHECKPOINT_SECONDS = 5.0  # between two notes of what unfinished rows have so far
 ENGINE = "a step of the engine"
@@ -25,6 +30,7 @@ ENGINE = "a step of the engine"
 _NO_ROWS_FAULT = (EngineError, JobError, AllocatorError, MachineError, OSError, MemoryError)
 
 
+@dataclass
 class EngineLoop:
     """Drives an engine until there are no more requests, or it is to stop.
 
@@ -39,34 +45,26 @@ class EngineLoop:
         report: Called after each step.
     """
 
-    def __init__(
-        self,
-        engine: RowEngine,
-        reader: Reader,
-        in_flight: InFlightRows,
-        crashes: Container[int],
-        figures: RunFigures,
-        *,
-        watchdog: Watchdog,
-        stopped: Callable[[], bool],
-        report: Callable[[], None],
-    ) -> None:
-        self._engine, self._reader = engine, reader
-        self._in_flight, self._crashes = in_flight, crashes
-        self._figures, self._watchdog = figures, watchdog
-        self._stopped, self._report = stopped, report
+    engine: Engine
+    reader: Reader
+    in_flight: InFlightRows
+    crashes: Container[int]
+    figures: RunFigures
+    watchdog: Watchdog
+    stopped: Callable[[], bool]
+    report: Callable[[], None]
 
-    def run(self, requests: Receiver[Request], results: Sender[Item]) -> None:
+    def run(self, requests: Channel[Request], results: Sender[Item]) -> None:
         """Drive the engine.
 
         Raises:
             Closed: Nobody takes results any more.
             StepFailed: The engine failed, maybe by one of its rows.
         """
-        engine, more = self._engine, True
-        engine.on_admit = lambda request: self._in_flight.add(request.row)
+        engine, more = self.engine, True
+        engine.on_admit = lambda request: self.in_flight.add(request.row)
         checkpoint = time.monotonic() + _CHECKPOINT_SECONDS
-        while not self._stopped():
+        while not self.stopped():
             # What waits inside the engine is bounded too, or it would come to hold the whole file.
             room = QUEUED_REQUESTS - engine.load()[1]
             try:
@@ -82,28 +80,28 @@ class EngineLoop:
             if time.monotonic() >= checkpoint:
                 results.put(self._checkpoint())
                 checkpoint = time.monotonic() + _CHECKPOINT_SECONDS
-            self._report()
+            self.report()
         results.put(self._checkpoint())
 
     def _add(self, request: Request, results: Sender[Item]) -> None:
         """Give the engine a request; one that was in a crash gets the engine to itself."""
-        alone = request.row in self._crashes
-        while alone and self._engine.has_work and not self._stopped():
+        alone = request.row in self.crashes
+        while alone and self.engine.has_work and not self.stopped():
             self._step(results)
-        with self._watchdog.busy(ENGINE), self._suspecting(request.row):
-            self._in_flight.add(request.row)  # what is set up for a row may hang, too
-            self._engine.add(request)
-            self._in_flight.remove(request.row)
-        while alone and self._engine.has_work and not self._stopped():
+        with self.watchdog.busy(ENGINE), self._suspecting(request.row):
+            self.in_flight.add(request.row)  # what is set up for a row may hang, too
+            self.engine.add(request)
+            self.in_flight.remove(request.row)
+        while alone and self.engine.has_work and not self.stopped():
             self._step(results)
 
     def _step(self, results: Sender[Item]) -> None:
-        with self._watchdog.busy(ENGINE), self._suspecting():
-            completions = self._engine.step()
-        self._figures.stepped(self._engine.load()[0])
+        with self.watchdog.busy(ENGINE), self._suspecting():
+            completions = self.engine.step()
+        self.figures.stepped(self.engine.load()[0])
         for completion in completions:
             if completion.admitted is not None:
-                self._in_flight.remove(completion.request.row)
+                self.in_flight.remove(completion.request.row)
             self._end_row(completion.request, result_of(completion), results)
 
     @contextmanager
@@ -122,15 +120,15 @@ class EngineLoop:
             raise
         except Exception as error:
             for row in rows:
-                self._in_flight.add(row)
+                self.in_flight.add(row)
             raise StepFailed(f"{ENGINE} failed: {said_by(error)}") from error
 
     def _end_row(self, request: Request, result: Result, results: Sender[Item]) -> None:
         """Hand a result on, and those of rows that ask the same."""
         results.put(result)
-        self._figures.counted["completions"] += 1
-        self._figures.counted["completion_tokens"] += result.completion_tokens
-        for same in self._reader.ended(request, result):
+        self.figures.counted["completions"] += 1
+        self.figures.counted["completion_tokens"] += result.completion_tokens
+        for same in self.reader.ended(request, result):
             results.put(same)
 
     def _checkpoint(self) -> list[Partial]:
@@ -141,7 +139,7 @@ class EngineLoop:
                 r.generated_logprob if r.params.scored else None,
                 r.generated_logprobs if r.params.logprobs is not None else None,
             )
-            for r in self._engine.partials()
+            for r in self.engine.partials()
         ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchrun import machine
 from batchrun.estimate.measured import Measured, StepSampler
@@ -13,7 +13,10 @@ from batchrun.jobs import folder as folders
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.metrics import Figures, recorded
 from batchrun.jobs.spec import JobSpec
-from batchrun.runner.reader import Reader, Workbench
+from batchrun.runner.reader import Reader
+
+if TYPE_CHECKING:  # imports torch
+    from batchrun.engine.build import Assembly
 
 
 class RunFigures:
@@ -21,6 +24,7 @@ class RunFigures:
 
     Attributes:
         began: When the run did, as `time.perf_counter` says.
+        engine_began, engine_ended: When the engine's work did.
         counted: What stands in no part: the run itself changes it.
         reader, workbench: Once there are some.
     """
@@ -29,19 +33,11 @@ class RunFigures:
         self.began = time.perf_counter()
         self.counted = recorded({})
         self.reader: Reader | None = None
-        self.workbench: Workbench | None = None
+        self.workbench: Assembly | None = None
         self._steps = StepSampler()
-        self._engine_began: float | None = None
-        self._engine_ended: float | None = None
+        self.engine_began: float | None = None
+        self.engine_ended: float | None = None
         self._last_at: dict[int, float] = {}  # when so many sequences ran last
-
-    def engine_begins(self) -> None:
-        """From now on the engine is at work."""
-        self._engine_began = time.perf_counter()
-
-    def engine_ended(self) -> None:
-        """It is not any more."""
-        self._engine_ended = time.perf_counter()
 
     def stepped(self, running: int) -> None:
         """A step of so many sequences has ended."""
@@ -58,13 +54,13 @@ class RunFigures:
         now = time.perf_counter()
         measured = self.counted | {"wall_s": now - self.began}
         measured |= {"rss": machine.rss(), "peak_rss": machine.peak_rss()}
-        if self._engine_began is not None:
-            measured["engine_s"] = (self._engine_ended or now) - self._engine_began
+        if self.engine_began is not None:
+            measured["engine_s"] = (self.engine_ended or now) - self.engine_began
         if self.workbench is not None:
             measured |= self.workbench.measurements()
             measured["tail_s"] = self._tail(measured)
         if self.reader is not None:
-            duplicates, saved = self.reader.duplicates, self.reader.saved()
+            duplicates, saved = self.reader.duplicates, self.reader.savings.saved()
             measured["tokenise_s"] = self.reader.seconds
             measured["plan_s"] = self.reader.planner.seconds if self.reader.planner else 0.0
             measured["duplicates"] = duplicates.rows
@@ -92,8 +88,8 @@ class RunFigures:
     def _tail(self, measured: Mapping[str, Any]) -> float:
         """Seconds since half as many sequences ran last as ran on average, once all have ended."""
         seconds = measured["kv_s"]
-        if not seconds or self._engine_ended is None:
+        if not seconds or self.engine_ended is None:
             return 0.0
         half = measured["sequence_s"] / seconds / 2
         full = [at for running, at in self._last_at.items() if running >= half]
-        return self._engine_ended - max(full, default=self._engine_ended)
+        return self.engine_ended - max(full, default=self.engine_ended)

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from batchrun.jobs.checksums import sealed
 from batchrun.jobs.files import open_private, read_json
@@ -78,12 +77,7 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._log)
 
 
@@ -114,39 +108,26 @@ class LogTail:
 
     Args:
         folder: The job's folder.
-        begin: Where to begin: the log's end (`-1`) or a byte offset.
+        begin: Where to begin, in bytes.
     """
 
     def __init__(self, folder: Path, begin: int = 0) -> None:
-        self._path = folder / LOG
-        self._file: IO[bytes] | None = None
-        self._begin = begin
+        self._path, self._at = folder / LOG, begin
 
-    @staticmethod
-    def size(folder: Path) -> int:
-        """Bytes of log that there are now."""
+    @classmethod
+    def at_end(cls, folder: Path) -> LogTail:
+        """Of what will be added from now on."""
         try:
-            return (folder / LOG).stat().st_size
+            return cls(folder, (folder / LOG).stat().st_size)
         except FileNotFoundError:
-            return 0
+            return cls(folder)
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What was added since the last call, whole lines only."""
-        if self._file is None:
-            try:
-                self._file = self._path.open("rb")
-            except FileNotFoundError:
-                return
-            self._file.seek(*((0, os.SEEK_END) if self._begin < 0 else (self._begin,)))
-        while True:
-            at = self._file.tell()
-            line = self._file.readline()
-            if not line.endswith(b"\n"):
-                self._file.seek(at)
-                return
-            yield _entry(line)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        with suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self._at)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._at += len(line)
+                yield _entry(line)

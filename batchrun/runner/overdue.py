@@ -19,9 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TypeVar
 
+from batchrun.cgroups import text_of
 from batchrun.errors import ModelError
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.inflight import Making, ReaderNote
+from batchrun.machine import proc_bytes
 
 T = TypeVar("T")
 
@@ -216,9 +218,8 @@ class _Thread(NamedTuple):
 
 
 def _thread(pid: int, native: int) -> _Thread | None:
-    try:
-        stat = Path(f"/proc/{pid}/task/{native}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    stat = text_of(Path(f"/proc/{pid}/task/{native}/stat"))
+    if not stat:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()
     return _Thread(fields[0], (int(fields[11]) + int(fields[12])) * _TICK_S)
@@ -226,12 +227,7 @@ def _thread(pid: int, native: int) -> _Thread | None:
 
 def _anonymous(pid: int) -> int:
     """Bytes of memory that a process has beside files and what it shares."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
-    return int(found[0]) * 1024 if found else 0
+    return proc_bytes(Path(f"/proc/{pid}/status"), "RssAnon:") or 0
 
 
 def _raise_in(thread: int, what: type[BaseException] | None) -> None:

@@ -164,9 +164,9 @@ def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = No
         return []
     if source.num_rows is not None:  # else a schema takes reading everything
         for name in names:
-            kind = source.schema().field(name).type
-            if not OVERRIDES[name].takes(kind):
-                raise _refused(name, f"it holds {kind}, and must be {OVERRIDES[name].must.rule}")
+            kind, column = source.schema().field(name).type, OVERRIDES[name]
+            if not column.takes(kind):
+                raise column_refused(name, f"it holds {kind}, and must be {column.must.rule}")
     tallies = {name: _ColumnUse() for name in names}
     rows = 0
     for row in source.rows(names, min(_LOOKED_AT, limit or _LOOKED_AT)):
@@ -177,7 +177,7 @@ def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = No
     least = 1 if rows == 1 else 2
     for name, tally in tallies.items():
         if tally.bad >= max(least, tally.values / 2):
-            raise _refused(
+            raise column_refused(
                 name, f"{tally.first} ({tally.bad:,} of its first {tally.values:,} values can't be)"
             )
     return names
@@ -226,7 +226,8 @@ def _look(
             tallies[name].refuse(f"of row {index} the {error}")
 
 
-def _refused(name: str, reason: str) -> InputError:
+def column_refused(name: str, reason: str) -> InputError:
+    """The error for a column that is named like what a row may say, and can't be that."""
     return InputError(
         f"the column '{name}' can't be the rows' own {name}: {reason}",
         hint=f"if it is data, add {IGNORE}; else mend it",

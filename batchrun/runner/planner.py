@@ -16,6 +16,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from batchrun.engine.core import Request, SamplingParams
@@ -37,7 +38,7 @@ class Waiting(NamedTuple):
     @classmethod
     def of(cls, request: Request) -> Waiting:
         """Pack it."""
-        return cls(pack(request.prompt_ids), _with_prompt(request, ()))
+        return cls(pack(request.prompt_ids), replace(request, prompt_ids=()))
 
     @property
     def identity(self) -> bytes:
@@ -48,26 +49,12 @@ class Waiting(NamedTuple):
         """Unpack it."""
         ids = array("I")
         ids.frombytes(self.prompt)
-        return _with_prompt(self.rest, tuple(ids))
+        return replace(self.rest, prompt_ids=tuple(ids))
 
 
 def pack(ids: tuple[int, ...]) -> bytes:
     """Tokens, 4 bytes each."""
     return array("I", ids).tobytes()
-
-
-def _with_prompt(r: Request, ids: tuple[int, ...]) -> Request:
-    return Request(
-        r.row,
-        r.sample,
-        ids,
-        r.params,
-        r.seed,
-        r.generated_ids,
-        r.generated_logprob,
-        r.generated_logprobs,
-        r.context,
-    )
 
 
 def order(prompts: Sequence[bytes], lengths: Sequence[float]) -> list[int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batchrun.engine.core import Completion, Request, SamplingParams
+from batchrun.engine.core import Request, SamplingParams
 from batchrun.errors import PROCESS_ENDS, said_by
-from batchrun.estimate.savings import Saved, Savings
+from batchrun.estimate.savings import Savings
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result, RowDigests
 from batchrun.jobs.output.joined import Digests, row_changed
@@ -57,32 +57,6 @@ def prompt_options(spec: JobSpec) -> dict[str, Any]:
     }
 
 
-class RowEngine(Protocol):
-    """What a job needs of an engine.
-
-    Attributes:
-        on_admit: Called with each request before it is computed for the first time.
-    """
-
-    on_admit: Callable[[Request], None]
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would do anything."""
-
-    def load(self) -> tuple[int, int, int]:
-        """Sequences running, sequences waiting, and tokens generated so far."""
-
-    def add(self, request: Request) -> None:
-        """Queue a request."""
-
-    def step(self) -> list[Completion]:
-        """Go one step on; returns what ended."""
-
-    def partials(self) -> Iterable[Request]:
-        """What has not ended and has tokens already: requests that go on where it is."""
-
-
 class Prompts(Protocol):
     """What the reader needs of a model."""
 
@@ -103,20 +77,7 @@ class Prompts(Protocol):
         """Tokens in a step."""
 
 
-class Workbench(Prompts, Protocol):
-    """An engine with what surrounds it: `batchrun.engine.build.build`."""
-
-    @property
-    def engine(self) -> RowEngine:
-        """Where requests go."""
-
-    def measurements(self) -> Mapping[str, Any]:
-        """Figures by the names of `batchrun.jobs.metrics`."""
-
-    def close(self) -> None:
-        """Give everything back."""
-
-
+@dataclass
 class Reader:
     """Reads the rows that are still to do and makes requests of them.
 
@@ -142,44 +103,38 @@ class Reader:
         handed: Requests that were given away.
         planner: Puts them in order; None where they stay in the file's.
         duplicates: Knows which of them need no computing.
+        savings: Knows what planning saved.
     """
 
-    def __init__(
-        self,
-        spec: JobSpec,
-        source: Source,
-        done: Container[tuple[int, int]],
-        workbench: Prompts,
-        log: Callable[[str], None],
-        *,
-        begun: Mapping[tuple[int, int], Partial] = MappingProxyType({}),
-        crashes: Mapping[int, int] = MappingProxyType({}),
-        digests: Digests = lambda first, count: {},
-        watchdog: Watchdog | None = None,
-        limit: PromptLimit | None = None,
-        condemned: Mapping[int, str] = MappingProxyType({}),
-        drained: Callable[[], None] = lambda: None,
-        barren: int = BARREN,
-    ) -> None:
-        self._spec, self._source, self._done = spec, source, done
-        self._begun, self._crashes = begun, crashes
-        self._digests = digests
+    spec: JobSpec
+    source: Source
+    done: Container[tuple[int, int]]
+    workbench: Prompts
+    log: Callable[[str], None]
+    _: KW_ONLY
+    begun: Mapping[tuple[int, int], Partial] = field(default_factory=dict)
+    crashes: Mapping[int, int] = field(default_factory=dict)
+    digests: Digests = lambda first, count: {}
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    limit: PromptLimit = field(default_factory=PromptLimit)
+    condemned: Mapping[int, str] = field(default_factory=dict)
+    drained: Callable[[], None] = lambda: None
+    barren: int = BARREN
+
+    def __post_init__(self) -> None:
+        spec, source, workbench = self.spec, self.source, self.workbench
         self._known: Mapping[int, int] = {}
         self._seen: list[tuple[int, int]] = []
-        self._watchdog, self._limit = watchdog or Watchdog(), limit or PromptLimit()
-        self._drained, self._next_row = drained, 0
-        self._condemned, self._overdue, self._barren = condemned, 0, barren
-        self._encode = workbench.encode
+        self._next_row = self._overdue = 0
         self.seconds, self.handed = 0.0, 0
         self.duplicates = Duplicates(spec.n)
         self.planner = Planner() if spec.runtime.plan else None
-        self._savings = Savings(
+        self.savings = Savings(
             workbench.max_num_seqs,
             workbench.max_num_batched_tokens,
             share=spec.runtime.share_prefixes,
         )
         self._generation = workbench.generation
-        self._at = self._limit.note
         # Best-of ranks by log-probabilities.
         self._given = {**spec.sampling.given, "scored": spec.keep is not None}
         if self._generation.stop and (spec.sampling.num_beams or 1) > 1:
@@ -189,7 +144,7 @@ class Reader:
                 hint="leave out --num-beams, or add --ignore-eos",
             )
         self._has_told_internal = False
-        prompt, self._log = spec.prompt, log
+        prompt = spec.prompt
         if prompt.template:
             needed = Template(prompt.template).columns
         else:
@@ -207,7 +162,7 @@ class Reader:
         temperature = {**self._generation.sampling, **self._given}.get("temperature")
         if spec.n > 1 and not temperature and "temperature" not in known:
             own = "" if whole or not self._overrides else " without a temperature of its own"
-            log(f"the temperature is 0: all samples of a row{own} will be the same")
+            self.log(f"the temperature is 0: all samples of a row{own} will be the same")
 
     def read(self, requests: Sender[Request], results: Sender[Read]) -> None:
         """Put every row that has no result yet, as planned, and close `requests`.
@@ -227,7 +182,7 @@ class Reader:
         else:
             to_compute = self._without_duplicates(self.planner, rows, results)
             for waiting in self.planner.planned(to_compute, lambda: requests.full):
-                self._savings.put(waiting, self.planner.expected(waiting.rest.params))
+                self.savings.put(waiting, self.planner.expected(waiting.rest.params))
                 self._note(results)
                 self._hand(waiting.request(), requests)
         self._note(results)
@@ -248,22 +203,18 @@ class Reader:
         """A row that was planned has ended: the results of those that ask the same."""
         same = self.duplicates.settle(request, result)
         for ended in (result, *same):
-            self._savings.end(ended.row, ended.sample, ended.completion_tokens)
+            self.savings.end(ended.row, ended.sample, ended.completion_tokens)
         return same
-
-    def saved(self) -> Saved:
-        """What planning saved: see `Savings.saved`."""
-        return self._savings.saved()
 
     def _without_duplicates(
         self, planner: Planner, requests: Iterable[Request], results: Sender[Read]
     ) -> Iterator[Waiting]:
         for request in requests:
             waiting = Waiting.of(request)
-            self._savings.read(waiting, planner.expected(request.params))
+            self.savings.read(waiting, planner.expected(request.params))
             claimed = self.duplicates.claim(waiting, lambda: self._note(results))
             if isinstance(claimed, CopiedResult):
-                self._savings.end(claimed.row, claimed.sample, claimed.tokens)
+                self.savings.end(claimed.row, claimed.sample, claimed.tokens)
                 self._note(results)
                 results.put(claimed)
             elif claimed:
@@ -271,11 +222,11 @@ class Reader:
 
     def _to_do(self, results: Sender[Read]) -> Iterator[Request]:
         """Requests in file order; results of rows that can't be one go where results do."""
-        spec = self._spec
-        rows = islice(self._source.rows(self.columns, spec.limit), spec.limit)
+        spec = self.spec
+        rows = islice(self.source.rows(self.columns, spec.limit), spec.limit)
         while (row := self._next(rows)) is not None:
             self._compare(row, results)
-            todo = [s for s in range(spec.n) if (row.index, s) not in self._done]
+            todo = [s for s in range(spec.n) if (row.index, s) not in self.done]
             if not todo:
                 continue
             began = time.perf_counter()
@@ -291,7 +242,7 @@ class Reader:
     def _compare(self, row: Row, results: Sender[Read]) -> None:
         """Refuse a row that changed since it was read before; remember one that was not."""
         if row.index % _PAGE == 0:
-            self._known = self._digests(row.index, _PAGE)
+            self._known = self.digests(row.index, _PAGE)
         was = self._known.get(row.index)
         if was is None:
             self._seen.append((row.index, row.digest))
@@ -306,37 +257,37 @@ class Reader:
             self._seen = []
 
     def _next(self, rows: Iterator[Row]) -> Row | None:
-        with self._watchdog.busy("reading the input"), self._at.reading(None, self._next_row):
+        with self.watchdog.busy("reading the input"), self.limit.note.reading(None, self._next_row):
             row = next(rows, None)
         self._next_row += 1
         return row
 
     def _requests_of(self, row: Row, samples: list[int]) -> list[Request] | list[Result]:
         """The row's requests, or its errors."""
-        if row.index in self._crashes:
-            self._drained()
+        if row.index in self.crashes:
+            self.drained()
         try:
             if row.error is not None:
                 raise PromptError("bad_row", row.error)
-            if self._crashes.get(row.index, 0) >= _CRASHES:
+            if self.crashes.get(row.index, 0) >= _CRASHES:
                 raise PromptError("crashed", f"the process crashed {_CRASHES} times in this row")
-            if row.index in self._condemned:
-                raise PromptError("overdue", self._condemned[row.index])
-            ids, params = self._limit.made(row.index, lambda: self._prompt(row.fields))
+            if row.index in self.condemned:
+                raise PromptError("overdue", self.condemned[row.index])
+            ids, params = self.limit.made(row.index, lambda: self._prompt(row.fields))
             self._overdue = 0
         except PROCESS_ENDS:
             raise
         except BaseException as error:
             found = self._problem(row.index, error)
-            if found.kind in _EMPTY and self._spec.prompt.skip_empty:
+            if found.kind in _EMPTY and self.spec.prompt.skip_empty:
                 return [Result(row.index, s, "skipped") for s in samples]
             text = str(found).encode(errors="backslashreplace").decode()
             return [
                 Result(row.index, s, "error", error=text, error_kind=found.kind) for s in samples
             ]
-        seed = params.seed if params.seed is not None else self._spec.seed
+        seed = params.seed if params.seed is not None else self.spec.seed
         none = Partial(row.index, 0, ())
-        begun = [self._begun.get((row.index, s), none) for s in samples]
+        begun = [self.begun.get((row.index, s), none) for s in samples]
         return [
             Request(
                 *(row.index, s, ids, params, seed),
@@ -347,8 +298,11 @@ class Reader:
 
     def _prompt(self, fields: Mapping[str, Any]) -> tuple[tuple[int, ...], SamplingParams]:
         given = self._sampling(fields)
-        params = self._params_of(given)
-        ids = self._encode(fields)
+        try:
+            params = self._generation.params(given)
+        except ValueError as error:
+            raise PromptError("bad_parameter", str(error)) from None
+        ids = self.workbench.encode(fields)
         return ids, self._generation.fitted(params, given, len(ids))
 
     def _problem(self, row: int, error: BaseException) -> PromptError:
@@ -358,12 +312,12 @@ class Reader:
         if isinstance(error, Overdue):
             place = place_of(error.__traceback__)
             self._overdue += 1
-            if self._overdue == self._barren:
+            if self._overdue == self.barren:
                 raise never_made(self._overdue, place)
-            return PromptError("overdue", too_long(self._limit.limit_s) + place)
+            return PromptError("overdue", too_long(self.limit.limit_s) + place)
         if not self._has_told_internal:
             self._has_told_internal = True
-            self._log(f"row {row} can't be made a prompt, as others may not: {said_by(error)}")
+            self.log(f"row {row} can't be made a prompt, as others may not: {said_by(error)}")
         return PromptError("internal", f"the row can't be made a prompt: {said_by(error)}")
 
     def _sampling(self, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,15 +334,9 @@ class Reader:
                 self._tell([name])
         return values
 
-    def _params_of(self, given: Mapping[str, Any]) -> SamplingParams:
-        try:
-            return self._generation.params(given)
-        except ValueError as error:
-            raise PromptError("bad_parameter", str(error)) from None
-
     def _tell(self, names: Iterable[str]) -> None:
         """Log, once, what is taken as a parameter and was not told of before the job began."""
         new = [name for name in names if name not in self._told]
         if new:
             self._told.update(new)
-            self._log(parameters_taken(new))
+            self.log(parameters_taken(new))

@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 
 from batchrun.cgroups import oom_kills
@@ -26,8 +26,7 @@ _TELL_S = 1.0  # that it has for it
 _LOOK_S = 0.5  # between two looks at what a run is at
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _RESTARTS = 4  # in a row, without a result in between
-_BARREN = BARREN  # in a row, without a good one
-_CRASHED = re.compile(rb"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
+_CRASHED = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 _WORDS = 300  # characters
 _FAILED, _INTERRUPTED = 1, 130  # what the supervisor exits with
 
@@ -75,10 +74,9 @@ class Runs:
 
     def _watch(self, child: subprocess.Popen[bytes]) -> tuple[int, Overrun | None]:
         """Wait for the end; returns the exit code, and the prompt for which it was ended here."""
-        note = ReaderNote(self._job.path)
-        note.made()  # of the run before
-        onlooker = Onlooker(child.pid, note)
-        try:
+        with closing(ReaderNote(self._job.path)) as note:
+            note.made()  # of the run before
+            onlooker = Onlooker(child.pid, note)
             while True:
                 with suppress(subprocess.TimeoutExpired):
                     return child.wait(_LOOK_S), None
@@ -89,8 +87,6 @@ class Runs:
                     child.wait(_TELL_S)
                 child.kill()
                 return child.wait(), overrun
-        finally:
-            note.close()
 
     def _stopped(self) -> int:
         self._job.set_state("cancelled" if self._job.cancel_requested() else "interrupted")
@@ -108,7 +104,7 @@ class Runs:
             return self._stopped()
         _blame(self._job, overrun, place)
         self._count()
-        if self._barren < _BARREN:
+        if self._barren < BARREN:
             return None
         error = never_made(self._barren, place)
         return self._failed(str(error), error.hint)
@@ -141,7 +137,7 @@ class Runs:
             journal.count_crash(rows)
         self._count()
         self._reporter.message(f"the run crashed with {name}; {len(rows)} rows were in it")
-        if self._vain < _RESTARTS and self._barren < _BARREN:
+        if self._vain < _RESTARTS and self._barren < BARREN:
             return None
         times = max(self._vain, self._barren)
         return self._failed(
@@ -158,10 +154,9 @@ class Runs:
 
     def _suspects(self) -> tuple[list[int], Reading | None]:
         """Rows that may have brought the run down, or what it read as it died."""
-        running, note = InFlightRows(self._job.path), ReaderNote(self._job.path)
-        rows, at = running.rows(), note.at()
-        running.close()
-        note.close()
+        path = self._job.path
+        with closing(InFlightRows(path)) as running, closing(ReaderNote(path)) as note:
+            rows, at = running.rows(), note.at()
         if at is None:
             return rows, None
         thread = self._crashed_thread()
@@ -180,8 +175,7 @@ class Runs:
 
     def _stack(self, thread: int) -> str:
         """What faulthandler printed last of a thread."""
-        printed = self._words().decode(errors="replace")
-        found = re.findall(rf"hread 0x0*{thread:x} .*?\n((?:  .*\n)*)", printed)
+        found = re.findall(rf"hread 0x0*{thread:x} .*?\n((?:  .*\n)*)", self._words())
         return str(found[-1]) if found else ""
 
     def _note_silent_end(self, code: int) -> None:
@@ -189,7 +183,7 @@ class Runs:
         noted = JobSnapshot.load(self._job.path)
         if noted is not None and noted.state not in WAITING:
             return
-        lines = [line.strip() for line in self._words().decode(errors="replace").splitlines()]
+        lines = [line.strip() for line in self._words().splitlines()]
         lines = [line for line in lines if line]
         if any(line.startswith("error: ") for line in lines):
             return  # it did say, and someone else may have the job
@@ -201,13 +195,11 @@ class Runs:
             "batchrun resume",
         )
 
-    def _words(self) -> bytes:
+    def _words(self) -> str:
         """What the job's processes have printed since the run began."""
         if not self._log.exists():
-            return b""
-        with self._log.open("rb") as file:
-            file.seek(self._printed)
-            return file.read()
+            return ""
+        return self._log.read_bytes()[self._printed :].decode(errors="replace")
 
 
 def _blame(job: JobFolder, overrun: Overrun, place: str) -> None:

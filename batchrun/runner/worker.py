@@ -17,9 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchrun import machine
 from batchrun.allocator.vmm import Refused
@@ -43,9 +43,15 @@ from batchrun.runner.figures import RunFigures
 from batchrun.runner.live import Progress
 from batchrun.runner.opening import open_runtime
 from batchrun.runner.overdue import PromptLimit
-from batchrun.runner.reader import HANDED_REQUESTS, Reader, RowEngine, Workbench
+from batchrun.runner.reader import HANDED_REQUESTS, Reader
 from batchrun.runner.watchdog import Watchdog
 from batchrun.runner.writer import COMMIT_RESULTS, Item, JournalWriter
+
+if TYPE_CHECKING:  # they import torch
+    from batchrun.engine.build import Assembly
+    from batchrun.engine.engine import Engine
+
+    OpenWorkbench = Callable[[JobSpec, Callable[[str], None]], Assembly]
 
 _DRAINED_SECONDS = 0.05  # between two looks whether the engine has nothing any more
 _PATIENCE = 6  # times as long as a step may take, for loading a model or writing the output
@@ -57,7 +63,7 @@ def run_job(
     stop: threading.Event,
     on_progress: Callable[[Progress], None] = lambda _: None,
     log: Callable[[str], None] = lambda _: None,
-    open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench] | None = None,
+    open_workbench: OpenWorkbench | None = None,
     held: bool = False,
     watchdog: Watchdog | None = None,
     prompt_s: float = float("inf"),
@@ -92,44 +98,32 @@ def run_job(
             spec = job.spec()
             parts = [file.part for file in spec.inputs]
             source = open_source(parts, spec.input_format, noted=reading)
-            run = _Run(
-                job,
-                spec,
-                source,
-                limit,
-                stop=stop,
-                on_progress=on_progress,
-                log=log,
-                watchdog=watchdog,
-            )
+            run = _Run(job, spec, source, limit, stop, on_progress, log, watchdog)
         with limit:
             return run.run(open_workbench or open_runtime)
 
 
+@dataclass
 class _Run:
     """One run of one job: its state before, its parts, and the order in which they work."""
 
-    def __init__(
-        self,
-        job: JobFolder,
-        spec: JobSpec,
-        source: Source,
-        limit: PromptLimit,
-        *,
-        stop: threading.Event,
-        on_progress: Callable[[Progress], None],
-        log: Callable[[str], None],
-        watchdog: Watchdog,
-    ) -> None:
-        self._job, self._spec, self._source, self._limit = job, spec, source, limit
-        self._stop, self._log, self._watchdog = stop, log, watchdog
-        self._on_progress = on_progress
+    job: JobFolder
+    spec: JobSpec
+    source: Source
+    limit: PromptLimit
+    stop: threading.Event
+    on_progress: Callable[[Progress], None]
+    log: Callable[[str], None]
+    watchdog: Watchdog
+
+    def __post_init__(self) -> None:
+        job, spec = self.job, self.spec
         self._figures = RunFigures()
         self._failures: list[BaseException] = []  # of threads
         self._in_flight = InFlightRows(job.path)
         self._in_flight.clear()  # of the run before; its supervisor has taken note
         with Journal(job.path, spec.n) as journal:
-            self._total = _count_rows(source, spec, journal)
+            self._total = _count_rows(self.source, spec, journal)
             self._number = journal.begin_run()  # what is read below no earlier run adds to any more
             self._done = journal.done()
             self._begun = journal.partials()
@@ -137,17 +131,13 @@ class _Run:
             self._condemned = journal.condemned()
             self._earlier = journal.counts()
         self._writer = JournalWriter(
-            job,
-            spec,
-            self._number,
-            total=self._total,
-            earlier=self._earlier,
+            *(job, spec, self._number, self._total, self._earlier),
             figures=self._figures,
-            watchdog=watchdog,
-            log=log,
+            watchdog=self.watchdog,
+            log=self.log,
         )
 
-    def run(self, open_workbench: Callable[[JobSpec, Callable[[str], None]], Workbench]) -> Outcome:
+    def run(self, open_workbench: OpenWorkbench) -> Outcome:
         """Load, compute what is to do, write the output."""
         outcome, figures = Outcome.FAILED, self._figures
         failure: Exception | None = None
@@ -155,8 +145,8 @@ class _Run:
             if self._writer.missing:
                 self._report("load")
                 self._writer.check_room_ahead()
-                with self._watchdog.busy("loading the model", _PATIENCE):
-                    figures.workbench = open_workbench(self._spec, self._log)
+                with self.watchdog.busy("loading the model", _PATIENCE):
+                    figures.workbench = open_workbench(self.spec, self.log)
                 figures.counted["load_s"] = time.perf_counter() - figures.began
                 self._compute(figures.workbench)
             outcome = self._finish()
@@ -177,40 +167,40 @@ class _Run:
             # Where the disk fails here too, the error that is on its way says more.
             with suppress(*(JobError, OSError) if failure is not None else ()):
                 last = figures.so_far()
-                note_end(self._job, self._spec, self._number, outcome, last, failure=failure)
-        write_summary(self._job, str(outcome))
-        figures.remember(self._spec)
+                note_end(self.job, self.spec, self._number, outcome, last, failure=failure)
+        write_summary(self.job, str(outcome))
+        figures.remember(self.spec)
         return outcome
 
     def _finish(self) -> Outcome:
         """Write the output where all rows have results; returns how the run ended."""
-        if self._writer.missing and not self._stop.is_set():
+        if self._writer.missing and not self.stop.is_set():
             raise input_changed(f"the input ended before its {self._total:,} rows were read")
         if self._writer.missing:
-            cancelled = self._job.cancel_requested()
+            cancelled = self.job.cancel_requested()
             return Outcome.CANCELLED if cancelled else Outcome.INTERRUPTED
         self._report("export")
         began = time.perf_counter()
-        with self._watchdog.busy("writing the output", _PATIENCE):
-            noted = self._limit.note.reading
-            write_output(self._job, self._spec, self._number, noted, self._log)
+        with self.watchdog.busy("writing the output", _PATIENCE):
+            noted = self.limit.note.reading
+            write_output(self.job, self.spec, self._number, noted, self.log)
         self._figures.counted["export_s"] = time.perf_counter() - began
         return Outcome.DONE_WITH_ERRORS if self._writer.failed else Outcome.DONE
 
-    def _compute(self, workbench: Workbench) -> None:
+    def _compute(self, workbench: Assembly) -> None:
         """Drive the engine until every row has its results, or `stop` is set."""
         requests: Channel[Request] = Channel(HANDED_REQUESTS)
         results: Channel[Item] = Channel(4 * COMMIT_RESULTS)
         reader = self._figures.reader = self._make_reader(workbench, requests)
         loop = EngineLoop(
             *(workbench.engine, reader, self._in_flight, self._crashes, self._figures),
-            watchdog=self._watchdog,
-            stopped=lambda: self._stop.is_set() or bool(self._failures),
+            watchdog=self.watchdog,
+            stopped=lambda: self.stop.is_set() or bool(self._failures),
             report=lambda: self._report("run", workbench.engine),
         )
         writing = self._thread("journal", self._writer.run, reader.columns, results)
         reading = self._thread("reader", reader.read, requests, results)
-        self._figures.engine_begins()
+        self._figures.engine_began = time.perf_counter()
         try:
             machine.start(writing, reading)
             loop.run(requests, results)
@@ -223,7 +213,7 @@ class _Run:
             results.close()
             if writing.ident is not None:
                 writing.join()
-            self._figures.engine_ended()
+            self._figures.engine_ended = time.perf_counter()
         if self._failures:
             raise self._failures[0]
 
@@ -243,9 +233,9 @@ class _Run:
 
         return threading.Thread(target=guarded, name=name)
 
-    def _make_reader(self, workbench: Workbench, requests: Channel[Request]) -> Reader:
+    def _make_reader(self, workbench: Assembly, requests: Channel[Request]) -> Reader:
         def digests(first: int, count: int) -> Mapping[int, int]:
-            with self._job.journal() as journal:
+            with self.job.journal() as journal:
                 return journal.digests(first, count)
 
         def drained() -> None:
@@ -254,26 +244,26 @@ class _Run:
                 requests.wait(_DRAINED_SECONDS)
 
         reader = Reader(
-            replace(self._spec, limit=self._total),  # not what a file has got in the meantime
-            *(self._source, self._done, workbench, self._log),
+            replace(self.spec, limit=self._total),  # not what a file has got in the meantime
+            *(self.source, self._done, workbench, self.log),
             begun=self._begun,
             crashes=self._crashes,
             digests=digests,
-            watchdog=self._watchdog,
-            limit=self._limit,
+            watchdog=self.watchdog,
+            limit=self.limit,
             condemned=self._condemned,
             drained=drained,
         )
         return reader
 
-    def _report(self, phase: str, engine: RowEngine | None = None) -> None:
+    def _report(self, phase: str, engine: Engine | None = None) -> None:
         running, waiting, generated = (0, 0, self._figures.counted["completion_tokens"])
         if engine is not None:
             running, waiting, generated = engine.load()
-        self._on_progress(
+        self.on_progress(
             Progress(
                 rows_total=self._total,
-                rows_done=self._writer.samples // self._spec.n,
+                rows_done=self._writer.samples // self.spec.n,
                 rows_failed=self._writer.failed,
                 rows_resumed=self._earlier.rows,
                 completion_tokens=generated,

@@ -19,7 +19,7 @@ from batchrun.jobs.journal.results import (
     RowDigests,
 )
 from batchrun.jobs.spec import JobSpec
-from batchrun.runner.channel import Closed, Receiver
+from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.watchdog import Watchdog
 
@@ -51,13 +51,14 @@ class _Pending:
             self.partials = item
 
 
+@dataclass
 class JournalWriter:
     """Commits what comes in groups, each durable before it counts, and watches the disks.
 
     Args:
         job: Whose journal.
         spec: Its specification.
-        run: The number of the run that writes.
+        number: Of the run that writes.
         total: Rows of the job.
         earlier: What earlier runs did.
         figures: Written with each group.
@@ -69,31 +70,27 @@ class JournalWriter:
         failed: Rows among them that have an error.
     """
 
-    def __init__(
-        self,
-        job: JobFolder,
-        spec: JobSpec,
-        run: int,
-        *,
-        total: int,
-        earlier: Counts,
-        figures: RunFigures,
-        watchdog: Watchdog,
-        log: Callable[[str], None],
-    ) -> None:
-        self._job, self._spec, self._number, self._total = job, spec, run, total
-        self._output = Path(spec.output.path)
-        self._figures, self._watchdog, self._log = figures, watchdog, log
-        self.samples, self.failed = earlier.samples, earlier.failed
+    job: JobFolder
+    spec: JobSpec
+    number: int
+    total: int
+    earlier: Counts
+    figures: RunFigures
+    watchdog: Watchdog
+    log: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self._output = Path(self.spec.output.path)
+        self.samples, self.failed = self.earlier.samples, self.earlier.failed
         self._failed_rows = DoneSet(1)
         self._warned, self._look = False, 0.0
 
     @property
     def missing(self) -> int:
         """Results that the job has not yet."""
-        return self._total * self._spec.n - self.samples
+        return self.total * self.spec.n - self.samples
 
-    def run(self, columns: list[str], results: Receiver[Item]) -> None:
+    def run(self, columns: list[str], results: Channel[Item]) -> None:
         """Write what comes until nothing more does.
 
         Args:
@@ -104,8 +101,8 @@ class JournalWriter:
             JournalError: The journal can't be written, or is another run's by now.
             OutputError: There is no room for more.
         """
-        with Journal(self._job.path, self._spec.n) as journal:
-            journal.resume_run(self._number)
+        with Journal(self.job.path, self.spec.n) as journal:
+            journal.resume_run(self.number)
             if journal.meta(READ) is None:
                 journal.set_meta(READ, columns)
             pending, deadline, open_ = _Pending(), 0.0, True
@@ -130,18 +127,18 @@ class JournalWriter:
         Raises:
             OutputError: There is no room.
         """
-        spec = self._spec
+        spec = self.spec
         copied = 0 if spec.limit else sum(file.size for file in spec.inputs) // 4
-        check_room((self._job.path, self.missing * _RESULT_BYTES), (self._output, copied))
+        check_room((self.job.path, self.missing * _RESULT_BYTES), (self._output, copied))
 
     def _commit(self, journal: Journal, pending: _Pending) -> None:
         ended = {(r.row, r.sample) for r in pending.results}
         begun = [p for p in pending.partials if (p.row, p.sample) not in ended]
-        figures = self._figures.observed()
+        figures = self.figures.observed()
         began = time.perf_counter()
-        with self._watchdog.busy("writing the journal"):
+        with self.watchdog.busy("writing the journal"):
             journal.write(pending.results, figures, begun, pending.digests)
-        self._figures.counted["journal_s"] += time.perf_counter() - began
+        self.figures.counted["journal_s"] += time.perf_counter() - began
         self.samples += len(pending.results)
         self._count_failures(pending.results)
         if time.monotonic() >= self._look:
@@ -158,14 +155,14 @@ class JournalWriter:
 
     def _watch_room(self) -> None:
         """End the run before a disk is full; say once, early, that one will be."""
-        path = self._job.path
+        path = self.job.path
         check_room((path, 0), (self._output, 0))
         size = sum(file.stat().st_size for file in path.glob("journal.db*"))
         needed = size * self.missing // max(1, self.samples)
         free = free_bytes(path)
         if free < needed and not self._warned and self.samples > COMMIT_RESULTS:
             self._warned = True
-            self._log(
+            self.log(
                 f"the disk of {path} has {free / 2**30:.1f} GiB left and the job will "
                 f"need about {needed / 2**30:.1f} GiB: it will stop, and can be resumed"
             )

@@ -270,9 +270,7 @@ def test_an_engine_that_fails_whatever_its_rows_are_ends_the_job(batchrun: Comma
         "    return launch(self, plan)\n"
         "TorchExecutor.launch = trapped"
     )
-    done = trapped(
-        batchrun, trap, supervisor="from batchrun.runner import runs as r; r._BARREN = 3"
-    )
+    done = trapped(batchrun, trap, supervisor="from batchrun.runner import runs as r; r.BARREN = 3")
     assert done.returncode == 1, done.stderr
     assert "crashed with SIGABRT 3 times in a row, and no row was answered" in done.stderr
     assert "failed: RuntimeError: no kernel" in done.stderr

@@ -30,12 +30,14 @@ class Clock:
 
 
 @pytest.fixture
-def clock():
-    return Clock()
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("batchrun.cli.progress.time.monotonic", clock)
+    return clock
 
 
 def test_rates_are_of_the_last_seconds_and_not_of_resumed_rows():
-    rates = Rates(window_s=10)
+    rates = Rates()
     rates.add(0, at(50, 0, resumed=50))
     assert rates.tokens_per_s() is None
     rates.add(5, at(50, 100))
@@ -53,7 +55,7 @@ def test_rates_are_of_the_last_seconds_and_not_of_resumed_rows():
 
 def test_lines_come_at_intervals_and_with_each_phase(clock):
     stream = io.StringIO()
-    view = LineView(stream, every_s=5, clock=clock)
+    view = LineView(stream)
     view.update(at(40, 0, resumed=40, phase="load"))
     for _ in range(20):
         clock.now += 1
@@ -73,7 +75,7 @@ def test_lines_come_at_intervals_and_with_each_phase(clock):
 
 def test_closing_lines_prints_the_last_state_once(clock):
     stream = io.StringIO()
-    view = LineView(stream, clock=clock)
+    view = LineView(stream)
     view.update(at(1, 0))
     view.update(at(7, 0))
     view.close()
@@ -84,7 +86,7 @@ def test_closing_lines_prints_the_last_state_once(clock):
 
 def test_lines_do_without_a_total(clock):
     stream = io.StringIO()
-    LineView(stream, clock=clock).update(at(3, 0, total=None))
+    LineView(stream).update(at(3, 0, total=None))
     assert stream.getvalue() == "running: 3 of ? rows\n"
 
 

@@ -211,7 +211,7 @@ def test_a_template_that_never_ends_is_named_and_ends_the_job(
         batchrun,
         "from batchrun.runner import reader as r; r.Reader.__init__.__kwdefaults__['barren'] = 3",
         "--chat",
-        supervisor="from batchrun.runner import runs as r; r._BARREN = 2",
+        supervisor="from batchrun.runner import runs as r; r.BARREN = 2",
         model=model,
         BATCHRUN_PROMPT_SECONDS="0.2",
     )

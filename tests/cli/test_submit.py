@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.cli.work import StopOnSignal
+from batchrun.cli.work import stopped_by_signals
 from batchrun.jobs.lease import Lease
 from tests.cli.conftest import obey_permissions
 from tests.tiny import edit_config
@@ -118,10 +118,10 @@ def test_dry_run_checks_everything_and_starts_nothing(batchrun):
 def test_a_second_signal_kills(batchrun):
     code = (
         "import os, signal\n"
-        "from batchrun.cli.work import StopOnSignal\n"
-        "with StopOnSignal() as stop:\n"
+        "from batchrun.cli.work import stopped_by_signals\n"
+        "with stopped_by_signals() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    assert stop.event.is_set()\n"
+        "    assert stop.is_set()\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('not reached')\n"
     )
@@ -133,7 +133,7 @@ def test_a_second_signal_kills(batchrun):
 
 def test_handlers_are_as_before_afterwards():
     before = signal.getsignal(signal.SIGINT)
-    with StopOnSignal():
+    with stopped_by_signals():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 

@@ -185,11 +185,9 @@ def _look(job: JobFolder, home: Path) -> None:
         _named(act)
     _named(lambda: json.dumps(summarise(job)))
     read_progress(job.path)
-    tail = LogTail(job.path)
-    for line in tail.lines():
+    for line in LogTail(job.path).lines():
         float(line["time"])
         str(line["message"]).encode()
-    tail.close()
     spec = JobSpec((), "jsonl", PromptSpec(), ModelSpec(), SamplingSpec())
     find_same(home, spec)
     check_apart(home, home / "other", [])
