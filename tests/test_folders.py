@@ -344,7 +344,7 @@ def test_what_is_no_gguf_file_is_told(content: bytes, says: str, tmp_path: Path)
 
 def test_a_gguf_file_may_have_any_name(tmp_path: Path) -> None:
     blob = write_tiny_gguf(tmp_path / "sha256-0123")
-    assert resolve(str(blob), tmp_path / "cache").kind == "gguf"
+    assert (resolve(str(blob), tmp_path / "cache").path / "config.json").exists()
 
 
 def test_a_folder_of_parts_says_to_merge_them(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_reasons_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         int8_gpu.unsupported_reason.__wrapped__(device, torch.bfloat16) == "triton is not installed"
     )
     monkeypatch.setattr(int8_gpu, "find_spec", lambda _: SimpleNamespace())
-    monkeypatch.setattr(int8_gpu, "_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert int8_gpu.unsupported_reason.__wrapped__(device, torch.float16) == (
         "it needs compute capability 8.0, and this device has 7.5"
     )
