@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import TOY_LOAD, Load, Shape
-from benchmarks.gpu.steps import add, assembled, drain
+from benchmarks.gpu.steps import add, assembled, drain, measured
 
 if TYPE_CHECKING:
     from batchrun.engine.build import Assembly
@@ -25,13 +25,13 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
     shape, load = bench.shape("qwen3-0.6b"), TOY_LOAD if bench.toy else Load()
     settings = settings_of(bench, load)
     with ready(bench, shape, load, settings) as (assembly, seconds):
-        found = {"ready_s": seconds} | measured(bench, assembly, shape, load)
+        found = {"ready_s": seconds} | measured(bench, assembly, shape, load.lengths())
         sizes = {k: settings[k] for k in ("max_num_seqs", "max_num_batched_tokens")}
         yield {"load": {"shape": shape.name, **asdict(load), **sizes}} | found
         choices: list[dict[str, Any]] = []
         for name, choice in others(assembly):
             with choice:
-                choices.append({"choice": name} | measured(bench, assembly, shape, load))
+                choices.append({"choice": name} | measured(bench, assembly, shape, load.lengths()))
             yield {"choices": choices}
     gc.collect()
     if not bench.toy:
@@ -75,34 +75,4 @@ def ready(
 def measure(bench: Bench, shape: Shape, load: Load, settings: dict[str, Any]) -> dict[str, Any]:
     """One job through an engine of its own."""
     with ready(bench, shape, load, settings) as (assembly, seconds):
-        return {"ready_s": seconds} | measured(bench, assembly, shape, load)
-
-
-def measured(bench: Bench, assembly: Assembly, shape: Shape, load: Load) -> dict[str, Any]:
-    """One job through an idle engine."""
-    before = assembly.measurements()
-    add(assembly, shape, load.lengths())
-    bench.synchronise()
-    began = time.perf_counter()
-    tokens = drain(assembly)
-    bench.synchronise()
-    seconds = time.perf_counter() - began
-    after = assembly.measurements()
-    gone = {k: v - before[k] for k, v in after.items() if isinstance(v, float | int)}
-    wanted = sum(out for _, out in load.lengths())
-    if tokens != wanted:
-        raise RuntimeError(f"{tokens} tokens came out, {wanted} were asked for")
-    return {
-        "seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_s": tokens / seconds,
-        "steps": gone["steps"],
-        "exposed": gone["map_exposed_s"] / seconds,
-        "hidden": gone["map_hidden_s"] / seconds,
-        "stalls": gone["map_stalls"],
-        "utilisation": gone["kv_live_s"] / gone["kv_mapped_s"],
-        "idle": gone["idle_s"] / seconds,
-        "device_s": gone["device_s"],
-        "preemptions": gone["preemptions"],
-        "recomputed": gone["recomputed_tokens"],
-    }
+        return {"ready_s": seconds} | measured(bench, assembly, shape, load.lengths())

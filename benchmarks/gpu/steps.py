@@ -37,7 +37,7 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
         yield {"shape": shape.name, "ready_s": time.perf_counter() - began}
         yield prefill(bench, assembly, shape, chunk, size)
         yield decode(bench, assembly, shape, size)
-        found: list[dict[str, float]] = []
+        found: list[dict[str, Any]] = []
         for seqs in (bench.size(256, 8), bench.size(512, 16)):
             found.append(chatting(bench, assembly, shape, seqs))
             yield {"chats": found}
@@ -77,6 +77,42 @@ def drain(assembly: Assembly) -> int:
                 raise RuntimeError(f"row {completion.request.row}: {completion.error}")
             tokens += len(completion.token_ids)
     return tokens
+
+
+def measured(
+    bench: Bench, assembly: Assembly, shape: Shape, lengths: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """A job of requests of (tokens in, tokens out) through an idle engine.
+
+    Raises:
+        RuntimeError: Other tokens came out than were asked for.
+    """
+    before = assembly.measurements()
+    add(assembly, shape, lengths)
+    bench.synchronise()
+    began = time.perf_counter()
+    tokens = drain(assembly)
+    bench.synchronise()
+    seconds = time.perf_counter() - began
+    after = assembly.measurements()
+    gone = {k: v - before[k] for k, v in after.items() if isinstance(v, float | int)}
+    wanted = sum(out for _, out in lengths)
+    if tokens != wanted:
+        raise RuntimeError(f"{tokens} tokens came out, {wanted} were asked for")
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+        "steps": gone["steps"],
+        "exposed": gone["map_exposed_s"] / seconds,
+        "hidden": gone["map_hidden_s"] / seconds,
+        "stalls": gone["map_stalls"],
+        "utilisation": gone["kv_live_s"] / gone["kv_mapped_s"],
+        "idle": gone["idle_s"] / seconds,
+        "device_s": gone["device_s"],
+        "preemptions": gone["preemptions"],
+        "recomputed": gone["recomputed_tokens"],
+    }
 
 
 def prefill(
@@ -135,34 +171,15 @@ def decode(bench: Bench, assembly: Assembly, shape: Shape, context: int) -> dict
     }
 
 
-def chatting(bench: Bench, assembly: Assembly, shape: Shape, seqs: int) -> dict[str, float]:
+def chatting(bench: Bench, assembly: Assembly, shape: Shape, seqs: int) -> dict[str, Any]:
     """A job of requests as long as chats are, `seqs` at a time, after a small one like it."""
     assembly.scheduler.max_num_seqs = seqs
     lengths = chats(bench.size(1000, 24), longest=bench.size(1024, 32))
     small = [(size, min(out, 32)) for size, out in lengths[: 2 * seqs]]
     add(assembly, shape, small, first=len(lengths))
     drain(assembly)
-    before = assembly.measurements()
-    add(assembly, shape, lengths)
-    bench.synchronise()
-    began = time.perf_counter()
-    tokens = drain(assembly)
-    bench.synchronise()
-    seconds = time.perf_counter() - began
-    after = assembly.measurements()
-    gone = {k: v - before[k] for k, v in after.items() if isinstance(v, float | int)}
-    return {
-        "sequences": seqs,
-        "requests": len(lengths),
-        "prompt_tokens": sum(size for size, _ in lengths),
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
-        "steps": gone["steps"],
-        "exposed": gone["map_exposed_s"] / seconds,
-        "idle": gone["idle_s"] / seconds,
-        "utilisation": gone["kv_live_s"] / gone["kv_mapped_s"],
-    }
+    asked = {"requests": len(lengths), "prompt_tokens": sum(size for size, _ in lengths)}
+    return {"sequences": seqs} | asked | measured(bench, assembly, shape, lengths)
 
 
 def _clocks(assembly: Assembly) -> tuple[float, ...]:
