@@ -18,7 +18,7 @@ from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import SamplingParams, Segment
 from batchrun.engine.model.prepare import prepare
 from tests.attention.slots import segment, upload
-from tests.attention.test_native import asked, expected, full_slots
+from tests.attention.test_native import asked, difference, expected, full_slots
 from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run
 
@@ -75,7 +75,7 @@ def worst(
         for i in {*range(0, one.length, 13), one.length - 1}:
             k, v = (view[one.slot, : one.start + i + 1] for view in views)
             want = expected(layer, query[at + i], k, v)
-            found.append(float((got[at + i].double() - want).abs().max()))
+            found.append(difference(got[at + i], want))
         at += one.length
     assert at == len(got)
     return max(found)
