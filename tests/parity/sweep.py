@@ -1,7 +1,7 @@
-"""Every type of model that writes text, of the installed transformers: the same, or refused.
+"""Checks every text-generating model type of the installed transformers: same tokens, or refused.
 
 `python -m tests.parity.sweep [TYPE ...] [--write docs/models.md]` builds a tiny random model of
-each, runs prompts beyond every window and chunk, and compares with `generate` by eager attention.
+each type, runs prompts longer than every window and chunk, and compares with eager `generate`.
 """
 
 from __future__ import annotations
