@@ -1,4 +1,4 @@
-"""Writes the tables of benchmarks/README.md from the JSON lines in benchmarks/results/.
+"""Generates the tables of benchmarks/README.md from the JSON lines in benchmarks/results/.
 
 python benchmarks/throughput.py | tail -n 1 > benchmarks/results/NAME.json
 make gpu-check
@@ -16,32 +16,32 @@ from typing import Any
 from gpu.details import sections
 
 HERE = Path(__file__).parent
-ELSEWHERE = ("faults-", "fuzz-")  # docs/durability.md and docs/memory.md tell of these
+ELSEWHERE = ("faults-", "fuzz-")  # shown in docs/durability.md and docs/memory.md
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 
 
 def throughput(result: dict[str, Any]) -> Iterator[str]:
     yield f"### {result['model']}, {result['rows']} prompts, greedy, {result['dtype']}"
     yield ""
-    yield f"{result['machine']}; torch {result['torch']}, transformers {result['transformers']}; "
-    yield f"{result['date']}; `{result['command']}`; {result['completion_tokens']:,} completion "
+    yield f"{result['machine']}; torch {result['torch']}, transformers {result['transformers']};"
+    yield f"{result['date']}; `{result['command']}`; {result['completion_tokens']:,} completion"
     yield f"tokens; live / mapped KV memory {result['utilisation']:.1%}."
     yield ""
-    yield "| | completion tokens/s | seconds, each run | same completions |"
+    yield "| | completion tokens/s | seconds per run | same completions |"
     yield "|---|---|---|---|"
     for name, way in result["ways"].items():
         seconds = ", ".join(f"{s:.1f}" for s in way["seconds"])
         same = f"{way['same_completions']} of {result['rows']}"
         yield f"| {name} | {way['tokens_per_s']:.1f} | {seconds} | {same} |"
     yield ""
-    yield f"batchrun is {result['ratio_to_generate']:.2f} times `generate` at its better batch size"
-    yield f"and {result['ratio_to_generate_batch']:.2f} times `generate_batch`."
+    yield f"batchrun is {result['ratio_to_generate']:.2f} times as fast as `generate` at its"
+    yield f"better batch size, {result['ratio_to_generate_batch']:.2f} times as `generate_batch`."
 
 
 def joblayer(result: dict[str, Any]) -> Iterator[str]:
     yield "### The job layer alone: Parquet to journal to Parquet, with a null engine"
     yield ""
-    yield "| rows | rows/s, run and export | journal rows/s | resume scan | peak memory |"
+    yield "| rows | run and export, rows/s | journal, rows/s | resume scan | peak memory |"
     yield "|---|---|---|---|---|"
     for size in (result["small"], result["large"]):
         yield (
@@ -49,58 +49,59 @@ def joblayer(result: dict[str, Any]) -> Iterator[str]:
             f"| {size['resume_s']:.2f} s | {size['peak_rss'] / 2**20:.0f} MiB |"
         )
     yield ""
-    yield f"Ten times the rows take {result['ratio']:.3f} times the memory."
+    yield f"Ten times as many rows take {result['ratio']:.3f} times the memory."
 
 
 def sigkill(result: dict[str, Any]) -> Iterator[str]:
-    yield "### Killed at random moments"
+    yield "### SIGKILL at random moments"
     yield ""
     yield (
-        f"{result['kills']} SIGKILLs of jobs with {result['rows']} rows through "
-        f"{result['model']}: {result['runs']} runs, {result['runs_that_left_part_of_the_rows']} "
-        "of them left part of the rows. Every output equal to the uninterrupted one; "
-        f"journalled rows computed again: {result['journalled_rows_computed_again']}."
+        f"Jobs with {result['rows']} rows through {result['model']} were killed {result['kills']} "
+        f"times: {result['runs']} runs, {result['runs_that_left_part_of_the_rows']} of which left "
+        "some rows unfinished. Every output equals the uninterrupted one; journalled rows "
+        f"computed again: {result['journalled_rows_computed_again']}."
     )
 
 
 def sharing(result: dict[str, Any]) -> Iterator[str]:
-    yield f"### Shared prefixes, samples, too little memory: {result['model']}, {result['dtype']}"
+    yield f"### Shared prefixes, samples, low memory: {result['model']}, {result['dtype']}"
     yield ""
     yield f"{result['machine']}; `{result['command']}`."
     yield ""
     if part := result.get("prefix"):
         yield (
-            f"* {part['rows']} rows with 600 tokens in common: {part['prefill_tokens']:,} prompt "
-            f"tokens computed, the least is {part['prefill_tokens_least']:,}; without sharing "
-            f"{part['prefill_tokens_without']:,}. {part['tokens_per_s_ratio']:.2f} times the "
-            f"speed, {part['kv_mapped_ratio']:.1f} times less memory on average, "
-            f"{part['peak_kv_mapped_ratio']:.1f} times at the peak. {part['same_completions']} of "
-            f"{part['rows']} completions are the same."
+            f"* {part['rows']} rows with a common prefix of 600 tokens: "
+            f"{part['prefill_tokens']:,} prompt tokens computed (the minimum is "
+            f"{part['prefill_tokens_least']:,}), {part['prefill_tokens_without']:,} without "
+            f"sharing. {part['tokens_per_s_ratio']:.2f} times as fast, with "
+            f"{part['kv_mapped_ratio']:.1f} times less memory on average and "
+            f"{part['peak_kv_mapped_ratio']:.1f} times less at the peak. "
+            f"{part['same_completions']} of {part['rows']} completions are the same."
         )
     if part := result.get("samples"):
         yield (
-            f"* {part['n']} samples of {part['rows']} prompts of 512 tokens: at its peak memory is "
-            f"{part['peak_to_ideal']:.3f} times the tokens' own bytes."
+            f"* {part['n']} samples each of {part['rows']} prompts of 512 tokens: peak memory is "
+            f"{part['peak_to_ideal']:.3f} times the size of the tokens."
         )
     if part := result.get("pressure"):
         yield (
-            f"* {part['rows']} rows with a third of the memory that they take together: "
+            f"* {part['rows']} rows with a third of the memory that they need together: "
             f"{part['preemptions']} preemptions, {part['recomputed_share']:.1%} of the tokens "
-            f"computed twice, {part['same_completions']} of {part['rows']} completions the same, "
+            f"recomputed, {part['same_completions']} of {part['rows']} completions the same, "
             f"{part['seconds'] / part['seconds_with_ample_memory']:.2f} times the time."
         )
 
 
 def peers(result: dict[str, Any]) -> Iterator[str]:
-    yield f"### Peers: {result['model']}, {result['dtype']}"
+    yield f"### Peers, {', '.join(result['workloads'])}: {result['model']}, {result['dtype']}"
     yield ""
-    yield f"{result['machine']}; {result['date']}; `{result['command']}`. Medians; memory is the "
+    yield f"{result['machine']}; {result['date']}; `{result['command']}`. Medians; memory is the"
     yield "process tree's proportional set size."
     for name, found in result["workloads"].items():
         yield ""
         yield f"{name}: {found['rows']:,} rows, {found['completion_tokens']:,} completion tokens"
         yield ""
-        yield "| | tokens/s | seconds, each run | whole process | peak memory | batchrun is |"
+        yield "| | tokens/s | seconds per run | whole process | peak memory | batchrun is |"
         yield "|---|---|---|---|---|---|"
         for way, figures in found["ways"].items():
             seconds = ", ".join(f"{s:.1f}" for s in figures["seconds"])
@@ -116,11 +117,11 @@ def peers(result: dict[str, Any]) -> Iterator[str]:
 
 
 def plancounts(result: dict[str, Any]) -> Iterator[str]:
-    yield "### Planned and unplanned, counted without a model"
+    yield "### Planned and unplanned order, simulated without a model"
     yield ""
     yield (
-        "| workload, rows | tokens computed, planned | unplanned | ratio | `stats` says "
-        "| steps, planned | unplanned | `stats` says |"
+        "| workload, rows | tokens computed, planned | unplanned | ratio | `stats` estimates "
+        "| steps, planned | unplanned | `stats` estimates |"
     )
     yield "|---|---|---|---|---|---|---|---|"
     for name, found in result["workloads"].items():
@@ -135,22 +136,22 @@ def plancounts(result: dict[str, Any]) -> Iterator[str]:
 
 def planner(result: dict[str, Any]) -> Iterator[str]:
     large, small = result["large"], result["small"]
-    yield "### Planning alone, prompts of 200 tokens"
+    yield "### Planning alone, with prompts of 200 tokens"
     yield ""
     yield (
-        f"{large['rows']:,} rows: {large['us_a_row']:.0f} us a row, {result['share']:.2%} of a job "
-        f"of {result['job_s']:,.0f} s; {large['peak_rss'] / 2**20:.0f} MiB at the peak, "
+        f"{large['rows']:,} rows: {large['us_a_row']:.0f} us per row, {result['share']:.2%} of a "
+        f"job of {result['job_s']:,.0f} s; peak memory {large['peak_rss'] / 2**20:.0f} MiB, "
         f"{result['ratio']:.3f} times that of {small['rows']:,} rows."
     )
 
 
 def planner_real(result: dict[str, Any]) -> Iterator[str]:
-    yield "### A job planned and not: 8 questions each to documents of 300 tokens, in any order"
+    yield "### A job with and without planning: 300-token documents, 8 questions each, shuffled"
     yield ""
-    yield f"{result['machine']}; {result['date']}; `{result['command']}`. "
+    yield f"{result['machine']}; {result['date']}; `{result['command']}`."
     yield f"{result['same_rows']:,} of {result['rows']:,} rows have the same answer."
     yield ""
-    yield "| | seconds of the engine | prompt tokens computed | steps | tail |"
+    yield "| | engine, seconds | prompt tokens computed | steps | tail |"
     yield "|---|---|---|---|---|"
     for name, way in (("planned", result["plan"]), ("`--no-plan`", result["no-plan"])):
         yield (
@@ -158,37 +159,37 @@ def planner_real(result: dict[str, Any]) -> Iterator[str]:
             f"| {way['tail_s']:.1f} s |"
         )
     yield ""
-    yield f"{result['ratio']:.2f} times as fast."
+    yield f"Planning makes it {result['ratio']:.2f} times as fast."
 
 
 def cpusteps(result: dict[str, Any]) -> Iterator[str]:
-    yield f"### A CPU's steps: {result['model']}, bfloat16, {result['workload']}"
+    yield f"### Steps on a CPU: {result['model']}, bfloat16, {result['workload']}"
     yield ""
-    yield f"{result['machine']}; torch {result['torch']}; {result['date']}; `{result['command']}`. "
-    yield f"Ceilings in the same run: {result['bandwidth'] / 1e9:.1f} GB/s read, "
+    yield f"{result['machine']}; torch {result['torch']}; {result['date']}; `{result['command']}`."
+    yield f"Ceilings in the same run: {result['bandwidth'] / 1e9:.1f} GB/s read,"
     yield f"{result['matrix'] / 1e9:,.0f} GFLOP/s."
     yield ""
     yield "| | all steps | decode steps |"
     yield "|---|---|---|"
     share, of_decodes = result["of_roofline"], result["of_roofline_decodes"]
-    yield f"| of the roofline model | {share:.2f} | {of_decodes:.2f} |"
+    yield f"| share of the roofline | {share:.2f} | {of_decodes:.2f} |"
     outside, in_decodes = result["outside_forward"], result["outside_forward_decodes"]
-    yield f"| outside the model's forward | {outside:.1%} | {in_decodes:.1%} |"
+    yield f"| time outside the model's forward | {outside:.1%} | {in_decodes:.1%} |"
     yield ""
-    yield f"{result['tokens_per_s']:,.0f} completion tokens/s. With draft tokens, as jobs run by "
-    yield f"default, {result['drafting_tokens_per_s']:,.0f}: {result['drafting_of_roofline']:.2f} "
-    yield "of the model of steps that compute one token a row."
+    yield f"{result['tokens_per_s']:,.0f} completion tokens/s. With draft tokens, the default:"
+    yield f"{result['drafting_tokens_per_s']:,.0f}, or {result['drafting_of_roofline']:.2f} of the"
+    yield "roofline for steps that compute one token per row."
 
 
 def quality(result: dict[str, Any]) -> Iterator[str]:
-    yield f"### What shorter numbers change: {result['model']}"
+    yield f"### Effect of lower precision: {result['model']}"
     yield ""
-    yield f"{result['machine']}; torch {result['torch']}; {result['date']}; `{result['command']}`; "
+    yield f"{result['machine']}; torch {result['torch']}; {result['date']}; `{result['command']}`;"
     yield f"{result['tokens']:,} tokens of this project's documents."
     yield ""
     sizes = [*next(iter(result["ways"].values()))["tokens_per_s"]]
     speeds = " | ".join(f"decode tokens/s, {size} sequences" for size in sizes)
-    yield f"| | perplexity | likeliest token is float32's | divergence | weights | {speeds} |"
+    yield f"| | perplexity | same likeliest token as float32 | divergence | weights | {speeds} |"
     yield f"|---|---|---|---|---|{'---|' * len(sizes)}"
     for way, row in result["ways"].items():
         rates = " | ".join(f"{rate:,.0f}" for rate in row["tokens_per_s"].values())
@@ -203,7 +204,7 @@ def gpu_check(result: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     yield f"### {device.get('name', 'no device')}"
     yield ""
-    yield f"{versions}; driver {device.get('driver_version', 'unknown')}; {result['date']}, "
+    yield f"{versions}; driver {device.get('driver_version', 'unknown')}; {result['date']},"
     yield f"commit {result['commit']}; `{result['command']}`; {result['seconds']:.0f} s."
     yield ""
     yield "| figure | measured | target | |"
@@ -216,7 +217,7 @@ def gpu_check(result: dict[str, Any]) -> Iterator[str]:
         if part["status"] != "done":
             yield f"\n`{name}` {part['status']}: {part.get('reason', 'no reason given')}"
         if "commit" in part:
-            yield f"\n`{name}` is of commit {part['commit']}."
+            yield f"\n`{name}` was measured at commit {part['commit']}."
     for lines in sections(result["parts"]):
         yield ""
         yield from lines
@@ -242,7 +243,7 @@ def render() -> str:
     found = [json.loads(p.read_text()) for p in paths if not p.name.startswith(ELSEWHERE)]
     made = ["\n".join(SECTIONS[result["benchmark"]](result)) for result in found]
     if not any(result["benchmark"] == "gpu-check" for result in found):
-        made.append("### GPU\n\nNo check of a GPU has been run yet: no figure of one is known.")
+        made.append("### GPU\n\nNo GPU has been checked yet, so there are no figures.")
     return "\n\n".join(made)
 
 

@@ -1,4 +1,4 @@
-"""The check's figures that have no target, as Markdown tables. Imports nothing of ours."""
+"""The check's figures without a target, as Markdown tables. Imports nothing else of batchrun."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Figures = Mapping[str, Any]
 
 
 def sections(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
-    """A table for each part that has one, its title first; parts without figures are left out."""
+    """A table for each part with figures, title first."""
     makers = {
         "submit": submit,
         "ceilings": ceilings,
@@ -31,7 +31,7 @@ def sections(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
 
 
 def submit(figures: Figures) -> Iterator[str]:
-    """The command line's job, and the one that was killed."""
+    """The submitted job, and the one that was killed."""
     if "device" in figures:
         yield (
             f"- {figures['rows']:,} rows on {figures['device']} with {figures['attention']}: "
@@ -39,29 +39,29 @@ def submit(figures: Figures) -> Iterator[str]:
             f"steps, after {figures['load_s']:.1f} s of loading"
         )
         yield (
-            f"- mapping {figures['map_hidden_s']:.3f} s hidden, {figures['map_exposed_s']:.3f} s "
-            f"exposed; device busy for {figures['device_s']:.2f} s, idle between steps for "
-            f"{figures['idle_s']:.2f} s; {figures['preemptions']} preemptions"
+            f"- mapping hidden for {figures['map_hidden_s']:.3f} s, exposed for "
+            f"{figures['map_exposed_s']:.3f} s; device busy for {figures['device_s']:.2f} s, idle "
+            f"between steps for {figures['idle_s']:.2f} s; {figures['preemptions']} preemptions"
         )
-        yield from (f"- its log: {line}" for line in figures["log"])
+        yield from (f"- log: {line}" for line in figures["log"])
     if "answers_in_killed" in figures:
         yield (
-            f"- killed with {figures['rows_at_kill']:,} rows done and resumed: "
-            f"{figures['answers_in_killed']:,} rows answered, in order and of the right length"
+            f"- killed with {figures['rows_at_kill']:,} rows done, then resumed: "
+            f"{figures['answers_in_killed']:,} rows answered, in order and with the right length"
         )
         if "kill_s" in figures:
             yield (
-                f"- its processes were gone {figures['kill_s']:.1f} s after the kill, and resuming "
-                f"it had ended {figures['resume_s']:.1f} s after it"
+                f"- its processes were gone {figures['kill_s']:.1f} s after the kill; the resumed "
+                f"job ended {figures['resume_s']:.1f} s after it"
             )
     if "same_completions" in figures:
         yield f"- completions equal to the uninterrupted job's: {figures['same_completions']:.1%}"
 
 
 def ceilings(figures: Figures) -> Iterator[str]:
-    """What the device was measured to do."""
+    """The device's measured limits."""
     if "bandwidth" in figures:
-        yield f"- copy: {figures['bandwidth'] / 1e9:,.0f} GB/s, read and written"
+        yield f"- copy: {figures['bandwidth'] / 1e9:,.0f} GB/s, reads plus writes"
     if "matrix" in figures:
         yield f"- bf16 matrix product: {figures['matrix'] / 1e12:,.1f} TFLOP/s"
 
@@ -71,7 +71,7 @@ def steps(figures: Figures) -> Iterator[str]:
     if "decode_step_s" in figures:
         step, seqs = figures["decode_step_s"], figures["decode_sequences"]
         yield (
-            f"- decode: {step * 1e3:.2f} ms a step, {figures['decode_device_s'] * 1e3:.2f} ms "
+            f"- decode: {step * 1e3:.2f} ms per step, {figures['decode_device_s'] * 1e3:.2f} ms "
             f"of it on the device; {seqs} sequences of {figures['decode_context']:.0f} tokens, "
             f"{seqs / step:,.0f} tokens/s"
         )
@@ -80,7 +80,7 @@ def steps(figures: Figures) -> Iterator[str]:
         yield f"- prefill: {rate:,.0f} tokens/s"
     for row in figures.get("chats", ()):
         yield (
-            f"- {row['requests']:,} requests as long as chats, {row['sequences']} at a time: "
+            f"- {row['requests']:,} requests of chat length, {row['sequences']} at a time: "
             f"{row['tokens_per_s']:,.0f} tokens/s out ({row['tokens']:,} in {row['seconds']:.2f} "
             f"s), {row['prompt_tokens'] / row['seconds']:,.0f} in; mapping exposed for "
             f"{row['exposed']:.2%}, device idle for {row['idle']:.2%}"
@@ -111,30 +111,30 @@ def job(figures: Figures) -> Iterator[str]:
 
 
 def pressure(figures: Figures) -> Iterator[str]:
-    """The job with too little memory."""
+    """The job with limited memory."""
     yield (
         f"- {figures['kv_budget'] / 2**30:.1f} GiB for keys and values: {figures['tokens']:,} "
         f"tokens in {figures['seconds']:.2f} s ({figures['tokens_per_s']:,.0f} tokens/s); "
-        f"{figures['preemptions']:.0f} preemptions, {figures['recomputed']:,.0f} tokens computed "
-        f"again; live / mapped {figures['utilisation']:.2f}"
+        f"{figures['preemptions']:.0f} preemptions, {figures['recomputed']:,.0f} tokens "
+        f"recomputed; live / mapped {figures['utilisation']:.2f}"
     )
 
 
 def host(figures: Figures) -> Iterator[str]:
-    """Small steps, and the host's functions in one."""
-    yield from _head(f"{figures['shape']}, sequences", "a step", "on the device", "idle")
+    """Small steps, and a profile of the host in one."""
+    yield from _head(f"{figures['shape']}, sequences", "per step", "on the device", "idle")
     for row in figures["host"]:
         times = (f"{1e3 * row[name]:.2f} ms" for name in ("step_s", "device_s", "idle_s"))
         yield f"| {row['sequences']} | {' | '.join(times)} |"
     if "functions" in figures:
         yield ""
-        yield from _head("function, profiled", "calls a step", "own time a step")
+        yield from _head("function, profiled", "calls per step", "own time per step")
         for row in figures["functions"]:
             yield f"| `{row['function']}` | {row['calls']:.0f} | {row['us']:,.0f} us |"
 
 
 def vmm(figures: Figures) -> Iterator[str]:
-    """Microseconds by range length, and what the calls do to running kernels."""
+    """Microseconds by range length, and the effect of the calls on running kernels."""
     ranges = figures.get("ranges", [])
     names = [name for name in ranges[0] if name != "pages"] if ranges else []
     yield from _head(f"pages of {figures['granularity'] >> 10:,} KiB", *names)
@@ -148,7 +148,7 @@ def vmm(figures: Figures) -> Iterator[str]:
             yield f"| {row['bytes'] >> 10:,} KiB | {cells} |"
         yield ""
     yield from _head(
-        "while copies run", "idle", "beside copies", "longest", "copies alone", "beside the calls"
+        "call", "idle device", "during copies", "longest", "copies alone", "copies during calls"
     )
     for name in ("create", "map", "unmap"):
         found = figures.get(f"under_{name}")
@@ -162,13 +162,15 @@ def vmm(figures: Figures) -> Iterator[str]:
 
 
 def slabs(figures: Figures) -> Iterator[str]:
-    """Decode attention and waste by layers in a slab."""
+    """Decode attention and waste by layers per slab."""
     yield (
         f"{figures['shape']}, {figures['sequences']} sequences of {figures['tokens']:,} tokens, "
         f"{figures['slabs'][0]['attention']}"
     )
     yield ""
-    yield from _head("layers a slab", "attention a layer", "KV read", "waste", "waste of the load")
+    yield from _head(
+        "layers per slab", "attention per layer", "KV read", "waste", "waste in the load"
+    )
     for row in figures["slabs"]:
         yield (
             f"| {row['layers_per_slab']} | {row['layer_s'] * 1e6:,.0f} us "
@@ -178,10 +180,10 @@ def slabs(figures: Figures) -> Iterator[str]:
 
 
 def layouts(figures: Figures) -> Iterator[str]:
-    """Contiguous slots against pages, by workload and kernels."""
+    """Contiguous slots against pages, by workload and kernel."""
     pages = figures["page_tokens"]
     yield from _head(
-        figures["shape"], "kernels", "contiguous", f"pages of {pages}", "contiguous is", "differ"
+        figures["shape"], "kernel", "contiguous", f"pages of {pages}", "contiguous is", "difference"
     )
     for row in figures["layouts"]:
         kind = "decode" if row["queries"] == 1 else "prefill"
