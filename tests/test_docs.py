@@ -143,7 +143,7 @@ def promises():
     security = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?!promise|-)(.+?) \| (.*) \|$", security, re.MULTILINE)
     durability = (ROOT / "docs" / "durability.md").read_text(encoding="utf-8")
-    lines = durability.split("## The promise\n")[1].split("\nWhat it does")[0]
+    lines = durability.split("## Guarantees\n")[1].split("\nbatchrun does")[0]
     rows += [(line, line) for line in re.split(r"^\* ", lines, flags=re.MULTILINE)[1:]]
     return {promise: re.findall(r"`(tests/[\w/.]+)`", tests) for promise, tests in rows}
 

@@ -74,12 +74,12 @@ PARTS = (
     Part("ceilings", 20, "copy bandwidth and bf16 matrix rate"),
     Part("steps", 120, "Llama-3-8B shape: decode steps, prefill chunks, idle time, 1,000 chats"),
     Part("job", 110, "256 requests, Qwen3-0.6B shape: throughput, mapping, KV utilisation"),
-    Part("host", 45, "what small steps cost the host, and which of its functions"),
-    Part("pressure", 45, "the same with 8 GiB for keys and values: sequences are preempted"),
+    Part("host", 45, "what small steps cost the host, by function"),
+    Part("pressure", 45, "the job with 8 GiB for keys and values, so that sequences are preempted"),
     Part("vmm", 30, "driver calls: create, map, set-access, unmap"),
     Part("layouts", 50, "contiguous slots against 16-token pages"),
     Part("slabs", 35, "layers_per_slab: decode attention time and waste"),
-    Part("vllm", 150, "the job through vLLM, where it is installed"),
+    Part("vllm", 150, "the job through vLLM, if it is installed"),
     Part("peer", 60, "the job through transformers' generate_batch", greedy=True),
 )
 
