@@ -22,7 +22,7 @@ CEILINGS = {
     "batchrun/engine/model": 1980,
     "batchrun/estimate": 450,
     "batchrun/models": 1190,
-    "batchrun/prompts": 1200,
+    "batchrun/prompts": 1080,
     "batchrun/report": 160,
     "batchrun/runner": 1940,
     "jobs": 2030,

@@ -85,7 +85,7 @@ def _constant_size(node: nodes.Node) -> int:
     assert isinstance(node, nodes.Filter)
     assert node.node is not None
     values = [part.as_const() for part in (node.node, *node.args)]
-    return _FILTERS[node.name](*values, **{p.key: p.value.as_const() for p in node.kwargs})
+    return _FILTERS[node.name](*values, **{str(p.key): p.value.as_const() for p in node.kwargs})
 
 
 def _check(size: int) -> None:
@@ -212,7 +212,8 @@ def _of_items(items: Any, separator: Any = "", *_: Any, d: Any = "", **__: Any) 
 
 
 def _tabs(text: Any, *args: Any, **named: Any) -> int:
-    return text.count("\t" if isinstance(text, str) else b"\t") * _widest(None, *args, **named)
+    tabs: int = text.count("\t" if isinstance(text, str) else b"\t")
+    return tabs * _widest(None, *args, **named)
 
 
 def _translated(text: Any, table: Any, *_: Any) -> int:
