@@ -198,12 +198,8 @@ class ControlTokens:
     def _encode_pieces(self, text: str, add_special_tokens: bool) -> list[int]:
         """The same with a tokenizer in Python: it is given the text in pieces."""
         ids: list[int] = []
-        parts: list[str] = [""]  # text and the template's control tokens, in turns
-        for n, piece in enumerate(re.split(f"({self._pattern.pattern})", text)):
-            if n % 2 and not parts[-1].endswith(_BEFORE):
-                parts += [piece, ""]
-            else:
-                parts[-1] += piece
+        # Text and the template's control tokens, in turns.
+        parts = re.split(f"(?<!{_BEFORE})({self._pattern.pattern})", text)
         for n, part in enumerate(parts):
             if n % 2:
                 ids.append(self._ids[part])
