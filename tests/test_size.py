@@ -22,7 +22,7 @@ CEILINGS = {
     "batchrun/engine/model": 1980,
     "batchrun/estimate": 440,
     "batchrun/models": 1190,
-    "batchrun/prompts": 1080,
+    "batchrun/prompts": 1070,
     "batchrun/report": 150,
     "batchrun/runner": 1850,
     "jobs": 2030,
