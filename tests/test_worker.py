@@ -30,11 +30,10 @@ from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import ModelRef, resolve
 from batchrun.runner import writer
-from batchrun.runner.endings import Outcome
 from batchrun.runner.engine_loop import EngineLoop
 from batchrun.runner.live import Progress
 from batchrun.runner.reader import QUEUED_REQUESTS, Reader
-from batchrun.runner.worker import run_job
+from batchrun.runner.worker import Outcome, run_job
 from batchrun.runner.writer import JournalWriter
 from tests.tiny import write_tiny_model
 

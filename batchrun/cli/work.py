@@ -71,7 +71,6 @@ def run_job_command(folder: Path) -> int:
     # as slow where another process wants a core (benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     job, handles = JobFolder(folder), supervisor.inherited()
-    supervisor.close_in_children(handles)
     with Reporter(folder) as reporter, stopped_by_signals() as stop:
         try:
             if (note := use_cores()) is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from batchrun.engine.core import Request
 from batchrun.engine.waiting import why_refused
@@ -12,43 +13,12 @@ from batchrun.jobs.errors import InputError
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
+from batchrun.runner.channel import Channel
 from batchrun.runner.overdue import PromptLimit
-from batchrun.runner.reader import Reader
+from batchrun.runner.reader import Read, Reader
 
 _ROWS = 20
 _BARREN = 2  # rows whose prompts take too long, before it gives up
-
-
-@dataclass
-class _Tried:
-    """Takes the place of the engine and the journal, and notes how each row fares."""
-
-    info: ModelInfo
-    rows: set[int] = field(default_factory=set)
-    failed: dict[int, str] = field(default_factory=dict)
-
-    full = False
-
-    def put(self, item: Request | Result | CopiedResult | RowDigests) -> None:
-        """A request to compute, or a result in its place."""
-        if isinstance(item, RowDigests):
-            return
-        self.rows.add(item.row)
-        if isinstance(item, Result) and item.status == "error":
-            self.failed[item.row] = item.error or item.status
-        elif isinstance(item, Request):
-            refused = why_refused(
-                len(item.prompt_ids),
-                item.params.num_beams,
-                max_model_len=self.info.max_model_len,
-                max_num_seqs=self.info.max_num_seqs,
-                can_fit=self.info.can_fit,
-            )
-            if refused is not None:
-                self.failed[item.row] = refused[1]
-
-    def close(self) -> None:
-        """There is no more."""
 
 
 def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> None:
@@ -72,19 +42,37 @@ def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> No
     source.count()  # through to the end: an array may be cut short, a quote never closed
     unplanned = replace(spec.runtime, plan=False)
     few = replace(spec, limit=min(_ROWS, spec.limit or _ROWS), runtime=unplanned)
-    tried = _Tried(info)
     reader = Reader(few, source, DoneSet(spec.n), info, log, limit=limit, barren=_BARREN)
-    reader.read(tried, tried)
-    if not tried.failed:
+    made: Channel[Request | Read] = Channel(sys.maxsize)  # no more than of these few rows
+    reader.read(made, made)
+    tried, failed = set(), {}
+    for item in made.take(sys.maxsize):
+        if isinstance(item, RowDigests):
+            continue
+        tried.add(item.row)
+        if (reason := _refused(item, info)) is not None:
+            failed[item.row] = reason
+    if not failed:
         return
-    row, reason = next(iter(tried.failed.items()))
-    if len(tried.failed) == len(tried.rows):
+    row, reason = next(iter(failed.items()))
+    if len(failed) == len(tried):
         raise InputError(
-            f"not one of the first {len(tried.rows):,} rows can be computed; row {row}: {reason}",
+            f"not one of the first {len(tried):,} rows can be computed; row {row}: {reason}",
             hint="mend them, or look at the options that say what makes the prompt: "
             "batchrun submit --help",
         )
-    log(
-        f"{len(tried.failed):,} of the first {len(tried.rows):,} rows will fail; "
-        f"row {row}: {reason}"
-    )
+    log(f"{len(failed):,} of the first {len(tried):,} rows will fail; row {row}: {reason}")
+
+
+def _refused(item: Request | Result | CopiedResult, info: ModelInfo) -> str | None:
+    """Why a row can't be computed."""
+    if isinstance(item, Request):
+        refused = why_refused(
+            len(item.prompt_ids),
+            item.params.num_beams,
+            max_model_len=info.max_model_len,
+            max_num_seqs=info.max_num_seqs,
+            can_fit=info.can_fit,
+        )
+        return refused[1] if refused is not None else None
+    return item.error if isinstance(item, Result) and item.status == "error" else None

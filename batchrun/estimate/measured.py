@@ -80,13 +80,8 @@ class Measured:
 
     def add(self, amounts: tuple[float, float, float], seconds: float) -> None:
         """Take note of an interval: steps, tokens, and steps times the bytes held."""
-        self.moments = [
-            old + a * b
-            for old, (a, b) in zip(
-                self.moments, ((a, b) for a in amounts for b in amounts), strict=True
-            )
-        ]
-        self.products = [old + a * seconds for old, a in zip(self.products, amounts, strict=True)]
+        self.moments = (np.outer(amounts, amounts).ravel() + self.moments).tolist()
+        self.products = (np.multiply(amounts, seconds) + self.products).tolist()
         self.seconds += seconds
 
     def after(self, earlier: Measured | None) -> Measured:
@@ -95,8 +90,8 @@ class Measured:
             return self
         return replace(
             self,
-            moments=[_KEPT * a + b for a, b in zip(earlier.moments, self.moments, strict=True)],
-            products=[_KEPT * a + b for a, b in zip(earlier.products, self.products, strict=True)],
+            moments=(np.multiply(_KEPT, earlier.moments) + self.moments).tolist(),
+            products=(np.multiply(_KEPT, earlier.products) + self.products).tolist(),
             seconds=earlier.seconds + self.seconds,
             runs=earlier.runs + self.runs,
         )
@@ -147,11 +142,10 @@ class StepSampler:
 
     def observe(self, figures: Mapping[str, Any]) -> None:
         """Take in a run's figures as they are now."""
-        now = {name: figures[name] for name in self._before if name != "tokens"}
-        now["tokens"] = figures["prefill_tokens"] + figures["decode_tokens"]
         decoded, right = figures["decode_tokens"], figures["accepted_tokens"]
         missed = figures["drafted_tokens"] - right
-        now["tokens"] += missed
+        now = {name: figures[name] for name in self._before if name != "tokens"}
+        now["tokens"] = figures["prefill_tokens"] + decoded + missed
         passed = {name: now[name] - before for name, before in self._before.items()}
         if passed["steps"] > 0 and passed["kv_s"] > 0:
             held = passed["steps"] * passed["kv_live_s"] / passed["kv_s"]

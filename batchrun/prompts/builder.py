@@ -10,7 +10,7 @@ from typing import Any
 from batchrun.errors import ModelError
 from batchrun.models.resolve import no_chat_template
 from batchrun.prompts.chat import ChatTemplate, Messages, Tokenizer, Tools, continued
-from batchrun.prompts.chat_source import check_template_args, has_literal
+from batchrun.prompts.chat_source import check_template_args, has_literal, variables
 from batchrun.prompts.control_tokens import ControlTokens
 from batchrun.prompts.messages import (
     ARGUMENT_COLUMNS,
@@ -29,6 +29,7 @@ from batchrun.prompts.sandbox import check_constants
 from batchrun.prompts.template import Template
 
 _TOOLS, _ARGUMENTS = ARGUMENT_COLUMNS
+_READERS: dict[str, Callable[..., Any]] = {_TOOLS: read_tools, _ARGUMENTS: read_arguments}
 
 
 @dataclass(eq=False)
@@ -51,6 +52,9 @@ class PromptBuilder:
         log: Told, once each, what is done with chats that users may not expect.
         told: Columns that need not be told of.
 
+    Attributes:
+        templates: The model's, for chats without tools and for those with.
+
     Raises:
         ValueError: The template is malformed.
     """
@@ -68,16 +72,15 @@ class PromptBuilder:
     plain: Callable[[Any], Any] = lambda value: value
     log: Callable[[str], None] = lambda _: None
     told: Collection[str] = ()
-    chat_template: ChatTemplate = field(init=False, repr=False)
-    _template: Template | None = field(init=False, default=None, repr=False)
-    _control: ControlTokens | None = field(init=False, default=None, repr=False)
-    _told: set[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.chat_template = ChatTemplate(self.tokenizer, self.template_args)
+        self.templates = {
+            tools: ChatTemplate(self.tokenizer, self.template_args, tools=tools)
+            for tools in (False, True)
+        }
         self._told = set(self.told)
-        if self.template is not None:
-            self._template = Template(self.template)
+        self._template = Template(self.template) if self.template is not None else None
+        self._control: ControlTokens | None = None
         if not self.special_tokens_in_data:
             with suppress(NotImplementedError):  # mistral-common's: it has none in text
                 self._control = ControlTokens(self.tokenizer)
@@ -93,7 +96,7 @@ class PromptBuilder:
         Raises:
             PromptError: The row has no usable prompt.
         """
-        value, marked = self._value(fields)
+        value = self._value(fields)
         if value is None:
             raise PromptError("null_prompt", "the prompt is null, not text")
         if isinstance(value, str):
@@ -103,88 +106,78 @@ class PromptBuilder:
             raise wrong_type(f"the prompt is {kind_of(value)}, not text")
         plain = isinstance(value, str) and not self.needs_chat_template
         try:
-            text, marked = (value, marked) if plain else self._chat(value, fields, marked)
+            text = value if plain else self._chat(value, fields)
         except RecursionError:
             raise wrong_type("the chat is nested too deeply") from None
-        return self._encode(text, marked, add_special_tokens=plain)
+        return self._encode(text, add_special_tokens=plain)
 
-    def _value(self, fields: Mapping[str, Any]) -> tuple[Any, bool]:
-        """What makes the prompt, and whether it has marks of `ControlTokens`."""
-        if self._template is None:
-            column = self.column or "prompt"
-            if column not in fields:
-                raise PromptError("missing_field", f"the row has no field {column!r}")
-            return fields[column], False
-        for name in self._template.columns:
+    def _value(self, fields: Mapping[str, Any]) -> Any:
+        """What makes the prompt; where it is a template with values, these are marked."""
+        names = [self.column or "prompt"] if self._template is None else self._template.columns
+        for name in names:
             if name not in fields:
                 raise PromptError("missing_field", f"the row has no field {name!r}")
-            if fields[name] is None:
+            if self._template is not None and fields[name] is None:
                 raise PromptError("null_prompt", f"the field {name!r} is null")
-        values, marked = self._guarded({name: fields[name] for name in self._template.columns})
-        return self._template.fill(values, self.plain), marked
+        if self._template is None:
+            return fields[names[0]]
+        return self._template.fill(self._marked({n: fields[n] for n in names}), self.plain)
 
-    def _guarded(self, value: Any) -> tuple[Any, bool]:
-        """A row's value with marks where it needs any, and whether it does."""
-        if self._control is None or not self._control.touches(value):
-            return value, False
-        return self._control.put(value), True
+    def _marked(self, value: Any) -> Any:
+        """A row's value with marks in all that might read as a control token."""
+        return value if self._control is None else self._control.put(value)
 
-    def _chat(self, value: Any, fields: Mapping[str, Any], filled: bool) -> tuple[str, bool]:
-        """The text of a chat's prompt, and whether it has marks."""
+    def _chat(self, value: Any, fields: Mapping[str, Any]) -> str:
+        """The text of a chat's prompt, with marks."""
         tools, arguments = self._arguments(fields)
+        template = self.templates[tools is not None]
         if isinstance(value, str) and self.column not in CHAT_COLUMNS:
             messages: Messages = [{"role": "user", "content": value}]
         else:
             messages = read_messages(value, columnar=self.columnar)
-            self._check_roles(messages, tools is not None)
-        messages = self.chat_template.shape(messages, tools is not None)
-        made = self._template is not None  # whose marks, if any, are there already
-        said, marked = self._guarded([None if made else messages, tools, arguments])
-        messages, first = messages if made else said[0], 0
+            self._check_roles(messages, template)
+        if self._template is None:  # whose values are marked
+            messages = self._marked(messages)
         if continued(messages):
             self._tell("continued", "chats that end with an assistant's text are continued there")
+        first = 0
         if self.system is not None and messages[0]["role"] != "system":
-            system = self.chat_template.shape(
-                [{"role": "system", "content": self.system}], tools is not None
-            )
-            messages, first = [*system, *messages], -1
-        text = self.chat_template.prompt(messages, *said[1:], first=first)
-        return text, marked or filled
+            messages, first = [{"role": "system", "content": self.system}, *messages], -1
+        return template.prompt(messages, *self._marked([tools, arguments]), first=first)
 
     def _arguments(self, fields: Mapping[str, Any]) -> tuple[Tools, dict[str, Any]]:
         """The row's tools, and what it says to the chat template."""
-        shown = self._template.columns if self._template is not None else [self.column]
         if self.arguments_are_data:
             return None, {}
-        tools = arguments = None
-        if _TOOLS not in shown:
-            tools = read_tools(fields.get(_TOOLS), columnar=self.columnar)
-        if _ARGUMENTS not in shown:
-            arguments = read_arguments(fields.get(_ARGUMENTS), columnar=self.columnar)
-        for name, there in ((_TOOLS, tools), (_ARGUMENTS, arguments)):
-            if there:
-                self._tell(name, arguments_taken([name]))
-        if arguments:
-            unread, read = self.chat_template.unread(list(arguments), tools=tools is not None)
-            if unread:
+        shown = self._template.columns if self._template is not None else [self.column]
+        said = {
+            name: read(fields.get(name), columnar=self.columnar)
+            for name, read in _READERS.items()
+            if name not in shown
+        }
+        for name in filter(said.get, said):
+            self._tell(name, arguments_taken([name]))
+        tools, arguments = said.get(_TOOLS), said.get(_ARGUMENTS) or {}
+        known = variables(self.templates[tools is not None].source) if arguments else None
+        for name in arguments:
+            if known is not None and name not in known:
                 raise PromptError(
                     "bad_parameter",
-                    f"{_ARGUMENTS} has {unread[0]!r}, which the chat template does not read; "
-                    f"it reads {', '.join(read)}",
+                    f"{_ARGUMENTS} has {name!r}, which the chat template does not read; "
+                    f"it reads {', '.join(sorted(known))}",
                 )
-        return tools, arguments or {}
+        return tools, arguments
 
-    def _check_roles(self, messages: Messages, tools: bool) -> None:
+    def _check_roles(self, messages: Messages, template: ChatTemplate) -> None:
         """Refuse roles of which templates that write `<|role|>` would make a control token."""
-        for i, message in enumerate(messages):
-            role = message["role"]
+        for i, role in enumerate(message["role"] for message in messages):
             if role in ROLES or self._control is None or not self._control.in_name(role.strip()):
                 continue
-            if not has_literal(self.chat_template.source(tools=tools), role):
+            if not has_literal(template.source, role):
                 raise wrong_type(f"message {i} has the role {role!r}, which is no role")
 
-    def _encode(self, text: str, marked: bool, *, add_special_tokens: bool) -> tuple[int, ...]:
-        control = self._control if marked else None
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        control = self._control if self._control and self._control.marked(text) else None
         length = len(text if control is None else control.strip(text))
         if self.max_chars is not None and length > self.max_chars:
             raise PromptError(
@@ -246,7 +239,7 @@ def prompt_builder(
     builder = PromptBuilder(tokenizer, **prompt, max_chars=longest * max_model_len, log=log)
     if builder.needs_chat_template and not tokenizer.chat_template:
         raise no_chat_template(model)
-    sources = [builder.chat_template.source(tools=tools) for tools in (False, True)]
+    sources = [template.source for template in builder.templates.values()]
     for source in sources:
         try:
             check_constants(source)

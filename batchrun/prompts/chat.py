@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, cached_property
+from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import jinja2
 
-from batchrun.prompts.chat_source import variables
-from batchrun.prompts.messages import Arguments, PromptError
+from batchrun.prompts.messages import PromptError
 from batchrun.prompts.sandbox import bound
 
 # No row's text has it: rows can't know what a process draws. Letters and digits survive whatever a
@@ -47,53 +50,39 @@ class Tokenizer(Protocol):
         """The template itself, of several the one for chats with tools or for those without."""
 
 
-class _Form(NamedTuple):
-    """How a template takes content: text, else a list of parts; what it puts between parts."""
-
-    text: bool
-    between: str | None  # None: nothing that could stand in one text
-
-
 class _Said(NamedTuple):
     """Something of a row that its prompt must show."""
 
     kind: tuple[Any, ...]  # what is known of one holds for all
-    text: str
-    where: tuple[int, int | None]  # message (-1: the tools) and call or tool; None is its content
-    missing: str
+    texts: list[str]
+    holder: dict[str, Any]  # has it, under `key`
+    key: str
+    missing: str  # what is wrong where the prompt lacks it
 
 
 class ChatTemplate:
-    """Makes prompts of chats.
+    """Makes prompts of chats that have tools, or of those that have none.
 
     Args:
         tokenizer: Has the template.
         arguments: What the job says to it, by name.
+        tools: Whether the chats have tools: a model may have a template of its own for these.
+
+    Attributes:
+        source: The template's text; empty where there is none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, arguments: Mapping[str, Any], *, tools: bool = False
+    ) -> None:
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
-        self._form, self._call_form = cache(self._try_form), cache(self._try_calls)
+        self._tools: Tools = [] if tools else None  # of a chat that is made up
+        self.source = ""
+        with suppress(ValueError, NotImplementedError, AttributeError):
+            self.source = str(tokenizer.get_chat_template(tools=self._tools))
+        self._form = cache(self._try_form)
         self._expressed: set[tuple[Any, ...]] = set()
-        self._bound: set[bool] = set()  # whether the template for chats with tools, or without, is
-
-    def source(self, *, tools: bool = False) -> str:
-        """Its text, for chats with tools or for those without; empty where it has none."""
-        try:
-            return str(self._tokenizer.get_chat_template(tools=[] if tools else None))
-        except (ValueError, NotImplementedError, AttributeError):
-            return ""
-
-    def unread(self, names: Sequence[str], *, tools: bool = False) -> tuple[list[str], list[str]]:
-        """Names among these that it never reads, and those that it does read."""
-        read = variables(self.source(tools=tools))
-        if read is None:
-            return [], []
-        return [name for name in names if name not in read], sorted(read)
-
-    def shape(self, messages: Messages, tools: bool) -> Messages:
-        """Messages as `read_messages` has them in the form in which the template takes them."""
-        return [self._shape(message, tools) for message in messages]
+        self._bound = False
 
     def prompt(
         self, messages: Messages, tools: Tools, arguments: Mapping[str, Any], *, first: int = 0
@@ -101,7 +90,7 @@ class ChatTemplate:
         """The text of a prompt for the answer to a chat, or for the rest of its last message.
 
         Args:
-            messages: As `shape` returns them.
+            messages: As `read_messages` returns them.
             tools: That the model may call.
             arguments: What the row says to the template.
             first: What the row calls the first message: -1 where it is not the row's own.
@@ -110,7 +99,7 @@ class ChatTemplate:
             PromptError: The template refuses the chat, or leaves out something of it.
         """
         begun = continued(messages)
-        if not begun and is_open(messages[-1]):
+        if not begun and _is_open(messages[-1]):
             if any(messages[-1].get(key) for key in ("reasoning_content", "reasoning", "thinking")):
                 number = len(messages) - 1 + first
                 raise PromptError("chat_template", f"message {number} has reasoning but no content")
@@ -119,232 +108,204 @@ class ChatTemplate:
                 raise PromptError("empty_prompt", "the chat is empty")
 
         def render(messages: Messages, tools: Tools) -> str:
-            try:
-                return self._render(messages, tools, arguments, answer=not begun)
-            except PromptError:
-                raise
-            except Exception as error:  # a template is the model's program and may raise anything
-                raise PromptError(
-                    "chat_template", f"the chat template refused it: {_short(error)}"
-                ) from error
+            shaped = [self._shaped(message) for message in messages]
+            return self._render(shaped, tools, arguments, answer=not begun)
 
-        text = self._begun(messages, tools, render, first) if begun else render(messages, tools)
-        said = list(_said(messages[:-1] if begun else messages, tools, first))
-        self._check(said, messages, tools, text, render)
+        text = _begun(messages, tools, render, first) if begun else render(messages, tools)
+        self._check(messages, tools, text, render, first)
         return text
 
     def _render(
         self, messages: Messages, tools: Tools, arguments: Mapping[str, Any], *, answer: bool
     ) -> str:
-        if (tools is not None) not in self._bound:
-            bound(self.source(tools=tools is not None))
-            self._bound.add(tools is not None)
-        text = self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=answer,
-            **{**self._arguments, **arguments},
-        )
+        try:
+            if not self._bound:
+                bound(self.source)
+                self._bound = True
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=answer,
+                **{**self._arguments, **arguments},
+            )
+        except PromptError:
+            raise
+        except Exception as error:  # a template is the model's program and may raise anything
+            raise PromptError(
+                "chat_template", f"the chat template refused it: {_short(error)}"
+            ) from error
         return str(text)
-
-    def _begun(self, messages: Messages, tools: Tools, render: Render, first: int) -> str:
-        """The prompt up to the end of the last message's text, as `continue_final_message` cuts it.
-
-        What a template trims off that text is not there; the turn is not closed.
-        """
-        text = text_of(messages[-1])
-        whole = render([*messages[:-1], _with_more(messages[-1], _MARK + " ")], tools)
-        end = whole.rfind(_MARK)
-        prompt = whole[: max(end, 0)]
-        if not whole[end:].startswith(_MARK + " "):
-            prompt = prompt.rstrip()  # it trims, and would have trimmed this
-        # A template may put lines around reasoning, but not leave it out.
-        if text.strip() in prompt or "".join(text.split()) in "".join(prompt.split()):
-            return prompt
-        raise PromptError(
-            "chat_template",
-            f"the chat template can't continue message {len(messages) - 1 + first}: its text is "
-            "not in the prompt as the row has it",
-        )
 
     # --- what a template takes ---
 
-    def _shape(self, message: dict[str, Any], tools: bool) -> dict[str, Any]:
+    def _shaped(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message in the form in which the template takes it."""
         shaped = dict(message)
         if "content" in shaped:
-            shaped["content"] = self._content(message["role"], shaped["content"], tools)
+            shaped["content"] = self._content(message["role"], shaped["content"])
         if calls := shaped.get("tool_calls"):
-            as_text, empty = self._call_form(tools)
+            as_text, empty = self._call_form
             shaped["tool_calls"] = [_with_arguments(call, as_text) for call in calls]
             if empty:
                 shaped.setdefault("content", "")
         return shaped
 
-    def _content(self, role: str, content: str | list[str], tools: bool) -> Any:
-        form = self._form(role, tools)
-        if form.between is not None and isinstance(content, list):
-            content = form.between.join(content)
-        if form.text:
+    def _content(self, role: str, content: str | list[str]) -> Any:
+        as_text, between = self._form(role)
+        if between is not None and isinstance(content, list):
+            content = between.join(content)
+        if as_text:
             return content
         parts = [content] if isinstance(content, str) else content
         return [{"type": "text", "text": part} for part in parts]
 
-    def _try_form(self, role: str, tools: bool) -> _Form:
-        def shown(content: Any) -> str:
-            chat = talk(role, content, lambda text: self._content("user", text, tools))
-            return self._try(chat, tools)
+    def _try_form(self, role: str) -> tuple[bool, str | None]:
+        """How a role's content is taken: as text, else as a list of parts; what joins parts.
 
+        Parts that the template puts something else between can't be joined: None.
+        """
         a, b = f"{_MARK}a", f"{_MARK}b"
+
+        def shown(content: Any) -> str:
+            said, chat = {"role": role, "content": content}, []
+            if role != "user":
+                chat = [{"role": "user", "content": self._content("user", "Hi")}]
+            if role in ("system", "developer"):
+                return self._try([said, *chat])
+            return self._try([*chat, said, *(chat if role == "assistant" else [])])
+
         text = a in shown(a)
         parts = shown([{"type": "text", "text": a}, {"type": "text", "text": b}])
-        _, found, rest = parts.partition(a)
-        between, both, _ = rest.partition(b)
-        listed = bool(found and both) and "'type'" not in between and '"type"' not in between
-        plain = between if listed and not between.strip() else None
-        if text:
-            return _Form(True, "\n" if plain is None else plain)
-        if listed:
-            return _Form(False, plain)
-        return _Form(True, "\n") if role == "user" else self._form("user", tools)
+        found = re.search(f"{a}(.*?){b}", parts, re.DOTALL)
+        listed = found is not None and not re.search("['\"]type['\"]", found[1])
+        between = found[1] if found is not None and listed and not found[1].strip() else None
+        if text or (role == "user" and not listed):
+            return True, "\n" if between is None else between
+        return (False, between) if listed else self._form("user")
 
-    def _try_calls(self, tools: bool) -> tuple[bool, bool]:
+    @cached_property
+    def _call_form(self) -> tuple[bool, bool]:
         """Whether arguments of calls are text, and whether content beside them must be there."""
         name, key, value = (f"{_MARK}{letter}" for letter in "abc")
-        for as_text in (False, True):
-            for empty in (False, True):
-                function = {"name": name, "arguments": Arguments({key: value}, None)}
-                call = {"id": "abcdefgh1", "type": "function", "function": function}
-                message = {"role": "assistant", "tool_calls": [_with_arguments(call, as_text)]}
-                if empty:
-                    message["content"] = ""
-                asked = {"role": "user", "content": self._content("user", "Hi", tools)}
-                text = self._try([asked, message], tools)
-                if all(mark in text for mark in (name, key, value)) and f"'{key}'" not in text:
-                    return as_text, empty
+        function = {"name": name, "arguments": {"value": {key: value}, "text": None}}
+        call = {"id": "abcdefgh1", "type": "function", "function": function}
+        asked = {"role": "user", "content": self._content("user", "Hi")}
+        for as_text, empty in product((False, True), repeat=2):
+            message = {"role": "assistant", "tool_calls": [_with_arguments(call, as_text)]}
+            text = self._try([asked, {**message, "content": ""} if empty else message])
+            if all(mark in text for mark in (name, key, value)) and f"'{key}'" not in text:
+                return as_text, empty
         return False, False
 
-    def _try(self, messages: Messages, tools: bool) -> str:
+    def _try(self, messages: Messages) -> str:
         """What a made-up chat is in the template, and nothing where it is refused."""
         try:
-            return self._render(messages, [] if tools else None, {}, answer=False)
-        except Exception:
+            return self._render(messages, self._tools, {}, answer=False)
+        except PromptError:
             return ""
 
     # --- what a template leaves out ---
 
     def _check(
-        self, said: Sequence[_Said], messages: Messages, tools: Tools, text: str, render: Render
+        self, messages: Messages, tools: Tools, text: str, render: Render, first: int
     ) -> None:
         """Refuse a prompt that lacks something of its row.
 
         What is not there as the row has it may be there in another form, trimmed or as JSON. So it
         is changed into what has no other form, and looked for again.
         """
-        open_ = [s for s in said if s.kind not in self._expressed or s.text not in text]
-        if not open_:
+        said, marks = _said(messages, tools, first), {}
+        for n, (kind, texts, *_) in enumerate(said):
+            if kind not in self._expressed or not all(part in text for part in texts):
+                marks[n] = f"{_MARK}n{n}n"
+        if not marks:
             return
-        marks = [f"{_MARK}n{i}n" for i in range(len(open_))]
-        changed, others = list(messages), list(tools or ())
-        for (_, _, (i, n), _), mark in zip(open_, marks, strict=True):
-            if i < 0:
-                others[n or 0] = _renamed(others[n or 0], mark)
-            elif n is None:
-                changed[i] = _with_text(changed[i], mark)
-            else:
-                calls = list(changed[i]["tool_calls"])
-                calls[n] = _renamed(calls[n], mark)
-                changed[i] = {**changed[i], "tool_calls": calls}
+        changed = copy.deepcopy((messages, tools))
+        copies = _said(*changed, first)
+        for n, mark in marks.items():
+            copies[n].holder[copies[n].key] = mark
         try:
-            again = render(changed, others if tools is not None else None)
+            again = render(*changed)
         except PromptError:
             return  # nothing is known
-        for s, mark in zip(open_, marks, strict=True):
+        for n, mark in marks.items():
             if mark not in again:
-                raise PromptError("chat_template", s.missing)
-            self._expressed.add(s.kind)
+                raise PromptError("chat_template", said[n].missing)
+            self._expressed.add(said[n].kind)
 
 
-def _said(messages: Messages, tools: Tools, first: int) -> Iterator[_Said]:
-    have = tools is not None
-    for i, message in enumerate(messages):
-        calls, role = message.get("tool_calls") or (), message["role"]
-        for n, call in enumerate(calls):
-            yield _Said(
-                ("calls", len(calls) > 1, have),
-                call["function"]["name"],
-                (i, n),
-                f"message {i + first} has tool calls, and the chat template leaves them out",
-            )
-        text = "" if calls else text_of(message).strip()  # many leave out what is said beside calls
-        if text:
-            what = f"message {i + first}, whose role is {role!r}"
-            what = "the message of --system" if i + first < 0 else what
-            yield _Said(
-                (role, i == 0, have), text, (i, None), f"the chat template leaves out {what}"
-            )
-    for n, tool in enumerate(tools or ()):
-        yield _Said(
-            ("tools",),
-            tool["function"]["name"],
-            (-1, n),
-            "the row has tools, and the chat template has no place for them "
-            "(--ignore-param-columns takes the column as data)",
-        )
+def _said(messages: Messages, tools: Tools, first: int) -> list[_Said]:
+    found = []
+    for i, message in enumerate(messages[:-1] if continued(messages) else messages, first):
+        role, calls = message["role"], message.get("tool_calls") or ()
+        missing = f"message {i} has tool calls, and the chat template leaves them out"
+        for function in (call["function"] for call in calls):
+            kind = ("calls", len(calls) > 1)
+            found.append(_Said(kind, [function["name"]], function, "name", missing))
+        if text_of(message).strip() and not calls:  # many leave out what is said beside calls
+            content = message["content"]
+            texts = [part.strip() for part in ([content] if isinstance(content, str) else content)]
+            what = f"message {i}, whose role is {role!r}" if i >= 0 else "the message of --system"
+            missing = f"the chat template leaves out {what}"
+            found.append(_Said((role, i == first), texts, message, "content", missing))
+    missing = (
+        "the row has tools, and the chat template has no place for them "
+        "(--ignore-param-columns takes the column as data)"
+    )
+    for function in (tool["function"] for tool in tools or ()):
+        found.append(_Said(("tools",), [function["name"]], function, "name", missing))
+    return found
 
 
-def is_open(message: Mapping[str, Any]) -> bool:
-    """Whether an answer may be more of this message."""
-    return message["role"] == "assistant" and not message.get("tool_calls")
+def _begun(messages: Messages, tools: Tools, render: Render, first: int) -> str:
+    """The prompt up to the end of the last message's text, as `continue_final_message` cuts it.
+
+    What a template trims off that text is not there; the turn is not closed.
+    """
+    *before, last = messages
+    content, text = last["content"], text_of(last)
+    more = f"{_MARK} "
+    if isinstance(content, str):
+        content += more
+    else:
+        content = [*content[:-1], content[-1] + more]
+    whole = render([*before, {**last, "content": content}], tools)
+    end = whole.rfind(_MARK)
+    prompt = whole[: max(end, 0)]
+    if not whole[end:].startswith(more):
+        prompt = prompt.rstrip()  # it trims, and would have trimmed this
+    # A template may put lines around reasoning, but not leave it out.
+    if text.strip() in prompt or "".join(text.split()) in "".join(prompt.split()):
+        return prompt
+    raise PromptError(
+        "chat_template",
+        f"the chat template can't continue message {len(before) + first}: its text is "
+        "not in the prompt as the row has it",
+    )
 
 
 def continued(messages: Messages) -> bool:
     """Whether an answer is the rest of the last message."""
-    return is_open(messages[-1]) and bool(text_of(messages[-1]).strip())
+    return _is_open(messages[-1]) and bool(text_of(messages[-1]).strip())
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """A message's text, in whichever form the template takes it."""
+    """All text of a message."""
     content = message.get("content", "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else "".join(content)
 
 
-def _with_text(message: dict[str, Any], text: str) -> dict[str, Any]:
-    if isinstance(message.get("content"), list):
-        return {**message, "content": [{"type": "text", "text": text}]}
-    return {**message, "content": text}
-
-
-def _with_more(message: dict[str, Any], text: str) -> dict[str, Any]:
-    content = message["content"]
-    if isinstance(content, str):
-        return {**message, "content": content + text}
-    return {
-        **message,
-        "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + text}],
-    }
+def _is_open(message: Mapping[str, Any]) -> bool:
+    """Whether an answer may be more of this message."""
+    return message["role"] == "assistant" and not message.get("tool_calls")
 
 
 def _with_arguments(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
-    value, text = call["function"]["arguments"]
+    value, text = (call["function"]["arguments"][key] for key in ("value", "text"))
     if as_text:
         value = json.dumps(value, ensure_ascii=False) if text is None else text
     return {**call, "function": {**call["function"], "arguments": value}}
-
-
-def _renamed(function: dict[str, Any], name: str) -> dict[str, Any]:
-    return {**function, "function": {**function["function"], "name": name}}
-
-
-def talk(role: str, content: Any, users: Callable[[str], Any]) -> Messages:
-    """A short chat in which a role says something."""
-    said = {"role": role, "content": content}
-    if role == "user":
-        return [said]
-    user = {"role": "user", "content": users("Hi")}
-    if role in ("system", "developer"):
-        return [said, user]
-    return [user, said] if role != "assistant" else [user, said, user]
 
 
 def _short(error: Exception) -> str:

@@ -59,23 +59,20 @@ class ControlTokens:
         self._aliases = {i: f"z{_NONCE}k{i}k" for i in self._tokens}
         self._aliased: dict[int, int] = {}
 
-    def touches(self, value: Any) -> bool:
-        """Whether a text, or one in lists and objects, has what might read as a control token."""
-        if isinstance(value, str):
-            return (
-                self._has(value) or self._begin(value) is not None or self._end(value) is not None
-            )
-        if isinstance(value, dict):
-            return any(self._has(key) or self.touches(item) for key, item in value.items())
-        return isinstance(value, list) and any(map(self.touches, value))
-
     def put(self, value: Any) -> Any:
-        """The same with marks in it, which `encode` takes out again."""
+        """A text, or lists and objects of them, with marks in what might read as a control token.
+
+        What `encode` takes out again. Most have no such text, and stay as they are.
+        """
         if isinstance(value, str):
             return self._marked(value)
         if isinstance(value, dict):
             return {self._broken(key): self.put(item) for key, item in value.items()}
         return [self.put(item) for item in value] if isinstance(value, list) else value
+
+    def marked(self, text: str) -> bool:
+        """Whether a text has marks, in whatever case a template wrote them."""
+        return _NONCE in text.lower()
 
     def strip(self, text: str) -> str:
         """A text without marks."""
@@ -143,23 +140,19 @@ class ControlTokens:
         """Where a text ends, if with the beginning of a control token that others could end."""
         end = len(text.rstrip())
         tail = text[max(0, end - self._longest) : end]
-        if _any_in(self._firsts, tail) and any(
-            tail[n] in self._firsts and self._is_part(str.startswith, tail[n:])
-            for n in range(len(tail))
-        ):
-            return end
-        return None
+        if not _any_in(self._firsts, tail):
+            return None
+        begins = [tail[n:] for n, character in enumerate(tail) if character in self._firsts]
+        return end if any(self._is_part(str.startswith, begin) for begin in begins) else None
 
     def _begin(self, text: str) -> int | None:
         """Where a text begins, if with the end of a control token that others could begin."""
         begin = len(text) - len(text.lstrip())
         head = text[begin : begin + self._longest]
-        if _any_in(self._lasts, head) and any(
-            head[n] in self._lasts and self._is_part(str.endswith, head[: n + 1])
-            for n in range(len(head))
-        ):
-            return begin
-        return None
+        if not _any_in(self._lasts, head):
+            return None
+        ends = [head[: n + 1] for n, character in enumerate(head) if character in self._lasts]
+        return begin if any(self._is_part(str.endswith, end) for end in ends) else None
 
     def _is_part(self, of: Callable[[str, str], bool], text: str) -> bool:
         """Whether some control token begins, or ends, with a text and is longer."""
@@ -170,11 +163,10 @@ class ControlTokens:
     def _found(self, text: str) -> list[tuple[int, int, int]]:
         """Control tokens that the tokenizer reads in a text: id, and where it begins and ends."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [
             (i, start, stop)
-            for i, (start, stop) in zip(
-                encoded["input_ids"], encoded["offset_mapping"], strict=True
-            )
+            for i, (start, stop) in places
             if i in self._tokens
             and (i != self._unknown or text[start:stop].strip() == self._tokens[i].content)
             and not text.endswith(_BEFORE, 0, start)
@@ -197,11 +189,8 @@ class ControlTokens:
     def _broken_up(self, text: str) -> list[int]:
         """Tokens of a control token's text that the vocabulary itself has as a piece."""
         for n in range(1, len(text)):
-            pieces = [
-                *self._backend.model.tokenize(text[:n]),
-                *self._backend.model.tokenize(text[n:]),
-            ]
-            ids = [piece.id for piece in pieces]
+            parts = (self._backend.model.tokenize(part) for part in (text[:n], text[n:]))
+            ids = [piece.id for pieces in parts for piece in pieces]
             if not set(ids) & self._tokens.keys():
                 return ids
         raise _no_text(text)
@@ -209,12 +198,8 @@ class ControlTokens:
     def _encode_pieces(self, text: str, add_special_tokens: bool) -> list[int]:
         """The same with a tokenizer in Python: it is given the text in pieces."""
         ids: list[int] = []
-        parts: list[str] = [""]  # text and the template's control tokens, in turns
-        for n, piece in enumerate(re.split(f"({self._pattern.pattern})", text)):
-            if n % 2 and not parts[-1].endswith(_BEFORE):
-                parts += [piece, ""]
-            else:
-                parts[-1] += piece
+        # Text and the template's control tokens, in turns.
+        parts = re.split(f"(?<!{_BEFORE})({self._pattern.pattern})", text)
         for n, part in enumerate(parts):
             if n % 2:
                 ids.append(self._ids[part])
@@ -240,14 +225,11 @@ class ControlTokens:
         """What control tokens are in normalized text, where other text can become one."""
         if self._backend is None or self._backend.normalizer is None:
             return None
-        model = self._backend.model
-        texts = {
-            text
-            for i, token in self._tokens.items()
-            if token.normalized or i in (piece.id for piece in model.tokenize(token.content))
-            for text in (token.content, self._normalize(token.content))
-            if text
-        }
+        texts = set()
+        for i, token in self._tokens.items():
+            pieces = self._backend.model.tokenize(token.content)
+            if token.normalized or i in (piece.id for piece in pieces):
+                texts |= {token.content, self._normalize(token.content)} - {""}
         return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 

@@ -5,30 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 ARGUMENT_COLUMNS = ("tools", "chat_template_kwargs")
 
 # What batchrun itself tells `apply_chat_template`.
 RESERVED = frozenset(
-    (
-        "conversation",
-        "messages",
-        "tools",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "tokenizer_kwargs",
-        "return_assistant_tokens_mask",
-        "sanitize_control_tokens",
-    )
+    {
+        *("conversation", "messages", "tools", "chat_template"),
+        *("add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens"),
+    }
 )
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function", "ipython"))
 _SPEAKERS = {
@@ -69,13 +58,6 @@ def wrong_type(message: str) -> PromptError:
     return PromptError("wrong_type", message)
 
 
-class Arguments(NamedTuple):
-    """A tool call's arguments: the object, and its JSON where that is how the row has it."""
-
-    value: dict[str, Any]
-    text: str | None
-
-
 def arguments_taken(names: Sequence[str]) -> str:
     """What users are told of columns that speak to the chat template."""
     return (
@@ -101,19 +83,20 @@ def read_messages(value: Any, *, columnar: bool) -> list[dict[str, Any]]:
     Returns:
         New messages, at least one, without null keys. `role` is text. `content`, if there is any,
         is text or a list of texts. Each item of `tool_calls`, if there are any, has a `function`
-        with a `name` and `Arguments`.
+        with a `name` and `arguments`: their `value`, an object, and its JSON as `text` where that
+        is how the row has it.
 
     Raises:
         PromptError: It is no chat, or one that is not all text.
     """
     if isinstance(value, str):
         value, columnar = parse_json(value, "messages is text but"), False
-        if value is None:
-            raise PromptError("null_prompt", "messages is null")
-    if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
-        value = _by_message(value)
-    if isinstance(value, dict) or (_is_map(value) and is_chat(dict(value))):
-        value = [value]
+    value = _object(value)
+    if value is None:
+        raise PromptError("null_prompt", "messages is null")
+    if isinstance(value, dict):
+        by_key = isinstance(value.get("role", value.get("from")), list)
+        value = _by_message(value) if by_key else [value]
     if not isinstance(value, list):
         raise wrong_type(f"messages is {kind_of(value)}, not a list of messages")
     if not value:
@@ -138,9 +121,8 @@ def read_tools(value: Any, *, columnar: bool) -> list[dict[str, Any]] | None:
     Raises:
         PromptError: They are no tools.
     """
-    if isinstance(value, str):
-        value = parse_json(value, "tools is text but", _AS_DATA) if value.strip() else None
-        columnar = False
+    columnar = columnar and not isinstance(value, str)
+    value = _opened(value, "tools is text but", _AS_DATA)
     if not value and not isinstance(value, bool | int | float):
         return None
     if isinstance(value, dict):
@@ -161,10 +143,8 @@ def read_arguments(value: Any, *, columnar: bool) -> dict[str, Any]:
         PromptError: It is none, or has a name that is batchrun's own.
     """
     column = ARGUMENT_COLUMNS[1]
-    if isinstance(value, str):
-        value = parse_json(value, f"{column} is text but", _AS_DATA) if value.strip() else None
-        columnar = False
-    value = _object(value)
+    columnar = columnar and not isinstance(value, str)
+    value = _opened(value, f"{column} is text but", _AS_DATA)
     if value is None or value == []:
         return {}
     if not isinstance(value, dict):
@@ -204,26 +184,22 @@ def kind_of(value: Any) -> str:
 def fresh(value: Any, columnar: bool) -> Any:
     """A copy, of objects without their null keys where these are a column's, not the row's."""
     if isinstance(value, dict):
-        return {
-            key: fresh(item, columnar)
-            for key, item in value.items()
-            if item is not None or not columnar
-        }
+        kept = value.items() if not columnar else [p for p in value.items() if p[1] is not None]
+        return {key: fresh(item, columnar) for key, item in kept}
     return [fresh(item, columnar) for item in value] if isinstance(value, list) else value
 
 
+def _opened(text: Any, what: str, advice: str = "") -> Any:
+    """The value of JSON text, None where that is blank; what is no text already is the value."""
+    if isinstance(text, str):
+        text = parse_json(text, what, advice) if text.strip() else None
+    return _object(text)
+
+
 def _object(value: Any) -> Any:
-    """An object where a list is what a source makes of Arrow's maps; else the value itself."""
-    return dict(value) if _is_map(value) else value
-
-
-def _is_map(value: Any) -> bool:
-    """Whether a list is what a source makes of Arrow's maps: pairs of a key and a value."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in value)
-    )
+    """An object where a list is what a source makes of Arrow's maps: pairs of a key and a value."""
+    pairs = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)
+    return dict(value) if pairs and value and all(isinstance(p[0], str) for p in value) else value
 
 
 def _by_message(columns: dict[str, Any]) -> list[dict[str, Any]]:
@@ -303,8 +279,7 @@ def _part(i: int, part: Any) -> str:
 
 def _tool_calls(i: int, value: Any) -> list[dict[str, Any]]:
     """Tool calls, wrapped or bare, one or several, as objects or JSON text."""
-    if isinstance(value, str):
-        value = parse_json(value, f"the tool calls of message {i} are") if value.strip() else None
+    value = _opened(value, f"the tool calls of message {i} are")
     if not value:
         return []
     calls = [value] if isinstance(value, dict) else value
@@ -313,32 +288,27 @@ def _tool_calls(i: int, value: Any) -> list[dict[str, Any]]:
     found = []
     for n, call in enumerate(calls):
         where = f"tool call {n} of message {i}"
-        wrapped = _wrapped(
-            parse_json(call, f"{where} is") if isinstance(call, str) else call, where
-        )
+        wrapped = _wrapped(_opened(call, f"{where} is"), where)
         function = wrapped["function"]
         arguments = _arguments(where, function.get("arguments"))
         found.append({**wrapped, "function": {**function, "arguments": arguments}})
     return found
 
 
-def _arguments(where: str, value: Any) -> Arguments:
-    text = None
-    if isinstance(value, str) and value.strip():
-        text, value = value, parse_json(value, f"the arguments of {where} are")
-    value = _object(value)
-    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+def _arguments(where: str, value: Any) -> dict[str, Any]:
+    text = value if isinstance(value, str) and value.strip() else None
+    value = _opened(value, f"the arguments of {where} are")
+    if value in (None, [], ""):
         value = {}
     if not isinstance(value, dict):
         raise wrong_type(f"the arguments of {where} are {kind_of(value)}, not an object")
-    return Arguments(value, text)
+    return {"value": value, "text": text}
 
 
 def _tool(n: int, tool: Any, columnar: bool) -> dict[str, Any]:
     where, advice = f"tool {n}", f" ({_AS_DATA})"
-    if isinstance(tool, str):
-        tool, columnar = parse_json(tool, f"{where} is"), False
-    tool = _object(tool)
+    columnar = columnar and not isinstance(tool, str)
+    tool = _opened(tool, f"{where} is")
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind not in (None, "function"):
         raise wrong_type(f"{where} is of type {kind!r}, and models get functions only{advice}")
@@ -347,14 +317,15 @@ def _tool(n: int, tool: Any, columnar: bool) -> dict[str, Any]:
 
 def _wrapped(value: Any, where: str, advice: str = "") -> dict[str, Any]:
     """A function that is called or may be, as `{"type": "function", "function": {...}}`."""
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        kind = value.get("type") or "function"
-        value = {"type": kind, **value} | {"type": kind}
-    elif isinstance(value, dict):
-        bare = {key: item for key, item in value.items() if key not in ("type", "id")}
-        call_id = {"id": value["id"]} if "id" in value else {}
-        value = {**call_id, "type": "function", "function": bare}
-    name = value["function"].get("name") if isinstance(value, dict) else None
+    given = value if isinstance(value, dict) else {}
+    if isinstance(given.get("function"), dict):
+        kind = given.get("type") or "function"
+        wrapped = {"type": kind, **given} | {"type": kind}  # keys stay where the row has them
+    else:
+        bare = {key: item for key, item in given.items() if key not in ("type", "id")}
+        call_id = {"id": given["id"]} if "id" in given else {}
+        wrapped = {**call_id, "type": "function", "function": bare}
+    name = wrapped["function"].get("name")
     if not isinstance(name, str) or not name:
         raise wrong_type(f"{where} is not a function with a name{advice}")
-    return dict(value)
+    return wrapped

@@ -8,10 +8,10 @@ makes in the end. What takes long without growing is left to `batchrun.runner.ov
 
 from __future__ import annotations
 
-import functools
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial, update_wrapper
 from typing import Any
 
 import jinja2
@@ -22,10 +22,11 @@ from batchrun.prompts.chat_source import parsed
 from batchrun.prompts.messages import PromptError
 
 _MOST = 1 << 26  # characters of a text, items of a list: more than any context holds
-_BITS = 1 << 20  # of a number
-_EXPONENT = 1000  # of ten
-_LINES = 1024  # about, of JSON
-_FIELD = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
+# What counts for how many characters: computing with numbers takes longer than copying text.
+_BIT = 64  # a bit of a number
+_PLACE = 1 << 16  # a decimal place
+_LINES = 1024  # a character that JSON is indented by: of lines there are about so many
+_FIELD = re.compile(r"%(?:\([^)]*\))?([#0\- +*\d.]*)")
 _JOINS = ("str_join", "markup_join")  # what Jinja's code joins texts by, for `~`
 
 
@@ -44,20 +45,17 @@ def bound(source: str) -> None:
     environment = template.environment
     if environment.intercepted_binops:
         return
-    environment.intercepted_binops = frozenset("+*%") | {"**"}
-    filters, table = environment.filters, environment.binop_table
-    environment.call_binop = functools.partial(_operated, table)
-    for sign, size in _OPERATORS.items():
-        table[sign] = _checked(table[sign], size)
-    for name, size in _FILTERS.items():
-        filters[name] = _checked(filters[name], size)
-    filters["join"] = _joining(filters["join"])
-    environment.call = functools.partial(_call, environment.call)
+    environment.intercepted_binops = frozenset(_OPERATORS)
+    for table, sizes in ((environment.binop_table, _OPERATORS), (environment.filters, _FILTERS)):
+        for name, size in sizes.items():
+            table[name] = update_wrapper(partial(_made, table[name], size), table[name])
+    environment.binop_table["+"] = _add
+    environment.call = partial(_call, environment.call)
     environment.concat = _concat
     made = environment.from_string(source)
     names = made.root_render_func.__globals__
     for name in _JOINS:
-        names[name] = functools.partial(_joined, names[name])
+        names[name] = partial(_made, names[name], _nothing)
     template.root_render_func, template.blocks = made.root_render_func, made.blocks
 
 
@@ -81,56 +79,13 @@ def check_constants(source: str) -> None:
 
 def _constant_size(node: nodes.Node) -> int:
     if isinstance(node, nodes.BinExpr):
-        left, right = node.left.as_const(), node.right.as_const()
-        return (_OPERATORS | {"+": _sum})[node.operator](left, right)
+        return _OPERATORS[node.operator](node.left.as_const(), node.right.as_const())
     if isinstance(node, nodes.Concat):
         return sum(len(str(part.as_const())) for part in node.nodes)
     assert isinstance(node, nodes.Filter)
     assert node.node is not None
-    values = [node.node.as_const(), *(argument.as_const() for argument in node.args)]
-    named: dict[str, Any] = {str(pair.key): pair.value.as_const() for pair in node.kwargs}
-    if node.name == "join":
-        return _of_items(values[1] if len(values) > 1 else named.get("d", ""), values[0])
-    if node.name == "replace":
-        values.insert(0, None)
-    return _FILTERS[node.name](*values, **named)
-
-
-def _checked(function: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
-    """A function that is not called where `size` says that its result would be too large."""
-
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        _check(size(*args, **kwargs))
-        found = function(*args, **kwargs)
-        _check(_length(found))
-        return found
-
-    return checked
-
-
-def _operated(
-    table: Mapping[str, Callable[..., Any]], context: Any, sign: str, left: Any, right: Any
-) -> Any:
-    if sign != "+":
-        return table[sign](left, right)
-    found = left + right  # in every template, many times; never more than two that may be
-    if found.__class__ is str:
-        if len(found) > _MOST:
-            _check(len(found))
-    else:
-        _check(_length(found))
-    return found
-
-
-def _joining(join: Callable[..., str]) -> Callable[..., str]:
-    @functools.wraps(join)
-    def joining(context: Any, value: Any, *args: Any, **kwargs: Any) -> str:
-        items = value if isinstance(value, str | list) else list(value)
-        _check(_of_items(args[0] if args else kwargs.get("d", ""), items))
-        return join(context, items, *args, **kwargs)
-
-    return joining
+    values = [part.as_const() for part in (node.node, *node.args)]
+    return _FILTERS[node.name](*values, **{str(p.key): p.value.as_const() for p in node.kwargs})
 
 
 def _check(size: int) -> None:
@@ -141,18 +96,33 @@ def _check(size: int) -> None:
         )
 
 
-def _call(call: Callable[..., Any], context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+def _made(function: Callable[..., Any], size: Callable[..., int], *args: Any, **named: Any) -> Any:
+    """What a function returns; it is not called where `size` says that this would be too large."""
+    args = tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
+    _check(size(*(arg for arg in args if not isinstance(arg, nodes.EvalContext)), **named))
+    found = function(*args, **named)
+    _check(_length(found))
+    return found
+
+
+def _add(left: Any, right: Any) -> Any:
+    found = left + right  # in every template, many times; never more than two that may be
+    if found.__class__ is not str or len(found) > _MOST:
+        _check(_length(found))
+    return found
+
+
+def _call(call: Callable[..., Any], context: Any, function: Any, *args: Any, **named: Any) -> Any:
     """A call in a template; of a text's or a number's method only if that can't grow too much."""
+    called = partial(call, context, function)
     method = getattr(function, "__wrapped__", function)  # as the sandbox has `format`
-    owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-    if isinstance(owner, str | bytes | int) and name in _METHODS:
-        given = [*args, *kwargs.values()]
-        if name == "join":
-            args = (list(args[0]), *args[1:]) if args else args
-            given = list(args)
-        if given:
-            _check(_METHODS[name](owner, *given))
-    found = call(context, function, *args, **kwargs)
+    owner, size = getattr(method, "__self__", None), _METHODS.get(getattr(method, "__name__", ""))
+    if size is not None and isinstance(owner, str | bytes | int):
+        for name in ("_loop_vars", "_block_vars"):  # Jinja's own, for what takes a context
+            named.pop(name, None)
+        if args or named:
+            return _made(called, partial(size, owner), *args, **named)
+    found = called(*args, **named)
     _check(_length(found))
     return found
 
@@ -168,26 +138,24 @@ def _concat(parts: Iterable[str]) -> str:
     return "".join(kept)
 
 
-def _joined(join: Callable[..., str], parts: Iterable[Any]) -> str:
-    found = join(parts)
-    _check(len(found))
-    return found
-
-
 # --- how much an operator, a filter, a method would make at most ---
+
+
+def _nothing(*_: Any, **__: Any) -> int:
+    return 0
 
 
 def _length(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes | list | tuple) else 0
 
 
-def _bits(value: Any) -> int:
-    return value.bit_length() if isinstance(value, int) else 0
+def _longest(values: Iterable[Any]) -> int:
+    return max(map(_length, values), default=0)
 
 
-def _large(bits: int) -> int:
-    """Of a number, as a size."""
-    return _MOST + 1 if bits > _BITS else 0
+def _widest(_: Any, *values: Any, **named: Any) -> int:
+    """The largest number among arguments."""
+    return max((v for v in (*values, *named.values()) if isinstance(v, int)), default=0)
 
 
 def _sum(left: Any, right: Any) -> int:
@@ -195,15 +163,15 @@ def _sum(left: Any, right: Any) -> int:
 
 
 def _product(left: Any, right: Any) -> int:
-    if isinstance(left, int) and isinstance(right, int):
-        return _large(_bits(left) + _bits(right))
-    times = left if isinstance(left, int) else right
-    return (_length(left) + _length(right)) * times if isinstance(times, int) else 0
+    numbers = [value for value in (left, right) if isinstance(value, int)]
+    if len(numbers) == 2:
+        return _BIT * sum(map(int.bit_length, numbers))
+    return _sum(left, right) * sum(numbers)
 
 
 def _power(left: Any, right: Any) -> int:
     whole = isinstance(left, int) and isinstance(right, int)
-    return _large(_bits(left) * right) if whole else 0
+    return _BIT * left.bit_length() * right if whole else 0
 
 
 def _modulo(left: Any, right: Any) -> int:
@@ -212,98 +180,81 @@ def _modulo(left: Any, right: Any) -> int:
 
 def _printed(text: Any, *values: Any, **named: Any) -> int:
     """`text % values`."""
-    if not isinstance(text, str):
-        return 0
-    given = (*values, *named.values())
-    widest, fields = _widest(given), _FIELD.findall(text)
-    widths = [width for found in fields for width in found if width]
-    size = sum(widest if width == "*" else int(width) for width in widths)
-    return size + len(fields) * max(map(_length, given), default=0)
+    return _filled(_FIELD.findall(text), (*values, named)) if isinstance(text, str) else 0
 
 
-def _formatted(text: Any, *values: Any) -> int:
+def _formatted(text: Any, *values: Any, **named: Any) -> int:
     """`text.format(values)`."""
-    if not isinstance(text, str):
-        return 0
     try:
-        specs = [spec for _, _, spec, _ in string.Formatter().parse(text) if spec is not None]
-    except ValueError:
+        parts = string.Formatter().parse(text)
+        return _filled([spec for _, _, spec, _ in parts if spec is not None], (*values, named))
+    except (TypeError, ValueError):
         return 0  # `format` says so itself
-    given = [w for v in values for w in (v.values() if isinstance(v, dict) else (v,))]
-    widest = _widest(given)
-    numbers = sum(int(number) for spec in specs for number in re.findall(r"\d+", spec))
-    nested = sum(spec.count("{") for spec in specs)
-    return numbers + widest * nested + len(specs) * max(map(_length, given), default=0)
 
 
-def _widest(values: Iterable[Any]) -> int:
-    return max((value for value in values if isinstance(value, int)), default=0)
+def _filled(fields: list[str], values: Iterable[Any]) -> int:
+    """Fields of a format: their numbers, those that values give for `*` and `{}`, and values."""
+    flat = [w for v in values for w in (v.values() if isinstance(v, dict) else (v,))]
+    numbers = sum(int(number) for field in fields for number in re.findall(r"\d+", field))
+    given = sum(field.count("*") + field.count("{") for field in fields)
+    return numbers + given * _widest(None, *flat) + len(fields) * _longest(flat)
 
 
-def _wide(value: Any, width: Any = 0, *_: Any) -> int:
-    return width if isinstance(width, int) else 0
+def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any, **__: Any) -> int:
+    if isinstance(text, bytes):
+        return text.count(old) * _length(new)
+    return str(text).count(str(old)) * len(str(new))
 
 
-def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any) -> int:
-    try:
-        return int(text.count(old)) * _length(new)
-    except TypeError:
-        return 0  # `replace` says so itself
+def _of_items(items: Any, separator: Any = "", *_: Any, d: Any = "", **__: Any) -> int:
+    each = _length(separator or d)
+    return sum(_length(item) + each for item in items)
 
 
-def _of_items(separator: Any, items: Any, *_: Any) -> int:
-    return sum(_length(item) + _length(separator) for item in items)
-
-
-def _tabs(text: Any, size: Any = 8) -> int:
-    tab = "\t" if isinstance(text, str) else b"\t"
-    return text.count(tab) * size if isinstance(size, int) else 0
+def _tabs(text: Any, *args: Any, **named: Any) -> int:
+    tabs: int = text.count("\t" if isinstance(text, str) else b"\t")
+    return tabs * _widest(None, *args, **named)
 
 
 def _translated(text: Any, table: Any, *_: Any) -> int:
-    return (
-        len(text) * max(map(_length, table.values()), default=0) if isinstance(table, dict) else 0
-    )
+    return len(text) * _longest(table.values()) if isinstance(table, dict) else 0
 
 
-def _indented(text: Any, width: Any = 4, *_: Any, **__: Any) -> int:
-    each = width if isinstance(width, int) else _length(width)
-    return (str(text).count("\n") + 1) * each
+def _indented(text: Any, *args: Any, **named: Any) -> int:
+    return (str(text).count("\n") + 1) * _indent(*args, **named)
 
 
-def _filled(value: Any, linecount: Any, *_: Any, **__: Any) -> int:
-    return linecount if isinstance(linecount, int) else 0
+def _as_json(_: Any, *args: Any, **named: Any) -> int:
+    return _LINES * _indent(*args, **named)
 
 
-def _rounded(value: Any, precision: Any = 0, *_: Any, **__: Any) -> int:
-    return _MOST + 1 if isinstance(precision, int) and abs(precision) > _EXPONENT else 0
+def _indent(*args: Any, **named: Any) -> int:
+    """What a line begins with: so many spaces, or a text."""
+    return max(_widest(None, *args, **named), _longest((*args, *named.values())))
 
 
-def _as_json(value: Any, *args: Any, indent: Any = None, **_: Any) -> int:
-    each = args[1] if len(args) > 1 else indent
-    return _LINES * (each if isinstance(each, int) else _length(each))
-
-
-def _replaced_in(_: Any, text: Any, old: Any = "", new: Any = "", *__: Any, **___: Any) -> int:
-    return _replaced(str(text), str(old), str(new))
-
-
-_OPERATORS = {"*": _product, "%": _modulo, "**": _power}
+_OPERATORS: dict[str, Callable[..., int]] = {
+    "+": _sum,
+    "*": _product,
+    "%": _modulo,
+    "**": _power,
+}
 _FILTERS: dict[str, Callable[..., int]] = {
-    "batch": _filled,
-    "center": _wide,
+    "batch": _widest,
+    "center": _widest,
     "format": _printed,
     "indent": _indented,
-    "replace": _replaced_in,
-    "round": _rounded,
+    "join": _of_items,
+    "replace": _replaced,
+    "round": lambda _, precision=0, *__, **___: _PLACE * abs(precision),
     "tojson": _as_json,
 }
 _METHODS: dict[str, Callable[..., int]] = {
-    **dict.fromkeys(("center", "ljust", "rjust", "zfill", "to_bytes"), _wide),
+    **dict.fromkeys(("center", "ljust", "rjust", "zfill", "to_bytes"), _widest),
     "expandtabs": _tabs,
     "format": _formatted,
     "format_map": _formatted,
-    "join": _of_items,
+    "join": lambda separator, items, *_: _of_items(items, separator),
     "replace": _replaced,
     "translate": _translated,
 }

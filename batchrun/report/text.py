@@ -66,33 +66,27 @@ def render(summary: Mapping[str, Any]) -> str:
         memory = f"{_PAGING}{_others('kv', 'device_time')}\n{_GPU if busy else _CPU}"
         sections += [_kv(figures), _filled(memory, figures), _latency(summary["row_seconds"])]
     head = f"job {summary['job']}: {summary['state']}, model {summary['model']}"
-    if summary["device"]:
-        head += f" on {summary['device']}"
-    if summary["attention"]:
-        head += f" ({summary['attention']})"
-    if summary["runs"] > 1:
-        head += f", {summary['runs']} runs"
+    head += f" on {summary['device']}" if summary["device"] else ""
+    head += f" ({summary['attention']})" if summary["attention"] else ""
+    head += f", {summary['runs']} runs" if summary["runs"] > 1 else ""
     return "\n\n".join([printable(head), *sections])
 
 
 def _rows(summary: Mapping[str, Any]) -> str:
-    rows, lines = summary["rows"], []
-    done = f"{rows['done']:,} of {_count(rows['total'])} done"
-    if rows["failed"]:
-        done += f", {rows['failed']:,} failed"
-    if rows["remaining"]:
-        done += f", {rows['remaining']:,} remaining"
-    if rows["resumed"]:
-        done += f", {rows['resumed']:,} kept from earlier runs"
-    lines.append(("rows", done))
+    rows, reasons = summary["rows"], summary["finish_reasons"]
+    total = "?" if rows["total"] is None else f"{rows['total']:,}"
+    done = f"{rows['done']:,} of {total} done"
+    words = {"failed": "failed", "remaining": "remaining", "resumed": "kept from earlier runs"}
+    for name, word in words.items():
+        done += f", {rows[name]:,} {word}" if rows[name] else ""
+    lines = [("rows", done)]
     lines += [("", f"{count:,} failed: {kind}") for kind, count in rows["failed_by_reason"].items()]
-    reasons = summary["finish_reasons"]
     if reasons:
         listed = ", ".join(f"{name} {count:,}" for name, count in reasons.items())
         lines.append(("finished by", listed))
     if reasons.get("length"):
-        truncated = f"note: {reasons['length']:,} completions were cut off at --max-tokens"
-        lines.append(("", truncated + " or the context length"))
+        truncated = f"{reasons['length']:,} completions were cut off at --max-tokens"
+        lines.append(("", f"note: {truncated} or the context length"))
     return _table(lines)
 
 
@@ -149,7 +143,8 @@ def _kv(figures: Mapping[str, Any]) -> str:
         average, peak = figures[f"kv.time_averaged.{name}"], figures[key]
         share = figures[f"kv.{shares[name]}"] if name in shares else None
         if name != "shared" or peak:
-            lines.append((f"  {name}", _size(average), size(peak), _percent(share), label))
+            cells = ("-" if average is None else size(average), size(peak))
+            lines.append((f"  {name}", *cells, "" if share is None else f"{share:.1%}", label))
     return _table(lines)
 
 
@@ -173,22 +168,10 @@ def _table(lines: Iterable[Cells]) -> str:
     )
 
 
-def _count(value: int | None) -> str:
-    return "?" if value is None else f"{value:,}"
-
-
 def _rate(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-def _size(value: float | None) -> str:
-    return "-" if value is None else size(value)
 
 
 def _share(part: float, whole: float) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
+from struct import unpack
 from threading import Lock
 
 from batchrun.engine.core import Request, SamplingParams
@@ -22,6 +23,8 @@ _SETS = 1 << 16  # of the table
 _WAYS = 4  # entries of a set; a full one replaces them in turn
 _FIELDS = 4  # of an entry: the digest's halves, the result's number + 1, its tokens
 _ATTACHED = 1 << 20  # repetitions that wait for a result at most: 8 bytes each
+
+_Digest = tuple[int, int]  # its halves
 
 
 class Duplicates:
@@ -39,7 +42,7 @@ class Duplicates:
         self.rows = self.tokens = 0
         self._n = n
         self._lock = Lock()
-        self._leaders: dict[bytes, int] = {}  # digest -> number of the row that is computed
+        self._leaders: dict[_Digest, int] = {}  # -> number of the row that is computed
         self._followers: dict[int, array[int]] = {}  # of a leader
         self._attached = 0
         self._table = array("Q")
@@ -104,38 +107,32 @@ class Duplicates:
         bare = result._replace(queue_s=None, prefill_s=None, decode_s=None)
         return [bare._replace(row=f // self._n, sample=f % self._n) for f in followers]
 
-    def _find(self, digest: bytes) -> int | None:
+    def _find(self, digest: _Digest) -> int | None:
         """Where the table has a digest."""
-        low, high = _halves(digest)
-        table = self._table
-        for at in _entries(low) if table else ():
+        table, (low, high) = self._table, digest
+        for at in _entries(digest) if table else ():
             if table[at] == low and table[at + 1] == high and table[at + 2]:
                 return at
         return None
 
-    def _note(self, digest: bytes, number: int, tokens: int) -> None:
+    def _note(self, digest: _Digest, number: int, tokens: int) -> None:
         if not self._table:
             self._table = array("Q", [0]) * (_SETS * _WAYS * _FIELDS)
-        low, high = _halves(digest)
-        entries = _entries(low)
-        free = (at for at in entries if not self._table[at + 2])
+        entries = _entries(digest)
         self._turn = (self._turn + 1) % _WAYS
-        at = next(free, entries[self._turn])
-        self._table[at : at + _FIELDS] = array("Q", (low, high, number + 1, tokens))
+        at = next((at for at in entries if not self._table[at + 2]), entries[self._turn])
+        self._table[at : at + _FIELDS] = array("Q", (*digest, number + 1, tokens))
 
 
-def _entries(low: int) -> range:
+def _entries(digest: _Digest) -> range:
     """Where the entries of a digest's set are."""
-    begin = low % _SETS * _WAYS * _FIELDS
+    begin = digest[0] % _SETS * _WAYS * _FIELDS
     return range(begin, begin + _WAYS * _FIELDS, _FIELDS)
 
 
-def _halves(digest: bytes) -> tuple[int, int]:
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
-
-
-def _digest(identity: bytes, params: SamplingParams) -> bytes:
-    return blake2b(_tag(params) + identity, digest_size=16).digest()
+def _digest(identity: bytes, params: SamplingParams) -> _Digest:
+    low, high = unpack("<QQ", blake2b(_tag(params) + identity, digest_size=16).digest())
+    return low, high
 
 
 @lru_cache(1024)

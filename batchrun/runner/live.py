@@ -117,10 +117,8 @@ class LogTail:
     @classmethod
     def at_end(cls, folder: Path) -> LogTail:
         """Of what will be added from now on."""
-        try:
-            return cls(folder, (folder / LOG).stat().st_size)
-        except FileNotFoundError:
-            return cls(folder)
+        path = folder / LOG
+        return cls(folder, path.stat().st_size if path.exists() else 0)
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What was added since the last call, whole lines only."""

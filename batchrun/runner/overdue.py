@@ -13,8 +13,8 @@ import ctypes
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TypeVar
@@ -28,8 +28,6 @@ from batchrun.machine import proc_bytes
 T = TypeVar("T")
 
 BARREN = 16  # rows in a row: then it is hardly the rows that are to blame
-_SECONDS = ("BATCHRUN_PROMPT_SECONDS", 30.0)  # of processor time, for a row's prompt
-_STALL = ("BATCHRUN_STALL_SECONDS", 600.0)  # after which a step, a read or a write is taken to hang
 _MEMORY = 2 << 30  # bytes that a process may grow by while it makes one prompt
 _LOOKS = 20  # within the limit
 _LATER = 1.25  # times the limit: the onlooker leaves it to the process to end a prompt
@@ -43,12 +41,12 @@ _TEMPLATE = "<template>"  # the name of Jinja's code
 
 def prompt_seconds() -> float:
     """Seconds of processor time that a prompt may take."""
-    return _setting(_SECONDS)
+    return _seconds("BATCHRUN_PROMPT_SECONDS", 30.0)
 
 
 def stall_seconds() -> float:
-    """Seconds after which what should not take long is taken to hang."""
-    return _setting(_STALL)
+    """Seconds after which a step, a read or a write is taken to hang."""
+    return _seconds("BATCHRUN_STALL_SECONDS", 600.0)
 
 
 class Overdue(BaseException):
@@ -103,16 +101,11 @@ class PromptLimit:
             self._watcher.join()
 
     def _watch(self) -> None:
-        pid, number, begun = os.getpid(), 0, 0.0
+        clock = _PromptClock(os.getpid(), self.note)
         while not self._end.wait(min(max(self.limit_s / _LOOKS, 0.05), 1.0)):
             self.note.beat()
-            at = self.note.at()
-            state = _thread(pid, at.native) if isinstance(at, Making) else None
-            if not isinstance(at, Making) or state is None:
-                continue
-            if at.number != number:
-                number, begun = at.number, state.seconds
-            elif state.seconds - begun > self.limit_s:
+            at = clock.look()
+            if at is not None and clock.seconds > self.limit_s:
                 self._strike(at)  # at each look: code may catch everything
 
     def _strike(self, at: Making) -> None:
@@ -122,19 +115,47 @@ class PromptLimit:
                 _raise_in(at.thread, Overdue)
 
 
-@dataclass(frozen=True)
-class Overrun:
-    """A prompt that has to be ended.
+class _PromptClock:
+    """Tells how long a process makes a prompt.
 
     Args:
-        at: Whose it is.
-        reason: What is wrong with its row.
-        certain: Whether it is its fault: memory may be another thread's.
+        pid: The process.
+        note: What it is at.
+
+    Attributes:
+        seconds: Of processor time, for the prompt that it is at.
+        asleep: Whether the thread that makes it sleeps.
+        fresh: Whether it was at another one, or none, at the last look.
     """
 
-    at: Making
-    reason: str
-    certain: bool = True
+    def __init__(self, pid: int, note: ReaderNote) -> None:
+        self._pid, self._note = pid, note
+        self._number, self._begun = 0, 0.0
+        self.seconds, self.asleep, self.fresh = 0.0, False, False
+
+    def look(self) -> Making | None:
+        """What it is at, if that is a prompt; called from time to time."""
+        at = self._note.at()
+        if not isinstance(at, Making):
+            return None
+        stat = text_of(Path(f"/proc/{self._pid}/task/{at.native}/stat"))
+        if not stat:
+            return None
+        letter, *fields = stat[stat.rindex(")") + 2 :].split()  # R runs, S and D sleep
+        now = (int(fields[10]) + int(fields[11])) * _TICK_S
+        self.fresh = at.number != self._number
+        if self.fresh:
+            self._number, self._begun = at.number, now
+        self.seconds, self.asleep = now - self._begun, letter in "SD"
+        return at
+
+
+class Overrun(NamedTuple):
+    """A prompt that has to be ended."""
+
+    at: Making  # whose it is
+    reason: str  # what is wrong with its row
+    certain: bool = True  # whether it is its fault: memory may be another thread's
 
 
 class Onlooker:
@@ -146,30 +167,26 @@ class Onlooker:
     """
 
     def __init__(self, pid: int, note: ReaderNote) -> None:
-        self._pid, self._note = pid, note
+        self._pid, self._note, self._clock = pid, note, _PromptClock(pid, note)
         self._limit_s, self._stall_s = prompt_seconds(), stall_seconds()
-        self._number = self._beat = 0
-        self._begun = self._slept = self._looked = 0.0
-        self._memory = 0
+        self._beat = self._memory = 0
+        self._slept = self._looked = 0.0
 
     def look(self) -> Overrun | None:
         """What has to be ended, if anything has; called from time to time."""
-        now, at = time.monotonic(), self._note.at()
-        state = _thread(self._pid, at.native) if isinstance(at, Making) else None
+        now, at = time.monotonic(), self._clock.look()
         since, self._looked = min(now - self._looked, 1.0), now
-        if not isinstance(at, Making) or state is None:
-            self._number = 0
+        if at is None:
             return None
-        if at.number != self._number:
-            self._number, self._begun, self._slept = at.number, state.seconds, 0.0
-            self._memory = _anonymous(self._pid)
+        if self._clock.fresh:
+            self._slept, self._memory = 0.0, _anonymous(self._pid)
             return None
         # Where nobody beats, another thread has the interpreter's lock, and this one waits for it.
         beat = self._note.beats()
-        if state.letter in "SD" and beat != self._beat:
+        if self._clock.asleep and beat != self._beat:
             self._slept += since
         self._beat = beat
-        if state.seconds - self._begun > _LATER * self._limit_s + 1:
+        if self._clock.seconds > _LATER * self._limit_s + 1:
             return Overrun(at, too_long(self._limit_s))
         if self._slept > self._stall_s:
             return Overrun(at, f"making its prompt has not ended in {self._stall_s:g} s")
@@ -197,12 +214,8 @@ def not_made(overrun: Overrun) -> ModelError:
 
 def place_of(trace: TracebackType | None) -> str:
     """Where a prompt was ended, to add to what is wrong with its row."""
-    names = []
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        names.append(f'"{code.co_filename}" in {code.co_name}')
-        trace = trace.tb_next
-    return place_in("\n".join(names))
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
+    return place_in("\n".join(f'"{code.co_filename}" in {code.co_name}' for code in codes))
 
 
 def place_in(printed: str) -> str:
@@ -210,19 +223,6 @@ def place_in(printed: str) -> str:
     if f'"{_TEMPLATE}"' in printed:
         return ", in the model's chat template"
     return ", in the tokenizer" if " in _encode" in printed else ""
-
-
-class _Thread(NamedTuple):
-    letter: str  # R runs, S and D sleep, T is stopped
-    seconds: float  # of processor time
-
-
-def _thread(pid: int, native: int) -> _Thread | None:
-    stat = text_of(Path(f"/proc/{pid}/task/{native}/stat"))
-    if not stat:
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()
-    return _Thread(fields[0], (int(fields[11]) + int(fields[12])) * _TICK_S)
 
 
 def _anonymous(pid: int) -> int:
@@ -237,8 +237,7 @@ def _raise_in(thread: int, what: type[BaseException] | None) -> None:
     )
 
 
-def _setting(setting: tuple[str, float]) -> float:
-    name, default = setting
+def _seconds(name: str, default: float) -> float:
     text = os.environ.get(name) or str(default)
     try:
         found = float(text)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
+from subprocess import Popen, TimeoutExpired
+from types import FrameType
 
 from batchrun.cgroups import oom_kills
 from batchrun.jobs.folder import JobFolder
@@ -32,39 +33,61 @@ _FAILED, _INTERRUPTED = 1, 130  # what the supervisor exits with
 
 
 class Runs:
-    """The runs of a job, one after the other.
+    """The runs of a job, one after the other. The one there is gets SIGTERM and SIGINT passed on.
 
     Args:
         job: The job.
         reporter: Told how runs end.
-        told_to_end: Whether the supervisor was, and nothing is to be started again.
+
+    Attributes:
+        told: The signal by which this process was told to end: nothing is started after it.
     """
 
-    def __init__(self, job: JobFolder, reporter: Reporter, told_to_end: Callable[[], bool]) -> None:
-        self._job, self._reporter, self._told_to_end = job, reporter, told_to_end
+    def __init__(self, job: JobFolder, reporter: Reporter) -> None:
+        self._job, self._reporter = job, reporter
+        self.told: int | None = None
+        self._child: Popen[bytes] | None = None
+        signal.signal(signal.SIGINT, self._pass_on)
+        signal.signal(signal.SIGTERM, self._pass_on)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self._log = job.path / WORKER_LOG
-        self._printed = 0  # bytes, by the runs before
-        self._before = job.counts()
         self._vain = self._barren = 0  # runs in a row without a result, without a good one
-        self._unread: Reading | None = None  # what the run before died of while it read it
-        self._oom_kills = oom_kills()
+        self._unread: Reading | None = None  # what the earlier run died of while it read it
 
-    def once(self, start: Callable[[], subprocess.Popen[bytes]]) -> int | None:
-        """Start a run and see it end.
+    def run(self, start: Callable[[], Popen[bytes]]) -> int:
+        """Run the job, again where a run dies by a fault, until a run ends by itself.
+
+        Args:
+            start: Starts a run.
 
         Returns:
-            What the supervisor exits with; None where the job is to be run again.
+            What the supervisor exits with.
         """
-        self._before = self._job.counts()
-        self._printed = self._log.stat().st_size if self._log.exists() else 0
-        child = start()
+        while self.told is None:
+            if (code := self._once(start)) is not None:
+                return code
+        self._job.set_state("cancelled")
+        return _INTERRUPTED
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.told = number
+        if self._child is not None:
+            self._child.send_signal(number)
+
+    def _once(self, start: Callable[[], Popen[bytes]]) -> int | None:
+        """Start a run and see it end; None where the job is to be run again."""
+        self._before, self._oom_kills = self._job.counts(), oom_kills()
+        self._printed = self._log.stat().st_size if self._log.exists() else 0  # bytes, so far
+        child = self._child = start()
+        if self.told is not None:  # while it was started
+            child.send_signal(self.told)
         code, overrun = self._watch(child)
         if overrun is not None:
             return self._overran(overrun)
         if code >= 0:
             self._note_silent_end(code)
             return code
-        if self._told_to_end():
+        if self.told is not None:
             return self._stopped()
         name = signal.Signals(-code).name
         if -code not in _FAULTS:
@@ -72,21 +95,20 @@ class Runs:
         rows, read = self._suspects()
         return self._crashed(name, rows) if read is None else self._crashed_reading(name, read)
 
-    def _watch(self, child: subprocess.Popen[bytes]) -> tuple[int, Overrun | None]:
+    def _watch(self, child: Popen[bytes]) -> tuple[int, Overrun | None]:
         """Wait for the end; returns the exit code, and the prompt for which it was ended here."""
         with closing(ReaderNote(self._job.path)) as note:
-            note.made()  # of the run before
-            onlooker = Onlooker(child.pid, note)
-            while True:
-                with suppress(subprocess.TimeoutExpired):
+            note.made()  # of the earlier run
+            onlooker, overrun = Onlooker(child.pid, note), None
+            while overrun is None:
+                with suppress(TimeoutExpired):
                     return child.wait(_LOOK_S), None
-                if (overrun := onlooker.look()) is None:
-                    continue
-                child.send_signal(TELL)  # faulthandler prints where it is, whoever has which lock
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(_TELL_S)
-                child.kill()
-                return child.wait(), overrun
+                overrun = onlooker.look()
+            child.send_signal(TELL)  # faulthandler prints where it is, whoever has which lock
+            with suppress(TimeoutExpired):
+                child.wait(_TELL_S)
+            child.kill()
+            return child.wait(), overrun
 
     def _stopped(self) -> int:
         self._job.set_state("cancelled" if self._job.cancel_requested() else "interrupted")
@@ -100,7 +122,7 @@ class Runs:
         """A prompt did not come to an end."""
         row, place = overrun.at.row, place_in(self._stack(overrun.at.thread))
         self._reporter.message(f"row {row}: {overrun.reason}{place}; the run was ended")
-        if self._told_to_end():
+        if self.told is not None:
             return self._stopped()
         _blame(self._job, overrun, place)
         self._count()
@@ -159,7 +181,8 @@ class Runs:
             rows, at = running.rows(), note.at()
         if at is None:
             return rows, None
-        thread = self._crashed_thread()
+        printed = _CRASHED.findall(self._words())
+        thread = int(printed[-1], 16) if printed else None  # that it died in: faulthandler knows
         mine = thread == at.thread
         if isinstance(at, Making):
             return [at.row] if mine else [*rows, at.row] if thread is None else rows, None
@@ -167,11 +190,6 @@ class Runs:
         if mine or (thread is None and not rows):
             return [], replace(at, thread=0)
         return rows, None
-
-    def _crashed_thread(self) -> int | None:
-        """The thread that the run died in, as faulthandler printed it; None where it did not."""
-        found = _CRASHED.findall(self._words())
-        return int(found[-1], 16) if found else None
 
     def _stack(self, thread: int) -> str:
         """What faulthandler printed last of a thread."""
@@ -183,8 +201,7 @@ class Runs:
         noted = JobSnapshot.load(self._job.path)
         if noted is not None and noted.state not in WAITING:
             return
-        lines = [line.strip() for line in self._words().splitlines()]
-        lines = [line for line in lines if line]
+        lines = [line for line in map(str.strip, self._words().splitlines()) if line]
         if any(line.startswith("error: ") for line in lines):
             return  # it did say, and someone else may have the job
         words = f"its last words: {lines[-1][:_WORDS]}" if lines else "it said nothing"

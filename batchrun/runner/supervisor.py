@@ -17,11 +17,11 @@ import site
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from subprocess import Popen
 from typing import Any
 
 from batchrun.jobs.errors import JobError
@@ -49,7 +49,7 @@ class Started:
     """
 
     job: JobFolder
-    process: subprocess.Popen[bytes]
+    process: Popen[bytes]
     told: int
     log_size: int
     _began: bool | None = None
@@ -94,7 +94,7 @@ def start(job: JobFolder, lease: Lease) -> Started:
     told, tell = os.pipe()
     try:
         with open(job.path / WORKER_LOG, "ab", opener=open_private) as log:
-            process = subprocess.Popen(
+            process = Popen(
                 _command("work", job.path),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -124,21 +124,13 @@ def inherited() -> list[int]:
     numbers = [int(number) for number in os.environ.pop(_INHERITED, "").split()]
     for number in numbers:
         os.set_inheritable(number, False)
+        os.register_at_fork(after_in_child=partial(_close, number))  # nor those that are forked off
     return numbers
 
 
-def close_in_children(handles: Sequence[int]) -> None:
-    """Let processes that are forked off this one, and not started anew, have no handle either.
-
-    Args:
-        handles: Open until this process ends.
-    """
-
-    def close() -> None:
-        for handle in handles:
-            os.close(handle)
-
-    os.register_at_fork(after_in_child=close)
+def _close(handle: int) -> None:
+    with suppress(OSError):  # it is closed by now
+        os.close(handle)
 
 
 def work(path: Path, root: Path) -> int:
@@ -156,20 +148,23 @@ def work(path: Path, root: Path) -> int:
     """
     job, handles = JobFolder(path), inherited()
     held, tell = (handles[0], handles[1:]) if handles else (None, [])
-    with Lease(path, held) as lease, Reporter(path) as reporter, _Signals() as signals:
+    with Lease(path, held) as lease, Reporter(path) as reporter:
+        runs = Runs(job, reporter)
         job.set_state("queued")
         for handle in tell:
             with suppress(BrokenPipeError):  # nobody waits any more
                 os.write(handle, b".")
             os.close(handle)
-        try:
-            with DeviceQueue(root, device_of(job)) as turn:
-                _wait_for(turn, reporter, signals)
+        with DeviceQueue(root, device_of(job)) as turn:
+            if turn.ahead():
+                reporter.message("waiting for the device, which another job uses")
+            while turn.ahead() and runs.told is None:
+                time.sleep(_POLL_S)
+            if runs.told is None:
                 job.set_state("running")
-                return _supervise(job, [lease.fileno(), turn.fileno()], signals, reporter)
-        except _Cancelled:
-            job.set_state("cancelled")
-            return 130
+            inheriting = _inheriting(lease.fileno(), turn.fileno())
+            command = _command("run-job", path)
+            return runs.run(lambda: Popen(command, stdin=subprocess.DEVNULL, **inheriting))
 
 
 def device_of(job: JobFolder) -> str:
@@ -178,74 +173,6 @@ def device_of(job: JobFolder) -> str:
     if wanted == "auto":
         wanted = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
     return "cuda:0" if wanted == "cuda" else wanted
-
-
-class _Cancelled(Exception):  # noqa: N818 - a request, not a failure
-    """The job was told to end before its turn came."""
-
-
-class _Signals:
-    """Passes SIGTERM and SIGINT on to the run, and remembers them: nothing is started after one."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._child: subprocess.Popen[bytes] | None = None
-
-    def check(self) -> None:
-        """Raise `_Cancelled` if there was one."""
-        if self.received is not None:
-            raise _Cancelled
-
-    def pass_on_to(self, child: subprocess.Popen[bytes]) -> None:
-        """From now on; one that came while the child was started, too."""
-        self._child = child
-        if self.received is not None:
-            child.send_signal(self.received)
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        if self._child is not None:
-            self._child.send_signal(number)
-
-
-def _wait_for(turn: DeviceQueue, reporter: Reporter, signals: _Signals) -> None:
-    """Return when nobody is ahead in the device's line."""
-    told = False
-    while turn.ahead():
-        signals.check()
-        if not told:
-            reporter.message("waiting for the device, which another job uses")
-            told = True
-        time.sleep(_POLL_S)
-
-
-def _supervise(
-    job: JobFolder, handles: Sequence[int], signals: _Signals, reporter: Reporter
-) -> int:
-    """Run the job, again where a run dies by a fault, until a run ends by itself."""
-
-    def start_run() -> subprocess.Popen[bytes]:
-        signals.check()
-        child = subprocess.Popen(
-            _command("run-job", job.path), stdin=subprocess.DEVNULL, **_inheriting(*handles)
-        )
-        signals.pass_on_to(child)
-        return child
-
-    runs = Runs(job, reporter, lambda: signals.received is not None)
-    while (code := runs.once(start_run)) is None:
-        pass
-    return code
 
 
 def _command(*arguments: object) -> list[str]:

@@ -8,7 +8,7 @@ Three threads, and two bounded channels that lead one way each:
     journal   JournalWriter: owns the journal       results
 
 An error in any of them closes both channels and is raised in the caller's thread, which loads the
-model before, and writes the output after (`endings`).
+model before, and writes the output after.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchrun import machine
 from batchrun.allocator.vmm import Refused
 from batchrun.engine.core import Request
-from batchrun.errors import MachineError
-from batchrun.jobs.errors import JobError, input_changed
+from batchrun.errors import MachineError, StepFailed
+from batchrun.jobs.errors import Fenced, JobError, JournalError, OutputTaken, input_changed
 from batchrun.jobs.folder import JobFolder
-from batchrun.jobs.identity import check_unchanged
+from batchrun.jobs.identity import check_unchanged, grown
 from batchrun.jobs.inflight import InFlightRows, ReaderNote
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.lease import Lease
+from batchrun.jobs.output.destination import Claim
+from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import write_summary
 from batchrun.models.resolve import fingerprint
 from batchrun.runner.channel import Channel, Closed
-from batchrun.runner.endings import Outcome, note_end, write_output
 from batchrun.runner.engine_loop import EngineLoop
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.live import Progress
@@ -52,6 +54,17 @@ if TYPE_CHECKING:  # they import torch
     from batchrun.engine.engine import Engine
 
     OpenWorkbench = Callable[[JobSpec, Callable[[str], None]], Assembly]
+
+
+class Outcome(StrEnum):
+    """How a run ended; also the job's state from then on."""
+
+    DONE = "done"
+    DONE_WITH_ERRORS = "done-with-errors"
+    INTERRUPTED = "interrupted"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
 
 _DRAINED_SECONDS = 0.05  # between two looks whether the engine has nothing any more
 _PATIENCE = 6  # times as long as a step may take, for loading a model or writing the output
@@ -121,9 +134,14 @@ class _Run:
         self._figures = RunFigures()
         self._failures: list[BaseException] = []  # of threads
         self._in_flight = InFlightRows(job.path)
-        self._in_flight.clear()  # of the run before; its supervisor has taken note
+        self._in_flight.clear()  # of the earlier run; its supervisor has taken note
         with Journal(job.path, spec.n) as journal:
-            self._total = _count_rows(self.source, spec, journal)
+            total = journal.meta("rows_total")
+            if total is None:  # the first run counts them
+                total = self.source.count()
+                total = total if spec.limit is None else min(total, spec.limit)
+                journal.set_meta("rows_total", total)
+            self._total = int(total)
             self._number = journal.begin_run()  # what is read below no earlier run adds to any more
             self._done = journal.done()
             self._begun = journal.partials()
@@ -132,9 +150,7 @@ class _Run:
             self._earlier = journal.counts()
         self._writer = JournalWriter(
             *(job, spec, self._number, self._total, self._earlier),
-            figures=self._figures,
-            watchdog=self.watchdog,
-            log=self.log,
+            *(self._figures, self.watchdog, self.log),
         )
 
     def run(self, open_workbench: OpenWorkbench) -> Outcome:
@@ -166,8 +182,7 @@ class _Run:
             self._in_flight.close()
             # Where the disk fails here too, the error that is on its way says more.
             with suppress(*(JobError, OSError) if failure is not None else ()):
-                last = figures.so_far()
-                note_end(self.job, self.spec, self._number, outcome, last, failure=failure)
+                self._note_end(outcome, failure)
         write_summary(self.job, str(outcome))
         figures.remember(self.spec)
         return outcome
@@ -182,10 +197,39 @@ class _Run:
         self._report("export")
         began = time.perf_counter()
         with self.watchdog.busy("writing the output", _PATIENCE):
-            noted = self.limit.note.reading
-            write_output(self.job, self.spec, self._number, noted, self.log)
+            self._write_output()
         self._figures.counted["export_s"] = time.perf_counter() - began
         return Outcome.DONE_WITH_ERRORS if self._writer.failed else Outcome.DONE
+
+    def _write_output(self) -> None:
+        job, output, path = self.job, self.spec.output, Path(self.spec.output.path)
+        with self._writer.journal() as journal:
+            try:
+                export_job(
+                    *(self.spec, journal, path),
+                    format=output.format,
+                    may_replace=Claim(journal, path, overwrite=output.overwrite),
+                    noted=self.limit.note.reading,
+                )
+            except OutputTaken as error:
+                error.hint = (
+                    f"batchrun export {job.id} --output OTHER, "
+                    f"or batchrun resume {job.id} --overwrite to replace it"
+                )
+                raise
+        for line in grown(self.spec):
+            self.log(line)
+
+    def _note_end(self, outcome: Outcome, failure: Exception | None) -> None:
+        """Note in journal and snapshot how the run ended, and why where it failed."""
+        if isinstance(failure, Fenced):
+            return  # the job is another worker's
+        reason = None if failure is None else str(failure)
+        if not isinstance(failure, JournalError):  # a journal that failed is not written again
+            with self._writer.journal() as journal:
+                journal.end_run(str(outcome), self._figures.so_far(), reason)
+        if not isinstance(failure, StepFailed):  # its supervisor tries again
+            self.job.set_state(str(outcome), reason)
 
     def _compute(self, workbench: Assembly) -> None:
         """Drive the engine until every row has its results, or `stop` is set."""
@@ -194,9 +238,8 @@ class _Run:
         reader = self._figures.reader = self._make_reader(workbench, requests)
         loop = EngineLoop(
             *(workbench.engine, reader, self._in_flight, self._crashes, self._figures),
-            watchdog=self.watchdog,
-            stopped=lambda: self.stop.is_set() or bool(self._failures),
-            report=lambda: self._report("run", workbench.engine),
+            *(self.watchdog, lambda: self.stop.is_set() or bool(self._failures)),
+            lambda: self._report("run", workbench.engine),
         )
         writing = self._thread("journal", self._writer.run, reader.columns, results)
         reading = self._thread("reader", reader.read, requests, results)
@@ -257,9 +300,8 @@ class _Run:
         return reader
 
     def _report(self, phase: str, engine: Engine | None = None) -> None:
-        running, waiting, generated = (0, 0, self._figures.counted["completion_tokens"])
-        if engine is not None:
-            running, waiting, generated = engine.load()
+        idle = (0, 0, self._figures.counted["completion_tokens"])
+        running, waiting, generated = idle if engine is None else engine.load()
         self.on_progress(
             Progress(
                 rows_total=self._total,
@@ -273,14 +315,3 @@ class _Run:
                 phase=phase,
             )
         )
-
-
-def _count_rows(source: Source, spec: JobSpec, journal: Journal) -> int:
-    """Rows of the job, as the first run counted them."""
-    total = journal.meta("rows_total")
-    if total is None:
-        total = source.count()
-        if spec.limit is not None:
-            total = min(total, spec.limit)
-        journal.set_meta("rows_total", total)
-    return int(total)

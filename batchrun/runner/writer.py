@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from batchrun.jobs.files import check_room, free_bytes
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.journal.journal import READ, Journal
-from batchrun.jobs.journal.results import (
-    CopiedResult,
-    Counts,
-    DoneSet,
-    Partial,
-    Result,
-    RowDigests,
-)
+from batchrun.jobs.journal.results import CopiedResult, Counts, DoneSet, Partial, Result, RowDigests
 from batchrun.jobs.spec import JobSpec
 from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.watchdog import Watchdog
 
-COMMIT_RESULTS = 1024  # results in one transaction at most
+COMMIT_RESULTS = 1024  # or other items: then a transaction is due
 _COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
 _ROOM_SECONDS = 5.0  # between two looks at how full the disks are
 _RESULT_BYTES = 100  # of a journal: no result takes less
 
 Item = Result | CopiedResult | RowDigests | list[Partial]  # what unfinished rows have replaces it
-
-
-@dataclass(slots=True)
-class _Pending:
-    """What the next transaction writes."""
-
-    results: list[Result | CopiedResult] = field(default_factory=list)
-    partials: list[Partial] = field(default_factory=list)
-    digests: list[tuple[int, int]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.results or self.partials or self.digests)
-
-    def add(self, item: Item) -> None:
-        if isinstance(item, Result | CopiedResult):
-            self.results.append(item)
-        elif isinstance(item, RowDigests):
-            self.digests += item.digests
-        else:
-            self.partials = item
 
 
 @dataclass
@@ -101,25 +75,31 @@ class JournalWriter:
             JournalError: The journal can't be written, or is another run's by now.
             OutputError: There is no room for more.
         """
-        with Journal(self.job.path, self.spec.n) as journal:
-            journal.resume_run(self.number)
+        with self.journal() as journal:
             if journal.meta(READ) is None:
                 journal.set_meta(READ, columns)
-            pending, deadline, open_ = _Pending(), 0.0, True
+            pending: list[Item] = []
+            deadline, open_ = 0.0, True
             while open_ or pending:
                 timeout = max(0.001, deadline - time.monotonic()) if pending else None
                 try:
-                    taken = results.take(COMMIT_RESULTS - len(pending.results), timeout)
+                    taken = results.take(COMMIT_RESULTS, timeout)
                 except Closed:
                     taken, open_ = [], False
                 if taken and not pending:
                     deadline = time.monotonic() + _COMMIT_SECONDS
-                for item in taken:
-                    pending.add(item)
+                pending += taken
                 due = not open_ or time.monotonic() >= deadline
-                if pending and (due or len(pending.results) >= COMMIT_RESULTS):
+                if pending and (due or len(pending) >= COMMIT_RESULTS):
                     self._commit(journal, pending)
-                    pending = _Pending()
+                    pending = []
+
+    @contextmanager
+    def journal(self) -> Iterator[Journal]:
+        """The job's journal, to write to as this run."""
+        with Journal(self.job.path, self.spec.n) as journal:
+            journal.resume_run(self.number)
+            yield journal
 
     def check_room_ahead(self) -> None:
         """Refuse what can't fit: of results and output the least that they can take.
@@ -131,27 +111,26 @@ class JournalWriter:
         copied = 0 if spec.limit else sum(file.size for file in spec.inputs) // 4
         check_room((self.job.path, self.missing * _RESULT_BYTES), (self._output, copied))
 
-    def _commit(self, journal: Journal, pending: _Pending) -> None:
-        ended = {(r.row, r.sample) for r in pending.results}
-        begun = [p for p in pending.partials if (p.row, p.sample) not in ended]
+    def _commit(self, journal: Journal, pending: list[Item]) -> None:
+        results = [item for item in pending if isinstance(item, Result | CopiedResult)]
+        digests = [d for item in pending if isinstance(item, RowDigests) for d in item.digests]
+        partials = [item for item in pending if isinstance(item, list)][-1:]
+        ended = {(r.row, r.sample) for r in results}
+        begun = [p for newest in partials for p in newest if (p.row, p.sample) not in ended]
         figures = self.figures.observed()
         began = time.perf_counter()
         with self.watchdog.busy("writing the journal"):
-            journal.write(pending.results, figures, begun, pending.digests)
+            journal.write(results, figures, begun, digests)
         self.figures.counted["journal_s"] += time.perf_counter() - began
-        self.samples += len(pending.results)
-        self._count_failures(pending.results)
-        if time.monotonic() >= self._look:
-            self._watch_room()
-            self._look = time.monotonic() + _ROOM_SECONDS
-
-    def _count_failures(self, results: list[Result | CopiedResult]) -> None:
-        """A row has failed when any of its samples has; what is copied has not."""
-        for result in results:
+        self.samples += len(results)
+        for result in results:  # a row has failed when any of its samples has
             failed = isinstance(result, Result) and result.status == "error"
             if failed and (result.row, 0) not in self._failed_rows:
                 self._failed_rows.add(result.row)
                 self.failed += 1
+        if time.monotonic() >= self._look:
+            self._watch_room()
+            self._look = time.monotonic() + _ROOM_SECONDS
 
     def _watch_room(self) -> None:
         """End the run before a disk is full; say once, early, that one will be."""

@@ -39,6 +39,7 @@ GREEDY = [
     K + "{{ '%*d' % (k, 1) }}",
     K + "{{ '%*d' | format(k, 1) }}",
     K + "{{ ('%s' * 60000) % ('x' * 60000) }}",
+    K + "{{ ('%(a)s' * 60000) % {'a': 'x' * 60000} }}",
     K + "{{ '{:>{}}'.format('x', k) }}",
     K + "{{ ('{0}' * 60000).format('x' * 60000) }}",
     K + "{{ messages[0].role.center(k) }}",
@@ -49,6 +50,7 @@ GREEDY = [
     K + "{{ messages | tojson(indent=k) }}",
     K + "{{ 3 | round(k, 'ceil') }}",
     K + "{{ (1).to_bytes(k, 'big') }}",
+    K + "{{ (1).to_bytes(byteorder='big', length=k) }}",
 ]
 
 

@@ -40,8 +40,7 @@ from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 from batchrun.machine import end_with_lost_threads
 from batchrun.models.resolve import fingerprint
-from batchrun.runner.endings import Outcome
-from batchrun.runner.worker import run_job
+from batchrun.runner.worker import Outcome, run_job
 from tests.faults import shim
 from tests.faults.shim import Fault, Kind
 from tests.faults.smalljob import BUG, forked

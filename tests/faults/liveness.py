@@ -21,7 +21,7 @@ from batchrun.jobs.errors import JobError
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
 from batchrun.runner import worker
-from batchrun.runner.endings import Outcome
+from batchrun.runner.worker import Outcome
 from tests.faults.smalljob import DONE, Ledger, NullEngine, NullWorkbench, SmallJob, forked
 
 ROWS = 2

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from batchrun.jobs import folder
 from batchrun.jobs.identity import move
-from batchrun.runner.endings import Outcome
+from batchrun.runner.worker import Outcome
 from tests.faults import shim
 from tests.faults.liveness import check_goes_on
 from tests.faults.shim import Fault, Kind

@@ -34,7 +34,7 @@ from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 from batchrun.prompts.messages import PromptError
 from batchrun.runner import worker, writer
-from batchrun.runner.endings import Outcome
+from batchrun.runner.worker import Outcome
 
 MAX_TOKENS = 6
 DONE, ENDED_WITH_ERROR, BUG, INTERRUPTED, REFUSED = 0, 3, 4, 5, 6  # exit codes of a worker

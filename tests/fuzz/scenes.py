@@ -28,8 +28,8 @@ from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import STATS, summarise
 from batchrun.jobs.verify import verify
 from batchrun.runner import engine_loop, worker, writer
-from batchrun.runner.endings import Outcome
 from batchrun.runner.live import LogTail, Progress, Reporter, read_progress
+from batchrun.runner.worker import Outcome
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, length, token
 from tests.fuzz.trial import Wrong
 

@@ -12,7 +12,7 @@ import pytest
 
 from batchrun.jobs import folder
 from batchrun.runner import worker
-from batchrun.runner.endings import Outcome
+from batchrun.runner.worker import Outcome
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, SmallJob
 from tests.soak.flat import Sample, Watched, left_behind, processes, sample
 from tests.soak.works import alike, write
