@@ -23,7 +23,7 @@ from torch.nn import functional
 from batchrun.engine import cpu
 from batchrun.engine.cpu import compile as compiled
 from batchrun.engine.cpu.compile import CompileError
-from batchrun.engine.model.quantize import Int8Linear
+from batchrun.engine.model.int8 import Int8Linear
 
 if TYPE_CHECKING:
     from batchrun.engine.attention import QKV, LayerAttention
