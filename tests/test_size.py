@@ -19,7 +19,7 @@ CEILINGS = {
     "batchrun/engine": 3220,
     "batchrun/engine/attention": 820,
     "batchrun/engine/cpu": 2140,
-    "batchrun/engine/model": 1920,
+    "batchrun/engine/model": 1790,
     "batchrun/estimate": 440,
     "batchrun/models": 1060,
     "batchrun/prompts": 1200,

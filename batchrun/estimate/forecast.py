@@ -202,7 +202,7 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
     from batchrun.engine import settings as here  # noqa: PLC0415
-    from batchrun.engine.model import loading, trial  # noqa: PLC0415
+    from batchrun.engine.model import gates, loading  # noqa: PLC0415
     from batchrun.engine.model.generation import read_generation  # noqa: PLC0415
 
     transformers_logging.set_verbosity_error()
@@ -234,8 +234,8 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
         pages = layout.total_pages_for(tokens)
         return given is None or pages * layout.page_bytes <= given
 
-    if not can_fit(trial.prompt_tokens(loaded)):
-        raise trial.budget_too_small(trial.prompt_tokens(loaded))
+    if not can_fit(gates.prompt_tokens(loaded)):
+        raise gates.budget_too_small(gates.prompt_tokens(loaded))
     return ModelInfo(
         encode,
         read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len),

@@ -37,8 +37,8 @@ from triton.backends.compiler import GPUTarget
 from batchrun.engine.model import int8
 from batchrun.engine.model import optimize as optimizing
 from batchrun.engine.model.int8 import Int8Linear, int8_weights
+from batchrun.engine.model.layers import logits_of
 from batchrun.engine.model.prepare import prepare
-from batchrun.engine.model.trial import logits_of
 from benchmarks.gpu import shapes
 from tests.parity import models
 
