@@ -27,7 +27,7 @@ from batchrun.jobs.rows.row import Source, missing_column
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.jobs.spec import InputFile, JobSpec
-from batchrun.models.resolve import chat_templates, lacks_chat_template, no_chat_template, resolve
+from batchrun.models.resolve import chat_templates, no_chat_template, resolve
 from batchrun.prompts.messages import RESERVED, arguments_taken
 from batchrun.prompts.template import Template, looks_like_json
 from batchrun.runner.chat_columns import (
@@ -275,11 +275,11 @@ def _check_chat_template(prompt: PromptSpec, source: Source, model: ModelSpec) -
         ModelError: It has none, or one that does not read what the job says to it. What only
             loading the tokenizer would tell is left to the run.
     """
-    folder, code = Path(model.path), model.trust_remote_code
-    if are_chats(prompt, source) and not code and lacks_chat_template(folder):
+    sources = None if model.trust_remote_code else chat_templates(Path(model.path))
+    if are_chats(prompt, source) and sources == []:
         raise no_chat_template(model.name)
     args = prompt.template_args
-    if args and not code and (sources := chat_templates(folder)):
+    if args and sources:
         from batchrun.prompts.chat_source import (  # noqa: PLC0415 - Jinja, seldom
             check_template_args,
         )

@@ -131,11 +131,11 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     # metadata
     "no-type": (config(model_type=None), 'has no "model_type"', "came with the weights"),
     "a-list": (write("config.json", "[]"), "no JSON object but a list", "hf download"),
-    "not-utf-8": (write("config.json", b'{"a": "\xff"}'), "not valid JSON: 'utf-8'", "mend it"),
+    "not-utf-8": (write("config.json", b'{"a": "\xff"}'), "not valid JSON: 'utf-8'", "fix it"),
     "bad-tokenizer-config": (
         write("tokenizer_config.json", "{"),
         "tokenizer_config.json is not valid JSON",
-        "mend it",
+        "fix it",
     ),
     "no-tokenizer": (gone("tokenizer*"), "has no tokenizer", "copy tokenizer.json"),
     # other things than a language model

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from batchrun.errors import ModelError
-from batchrun.models.headers import stored_in
+from batchrun.models.files import stored_in
+from batchrun.models.folder import INDEX, SINGLE
 from batchrun.models.resolve import fingerprint, resolve
-from batchrun.models.weights import INDEX, SINGLE
 from tests.tiny import edit_config, shard_weights, write_tiny_model
 
 Header = dict[str, Any]

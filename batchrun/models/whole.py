@@ -1,27 +1,80 @@
-"""Whether a loaded model is whole: all its weights came from its files, and all are finite.
+"""Whether a model is what its files hold: no larger, nothing missing, and all of it finite.
 
-transformers gives tensors that are missing random numbers, which answer as any others do.
+transformers makes random numbers of what files lack, which answer as any others do. And a config of
+a hundred times the vocabulary would have them made before anybody compares.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as registry
 from transformers import PreTrainedModel
 
 from batchrun.errors import ModelError
 from batchrun.models import kinds
-from batchrun.models.metadata import some
+from batchrun.models.files import Stored, some
+
+# How much more than its files hold a model may be built with: layers share tensors, and what is a
+# little off is told by the names of tensors, once it is built.
+_TIMES = 4
+_MORE_WEIGHTS = 1 << 26
+_MORE_BUFFERS = 1 << 30  # bytes
+_MODULES = 64  # for each tensor
+_MORE_MODULES = 2_000
 
 _CHUNK = 1 << 20  # elements looked at together: what is made of them stays in a core's cache
 # What quantised weights are multiplied by. Without it they are other numbers.
 _SCALES = re.compile(r"(_scale(_inv|_2)?|\.scales|\.biases|\.absmax|_quant_state\.\w+)$")
 # Buffers that models used to save, and layers that only propose tokens ahead.
 _HARMLESS = re.compile(r"inv_freq$|\.masked_bias$|attn\.bias$|attention\.bias$|(^|\.)mtp")
+
+
+@contextmanager
+def bounded(stored: Collection[Stored], *, quantised: bool) -> Iterator[None]:
+    """While modules are built, count them, their parameters and their buffers.
+
+    Args:
+        stored: All tensors of the files.
+        quantised: Whether a number in them holds several weights.
+
+    Raises:
+        ModelError: There are far more than the files can fill.
+    """
+    nbytes = sum(tensor.nbytes for tensor in stored)
+    held = nbytes * 8 if quantised else sum(tensor.elements for tensor in stored)
+
+    def counter(what: str, most: int, size: Callable[[Any], int]) -> Callable[..., None]:
+        count = 0
+
+        def add(_: nn.Module, __: str, part: Any) -> None:
+            nonlocal count
+            count += 0 if part is None else size(part)
+            if count > most:
+                raise ModelError(
+                    f"the config.json is of another model: it asks for {count:,} {what} and more, "
+                    f"and the files have {len(stored):,} tensors of {held:,} weights",
+                    hint="use the config.json that came with the weights",
+                )
+
+        return add
+
+    modules = counter("modules", _MODULES * len(stored) + _MORE_MODULES, lambda _: 1)
+    weights = counter("weights", _TIMES * held + _MORE_WEIGHTS, torch.Tensor.numel)
+    buffers = counter("bytes of constants", nbytes + _MORE_BUFFERS, lambda buffer: buffer.nbytes)
+    with ExitStack() as hooks:
+        for handle in (
+            registry.register_module_module_registration_hook(modules),
+            registry.register_module_parameter_registration_hook(weights),
+            registry.register_module_buffer_registration_hook(buffers),
+        ):
+            hooks.callback(handle.remove)
+        yield
 
 
 def check_whole(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> list[str]:
@@ -41,8 +94,7 @@ def check_whole(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> l
     """
     missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     kind, quantised = type(model).__name__, getattr(model, "hf_quantizer", None) is not None
-    if info["mismatched_keys"]:
-        wrong = sorted(info["mismatched_keys"])
+    if wrong := sorted(info["mismatched_keys"]):
         listed = [f"{key} is {_shape(got)} and not {_shape(want)}" for key, got, want in wrong]
         raise ModelError(
             f"the weights of the model {name} do not fit its config.json: {some(listed)}",
@@ -106,18 +158,14 @@ def check_finite(model: nn.Module) -> None:
     bad = {key: tensor for key, tensor in model.state_dict().items() if not _finite(tensor)}
     if not bad:
         return
-    counts = {key: sum(int((~p.isfinite()).sum()) for p in _pieces(t)) for key, t in bad.items()}
-    listed = [
-        f"{key} has {n:,} value{'s that are' if n > 1 else ' that is'} not finite"
-        for key, n in counts.items()
-    ]
-    narrow = all(t.dtype == torch.float16 for t in bad.values())
-    raise ModelError(
-        f"the weights are damaged: {some(listed)}",
-        hint="float16 ends at 65,504: --dtype bfloat16 or --dtype float32 may hold them"
-        if narrow
-        else "download or copy the model again; if that is how it was saved, it is broken",
-    )
+    listed = []
+    for key, tensor in bad.items():
+        n = sum(int((~piece.isfinite()).sum()) for piece in _pieces(tensor))
+        listed.append(f"{key} has {n:,} value{'s that are' if n > 1 else ' that is'} not finite")
+    hint = "download or copy the model again; if that is how it was saved, it is broken"
+    if all(tensor.dtype == torch.float16 for tensor in bad.values()):
+        hint = "float16 ends at 65,504: --dtype bfloat16 or --dtype float32 may hold them"
+    raise ModelError(f"the weights are damaged: {some(listed)}", hint=hint)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
@@ -125,7 +173,7 @@ def _finite(tensor: torch.Tensor) -> bool:
         return True
     # A zero times what is not finite is NaN; `isfinite` takes 20 times as long.
     sums = [(piece * 0).sum() for piece in _pieces(tensor)]
-    return not bool(torch.stack(sums).isnan().any()) if sums else True
+    return not sums or not bool(torch.stack(sums).isnan().any())
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from batchrun.engine.model.int8_gpu import Tile, launch, widened
-from batchrun.engine.model.quantize import Int8Linear
+from batchrun.engine.model.int8 import Int8Linear, Tile, launch, widened
 from benchmarks.gpu.bench import Bench
 
 TOKENS = (1, 16, 64, 256, 1024, 8192)

@@ -20,9 +20,10 @@ from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.cpu.layers import NativeLayer, NativeLinear, PackedWeight
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.model import fused
+from batchrun.engine.model.hook import attending
+from batchrun.engine.model.layers import logits_of
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import prepare
-from batchrun.engine.model.trial import logits_of
 from batchrun.errors import ModelError
 from tests.parity.models import _SMALL
 from tests.parity.runner import outputs, rig, run
@@ -171,7 +172,8 @@ def test_a_rows_numbers_depend_on_that_row_alone(name: str, path: str, threads: 
     def rows(begin: int, end: int) -> torch.Tensor:
         cos, sin = (tensor[:, begin:end] for tensor in positions)
         part: Any = x[:, begin:end]
-        out: torch.Tensor = layer(part, position_embeddings=(cos, sin), batchrun_step=RowByRow())
+        with attending(RowByRow()):
+            out: torch.Tensor = layer(part, position_embeddings=(cos, sin))
         return out[0]
 
     with torch.inference_mode():

@@ -15,8 +15,9 @@ from transformers import masking_utils as masking
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.model import gates, trial
-from batchrun.engine.model.judge import check_linear, difference
+from batchrun.engine.model import gates
+from batchrun.engine.model.judge import difference
+from batchrun.engine.model.layers import check_linear
 from batchrun.engine.model.masks import Seen, _read, named_windows
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel, has_experts, prepare
@@ -79,7 +80,7 @@ def test_layers_see_what_their_masks_let_them(name: str, windows: list[Any]) -> 
     loaded = prepare(build(name))
     assert specs(loaded) == windows
     longest = max((n for pair in windows for n in pair if n), default=0)
-    assert trial.prompt_tokens(loaded) >= longest + 19
+    assert gates.prompt_tokens(loaded) >= longest + 19
     # What is longer than any row can be is no window at all.
     assert specs(prepare(build(name), max_model_len=9)) == [(None, None)] * len(windows)
 
@@ -97,7 +98,7 @@ def test_a_model_is_told_before_it_has_weights(name: str) -> None:
 def test_windows_that_a_config_names_and_no_layer_has_are_gone_beyond() -> None:
     config = tf.LlamaConfig(**_SMALL, attention_window_size=70, local_attention=[3, 90])
     assert sorted(named_windows(config)) == [3, 70, 90]
-    assert trial.prompt_tokens(prepare(seeded(config))) == 90 + 19
+    assert gates.prompt_tokens(prepare(seeded(config))) == 90 + 19
     unused = tf.Qwen2Config(**_SMALL, use_sliding_window=False, sliding_window=80)
     assert list(named_windows(unused)) == []
 

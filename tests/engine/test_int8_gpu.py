@@ -11,11 +11,11 @@ from itertools import product
 import pytest
 import torch
 
-from batchrun.engine.model.int8_gpu import tile_for
+from batchrun.engine.model.int8 import tile_for
 
 INTERPRETED = """
 import torch
-from batchrun.engine.model.int8_gpu import Tile, launch
+from batchrun.engine.model.int8 import Tile, launch
 
 torch.manual_seed(0)
 for t, n, k, tile in (

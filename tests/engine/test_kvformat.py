@@ -11,8 +11,8 @@ from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.cpu import Level
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.kvformat import PLAIN, KVFormat, Write, as_words
+from batchrun.engine.model.gates import plain_views, sequences_of, through_slots
 from batchrun.engine.model.prepare import LoadedModel, prepare
-from batchrun.engine.model.trial import plain_views, sequences_of, through_slots
 from batchrun.engine.transfers import Transfers
 from tests.parity.models import build
 

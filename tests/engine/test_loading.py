@@ -15,8 +15,8 @@ import transformers as tf
 
 from batchrun.engine.core import EngineError
 from batchrun.engine.model import loading
-from batchrun.engine.model.quantize import int8_weights
-from batchrun.engine.model.reading import reading
+from batchrun.engine.model.int8 import int8_weights
+from batchrun.engine.model.loading import reading
 from batchrun.errors import ModelError
 from batchrun.models import whole
 from tests.parity.models import CONFIGS, build

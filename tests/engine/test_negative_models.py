@@ -17,8 +17,8 @@ from batchrun.engine.model import gates, loading
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.errors import ModelError
 from batchrun.models import whole
+from batchrun.models.folder import INDEX, SINGLE
 from batchrun.models.resolve import resolve
-from batchrun.models.weights import INDEX, SINGLE
 from tests.parity.models import CONFIGS, seeded
 from tests.tiny import edit_config, shard_weights, write_tiny_model, write_tokenizer
 

@@ -16,10 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.model import gates
-from batchrun.engine.model.compiled import wait_for_compilers
 from batchrun.engine.model.fused import FusedNorm, Projection, Undo, merge_projections
 from batchrun.engine.model.hook import HOOK, set_attention
-from batchrun.engine.model.optimize import optimize
+from batchrun.engine.model.optimize import optimize, wait_for_compilers
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from tests.parity.models import CONFIGS, build
 from tests.parity.runner import generate, outputs, rig, run

@@ -10,11 +10,11 @@ from batchrun.engine.core import SamplingParams
 from batchrun.engine.cpu import layers as cpu_layers
 from batchrun.engine.cpu.layers import NativeLayer
 from batchrun.engine.model import gates
+from batchrun.engine.model.int8 import Int8Linear, int8_weights
+from batchrun.engine.model.layers import logits_of
 from batchrun.engine.model.loading import load
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel, prepare
-from batchrun.engine.model.quantize import Int8Linear, int8_weights
-from batchrun.engine.model.trial import logits_of
 from batchrun.models.resolve import ModelRef
 from tests.engine.test_cpu_layers import NATIVE, made
 from tests.parity.models import build

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from batchrun.engine.model import int8_gpu
-from batchrun.engine.model.int8_gpu import WIDEN_ABOVE, unsupported_reason
-from batchrun.engine.model.quantize import Int8Linear, int8_weights
-from benchmarks.gpu import int8
+from batchrun.engine.model import int8
+from batchrun.engine.model.int8 import WIDEN_ABOVE, Int8Linear, int8_weights, unsupported_reason
+from benchmarks.gpu import int8 as benchmark
 from benchmarks.gpu.bench import Bench
 from tests.gpu import test_parity as parity
 from tests.gpu.conftest import CUDA
@@ -111,22 +110,20 @@ def test_every_token_is_the_models_own_choice(device: str, optimize: bool, tmp_p
 
 
 def test_the_benchmark_is_rehearsed() -> None:
-    (*_, last) = int8.run(Bench(toy=True, attention="auto", limit=60))
-    assert [row["tokens"] for row in last["int8"]] == [*int8.TOKENS, *int8.TOKENS]
+    (*_, last) = benchmark.run(Bench(toy=True, attention="auto", limit=60))
+    assert [row["tokens"] for row in last["int8"]] == [*benchmark.TOKENS, *benchmark.TOKENS]
     assert all(row["int8_us"] > 0 for row in last["int8"])
 
 
 def test_reasons_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
-    assert int8_gpu.unsupported_reason.__wrapped__(device, torch.float32) == (
+    assert int8.unsupported_reason.__wrapped__(device, torch.float32) == (
         "the kernel computes in bfloat16 and float16, not in float32"
     )
-    monkeypatch.setattr(int8_gpu, "find_spec", lambda _: None)
-    assert (
-        int8_gpu.unsupported_reason.__wrapped__(device, torch.bfloat16) == "triton is not installed"
-    )
-    monkeypatch.setattr(int8_gpu, "find_spec", lambda _: SimpleNamespace())
+    monkeypatch.setattr(int8, "find_spec", lambda _: None)
+    assert int8.unsupported_reason.__wrapped__(device, torch.bfloat16) == "triton is not installed"
+    monkeypatch.setattr(int8, "find_spec", lambda _: SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert int8_gpu.unsupported_reason.__wrapped__(device, torch.float16) == (
+    assert int8.unsupported_reason.__wrapped__(device, torch.float16) == (
         "it needs compute capability 8.0, and this device has 7.5"
     )

@@ -34,11 +34,11 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.runtime import triton_helpers
 from triton.backends.compiler import GPUTarget
 
-from batchrun.engine.model import int8_gpu
+from batchrun.engine.model import int8
 from batchrun.engine.model import optimize as optimizing
+from batchrun.engine.model.int8 import Int8Linear, int8_weights
+from batchrun.engine.model.layers import logits_of
 from batchrun.engine.model.prepare import prepare
-from batchrun.engine.model.quantize import Int8Linear, int8_weights
-from batchrun.engine.model.trial import logits_of
 from benchmarks.gpu import shapes
 from tests.parity import models
 
@@ -148,7 +148,7 @@ def main() -> int:
     triton.runtime.driver.set_active(target)
     model = build(args.name)
     library = torch.library.Library("batchrun", "FRAGMENT")
-    library.impl("int8_linear", int8_gpu.widened, "CPU")
+    library.impl("int8_linear", int8.widened, "CPU")
     if args.int8:
         int8_weights(model)
     log: list[str] = []

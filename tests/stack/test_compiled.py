@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchrun.engine.model.int8_gpu import WIDEN_ABOVE, Tile, tile_for
+from batchrun.engine.model.int8 import WIDEN_ABOVE, Tile, tile_for
 from tests.test_docs import ROOT
 
 pytestmark = [

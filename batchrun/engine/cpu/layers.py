@@ -23,11 +23,11 @@ from torch.nn import functional
 from batchrun.engine import cpu
 from batchrun.engine.cpu import compile as compiled
 from batchrun.engine.cpu.compile import CompileError
-from batchrun.engine.model.quantize import Int8Linear
+from batchrun.engine.model.hook import Step, current_step
+from batchrun.engine.model.int8 import Int8Linear
 
 if TYPE_CHECKING:
     from batchrun.engine.attention import QKV, LayerAttention
-    from batchrun.engine.model.hook import Step
 
 _SOURCE = Path(__file__).with_name("layers.cpp")
 _COLUMNS = 32  # of a panel
@@ -289,7 +289,6 @@ def _through(
     hidden_states: torch.Tensor,
     *,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    batchrun_step: Step | None = None,
     past_key_values: object = None,
     **_: Any,
 ) -> torch.Tensor:
@@ -300,10 +299,10 @@ def _through(
     if past_key_values is not None:
         raise ValueError("native layers have no cache but the step's slots")
     x = hidden_states.contiguous()
-    frame = _Frame(x, position_embeddings, layers[0])
+    step, frame = current_step(), _Frame(x, position_embeddings, layers[0])
     result, other = x.new_empty(2, *x.shape)
     for layer in layers:
-        layer.compute(x, frame, batchrun_step, result)
+        layer.compute(x, frame, step, result)
         x, result, other = result, other, result
     return x
 

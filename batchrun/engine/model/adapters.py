@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from batchrun.engine.model.hook import UnsupportedError, current_step, hook, tell_beside
+from batchrun.engine.model.hook import UnsupportedError, current_step, hook
 
 _ADAPTED = "batchrun_adapted"
 
@@ -25,8 +25,8 @@ def adapt(model: PreTrainedModel) -> None:
         return
     for name, adapter in _ADAPTERS.items():
         found = [module for module in model.modules() if type(module).__name__ == name]
-        if found:
-            adapter(model, found)
+        for index, module in enumerate(found):
+            adapter(module, index, model.config)
             setattr(model, _ADAPTED, True)
 
 
@@ -43,15 +43,8 @@ def _attend(
     return hook(module, query, key, value, None, **options)[0].transpose(1, 2)
 
 
-def _replace_attn(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+def _replace_attn(module: Any, index: int, config: Any) -> None:
     """GPT-J and those after it: queries, keys and values are ready when `_attn` is called."""
-    tell_beside(model)
-    for i, module in enumerate(modules):
-        module.layer_idx = i  # type: ignore[assignment]
-        module._attn = _attn(module, model.config)  # type: ignore[assignment]
-
-
-def _attn(module: Any, config: Any) -> Callable[..., Any]:
     own: Callable[..., Any] = module._attn
     options: dict[str, Any] = {"scaling": 1 / float(getattr(module, "scale_attn", 1.0))}
     if getattr(module, "attention_type", None) == "local":  # GPT-Neo, every other layer
@@ -64,17 +57,11 @@ def _attn(module: Any, config: Any) -> Callable[..., Any]:
             return own(query, key, value, attention_mask)
         return _attend(module, query, key, value, **options), None
 
-    return attn
+    module.layer_idx, module._attn = index, attn
 
 
-def _replace_falcon(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+def _replace_falcon(module: Any, *_: Any) -> None:
     """Falcon: keys that groups of heads share stay as few as they are."""
-    tell_beside(model)
-    for module in modules:
-        module.forward = _falcon_forward(module)
-
-
-def _falcon_forward(module: Any) -> Callable[..., Any]:
     own: Callable[..., Any] = module.forward
     rotate: Callable[..., Any] = sys.modules[type(module).__module__].apply_rotary_pos_emb
 
@@ -86,9 +73,8 @@ def _falcon_forward(module: Any) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         if current_step() is None:
-            return own(
-                hidden_states, alibi, *args, position_embeddings=position_embeddings, **kwargs
-            )
+            kwargs["position_embeddings"] = position_embeddings
+            return own(hidden_states, alibi, *args, **kwargs)
         if alibi is not None:
             raise UnsupportedError("it adds ALiBi to its scores")
         split = module._split_heads(module.query_key_value(hidden_states))
@@ -100,7 +86,7 @@ def _falcon_forward(module: Any) -> Callable[..., Any]:
         out = _attend(module, query, key, value).transpose(1, 2)
         return module.dense(out.flatten(2)), None
 
-    return forward
+    module.forward = forward
 
 
 class _Before:
@@ -118,28 +104,22 @@ class _Before:
         return key, value
 
 
-def _tune_by_position(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+def _tune_by_position(layer: Any, *_: Any) -> None:
     """Llama 4: layers without rotary embeddings scale queries by how many tokens a cache holds."""
-    before: list[_Before | None] = [None]
-
-    def note(_: object, __: object, kwargs: dict[str, Any]) -> None:
-        positions = kwargs.get("position_ids")
-        step = kwargs.get("batchrun_step")
-        before[0] = None if step is None or positions is None else _Before(positions[0])
 
     def tell(_: object, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, kwargs if before[0] is None else {**kwargs, "past_key_values": before[0]}
+        if current_step() is None:
+            return args, kwargs
+        return args, {**kwargs, "past_key_values": _Before(kwargs["position_ids"][0])}
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
-    for module in modules:
-        if module.attn_temperature_tuning and not module.use_rope:
-            module.register_forward_pre_hook(tell, with_kwargs=True)
+    if layer.self_attn.attn_temperature_tuning and not layer.self_attn.use_rope:
+        layer.register_forward_pre_hook(tell, with_kwargs=True)
 
 
-_ADAPTERS: dict[str, Callable[[PreTrainedModel, list[nn.Module]], None]] = {
+_ADAPTERS: dict[str, Callable[[Any, int, Any], None]] = {
     "CodeGenAttention": _replace_attn,
     "FalconAttention": _replace_falcon,
     "GPTJAttention": _replace_attn,
     "GPTNeoSelfAttention": _replace_attn,
-    "Llama4TextAttention": _tune_by_position,
+    "Llama4TextDecoderLayer": _tune_by_position,
 }

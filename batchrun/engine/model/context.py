@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from batchrun.errors import ModelError
-from batchrun.models.metadata import shown
+from batchrun.models.files import shown
 
 # As configs call it; transformers gives most architectures the first name.
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

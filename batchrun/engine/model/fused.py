@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from inspect import signature
 from typing import Any, cast
@@ -23,15 +24,14 @@ class MergedProjections(nn.Module):
     def __init__(self, parts: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.sizes = [part.out_features for part in parts]
-        biases = [part.bias.data for part in parts if part.bias is not None]
-        weight = torch.cat([part.weight.data for part in parts])
-        joined = _linear(weight, torch.cat(biases) if biases else None)
-        # The old parameters become views, so that no layer's weights exist twice.
-        for part, weight in zip(parts, joined.weight.split(self.sizes), strict=True):
-            part.weight.data = weight
-        if biases:
-            for part, bias in zip(parts, joined.bias.split(self.sizes), strict=True):
-                part.bias.data = bias
+        biased, inputs = parts[0].bias is not None, parts[0].in_features
+        joined = nn.Linear(inputs, sum(self.sizes), biased, device="meta")
+        for name in ("weight", "bias") if biased else ("weight",):
+            whole = torch.cat([getattr(part, name).data for part in parts])
+            setattr(joined, name, nn.Parameter(whole, requires_grad=False))
+            # The old parameters become views, so that no layer's weights exist twice.
+            for part, view in zip(parts, whole.split(self.sizes), strict=True):
+                getattr(part, name).data = view
         self.joined: nn.Linear | NativeLinear = joined
         self.input: torch.Tensor | None = None
         self.products: tuple[torch.Tensor, ...] = ()
@@ -88,29 +88,24 @@ def _shared_inputs(
     model: nn.Module, forward: Callable[[], object]
 ) -> Iterator[tuple[nn.Module, list[str]]]:
     """Modules and the names of their linear layers that share an input, in order of their calls."""
-    calls: list[tuple[nn.Linear, torch.Tensor]] = []
     places = defaultdict(list)
     for parent in model.modules():
         for name, child in parent.named_children():
             places[child].append((parent, name))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    linears = [m for m in places if _is_plain_linear(m) and owners[id(m.weight)] == 1]
-    hooks = [
-        m.register_forward_pre_hook(lambda module, args: calls.append((module, args[0])))
-        for m in linears
-    ]
-    try:
+    inputs: dict[nn.Module, list[torch.Tensor]] = defaultdict(list)
+    with ExitStack() as hooks:
+        for module in places:
+            if _is_plain_linear(module) and owners[id(module.weight)] == 1:
+                note = module.register_forward_pre_hook(lambda m, args: inputs[m].append(args[0]))
+                hooks.callback(note.remove)
         forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    times = Counter(module for module, _ in calls)
     groups: dict[tuple[Any, ...], list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module, x in calls:
-        if times[module] == 1 and len(places[module]) == 1:
-            parent, name = places[module][0]
-            weight = module.weight
-            key = (parent, id(x), weight.dtype, weight.device, module.bias is None)
+    for linear, (x, *more) in inputs.items():
+        if not more and len(places[linear]) == 1:
+            parent, name = places[linear][0]
+            weight: Any = linear.weight
+            key = (parent, id(x), weight.dtype, weight.device, linear.bias is None)
             groups[key].append((parent, name))
     for group in groups.values():
         if len(group) > 1:
@@ -124,14 +119,6 @@ def _is_plain_linear(module: nn.Module) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-    return layer
 
 
 class FusedNorm(nn.Module):

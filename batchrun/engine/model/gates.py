@@ -10,41 +10,32 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from batchrun import DISTRIBUTION
 from batchrun.engine.attention import KV, QKV, LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
-from batchrun.engine.core import Segment
+from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.executor import TorchExecutor, kept
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.model.hook import HOOK, Step, set_attention
-from batchrun.engine.model.judge import difference, same_layer, tolerance
+from batchrun.engine.model.judge import difference, tolerance
 from batchrun.engine.model.prepare import OF_A_MODEL, LoadedModel, has_experts
-from batchrun.engine.model.trial import (
-    COMPARED,
-    LayerCall,
-    decoder_layers,
-    in_float32,
-    logits_of,
-    plain_views,
-    prompt_tokens,
-    sequences_of,
-    through_slots,
-)
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Transfers
 from batchrun.errors import ModelError, said_by
 
+_LEAST = 48  # tokens
+_COMPARED = 4  # the last chunk's end, and the decodes behind it
 _TIMES_ROUNDING = 3  # as often as the model itself is off in its dtype; at most so much:
 _MOST_TOLERANCE = 0.5  # what attends to other tokens differs by more
 _EAGER_SCORES = 1 << 28  # of a layer; more take 1 GiB and more in float32
@@ -118,7 +109,7 @@ def _own_logits(loaded: LoadedModel) -> tuple[torch.Tensor, ...]:
     found = []
     for sequence in sequences_of(loaded):
         ids = torch.tensor([sequence.request.prompt_ids], device=loaded.device)
-        keep = torch.arange(ids.shape[1], device=loaded.device)[-COMPARED:]
+        keep = torch.arange(ids.shape[1], device=loaded.device)[-_COMPARED:]
         output = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=keep)
         found.append(kept(output.logits[0], keep).float())
     return tuple(found)
@@ -212,7 +203,7 @@ def _attention_alone(
 class _Judge:
     """An executor's attention, computed in float32 too, and compared."""
 
-    def __init__(self, executor: TorchExecutor, views: Sequence[KV]) -> None:
+    def __init__(self, executor: TorchExecutor, views: Seq[KV]) -> None:
         self.worst = 0.0
         self._executor = executor
         self._views = views
@@ -220,7 +211,7 @@ class _Judge:
         self._segments: list[Segment] = []
         self._step: Step | None = None
 
-    def logits(self, segments: Sequence[Segment]) -> torch.Tensor:
+    def logits(self, segments: Seq[Segment]) -> torch.Tensor:
         """As the executor's."""
         self._segments = [replace(s, slot=s.key) for s in segments]  # each row's own
         return self._executor.logits(segments)
@@ -247,24 +238,119 @@ class _Judge:
         return out
 
 
-def check_modules(
-    model: PreTrainedModel, want: torch.Tensor, calls: Sequence[LayerCall] = ()
-) -> None:
-    """Raise ValueError unless layers and logits are still what they were.
+# --- test sequences ---
+
+
+def prompt_tokens(loaded: LoadedModel) -> int:
+    """Tokens of the longer test prompt: beyond a window, where there is one."""
+    return min(loaded.max_model_len, max(loaded.max_window + 19, _LEAST))
+
+
+def budget_too_small(tokens: int, refusal: str = "") -> ModelError:
+    """The error for KV memory that does not hold a test prompt of so many tokens.
 
     Args:
-        model: The model, maybe changed.
-        want: Its `logits_of` before.
-        calls: Its layers' calls before, where they are known.
+        tokens: How many.
+        refusal: Why the machine has no memory, if it is not the budget.
     """
-    if calls:
-        for i, (layer, call) in enumerate(zip(decoder_layers(model)[0], calls, strict=True)):
-            if not same_layer(layer, *call):
-                raise ValueError(f"layer {i} computes something else")
-    off, allowed = difference(logits_of(model), want), tolerance(model.dtype)
-    most = allowed.layers if calls else allowed.modules
-    if off > most:
-        raise ValueError(f"logits differ by {off:.2g} of the largest, more than {most:.2g}")
+    if refusal:
+        return ModelError(f"there is no memory for a test prompt of {tokens} tokens: {refusal}")
+    return ModelError(
+        f"the KV budget can't hold a test prompt of {tokens} tokens", hint="raise --kv-budget"
+    )
+
+
+def sequences_of(loaded: LoadedModel) -> list[Sequence]:
+    """Two of different lengths, the first one as long as `prompt_tokens`."""
+    longest = prompt_tokens(loaded)
+    vocab = int(loaded.model.config.get_text_config().vocab_size)
+    rng = random.Random(0)
+    return [
+        Sequence(Request(i, 0, tuple(rng.randrange(vocab) for _ in range(n)), SamplingParams(), 0))
+        for i, n in enumerate([longest, max(2, longest * 2 // 3)])
+    ]
+
+
+def through_slots(
+    sequences: list[Sequence],
+    compute: Callable[[Seq[Segment]], torch.Tensor],
+    chunk: int,
+    space: KVSpace | None = None,
+) -> list[tuple[Sequence, torch.Tensor]]:
+    """Compute sequences interleaved, in chunks, and their last three tokens one by one.
+
+    Args:
+        sequences: What to compute.
+        compute: As `TorchExecutor.logits`.
+        chunk: Tokens of a chunk.
+        space: Where slots and memory come from; None where slot i is the i-th sequence's own.
+
+    Returns:
+        Each sequence that there was a slot for, and the logits `[n, V]` after its last tokens.
+    """
+    for i, sequence in enumerate(sequences):
+        sequence.slot = i if space is None else space.open(sequence.num_tokens)
+    # With a single slot there is no second sequence to mix in.
+    sequences = [s for s in sequences if s.slot is not None]  # each at the number of its row
+    logits: list[list[torch.Tensor]] = [[] for _ in sequences]
+    while any(s.num_computed_tokens < s.num_tokens for s in sequences):
+        segments = []
+        for sequence in sequences:
+            start = sequence.num_computed_tokens
+            length = min(max(1, sequence.num_tokens - 3 - start), chunk)
+            if start < sequence.num_tokens and sequence.slot is not None:
+                if space is not None and not space.ensure(sequence.slot, start + length):
+                    raise budget_too_small(sequence.num_tokens, space.refusal)
+                ids = sequence.token_ids(start, length)
+                segments.append(
+                    Segment(sequence.slot, start, length, True, ids, key=sequence.request.row)
+                )
+        for segment, row in zip(segments, compute(segments), strict=True):
+            sequences[segment.key].num_computed_tokens += segment.length
+            logits[segment.key].append(row)
+    if space is not None:
+        for sequence in sequences:
+            if sequence.slot is not None:
+                space.close(sequence.slot, 0)
+        space.retire(0)
+    return [(s, torch.stack(r[-_COMPARED:])) for s, r in zip(sequences, logits, strict=True)]
+
+
+def plain_views(loaded: LoadedModel, sequences: Seq[Sequence]) -> list[KV]:
+    """Each layer's keys and values for the slots of sequences, in ordinary float32 memory."""
+    slots = len(sequences), max(s.num_tokens for s in sequences)
+
+    def zeros(heads: int, dim: int) -> torch.Tensor:
+        return torch.zeros(*slots, heads, dim, dtype=torch.float32, device=loaded.device)
+
+    return [(zeros(s.kv_heads, s.k_dim), zeros(s.kv_heads, s.v_dim)) for s in loaded.layers]
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Each module computes in float32; no more than one has its weights twice at a time."""
+    halves: dict[nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: nn.Module, _: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                halves[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in halves:
+                parameter.data = halves.pop(parameter)
+
+    hooks = [m.register_forward_pre_hook(widen) for m in model.modules()]
+    hooks += [m.register_forward_hook(restore) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, half in halves.items():  # of a forward that failed
+            parameter.data = half
 
 
 # --- remembered verdicts ---
@@ -295,10 +381,7 @@ def verify_once(
         return None
     worst = check()
     cache.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=cache)
-    with os.fdopen(handle, "w") as file:
-        json.dump({"architecture": loaded.architecture, "difference": worst}, file)
-    Path(name).replace(path)
+    path.write_text(json.dumps({"architecture": loaded.architecture, "difference": worst}))
     return worst
 
 

@@ -15,22 +15,18 @@ from batchrun.prompts.messages import PromptError
 Ids = tuple[int, ...]
 
 _LENGTH = 20  # transformers' own `max_length`, which nobody chose
-# What `generate` would do and batchrun does not, with the values that mean nothing.
-_UNDONE: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0,),
-    "penalty_alpha": (0,),
-    "guidance_scale": (1,),
-    "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "watermarking_config": (),
-    "constraints": (),
-    "force_words_ids": (),
-    "dola_layers": (),
-    "token_healing": (False,),
-    "max_time": (),
+# A config's names of sampling parameters, where they differ from ours, and where they don't.
+_RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+_NAMED = ("repetition_penalty", "length_penalty", "early_stopping")
+# And those that count where tokens are drawn, with filters of logits.
+_DRAWN = ("temperature", "top_k", "top_p", "min_p")
+_FILTERS = {"epsilon_cutoff": "epsilon", "eta_cutoff": "eta"}
+_FILTERS |= {name: name for name in ("top_h", "typical_p")}
+# What `generate` would do and batchrun does not, by the value that means nothing.
+_UNDONE = {
+    1: "num_beams num_return_sequences num_beam_groups guidance_scale encoder_repetition_penalty",
+    0: "diversity_penalty penalty_alpha encoder_no_repeat_ngram_size token_healing",
+    None: "watermarking_config constraints force_words_ids dola_layers max_time",
 }
 
 
@@ -115,123 +111,66 @@ def read_generation(model: PreTrainedModel, tokenizer: Any, max_model_len: int) 
         max_model_len: Tokens of prompt and output together at most.
     """
     config, ends = model.generation_config, tuple(sorted(eos_ids(model, tokenizer)))
-    specials = special_tokens(tokenizer)
-    if config is None:
-        return Generation(specials=specials, logits=LogitsConfig(ends, max_model_len))
-    found = {k: v for k, v in config.to_dict().items() if v is not None}
-    values, ignored = _sampling(found)
-    logits, refused = _logits(found, ends, max_model_len, vocabulary_size(model))
-    ignored += refused
-    ignored += [
+    found = {} if config is None else {k: v for k, v in config.to_dict().items() if v is not None}
+    own, sampling, logits = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    params = _RENAMED | {name: name for name in _NAMED}
+    of_logits = _logits_readers(vocabulary_size(model), ends)
+    if found.get("do_sample"):
+        found.setdefault("temperature", 1.0)
+        params |= {name: name for name in _DRAWN}
+        of_logits |= {name: (ours, _share) for name, ours in _FILTERS.items()}
+    readers = {name: (sampling, ours, _param(ours)) for name, ours in params.items()}
+    readers |= {name: (logits, ours, read) for name, (ours, read) in of_logits.items()}
+    readers["stop_strings"] = (own, "stop", _strings)
+    if "max_new_tokens" not in found and found.get("max_length") != _LENGTH:
+        readers["max_length"] = (own, "max_length", _length)
+    if "min_new_tokens" not in found:
+        readers["min_length"] = (own, "min_length", _length)
+    ignored = [
         f"{name}={found[name]}"
-        for name, nothing in _UNDONE.items()
-        if name in found and found[name] not in nothing
+        for nothing, names in _UNDONE.items()
+        for name in names.split()
+        if found.get(name) not in (None, nothing)
     ]
-    stop, unread = _strings(found)
-    ignored += unread
-    lengths = {}
-    for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        length = found.get(name) if instead not in found else None
-        if length is None or (type(length) is int and length >= 0):
-            lengths[name] = None if length == _LENGTH and name == "max_length" else length
-        else:
-            ignored.append(f"{name}={length}")
+    for name, (values, ours, read) in readers.items():
+        if name in found:
+            try:
+                values[ours] = read(found[name])
+            except (TypeError, ValueError, LookupError, OverflowError):
+                ignored.append(f"{name}={found[name]}")
     return Generation(
-        sampling=values,
-        stop=stop,
-        **lengths,
-        specials=specials,
-        logits=logits,
+        sampling=sampling,
+        **own,
+        specials=special_tokens(tokenizer),
+        logits=LogitsConfig(ends, max_model_len, **logits),
         ignored=tuple(ignored),
     )
 
 
-def _strings(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str]]:
-    """Stop strings, and what of them can't be."""
-    listed = found.get("stop_strings") or ()
-    listed = [listed] if isinstance(listed, str) else listed
-    if isinstance(listed, list | tuple) and all(isinstance(text, str) for text in listed):
-        return tuple(filter(None, listed)), []
-    return (), [f"stop_strings={listed}"]
+# --- readers of a config's values: they raise what is caught above where a value can't be ---
+
+Read = Callable[[Any], Any]
 
 
-def _sampling(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Sampling parameters, and what of them can't be."""
-    names = {"repetition_penalty": "repetition_penalty", "max_tokens": "max_new_tokens"}
-    names |= {"min_tokens": "min_new_tokens"}
-    names |= {name: name for name in ("length_penalty", "early_stopping")}
-    if found.get("do_sample"):
-        names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
-    values = {ours: found[theirs] for ours, theirs in names.items() if theirs in found}
-    if found.get("do_sample"):
-        values.setdefault("temperature", 1.0)
-    ignored = []
-    for name, value in list(values.items()):
-        try:
-            SamplingParams(**{"max_tokens": 1 << 62, name: value})
-        except (ValueError, TypeError):
-            ignored.append(f"{names[name]}={value}")
-            del values[name]
-    return values, ignored
+def _param(name: str) -> Read:
+    def read(value: Any) -> Any:
+        SamplingParams(**{"max_tokens": 1 << 62, name: value})
+        return value
+
+    return read
 
 
-def _logits(
-    found: Mapping[str, Any], ends: Ids, max_model_len: int, size: int
-) -> tuple[LogitsConfig, list[str]]:
-    """What is done to logits of a vocabulary of so many tokens, and what of them can't be."""
-    vocabulary = _Vocabulary(size, ends)
-    readers: dict[str, tuple[str, Callable[[Any], Any]]] = {
-        "sequence_bias": ("sequence_bias", vocabulary.biases),
-        "bad_words_ids": ("bad_words", vocabulary.words),
-        "no_repeat_ngram_size": ("no_repeat_ngram_size", lambda v: max(0, int(v))),
-        "forced_bos_token_id": ("forced_bos", lambda v: next(iter(vocabulary.ids(v)), None)),
-        "forced_eos_token_id": ("forced_eos", vocabulary.ids),
-        "remove_invalid_values": ("remove_invalid_values", bool),
-        "exponential_decay_length_penalty": ("decay", lambda v: (int(v[0]), float(v[1]))),
-        "suppress_tokens": ("suppress", vocabulary.ids),
-        "begin_suppress_tokens": ("begin_suppress", vocabulary.ids),
-        "renormalize_logits": ("renormalize", bool),
-    }
-    if found.get("do_sample"):
-        readers |= {
-            "top_h": ("top_h", _share),
-            "typical_p": ("typical_p", _share),
-            "epsilon_cutoff": ("epsilon", _share),
-            "eta_cutoff": ("eta", _share),
-        }
-    made, ignored = LogitsConfig(ends, max_model_len), []
-    for name, (ours, read) in readers.items():
-        if name in found:
-            try:
-                made = replace(made, **{ours: read(found[name])})
-            except (TypeError, ValueError, LookupError, OverflowError):
-                ignored.append(f"{name}={found[name]}")
-    return made, ignored
+def _strings(value: Any) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else value or []
+    if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
+        raise TypeError(value)
+    return tuple(filter(None, listed))
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """Reads a config's lists of tokens; what names one that is none is left out."""
-
-    size: int
-    ends: Ids
-
-    def ids(self, value: Any) -> Ids:
-        listed = [value] if isinstance(value, int) else value
-        return tuple(dict.fromkeys(t for t in map(int, listed) if 0 <= t < self.size))
-
-    def words(self, value: Any) -> tuple[Ids, ...]:
-        words = dict.fromkeys(tuple(map(int, word)) for word in value)
-        ends = {(token,) for token in self.ends}
-        return tuple(word for word in words if self._has(word) and word not in ends)
-
-    def biases(self, value: Any) -> dict[Ids, float]:
-        pairs = value.items() if isinstance(value, Mapping) else value
-        biases = {tuple(map(int, ids)): float(bias) for ids, bias in pairs}
-        return {ids: bias for ids, bias in biases.items() if self._has(ids)}
-
-    def _has(self, ids: Ids) -> bool:
-        return bool(ids) and all(0 <= token < self.size for token in ids)
+def _length(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
 
 
 def _share(value: Any) -> float:
@@ -239,6 +178,42 @@ def _share(value: Any) -> float:
     if not 0 <= float(value) <= 1:
         raise ValueError(value)
     return float(value) % 1
+
+
+def _logits_readers(size: int, ends: Ids) -> dict[str, tuple[str, Read]]:
+    """By a config's name: ours, and the reader. Tokens beyond a vocabulary's size are left out."""
+
+    def known(ids: Ids) -> bool:
+        return bool(ids) and all(0 <= token < size for token in ids)
+
+    def ids(value: Any) -> Ids:
+        listed = [value] if isinstance(value, int) else value
+        return tuple(dict.fromkeys(t for t in map(int, listed) if 0 <= t < size))
+
+    def words(value: Any) -> tuple[Ids, ...]:
+        found = dict.fromkeys(tuple(map(int, word)) for word in value)
+        return tuple(w for w in found if known(w) and not (len(w) == 1 and w[0] in ends))
+
+    def biases(value: Any) -> dict[Ids, float]:
+        pairs = value.items() if isinstance(value, Mapping) else value
+        found = {tuple(map(int, ids)): float(bias) for ids, bias in pairs}
+        return {ids: bias for ids, bias in found.items() if known(ids)}
+
+    return {
+        "sequence_bias": ("sequence_bias", biases),
+        "bad_words_ids": ("bad_words", words),
+        "no_repeat_ngram_size": ("no_repeat_ngram_size", lambda v: max(0, int(v))),
+        "forced_bos_token_id": ("forced_bos", lambda v: next(iter(ids(v)), None)),
+        "forced_eos_token_id": ("forced_eos", ids),
+        "remove_invalid_values": ("remove_invalid_values", bool),
+        "exponential_decay_length_penalty": ("decay", lambda v: (int(v[0]), float(v[1]))),
+        "suppress_tokens": ("suppress", ids),
+        "begin_suppress_tokens": ("begin_suppress", ids),
+        "renormalize_logits": ("renormalize", bool),
+    }
+
+
+# --- tokens ---
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

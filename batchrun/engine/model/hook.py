@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from batchrun.engine.attention import QKV, LayerAttention, LayerSpec
-from batchrun.engine.model.masks import PROBE, Masks, Seen
+from batchrun.engine.model.masks import PROBE, Seen, make_masks, seen_by
 
 HOOK = "batchrun"
 # Tensors that models hand to every attention function and that causal attention does not need.
@@ -30,17 +32,29 @@ class UnsupportedError(Exception):
     """The hook met something it would compute wrongly."""
 
 
-class StepLostError(UnsupportedError):
-    """The hook was called without the step."""
-
-
+# Beside a forward: not every model passes keyword arguments on to its attention.
 _STEP: ContextVar[Step | None] = ContextVar("batchrun_step", default=None)
+
+
+def current_step() -> Step | None:
+    """The step that is computed now."""
+    return _STEP.get()
+
+
+@contextmanager
+def attending(step: Step) -> Iterator[None]:
+    """In this block, hooked models attend by a step."""
+    token = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
+
 
 # --- in a compiled layer ---
 
-# The call that the attention operator of the running layer stands for: a graph can hold neither
-# the step nor the layer's number, or each layer would need a graph of its own.
-CALL: ContextVar[tuple[Step, int, LayerAttention]] = ContextVar("batchrun_attention_call")
+# The layer that runs: a graph can't hold its number, or each layer would need a graph of its own.
+LAYER: ContextVar[tuple[int, LayerAttention]] = ContextVar("batchrun_layer")
 _LIBRARY = torch.library.Library("batchrun", "FRAGMENT")
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value) -> Tensor",
@@ -54,8 +68,9 @@ def _packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> QKV:
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Tensors `[1, H, T, D]` as transformers has them, to `[1, T, Hq, Dv]`."""
-    step, index, layer = CALL.get()
-    return step.attend(index, layer, _packed(query, key, value))[None].contiguous()
+    step = current_step()
+    assert step is not None
+    return step.attend(*LAYER.get(), _packed(query, key, value))[None].contiguous()
 
 
 def _attend_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -66,41 +81,7 @@ _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("batchrun::attend", _attend_shape, lib=_LIBRARY)
 
 
-class Traced:
-    """Stands for the step while a layer is compiled: one object, so that all layers look alike."""
-
-
-TRACED = Traced()
-
 # --- in any other one ---
-
-
-def current_step() -> Step | None:
-    """The step that is computed now, of a model that does not pass it on: see `tell_beside`."""
-    return _STEP.get()
-
-
-def tell_beside(model: PreTrainedModel) -> None:
-    """Keep a forward's `batchrun_step` beside it, for a model that does not pass it on."""
-    if hasattr(model, _BESIDE):
-        return
-    setattr(model, _BESIDE, True)
-    tokens: list[Token[Step | None]] = []
-
-    def enter(_: object, args: Any, kwargs: dict[str, Any]) -> Any:
-        tokens.append(_STEP.set(kwargs.pop("batchrun_step", None)))
-        return args, kwargs
-
-    def leave(*_: object) -> None:
-        _STEP.reset(tokens.pop())
-
-    model.register_forward_pre_hook(enter, with_kwargs=True)
-    model.register_forward_hook(leave, always_call=True)
-
-
-def is_told_beside(model: PreTrainedModel) -> bool:
-    """Whether its layers are not told of the step: they can't be compiled."""
-    return hasattr(model, _BESIDE)
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
@@ -118,7 +99,6 @@ def hook(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    batchrun_step: Step | Traced | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -127,16 +107,16 @@ def hook(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls in every layer, tensors `[1, H, T, D]`."""
-    if isinstance(batchrun_step, Traced):
+    if torch.compiler.is_compiling():
         return torch.ops.batchrun.attend(query, key, value), None
-    step = batchrun_step or current_step()
+    step = current_step()
     unknown = [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and k not in _HARMLESS]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     index = getattr(module, _INDEX, getattr(module, "layer_idx", None))
     reason = None
     if step is None:
-        raise StepLostError("it does not pass keyword arguments on to its attention")
-    if attention_mask is not None and not (isinstance(step, Probe) and step.masks.wanted):
+        raise UnsupportedError("it attends outside of a step")
+    if attention_mask is not None and not (isinstance(step, Probe) and step.makes_masks):
         reason = "it makes an attention mask of its own"
     elif unknown:
         reason = f"its attention takes {', '.join(unknown)}"
@@ -161,21 +141,23 @@ class Probe:
 
     Args:
         context: Tokens of a sequence at most.
+
+    Attributes:
+        makes_masks: Whether the forward is under the attention `PROBE`, whose masks are read.
+        hits: The number of each layer that has attended, as often as it did.
+        layers: What each asks for.
     """
 
     def __init__(self, context: int) -> None:
-        self.masks = Masks(context)
+        make_masks(context)
+        self.makes_masks = True
         self.hits: list[int] = []
         self.layers: dict[int, LayerSpec] = {}
         self._modules: dict[int, torch.nn.Module] = {}
         self._context = context
 
     def look_at(
-        self,
-        module: torch.nn.Module,
-        index: int,
-        mask: torch.Tensor | None,
-        window: int | None,
+        self, module: torch.nn.Module, index: int, mask: torch.Tensor | None, window: int | None
     ) -> None:
         """Note which keys a layer's queries see, by its mask where there is one.
 
@@ -183,7 +165,7 @@ class Probe:
             UnsupportedError: The layer says one thing, and its mask another.
         """
         told = Seen(window=window or None).within(self._context)
-        found = self.masks.seen(mask)
+        found = seen_by(mask)
         seen = told if found is None else found.within(self._context)
         if told.window is not None and seen != told:
             raise UnsupportedError(
@@ -204,16 +186,9 @@ class Probe:
         """See `Step.attend`; the result is zeros."""
         query, key, value = new
         self.hits.append(layer_index)
+        shape = query.shape[1], key.shape[1], key.shape[2], value.shape[2]
         self.layers[layer_index] = LayerSpec(
-            q_heads=query.shape[1],
-            kv_heads=key.shape[1],
-            k_dim=key.shape[2],
-            v_dim=value.shape[2],
-            scale=layer.scale,
-            window=layer.window,
-            softcap=layer.softcap,
-            sinks=layer.sinks is not None,
-            chunk=layer.chunk,
+            *shape, layer.scale, layer.window, layer.softcap, layer.sinks is not None, layer.chunk
         )
         return value.new_zeros(*query.shape[:2], value.shape[2])
 

@@ -1,6 +1,6 @@
 """The product of activations and 8-bit weights in Triton (Tillet et al. 2019).
 
-Only `int8_gpu` imports this file, where there is a Triton. Weights are the first operand, so that
+Only `int8` imports this file, where there is a Triton. Weights are the first operand, so that
 they are widened in registers, on their way from memory to the tensor cores.
 """
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
 
 from batchrun.engine import attention
-from batchrun.engine.attention import AttentionBackend, Geometry, LayerAttention, LayerSpec
+from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Segment
 from batchrun.engine.transfers import copied
@@ -55,37 +53,6 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> float:
     want = want.float()
     off = float((got.float() - want).abs().max() / want.abs().max().clamp_min(1e-6))
     return off if math.isfinite(off) else math.inf
-
-
-# --- modules ---
-
-
-@torch.inference_mode()
-def same_layer(
-    layer: nn.Module, x: torch.Tensor, kwargs: dict[str, Any], want: torch.Tensor
-) -> bool:
-    """Whether a decoder layer computes what another one did, to its dtype's precision.
-
-    Token by token, against how much the layer changes each.
-    """
-    try:
-        got = layer(x, **kwargs).float()
-    except (TypeError, ValueError, RuntimeError):  # it is called otherwise
-        return False
-    part = tolerance(x.dtype).layer
-    off, change = (torch.linalg.vector_norm(t, dim=-1) for t in (got - want, want.float() - x))
-    norm = torch.linalg.vector_norm(x.float(), dim=-1)
-    return bool((off <= part * change + part / 5 * norm).all())
-
-
-@torch.inference_mode()
-def check_linear(linear: nn.Module, native: nn.Module) -> None:
-    """Raise ValueError unless both compute the same of random bfloat16 numbers."""
-    width = int(linear.in_features)  # type: ignore[arg-type]
-    x = torch.randn(17, width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    off = difference(native(x), linear(x))
-    if off > tolerance(x.dtype).linear:
-        raise ValueError(f"a linear layer is off by {off:.2g} of its largest result")
 
 
 # --- kernels ---
@@ -146,17 +113,21 @@ def check_kernel(
     tokens = sum(segment.length for segment in segments)
     slots = len(segments), geometry.slot_tokens, spec.kv_heads
     shapes = (tokens, spec.q_heads, spec.k_dim), (*slots, spec.k_dim), (*slots, spec.v_dim)
-    tensors = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+    q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
     sinks = torch.randn(spec.q_heads, generator=generator).to(dtype) if spec.sinks else None
     layer = LayerAttention(spec.scale, spec.window, spec.softcap, sinks, spec.chunk)
     try:
         backend = attention.create(name, geometry, partial(copied, device=device))
+        backend.plan(segments)
         there = replace(layer, sinks=None if sinks is None else sinks.to(device))
-        got = _run(backend, segments, there, tensors)
+        got = backend.run(there, q, (k, v))
     except (ValueError, RuntimeError) as error:
         return False, f"it fails: {str(error).strip().splitlines()[0]}"
     # float32 of the same rounded numbers, so that only the kernel's own error is left.
-    want = _run(SDPA(), segments, layer, [tensor.float().cpu() for tensor in tensors])
+    exact = SDPA()
+    exact.plan(segments)
+    q, k, v = (tensor.float().cpu() for tensor in (q, k, v))
+    want = exact.run(layer, q, (k, v))
     off = difference(got.cpu(), want)
     if off > tolerance(dtype).kernel:
         return False, f"it is wrong: {off:.2g} from float32"
@@ -165,14 +136,3 @@ def check_kernel(
 
 def _geometry(spec: LayerSpec, device: torch.device, dtype: torch.dtype) -> Geometry:
     return Geometry((spec,), 320, 4, 4, 512, dtype, device)
-
-
-def _run(
-    backend: AttentionBackend,
-    segments: list[Segment],
-    layer: LayerAttention,
-    tensors: list[torch.Tensor],
-) -> torch.Tensor:
-    backend.plan(segments)
-    query, keys, values = tensors
-    return backend.run(layer, query, (keys, values))

@@ -1,41 +1,52 @@
-"""Loads weights and tokenizer, and refuses those that are not whole.
+"""Loads weights and tokenizer, refuses those that are not whole, and explains what readers raise.
 
 transformers gives tensors that are missing random numbers, which answer as any others do.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as SEEING
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    PreTrainedConfig,
+    GenerationConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from batchrun.engine.model.int8_gpu import unsupported_reason
+from batchrun.engine.core import EngineError
+from batchrun.engine.model.int8 import int8_weights, unsupported_reason
 from batchrun.engine.model.prepare import LoadedModel, prepare
-from batchrun.engine.model.quantize import int8_weights
-from batchrun.engine.model.reading import TOKENIZER, reading
+from batchrun.engine.shortage import device_errors
+from batchrun.errors import PROCESS_ENDS, ModelError
 from batchrun.machine import multiplies_bfloat16
 from batchrun.models import kinds
-from batchrun.models.bounded import bounded
-from batchrun.models.headers import Stored
-from batchrun.models.tokenizer_files import named_elsewhere
-from batchrun.models.weights import check_files
-from batchrun.models.whole import check_whole
+from batchrun.models.files import AGAIN, Stored, some
+from batchrun.models.folder import check_files, named_elsewhere
+from batchrun.models.whole import bounded, check_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER = "the tokenizer of "
+_READERS = ("sentencepiece", "tiktoken")  # of older tokenizers
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
 
 def load(
@@ -47,11 +58,12 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     max_model_len: int | None = None,
+    weights: bool = True,
 ) -> LoadedModel:
-    """Load model and tokenizer from a local folder or a hub id.
+    """Load model and tokenizer from a local folder.
 
     Args:
-        path: A folder with safetensors weights, or a hub id.
+        path: A folder with safetensors weights.
         name: What to call it in messages.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: on a GPU the config's; on a CPU bfloat16
             where it has instructions for it, else float32.
@@ -59,31 +71,44 @@ def load(
         device: A torch device.
         trust_remote_code: Whether the model's own Python code may run.
         max_model_len: Context length wanted; the model's own bounds it.
+        weights: Whether to load them; without, the model is on torch's meta device, as it would be
+            on `device` but for its numbers.
 
     Raises:
         ModelError: It can't be loaded, lacks weights, or its architecture is refused.
     """
-    name = name or path
-    stored = stored_in_folder(Path(path))
-    config, tokenizer = read_config_and_tokenizer(path, name, trust_remote_code=trust_remote_code)
-    wanted = choose_dtype(dtype, config, device)
-    with reading(name, path), fitting(config, stored):
-        read: Any = class_for(config).from_pretrained(
-            path,
-            config=config,
-            dtype=wanted,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
-    model, info = read
-    notes = check_whole(model, info, name)
-    notes += _widen(model, config, wanted)
+    name, folder, notes = name or path, Path(path), list[str]()
+    stored = check_files(folder, kinds.read_config(folder))  # once more: days may have passed
+    config, tokenizer = _read_config_and_tokenizer(path, name, trust_remote_code)
+    wanted = _choose_dtype(dtype, config, device)
+    # What transformers has among models that see images alone is run as text.
+    auto: Any = AutoModelForCausalLM
+    if type(config) in SEEING and type(config) not in CAUSAL:
+        auto = AutoModelForImageTextToText
+    quantised = kinds.quantised_by(config.to_dict()) is not None
+    with reading(name, path), bounded(stored.values(), quantised=quantised):
+        if weights:
+            model, info = auto.from_pretrained(
+                path,
+                config=config,
+                dtype=wanted,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+        else:
+            with torch.device("meta"):
+                model = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    if weights:
+        notes += check_whole(model, info, name)
+        notes += _widen(model, config, wanted)
+    elif (folder / "generation_config.json").exists():
+        with reading(name, path, "the generation config of "):
+            model.generation_config = GenerationConfig.from_pretrained(path)
     if quantize:
         int8_weights(model)
-    model = model.to(device)
-    loaded = prepare(model, tokenizer, max_model_len=max_model_len)
+    loaded = prepare(model.to(device) if weights else model, tokenizer, max_model_len=max_model_len)
     on_gpu = quantize and loaded.device.type == "cuda"
     if on_gpu and (reason := unsupported_reason(loaded.device, wanted)) is not None:
         notes.append(
@@ -92,76 +117,22 @@ def load(
     return replace(loaded, notes=(*loaded.notes, *notes))
 
 
-def stored_in_folder(folder: Path) -> Mapping[str, Stored]:
-    """The tensors of a folder's weights, which are looked at again: days may have passed.
-
-    Raises:
-        ModelError: It has no safetensors, or they would be loaded from elsewhere.
-    """
-    if not folder.is_dir():
-        return {}
-    stored = check_files(folder, kinds.read_config(folder))
-    if not stored:
-        raise kinds.why_no_weights(folder)
-    return stored
-
-
-@contextmanager
-def fitting(config: PreTrainedConfig, stored: Mapping[str, Stored]) -> Iterator[None]:
-    """A model that is built from a config may be as large as its weights can be.
-
-    Args:
-        config: The model's.
-        stored: All tensors of its files; none where that isn't known.
-
-    Raises:
-        ModelError: It is far larger.
-    """
-    if not stored:
-        yield
-        return
-    quantised = kinds.quantisation(config.to_dict()) is not None
-    with bounded(stored.values(), quantised=quantised):
-        yield
-
-
-def class_for(config: PreTrainedConfig) -> Any:
-    """The transformers class that loads a model with this config.
-
-    What transformers has among models that see images alone is run as text.
-    """
-    only_there = (
-        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-    return AutoModelForImageTextToText if only_there else AutoModelForCausalLM
-
-
-def read_config_and_tokenizer(path: str, name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model's config and its tokenizer.
-
-    Raises:
-        ModelError: They can't be read, or are no causal language model's.
-    """
+def _read_config_and_tokenizer(path: str, name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     with reading(name, path, "the config of "):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        _forget_implementations(config)
+        # How a model computes is not for its config to say, which could name code on the hub.
+        if config._attn_implementation != "eager":
+            config._attn_implementation = None
+        config._experts_implementation = None
         if config.is_encoder_decoder:
             raise kinds.not_causal(
                 f"the model {name}", config.model_type, "an encoder-decoder model"
             )
-    with reading(name, path, TOKENIZER):
+    with reading(name, path, _TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, **named_elsewhere(Path(path))
         )
     return config, tokenizer
-
-
-def _forget_implementations(config: PreTrainedConfig) -> None:
-    """How a model computes is not for its config to say, which could name code on the hub."""
-    if config._attn_implementation != "eager":
-        config._attn_implementation = None
-    config._experts_implementation = None
 
 
 def _widen(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> list[str]:
@@ -170,8 +141,8 @@ def _widen(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> list[str]
     Returns:
         A note that says so, if it is one.
     """
-    settings = kinds.quantisation(config.to_dict())
-    if settings is None or hasattr(model, "hf_quantizer"):
+    way = kinds.quantised_by(config.to_dict())
+    if way is None or hasattr(model, "hf_quantizer"):
         return []
     strict, half = model._keep_in_fp32_modules_strict, model._keep_in_fp32_modules
     wide = {*(strict or ()), *((half or ()) if dtype == torch.float16 else ())}
@@ -179,13 +150,12 @@ def _widen(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> list[str]
         if parameter.is_floating_point() and wide.isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return [
-        f"its weights are quantised by {kinds.title(settings)} and computed in "
-        f"{str(dtype).removeprefix('torch.')}, which takes more memory: nothing here computes with "
-        "them as they are"
+        f"its weights are quantised by {way} and computed in {str(dtype).removeprefix('torch.')}, "
+        "which takes more memory: nothing here computes with them as they are"
     ]
 
 
-def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
+def _choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
     """The dtype that `--dtype` means for a model with this config: see `load`."""
     if name in DTYPES:
         return DTYPES[name]
@@ -193,3 +163,107 @@ def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     found = config.get_text_config().dtype
     return found if isinstance(found, torch.dtype) else torch.bfloat16
+
+
+# --- what readers raise ---
+
+
+@contextmanager
+def reading(name: str, path: str, what: str = "") -> Iterator[None]:
+    """Whatever a reader of the user's files raises says something about these files.
+
+    Raises:
+        ModelError: They can't be read.
+        EngineError: There is no memory for what is in them.
+    """
+    try:
+        with device_errors("the weights", None):
+            yield
+    except (ModelError, EngineError, MemoryError, *PROCESS_ENDS):
+        raise
+    except BaseException as error:  # readers written in Rust panic with something else
+        if os.strerror(errno.ENOMEM) in str(error):  # torch has no class of its own for it
+            raise MemoryError(_first_line(error)) from error
+        raise _cannot_load(name, Path(path), what, error) from error
+
+
+def _cannot_load(name: str, folder: Path, what: str, error: BaseException) -> ModelError:
+    """What is to blame, by the folder's metadata and the type of the error."""
+    failed = f"{what}the model {name} can't be loaded: {_first_line(error)}"
+    config: kinds.Config = {}
+    try:
+        config = kinds.read_config(folder)
+        if wrong := _unlike(check_files(folder, config)):
+            failed += f" (experts lack, or have in another shape: {some(wrong)})"
+    except ModelError as reason:
+        return reason
+    except OSError:
+        pass  # it is what has been told
+    if config and "auto_map" not in config:
+        model_type = str(config["model_type"])
+        if model_type not in CONFIG_MAPPING:
+            saved = config.get("transformers_version")
+            by = f"; version {saved} wrote its config.json" if saved else ""
+            return ModelError(
+                f"the model {name} can't be loaded: transformers {transformers.__version__} does "
+                f"not know the architecture {model_type!r}{by}",
+                hint="if it is a new one: pip install --upgrade transformers",
+            )
+        known = CONFIG_MAPPING[model_type]
+        if not what and known not in CAUSAL and known not in SEEING:
+            return kinds.not_causal(f"the model {name}", model_type, "no causal language model")
+    if what == _TOKENIZER:
+        hint = _tokenizer_hint(folder, error)
+    elif what:
+        hint = "use the one that came with the weights"
+    elif (way := kinds.quantised_by(config)) is not None:
+        failed += f" (its weights are quantised by {way})"
+        hint = kinds.UNQUANTISED
+    elif isinstance(error, ImportError):
+        hint = "install what is missing"
+    else:
+        hint = (
+            "it must be a causal language model of a released transformers architecture, "
+            "with safetensors weights and a tokenizer; see `batchrun doctor`"
+        )
+    return ModelError(failed, hint=hint)
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of what an error says, and the second where the first announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    tells = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and said
+    return said if tells else f"{type(error).__name__}: {said}"
+
+
+def _unlike(stored: Mapping[str, Stored]) -> list[str]:
+    """Tensors of experts that are missing, or have another shape than those of most experts."""
+    shapes: dict[tuple[str, str], dict[str, tuple[int, ...]]] = defaultdict(dict)
+    experts: dict[str, set[str]] = defaultdict(set)
+    for name, tensor in stored.items():
+        if found := _EXPERT.fullmatch(name):
+            layer, expert, part = found.groups()
+            shapes[layer, part][expert] = tensor.shape
+            experts[layer].add(expert)
+    wrong = []
+    for (layer, part), by_expert in shapes.items():
+        [(usual, _)] = Counter(by_expert.values()).most_common(1)
+        unusual = (expert for expert in experts[layer] if by_expert.get(expert) != usual)
+        wrong += [f"{layer}{expert}{part}" for expert in unusual]
+    return sorted(wrong)
+
+
+def _tokenizer_hint(folder: Path, error: BaseException) -> str:
+    if not (folder / "tokenizer.json").exists():
+        lacking = [name for name in _READERS if find_spec(name) is None]
+        lacks = f"pip install {' '.join(lacking)}, or " if lacking else ""
+        return f"{lacks}copy the tokenizer.json of the model that it was made from"
+    if isinstance(error, ImportError):
+        return "install what is missing, or copy the tokenizer of the model that it was made from"
+    if isinstance(error, json.JSONDecodeError):
+        return f"its tokenizer.json or tokenizer_config.json is no JSON: {AGAIN}"
+    return (
+        f"its tokenizer.json may be newer than tokenizers {tokenizers.__version__}: "
+        "pip install --upgrade tokenizers transformers, or copy it again"
+    )

@@ -6,7 +6,8 @@ never made for attention that needs none. So one forward has all masks made, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionMaskInterface
 
 PROBE = "batchrun-probe"
+_SEEN = "batchrun_seen"  # on a mask: what it lets be seen
 _MOST = 1 << 22  # tokens of context that are looked at: no window or chunk is longer
 
 
@@ -40,36 +42,14 @@ class Seen:
         return Seen(window, chunk)
 
 
-class Masks:
-    """Makes the masks of a forward under the attention `PROBE`, and reads each one.
+def make_masks(context: int) -> None:
+    """Have the masks of a forward under the attention `PROBE` read as they are made: see `seen_by`.
 
     Args:
         context: Tokens of a sequence at most.
     """
+    context = min(context, _MOST)
 
-    _current: Masks | None = None
-
-    def __init__(self, context: int) -> None:
-        self._context = min(context, _MOST)
-        self._found: list[tuple[torch.Tensor, Seen | None]] = []
-
-    def __enter__(self) -> Masks:
-        Masks._current = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        Masks._current = None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether masks are being made now."""
-        return Masks._current is self
-
-    def seen(self, mask: torch.Tensor | None) -> Seen | None:
-        """What a mask that was made here lets be seen; None where that can't be told."""
-        return next((seen for made, seen in self._found if made is mask), None)
-
-    @staticmethod
     def make(
         q_length: int,
         kv_length: int,
@@ -79,25 +59,24 @@ class Masks:
     ) -> torch.Tensor:
         """A mask as transformers asks for it, `[1, 1, q_length, kv_length]`."""
         mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
-        if Masks._current is not None:
-            Masks._current._note(mask, mask_function)
-        return mask
-
-    def _note(self, mask: torch.Tensor, mask_function: Callable[..., Any]) -> None:
-        device = "cpu" if mask.is_meta else mask.device
-        keys = torch.arange(self._context, device=device)
+        keys = torch.arange(context, device="cpu" if mask.is_meta else mask.device)
         none = keys.new_zeros(1)
 
         def row(position: int) -> torch.Tensor:
             got = mask_function(none, none, none + position, keys)
-            return torch.as_tensor(got).expand(self._context).cpu()
+            return torch.as_tensor(got).expand(context).cpu()
 
-        try:
-            with NoNumbers(filling=True):
-                seen = _read(row, self._context)
-        except (TypeError, ValueError, IndexError, RuntimeError):  # one made for this batch alone
-            seen = None
-        self._found.append((mask, seen))
+        # One that is made for this batch alone can't be read.
+        with NoNumbers(filling=True), suppress(TypeError, ValueError, IndexError, RuntimeError):
+            setattr(mask, _SEEN, _read(row, context))
+        return mask
+
+    AttentionMaskInterface.register(PROBE, make)
+
+
+def seen_by(mask: torch.Tensor | None) -> Seen | None:
+    """What a mask that was made here lets be seen; None where that can't be told."""
+    return getattr(mask, _SEEN, None)
 
 
 class NoNumbers(TorchFunctionMode):
@@ -130,9 +109,6 @@ class NoNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-AttentionMaskInterface.register(PROBE, Masks.make)
-
-
 def _read(row: Callable[[int], torch.Tensor], context: int) -> Seen | None:
     """What explains the rows `[context]` of a mask; None where nothing known does."""
     last = context - 1
@@ -143,18 +119,13 @@ def _read(row: Callable[[int], torch.Tensor], context: int) -> Seen | None:
     for guess in guesses:
         size = guess.window or guess.chunk or 1
         looked_at = {0, 1, size - 1, size, size + 1, first, first - 1, last // 2, last - 1, last}
-        if _explains(guess, row, [p for p in sorted(looked_at) if 0 <= p < context]):
+        if all(
+            torch.equal(row(p).nonzero()[:, 0], torch.arange(guess.first(p), p + 1))
+            for p in sorted(looked_at)
+            if 0 <= p < context
+        ):
             return guess
     return None
-
-
-def _explains(seen: Seen, row: Callable[[int], torch.Tensor], positions: Sequence[int]) -> bool:
-    for position in positions:
-        got = row(position)
-        first, count = seen.first(position), position + 1
-        if int(got.sum()) != count - first or not bool(got[first:count].all()):
-            return False
-    return True
 
 
 def named_windows(config: Any) -> Iterable[int]:

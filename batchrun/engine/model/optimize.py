@@ -2,25 +2,41 @@
 
 Modules are replaced by others that compute the same: decoder layers and linear layers by native
 code where a CPU has it, projections by merged ones, norms by fused ones; and on a GPU each decoder
-layer becomes one compiled graph. What can't be done, or does not give the model's own logits, is
-left as it was, with one line in the log.
+layer becomes one compiled graph. Each is judged before it stays: what can't be done, or does not
+give the model's own logits, is left as it was, with one line in the log.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from threading import Thread
+from typing import Any, cast
 
 import torch
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
+from batchrun.engine.attention import LayerAttention
+from batchrun.engine.cpu import layers as cpu_layers
 from batchrun.engine.cpu.layers import NativeLayer
-from batchrun.engine.model.compiled import brief, compile_layers, compiled_layers
+from batchrun.engine.model.adapters import is_adapted
 from batchrun.engine.model.fused import FusedNorm, Projection, Undo, fuse_norms, merge_projections
-from batchrun.engine.model.gates import check_modules
-from batchrun.engine.model.native import can_be_native, use_native_layers, use_native_parts
+from batchrun.engine.model.hook import LAYER, current_step
+from batchrun.engine.model.layers import (
+    check_linear,
+    check_modules,
+    decoder_layers,
+    logits_of,
+    same_layer,
+)
 from batchrun.engine.model.prepare import has_experts
-from batchrun.engine.model.trial import layer_calls, logits_of
 from batchrun.errors import ModelError
+
+_STATIC = ("default", "linear", "llama3", "yarn")  # frequencies that depend on no sequence
 
 
 def optimize(
@@ -48,14 +64,23 @@ def optimize(
         ModelError: Native code gives other logits than the model did.
     """
     want = logits_of(model)
-    native = can_be_native(model, log)
+    native = _can_be_native(model, log)
     if native:
-        use_native_layers(model)
-    calls = layer_calls(model)
-    _fuse(model, lambda: check_modules(model, want, calls), log)
+        _use_native_layers(model)
+    layers = decoder_layers(model)
+    undo: Undo = []
+    try:
+        merge_projections(model, lambda: logits_of(model), undo)
+        fuse_norms(model, undo)
+        check_modules(model, want, layers)
+    except Exception as error:  # whatever a model does with modules that it does not know
+        for parent, name, module in undo:
+            setattr(parent, name, module)
+        log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
+    undo.clear()  # what it holds shares memory with merged weights, which native code packs
     if native:
         try:
-            use_native_parts(model)
+            _use_native_parts(model)
             if not has_experts(model):  # in which each part that agrees may still sway a router
                 check_modules(model, want)
         except ValueError as error:  # their old weights are gone
@@ -64,7 +89,7 @@ def optimize(
                 hint="run it by torch's operators: --no-optimize",
             ) from error
     if compile:
-        compile_layers(model, lambda: check_modules(model, want, calls), log)
+        _compile_layers(model, lambda: check_modules(model, want, layers), log)
     if model.device.type == "cuda":
         # Torch keeps the old weights' memory in pieces too small for the next ones: KV pages can
         # use it. Nor is it any step's peak.
@@ -75,18 +100,175 @@ def optimize(
         "native layers": NativeLayer in kinds,
         "merged projections": Projection in kinds,
         "fused norms": FusedNorm in kinds,
-        "compiled layers": bool(compiled_layers(model)),
+        "compiled layers": bool(_compiled_layers(model)),
     }
     return tuple(name for name, there in found.items() if there)
 
 
-def _fuse(model: PreTrainedModel, check: Callable[[], None], log: Callable[[str], None]) -> None:
-    undo: Undo = []
+def _can_be_native(model: PreTrainedModel, log: Callable[[str], None]) -> bool:
+    """Whether native code computes a model of this dtype here; says why not on a CPU."""
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return False
+    reason = cpu_layers.unsupported_reason()
+    if reason is not None:
+        log(f"layers are computed by torch, not by native code: {reason}")
+    return reason is None
+
+
+def _use_native_layers(model: PreTrainedModel) -> None:
+    """Replace the decoder layers that native code computes the same, one after the other.
+
+    Their old weights are dropped: there is no way back, and no moment with all weights twice.
+    """
+    if any(isinstance(module, cpu_layers.NativeStack) for module in model.modules()):
+        return
+    found = decoder_layers(model)
+    layers = found.modules
+    for i, call in enumerate(found.calls):
+        try:
+            native = NativeLayer(layers[i], i, found.attention[i])
+        except ValueError:
+            continue
+        if same_layer(native, *call):
+            layers[i] = native
+    all_native = [layer for layer in layers if isinstance(layer, NativeLayer)]
+    shapes = {(*layer.heads, layer.dim) for layer in all_native}
+    if len(all_native) == len(layers) and len(shapes) == 1:
+        _join(model, layers, all_native)
+
+
+def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLayer]) -> None:
+    """Make one module of a model's native layers, which all get the same positions."""
+    del layers[1:]
+    layers[0] = cpu_layers.NativeStack(native)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if getattr(child, "rope_type", None) in _STATIC and hasattr(child, "inv_freq"):
+                setattr(parent, name, cpu_layers.RotaryTable(child))
+
+
+def _use_native_parts(model: PreTrainedModel) -> None:
+    """Replace norms and linear layers: the last ones, and those of layers built otherwise."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FusedNorm):
+                child.use_native()
+            elif cpu_layers.fits(child):
+                native = cpu_layers.NativeLinear(cast("nn.Linear", child))
+                check_linear(child, native)
+                setattr(parent, name, native)
+
+
+# --- compiled layers: each a graph, in which attention is a single opaque operator ---
+
+_TOKENS = 251  # to compile with: no model's dimension, or the graph would take both for one
+
+
+@dataclass(eq=False)
+class _Layer:
+    """What a decoder layer's call becomes.
+
+    Without our step (in `generate`, or under another attention), and for a single token, which
+    would need a graph of its own, the layer runs as it was.
+    """
+
+    layer: nn.Module
+    compiled: Callable[..., Any]
+    index: int
+    attention: LayerAttention
+    failed: Callable[[Exception], None]
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if current_step() is None or hidden_states.shape[1] == 1:
+            return self.layer._call_impl(hidden_states, *args, **kwargs)
+        token = LAYER.set((self.index, self.attention))
+        try:
+            return self.compiled(self.layer, hidden_states, *args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            self.failed(error)
+            return self.layer._call_impl(hidden_states, *args, **kwargs)
+        finally:
+            LAYER.reset(token)
+
+
+def _compile_layers(
+    model: PreTrainedModel, check: Callable[[], None], log: Callable[[str], None]
+) -> None:
+    """Compile each decoder layer; one graph serves all of a class. Where it fails, log why.
+
+    Only the layers are: their graph is small, and the rest of a forward is a few operators.
+
+    Args:
+        model: Changed in place.
+        check: Raises where it computes something else then.
+        log: Told why nothing was compiled, now or at a later step.
+    """
+    if is_adapted(model):
+        log("the model's layers run uncompiled: how they attend is not all in their own code")
+        return
+    if _compiled_layers(model):
+        return
     try:
-        merge_projections(model, lambda: logits_of(model), undo)
-        fuse_norms(model, undo)
-        check()
-    except Exception as error:  # whatever a model does with modules that it does not know
-        for parent, name, module in undo:
-            setattr(parent, name, module)
-        log(f"the model's modules stay as they are, because fused ones fail: {brief(error)}")
+        with warnings.catch_warnings():
+            # Inductor advises TF32 for float32 models, which would change their tokens.
+            warnings.simplefilter("ignore")
+            _have_compiled(model, log)
+            logits_of(model, _TOKENS)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            check()
+    except Exception as error:  # no compiler, no triton, or a layer that can't be one graph
+        _uncompile(model, log, error)
+    _end_compilers()
+
+
+def _have_compiled(model: PreTrainedModel, log: Callable[[str], None]) -> None:
+    """Have each layer compiled at its next call."""
+    wait_for_compilers()
+    found = decoder_layers(model)
+    if not found.modules:
+        raise ValueError("it has no list of decoder layers, or several")
+    compiled = {
+        kind: torch.compile(kind.forward, fullgraph=True, dynamic=True)
+        for kind in {type(layer) for layer in found.modules}
+    }
+    failed = partial(_uncompile, model, log)
+    for i, layer in enumerate(found.modules):
+        graph, attention = compiled[type(layer)], found.attention[i]
+        layer._compiled_call_impl = _Layer(layer, graph, i, attention, failed)
+
+
+_ending: list[Thread] = []  # of torch's compile processes, for whose end ours would wait seconds
+
+
+def wait_for_compilers() -> None:
+    """Wait until those are gone that were told to end: torch would still ask them."""
+    while _ending:
+        _ending.pop().join()
+
+
+def _end_compilers() -> None:
+    """Let them end beside whatever comes next."""
+    from torch._inductor.async_compile import (  # noqa: PLC0415 - slow, and loaded by now
+        shutdown_compile_workers,
+    )
+
+    _ending.append(Thread(target=shutdown_compile_workers, name="end-compilers", daemon=True))
+    _ending[-1].start()
+
+
+def _compiled_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that are compiled, or will be at their next call."""
+    return [m for m in model.modules() if isinstance(m._compiled_call_impl, _Layer)]
+
+
+def _uncompile(model: PreTrainedModel, log: Callable[[str], None], error: Exception) -> None:
+    for layer in _compiled_layers(model):
+        layer._compiled_call_impl = None
+    log(f"the model's layers run uncompiled, because compiling them fails: {_brief(error)}")
+
+
+def _brief(error: Exception) -> str:
+    """An error in a line."""
+    error = getattr(error, "inner_exception", error)  # a failed compiler's first line has no reason
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

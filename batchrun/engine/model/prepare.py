@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +15,7 @@ from batchrun.engine.cpu.layers import NativeLayer, NativeLinear
 from batchrun.engine.model import adapters
 from batchrun.engine.model.context import context_length
 from batchrun.engine.model.generation import eos_ids
-from batchrun.engine.model.hook import (
-    HOOK,
-    Probe,
-    StepLostError,
-    UnsupportedError,
-    is_told_beside,
-    set_attention,
-    tell_beside,
-)
+from batchrun.engine.model.hook import HOOK, Probe, UnsupportedError, attending, set_attention
 from batchrun.engine.model.masks import PROBE, NoNumbers, named_windows
 from batchrun.engine.shortage import is_shortage
 from batchrun.errors import ModelError
@@ -77,18 +68,6 @@ class LoadedModel:
         )
 
 
-def _why_not_once(hits: Sequence[int], expected: Sequence[int]) -> str:
-    """Why a model is refused whose layers do not attend once each."""
-    if not hits:
-        return "its layers attend by code of their own, which can't be replaced"
-    missing = sorted(set(expected) - set(hits))
-    if missing:
-        shown = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
-        which = f"layer {shown} has" if len(missing) == 1 else f"layers {shown} have"
-        return f"{which} another state than keys and values"
-    return f"its {len(expected)} layers attend {len(hits)} times, not once each"
-
-
 # What a model's own code raises over tokens, masks or positions that it does not expect.
 OF_A_MODEL = (
     TypeError,
@@ -109,48 +88,52 @@ def prepare(
     Raises:
         ModelError: The architecture is refused; the message names it and the reason.
     """
+    try:
+        return _prepare(model, tokenizer, max_model_len)
+    except UnsupportedError as error:
+        raise ModelError(
+            f"the architecture {type(model).__name__} is refused: {error}",
+            hint="`batchrun doctor` lists architectures that are known to work",
+        ) from error
+
+
+def _prepare(model: PreTrainedModel, tokenizer: Any, max_model_len: int | None) -> LoadedModel:
     model.eval()
-    name = type(model).__name__
     config = model.config.get_text_config()
     for key in ("vocab_size", "num_hidden_layers"):
         if not hasattr(config, key):
-            raise _refused(name, f"its config has no {key}")
+            raise UnsupportedError(f"its config has no {key}")
         if not isinstance(found := getattr(config, key), int) or found < 1:
-            raise _refused(name, f"its config says that {key} is {found!r}")
+            raise UnsupportedError(f"its config says that {key} is {found!r}")
     if model.config.is_encoder_decoder:
-        raise _refused(name, "it is an encoder-decoder, and batchrun runs decoders")
+        raise UnsupportedError("it is an encoder-decoder, and batchrun runs decoders")
     if model.device.type == "meta":  # where how many tokens an expert gets is not known
         model.set_experts_implementation("batched_mm")
     limit, notes = context_length(config, max_model_len)
     adapters.adapt(model)
-    try:
-        probe = _probed(model, limit)
-    except UnsupportedError as error:
-        raise _refused(name, str(error)) from error
+    probe = _probed(model, limit)
     set_attention(model, HOOK)
     if config._attn_implementation != HOOK:
-        raise _refused(name, "it does not take up another attention implementation")
+        raise UnsupportedError("it does not take up another attention implementation")
+    probe.makes_masks = False
+    probe.hits.clear()
     try:
-        probe.hits.clear()
         _forward(model, probe, position_ids=torch.arange(4, device=model.device)[None])
-    except UnsupportedError as error:
-        raise _refused(name, str(error)) from error
     except OF_A_MODEL as error:
         if is_shortage(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise _refused(
-            name, f"its own code can't compute tokens of several rows together: {reason}"
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UnsupportedError(
+            f"its own code can't compute tokens of several rows together: {reason}"
         ) from error
     # Which see images, and do nothing without one.
     skipped = set(getattr(config, "cross_attention_layers", None) or ())
     expected = [i for i in range(config.num_hidden_layers) if i not in skipped]
-    if sorted(probe.hits) != expected:
-        raise _refused(name, _why_not_once(probe.hits, expected))
+    _check_hits(probe.hits, expected)
     if skipped:
         probe.renumber()
     layers = tuple(probe.layers[i] for i in range(len(expected)))
-    _check_cache(model, layers, limit)
+    _check_cache(config, layers, limit)
     sizes = [*named_windows(config), *(n for la in layers for n in (la.window, la.chunk) if n)]
     return LoadedModel(
         model=model,
@@ -163,22 +146,36 @@ def prepare(
     )
 
 
-def _check_cache(model: PreTrainedModel, layers: Sequence[LayerSpec], context: int) -> None:
+def _check_hits(hits: Sequence[int], expected: Sequence[int]) -> None:
+    """Refuse a model whose layers do not attend once each."""
+    if not hits:
+        raise UnsupportedError("its layers attend by code of their own, which can't be replaced")
+    missing = [str(i) for i in expected if i not in hits]
+    if missing:
+        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        which = f"layer {shown} has" if len(missing) == 1 else f"layers {shown} have"
+        raise UnsupportedError(f"{which} another state than keys and values")
+    if sorted(hits) != expected:
+        raise UnsupportedError(
+            f"its {len(expected)} layers attend {len(hits)} times, not once each"
+        )
+
+
+def _check_cache(config: Any, layers: Sequence[LayerSpec], context: int) -> None:
     """Refuse a model whose cache forgets tokens that its masks let be seen.
 
     What `generate` gives then depends on where a prompt ends and its answer begins.
     """
     try:
-        cache = DynamicCache(config=model.config.get_text_config())
+        cache = DynamicCache(config=config)
     except OF_A_MODEL as error:
-        raise _refused(type(model).__name__, f"it gets no cache of its own: {error}") from error
+        raise UnsupportedError(f"it gets no cache of its own: {error}") from error
     for i, (kept, layer) in enumerate(zip(cache.layers, layers, strict=False)):
         window = getattr(kept, "sliding_window", None)
         if window and window < min(layer.window or layer.chunk or context, context):
-            raise _refused(
-                type(model).__name__,
+            raise UnsupportedError(
                 f"layer {i} attends to all tokens in a prompt, and to the last {window} in an "
-                "answer",
+                "answer"
             )
 
 
@@ -194,12 +191,9 @@ def _probed(model: PreTrainedModel, context: int) -> Probe:
     A model that can't be asked that way is left to the other gates.
     """
     probe = Probe(context)
-    parameters = inspect.signature(model.forward).parameters.values()
-    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
-        tell_beside(model)
     set_attention(model, PROBE)
     try:
-        with probe.masks, NoNumbers():
+        with NoNumbers():
             _forward(model, probe)  # without positions, or transformers looks for several sequences
     except OF_A_MODEL as error:
         if is_shortage(error):
@@ -208,21 +202,7 @@ def _probed(model: PreTrainedModel, context: int) -> Probe:
 
 
 def _forward(model: PreTrainedModel, probe: Probe, **others: torch.Tensor) -> None:
-    """Four tokens; a model that loses the step on the way is told it beside from now on."""
+    """Four tokens."""
     ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
-    asked = {"input_ids": ids, "use_cache": False, "logits_to_keep": ids[0, :1], **others}
-    with torch.inference_mode():
-        try:
-            model(**asked, batchrun_step=probe)
-        except StepLostError:
-            if is_told_beside(model):
-                raise
-            tell_beside(model)
-            model(**asked, batchrun_step=probe)
-
-
-def _refused(name: str, reason: str) -> ModelError:
-    return ModelError(
-        f"the architecture {name} is refused: {reason}",
-        hint="`batchrun doctor` lists architectures that are known to work",
-    )
+    with torch.inference_mode(), attending(probe):
+        model(input_ids=ids, use_cache=False, logits_to_keep=ids[0, :1], **others)

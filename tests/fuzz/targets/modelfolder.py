@@ -145,16 +145,11 @@ def run(model: Path, scratch: Path) -> str:
     from batchrun.engine.build import build  # noqa: PLC0415
     from batchrun.engine.core import Request  # noqa: PLC0415
     from batchrun.engine.settings import Settings  # noqa: PLC0415
-    from batchrun.models.resolve import (  # noqa: PLC0415
-        chat_templates,
-        lacks_chat_template,
-        resolve,
-    )
+    from batchrun.models.resolve import chat_templates, resolve  # noqa: PLC0415
     from batchrun.prompts.messages import PromptError  # noqa: PLC0415
 
     ref = resolve(str(model), scratch / "models")
-    no_template = lacks_chat_template(ref.path)
-    chat_templates(ref.path)
+    no_template = chat_templates(ref.path) == []
     settings = Settings(
         model_path=str(ref.path),
         model_name="mine",
