@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1640,
-    "batchrun": 920,
-    "batchrun/cli": 1460,
+    "batchrun": 930,
+    "batchrun/cli": 1250,
     "batchrun/engine": 3220,
     "batchrun/engine/attention": 820,
     "batchrun/engine/cpu": 2140,
@@ -24,8 +24,8 @@ CEILINGS = {
     "batchrun/models": 1190,
     "batchrun/prompts": 1200,
     "batchrun/report": 160,
-    "batchrun/runner": 1940,
-    "jobs": 2030,
+    "batchrun/runner": 2040,
+    "jobs": 1920,
     "jobs/journal": 780,
     "jobs/output": 600,
     "jobs/rows": 2150,

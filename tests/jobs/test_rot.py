@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.jobs.checksums import checksum, sealed, unsealed
 from batchrun.jobs.errors import JournalError, SpecChanged, SpecDamaged
 from batchrun.jobs.folder import find_same, list_jobs
@@ -25,6 +24,7 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import InputFile
 from batchrun.jobs.stats import STATS, write_summary
 from batchrun.jobs.verify import verify
+from batchrun.runner.isolated import ReaderCrashed, isolated
 
 ROWS = 6
 
