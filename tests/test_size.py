@@ -26,7 +26,7 @@ CEILINGS = {
     "batchrun/report": 160,
     "batchrun/runner": 2040,
     "jobs": 1920,
-    "jobs/journal": 780,
+    "jobs/journal": 740,
     "jobs/output": 600,
     "jobs/rows": 2150,
 }

@@ -224,7 +224,7 @@ def test_a_rotten_sample_is_none(job, home):
             journal.write([], {"wall_s": second})
         journal.end_run("done", {})
     rot(job, "UPDATE samples SET figures = '{' WHERE id = 2")
-    assert "sample 2 of figures over time" in verify(job)[0]
+    assert "the figures over time, sample 2" in verify(job)[0]
     with job.journal() as journal:
         assert journal.samples(run) == [{"wall_s": 0.0}, {"wall_s": 120.0}]
     assert len(mended(job, home)) == 1
