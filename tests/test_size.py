@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "allocator": 1640,
     "batchrun": 930,
-    "batchrun/cli": 1250,
+    "batchrun/cli": 1260,
     "batchrun/engine": 3220,
     "batchrun/engine/attention": 820,
     "batchrun/engine/cpu": 2140,

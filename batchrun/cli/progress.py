@@ -64,9 +64,7 @@ class View:
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._rates = stream, Rates()
         self._bar: Any = None
-        if stream.isatty():
-            self._bar = tqdm(file=stream, bar_format=_BAR, delay=1e-9)  # nothing to draw yet
-        self._every_s = _LINE_EVERY_S if self._bar is None else _BAR_EVERY_S
+        self._every_s = _BAR_EVERY_S if stream.isatty() else _LINE_EVERY_S
         self._phase, self._shown_at = "", 0.0
         self._latest: Progress | None = None
 
@@ -87,13 +85,16 @@ class View:
         """Shows the last state, and leaves it there."""
         if self._latest is not None:
             self._show(time.monotonic(), self._latest)
-        if self._bar is not None and self._phase:
+        if self._bar is not None:
             self._bar.close()
 
     def _show(self, now: float, progress: Progress) -> None:
         self._phase, self._shown_at, self._latest = progress.phase, now, None
-        details, total, bar = _details(progress, self._rates), progress.rows_total, self._bar
-        if bar is not None:
+        details, total = _details(progress, self._rates), progress.rows_total
+        if self._stream.isatty():
+            if self._bar is None:  # not before there is something to draw
+                self._bar = tqdm(file=self._stream, bar_format=_BAR, delay=1e-9)
+            bar = self._bar
             bar.total, bar.n = total, progress.rows_done
             bar.ncols = shutil.get_terminal_size().columns - _MARGIN
             bar.set_description_str(_phase(progress), refresh=False)
