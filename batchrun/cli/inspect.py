@@ -15,7 +15,7 @@ from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
-from batchrun.report.text import render, table
+from batchrun.report.text import render
 from batchrun.terminal import MESSAGE, printable, say, say_json
 
 _CELL = 200  # characters of a name in a table
@@ -69,7 +69,10 @@ def list_command(as_json: bool) -> None:
         lines.append((job, state, done, failed, model, printable(_short(row["output"]), MESSAGE)))
     if not any(row["failed"] for row in rows):
         lines = [line[:3] + line[4:] for line in lines]
-    say(*table(lines).split("\n"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        say("  ".join(cells).rstrip())
 
 
 def _short(path: str) -> str:

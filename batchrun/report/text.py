@@ -93,7 +93,7 @@ def _rows(summary: Mapping[str, Any]) -> str:
     if reasons.get("length"):
         truncated = f"note: {reasons['length']:,} completions were cut off at --max-tokens"
         lines.append(("", truncated + " or the context length"))
-    return table(lines)
+    return _table(lines)
 
 
 def _figures(summary: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
@@ -138,7 +138,7 @@ def _time(figures: Mapping[str, Any]) -> str:
     lines = [("time", seconds(wall), "wall clock; reader, engine and journal run side by side")]
     for key, label in _labels("time"):
         lines.append(("", seconds(figures[key]), f"{label}{_share(figures[key], wall)}"))
-    return table(lines)
+    return _table(lines)
 
 
 def _kv(figures: Mapping[str, Any]) -> str:
@@ -150,7 +150,7 @@ def _kv(figures: Mapping[str, Any]) -> str:
         share = figures[f"kv.{shares[name]}"] if name in shares else None
         if name != "shared" or peak:
             lines.append((f"  {name}", _size(average), size(peak), _percent(share), label))
-    return table(lines)
+    return _table(lines)
 
 
 def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> str:
@@ -159,10 +159,10 @@ def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> str:
         if quantiles is not None:
             values = (seconds(quantiles[key]) for key in ("p50", "p90", "p99", "max"))
             lines.append((f"  {name}", *values))
-    return table(lines)
+    return _table(lines)
 
 
-def table(lines: Iterable[Cells]) -> str:
+def _table(lines: Iterable[Cells]) -> str:
     """Lines of cells in aligned columns, each column as wide as its widest cell."""
     rows = [[printable(cell) for cell in row] for row in lines]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
