@@ -12,7 +12,7 @@ __all__ = ["LLM", "Job", "list_jobs", "run", "submit"]
 
 
 def __getattr__(name: str) -> object:
-    """What stands in `__all__`, imported when it is asked for: `import batchrun` loads none."""
+    """Import the names in `__all__` on first use: `import batchrun` alone loads none of them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415

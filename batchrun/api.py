@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun import submission
 from batchrun.jobs import cancel, folder
-from batchrun.jobs.errors import InputError, JobError, OptionError
+from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.lease import held_by
-from batchrun.jobs.output.destination import resuming
 from batchrun.jobs.output.rejoin import rejoin
 from batchrun.jobs.rows.formats import FORMATS
 from batchrun.jobs.rows.jsonl import JsonFormat
-from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS
+from batchrun.jobs.snapshot import FINISHED
+from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
+from batchrun.runner.isolated import isolated
 from batchrun.runner.live import Progress, read_progress
-from batchrun.specs import PIPE, make_spec, output_to
-from batchrun.submission import as_lines, kept_input, start, submitting, table_of
+from batchrun.specs import PIPE, modelless_spec, read_options, with_model
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined
@@ -45,7 +47,6 @@ Inputs = (
 )
 
 _POLL_S = 0.1
-_FINISHED = ("done", "done-with-errors")
 _log = logging.getLogger("batchrun").info
 
 
@@ -108,7 +109,7 @@ class Job:
         return held_by(self._job.path) is not None
 
     def progress(self) -> Progress | None:
-        """Where its run is, a few times a second; None before it has said so."""
+        """How far its run is, updated a few times a second; None before the first update."""
         return read_progress(self._job.path)
 
     def stats(self) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class Job:
     @contextmanager
     def _joined(self) -> Iterator[Joined]:
         """The output's rows, and a look at what was read once all of them are."""
-        partial = self.state not in _FINISHED
+        partial = self.state not in FINISHED
         with self._job.journal() as journal:
             joined = rejoin(self._job.spec(), journal, partial=partial)
             yield joined
@@ -165,15 +166,17 @@ class Job:
         Raises:
             JobError: It runs, its input changed, or its output is another job's.
         """
-        if unknown := limits.keys() - set(LIMIT_NAMES):
-            raise OptionError("{} can't be told a job anew", min(unknown))
-        told = {name: OPTIONS[name].read(value) for name, value in limits.items()}
-        path = None if output is None else Path(output_to(os.fspath(output)).path)
-        with resuming(folder.home(), self._job, path, overwrite=overwrite, limits=told, tell=_log):
-            if retry_failed:
-                self._job.retry_failed()
-            self._reap()
-            self._started = start(self._job)
+        started = submission.resume(
+            folder.home(),
+            self._job,
+            retry_failed=retry_failed,
+            output=output,
+            overwrite=overwrite,
+            limits=limits,
+            tell=_log,
+        )
+        self._reap()
+        self._started = started
         return self
 
     def cancel(self) -> Job:
@@ -187,7 +190,7 @@ class Job:
         return self
 
     def _reap(self) -> None:
-        """Its supervisor, where this process started it, has ended: let the kernel forget it."""
+        """Reap the supervisor, if this process started it; it has ended."""
         if self._started is not None:
             self._started.process.wait()
 
@@ -208,12 +211,12 @@ def submit(
             of any library that speaks Arrow.
         model: Alias, folder, `.gguf` file or hub id.
         output: A file; by default beside `INPUT-completions` in this folder, of rows in the job.
-        again: Begin anew though the same work can be resumed.
-        log: Told, a line each, what a user should know.
+        again: Start a new job even if one with the same work can be resumed.
+        log: Called with each line that a user should see.
         options: As `batchrun submit --help` names them, with underscores.
 
     Raises:
-        OptionError: An option is not known, or has a value that it cannot have.
+        OptionError: An option is unknown or has an invalid value.
         JobError: An input can't be read, the output can't be written, or it is the work of another.
         ModelError: The model can't be used.
     """
@@ -224,10 +227,19 @@ def submit(
         if rows is not None:
             own = stack.enter_context(_kept(root, rows))
             paths, output = [os.fspath(own)], PIPE if output is None else output
-        given = {"model": model, "output": output, **options}
-        spec = make_spec(paths, root, given, log=log)
-        job = stack.enter_context(submitting(root, spec, own, again=again))
-        return Job(job, start(job))
+        asked = read_options({"model": model, "output": output, **options})
+        told: list[str] = []
+
+        def look(note: ReaderNote) -> tuple[JobSpec, bool, list[str]]:
+            noted = note.reading
+            return *modelless_spec(paths, root, asked, log=told.append, noted=noted), told
+
+        spec, chats, said = isolated(look)  # a damaged file may crash whoever reads it
+        for line in said:
+            log(line)
+        spec = with_model(spec, root, log, chats=chats)
+        started = submission.submit(root, spec, own, again=again)
+    return Job(started.job, started)
 
 
 def run(inputs: Inputs, **options: Any) -> Job:
@@ -246,7 +258,7 @@ def _rows_or_paths(inputs: Any) -> tuple[pa.Table | list[Any] | None, list[str]]
     Raises:
         InputError: It is neither.
     """
-    table = table_of(inputs)
+    table = submission.table_of(inputs)
     if table is not None:
         return table, []
     single = isinstance(inputs, str | os.PathLike)
@@ -273,7 +285,7 @@ def _kept(root: Path, rows: Any) -> Any:
         if isinstance(rows, pa.Table):
             pq.write_table(rows, file)
         else:
-            file.write(as_lines(rows))
+            file.write(submission.as_lines(rows))
 
     suffix = ".parquet" if isinstance(rows, pa.Table) else ".jsonl"
-    return kept_input(root, "the rows", write, lambda _: suffix)
+    return submission.kept_input(root, "the rows", write, lambda _: suffix)

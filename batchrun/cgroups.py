@@ -1,4 +1,4 @@
-"""What the control groups of this process leave it: memory and processors.
+"""How much memory and processor time this process's control groups allow.
 
 Slurm, Kubernetes, systemd and Docker set limits at any level of a hierarchy, which may be of
 version 1, version 2, or of both at once; a container may see only the lower part of it. All levels

@@ -1,12 +1,17 @@
-"""What is wrong with a model or the machine, for the user to act on."""
+"""Errors for a user to act on, and how others are quoted."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something for the user to act on, with what to type next in `hint`."""
+    """Something a user can act on.
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    Args:
+        message: What happened: the thing, the number, the cause.
+        hint: What to type or change next.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
 
@@ -16,20 +21,20 @@ class ModelError(UserError):
 
 
 class MachineError(UserError):
-    """Something that this machine, or what it allows this process, lacks."""
+    """Something is missing on this machine, or not allowed to this process."""
 
 
 class StepFailed(Exception):  # noqa: N818 - says what has happened
-    """The engine failed as nobody foresaw: the rows that it had are suspects."""
+    """The engine failed in an unforeseen way; the rows in it are suspects."""
 
 
-# What ends the process, of all that a tokenizer may raise: its own panics are no `Exception`.
+# Let these through where a tokenizer may raise anything: its panics are no `Exception` either.
 PROCESS_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 _SAID = 300  # characters of an error
 
 
 def said_by(error: BaseException) -> str:
-    """An error's kind and its first line, in valid Unicode."""
+    """An error's type and first line, in valid Unicode."""
     lines = str(error).strip().splitlines() or [""]
     text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
     return text.encode(errors="backslashreplace").decode()[:_SAID]

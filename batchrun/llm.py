@@ -14,7 +14,7 @@ from batchrun.jobs.errors import InputError
 from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
 from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING
-from batchrun.jobs.options import PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import Part
@@ -23,7 +23,7 @@ from batchrun.runner.chat_columns import usual_column
 from batchrun.runner.engine_loop import result_of
 from batchrun.runner.opening import open_runtime
 from batchrun.runner.reader import QUEUED_REQUESTS, Reader
-from batchrun.specs import model_of, part_of, read_options, sampling_of
+from batchrun.specs import part_of, read_options, sampling_of, with_model
 from batchrun.submission import as_lines, table_of
 
 if TYPE_CHECKING:  # they import torch
@@ -39,12 +39,12 @@ class LLM:
 
     Args:
         model: Alias, folder, `.gguf` file or hub id.
-        log: Told, a line each, what a user should know.
+        log: Called with each line that a user should see.
         options: As `batchrun submit --help` names them, with underscores; those of sampling hold
             where `generate` says nothing else.
 
     Raises:
-        OptionError: An option is not known, or has a value that it cannot have.
+        OptionError: An option is unknown or has an invalid value.
         ModelError: The model can't be used.
     """
 
@@ -54,14 +54,10 @@ class LLM:
         self._options, self._log = {"model": model, **options}, log
         asked = read_options(self._options, MODEL, PROMPT, SAMPLING, RUNNING)
         sampling_of(asked)
-        self._spec = JobSpec(
-            (),
-            "jsonl",
-            part_of(PromptSpec, asked),
-            model_of(asked, home(), log),
-            SamplingSpec(),
-            runtime=part_of(RuntimeSpec, asked),
-        )
+        prompt, named = part_of(PromptSpec, asked), part_of(ModelSpec, asked)
+        runtime = part_of(RuntimeSpec, asked)
+        unmodelled = JobSpec((), "jsonl", prompt, named, SamplingSpec(), runtime=runtime)
+        self._spec = with_model(unmodelled, home(), log)
         self._runtime: Assembly | None = open_runtime(self._spec, log)
 
     def generate(self, prompts: Prompt | Iterable[Prompt], **sampling: Any) -> list[Result]:
@@ -75,8 +71,8 @@ class LLM:
                 results one after the other, numbered by `row` and `sample`.
 
         Raises:
-            OptionError: An option is not known, or has a value that it cannot have.
-            InputError: A prompt has a value that JSON can't hold.
+            OptionError: An option is unknown or has an invalid value.
+            InputError: A prompt has a value that can't be written as JSON.
         """
         read_options(sampling, SAMPLING)
         options = read_options({**self._options, **sampling})
@@ -131,7 +127,7 @@ class LLM:
         return {**prompt, "prompt": prompt[name]} if name in prompt else dict(prompt)
 
     def close(self) -> None:
-        """Give the memory back; `generate` would load the model again."""
+        """Free the memory; `generate` loads the model again."""
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = None
@@ -144,7 +140,7 @@ class LLM:
 
 
 class _Drive:
-    """Takes the reader's requests and results, and lets the engine compute, in one thread.
+    """Takes the reader's requests and results, and steps the engine, in one thread.
 
     Attributes:
         results: By row and sample.
@@ -186,10 +182,7 @@ class _Drive:
 
 
 def _computed(
-    spec: JobSpec,
-    lines: bytes,
-    bench: Assembly,
-    log: Callable[[str], None],
+    spec: JobSpec, lines: bytes, bench: Assembly, log: Callable[[str], None]
 ) -> list[Result]:
     """The results of rows, which are lines of JSON: read, planned and computed as a job's are."""
     with tempfile.TemporaryDirectory(prefix="batchrun-") as place:

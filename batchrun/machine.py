@@ -1,4 +1,4 @@
-"""What Linux says of the machine and of this process."""
+"""The machine and this process, as Linux describes them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cores(root: Path = cgroups.ROOT) -> int:
 
 
 def use_cores(root: Path = cgroups.ROOT) -> str | None:
-    """Have libraries start no more threads than there is time and room for; before they are loaded.
+    """Keep libraries from starting more threads than can run; call it before they are loaded.
 
     Beyond a quota all of them stand still together for the rest of each period; beyond a limit of
     processes OpenMP ends the process.
@@ -77,7 +77,7 @@ def use_cores(root: Path = cgroups.ROOT) -> str | None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Modules of torch's size are loaded: nothing of them is garbage, and looking takes a tenth."""
+    """Pause garbage collection while torch is imported: it finds nothing and costs a tenth."""
     gc.disable()
     try:
         yield

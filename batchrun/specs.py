@@ -1,6 +1,6 @@
-"""From options to a checked `JobSpec`: what is bound to fail, fails here.
+"""From options to a checked `JobSpec`: what is bound to fail fails here.
 
-Who calls it says options by their names in Python, and `OptionError` names them so.
+Callers give options by their Python names, and `OptionError` uses these names.
 """
 
 from __future__ import annotations
@@ -30,13 +30,8 @@ from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import chat_templates, no_chat_template, resolve
 from batchrun.prompts.messages import RESERVED, arguments_taken
 from batchrun.prompts.template import Template, looks_like_json
-from batchrun.runner.chat_columns import (
-    are_chats,
-    argument_columns,
-    check_argument_types,
-    check_prompt_type,
-    usual_column,
-)
+from batchrun.runner import chat_columns
+from batchrun.runner.chat_columns import are_chats, usual_column
 from batchrun.runner.param_columns import param_columns, parameters_taken
 
 OPTIONS = {
@@ -46,10 +41,11 @@ OPTIONS = {
 }
 PIPE = "-"  # as an output: what is handed out in the end
 T = TypeVar("T")
+Log = Callable[[str], None]
 
 
 def read_options(given: Mapping[str, Any], *sections: str) -> dict[str, Any]:
-    """All options by name: what was given, as it is meant, and defaults for the others.
+    """All options by name: what was given, converted, and defaults for the others.
 
     Args:
         given: Values by name.
@@ -68,19 +64,19 @@ def read_options(given: Mapping[str, Any], *sections: str) -> dict[str, Any]:
 
 
 def part_of(kind: type[T], options: Mapping[str, Any]) -> T:
-    """A part of a specification, as options say it."""
+    """One part of a specification, from its options."""
     return kind(**{option.at: options[option.name] for option in options_of(kind)})
 
 
 def make_spec(
     inputs: Sequence[str],
     home: Path,
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
     *,
-    log: Callable[[str], None],
+    log: Log,
     noted: Noted = unnoted,
 ) -> JobSpec:
-    """Checks every option against the inputs, the destination and the model.
+    """Check every option against the inputs, the destination and the model.
 
     Converts or downloads the model if that has not been done yet, which `log` is told. What is read
     of the inputs `noted` is told.
@@ -90,20 +86,29 @@ def make_spec(
         JobError: An input cannot be read, a column is missing, the output cannot be written.
         ModelError: The model cannot be used.
     """
-    options = read_options(given)
+    spec, chats = modelless_spec(inputs, home, read_options(options), log=log, noted=noted)
+    return with_model(spec, home, log, chats=chats)
+
+
+def modelless_spec(
+    inputs: Sequence[str], home: Path, options: Mapping[str, Any], *, log: Log, noted: Noted
+) -> tuple[JobSpec, bool]:
+    """The part of `make_spec` that reads the inputs.
+
+    Returns:
+        A job whose model is only named, and whether its prompts are chats for certain.
+    """
     sampling = sampling_of(options)
     fields = _template_fields(options)
     parts, input_format = expand_inputs(inputs, log)
-    if options["output"] == PIPE:
-        place = to_stdout(input_format)
+    place, output = options["output"], part_of(OutputSpec, options)
+    if place == PIPE:
+        output = to_stdout(input_format, output)
     else:
-        place = output_to(options["output"] or _default_output(parts[0].path, input_format))
-    output = replace(
-        part_of(OutputSpec, options), path=place.path, format=place.format, stdout=place.stdout
-    )
+        output = output_to(place or _default_output(parts[0].path, input_format), output)
     source = open_source(parts, input_format, noted=noted)
     prompt = _prompt(options, fields, source, log)
-    own = [*_param_columns(options, source, sampling, log), *_argument_columns(prompt, source, log)]
+    own = _own_columns(prompt, sampling, options["limit"], source, log)
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
     logprobs = options["logprobs"] is not None
     added = output_columns(output.token_ids, n, keep, output.prefix, logprobs=logprobs)
@@ -111,13 +116,11 @@ def make_spec(
     if not output.stdout:
         check_place(home, Path(output.path), [part.path for part in parts])
         OUTPUTS.check(Path(output.path), overwrite=output.overwrite)
-    model = model_of(options, home, log)
-    _check_chat_template(prompt, source, model)
-    return JobSpec(
+    spec = JobSpec(
         inputs=tuple(InputFile.of(part.path, part.partition) for part in parts),
         input_format=input_format,
         prompt=prompt,
-        model=model,
+        model=part_of(ModelSpec, options),
         sampling=sampling,
         seed=options["seed"],
         n=n,
@@ -125,8 +128,43 @@ def make_spec(
         limit=options["limit"],
         output=output,
         # Columns are noted for whoever looks at the job.
-        runtime=replace(part_of(RuntimeSpec, options), param_columns=tuple(own)),
+        runtime=replace(part_of(RuntimeSpec, options), param_columns=own),
     )
+    return spec, bool(are_chats(prompt, source))
+
+
+def with_model(spec: JobSpec, home: Path, log: Log, *, chats: bool = False) -> JobSpec:
+    """A job whose model is ready to load: converted or downloaded, which `log` is told.
+
+    Args:
+        spec: The job; its model is only named.
+        home: Where converted models are.
+        log: Told what takes long.
+        chats: Whether its prompts are chats for certain.
+
+    Raises:
+        ModelError: The model, or the device, can't be used. It has no chat template, or one that
+            does not read what the job says to it; what only loading the tokenizer would tell is
+            left to the run.
+    """
+    if spec.runtime.device.startswith("cuda"):
+        from batchrun.engine.settings import choose_device  # noqa: PLC0415 - imports torch
+
+        choose_device(spec.runtime.device)
+    model, args = spec.model, spec.prompt.template_args
+    code = model.trust_remote_code
+    ref = resolve(model.name, home / "models", trust_remote_code=code, log=log)
+    sources = None if code else chat_templates(ref.path)
+    if chats and sources == []:
+        raise no_chat_template(ref.name)
+    if args and sources:
+        from batchrun.prompts.chat_source import (  # noqa: PLC0415 - Jinja, seldom
+            check_template_args,
+        )
+
+        check_template_args(args, sources, ref.name)
+    found = replace(model, name=ref.name, path=str(ref.path), fingerprint=ref.fingerprint)
+    return replace(spec, model=found)
 
 
 def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
@@ -167,14 +205,14 @@ def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
     return sampling
 
 
-def output_to(path: str) -> OutputSpec:
+def output_to(path: str, output: OutputSpec = OutputSpec()) -> OutputSpec:  # noqa: B008 - frozen
     """Where the output goes and in which format, which the name's suffix says.
 
     Raises:
         OutputError: The suffix says nothing.
     """
     destination = Path(path).expanduser().absolute()
-    return OutputSpec(str(destination), output_format(destination))
+    return replace(output, path=str(destination), format=output_format(destination))
 
 
 def _default_output(first: Path, input_format: str) -> str:
@@ -183,10 +221,10 @@ def _default_output(first: Path, input_format: str) -> str:
     return f"{stem}-completions{FORMATS[input_format].output_suffix(first)}"
 
 
-def to_stdout(input_format: str) -> OutputSpec:
+def to_stdout(input_format: str, output: OutputSpec = OutputSpec()) -> OutputSpec:  # noqa: B008
     """Settings of an output that lies in the job's folder until it is handed out."""
     kind = FORMATS[FORMATS[input_format].stdout]
-    return OutputSpec(f"output{kind.suffixes[0]}", kind.name, stdout=True)
+    return replace(output, path=f"output{kind.suffixes[0]}", format=kind.name, stdout=True)
 
 
 def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
@@ -202,10 +240,7 @@ def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
 
 
 def _prompt(
-    options: Mapping[str, Any],
-    fields: Sequence[str] | None,
-    source: Source,
-    log: Callable[[str], None],
+    options: Mapping[str, Any], fields: Sequence[str] | None, source: Source, log: Log
 ) -> PromptSpec:
     """How a row becomes a prompt. A `messages` column is used where there is no `prompt`."""
 
@@ -223,7 +258,7 @@ def _prompt(
             raise _missing(name, names, in_template=fields is not None)
     column = None if fields is not None else needed(names)[0]
     if source.typed and column is not None:
-        check_prompt_type(source.schema().field(column))
+        chat_columns.check_prompt_type(source.schema().field(column))
     prompt = replace(part_of(PromptSpec, options), column=column)
     for name in prompt.template_args:
         if name in RESERVED:
@@ -243,61 +278,25 @@ def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputErro
     return error
 
 
-def _param_columns(
-    options: Mapping[str, Any],
-    source: Source,
-    sampling: SamplingSpec,
-    log: Callable[[str], None],
-) -> list[str]:
-    """The columns that act as sampling parameters, which `log` is told."""
-    if options["ignore_param_columns"]:
-        return []
-    found = param_columns(source, sampling.given, options["limit"])
-    if found:
-        log(parameters_taken(found))
-    return found
+def _own_columns(
+    prompt: PromptSpec, sampling: SamplingSpec, limit: int | None, source: Source, log: Log
+) -> tuple[str, ...]:
+    """The columns with which rows set their own parameters; they are logged.
 
-
-def _argument_columns(prompt: PromptSpec, source: Source, log: Callable[[str], None]) -> list[str]:
-    """The columns that are known to speak to the chat template, which `log` is told."""
-    found = [name for name in argument_columns(prompt, source) if name in source.column_names]
-    if not found or not are_chats(prompt, source):
-        return []
-    check_argument_types(found, source)
-    log(arguments_taken(found))
-    return found
-
-
-def _check_chat_template(prompt: PromptSpec, source: Source, model: ModelSpec) -> None:
-    """Refuse chats for a model that is known to have no template for them, or another one.
-
-    Raises:
-        ModelError: It has none, or one that does not read what the job says to it. What only
-            loading the tokenizer would tell is left to the run.
+    These are sampling parameters, and arguments for the chat template.
     """
-    sources = None if model.trust_remote_code else chat_templates(Path(model.path))
-    if are_chats(prompt, source) and sources == []:
-        raise no_chat_template(model.name)
-    args = prompt.template_args
-    if args and sources:
-        from batchrun.prompts.chat_source import (  # noqa: PLC0415 - Jinja, seldom
-            check_template_args,
-        )
-
-        check_template_args(args, sources, model.name)
-
-
-def model_of(options: Mapping[str, Any], home: Path, log: Callable[[str], None]) -> ModelSpec:
-    """The model that options name, ready to load.
-
-    Raises:
-        ModelError: It, or the device, can't be used.
-    """
-    if options["device"].startswith("cuda"):
-        from batchrun.engine.settings import choose_device  # noqa: PLC0415 - imports torch
-
-        choose_device(options["device"])
-    model = part_of(ModelSpec, options)
-    trusted = model.trust_remote_code
-    ref = resolve(model.name, home / "models", trust_remote_code=trusted, log=log)
-    return replace(model, name=ref.name, path=str(ref.path), fingerprint=ref.fingerprint)
+    if prompt.ignore_param_columns:
+        return ()
+    parameters = param_columns(source, sampling.given, limit)
+    if parameters:
+        log(parameters_taken(parameters))
+    names = [
+        name
+        for name in chat_columns.argument_columns(prompt, source)
+        if name in source.column_names
+    ]
+    if not names or not are_chats(prompt, source):
+        return tuple(parameters)
+    chat_columns.check_argument_types(names, source)
+    log(arguments_taken(names))
+    return *parameters, *names

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from batchrun.jobs.errors import ROOM, InputError, JobError, OutputError, refused
+from batchrun.jobs.errors import ROOM, InputError, JobError, OptionError, OutputError, refused
 from batchrun.jobs.folder import JobFolder, create, find_same, sweep
 from batchrun.jobs.lease import Lease
-from batchrun.jobs.output.destination import check_apart, one_at_a_time
+from batchrun.jobs.output.destination import check_apart, one_at_a_time, resuming
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
@@ -28,13 +28,15 @@ from batchrun.runner.live import forget_progress
 def kept_input(
     root: Path, what: str, write: Callable[[BinaryIO], None], kind: Callable[[Path], str]
 ) -> Iterator[Path]:
-    """A file of rows that are in none, until the block ends or a job has it.
+    """Keep rows that are in no file yet: in a file that a job may move into its folder.
+
+    Otherwise it goes when the block ends.
 
     Args:
         root: What `home()` says.
-        what: They are, for messages.
+        what: What the rows are, for messages.
         write: Writes them.
-        kind: Says how the name of what was written ends.
+        kind: Returns the suffix for what was written.
 
     Raises:
         OutputError: They can't be kept.
@@ -61,7 +63,7 @@ def as_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Rows as lines of JSON; values that JSON lacks, such as times, become what they do from Arrow.
 
     Raises:
-        InputError: A row is no dict, or has a value that JSON can't hold.
+        InputError: A row is no dict, or has a value that can't be written as JSON.
     """
     lines = []
     for number, row in enumerate(rows, 1):
@@ -99,17 +101,16 @@ def _room(folder: Path, what: str) -> AbstractContextManager[None]:
     return refused(OutputError, f"{what} can't be kept in {folder}", ROOM)
 
 
-@contextmanager
-def submitting(
+def submit(
     root: Path, spec: JobSpec, own: Path | None = None, *, again: bool = False
-) -> Iterator[JobFolder]:
-    """A new job, which is to be started in the block; nobody else decides anything meanwhile.
+) -> supervisor.Started:
+    """Make a job and start it; nobody else submits or resumes one meanwhile.
 
     Args:
         root: What `home()` says.
         spec: The job.
-        own: An input that is to lie in its folder.
-        again: Also where another job does the same work.
+        own: An input to move into its folder.
+        again: Even if another job does the same work.
 
     Raises:
         JobError: Another job does the same work, or has the destination; or it can't be made.
@@ -117,15 +118,49 @@ def submitting(
     with one_at_a_time(root):
         sweep(root)
         check_free(root, spec, again=again)
-        yield create(root, spec, own)
+        return _start(create(root, spec, own))
 
 
-def start(job: JobFolder) -> supervisor.Started:
-    """Start a job's supervisor.
+def resume(
+    root: Path,
+    job: JobFolder,
+    *,
+    retry_failed: bool,
+    output: str | os.PathLike[str] | None,
+    overwrite: bool,
+    limits: Mapping[str, Any],
+    tell: Callable[[str], None],
+) -> supervisor.Started:
+    """Start a job that was stopped; see `batchrun.jobs.output.destination.resuming`.
+
+    Args:
+        root: What `home()` says.
+        job: The job.
+        retry_failed: Do the failed rows again.
+        output: Another file for its output, from now on.
+        overwrite: Replace what is there.
+        limits: How it is to run from now on, by names of options; None says nothing.
+        tell: Told what was damaged, and how much is to do again, by the job's name.
 
     Raises:
-        LeaseHeld: It has one.
+        OptionError: A limit is none, or can't have that value.
+        JobError: It runs, can't go on, or can't have its output.
     """
+    if unknown := limits.keys() - set(LIMIT_NAMES):
+        raise OptionError("{} can't be told a job anew", min(unknown))
+    told = {name: OPTIONS[name].read(v) for name, v in limits.items() if v is not None}
+    path = Path(output).expanduser().absolute() if output else None
+
+    def say(line: str) -> None:
+        tell(f"{job.id}: {line}")
+
+    with resuming(root, job, path, overwrite=overwrite, limits=told, tell=say):
+        if retry_failed:
+            say(f"{job.retry_failed():,} failed results are to do again")
+        return _start(job)
+
+
+def _start(job: JobFolder) -> supervisor.Started:
     with Lease(job.path) as lease:  # refused at once, by name of who has it
         forget_progress(job.path)
         job.set_state("queued")
@@ -140,24 +175,23 @@ def check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
     """
     same = None if again else find_same(root, spec)
     if same is not None:
-        counts, total, state = same.counts(), same.total(), same.state()
-        only_failed = " --retry-failed" if state == "done-with-errors" else ""
+        now = same.snapshot()
+        only_failed = " --retry-failed" if now.state == "done-with-errors" else ""
         raise JobError(
-            f"the job {same.id} is the same work, {state} with {counts.rows:,} of "
-            f"{'?' if total is None else format(total, ',')} rows done"
-            + (f", {counts.failed:,} of them failed" if counts.failed else ""),
+            f"the job {same.id} is the same work, {now.state} with {now.done or 0:,} of "
+            f"{'?' if now.total is None else format(now.total, ',')} rows done"
+            + (f", {now.failed:,} of them failed" if now.failed else ""),
             hint=f"batchrun resume {same.id}{only_failed}{_told_limits(spec, same)}, or submit "
             "with --again to begin anew",
         )
-    if spec.output.stdout:
-        return
-    destination = Path(spec.output.path)
-    check_apart(root, destination, [Path(file.path) for file in spec.inputs])
-    OUTPUTS.check(destination, overwrite=spec.output.overwrite)  # it may be there by now
+    if not spec.output.stdout:
+        check_apart(root, Path(spec.output.path), spec.input_paths)
+        # It may be there by now.
+        OUTPUTS.check(Path(spec.output.path), overwrite=spec.output.overwrite)
 
 
 def _told_limits(spec: JobSpec, job: JobFolder) -> str:
-    """The options of `resume` by which a job would run as another that is the same work."""
+    """The options of `resume` that would make an old job run like this one."""
     now, was = vars(spec.runtime), vars(job.spec().runtime)
     return "".join(
         f" {OPTIONS[name].flag} {now[name]}"

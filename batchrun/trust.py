@@ -1,4 +1,4 @@
-"""Whether what is kept on disk to be run or relied on can only be what this user put there."""
+"""Whether anybody else could have changed the files on disk that are run or relied on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def who_else(path: Path) -> str | None:
         if not shut and _others_write(found):
             return f"others can write {place}"
         # Nobody else gets past a folder that only its owner may enter.
-        shut = shut or (found.st_uid == me and stat.S_ISDIR(found.st_mode) and _is_shut(found))
+        mine = found.st_uid == me and stat.S_ISDIR(found.st_mode)
+        shut = shut or (mine and not found.st_mode & (stat.S_IXGRP | stat.S_IXOTH))
     return None
 
 
@@ -49,10 +50,6 @@ def _others_write(found: os.stat_result) -> bool:
         return False  # they can add names there, and neither take nor replace one
     writers = found.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
     return bool(writers & stat.S_IWOTH) or bool(writers and not _is_mine_alone(found.st_gid))
-
-
-def _is_shut(found: os.stat_result) -> bool:
-    return not found.st_mode & (stat.S_IXGRP | stat.S_IXOTH)
 
 
 def _is_mine_alone(group: int) -> bool:

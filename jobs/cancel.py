@@ -1,20 +1,20 @@
 """Ends a job: its processes are asked to, and killed where they do not.
 
-Whatever they hang in, and whoever of them is left. Who they are the kernel tells (`holders`).
+Whatever they hang in, and whichever of them is left. The kernel says who they are (`holders`).
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.holders import Process, holders, send
 from batchrun.jobs.lease import LOCK, Lease, held_by, holder
-from batchrun.jobs.snapshot import WAITING, JobSnapshot
+from batchrun.jobs.snapshot import FINISHED, WAITING, JobSnapshot
 
 ASK_S = 6.0  # for a run to end by itself, the tokens of begun rows kept
 KILL_S = 3.0  # for the kernel to end what is killed
@@ -46,8 +46,7 @@ def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
         )
     asked: set[Process] = set()
 
-    def ask() -> None:
-        found = holders(job.path / LOCK)
+    def ask(found: Sequence[Process]) -> None:
         for process in found[:1]:  # the supervisor, which passes it on, or what it left
             if process not in asked:
                 asked.add(process)
@@ -58,8 +57,8 @@ def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
             if process.state() == "T":
                 _send(job, process, signal.SIGCONT)
 
-    def kill() -> None:
-        for process in holders(job.path / LOCK):
+    def kill(found: Sequence[Process]) -> None:
+        for process in found:
             _send(job, process, signal.SIGKILL)
 
     killed = None
@@ -70,7 +69,7 @@ def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
     state = "cancelled"
     with suppress(JobError):  # it is damaged
         state = job.state()
-    if state not in ("done", "done-with-errors", "failed"):
+    if state not in (*FINISHED, "failed"):
         state = "cancelled"
         with suppress(JobError, OSError), Lease(job.path):  # someone goes on with it; a full disk
             job.set_state(state, killed)
@@ -78,7 +77,7 @@ def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
     return f"{job.id} is {state}{kept}"
 
 
-def _ended(job: JobFolder, seconds: float, act: Callable[[], None]) -> bool:
+def _ended(job: JobFolder, seconds: float, act: Callable[[Sequence[Process]], None]) -> bool:
     """Act until nobody has the job; whether that came about in time.
 
     Raises:
@@ -89,10 +88,11 @@ def _ended(job: JobFolder, seconds: float, act: Callable[[], None]) -> bool:
     while held_by(job.path) is not None:
         if time.monotonic() > deadline:
             return False
-        unseen = 0 if holders(job.path / LOCK) else unseen + 1
+        found = holders(job.path / LOCK)
+        unseen = 0 if found else unseen + 1
         if unseen == _UNSEEN:
             raise _unreachable(job)
-        act()
+        act(found)
         time.sleep(_POLL_S)
     return True
 

@@ -5,18 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from string import Formatter
 
+from batchrun.errors import UserError
 
-class JobError(Exception):
-    """Something a user can act on.
 
-    Args:
-        message: What happened: the thing, the number, the cause.
-        hint: What to type or change next.
-    """
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+class JobError(UserError):
+    """A job that can't be made, run, or read."""
 
 
 class OptionError(JobError):

@@ -16,17 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from batchrun.jobs import queue as turns
+from batchrun.jobs import files, queue
 from batchrun.jobs.errors import ROOM, JobError, JobNotFound, JournalError, OutputError, SpecDamaged
-from batchrun.jobs.files import (
-    current_umask,
-    free_bytes,
-    fsync_directory,
-    make_folders,
-    open_private,
-    private_mode,
-    remove_unlocked,
-)
 from batchrun.jobs.identity import load_limits, load_places
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
@@ -175,17 +166,11 @@ class JobFolder:
                 since = max(since, (self.path / STATE).stat().st_mtime)
         if last["state"] is None or waiting:
             gone = "its processes are gone: killed, or the machine went down"
-            if free_bytes(self.path) < _FULL:
+            if files.free_bytes(self.path) < _FULL:
                 gone = "its processes are gone, and its disk is full"
             words = last_words(self.path, since)
             return words or ((gone, None) if runs else None)
         return None if last["reason"] is None else (last["reason"], None)
-
-    def total(self) -> int | None:
-        """Rows of the job, or None while nobody has counted them."""
-        with self.journal() as journal:
-            found = journal.meta("rows_total")
-        return None if found is None else int(found)
 
     def counts(self) -> Counts:
         """Results so far."""
@@ -215,7 +200,7 @@ class JobFolder:
 
     def request_cancel(self) -> None:
         """Ask the worker that has the job to give it up when it ends."""
-        os.close(open_private(self.path / CANCEL, os.O_WRONLY))
+        os.close(files.open_private(self.path / CANCEL, os.O_WRONLY))
 
     def cancel_requested(self) -> bool:
         """Whether someone asked so since the worker has the job."""
@@ -234,14 +219,14 @@ class JobFolder:
                 OUTPUTS.sweep(destination)
             grave = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.path.parent))
             self.path.rename(grave)  # else a list could show half a job
-            fsync_directory(grave.parent)
+            files.fsync_directory(grave.parent)
             shutil.rmtree(grave)
 
     def note_destination(self, path: Path) -> None:
         """Remember where results are about to be written, for `remove`."""
         with (
             suppress(OSError),  # a folder that can only be read: then there is no `remove` either
-            open(self.path / _DESTINATIONS, "ab", opener=open_private) as file,
+            open(self.path / _DESTINATIONS, "ab", opener=files.open_private) as file,
         ):
             file.write(os.fsencode(path.absolute()) + b"\0")
 
@@ -283,10 +268,10 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
     """
     folder = root / "jobs"
     try:
-        make_folders(folder)
+        files.make_folders(folder)
         building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder))
         try:
-            building.chmod(private_mode(folder) & ~current_umask())
+            building.chmod(files.private_mode(folder) & ~files.current_umask())
             if own is not None:
                 kept = f"stdin{own.suffix}"
                 own.rename(building / kept)
@@ -294,9 +279,9 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
             spec.save(building)
             Journal.create(building, {"spec": asdict(spec)})
             JobFolder(building).set_state("new")
-            fsync_directory(building)
+            files.fsync_directory(building)
             building = _rename_to_new_id(building, spec)
-            fsync_directory(folder)
+            files.fsync_directory(folder)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
@@ -313,11 +298,11 @@ def sweep(root: Path) -> None:
 
     Call it while nobody submits: under `batchrun.jobs.output.destination.one_at_a_time`.
     """
-    turns.sweep(root)
+    queue.sweep(root)
     folder = root / "jobs"
     for name in glob.glob(".????????.tmp", root_dir=folder):
         shutil.rmtree(folder / name, ignore_errors=True)
-    remove_unlocked(folder, ".stdin-????????.*")
+    files.remove_unlocked(folder, ".stdin-????????.*")
 
 
 def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:

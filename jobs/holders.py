@@ -1,4 +1,4 @@
-"""The processes that hold a lock, as the kernel tells, and signals to these and no others.
+"""The processes that hold a lock, according to the kernel, and signals to them alone.
 
 A number in a file may be stale, a stranger's by now, or forged, so it is never a target. A process
 is one if the kernel says that it has the lock at this moment: `/proc/PID/fdinfo` lists the locks of
@@ -18,11 +18,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO, Any
+
+from batchrun.cgroups import text_of
 
 _LOCK = b"OFDLCK"
 # struct flock over the whole file. Locks of the open file description, not of the process: closing
 # another handle of the file drops nothing, and asking who holds one takes nothing.
-FLOCK = "hhqqi0q"
+_FLOCK = "hhqqi0q"
+_WHOLE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,15 @@ class Process:
         return "D" if "D" in _threads(self.pid) else found[0]
 
 
-def write_lock() -> bytes:
-    """A lock of a whole file, for `F_OFD_SETLK`."""
-    return struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+def lock(file: int | IO[Any]) -> None:
+    """Lock a whole file until its handle is closed everywhere; raises OSError."""
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WHOLE)
+
+
+def is_locked(handle: int) -> bool:
+    """Whether a living process has locked a file. Takes and changes nothing."""
+    found = fcntl.fcntl(handle, fcntl.F_OFD_GETLK, _WHOLE)
+    return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 
 
 def process(pid: int) -> Process | None:
@@ -61,22 +71,22 @@ def process(pid: int) -> Process | None:
     return None if found is None else Process(pid, int(found[19]), int(found[1]))
 
 
-def holders(lock: Path) -> list[Process]:
+def holders(path: Path) -> list[Process]:
     """The processes that hold a lock, the first of a family before its children.
 
     Those of other machines are not among them, nor those that this user may not look at.
     """
     try:
-        wanted = lock.stat()
+        wanted = path.stat()
         numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
         return []
-    held = [process(pid) for pid in numbers if _holds(pid, lock, wanted)]
+    held = [process(pid) for pid in numbers if _holds(pid, path, wanted)]
     found = {one.pid: one for one in held if one is not None}
     return sorted(found.values(), key=lambda one: (one.parent in found, one.started, one.pid))
 
 
-def send(lock: Path, to: Process, number: int) -> bool:
+def send(path: Path, to: Process, number: int) -> bool:
     """Send a signal to a process if it holds the lock; whether it was sent.
 
     Raises:
@@ -90,7 +100,7 @@ def send(lock: Path, to: Process, number: int) -> bool:
         handle = -1
     try:
         # From here on the handle, unlike the number, means no other process.
-        if process(to.pid) != to or not _holds(to.pid, lock, lock.stat()):
+        if process(to.pid) != to or not _holds(to.pid, path, path.stat()):
             return False
         if handle < 0:
             os.kill(to.pid, number)
@@ -106,7 +116,7 @@ def send(lock: Path, to: Process, number: int) -> bool:
 
 def _stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the third on; None where there is no such process."""
-    fields = _fields(Path(f"/proc/{pid}/stat"))
+    fields = _fields(f"/proc/{pid}/stat")
     if not fields or (fields[0] in "ZX" and not _threads(pid)):
         return None
     return fields
@@ -118,14 +128,11 @@ def _threads(pid: int) -> str:
     return "".join(fields[0] for fields in found if fields and fields[0] not in "ZX")
 
 
-def _fields(path: Path) -> list[str]:
-    try:
-        return path.read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []
+def _fields(path: str | Path) -> list[str]:
+    return text_of(Path(path)).rpartition(")")[2].split()
 
 
-def _holds(pid: int, lock: Path, wanted: os.stat_result) -> bool:
+def _holds(pid: int, path: Path, wanted: os.stat_result) -> bool:
     """Whether a process has the lock on this very file."""
     with suppress(OSError):  # it ends meanwhile, or is another user's
         folder = f"/proc/{pid}"
@@ -136,22 +143,20 @@ def _holds(pid: int, lock: Path, wanted: os.stat_result) -> bool:
             link = f"{folder}/fd/{name}"
             with suppress(OSError):
                 # Only what has the name is looked at: others' files may lie on a dead server.
-                named = os.path.basename(os.readlink(link)).startswith(lock.name)
+                named = os.path.basename(os.readlink(link)).startswith(path.name)
                 if not named or not os.path.samestat(os.stat(link), wanted):
                     continue
                 if _kernel_tells():
-                    found = _LOCK in Path(f"{folder}/fdinfo/{name}").read_bytes()
-                else:
-                    found = bool(os.lstat(link).st_mode & stat.S_IWUSR) and _is_worker(pid, lock)
-                if found:
+                    if _LOCK in Path(f"{folder}/fdinfo/{name}").read_bytes():
+                        return True
+                elif os.lstat(link).st_mode & stat.S_IWUSR and _is_worker(pid, path.parent):
                     return True
     return False
 
 
-def _is_worker(pid: int, lock: Path) -> bool:
-    """Whether a process was started to work in the lock's folder."""
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return os.fsencode(lock.parent) in words
+def _is_worker(pid: int, folder: Path) -> bool:
+    """Whether a process was started to work in a folder."""
+    return os.fsencode(folder) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
 
 
 @cache
@@ -159,7 +164,7 @@ def _kernel_tells() -> bool:
     """Whether /proc shows locks; some sandboxes' kernels (gVisor) have the files without them."""
     try:
         with tempfile.TemporaryFile() as file:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, write_lock())
+            lock(file)
             return _LOCK in Path(f"/proc/self/fdinfo/{file.fileno()}").read_bytes()
     except OSError:
         return False

@@ -1,9 +1,8 @@
-"""Which rows are in the engine, and what the reader is at, in notes that outlive the process.
+"""Which rows are in the engine, and what the reader is doing, in notes that outlive the process.
 
-To take note costs no call of the system. What brings the process down by a signal leaves no error
-behind, only this: memory that belongs to a file is the kernel's, and stays when the process goes.
-What power loss leaves of it means nothing, which is harmless: then no one is there to ask who
-brought the process down.
+They cost no system call. A process that is ended by a signal leaves no error behind, only this: the
+memory of a mapped file belongs to the kernel and stays when the process goes. After a loss of power
+it means nothing, which is harmless: nobody asks then which row crashed the process.
 """
 
 from __future__ import annotations
@@ -24,7 +23,19 @@ _SLOTS = 512  # as many rows at first; the file doubles when they don't suffice
 _PATH_BYTES = 4096
 
 
-class InFlightRows:
+class _Note:
+    """Whole numbers in memory that outlives the process."""
+
+    _memory: mmap.mmap
+    _view: memoryview
+
+    def close(self) -> None:
+        """Let go of the memory; the note stays."""
+        self._view.release()
+        self._memory.close()
+
+
+class InFlightRows(_Note):
     """Rows of one job that are in the engine now: one 8-byte slot each, row + 1 or 0 when free.
 
     A row of several samples is in it as often as it was added.
@@ -78,11 +89,6 @@ class InFlightRows:
         self._where.clear()
         self._free = list(reversed(range(len(self._view))))
 
-    def close(self) -> None:
-        """Let go of the memory; the note stays."""
-        self._view.release()
-        self._memory.close()
-
     def _open(self, slots: int) -> None:
         self._memory = _mapped(self._path, 8 * slots)
         self._view = memoryview(self._memory).cast("q")
@@ -130,7 +136,7 @@ class Reading:
         )
 
 
-class ReaderNote:
+class ReaderNote(_Note):
     """What a job's reader is at: making a prompt, reading a file, or neither.
 
     Args:
@@ -201,11 +207,6 @@ class ReaderNote:
         begin = 8 * self._PATH
         path = os.fsdecode(self._memory[begin : begin + min(max(length, 0), _PATH_BYTES)])
         return Reading(path, first, rows, thread)
-
-    def close(self) -> None:
-        """Let go of the memory; the note stays."""
-        self._view.release()
-        self._memory.close()
 
     def _set_reading(self, path: bytes, first: int, rows: int) -> None:
         view, begin = self._view, 8 * self._PATH

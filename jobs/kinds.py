@@ -135,14 +135,6 @@ class RowRule:
     valid: Callable[[Any], bool] = lambda _: True
 
 
-def whole(low: int, high: int, rule: str) -> RowRule:
-    """Whole numbers from `low` on, below `high`."""
-    return RowRule(f"a whole number, {rule}", lambda value: low <= value < high)
-
-
-FINITE = RowRule("a finite number", lambda value: abs(value) < 1e6)
-
-
 @dataclass(frozen=True)
 class Option:
     """What a user can say of a job. Its default is that of the field at which it stands.
@@ -204,6 +196,27 @@ def option(
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=said)
     return field(default=default, metadata=said)
+
+
+def number(
+    help: str,  # noqa: A002
+    rule: str = "a finite number",
+    valid: Callable[[float], bool] = lambda value: abs(value) < 1e6,
+) -> Any:
+    """A sampling parameter that is a number; `rule` and `valid` are of a row's own."""
+    return option(help, NUMBER, row=RowRule(rule, valid))
+
+
+def whole(
+    help: str,  # noqa: A002
+    rule: str,
+    low: int = 0,
+    high: int = 1 << 63,
+    default: int | None = None,
+) -> Any:
+    """One that is a whole number; a row's own is one from `low` on, below `high`."""
+    row = RowRule(f"a whole number, {rule}", lambda value: low <= value < high)
+    return option(help, Integer(), default, row=row)
 
 
 def options_of(part: Any) -> Iterator[Option]:

@@ -1,19 +1,16 @@
-"""One worker per job, by a lock that dies with its holder."""
+"""One worker per job, by a lock that ends with its holder."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
-import struct
-from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from batchrun.jobs.errors import LOCAL_DISK, LeaseHeld, OutputError, no_locks
 from batchrun.jobs.files import open_private
-from batchrun.jobs.holders import FLOCK, holders, process, write_lock
+from batchrun.jobs.holders import holders, is_locked, lock
 
 LOCK = "lock"  # in a job's folder
 CANCEL = "cancel"  # is there once someone asked the worker of this lease's life to give up
@@ -46,31 +43,27 @@ class Lease:
 
     def hand_over(self, pid: int) -> None:
         """Note that a child has it from now on."""
-        os.pwrite(self.fileno(), _Note.of(pid).line(), 0)
+        _note(self.fileno(), pid)
 
     def __enter__(self) -> Lease:
-        handle = -1
+        handle, folder = -1, self._path.parent
         try:
             if self._inherited is not None and _is_file(self._inherited, self._path):
                 handle = self._inherited
             else:
                 handle = open_private(self._path, os.O_RDWR)
-            fcntl.fcntl(handle, fcntl.F_OFD_SETLK, write_lock())
-            # One write of one width: whoever reads meanwhile sees a whole note.
-            os.pwrite(handle, _Note.of(os.getpid()).line(), 0)
+            lock(handle)
+            _note(handle, os.getpid())
             if handle != self._inherited:
-                with suppress(FileNotFoundError):  # it was meant for an earlier worker
-                    self._path.with_name(CANCEL).unlink()
-        except BlockingIOError:
-            os.close(handle)
-            job = self._path.parent.name
-            raise LeaseHeld(
-                f"the job {job} is being run by {holder(self._path.parent)}",
-                hint=f"batchrun watch {job}, or batchrun cancel {job}",
-            ) from None
+                (folder / CANCEL).unlink(missing_ok=True)  # it was meant for an earlier worker
         except OSError as error:
             if handle >= 0:
                 os.close(handle)
+            if isinstance(error, BlockingIOError):
+                raise LeaseHeld(
+                    f"the job {folder.name} is being run by {holder(folder)}",
+                    hint=f"batchrun watch {folder.name}, or batchrun cancel {folder.name}",
+                ) from None
             if handle >= 0 and no_locks(error):
                 raise OutputError(
                     f"{self._path} can't be locked: {error.strerror}; its file system has no locks",
@@ -78,7 +71,7 @@ class Lease:
                 ) from error
             raise OutputError(
                 f"{self._path} can't be written: {error.strerror or error}",
-                hint=f"make room, or check the permissions: ls -ld '{self._path.parent}'",
+                hint=f"make room, or check the permissions: ls -ld '{folder}'",
             ) from error
         self._handle = handle
         return self
@@ -89,43 +82,26 @@ class Lease:
             self._handle = None
 
 
-@dataclass(frozen=True)
-class _Note:
-    """Who took a lease. It is for people to read, and never says whom to signal.
+class _Holder(NamedTuple):
+    """Who took a lease, as it noted. It is for people to read, and never says whom to signal.
 
-    Args:
+    Attributes:
         pid: The process.
-        started: When, in clock ticks after the machine's start.
         host: The machine's name.
         boot: The machine's life since it was started.
         space: The namespace in which the process has its number: a container has its own.
     """
 
     pid: int = 0
-    started: int = 0
     host: str = ""
     boot: str = ""
     space: int = 0
 
-    @classmethod
-    def of(cls, pid: int) -> _Note:
-        """A process of this machine."""
-        found = process(pid)
-        return cls(pid, found.started if found else 0, platform.node()[:64], *_here())
 
-    @classmethod
-    def read(cls, handle: int) -> _Note:
-        """What a lock's file says, which may be anything."""
-        try:
-            found = json.loads(os.pread(handle, _WIDTH, 0))
-            note = cls(**found) if isinstance(found, dict) else cls()
-        except (OSError, ValueError, TypeError):
-            return cls()
-        whole = all(type(value) is type(getattr(cls(), name)) for name, value in vars(note).items())
-        return note if whole and note.pid > 1 else cls()
-
-    def line(self) -> bytes:
-        return json.dumps(asdict(self)).encode()[: _WIDTH - 1].ljust(_WIDTH - 1) + b"\n"
+def _note(handle: int, pid: int) -> None:
+    """Note who has a lease. One write of one width: whoever reads meanwhile sees a whole note."""
+    note = json.dumps(_Holder(pid, platform.node()[:64], *_here())._asdict()).encode()
+    os.pwrite(handle, note[: _WIDTH - 1].ljust(_WIDTH - 1) + b"\n", 0)
 
 
 def held_by(folder: Path) -> int | None:
@@ -133,8 +109,8 @@ def held_by(folder: Path) -> int | None:
 
     Takes and changes nothing. The number is for people: it is no target of a signal.
     """
-    note = _held(folder)
-    return None if note is None else note.pid
+    found = _noted(folder)
+    return None if found is None else found.pid
 
 
 def holder(folder: Path) -> str:
@@ -142,41 +118,33 @@ def holder(folder: Path) -> str:
     found = holders(folder / LOCK)
     if found:
         return f"process {found[0].pid}"
-    note = _held(folder) or _Note()
+    noted = _noted(folder) or _Holder()
     boot, space = _here()
-    if not note.pid:
+    if not noted.pid:
         return "a process that can't be seen from here"
-    if note.boot != boot:
-        return f"process {note.pid} on the machine {note.host}"
-    if note.space != space:
-        return f"process {note.pid} of another container, {note.host}, on this machine"
-    return f"process {note.pid}"
+    if noted.boot != boot:
+        return f"process {noted.pid} on the machine {noted.host}"
+    if noted.space != space:
+        return f"process {noted.pid} of another container, {noted.host}, on this machine"
+    return f"process {noted.pid}"
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a living process has locked the file. Takes and changes nothing."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        return _taken(handle)
-    finally:
-        os.close(handle)
-
-
-def _held(folder: Path) -> _Note | None:
-    """What is noted of the holder of a lease that is held."""
+def _noted(folder: Path) -> _Holder | None:
+    """What is noted of the holder of a lease that is held; the note may be anything."""
     try:
         handle = os.open(f"{folder}/{LOCK}", os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        return _Note.read(handle) if _taken(handle) else None
+        if not is_locked(handle):
+            return None
+        noted = json.loads(os.pread(handle, _WIDTH, 0))
+        found = _Holder(*(noted[name] for name in _Holder._fields))
+        return found if type(found.pid) is int and found.pid > 1 else _Holder()
+    except (ValueError, TypeError, KeyError):
+        return _Holder()
     finally:
         os.close(handle)
-
-
-def _taken(handle: int) -> bool:
-    found = fcntl.fcntl(handle, fcntl.F_OFD_GETLK, write_lock())
-    return bool(struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK)
 
 
 def _is_file(handle: int, path: Path) -> bool:

@@ -40,21 +40,6 @@ class Metric:
         return {"text": "", "s": 0.0, "bytes*s": 0.0}.get(self.unit, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """One figure over another of the same job; None where the other is 0.
-
-    Attributes:
-        key: Where it stands in `stats.json`.
-        of: The one figure.
-        by: The other.
-    """
-
-    key: str
-    of: str
-    by: str
-
-
 def _latest(values: list[Any]) -> Any:
     """The last one that is not zero."""
     return next(filter(None, reversed(values)), values[0])
@@ -140,17 +125,18 @@ METRICS = (
 
 SAMPLED = tuple(metric.name for metric in METRICS if metric.sampled)
 
-RATIOS = (
-    Ratio("throughput.prefill_tokens_per_s", "prefill_tokens", "prefill_s"),
-    Ratio("throughput.decode_tokens_per_s", "decode_tokens", "decode_s"),
-    Ratio("throughput.completion_tokens_per_s", "completion_tokens", "engine_s"),
-    Ratio("throughput.rows_per_s", "completed_rows", "engine_s"),
-    Ratio("batch.mean_occupancy", "sequence_s", "kv_s"),
-    *(Ratio(f"kv.time_averaged.{name}", f"kv_{name}_s", "kv_s") for name in _KV),
-    Ratio("kv.utilisation", "kv_live_s", "kv_mapped_s"),
-    Ratio("kv.static_utilisation", "kv_live_s", "kv_static_s"),
-    Ratio("kv.paged_utilisation", "kv_live_s", "kv_paged_s"),
-)
+# One figure over another of the same job, by where it stands in `stats.json`.
+RATIOS = {
+    "throughput.prefill_tokens_per_s": ("prefill_tokens", "prefill_s"),
+    "throughput.decode_tokens_per_s": ("decode_tokens", "decode_s"),
+    "throughput.completion_tokens_per_s": ("completion_tokens", "engine_s"),
+    "throughput.rows_per_s": ("completed_rows", "engine_s"),
+    "batch.mean_occupancy": ("sequence_s", "kv_s"),
+    **{f"kv.time_averaged.{name}": (f"kv_{name}_s", "kv_s") for name in _KV},
+    "kv.utilisation": ("kv_live_s", "kv_mapped_s"),
+    "kv.static_utilisation": ("kv_live_s", "kv_static_s"),
+    "kv.paged_utilisation": ("kv_live_s", "kv_paged_s"),
+}
 
 
 def recorded(measured: Mapping[str, Any]) -> Figures:
@@ -173,11 +159,10 @@ def merged(runs: Iterable[Mapping[str, Any]]) -> Figures:
 
 
 def placed(summary: dict[str, Any], figures: Mapping[str, Any]) -> None:
-    """Put figures and their ratios into a summary, each where its key says."""
+    """Put figures and ratios, None where the divisor is 0, into a summary, each by its key."""
     values = {metric.key: figures[metric.name] for metric in METRICS if metric.key}
-    for ratio in RATIOS:
-        by = figures[ratio.by]
-        values[ratio.key] = figures[ratio.of] / by if by else None
+    for key, (of, by) in RATIOS.items():
+        values[key] = figures[of] / figures[by] if figures[by] else None
     for key, value in values.items():
         *sections, name = key.split(".")
         place = summary

@@ -10,28 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from batchrun.jobs.kinds import (
-    DEVICE,
-    FINITE,
-    MODEL,
-    NAMED,
-    NUMBER,
-    OUTPUT,
-    PROMPT,
-    RUNNING,
-    SAMPLING,
-    Choice,
-    Integer,
-    RowRule,
-    one_of,
-    option,
-    size,
-    whole,
-)
+from batchrun.jobs import kinds
+from batchrun.jobs.kinds import NUMBER, Choice, Integer, RowRule, number, one_of, option, whole
 
 MOST_SEQUENCES = 1 << 20  # what is kept of each, even unused, would fill a machine's memory
 _COUNT = Integer(1)
-_TOP = Integer(0)
 
 
 @dataclass(frozen=True)
@@ -44,7 +27,7 @@ class ModelSpec:
         fingerprint: Of its content.
     """
 
-    SECTION: ClassVar = MODEL
+    SECTION: ClassVar = kinds.MODEL
 
     name: str = option(
         "Alias, folder, .gguf file or hub id.",
@@ -78,7 +61,7 @@ class ModelSpec:
 class PromptSpec:
     """How a row becomes a prompt. `column` is None where a template makes it."""
 
-    SECTION: ClassVar = PROMPT
+    SECTION: ClassVar = kinds.PROMPT
 
     column: str | None = option(
         "Column to read; default: prompt, else messages or conversations.",
@@ -95,7 +78,7 @@ class PromptSpec:
     template_args: Mapping[str, Any] = option(
         "Tell the model's chat template, such as enable_thinking=false; what a row has in a "
         "column chat_template_kwargs wins. Repeatable.",
-        NAMED,
+        kinds.NAMED,
         {},
         flag="--template-arg",
     )
@@ -122,39 +105,25 @@ class SamplingSpec:
     Their meaning is that of `batchrun.engine.core.SamplingParams`.
     """
 
-    SECTION: ClassVar = SAMPLING
+    SECTION: ClassVar = kinds.SAMPLING
 
-    max_tokens: int | None = option(
-        "At most so many new tokens.", Integer(), row=whole(1, 1 << 63, "at least 1")
+    max_tokens: int | None = whole("At most so many new tokens.", "at least 1", 1)
+    min_tokens: int | None = whole("Do not stop before so many.", "0 or more")
+    temperature: float | None = number(
+        "0 takes the likeliest token always.", "0 or more, and at most 5", lambda v: 0 <= v <= 5
     )
-    min_tokens: int | None = option(
-        "Do not stop before so many.", Integer(), row=whole(0, 1 << 63, "0 or more")
+    top_p: float | None = number(
+        "Draw from the likeliest with sum X.", "above 0 and at most 1", lambda v: 0 < v <= 1
     )
-    temperature: float | None = option(
-        "0 takes the likeliest token always.",
-        NUMBER,
-        row=RowRule("0 or more, and at most 5", lambda v: 0 <= v <= 5),
+    top_k: int | None = whole("Draw from the N likeliest; 0 is off.", "0 (off) or more", 0, 1 << 31)
+    min_p: float | None = number(
+        "Drop what is less likely than X times the top.", "between 0 and 1", lambda v: 0 <= v <= 1
     )
-    top_p: float | None = option(
-        "Draw from the likeliest with sum X.",
-        NUMBER,
-        row=RowRule("above 0 and at most 1", lambda v: 0 < v <= 1),
+    repetition_penalty: float | None = number(
+        "Above 1 discourages repeating.", "above 0 (0.000001 to 1000000)", lambda v: 1e-6 < v < 1e6
     )
-    top_k: int | None = option(
-        "Draw from the N likeliest; 0 is off.", Integer(), row=whole(0, 1 << 31, "0 (off) or more")
-    )
-    min_p: float | None = option(
-        "Drop what is less likely than X times the top.",
-        NUMBER,
-        row=RowRule("between 0 and 1", lambda v: 0 <= v <= 1),
-    )
-    repetition_penalty: float | None = option(
-        "Above 1 discourages repeating.",
-        NUMBER,
-        row=RowRule("above 0 (0.000001 to 1000000)", lambda v: 1e-6 < v < 1e6),
-    )
-    presence_penalty: float | None = option("Subtracted once for a used token.", NUMBER, row=FINITE)
-    frequency_penalty: float | None = option("Subtracted for each use of it.", NUMBER, row=FINITE)
+    presence_penalty: float | None = number("Subtracted once for a used token.")
+    frequency_penalty: float | None = number("Subtracted for each use of it.")
     stop: tuple[str, ...] = option(
         "Stop before this text. Repeatable.",
         default=(),
@@ -177,7 +146,7 @@ class SamplingSpec:
         "Never choose the model's end tokens.", default=False, row=RowRule("true or false")
     )
     logprobs: int | None = option(
-        "Add the log-probability of each token, and of the N likeliest in its place.", _TOP
+        "Add the log-probability of each token, and of the N likeliest in its place.", Integer(0)
     )
     num_beams: int | None = option(
         "Search the likeliest answer among N at once, instead of sampling (beam search).", _COUNT
@@ -207,7 +176,7 @@ class OutputSpec:
         stdout: It lies in the job's folder, and is handed out in the end.
     """
 
-    SECTION: ClassVar = OUTPUT
+    SECTION: ClassVar = kinds.OUTPUT
 
     path: str = option(
         "A .parquet, .jsonl, .csv or .tsv file, or - for stdout; default: "
@@ -237,16 +206,18 @@ class RuntimeSpec:
         param_columns: Columns that say a row's own parameters, as told when it was submitted.
     """
 
-    SECTION: ClassVar = RUNNING
+    SECTION: ClassVar = kinds.RUNNING
 
     device: str = option(
         "Where to compute. auto: the first GPU if there is one that can be used.",
-        DEVICE,
+        kinds.DEVICE,
         "auto",
-        section=MODEL,
+        section=kinds.MODEL,
     )
     attention: str = option(
-        "Attention kernel; `batchrun doctor` says which work here.", default="auto", section=MODEL
+        "Attention kernel; `batchrun doctor` says which work here.",
+        default="auto",
+        section=kinds.MODEL,
     )
     max_num_seqs: int | None = option(
         "Rows that generate at the same time at most.", Integer(1, MOST_SEQUENCES), anew=True
@@ -256,8 +227,8 @@ class RuntimeSpec:
         _COUNT,
         anew=True,
     )
-    kv_budget: int | None = option("KV memory at most, like 256MiB.", size(), anew=True)
-    page_size: int | None = option("Physical page of the KV memory.", size(mmap.PAGESIZE))
+    kv_budget: int | None = option("KV memory at most, like 256MiB.", kinds.size(), anew=True)
+    page_size: int | None = option("Physical page of the KV memory.", kinds.size(mmap.PAGESIZE))
     layers_per_slab: int | None = option("Layers that share a KV slab; default: all.", _COUNT)
     share_prefixes: bool = option(
         "Compute and hold once what prompts begin with alike.", default=True

@@ -7,7 +7,6 @@ seen by its lock, no clock is asked, and nobody has to clean up.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import tempfile
 from contextlib import suppress
@@ -15,8 +14,7 @@ from pathlib import Path
 
 from batchrun.jobs.errors import LOCAL_DISK, ROOM, OutputError, no_locks
 from batchrun.jobs.files import current_umask, make_folders, private_mode
-from batchrun.jobs.holders import write_lock
-from batchrun.jobs.lease import is_locked
+from batchrun.jobs.holders import is_locked, lock
 
 
 class DeviceQueue:
@@ -47,16 +45,9 @@ class DeviceQueue:
 
         The numbers are what those have noted, 0 where that is no number: no targets of signals.
         """
-        before = []
-        for number in sorted(n for n in self._numbers() if n < self._number):
-            path = self._folder / str(number)
-            with suppress(FileNotFoundError):
-                if is_locked(path):
-                    noted = path.read_bytes()[:20]
-                    before.append(int(noted) if noted.isdigit() else 0)
-                else:  # no one takes a lower number than one that is there: it is no one's
-                    path.unlink()
-        return before
+        before = sorted(number for number in self._numbers() if number < self._number)
+        found = [_holder(self._folder / str(number)) for number in before]
+        return [pid for pid in found if pid is not None]
 
     def __enter__(self) -> DeviceQueue:
         try:
@@ -65,7 +56,7 @@ class DeviceQueue:
             handle, name = tempfile.mkstemp(prefix=".", dir=self._folder)
             try:
                 os.fchmod(handle, private_mode(self._folder) & 0o666 & ~current_umask())
-                fcntl.fcntl(handle, fcntl.F_OFD_SETLK, write_lock())
+                lock(handle)
                 os.write(handle, str(os.getpid()).encode())
                 self._take(name)
             except BaseException:
@@ -116,5 +107,15 @@ def sweep(root: Path) -> None:
     """
     for path in (root / "queue").glob("*/[0-9]*"):
         with suppress(OSError):
-            if not is_locked(path):
-                path.unlink()
+            _holder(path)
+
+
+def _holder(path: Path) -> int | None:
+    """What the process has noted whose place this is; None, and it is removed, if it is dead."""
+    # No one takes a lower number than one that is there: the place comes to be no one else's.
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        if is_locked(file.fileno()):
+            noted = file.read(20)
+            return int(noted) if noted.isdigit() else 0
+        path.unlink()
+    return None

@@ -1,4 +1,4 @@
-"""What is remembered of a job beside its journal: its state, and why it failed.
+"""What is kept of a job beside its journal: its state, and why it failed.
 
 `state.json` is there for people and for lists of thousands of jobs; the journal is the truth.
 Whoever opens the journal for writing removes it first, so what it says is never out of date.
@@ -14,6 +14,7 @@ from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.journal.journal import STATE
 
 WAITING = ("queued", "running")  # states of a job that has a worker
+FINISHED = ("done", "done-with-errors")  # and of one that has nothing left to do
 WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
 _WORDS = 1 << 16  # bytes of it in which last words are looked for
 

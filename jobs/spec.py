@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -87,11 +87,6 @@ class InputFile:
             ) from error
         return cls(str(path.absolute()), size, digest.hexdigest(), dict(partition or {}))
 
-    @property
-    def part(self) -> Part:
-        """For a source: no more of it than there was."""
-        return Part(Path(self.path), self.size, self.partition)
-
 
 @dataclass(frozen=True)
 class JobSpec:
@@ -119,12 +114,7 @@ class JobSpec:
     prompt: PromptSpec
     model: ModelSpec
     sampling: SamplingSpec
-    seed: int = option(
-        "Same seed, same answers.",
-        Integer(),
-        0,
-        row=whole(-1 << 63, 1 << 63, "of 64 bits"),
-    )
+    seed: int = whole("Same seed, same answers.", "of 64 bits", -1 << 63, default=0)
     n: int = option("Samples for each row.", Integer(1), 1, metavar="INTEGER RANGE")
     limit: int | None = option("Only the first rows.", Integer(1), metavar="ROWS", section=PROMPT)
     output: OutputSpec = field(default_factory=OutputSpec)
@@ -135,6 +125,16 @@ class JobSpec:
         Integer(1),
         name="best_of",
     )
+
+    @property
+    def input_paths(self) -> list[Path]:
+        """Where the inputs lie."""
+        return [Path(file.path) for file in self.inputs]
+
+    @property
+    def parts(self) -> list[Part]:
+        """The inputs for a source: no more of each than there was."""
+        return [Part(Path(file.path), file.size, file.partition) for file in self.inputs]
 
     def fingerprint(self) -> str:
         """Digest of what determines the output; the same after inputs or model were moved."""
@@ -209,8 +209,9 @@ class JobSpec:
         """
         try:
             data = json.loads((folder / FILE).read_bytes())
-            mine, theirs = json.loads(json.dumps([asdict(self), asdict(JobSpec.of(data))]))
-            return _differing(_flat(mine), _flat(theirs))
+            was, now = (dict(_flat(asdict(spec))) for spec in (self, JobSpec.of(data)))
+            values = ((name, was.get(name, "null"), now.get(name, "null")) for name in was | now)
+            return [f"{n}: {_short(a)}, now {_short(b)}" for n, a, b in values if a != b]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -240,24 +241,14 @@ def _known_names(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings by dotted name."""
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of nested mappings, as JSON, by dotted name."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
     else:
-        yield name, value
+        yield name, json.dumps(value)
 
 
-def _differing(mine: Iterable[tuple[str, Any]], theirs: Iterable[tuple[str, Any]]) -> list[str]:
-    was, now = dict(mine), dict(theirs)
-    return [
-        f"{name}: {_short(was.get(name))}, now {_short(now.get(name))}"
-        for name in dict.fromkeys([*was, *now])
-        if was.get(name) != now.get(name)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

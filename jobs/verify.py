@@ -19,17 +19,15 @@ from batchrun.jobs.rows.formats import FORMATS
 from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import Noted, unnoted
+from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import STATS
 
-_FINISHED = ("done", "done-with-errors")
 _SHOWN = 5  # differences of one output at most
 
 
 def verify(
-    job: JobFolder,
-    model_fingerprint: ModelFingerprint | None = None,
-    noted: Noted = unnoted,
+    job: JobFolder, model_fingerprint: ModelFingerprint | None = None, noted: Noted = unnoted
 ) -> list[str]:
     """Look for anything wrong with a job. Reads all of its files, changes none.
 
@@ -50,13 +48,12 @@ def verify(
             problems = [*_notes(job, journal)]
             try:
                 check_unchanged(job, model_fingerprint)
-                parts = [file.part for file in spec.inputs]
-                source = open_source(parts, spec.input_format, noted=noted)
+                source = open_source(spec.parts, spec.input_format, noted=noted)
             except JobError as error:
                 problems.append(str(error))
                 source = None
-            problems += _rows(spec, journal, source, finished=job.state() in _FINISHED)
-            if source is not None and not problems and job.state() in _FINISHED:
+            problems += _rows(spec, journal, source, finished=job.state() in FINISHED)
+            if source is not None and not problems and job.state() in FINISHED:
                 problems += _output(spec, journal, source, noted)
             return problems
     except JobError as error:

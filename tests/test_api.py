@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -18,6 +20,8 @@ from batchrun import LLM, Job, list_jobs, run, submit
 from batchrun.jobs.errors import InputError, JobError, JobNotFound, OptionError
 from batchrun.jobs.lease import Lease
 from batchrun.runner import reader
+from batchrun.runner.isolated import ReaderCrashed
+from tests.fuzz.test_fuzz import CORPUS
 from tests.tiny import write_tiny_model
 
 PROMPTS = ["one", "two", "a longer one", "one"]
@@ -123,6 +127,20 @@ def test_waiting_has_an_end_and_a_failed_job_says_why(
     path.write_text('{"prompt": "two"}\n')
     with pytest.raises(JobError, match="failed: the input or model changed"):
         job.resume(output="b.jsonl").wait(600)
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_file_that_crashes_its_reader_is_an_error_of_the_caller(
+    tmp_path: Path, thread: bool
+) -> None:
+    path = tmp_path / "bad.parquet"
+    shutil.copy(CORPUS / "parquet" / "checked-aborts", path)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ReaderCrashed) as crash:
+        _ = pool.submit(submit, path).result() if thread else submit(path)
+    assert str(crash.value) == f"reading {path} crashes the reader (SIGABRT): the file is damaged"
+    assert crash.value.path == path
+    assert "write the file again" in str(crash.value.hint)
+    assert list_jobs() == []
 
 
 @pytest.mark.parametrize(

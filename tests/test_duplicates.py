@@ -247,7 +247,7 @@ def test_what_a_row_was_is_noted_before_another_ones_end_can_answer_it(tmp_path:
     """From the instant on at which it is attached, its result may be journalled."""
     job = make_job(tmp_path, [("a", 3, 0.0)] * 5, n=1, keep=None)
     spec, requests, results = job.spec(), _Sink(), _Sink()
-    source = open_source([file.part for file in spec.inputs], spec.input_format)
+    source = open_source(spec.parts, spec.input_format)
     bench = _Workbench(_Engine(random.Random(1)))
     reader = Reader(spec, source, DoneSet(1), bench, lambda _: None)
     claim, attached = reader.duplicates.claim, []

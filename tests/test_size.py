@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1640,
-    "batchrun": 920,
-    "batchrun/cli": 1460,
+    "batchrun": 930,
+    "batchrun/cli": 1260,
     "batchrun/engine": 3220,
     "batchrun/engine/attention": 820,
     "batchrun/engine/cpu": 2140,
@@ -25,8 +25,8 @@ CEILINGS = {
     "batchrun/prompts": 1070,
     "batchrun/report": 150,
     "batchrun/runner": 1850,
-    "jobs": 2030,
-    "jobs/journal": 780,
+    "jobs": 1920,
+    "jobs/journal": 740,
     "jobs/output": 600,
     "jobs/rows": 2150,
 }

@@ -11,7 +11,7 @@ import click
 
 from batchrun import DISTRIBUTION
 from batchrun.cli.errors import ExitStatus, report_errors
-from batchrun.terminal import guard_libraries, say
+from batchrun.terminal import guard_libraries
 
 # name -> (module, what `batchrun --help` says of it)
 COMMANDS = {
@@ -19,12 +19,12 @@ COMMANDS = {
     "plan": ("batchrun.cli.plan", "Say what a job would take, before any weight is loaded."),
     "resume": ("batchrun.cli.run", "Continue a job that was stopped."),
     "stats": ("batchrun.cli.inspect", "Show where a job's rows, time and memory went."),
-    "watch": ("batchrun.cli.control", "Watch a job until it ends."),
+    "watch": ("batchrun.cli.run", "Watch a job until it ends."),
     "logs": ("batchrun.cli.control", "Print a job's log."),
     "cancel": ("batchrun.cli.control", "Stop a job."),
     "list": ("batchrun.cli.inspect", "List all jobs."),
     "show": ("batchrun.cli.inspect", "Show one job: its inputs, parameters and runs."),
-    "export": ("batchrun.cli.export", "Write a job's results to a file."),
+    "export": ("batchrun.cli.control", "Write a job's results to a file."),
     "verify": ("batchrun.cli.control", "Check a job."),
     "rm": ("batchrun.cli.control", "Remove jobs."),
     "doctor": ("batchrun.cli.doctor", "Show what this machine can do."),
@@ -55,28 +55,13 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version  # noqa: PLC0415
-
-        say(f"batchrun {version(DISTRIBUTION)}")
-        ctx.exit()
-
-
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some rows failed, "
     "130 interrupted and ready to resume.",
 )
-@click.option(
-    "--version",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
-    callback=_print_version,
-    help="Show the version and exit.",
-)
+@click.version_option(package_name=DISTRIBUTION, message="%(prog)s %(version)s")
 def cli() -> None:
     """Run a whole dataset through an open LLM on your own hardware, unattended.
 

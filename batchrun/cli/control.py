@@ -1,36 +1,33 @@
-"""`batchrun watch`, `logs`, `cancel`, `rm` and `verify`: what can be done to a job."""
+"""`batchrun logs`, `cancel`, `rm`, `verify` and `export`: what can be done to a job."""
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
 import time
+from pathlib import Path
 
 import click
 
-from batchrun.cli import attach
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import job_argument, when
-from batchrun.cli.isolated import ReaderCrashed, isolated
+from batchrun.cli.piped import hand_out
 from batchrun.jobs.cancel import cancel
-from batchrun.jobs.folder import find, home, sweep
+from batchrun.jobs.folder import JobFolder, find, home, sweep
+from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.lease import held_by
-from batchrun.jobs.output.destination import one_at_a_time
+from batchrun.jobs.output.destination import exporting, one_at_a_time
+from batchrun.jobs.output.rejoin import Exported, export_job
+from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import fingerprint
+from batchrun.runner.isolated import ReaderCrashed, isolated
 from batchrun.runner.live import LogTail
-from batchrun.terminal import MESSAGE, say
+from batchrun.specs import PIPE, output_to, to_stdout
+from batchrun.terminal import MESSAGE, say, tell
 
 _POLL_S = 0.1
-
-
-@click.command()
-@job_argument
-@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
-def watch_command(job: str | None, as_json: bool) -> int:
-    """Watch a job until it ends.
-
-    Exits as the job did. Ctrl-C leaves the view, not the job.
-    """
-    return attach.watch(find(home(), job), as_json=as_json)
 
 
 @click.command()
@@ -58,7 +55,7 @@ def cancel_command(job: str | None) -> int:
     """
     folder = find(home(), job)
     say(cancel(folder), limit=MESSAGE)
-    follow = "stats" if folder.state() in ("done", "done-with-errors") else "resume"
+    follow = "stats" if folder.state() in FINISHED else "resume"
     say(f"next:   batchrun {follow} {folder.id}")
     return ExitStatus.DONE
 
@@ -95,3 +92,74 @@ def verify_command(job: str | None) -> int:
     if not problems:
         say(f"{folder.id} is sound: {folder.counts().rows:,} rows")
     return ExitStatus.FAILED if problems else ExitStatus.DONE
+
+
+@click.command()
+@job_argument
+@click.option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    help="A .parquet, .jsonl, .csv or .tsv file, or - for stdout; default: the job's own.",
+)
+@click.option(
+    "--partial",
+    is_flag=True,
+    help="Also if rows are missing, or the input is no more what it was: what there is.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def export_command(job: str | None, output: str | None, partial: bool, overwrite: bool) -> None:
+    """Write a job's results to a file.
+
+    JOB is its id or the beginning of one; without it, the latest job is exported. `submit` and
+    `resume` do this by themselves when the last row is done.
+    """
+    root = home()
+    folder = find(root, job)
+    spec = folder.spec()
+    if output is None and spec.output.stdout:
+        output = PIPE
+    target = output_to(output) if output else spec.output
+    if output == PIPE:
+        target = to_stdout(spec.input_format)
+
+    def write(note: ReaderNote, lost: Path | None = None) -> Exported:
+        with folder.journal() as journal:
+            export = functools.partial(
+                export_job,
+                *(spec, journal),
+                format=target.format,
+                partial=partial,
+                noted=note.reading,
+                lost=lost,
+            )
+            if output == PIPE:
+                with _room(folder) as place:
+                    path = Path(place, target.path)
+                    found = export(path)
+                    hand_out(path)
+                    return found
+            path = Path(target.path)
+            with exporting(root, folder, path, overwrite=overwrite) as may_replace:
+                return export(path, may_replace=may_replace)
+
+    try:
+        found = isolated(write)
+    except ReaderCrashed as crash:
+        if not partial:
+            raise
+        lost = crash.path  # the crash itself can't be caught: it and what follows is done without
+        found = isolated(lambda note: write(note, lost))
+    where = "stdout" if output == PIPE else target.path
+    say(f"{found.rows:,} rows in {where}", err=output == PIPE)
+    if found.unknown is not None:
+        tell(
+            f"the input is not what it was: {found.unknown:,} of these rows are without their "
+            "input columns; the column `row` says which they are, from 0"
+        )
+
+
+def _room(job: JobFolder) -> tempfile.TemporaryDirectory[str]:
+    """A folder for what goes to stdout; in the job, so that it goes with it whoever is killed."""
+    place = job.path if os.access(job.path, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix=".export-", dir=place)

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import platform
+import resource
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 
-from batchrun import DISTRIBUTION
-from batchrun.cli import limits
-from batchrun.cli.describe import print_fields
-from batchrun.cli.inspect import json_option
+from batchrun import DISTRIBUTION, cgroups, machine
+from batchrun.allocator.host import HostMemory
+from batchrun.allocator.system import SHARED_MEMORY, max_map_count
+from batchrun.allocator.vmm import AllocatorError
+from batchrun.cli.inspect import json_option, print_fields
 from batchrun.engine.attention import NAMES
+from batchrun.errors import UserError
+from batchrun.jobs.errors import LOCAL_DISK
+from batchrun.jobs.files import fsync_directory
 from batchrun.jobs.folder import home
-from batchrun.jobs.probe import lacks
-from batchrun.machine import cores, memory, multiplies_bfloat16
+from batchrun.jobs.holders import lock
+from batchrun.jobs.journal.schema import create
 from batchrun.models.resolve import DEFAULT_MODEL, EMBEDDED_INSTALL, embedded_gguf
 from batchrun.report.text import size
 from batchrun.terminal import say_json
@@ -25,37 +35,29 @@ from batchrun.trust import others_write
 
 # transformers model types whose tokens the tests compare with `generate`. Others are tried by the
 # engine's gates when a job starts, and refused if they would be wrong.
-TESTED = (
-    "codegen",
-    "deepseek_v3",
-    "falcon",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt_neo",
-    "gpt_neox",
-    "gpt_oss",
-    "gptj",
-    "granite",
-    "llama",
-    "llama4_text",
-    "mistral",
-    "mixtral",
-    "nemotron",
-    "olmo2",
-    "phi3",
-    "phimoe",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
-)
+_TESTED = """
+codegen deepseek_v3 falcon gemma gemma2 gemma3_text gpt_neo gpt_neox gpt_oss gptj granite llama
+llama4_text mistral mixtral nemotron olmo2 phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3
+stablelm starcoder2
+"""
+TESTED = tuple(_TESTED.split())
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "gguf")
 _CUDA_PACKAGES = ("cuda-bindings", "flashinfer-python")  # what a GPU needs, and what it may use
 _DRIVER = Path("/proc/driver/nvidia/version")
+
+_ADDRESSES = 48 << 30  # bytes that the KV memory of the default model reserves on a CPU, about
+_PAGE = 256 << 10
+_FILES = 64  # descriptors that a run has open at once, about
+_MAP_COUNT = 65530  # Linux's default, for which memory's pages are laid out
+
+# Name of the limit, what it bounds, and what to type where that is in bytes.
+_LIMITS = (
+    ("RLIMIT_AS", "addresses", "ulimit -v unlimited"),
+    ("RLIMIT_DATA", "private memory", "ulimit -d unlimited"),
+    ("RLIMIT_FSIZE", "size of a file, and of KV memory", "ulimit -f unlimited"),
+    ("RLIMIT_NOFILE", "open files", None),
+    ("RLIMIT_NPROC", "processes and threads", None),
+)
 
 
 @click.command()
@@ -87,7 +89,7 @@ def examine() -> dict[str, Any]:
         problems += lacks(existing)
     except OSError:
         problems.append(f"{existing} cannot be written; set BATCHRUN_HOME to a folder of yours")
-    problems += limits.lacking()
+    problems += lacking()
     versions = {name: _version(name) for name in _PACKAGES}
     problems += [f"{name} is not installed" for name, found in versions.items() if not found]
     versions |= {name: _version(name) for name in _CUDA_PACKAGES}
@@ -98,9 +100,9 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": versions,
-        "cpu_cores": cores(),
-        "memory": memory(),
-        "limits": {**limits.limits(), **limits.fallbacks()},
+        "cpu_cores": machine.cores(),
+        "memory": machine.memory(),
+        "limits": {**limits(), **fallbacks()},
         "devices": _devices(),
         "attention": attention,
         "attention_of_models": of_models,
@@ -166,7 +168,7 @@ def _attention() -> tuple[dict[str, str], dict[str, str]]:
 
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.float32
-    if cuda or multiplies_bfloat16():
+    if cuda or machine.multiplies_bfloat16():
         dtype = torch.bfloat16
     found = {name: check_kernel(name, device, dtype) for name in NAMES}
     return (
@@ -176,3 +178,100 @@ def _attention() -> tuple[dict[str, str], dict[str, str]]:
             for kind, (fast, what) in check_kinds(device, dtype).items()
         },
     )
+
+
+def limits(root: Path = cgroups.ROOT) -> dict[str, str]:
+    """What bounds this process beside the machine itself, and what would lift it."""
+    found = {}
+    group = cgroups.memory_limit(root)
+    if group is not None:
+        found["memory"] = (
+            f"{size(group.limit)}, of which {size(max(0, group.free))} are free: "
+            f"{group.folder / group.file}"
+        )
+    quota = cgroups.cpu_quota(root)
+    if quota is not None:
+        found["processors"] = f"{quota:g}, by a control group's quota"
+    for name, what, cure in _LIMITS:
+        limit, _ = resource.getrlimit(getattr(resource, name))
+        if limit != resource.RLIM_INFINITY:
+            found[what] = f"{limit:,}" if cure is None else f"{size(limit)} ({cure})"
+    found["mappings"] = f"{max_map_count():,} (vm.max_map_count)"
+    if cgroups.text_of(root / "proc/sys/vm/overcommit_memory").strip() == "2":
+        found["overcommit"] = "none (sysctl -w vm.overcommit_memory=0)"
+    return found
+
+
+def lacking() -> Iterator[str]:
+    """What would keep a job from running, each with what to do: each is tried for real."""
+    threads = machine.cores() + machine.OWN_THREADS
+    if (found := machine.startable_threads(threads)) < threads:
+        yield f"only {found} of {threads} threads can be started; {machine.THREADS_HINT}"
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= files < _FILES:
+        yield f"only {files} files can be open at once; ulimit -n 4096"
+    if max_map_count() < _MAP_COUNT:
+        yield (
+            f"a process may have {max_map_count():,} memory mappings only; "
+            f"sysctl -w vm.max_map_count={_MAP_COUNT}"
+        )
+    if (free := machine.available_memory()) < _ADDRESSES >> 6:
+        yield f"{size(max(0, free))} of memory are free; free some, or lift the group's limit"
+    try:
+        with closing(HostMemory(_PAGE, guard=False)) as memory:
+            address = memory.reserve(_ADDRESSES)
+            memory.map(address, memory.create(1))
+    except (AllocatorError, OSError) as error:
+        yield f"KV memory on a CPU: {error}"
+
+
+def fallbacks() -> dict[str, str]:
+    """What works in another way than usual, because of what is forbidden here."""
+    try:
+        os.close(os.memfd_create("batchrun-doctor"))
+    except OSError as error:
+        free = os.statvfs(SHARED_MEMORY) if os.path.exists(SHARED_MEMORY) else None
+        room = f", {size(free.f_bavail * free.f_frsize)} of it free" if free else ""
+        return {
+            "memfd_create": f"{error.strerror}: KV memory is a file in {SHARED_MEMORY}{room} "
+            "(docker run --shm-size, or allow memfd_create in the seccomp profile)"
+        }
+    return {}
+
+
+def lacks(folder: Path) -> list[str]:
+    """What jobs would miss in a folder, and what to do; leaves nothing there.
+
+    Raises:
+        OSError: The folder can't be written.
+    """
+    found = []
+    with tempfile.TemporaryDirectory(prefix=".batchrun-doctor-", dir=folder) as name:
+        for what, tried in _TRIALS.items():
+            try:
+                tried(Path(name))
+            except (OSError, UserError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                found.append(f"{folder}: its file system has no {what} ({why}); {LOCAL_DISK}")
+    return found
+
+
+def _lock(folder: Path) -> None:
+    with (folder / "lock").open("w") as file:
+        lock(file)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _link(folder: Path) -> None:
+    with suppress(FileExistsError):
+        (folder / "file").touch(exist_ok=False)
+    os.link(folder / "file", folder / "link")
+
+
+_TRIALS: dict[str, Callable[[Path], None]] = {
+    "locks": _lock,
+    "hard links": _link,
+    "sync of folders": fsync_directory,
+    "memory that processes share, which SQLite's log needs": create,
+}

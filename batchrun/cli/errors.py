@@ -14,7 +14,6 @@ from typing import Any
 import click
 
 from batchrun.errors import UserError, said_by
-from batchrun.jobs.errors import JobError
 from batchrun.terminal import say, tell
 
 
@@ -26,6 +25,15 @@ class ExitStatus(IntEnum):
     USAGE = 2
     FAILED_ROWS = 3
     INTERRUPTED = 130
+
+
+# By the state of a job that has ended; any other has failed.
+STATUS = {
+    "done": ExitStatus.DONE,
+    "done-with-errors": ExitStatus.FAILED_ROWS,
+    "interrupted": ExitStatus.INTERRUPTED,
+    "cancelled": ExitStatus.INTERRUPTED,
+}
 
 
 def report_errors(command: Callable[[], Any]) -> int:
@@ -71,9 +79,7 @@ def explain(error: Exception, folder: Path | None = None) -> tuple[str, str | No
 
 def describe(error: Exception) -> tuple[str, str | None] | None:
     """Message and hint of an error that a user can understand; None for a bug."""
-    from batchrun.engine.core import EngineError  # noqa: PLC0415  (not needed for --help)
-
-    if isinstance(error, JobError | EngineError | UserError):
+    if isinstance(error, UserError):
         return str(error), error.hint
     if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None):
         return f"a library can't be loaded: {error}", "batchrun doctor says what is amiss"

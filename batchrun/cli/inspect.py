@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from batchrun.cli.describe import job_parameters, print_fields
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
+from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.report.text import render
 from batchrun.terminal import MESSAGE, printable, say, say_json
 
 _CELL = 200  # characters of a name in a table
+_NOT_SAID: tuple[object, ...] = (None, False, (), {}, "")
 
 job_argument = click.argument("job", required=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -64,8 +66,7 @@ def list_command(as_json: bool) -> None:
         done = "" if row["done"] is None else f"{row['done']:,}/{total}"
         failed = "" if not row["failed"] else f"{row['failed']:,}"
         job, state, model = (printable(row[name], _CELL) for name in ("job", "state", "model"))
-        output = printable(_short(row["output"]), MESSAGE)
-        lines.append((job, state, done, failed, model, output))
+        lines.append((job, state, done, failed, model, printable(_short(row["output"]), MESSAGE)))
     if not any(row["failed"] for row in rows):
         lines = [line[:3] + line[4:] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -104,14 +105,14 @@ def show_command(job: str | None, as_json: bool) -> None:
     folder = find(home(), job)
     spec = folder.spec()
     with folder.journal() as journal:
-        counts, runs = journal.counts(), journal.runs()
-    failure = folder.failure()
+        runs = journal.runs()
+    now, failure = folder.snapshot(), folder.failure()
     shown: dict[str, Any] = {
         "job": folder.id,
         "folder": str(folder.path),
-        "state": folder.state(),
+        "state": now.state,
         **({"reason": failure[0]} if failure is not None else {}),
-        "rows": {"total": folder.total(), "done": counts.rows, "failed": counts.failed},
+        "rows": {"total": now.total, "done": now.done, "failed": now.failed},
         **job_parameters(spec),
         "fingerprint": spec.fingerprint(),
     }
@@ -133,3 +134,44 @@ def when(seconds: float) -> str:
 def _run_line(run: dict[str, Any]) -> str:
     wall = run["stats"].get("wall_s") or (run["ended_at"] or time.time()) - run["started_at"]
     return f"{when(run['started_at'])}, {run['state'] or 'running or killed'}, {wall:.1f} s"
+
+
+def job_parameters(spec: JobSpec) -> dict[str, Any]:
+    """What a job was asked for, JSON-able; what was left to its default is left out."""
+    samples = {"n": spec.n} if spec.keep is None else {"n": spec.keep, "best_of": spec.n}
+    runtime = _given(spec.runtime)
+    columns = runtime.pop("param_columns", None)
+    parameters: dict[str, Any] = {
+        "inputs": [file.path for file in spec.inputs],
+        "prompt": _given(spec.prompt),
+        "model": _given(spec.model),
+        "sampling": {
+            **_given(spec.sampling),
+            "seed": spec.seed,
+            **samples,
+            **({"from_columns": columns} if columns else {}),
+        },
+        "output": _given(spec.output),
+        "runtime": runtime,
+    }
+    if spec.limit is not None:
+        parameters["limit"] = spec.limit
+    return parameters
+
+
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """Prints a field a line, a list's items and a mapping's pairs below each other."""
+    width = max(len(name) for name in fields)
+    for name, value in fields.items():
+        lines = [str(value)]
+        if isinstance(value, Mapping):
+            lines = [f"{key}: {item}" for key, item in value.items()]
+        elif isinstance(value, list):
+            lines = [str(item) for item in value]
+        for label, line in zip([name, *[""] * len(lines)], lines or ["-"], strict=False):
+            say(f"{label:<{width}}  {line}")
+
+
+def _given(part: object) -> dict[str, Any]:
+    said = {name: value for name, value in vars(part).items() if value not in _NOT_SAID}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in said.items()}

@@ -7,15 +7,14 @@ from typing import Any
 
 import click
 
-from batchrun.cli.describe import print_fields
-from batchrun.cli.inspect import json_option
-from batchrun.cli.isolated import isolated
+from batchrun.cli.inspect import json_option, print_fields
 from batchrun.cli.options import SectionCommand, job_options
 from batchrun.cli.piped import taken_in
 from batchrun.jobs.folder import home
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING
 from batchrun.report.text import seconds, size
+from batchrun.runner.isolated import isolated
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.specs import PIPE, make_spec
 from batchrun.terminal import say_json, tell

@@ -13,16 +13,13 @@ from batchrun.report.text import seconds
 from batchrun.runner.live import Progress
 from batchrun.terminal import MESSAGE, printable, say
 
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
+_BAR_EVERY_S = 0.1
 _LINE_EVERY_S = 5.0
 _RATE_WINDOW_S = 20.0
 _MARGIN = 4  # columns right of the bar: a ^C there must not wrap it
 _ROWS_TO_TELL = 5  # the first rows of a batch end long after it began: they say little
 _PHASES = {"load": "loading the model", "run": "running", "export": "writing the output"}
-
-
-def make_view(stream: TextIO) -> BarView | LineView:
-    """A bar where `stream` is a terminal, lines where it is not."""
-    return BarView(stream) if stream.isatty() else LineView(stream)
 
 
 class Rates:
@@ -61,80 +58,52 @@ class Rates:
         return (rows_total - rows_done) * elapsed / rows if rows >= _ROWS_TO_TELL else None
 
 
-class BarView:
-    """A tqdm bar. It starts at the rows that are done when it appears: its rate is of others."""
+class View:
+    """A bar in a terminal; elsewhere a line every few seconds, and at each change of phase."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream, self._rates = stream, Rates()
         self._bar: Any = None
-        self._phase = ""
-        self._rates = Rates()
-
-    def update(self, progress: Progress) -> None:
-        """Redraws the bar, at most ten times a second."""
-        if self._bar is None:
-            self._bar = tqdm(
-                total=progress.rows_total,
-                initial=progress.rows_done,
-                file=self._stream,
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}",
-                delay=1e-9,  # the first draw has a description too
-            )
-        bar = self._bar
-        bar.total = progress.rows_total
-        bar.ncols = shutil.get_terminal_size().columns - _MARGIN
-        bar.set_description_str(_phase(progress), refresh=False)
-        self._rates.add(time.monotonic(), progress)
-        bar.set_postfix_str(", ".join(_details(progress, self._rates)), refresh=False)
-        if progress.phase != self._phase or progress.rows_done == bar.n:
-            self._phase = progress.phase
-            bar.refresh()
-        bar.update(progress.rows_done - bar.n)
-
-    def message(self, text: str) -> None:
-        """Prints above the bar."""
-        say(text, stream=self._stream, write=tqdm.write, limit=MESSAGE)
-
-    def close(self) -> None:
-        """Draws the bar a last time and leaves it there."""
-        if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()
-
-
-class LineView:
-    """A line every few seconds, and one at each change of phase: for logs and pipes."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._rates = Rates()
-        self._phase = ""
-        self._printed_at = 0.0
+        self._every_s = _BAR_EVERY_S if stream.isatty() else _LINE_EVERY_S
+        self._phase, self._shown_at = "", 0.0
         self._latest: Progress | None = None
 
     def update(self, progress: Progress) -> None:
-        """Prints a line if it is time for one."""
+        """Shows it if it is time."""
         now = time.monotonic()
         self._rates.add(now, progress)
         self._latest = progress
-        if progress.phase != self._phase or now - self._printed_at >= _LINE_EVERY_S:
-            self._print(now, progress)
+        if progress.phase != self._phase or now - self._shown_at >= self._every_s:
+            self._show(now, progress)
 
     def message(self, text: str) -> None:
-        """Prints a line of its own."""
-        say(text, stream=self._stream, limit=MESSAGE)
+        """Prints a line of its own, above the bar."""
+        write = print if self._bar is None else tqdm.write
+        say(text, stream=self._stream, write=write, limit=MESSAGE)
 
     def close(self) -> None:
-        """Prints the last state."""
+        """Shows the last state, and leaves it there."""
         if self._latest is not None:
-            self._print(time.monotonic(), self._latest)
+            self._show(time.monotonic(), self._latest)
+        if self._bar is not None:
+            self._bar.close()
 
-    def _print(self, now: float, progress: Progress) -> None:
-        self._phase, self._printed_at, self._latest = progress.phase, now, None
-        total = "?" if progress.rows_total is None else f"{progress.rows_total:,}"
-        share = f" ({progress.rows_done / progress.rows_total:.0%})" if progress.rows_total else ""
-        parts = [f"{progress.rows_done:,} of {total} rows{share}", *_details(progress, self._rates)]
-        self.message(f"{_phase(progress)}: {', '.join(parts)}")
+    def _show(self, now: float, progress: Progress) -> None:
+        self._phase, self._shown_at, self._latest = progress.phase, now, None
+        details, total = _details(progress, self._rates), progress.rows_total
+        if self._stream.isatty():
+            if self._bar is None:  # not before there is something to draw
+                self._bar = tqdm(file=self._stream, bar_format=_BAR, delay=1e-9)
+            bar = self._bar
+            bar.total, bar.n = total, progress.rows_done
+            bar.ncols = shutil.get_terminal_size().columns - _MARGIN
+            bar.set_description_str(_phase(progress), refresh=False)
+            bar.set_postfix_str(", ".join(details), refresh=False)
+            bar.refresh()
+            return
+        share = f" ({progress.rows_done / total:.0%})" if total else ""
+        rows = f"{progress.rows_done:,} of {'?' if total is None else f'{total:,}'} rows{share}"
+        self.message(f"{_phase(progress)}: {', '.join([rows, *details])}")
 
 
 def _phase(progress: Progress) -> str:

@@ -1,39 +1,47 @@
-"""`batchrun submit` and `batchrun resume`: make a job, start its worker, watch it."""
+"""`batchrun submit`, `resume` and `watch`: make a job, start it, and show it until it ends.
+
+Progress goes to stderr, the outcome to stdout.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from batchrun.cli import attach
-from batchrun.cli.describe import job_parameters, print_fields
-from batchrun.cli.errors import ExitStatus, print_error
-from batchrun.cli.inspect import job_argument
-from batchrun.cli.isolated import isolated
+from batchrun.cli.errors import STATUS, ExitStatus, print_error
+from batchrun.cli.inspect import job_argument, job_parameters, print_fields
 from batchrun.cli.options import SectionCommand, job_options, section_option
-from batchrun.cli.piped import taken_in
+from batchrun.cli.piped import hand_out, taken_in
+from batchrun.cli.progress import View
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.identity import move
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.kinds import MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING
-from batchrun.jobs.output.destination import resuming
+from batchrun.jobs.lease import held_by
 from batchrun.jobs.spec import JobSpec
+from batchrun.jobs.stats import summarise
 from batchrun.machine import importing
 from batchrun.models.resolve import fingerprint
+from batchrun.report.text import seconds
+from batchrun.runner.isolated import isolated
+from batchrun.runner.live import LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
-from batchrun.specs import PIPE, make_spec, output_to
-from batchrun.submission import check_free, submitting
+from batchrun.runner.supervisor import Started
+from batchrun.specs import PIPE, make_spec
+from batchrun.submission import check_free, resume, submit
 from batchrun.terminal import say, say_json, tell
 from batchrun.trust import others_write
 
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
-
+_POLL_S = 0.1
+_BEGIN_S = 30.0  # that `--detach` waits for a worker to begin, to tell of one that can't
 
 _running = partial(section_option, section=RUNNING)
 _wait = partial(
@@ -58,12 +66,7 @@ _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as J
 )
 @_json
 def submit_command(
-    inputs: tuple[str, ...],
-    dry_run: bool,
-    wait: bool,
-    again: bool,
-    as_json: bool,
-    **options: Any,
+    inputs: tuple[str, ...], dry_run: bool, wait: bool, again: bool, as_json: bool, **options: Any
 ) -> int:
     """Run a model over every row of a file.
 
@@ -84,8 +87,8 @@ def submit_command(
         if dry_run:
             _dry_run(root, spec, again=again, as_json=as_json)
             return 0
-        taking = submitting(root, spec, own, again=again)
-        return attach.run(taking, as_json=as_json, detach=not wait)
+        started = submit(root, spec, own, again=again)
+    return _attached(started, LogTail(started.job.path), as_json=as_json, wait=wait)
 
 
 def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
@@ -144,20 +147,25 @@ def resume_command(
         jobs = [found for found in list_jobs(root) if _is_resumable(found)]
     else:
         jobs = [find(root, job)]
-    path = Path(output_to(output).path) if output else None
     for found in jobs:
         for pair in moved:
             old, equals, new = pair.partition("=")
             if not equals:
                 raise click.UsageError(f"--moved {pair}: write OLD=NEW")
             move(found, old, new, fingerprint)
-    told = {name: value for name, value in limits.items() if value is not None}
     status = 0
     for found in jobs:
-        more = {"output": path, "overwrite": overwrite, "limits": told}
-        taking = _resuming(root, found, retry_failed=retry_failed, **more)
+        tail = LogTail.at_end(found.path)
         try:
-            ended = attach.run(taking, as_json=as_json, detach=not wait)
+            started = resume(
+                *(root, found),
+                retry_failed=retry_failed,
+                output=output,
+                overwrite=overwrite,
+                limits=limits,
+                tell=tell,
+            )
+            ended = _attached(started, tail, as_json=as_json, wait=wait)
         except JobError as error:
             if not every:
                 raise
@@ -177,12 +185,94 @@ def _is_resumable(job: JobFolder) -> bool:
         return job.path.exists()
 
 
-@contextmanager
-def _resuming(
-    root: Path, job: JobFolder, *, retry_failed: bool, **options: Any
-) -> Iterator[JobFolder]:
-    with resuming(root, job, tell=lambda line: tell(f"{job.id}: {line}"), **options):
-        if retry_failed:
-            count = job.retry_failed()
-            tell(f"{count:,} failed results of {job.id} are to do again")
-        yield job
+@click.command()
+@job_argument
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+def watch_command(job: str | None, as_json: bool) -> int:
+    """Watch a job until it ends.
+
+    Exits as the job did. Ctrl-C leaves the view, not the job.
+    """
+    found = find(home(), job)
+    tail = LogTail.at_end(found.path)
+    return _watch(found, tail, lambda: held_by(found.path) is not None, as_json=as_json)
+
+
+def _attached(worker: Started, tail: LogTail, *, as_json: bool, wait: bool) -> ExitStatus:
+    """Watch a job that was started; or say which one it is, once its worker has begun to work."""
+    job = worker.job
+    if wait:
+        status = _watch(job, tail, worker.alive, as_json=as_json)
+        output = job.spec().output
+        if output.stdout and status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+            hand_out(Path(output.path))
+        return status
+    if worker.began(_BEGIN_S) is False:
+        worker.note_failure()
+        return _report(job, 0, as_json)
+    if as_json:
+        say_json({"job": job.id, "state": job.state()}, indent=None)
+    else:
+        say(job.id, f"next:   batchrun watch {job.id}")
+    return ExitStatus.DONE
+
+
+def _watch(
+    job: JobFolder, tail: LogTail, alive: Callable[[], bool], *, as_json: bool
+) -> ExitStatus:
+    """Show the job, with what its log gets from `tail` on, while it lives; say how it went."""
+    view, started = View(sys.stderr), time.monotonic()
+    view.message(f"job {job.id}")
+    try:
+        last = False
+        while not last:
+            last = not alive()  # what was written until then is shown too
+            for line in tail.lines():
+                view.message(str(line["message"]))
+            if (progress := read_progress(job.path)) is not None:
+                view.update(progress)
+            if not last:
+                time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        view.close()
+        tell(
+            "",
+            f"the job {job.id} goes on without this view",
+            f"next:   batchrun watch {job.id}, or: batchrun cancel {job.id}",
+        )
+        return ExitStatus.INTERRUPTED
+    view.close()
+    return _report(job, time.monotonic() - started, as_json)
+
+
+def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
+    """Print how the job stands, and return what the process exits with."""
+    state, failure = job.state(), job.failure()
+    status = STATUS.get(state, ExitStatus.FAILED)
+    try:
+        summary = summarise(job)
+    except JobError as error:
+        print_error(str(error), error.hint)
+        return ExitStatus.FAILED
+    rows, output = summary["rows"], summary["output"]
+    progress = read_progress(job.path)
+    if progress is not None:
+        wall_s = progress.elapsed_s  # the run's, which may be longer than the view of it
+    if failure is not None and status is not ExitStatus.DONE:
+        print_error(*failure)
+    if as_json:
+        outcome = {"job": job.id, "state": state, "exit_code": int(status), "output": output}
+        say_json({**outcome, "wall_s": wall_s, "rows": rows})
+        return status
+    total = "?" if rows["total"] is None else f"{rows['total']:,}"
+    line = f"{rows['done']:,} of {total} rows in {seconds(wall_s)}"
+    if rows["resumed"]:
+        line += f", {rows['resumed']:,} of them kept from earlier runs"
+    if rows["failed"]:
+        line += f", {rows['failed']:,} failed (the column `error` says why)"
+    aside = job.spec().output.stdout  # stdout has the answers
+    if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+        say(line, f"output: {output}", f"next:   batchrun stats {job.id}", err=aside)
+    else:
+        say(f"{state} after {line}", f"next:   batchrun resume {job.id}", err=aside)
+    return status

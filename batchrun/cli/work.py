@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from batchrun.cli.errors import ExitStatus, explain, print_error
+from batchrun.cli.errors import STATUS, ExitStatus, explain, print_error
 from batchrun.errors import StepFailed
 from batchrun.jobs.errors import Fenced, LeaseHeld
 from batchrun.jobs.folder import JobFolder, home
@@ -25,13 +25,6 @@ from batchrun.runner.overdue import prompt_seconds, stall_seconds
 from batchrun.runner.runs import TELL
 from batchrun.runner.watchdog import Watchdog
 from batchrun.terminal import tell
-
-STATUS = {
-    "done": ExitStatus.DONE,
-    "done-with-errors": ExitStatus.FAILED_ROWS,
-    "interrupted": ExitStatus.INTERRUPTED,
-    "cancelled": ExitStatus.INTERRUPTED,
-}
 
 
 @contextmanager
@@ -83,8 +76,7 @@ def run_job_command(folder: Path) -> int:
             faulthandler.register(TELL)
             end_with_lost_threads(lambda what: _lost(job, reporter, what))
             watchdog = Watchdog(
-                stall_seconds(),
-                lambda what, seconds: _stalled(job, reporter, what, seconds),
+                stall_seconds(), lambda what, seconds: _stalled(job, reporter, what, seconds)
             )
             watchdog.start()
             outcome = run_job(

@@ -9,21 +9,14 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal, Protocol
 
+from batchrun.errors import UserError
+
 Candidates = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
 TokenLogprobs = tuple[float, Candidates]  # of a token, and of the likeliest in its place
 
 
-class EngineError(Exception):
-    """The engine cannot go on; the message names the number and the cause.
-
-    Args:
-        message: What happened.
-        hint: What the user can do about it.
-    """
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+class EngineError(UserError):
+    """The engine can't go on."""
 
 
 @dataclass(frozen=True, slots=True)

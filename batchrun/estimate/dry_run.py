@@ -37,8 +37,7 @@ def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> No
     info = read_model_info(spec, log)
     if info.budget <= 0:
         log("the memory that is free now does not hold the model's weights and keys and values")
-    parts = [file.part for file in spec.inputs]
-    source = open_source(parts, spec.input_format, noted=limit.note.reading)
+    source = open_source(spec.parts, spec.input_format, noted=limit.note.reading)
     source.count()  # through to the end: an array may be cut short, a quote never closed
     unplanned = replace(spec.runtime, plan=False)
     few = replace(spec, limit=min(_ROWS, spec.limit or _ROWS), runtime=unplanned)

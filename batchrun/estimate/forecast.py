@@ -134,8 +134,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
         ModelError: The model would be refused.
         EngineError: So would the attention backend.
     """
-    parts = [file.part for file in spec.inputs]
-    source = open_source(parts, spec.input_format, noted=limit.note.reading)
+    source = open_source(spec.parts, spec.input_format, noted=limit.note.reading)
     known = Measured.load(home(), spec)
     info = read_model_info(spec, log)
     prompt_tokens = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from batchrun import machine
@@ -34,17 +35,11 @@ def engine_settings(spec: JobSpec) -> Settings:
     from batchrun.engine.settings import Settings  # noqa: PLC0415 - imports torch
 
     measured = Measured.load(folders.home(), spec)
-    model, not_engine = spec.model, {"plan", "param_columns"}
-    runtime = {k: v for k, v in vars(spec.runtime).items() if k not in not_engine}
+    asked, known = vars(spec.model) | vars(spec.runtime), {field.name for field in fields(Settings)}
     return Settings(
-        model_path=model.path,
-        model_name=model.name,
-        fingerprint=model.fingerprint,
+        model_path=spec.model.path,
+        model_name=spec.model.name,
         cache=folders.home() / "verdicts",
-        dtype=model.dtype,
-        quantize=model.quantize,
-        trust_remote_code=model.trust_remote_code,
-        max_model_len=model.max_model_len,
         step_cost=measured.step_cost if measured else None,
-        **runtime,
+        **{name: value for name, value in asked.items() if name in known},
     )

@@ -109,8 +109,7 @@ def run_job(
             # A workbench that is given needs no model.
             check_unchanged(job, None if open_workbench else fingerprint)
             spec = job.spec()
-            parts = [file.part for file in spec.inputs]
-            source = open_source(parts, spec.input_format, noted=reading)
+            source = open_source(spec.parts, spec.input_format, noted=reading)
             run = _Run(job, spec, source, limit, stop, on_progress, log, watchdog)
         with limit:
             return run.run(open_workbench or open_runtime)

@@ -18,18 +18,11 @@ from typing import Any
 
 from batchrun.jobs.errors import Fenced, JournalError
 from batchrun.jobs.files import fsync_directory, remove
+from batchrun.jobs.journal import schema
 from batchrun.jobs.journal.readings import CONDEMNED, Readings
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result, packed
 from batchrun.jobs.journal.samples import Sampler
-from batchrun.jobs.journal.schema import (
-    NAME,
-    SEALS,
-    TABLES,
-    connect,
-    create,
-    transaction,
-    with_checksum,
-)
+from batchrun.jobs.journal.schema import KEYS, NAME, SEALS, TABLES, connect, sealed, transaction
 from batchrun.jobs.lease import Lease
 
 READ = "columns_read"  # in the notes: the columns that digests of rows are of
@@ -52,17 +45,15 @@ _PARTIAL = (
     "INSERT OR REPLACE INTO partials SELECT ?1, ?2, ?3, ?4, ?5 "
     "WHERE NOT EXISTS (SELECT 1 FROM results WHERE id = ?1)"
 )
-# Deleting the last run would let its number be given again.
 _REMOVE = {
-    "results": "DELETE FROM results WHERE id = ?",
-    "partials": "DELETE FROM partials WHERE id = ?",
-    "crashes": "DELETE FROM crashes WHERE row = ? AND run = ?",
-    "rows": "DELETE FROM rows WHERE row = ?",
-    "meta": "DELETE FROM meta WHERE key = ?",
-    "samples": "DELETE FROM samples WHERE id = ?",
-    "runs": "UPDATE runs SET started_at = (julianday('now') - 2440587.5) * 86400, ended_at = NULL, "
-    "state = 'interrupted', stats = '{}', reason = NULL, crc = NULL WHERE id = ?",
+    table: f"DELETE FROM {table} WHERE ({', '.join(key)}) = ({', '.join('?' * len(key))})"
+    for table, key in KEYS.items()
 }
+# Deleting the last run would let its number be given again.
+_REMOVE["runs"] = (
+    "UPDATE runs SET started_at = (julianday('now') - 2440587.5) * 86400, ended_at = NULL, "
+    "state = 'interrupted', stats = '{}', reason = NULL, crc = NULL WHERE id = ?"
+)
 _SEAL_RUN = f"UPDATE runs SET crc = {SEALS['runs']} WHERE id = ?"
 
 
@@ -96,7 +87,7 @@ class Journal(Readings):
                     hint=f"check the permissions: ls -ld '{folder}'",
                 ) from error
 
-    create = staticmethod(create)
+    create = staticmethod(schema.create)
 
     def begin_run(self) -> int:
         """Note that a worker begins; its results carry the number that is returned.
@@ -147,17 +138,10 @@ class Journal(Readings):
         copied = [result for result in results if isinstance(result, CopiedResult)]
         copies = [(self._number(c), c.of_row * self.n + c.of_sample, run) for c in copied]
         kept = [
-            with_checksum(
-                (
-                    self._number(p),
-                    array("i", p.token_ids).tobytes(),
-                    _real(p.logprob),
-                    packed(p.logprobs),
-                )
-            )
+            sealed(self._number(p), _int32(p.token_ids), _real(p.logprob), packed(p.logprobs))
             for p in partials
         ]
-        seen = [with_checksum(digest) for digest in digests]
+        seen = [sealed(*digest) for digest in digests]
         with self._write():
             self._db.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", seen)
             self._db.executemany(_INSERT, rows)
@@ -169,8 +153,7 @@ class Journal(Readings):
                 ended = [row[:1] for row in (*rows, *copies)]
                 self._db.executemany("DELETE FROM partials WHERE id = ?", ended)
             if stats is not None:
-                self._db.execute("UPDATE runs SET stats = ? WHERE id = ?", (json.dumps(stats), run))
-                self._db.execute(_SEAL_RUN, (run,))
+                self._set_run(run, stats=json.dumps(stats))
                 self._logged += self._sampler.add(self._db, run, stats)
         self._logged += _DIGEST_BYTES * len(digests)
         self._logged += sum(
@@ -188,11 +171,8 @@ class Journal(Readings):
             Fenced: A later run has the job.
         """
         with self._write():
-            self._db.execute(
-                "UPDATE runs SET ended_at = ?, state = ?, stats = ?, reason = ? WHERE id = ?",
-                (time.time(), state, json.dumps(stats), _storable(reason), self._run),
-            )
-            self._db.execute(_SEAL_RUN, (self._run,))
+            how = {"state": state, "stats": json.dumps(stats), "reason": _storable(reason)}
+            self._set_run(self._run, ended_at=time.time(), **how)
 
     def retry_failed(self) -> int:
         """Remove error results, so that their samples are to do again; returns how many.
@@ -212,12 +192,10 @@ class Journal(Readings):
             self._db.execute("DELETE FROM meta WHERE key = ?", (CONDEMNED,))
             count = self._db.execute("DELETE FROM results WHERE status = 'error'").rowcount
             if count:
-                [(last,)] = self._db.execute("SELECT max(id) FROM runs")
-                self._db.execute(
-                    "UPDATE runs SET state = 'interrupted' WHERE state LIKE 'done%' AND id = ?",
-                    (last,),
-                )
-                self._db.execute(_SEAL_RUN, (last,))
+                last = "SELECT id, state FROM runs ORDER BY id DESC LIMIT 1"
+                for run, state in self._db.execute(last).fetchall():
+                    if (state or "").startswith("done"):
+                        self._set_run(run, state="interrupted")
         return count
 
     def mend(self) -> list[str]:
@@ -268,10 +246,8 @@ class Journal(Readings):
     def set_meta(self, key: str, value: Any) -> None:
         """Remember a small JSON value."""
         with self._write(any_run=True):
-            self._db.execute(
-                "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)",
-                with_checksum((key, json.dumps(value))),
-            )
+            note = sealed(key, json.dumps(value))
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", note)
 
     def close(self) -> None:
         """Close the connection; everything written is durable already.
@@ -287,19 +263,18 @@ class Journal(Readings):
 
     def _record(self, result: Result) -> tuple[Any, ...]:
         """A result as it is stored."""
-        values = (
-            self._number(result),
-            *result[2:4],
-            array("i", result.token_ids).tobytes(),
-            *result[5:8],
-            _storable(result.error),
-            result.error_kind,
-            *map(_real, result[10:13]),
-            self._run,
-            _real(result.logprob),
-            packed(result.logprobs),
+        return sealed(
+            *(self._number(result), result.status, result.text, _int32(result.token_ids)),
+            *(result.finish_reason, result.prompt_tokens, result.completion_tokens),
+            *(_storable(result.error), result.error_kind),
+            *(_real(result.queue_s), _real(result.prefill_s), _real(result.decode_s)),
+            *(self._run, _real(result.logprob), packed(result.logprobs)),
         )
-        return with_checksum(values)
+
+    def _set_run(self, run: int, **values: Any) -> None:
+        names = ", ".join(f"{name} = ?" for name in values)
+        self._db.execute(f"UPDATE runs SET {names} WHERE id = ?", (*values.values(), run))
+        self._db.execute(_SEAL_RUN, (run,))
 
     def _number(self, item: Result | CopiedResult | Partial) -> int:
         # Out of range it would be stored as another row's.
@@ -360,8 +335,12 @@ class Journal(Readings):
         self._db.close()
 
 
+def _int32(tokens: Iterable[int]) -> bytes:
+    return array("i", tokens).tobytes()
+
+
 def _real(value: float | None) -> float | None:
-    """As SQLite gives it back, which has no NaN."""
+    """A number as SQLite returns it: it has no NaN."""
     return None if value is None or math.isnan(value) else float(value)
 
 

@@ -15,10 +15,19 @@ from typing import Any
 from batchrun.jobs.checksums import checksum
 from batchrun.jobs.errors import JournalError
 from batchrun.jobs.journal.results import Counts, DoneSet, Partial, Result, unpacked
-from batchrun.jobs.journal.schema import BEYOND_REPAIR, TABLES
+from batchrun.jobs.journal.schema import BEYOND_REPAIR, KEYS, TABLES, refusal
 
 _SELECTS = {t: f"SELECT {', '.join(columns)}, crc FROM {t}" for t, columns in TABLES.items()}
 _SHOWN = 5  # damaged records, in a message
+_WHAT = {  # a record of each table is, behind which its key stands
+    "results": "the result of row",
+    "partials": "the begun result of row",
+    "crashes": "the crash of row",
+    "rows": "the digest of row",
+    "runs": "the figures of run",
+    "samples": "the figures over time, sample",
+    "meta": "the note",
+}
 _CONTRADICTIONS = {
     "a sample has both a result and tokens to go on from": (
         "SELECT 1 FROM partials JOIN results USING (id) LIMIT 1"
@@ -149,17 +158,14 @@ class Readings:
         Raises:
             JournalError: One is damaged; the message says whose.
         """
-        query = f"{_SELECTS['results']} ORDER BY id"
-        with self._errors("read"), self._lenient():
-            for record in self._db.execute(query):
-                if checksum(record[:-1]) != record[-1]:
-                    if skip_damaged:
-                        continue
-                    raise self._damaged(self.damage())
-                number, status, text, ids, *rest, _, logprob, logprobs, _ = record
+        for record, sound in self._records("results", "ORDER BY id"):
+            if sound:
+                number, status, text, ids, *rest, _, logprob, logprobs = record
                 rest += logprob, unpacked(logprobs)
                 row, sample = divmod(number, self.n)
                 yield Result(row, sample, status, text, _tokens(ids), *rest)
+            elif not skip_damaged:
+                raise self._damaged(self.damage())
 
     def digests(self, first: int, count: int) -> dict[int, int]:
         """Digests of the input rows that were read, of `count` from row `first` on, by row.
@@ -223,29 +229,20 @@ class Readings:
         Raises:
             JournalError: The file can't be read.
         """
-        found = []
-        with self._errors("read"), self._lenient():
-            for table in TABLES:
-                for record in self._db.execute(_SELECTS[table]):
-                    if checksum(record[:-1]) != record[-1]:
-                        found.append(self._damage(table, record))
-        return found
+        return [
+            self._damage(table, record)
+            for table in TABLES
+            for record, sound in self._records(table)
+            if not sound
+        ]
 
     def _damage(self, table: str, record: tuple[Any, ...]) -> Damage:
-        key = record[:2] if table == "crashes" else record[:1]
-        return Damage(table, key, self._says(table, record[0]))
-
-    def _says(self, table: str, key: Any) -> str:
-        if table == "meta":
-            return f"the note {key!r}"
-        if table == "runs":
-            return f"the figures of run {key}"
-        if table == "samples":
-            return f"sample {key} of figures over time"
-        row, sample = divmod(key, self.n) if table in {"results", "partials"} else (key, 0)
-        of = {"results": "result", "partials": "begun result", "crashes": "crash", "rows": "digest"}
-        which = f", sample {sample}" if table in {"results", "partials"} and self.n > 1 else ""
-        return f"the {of[table]} of row {row}{which}"
+        key, what = record[: len(KEYS[table])], _WHAT[table]
+        if table not in {"results", "partials"}:
+            return Damage(table, key, f"{what} {key[0]!r}")
+        row, sample = divmod(key[0], self.n)
+        which = f", sample {sample}" if self.n > 1 else ""
+        return Damage(table, key, f"{what} {row}{which}")
 
     def _damaged(self, damage: Sequence[Damage]) -> JournalError:
         shown = [found.what for found in damage[:_SHOWN]]
@@ -261,18 +258,23 @@ class Readings:
 
     def _sound(self, table: str, which: str = "", *values: Any) -> list[tuple[Any, ...]]:
         """Records of a table that are not damaged."""
-        with self._lenient():
-            found = self._all(f"{_SELECTS[table]} {which}", *values)
-        return [record[:-1] for record in found if checksum(record[:-1]) == record[-1]]
+        return [record for record, sound in self._records(table, which, *values) if sound]
 
     def _proven(self, table: str, which: str, *values: Any) -> list[tuple[Any, ...]]:
         """Records of a table, of which none is damaged."""
-        with self._lenient():
-            found = self._all(f"{_SELECTS[table]} {which}", *values)
-        damage = [self._damage(table, r) for r in found if checksum(r[:-1]) != r[-1]]
-        if damage:
+        found = list(self._records(table, which, *values))
+        if damage := [self._damage(table, record) for record, sound in found if not sound]:
             raise self._damaged(damage)
-        return [record[:-1] for record in found]
+        return [record for record, _ in found]
+
+    def _records(
+        self, table: str, which: str = "", *values: Any
+    ) -> Iterator[tuple[tuple[Any, ...], bool]]:
+        """Records of a table, and whether each is what was written."""
+        with self._errors("read"), self._lenient():
+            for row in self._db.execute(f"{_SELECTS[table]} {which}", values):
+                record = row[:-1]
+                yield record, checksum(record) == row[-1]
 
     @contextmanager
     def _lenient(self) -> Iterator[None]:
@@ -298,27 +300,15 @@ class Readings:
             )
         try:
             yield
-        except OSError as error:
-            self._failed = error
-            raise JournalError(
-                f"{self.path} can't be {done}: {error.strerror}",
-                hint="when the disk is in order again: batchrun resume",
-            ) from error
         except sqlite3.IntegrityError as error:
             raise JournalError(f"a result was about to be journalled twice: {error}") from error
-        except sqlite3.OperationalError as error:
-            # Without a code it is Python's own: text that is no UTF-8.
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-            if code == sqlite3.SQLITE_ERROR:
-                raise JournalError(f"{self.path} is damaged: {error}", BEYOND_REPAIR) from error
-            if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+            code, hint = getattr(error, "sqlite_errorcode", 0) & 0xFF, "make room on the disk, then"
+            if isinstance(error, OSError):
+                hint = "when the disk is in order again"
+            if isinstance(error, OSError) or code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
                 self._failed = error
-            raise JournalError(
-                f"{self.path} can't be {done}: {error}",
-                hint="make room on the disk, then: batchrun resume",
-            ) from error
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # of names, or of a message
-            raise JournalError(f"{self.path} is damaged: {error}", BEYOND_REPAIR) from error
+            raise refusal(self.path, done, error, f"{hint}: batchrun resume") from error
 
 
 def _tokens(data: bytes) -> tuple[int, ...]:

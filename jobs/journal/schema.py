@@ -90,6 +90,7 @@ with closing(sqlite3.connect(":memory:")) as _db:
 # Every table's columns; each record ends in the checksum of its values.
 TABLES = {table: tuple(name for name, _, _ in made[:-1]) for table, made in _MADE.items()}
 SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
+KEYS = {table: tuple(name for name, _, key in made if key) for table, made in _MADE.items()}
 
 
 def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
@@ -106,14 +107,12 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
                 f"BEGIN;{_SCHEMA}"
                 f"PRAGMA user_version={VERSION};PRAGMA application_id={_APPLICATION};"
             )
-            values = [(key, json.dumps(value)) for key, value in (meta or {}).items()]
-            db.executemany("INSERT INTO meta VALUES (?, ?, ?)", map(with_checksum, values))
+            notes = [sealed(key, json.dumps(value)) for key, value in (meta or {}).items()]
+            db.executemany("INSERT INTO meta VALUES (?, ?, ?)", notes)
             db.execute("COMMIT")
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
     except (sqlite3.Error, OSError) as error:
-        raise JournalError(
-            f"{folder / NAME} can't be made: {_told(error)}", hint=_hint(error)
-        ) from error
+        raise refusal(folder / NAME, "made", error) from error
 
 
 def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
@@ -143,41 +142,38 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
             db.close()
             raise
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        if is_damage(error):
-            raise JournalError(f"{path} is damaged: {error}", hint=BEYOND_REPAIR) from error
-        raise JournalError(
-            f"{path} can't be opened: {_told(error)}",
-            hint=_hint(error)
-            or "check free disk space and permissions; a copy of the folder may help",
-        ) from error
+        hint = "check free disk space and permissions; a copy of the folder may help"
+        raise refusal(path, "opened", error, hint) from error
     return db
 
 
-def is_damage(error: Exception) -> bool:
-    """Whether an error of SQLite says that the file is not what it was written as."""
-    if isinstance(error, UnicodeDecodeError):  # of a name, or of SQLite's own message
-        return True
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF
-    return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+def refusal(path: Path, done: str, error: Exception, hint: str | None = None) -> JournalError:
+    """An error of SQLite or the system as the user's.
 
-
-def _told(error: Exception) -> str:
-    """An error, with SQLite's own name for what its few words leave open."""
-    name = getattr(error, "sqlite_errorname", "")
-    return f"{error} ({name})" if name.startswith("SQLITE_IOERR") else str(error)
-
-
-def _hint(error: Exception) -> str | None:
-    """What to do where a file system has no locks, or no memory that processes share."""
-    name = getattr(error, "sqlite_errorname", "")
-    lacks = ("LOCK", "_SHMMAP", "_SHMOPEN", "SQLITE_PROTOCOL")
-    return LOCAL_DISK if any(part in name for part in lacks) else None
+    Args:
+        path: The journal.
+        done: What could not be done with it.
+        error: The cause. Without a code it is Python's own: text that is no UTF-8.
+        hint: What to do where the file system lacks neither locks nor shared memory.
+    """
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    damage = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+    if code in damage and not isinstance(error, OSError):
+        return JournalError(f"{path} is damaged: {error}", BEYOND_REPAIR)
+    name, told = getattr(error, "sqlite_errorname", ""), str(error)
+    if isinstance(error, OSError) and error.filename is None:
+        told = error.strerror or told
+    elif name.startswith("SQLITE_IOERR"):  # of which its few words say nothing
+        told = f"{told} ({name})"
+    if any(part in name for part in ("LOCK", "_SHMMAP", "_SHMOPEN", "SQLITE_PROTOCOL")):
+        hint = LOCAL_DISK
+    return JournalError(f"{path} can't be {done}: {told}", hint)
 
 
 def _set_modes(db: sqlite3.Connection) -> None:
     [(mode,)] = db.execute("PRAGMA journal_mode=WAL")
     if mode != "wal":  # no error is raised when a sync fails inside
-        raise sqlite3.OperationalError(f"its log can't be made, the mode is {mode!r}")
+        raise OSError(f"its log can't be made, the mode is {mode!r}")
     # With FULL every commit is on disk before it returns: an acknowledged result survives power
     # loss.
     db.execute("PRAGMA synchronous=FULL")
@@ -221,7 +217,7 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
             )
 
 
-def with_checksum(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def sealed(*values: Any) -> tuple[Any, ...]:
     """A record as it is stored."""
     return (*values, checksum(values))
 

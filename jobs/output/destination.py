@@ -107,7 +107,7 @@ def check_apart(
         theirs = OUTPUTS.places(Path(spec.output.path)) if spec.output.path else set()
         if where & theirs:
             raise _taken(f"{destination} is where", other, state, "writes its output")
-        if any(where & OUTPUTS.places(Path(file.path)) for file in spec.inputs):
+        if any(where & OUTPUTS.places(path) for path in spec.input_paths):
             raise _taken(f"{destination} is what", other, state, "reads")
         if read is None:
             read = {place: path for path in inputs for place in OUTPUTS.places(path)}
@@ -179,7 +179,7 @@ def resuming(
             submitted = job.submitted()
             places = places_with_output(job.path, submitted, output)
             spec = submitted.at(places).within(job.path)
-            path, inputs = Path(spec.output.path), [Path(file.path) for file in spec.inputs]
+            path, inputs = Path(spec.output.path), spec.input_paths
             if output is not None:
                 check_place(root, path, inputs)
             check_apart(root, path, inputs, job)
@@ -219,7 +219,7 @@ def exporting(
         OutputTaken: It is another job's, or the job runs and writes it itself.
     """
     spec = job.spec()
-    check_place(root, destination, [Path(file.path) for file in spec.inputs])
+    check_place(root, destination, spec.input_paths)
     check_apart(root, destination, [], job)
     OUTPUTS.check(destination, overwrite=overwrite)
     before = OUTPUTS.identity(destination) if overwrite else None

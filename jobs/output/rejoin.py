@@ -113,8 +113,7 @@ def rejoin(
         InputError: It can't be read.
     """
     if source is None:
-        parts = [file.part for file in spec.inputs]
-        source = open_source(parts, spec.input_format, noted=noted)
+        source = open_source(spec.parts, spec.input_format, noted=noted)
     files = _Files(spec)
     if FORMATS[spec.input_format].columnar:  # digests are of the columns that were read alone
         files.compare()
@@ -169,7 +168,7 @@ class _Files:
 
 
 def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Path | None) -> Joined:
-    parts = list(takewhile(lambda part: part.path != lost, (file.part for file in spec.inputs)))
+    parts = list(takewhile(lambda part: part.path != lost, spec.parts))
     source = open_source(parts, spec.input_format, lenient=True, noted=noted)
     columns = None
     if FORMATS[spec.input_format].columnar:

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from batchrun.cli.progress import make_view
+from batchrun.cli.progress import View
 from batchrun.runner.live import Progress
 from tests.cli.conftest import CommandLine
 from tests.tiny import edit_config
@@ -145,7 +145,7 @@ def test_a_jobs_folder_from_afar(hostile, from_afar):
 def test_a_view_in_a_terminal():
     parent, child = pty.openpty()
     with os.fdopen(child, "w", encoding="utf-8") as stream:
-        view = make_view(stream)
+        view = View(stream)
         view.update(Progress(9, 1, 0, 0, 0, 0, 0, 0.0, EVIL))
         view.message(EVIL)
         view.update(Progress(9, 3, 0, 0, 0, 0, 0, 0.0, EVIL))

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.jobs.errors import InputError, JobError
+from batchrun.runner.isolated import ReaderCrashed, isolated
 from tests.fuzz.test_fuzz import CORPUS
 
 ABORTING = CORPUS / "parquet" / "checked-aborts"  # its metadata make C++ throw where nobody catches

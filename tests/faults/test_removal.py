@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.cli.export import _room
+from batchrun.cli.control import _room
 from batchrun.jobs.folder import sweep
 from batchrun.jobs.output.destination import exporting, one_at_a_time
 from batchrun.jobs.output.rejoin import export_job

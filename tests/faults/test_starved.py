@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from batchrun.cli.doctor import lacks
 from batchrun.jobs.errors import LOCAL_DISK, JobError, OutputError
 from batchrun.jobs.files import fsync_directory
 from batchrun.jobs.folder import home
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import one_at_a_time
-from batchrun.jobs.probe import lacks
 from batchrun.jobs.queue import DeviceQueue
 from tests.faults import seccomp, shim
 from tests.faults.seccomp import forbid
@@ -260,7 +260,7 @@ def test_a_run_that_dies_without_a_word_is_told_by_what_it_printed_last(tmp_path
 def test_doctor_says_what_is_limited_and_what_to_type() -> None:
     code = """
     import json, resource
-    from batchrun.cli import limits
+    from batchrun.cli import doctor as limits
     for name in ("RLIMIT_FSIZE", "RLIMIT_AS"):
         resource.setrlimit(getattr(resource, name), (4 << 30, 4 << 30))
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
@@ -278,7 +278,7 @@ def test_doctor_says_what_is_limited_and_what_to_type() -> None:
 def test_doctor_says_that_memory_comes_from_elsewhere() -> None:
     code = """
     import errno
-    from batchrun.cli import limits
+    from batchrun.cli import doctor as limits
     from tests.faults.seccomp import forbid
     print(limits.fallbacks())
     forbid("memfd_create", errno.EPERM)

@@ -156,7 +156,7 @@ def test_a_moved_file_keeps_its_partition_and_another_one_is_another_job(tmp_pat
         return JobSpec((file,), "jsonl", PromptSpec(), ModelSpec(), SamplingSpec())
 
     again = JobSpec.of(json.loads(json.dumps(asdict(spec(file)))))
-    assert again.inputs[0].part.partition == {"lang": "de"}
+    assert again.parts[0].partition == {"lang": "de"}
     assert again.fingerprint() == spec(file).fingerprint()
     other = InputFile.of(part.path, {"lang": "fr"})
     assert spec(other).fingerprint() != spec(file).fingerprint()

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from batchrun.jobs import files
-from batchrun.jobs import folder as folders
 from batchrun.jobs.errors import JobNotFound, OutputError, SpecChanged
 from batchrun.jobs.folder import JobFolder, create, find, list_jobs
 from batchrun.jobs.folder import home as jobs_home
@@ -40,7 +39,7 @@ def test_a_new_job_reads_back(home, spec):
     assert job.spec() == spec
     assert job.id.startswith("prompts-2")
     assert job.state() == "new"
-    assert job.total() is None
+    assert job.snapshot().total is None
     assert job.counts().samples == 0
     assert [j.path for j in list_jobs(home)] == [job.path]
     assert [p for p in job.path.parent.iterdir() if p.name.startswith(".")] == []
@@ -78,7 +77,7 @@ def test_states_follow_the_files(job):
             journal.begin_run()
             journal.end_run(state, {})
         assert job.state() == state
-    assert job.total() == 3
+    assert job.snapshot().total == 3
     assert job.counts().rows == 1
 
 
@@ -170,8 +169,7 @@ def test_a_folder_that_cannot_be_synced_leaves_no_job(home, spec, monkeypatch, c
             raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        for module in (folders, files):
-            patch.setattr(module, "fsync_directory", failing)
+        patch.setattr(files, "fsync_directory", failing)
         with pytest.raises(OutputError, match="Input/output error"):
             create(home, spec)
     assert len(calls) == call

@@ -1,6 +1,5 @@
 """Signals reach the processes that have a job's lock, and nobody else, whatever its file says."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder
-from batchrun.jobs.holders import holders, process, send, write_lock
+from batchrun.jobs.holders import holders, lock, process, send
 from batchrun.jobs.lease import Lease, held_by, holder
 from batchrun.jobs.snapshot import JobSnapshot
 from tests.cli.test_async import until
@@ -78,7 +77,7 @@ def test_who_has_the_lock_is_told_and_not_who_looks_or_was_refused(worker, start
     refused = (tmp_path / "lock").open("r+b")
     with looks, refused:
         with pytest.raises(BlockingIOError):
-            fcntl.fcntl(refused, fcntl.F_OFD_SETLK, write_lock())
+            lock(refused)
         parent, child = holders(tmp_path / "lock")
     assert (parent.pid, child.parent) == (first.pid, first.pid)
     assert holder(tmp_path) == f"process {first.pid}"

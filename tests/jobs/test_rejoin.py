@@ -77,7 +77,7 @@ def job_of(home, *paths, kind, **changes):
 def answered(job, without=(), digests=True):
     """The job with the results that a worker would have written, but for some samples."""
     spec = job.spec()
-    source = open_source([file.part for file in spec.inputs], spec.input_format)
+    source = open_source(spec.parts, spec.input_format)
     rows = list(source.rows(["prompt"], spec.limit))
     keys = [(row.index, s) for row in rows for s in range(spec.n) if (row.index, s) not in without]
     with job.journal(readonly=False) as journal:

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.cli.isolated import ReaderCrashed, isolated
 from batchrun.jobs.checksums import checksum, sealed, unsealed
 from batchrun.jobs.errors import JournalError, SpecChanged, SpecDamaged
 from batchrun.jobs.folder import find_same, list_jobs
@@ -25,6 +24,7 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import InputFile
 from batchrun.jobs.stats import STATS, write_summary
 from batchrun.jobs.verify import verify
+from batchrun.runner.isolated import ReaderCrashed, isolated
 
 ROWS = 6
 
@@ -224,7 +224,7 @@ def test_a_rotten_sample_is_none(job, home):
             journal.write([], {"wall_s": second})
         journal.end_run("done", {})
     rot(job, "UPDATE samples SET figures = '{' WHERE id = 2")
-    assert "sample 2 of figures over time" in verify(job)[0]
+    assert "the figures over time, sample 2" in verify(job)[0]
     with job.journal() as journal:
         assert journal.samples(run) == [{"wall_s": 0.0}, {"wall_s": 120.0}]
     assert len(mended(job, home)) == 1

@@ -70,10 +70,10 @@ def test_what_is_no_metric_is_not_recorded():
 
 def test_every_figure_has_a_name_and_a_place_of_its_own():
     names = [metric.name for metric in METRICS]
-    keys = [row.key for row in (*METRICS, *RATIOS) if row.key]
+    keys = [*(row.key for row in METRICS if row.key), *RATIOS]
     assert len({*names}) == len(names)
     assert len({*keys}) == len(keys)
-    assert {ratio.by for ratio in RATIOS} | {ratio.of for ratio in RATIOS} <= {
+    assert {name for ratio in RATIOS.values() for name in ratio} <= {
         *names,
         "completed_rows",
     }

@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.cli.isolated import isolated
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.delimited import record_of
 from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import Noted, unnoted
+from batchrun.runner.isolated import isolated
 from tests.fuzz.mutate import damaged
 from tests.fuzz.thrift import Span, spans, varint
 from tests.fuzz.trial import Target, Wrong

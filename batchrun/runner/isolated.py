@@ -1,7 +1,7 @@
-"""Inputs are read, and prompts made, in a child process, which this one can outlive and end.
+"""Inputs are read, and prompts made, in a child process that may crash or be ended.
 
-What C++ makes of a damaged file may be the process's end. Where a chat template hangs in C no
-handler of signals runs any more, so neither a limit nor Ctrl-C could end it from inside.
+C++ code that reads a damaged file may crash the process. Where a chat template hangs in C no signal
+handler runs any more, so neither a limit nor Ctrl-C could end it from inside.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
-import select
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -34,7 +35,7 @@ _FAULTS = {"SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE"}
 
 
 class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
-    """A file brought the process down that read it.
+    """A file crashed the process that read it.
 
     Args:
         path: The file.
@@ -47,62 +48,59 @@ class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
 
 
 def isolated(work: Callable[[ReaderNote], T]) -> T:
-    """What `work` returns or raises; done in a child, whose changes in memory are lost.
+    """Run `work` in a child process; return what it returns, or raise what it raises.
+
+    Whatever it changes in memory is lost.
 
     Args:
-        work: Given what it tells which file it reads, and which row's prompt it makes. What it
-            returns can be pickled.
+        work: Called with a note, in which it says which file it reads, and which row's prompt it
+            makes. Its result must be picklable.
 
     Raises:
         ReaderCrashed: It crashed while it read a file.
         ModelError: Making a prompt took too long.
         JobError: The child was ended otherwise.
     """
-    note = ReaderNote()
-    ours, theirs = os.pipe()
+    ours, theirs = Pipe(duplex=False)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    with _interrupts_left_to_the_child() as interrupts:
+    with closing(ReaderNote()) as note, ours, _interrupts_left_to_the_child() as interrupts:
         parent = os.getpid()
         with warnings.catch_warnings():
-            # Python 3.12 warns of other threads: here they are libraries' that are safe to fork
-            # beside.
+            # Python 3.12 warns of other threads. The child takes no lock of theirs: it reads, and
+            # Arrow is safe to fork beside.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
-            os.close(ours)
             _be_child(work, note, theirs, parent)
-        os.close(theirs)
+        theirs.close()
         try:
             sent = _sent(child, ours, note, interrupts)
         except BaseException:
             os.kill(child, signal.SIGKILL)
             raise
         finally:
-            os.close(ours)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    at = note.at()
-    note.close()
-    if code:
-        raise _crash(signal.Signals(-code).name if code < 0 else f"exit code {code}", at)
+        if sent is None:
+            raise _crash(signal.Signals(-code).name if code < 0 else f"exit code {code}", note.at())
     value, error = pickle.loads(sent)
     if error is not None:
         raise error
     return value  # type: ignore[no-any-return]
 
 
-def _sent(child: int, pipe: int, note: ReaderNote, interrupts: list[float]) -> bytes:
-    """What the child sends until it ends."""
-    onlooker, parts = Onlooker(child, note), []
-    while True:
-        if select.select([pipe], [], [], _LOOK_S)[0]:
-            parts.append(os.read(pipe, 1 << 20))
-            if not parts[-1]:
-                return b"".join(parts)
-        elif interrupts and time.monotonic() - interrupts[0] > _GRACE_S:
+def _sent(child: int, pipe: Connection, note: ReaderNote, interrupts: list[float]) -> bytes | None:
+    """What the child sends; None if it ends without a word."""
+    onlooker = Onlooker(child, note)
+    while not pipe.poll(_LOOK_S):
+        if interrupts and time.monotonic() - interrupts[0] > _GRACE_S:
             raise KeyboardInterrupt
-        elif (overrun := onlooker.look()) is not None:
+        if (overrun := onlooker.look()) is not None:
             raise not_made(overrun)
+    try:
+        return pipe.recv_bytes()
+    except (EOFError, OSError):  # before it began to send, or meanwhile
+        return None
 
 
 def _crash(how: str, at: object) -> JobError:
@@ -117,9 +115,8 @@ def _crash(how: str, at: object) -> JobError:
 
 
 def _be_child(
-    work: Callable[[ReaderNote], Any], note: ReaderNote, pipe: int, parent: int
+    work: Callable[[ReaderNote], Any], note: ReaderNote, pipe: Connection, parent: int
 ) -> NoReturn:
-    code = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() == parent:
@@ -127,11 +124,9 @@ def _be_child(
             sent = _done(work, note)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
-            with os.fdopen(pipe, "wb") as file:
-                file.write(sent)
-            code = 0
+            pipe.send_bytes(sent)
     finally:
-        os._exit(code)
+        os._exit(1)  # what was sent says more
 
 
 def _done(work: Callable[[ReaderNote], Any], note: ReaderNote) -> bytes:
@@ -152,6 +147,9 @@ def _done(work: Callable[[ReaderNote], Any], note: ReaderNote) -> bytes:
 def _interrupts_left_to_the_child() -> Iterator[list[float]]:
     """A terminal's Ctrl-C goes to both; the child's answer to it is enough. Yields when it came."""
     came: list[float] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of any
+        yield came
+        return
     before = signal.signal(signal.SIGINT, lambda *_: came.append(time.monotonic()))
     try:
         yield came
