@@ -316,9 +316,7 @@ class KVArena:
     @property
     def work_seconds(self) -> float:
         """Time that creating, mapping, unmapping and destroying pages has taken so far."""
-        slabs, pool = self._slabs, self.pool
-        every = slabs.mapping, slabs.unmapping, pool.creating, pool.destroying
-        return sum(work.seconds for work in every)
+        return sum(work.seconds for work in self._table.work.values())
 
     def usage(self) -> Usage:
         """What is reserved, mapped and live now. Cheap: nothing is counted up for it."""

@@ -14,7 +14,6 @@ same pages mapped, each of which has a part in every plane, and cost the bookkee
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 from math import gcd, lcm
@@ -114,10 +113,6 @@ class KVLayout:
     def slab_size(self, group: int) -> int:
         """Bytes of address space of one slot's slab in one plane, whole pages."""
         return self.slot_tokens * self._token_bytes[group]
-
-    def tokens_per_page(self, group: int) -> Fraction:
-        """Tokens that one page of `group` holds, not a whole number in general."""
-        return Fraction(self.page_size, self._token_bytes[group])
 
     def pages_for(self, num_tokens: int) -> tuple[int, ...]:
         """Pages, per group, that hold the tokens [0, num_tokens)."""

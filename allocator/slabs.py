@@ -37,7 +37,7 @@ class Slabs:
         except AllocatorError:
             self.free()
             raise
-        groups = [memory.mappings.reservations[base].slabs for base in self._bases]
+        groups = [memory.reservations[base].slabs for base in self._bases]
         self.tables: list[list[list[Handle]]] = list(map(list, zip(*groups, strict=True)))
 
     @property

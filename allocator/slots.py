@@ -1,5 +1,7 @@
 """What each slot has mapped, what it claims, and how pages move from slot to slot."""
 
+from copy import copy
+
 from batchrun.allocator.accounting import Usage, paged_blocks, paged_bytes, static_bytes
 from batchrun.allocator.layout import KVLayout
 from batchrun.allocator.pages import PagePool
@@ -22,6 +24,7 @@ class SlotTable:
         counts: page -> number of slots that have it mapped.
         claims: pages of all claims, shared ones as often as they are claimed.
         live_tokens: of all slots.
+        work: on pages, by `map`, `unmap`, `create` and `destroy`.
         retired: the last step that is finished.
         refusal: why the machine had no pages when they were last asked for in vain; empty where
             it was the budget.
@@ -32,8 +35,10 @@ class SlotTable:
     ) -> None:
         self.layout = layout
         self.pool = pool
-        self.counts = memory.mappings.counts
-        self.slabs = Slabs(memory, layout, pool, num_slots)
+        self.counts = memory.counts
+        self.slabs = slabs = Slabs(memory, layout, pool, num_slots)
+        self.work = {"map": slabs.mapping, "unmap": slabs.unmapping}
+        self.work |= {"create": pool.creating, "destroy": pool.destroying}
         self.sharing = Sharing(layout)
         none = self.none = self.sharing.none
         self.slots = [Slot(i, tables, none, none) for i, tables in enumerate(self.slabs.tables)]
@@ -58,22 +63,15 @@ class SlotTable:
 
     def usage(self) -> Usage:
         """See `KVArena.usage`."""
-        layout, pool, slabs = self.layout, self.pool, self.slabs
+        layout = self.layout
         return Usage(
-            reserved=slabs.reserved,
-            mapped=pool.created * layout.page_bytes,
+            reserved=self.slabs.reserved,
+            mapped=self.pool.created * layout.page_bytes,
             live=self.live_tokens * layout.bytes_per_token - self.sharing.live_twice(),
             shared=self.sharing.open_claims.excess * layout.page_bytes,
             static=static_bytes(layout, self.num_open),
             paged=paged_bytes(layout, self.live_blocks),
-            map_calls=slabs.mapping.calls,
-            unmap_calls=slabs.unmapping.calls,
-            create_calls=pool.creating.calls,
-            destroy_calls=pool.destroying.calls,
-            map_seconds=slabs.mapping.seconds,
-            unmap_seconds=slabs.unmapping.seconds,
-            create_seconds=pool.creating.seconds,
-            destroy_seconds=pool.destroying.seconds,
+            work={name: copy(work) for name, work in self.work.items()},
         )
 
     def closest(self, wanted: tuple[int, ...]) -> Slot | None:

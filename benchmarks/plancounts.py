@@ -22,8 +22,8 @@ from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import Ticket
 from batchrun.engine.plan import StepOutput, StepPlan
+from batchrun.engine.prefixes import KEPT
 from batchrun.engine.scheduler import Scheduler
-from batchrun.engine.sharing import KEPT
 from batchrun.estimate.savings import Savings
 from batchrun.runner.planner import Planner, Waiting
 from batchrun.runner.reader import HANDED_REQUESTS, QUEUED_REQUESTS

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
-    "allocator": 1640,
+    "allocator": 1580,
     "batchrun": 920,
     "batchrun/cli": 1460,
-    "batchrun/engine": 3220,
+    "batchrun/engine": 3180,
     "batchrun/engine/attention": 820,
     "batchrun/engine/cpu": 2140,
     "batchrun/engine/model": 1980,

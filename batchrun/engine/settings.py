@@ -20,7 +20,7 @@ from batchrun.engine.attention import Geometry
 from batchrun.engine.core import EngineError
 from batchrun.engine.model.generation import vocabulary_size, within_vocabulary
 from batchrun.engine.model.prepare import LoadedModel
-from batchrun.engine.sharing import KEPT
+from batchrun.engine.prefixes import KEPT
 from batchrun.errors import ModelError
 from batchrun.prompts.builder import prompt_builder
 

@@ -9,8 +9,8 @@ from batchrun.allocator.sharing import MemoryCopy
 from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.plan import NewSequence
+from batchrun.engine.prefixes import SharedPrefixes
 from batchrun.engine.proposers import Proposer
-from batchrun.engine.sharing import SharedPrefixes
 
 
 class Stays:

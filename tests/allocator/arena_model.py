@@ -92,14 +92,14 @@ class ArenaModel:
         self.drain()
         self.arena.release()
         check_arena(self.arena)
-        assert (self.memory.mappings.reservations, self.memory.mappings.counts) == ({}, {})
+        assert (self.memory.reservations, self.memory.counts) == ({}, {})
         self.memory.close()
 
     def open(self, expected: int) -> int | None:
         before = self.arena.usage()
         slot = self.arena.open(expected)
         after = self.arena.usage()
-        assert (after.map_calls, after.mapped) == (before.map_calls, before.mapped)
+        assert (after.work["map"].calls, after.mapped) == (before.work["map"].calls, before.mapped)
         if slot is None:
             for state in self.closed_states():
                 assert min(state.aliased_end, state.fence - self.retired) > 0, f"{state} is free"
@@ -152,14 +152,14 @@ class ArenaModel:
         before, live = len(occupant.names), self.arena.usage().live
         if before < min(tokens, state.aliased_end):
             self.drain()  # what is allowed: no unfinished step reads the slot
-        copies, unmapped = len(self.arena._sharing.copies), self.arena.usage().unmap_calls
+        copies, unmapped = len(self.arena._sharing.copies), self.arena.usage().work["unmap"].calls
         done = self.arena.ensure(slot, tokens, self.step + 1)
         if len(self.arena._sharing.copies) > copies:
             self.counts["copies_on_write"] += 1
             written = occupant.written  # or copied
             occupant.bound(self.layout.tokens_in(self.layout.whole_pages(before)))
             occupant.written = written
-        self.counts["unmaps_to_grow"] += self.arena.usage().unmap_calls - unmapped
+        self.counts["unmaps_to_grow"] += self.arena.usage().work["unmap"].calls - unmapped
         if not done:
             assert self.arena.usage().live == live
             self.check_that_no_page_was_to_be_had(slot, tokens)
@@ -320,7 +320,7 @@ class ArenaModel:
         for slot, occupant in self.open_slots.items():
             assert self.arena.live_tokens(slot) == len(occupant.names)
         usage, created = self.arena.usage(), self.arena.pool.created
-        assert created == len(self.memory.mappings.counts)
+        assert created == len(self.memory.counts)
         assert usage.mapped == created * self.layout.page_bytes
         assert self.ceiling is None or created <= self.ceiling
         lengths = [len(occupant.names) for occupant in self.open_slots.values()]

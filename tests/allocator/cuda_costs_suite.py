@@ -152,5 +152,5 @@ def test_an_arena_wider_than_the_address_space_takes_nothing(memory: CudaMemory)
     with pytest.raises(OutOfPages, match=r"cuMemAddressReserve failed with .*OUT_OF_MEMORY \(2\)"):
         KVArena(memory, layout, num_slots=slots + 1)
     assert nanoseconds() > before
-    assert memory.mappings.reservations == {}
+    assert memory.reservations == {}
     assert FAKE.fake_reservations() == 0

@@ -151,10 +151,10 @@ def test_a_closed_slot_that_has_the_prefix_is_taken_again(arena: KVArena, writer
     arena.close(slot, step=1)
     writer.open("other")
     arena.close(2, step=1)
-    before = arena.usage().map_calls
+    before = arena.usage().work["map"].calls
     assert arena.share(source, 9, num_tokens=16, step=2) == slot, "though step 1 still reads it"
     writer.append(slot, "abc")
-    assert arena.usage().map_calls == before
+    assert arena.usage().work["map"].calls == before
     assert writer.read(slot) == "abcdefghiabc"
     check_arena(arena)
 
