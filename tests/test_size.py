@@ -16,7 +16,7 @@ CEILINGS = {
     "allocator": 1580,
     "batchrun": 920,
     "batchrun/cli": 1460,
-    "batchrun/engine": 3180,
+    "batchrun/engine": 3190,
     "batchrun/engine/attention": 820,
     "batchrun/engine/cpu": 2140,
     "batchrun/engine/model": 1980,

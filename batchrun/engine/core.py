@@ -9,8 +9,10 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal, Protocol
 
-Candidates = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
-TokenLogprobs = tuple[float, Candidates]  # of a token, and of the likeliest in its place
+Likeliest = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
+TokenLogprobs = tuple[float, Likeliest]  # of a token, and of the likeliest in its place
+Candidates = tuple[tuple[int, float, float], ...]
+"""What may follow a beam: tokens, their log-probabilities, and those of the model's own logits."""
 
 
 class EngineError(Exception):
@@ -94,7 +96,6 @@ class SamplingParams:
             ("frequency_penalty", abs(self.frequency_penalty) < 1e6, finite),
             ("min_tokens", self.min_tokens <= self.max_tokens, "max_tokens at most"),
             ("logprobs", (self.logprobs or 0) >= 0, "0 or more"),
-            ("logprobs", self.logprobs is None or not self.beams, "left out with beam search"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("length_penalty", abs(self.length_penalty) < 100, finite),
             ("early_stopping", self.early_stopping in (True, False, "never"), "a flag, or never"),
@@ -309,8 +310,11 @@ class Group(Protocol):
     def is_complete(self) -> bool:
         """Whether all sequences have reported: `advance` is due."""
 
-    def report(self, sequence: Sequence, candidates: Candidates) -> None:
-        """Take in what may follow a sequence, which is idle until the next round."""
+    def report(self, sequence: Sequence, candidates: Candidates, likeliest: Likeliest = ()) -> None:
+        """Take in what may follow a sequence, which is idle until the next round.
+
+        `likeliest` are as many as its row's `logprobs` asks for.
+        """
 
     def advance(self) -> list[tuple[Sequence, Sequence]]:
         """End the round.

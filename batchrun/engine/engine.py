@@ -16,6 +16,7 @@ from batchrun.engine.core import (
     EngineError,
     FinishReason,
     Group,
+    Likeliest,
     Request,
     Sequence,
 )
@@ -161,7 +162,7 @@ class Engine:
         self._count(plan, owners, seconds)
         self._observe(seconds)
         done: list[Sequence] = []
-        beams: list[tuple[Sequence, Candidates]] = []
+        beams: list[tuple[Sequence, Candidates, Likeliest]] = []
         logprobs = tokens.logprobs or (0.0,) * len(tokens.token_ids)
         likeliest = tokens.likeliest or ((),) * len(tokens.token_ids)
         produced = list(zip(tokens.token_ids, logprobs, likeliest, strict=True))
@@ -175,7 +176,7 @@ class Engine:
             if sequence.first_token is None:
                 sequence.first_token = now
             if sequence.group is not None:
-                beams.append((sequence, tokens.candidates[begin]))
+                beams.append((sequence, tokens.candidates[begin], likeliest[begin]))
             elif self._append(sequence, segment.drafts, produced[begin:end]):
                 if sequence.error is not None:
                     self.scheduler.forsake(sequence)
@@ -199,13 +200,13 @@ class Engine:
         shared = failed.shares and any(sequence.inherited for sequence in each)
         if failed.error_kind != _NOT_FINITE or not shared:
             return False
-        ids = [] if failed.group is not None else failed.output_ids
+        begun = failed if failed.group is None else Sequence(failed.request)
         self._queue(
             Sequence(
                 failed.request,
-                ids,
-                failed.logprob,
-                failed.logprobs,
+                begun.output_ids,
+                begun.logprob,
+                begun.logprobs,
                 arrived=failed.arrived,
                 admitted=failed.admitted,
                 first_token=failed.first_token,
@@ -215,7 +216,7 @@ class Engine:
         return True
 
     def _append(
-        self, sequence: Sequence, drafts: Seq[int], found: list[tuple[int, float, Candidates]]
+        self, sequence: Sequence, drafts: Seq[int], found: list[tuple[int, float, Likeliest]]
     ) -> bool:
         """Take in tokens and their log-probabilities, up to the first after a wrong draft token.
 
@@ -250,7 +251,7 @@ class Engine:
         return reason is not None
 
     def _advance(
-        self, beams: list[tuple[Sequence, Candidates]]
+        self, beams: list[tuple[Sequence, Candidates, Likeliest]]
     ) -> tuple[list[Sequence], list[tuple[Sequence, Sequence]]]:
         """Take in what beams may go on with; where a round is over, decide how they do.
 
@@ -260,7 +261,7 @@ class Engine:
         """
         done: list[Sequence] = []
         forks: list[tuple[Sequence, Sequence]] = []
-        for sequence, candidates in beams:
+        for sequence, candidates, likeliest in beams:
             group = sequence.group
             assert group is not None
             if group.ended:
@@ -271,7 +272,8 @@ class Engine:
                 _not_finite(group.leader, len(sequence.output_ids))
                 done.append(group.leader)
                 continue
-            group.report(sequence, candidates)
+            asked = sequence.request.params.logprobs or 0
+            group.report(sequence, candidates, likeliest[:asked])
             if not group.is_complete:
                 continue
             forks += group.advance()

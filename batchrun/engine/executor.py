@@ -189,8 +189,8 @@ class TorchExecutor:
         logprobs, *pairs = others or [[]]
         candidates: list[Candidates] = [()] * len(token_ids) if ticket.beams else []
         for row, found in zip(ticket.beams, pairs.pop(0) if ticket.beams else (), strict=True):
-            candidates[row] = _candidates(found)
-        likeliest = map(_candidates, pairs[0]) if pairs else ()
+            candidates[row] = _of_tokens(found)
+        likeliest = map(_of_tokens, pairs[0]) if pairs else ()
         return StepOutput(
             *(ticket.step, tuple(token_ids), tuple(logprobs)), tuple(candidates), tuple(likeliest)
         )
@@ -385,6 +385,6 @@ def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:
     return np.array(last, np.int64)
 
 
-def _candidates(pairs: Iterable[tuple[float, float]]) -> Candidates:
-    """Of the float64 in which tokens and their log-probabilities come from the device."""
-    return tuple((int(token), logprob) for token, logprob in pairs)
+def _of_tokens(numbers: Iterable[Seq[float]]) -> tuple[Any, ...]:
+    """`Candidates` or `Likeliest`, of the float64 in which they come from the device."""
+    return tuple((int(token), *logprobs) for token, *logprobs in numbers)

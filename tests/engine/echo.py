@@ -44,7 +44,8 @@ def candidates(ids: Seq[int], count: int) -> Candidates:
     """What may follow `ids`, the likeliest first: no two answers score alike, but by chance."""
     first = next_token(ids)
     tokens = [(first + 31 * i * i) % VOCAB for i in range(count)]
-    return tuple((t, -0.3 - i * (1 + first % 7) / 5) for i, t in enumerate(dict.fromkeys(tokens)))
+    scores = ((t, -0.3 - i * (1 + first % 7) / 5) for i, t in enumerate(dict.fromkeys(tokens)))
+    return tuple((token, score, score) for token, score in scores)
 
 
 def expected_of_beams(request: Request, max_tokens: int, stops: frozenset[int]) -> list[int]:
