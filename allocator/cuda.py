@@ -115,7 +115,7 @@ class CudaMemory(VirtualMemory):
         self._enter()
 
     def memory_info(self) -> tuple[int, int]:
-        """Bytes of the device that are free, and that it has, whoever uses them."""
+        """Bytes of the device that are free, and that it has in all, for all processes."""
         self.check_open()
         self._enter()
         free, total = self.driver.call("cuMemGetInfo")
@@ -157,16 +157,19 @@ class CudaMemory(VirtualMemory):
             yield handle
 
     def _map(self, address: int, handles: Sequence[Handle]) -> None:
-        """Grants access to a plane's range in one call, the dear one."""
+        """Grants access to a whole range of a plane in one call, which is the expensive one."""
+        held = [self._allocations[handle] for handle in handles]
         self._enter()
-        joined: list[range] = []
+        done: list[int] = []
         try:
             for plane, addresses in enumerate(self._of_planes(address, len(handles))):
-                self._join(addresses, [self._allocations[handle][plane] for handle in handles])
-                joined.append(addresses)
+                for at, allocations in zip(addresses, held, strict=True):
+                    self.driver.call("cuMemMap", at, self.granularity, 0, allocations[plane], 0)
+                    done.append(at)
+                self._give_access(addresses.start, len(handles))
         except AllocatorError:
-            for addresses in joined:
-                self._unjoin(addresses)
+            for at in done:
+                self.driver.call("cuMemUnmap", at, self.granularity)
             raise
 
     def _unmap(self, address: int, pages: Sequence[Handle]) -> None:
@@ -185,7 +188,8 @@ class CudaMemory(VirtualMemory):
                     done.append((at, allocations[plane]))
         except AllocatorError:
             for at, allocation in done:
-                self._join(range(at, at + self.granularity, self.granularity), [allocation])
+                self.driver.call("cuMemMap", at, self.granularity, 0, allocation, 0)
+                self._give_access(at, 1)
             raise
 
     def _close(self) -> None:
@@ -222,23 +226,10 @@ class CudaMemory(VirtualMemory):
         starts = range(address, address + size * self.planes, size)
         return [range(at, at + count * self.granularity, self.granularity) for at in starts]
 
-    def _join(self, pages: range, allocations: Sequence[Any]) -> None:
-        """Map pages of one plane and grant access, or leave none of them mapped."""
-        call, size = self.driver.call, self.granularity
-        done = 0
-        try:
-            for at, allocation in zip(pages, allocations, strict=True):
-                call("cuMemMap", at, size, 0, allocation, 0)
-                done += 1
-            call("cuMemSetAccess", pages.start, len(pages) * size, [self._access], 1)
-        except AllocatorError:
-            self._unjoin(pages[:done])
-            raise
-
-    def _unjoin(self, pages: range) -> None:
-        """Undo what `_join` has mapped."""
-        for at in pages:
-            self.driver.call("cuMemUnmap", at, self.granularity)
+    def _give_access(self, address: int, count: int) -> None:
+        """Make mapped pages of one plane readable and writable."""
+        size = count * self.granularity
+        self.driver.call("cuMemSetAccess", address, size, [self._access], 1)
 
     def _out_of_pages(self, count: int, error: OutOfPages) -> OutOfPages:
         free, total = self.memory_info()

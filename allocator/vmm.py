@@ -264,7 +264,8 @@ class VirtualMemory(ABC):
         raise AllocatorError(f"{count} pages at {address:#x} do not lie in one reservation")
 
     def _place(self, address: int, count: int) -> Place:
-        self.check_open()
+        if self.closed:
+            self.check_open()
         if count <= 0:
             raise AllocatorError(f"a range of {count} pages at {address:#x} is empty")
         base, held = self.reservation_of(address, count)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
-    "allocator": 1580,
+    "allocator": 1440,
     "batchrun": 920,
     "batchrun/cli": 1460,
     "batchrun/engine": 3190,

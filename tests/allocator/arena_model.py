@@ -8,6 +8,7 @@ given away or overwritten too early shows, as a wrong pattern or a fault.
 from collections import Counter, deque
 from dataclasses import dataclass
 
+import pytest
 import torch
 from memory_twins import DEVICE, PAGE, SCALE, Twin, open_memory
 
@@ -15,7 +16,7 @@ from batchrun.allocator.arena import KVArena
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.sharing import MemoryCopy
 from batchrun.allocator.tensor import strided_view
-from batchrun.allocator.vmm import Handle
+from batchrun.allocator.vmm import AllocatorError, Handle
 from tests.allocator.invariants import check_arena
 
 MAX_TOKENS = 96
@@ -150,15 +151,13 @@ class ArenaModel:
     def ensure(self, slot: int, tokens: int) -> bool:
         occupant, state = self.open_slots[slot], self.arena._slots[slot]
         before, live = len(occupant.names), self.arena.usage().live
-        if before < min(tokens, state.aliased_end):
-            self.drain()  # what is allowed: no unfinished step reads the slot
-        copies, unmapped = len(self.arena._sharing.copies), self.arena.usage().work["unmap"].calls
-        done = self.arena.ensure(slot, tokens, self.step + 1)
-        if len(self.arena._sharing.copies) > copies:
-            self.counts["copies_on_write"] += 1
-            written = occupant.written  # or copied
-            occupant.bound(self.layout.tokens_in(self.layout.whole_pages(before)))
-            occupant.written = written
+        if tokens < state.aliased_end:
+            with pytest.raises(AllocatorError, match=f"shares {state.aliased_end} tokens"):
+                self.arena.ensure(slot, tokens)
+            self.counts["refused_below_shared"] += 1
+            tokens = state.aliased_end
+        unmapped = self.arena.usage().work["unmap"].calls
+        done = self.arena.ensure(slot, tokens)
         self.counts["unmaps_to_grow"] += self.arena.usage().work["unmap"].calls - unmapped
         if not done:
             assert self.arena.usage().live == live
@@ -177,23 +176,7 @@ class ArenaModel:
     def check_that_no_page_was_to_be_had(self, slot: int, tokens: int) -> None:
         state, pinned = self.arena._slots[slot], self.pinned()
         wanted = self.layout.pages_for(tokens)
-        begin = self.layout.whole_pages(state.tokens)
-        others = {
-            handle
-            for other in self.arena._slots
-            if other is not state
-            for table, claimed in zip(other.tables, other.claimed, strict=True)
-            for handle in (table if self.fenced(other) else table[:claimed])
-        }
-        usable, replaced = set[Handle](), False
-        for first, count, table in zip(begin, wanted, state.tables, strict=True):
-            for page, handle in enumerate(table[:count]):
-                written = page >= first and handle in others
-                replaced |= written
-                if not written:
-                    usable.add(handle)
-        if replaced and self.fenced(state):
-            return
+        usable = {h for n, table in zip(wanted, state.tables, strict=True) for h in table[:n]}
         assert self.budget is not None
         held = len(pinned | usable) + sum(wanted) - len(usable)
         assert held > self.budget, f"{held} pages wanted in all, of {self.budget}"

@@ -43,7 +43,7 @@ class Uses:
         first, last = bytes_
         size, table = arena.layout.page_size, arena._slots[slot].tables[group]
         for page in range(first // size, -(-last // size)):
-            self.addresses.add(arena._slabs.address(group, slot, page))
+            self.addresses.add(arena._table.address(group, slot, page))
             touched = range(max(first - page * size, 0), min(last - page * size, size))
             pages[table[page]] = _hull(pages.get(table[page], touched), touched)
 
