@@ -46,12 +46,15 @@ COUNTED = (
 class NoModel:
     """An executor that computes nothing and answers 1."""
 
-    device_seconds = idle_seconds = 0.0
     lag = 0
 
     def __init__(self) -> None:
         self.tokens = self.sequences = 0
         self._plan: StepPlan | None = None
+
+    def seconds(self) -> tuple[float, float]:
+        """No device has any."""
+        return 0.0, 0.0
 
     def launch(self, plan: StepPlan) -> Ticket:
         """Count it."""

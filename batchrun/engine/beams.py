@@ -22,7 +22,7 @@ class Hypothesis:
 
 
 _Continuation = tuple[float, int, int, tuple[TokenLogprobs, ...]]
-"""A score, the rank of the sequence that goes on, its next token, and what is told of that."""
+"""A score, the rank of the sequence that goes on, its next token, and its log-probabilities."""
 
 
 class BeamGroup:

@@ -237,15 +237,13 @@ class Assembly:
         self._resources.callback(memory.close)
         wanted = kv_layout(self.loaded, self.settings, cuda=self._cuda)
         layout = replace(wanted, page_size=memory.granularity, planes=memory.planes)
-
         at, found = -_MEASURED_S, 0
 
         def measured() -> int:
             """What the pool may hold: what it has and what is free beside it."""
             nonlocal at, found
             if time.monotonic() - at >= _MEASURED_S:
-                held = self.arena.pool.created if hasattr(self, "arena") else 0
-                at, found = time.monotonic(), held * layout.page_bytes + free()
+                at, found = time.monotonic(), arena.pool.created * layout.page_bytes + free()
             return found
 
         arena = KVArena(
@@ -312,7 +310,7 @@ class Assembly:
         return PromptLookup(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
 
     def _relieve(self) -> None:
-        """Give the device the KV pages that nobody needs, and what torch keeps for later."""
+        """Free unused KV pages on the device, and the memory that torch keeps for later."""
         self._log("the device has no memory for a step: giving unused memory back to it")
         torch.cuda.synchronize(self.loaded.device)
         self.arena.trim()

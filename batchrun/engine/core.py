@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Likeliest = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
 TokenLogprobs = tuple[float, Likeliest]  # of a token, and of the likeliest in its place
@@ -171,7 +171,7 @@ class Completion:
     Args:
         request: It.
         token_ids: The output; where it ended in an error, as far as it came.
-        text: The output's text; None where it ended in an error, or nobody makes text.
+        text: The output's text; None where it ended in an error, or without a tokenizer.
         finish_reason: Why it ended.
         error_kind: The kind of the failure; None if it is none.
         error: What was wrong; None likewise.
@@ -193,6 +193,10 @@ class Completion:
     admitted: float | None = None
     first_token: float | None = None
     finished: float | None = None
+
+
+_TOLD: tuple[str, ...] = ("text", "finish_reason", "error_kind", "error", "logprob")
+_TOLD += ("arrived", "admitted", "first_token", "finished")
 
 
 @dataclass(slots=True, eq=False)
@@ -273,20 +277,9 @@ class Sequence:
     def completion(self) -> Completion:
         """What it came to."""
         assert self.finish_reason is not None
-        return Completion(
-            request=self.request,
-            token_ids=tuple(self.output_ids),
-            text=self.text,
-            finish_reason=self.finish_reason,
-            error_kind=self.error_kind,
-            error=self.error,
-            logprob=self.logprob,
-            logprobs=tuple(self.logprobs),
-            arrived=self.arrived,
-            admitted=self.admitted,
-            first_token=self.first_token,
-            finished=self.finished,
-        )
+        told: dict[str, Any] = {name: getattr(self, name) for name in _TOLD}
+        token_ids, logprobs = tuple(self.output_ids), tuple(self.logprobs)
+        return Completion(self.request, token_ids, logprobs=logprobs, **told)
 
 
 class Group(Protocol):

@@ -152,7 +152,7 @@ class Engine:
         return [sequence.completion() for sequence in ended]
 
     def _collect(self) -> list[Sequence]:
-        """Wait for the oldest step in flight, take its tokens in, and find who has ended."""
+        """Take in the tokens of the oldest step in flight; returns the sequences that ended."""
         plan, ticket, began = self._in_flight.popleft()
         tokens = self.executor.collect(ticket)
         now = time.perf_counter()
@@ -191,28 +191,22 @@ class Engine:
         return [s for s in (*done, *leaders) if not self._is_begun_anew(s)]
 
     def _is_begun_anew(self, failed: Sequence) -> bool:
-        """Whether a row is computed once more, for it may have failed by another one's numbers.
+        """Whether a row is computed again, because another row's numbers may have spoiled it.
 
         Attention makes NaN also of tokens before the one that is NaN, as a weight of 0 times NaN is
-        NaN. Who shares those memory fails too: it is computed again, and shares nothing.
+        NaN. A row that shares that memory fails too: it is computed again, and shares nothing.
         """
         each = [failed] if failed.group is None else failed.group.sequences
         shared = failed.shares and any(sequence.inherited for sequence in each)
         if failed.error_kind != _NOT_FINITE or not shared:
             return False
-        begun = failed if failed.group is None else Sequence(failed.request)
-        self._queue(
-            Sequence(
-                failed.request,
-                begun.output_ids,
-                begun.logprob,
-                begun.logprobs,
-                arrived=failed.arrived,
-                admitted=failed.admitted,
-                first_token=failed.first_token,
-                shares=False,
-            )
-        )
+        times = failed.arrived, failed.admitted, failed.first_token
+        again = Sequence(failed.request, shares=False)
+        again.arrived, again.admitted, again.first_token = times
+        if failed.group is None:  # what it has come to so far is right
+            again.output_ids, again.logprobs = failed.output_ids, failed.logprobs
+            again.logprob = failed.logprob
+        self._queue(again)
         return True
 
     def _append(
@@ -341,8 +335,7 @@ class Engine:
         stats.prefill_s += seconds * prefill / computed
         stats.decode_s += seconds * (computed - prefill) / computed
         stats.sequence_s += seconds * len(plan.segments)
-        stats.device_s = self.executor.device_seconds
-        stats.idle_s = self.executor.idle_seconds
+        stats.device_s, stats.idle_s = self.executor.seconds()
 
     def _count_mapping(self) -> None:
         """Work on pages since the last call; hidden where the device still computes after it."""

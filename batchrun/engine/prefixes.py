@@ -127,7 +127,7 @@ class SharedPrefixes:
         self._put(sequence.slot, sequence.known_ids, sequence.blocks, sequence.request.namespace)
 
     def leave(self, slot: int, keep: int) -> None:
-        """A sequence has left its slot, which keeps some tokens, or else is any closed one."""
+        """A sequence has left its slot, which keeps its first `keep` tokens for other rows."""
         del self._owners[slot]
         if keep:
             self._kept[slot] = None
@@ -141,7 +141,7 @@ class SharedPrefixes:
             self._put(slot, ids, blocks_of(ids, namespace=namespace), namespace)
 
     def forget(self, slot: int) -> None:
-        """Nobody knows what a slot has."""
+        """What a slot has is not shared any more."""
         for block in self._blocks(slot):
             slots = self._slots[block]
             del slots[slot]
@@ -160,7 +160,7 @@ class SharedPrefixes:
                     and self._ready(other) >= depth * BLOCK
                     for other in self._slots[blocks[depth - 1]]
                 )
-                # Those who need these blocks may have tokens of the next one in common, too.
+                # A row that needs these blocks may also begin with some tokens of the next one.
                 return 0 if held else min(len(self._tokens[slot][0]), (depth + 1) * BLOCK - 1)
         return 0
 

@@ -14,7 +14,6 @@ import torch
 from batchrun.engine.attention import Upload
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.cpu import sampling as cpu_sampling
-from batchrun.engine.plan import NewSequence
 
 
 @dataclass(slots=True, eq=False)
@@ -32,13 +31,6 @@ class Row:
     num_prompt_tokens: int
     end: int = 0
     num_drafts: int = 0
-
-    @classmethod
-    def of(cls, new: NewSequence) -> Row:
-        """Of a sequence that has come to a slot."""
-        request = new.request
-        length = len(request.prompt_ids)
-        return cls(new.slot, request, list(new.output_ids), request.params, length)
 
     @property
     def num_generated(self) -> int:
@@ -147,7 +139,8 @@ class EndTokens(Edits):
 
     def edits(self, row: Row) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`; not a token that a row stops at itself, but for a row too short."""
-        params, banned = row.params, frozenset[int]()
+        params = row.params
+        banned: frozenset[int] = frozenset()
         if params.ignore_eos:
             banned = self._eos_ids.difference(params.stop_token_ids)
         if params.min_tokens > row.num_generated:

@@ -72,7 +72,9 @@ class Sampler:
     def enter(self, new: Iterable[NewSequence]) -> None:
         """Take note of the sequences that have come to slots."""
         for each in new:
-            self._rows[each.slot] = Row.of(each)
+            request, ids = each.request, list(each.output_ids)
+            prompt = len(request.prompt_ids)
+            self._rows[each.slot] = Row(each.slot, request, ids, request.params, prompt)
 
     def prepare(self, segments: Iterable[Segment]) -> list[Row]:
         """Do for a step what the host can while its logits are computed.
@@ -172,46 +174,42 @@ class Sampler:
         numbers = [
             uniform(r.seed, r.row, r.sample, row.end) for row in rows for r in (row.request,)
         ]
+        if not _on_cpu(logits):
+            return self._draw_at_once(logits, params, numbers)
         if self._config.filters:
-            logits = self._filtered(logits, params)
+            logits = self._filtered(logits, params, self._columns(params, logits.shape[1]))
             params = [_AS_IT_IS] * len(params)
-        if _on_cpu(logits):
-            return cpu_sampling.draw(logits, params, numbers)
-        return self._draw_at_once(logits, params, numbers)
+        return cpu_sampling.draw(logits, params, numbers)
 
-    def _filtered(self, logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
+    def _draw_at_once(
+        self, logits: torch.Tensor, params: Seq[SamplingParams], numbers: Seq[float]
+    ) -> torch.Tensor:
+        """The same on a device, without waiting for it."""
+        columns = self._columns(params, logits.shape[1], numbers)
+        logits = self._filtered(logits, params, columns)
+        cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        total = cdf[:, -1:]
+        # Strictly below the end, so that rounding can never choose a token of probability zero.
+        target = torch.minimum(columns[4] * total, torch.nextafter(total, torch.zeros_like(total)))
+        tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
+        return _if_finite(logits.amax(dim=-1), tokens)
+
+    def _filtered(
+        self, logits: torch.Tensor, params: Seq[SamplingParams], columns: torch.Tensor
+    ) -> torch.Tensor:
         """Logits over their temperature, without what all filters together rule out."""
-        columns = self._columns(params, logits.shape[1])
-        logits = self._config.filter_first(_over(logits.float(), columns[0]))
-        logits = filter_rows(logits, params, columns[1], columns[2], columns[3].long())
+        temperature, top_p, min_p, top_k = columns[:4]
+        logits = self._config.filter_first(_over(logits.float(), temperature))
+        logits = filter_rows(logits, params, top_p, min_p, top_k.long())
         return self._config.filter_last(logits)
 
     def _columns(
         self, params: Seq[SamplingParams], vocabulary: int, *others: Seq[float]
     ) -> torch.Tensor:
         """Temperature, top-p, min-p and top-k of each row, and more: `[4 or more, N, 1]`."""
-        columns = [
-            [p.temperature for p in params],
-            [p.top_p for p in params],
-            [p.min_p for p in params],
-            [p.top_k or vocabulary for p in params],
-            *others,
-        ]
+        rows = [(p.temperature, p.top_p, p.min_p, p.top_k or vocabulary) for p in params]
+        columns = [*zip(*rows, strict=True), *others]
         return self._upload(np.array(columns, dtype=np.float64))[:, :, None]
-
-    def _draw_at_once(
-        self, logits: torch.Tensor, params: Seq[SamplingParams], numbers: Seq[float]
-    ) -> torch.Tensor:
-        """The same for a device that nobody waits for."""
-        columns = self._columns(params, logits.shape[1], numbers)
-        logits = _over(logits, columns[0])
-        highest = logits.amax(dim=-1)
-        logits = filter_rows(logits, params, columns[1], columns[2], columns[3].long())
-        cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-        total = cdf[:, -1:]
-        # Strictly below the end, so that rounding can never choose a token of probability zero.
-        target = torch.minimum(columns[4] * total, torch.nextafter(total, torch.zeros_like(total)))
-        return _if_finite(highest, torch.searchsorted(cdf, target, right=True)[:, 0])
 
 
 def _joined(*tensors: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Who computes what in the next step. Pure decisions over a `KVSpace`; no torch, no clock."""
+"""Which tokens the next step computes. Pure decisions over a `KVSpace`; no torch, no clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchrun.engine.proposers import Proposer, add_drafts
 from batchrun.engine.stays import Stays, slot_of
 from batchrun.engine.waiting import WaitingQueue, check_machine, why_refused
 
-# Part of the budget that admitting leaves to sequences that grow: or else the youngest would be
+# Part of the budget that admitting leaves to sequences that grow: otherwise the youngest would be
 # preempted again and again. It saves nine in ten recomputed tokens for 2 to 4% more steps.
 _SPARE = 0.05
 
@@ -110,7 +110,7 @@ class Scheduler:
         segments: list[Segment] = []
         if not self._continue(segments):
             return StepPlan(self.step, ())
-        # Whoever was preempted in this step had its segment taken back by `_make_room`.
+        # `_make_room` has taken back the segments of sequences preempted in this step.
         budget = self.max_num_batched_tokens - sum(s.length for s in segments)
         busy = bool(segments) or self._committed < self._launched
         # Admitting right after a preemption would only preempt again: wait for memory.
@@ -187,7 +187,7 @@ class Scheduler:
             self.space.trim()
 
     def forsake(self, sequence: Sequence) -> list[Sequence]:
-        """Let nobody share what a row that has failed, or has to end early, computed.
+        """Stop sharing what a row computed that has failed, or has to end early.
 
         Returns:
             Its sequences, all beams of it, which are to be finished.
@@ -290,7 +290,7 @@ class Scheduler:
     def _start(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
         """Let a sequence run in a slot that has its first tokens already, from another one."""
         self.stays.begin(sequence, slot, source, shared)
-        # Waiting for memory makes nobody younger, or two could take it from each other for ever.
+        # By arrival, so that two can't take memory from each other for ever.
         insort(self.running, sequence, key=lambda s: s.arrived)
 
     def _places(self) -> int:
@@ -326,7 +326,7 @@ class Scheduler:
                 return True
 
     def _victim(self, sequence: Sequence) -> Sequence:
-        """Who gives way to a sequence: the youngest, or an idle one of its group before itself."""
+        """Which sequence gives way: the youngest, or an idle one of its own group before itself."""
         victim, group = self.running[-1], sequence.group
         if victim is sequence and group is not None:
             idle = [s for s in self.running if s.group is group and s.idle]

@@ -249,7 +249,7 @@ def geometry_of(loaded: LoadedModel, limits: Limits, slot_tokens: int, slots: in
 
 
 def no_backend(error: ValueError) -> EngineError:
-    """What is told where attention that was asked for by name can't be used."""
+    """The error where attention that was asked for by name can't be used."""
     return EngineError(
         str(error), hint="use --attention auto; `batchrun doctor` says what works here"
     )

@@ -49,7 +49,7 @@ class WaitingQueue:
         self._prefixes.unwant(sequence)
 
     def first(self, groups: Collection[Group], places: int) -> tuple[Sequence, int, int] | None:
-        """Who is to be admitted, the slot that begins most like it, and its tokens ready there.
+        """The next to admit, the slot that begins most like it, and its tokens ready there.
 
         Args:
             groups: Those that have begun: they have places for all that is theirs.

@@ -34,7 +34,7 @@ class WarmUp:
         """Record decode steps, then run the largest steps there can be.
 
         torch keeps what activations took here, and the KV budget is what is free after that:
-        nothing is guessed. Not the other way round: whoever records a graph gives back what torch
+        nothing is guessed. The order matters: recording a graph gives back what torch
         keeps. The pages that were created stay for the first steps.
         """
         loaded, most = self.executor.loaded, self.limits.max_num_batched_tokens

@@ -84,8 +84,6 @@ class EchoExecutor:
     page that is taken away, or a token that is asked for, before its time shows.
     """
 
-    device_seconds = idle_seconds = 0.0
-
     def __init__(
         self,
         keys: torch.Tensor,
@@ -101,6 +99,9 @@ class EchoExecutor:
         self._last: dict[int, int] = {}
         self._stops = stops
         self._collected = 0
+
+    def seconds(self) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def launch(self, plan: StepPlan) -> Ticket:
         for s in plan.segments:
