@@ -1,8 +1,10 @@
 """What the KV cache reserves, holds and really uses, now and averaged over time."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batchrun.allocator.layout import KVLayout
+from batchrun.allocator.pages import Work
 
 PAGED_BLOCK_TOKENS = 16
 """Block size of the paged cache that `Usage.paged` compares with (vLLM's default)."""
@@ -13,7 +15,7 @@ _BYTES = ("reserved", "mapped", "live", "shared", "static", "paged")
 
 @dataclass(frozen=True)
 class Usage:
-    """One moment of an arena, in bytes; counters and seconds run from its creation.
+    """One moment of an arena, in bytes.
 
     Attributes:
         reserved: address space.
@@ -22,6 +24,7 @@ class Usage:
         shared: bytes of pages that sharing saves open slots.
         static: what reserving `max_tokens` for each open slot would use.
         paged: what a cache of 16-token blocks would use for the same sequences.
+        work: since the arena was made, by `map`, `unmap`, `create` and `destroy`.
     """
 
     reserved: int
@@ -30,19 +33,7 @@ class Usage:
     shared: int
     static: int
     paged: int
-    map_calls: int
-    unmap_calls: int
-    create_calls: int
-    destroy_calls: int
-    map_seconds: float
-    unmap_seconds: float
-    create_seconds: float
-    destroy_seconds: float
-
-    @property
-    def utilisation(self) -> float:
-        """Live over mapped; 1 when nothing is mapped."""
-        return self.live / self.mapped if self.mapped else 1.0
+    work: Mapping[str, Work]
 
 
 def paged_blocks(num_tokens: int) -> int:
@@ -80,19 +71,13 @@ class UsageIntegral:
             self._peaks[name] = max(self._peaks[name], value)
         self._latest = usage
 
-    @property
-    def utilisation(self) -> float:
-        """Time-averaged live over time-averaged mapped; 1 when nothing was mapped."""
-        live, mapped = self._sums["live"], self._sums["mapped"]
-        return live / mapped if mapped else 1.0
-
     def as_dict(self) -> dict[str, float]:
         """Bytes now (`kv_live`), byte-seconds (`kv_live_s`), peaks (`peak_kv_live`), counters."""
         result: dict[str, float] = {"kv_s": self.seconds}
         result |= {f"kv_{name}": getattr(self._latest, name, 0) for name in _BYTES}
         result |= {f"kv_{name}_s": value for name, value in self._sums.items()}
         result |= {f"peak_kv_{name}": peak for name, peak in self._peaks.items()}
-        for work in ("map", "unmap", "create", "destroy"):
-            result[f"{work}_calls"] = getattr(self._latest, f"{work}_calls", 0)
-            result[f"{work}_s"] = getattr(self._latest, f"{work}_seconds", 0.0)
+        for name in ("map", "unmap", "create", "destroy"):
+            work = self._latest.work[name] if self._latest else Work()
+            result |= {f"{name}_calls": work.calls, f"{name}_s": work.seconds}
         return result

@@ -7,11 +7,11 @@ slab's begin, in order, and leave it from its end:
                     |<------- claimed pages ------>|<- surplus -->|<------ unmapped ------>|
 
 Claimed pages are those that a running step may touch. Surplus, which is all that a closed slot
-has, stays mapped until another sequence wants the pages, because whoever opens the slot next saves
+has, stays mapped until another sequence wants the pages: the next sequence in the slot then saves
 mapping them (the deferred reclamation of vAttention, https://arxiv.org/abs/2405.04437).
 
-A page may be mapped in several slots (see `sharing`), and is written only in a slot that has it
-alone. What a slot shares lies before its live tokens' end, so that growing does not write it.
+A page may be mapped in several slots (see `sharing`). What a slot shares lies before its live
+tokens' end, so that nothing writes it.
 """
 
 from collections.abc import Callable, Iterable
@@ -74,7 +74,7 @@ class KVArena:
         self.give_back = give_back
         self.pool = PagePool(memory, budget)
         self._table = SlotTable(memory, layout, self.pool, num_slots)
-        self._slots, self._slabs = self._table.slots, self._table.slabs
+        self._slots = self._table.slots
         self._sharing = self._table.sharing
         self._acquired = 0  # by the pool's count, when a step was last retired
 
@@ -88,7 +88,7 @@ class KVArena:
             The slot, or None when no slot is closed but those that are kept and those with shared
             pages that an unfinished step may read.
         """
-        if not self._slabs.reserved:
+        if not self._table.reserved:
             raise AllocatorError("this KVArena is released")
         wanted = self.layout.pages_for(num_tokens)
         slot = self._table.closest(wanted)
@@ -101,38 +101,29 @@ class KVArena:
         self._table.claim(slot, at_most(wanted, slot.lengths))
         return slot.index
 
-    def ensure(self, slot: int, num_tokens: int, step: int | None = None) -> bool:
+    def ensure(self, slot: int, num_tokens: int) -> bool:
         """Put pages behind the tokens [0, num_tokens) of an open slot, which become its live ones.
 
         New pages hold undefined bytes. What the slot held stays. Asking for fewer tokens than
-        before unmaps nothing. Asking for more again where the slot shares pages is allowed while
-        no unfinished step reads the slot: the shared pages that are to be written are replaced,
-        and what is live on them is copied (`take_copies`).
+        before unmaps nothing; tokens that the slot shares stay live, so that they are not written.
 
         Args:
             slot: an open slot.
             num_tokens: tokens that will be live: all below the former number stay as they are.
-            step: the step before whose kernels copies will be made. Only where a shared page has
-                to be copied it must be named.
 
         Returns:
-            False when there are no pages for it, or when a page to be replaced is still read by an
-            unfinished step. The slot then holds what it held, in every group.
+            False when there are no pages for it. The slot then holds what it held, in every group.
 
         Raises:
-            AllocatorError: the slot is not open, or cannot hold `num_tokens`, or a step is missing.
+            AllocatorError: the slot is not open, cannot hold `num_tokens`, or shares more.
         """
         state = self._slots[slot]
-        before, claimed = state.tokens, state.claimed
         if not 0 <= num_tokens <= state.backed and not self._table.extend(state, num_tokens):
             return False
-        if num_tokens == before:
-            return True
-        if num_tokens > before < state.aliased_end and not self._table.unshare(
-            state, num_tokens, step
-        ):
-            self._table.claim(state, at_most(claimed, state.lengths))
-            return False
+        if num_tokens < state.aliased_end:
+            raise AllocatorError(
+                f"slot {slot} shares {state.aliased_end} tokens; {num_tokens} can't be all it holds"
+            )
         self._table.set_live(state, num_tokens)
         return True
 
@@ -154,7 +145,7 @@ class KVArena:
 
         Returns:
             The slot, or None when none can be had now, or no page for the copies. Then nothing has
-            changed, but that pages nobody claims may have been reclaimed.
+            changed, except that unclaimed pages may have been reclaimed.
 
         Raises:
             AllocatorError: the source has fewer tokens, or the step is retired.
@@ -293,7 +284,7 @@ class KVArena:
 
     def address(self, group: int, plane: int = 0) -> int:
         """Where slot 0's slab of `group` begins; slot s's is s * `layout.slab_size(group)` on."""
-        return self._slabs.address(group, plane * self.num_slots)
+        return self._table.address(group, plane * self.num_slots)
 
     def held_tokens(self, slot: int) -> int:
         """Live tokens of an open slot; of a closed one, tokens whose pages are still mapped."""
@@ -316,9 +307,7 @@ class KVArena:
     @property
     def work_seconds(self) -> float:
         """Time that creating, mapping, unmapping and destroying pages has taken so far."""
-        slabs, pool = self._slabs, self.pool
-        every = slabs.mapping, slabs.unmapping, pool.creating, pool.destroying
-        return sum(work.seconds for work in every)
+        return sum(work.seconds for work in self._table.work.values())
 
     def usage(self) -> Usage:
         """What is reserved, mapped and live now. Cheap: nothing is counted up for it."""
@@ -335,4 +324,4 @@ class KVArena:
             self._table.cut(slot, self._table.none)
         self._sharing.copies.clear()
         self.pool.shrink()
-        self._slabs.free()
+        self._table.free()

@@ -4,10 +4,10 @@ The only importer of `cuda.bindings`, when a `Driver` is made. The calls and the
 https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from batchrun.allocator.vmm import AllocatorError, Handle, MappingTable, OutOfPages
+from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, VirtualMemory
 
 _HINTS = {
     "CUDA_ERROR_NO_DEVICE": "look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
@@ -66,7 +66,7 @@ class Driver:
         return f"the NVIDIA driver (CUDA version {version}) is too old: {problem}; update it"
 
 
-class CudaMemory:
+class CudaMemory(VirtualMemory):
     """Pages of a device's memory, mapped into reservations of the unified address space.
 
     The device's primary context, which torch uses too, is held until `close`. Any thread may call,
@@ -105,45 +105,33 @@ class CudaMemory:
             self._properties,
             types.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
         )
-        self.planes = planes
-        self.granularity = minimum if page_size is None else page_size
+        super().__init__(minimum if page_size is None else page_size, planes)
         if self.granularity <= 0 or self.granularity % minimum:
             raise AllocatorError(
                 f"page size {page_size} is not a positive multiple of the driver's {minimum}"
             )
-        self.mappings = MappingTable(self.granularity)
         self._allocations: dict[Handle, list[Any]] = {}  # page -> the driver's handles, by plane
-        self._created = 0  # handles are never used again: a stale one is always told
         self._context = call("cuDevicePrimaryCtxRetain", self._device)
         self._enter()
 
     def memory_info(self) -> tuple[int, int]:
-        """Bytes of the device that are free, and that it has, whoever uses them."""
-        self.mappings.check_open()
+        """Bytes of the device that are free, and that it has in all, for all processes."""
+        self.check_open()
         self._enter()
         free, total = self.driver.call("cuMemGetInfo")
         return int(free), int(total)
 
-    def reserve(self, size: int, slab: int | None = None) -> int:
-        """See `VirtualMemory.reserve`."""
-        self.mappings.check_reserve(size, slab)
+    def _reserve(self, size: int) -> int:
         self._enter()
-        address = int(self.driver.call("cuMemAddressReserve", size * self.planes, 0, 0, 0))
-        self.mappings.reserved(address, size, slab)
-        return address
+        return int(self.driver.call("cuMemAddressReserve", size * self.planes, 0, 0, 0))
 
-    def free(self, address: int, size: int) -> None:
-        """See `VirtualMemory.free`."""
-        self.mappings.check_free(address, size)
+    def _free(self, address: int, size: int) -> None:
         self._enter()
         self.driver.call("cuMemAddressFree", address, size * self.planes)
-        self.mappings.freed(address)
 
-    def create(self, count: int) -> list[Handle]:
-        """See `VirtualMemory.create`."""
-        self.mappings.check_create(count)
+    def _create(self, handles: Sequence[Handle]) -> None:
         self._enter()
-        call, size = self.driver.call, self.granularity
+        call, size, count = self.driver.call, self.granularity, len(handles)
         made: list[Any] = []
         try:
             for _ in range(count * self.planes):
@@ -154,17 +142,11 @@ class CudaMemory:
             if isinstance(error, OutOfPages):
                 raise self._out_of_pages(count, error) from error
             raise
-        handles = [Handle(self._created + position) for position in range(count)]
-        self._created += count
         for position, handle in enumerate(handles):
             begin = position * self.planes
             self._allocations[handle] = made[begin : begin + self.planes]
-        self.mappings.created(handles)
-        return handles
 
-    def destroy(self, handles: Sequence[Handle]) -> None:
-        """See `VirtualMemory.destroy`; what a driver's error leaves undone stays to be done."""
-        self.mappings.check_destroy(handles)
+    def _destroy(self, handles: Sequence[Handle]) -> Iterator[Handle]:
         self._enter()
         for handle in handles:
             parts = self._allocations[handle]
@@ -172,59 +154,56 @@ class CudaMemory:
                 self.driver.call("cuMemRelease", parts[-1])
                 parts.pop()
             del self._allocations[handle]
-            self.mappings.destroyed([handle])
+            yield handle
 
-    def map(self, address: int, handles: Sequence[Handle]) -> None:
-        """See `VirtualMemory.map`. Grants access to a plane's range in one call, the dear one."""
-        place = self.mappings.check_map(address, handles)
+    def _map(self, address: int, handles: Sequence[Handle]) -> None:
+        """Grants access to a whole range of a plane in one call, which is the expensive one."""
+        held = [self._allocations[handle] for handle in handles]
         self._enter()
-        joined: list[range] = []
+        done: list[int] = []
         try:
             for plane, addresses in enumerate(self._of_planes(address, len(handles))):
-                self._join(addresses, [self._allocations[handle][plane] for handle in handles])
-                joined.append(addresses)
+                for at, allocations in zip(addresses, held, strict=True):
+                    self.driver.call("cuMemMap", at, self.granularity, 0, allocations[plane], 0)
+                    done.append(at)
+                self._give_access(addresses.start, len(handles))
         except AllocatorError:
-            for addresses in joined:
-                self._unjoin(addresses)
+            for at in done:
+                self.driver.call("cuMemUnmap", at, self.granularity)
             raise
-        self.mappings.mapped(place, handles)
 
-    def unmap(self, address: int, count: int) -> None:
-        """See `VirtualMemory.unmap`. No work that is under way on the device may use the range.
+    def _unmap(self, address: int, pages: Sequence[Handle]) -> None:
+        """No work that is under way on the device may use the range.
 
         The driver's documentation promises to unmap a range that was mapped by one call, so every
         page is its own call.
         """
-        place, pages = self.mappings.check_unmap(address, count)
         held = [self._allocations[page] for page in pages]
         self._enter()
         done: list[tuple[int, Any]] = []
         try:
-            for plane, addresses in enumerate(self._of_planes(address, count)):
+            for plane, addresses in enumerate(self._of_planes(address, len(pages))):
                 for at, allocations in zip(addresses, held, strict=True):
                     self.driver.call("cuMemUnmap", at, self.granularity)
                     done.append((at, allocations[plane]))
         except AllocatorError:
             for at, allocation in done:
-                self._join(range(at, at + self.granularity, self.granularity), [allocation])
+                self.driver.call("cuMemMap", at, self.granularity, 0, allocation, 0)
+                self._give_access(at, 1)
             raise
-        self.mappings.unmapped(place, count)
 
-    def close(self) -> None:
-        """See `VirtualMemory.close`. Every call is tried before the first error is raised."""
-        if self.mappings.closed:
-            return
-        pages = (self._of_planes(at, 1) for at, _ in self.mappings.all_mapped())
+    def _close(self) -> None:
+        """Every call is tried before the first error is raised."""
+        pages = (self._of_planes(at, 1) for at, _ in self.all_mapped())
         mapped = (addresses[0] for page in pages for addresses in page)
         allocated = (part for parts in self._allocations.values() for part in parts)
-        reserved = self.mappings.reservations.items()
+        reserved = self.reservations.items()
         calls: list[tuple[Any, ...]] = [
             *(("cuMemUnmap", address, self.granularity) for address in mapped),
             *(("cuMemRelease", allocation) for allocation in allocated),
             *(("cuMemAddressFree", at, held.size * self.planes) for at, held in reserved),
             ("cuDevicePrimaryCtxRelease", self._device),
         ]
-        self.mappings.close()
         self._allocations.clear()
         errors: list[AllocatorError] = []
         self._enter()
@@ -243,27 +222,14 @@ class CudaMemory:
 
     def _of_planes(self, address: int, count: int) -> list[range]:
         """The addresses of a range of pages in each plane."""
-        size = self.mappings.reservation_of(address)[1].size
+        size = self.reservation_of(address)[1].size
         starts = range(address, address + size * self.planes, size)
         return [range(at, at + count * self.granularity, self.granularity) for at in starts]
 
-    def _join(self, pages: range, allocations: Sequence[Any]) -> None:
-        """Map pages of one plane and grant access, or leave none of them mapped."""
-        call, size = self.driver.call, self.granularity
-        done = 0
-        try:
-            for at, allocation in zip(pages, allocations, strict=True):
-                call("cuMemMap", at, size, 0, allocation, 0)
-                done += 1
-            call("cuMemSetAccess", pages.start, len(pages) * size, [self._access], 1)
-        except AllocatorError:
-            self._unjoin(pages[:done])
-            raise
-
-    def _unjoin(self, pages: range) -> None:
-        """Undo what `_join` has mapped."""
-        for at in pages:
-            self.driver.call("cuMemUnmap", at, self.granularity)
+    def _give_access(self, address: int, count: int) -> None:
+        """Make mapped pages of one plane readable and writable."""
+        size = count * self.granularity
+        self.driver.call("cuMemSetAccess", address, size, [self._access], 1)
 
     def _out_of_pages(self, count: int, error: OutOfPages) -> OutOfPages:
         free, total = self.memory_info()

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from batchrun.allocator.system import (
@@ -19,7 +20,7 @@ from batchrun.allocator.system import (
     refused,
     why_no_addresses,
 )
-from batchrun.allocator.vmm import AllocatorError, Handle, MappingTable, OutOfPages, Refused
+from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, Refused, VirtualMemory
 
 # From <linux/mman.h> and <linux/falloc.h>; the `mmap` module lacks some before Python 3.13.
 _MAP_FIXED = 0x10
@@ -31,7 +32,7 @@ _SPARE_STRIDE = 1 << 32  # pages from a plane to the next, of those
 _NO_MEMORY = {errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT}
 
 
-class HostMemory:
+class HostMemory(VirtualMemory):
     """Pages of a memfd, mapped shared into reservations that otherwise fault.
 
     The memfd is as large as all reservations together, and sparse. A page gets its place in it, and
@@ -71,14 +72,11 @@ class HostMemory:
             )
         if max_mappings is None:
             max_mappings = max_map_count() * 3 // 4
-        self.granularity = page_size
-        self.planes = planes
+        super().__init__(page_size, planes)
         self.max_mappings = max_mappings
         self._guard = guard
         self._libc = load_libc()
-        self.mappings = MappingTable(page_size)
         self._fd = memory_file()
-        self._created = 0  # handles given out so far
         self._places: dict[Handle, int] = {}  # page -> where it is in the file, in pages
         self._taken: set[int] = set()  # those places
         self._begins: dict[int, int] = {}  # reservation -> the place of its first page
@@ -87,13 +85,10 @@ class HostMemory:
         self._spare = _SPARE_PLACES
         self._kernel_mappings = 0  # of each plane
 
-    def reserve(self, size: int, slab: int | None = None) -> int:
-        """See `VirtualMemory.reserve`."""
-        self.mappings.check_reserve(size, slab)
-        self._check_file_limit(self._end + size // self.granularity * self.planes)
-        address = self._mmap(None, size * self.planes, None)
-        self.mappings.reserved(address, size, slab)
+    def _reserve(self, size: int) -> int:
         begin, pages = self._end, size // self.granularity
+        self._check_file_limit(begin + pages * self.planes)
+        address = self._mmap(None, size * self.planes, None)
         self._begins[address] = begin
         self._ranges.append((begin, pages))
         self._end += pages * self.planes
@@ -102,38 +97,26 @@ class HostMemory:
             for plane in range(0 if self._guard else self.planes):
                 self._mmap(address + plane * size, size, begin, plane)
         except AllocatorError:
-            self.free(address, size)
+            self._free(address, size)
             raise
         return address
 
-    def free(self, address: int, size: int) -> None:
-        """See `VirtualMemory.free`."""
-        self.mappings.check_free(address, size)
+    def _free(self, address: int, size: int) -> None:
         if self._libc.munmap(address, size * self.planes):
             raise refused("munmap", f"{size} bytes at {address:#x}")
-        self.mappings.freed(address)
         del self._begins[address]
         self._kernel_mappings -= 1
 
-    def create(self, count: int) -> list[Handle]:
-        """See `VirtualMemory.create`."""
-        self.mappings.check_create(count)
-        handles = [Handle(self._created + i) for i in range(count)]
-        self._created += count
-        self.mappings.created(handles)
+    def _create(self, handles: Sequence[Handle]) -> None:
+        """A page gets its memory when it is first mapped."""
+
+    def _destroy(self, handles: Sequence[Handle]) -> Sequence[Handle]:
+        self._displace([handle for handle in handles if handle in self._places])
         return handles
 
-    def destroy(self, handles: Sequence[Handle]) -> None:
-        """See `VirtualMemory.destroy`."""
-        self.mappings.check_destroy(handles)
-        self._displace([handle for handle in handles if handle in self._places])
-        self.mappings.destroyed(handles)
-
-    def map(self, address: int, handles: Sequence[Handle]) -> None:
-        """See `VirtualMemory.map`."""
-        place = self.mappings.check_map(address, handles)
+    def _map(self, address: int, handles: Sequence[Handle]) -> None:
         own = self._own_place(address)
-        placed = self._place(own, handles)
+        placed = self._place_in_file(own, handles)
         try:
             places = [self._places[handle] for handle in handles]
             if self._guard or places != list(range(own, own + len(places))):
@@ -141,30 +124,21 @@ class HostMemory:
         except AllocatorError:
             self._displace(placed)
             raise
-        self.mappings.mapped(place, handles)
 
-    def unmap(self, address: int, count: int) -> None:
-        """See `VirtualMemory.unmap`."""
-        place, handles = self.mappings.check_unmap(address, count)
+    def _unmap(self, address: int, pages: Sequence[Handle]) -> None:
         if self._guard:
-            self._show(address, [None] * count)
-            self.mappings.unmapped(place, count)
+            self._show(address, [None] * len(pages))
             return
         own = self._own_place(address)
-        places = list(range(own, own + count))
-        if [self._places[handle] for handle in handles] != places:
+        places = list(range(own, own + len(pages)))
+        if [self._places[page] for page in pages] != places:
             self._show(address, places)
-        self.mappings.unmapped(place, count)
-        self._displace([h for h in dict.fromkeys(handles) if not self.mappings.counts[h]])
+        self._displace([page for page, n in Counter(pages).items() if self.counts[page] == n])
 
-    def close(self) -> None:
-        """See `VirtualMemory.close`."""
-        if self.mappings.closed:
-            return
-        for address, held in self.mappings.reservations.items():
+    def _close(self) -> None:
+        for address, held in self.reservations.items():
             self._libc.munmap(address, held.size * self.planes)
         os.close(self._fd)
-        self.mappings.close()
         self._places.clear()
         self._taken.clear()
         self._begins.clear()
@@ -172,13 +146,13 @@ class HostMemory:
 
     def _own_place(self, address: int) -> int:
         """The place that belongs to an address."""
-        base, _ = self.mappings.reservation_of(address)
+        base, _ = self.reservation_of(address)
         return self._begins[base] + (address - base) // self.granularity
 
     def _show(self, address: int, places: Sequence[int | None], *, populate: bool = False) -> None:
         """Have addresses show these places of the file, or nothing; all of them or none."""
         page = self.granularity
-        base, held = self.mappings.reservation_of(address)
+        base, held = self.reservation_of(address)
         end = address + len(places) * page
         left = self._shown(address - page, 1) if address > base else []
         right = self._shown(end, 1) if end < base + held.size else []
@@ -215,13 +189,13 @@ class HostMemory:
 
     def _shown(self, address: int, count: int) -> list[int | None]:
         """The place that each address of a range shows."""
-        pages = self.mappings.pages(address, count)
+        pages = self.pages(address, count)
         if self._guard:
             return [self._places.get(page) for page in pages]
         own = self._own_place(address)
         return [self._places.get(page, own + index) for index, page in enumerate(pages)]
 
-    def _place(self, own: int, handles: Sequence[Handle]) -> list[Handle]:
+    def _place_in_file(self, own: int, handles: Sequence[Handle]) -> list[Handle]:
         """Give those pages that have none a place in the file, and memory; returns them."""
         placed: list[Handle] = []
         for position, handle in enumerate(handles):

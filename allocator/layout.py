@@ -14,9 +14,7 @@ same pages mapped, each of which has a part in every plane, and cost the bookkee
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
 from math import gcd, lcm
 
 _BLOCK_TOKENS = 16  # Kernels made for paged caches read a slot as blocks of this many tokens.
@@ -115,10 +113,6 @@ class KVLayout:
         """Bytes of address space of one slot's slab in one plane, whole pages."""
         return self.slot_tokens * self._token_bytes[group]
 
-    def tokens_per_page(self, group: int) -> Fraction:
-        """Tokens that one page of `group` holds, not a whole number in general."""
-        return Fraction(self.page_size, self._token_bytes[group])
-
     def pages_for(self, num_tokens: int) -> tuple[int, ...]:
         """Pages, per group, that hold the tokens [0, num_tokens)."""
         page = self.page_size
@@ -151,7 +145,10 @@ class KVLayout:
 
     def offsets(self, layer: int) -> tuple[int, int]:
         """Bytes from a token's begin in its slab to K and to V of `layer`."""
-        return self._offsets[self.place_of(layer)[2]]
+        _, group, within = self.place_of(layer)
+        shape, before = self.layers[within], self.layers[self.groups[group].start : within]
+        begin = sum(other.width for other in before) * self.dtype_bytes
+        return begin, begin + shape.kv_heads * shape.k_dim * self.dtype_bytes
 
     def place_of(self, layer: int) -> tuple[int, int, int]:
         """The plane that holds `layer`, the slab group, and which layer of its plane it is."""
@@ -169,18 +166,6 @@ class KVLayout:
             sum(self.layers[layer].width for layer in group) * self.dtype_bytes
             for group in self.groups
         )
-
-    @cached_property
-    def _offsets(self) -> tuple[tuple[int, int], ...]:
-        offsets: list[tuple[int, int]] = []
-        for group in self.groups:
-            shapes = [self.layers[layer] for layer in group]
-            begins = accumulate((s.width for s in shapes), initial=0)
-            offsets += [
-                (begin * self.dtype_bytes, (begin + s.kv_heads * s.k_dim) * self.dtype_bytes)
-                for begin, s in zip(begins, shapes, strict=False)
-            ]
-        return tuple(offsets)
 
 
 def planes_of(layers: Sequence[LayerKV], layers_per_slab: int) -> int:

@@ -23,7 +23,7 @@ class Work:
 class PagePool:
     """Pages of a `VirtualMemory`, created in batches on demand and kept for reuse.
 
-    A page is free or in use. How often it is mapped the memory knows (`VirtualMemory.mappings`):
+    A page is free or in use. How often it is mapped the memory knows (`VirtualMemory.counts`):
     `release`d where it was unmapped, it stays in use until it is mapped nowhere.
 
     Args:
@@ -98,7 +98,7 @@ class PagePool:
         for handle in handles:
             if handle not in self._used:
                 raise AllocatorError(f"cannot release page {handle}: it is not in use")
-        counts = self._memory.mappings.counts
+        counts = self._memory.counts
         unused = [handle for handle in dict.fromkeys(handles) if not counts[handle]]
         self._used.difference_update(unused)
         self._free += unused

@@ -78,9 +78,6 @@ class Sharing:
         self.none = (0,) * layout.num_groups
         self.claims = RefCounts()
         self.open_claims = RefCounts()
-        self._full = RefCounts()  # aliased pages all of whose tokens are live
-        self._ref_counts = self.claims, self.open_claims, self._full
-        self._short: dict[int, Slot] = {}  # whose last live page may be an aliased one
         self.copies: list[tuple[int, MemoryCopy]] = []  # before which step's kernels, what
 
     def alias(self, slot: Slot, pages: tuple[int, ...]) -> None:
@@ -89,46 +86,15 @@ class Sharing:
         self.recount(slot)
 
     def recount(self, slot: Slot) -> None:
-        """Count anew a slot whose claim, aliased pages or tokens changed."""
+        """Count anew a slot whose claim or aliased pages changed."""
         claimed = at_most(slot.aliased, slot.claimed)
-        reach = (
-            claimed,
-            claimed if slot.backed >= 0 else self.none,
-            at_most(slot.aliased, self._layout.whole_pages(slot.tokens)),
-        )
-        for counts, was, now in zip(
-            self._ref_counts, slot.counted or (self.none,) * 3, reach, strict=True
-        ):
-            for table, before, after in zip(slot.tables, was, now, strict=True):
+        reach = claimed, claimed if slot.backed >= 0 else self.none
+        was = slot.counted or (self.none, self.none)
+        for counts, *each in zip((self.claims, self.open_claims), was, reach, strict=True):
+            for table, before, after in zip(slot.tables, *each, strict=True):
                 counts.add(table[before:after])
                 counts.remove(table[after:before])
         slot.counted = reach
-        if 0 < slot.tokens < slot.aliased_end:
-            self._short[slot.index] = slot
-        else:
-            self._short.pop(slot.index, None)
-
-    def replaced(self, slot: Slot, group: int, page: int, old: Handle) -> None:
-        """Count the page that a slot has now instead of an aliased one."""
-        for counts, reach in zip(self._ref_counts, slot.counted, strict=True):
-            if page < reach[group]:
-                counts.remove([old])
-                counts.add([slot.tables[group][page]])
-
-    def live_twice(self) -> int:
-        """Bytes of live tokens that a sum over slots counts beyond the first time."""
-        layout, ends = self._layout, dict[Handle, list[int]]()
-        for slot in self._short.values():
-            for group, table in enumerate(slot.tables):
-                live = slot.tokens * layout.group_bytes_per_token(group)
-                page, nbytes = divmod(live, layout.page_size)
-                if nbytes and page < slot.aliased[group]:
-                    ends.setdefault(table[page], []).append(nbytes)
-        twice = (
-            sum(sizes) - (0 if handle in self._full.counts else max(sizes))
-            for handle, sizes in ends.items()
-        )
-        return self._full.excess * layout.page_bytes + sum(twice) * layout.planes
 
     def order(
         self, step: int, place: tuple[int, int], source: Slot, target: Slot, nbytes: int

@@ -1,10 +1,11 @@
 """What each slot has mapped, what it claims, and how pages move from slot to slot."""
 
+from time import perf_counter
+
 from batchrun.allocator.accounting import Usage, paged_blocks, paged_bytes, static_bytes
 from batchrun.allocator.layout import KVLayout
-from batchrun.allocator.pages import PagePool
+from batchrun.allocator.pages import PagePool, Work
 from batchrun.allocator.sharing import Sharing, at_most
-from batchrun.allocator.slabs import Slabs
 from batchrun.allocator.slot import Slot
 from batchrun.allocator.vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
 
@@ -14,6 +15,10 @@ _STEAL_PAGES = 8  # of each slab, where there are many: one unmap then serves se
 class SlotTable:
     """All slots of an arena, over the pages of its pool.
 
+    Each slab group is one reservation, each plane of it cut into one slab per slot. A slab's pages
+    are mapped from its begin on, in order, and leave it from its end; `Slot.tables` are the
+    memory's own lists of them.
+
     Attributes:
         slots: by index.
         closed: those that may be opened; neither open nor kept.
@@ -22,6 +27,7 @@ class SlotTable:
         counts: page -> number of slots that have it mapped.
         claims: pages of all claims, shared ones as often as they are claimed.
         live_tokens: of all slots.
+        work: on pages, by `map`, `unmap`, `create` and `destroy`.
         retired: the last step that is finished.
         refusal: why the machine had no pages when they were last asked for in vain; empty where
             it was the budget.
@@ -32,11 +38,22 @@ class SlotTable:
     ) -> None:
         self.layout = layout
         self.pool = pool
-        self.counts = memory.mappings.counts
-        self.slabs = Slabs(memory, layout, pool, num_slots)
+        self.counts = memory.counts
+        self.work = {"map": Work(), "unmap": Work()}
+        self.work |= {"create": pool.creating, "destroy": pool.destroying}
         self.sharing = Sharing(layout)
+        self._memory = memory
+        self._bases: list[int] = []  # by group, where slot 0's slab begins
+        try:
+            for group in range(layout.num_groups):
+                size = layout.slab_size(group)
+                self._bases.append(memory.reserve(num_slots * size, size))
+        except AllocatorError:
+            self.free()
+            raise
         none = self.none = self.sharing.none
-        self.slots = [Slot(i, tables, none, none) for i, tables in enumerate(self.slabs.tables)]
+        slabs = zip(*(memory.reservations[base].slabs for base in self._bases), strict=True)
+        self.slots = [Slot(i, list(tables), none, none) for i, tables in enumerate(slabs)]
         self.closed = set(range(num_slots))
         self.kept: set[int] = set()
         self.with_surplus: set[int] = set()
@@ -45,6 +62,23 @@ class SlotTable:
         self.live_blocks = 0  # that a paged cache would have for them
         self.retired = -1
         self.refusal = ""
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of address space; 0 once freed."""
+        reservations, planes = self._memory.reservations, self.layout.planes
+        return sum(reservations[base].size for base in self._bases) * planes
+
+    def address(self, group: int, slot: int = 0, page: int = 0) -> int:
+        """Address of a page of a slab."""
+        layout = self.layout
+        return self._bases[group] + slot * layout.slab_size(group) + page * layout.page_size
+
+    def free(self) -> None:
+        """Give the address space back; nothing may be mapped in it."""
+        for base in self._bases:
+            self._memory.free(base, self._memory.reservations[base].size)
+        self._bases.clear()
 
     @property
     def num_open(self) -> int:
@@ -58,22 +92,16 @@ class SlotTable:
 
     def usage(self) -> Usage:
         """See `KVArena.usage`."""
-        layout, pool, slabs = self.layout, self.pool, self.slabs
+        layout = self.layout
+        shared = self.sharing.open_claims.excess * layout.page_bytes
         return Usage(
-            reserved=slabs.reserved,
-            mapped=pool.created * layout.page_bytes,
-            live=self.live_tokens * layout.bytes_per_token - self.sharing.live_twice(),
-            shared=self.sharing.open_claims.excess * layout.page_bytes,
+            reserved=self.reserved,
+            mapped=self.pool.created * layout.page_bytes,
+            live=self.live_tokens * layout.bytes_per_token - shared,  # pages are shared full
+            shared=shared,
             static=static_bytes(layout, self.num_open),
             paged=paged_bytes(layout, self.live_blocks),
-            map_calls=slabs.mapping.calls,
-            unmap_calls=slabs.unmapping.calls,
-            create_calls=pool.creating.calls,
-            destroy_calls=pool.destroying.calls,
-            map_seconds=slabs.mapping.seconds,
-            unmap_seconds=slabs.unmapping.seconds,
-            create_seconds=pool.creating.seconds,
-            destroy_seconds=pool.destroying.seconds,
+            work={name: Work(w.calls, w.seconds) for name, w in self.work.items()},
         )
 
     def closest(self, wanted: tuple[int, ...]) -> Slot | None:
@@ -82,15 +110,14 @@ class SlotTable:
         Slots without shared pages come first, then those with pages enough.
         """
         total = sum(wanted)
-        best, least = None, (False, False, 0, 0)
-        for index in self.closed:
-            slot = self.slots[index]
-            if not slot.aliased_end or slot.fence <= self.retired:
-                pages = slot.num_pages
-                misfit = slot.aliased_end > 0, pages < total, abs(pages - total), index
-                if best is None or misfit < least:
-                    best, least = slot, misfit
-        return best
+
+        def misfit(slot: Slot) -> tuple[bool, bool, int, int]:
+            pages = slot.num_pages
+            return slot.aliased_end > 0, pages < total, abs(pages - total), slot.index
+
+        closed = map(self.slots.__getitem__, self.closed)
+        free = (s for s in closed if not s.aliased_end or s.fence <= self.retired)
+        return min(free, key=misfit, default=None)
 
     def missing(self, slot: Slot, wanted: tuple[int, ...]) -> list[int]:
         """Pages of each slab that a slot lacks of those wanted."""
@@ -144,83 +171,55 @@ class SlotTable:
         return True
 
     def map(self, slot: Slot, counts: list[int], shared: list[list[Handle]] | None = None) -> bool:
-        """Map more pages in a slot, as `Slabs.extend` does; False when they can't be had."""
+        """Map more pages at the end of each slab of a slot.
+
+        Args:
+            slot: whose slabs.
+            counts: per group, pages of the pool.
+            shared: per group, pages in use elsewhere, which come before those.
+
+        Returns:
+            False when they can't be had: nothing is mapped then.
+        """
+        shared = shared or [[]] * len(counts)
         self.steal(sum(counts) - self.pool.free, self.retired)
+        fresh: list[Handle] = []
+        mapped: list[tuple[int, int]] = []  # address, pages
         try:
-            self.slabs.extend(slot.index, counts, shared)
-        except OutOfPages as error:
-            return self._refuse(error)
-        slot.num_pages += sum(counts) + sum(map(len, shared or ()))
+            fresh = self.pool.acquire(sum(counts))
+            used = 0
+            for group, (table, count) in enumerate(zip(slot.tables, counts, strict=True)):
+                run = [*shared[group], *fresh[used : used + count]]
+                if run:
+                    address = self.address(group, slot.index, len(table))
+                    begin = perf_counter()
+                    self._memory.map(address, run)
+                    self.work["map"].add(begin)
+                    mapped.append((address, len(run)))
+                    used += count
+        except AllocatorError as error:
+            for address, pages in mapped:
+                self._memory.unmap(address, pages)
+            self.pool.release(fresh)
+            if not isinstance(error, OutOfPages):
+                raise
+            self.refusal = "" if isinstance(error, OutOfBudget) else str(error)
+            return False
+        slot.num_pages += sum(pages for _, pages in mapped)
         self.refusal = ""
         return True
 
-    def unshare(self, slot: Slot, num_tokens: int, step: int | None) -> bool:
-        """Give a slot pages of its own for the tokens [slot.tokens, num_tokens), all mapped."""
-        layout, counts = self.layout, self.counts
-        begin, end = layout.whole_pages(slot.tokens), layout.pages_for(num_tokens)
-        spans = [range(*span) for span in zip(begin, at_most(end, slot.aliased), strict=True)]
-        self._reclaim(slot, spans)
-        live = [slot.tokens * layout.group_bytes_per_token(g) for g in range(layout.num_groups)]
-        shared = [
-            (group, page, max(0, live[group] - page * layout.page_size))
-            for group, span in enumerate(spans)
-            for page in span
-            if counts[slot.tables[group][page]] > 1
-        ]
-        if step is None and any(nbytes for *_, nbytes in shared):
-            raise AllocatorError(f"slot {slot.index} writes into a shared page: name the step")
-        if shared and slot.fence > self.retired:
-            return False
-        self.steal(len(shared) - self.pool.free, self.retired)
-        try:
-            fresh = self.pool.acquire(len(shared))
-        except OutOfPages as error:
-            return self._refuse(error)
-        for group, page, nbytes in shared:
-            try:
-                old = self.slabs.replace(slot.index, group, page, fresh[-1])
-            except OutOfPages as error:
-                self.pool.release(fresh)
-                return self._refuse(error)  # what was replaced until now holds the same tokens
-            fresh.pop()
-            self.sharing.replaced(slot, group, page, old)
-            if nbytes and step is not None:
-                other = next(s for s in self.slots if old in s.tables[group][page : page + 1])
-                self.sharing.order(step, (group, page), other, slot, nbytes)
-        spare = zip(begin, end, slot.aliased, strict=True)
-        self.sharing.alias(slot, tuple(min(b, a) if a <= e else a for b, e, a in spare))
-        return True
-
-    def _refuse(self, error: OutOfPages) -> bool:
-        """Keep why; what asked gets a `False`."""
-        self.refusal = "" if isinstance(error, OutOfBudget) else str(error)
-        return False
-
-    def _reclaim(self, slot: Slot, spans: list[range]) -> None:
-        """Unmap the surplus of others that they share with a slot on the given pages."""
-        for other in [self.slots[index] for index in self.with_surplus]:
-            if other is not slot and other.aliased_end and other.fence <= self.retired:
-                pages = zip(other.tables, slot.tables, other.claimed, spans, strict=True)
-                keep = (
-                    next((p for p in span if p >= c and theirs[p : p + 1] == [own[p]]), len(theirs))
-                    for theirs, own, c, span in pages
-                )
-                self.cut(other, tuple(keep))
-
     def sharer(self, origin: Slot, whole: tuple[int, ...], total: int) -> Slot | None:
         """The closed slot that is cheapest to give the leading pages `whole` of another slot."""
-        best, least = None, (0, 0, 0)
-        for index in self.closed:
+        costs: list[tuple[int, int, int]] = []
+        for index in self.closed - {origin.index}:
             slot = self.slots[index]
             keep = self.usable(slot, whole, origin.tables) if slot.num_pages else self.none
             lost = slot.num_pages - sum(keep)
-            if slot is origin or (lost and slot.fence > self.retired):
-                continue
-            missing = sum(whole) - sum(at_most(whole, keep))
-            cost = lost + missing, abs(sum(keep) - total), index
-            if best is None or cost < least:
-                best, least = slot, cost
-        return best
+            if not lost or slot.fence <= self.retired:
+                missing = sum(whole) - sum(at_most(whole, keep))
+                costs.append((lost + missing, abs(sum(keep) - total), index))
+        return self.slots[min(costs)[-1]] if costs else None
 
     def usable(
         self, slot: Slot, whole: tuple[int, ...], tables: list[list[Handle]]
@@ -286,8 +285,12 @@ class SlotTable:
         freed = 0
         for group, (table, count) in enumerate(zip(slot.tables, keep, strict=True)):
             if count < len(table):
-                slot.num_pages -= len(table) - count
-                freed += self.slabs.cut(slot.index, group, count)
+                pages = table[count:]
+                slot.num_pages -= len(pages)
+                begin = perf_counter()
+                self._memory.unmap(self.address(group, slot.index, count), len(pages))
+                self.work["unmap"].add(begin)
+                freed += self.pool.release(pages)
         if slot.aliased_end:
             self.sharing.alias(slot, at_most(slot.aliased, keep))
         if not slot.surplus:
@@ -312,5 +315,3 @@ class SlotTable:
         before, slot.tokens = slot.tokens, num_tokens
         self.live_tokens += num_tokens - before
         self.live_blocks += paged_blocks(num_tokens) - paged_blocks(before)
-        if before < slot.aliased_end or num_tokens < slot.aliased_end:
-            self.sharing.recount(slot)

@@ -22,8 +22,8 @@ from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import Ticket
 from batchrun.engine.plan import StepOutput, StepPlan
+from batchrun.engine.prefixes import KEPT
 from batchrun.engine.scheduler import Scheduler
-from batchrun.engine.sharing import KEPT
 from batchrun.estimate.savings import Savings
 from batchrun.runner.planner import Planner, Waiting
 from batchrun.runner.reader import HANDED_REQUESTS, QUEUED_REQUESTS
@@ -46,12 +46,15 @@ COUNTED = (
 class NoModel:
     """An executor that computes nothing and answers 1."""
 
-    device_seconds = idle_seconds = 0.0
     lag = 0
 
     def __init__(self) -> None:
         self.tokens = self.sequences = 0
         self._plan: StepPlan | None = None
+
+    def seconds(self) -> tuple[float, float]:
+        """No device has any."""
+        return 0.0, 0.0
 
     def launch(self, plan: StepPlan) -> Ticket:
         """Count it."""

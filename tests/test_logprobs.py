@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from batchrun import LLM
-from batchrun.jobs.errors import OptionError
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Partial, Result, packed, unpacked
 from tests.tiny import write_tiny_model
@@ -29,7 +28,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 1.0, "repetition_penalty": 1.3},
+        {"num_beams": 3},
+        {"num_beams": 2, "repetition_penalty": 1.3, "length_penalty": 2.0},
+    ],
+)
 def test_they_are_those_of_the_models_own_logits(
     model: Path, sampling: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -61,8 +68,6 @@ def test_without_any_of_the_likeliest_and_of_rows_that_ask_for_none(
     with LLM(str(model), dtype="float32", max_tokens=3) as llm:
         (alone,) = llm.generate(["one"], logprobs=0)
         (plain,) = llm.generate(["one"])
-        with pytest.raises(OptionError, match="beam search"):
-            llm.generate(["one"], logprobs=1, num_beams=2)
     assert alone.logprobs is not None
     assert [likeliest for _, likeliest in alone.logprobs] == [()] * 3
     assert plain.logprobs is None

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
-    "allocator": 1640,
-    "batchrun": 930,
+    "allocator": 1440,
+    "batchrun": 920,
     "batchrun/cli": 1260,
-    "batchrun/engine": 3220,
-    "batchrun/engine/attention": 820,
+    "batchrun/engine": 3120,
+    "batchrun/engine/attention": 800,
     "batchrun/engine/cpu": 2140,
     "batchrun/engine/model": 1790,
     "batchrun/estimate": 440,

@@ -6,15 +6,23 @@ import math
 from ctypes import c_float
 from dataclasses import dataclass
 
-from batchrun.engine.core import Candidates, FinishReason, Sequence
+from batchrun.engine.core import Candidates, FinishReason, Likeliest, Sequence, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """An answer that has ended: its tokens, and their log-probability over length ** penalty."""
+    """An answer that has ended: its tokens, and their log-probability over length ** penalty.
+
+    `logprobs` are those of its tokens, where the row asks for them.
+    """
 
     score: float
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+_Continuation = tuple[float, int, int, tuple[TokenLogprobs, ...]]
+"""A score, the rank of the sequence that goes on, its next token, and its log-probabilities."""
 
 
 class BeamGroup:
@@ -46,11 +54,11 @@ class BeamGroup:
         self._max_tokens = max_tokens
         self._stop_ids = stop_ids
         self._scores = [0.0]  # sums of log-probabilities
-        self._reports: dict[Sequence, Candidates] = {}
+        self._reports: dict[Sequence, tuple[Candidates, Likeliest]] = {}
 
-    def report(self, sequence: Sequence, candidates: Candidates) -> None:
+    def report(self, sequence: Sequence, candidates: Candidates, likeliest: Likeliest = ()) -> None:
         """See `Group.report`: at least its `width(...)` likeliest tokens."""
-        self._reports[sequence] = candidates
+        self._reports[sequence] = candidates, likeliest
         sequence.idle = True
 
     @property
@@ -71,10 +79,11 @@ class BeamGroup:
             sequence.idle = False
         self._reports.clear()
         is_last = length >= self._max_tokens
-        for score, rank, token in best[: self.params.num_beams]:
+        for score, rank, token, told in best[: self.params.num_beams]:
             if is_last or token in self._stop_ids:
-                ids = (*self.sequences[rank].output_ids, token)
-                self.finished.append(Hypothesis(self._penalised(score, length), ids))
+                parent = self.sequences[rank]
+                answer = (*parent.output_ids, token), (*parent.logprobs, *told)
+                self.finished.append(Hypothesis(self._penalised(score, length), *answer))
         self.finished.sort(key=lambda h: -h.score)
         del self.finished[self.params.num_beams :]
         survivors = [c for c in best if c[2] not in self._stop_ids][: self.params.num_beams]
@@ -86,16 +95,18 @@ class BeamGroup:
     def finish(self) -> FinishReason:
         """See `Group.finish`."""
         self.leader.output_ids = list(self.finished[0].token_ids)
+        self.leader.logprobs = list(self.finished[0].logprobs)
         stopped = self.leader.output_ids[-1] in self._stop_ids
         return FinishReason.STOP if stopped else FinishReason.LENGTH
 
-    def _best_candidates(self) -> list[tuple[float, int, int]]:
-        """Score, rank of the sequence, and token of the best candidates, the best first."""
-        found = [
-            (_float32(score + logprob), rank, token)
-            for rank, (sequence, score) in enumerate(zip(self.sequences, self._scores, strict=True))
-            for token, logprob in self._reports[sequence]
-        ]
+    def _best_candidates(self) -> list[_Continuation]:
+        """The best candidates, the best first."""
+        found: list[_Continuation] = []
+        for rank, (sequence, score) in enumerate(zip(self.sequences, self._scores, strict=True)):
+            candidates, likeliest = self._reports[sequence]
+            for token, logprob, own in candidates:
+                told = () if self.params.logprobs is None else ((own, likeliest),)
+                found.append((_float32(score + logprob), rank, token, told))
         found.sort(key=lambda c: (-c[0], c[1], c[2]))
         return found[: width(self.params.num_beams, len(self._stop_ids))]
 
@@ -124,25 +135,26 @@ class BeamGroup:
         return self._penalised(score, length) > self.finished[-1].score
 
     def _take_over(
-        self, survivors: list[tuple[float, int, int]], length: int
+        self, survivors: list[_Continuation], length: int
     ) -> list[tuple[Sequence, Sequence]]:
         parents = self.sequences
-        outputs = [sequence.output_ids for sequence in parents]
-        fertile = {rank for _, rank, _ in survivors}
+        outputs = [(sequence.output_ids, sequence.logprobs) for sequence in parents]
+        fertile = {rank for _, rank, *_ in survivors}
         free = [s for rank, s in enumerate(parents) if rank not in fertile]
         forks: list[tuple[Sequence, Sequence]] = []
         self.sequences = []
-        for _, rank, token in survivors:
+        for _, rank, token, told in survivors:
             child = parents[rank]
             if rank in fertile:
                 fertile.remove(rank)  # the next one must go elsewhere
             else:
                 child = free.pop() if free else self._make()
                 forks.append((child, parents[rank]))
-            child.output_ids = [*outputs[rank], token]
+            ids, logprobs = outputs[rank]
+            child.output_ids, child.logprobs = [*ids, token], [*logprobs, *told]
             child.high_water = child.num_prompt_tokens + length - 1
             self.sequences.append(child)
-        self._scores = [score for score, _, _ in survivors]
+        self._scores = [score for score, *_ in survivors]
         return forks
 
     def _make(self) -> Sequence:

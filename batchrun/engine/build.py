@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from batchrun.allocator.accounting import Usage, UsageIntegral, paged_bytes, static_bytes
+from batchrun.allocator.accounting import UsageIntegral
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.cuda import CudaMemory
 from batchrun.allocator.host import HostMemory
@@ -152,14 +152,13 @@ class Assembly:
         self._cuda = loaded.device.type == "cuda"
         made = optimize(loaded.model, compile=self._cuda, log=log) if settings.optimize else ()
         self._weights_bytes = loaded.weights_bytes
-        self._scratch = False  # whether a slot is open for what fills up recorded steps
         self._resources = ExitStack()
         try:
             self.arena = self._make_arena()
             self.executor = self._make_executor()
             if self._cuda:
                 warmup = WarmUp(self.executor, self.arena, self.limits, log)
-                self._scratch = warmup.run(graphs=settings.graphs)
+                warmup.run(graphs=settings.graphs)
         except AllocatorError as error:
             self.close()
             fits = fit_context(loaded, replace(settings, max_model_len=None), loaded.device.type)
@@ -189,7 +188,7 @@ class Assembly:
             loaded.tokenizer,
             loaded.eos_ids,
             specials=self.generation.specials,
-            observe=lambda seconds: self.usage.add(self._usage(), seconds),
+            observe=lambda seconds: self.usage.add(self.arena.usage(), seconds),
             mapping_seconds=lambda: self.arena.work_seconds,
         )
 
@@ -238,15 +237,13 @@ class Assembly:
         self._resources.callback(memory.close)
         wanted = kv_layout(self.loaded, self.settings, cuda=self._cuda)
         layout = replace(wanted, page_size=memory.granularity, planes=memory.planes)
-
         at, found = -_MEASURED_S, 0
 
         def measured() -> int:
             """What the pool may hold: what it has and what is free beside it."""
             nonlocal at, found
             if time.monotonic() - at >= _MEASURED_S:
-                held = self.arena.pool.created if hasattr(self, "arena") else 0
-                at, found = time.monotonic(), held * layout.page_bytes + free()
+                at, found = time.monotonic(), arena.pool.created * layout.page_bytes + free()
             return found
 
         arena = KVArena(
@@ -313,23 +310,11 @@ class Assembly:
         return PromptLookup(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
 
     def _relieve(self) -> None:
-        """Give the device the KV pages that nobody needs, and what torch keeps for later."""
+        """Free unused KV pages on the device, and the memory that torch keeps for later."""
         self._log("the device has no memory for a step: giving unused memory back to it")
         torch.cuda.synchronize(self.loaded.device)
         self.arena.trim()
         torch.cuda.empty_cache()
-
-    def _usage(self) -> Usage:
-        """The arena's, without the slot of the fillers, which is no sequence."""
-        usage, layout = self.arena.usage(), self.arena.layout
-        if not self._scratch:
-            return usage
-        return replace(
-            usage,
-            live=usage.live - layout.bytes_per_token,
-            static=usage.static - static_bytes(layout, 1),
-            paged=usage.paged - paged_bytes(layout, 1),
-        )
 
     def _peak_activations(self) -> int:
         """Bytes that torch held on the GPU at most, beside the weights; 0 on a CPU."""

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from batchrun.errors import UserError
 
-Candidates = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
-TokenLogprobs = tuple[float, Candidates]  # of a token, and of the likeliest in its place
+Likeliest = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
+TokenLogprobs = tuple[float, Likeliest]  # of a token, and of the likeliest in its place
+Candidates = tuple[tuple[int, float, float], ...]
+"""What may follow a beam: tokens, their log-probabilities, and those of the model's own logits."""
 
 
 class EngineError(UserError):
@@ -87,7 +89,6 @@ class SamplingParams:
             ("frequency_penalty", abs(self.frequency_penalty) < 1e6, finite),
             ("min_tokens", self.min_tokens <= self.max_tokens, "max_tokens at most"),
             ("logprobs", (self.logprobs or 0) >= 0, "0 or more"),
-            ("logprobs", self.logprobs is None or not self.beams, "left out with beam search"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("length_penalty", abs(self.length_penalty) < 100, finite),
             ("early_stopping", self.early_stopping in (True, False, "never"), "a flag, or never"),
@@ -163,7 +164,7 @@ class Completion:
     Args:
         request: It.
         token_ids: The output; where it ended in an error, as far as it came.
-        text: The output's text; None where it ended in an error, or nobody makes text.
+        text: The output's text; None where it ended in an error, or without a tokenizer.
         finish_reason: Why it ended.
         error_kind: The kind of the failure; None if it is none.
         error: What was wrong; None likewise.
@@ -185,6 +186,10 @@ class Completion:
     admitted: float | None = None
     first_token: float | None = None
     finished: float | None = None
+
+
+_TOLD: tuple[str, ...] = ("text", "finish_reason", "error_kind", "error", "logprob")
+_TOLD += ("arrived", "admitted", "first_token", "finished")
 
 
 @dataclass(slots=True, eq=False)
@@ -265,20 +270,9 @@ class Sequence:
     def completion(self) -> Completion:
         """What it came to."""
         assert self.finish_reason is not None
-        return Completion(
-            request=self.request,
-            token_ids=tuple(self.output_ids),
-            text=self.text,
-            finish_reason=self.finish_reason,
-            error_kind=self.error_kind,
-            error=self.error,
-            logprob=self.logprob,
-            logprobs=tuple(self.logprobs),
-            arrived=self.arrived,
-            admitted=self.admitted,
-            first_token=self.first_token,
-            finished=self.finished,
-        )
+        told: dict[str, Any] = {name: getattr(self, name) for name in _TOLD}
+        token_ids, logprobs = tuple(self.output_ids), tuple(self.logprobs)
+        return Completion(self.request, token_ids, logprobs=logprobs, **told)
 
 
 class Group(Protocol):
@@ -302,8 +296,11 @@ class Group(Protocol):
     def is_complete(self) -> bool:
         """Whether all sequences have reported: `advance` is due."""
 
-    def report(self, sequence: Sequence, candidates: Candidates) -> None:
-        """Take in what may follow a sequence, which is idle until the next round."""
+    def report(self, sequence: Sequence, candidates: Candidates, likeliest: Likeliest = ()) -> None:
+        """Take in what may follow a sequence, which is idle until the next round.
+
+        `likeliest` are as many as its row's `logprobs` asks for.
+        """
 
     def advance(self) -> list[tuple[Sequence, Sequence]]:
         """End the round.

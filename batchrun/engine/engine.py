@@ -16,6 +16,7 @@ from batchrun.engine.core import (
     EngineError,
     FinishReason,
     Group,
+    Likeliest,
     Request,
     Sequence,
 )
@@ -151,7 +152,7 @@ class Engine:
         return [sequence.completion() for sequence in ended]
 
     def _collect(self) -> list[Sequence]:
-        """Wait for the oldest step in flight, take its tokens in, and find who has ended."""
+        """Take in the tokens of the oldest step in flight; returns the sequences that ended."""
         plan, ticket, began = self._in_flight.popleft()
         tokens = self.executor.collect(ticket)
         now = time.perf_counter()
@@ -161,7 +162,7 @@ class Engine:
         self._count(plan, owners, seconds)
         self._observe(seconds)
         done: list[Sequence] = []
-        beams: list[tuple[Sequence, Candidates]] = []
+        beams: list[tuple[Sequence, Candidates, Likeliest]] = []
         logprobs = tokens.logprobs or (0.0,) * len(tokens.token_ids)
         likeliest = tokens.likeliest or ((),) * len(tokens.token_ids)
         produced = list(zip(tokens.token_ids, logprobs, likeliest, strict=True))
@@ -175,7 +176,7 @@ class Engine:
             if sequence.first_token is None:
                 sequence.first_token = now
             if sequence.group is not None:
-                beams.append((sequence, tokens.candidates[begin]))
+                beams.append((sequence, tokens.candidates[begin], likeliest[begin]))
             elif self._append(sequence, segment.drafts, produced[begin:end]):
                 if sequence.error is not None:
                     self.scheduler.forsake(sequence)
@@ -190,32 +191,26 @@ class Engine:
         return [s for s in (*done, *leaders) if not self._is_begun_anew(s)]
 
     def _is_begun_anew(self, failed: Sequence) -> bool:
-        """Whether a row is computed once more, for it may have failed by another one's numbers.
+        """Whether a row is computed again, because another row's numbers may have spoiled it.
 
         Attention makes NaN also of tokens before the one that is NaN, as a weight of 0 times NaN is
-        NaN. Who shares those memory fails too: it is computed again, and shares nothing.
+        NaN. A row that shares that memory fails too: it is computed again, and shares nothing.
         """
         each = [failed] if failed.group is None else failed.group.sequences
         shared = failed.shares and any(sequence.inherited for sequence in each)
         if failed.error_kind != _NOT_FINITE or not shared:
             return False
-        ids = [] if failed.group is not None else failed.output_ids
-        self._queue(
-            Sequence(
-                failed.request,
-                ids,
-                failed.logprob,
-                failed.logprobs,
-                arrived=failed.arrived,
-                admitted=failed.admitted,
-                first_token=failed.first_token,
-                shares=False,
-            )
-        )
+        times = failed.arrived, failed.admitted, failed.first_token
+        again = Sequence(failed.request, shares=False)
+        again.arrived, again.admitted, again.first_token = times
+        if failed.group is None:  # what it has come to so far is right
+            again.output_ids, again.logprobs = failed.output_ids, failed.logprobs
+            again.logprob = failed.logprob
+        self._queue(again)
         return True
 
     def _append(
-        self, sequence: Sequence, drafts: Seq[int], found: list[tuple[int, float, Candidates]]
+        self, sequence: Sequence, drafts: Seq[int], found: list[tuple[int, float, Likeliest]]
     ) -> bool:
         """Take in tokens and their log-probabilities, up to the first after a wrong draft token.
 
@@ -250,7 +245,7 @@ class Engine:
         return reason is not None
 
     def _advance(
-        self, beams: list[tuple[Sequence, Candidates]]
+        self, beams: list[tuple[Sequence, Candidates, Likeliest]]
     ) -> tuple[list[Sequence], list[tuple[Sequence, Sequence]]]:
         """Take in what beams may go on with; where a round is over, decide how they do.
 
@@ -260,7 +255,7 @@ class Engine:
         """
         done: list[Sequence] = []
         forks: list[tuple[Sequence, Sequence]] = []
-        for sequence, candidates in beams:
+        for sequence, candidates, likeliest in beams:
             group = sequence.group
             assert group is not None
             if group.ended:
@@ -271,7 +266,8 @@ class Engine:
                 _not_finite(group.leader, len(sequence.output_ids))
                 done.append(group.leader)
                 continue
-            group.report(sequence, candidates)
+            asked = sequence.request.params.logprobs or 0
+            group.report(sequence, candidates, likeliest[:asked])
             if not group.is_complete:
                 continue
             forks += group.advance()
@@ -339,8 +335,7 @@ class Engine:
         stats.prefill_s += seconds * prefill / computed
         stats.decode_s += seconds * (computed - prefill) / computed
         stats.sequence_s += seconds * len(plan.segments)
-        stats.device_s = self.executor.device_seconds
-        stats.idle_s = self.executor.idle_seconds
+        stats.device_s, stats.idle_s = self.executor.seconds()
 
     def _count_mapping(self) -> None:
         """Work on pages since the last call; hidden where the device still computes after it."""

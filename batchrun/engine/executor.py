@@ -32,7 +32,7 @@ _UNKNOWN = (0,)  # in the place of a token that only the device knows
 class Ticket:
     """A launched step, to be sampled and then collected: it has ended when its tokens are there.
 
-    Who computes steps keeps there what it needs: the plan's segments, their logits `[N, V]` until
+    The executor keeps here what it needs: the plan's segments, their logits `[N, V]` until
     they are sampled, the slots of those on the device, and which rows are of beams.
     """
 
@@ -50,15 +50,12 @@ class Executor(Protocol):
     Attributes:
         lag: Steps that may be sampled and not collected when another one is launched; 0 where
             `launch` and `sample` themselves compute.
-        device_seconds, idle_seconds: See `EngineStats`.
     """
 
-    @property
-    def lag(self) -> int: ...  # noqa: D102
-    @property
-    def device_seconds(self) -> float: ...  # noqa: D102
-    @property
-    def idle_seconds(self) -> float: ...  # noqa: D102
+    lag: int
+
+    def seconds(self) -> tuple[float, float]:
+        """The device's time in steps so far, and between them: see `EngineStats`."""
 
     def launch(self, plan: StepPlan) -> Ticket:
         """Start the forward of a step whose memory is in place."""
@@ -92,7 +89,7 @@ class TorchExecutor:
         kv_format: How keys and values lie in `views`; one of the backend's.
 
     Attributes:
-        wrap: Stands between the model and its attention, for who wants to see that.
+        wrap: Stands between the model and its attention, to observe it.
     """
 
     def __init__(
@@ -127,15 +124,9 @@ class TorchExecutor:
         # The last token sampled in each slot: the next step reads it here, not from the host.
         self._last = torch.zeros(num_slots, dtype=torch.int64, device=loaded.device)
 
-    @property
-    def device_seconds(self) -> float:
-        """See `EngineStats`."""
-        return self.transfers.device_seconds
-
-    @property
-    def idle_seconds(self) -> float:
-        """See `EngineStats`."""
-        return self.transfers.idle_seconds
+    def seconds(self) -> tuple[float, float]:
+        """See `Executor.seconds`."""
+        return self.transfers.device_seconds, self.transfers.idle_seconds
 
     def launch(self, plan: StepPlan) -> Ticket:
         """See `Executor.launch`."""
@@ -189,8 +180,8 @@ class TorchExecutor:
         logprobs, *pairs = others or [[]]
         candidates: list[Candidates] = [()] * len(token_ids) if ticket.beams else []
         for row, found in zip(ticket.beams, pairs.pop(0) if ticket.beams else (), strict=True):
-            candidates[row] = _candidates(found)
-        likeliest = map(_candidates, pairs[0]) if pairs else ()
+            candidates[row] = _of_tokens(found)
+        likeliest = map(_of_tokens, pairs[0]) if pairs else ()
         return StepOutput(
             *(ticket.step, tuple(token_ids), tuple(logprobs)), tuple(candidates), tuple(likeliest)
         )
@@ -229,33 +220,15 @@ class TorchExecutor:
         with self._step():
             self.graphs = DecodeGraphs(self._forward, prepare, sizes, filler, record)
 
-    def record_pieces(
-        self,
-        scratch: int,
-        *,
-        most: int,
-        sampled: int,
-        record: pieces.Record,
-        log: Callable[[str], None] = lambda _: None,
-    ) -> None:
+    def record_pieces(self, scratch: int, **options: Any) -> None:
         """Let steps of all kinds be recorded from now on, but for their attention.
 
         Args:
             scratch: As of `capture`: for the tokens that fill up a step.
-            most: Tokens of a step.
-            sampled: Tokens of a step that are sampled, at most.
-            record: See `PieceGraphs`.
-            log: Likewise.
+            options: Of `PieceGraphs`: `most`, `sampled`, `record` and `log`.
         """
-        self.pieces = pieces.PieceGraphs(
-            self._forward,
-            self.backend,
-            self.loaded.device,
-            most=most,
-            sampled=min(most, sampled),
-            record=record,
-            log=log,
-        )
+        device = self.loaded.device
+        self.pieces = pieces.PieceGraphs(self._forward, self.backend, device, **options)
         self._filler = (0, 0, scratch * self._slot_tokens, -1)
 
     def _copy(self, plan: StepPlan) -> None:
@@ -384,6 +357,6 @@ def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:
     return np.array(last, np.int64)
 
 
-def _candidates(pairs: Iterable[tuple[float, float]]) -> Candidates:
-    """Of the float64 in which tokens and their log-probabilities come from the device."""
-    return tuple((int(token), logprob) for token, logprob in pairs)
+def _of_tokens(numbers: Iterable[Seq[float]]) -> tuple[Any, ...]:
+    """`Candidates` or `Likeliest`, of the float64 in which they come from the device."""
+    return tuple((int(token), *logprobs) for token, *logprobs in numbers)

@@ -19,11 +19,13 @@ import torch
 
 from batchrun.engine.attention import Upload
 from batchrun.engine.processors import (
-    Bans,
+    Edits,
     EndTokens,
     LogitsProcessor,
     Penalties,
+    Places,
     Row,
+    bans,
 )
 
 Ids = tuple[int, ...]
@@ -143,85 +145,63 @@ def processors(
     return [processor for asked, processor in made if asked]
 
 
-class SequenceBias(LogitsProcessor):
-    """Added to the logit of a sequence's last token where its other ones come before."""
-
-    def __init__(self, upload: Upload, config: LogitsConfig) -> None:
-        self._upload, self._biases = upload, config.sequence_bias
-        self._found: list[tuple[int, int, float]] = []
-
-    def prepare(self, rows: Seq[Row]) -> bool:
-        """See `LogitsProcessor.prepare`."""
-        self._found = [
-            (i, ids[-1], bias)
-            for i, row in enumerate(rows)
-            for ids, bias in self._biases.items()
-            if _ends_with(row, ids[:-1])
-        ]
-        return bool(self._found)
-
-    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
-        """See `LogitsProcessor.apply`."""
-        at = self._upload(np.array([f[:2] for f in self._found]).T)
-        values = self._upload(np.array([f[2] for f in self._found], np.float32))
-        return logits.float().index_put_((at[0], at[1]), values, accumulate=True)
-
-
-class _ConfigBans(Bans):
-    """Bans of the model's config."""
+class _ConfigEdits(Edits):
+    """What the model's config says of each row."""
 
     def __init__(self, upload: Upload, config: LogitsConfig) -> None:
         super().__init__(upload)
         self._config = config
 
 
-class BadWords(_ConfigBans):
+class SequenceBias(_ConfigEdits):
+    """Added to the logit of a sequence's last token where its other ones come before."""
+
+    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+        """See `Edits.edits`."""
+        biases = self._config.sequence_bias.items()
+        return [(ids[-1], bias) for ids, bias in biases if _ends_with(row, ids[:-1])]
+
+    def write(self, logits: torch.Tensor, at: Places, numbers: torch.Tensor) -> torch.Tensor:
+        """See `Edits.write`."""
+        return logits.float().index_put_(at, numbers.float(), accumulate=True)
+
+
+class BadWords(_ConfigEdits):
     """No word's last token where its other ones come before."""
 
-    def banned(self, row: Row) -> Iterable[int]:
-        """See `Bans.banned`."""
-        return [word[-1] for word in self._config.bad_words if _ends_with(row, word[:-1])]
+    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+        """See `Edits.edits`."""
+        return bans(word[-1] for word in self._config.bad_words if _ends_with(row, word[:-1]))
 
 
-class NoRepeatNgram(_ConfigBans):
+class NoRepeatNgram(_ConfigEdits):
     """No sequence of so many tokens twice."""
 
-    def banned(self, row: Row) -> Iterable[int]:
-        """See `Bans.banned`."""
+    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+        """See `Edits.edits`."""
         size = self._config.no_repeat_ngram_size
         if row.end < size:
             return []
         tokens = np.array(row.ids_so_far(), np.int64)
         windows = np.lib.stride_tricks.sliding_window_view(tokens, size)
         same = (windows[:, :-1] == tokens[len(tokens) + 1 - size :]).all(1)
-        found: list[int] = np.unique(windows[same, -1]).tolist()
-        return found
+        return bans(np.unique(windows[same, -1]).tolist())
 
 
-class ForcedTokens(LogitsProcessor):
+class ForcedTokens(_ConfigEdits):
     """One token behind a prompt of one, and some at the end that the length sets."""
 
-    def __init__(self, upload: Upload, config: LogitsConfig) -> None:
-        self._upload, self._config = upload, config
-        self._pairs: list[tuple[int, int]] = []
-
-    def prepare(self, rows: Seq[Row]) -> bool:
-        """See `LogitsProcessor.prepare`."""
+    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+        """See `Edits.edits`."""
         bos, eos = self._config.forced_bos, self._config.forced_eos
-        self._pairs = []
-        for i, row in enumerate(rows):
-            if eos and row.end == min(row.most_tokens, self._config.max_model_len) - 1:
-                self._pairs += [(i, token) for token in eos]
-            elif bos is not None and row.end == 1:
-                self._pairs.append((i, bos))
-        return bool(self._pairs)
+        if eos and row.end == min(row.most_tokens, self._config.max_model_len) - 1:
+            return [(token, 0.0) for token in eos]
+        return [(bos, 0.0)] if bos is not None and row.end == 1 else []
 
-    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
-        """See `LogitsProcessor.apply`."""
-        at = self._upload(np.array(self._pairs).T)
+    def write(self, logits: torch.Tensor, at: Places, numbers: torch.Tensor) -> torch.Tensor:
+        """See `Edits.write`; no other token of the row comes."""
         logits[at[0]] = -torch.inf
-        logits[at[0], at[1]] = 0.0
-        return logits
+        return super().write(logits, at, numbers)
 
 
 class InvalidValues(LogitsProcessor):
@@ -232,59 +212,47 @@ class InvalidValues(LogitsProcessor):
         return logits.float().nan_to_num(nan=0.0)
 
 
-class Decay(LogitsProcessor):
+class Decay(_ConfigEdits):
     """End tokens become likelier, from so many tokens on, by a factor a token."""
 
-    def __init__(self, upload: Upload, config: LogitsConfig) -> None:
-        self._upload, self._eos_ids = upload, config.eos_ids
-        self._start, self._factor = config.decay or (0, 1.0)
-        self._grown: list[tuple[int, float]] = []  # rows, and by how much
+    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+        """See `Edits.edits`."""
+        start, factor = self._config.decay or (0, 1.0)
+        beyond = row.num_generated - start
+        if beyond <= 0:
+            return []
+        return [(token, _power(factor, beyond) - 1) for token in self._config.eos_ids]
 
-    def prepare(self, rows: Seq[Row]) -> bool:
-        """See `LogitsProcessor.prepare`."""
-        beyond = [(i, row.num_generated - self._start) for i, row in enumerate(rows)]
-        self._grown = [(i, _power(self._factor, count) - 1) for i, count in beyond if count > 0]
-        return bool(self._grown)
-
-    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
-        """See `LogitsProcessor.apply`."""
-        logits, upload = logits.float(), self._upload
-        at = (
-            upload(np.array([i for i, _ in self._grown]))[:, None],
-            upload(np.array(self._eos_ids))[None],
-        )
-        weight = upload(np.array([weight for _, weight in self._grown], np.float32))[:, None]
+    def write(self, logits: torch.Tensor, at: Places, numbers: torch.Tensor) -> torch.Tensor:
+        """See `Edits.write`."""
+        logits = logits.float()
         values = logits[at]
-        logits[at] = values + torch.where(values.isfinite(), values.abs() * weight, 0.0)
+        grown = values.abs() * numbers.float()
+        logits[at] = values + torch.where(values.isfinite(), grown, 0.0)
         return logits
 
 
-class Suppressed(_ConfigBans):
+class Suppressed(_ConfigEdits):
     """Tokens that never come, and some that do not come first."""
 
-    def banned(self, row: Row) -> Iterable[int]:
-        """See `Bans.banned`."""
+    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+        """See `Edits.edits`."""
         config = self._config
         forced = row.num_prompt_tokens == 1 and config.forced_bos is not None
-        return config.suppress + (config.begin_suppress if row.num_generated == forced else ())
+        first = row.num_generated == forced
+        return bans(config.suppress + (config.begin_suppress if first else ()))
 
 
-class Renormalized(LogitsProcessor):
+class Renormalized(Edits):
     """Beams' log-probabilities are those of what is left."""
 
-    def __init__(self, upload: Upload) -> None:
-        self._upload = upload
-        self._beams: list[int] = []
+    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+        """See `Edits.edits`; all of a beam's are written."""
+        return [(0, 0.0)] * row.params.beams
 
-    def prepare(self, rows: Seq[Row]) -> bool:
-        """See `LogitsProcessor.prepare`."""
-        self._beams = [i for i, row in enumerate(rows) if row.params.beams]
-        return bool(self._beams)
-
-    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
-        """See `LogitsProcessor.apply`."""
-        at = self._upload(np.array(self._beams))
-        logits[at] = logits[at].log_softmax(dim=-1)
+    def write(self, logits: torch.Tensor, at: Places, numbers: torch.Tensor) -> torch.Tensor:
+        """See `Edits.write`."""
+        logits[at[0]] = logits[at[0]].log_softmax(dim=-1)
         return logits
 
 

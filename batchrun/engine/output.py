@@ -89,7 +89,7 @@ class Specials:
         self.among = lru_cache(_REMEMBERED)(self._among)
 
     def without(self, text: str) -> str:
-        """A text that shows them, as it is if it does not."""
+        """A text, without those in it."""
         return self._any.sub("", text)
 
     def _among(self, stops: tuple[str, ...]) -> tuple[str, ...]:

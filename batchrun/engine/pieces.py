@@ -72,7 +72,7 @@ class PieceGraphs:
         most: int,
         sampled: int,
         record: Record,
-        log: Callable[[str], None],
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.limit = self.most = most
         self._forward = forward

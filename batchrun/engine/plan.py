@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchrun.allocator.sharing import MemoryCopy
-from batchrun.engine.core import Candidates, Request, Segment
+from batchrun.engine.core import Candidates, Likeliest, Request, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,4 +53,4 @@ class StepOutput:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
     candidates: tuple[Candidates, ...] = ()
-    likeliest: tuple[Candidates, ...] = ()
+    likeliest: tuple[Likeliest, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
@@ -13,7 +14,6 @@ import torch
 from batchrun.engine.attention import Upload
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.cpu import sampling as cpu_sampling
-from batchrun.engine.plan import NewSequence
 
 
 @dataclass(slots=True, eq=False)
@@ -31,13 +31,6 @@ class Row:
     num_prompt_tokens: int
     end: int = 0
     num_drafts: int = 0
-
-    @classmethod
-    def of(cls, new: NewSequence) -> Row:
-        """Of a sequence that has come to a slot."""
-        request = new.request
-        length = len(request.prompt_ids)
-        return cls(new.slot, request, list(new.output_ids), request.params, length)
 
     @property
     def num_generated(self) -> int:
@@ -58,6 +51,10 @@ class Row:
         begin = (0 if last is None else self.end - last) - self.num_prompt_tokens
         output = self.output_ids[max(begin, 0) : self.num_generated]
         return output if begin >= 0 else [*self.request.prompt_ids[begin:], *output]
+
+
+Places = tuple[torch.Tensor, torch.Tensor]
+"""Rows and tokens of `[N, V]`."""
 
 
 class LogitsProcessor:
@@ -86,8 +83,8 @@ class LogitsProcessor:
         """The last `count` tokens chosen for a sequence are void: they followed wrong drafts."""
 
 
-class Bans(LogitsProcessor):
-    """Tokens of rows that are never chosen.
+class Edits(LogitsProcessor):
+    """Changes some logits of each row, by what is known of the row.
 
     Args:
         upload: Copies an array to the device without waiting.
@@ -95,49 +92,60 @@ class Bans(LogitsProcessor):
 
     def __init__(self, upload: Upload) -> None:
         self._upload = upload
-        self._pairs: list[tuple[int, int]] = []
+        self._edits: list[tuple[int, int, float]] = []  # rows, tokens, numbers
 
     @abstractmethod
-    def banned(self, row: Row) -> Iterable[int]:
-        """Those of a row."""
+    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+        """Tokens of a row, and a number for each, of which `write` makes its logit."""
 
     def prepare(self, rows: Seq[Row]) -> bool:
         """See `LogitsProcessor.prepare`."""
-        self._pairs = [(i, token) for i, row in enumerate(rows) for token in self.banned(row)]
-        return bool(self._pairs)
+        self._edits = [(i, *edit) for i, row in enumerate(rows) for edit in self.edits(row)]
+        return bool(self._edits)
 
     def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
         """See `LogitsProcessor.apply`."""
         # A row may name any tokens: none beyond the vocabulary is ever drawn.
-        found = np.array([p for p in self._pairs if p[1] < logits.shape[1]], np.int64)
-        if len(found):
-            at = self._upload(np.ascontiguousarray(found.T))
-            logits[at[0], at[1]] = -torch.inf
+        found = [edit for edit in self._edits if edit[1] < logits.shape[1]]
+        if not found:
+            return logits
+        row, token, number = self._upload(np.array(found, np.float64).T)
+        return self.write(logits, (row.long(), token.long()), number)
+
+    def write(self, logits: torch.Tensor, at: Places, numbers: torch.Tensor) -> torch.Tensor:
+        """Put float64 numbers into `[N, V]`; returns it as `apply` does."""
+        logits[at] = numbers.to(logits.dtype)
         return logits
 
 
-class EndTokens(Bans):
+def bans(tokens: Iterable[int]) -> list[tuple[int, float]]:
+    """Edits after which these tokens are never chosen."""
+    return [(token, -math.inf) for token in tokens]
+
+
+class EndTokens(Edits):
     """No end token of the model where a row ignores them, nor one that ends it too early.
 
     Args:
-        upload: See `Bans`.
+        upload: See `Edits`.
         eos_ids: The model's end tokens.
     """
 
     def __init__(self, upload: Upload, eos_ids: Collection[int]) -> None:
         super().__init__(upload)
         self._eos_ids = frozenset(eos_ids)
-        self._sorted = sorted(eos_ids)
         self._everywhere: torch.Tensor | None = None  # the same on the device
         self._all = False
 
-    def banned(self, row: Row) -> Iterable[int]:
-        """See `Bans.banned`; not a token that a row stops at itself, but for a row too short."""
+    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+        """See `Edits.edits`; not a token that a row stops at itself, but for a row too short."""
         params = row.params
+        banned: frozenset[int] = frozenset()
         if params.ignore_eos:
-            yield from (token for token in self._sorted if token not in params.stop_token_ids)
+            banned = self._eos_ids.difference(params.stop_token_ids)
         if params.min_tokens > row.num_generated:
-            yield from params.stop_ids(self._eos_ids)
+            banned |= params.stop_ids(self._eos_ids)
+        return bans(banned)
 
     def prepare(self, rows: Seq[Row]) -> bool:
         """See `LogitsProcessor.prepare`."""
@@ -145,14 +153,14 @@ class EndTokens(Bans):
         if not any(p.ignore_eos or p.min_tokens for p in each):
             return False
         self._all = all(p.ignore_eos and not p.stop_token_ids for p in each)
-        return bool(self._sorted) if self._all else super().prepare(rows)
+        return bool(self._eos_ids) if self._all else super().prepare(rows)
 
     def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
         """See `LogitsProcessor.apply`."""
         if not self._all:
             return super().apply(logits, rows)
         if self._everywhere is None:
-            self._everywhere = torch.tensor(self._sorted, device=logits.device)
+            self._everywhere = torch.tensor(sorted(self._eos_ids), device=logits.device)
         return logits.index_fill_(1, self._everywhere, -torch.inf)
 
 
@@ -163,7 +171,7 @@ class Penalties(LogitsProcessor):
     first: how often each is in the output, `[num_slots, V]`, and whether it is in the prompt.
 
     Args:
-        upload: See `Bans`.
+        upload: See `Edits`.
         num_slots: Slots that sequences can be in.
     """
 

@@ -50,7 +50,7 @@ class Lookup:
         for length in _NGRAMS:
             at = _last(packed, packed[-length * _SIZE :])
             if at >= 0:
-                # Who repeats himself does so beyond the end of what there is.
+                # A text that repeats itself goes on doing so beyond its end.
                 begin = at + length * _SIZE
                 after = array(_TYPE, packed[begin : begin + most * _SIZE]).tolist()
                 self._drafts = (after * -(-most // len(after)))[:most]

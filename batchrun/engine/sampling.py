@@ -62,14 +62,19 @@ class Sampler:
         self._upload = upload
         self._rows: dict[int, Row] = {}  # slot -> what is known of the sequence in it
         self._active: list[LogitsProcessor] = []
-        self._last: list[Row] = []  # rows, and what they ask for
-        # Those drawn, those of beams, whether logprobs are asked for, and of how many likeliest.
-        self._asked: tuple[list[int], list[int], bool, int] = [], [], False, 0
+        # The rows, those of them that are drawn, and those of beams; then what they ask for:
+        # candidates of each beam, whether tokens are scored, and how many likeliest in their place.
+        self._last: list[Row] = []
+        self._drawn: list[int] = []
+        self._beams: list[int] = []
+        self._width, self._scored, self._likeliest = 0, False, 0
 
     def enter(self, new: Iterable[NewSequence]) -> None:
         """Take note of the sequences that have come to slots."""
         for each in new:
-            self._rows[each.slot] = Row.of(each)
+            request, ids = each.request, list(each.output_ids)
+            prompt = len(request.prompt_ids)
+            self._rows[each.slot] = Row(each.slot, request, ids, request.params, prompt)
 
     def prepare(self, segments: Iterable[Segment]) -> list[Row]:
         """Do for a step what the host can while its logits are computed.
@@ -94,11 +99,14 @@ class Sampler:
                 row.end, row.num_drafts = end, count
                 found.append(row)
         if found != self._last:  # mostly the same rows, further on
-            each = list(enumerate(row.params for row in found))
-            beams = [i for i, p in each if p.beams]
-            likeliest = max((p.logprobs or 0 for _, p in each), default=0)
-            scored = bool(beams) or any(p.scored or p.logprobs is not None for _, p in each)
-            self._asked = [i for i, p in each if not p.greedy], beams, scored, likeliest
+            each = [row.params for row in found]
+            self._drawn = [i for i, p in enumerate(each) if not p.greedy]
+            self._beams = [i for i, p in enumerate(each) if p.beams]
+            searches = (each[i] for i in self._beams)
+            widths = (width(p.num_beams, len(p.stop_ids(self._eos_ids))) for p in searches)
+            self._width = max(widths, default=0)
+            self._scored = any(p.beams or p.scored or p.logprobs is not None for p in each)
+            self._likeliest = max((p.logprobs or 0 for p in each), default=0)
             self._last = found
         self._active = [p for p in self.processors if found and p.prepare(found)]
         return found
@@ -118,12 +126,12 @@ class Sampler:
 
         Returns:
             `[N]` int64 token ids on the device of `logits`, -1 where no logit is finite, or one is
-            NaN or infinite; and, where any row asks for them,
-            `[N]` float32, the tokens' log-probabilities under `logits` as they came. Then, where M
-            rows are of beams, `[M, K, 2]` float64: the ids and log-probabilities of K candidates
-            each; and where any row asks for the L likeliest, `[N, L, 2]` float64: theirs.
+            NaN or infinite; and, where any row asks for them, `[N]` float32, the tokens'
+            log-probabilities under `logits` as they came. Then, where M rows are of beams,
+            `[M, K, 3]` float64: K `Candidates` each; and where any row asks for the L likeliest,
+            `[N, L, 2]` float64: `Likeliest`.
         """
-        drawn, beams, scored, likeliest = self._asked
+        drawn, beams, scored = self._drawn, self._beams, self._scored
         own = logits.to(torch.float32, copy=True) if scored and self._active else logits
         if beams or (not _on_cpu(logits) and (drawn or scored)):
             logits = logits.float()
@@ -145,9 +153,11 @@ class Sampler:
             norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else own.logsumexp(dim=-1)
             chosen += (own.gather(1, tokens.clamp_min(0)[:, None])[:, 0] - norm,)
         if beams:
-            chosen += (self._candidates(logits[at], [rows[i] for i in beams]),)
-        if likeliest:
-            chosen += (_likeliest(own, norm, likeliest),)
+            values, ids = logits[at].topk(min(self._width, logits.shape[1]))
+            chosen += (_joined(ids, values, own[at].gather(1, ids).float() - norm[at, None]),)
+        if self._likeliest:
+            values, ids = own.topk(min(self._likeliest, own.shape[1]))
+            chosen += (_joined(ids, values.float() - norm[:, None]),)
         return chosen
 
     def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
@@ -158,66 +168,53 @@ class Sampler:
         for processor in self.processors:
             processor.accept(tokens, rows)
 
-    def _candidates(self, logprobs: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
-        """The likeliest tokens of `[M, V]`, and their log-probabilities: `[M, K, 2]` float64."""
-        most = max(
-            width(row.params.num_beams, len(row.params.stop_ids(self._eos_ids))) for row in rows
-        )
-        values, ids = logprobs.topk(min(most, logprobs.shape[1]))
-        return torch.stack((ids.double(), values.double()), dim=-1)
-
     def _draw(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
         """Draw from `[N, V]` by inverting each row's distribution at its own uniform number."""
         params = [row.params for row in rows]
         numbers = [
             uniform(r.seed, r.row, r.sample, row.end) for row in rows for r in (row.request,)
         ]
+        if not _on_cpu(logits):
+            return self._draw_at_once(logits, params, numbers)
         if self._config.filters:
-            logits = self._filtered(logits, params)
+            logits = self._filtered(logits, params, self._columns(params, logits.shape[1]))
             params = [_AS_IT_IS] * len(params)
-        if _on_cpu(logits):
-            return cpu_sampling.draw(logits, params, numbers)
-        return self._draw_at_once(logits, params, numbers)
+        return cpu_sampling.draw(logits, params, numbers)
 
-    def _filtered(self, logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
+    def _draw_at_once(
+        self, logits: torch.Tensor, params: Seq[SamplingParams], numbers: Seq[float]
+    ) -> torch.Tensor:
+        """The same on a device, without waiting for it."""
+        columns = self._columns(params, logits.shape[1], numbers)
+        logits = self._filtered(logits, params, columns)
+        cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        total = cdf[:, -1:]
+        # Strictly below the end, so that rounding can never choose a token of probability zero.
+        target = torch.minimum(columns[4] * total, torch.nextafter(total, torch.zeros_like(total)))
+        tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
+        return _if_finite(logits.amax(dim=-1), tokens)
+
+    def _filtered(
+        self, logits: torch.Tensor, params: Seq[SamplingParams], columns: torch.Tensor
+    ) -> torch.Tensor:
         """Logits over their temperature, without what all filters together rule out."""
-        columns = self._columns(params, logits.shape[1])
-        logits = self._config.filter_first(_over(logits.float(), columns[0]))
-        logits = filter_rows(logits, params, columns[1], columns[2], columns[3].long())
+        temperature, top_p, min_p, top_k = columns[:4]
+        logits = self._config.filter_first(_over(logits.float(), temperature))
+        logits = filter_rows(logits, params, top_p, min_p, top_k.long())
         return self._config.filter_last(logits)
 
     def _columns(
         self, params: Seq[SamplingParams], vocabulary: int, *others: Seq[float]
     ) -> torch.Tensor:
         """Temperature, top-p, min-p and top-k of each row, and more: `[4 or more, N, 1]`."""
-        columns = [
-            [p.temperature for p in params],
-            [p.top_p for p in params],
-            [p.min_p for p in params],
-            [p.top_k or vocabulary for p in params],
-            *others,
-        ]
+        rows = [(p.temperature, p.top_p, p.min_p, p.top_k or vocabulary) for p in params]
+        columns = [*zip(*rows, strict=True), *others]
         return self._upload(np.array(columns, dtype=np.float64))[:, :, None]
 
-    def _draw_at_once(
-        self, logits: torch.Tensor, params: Seq[SamplingParams], numbers: Seq[float]
-    ) -> torch.Tensor:
-        """The same for a device that nobody waits for."""
-        columns = self._columns(params, logits.shape[1], numbers)
-        logits = _over(logits, columns[0])
-        highest = logits.amax(dim=-1)
-        logits = filter_rows(logits, params, columns[1], columns[2], columns[3].long())
-        cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-        total = cdf[:, -1:]
-        # Strictly below the end, so that rounding can never choose a token of probability zero.
-        target = torch.minimum(columns[4] * total, torch.nextafter(total, torch.zeros_like(total)))
-        return _if_finite(highest, torch.searchsorted(cdf, target, right=True)[:, 0])
 
-
-def _likeliest(logits: torch.Tensor, norm: torch.Tensor, most: int) -> torch.Tensor:
-    """The likeliest tokens of `[N, V]`, and their log-probabilities: `[N, most, 2]` float64."""
-    values, ids = logits.topk(min(most, logits.shape[1]))
-    return torch.stack((ids.double(), (values.float() - norm[:, None]).double()), dim=-1)
+def _joined(*tensors: torch.Tensor) -> torch.Tensor:
+    """Tokens and numbers of each, `[N, K]`, as float64 `[N, K, 2 or more]`."""
+    return torch.stack([tensor.double() for tensor in tensors], dim=-1)
 
 
 def _over(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

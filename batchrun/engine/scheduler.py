@@ -1,4 +1,4 @@
-"""Who computes what in the next step. Pure decisions over a `KVSpace`; no torch, no clock."""
+"""Which tokens the next step computes. Pure decisions over a `KVSpace`; no torch, no clock."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from collections.abc import Sequence as Seq
 from batchrun.engine.core import Group, Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.plan import StepOutput, StepPlan
-from batchrun.engine.prefixes import BLOCK
+from batchrun.engine.prefixes import BLOCK, SharedPrefixes
 from batchrun.engine.proposers import Proposer, add_drafts
-from batchrun.engine.sharing import SharedPrefixes
 from batchrun.engine.stays import Stays, slot_of
 from batchrun.engine.waiting import WaitingQueue, check_machine, why_refused
 
-# Part of the budget that admitting leaves to sequences that grow: or else the youngest would be
+# Part of the budget that admitting leaves to sequences that grow: otherwise the youngest would be
 # preempted again and again. It saves nine in ten recomputed tokens for 2 to 4% more steps.
 _SPARE = 0.05
 
@@ -41,7 +40,7 @@ class Scheduler:
     admitted has a place in the batch for all that its group may come to have.
 
     Args:
-        space: Where keys and values live; with `sharing.KEPT` slots beyond `max_num_seqs`.
+        space: Where keys and values live; with `prefixes.KEPT` slots beyond `max_num_seqs`.
         max_num_seqs: Sequences that may run at once.
         max_num_batched_tokens: Tokens computed in one step at most.
         max_model_len: Tokens of prompt and output together at most.
@@ -111,7 +110,7 @@ class Scheduler:
         segments: list[Segment] = []
         if not self._continue(segments):
             return StepPlan(self.step, ())
-        # Whoever was preempted in this step had its segment taken back by `_make_room`.
+        # `_make_room` has taken back the segments of sequences preempted in this step.
         budget = self.max_num_batched_tokens - sum(s.length for s in segments)
         busy = bool(segments) or self._committed < self._launched
         # Admitting right after a preemption would only preempt again: wait for memory.
@@ -181,14 +180,14 @@ class Scheduler:
         for child, parent in forks:
             found = self.stays.fork(child, parent, self.step + 1)
             if found is None:
-                self._requeue(child)
+                self.waiting.add(child)
             else:
                 self._start(child, *found, child.num_tokens - 1)
         if not self.has_work and self._committed == self._launched:
             self.space.trim()
 
     def forsake(self, sequence: Sequence) -> list[Sequence]:
-        """Let nobody share what a row that has failed, or has to end early, computed.
+        """Stop sharing what a row computed that has failed, or has to end early.
 
         Returns:
             Its sequences, all beams of it, which are to be finished.
@@ -264,12 +263,12 @@ class Scheduler:
         found = self.waiting.first(self._groups, self._places())
         if found is None:
             return None
-        sequence, match = found
-        shared, slot = match.num_ready * share, None
+        sequence, source, ready = found
+        shared, slot = ready * share, None
         if spare and not self.space.has_room(sequence.num_tokens - shared, spare):
             return None
         if shared >= BLOCK:
-            slot = self.space.share(match.slot, shared, sequence.num_tokens, self.step)
+            slot = self.space.share(source, shared, sequence.num_tokens, self.step)
         else:
             shared, slot = 0, self.space.open(sequence.num_tokens)
         if slot is None:
@@ -281,7 +280,7 @@ class Scheduler:
             self.space.close(slot, self._launched)
             return None
         self.waiting.remove(sequence)
-        self._start(sequence, slot, match.slot, shared)
+        self._start(sequence, slot, source, shared)
         self._prefixes.expect(sequence)
         if sequence.group is not None:
             self._groups[sequence.group] = None
@@ -291,7 +290,7 @@ class Scheduler:
     def _start(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
         """Let a sequence run in a slot that has its first tokens already, from another one."""
         self.stays.begin(sequence, slot, source, shared)
-        # Waiting for memory makes nobody younger, or two could take it from each other for ever.
+        # By arrival, so that two can't take memory from each other for ever.
         insort(self.running, sequence, key=lambda s: s.arrived)
 
     def _places(self) -> int:
@@ -300,10 +299,6 @@ class Scheduler:
             return self.max_num_seqs - len(self.running)
         plain = sum(sequence.group is None for sequence in self.running)
         return self.max_num_seqs - plain - sum(group.width for group in self._groups)
-
-    def _requeue(self, sequence: Sequence) -> None:
-        """Let a sequence that has run wait."""
-        self.waiting.add_again(sequence)
 
     def _make_room(
         self, sequence: Sequence, num_tokens: int, segments: list[Segment]
@@ -331,7 +326,7 @@ class Scheduler:
                 return True
 
     def _victim(self, sequence: Sequence) -> Sequence:
-        """Who gives way to a sequence: the youngest, or an idle one of its group before itself."""
+        """Which sequence gives way: the youngest, or an idle one of its own group before itself."""
         victim, group = self.running[-1], sequence.group
         if victim is sequence and group is not None:
             idle = [s for s in self.running if s.group is group and s.idle]
@@ -345,7 +340,7 @@ class Scheduler:
         self._admitting = False
         self.stays.interrupt(sequence, self._launched)
         self.running.remove(sequence)
-        self._requeue(sequence)
+        self.waiting.add(sequence)
 
     def _reject_hopeless(self) -> bool:
         """Give up a waiting sequence that has grown beyond all memory; False if there is none."""

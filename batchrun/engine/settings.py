@@ -20,7 +20,7 @@ from batchrun.engine.attention import Geometry
 from batchrun.engine.core import EngineError
 from batchrun.engine.model.generation import vocabulary_size, within_vocabulary
 from batchrun.engine.model.prepare import LoadedModel
-from batchrun.engine.sharing import KEPT
+from batchrun.engine.prefixes import KEPT
 from batchrun.errors import ModelError
 from batchrun.prompts.builder import prompt_builder
 
@@ -249,7 +249,7 @@ def geometry_of(loaded: LoadedModel, limits: Limits, slot_tokens: int, slots: in
 
 
 def no_backend(error: ValueError) -> EngineError:
-    """What is told where attention that was asked for by name can't be used."""
+    """The error where attention that was asked for by name can't be used."""
     return EngineError(
         str(error), hint="use --attention auto; `batchrun doctor` says what works here"
     )

@@ -1,4 +1,4 @@
-"""Who is in which slot, and until when the memory of it is used."""
+"""Which sequence is in which slot, and until when steps use its memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from batchrun.allocator.sharing import MemoryCopy
 from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.plan import NewSequence
+from batchrun.engine.prefixes import SharedPrefixes
 from batchrun.engine.proposers import Proposer
-from batchrun.engine.sharing import SharedPrefixes
 
 
 class Stays:
@@ -45,7 +45,7 @@ class Stays:
     def begin(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
         """A sequence is in a slot that has its first tokens already, from another one."""
         self._prefixes.begin(sequence, slot, source, shared)
-        if shared:  # whoever wrote those pages is still to be waited for
+        if shared:  # the step that wrote those pages must have ended
             self._used[slot] = max(self._used.get(slot, 0), self._used.get(source, 0))
         self.num_shared_tokens += shared
         self._by_key[sequence.key] = self._new[sequence.key] = sequence

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 
 from batchrun.engine.core import EngineError, Group, Sequence
 from batchrun.engine.kvspace import KVSpace
-from batchrun.engine.prefixes import BLOCK, Match
-from batchrun.engine.sharing import SharedPrefixes
+from batchrun.engine.prefixes import BLOCK, SharedPrefixes
 
 
 class WaitingQueue:
@@ -29,30 +29,27 @@ class WaitingQueue:
         return iter(self._queue)
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence that has not run yet."""
-        self._prefixes.read(sequence)
-        self._insert(self._prefixes.place(sequence, self._queue), sequence)
-
-    def add_again(self, sequence: Sequence) -> None:
-        """A sequence that has run, before those that have not and those that came later.
+        """Queue a sequence: one that has run before those that have not and those that came later.
 
         Else beams of a younger row would be computed before those that elder ones wait for.
         """
-        place = 0
-        for other in self._queue:
-            if not other.high_water or other.arrived >= sequence.arrived:
-                break
-            place += 1
+        queue, place = self._queue, 0
         self._prefixes.read(sequence)
-        self._insert(place, sequence)
+        if sequence.high_water:
+            while place < len(queue) and _goes_first(queue[place], sequence):
+                place += 1
+        else:
+            place = self._prefixes.place(sequence, queue)
+        queue.insert(place, sequence)
+        self._prefixes.want(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """It waits no longer."""
         self._queue.remove(sequence)
         self._prefixes.unwant(sequence)
 
-    def first(self, groups: Collection[Group], places: int) -> tuple[Sequence, Match] | None:
-        """Who is to be admitted, and where most of its tokens are.
+    def first(self, groups: Collection[Group], places: int) -> tuple[Sequence, int, int] | None:
+        """The next to admit, the slot that begins most like it, and its tokens ready there.
 
         Args:
             groups: Those that have begun: they have places for all that is theirs.
@@ -67,24 +64,25 @@ class WaitingQueue:
                     break
                 places = 0  # none but those of groups begun overtakes it
                 continue
-            match, coming = self._prefixes.match(sequence)
-            if coming - match.num_ready < BLOCK:
-                return sequence, match
+            slot, ready, coming = self._prefixes.match(sequence)
+            if coming - ready < BLOCK:
+                return sequence, slot, ready
             # else a running one computes what it needs: share it then
         return None
 
     def num_tokens(self, count: int, most: int) -> int:
         """Tokens of the first `count` sequences, `most` at most."""
         tokens = 0
-        for i, sequence in enumerate(self._queue):
-            if i >= count or tokens >= most:
-                break
+        for sequence in islice(self._queue, max(0, count)):
             tokens += sequence.num_tokens
-        return min(tokens, most)
+            if tokens >= most:
+                return most
+        return tokens
 
-    def _insert(self, place: int, sequence: Sequence) -> None:
-        self._queue.insert(place, sequence)
-        self._prefixes.want(sequence)
+
+def _goes_first(other: Sequence, sequence: Sequence) -> bool:
+    """Whether one that waits goes before one that has run."""
+    return other.high_water > 0 and other.arrived < sequence.arrived
 
 
 def why_refused(

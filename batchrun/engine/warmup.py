@@ -30,19 +30,17 @@ class WarmUp:
     limits: Limits
     log: Callable[[str], None]
 
-    def run(self, *, graphs: bool) -> bool:
+    def run(self, *, graphs: bool) -> None:
         """Record decode steps, then run the largest steps there can be.
 
         torch keeps what activations took here, and the KV budget is what is free after that:
-        nothing is guessed. Not the other way round: whoever records a graph gives back what torch
+        nothing is guessed. The order matters: recording a graph gives back what torch
         keeps. The pages that were created stay for the first steps.
-
-        Returns:
-            Whether a slot is open now for what fills up recorded steps.
         """
         loaded, most = self.executor.loaded, self.limits.max_num_batched_tokens
         torch.cuda.synchronize(loaded.device)  # other streams filled what steps read
-        scratch = graphs and self._record()
+        if graphs:
+            self._record()
         longest = min(most, loaded.max_model_len)
         largest = [longest] * (most // longest) + [most % longest]
         self._run_alone(largest)
@@ -54,7 +52,6 @@ class WarmUp:
             self._run_alone(largest)
         self._run_alone([1] * min(self.limits.max_num_seqs, most))
         self.executor.transfers.drain()
-        return scratch
 
     def _run_alone(self, lengths: Sequence[int]) -> tuple[float, float]:
         """One step of sequences of so many tokens, or of as many as memory holds.
@@ -87,11 +84,15 @@ class WarmUp:
         self.arena.retire(0)
         return launched - began, ended - began
 
-    def _record(self) -> bool:
-        """Record decode steps now, and let others be recorded when they are met."""
+    def _record(self) -> None:
+        """Record decode steps now, and let others be recorded when they are met.
+
+        What fills up such steps has a token in a slot that is kept for it: no sequence's.
+        """
         scratch = self.arena.open(1)
         if scratch is None or not self.arena.ensure(scratch, 1):
-            return False
+            return
+        self.arena.close(scratch, 0, keep=1)
         recorder = CudaRecorder()
         if self.executor.backend.capturable:
             self._capture(scratch, recorder)
@@ -102,7 +103,6 @@ class WarmUp:
             record=CudaPieces(recorder.pool),
             log=self.log,
         )
-        return True
 
     def _capture(self, scratch: int, recorder: CudaRecorder) -> None:
         began = time.perf_counter()

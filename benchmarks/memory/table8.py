@@ -55,7 +55,7 @@ def worst_case(shape: Shape, tensor_parallel: int, page_size: int, interleaved: 
         tensor_parallel,
         page_size,
         interleaved,
-        float(layout.tokens_per_page(0)),
+        page_size / layout.group_bytes_per_token(0),
         tensor_parallel * layout.num_groups * page_size,
     )
 

@@ -8,6 +8,7 @@ given away or overwritten too early shows, as a wrong pattern or a fault.
 from collections import Counter, deque
 from dataclasses import dataclass
 
+import pytest
 import torch
 from memory_twins import DEVICE, PAGE, SCALE, Twin, open_memory
 
@@ -15,7 +16,7 @@ from batchrun.allocator.arena import KVArena
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.sharing import MemoryCopy
 from batchrun.allocator.tensor import strided_view
-from batchrun.allocator.vmm import Handle
+from batchrun.allocator.vmm import AllocatorError, Handle
 from tests.allocator.invariants import check_arena
 
 MAX_TOKENS = 96
@@ -92,14 +93,14 @@ class ArenaModel:
         self.drain()
         self.arena.release()
         check_arena(self.arena)
-        assert (self.memory.mappings.reservations, self.memory.mappings.counts) == ({}, {})
+        assert (self.memory.reservations, self.memory.counts) == ({}, {})
         self.memory.close()
 
     def open(self, expected: int) -> int | None:
         before = self.arena.usage()
         slot = self.arena.open(expected)
         after = self.arena.usage()
-        assert (after.map_calls, after.mapped) == (before.map_calls, before.mapped)
+        assert (after.work["map"].calls, after.mapped) == (before.work["map"].calls, before.mapped)
         if slot is None:
             for state in self.closed_states():
                 assert min(state.aliased_end, state.fence - self.retired) > 0, f"{state} is free"
@@ -150,16 +151,14 @@ class ArenaModel:
     def ensure(self, slot: int, tokens: int) -> bool:
         occupant, state = self.open_slots[slot], self.arena._slots[slot]
         before, live = len(occupant.names), self.arena.usage().live
-        if before < min(tokens, state.aliased_end):
-            self.drain()  # what is allowed: no unfinished step reads the slot
-        copies, unmapped = len(self.arena._sharing.copies), self.arena.usage().unmap_calls
-        done = self.arena.ensure(slot, tokens, self.step + 1)
-        if len(self.arena._sharing.copies) > copies:
-            self.counts["copies_on_write"] += 1
-            written = occupant.written  # or copied
-            occupant.bound(self.layout.tokens_in(self.layout.whole_pages(before)))
-            occupant.written = written
-        self.counts["unmaps_to_grow"] += self.arena.usage().unmap_calls - unmapped
+        if tokens < state.aliased_end:
+            with pytest.raises(AllocatorError, match=f"shares {state.aliased_end} tokens"):
+                self.arena.ensure(slot, tokens)
+            self.counts["refused_below_shared"] += 1
+            tokens = state.aliased_end
+        unmapped = self.arena.usage().work["unmap"].calls
+        done = self.arena.ensure(slot, tokens)
+        self.counts["unmaps_to_grow"] += self.arena.usage().work["unmap"].calls - unmapped
         if not done:
             assert self.arena.usage().live == live
             self.check_that_no_page_was_to_be_had(slot, tokens)
@@ -177,23 +176,7 @@ class ArenaModel:
     def check_that_no_page_was_to_be_had(self, slot: int, tokens: int) -> None:
         state, pinned = self.arena._slots[slot], self.pinned()
         wanted = self.layout.pages_for(tokens)
-        begin = self.layout.whole_pages(state.tokens)
-        others = {
-            handle
-            for other in self.arena._slots
-            if other is not state
-            for table, claimed in zip(other.tables, other.claimed, strict=True)
-            for handle in (table if self.fenced(other) else table[:claimed])
-        }
-        usable, replaced = set[Handle](), False
-        for first, count, table in zip(begin, wanted, state.tables, strict=True):
-            for page, handle in enumerate(table[:count]):
-                written = page >= first and handle in others
-                replaced |= written
-                if not written:
-                    usable.add(handle)
-        if replaced and self.fenced(state):
-            return
+        usable = {h for n, table in zip(wanted, state.tables, strict=True) for h in table[:n]}
         assert self.budget is not None
         held = len(pinned | usable) + sum(wanted) - len(usable)
         assert held > self.budget, f"{held} pages wanted in all, of {self.budget}"
@@ -320,7 +303,7 @@ class ArenaModel:
         for slot, occupant in self.open_slots.items():
             assert self.arena.live_tokens(slot) == len(occupant.names)
         usage, created = self.arena.usage(), self.arena.pool.created
-        assert created == len(self.memory.mappings.counts)
+        assert created == len(self.memory.counts)
         assert usage.mapped == created * self.layout.page_bytes
         assert self.ceiling is None or created <= self.ceiling
         lengths = [len(occupant.names) for occupant in self.open_slots.values()]

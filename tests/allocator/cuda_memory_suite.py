@@ -16,8 +16,7 @@ from tests.fake_cuda.control import FAKE, INVALID_CONTEXT, OUT_OF_MEMORY, calls,
 
 def state(memory: CudaMemory) -> tuple[object, ...]:
     """What the driver holds, and what the memory believes it does."""
-    mappings = memory.mappings
-    pages = (dict(mappings.counts), dict(mappings.all_mapped()), sorted(mappings.reservations))
+    pages = (dict(memory.counts), dict(memory.all_mapped()), sorted(memory.reservations))
     return FAKE.fake_committed(), FAKE.fake_mappings(), FAKE.fake_reservations(), *pages
 
 
@@ -106,7 +105,7 @@ def test_a_reservation_that_fails_is_told(memory: CudaMemory) -> None:
     fail("cuMemAddressReserve", 1, OUT_OF_MEMORY)
     with pytest.raises(OutOfPages, match=r"cuMemAddressReserve failed with .* \(2\)"):
         memory.reserve(PAGE)
-    assert memory.mappings.reservations == {}
+    assert memory.reservations == {}
 
 
 def test_handles_are_never_used_again(memory: CudaMemory) -> None:

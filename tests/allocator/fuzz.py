@@ -43,7 +43,7 @@ def fuzz(operations: int, seed: int) -> dict[str, object]:
                 print(f"at operation {number} of seed {seed}", file=sys.stderr)
                 raise
         usage = model.arena.usage()
-        model.counts.update(maps=usage.map_calls, unmaps=usage.unmap_calls)
+        model.counts.update(maps=usage.work["map"].calls, unmaps=usage.work["unmap"].calls)
         model.finish()
         counts.update(model.counts)
     return {

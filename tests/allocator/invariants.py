@@ -35,7 +35,7 @@ def check_pool(pool: PagePool) -> None:
     every = [*pool._free, *pool._used]
     assert len(set(every)) == len(every), "a page is free twice, or free and in use"
     assert len(every) == pool.created, f"{len(every)} pages known, {pool.created} created"
-    counts = pool._memory.mappings.counts
+    counts = pool._memory.counts
     assert not any(counts[handle] for handle in pool._free), "a free page is mapped"
 
 

@@ -65,7 +65,7 @@ class Twin:
     def _planes(self, address: int) -> range:
         if self.memory.planes == 1:
             return range(address, address + 1)
-        size = self.memory.mappings.reservation_of(address)[1].size
+        size = self.memory.reservation_of(address)[1].size
         return range(address, address + size * self.memory.planes, size)
 
     def read_plane(self, address: int, size: int) -> bytes:

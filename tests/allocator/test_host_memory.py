@@ -113,7 +113,7 @@ try:
 except OutOfPages as error:
     print(error)
 print(os.fstat(memory._fd).st_blocks * 512 // 4096)
-print([memory.mappings.counts[page] for page in [*there, *more]])
+print([memory.counts[page] for page in [*there, *more]])
 """)
     message, committed, mapped = done.stdout.splitlines()
     assert message.startswith("cannot commit 8 pages of 4096 bytes: File too large (5 pages are")
@@ -204,7 +204,7 @@ except OutOfPages:
     print("refused")
 memory._libc.munmap(base, 8192 * 1000)  # room for reading the list of mappings
 print(open("/proc/self/maps").read().count(" rw-s ") - before + 1000)
-print([memory.mappings.counts[page] for page in range(2, 17, 2)])
+print([memory.counts[page] for page in range(2, 17, 2)])
 memory.close()
 """)
     assert done.stdout == f"refused\n0\n{[0] * 8}\n", done.stderr

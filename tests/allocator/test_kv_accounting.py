@@ -8,13 +8,15 @@ from memory_twins import PAGE, SCALE, open_memory, opened
 from batchrun.allocator.accounting import Usage, UsageIntegral
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.layout import KVLayout, LayerKV
+from batchrun.allocator.pages import Work
 from batchrun.allocator.vmm import VirtualMemory
 from tests.allocator.invariants import check_arena
 
 
-def usage(**values: int) -> Usage:
+def usage(*, maps: int = 0, **values: int) -> Usage:
     zero = dict.fromkeys(Usage.__dataclass_fields__, 0)
-    return Usage(**{**zero, **values})
+    works = ("map", Work(maps)), *((name, Work()) for name in ("unmap", "create", "destroy"))
+    return Usage(**{**zero, **values, "work": dict(works)})
 
 
 def test_usage_of_a_few_slots(make_arena) -> None:
@@ -29,35 +31,26 @@ def test_usage_of_a_few_slots(make_arena) -> None:
     assert now.live == (5 + 33) * 2048 * SCALE
     assert now.static == 2 * 64 * 2048 * SCALE
     assert now.paged == (1 + 3) * 16 * 2048 * SCALE
-    assert now.utilisation == pytest.approx(38 * 2048 * SCALE / (30 * PAGE))
-    assert (now.map_calls, now.unmap_calls, now.create_calls) == (6, 0, 3)
-    assert now.map_seconds > 0
-    assert now.create_seconds > 0
-    assert (now.unmap_seconds, now.destroy_seconds, now.destroy_calls) == (0, 0, 0)
+    calls = {name: work.calls for name, work in now.work.items()}
+    assert calls == {"map": 6, "unmap": 0, "create": 3, "destroy": 0}
+    assert now.work["map"].seconds > 0
+    assert now.work["create"].seconds > 0
+    assert (now.work["unmap"].seconds, now.work["destroy"].seconds) == (0, 0)
     arena.retire(0)
     arena.trim()
     assert arena.usage().mapped == 2 * (2 + 9) * PAGE
-    assert arena.usage().unmap_seconds > 0
-    assert arena.usage().destroy_seconds > 0
-    assert arena.usage().destroy_calls == 1
+    assert arena.usage().work["unmap"].seconds > 0
+    assert arena.usage().work["destroy"].seconds > 0
+    assert arena.usage().work["destroy"].calls == 1
     now = arena.usage()
-    parts = (now.map_seconds, now.unmap_seconds, now.create_seconds, now.destroy_seconds)
-    assert arena.work_seconds == pytest.approx(sum(parts))
-
-
-def test_an_empty_arena_is_fully_utilised(make_arena) -> None:
-    assert make_arena().usage().utilisation == 1.0
-    assert UsageIntegral().utilisation == 1.0
+    assert arena.work_seconds == pytest.approx(sum(work.seconds for work in now.work.values()))
 
 
 def test_integral_weighs_by_time_and_keeps_peaks() -> None:
     integral = UsageIntegral()
-    integral.add(
-        usage(reserved=100, mapped=10, live=9, shared=3, static=80, paged=12, map_calls=1), 2.0
-    )
-    integral.add(usage(reserved=100, mapped=30, live=6, static=40, paged=7, map_calls=4), 0.5)
+    integral.add(usage(reserved=100, mapped=10, live=9, shared=3, static=80, paged=12, maps=1), 2.0)
+    integral.add(usage(reserved=100, mapped=30, live=6, static=40, paged=7, maps=4), 0.5)
     assert integral.seconds == 2.5
-    assert integral.utilisation == pytest.approx((18 + 3) / (20 + 15))
     assert integral.as_dict() == {
         "kv_s": 2.5,
         "kv_reserved": 100,
@@ -126,8 +119,8 @@ def test_memory_is_real_under_churn(num_slots: int, seed: int) -> None:
         arena = KVArena(memory, layout, num_slots=num_slots)
         integral = churn(arena, steps=600, seed=seed, prompts=(10, 300), answers=150, chunk=64)
         check_arena(arena)
-        assert integral.utilisation >= 0.95
         seconds = integral.as_dict()
+        assert seconds["kv_live_s"] >= 0.95 * seconds["kv_mapped_s"]
         assert seconds["kv_static_s"] > 20 * seconds["kv_mapped_s"]
 
 
@@ -139,7 +132,8 @@ def test_memory_is_real_at_1k_tokens_and_16_to_18_a_page(
     layout = KVLayout((LayerKV(SCALE, token_bytes // 8, token_bytes // 8),), 4, PAGE, 4096, 1)
     arena = KVArena(memory, layout, num_slots=48)
     integral = churn(arena, steps=900, seed=0, prompts=(300, 1500), answers=200, chunk=512)
-    assert integral.utilisation >= 0.96
+    seconds = integral.as_dict()
+    assert seconds["kv_live_s"] >= 0.96 * seconds["kv_mapped_s"]
     check_arena(arena)
 
 
@@ -155,5 +149,5 @@ def test_reclamation_deferred_saves_most_mapping_where_lengths_repeat(
         for slot in slots:
             arena.close(slot, step)
         arena.retire(step)
-    assert arena.usage().map_calls == 8, "800 sequences, and only the first eight mapped"
+    assert arena.usage().work["map"].calls == 8, "800 sequences, and only the first eight mapped"
     arena.release()

@@ -23,7 +23,7 @@ def opened(arena: KVArena, num_tokens: int) -> int:
 
 def work(arena: KVArena) -> tuple[int, int, int]:
     usage = arena.usage()
-    return usage.map_calls, usage.unmap_calls, usage.create_calls
+    return usage.work["map"].calls, usage.work["unmap"].calls, usage.work["create"].calls
 
 
 def test_open_gives_each_slot_once_and_maps_nothing(make_arena: MakeArena) -> None:
@@ -83,9 +83,9 @@ def test_pages_for_the_tokens_named_at_open_are_kept_for_them(make_arena: MakeAr
     arena.retire(1)
     assert arena.ensure(slot, 8)  # a first chunk
     arena.retire(2)
-    before = arena.usage().map_calls
+    before = arena.usage().work["map"].calls
     assert arena.ensure(slot, 24)
-    assert arena.usage().map_calls == before
+    assert arena.usage().work["map"].calls == before
     assert arena.mapped_pages(slot) == 10, "6 claimed and 4 spare"
 
 
@@ -237,7 +237,7 @@ def test_a_failed_map_is_rolled_back(
             arena.ensure(slot, 12)
     check_arena(arena)
     assert (arena.live_tokens(slot), arena.mapped_pages(slot)) == (4, 3)
-    assert len(list(memory.mappings.all_mapped())) == 3
+    assert len(list(memory.all_mapped())) == 3
     assert arena.ensure(slot, 12)
     check_arena(arena)
 
@@ -247,7 +247,7 @@ def test_a_failed_reservation_gives_the_others_back(memory: VirtualMemory) -> No
     layout = KVLayout((LayerKV(2, 64, 64),) * 2, 4, PAGE, 80 << 30, 1)
     with pytest.raises(AllocatorError, match=r"(mmap|cuMemAddressReserve) failed"):
         KVArena(memory, layout, num_slots=1)
-    assert memory.mappings.reservations == {}
+    assert memory.reservations == {}
 
 
 def test_retire_destroys_what_stays_unused_beyond_the_slack(make_arena: MakeArena) -> None:
@@ -258,7 +258,7 @@ def test_retire_destroys_what_stays_unused_beyond_the_slack(make_arena: MakeAren
     assert arena.pool.created == 31, "the next sequence may be about to open the slot"
     arena.retire(2)
     assert arena.pool.created == 16 + 4 + 4
-    assert len(arena.memory.mappings.counts) == arena.pool.created
+    assert len(arena.memory.counts) == arena.pool.created
     assert arena.ensure(kept, 64)
     check_arena(arena)
 
@@ -401,7 +401,7 @@ def test_slots_lie_one_slab_apart_in_one_reservation(
             Twin(memory).write(arena.address(group) + s * slab, bytes([65 + s]) * PAGE)
         read = Twin(memory).read(arena.address(group) + slot * slab, 2)
         assert read == bytes([65 + slot] * 2)
-    assert len(memory.mappings.reservations) == 2
+    assert len(memory.reservations) == 2
 
 
 def test_release_gives_everything_back(make_arena: MakeArena, memory: VirtualMemory) -> None:
@@ -410,8 +410,7 @@ def test_release_gives_everything_back(make_arena: MakeArena, memory: VirtualMem
     arena.close(opened(arena, 8), step=4)
     arena.release()
     arena.release()
-    mappings = memory.mappings
-    assert (mappings.reservations, mappings.counts) == ({}, {})
+    assert (memory.reservations, memory.counts) == ({}, {})
     assert arena.usage().reserved == arena.usage().mapped == 0
     with pytest.raises(AllocatorError, match="released"):
         arena.open()
@@ -460,10 +459,10 @@ def test_pages_for_what_comes_are_created_whatever_the_slack(make_arena: MakeAre
     slot = opened(arena, 20)  # four tokens a page
     arena.retire(0, [(slot, 20)], 160)
     assert arena.pool.free == 40
-    calls = arena.usage().create_calls
+    calls = arena.usage().work["create"].calls
     arena.retire(1, [(slot, 20)], 160)
     slots = [opened(arena, 40) for _ in range(4)]
-    assert arena.usage().create_calls == calls, "a burst creates nothing"
+    assert arena.usage().work["create"].calls == calls, "a burst creates nothing"
     for other in slots:
         arena.close(other, 1)
     arena.retire(1)
@@ -479,9 +478,9 @@ def test_pages_are_created_for_all_slots_that_grow_at_once(make_arena: MakeArena
     created = arena.pool.created
     arena.retire(1, [(slot, 9) for slot in slots])
     assert arena.pool.created - created == 20 - 4, "and no spare ones beside them"
-    calls = arena.usage().create_calls
+    calls = arena.usage().work["create"].calls
     assert all(arena.ensure(slot, 9) for slot in slots)
-    assert arena.usage().create_calls == calls
+    assert arena.usage().work["create"].calls == calls
 
 
 def test_pages_go_back_a_few_at_a_time_as_long_as_the_budget_holds(make_arena: MakeArena) -> None:

@@ -174,5 +174,5 @@ def churn_tensors(memory: VirtualMemory, rng: random.Random) -> None:
         arena.retire(step)
         check_arena(arena)
     assert preempted > 5
-    assert arena.usage().unmap_calls > 5
+    assert arena.usage().work["unmap"].calls > 5
     arena.release()

@@ -8,5 +8,5 @@ from fuzz import fuzz
 def test_random_operations_keep_every_byte_and_rule(seed: int) -> None:
     result = fuzz(operations=4000, seed=seed)
     counts = result["counts"]
-    rare = {"copies", "copies_on_write", "pages_shared", "preempted", "unmaps_to_grow"}
+    rare = {"copies", "refused_below_shared", "pages_shared", "preempted", "unmaps_to_grow"}
     assert {name for name in rare if not counts.get(name)} == set(), "the sample is too tame"

@@ -22,7 +22,7 @@ class Full(Wrapped):
         self.refusals = 0
 
     def create(self, count: int) -> list[Handle]:
-        if len(self.mappings.counts) + count > self.room:
+        if len(self.memory.counts) + count > self.room:
             self.refusals += 1
             raise OutOfPages("the machine is full")
         return self.memory.create(count)
@@ -223,8 +223,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.in_use == len(self.used)
         assert self.pool.created == self.pool.free + self.pool.in_use
         counts = Counter(self.mapped.values())
-        assert all(counts[h] == n for h, n in self.memory.mappings.counts.items())
-        assert self.pool.created == len(self.memory.mappings.counts) <= self.BUDGET
+        assert all(counts[h] == n for h, n in self.memory.counts.items())
+        assert self.pool.created == len(self.memory.counts) <= self.BUDGET
 
 
 TestPoolMachine = PoolMachine.TestCase

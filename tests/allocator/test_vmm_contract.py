@@ -209,9 +209,9 @@ def test_a_range_lies_in_one_slab(twin: Twin) -> None:
     assert twin.read(base + 4 * page - 1, 2) == b"ab", "slabs follow each other"
     with pytest.raises(AllocatorError, match=r"2 pages at .* do not lie in one slab"):
         twin.memory.unmap(base + 3 * page, 2)
-    assert twin.memory.mappings.pages(base, 4) == [NO_PAGE] * 3 + [one]
+    assert twin.memory.pages(base, 4) == [NO_PAGE] * 3 + [one]
     twin.memory.unmap(base + 3 * page, 1)
-    assert twin.memory.mappings.reservations[base].slabs == [[], [two]]
+    assert twin.memory.reservations[base].slabs == [[], [two]]
     twin.memory.unmap(base + 4 * page, 1)
     twin.memory.free(base, 8 * page)
 
@@ -335,10 +335,10 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_table_has_every_page_where_it_is(self) -> None:
-        mappings, counts = self.memory.mappings, Counter(self.table.values())
-        assert dict(mappings.all_mapped()) == self.table
-        assert mappings.counts == {handle: counts[handle] for handle in self.contents}
-        ends = [slab[-1:] for held in mappings.reservations.values() for slab in held.slabs]
+        memory, counts = self.memory, Counter(self.table.values())
+        assert dict(memory.all_mapped()) == self.table
+        assert memory.counts == {handle: counts[handle] for handle in self.contents}
+        ends = [slab[-1:] for held in memory.reservations.values() for slab in held.slabs]
         assert [NO_PAGE] not in ends
 
     @invariant()
@@ -354,7 +354,7 @@ def kernel_mappings(memory: VirtualMemory) -> int:
         ranges = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in maps]
     return sum(
         low < base + held.size and high > base
-        for base, held in memory.mappings.reservations.items()
+        for base, held in memory.reservations.items()
         for low, high in ranges
     )
 

@@ -132,8 +132,9 @@ def tensors_of(backend: AttentionBackend) -> set[int]:
         launches = backend._decodes.values()
         return {t.data_ptr() for one in launches for t in (one.starts, one.key_starts, one.used)}
     assert isinstance(backend, FlashInfer)
-    ints = {plan.ints.data_ptr() for plan in backend._decodes.values()}
-    return ints | {t.data_ptr() for t in backend._decode_arrays}
+    decodes = backend._parts[0]
+    ints = {plan.ints.data_ptr() for plan in decodes.plans.values()}
+    return ints | {t.data_ptr() for t in decodes.arrays}
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -239,4 +240,4 @@ def test_layers_that_differ_in_scale_alone_share_plans_and_modules(shared: Slots
         for window, softcap in ((False, False), (False, True), (True, False))
     ]
     backend = FlashInfer(geometry, upload, PrefillModule, "flashinfer-fa2")
-    assert len(backend._decodes) == 3
+    assert [len(part.plans) for part in backend._parts] == [3, 3]

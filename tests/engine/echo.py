@@ -44,7 +44,8 @@ def candidates(ids: Seq[int], count: int) -> Candidates:
     """What may follow `ids`, the likeliest first: no two answers score alike, but by chance."""
     first = next_token(ids)
     tokens = [(first + 31 * i * i) % VOCAB for i in range(count)]
-    return tuple((t, -0.3 - i * (1 + first % 7) / 5) for i, t in enumerate(dict.fromkeys(tokens)))
+    scores = ((t, -0.3 - i * (1 + first % 7) / 5) for i, t in enumerate(dict.fromkeys(tokens)))
+    return tuple((token, score, score) for token, score in scores)
 
 
 def expected_of_beams(request: Request, max_tokens: int, stops: frozenset[int]) -> list[int]:
@@ -83,8 +84,6 @@ class EchoExecutor:
     page that is taken away, or a token that is asked for, before its time shows.
     """
 
-    device_seconds = idle_seconds = 0.0
-
     def __init__(
         self,
         keys: torch.Tensor,
@@ -100,6 +99,9 @@ class EchoExecutor:
         self._last: dict[int, int] = {}
         self._stops = stops
         self._collected = 0
+
+    def seconds(self) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def launch(self, plan: StepPlan) -> Ticket:
         for s in plan.segments:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from batchrun.engine.beams import BeamGroup, width
-from batchrun.engine.core import FinishReason, Request, SamplingParams, Sequence
+from batchrun.engine.core import Candidates, FinishReason, Request, SamplingParams, Sequence
 from tests.parity.models import build
 
 MAX_TOKENS = 11
@@ -27,6 +27,11 @@ def model() -> Any:
     return made
 
 
+def told(*pairs: tuple[int, float]) -> Candidates:
+    """Candidates where no processor changes the model's own logits."""
+    return tuple((token, logprob, logprob) for token, logprob in pairs)
+
+
 def search(model: Any, prompt: list[int], params: SamplingParams) -> tuple[list[int], FinishReason]:
     """The plainest loop around a group: all tokens of each beam, again and again."""
     stops = frozenset(params.stop_token_ids)
@@ -40,9 +45,9 @@ def search(model: Any, prompt: list[int], params: SamplingParams) -> tuple[list[
             logits[:, list(stops)] = -torch.inf
         best = logits.topk(width(params.num_beams, len(stops)))
         for i, sequence in enumerate(group.sequences):
-            found = tuple(zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True))
+            found = zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True)
             assert not sequence.idle
-            group.report(sequence, found)
+            group.report(sequence, told(*found))
         group.advance()
         assert len(group.sequences) <= params.num_beams
         assert len({tuple(s.output_ids) for s in group.sequences}) == len(group.sequences)
@@ -97,16 +102,16 @@ def group_of(num_beams: int, stops: frozenset[int] = frozenset(), **more: Any) -
 def test_the_first_child_stays_and_the_others_take_over() -> None:
     group = group_of(3)
     leader = group.leader
-    group.report(leader, ((5, -1.0), (6, -2.0), (7, -3.0), (8, -9.0)))
+    group.report(leader, told((5, -1.0), (6, -2.0), (7, -3.0), (8, -9.0)))
     forks = group.advance()
     first, second, third = group.sequences
     assert first is leader
     assert forks == [(second, leader), (third, leader)]
     assert [s.output_ids for s in group.sequences] == [[5], [6], [7]]
-    group.report(third, ((1, -0.1), (2, -0.2)))
-    group.report(first, ((3, -9.0), (4, -9.5)))
+    group.report(third, told((1, -0.1), (2, -0.2)))
+    group.report(first, told((3, -9.0), (4, -9.5)))
     assert not group.is_complete
-    group.report(second, ((9, -0.5), (8, -8.0)))
+    group.report(second, told((9, -0.5), (8, -8.0)))
     assert group.is_complete
     # Of -2.5, -3.1, -3.2 none descends from the first: its sequence becomes the third's second.
     assert group.advance() == [(leader, third)]
@@ -117,11 +122,11 @@ def test_the_first_child_stays_and_the_others_take_over() -> None:
 
 def test_only_the_best_candidates_can_end_an_answer() -> None:
     group = group_of(2, frozenset({9}))
-    group.report(group.leader, ((5, -1.0), (6, -2.0), (9, -3.0), (8, -4.0)))
+    group.report(group.leader, told((5, -1.0), (6, -2.0), (9, -3.0), (8, -4.0)))
     group.advance()
     assert not group.finished
     for sequence in list(group.sequences):
-        group.report(sequence, ((9, -0.5), (7, -1.0), (8, -2.0), (6, -3.0)))
+        group.report(sequence, told((9, -0.5), (7, -1.0), (8, -2.0), (6, -3.0)))
     group.advance()
     assert [(h.token_ids, h.score) for h in group.finished] == [((5, 9), -0.75)]
 
@@ -130,10 +135,10 @@ def test_an_answer_to_come_has_to_be_worse_or_search_goes_on() -> None:
     ended = {}
     for early in (False, True, "never"):
         group = group_of(2, frozenset({9}), early_stopping=early)
-        group.report(group.leader, ((9, -1.0), (5, -1.1), (6, -1.6), (8, -6.0)))
+        group.report(group.leader, told((9, -1.0), (5, -1.1), (6, -1.6), (8, -6.0)))
         group.advance()
         for sequence in list(group.sequences):
-            group.report(sequence, ((9, -0.4), (7, -2.0), (8, -2.1), (6, -2.2)))
+            group.report(sequence, told((9, -0.4), (7, -2.0), (8, -2.1), (6, -2.2)))
         group.advance()
         assert len(group.finished) == 2
         ended[early] = group.ended

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from batchrun.engine import sharing
+from batchrun.engine import prefixes
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.prefixes import BLOCK, blocks_of
 from batchrun.estimate.savings import Savings
@@ -49,7 +49,7 @@ def test_memory_is_shared_within_a_context(rig: Rig) -> None:
 
 
 def test_a_hash_of_the_context_is_not_believed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "blocks_of", lambda ids, namespace: blocks_of(ids, namespace=b""))
+    monkeypatch.setattr(prefixes, "blocks_of", lambda ids, namespace: blocks_of(ids, namespace=b""))
     assert shared(rig, [*CONTEXTS]) == 0
 
 

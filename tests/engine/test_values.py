@@ -28,12 +28,13 @@ KINDS: list[dict[str, Any]] = [
 class Elsewhere:
     """An executor that sees nothing but what comes through a pickle."""
 
-    device_seconds = idle_seconds = 0.0
-
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._tickets: dict[int, Ticket] = {}
         self.lag = executor.lag
+
+    def seconds(self) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def launch(self, plan: StepPlan) -> Ticket:
         sent = sent_anew(plan)

@@ -143,7 +143,7 @@ def test_patterns_survive_two_steps_in_flight(memory: Any, device: str, seed: in
             if passed is not None:
                 passed.synchronize()
             arena.retire(done)
-        stolen = arena.usage().unmap_calls
+        stolen = arena.usage().work["unmap"].calls
         check_arena(arena)
     assert wrong.item() == 0
     assert closed > 20

@@ -179,7 +179,7 @@ def test_filters_keep_what_transformers_keeps(warpers: dict[str, Any], spread: f
         want = torch.softmax(chain(ids, rows.clone()), -1)
         params = generation.params({"max_tokens": 9})
         sampler = Sampler(6, torch.tensor, config=generation.logits)
-        got = sampler._filtered(rows, [params] * 6)
+        got = sampler._filtered(rows, [params] * 6, sampler._columns([params] * 6, 199))
     torch.testing.assert_close(torch.softmax(got, -1), want, atol=1e-5, rtol=1e-3)
     assert torch.equal(got > -torch.inf, want > 0)
     assert bool((want == 0).any())
@@ -205,7 +205,7 @@ def test_drawn_tokens_are_those_that_the_filters_keep(
         if on_gpu_way:
             monkeypatch.setattr("batchrun.engine.sampling._on_cpu", lambda _: False)
         [tokens] = sampler.sample(rows.clone(), entered(sampler, each))
-        kept = sampler._filtered(row, [params])[0]
+        kept = sampler._filtered(row, [params], sampler._columns([params], 199))[0]
     probabilities = torch.softmax(kept, -1)
     assert bool((probabilities[tokens] > 0).all())
     likely = probabilities * count > 10

@@ -43,7 +43,7 @@ class Uses:
         first, last = bytes_
         size, table = arena.layout.page_size, arena._slots[slot].tables[group]
         for page in range(first // size, -(-last // size)):
-            self.addresses.add(arena._slabs.address(group, slot, page))
+            self.addresses.add(arena._table.address(group, slot, page))
             touched = range(max(first - page * size, 0), min(last - page * size, size))
             pages[table[page]] = _hull(pages.get(table[page], touched), touched)
 
@@ -191,11 +191,11 @@ class WatchedMemory:
     def page_at(self, address: int, nbytes: int) -> tuple[Handle, range] | None:
         """The mapped page at an address, and which bytes of it are meant; None outside."""
         try:
-            base, _ = self.mappings.reservation_of(address, 1)
+            base, _ = self.memory.reservation_of(address, 1)
         except AllocatorError:
             return None
         offset = (address - base) % self.memory.granularity
-        [page] = self.mappings.pages(address - offset, 1)
+        [page] = self.memory.pages(address - offset, 1)
         assert page != NO_PAGE, "bytes are copied where there is no page"
         return page, range(offset, offset + nbytes)
 

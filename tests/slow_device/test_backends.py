@@ -89,7 +89,7 @@ def test_planned_and_recorded_steps_equal_generate(make: Any) -> None:
 
 def test_one_pinned_buffer_for_all_plans_is_found() -> None:
     def take_no_turns(backend: FlashInfer) -> None:
-        for plan in (*backend._decodes.values(), *backend._prefills.values()):
+        for plan in (plan for part in backend._parts for plan in part.plans.values()):
             plan._host = plan._host[:1] * 2
 
     with pytest.raises(TooEarlyError, match="pinned memory was written before it was copied"):

@@ -99,7 +99,7 @@ def test_what_a_step_without_memory_gives_back_no_other_step_uses(place: str) ->
         owner = r.executor if place == "_forward" else r.executor.sampler
         every_third = (i % 3 == 0 for i in range(1000))
         setattr(owner, place, failing(getattr(owner, place), every_third))
-        unmapped = r.arena.usage().unmap_calls
+        unmapped = r.arena.usage().work["unmap"].calls
         done = run(r, families(), SamplingParams(max_tokens=MAX_TOKENS))
-        assert r.arena.usage().unmap_calls > unmapped
+        assert r.arena.usage().work["unmap"].calls > unmapped
     assert outputs(done) == wanted_of_families("llama")

@@ -76,8 +76,8 @@ class SharedParts:
 def shared_parts(segments: Sequence[Segment], size: int) -> SharedParts | None:
     """What decodes have in common, in parts of `size` tokens; None where it is nothing.
 
-    Tokens are in common that were shared from one stay in a slot (`Segment.inherited`). Whoever
-    has a part in common has all before it in common too.
+    Tokens are in common that were shared from one stay in a slot (`Segment.inherited`). Segments
+    with a part in common have all before it in common too.
     """
     origins = {origin for s in segments for _, origin in s.inherited}
     if not origins:

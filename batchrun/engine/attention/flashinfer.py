@@ -89,9 +89,12 @@ def _library_unsupported(geometry: Geometry, name: str, compiled: bool) -> str |
 
 def kinds(geometry: Geometry, name: str) -> list[Kind]:
     """The modules that the layers of a model need."""
-    library = name.removeprefix("flashinfer-")
-    layers = {(s.k_dim, s.window is not None, s.softcap is not None) for s in geometry.layers}
-    return sorted({Kind(kind, *layer) for layer in layers for kind in ("fa2", library)})
+    libraries = "fa2", name.removeprefix("flashinfer-")
+    return sorted({Kind(lib, *_kind(layer)) for layer in geometry.layers for lib in libraries})
+
+
+def _kind(layer: LayerSpec) -> tuple[int, bool, bool]:
+    return layer.k_dim, layer.window is not None, layer.softcap is not None
 
 
 def _arguments(dtype: torch.dtype, kind: Kind) -> tuple[Any, ...]:
@@ -165,6 +168,21 @@ class _Plan:
         self._key = key
 
 
+@dataclass
+class _Part:
+    """The decodes or the prefills of a step: a launch a layer.
+
+    Attributes:
+        causal: Whether several tokens of a sequence are in it.
+        plans: Of each kind of layer.
+        arrays: Of the step's segments, on the device; none where it has none of these.
+    """
+
+    causal: bool
+    plans: dict[LayerSpec, _Plan]
+    arrays: list[torch.Tensor]
+
+
 class FlashInfer(AttentionBackend):
     """One launch for the decodes of a step and one for its prefills.
 
@@ -189,32 +207,25 @@ class FlashInfer(AttentionBackend):
             found = torch.cuda.get_device_properties(geometry.device)
             self._ctas *= found.multi_processor_count
         self._turn = self._num_decodes = 0
-        self._decode_arrays: list[torch.Tensor] = []
-        self._prefill_arrays: list[torch.Tensor] = []
         modules = {kind: load(kind) for kind in kinds(geometry, name)}
-        library = name.removeprefix("flashinfer-")
-        self._decodes: dict[LayerSpec, _Plan] = {}
-        self._prefills: dict[LayerSpec, _Plan] = {}
-        for layer in geometry.layers:
-            shape = _shape(layer)
-            if shape not in self._decodes:
-                kind = (layer.k_dim, layer.window is not None, layer.softcap is not None)
-                self._decodes[shape] = _Plan(modules[Kind("fa2", *kind)], geometry)
-                self._prefills[shape] = _Plan(modules[Kind(library, *kind)], geometry)
+        self._parts = []
+        for causal, library in ((False, "fa2"), (True, name.removeprefix("flashinfer-"))):
+            shapes = {_shape(layer): Kind(library, *_kind(layer)) for layer in geometry.layers}
+            plans = {shape: _Plan(modules[kind], geometry) for shape, kind in shapes.items()}
+            self._parts.append(_Part(causal, plans, []))
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """See `AttentionBackend.plan`."""
-        decodes, prefills = split(segments)
-        if fixed and len(prefills):
+        batches = split(segments)
+        if fixed and len(batches[1]):
             raise ValueError("a fixed plan takes single tokens only")
-        self._num_decodes, self._turn = len(decodes), 1 - self._turn
-        launches = [self._arrays(batch) for batch in (decodes, prefills)]
-        used = [arrays for arrays in launches if len(arrays[0]) > 1]
-        sent = self._staging.put([array for arrays in used for array in arrays], fixed=fixed)
-        self._decode_arrays = sent[:4] if len(decodes) else []
-        self._prefill_arrays = sent[-4:] if len(prefills) else []
-        self._make_plans(decodes, self._decodes, launches[0], decode=True, fixed=fixed)
-        self._make_plans(prefills, self._prefills, launches[1], decode=False, fixed=fixed)
+        self._num_decodes, self._turn = len(batches[0]), 1 - self._turn
+        host = [self._arrays(batch) if len(batch) else () for batch in batches]
+        sent = self._staging.put([array for arrays in host for array in arrays], fixed=fixed)
+        for part, batch, arrays in zip(self._parts, batches, host, strict=True):
+            part.arrays, sent = sent[: len(arrays)], sent[len(arrays) :]
+            if arrays:
+                self._make_plans(part, batch, arrays, fixed=fixed)
 
     def run(
         self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
@@ -226,14 +237,9 @@ class FlashInfer(AttentionBackend):
         shape = _shape(LayerSpec(*heads, *dims, layer.scale, layer.window, layer.softcap))
         k, v = (t.view(-1, self._block, *t.shape[2:]) for t in slots)
         at = self._num_decodes
-        if at:
-            tensors = query[:at], k, v, out[:at]
-            plan, arrays = self._decodes[shape], self._decode_arrays
-            self._launch(plan, layer, tensors, arrays, _NOT_CAUSAL)
-        if self._prefill_arrays:
-            tensors = query[at:], k, v, out[at:]
-            plan, arrays = self._prefills[shape], self._prefill_arrays
-            self._launch(plan, layer, tensors, arrays, _CAUSAL)
+        for part, tokens in zip(self._parts, (slice(at), slice(at, None)), strict=True):
+            if part.arrays:
+                self._launch(part, layer, part.plans[shape], (query[tokens], k, v, out[tokens]))
         return out
 
     def _arrays(self, batch: Batch) -> tuple[Ints, Ints, Ints, Ints]:
@@ -245,44 +251,31 @@ class FlashInfer(AttentionBackend):
         return batch.starts, starts, batch.ends - (counts - 1) * self._block, blocks
 
     def _make_plans(
-        self,
-        batch: Batch,
-        plans: dict[LayerSpec, _Plan],
-        arrays: Sequence[Ints],
-        *,
-        decode: bool,
-        fixed: bool,
+        self, part: _Part, batch: Batch, arrays: Sequence[Ints], *, fixed: bool
     ) -> None:
-        if not len(batch):
-            return
         host = [torch.from_numpy(array) for array in (*arrays[:2], batch.ends)]
         # A plan of single tokens depends on how many blocks each has, if they may be split.
-        blocks = arrays[1].tobytes() if decode else b""
-        for layer, plan in plans.items():
+        blocks = b"" if part.causal else arrays[1].tobytes()
+        for layer, plan in part.plans.items():
             heads, dims = (layer.q_heads, layer.kv_heads), (layer.k_dim, layer.v_dim)
             window = -1 if layer.window is None else layer.window - 1
             sizes = int(arrays[0][-1]), len(batch)
-            numbers = [*sizes, *heads, self._block, fixed, *dims, not decode, window]
+            numbers = [*sizes, *heads, self._block, fixed, *dims, part.causal, window]
             full = False
-            if decode or self.name == "flashinfer-fa2":
+            if not part.causal or self.name == "flashinfer-fa2":
                 # In a graph partial results are merged whether there are any or not, so none are
                 # allowed where the decodes alone fill the device. The others: no fixed split, no
                 # other kernels beside this one, and one token each.
                 full = fixed and len(batch) * layer.kv_heads >= self._ctas
                 numbers += [-1, full, 0, int(fixed)]
-            key = (len(batch), fixed, b"" if full else blocks) if decode else None
+            key = None if part.causal else (len(batch), fixed, b"" if full else blocks)
             plan.plan(self._turn, self._floats, host, numbers, len(batch) * fixed, key=key)
 
     def _launch(
-        self,
-        plan: _Plan,
-        layer: LayerAttention,
-        tensors: Sequence[torch.Tensor],
-        arrays: Sequence[torch.Tensor],
-        mask: int,
+        self, part: _Part, layer: LayerAttention, plan: _Plan, tensors: Sequence[torch.Tensor]
     ) -> None:
         query, keys, values, out = tensors
-        starts, block_starts, last, blocks = arrays
+        starts, block_starts, last, blocks = part.arrays
         plan.module.paged_run(
             self._floats,
             plan.ints,
@@ -296,7 +289,7 @@ class FlashInfer(AttentionBackend):
             last,
             out,
             None,  # log-sum-exp
-            mask,
+            _CAUSAL if part.causal else _NOT_CAUSAL,
             _NHD,
             -1 if layer.window is None else layer.window - 1,
             False,  # programmatic dependent launch

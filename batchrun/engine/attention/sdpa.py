@@ -71,9 +71,7 @@ class SDPA(AttentionBackend):
         on_cpu = query.device.type == "cpu"
         batched = not on_cpu if self._batched is None else self._batched
         done = self._run_batched(layer, query, slots, out) if batched else frozenset()
-        attend = _grouped if batched else _fused
-        if not _plain(layer):
-            attend = explicit.attend
+        attend = partial(_attend, by_group=batched) if _plain(layer) else explicit.attend
         decodes = sum(s.length == 1 for s in self._segments)
         offset = 0
         with _one_thread(on_cpu and decodes > 1) as all_threads:
@@ -145,9 +143,17 @@ def _one_thread(wanted: bool) -> Iterator[Callable[[], None]]:
         torch.set_num_threads(threads)
 
 
-def _fused(layer: LayerAttention, problem: Problem) -> None:
-    """One segment by the CPU's fused kernel, which knows grouped heads of equal widths."""
-    tiled = problem[1].shape[-1] == problem[2].shape[-1]
+def _attend(layer: LayerAttention, problem: Problem, *, by_group: bool) -> None:
+    """One segment by torch's kernels.
+
+    A CPU's fused kernel knows grouped heads of equal widths. Of a GPU's only flash attention does:
+    `by_group`, query heads that share a key head are apart in the batch, all of which is the same
+    keys: a view of stride 0. Of heads such a view must not be: where one query is left over, the
+    memory-efficient kernel takes the heads for queries then, and reads another row of the mask.
+    """
+    widths = [tensor.shape[-1] for tensor in problem[1:3]]
+    # Or no kernel fits that computes in tiles.
+    tiled = all(n % 8 == 0 for n in widths) if by_group else widths[0] == widths[1]
     if tiled and len(problem[0]) == 1:
         _single(layer, *problem)
         return
@@ -155,9 +161,16 @@ def _fused(layer: LayerAttention, problem: Problem) -> None:
         if len(q) == 1:
             _single(layer, q, k, v, out)
             continue
-        heads_first = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        got = _of_queries(layer, *heads_first, enable_gqa=q.shape[1] != k.shape[1])
-        out.copy_(got[0].transpose(0, 1))
+        keys, values = (tensor.transpose(0, 1)[None] for tensor in (k, v))
+        if by_group:
+            folded = q.unflatten(1, (k.shape[1], -1)).permute(2, 1, 0, 3)  # [G, Hkv, t, Dk]
+            shared = (tensor.expand(len(folded), -1, -1, -1) for tensor in (keys, values))
+            got = _of_queries(layer, folded, *shared)
+            out.copy_(got.permute(2, 1, 0, 3).flatten(1, 2))
+        else:
+            gqa = q.shape[1] != k.shape[1]
+            got = _of_queries(layer, q.transpose(0, 1)[None], keys, values, enable_gqa=gqa)
+            out.copy_(got[0].transpose(0, 1))
 
 
 def _single(
@@ -173,24 +186,6 @@ def _single(
     keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     got = scaled_dot_product_attention(folded, keys, values, scale=layer.scale)
     out.copy_(got.reshape(1, num_heads, -1))
-
-
-def _grouped(layer: LayerAttention, problem: Problem) -> None:
-    """One segment by a GPU's kernels, of which only flash attention knows grouped heads.
-
-    Query heads that share a key head are apart in the batch, all of which is the same keys: a view
-    of stride 0. Of heads such a view must not be: where one query is left over, the
-    memory-efficient kernel takes the heads for queries then, and reads another row of the mask.
-    """
-    aligned = all(tensor.shape[-1] % 8 == 0 for tensor in problem[1:3])  # or none fits
-    for q, k, v, out in _calls(layer, problem, tiled=aligned):
-        if len(q) == 1:
-            _single(layer, q, k, v, out)
-            continue
-        folded = q.unflatten(1, (k.shape[1], -1)).permute(2, 1, 0, 3)  # [G, Hkv, t, Dk]
-        shared = (t.transpose(0, 1)[None].expand(len(folded), -1, -1, -1) for t in (k, v))
-        got = _of_queries(layer, folded, *shared)
-        out.copy_(got.permute(2, 1, 0, 3).flatten(1, 2))
 
 
 def _of_queries(
