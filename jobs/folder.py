@@ -166,7 +166,7 @@ class JobFolder:
                 since = max(since, (self.path / STATE).stat().st_mtime)
         if last["state"] is None or waiting:
             gone = "its processes are gone: killed, or the machine went down"
-            if files.free_bytes(self.path) < _FULL:
+            if files.disk_of(self.path).free < _FULL:
                 gone = "its processes are gone, and its disk is full"
             words = last_words(self.path, since)
             return words or ((gone, None) if runs else None)

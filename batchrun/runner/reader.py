@@ -174,23 +174,23 @@ class Reader:
             ModelError: No prompt comes to an end.
             SpecChanged: A row is not what it was when an earlier run read it.
         """
-        rows = self._to_do(results)
-        if self.planner is None:
-            for request in rows:
-                self._note(results)
-                self._hand(request, requests)
-        else:
-            to_compute = self._without_duplicates(self.planner, rows, results)
-            for waiting in self.planner.planned(to_compute, lambda: requests.full):
-                self.savings.put(waiting, self.planner.expected(waiting.rest.params))
-                self._note(results)
-                self._hand(waiting.request(), requests)
+        found = self._to_do(results)
+        if self.planner is not None:
+            to_compute = self._without_duplicates(self.planner, found, results)
+            found = self._planned(self.planner, to_compute, requests)
+        for request in found:
+            self._note(results)
+            self.handed += 1
+            requests.put(request)
         self._note(results)
         requests.close()
 
-    def _hand(self, request: Request, requests: Sender[Request]) -> None:
-        self.handed += 1
-        requests.put(request)
+    def _planned(
+        self, planner: Planner, rows: Iterable[Waiting], requests: Sender[Request]
+    ) -> Iterator[Request]:
+        for waiting in planner.planned(rows, lambda: requests.full):
+            self.savings.put(waiting, planner.expected(waiting.rest.params))
+            yield waiting.request()
 
     def ended(self, request: Request, result: Result) -> list[Result]:
         """A row was computed: its length is learnt. Returns results of rows that ask the same."""
