@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.jobs import cancel, folder
-from batchrun.jobs.errors import JobError, OptionError
+from batchrun.jobs.errors import InputError, JobError, OptionError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.output.destination import resuming
@@ -30,14 +30,19 @@ from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS
 from batchrun.jobs.stats import summarise
 from batchrun.runner.live import Progress, read_progress
 from batchrun.specs import PIPE, make_spec, output_to
-from batchrun.submission import as_lines, kept_input, start, submitting
+from batchrun.submission import as_lines, kept_input, start, submitting, table_of
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined
     from batchrun.runner.supervisor import Started
 
-Rows = pa.Table | Sequence[Mapping[str, Any]]
-Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Rows
+Inputs = (
+    str
+    | os.PathLike[str]
+    | Iterable[str | os.PathLike[str]]
+    | pa.Table
+    | Iterable[Mapping[str, Any]]
+)
 
 _POLL_S = 0.1
 _FINISHED = ("done", "done-with-errors")
@@ -199,7 +204,8 @@ def submit(
     """Check a job and start it in a process of its own.
 
     Args:
-        inputs: Files, folders or globs, one or several; or rows, as a table or a list of dicts.
+        inputs: Files, folders or globs, one or several; or rows, as dicts, a table, or a DataFrame
+            of any library that speaks Arrow.
         model: Alias, folder, `.gguf` file or hub id.
         output: A file; by default beside `INPUT-completions` in this folder, of rows in the job.
         again: Begin anew though the same work can be resumed.
@@ -214,12 +220,10 @@ def submit(
     root = folder.home()
     with ExitStack() as stack:
         own = None
-        if isinstance(inputs, str | os.PathLike):
-            inputs = [inputs]
-        if isinstance(inputs, pa.Table) or any(isinstance(item, Mapping) for item in inputs):
-            own = stack.enter_context(_kept(root, inputs))
-            inputs, output = [own], PIPE if output is None else output
-        paths = [os.fspath(path) for path in inputs]  # type: ignore[arg-type]
+        rows, paths = _rows_or_paths(inputs)
+        if rows is not None:
+            own = stack.enter_context(_kept(root, rows))
+            paths, output = [os.fspath(own)], PIPE if output is None else output
         given = {"model": model, "output": output, **options}
         spec = make_spec(paths, root, given, log=log)
         job = stack.enter_context(submitting(root, spec, own, again=again))
@@ -234,6 +238,32 @@ def run(inputs: Inputs, **options: Any) -> Job:
 def list_jobs() -> list[Job]:
     """All jobs, the oldest first."""
     return [Job(job) for job in folder.list_jobs(folder.home())]
+
+
+def _rows_or_paths(inputs: Any) -> tuple[pa.Table | list[Any] | None, list[str]]:
+    """Rows in memory, or else names of files.
+
+    Raises:
+        InputError: It is neither.
+    """
+    table = table_of(inputs)
+    if table is not None:
+        return table, []
+    single = isinstance(inputs, str | os.PathLike)
+    if isinstance(inputs, bytes | Mapping) or not (single or isinstance(inputs, Iterable)):
+        kind = type(inputs).__name__
+        raise InputError(
+            f"the input is of type {kind}, neither files nor rows",
+            "rows are a table or a list of dicts: batchrun.submit([{'prompt': 'Hello'}])",
+        )
+    items = [inputs] if single else list(inputs)  # once: it may be an iterator
+    if any(isinstance(item, Mapping) for item in items):
+        return items, []
+    for item in items:
+        if not isinstance(item, str | os.PathLike):
+            kind = type(item).__name__
+            raise InputError(f"an input is of type {kind}, neither a file nor a row (a dict)")
+    return None, [os.fspath(item) for item in items]
 
 
 def _kept(root: Path, rows: Any) -> Any:

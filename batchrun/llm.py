@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchrun.engine.core import Request
+from batchrun.jobs.errors import InputError
 from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
 from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING
@@ -23,7 +24,7 @@ from batchrun.runner.engine_loop import result_of
 from batchrun.runner.opening import open_runtime
 from batchrun.runner.reader import QUEUED_REQUESTS, Reader
 from batchrun.specs import model_of, part_of, read_options, sampling_of
-from batchrun.submission import as_lines
+from batchrun.submission import as_lines, table_of
 
 if TYPE_CHECKING:  # they import torch
     from batchrun.engine.build import Assembly
@@ -63,19 +64,19 @@ class LLM:
         )
         self._runtime: Assembly | None = open_runtime(self._spec, log)
 
-    def generate(self, prompts: Iterable[Prompt], **sampling: Any) -> list[Result]:
+    def generate(self, prompts: Prompt | Iterable[Prompt], **sampling: Any) -> list[Result]:
         """The results of all prompts, in their order; of one that failed, `error` says why.
 
         Args:
-            prompts: Each is text, a chat (a list of messages), or a row (a dict), whose columns
-                mean what they mean in a file: `prompt` or `messages`, fields of a template, its
-                own sampling parameters.
+            prompts: One or more. Each is text, a chat (a list of messages), or a row (a dict),
+                whose columns mean what they mean in a file: `prompt` or `messages`, fields of a
+                template, its own sampling parameters. A table or DataFrame has a row each.
             sampling: Sampling options, for these prompts. With `n` above 1 a prompt has as many
                 results one after the other, numbered by `row` and `sample`.
 
         Raises:
             OptionError: An option is not known, or has a value that it cannot have.
-            InputError: A prompt has a value that JSON has not.
+            InputError: A prompt has a value that JSON can't hold.
         """
         read_options(sampling, SAMPLING)
         options = read_options({**self._options, **sampling})
@@ -87,7 +88,7 @@ class LLM:
             n=best_of or n,
             keep=n if best_of else None,
         )
-        rows = [self._fields(prompt) for prompt in prompts][: options["limit"]]
+        rows = [self._fields(prompt) for prompt in self._listed(prompts)][: options["limit"]]
         lines = as_lines(rows)
         if self._runtime is None:
             self._runtime = open_runtime(self._spec, self._log)
@@ -98,6 +99,28 @@ class LLM:
             raise
         answers = ResultReader(iter(found), spec.n, False, spec.keep, len(rows))
         return [result for row in range(len(rows)) for result in answers.take(row)]
+
+    def _listed(self, prompts: Any) -> Iterable[Any]:
+        """Each prompt, of what may be one alone, or a column or table of them."""
+        if hasattr(prompts, "to_pylist"):
+            return prompts.to_pylist()
+        table = table_of(prompts)
+        if table is not None:
+            return table.to_pylist()
+        if isinstance(prompts, str | bytes | Mapping):
+            return [prompts]
+        if not isinstance(prompts, Iterable):
+            kind = type(prompts).__name__
+            raise InputError(f"prompts are texts, chats or rows, not of type {kind}")
+        found = list(prompts)
+        return [found] if found and all(map(self._is_message, found)) else found
+
+    def _is_message(self, item: object) -> bool:
+        """Whether it is a message of a chat, and no row that the job could read."""
+        if not isinstance(item, Mapping) or "role" not in item:
+            return False
+        column, template = self._spec.prompt.column, self._spec.prompt.template
+        return not (column or template or usual_column([*item]) in item)
 
     def _fields(self, prompt: Prompt) -> dict[str, Any]:
         if not isinstance(prompt, Mapping):

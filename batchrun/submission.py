@@ -11,11 +11,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+
 from batchrun.jobs.errors import ROOM, InputError, JobError, OutputError, refused
 from batchrun.jobs.folder import JobFolder, create, find_same, sweep
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import check_apart, one_at_a_time
 from batchrun.jobs.output.store import OUTPUTS
+from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
 from batchrun.runner import supervisor
 from batchrun.runner.live import forget_progress
@@ -55,15 +58,41 @@ def kept_input(
 
 
 def as_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Rows as lines of JSON.
+    """Rows as lines of JSON; values that JSON lacks, such as times, become what they do from Arrow.
 
     Raises:
-        InputError: One has a value that JSON has not.
+        InputError: A row is no dict, or has a value that JSON can't hold.
     """
+    lines = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise InputError(f"row {number} is of type {type(row).__name__}, not a dict")
+        try:
+            lines.append(json.dumps(dict(row), default=_jsonable).encode() + b"\n")
+        except (TypeError, ValueError, RecursionError, pa.ArrowException) as error:
+            raise InputError(f"row {number} can't be written as JSON: {error}") from error
+    return b"".join(lines)
+
+
+def _jsonable(value: object) -> Any:
+    if isinstance(value, bytes | bytearray | memoryview):  # base64 would pass for a prompt's text
+        raise TypeError(f"it holds {type(value).__name__}; decode them first")
+    return json_values(pa.array([value]))[0]
+
+
+def table_of(data: object) -> pa.Table | None:
+    """A table or DataFrame of any library that speaks Arrow; None where it is none.
+
+    Raises:
+        InputError: It is no table, but one column, say.
+    """
+    if isinstance(data, pa.Table) or not hasattr(data, "__arrow_c_stream__"):
+        return data if isinstance(data, pa.Table) else None
     try:
-        return b"".join(json.dumps(dict(row)).encode() + b"\n" for row in rows)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"a row can't be written as JSON: {error}") from error
+        return pa.table(data)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        kind = type(data).__name__
+        raise InputError(f"rows of type {kind} can't be read as a table: {error}") from error
 
 
 def _room(folder: Path, what: str) -> AbstractContextManager[None]:

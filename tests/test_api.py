@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +159,7 @@ def test_a_model_here_takes_text_chats_and_rows(llm: LLM) -> None:
     assert llm.generate([]) == []
     [again] = llm.generate(["one"])
     assert again.token_ids == text.token_ids
-    with pytest.raises(InputError, match="a row can't be written as JSON"):
+    with pytest.raises(InputError, match="row 1 can't be written as JSON"):
         llm.generate([{"prompt": "one", "x": object()}])
     with pytest.raises(OptionError, match="top_p must be above 0"):
         llm.generate(["one"], top_p=2)
@@ -207,3 +209,76 @@ def test_what_was_broken_off_meets_no_later_prompt(model: str, monkeypatch: Any)
             llm.generate(["one", "other"])
         [found] = llm.generate(["two"])
         assert (found.row, found.token_ids) == (0, want.token_ids)
+
+
+class Frame:
+    """As DataFrames of pandas, polars and DuckDB show themselves to Arrow."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table.column_names)
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self.table.__arrow_c_stream__(requested_schema)
+
+
+def test_one_prompt_alone_and_columns_of_them(llm: LLM) -> None:
+    two = llm.generate(["one", "two"])
+    tokens = [result.token_ids for result in two]
+    for same in (
+        iter(["one", "two"]),
+        ("one", "two"),
+        pa.array(["one", "two"]),
+        pa.chunked_array([["one"], ["two"]]),
+        pa.table({"prompt": ["one", "two"]}),
+        Frame(pa.table({"prompt": ["one", "two"]})),
+    ):
+        assert [result.token_ids for result in llm.generate(same)] == tokens  # type: ignore[arg-type]
+    for alone in ("one", {"prompt": "one"}):
+        [found] = llm.generate(alone)
+        assert found.token_ids == tokens[0]
+    chat = [{"role": "user", "content": "one"}]
+    [said] = llm.generate([chat])
+    [also] = llm.generate(chat)
+    assert also.token_ids == said.token_ids
+    assert also.prompt_tokens == said.prompt_tokens
+    for wrong in (None, 3):
+        with pytest.raises(InputError, match="prompts are texts, chats or rows, not of type"):
+            llm.generate(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="it holds bytes; decode them first"):
+        llm.generate(b"one")  # type: ignore[arg-type]
+
+
+def test_rows_of_an_iterator_or_a_frame_are_all_there(model: str) -> None:
+    when = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    rows = [{"prompt": text, "when": when, "size": Decimal("1.10")} for text in PROMPTS]
+    job = run(iter(rows), model=model, max_tokens=2)
+    found = list(job.rows())
+    assert [row["prompt"] for row in found] == PROMPTS
+    assert {(row["when"], row["size"]) for row in found} == {
+        ("2026-01-02T03:04:05.000000+00:00", "1.10")
+    }
+    frame = Frame(pa.table({"prompt": PROMPTS}))
+    job = run(frame, model=model, max_tokens=2)  # type: ignore[arg-type]
+    assert job.to_arrow()["prompt"].to_pylist() == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        (None, "the input is of type NoneType, neither files nor rows"),
+        ({"prompt": "one"}, "the input is of type dict, neither files nor rows"),
+        (b"in.jsonl", "the input is of type bytes, neither files nor rows"),
+        ([3], "an input is of type int, neither a file nor a row"),
+        ([{"prompt": "one"}, "two"], "row 2 is of type str, not a dict"),
+        ([{"prompt": "one"}, {"prompt": object()}], "row 2 can't be written as JSON"),
+        (pa.chunked_array([["one"]]), "rows of type ChunkedArray can't be read as a table"),
+    ],
+)
+def test_what_is_neither_files_nor_rows_is_refused(model: str, inputs: Any, says: str) -> None:
+    with pytest.raises(InputError) as refused:
+        submit(inputs, model=model)
+    assert says in str(refused.value)
+    assert list_jobs() == []
