@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from batchrun.jobs.checksums import sealed, unsealed
 from batchrun.jobs.errors import OutputError
@@ -115,40 +115,50 @@ def remove(path: Path) -> None:
     fsync_directory(path.parent)
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes that can still be written where `path` is, or would be."""
-    found = os.statvfs(_there(path))
-    return found.f_bavail * found.f_frsize
+class Disk(NamedTuple):
+    """Where files lie, as it is now.
+
+    Args:
+        path: A folder of it.
+        name: Tells it from others.
+        size: In bytes.
+        free: Bytes that can still be written.
+    """
+
+    path: Path
+    name: int
+    size: int
+    free: int
 
 
-def _there(path: Path) -> Path:
-    """The path, or what there is of the folders above it."""
+def disk_of(path: Path) -> Disk:
+    """The disk where a path is, or would be."""
     path = path.absolute()
-    return next(p for p in (path, *path.parents) if os.path.exists(p))
+    there = next(p for p in (path, *path.parents) if os.path.exists(p))
+    found = os.statvfs(there)
+    size, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+    return Disk(there, os.stat(there).st_dev, size, free)
 
 
-def check_room(*needs: tuple[Path, int]) -> None:
+def check_room(*needs: tuple[Disk, int]) -> None:
     """Refuse what won't fit, while there still is room to say so.
 
     Args:
-        needs: Files or folders, there or to be, and the bytes that each will take. On top of them
-            8 MiB of a disk stay free, or a sixteenth of a small one.
+        needs: Disks, and the bytes that something will take there. On top of them 8 MiB of a disk
+            stay free, or a sixteenth of a small one.
 
     Raises:
         OutputError: A disk has less.
     """
     wanted: dict[int, int] = {}
-    for path, needed in needs:
-        there = _there(path)
-        device, disk = os.stat(there).st_dev, os.statvfs(there)
-        spare = min(_SPARE_BYTES, disk.f_blocks * disk.f_frsize // 16)
-        wanted[device] = wanted.get(device, spare) + needed
-        free = free_bytes(path)
-        if free < wanted[device]:
+    for disk, needed in needs:
+        spare = min(_SPARE_BYTES, disk.size // 16)
+        wanted[disk.name] = wanted.get(disk.name, spare) + needed
+        if disk.free < wanted[disk.name]:
             raise OutputError(
-                f"the disk of {path} has {free / 2**20:,.1f} MiB left and "
-                f"{wanted[device] / 2**20:,.1f} MiB are needed",
-                hint=f"make room there (df -h '{there}'), then: batchrun resume",
+                f"the disk of {disk.path} has {disk.free / 2**20:,.1f} MiB left and "
+                f"{wanted[disk.name] / 2**20:,.1f} MiB are needed",
+                hint=f"make room there (df -h '{disk.path}'), then: batchrun resume",
             )
 
 

@@ -20,7 +20,7 @@ from batchrun.jobs import queue as turns
 from batchrun.jobs.errors import ROOM, JobError, JobNotFound, JournalError, OutputError, SpecDamaged
 from batchrun.jobs.files import (
     current_umask,
-    free_bytes,
+    disk_of,
     fsync_directory,
     make_folders,
     open_private,
@@ -175,7 +175,7 @@ class JobFolder:
                 since = max(since, (self.path / STATE).stat().st_mtime)
         if last["state"] is None or waiting:
             gone = "its processes are gone: killed, or the machine went down"
-            if free_bytes(self.path) < _FULL:
+            if disk_of(self.path).free < _FULL:
                 gone = "its processes are gone, and its disk is full"
             words = last_words(self.path, since)
             return words or ((gone, None) if runs else None)

@@ -25,6 +25,7 @@ from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import DoneSet, Result
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
@@ -528,6 +529,14 @@ def test_a_finished_job_only_exports_again(submit: Submit) -> None:
     assert path.read_bytes() == want
 
 
+def have_free(
+    monkeypatch: pytest.MonkeyPatch, free: Callable[[], int], size: int = 1 << 50
+) -> None:
+    """Disks have so many bytes left."""
+    monkeypatch.setattr(writer, "disk_of", lambda path: files.Disk(path, 0, size, free()))
+    monkeypatch.setattr(OUTPUTS, "disk", writer.disk_of)
+
+
 @pytest.mark.usefixtures("journal_keeps_up")
 def test_a_run_ends_before_the_disk_is_full(
     submit: Submit, monkeypatch: pytest.MonkeyPatch
@@ -535,13 +544,13 @@ def test_a_run_ends_before_the_disk_is_full(
     monkeypatch.setattr(writer, "_ROOM_SECONDS", 0.0)
     job = submit()
     free = iter([1 << 40] * 12)  # and then none
-    monkeypatch.setattr(files, "free_bytes", lambda _: next(free, 0))
+    have_free(monkeypatch, lambda: next(free, 0))
     with pytest.raises(OutputError, match=r"0\.0 MiB left") as full:
         run(job)
     assert "batchrun resume" in str(full.value.hint)
     assert (job.state(), job.failure()) == ("failed", (str(full.value), None))
     assert 0 < job.counts().rows < ROWS
-    monkeypatch.setattr(files, "free_bytes", lambda _: 1 << 40)
+    have_free(monkeypatch, lambda: 1 << 40)
     assert run(job) is Outcome.DONE
 
 
@@ -549,7 +558,7 @@ def test_a_job_that_cannot_fit_is_not_begun(
     submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = submit()
-    monkeypatch.setattr(files, "free_bytes", lambda _: 0)
+    have_free(monkeypatch, lambda: 0)
     with pytest.raises(OutputError, match="MiB are needed"):
         run(job, open_workbench=lambda *_: pytest.fail("a model was loaded"))
 
@@ -560,7 +569,8 @@ def test_a_disk_that_will_be_full_is_told_of_early(
     monkeypatch.setattr(writer, "_COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(writer, "_ROOM_SECONDS", 0.0)
     monkeypatch.setattr(writer, "COMMIT_RESULTS", 4)
-    monkeypatch.setattr(writer, "free_bytes", lambda _: 1)
+    free = iter([1 << 40] * 2)  # and then next to nothing
+    have_free(monkeypatch, lambda: next(free, 1), size=0)
     lines: list[str] = []
     assert run(submit(), log=lines.append) is Outcome.DONE
     assert sum("it will stop, and can be resumed" in line for line in lines) == 1

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from batchrun.jobs.files import check_room, free_bytes
+from batchrun.jobs.files import check_room, disk_of
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.journal.results import (
@@ -18,6 +18,7 @@ from batchrun.jobs.journal.results import (
     Result,
     RowDigests,
 )
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import JobSpec
 from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.figures import RunFigures
@@ -129,7 +130,8 @@ class JournalWriter:
         """
         spec = self.spec
         copied = 0 if spec.limit else sum(file.size for file in spec.inputs) // 4
-        check_room((self.job.path, self.missing * _RESULT_BYTES), (self._output, copied))
+        results = self.missing * _RESULT_BYTES
+        check_room((disk_of(self.job.path), results), (OUTPUTS.disk(self._output), copied))
 
     def _commit(self, journal: Journal, pending: _Pending) -> None:
         ended = {(r.row, r.sample) for r in pending.results}
@@ -155,14 +157,13 @@ class JournalWriter:
 
     def _watch_room(self) -> None:
         """End the run before a disk is full; say once, early, that one will be."""
-        path = self.job.path
-        check_room((path, 0), (self._output, 0))
+        path, disk = self.job.path, disk_of(self.job.path)
+        check_room((disk, 0), (OUTPUTS.disk(self._output), 0))
         size = sum(file.stat().st_size for file in path.glob("journal.db*"))
         needed = size * self.missing // max(1, self.samples)
-        free = free_bytes(path)
-        if free < needed and not self._warned and self.samples > COMMIT_RESULTS:
+        if disk.free < needed and not self._warned and self.samples > COMMIT_RESULTS:
             self._warned = True
             self.log(
-                f"the disk of {path} has {free / 2**30:.1f} GiB left and the job will "
+                f"the disk of {path} has {disk.free / 2**30:.1f} GiB left and the job will "
                 f"need about {needed / 2**30:.1f} GiB: it will stop, and can be resumed"
             )

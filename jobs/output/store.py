@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import IO
 
 from batchrun.jobs.errors import OutputError, refused
-from batchrun.jobs.files import Identity, MayReplace, atomic_write, identity_of, remove_abandoned
+from batchrun.jobs.files import (
+    Disk,
+    Identity,
+    MayReplace,
+    atomic_write,
+    disk_of,
+    identity_of,
+    remove_abandoned,
+)
 
 
 class OutputStore:
@@ -46,6 +54,10 @@ class OutputStore:
     ) -> AbstractContextManager[IO[bytes]]:
         """See `atomic_write`; what it leaves when its process is killed `sweep` removes."""
         return atomic_write(path, may_replace=may_replace, private=private)
+
+    def disk(self, path: Path) -> Disk:
+        """How much room there is where a file is, or will be."""
+        return disk_of(path)
 
     def sweep(self, path: Path) -> None:
         """Remove what dead writers left beside a file."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.row import AGAIN, no_columns, reading
-from batchrun.jobs.rows.store import Noted, unnoted
+from batchrun.jobs.rows.store import INPUTS, Noted, unnoted
 
 _ANY = (Exception,)
 _BUFFER = 1 << 18  # bytes read ahead a column, instead of whole column chunks
@@ -34,7 +34,9 @@ def opened(path: Path, noted: Noted = unnoted) -> Iterator[pq.ParquetFile]:
         InputError: It is damaged or can't be read.
     """
     with noted(path), reading(path, _ANY):
-        file = pq.ParquetFile(path, buffer_size=_BUFFER, page_checksum_verification=True)
+        file = pq.ParquetFile(
+            INPUTS.for_arrow(path), buffer_size=_BUFFER, page_checksum_verification=True
+        )
     with file:
         with noted(path), reading(path, _ANY):
             _check_names(file.schema_arrow)

@@ -15,7 +15,7 @@ from batchrun.jobs.errors import OutputError
 from batchrun.jobs.files import (
     atomic_write,
     check_room,
-    free_bytes,
+    disk_of,
     make_folders,
     read_json,
     remove,
@@ -203,18 +203,18 @@ def test_removing_what_is_not_there_is_no_error(tmp_path):
 
 def test_room_is_checked_where_the_file_will_be(tmp_path):
     path = tmp_path / "not" / "yet" / "there"
-    assert abs(free_bytes(path) - shutil.disk_usage(tmp_path).free) < 1 << 30
-    check_room((path, 1), (tmp_path, 1))
+    assert abs(disk_of(path).free - shutil.disk_usage(tmp_path).free) < 1 << 30
+    check_room((disk_of(path), 1), (disk_of(tmp_path), 1))
     with pytest.raises(OutputError, match=r"MiB left and 1,\d{3},.* MiB are needed") as refused:
-        check_room((path, 1 << 60))
+        check_room((disk_of(path), 1 << 60))
     assert "make room" in refused.value.hint
 
 
 def test_room_for_several_files_of_a_disk_adds_up(tmp_path):
-    free = free_bytes(tmp_path)
-    check_room((tmp_path / "a", free // 3))
+    free = disk_of(tmp_path).free
+    check_room((disk_of(tmp_path / "a"), free // 3))
     with pytest.raises(OutputError):
-        check_room(*((tmp_path / name, free // 3) for name in "abcd"))
+        check_room(*((disk_of(tmp_path / name), free // 3) for name in "abcd"))
 
 
 def test_the_umask_is_known_where_there_is_no_proc(monkeypatch):

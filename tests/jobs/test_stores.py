@@ -1,13 +1,20 @@
 """What every store of inputs or outputs keeps, whatever lies behind it."""
 
+import gzip
+import io
+import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchrun.jobs.errors import InputError, OutputError
 from batchrun.jobs.output.store import OutputStore
-from batchrun.jobs.rows.store import InputStore
+from batchrun.jobs.rows.source import expand_inputs, open_source
+from batchrun.jobs.rows.store import INPUTS, InputStat, InputStore
+from tests.jobs.reading import objects
 
 
 @pytest.fixture(params=[InputStore])
@@ -143,3 +150,31 @@ class TestOutputs:
             assert not store.places(path) & store.places(Path(f"{path}2"))
             if store.identity(path) is None:
                 self.write(store, path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv", "a.jsonl.gz"])
+def test_a_store_elsewhere_serves_every_format(name, tmp_path, monkeypatch):
+    """Of what lies in no file system: nothing but the store may look for it."""
+    rows = [{"prompt": f"row {i}"} for i in range(3)]
+    local = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), local)
+    elif "json" in name:
+        data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        local.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    else:
+        local.write_text("prompt\n" + "".join(f"{row['prompt']}\n" for row in rows))
+    path, data = Path("/elsewhere") / name, local.read_bytes()
+
+    def read(asked, buffering=-1):
+        assert asked == path
+        return io.BytesIO(data)
+
+    monkeypatch.setattr(INPUTS, "open", read)
+    monkeypatch.setattr(INPUTS, "for_arrow", read)
+    monkeypatch.setattr(INPUTS, "stat", lambda _: InputStat(len(data), (1,)))
+    monkeypatch.setattr(INPUTS, "expand", lambda asked: iter([(Path(asked), None)]))
+    parts, kind = expand_inputs([str(path)], print)
+    source = open_source(parts, kind)
+    assert source.count() == 3
+    assert objects(source) == rows
