@@ -103,7 +103,7 @@ class LLM:
     def _listed(self, prompts: Any) -> Iterable[Any]:
         """Each prompt, of what may be one alone, or a column or table of them."""
         if hasattr(prompts, "to_pylist"):
-            return prompts.to_pylist()
+            return list(prompts.to_pylist())
         table = table_of(prompts)
         if table is not None:
             return table.to_pylist()
