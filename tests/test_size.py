@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1640,
-    "batchrun": 920,
+    "batchrun": 980,
     "batchrun/cli": 1460,
     "batchrun/engine": 3220,
     "batchrun/engine/attention": 820,
@@ -27,7 +27,7 @@ CEILINGS = {
     "batchrun/runner": 1940,
     "jobs": 2030,
     "jobs/journal": 780,
-    "jobs/output": 600,
+    "jobs/output": 610,
     "jobs/rows": 2150,
 }
 FILE_CEILING = 400  # lines of any kind
