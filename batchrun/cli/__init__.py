@@ -61,7 +61,7 @@ class LazyGroup(click.Group):
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some rows failed, "
     "130 interrupted and ready to resume.",
 )
-@click.version_option(package_name=DISTRIBUTION, message="%(prog)s %(version)s")
+@click.version_option(package_name=DISTRIBUTION, message="batchrun %(version)s")
 def cli() -> None:
     """Run a whole dataset through an open LLM on your own hardware, unattended.
 

@@ -119,9 +119,10 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     spec = folder.spec()
     if output is None and spec.output.stdout:
         output = PIPE
-    target = output_to(output) if output else spec.output
     if output == PIPE:
         target = to_stdout(spec.input_format)
+    else:
+        target = output_to(output) if output else spec.output
 
     def write(note: ReaderNote, lost: Path | None = None) -> Exported:
         with folder.journal() as journal:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from batchrun.cli import attach, cli
+from batchrun import submission
+from batchrun.cli import cli
 from batchrun.jobs.folder import JobFolder, list_jobs
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
@@ -293,12 +294,16 @@ def test_nobody_else_decides_until_the_resumed_job_has_its_worker(
     monkeypatch.setattr(supervisor, "start", starting)
 
     @contextmanager
-    def taking() -> Iterator[JobFolder]:
+    def taking(*_: Any, **__: Any) -> Iterator[None]:
         held.append(held_by(job.path))
-        yield JobFolder(job.path)
+        yield
         held.append(held_by(job.path))
 
-    attach.run(taking(), as_json=True, detach=True)
+    monkeypatch.setattr(submission, "resuming", taking)
+    submission.resume(
+        *(batchrun.home, JobFolder(job.path)),
+        **{"retry_failed": False, "output": None, "overwrite": False, "limits": {}, "tell": print},
+    )
     busy.close()
     assert started[0].wait() == 0
     assert held == [None, started[0].pid]
