@@ -88,8 +88,10 @@ def table_of(data: object) -> pa.Table | None:
     Raises:
         InputError: It is no table, but one column, say.
     """
-    if isinstance(data, pa.Table) or not hasattr(data, "__arrow_c_stream__"):
-        return data if isinstance(data, pa.Table) else None
+    if isinstance(data, pa.Table):
+        return data
+    if not hasattr(data, "__arrow_c_stream__"):
+        return None
     try:
         return pa.table(data)
     except (TypeError, ValueError, pa.ArrowException) as error:
