@@ -17,6 +17,7 @@ from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.models.resolve import ModelRef
 from tests.engine.test_cpu_layers import NATIVE, made
+from tests.engine.test_optimize import must_apply
 from tests.parity.models import build
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import prompts
@@ -58,7 +59,7 @@ def test_any_architecture_computes_with_them(name: str) -> None:
     assert not [m for m in model.modules() if type(m) is nn.Linear]
     got = logits_of(loaded.model)
     assert float(torch.cosine_similarity(got, whole, 0)) > 0.99
-    optimize(loaded.model, compile=False, log=pytest.fail)
+    optimize(loaded.model, compile=False, log=must_apply)
     torch.testing.assert_close(logits_of(loaded.model), got, rtol=1e-4, atol=1e-4)
 
 
@@ -69,7 +70,7 @@ def test_native_layers_take_them(name: str) -> None:
     int8_weights(model)
     loaded = prepare(model)
     before = logits_of(loaded.model)
-    assert optimize(loaded.model, compile=False, log=pytest.fail)[0] == "native layers"
+    assert optimize(loaded.model, compile=False, log=must_apply)[0] == "native layers"
     assert len([m for m in model.modules() if isinstance(m, NativeLayer)]) == 3
     assert not [m for m in model.modules() if isinstance(m, Int8Linear)]
     scale = 0.05 * float(before.abs().max())
@@ -92,6 +93,6 @@ def test_the_default_model_has_half_the_weights_and_nearly_the_same_logits(
     assert eight.weights_bytes - embedding < 0.52 * whole.weights_bytes
     want, got = logits_of(whole.model), logits_of(eight.model)
     assert float(torch.cosine_similarity(got, want, 0)) > 0.998
-    optimize(eight.model, compile=False, log=pytest.fail)
+    optimize(eight.model, compile=False, log=must_apply)
     with rig(eight, attention="native") as engine:
         assert gates.verify(eight, engine.executor, engine.arena, 64) < 0.06
