@@ -65,13 +65,13 @@ def test_steps_that_are_all_alike_predict_such_steps() -> None:
 
 
 def test_later_runs_count_more() -> None:
-    old, new = Measured(runs=1), Measured(runs=1, load_s=3.0, share=0.5, guessed=0.4, missed=0.1)
+    old, new = Measured(runs=1), Measured(runs=1, load_s=3.0, share=0.5, accepted=0.4, rejected=0.1)
     old.add((1.0, 0.0, 0.0), 1.0)
     new.add((1.0, 0.0, 0.0), 4.0)
     both = new.after(old)
     assert both.predict((1.0, 0.0, 0.0)) == pytest.approx(3.0)
     assert (both.runs, both.load_s, both.share, both.seconds) == (2, 3.0, 0.5, 5.0)
-    assert (both.guessed, both.missed) == (0.4, 0.1)
+    assert (both.accepted, both.rejected) == (0.4, 0.1)
     assert new.after(None) is new
 
 
@@ -105,7 +105,7 @@ def test_figures_that_grow_become_intervals() -> None:
     assert sampler.measured.products == [4.0, 100.0, 1200.0]
     sampler.observe({**figures, "engine_s": 3.0, "steps": 6, "kv_s": 3.0})
     assert sampler.measured.seconds == 3.0
-    assert (sampler.measured.guessed, sampler.measured.missed) == (2 / 7, 3 / 7)
+    assert (sampler.measured.accepted, sampler.measured.rejected) == (2 / 7, 3 / 7)
 
 
 def test_what_is_remembered_is_of_the_same_model_and_settings(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from batchrun.engine.logits import LogitsConfig
 from batchrun.engine.model.hook import Step, attending
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.plan import StepOutput, StepPlan
-from batchrun.engine.processors import Row
+from batchrun.engine.processors import LogitsRow
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
@@ -159,7 +159,7 @@ class TorchExecutor:
                 ticket.beams = [i for i, row in enumerate(rows) if row.params.beams]
             ticket.tokens = self.transfers.download(*chosen)
 
-    def _chosen(self, ticket: Ticket, rows: Seq[Row]) -> tuple[torch.Tensor, ...]:
+    def _chosen(self, ticket: Ticket, rows: Seq[LogitsRow]) -> tuple[torch.Tensor, ...]:
         """As `Sampler.sample`."""
         assert ticket.logits is not None
         try:

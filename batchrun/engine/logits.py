@@ -22,9 +22,9 @@ from batchrun.engine.processors import (
     Edits,
     EndTokens,
     LogitsProcessor,
+    LogitsRow,
     Penalties,
     Places,
-    Row,
     bans,
 )
 
@@ -156,7 +156,7 @@ class _ConfigEdits(Edits):
 class SequenceBias(_ConfigEdits):
     """Added to the logit of a sequence's last token where its other ones come before."""
 
-    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+    def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
         biases = self._config.sequence_bias.items()
         return [(ids[-1], bias) for ids, bias in biases if _ends_with(row, ids[:-1])]
@@ -169,7 +169,7 @@ class SequenceBias(_ConfigEdits):
 class BadWords(_ConfigEdits):
     """No word's last token where its other ones come before."""
 
-    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+    def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
         return bans(word[-1] for word in self._config.bad_words if _ends_with(row, word[:-1]))
 
@@ -177,7 +177,7 @@ class BadWords(_ConfigEdits):
 class NoRepeatNgram(_ConfigEdits):
     """No sequence of so many tokens twice."""
 
-    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+    def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
         size = self._config.no_repeat_ngram_size
         if row.end < size:
@@ -191,7 +191,7 @@ class NoRepeatNgram(_ConfigEdits):
 class ForcedTokens(_ConfigEdits):
     """One token behind a prompt of one, and some at the end that the length sets."""
 
-    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+    def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
         bos, eos = self._config.forced_bos, self._config.forced_eos
         if eos and row.end == min(row.most_tokens, self._config.max_model_len) - 1:
@@ -207,7 +207,7 @@ class ForcedTokens(_ConfigEdits):
 class InvalidValues(LogitsProcessor):
     """NaN counts as 0, infinities as the largest numbers there are."""
 
-    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """See `LogitsProcessor.apply`."""
         return logits.float().nan_to_num(nan=0.0)
 
@@ -215,7 +215,7 @@ class InvalidValues(LogitsProcessor):
 class Decay(_ConfigEdits):
     """End tokens become likelier, from so many tokens on, by a factor a token."""
 
-    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+    def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
         start, factor = self._config.decay or (0, 1.0)
         beyond = row.num_generated - start
@@ -235,7 +235,7 @@ class Decay(_ConfigEdits):
 class Suppressed(_ConfigEdits):
     """Tokens that never come, and some that do not come first."""
 
-    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+    def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
         config = self._config
         forced = row.num_prompt_tokens == 1 and config.forced_bos is not None
@@ -246,7 +246,7 @@ class Suppressed(_ConfigEdits):
 class Renormalized(Edits):
     """Beams' log-probabilities are those of what is left."""
 
-    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+    def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`; all of a beam's are written."""
         return [(0, 0.0)] * row.params.beams
 
@@ -256,7 +256,7 @@ class Renormalized(Edits):
         return logits
 
 
-def _ends_with(row: Row, ids: Ids) -> bool:
+def _ends_with(row: LogitsRow, ids: Ids) -> bool:
     count = len(ids)
     return not count or (count <= row.end and row.ids_so_far(count) == list(ids))
 

@@ -17,7 +17,7 @@ from batchrun.engine.cpu import sampling as cpu_sampling
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class LogitsRow:
     """A row of logits, by which the token behind the first `end` ones of a sequence is chosen.
 
     `output_ids` are the sequence's, as the host knows them, with draft tokens: complete where no
@@ -65,21 +65,21 @@ class LogitsProcessor:
     One that remembers nothing from step to step has only the first two.
     """
 
-    def prepare(self, rows: Seq[Row]) -> bool:
+    def prepare(self, rows: Seq[LogitsRow]) -> bool:
         """Do what the host has to; returns whether `apply` would change anything."""
         return True
 
-    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """Change `[N, V]`, maybe in place; returns it, in float32 or as it came.
 
         Of beams they are log-probabilities. May be called again, with logits as they came.
         """
         raise NotImplementedError
 
-    def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
+    def accept(self, tokens: torch.Tensor, rows: Seq[LogitsRow]) -> None:
         """The tokens `[N]` were chosen, on the device of the logits; -1 where there is none."""
 
-    def rollback(self, row: Row, count: int) -> None:
+    def rollback(self, row: LogitsRow, count: int) -> None:
         """The last `count` tokens chosen for a sequence are void: they followed wrong drafts."""
 
 
@@ -95,15 +95,15 @@ class Edits(LogitsProcessor):
         self._edits: list[tuple[int, int, float]] = []  # rows, tokens, numbers
 
     @abstractmethod
-    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+    def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """Tokens of a row, and a number for each, of which `write` makes its logit."""
 
-    def prepare(self, rows: Seq[Row]) -> bool:
+    def prepare(self, rows: Seq[LogitsRow]) -> bool:
         """See `LogitsProcessor.prepare`."""
         self._edits = [(i, *edit) for i, row in enumerate(rows) for edit in self.edits(row)]
         return bool(self._edits)
 
-    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """See `LogitsProcessor.apply`."""
         # A row may name any tokens: none beyond the vocabulary is ever drawn.
         found = [edit for edit in self._edits if edit[1] < logits.shape[1]]
@@ -137,7 +137,7 @@ class EndTokens(Edits):
         self._everywhere: torch.Tensor | None = None  # the same on the device
         self._all = False
 
-    def edits(self, row: Row) -> Iterable[tuple[int, float]]:
+    def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`; not a token that a row stops at itself, but for a row too short."""
         params = row.params
         banned: frozenset[int] = frozenset()
@@ -147,7 +147,7 @@ class EndTokens(Edits):
             banned |= params.stop_ids(self._eos_ids)
         return bans(banned)
 
-    def prepare(self, rows: Seq[Row]) -> bool:
+    def prepare(self, rows: Seq[LogitsRow]) -> bool:
         """See `LogitsProcessor.prepare`."""
         each = [row.params for row in rows]
         if not any(p.ignore_eos or p.min_tokens for p in each):
@@ -155,7 +155,7 @@ class EndTokens(Edits):
         self._all = all(p.ignore_eos and not p.stop_token_ids for p in each)
         return bool(self._eos_ids) if self._all else super().prepare(rows)
 
-    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """See `LogitsProcessor.apply`."""
         if not self._all:
             return super().apply(logits, rows)
@@ -179,15 +179,15 @@ class Penalties(LogitsProcessor):
         self._upload = upload
         self._num_slots = num_slots
         self._at: list[int] = []  # rows
-        self._holds: dict[int, tuple[Row, int]] = {}  # slot -> whose, how many output tokens
+        self._holds: dict[int, tuple[LogitsRow, int]] = {}  # slot -> whose, how many output tokens
         self._counts: torch.Tensor | None = None
 
-    def prepare(self, rows: Seq[Row]) -> bool:
+    def prepare(self, rows: Seq[LogitsRow]) -> bool:
         """See `LogitsProcessor.prepare`."""
         self._at = [i for i, row in enumerate(rows) if row.params.penalised]
         return bool(self._at)
 
-    def apply(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """See `LogitsProcessor.apply`."""
         logits = logits.float()
         counts, prompt = self._seen(logits)
@@ -211,7 +211,7 @@ class Penalties(LogitsProcessor):
         logits[at] = values - (presence * (seen > 0) + frequency * seen)
         return logits
 
-    def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
+    def accept(self, tokens: torch.Tensor, rows: Seq[LogitsRow]) -> None:
         """See `LogitsProcessor.accept`; beams' tokens are chosen elsewhere."""
         at = [i for i in self._at if not rows[i].params.beams]
         if not at:
@@ -231,10 +231,10 @@ class Penalties(LogitsProcessor):
             self._one = torch.ones((), dtype=torch.int32, device=device)
         return self._counts, self._prompt
 
-    def _slots(self, rows: Seq[Row]) -> torch.Tensor:
+    def _slots(self, rows: Seq[LogitsRow]) -> torch.Tensor:
         return self._upload(np.array([row.slot for row in rows]))
 
-    def _rebuild(self, row: Row, counts: torch.Tensor, prompt: torch.Tensor) -> None:
+    def _rebuild(self, row: LogitsRow, counts: torch.Tensor, prompt: torch.Tensor) -> None:
         """Begin anew with a sequence that has come to the slot, all of whose tokens are known."""
         counts[:], prompt[:] = 0, False
         prompt[self._upload(np.array(row.request.prompt_ids))] = True

@@ -17,7 +17,7 @@ from batchrun.engine.core import SamplingParams, Segment
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.logits import LogitsConfig, processors
 from batchrun.engine.plan import NewSequence
-from batchrun.engine.processors import LogitsProcessor, Row
+from batchrun.engine.processors import LogitsProcessor, LogitsRow
 
 _AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
 _COLDEST = 1e-37  # of temperatures that float32 can divide by
@@ -60,11 +60,11 @@ class Sampler:
         self._eos_ids = frozenset(eos_ids)
         self.processors = processors(self._config, self._eos_ids, upload, num_slots)
         self._upload = upload
-        self._rows: dict[int, Row] = {}  # slot -> what is known of the sequence in it
+        self._rows: dict[int, LogitsRow] = {}  # slot -> what is known of the sequence in it
         self._active: list[LogitsProcessor] = []
         # The rows, those of them that are drawn, and those of beams; then what they ask for:
         # candidates of each beam, whether tokens are scored, and how many likeliest in their place.
-        self._last: list[Row] = []
+        self._last: list[LogitsRow] = []
         self._drawn: list[int] = []
         self._beams: list[int] = []
         self._width, self._scored, self._likeliest = 0, False, 0
@@ -74,15 +74,15 @@ class Sampler:
         for each in new:
             request, ids = each.request, list(each.output_ids)
             prompt = len(request.prompt_ids)
-            self._rows[each.slot] = Row(each.slot, request, ids, request.params, prompt)
+            self._rows[each.slot] = LogitsRow(each.slot, request, ids, request.params, prompt)
 
-    def prepare(self, segments: Iterable[Segment]) -> list[Row]:
+    def prepare(self, segments: Iterable[Segment]) -> list[LogitsRow]:
         """Do for a step what the host can while its logits are computed.
 
         Returns:
             A row for each token that segments yield; they hold until the next call.
         """
-        found: list[Row] = []
+        found: list[LogitsRow] = []
         for segment in segments:
             if segment.sampled:
                 row, ids = self._rows[segment.slot], segment.token_ids
@@ -111,13 +111,13 @@ class Sampler:
         self._active = [p for p in self.processors if found and p.prepare(found)]
         return found
 
-    def _take_back(self, row: Row, segment: Segment) -> None:
+    def _take_back(self, row: LogitsRow, segment: Segment) -> None:
         """Tell of the tokens that were chosen behind wrong draft tokens."""
         wrong = row.end + 1 - (segment.start + segment.length - segment.num_drafts)
         for processor in self.processors if wrong else ():
             processor.rollback(row, wrong)
 
-    def sample(self, logits: torch.Tensor, rows: Seq[Row]) -> tuple[torch.Tensor, ...]:
+    def sample(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> tuple[torch.Tensor, ...]:
         """Choose the token that follows each row; `accept` is to be told once they stand.
 
         Args:
@@ -160,7 +160,7 @@ class Sampler:
             chosen += (_joined(ids, values.float() - norm[:, None]),)
         return chosen
 
-    def accept(self, tokens: torch.Tensor, rows: Seq[Row]) -> None:
+    def accept(self, tokens: torch.Tensor, rows: Seq[LogitsRow]) -> None:
         """The tokens `[N]` stand.
 
         Apart from `sample`, so that a step that fails there may be tried again.
@@ -168,7 +168,7 @@ class Sampler:
         for processor in self.processors:
             processor.accept(tokens, rows)
 
-    def _draw(self, logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """Draw from `[N, V]` by inverting each row's distribution at its own uniform number."""
         params = [row.params for row in rows]
         numbers = [

@@ -95,7 +95,7 @@ class PlannedRows:
             shared = _common(prompt, self._previous) if self.share else 0
             stops = not request.params.ignore_eos
             answer = max(1.0, most * (self.measured.share if stops else 1.0))
-            steps = max(1.0, answer * (1 - self.measured.guessed))
+            steps = max(1.0, answer * (1 - self.measured.accepted))
             self.requests += 1
             self.completion += most
             self.expected += answer
@@ -161,7 +161,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
     crowded = 1.0 if fit is None else max(1.0, info.max_num_seqs / max(1, fit))
     steps = planned.slots.steps * crowded
     saved = reader.savings.saved()
-    tokens = planned.computed + planned.expected * (1 + planned.measured.missed)
+    tokens = planned.computed + planned.expected * (1 + planned.measured.rejected)
     amounts = (steps, tokens, planned.held * info.token_bytes)
     return {
         "rows": (planned.requests + same.rows + sum(problems.values())) // spec.n,

@@ -43,8 +43,8 @@ class Measured:
         seconds: Of the intervals that were measured, all runs together.
         load_s: Until the last one's model was loaded, in seconds.
         share: Of the tokens that rows might generate, what they did if they might stop early.
-        guessed: Of the tokens that they generated, those that took no step, guessed before.
-        missed: Wrong guesses to a token that they generated.
+        accepted: Accepted draft tokens to each token that they generated.
+        rejected: Rejected draft tokens to each token that they generated.
         runs: How many.
     """
 
@@ -53,8 +53,8 @@ class Measured:
     seconds: float = 0.0
     load_s: float = 0.0
     share: float = 1.0
-    guessed: float = 0.0
-    missed: float = 0.0
+    accepted: float = 0.0
+    rejected: float = 0.0
     runs: int = 0
 
     @classmethod
@@ -142,17 +142,18 @@ class StepSampler:
 
     def observe(self, figures: Mapping[str, Any]) -> None:
         """Take in a run's figures as they are now."""
-        decoded, right = figures["decode_tokens"], figures["accepted_tokens"]
-        missed = figures["drafted_tokens"] - right
+        decoded, accepted = figures["decode_tokens"], figures["accepted_tokens"]
+        rejected = figures["drafted_tokens"] - accepted
         now = {name: figures[name] for name in self._before if name != "tokens"}
-        now["tokens"] = figures["prefill_tokens"] + decoded + missed
+        now["tokens"] = figures["prefill_tokens"] + decoded + rejected
         passed = {name: now[name] - before for name, before in self._before.items()}
         if passed["steps"] > 0 and passed["kv_s"] > 0:
             held = passed["steps"] * passed["kv_live_s"] / passed["kv_s"]
             self.measured.add((passed["steps"], passed["tokens"], held), passed["engine_s"])
             self._before = now
             if decoded:
-                self.measured.guessed, self.measured.missed = right / decoded, missed / decoded
+                self.measured.accepted = accepted / decoded
+                self.measured.rejected = rejected / decoded
 
 
 def _path(home: Path, spec: JobSpec) -> Path:

@@ -85,13 +85,13 @@ def specs(options: argparse.Namespace) -> Iterator[Any]:
     """The modules that the engine would ask for."""
     import torch  # noqa: PLC0415 - after the environment is set
 
-    from batchrun.engine.attention.flashinfer import Kind, compiled_from  # noqa: PLC0415
+    from batchrun.engine.attention.flashinfer import KernelKind, compiled_from  # noqa: PLC0415
 
     for kind in options.kinds:
         for dtype in options.dtypes:
             for dim in options.dims:
                 for window in (False, True)[: 1 + options.window]:
-                    yield compiled_from(getattr(torch, dtype), Kind(kind, dim, window, False))
+                    yield compiled_from(getattr(torch, dtype), KernelKind(kind, dim, window, False))
 
 
 @contextmanager

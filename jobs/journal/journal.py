@@ -21,7 +21,7 @@ from batchrun.jobs.files import fsync_directory, remove
 from batchrun.jobs.journal import schema
 from batchrun.jobs.journal.readings import CONDEMNED, Readings
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result, packed
-from batchrun.jobs.journal.samples import Sampler
+from batchrun.jobs.journal.samples import Samples
 from batchrun.jobs.journal.schema import KEYS, NAME, SEALS, TABLES, connect, sealed, transaction
 from batchrun.jobs.lease import Lease
 
@@ -76,7 +76,7 @@ class Journal(Readings):
         self._writer = not readonly
         self._named = False  # whether the log's name is on disk for certain
         self._logged = 0  # bytes of results since the last checkpoint
-        self._sampler = Sampler()
+        self._samples = Samples()
         if not readonly:
             try:
                 remove(folder / STATE)
@@ -101,7 +101,7 @@ class Journal(Readings):
             for folder in self.path.parent.absolute().parents[:3]:
                 with suppress(PermissionError):
                     fsync_directory(folder)
-        self._run, self._sampler = cursor.lastrowid or 0, Sampler()
+        self._run, self._samples = cursor.lastrowid or 0, Samples()
         return self._run
 
     def resume_run(self, run: int) -> None:
@@ -154,7 +154,7 @@ class Journal(Readings):
                 self._db.executemany("DELETE FROM partials WHERE id = ?", ended)
             if stats is not None:
                 self._set_run(run, stats=json.dumps(stats))
-                self._logged += self._sampler.add(self._db, run, stats)
+                self._logged += self._samples.add(self._db, run, stats)
         self._logged += _DIGEST_BYTES * len(digests)
         self._logged += sum(
             _ROW_BYTES + len(row[2] or "") + len(row[3]) + len(row[-2] or b"") for row in rows

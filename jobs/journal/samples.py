@@ -26,7 +26,7 @@ _THIN = (
 )
 
 
-class Sampler:
+class Samples:
     """Keeps samples of one run's figures."""
 
     def __init__(self) -> None:

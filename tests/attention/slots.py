@@ -15,7 +15,7 @@ from batchrun.allocator.host import HostMemory
 from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.allocator.tensor import layer_views
 from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
-from batchrun.engine.attention.flashinfer import Kind
+from batchrun.engine.attention.flashinfer import KernelKind
 from batchrun.engine.core import Segment
 from batchrun.engine.transfers import copied
 
@@ -155,7 +155,7 @@ def flash_attention_forward(  # noqa: PLR0917 - the operator's own signature
 class PrefillModule:
     """What a compiled FlashInfer prefill module makes of its arguments, by its C++ sources."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: KernelKind) -> None:
         self.kind = kind
         self.plans: list[dict[str, Any]] = []
 

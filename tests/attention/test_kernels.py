@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from batchrun.engine import attention
 from batchrun.engine.attention import AttentionBackend, Geometry, LayerSpec
-from batchrun.engine.attention.flashinfer import FlashInfer, Kind, kinds
+from batchrun.engine.attention.flashinfer import FlashInfer, KernelKind, kinds
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.attention.torch_flash import TorchFlash
 from batchrun.engine.core import Segment
@@ -165,7 +165,7 @@ def test_slots_at_the_far_end_of_the_address_space_do_not_wrap() -> None:
 
 def flashinfer(shared: Slots, ctas: int) -> tuple[FlashInfer, PrefillModule]:
     """A backend for one kind of layer, on a device that runs so many blocks at once."""
-    modules: dict[Kind, PrefillModule] = {}
+    modules: dict[KernelKind, PrefillModule] = {}
     backend = FlashInfer(
         replace(shared.geometry, layers=LAYERS[:1]),
         upload,
@@ -235,7 +235,7 @@ def test_layers_that_differ_in_scale_alone_share_plans_and_modules(shared: Slots
     layers = (CAPPED, CAPPED_MORE, LAYERS[0], LAYERS[3])
     geometry = replace(shared.geometry, layers=layers)
     assert kinds(geometry, "flashinfer-fa3") == [
-        Kind(library, DIM, window, softcap)
+        KernelKind(library, DIM, window, softcap)
         for library in ("fa2", "fa3")
         for window, softcap in ((False, False), (False, True), (True, False))
     ]

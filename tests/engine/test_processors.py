@@ -12,7 +12,7 @@ import torch
 from batchrun.engine.core import SamplingParams
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.logits import LogitsConfig, processors
-from batchrun.engine.processors import LogitsProcessor, Row
+from batchrun.engine.processors import LogitsProcessor, LogitsRow
 from batchrun.engine.proposers import PromptLookup
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import loaded, prompts
@@ -25,7 +25,7 @@ class Parity(LogitsProcessor):
         self.calls: list[str] = []
         self.held: dict[int, list[int]] = {}  # request -> the output that was accepted
 
-    def prepare(self, rows: Sequence[Row]) -> bool:
+    def prepare(self, rows: Sequence[LogitsRow]) -> bool:
         self.calls.append("prepare")
         self._last = torch.tensor([row.ids_so_far(1)[0] % 2 for row in rows])
         for row in rows:
@@ -34,17 +34,17 @@ class Parity(LogitsProcessor):
                 assert held == row.output_ids[: row.num_generated]
         return True
 
-    def apply(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:
         self.calls.append("apply")
         same = torch.arange(logits.shape[1])[None] % 2 == self._last[:, None]
         return logits.masked_fill(same, -torch.inf)
 
-    def accept(self, tokens: torch.Tensor, rows: Sequence[Row]) -> None:
+    def accept(self, tokens: torch.Tensor, rows: Sequence[LogitsRow]) -> None:
         self.calls.append("accept")
         for row, token in zip(rows, tokens.tolist(), strict=True):
             self.held[row.request.row].append(token)
 
-    def rollback(self, row: Row, count: int) -> None:
+    def rollback(self, row: LogitsRow, count: int) -> None:
         self.calls.append("rollback")
         del self.held[row.request.row][-count:]
 

@@ -21,7 +21,7 @@ from batchrun.engine import sampling
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.plan import NewSequence
-from batchrun.engine.processors import Row
+from batchrun.engine.processors import LogitsRow
 from batchrun.engine.sampling import Sampler, filter_rows
 
 VOCAB = 4000
@@ -40,7 +40,7 @@ def sample(
     return tokens
 
 
-def entered(sampler: Sampler, sequences: list[Sequence]) -> list[Row]:
+def entered(sampler: Sampler, sequences: list[Sequence]) -> list[LogitsRow]:
     """The rows of sequences that have come to slots, and have computed all but their last token."""
     sampler.enter(NewSequence(i, s.request, tuple(s.output_ids)) for i, s in enumerate(sequences))
     return sampler.prepare(Segment(i, s.num_tokens - 1, 1, True) for i, s in enumerate(sequences))

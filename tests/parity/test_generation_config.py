@@ -18,7 +18,7 @@ from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.model.generation import Generation, read_generation
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.plan import NewSequence
-from batchrun.engine.processors import Row
+from batchrun.engine.processors import LogitsRow
 from batchrun.engine.proposers import Lookup, PromptLookup
 from batchrun.engine.sampling import Sampler
 from tests.parity.models import build
@@ -185,7 +185,7 @@ def test_filters_keep_what_transformers_keeps(warpers: dict[str, Any], spread: f
     assert bool((want == 0).any())
 
 
-def entered(sampler: Sampler, requests: list[Request]) -> list[Row]:
+def entered(sampler: Sampler, requests: list[Request]) -> list[LogitsRow]:
     """The rows behind prompts of requests that have come to slots."""
     sampler.enter(NewSequence(slot, request) for slot, request in enumerate(requests))
     return sampler.prepare(Segment(i, 0, len(r.prompt_ids), True) for i, r in enumerate(requests))

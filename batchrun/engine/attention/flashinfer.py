@@ -48,7 +48,7 @@ _NHD, _CAUSAL, _NOT_CAUSAL = 0, 1, 0
 
 
 @dataclass(frozen=True, order=True)
-class Kind:
+class KernelKind:
     """What a compiled module is made for, but for the dtype."""
 
     library: str  # fa2 or fa3
@@ -57,7 +57,7 @@ class Kind:
     softcap: bool
 
 
-Loader = Callable[[Kind], Any]
+Loader = Callable[[KernelKind], Any]
 """A kind to its module: `plan` and `paged_run`."""
 
 
@@ -87,23 +87,25 @@ def _library_unsupported(geometry: Geometry, name: str, compiled: bool) -> str |
     return f"its kernels need {' and '.join(tools)} to be compiled" if missing and tools else None
 
 
-def kinds(geometry: Geometry, name: str) -> list[Kind]:
+def kinds(geometry: Geometry, name: str) -> list[KernelKind]:
     """The modules that the layers of a model need."""
     libraries = "fa2", name.removeprefix("flashinfer-")
-    return sorted({Kind(lib, *_kind(layer)) for layer in geometry.layers for lib in libraries})
+    return sorted(
+        {KernelKind(lib, *_kind(layer)) for layer in geometry.layers for lib in libraries}
+    )
 
 
 def _kind(layer: LayerSpec) -> tuple[int, bool, bool]:
     return layer.k_dim, layer.window is not None, layer.softcap is not None
 
 
-def _arguments(dtype: torch.dtype, kind: Kind) -> tuple[Any, ...]:
+def _arguments(dtype: torch.dtype, kind: KernelKind) -> tuple[Any, ...]:
     """What identifies a module to the library: dtypes, widths, no positions, no fp16 reduction."""
     types = (dtype, dtype, dtype, torch.int32)
     return (kind.library, *types, kind.dim, kind.dim, 0, kind.window, kind.softcap, False)
 
 
-def compiled_from(dtype: torch.dtype, kind: Kind) -> Any:
+def compiled_from(dtype: torch.dtype, kind: KernelKind) -> Any:
     """How a module is compiled, and whether it is. As `get_batch_prefill_module` chooses it."""
     modules = import_module("flashinfer.jit.attention.modules")
     equal_strides = kind.library == "fa2"  # of keys and values, which ours always are
@@ -114,7 +116,7 @@ def compiled_from(dtype: torch.dtype, kind: Kind) -> Any:
 def make(geometry: Geometry, upload: Upload, log: Callable[[str], None], name: str) -> FlashInfer:
     """See `attention.create`."""
 
-    def load(kind: Kind) -> Any:
+    def load(kind: KernelKind) -> Any:
         if not compiled_from(geometry.dtype, kind).is_compiled:
             log(f"compiling FlashInfer's {kind.library} kernels, once; this takes minutes")
         get = import_module("flashinfer.prefill").get_batch_prefill_module
@@ -210,7 +212,9 @@ class FlashInfer(AttentionBackend):
         modules = {kind: load(kind) for kind in kinds(geometry, name)}
         self._parts = []
         for causal, library in ((False, "fa2"), (True, name.removeprefix("flashinfer-"))):
-            shapes = {_shape(layer): Kind(library, *_kind(layer)) for layer in geometry.layers}
+            shapes = {
+                _shape(layer): KernelKind(library, *_kind(layer)) for layer in geometry.layers
+            }
             plans = {shape: _Plan(modules[kind], geometry) for shape, kind in shapes.items()}
             self._parts.append(_Part(causal, plans, []))
 
