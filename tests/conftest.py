@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 # They take minutes: begun last, one of them would run alone while the other cores are idle.
 _LONG = ("test_smollm2", "test_async", "test_destinations", "test_bad_input", "test_check")
-_LONG += ("test_docs", "test_best_of", "test_inputs_changed")
+_LONG += ("test_docs", "test_best_of", "test_inputs_changed", "test_native_code")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,7 +27,7 @@ CEILINGS = {
     "batchrun/runner": 1950,
     "jobs": 1920,
     "jobs/journal": 740,
-    "jobs/output": 600,
+    "jobs/output": 610,
     "jobs/rows": 2150,
 }
 FILE_CEILING = 400  # lines of any kind

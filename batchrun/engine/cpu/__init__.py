@@ -19,12 +19,14 @@ class Level(IntEnum):
 
 @cache
 def level() -> Level:
-    """The best that this process may use: tiles are the kernel's to grant, once a process."""
+    """The best that this process may use."""
     features = set(cpu_features().split())
     if not {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"} <= features:
         return Level.NOTHING
-    if not {"amx_bf16", "amx_tile"} <= features:
-        return Level.VECTORS
+    return Level.TILES if {"amx_bf16", "amx_tile"} <= features and _granted() else Level.VECTORS
+
+
+def _granted() -> bool:
+    """Whether the kernel lets this process use tiles, which it has to be asked for."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    granted = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
-    return Level.TILES if granted else Level.VECTORS
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)

@@ -1,0 +1,58 @@
+"""Native code for bfloat16 on CPUs that this machine has none of."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchrun import machine
+from batchrun.engine import cpu
+
+ROOT = Path(__file__).parents[2]
+HEADER = Path(__file__).with_name("instructions.h")
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Path:
+    """The C++ compiler, for the emulated CPU."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("there is no C++ compiler (g++)")
+    if not {"avx2", "fma"} <= set(machine.cpu_features().split()):
+        pytest.skip("what is emulated is computed by AVX2 and FMA")
+    without = "-mno-avx512f -mno-amx-tile -mno-amx-bf16"
+    script = tmp_path / "g++"
+    script.write_text(f'#!/bin/sh\nexec {found} "$@" {without} -include {HEADER} -Wno-psabi\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.mark.skipif(cpu.level() is cpu.Level.TILES, reason="this CPU runs these tests itself")
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("tests/engine/test_cpu_layers.py", ""),
+        ("tests/attention/test_native.py", "segments or same_bits or in_common or keys_and_values"),
+        ("tests/engine/test_quantize.py", "native"),
+    ],
+)
+def test_it_computes_on_an_emulated_cpu_as_on_a_real_one(
+    compiler: Path, file: str, names: str
+) -> None:
+    plugins = ["-p", "no:cacheprovider", "-p", "tests.emulated_cpu.plugin"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *plugins, "-k", names, file],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "CXX": str(compiler)},
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
