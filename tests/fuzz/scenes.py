@@ -181,7 +181,7 @@ def _look(job: JobFolder, home: Path) -> None:
     """What is looked at without proof fails by name or not at all, and hides no other job."""
     if [found.id for found in list_jobs(home)] != [job.id]:
         raise Wrong("the job is not listed")
-    for act in (job.snapshot, job.state, job.counts, job.failure, job.total, job.spec):
+    for act in (job.snapshot, job.state, job.counts, job.failure, job.spec):
         _named(act)
     _named(lambda: json.dumps(summarise(job)))
     read_progress(job.path)
