@@ -104,12 +104,12 @@ MLX = {"group_size": 64, "bits": 4}
 
 CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     # what a download leaves behind
-    "lfs-weights": (write(WEIGHTS, LFS), r"Git LFS's pointer .* in place of 4,976", "git lfs pull"),
+    "lfs-weights": (write(WEIGHTS, LFS), r"a Git LFS pointer .* in place of 4,976", "git lfs pull"),
     "lfs-tokenizer": (write("tokenizer.json", LFS), r"tokenizer.json .* pointer", "hf download"),
     "lfs-config": (write("config.json", LFS), r"config.json .* pointer", "hf download"),
     "cut": (cut(WEIGHTS, SIZE - 9), r"incomplete: it has 130,495 bytes .* 130,504", "hf download"),
     "cut-header": (cut(WEIGHTS, 300), r"incomplete: it has 300 bytes .* header", "hf download"),
-    "cut-length": (cut(WEIGHTS, 5), r"\(5 bytes\) is no safetensors file", "hf download"),
+    "cut-length": (cut(WEIGHTS, 5), r"\(5 bytes\) is not a safetensors file", "hf download"),
     "longer": (
         lambda folder: write(WEIGHTS, (folder / WEIGHTS).read_bytes() + b"x")(folder),
         "damaged: it has 130,505",
@@ -121,16 +121,16 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "garbage": (write(WEIGHTS, b"\x10" + bytes(7) + b"x" * 16), "header can't be read", "again"),
     "no-shard": (no_shard, "lacks 1 of the 6 weight files .* model-00003-of", "hf download"),
     "short-shard": (short_shard, "model-00002-of-00006.* is incomplete", "hf download"),
-    "no-index": (no_index, r"-of-00006.*and no model.safetensors.index.json", "get that file"),
+    "no-index": (no_index, r"-of-00006.*but no model.safetensors.index.json", "get that file"),
     "bad-index": (
         both(gone(WEIGHTS), write(INDEX, "{}")),
-        "is no index of weight files",
+        "is not an index of weight files",
         "hf download",
     ),
     "dangling": (dangling, "a link to a file that is not there", "hf download"),
     # metadata
     "no-type": (config(model_type=None), 'has no "model_type"', "came with the weights"),
-    "a-list": (write("config.json", "[]"), "no JSON object but a list", "hf download"),
+    "a-list": (write("config.json", "[]"), "holds a list, not a JSON object", "hf download"),
     "not-utf-8": (write("config.json", b'{"a": "\xff"}'), "not valid JSON: 'utf-8'", "fix it"),
     "bad-tokenizer-config": (
         write("tokenizer_config.json", "{"),
@@ -141,7 +141,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     # other things than a language model
     "adapter": (
         both(gone("config.json", WEIGHTS), write("adapter_config.json", ADAPTER)),
-        r"is an adapter \(LoRA or the like\) of org/base",
+        r"is an adapter \(LoRA or similar\) of org/base",
         "merge_and_unload",
     ),
     "adapter-beside": (
@@ -194,7 +194,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "consolidated": (
         renamed(WEIGHTS, "consolidated.safetensors"),
-        "in its maker's own format only",
+        "only in its maker's own format",
         "model*.safetensors",
     ),
     "params": (
@@ -202,7 +202,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         r"maker's own format \(params.json\)",
         "in the format of transformers",
     ),
-    "other-name": (renamed(WEIGHTS, "w.safetensors"), "has w.safetensors, and", "mv "),
+    "other-name": (renamed(WEIGHTS, "w.safetensors"), "has w.safetensors, but", "mv "),
     "mlx": (config(quantization=MLX, quantization_config=MLX), "quantised for MLX", "GGUF"),
     "gptq": (quantised("gptq"), "GPTQ, and optimum and gptqmodel, .* are not", "pip install opt"),
     "awq": (quantised("awq"), "by AWQ, and gptqmodel, .* is not installed", "gptqmodel, or use"),
@@ -334,7 +334,7 @@ def test_a_gguf_file_says_how_much_of_it_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "is empty"), (LFS.encode(), "pointer"), (b"what", "does not begin as one")],
+    [(b"", "is empty"), (LFS.encode(), "pointer"), (b"what", "is not a GGUF file")],
 )
 def test_what_is_no_gguf_file_is_told(content: bytes, says: str, tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"

@@ -198,5 +198,5 @@ def test_a_tokenizer_that_is_read_from_elsewhere_is_refused(
     file = folder / name
     settings = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**settings, **content}))
-    with pytest.raises(ModelError, match=f"{name} has the tokenizer read from elsewhere"):
+    with pytest.raises(ModelError, match=f"{name} says to read the tokenizer from elsewhere"):
         resolve(str(folder), tmp_path / "cache")

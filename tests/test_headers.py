@@ -172,7 +172,7 @@ def test_weights_that_the_config_names_are_the_ones_that_count(tiny: Path) -> No
         (lambda index: index.pop("weight_map"), 'it has no "weight_map"'),
         (lambda index: index.pop("metadata"), 'or no "metadata"'),
         (lambda index: index.update(weight_map=["a"]), 'it has no "weight_map"'),
-        (lambda _: ["a"], "holds no JSON object"),
+        (lambda _: ["a"], "holds a list, not a JSON object"),
         (lambda index: index["weight_map"].update(x="model-9.safetensors"), "lacks 1 of the"),
         (
             lambda index: index["weight_map"].update(x=index["weight_map"][NORM]),
@@ -195,7 +195,7 @@ def test_of_a_tensor_that_is_there_twice_the_index_does_not_choose(shards: Path)
     last = shards / max(index.values())
     tensor = load_file(shards / index[name])[name]
     save_file({**load_file(last), name: tensor + 1}, last, metadata={"format": "pt"})
-    refused(shards, f"'{name}' is in {index[name]}, and {last.name} has another tensor")
+    refused(shards, f"'{name}' is in {index[name]}, but {last.name} has another tensor")
 
 
 def test_a_training_checkpoint_beside_the_weights_is_not_silently_taken(tiny: Path) -> None:

@@ -181,16 +181,16 @@ HEADS = {
     "an alignment of 3": (head(0, number("general.alignment", 3)), "its alignment is 3"),
     "layers without end": (
         head(1, LLAMA, number("llama.block_count", 1 << 31)) + tensor("t", 4) + bytes(64),
-        "'llama.block_count' is 2147483648, and has 1 tensors",
+        "'llama.block_count' is 2147483648, but has 1 tensors",
     ),
     "no number of layers": (
         head(1, LLAMA, number("lama.block_count", 1)) + tensor("t", 4) + bytes(64),
-        "'llama.block_count' is None, and has 1 tensors",
+        "'llama.block_count' is None, but has 1 tensors",
     ),
     "a tensor twice": (head(2) + tensor("t", 4) + tensor("t", 4), "is there twice"),
     "a tensor without end": (head(1) + tensor("t", 1 << 40), "it is incomplete"),
     "a tensor of a type to come": (head(1) + tensor("t", 4, kind=99), "has the type 99"),
-    "a tensor of many dimensions": (head(1) + tensor("t", *[1] * 9), "or has no shape"),
+    "a tensor of many dimensions": (head(1) + tensor("t", *[1] * 9), "or has too many dimensions"),
     "a tensor far behind": (head(1) + tensor("t", 4, offset=1 << 60), "it is incomplete"),
     "a part": (
         head(0, text("split.count") + struct.pack("<IH", 2, 3)),

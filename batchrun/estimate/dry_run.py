@@ -1,4 +1,4 @@
-"""What a run would refuse, found without one: the model's files read, the first rows tried."""
+"""Finds what a run would refuse, without one: reads the model's files, tries the first rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from batchrun.runner.overdue import PromptLimit
 from batchrun.runner.reader import Read, Reader
 
 _ROWS = 20
-_BARREN = 2  # rows whose prompts take too long, before it gives up
+_BARREN = 2  # rows whose prompts take too long before it gives up
 
 
 def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> None:
@@ -26,23 +26,23 @@ def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> No
 
     Args:
         spec: A job that was checked as `make_spec` does.
-        log: Told, a line each, what the user should know.
-        limit: How long a prompt may take; its note is told what is read.
+        log: Called with each line that the user should know.
+        limit: How long a prompt may take; its note records what is being read.
 
     Raises:
-        JobError: An input can't be read, or not one of the first rows can be computed.
+        JobError: An input can't be read, or none of the first rows can be computed.
         ModelError: The model would be refused.
         EngineError: An attention backend asked for by name can't be used.
     """
     info = read_model_info(spec, log)
     if info.budget <= 0:
-        log("the memory that is free now does not hold the model's weights and keys and values")
+        log("the memory that is free now can't hold the model's weights and a KV cache")
     source = open_source(spec.parts, spec.input_format, noted=limit.note.reading)
-    source.count()  # through to the end: an array may be cut short, a quote never closed
+    source.count()  # read to the end: an array may be cut short, a quote never closed
     unplanned = replace(spec.runtime, plan=False)
     few = replace(spec, limit=min(_ROWS, spec.limit or _ROWS), runtime=unplanned)
     reader = Reader(few, source, DoneSet(spec.n), info, log, limit=limit, barren=_BARREN)
-    made: Channel[Request | Read] = Channel(sys.maxsize)  # no more than of these few rows
+    made: Channel[Request | Read] = Channel(sys.maxsize)  # unbounded: the rows are few
     reader.read(made, made)
     tried, failed = set(), {}
     for item in made.take(sys.maxsize):
@@ -56,8 +56,8 @@ def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> No
     row, reason = next(iter(failed.items()))
     if len(failed) == len(tried):
         raise InputError(
-            f"not one of the first {len(tried):,} rows can be computed; row {row}: {reason}",
-            hint="mend them, or look at the options that say what makes the prompt: "
+            f"none of the first {len(tried):,} rows can be computed; row {row}: {reason}",
+            hint="fix them, or look at the options that say what makes the prompt: "
             "batchrun submit --help",
         )
     log(f"{len(failed):,} of the first {len(tried):,} rows will fail; row {row}: {reason}")

@@ -1,7 +1,7 @@
-"""What a job will be: its rows read and planned as a run would, and no weight loaded.
+"""Forecasts a job: reads and plans its rows as a run would, without loading weights.
 
-The model is built from its config on torch's meta device, which has shapes and no data. So the
-same gates look at it as at a real one, and its keys and values have the size that they will have.
+The model is built from its config on torch's meta device, which has shapes but no data. So it goes
+through the same gates as a real one, and its KV cache has the size that it will have.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from batchrun.runner.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, pro
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model of which only the papers are read.
+    """A model known from its config and tokenizer alone.
 
     Attributes:
-        encode: Makes prompt tokens of a row's fields.
-        generation: What the model asks for where nobody says.
-        max_model_len: Tokens of prompt and answer together at most.
-        token_bytes: Keys and values of one token.
-        budget: Bytes that there are for them.
-        max_num_seqs: Sequences at once.
-        max_num_batched_tokens: Tokens in a step.
-        can_fit: Whether so many tokens of one row could be held, where a KV budget was given.
+        encode: Makes prompt tokens from a row's fields.
+        generation: How the model asks to be sampled by default.
+        max_model_len: Maximum tokens of prompt and answer together.
+        token_bytes: Bytes of KV cache per token.
+        budget: Bytes available for the KV cache.
+        max_num_seqs: Maximum sequences that run at once.
+        max_num_batched_tokens: Maximum tokens in a step.
+        can_fit: Whether a row of so many tokens fits the KV budget, if one was given.
     """
 
     encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
@@ -52,7 +52,7 @@ class ModelInfo:
 
 @dataclass
 class PlannedRows:
-    """Takes the place of the engine and the journal, and counts. Tokens, and bytes of memory."""
+    """Stands in for the engine and the journal, and counts: tokens, unless noted."""
 
     info: ModelInfo
     measured: Measured
@@ -64,25 +64,25 @@ class PlannedRows:
     shared: int = 0
     computed: int = 0
     requests: int = 0
-    held: float = 0.0  # tokens times steps, shared ones once
-    longest: float = 0.0  # tokens of all rows at their ends, less what they share
+    held: float = 0.0  # tokens times steps; shared tokens count once
+    longest: float = 0.0  # tokens of all rows at their ends, less those they share
     problems: Counter[str] = field(default_factory=Counter)
     _previous: tuple[int, ...] = ()
 
     @property
     def full(self) -> bool:
-        """Whether an engine that has computed nothing yet would take no more."""
+        """Whether an engine that has computed nothing yet would take no more requests."""
         return self.requests >= QUEUED_REQUESTS + HANDED_REQUESTS
 
     def put(self, item: Request | Result | CopiedResult | RowDigests) -> None:
-        """A request to compute, or a result in its place."""
+        """Take a request to compute, or a result in place of one."""
         if isinstance(item, Request):
             self._request(item)
         elif isinstance(item, Result):
             self.problems[item.error_kind or item.status] += 1
 
     def close(self) -> None:
-        """There is no more."""
+        """Do nothing: no more will come."""
 
     def _request(self, request: Request) -> None:
         prompt, room = request.prompt_ids, self.info.max_model_len - len(request.prompt_ids)
@@ -112,27 +112,27 @@ class PlannedRows:
 
 
 def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
-    """Leading tokens that need no computing after `others`; of planned rows none share more."""
-    # The last one is computed in any case: its logits are wanted.
+    """Leading tokens that are computed already for `others`; no other planned row shares more."""
+    # The last token is always computed: its logits are needed.
     return min(common_length(ids, others, BLOCK), len(ids) - 1) if len(ids) > BLOCK else 0
 
 
 def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> dict[str, Any]:
-    """Read and plan the whole input, where a prompt may take as long as `limit` says.
+    """Read and plan the whole input; `limit` says how long a prompt may take.
 
     Returns:
-        JSON-able, for all rows unless it says otherwise: `rows`, `prompt_tokens`,
-        `completion_tokens` (at most), `expected_tokens` (of completions, as runs so far ended
-        early), `duplicates` (`rows` and completion `tokens` at most, taken from other rows),
-        `shared_tokens` (of prompts), `saved` by planning (`prompt_tokens` and `steps`), `errors`
-        by kind, `skipped`, `kv` (`token_bytes`, `budget_bytes`, and how many `sequences` of these
-        lengths fit), `max_num_seqs`, `steps`, `seconds` (`load`, `engine`; None where nothing was
-        measured yet), `measured_runs`.
+        JSON-able figures for all rows: `rows`, `prompt_tokens`, `completion_tokens` (at most),
+        `expected_tokens` (of completions, if they end as early as in earlier runs), `duplicates`
+        (`rows` and, at most, completion `tokens`, taken from other rows), `shared_tokens` (of
+        prompts), `saved` by planning (`prompt_tokens` and `steps`), `errors` by kind, `skipped`,
+        `kv` (`token_bytes`, `budget_bytes`, and how many `sequences` of these lengths fit),
+        `max_num_seqs`, `steps`, `seconds` (`load`, `engine`; None if nothing was measured yet),
+        `measured_runs`.
 
     Raises:
         JobError: An input can't be read.
         ModelError: The model would be refused.
-        EngineError: So would the attention backend.
+        EngineError: The attention backend would be refused.
     """
     source = open_source(spec.parts, spec.input_format, noted=limit.note.reading)
     known = Measured.load(home(), spec)
@@ -188,9 +188,9 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
 
 
 def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
-    """Config, tokenizer and generation config of a job's model, and what they mean on this machine.
+    """Read a job's model without its weights, and what it means on this machine.
 
-    What a run refuses without its weights is refused here.
+    Whatever a run would refuse before it loads weights is refused here.
 
     Raises:
         ModelError: They can't be read, the architecture is refused, it has no chat template, or the

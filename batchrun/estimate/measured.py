@@ -1,8 +1,8 @@
 """How long steps took on this machine, remembered from run to run for `batchrun plan`.
 
-A step's time is taken as linear in three amounts: that there is one (weights are read, kernels are
-launched), the tokens that it computes, and the bytes of keys and values that its sequences hold.
-Of all intervals of a run only the sums are kept that least squares needs: its normal equations.
+A step's time is modelled as linear in three amounts: the step itself (weights are read, kernels
+launched), the tokens that it computes, and the bytes of KV cache that its sequences hold. Of a
+run's intervals, only the sums that least squares needs are kept: its normal equations.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from batchrun.jobs.files import make_folders, read_json, write_json
 from batchrun.jobs.spec import JobSpec
 
 _AMOUNTS = 3
-_KEPT = 0.5  # weight of earlier runs, each time that there is a new one: machines and code change
-# What changes the number of steps, not what one takes.
+_KEPT = 0.5  # weight of earlier runs whenever there is a new one: machines and code change
+# Settings that change the number of steps, not the time of one.
 _NOT_SPEED = {
     *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "plan", "share_prefixes"),
     *("name", "path", "max_model_len", "param_columns"),
 }
-_RIDGE = 1e-9  # of the diagonal: runs all of whose steps are alike can't tell amounts apart
-_LEAST = 1e-12  # of an amount's squares: amounts are counts, and less than that is none
+_RIDGE = 1e-9  # of the diagonal: if all steps of a run are alike, amounts can't be told apart
+_LEAST = 1e-12  # of an amount's sum of squares: amounts are counts, so less than this is none
 
 
 @dataclass
@@ -40,12 +40,12 @@ class Measured:
     Attributes:
         moments: Sums of products of amounts, row by row.
         products: Sums of each amount times seconds.
-        seconds: Of the intervals that were measured, all runs together.
-        load_s: Until the last one's model was loaded, in seconds.
-        share: Of the tokens that rows might generate, what they did if they might stop early.
-        accepted: Accepted draft tokens to each token that they generated.
-        rejected: Rejected draft tokens to each token that they generated.
-        runs: How many.
+        seconds: The measured intervals of all runs, in total.
+        load_s: Seconds until the last run's model was loaded.
+        share: The share of `max_tokens` that rows generated if they could stop early.
+        accepted: Accepted draft tokens per generated token.
+        rejected: Rejected draft tokens per generated token.
+        runs: The number of runs.
     """
 
     moments: list[float] = field(default_factory=lambda: [0.0] * _AMOUNTS**2)
@@ -59,9 +59,9 @@ class Measured:
 
     @classmethod
     def load(cls, home: Path, spec: JobSpec) -> Measured | None:
-        """What is remembered of jobs like this one; None where there is nothing, or it is damaged.
+        """The figures remembered for jobs like this one; None if there are none, or damaged ones.
 
-        It is a hint and no truth, so losing it is no error.
+        They are only a hint, so losing them is not an error.
         """
         try:
             return cls(**read_json(_path(home, spec)))
@@ -69,7 +69,7 @@ class Measured:
             return None
 
     def save(self, home: Path, spec: JobSpec) -> None:
-        """Remember this, in the place of what was remembered before.
+        """Remember these figures in place of earlier ones.
 
         Raises:
             JobError: It can't be written.
@@ -79,13 +79,13 @@ class Measured:
         write_json(path, asdict(self))
 
     def add(self, amounts: tuple[float, float, float], seconds: float) -> None:
-        """Take note of an interval: steps, tokens, and steps times the bytes held."""
+        """Add an interval: its steps, its tokens, and its steps times the bytes held."""
         self.moments = (np.outer(amounts, amounts).ravel() + self.moments).tolist()
         self.products = (np.multiply(amounts, seconds) + self.products).tolist()
         self.seconds += seconds
 
     def after(self, earlier: Measured | None) -> Measured:
-        """This run's figures together with those of runs before."""
+        """This run's figures combined with those of earlier runs."""
         if earlier is None:
             return self
         return replace(
@@ -97,20 +97,20 @@ class Measured:
         )
 
     def predict(self, amounts: tuple[float, float, float]) -> float:
-        """Seconds that such amounts will take."""
+        """The seconds that these amounts should take."""
         return float(np.dot(self.costs(), amounts))
 
     @property
     def step_cost(self) -> float | None:
-        """What a step takes beside its tokens, in the time of one token; None where unknown."""
+        """A step's fixed cost, in units of one token's time; None if unknown."""
         step, token, _ = self.costs()
         return step / token if step and token else None
 
     def costs(self) -> list[float]:
-        """Seconds that one of each amount takes: those at least 0 that fit best.
+        """Seconds per unit of each amount: the best fit in which none is negative.
 
-        With three amounts each choice of those that are not 0 can be tried (Lawson and Hanson's
-        problem NNLS, 1974).
+        With three amounts, every choice of those that are not 0 can be tried (problem NNLS of
+        Lawson and Hanson, 1974).
         """
         moments = np.array(self.moments).reshape(_AMOUNTS, _AMOUNTS)
         products = np.array(self.products)
@@ -130,10 +130,10 @@ class Measured:
 
 
 class StepSampler:
-    """Makes intervals of a run's figures, which grow.
+    """Turns a run's growing figures into intervals.
 
     Attributes:
-        measured: What they come to.
+        measured: The sums over the intervals so far.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class StepSampler:
         self._before = dict.fromkeys(("engine_s", "steps", "tokens", "kv_s", "kv_live_s"), 0.0)
 
     def observe(self, figures: Mapping[str, Any]) -> None:
-        """Take in a run's figures as they are now."""
+        """Add the interval that ends with a run's current figures."""
         decoded, accepted = figures["decode_tokens"], figures["accepted_tokens"]
         rejected = figures["drafted_tokens"] - accepted
         now = {name: figures[name] for name in self._before if name != "tokens"}
@@ -157,7 +157,7 @@ class StepSampler:
 
 
 def _path(home: Path, spec: JobSpec) -> Path:
-    """Where the figures of such jobs are: the same model, settings and machine."""
+    """The file of figures for jobs with the same model, settings and machine."""
     said = {**vars(spec.model), **vars(spec.runtime)}
     settings = {name: value for name, value in said.items() if name not in _NOT_SPEED}
     machine = [platform.node(), platform.machine(), os.cpu_count()]

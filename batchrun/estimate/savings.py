@@ -1,7 +1,7 @@
-"""What planning saves: the same rows through a model of a run, in the file's order and as planned.
+"""What planning saves: simulates a run of the same rows in file order and in planned order.
 
-Only one of the two is computed, so this is an estimate. The model knows how long each answer became
-and what prompts begin with; it knows nothing of memory that runs short, nor of draft tokens.
+Only one of the two is really computed, so this is an estimate. The simulation knows each answer's
+length and the prompts' prefixes; it ignores memory shortage and draft tokens.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import NamedTuple
 from batchrun.engine.prefixes import BLOCK, blocks_of
 from batchrun.runner.planner import WIDTH, Waiting
 
-# Rows that come later than those that run and yet find what they compute: of the engine's queue of
-# 256 three quarters, as counted with the real scheduler (benchmarks/plancounts.py).
+# Rows behind the running ones that can still share what these compute: three quarters of the
+# engine's queue of 256, as counted with the real scheduler (benchmarks/plancounts.py).
 _QUEUED = 192
-_OPEN = 1 << 15  # rows whose length an order waits for; more than a plan holds
+_OPEN = 1 << 15  # rows that may wait for their lengths in one order; more than a plan holds
 
 
 class BatchModel:
     """Counts the steps of continuous batching: a row takes the place of the first that ends.
 
-    A step computes one token of each sequence that generates, and beside them prompts, one after
-    the other, as far as its budget goes.
+    A step computes one token of each generating sequence and, with the rest of its budget, prompts
+    one after the other.
 
     Args:
-        places: Sequences at once.
-        budget: Tokens in a step.
+        places: Maximum sequences that run at once.
+        budget: Maximum tokens in a step.
     """
 
     def __init__(self, places: int, budget: int) -> None:
@@ -37,28 +37,28 @@ class BatchModel:
         self._prompted = 0.0  # the step by which all prompts so far are computed
 
     def add(self, prompt: int, steps: float) -> None:
-        """A row, of so many tokens to compute first and steps to generate in."""
+        """Add a row, with the prompt tokens to compute and the steps to generate in."""
         self._prompted = max(self._prompted, self._free[0]) + prompt / self._prompt_rate
         heapreplace(self._free, self._prompted + steps)
 
     @property
     def steps(self) -> float:
-        """Until all rows have ended."""
+        """Steps until all rows have ended."""
         return max(self._free)
 
     @property
     def tail(self) -> float:
-        """Steps at the end that find half of the places empty."""
+        """Steps at the end during which at least half of the places are empty."""
         return self.steps - sorted(self._free)[(len(self._free) - 1) // 2]
 
 
 class Saved(NamedTuple):
-    """What the file's order would have taken more, at least 0.
+    """What file order would have cost in addition, at least 0.
 
     Attributes:
-        prompt_tokens: To compute.
-        steps: As a share of those of the plan.
-        tail: Of these the steps that would have found half of the places empty, likewise.
+        prompt_tokens: Prompt tokens to compute.
+        steps: Steps, as a share of the plan's steps.
+        tail: Steps with at least half of the places empty, likewise as a share.
     """
 
     prompt_tokens: int = 0
@@ -70,8 +70,8 @@ class Savings:
     """Compares the two orders; any thread may call.
 
     Args:
-        places: Sequences at once.
-        budget: Tokens in a step.
+        places: Maximum sequences that run at once.
+        budget: Maximum tokens in a step.
         share: Whether common prefixes are computed once.
     """
 
@@ -80,28 +80,28 @@ class Savings:
         self._lock = Lock()
 
     def read(self, row: Waiting, expected: float) -> None:
-        """A row, in the file's order.
+        """Add a row in file order.
 
         Args:
-            row: To compute, or equal to another one.
-            expected: Tokens that its answer may have.
+            row: A row to compute, or a duplicate of another one.
+            expected: Expected tokens of its answer.
         """
         with self._lock:
             self._file.add(row, expected)
 
     def put(self, row: Waiting, expected: float) -> None:
-        """A row that is to be computed, as planned."""
+        """Add a row to compute, in planned order."""
         with self._lock:
             self._plan.add(row, expected)
 
     def end(self, row: int, sample: int, tokens: int) -> None:
-        """A row's answer is known, or another one's is its own."""
+        """Note the length of a row's answer, its own or one taken from another row."""
         with self._lock:
             for order in (self._file, self._plan):
                 order.end((row, sample), tokens)
 
     def saved(self) -> Saved:
-        """What the plan saved; nothing while rows are under way, or where the run was ended."""
+        """What the plan saved; nothing while rows are unfinished, or if the run was cut short."""
         file, plan = self._file, self._plan
         with self._lock:
             if file.open or plan.open or not plan.slots.steps:
@@ -117,9 +117,9 @@ class _Order:
     """Rows in one order.
 
     Attributes:
-        slots: Has the first rows, up to one whose length is not known.
-        prompt_tokens: That are computed for them.
-        open: Those behind: tokens of each to compute, of its answer, and whether that is known.
+        slots: Simulates the first rows, up to one whose length is unknown.
+        prompt_tokens: Prompt tokens to compute for all rows.
+        open: The rows behind: prompt tokens, answer tokens, and whether the latter are known.
     """
 
     def __init__(self, places: int, budget: int, share: bool) -> None:
@@ -149,15 +149,15 @@ class _Order:
 
 
 class _Recent:
-    """What the last rows begin with, as hashes of their leading blocks."""
+    """The prefixes of the last rows, as hashes of their leading blocks."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
-        self._seen: OrderedDict[int, int] = OrderedDict()  # -> its last row; in order of these
+        self._seen: OrderedDict[int, int] = OrderedDict()  # hash -> its last row, in row order
         self._row = 0
 
     def shared(self, row: Waiting) -> int:
-        """Tokens that a row begins with as one of the last rows does; it is one now."""
+        """Leading tokens that a row shares with one of the last rows; then it becomes one."""
         self._row += 1
         while self._seen and next(iter(self._seen.values())) < self._row - self._rows:
             self._seen.popitem(last=False)

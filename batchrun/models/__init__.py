@@ -1,1 +1,1 @@
-"""From what a user names to a folder that can be loaded: every file looked at before it is read."""
+"""From a model's name to a folder that can be loaded; every file is checked before it is loaded."""

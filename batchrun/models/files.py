@@ -1,4 +1,4 @@
-"""One file of a model folder, looked at before anything loads it: safetensors or JSON."""
+"""Checks one file of a model folder, safetensors or JSON, before anything loads it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from batchrun.errors import ModelError, said_by
 
-AGAIN = "download or copy it again: `hf download` goes on where it broke off"
+AGAIN = "download or copy it again: `hf download` resumes where it stopped"
 _LFS = b"version https://git-lfs"
 _HEAD = 512  # bytes: an LFS pointer is shorter
-_MOST_HEADER = 100 << 20  # bytes: safetensors itself reads no longer one
+_MOST_HEADER = 100 << 20  # bytes: the limit of safetensors itself
 _MOST_NAME = 255  # bytes
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 100  # characters
@@ -25,7 +25,7 @@ _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 100  # characters
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its type as the file calls it, its shape, and its bytes."""
+    """A tensor in a file: its dtype as the file names it, its shape, and its size in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class Stored:
 
     @property
     def elements(self) -> int:
-        """Numbers in it, as the file counts them."""
+        """The number of elements, as the file counts them."""
         return prod(self.shape)
 
 
@@ -41,7 +41,7 @@ def check_head(file: Path) -> None:
     """Refuse what a failed download leaves in a file's place.
 
     Raises:
-        ModelError: It is empty, a pointer of Git LFS, a web page, or nothing but zeros.
+        ModelError: It is empty, a Git LFS pointer, a web page, or begins with zeros only.
         OSError: It can't be read.
     """
     size = file.stat().st_size
@@ -51,7 +51,7 @@ def check_head(file: Path) -> None:
         wanted = head.rpartition(b"size ")[2].split(b"\n")[0].decode("ascii", "replace")
         of = f" in place of {int(wanted):,}" if wanted.isdecimal() else ""
         raise ModelError(
-            f"{file} is not the file itself but Git LFS's pointer to it: {size} bytes{of}",
+            f"{file} is not the file itself but a Git LFS pointer to it: {size} bytes{of}",
             hint=f"get the file: git lfs pull in {file.parent}, or hf download",
         )
     if not head.strip(b"\0"):
@@ -75,7 +75,7 @@ def stored_in(file: Path) -> dict[str, Stored]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > _MOST_HEADER or size < 8:
-            raise ModelError(f"{file} ({size:,} bytes) is no safetensors file", hint=AGAIN)
+            raise ModelError(f"{file} ({size:,} bytes) is not a safetensors file", hint=AGAIN)
         text = opened.read(length)
     stored: dict[str, Stored] = {}
     wanted, by = 8 + length, " by its header alone"
@@ -90,7 +90,7 @@ def stored_in(file: Path) -> dict[str, Stored]:
             wanted, by = wanted + max(ends, default=0), ""
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(
-                f"{file} is no safetensors file: its header can't be read ({said_by(error)})",
+                f"{file} is not a safetensors file: its header can't be read ({said_by(error)})",
                 hint=AGAIN,
             ) from error
     if size != wanted:
@@ -117,10 +117,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A small file of JSON, empty if there is none.
+    """The object in a small JSON file; empty if there is no such file.
 
     Raises:
-        ModelError: It holds something else.
+        ModelError: The file holds something else.
         OSError: It can't be read.
     """
     if not file.is_file():
@@ -132,12 +132,12 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not valid JSON: {error}", hint=hint) from error
     if not isinstance(found, dict):
-        raise ModelError(f"{file} holds no JSON object but a {type(found).__name__}", hint=hint)
+        raise ModelError(f"{file} holds a {type(found).__name__}, not a JSON object", hint=hint)
     return found
 
 
 def is_name(name: object, *ends: str) -> bool:
-    """Whether it names a file in the same folder, with one of these ends, and no other place."""
+    """Whether it is the bare name of a file in the same folder, with one of these endings."""
     return (
         isinstance(name, str)
         and name.endswith(ends)
@@ -148,7 +148,7 @@ def is_name(name: object, *ends: str) -> bool:
 
 
 def shown(value: object) -> str:
-    """What a file says, cut short, in one line."""
+    """A value from a file, shortened to one line."""
     return _REPR.repr(value)
 
 

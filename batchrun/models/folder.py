@@ -1,10 +1,10 @@
-"""The files of a model folder that transformers loads, looked at without loading: whole or not.
+"""Checks that the files transformers loads from a model folder are whole, without loading them.
 
-Only heads are read, so that a broken download is reported when a job is submitted. Weights are
-loaded from `.safetensors` files in the folder itself and from nothing else: what is loaded is what
-was looked at here, and what a fingerprint is made of. These files may be links, as in the cache of
-the hub: what they lead to counts. A tokenizer is read from the files of its folder, too, whatever
-its settings name: they often still have paths of the machine that it was saved on.
+Only their heads are read, so that a broken download is reported when a job is submitted. Weights
+are loaded only from `.safetensors` files in the folder itself: what is loaded is what was checked
+here and what the fingerprint covers. These files may be links, as in the hub's cache: their targets
+count. A tokenizer, too, is read only from its folder, whatever its settings name: they often still
+hold paths of the machine that saved it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ SINGLE = "model.safetensors"
 _NO_NAME = "which is not the name of a safetensors file in that folder"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _METADATA = ("config.json", "generation_config.json", "tokenizer_config.json")
-# Of distributed training. transformers prefers them to all else, whatever an index says.
+# Files of distributed training. transformers prefers them to all others, whatever an index says.
 _CHECKPOINT = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _NAMED = "transformers_weights"  # in a config: the file to load, or the index
-# Keys of a config that say how often something is built, and as often as any model may have it.
+# Config keys that say how many of something to build, and a number that any model may have.
 _COUNTS = re.compile(
     r"((num|n)_(\w+_)?)?(layers?|blocks?|stages?|labels)|\w+_layers|depths?|first_k_dense_replace"
     r"|attention_types"
 )
 _ANY_COUNT = 4096
-# transformers reads a tokenizer from the first of these that is there.
+# transformers reads a tokenizer from the first of these that exists.
 TOKENIZERS = ("tokenizer.json", "tekken.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _SETTINGS = "tokenizer_config.json"
-_TOKENS = "special_tokens_map.json"  # read as if it were settings
+_TOKENS = "special_tokens_map.json"  # read like settings
 _MOST_TOKENS = 10_000_000
-_LARGE = re.compile(rb":\s*\d{8}")  # some number of that size
+_LARGE = re.compile(rb":\s*\d{8}")  # a number of eight digits or more
 
 
 def check_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
@@ -56,8 +56,8 @@ def check_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
         All tensors of the weights, by name.
 
     Raises:
-        ModelError: One is missing, cut short, or something else than its name says; or there are
-            no weights in safetensors.
+        ModelError: One is missing, cut short, or not what its name says; or there are no
+            safetensors weights.
         OSError: One can't be read.
     """
     first, index, files = _weights(folder, config)
@@ -81,7 +81,7 @@ def check_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
         read_json(folder / name)
     _check_tokenizer(folder)
     stored = {file.name: stored_in(file) for file in files}
-    # Files are loaded in this order, and of a tensor that is in several the last one counts.
+    # Files are loaded in this order; for a tensor in several of them the last one counts.
     last = {tensor: name for name, tensors in stored.items() for tensor in tensors}
     nowhere = sorted(index.keys() - last.keys())
     if nowhere:
@@ -93,33 +93,33 @@ def check_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
     for tensor, name in index.items():
         if tensor in stored[name] and last[tensor] != name:
             raise ModelError(
-                f"{first} says that {shown(tensor)} is in {name}, and {last[tensor]} has another "
+                f"{first} says that {shown(tensor)} is in {name}, but {last[tensor]} has another "
                 "tensor of that name",
-                hint="save the model again with save_pretrained, so that each is there once",
+                hint="save the model again with save_pretrained, so that each is stored once",
             )
     _check_counts(folder / "config.json", config, len(last))
     return {tensor: stored[name][tensor] for tensor, name in last.items()}
 
 
 def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
-    """The safetensors files that transformers loads from a folder, none where it finds none.
+    """The safetensors files that transformers loads from a folder; empty if it finds none.
 
     Raises:
-        ModelError: The index of the shards can't be read, or names what is no file of the folder.
+        ModelError: The index of the shards can't be read, or names a file outside the folder.
         OSError: The index can't be read.
     """
     return _weights(folder, config)[2]
 
 
 def _weights(folder: Path, config: Mapping[str, Any]) -> tuple[Path, Mapping[str, str], list[Path]]:
-    """The file that loading begins with, the file of each tensor that it names, and all files."""
+    """The file that loading begins with, the file of each tensor it lists, and all files."""
     named = config.get(_NAMED)
     if named is None:
         named = SINGLE if (folder / SINGLE).is_file() else INDEX
     elif not is_name(named, ".safetensors", ".safetensors.index.json"):
         raise ModelError(
-            f"{folder / 'config.json'} has its weights loaded from {shown(named)}, {_NO_NAME}",
-            hint=f'remove "{_NAMED}" from it; weights are loaded from {SINGLE} or {INDEX} then',
+            f"{folder / 'config.json'} says to load weights from {shown(named)}, {_NO_NAME}",
+            hint=f'remove "{_NAMED}" from it; weights are then loaded from {SINGLE} or {INDEX}',
         )
     first = folder / named
     if not first.name.endswith(".index.json"):
@@ -130,21 +130,21 @@ def _weights(folder: Path, config: Mapping[str, Any]) -> tuple[Path, Mapping[str
     index = found.get("weight_map")
     if not isinstance(index, dict) or not isinstance(found.get("metadata"), dict):
         raise ModelError(
-            f'{first} is no index of weight files: it has no "weight_map" or no "metadata"',
+            f'{first} is not an index of weight files: it has no "weight_map" or no "metadata"',
             hint=AGAIN,
         )
     for tensor, name in index.items():
         if not is_name(name, ".safetensors"):
             raise ModelError(
                 f"{first} says that {shown(tensor)} is in {shown(name)}, {_NO_NAME}",
-                hint="weights are loaded from safetensors files beside the index, and from nothing "
-                "else: save the model again with save_pretrained",
+                hint="weights are loaded only from safetensors files beside the index: save the "
+                "model again with save_pretrained",
             )
     return first, index, sorted({folder / name for name in index.values()})
 
 
 def _check_counts(file: Path, config: Mapping[str, Any], tensors: int) -> None:
-    """Refuse a config of more layers than there are tensors: lists are made of such numbers."""
+    """Refuse a config with more layers than tensors, before lists of that length are built."""
     todo: list[tuple[str, Any]] = list(config.items())
     most = max(_ANY_COUNT, tensors)
     while todo:
@@ -155,14 +155,14 @@ def _check_counts(file: Path, config: Mapping[str, Any], tensors: int) -> None:
             todo += [(key, item) for item in value]
         elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > most:
             raise ModelError(
-                f"{file} says {shown(key)} is {shown(value)}, and the weights have "
+                f"{file} says {shown(key)} is {shown(value)}, but the weights have only "
                 f"{tensors:,} tensors",
                 hint="use the config.json that came with the weights",
             )
 
 
 def no_safetensors(where: object, names: Iterable[str]) -> ModelError:
-    """The error for a model without safetensors, by the names of its files."""
+    """The error for a model without safetensors, given the names of its files."""
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if not pickles:
         return ModelError(
@@ -189,13 +189,13 @@ def _why_no_weights(folder: Path) -> ModelError:
         return no_safetensors(folder, names)
     shards = [name for name in there if "-of-" in name]
     if shards:
-        what = f"has {some(shards)} and no {INDEX}, which says what is in them"
-        hint = "get that file from where the weights are from"
+        what = f"has {some(shards)} but no {INDEX}, which says what is in them"
+        hint = "get that file from where the weights came from"
     elif any(name.startswith("consolidated") for name in there):
-        what = f"has its weights in its maker's own format only ({some(there)})"
+        what = f"has its weights only in its maker's own format ({some(there)})"
         hint = "download the model in the format of transformers, as model*.safetensors"
     elif there:
-        what = f"has {some(there)}, and transformers loads {SINGLE} only"
+        what = f"has {some(there)}, but transformers loads only {SINGLE}"
         rename = f"mv {folder / there[0]} {folder / SINGLE}"
         hint = f"if these are the model's weights, rename them: {rename}"
     else:
@@ -217,7 +217,7 @@ def _why_no_weights(folder: Path) -> ModelError:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer whose files are not what they are called, or send its reader elsewhere."""
+    """Refuse a tokenizer whose files are not what their names say, or name other files."""
     found = ([f for f in sorted(folder.glob(each)) if f.is_file()] for each in TOKENIZERS)
     for file in next(filter(None, found), []):
         check_head(file)
@@ -225,7 +225,7 @@ def _check_tokenizer(folder: Path) -> None:
         _check_ids(folder / name)
     settings, tokens = folder / _SETTINGS, folder / _TOKENS
     said = read_json(settings)
-    versions = said.get("fast_tokenizer_files", [])  # names, of which the version chooses one
+    versions = said.get("fast_tokenizer_files", [])  # transformers picks one by its version
     elsewhere: list[tuple[Path, str, object]] = []
     if not isinstance(versions, list) or not all(is_name(name, ".json") for name in versions):
         elsewhere.append((settings, "fast_tokenizer_files", versions))
@@ -235,31 +235,31 @@ def _check_tokenizer(folder: Path) -> None:
     elsewhere += [(tokens, key, said[key]) for key in _paths_in(said)]
     for file, key, value in elsewhere:
         raise ModelError(
-            f"{file} has the tokenizer read from elsewhere: {shown(key)} is {shown(value)}",
+            f"{file} says to read the tokenizer from elsewhere: {shown(key)} is {shown(value)}",
             hint=f"remove that from it, or {AGAIN}",
         )
 
 
 def _check_ids(file: Path) -> None:
-    """Refuse a vocabulary of tokens that no model has: libraries make lists up to the last one."""
+    """Refuse token ids that no model has: libraries build lists up to the largest one."""
     if not file.is_file() or not _LARGE.search(data := file.read_bytes()):
         return
     try:
         found = json.loads(data)
         vocabulary = found["model"]["vocab"] if file.name == "tokenizer.json" else found
     except (ValueError, KeyError, TypeError, RecursionError):
-        return  # its reader tells
+        return  # its reader will report it
     for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
         if isinstance(number, int) and number >= _MOST_TOKENS:
             raise ModelError(
-                f"{file} says that the token {shown(token)} is number {number:,}, and no model has "
+                f"{file} says that the token {shown(token)} is number {number:,}, but no model has "
                 "that many",
                 hint=AGAIN,
             )
 
 
 def _paths_in(settings: Mapping[str, Any]) -> list[str]:
-    """The settings of a tokenizer that name files."""
+    """The tokenizer settings that name files."""
     return [
         key
         for key, value in settings.items()
@@ -268,5 +268,5 @@ def _paths_in(settings: Mapping[str, Any]) -> list[str]:
 
 
 def named_elsewhere(folder: Path) -> dict[str, None]:
-    """What to tell transformers, so that it reads no files that a tokenizer's settings name."""
+    """Arguments that keep transformers from reading files that a tokenizer's settings name."""
     return dict.fromkeys(_paths_in(read_json(folder / _SETTINGS)))

@@ -1,4 +1,4 @@
-"""A GGUF file: looked at, and made into a folder of safetensors once, with its own tokenizer."""
+"""Checks a GGUF file and converts it, once, to a folder of safetensors with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from batchrun.jobs.files import close_to_others, make_folders, open_private, pri
 from batchrun.models.files import AGAIN, Stored, shown
 
 _LAST_VERSION = 3
-_ALIGNMENT = 32  # bytes, where a file does not say
+_ALIGNMENT = 32  # bytes, unless the file says otherwise
 _MOST_DIMENSIONS = 4
-_DEEPEST = 8  # lists of lists
-# Of each type of value its layout, but for strings and lists.
+_DEEPEST = 8  # nested lists
+# The layout of each type of value, except strings and lists.
 _VALUES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _LIST = 8, 9
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether it begins like one, whatever its name."""
+    """Whether a file begins like a GGUF, whatever its name."""
     with file.open("rb") as opened:
         return opened.read(4) == b"GGUF"
 
 
 def check_gguf(file: Path, type_sizes: dict[int, tuple[int, int]]) -> dict[str, Stored]:
-    """Check that a GGUF file is a whole model, before anybody else reads it.
+    """Check that a GGUF file is a whole model, before any library reads it.
 
     Args:
-        file: What begins like a GGUF file.
-        type_sizes: Of each type of tensor, the elements and the bytes of a block.
+        file: A file that begins like a GGUF.
+        type_sizes: For each tensor type, the elements and the bytes of a block.
 
     Returns:
-        Its tensors by name; the bytes are those of float32, which they are converted to.
+        Its tensors by name; `nbytes` is their size in float32, which they are converted to.
 
     Raises:
         ModelError: It is cut short, malformed, or one of several parts.
@@ -76,7 +76,7 @@ def check_gguf(file: Path, type_sizes: dict[int, tuple[int, int]]) -> dict[str, 
     count = metadata.get(layers)
     if not isinstance(count, int) or count > len(stored):
         raise unreadable(
-            f"it says {shown(layers)} is {shown(count)}, and has {len(stored):,} tensors",
+            f"it says {shown(layers)} is {shown(count)}, but has {len(stored):,} tensors",
             "use the file of a language model, or " + AGAIN,
         )
     return stored
@@ -85,11 +85,11 @@ def check_gguf(file: Path, type_sizes: dict[int, tuple[int, int]]) -> dict[str, 
 class _Head:
     """Reads the head of a GGUF file, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
-    Its methods raise ValueError for what can't stand in one, and struct.error where it ends.
+    Its methods raise ValueError for invalid content, and struct.error if the file ends.
 
     Attributes:
-        metadata: Those that are no lists.
-        stored: The tensors.
+        metadata: Values by key; None for lists.
+        stored: The tensors by name.
     """
 
     def __init__(self, file: BinaryIO, size: int, type_sizes: dict[int, tuple[int, int]]) -> None:
@@ -99,7 +99,7 @@ class _Head:
         self._order = "<"
 
     def read(self) -> int:
-        """Read it all; returns the bytes that the file should have."""
+        """Read the whole head; returns the size in bytes that the file should have."""
         _, version = self._take("4sI")
         if version & 0xFFFF == 0:  # of the other byte order
             self._order = ">"
@@ -115,7 +115,7 @@ class _Head:
         ends = [self._tensor() for _ in range(tensors)]
         align = self.metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(align, int) or align < 1 or align & (align - 1):
-            raise ValueError(f"its alignment is {shown(align)}, which is no power of two")
+            raise ValueError(f"its alignment is {shown(align)}, which is not a power of two")
         start = -(-self._file.tell() // align) * align
         return start + max(ends, default=0)
 
@@ -132,7 +132,7 @@ class _Head:
         return str(self._file.read(self._room(*self._take("Q"))), "utf-8", "replace")
 
     def _value(self, kind: int, depth: int = 0) -> Any:
-        """The next value; None for a list, which is passed over."""
+        """The next value; None for a list, which is skipped."""
         if kind == _STRING:
             return self._text()
         if kind in _VALUES:
@@ -148,11 +148,11 @@ class _Head:
         return None
 
     def _tensor(self) -> int:
-        """Note a tensor; returns where its data end, from the beginning of all data."""
+        """Note a tensor; returns where its data ends, relative to the start of all data."""
         name = self._text()
         (dimensions,) = self._take("I")
         if name in self.stored or dimensions > _MOST_DIMENSIONS:
-            raise ValueError(f"the tensor {shown(name)} is there twice, or has no shape")
+            raise ValueError(f"the tensor {shown(name)} is there twice, or has too many dimensions")
         shape = self._take(f"{dimensions}Q")
         kind, offset = self._take("IQ")
         if kind not in self._blocks:
@@ -168,12 +168,12 @@ class _Head:
 
 
 def convert_once(file: Path, final: Path) -> None:
-    """Convert `file` into the folder `final` unless another process has done it meanwhile.
+    """Convert `file` to the folder `final` unless another process has done it meanwhile.
 
-    The folder appears whole or not at all, whatever is killed when.
+    The folder appears whole or not at all, even if a process is killed.
 
     Raises:
-        ModelError: The file is no GGUF that can be read right, or a package to read it is missing.
+        ModelError: The file can't be read correctly, or a package to read it is missing.
         OSError: `final` cannot be written.
     """
     make_folders(final.parent)
@@ -182,7 +182,7 @@ def convert_once(file: Path, final: Path) -> None:
         if final.is_dir():
             return
         partial = final.with_name(final.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process: the lock was free
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: we hold the lock
         partial.mkdir(private_mode(partial.parent))
         try:
             _convert(file, partial)
@@ -204,9 +204,9 @@ def _fsync(path: Path) -> None:
 
 
 def check_ours(final: Path) -> None:
-    """Refuse a converted model that somebody else may have put there, and shut out others.
+    """Refuse a converted model that another user may have put there, and make its folder private.
 
-    Where the folder of such models is shared with a group by its setgid bit, it is the group's.
+    A folder that its setgid bit shares with a group is trusted as it is.
 
     Raises:
         ModelError: The message names the folder or file.
@@ -220,15 +220,15 @@ def check_ours(final: Path) -> None:
             raise ModelError(
                 f"{place}, part of a converted model, belongs to user {owner}, who may have put "
                 "another model there",
-                hint=f"remove it, and it is converted again: rm -r '{final}'",
+                hint=f"remove it to have it converted again: rm -r '{final}'",
             )
 
 
 def _convert(file: Path, folder: Path) -> None:
     """Write the dequantised model of a GGUF file and its tokenizer into `folder`.
 
-    The weights become float32: a block's `scale * integer + minimum` is rounded by float16 and
-    bfloat16 (in the embedded model in 42% and 79% of all weights), by float32 in none.
+    The weights become float32, which holds each block's `scale * integer + minimum` exactly;
+    float16 and bfloat16 would round 42% and 79% of the embedded model's weights.
     """
     missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
@@ -243,7 +243,7 @@ def _convert(file: Path, folder: Path) -> None:
     from batchrun.models.whole import bounded, check_whole  # noqa: PLC0415
 
     stored = check_gguf(file, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
-    # Alone in a folder, or what lies beside it would be read, too.
+    # Alone in a folder, or transformers would also read the files beside it.
     alone = folder / "source"
     alone.mkdir()
     (alone / file.name).symlink_to(file.absolute())
@@ -277,7 +277,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 @contextmanager
 def _readers_of(file: Path, but: type[Exception] = ModelError) -> Iterator[None]:
-    """Whatever they raise is about the file, but for what is told: they raise anything at all."""
+    """Turn whatever its readers raise into an error about the file, except `but` and our own."""
     try:
         yield
     except (ModelError, MemoryError, but, *PROCESS_ENDS):
@@ -285,12 +285,12 @@ def _readers_of(file: Path, but: type[Exception] = ModelError) -> Iterator[None]
     except BaseException as error:
         raise ModelError(
             f"cannot read the GGUF file {file}: {said_by(error)}",
-            hint="it has all its bytes: use the model's safetensors instead",
+            hint="the file is not cut short, so use the model's safetensors instead",
         ) from error
 
 
 def _set_special_tokens(tokenizer: Any, fields: Mapping[str, Any]) -> None:
-    """Name the special tokens as the file does: older transformers take one for the other."""
+    """Set the special tokens that the file names: older transformers confuse them."""
     for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
         field = fields.get(f"tokenizer.ggml.{key}_token_id")
         token = None if field is None else tokenizer.convert_ids_to_tokens(int(field.contents()))
@@ -299,10 +299,10 @@ def _set_special_tokens(tokenizer: Any, fields: Mapping[str, Any]) -> None:
 
 
 def _set_pre_tokenizer(tokenizer: Any, fields: Mapping[str, Any], file: Path) -> None:
-    """Split text as the model's own tokenizer does, where transformers does not know how.
+    """Split text as the model's own tokenizer does, if transformers does not know how.
 
-    A GGUF names its splitting rule (`tokenizer.ggml.pre`). transformers knows most names and falls
-    back on GPT-2's rule for the rest, which gives other tokens for some texts, silently.
+    A GGUF names its splitting rule (`tokenizer.ggml.pre`). transformers knows most names and
+    silently falls back on GPT-2's rule for the rest, which gives other tokens for some texts.
     """
     from tokenizers import pre_tokenizers  # noqa: PLC0415
     from transformers.integrations.gguf import gguf_tokenizer_mapping  # noqa: PLC0415
@@ -331,9 +331,9 @@ def _set_pre_tokenizer(tokenizer: Any, fields: Mapping[str, Any], file: Path) ->
 
 
 def _set_byte_level(tokenizer: Any) -> None:
-    """Make byte-level BPE of what older transformers read as SentencePiece's, in part.
+    """Restore byte-level BPE, parts of which older transformers read as SentencePiece.
 
-    They make the end token of bytes that have no token; in the model's own tokenizer these vanish.
+    They turn bytes without a token into the end token; the model's own tokenizer drops them.
     """
     from tokenizers import decoders  # noqa: PLC0415
 
@@ -355,6 +355,6 @@ def _quiet_transformers() -> Iterator[None]:
             undo.callback(logging.enable_progress_bar)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        # Its GGUF reader draws a bar of its own, whatever is set.
+        # Its GGUF reader draws a progress bar of its own regardless.
         undo.enter_context(redirect_stderr(io.StringIO()))
         yield

@@ -1,4 +1,4 @@
-"""What a model folder holds, by its metadata alone: a causal language model, or what else."""
+"""What a model folder holds, by its metadata alone: a causal language model or something else."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from batchrun.models.folder import INDEX, SINGLE, TOKENIZERS
 
 Config = dict[str, Any]
 
-_CAUSAL = ("ForCausalLM", "LMHead", "ForConditionalGeneration")  # in names of classes
+_CAUSAL = ("ForCausalLM", "LMHead", "ForConditionalGeneration")  # in class names
 _OTHERS = {
-    "ForSequenceClassification": "a classifier: it gives a text scores, no answer",
-    "Reward": "a reward model: it gives a text a score, no answer",
-    "ForTokenClassification": "a classifier of tokens",
+    "ForSequenceClassification": "a classifier: it scores a text and writes no answer",
+    "Reward": "a reward model: it scores a text and writes no answer",
+    "ForTokenClassification": "a token classifier",
     "ForQuestionAnswering": "a model that marks answers in a text",
     "ForMaskedLM": "an encoder that fills gaps in a text",
-    "ForPreTraining": "an encoder as it was pretrained",
+    "ForPreTraining": "a pretrained encoder",
 }
 _LANGUAGE_MODELS = "batchrun runs causal language models, whose architecture ends in ForCausalLM"
-# Of each way to quantise: what people call it, and the packages that transformers loads it with.
+# By quantisation method: its usual name, and the packages that transformers needs to load it.
 _QUANTISED = {
     "gptq": ("GPTQ", "optimum", "gptqmodel"),
     "awq": ("AWQ", "accelerate", "gptqmodel"),
@@ -47,10 +47,10 @@ UNQUANTISED = "use the model that it was made from, without quantisation, or a G
 
 
 def read_config(folder: Path) -> Config:
-    """A folder's `config.json`, as long as it is a model's.
+    """A folder's `config.json`, if it is a model's.
 
     Raises:
-        ModelError: There is none, or it can't be read; what the folder holds instead is told.
+        ModelError: There is none, or it can't be read; says what the folder holds instead.
         OSError: The file can't be opened.
     """
     file = folder / "config.json"
@@ -58,13 +58,13 @@ def read_config(folder: Path) -> Config:
         raise _adapter(folder)
     if (folder / "model_index.json").is_file():
         raise ModelError(
-            f"{folder} is a diffusers pipeline, which makes images or the like",
+            f"{folder} is a diffusers pipeline, which makes images or similar",
             hint=_LANGUAGE_MODELS,
         )
     modules = folder / "modules.json"
     if modules.is_file() and "sentence_transformers" in modules.read_text("utf-8", "replace"):
         raise ModelError(
-            f"{folder} is a sentence-transformers model: it makes embeddings, no text",
+            f"{folder} is a sentence-transformers model: it makes embeddings, not text",
             hint=_LANGUAGE_MODELS,
         )
     if not file.is_file():
@@ -79,7 +79,7 @@ def read_config(folder: Path) -> Config:
 
 
 def _adapter(folder: Path) -> ModelError:
-    """The error for an adapter, which needs its base model, or has it beside it."""
+    """The error for an adapter, which needs its base model or lies beside it."""
     try:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     except ModelError:
@@ -98,13 +98,13 @@ def _adapter(folder: Path) -> ModelError:
             hint=f"move the adapter_* files away to run the model without the adapter, or {merge}",
         )
     return ModelError(
-        f"{folder} is an adapter (LoRA or the like){of}, no model of its own", hint=merge
+        f"{folder} is an adapter (LoRA or similar){of}, not a model by itself", hint=merge
     )
 
 
 def _no_config(folder: Path) -> ModelError:
-    """The error for a folder without one; what can be used instead, if it is there, is told."""
-    what, hint = f"{folder} has no config.json, so it is no model folder", None
+    """The error for a folder without config.json; its hint names what to use instead, if any."""
+    what, hint = f"{folder} has no config.json, so it is not a model folder", None
     ggufs = sorted(folder.glob("*.gguf"))
     parts = [file for file in ggufs if "-of-" in file.name]
     if len(parts) > 1:
@@ -121,32 +121,32 @@ def _no_config(folder: Path) -> ModelError:
         if folder.name == "original" and (folder.parent / "config.json").is_file():
             hint = f"use the folder above: --model {folder.parent}"
     elif there := [*folder.glob("snapshots/*/config.json")] or [*folder.glob("*/config.json")]:
-        hint = f"there is one in it: --model {max(there).parent}"
+        hint = f"there is one inside it: --model {max(there).parent}"
     return ModelError(what, hint=hint)
 
 
 def check_kind(folder: Path, config: Config, names: Collection[str]) -> None:
-    """Refuse what is no causal language model, or quantised so that it can't be loaded here.
+    """Refuse a model that is not a causal language model, or is quantised and can't load here.
 
     Args:
-        folder: The model's.
+        folder: The model's folder.
         config: Its config.
-        names: Of all its tensors.
+        names: The names of all its tensors.
 
     Raises:
-        ModelError: The message names what it is.
+        ModelError: It is refused; the message says what it is.
     """
     if config.get("is_encoder_decoder"):
         raise not_causal(folder, config.get("model_type"), "an encoder-decoder model")
     _check_architectures(folder, config, names)
     _check_quantisation(folder, config)
-    # Any file that some tokenizer is read from will do; code of its own may read others.
+    # Any file that some tokenizer is read from will do; a model's own code may read others.
     readable = (*TOKENIZERS, "*.py", "merges.txt")
     if not any(next(folder.glob(pattern), None) for pattern in readable) and (
         "auto_map" not in read_json(folder / "tokenizer_config.json")
     ):
         raise ModelError(
-            f"{folder} has no tokenizer: there is no tokenizer.json, nor another vocabulary",
+            f"{folder} has no tokenizer: neither tokenizer.json nor another vocabulary",
             hint="copy tokenizer.json and tokenizer_config.json from the model that it was made "
             "from",
         )
@@ -158,7 +158,7 @@ def not_causal(where: object, model_type: object, what: str) -> ModelError:
 
 
 def _check_architectures(folder: Path, config: Config, names: Collection[str]) -> None:
-    """What the weights were saved from says what they are for: a tied head is never missing."""
+    """Judge by the class that saved the weights: a missing head may be a tied one."""
     classes = config.get("architectures") or []
     of_its_own = config.get("auto_map")
     if isinstance(of_its_own, Mapping) and "AutoModelForCausalLM" in of_its_own:
@@ -170,19 +170,19 @@ def _check_architectures(folder: Path, config: Config, names: Collection[str]) -
     kind = next((kind for part, kind in _OTHERS.items() if part in name), None)
     if kind is None and name.endswith("Model"):
         if any(tensor.endswith("lm_head.weight") for tensor in names):
-            return  # saved by other tools, with its head
-        kind = "a model without the head that predicts tokens, as embedding models are"
+            return  # saved with its head by another tool
+        kind = "a model without the head that predicts tokens, such as an embedding model"
         hint = (
             "if it is a causal language model whose head is its embedding, say so in config.json: "
             '"tie_word_embeddings": true and "architectures": '
             f'["{name.removesuffix("Model")}ForCausalLM"]'
         )
-    what = kind or "no causal language model"
+    what = kind or "not a causal language model"
     raise ModelError(f"{folder} is {what} (its config.json says {name})", hint=hint)
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """A config's settings of quantisation, none where its weights are not quantised."""
+    """A config's quantisation settings; empty if the weights are not quantised."""
     inner = config.get("text_config")
     found = config.get("quantization_config") or config.get("quantization")
     if not found and isinstance(inner, dict):
@@ -191,14 +191,14 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _method(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """What people call it, and the packages that it needs."""
+    """The method's usual name, and the packages that it needs."""
     default = "bitsandbytes" if _BITS & settings.keys() else ""
     method = str(settings.get("quant_method") or default)
     return _QUANTISED.get(method, (method,))
 
 
 def quantised_by(config: Config) -> str | None:
-    """What people call the way that a model's weights are quantised; None where they are not."""
+    """The usual name of the method that quantised a model's weights; None if they are not."""
     settings = _settings(config)
     return _method(settings)[0] if settings else None
 
@@ -208,7 +208,7 @@ def _check_quantisation(folder: Path, config: Config) -> None:
     if not settings:
         return
     if "quant_method" not in settings and not _BITS & settings.keys():
-        way = "in a way that it does not name"
+        way = "by a method that it does not name"
         if isinstance(config.get("quantization"), dict) or {"bits", "group_size"} <= set(settings):
             way = "for MLX, which runs on Apple's machines"
         raise ModelError(f"{folder} is quantised {way}", hint=UNQUANTISED)

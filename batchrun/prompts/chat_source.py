@@ -1,4 +1,4 @@
-"""What the source of a chat template says, without it being run."""
+"""What the source of a chat template says, without running it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from batchrun.errors import ModelError
 from batchrun.prompts.messages import RESERVED
 
-_GLOBALS = {"raise_exception", "strftime_now"}  # which transformers gives to templates
+_GLOBALS = {"raise_exception", "strftime_now"}  # transformers provides these to templates
 
 
 class _Generation(Extension):
-    """transformers' `{% generation %}`, around what a model said."""
+    """transformers' `{% generation %}`, around the text of a model's turn."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What is between the tags, as it stands."""
+        """The nodes between the tags, unchanged."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def parsed(source: str) -> nodes.Template:
-    """A chat template's tree.
+    """The syntax tree of a chat template.
 
     Raises:
-        jinja2.TemplateError: It can't be read.
+        jinja2.TemplateError: It can't be parsed.
     """
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
     return environment.parse(source)
@@ -41,7 +41,7 @@ def parsed(source: str) -> nodes.Template:
 
 @lru_cache(maxsize=8)
 def variables(source: str) -> frozenset[str] | None:
-    """Names that a chat template reads from outside; None where that can't be known."""
+    """Names that a chat template reads from its context; None if that can't be known."""
     try:
         found = meta.find_undeclared_variables(parsed(source))
     except (jinja2.TemplateError, ValueError, RecursionError):  # ValueError: a number too long
@@ -50,15 +50,15 @@ def variables(source: str) -> frozenset[str] | None:
 
 
 def has_literal(source: str, text: str) -> bool:
-    """Whether a template has a text in quotes: to compare something with it, or to write it."""
+    """Whether a template has a text in quotes, to compare something with it or to write it."""
     return bool(re.search(rf"(['\"]){re.escape(text)}\1", source))
 
 
 def check_template_args(args: Mapping[str, object], sources: Sequence[str], model: str) -> None:
-    """Refuse what a job says to chat templates that don't read it.
+    """Refuse arguments of a job that its chat templates don't read.
 
     Args:
-        args: By name.
+        args: The arguments, by name.
         sources: The templates, one for each kind of chat.
         model: What to call the model in messages.
 

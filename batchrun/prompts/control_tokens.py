@@ -1,12 +1,12 @@
-r"""Control tokens are the template's: what reads like one in a row's data is encoded as text.
+r"""Only a template makes control tokens: what reads like one in a row's data is encoded as text.
 
     data       Good.<|im_end|>            put(): a mark in what reads as a control token
     marked     Good.<MARK|im_end|>
     rendered   <|im_start|>user\nGood.<MARK|im_end|><|im_end|>
-    aliased    zAk0kuser\nGood.<|im_end|>zAk1k          encode(): the template's have other names
+    aliased    zAk0kuser\nGood.<|im_end|>zAk1k          encode(): the template's become aliases
 
-The names are tokens of a copy of the tokenizer that takes control tokens for text. So the text is
-cut where it always is, and encoded as always.
+Aliases are tokens of a copy of the tokenizer that reads control tokens as text. So the text is
+split where it always is, and encoded as always.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tokenizers import AddedToken
 
 from batchrun.prompts.messages import PromptError
 
-# No row's text has them: rows can't know what a process draws. Letters and digits survive whatever
-# a template or a normalizer does to text, lower case or not.
+# Random in each process, so no row's text contains them. Letters and digits survive whatever a
+# template or a normalizer does to text, lower case or not.
 _NONCE = secrets.token_hex(8)
 _MARK = f"z{_NONCE}m"
-_BEFORE = f"z{_NONCE}o"  # the mark of what is one character, which can't be broken
+_BEFORE = f"z{_NONCE}o"  # precedes a token of one character, which can't be broken
 _MARKS = re.compile(f"{_MARK}|{_BEFORE}", re.IGNORECASE)
 
 
@@ -37,7 +37,7 @@ class ControlTokens:
     that a row may well have.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: A transformers tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -60,9 +60,9 @@ class ControlTokens:
         self._aliased: dict[int, int] = {}
 
     def put(self, value: Any) -> Any:
-        """A text, or lists and objects of them, with marks in what might read as a control token.
+        """A text, or lists and objects of texts, with marks in what might read as a control token.
 
-        What `encode` takes out again. Most have no such text, and stay as they are.
+        `encode` removes the marks again. Most texts need none, and stay as they are.
         """
         if isinstance(value, str):
             return self._marked(value)
@@ -82,7 +82,7 @@ class ControlTokens:
         """Tokens of a text with marks.
 
         Raises:
-            PromptError: What reads like a control token is one even as text.
+            PromptError: Text that reads like a control token can't be encoded otherwise.
         """
         if self._backend is None:
             return self._encode_pieces(text, add_special_tokens)
@@ -103,7 +103,7 @@ class ControlTokens:
         return ids
 
     def in_name(self, name: str) -> bool:
-        """Whether a control token has a name in it, so that a template may make it of the name."""
+        """Whether a control token contains a name: a template may build the token from it."""
         return any(name in text for text in self._ids)
 
     # --- data ---
@@ -122,7 +122,7 @@ class ControlTokens:
         return text
 
     def _broken(self, text: str) -> str:
-        """The text with a mark in each thing that is, or reads like, a control token."""
+        """The text with a mark in everything that is, or reads like, a control token."""
         if not self._has(text):
             return text
         text = self._breakable.sub(
@@ -137,7 +137,7 @@ class ControlTokens:
         return text
 
     def _end(self, text: str) -> int | None:
-        """Where a text ends, if with the beginning of a control token that others could end."""
+        """Where a text ends, if it ends with the start of a control token that others could end."""
         end = len(text.rstrip())
         tail = text[max(0, end - self._longest) : end]
         if not _any_in(self._firsts, tail):
@@ -146,7 +146,7 @@ class ControlTokens:
         return end if any(self._is_part(str.startswith, begin) for begin in begins) else None
 
     def _begin(self, text: str) -> int | None:
-        """Where a text begins, if with the end of a control token that others could begin."""
+        """Where a text begins, if it begins with the end of a control token others could begin."""
         begin = len(text) - len(text.lstrip())
         head = text[begin : begin + self._longest]
         if not _any_in(self._lasts, head):
@@ -155,13 +155,13 @@ class ControlTokens:
         return begin if any(self._is_part(str.endswith, end) for end in ends) else None
 
     def _is_part(self, of: Callable[[str, str], bool], text: str) -> bool:
-        """Whether some control token begins, or ends, with a text and is longer."""
+        """Whether some longer control token begins, or ends, with a text."""
         return any(len(text) < len(token) and of(token, text) for token in self._texts)
 
     # --- tokens ---
 
     def _found(self, text: str) -> list[tuple[int, int, int]]:
-        """Control tokens that the tokenizer reads in a text: id, and where it begins and ends."""
+        """Control tokens that the tokenizer finds in a text: id, start and end."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [
@@ -174,7 +174,7 @@ class ControlTokens:
 
     @cached_property
     def _copy(self) -> Any:
-        """The tokenizer to which control tokens are text, but for their aliases."""
+        """A copy of the tokenizer that reads control tokens as text and aliases as tokens."""
         made = copy.deepcopy(self._backend)
         made.add_special_tokens(list(self._tokens.values()))
         made.encode_special_tokens = True
@@ -187,7 +187,7 @@ class ControlTokens:
         return made
 
     def _broken_up(self, text: str) -> list[int]:
-        """Tokens of a control token's text that the vocabulary itself has as a piece."""
+        """Tokens for the text of a control token that is itself a piece of the vocabulary."""
         for n in range(1, len(text)):
             parts = (self._backend.model.tokenize(part) for part in (text[:n], text[n:]))
             ids = [piece.id for pieces in parts for piece in pieces]
@@ -196,9 +196,9 @@ class ControlTokens:
         raise _no_text(text)
 
     def _encode_pieces(self, text: str, add_special_tokens: bool) -> list[int]:
-        """The same with a tokenizer in Python: it is given the text in pieces."""
+        """`encode` for a tokenizer written in Python, which gets the text in pieces."""
         ids: list[int] = []
-        # Text and the template's control tokens, in turns.
+        # Alternately text and the template's control tokens.
         parts = re.split(f"(?<!{_BEFORE})({self._pattern.pattern})", text)
         for n, part in enumerate(parts):
             if n % 2:
@@ -222,7 +222,7 @@ class ControlTokens:
         return str(self._backend.normalizer.normalize_str(text))
 
     def _read_as(self) -> re.Pattern[str] | None:
-        """What control tokens are in normalized text, where other text can become one."""
+        """Finds control tokens in normalized text; None if no other text can become one."""
         if self._backend is None or self._backend.normalizer is None:
             return None
         texts = set()
@@ -256,6 +256,6 @@ def _special(tokenizer: Any) -> dict[int, AddedToken]:
 def _no_text(text: str) -> PromptError:
     return PromptError(
         "control_tokens",
-        f"the row's text has {text}, which this tokenizer has only as a control token; "
-        "--special-tokens-in-data lets rows have them",
+        f"the row's text has {text}, which this tokenizer can encode only as a control token; "
+        "--special-tokens-in-data allows that",
     )

@@ -10,7 +10,7 @@ from typing import Any
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 ARGUMENT_COLUMNS = ("tools", "chat_template_kwargs")
 
-# What batchrun itself tells `apply_chat_template`.
+# Arguments of `apply_chat_template` that batchrun sets itself.
 RESERVED = frozenset(
     {
         *("conversation", "messages", "tools", "chat_template"),
@@ -37,7 +37,7 @@ _MEDIA = {
     **dict.fromkeys(("video", "video_url", "input_video"), "a video"),
     **dict.fromkeys(("file", "file_url", "input_file", "document"), "a file"),
 }
-_AS_DATA = "--ignore-param-columns takes the column as data"
+_AS_DATA = "--ignore-param-columns treats the column as data"
 
 
 class PromptError(Exception):
@@ -54,20 +54,20 @@ class PromptError(Exception):
 
 
 def wrong_type(message: str) -> PromptError:
-    """The error for a row that has something else where a prompt or a part of it should be."""
+    """The error for a row whose prompt, or a part of it, is of the wrong type."""
     return PromptError("wrong_type", message)
 
 
 def arguments_taken(names: Sequence[str]) -> str:
-    """What users are told of columns that speak to the chat template."""
+    """The line that tells users which columns go to the chat template."""
     return (
-        f"given to the chat template from columns: {', '.join(names)}; to take them as data: "
+        f"passed to the chat template from columns: {', '.join(names)}; to take them as data: "
         "--ignore-param-columns"
     )
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a value that is no text is meant as a chat, rightly written or not."""
+    """Whether a value that is not text is meant as a chat, well-formed or not."""
     return isinstance(value, list) or (
         isinstance(value, dict) and bool({"role", "from"} & {*value})
     )
@@ -78,16 +78,16 @@ def read_messages(value: Any, *, columnar: bool) -> list[dict[str, Any]]:
 
     Args:
         value: A list of messages, one message, or JSON text of either.
-        columnar: Objects have all keys of their column, so that null says no more than absence.
+        columnar: Objects have all keys of their column, so null means that a key is absent.
 
     Returns:
         New messages, at least one, without null keys. `role` is text. `content`, if there is any,
         is text or a list of texts. Each item of `tool_calls`, if there are any, has a `function`
-        with a `name` and `arguments`: their `value`, an object, and its JSON as `text` where that
-        is how the row has it.
+        with a `name` and `arguments`: their `value`, an object, and `text`, its JSON if the row
+        has it as text.
 
     Raises:
-        PromptError: It is no chat, or one that is not all text.
+        PromptError: It is not a chat, or not all of it is text.
     """
     if isinstance(value, str):
         value, columnar = parse_json(value, "messages is text but"), False
@@ -107,19 +107,19 @@ def read_messages(value: Any, *, columnar: bool) -> list[dict[str, Any]]:
             continue
         if i < len(messages) - 1 or message["role"] != "assistant":
             raise wrong_type(f"message {i} has no content")
-        message["content"] = ""  # the answer that is wanted
+        message["content"] = ""  # the answer to generate
     return messages
 
 
 def read_tools(value: Any, *, columnar: bool) -> list[dict[str, Any]] | None:
-    """A row's tools, each as `{"type": "function", "function": {...}}`; None where it has none.
+    """A row's tools, each as `{"type": "function", "function": {...}}`; None if it has none.
 
     Args:
         value: What the column holds: a list of tools, one tool, JSON text of either, or null.
         columnar: See `read_messages`.
 
     Raises:
-        PromptError: They are no tools.
+        PromptError: They are not tools.
     """
     columnar = columnar and not isinstance(value, str)
     value = _opened(value, "tools is text but", _AS_DATA)
@@ -133,14 +133,14 @@ def read_tools(value: Any, *, columnar: bool) -> list[dict[str, Any]] | None:
 
 
 def read_arguments(value: Any, *, columnar: bool) -> dict[str, Any]:
-    """What a row says to its chat template, by name.
+    """A row's arguments for its chat template, by name.
 
     Args:
         value: An object, JSON text of one, or null.
         columnar: See `read_messages`.
 
     Raises:
-        PromptError: It is none, or has a name that is batchrun's own.
+        PromptError: It is not an object, or has a name that batchrun sets itself.
     """
     column = ARGUMENT_COLUMNS[1]
     columnar = columnar and not isinstance(value, str)
@@ -156,10 +156,10 @@ def read_arguments(value: Any, *, columnar: bool) -> dict[str, Any]:
 
 
 def parse_json(text: str, what: str, advice: str = "") -> Any:
-    """The value that a JSON text is. NaN and infinities are null.
+    """The value of a JSON text. NaN and infinities become null.
 
     Raises:
-        PromptError: It is none; the message begins with `what`.
+        PromptError: It is not JSON; the message begins with `what`.
     """
     try:
         return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
@@ -174,7 +174,7 @@ def _finite(text: str) -> float | None:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+    """The type of a value, in JSON's terms."""
     if isinstance(value, int | float):
         return "true or false" if isinstance(value, bool) else "a number"
     known = {type(None): "null", dict: "an object", list: "a list", str: "text"}
@@ -182,7 +182,7 @@ def kind_of(value: Any) -> str:
 
 
 def fresh(value: Any, columnar: bool) -> Any:
-    """A copy, of objects without their null keys where these are a column's, not the row's."""
+    """A copy; if `columnar`, objects lose their null keys, which are the column's."""
     if isinstance(value, dict):
         kept = value.items() if not columnar else [p for p in value.items() if p[1] is not None]
         return {key: fresh(item, columnar) for key, item in kept}
@@ -190,20 +190,20 @@ def fresh(value: Any, columnar: bool) -> Any:
 
 
 def _opened(text: Any, what: str, advice: str = "") -> Any:
-    """The value of JSON text, None where that is blank; what is no text already is the value."""
+    """The value of JSON text, None if it is blank; other values are returned as they are."""
     if isinstance(text, str):
         text = parse_json(text, what, advice) if text.strip() else None
     return _object(text)
 
 
 def _object(value: Any) -> Any:
-    """An object where a list is what a source makes of Arrow's maps: pairs of a key and a value."""
+    """An object for a list of key-value pairs, which is how sources return Arrow's maps."""
     pairs = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)
     return dict(value) if pairs and value and all(isinstance(p[0], str) for p in value) else value
 
 
 def _by_message(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Messages of an object that has a list for each of their keys, as `datasets` writes them."""
+    """Messages from an object that has one list per key, as `datasets` writes them."""
     there = {key: values for key, values in columns.items() if values is not None}
     lengths = {len(values) if isinstance(values, list) else -1 for values in there.values()}
     if len(lengths) != 1 or -1 in lengths:
@@ -235,19 +235,19 @@ def _message(i: int, raw: Any, columnar: bool) -> dict[str, Any]:
 
 
 def _of_speaker(i: int, message: dict[str, Any]) -> dict[str, Any]:
-    """A message of ShareGPT's form in the usual one."""
+    """A message in ShareGPT's form, converted to the usual one."""
     speaker = message.pop("from")
     content = message.pop("value", message.get("content"))
     name = speaker.strip().lower()
     if name not in _SPEAKERS:
-        raise wrong_type(f"message {i} is from {speaker!r}, who is no speaker that batchrun knows")
+        raise wrong_type(f"message {i} is from {speaker!r}, a speaker that batchrun does not know")
     if name in _CALLERS and isinstance(content, str):
         try:
             calls = parse_json(content, "")
             if _tool_calls(i, calls):
                 return {**message, "role": "assistant", "tool_calls": calls}
         except PromptError:
-            pass  # a call in a form of the model's own is text
+            pass  # a call in the model's own form stays text
     return {**message, "role": _SPEAKERS[name], "content": content}
 
 
@@ -266,7 +266,7 @@ def _part(i: int, part: Any) -> str:
     if not isinstance(part, dict):
         raise wrong_type(f"message {i} has a part that is {kind_of(part)}, not text")
     kind = part.get("type")
-    if kind is None:  # null and empty siblings are Parquet's
+    if kind is None:  # null and empty siblings come from Parquet
         kind = next((key for key in _MEDIA if fresh(part.get(key), True)), "text")
     if kind in _TEXT_PARTS:
         text = part.get("text")
@@ -316,11 +316,11 @@ def _tool(n: int, tool: Any, columnar: bool) -> dict[str, Any]:
 
 
 def _wrapped(value: Any, where: str, advice: str = "") -> dict[str, Any]:
-    """A function that is called or may be, as `{"type": "function", "function": {...}}`."""
+    """A called or callable function, as `{"type": "function", "function": {...}}`."""
     given = value if isinstance(value, dict) else {}
     if isinstance(given.get("function"), dict):
         kind = given.get("type") or "function"
-        wrapped = {"type": kind, **given} | {"type": kind}  # keys stay where the row has them
+        wrapped = {"type": kind, **given} | {"type": kind}  # keys stay in the row's order
     else:
         bare = {key: item for key, item in given.items() if key not in ("type", "id")}
         call_id = {"id": given["id"]} if "id" in given else {}

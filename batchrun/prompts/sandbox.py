@@ -1,9 +1,9 @@
-"""What chat templates may make: Jinja's sandbox bounds what they reach, and this what they grow.
+"""Bounds what chat templates make: Jinja's sandbox limits what they reach, this how far they grow.
 
     {% set s = s ~ s %}  {{ 'x' * 10**9 }}  {{ '%*d' % (10**9, 1) }}  {{ 3 | round(10**9, 'ceil') }}
 
-No text, list or number of a template is longer than any prompt could be, and neither is what it
-makes in the end. What takes long without growing is left to `batchrun.runner.overdue`.
+No text, list or number in a template grows longer than any prompt could be, and neither does its
+output. What takes long without growing is left to `batchrun.runner.overdue`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from batchrun.prompts.chat_source import parsed
 from batchrun.prompts.messages import PromptError
 
 _MOST = 1 << 26  # characters of a text, items of a list: more than any context holds
-# What counts for how many characters: computing with numbers takes longer than copying text.
+# Costs in characters: computing with numbers takes longer than copying text.
 _BIT = 64  # a bit of a number
 _PLACE = 1 << 16  # a decimal place
-_LINES = 1024  # a character that JSON is indented by: of lines there are about so many
+_LINES = 1024  # a character of JSON's indent: about so many lines begin with it
 _FIELD = re.compile(r"%(?:\([^)]*\))?([#0\- +*\d.]*)")
-_JOINS = ("str_join", "markup_join")  # what Jinja's code joins texts by, for `~`
+_JOINS = ("str_join", "markup_join")  # what Jinja's code joins texts with, for `~`
 
 
 def bound(source: str) -> None:
-    """Bound what a chat template makes, for all that transformers renders of it from now on.
+    """Bound what a chat template makes whenever transformers renders it from now on.
 
-    transformers compiles each template once and keeps it. What it keeps is compiled again by its
-    own environment, with the operators and functions in it that can make much of little.
+    transformers compiles each template once and keeps it. The kept one is compiled again in its own
+    environment, with checks on the operators and functions that can make much from little.
 
     Raises:
         PromptError: It can't be compiled without making too much.
-        jinja2.TemplateError: It can't be compiled, as transformers would say.
+        jinja2.TemplateError: It can't be compiled; transformers would raise the same.
     """
     check_constants(source)
     template = _compile_jinja_template(source)
@@ -60,19 +60,19 @@ def bound(source: str) -> None:
 
 
 def check_constants(source: str) -> None:
-    """Refuse a template of which Jinja computes too much as soon as it reads it.
+    """Refuse a template from which Jinja computes something too large as soon as it compiles it.
 
     Raises:
-        PromptError: It would.
+        PromptError: It is refused.
     """
     try:
         tree = parsed(source)
     except (jinja2.TemplateError, ValueError, RecursionError):  # ValueError: a number too long
         return
     for node in reversed(list(tree.find_all((nodes.BinExpr, nodes.Concat, nodes.Filter)))):
-        try:  # what is within a node was looked at before it
+        try:  # the nodes within this one have been checked already
             size = _constant_size(node)
-        except Exception:  # it is no constant, or nothing that can be computed
+        except Exception:  # it is not a constant, or can't be computed
             continue
         _check(size)
 
@@ -97,7 +97,7 @@ def _check(size: int) -> None:
 
 
 def _made(function: Callable[..., Any], size: Callable[..., int], *args: Any, **named: Any) -> Any:
-    """What a function returns; it is not called where `size` says that this would be too large."""
+    """What a function returns; it is not called if `size` says that this would be too large."""
     args = tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
     _check(size(*(arg for arg in args if not isinstance(arg, nodes.EvalContext)), **named))
     found = function(*args, **named)
@@ -106,19 +106,19 @@ def _made(function: Callable[..., Any], size: Callable[..., int], *args: Any, **
 
 
 def _add(left: Any, right: Any) -> Any:
-    found = left + right  # in every template, many times; never more than two that may be
+    found = left + right  # in every template, many times; at most two allowed texts long
     if found.__class__ is not str or len(found) > _MOST:
         _check(_length(found))
     return found
 
 
 def _call(call: Callable[..., Any], context: Any, function: Any, *args: Any, **named: Any) -> Any:
-    """A call in a template; of a text's or a number's method only if that can't grow too much."""
+    """A call in a template; methods of texts and numbers run only if they can't grow too much."""
     called = partial(call, context, function)
-    method = getattr(function, "__wrapped__", function)  # as the sandbox has `format`
+    method = getattr(function, "__wrapped__", function)  # the sandbox wraps `format`
     owner, size = getattr(method, "__self__", None), _METHODS.get(getattr(method, "__name__", ""))
     if size is not None and isinstance(owner, str | bytes | int):
-        for name in ("_loop_vars", "_block_vars"):  # Jinja's own, for what takes a context
+        for name in ("_loop_vars", "_block_vars"):  # Jinja's own, for functions with a context
             named.pop(name, None)
         if args or named:
             return _made(called, partial(size, owner), *args, **named)
@@ -128,7 +128,7 @@ def _call(call: Callable[..., Any], context: Any, function: Any, *args: Any, **n
 
 
 def _concat(parts: Iterable[str]) -> str:
-    """What a template, or a part of it, made."""
+    """The output of a template, or of a part of it."""
     size, kept = 0, []
     for part in parts:
         size += len(part)
@@ -138,7 +138,7 @@ def _concat(parts: Iterable[str]) -> str:
     return "".join(kept)
 
 
-# --- how much an operator, a filter, a method would make at most ---
+# --- upper bounds on what an operator, a filter or a method would make ---
 
 
 def _nothing(*_: Any, **__: Any) -> int:
@@ -189,11 +189,11 @@ def _formatted(text: Any, *values: Any, **named: Any) -> int:
         parts = string.Formatter().parse(text)
         return _filled([spec for _, _, spec, _ in parts if spec is not None], (*values, named))
     except (TypeError, ValueError):
-        return 0  # `format` says so itself
+        return 0  # `format` will raise the error itself
 
 
 def _filled(fields: list[str], values: Iterable[Any]) -> int:
-    """Fields of a format: their numbers, those that values give for `*` and `{}`, and values."""
+    """The size of a format's fields: their numbers, those that `*` and `{}` take, and values."""
     flat = [w for v in values for w in (v.values() if isinstance(v, dict) else (v,))]
     numbers = sum(int(number) for field in fields for number in re.findall(r"\d+", field))
     given = sum(field.count("*") + field.count("{") for field in fields)
@@ -229,7 +229,7 @@ def _as_json(_: Any, *args: Any, **named: Any) -> int:
 
 
 def _indent(*args: Any, **named: Any) -> int:
-    """What a line begins with: so many spaces, or a text."""
+    """The length of a line's indent: a number of spaces, or a text."""
     return max(_widest(None, *args, **named), _longest((*args, *named.values())))
 
 

@@ -12,34 +12,34 @@ _HELP = "write {column} for a column, {{ and }} for literal braces"
 
 
 class Template:
-    """A template, read once. What a row puts into it is never read as a template again.
+    """A template, parsed once. A row's values are never parsed as templates.
 
-    The name of a field is everything between its braces. Outside of fields `{{` and `}}` stand for
-    literal braces; inside, a pair of them stands for braces of the name: `{a{{b}}}` is the column
+    The name of a field is everything between its braces. Outside fields, `{{` and `}}` stand for
+    literal braces; inside, a pair of them stands for braces in the name: `{a{{b}}}` is the column
     `a{b}`.
 
     Args:
-        text: Such as `Summarise: {text}`.
+        text: Text such as `Summarise: {text}`.
 
     Attributes:
         columns: The names of its fields, each once, in order.
 
     Raises:
-        ValueError: A brace is neither of a field nor doubled, or there is no field.
+        ValueError: A brace is neither part of a field nor doubled, or there is no field.
     """
 
     def __init__(self, text: str) -> None:
-        self._parts = _split(text)  # literal text and names of columns, in turns
+        self._parts = _split(text)  # alternately literal text and names of columns
         self.columns = list(dict.fromkeys(self._parts[1::2]))
         if not self.columns:
-            raise ValueError(f"the template {text!r} names no column; write for example {{text}}")
+            raise ValueError(f"the template {text!r} names no column; write, for example, {{text}}")
 
     def fill(self, values: Mapping[str, Any], plain: Callable[[Any], Any]) -> str:
         """The template with a row's values in it.
 
         Args:
             values: By column, none of them None.
-            plain: Makes what JSON can hold of any other value.
+            plain: Converts any other value to one that JSON can hold.
         """
         parts = list(self._parts)
         parts[1::2] = [_text(values[name], plain) for name in parts[1::2]]
@@ -47,12 +47,12 @@ class Template:
 
 
 def looks_like_json(name: str) -> bool:
-    """Whether what stands between braces is more likely JSON than the name of a column."""
+    """Whether the text between braces is more likely JSON than the name of a column."""
     return not name.strip() or any(sign in name for sign in '":\n')
 
 
 def _split(text: str) -> list[str]:
-    """Literal text and names in turns, beginning and ending with literal text."""
+    """Alternately literal text and names, beginning and ending with literal text."""
     parts = [""]
     opened = at = depth = 0  # where the field began; how many `{{` of its name are open
     while brace := _BRACES.search(text, at):
@@ -63,7 +63,7 @@ def _split(text: str) -> list[str]:
             if not parts[-1]:
                 raise ValueError(f"template field {{}} at character {opened}: {_HELP}")
             parts.append("")
-            at = number  # what follows is not of the field
+            at = number  # what follows is not part of the field
         elif len(sign) == 2:
             parts[-1] += sign[0]
             depth += (1 if sign == "{{" else -1) * inside
@@ -82,7 +82,7 @@ def _split(text: str) -> list[str]:
 
 
 def _short(name: str) -> str:
-    """On one line of a message."""
+    """A name, shortened to one line."""
     name = " ".join(name.split())
     return name if len(name) <= 40 else f"{name[:37]}..."
 

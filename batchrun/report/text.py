@@ -1,8 +1,8 @@
 """`batchrun stats` as text: where the rows, the time and the memory went.
 
-Every figure was measured while the job ran. Two need a word, which the report says too: the time
-of a step that mixes prefill and decode is split by token count, and "static" and "paged" are what
-those two ways of allocating would have held for the very same sequences at the same moments.
+Figures are measured while the job runs. Two need explaining, in the report as well: the time of a
+step that mixes prefill and decode is split by token count; "static" and "paged" are what those two
+ways of allocating would have held for the very same sequences at the same moments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from batchrun.terminal import printable
 
 Cells = tuple[str, ...]
 
-# Lines with the figures in their places; one with a ? is left out where all of its figures are 0.
+# Lines with placeholders for figures; a line with a ? is left out if all of its figures are 0.
 _TOKENS = """\
 tokens       {tokens.prompt} prompt, {tokens.completion} completion
 computed     {tokens.prefilled} prefilled, {tokens.decoded} decoded, \
@@ -52,7 +52,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """Formats what `batchrun.jobs.stats.summarise` returns, for a terminal of 80 columns or more.
+    """Format the result of `batchrun.jobs.stats.summarise` for a terminal of 80 columns or more.
 
     Raises:
         KeyError: `summary` lacks a figure of its documented schema.
@@ -91,7 +91,7 @@ def _rows(summary: Mapping[str, Any]) -> str:
 
 
 def _figures(summary: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """All figures by the keys of metrics."""
+    """All figures by metric key."""
     for name, value in summary.items():
         if isinstance(value, Mapping):
             yield from _figures(value, f"{section}{name}.")
@@ -100,7 +100,7 @@ def _figures(summary: Mapping[str, Any], section: str = "") -> Iterator[tuple[st
 
 
 def _filled(template: str, figures: Mapping[str, Any]) -> str:
-    """Lines of a template; `{part/whole}` is a share in parentheses."""
+    """Fill in a template's lines; `{part/whole}` becomes a share in parentheses."""
     lines = []
     for line in template.splitlines():
         if "?" not in line or any(figures[key] for key, whole in _FIGURE.findall(line)):
@@ -118,12 +118,12 @@ def _written(figures: Mapping[str, Any], key: str, whole: str | None) -> str:
 
 
 def _others(*sections: str) -> str:
-    """Lines of a template for figures with a label, of sections that are sentences otherwise."""
+    """Template lines for labelled figures of sections that consist of sentences otherwise."""
     return "".join(f"\n           ? {{{key}}} {label}" for key, label in _labels(*sections))
 
 
 def _labels(*sections: str) -> list[tuple[str, str]]:
-    """Keys and labels of the figures of sections that have a line of their own."""
+    """Keys and labels of the figures in `sections` that have a line of their own."""
     return [(m.key, m.label) for m in METRICS if m.label and m.key.rpartition(".")[0] in sections]
 
 

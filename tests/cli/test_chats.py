@@ -51,7 +51,7 @@ def test_sharegpt_with_tools_and_a_begun_answer(qwen: CommandLine, name: str) ->
     source = write(qwen, name, rows)
     shown = qwen.submit(source, *SHORT, "-o", "out.jsonl")
     assert shown.code == 3
-    assert shown.err.count("given to the chat template from columns: tools") == 1
+    assert shown.err.count("passed to the chat template from columns: tools") == 1
     assert "continued" in "".join(p.read_text() for p in qwen.home.rglob("log.jsonl"))
     got = qwen.read("out.jsonl")
     assert "message 1 is from 'bat'" in got[2]["error"]

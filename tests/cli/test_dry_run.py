@@ -168,7 +168,7 @@ def test_rows_of_which_none_makes_a_prompt(batchrun: CommandLine) -> None:
     dry = batchrun.submit(source, "--dry-run")
     assert (dry.code, FINE in dry.out) == (1, False)
     assert dry.error == (
-        "not one of the first 20 rows can be computed; row 0: the prompt is null, not text"
+        "none of the first 20 rows can be computed; row 0: the prompt is null, not text"
     )
     assert batchrun.submit(source, "--dry-run", "--skip-empty").code == 0
 

@@ -50,7 +50,7 @@ def test_what_the_model_asks_for_and_does_not_get_is_said_once(own: CommandLine)
 def test_a_token_that_only_the_tokenizer_has_is_a_rows_error(own: CommandLine) -> None:
     source = own.write("in.jsonl", ["fine", "a <two> b", "fine too"])
     size = len(byte_vocabulary())
-    says = f"the prompt has the token '<two>' ({size + 1}), and the model's vocabulary has {size}"
+    says = f"the prompt has the token '<two>' ({size + 1}), but the model's vocabulary has {size}"
     dry = own.submit(source, "-o", "out.jsonl", "--dry-run")
     assert f"1 of the first 3 rows will fail; row 1: {says}" in dry.err
     planned = own("plan", source, "--model", own.model, "--json").json

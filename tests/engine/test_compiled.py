@@ -144,7 +144,7 @@ def test_a_name_in_tmp_that_somebody_else_took_first_is_not_used(place, monkeypa
     os.chown(taken, OTHER, OTHER)
     lines = []
     compiled.guard_caches(lines.append)
-    assert lines == [f"{taken} belongs to user {OTHER}: what is compiled is not kept there"]
+    assert lines == [f"{taken} belongs to user {OTHER}: compiled code is not kept there"]
     used = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert who_else(used) is None
     assert used.stat().st_mode & 0o777 == 0o700

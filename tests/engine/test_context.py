@@ -131,7 +131,7 @@ def dynamic() -> tf.LlamaConfig:
 def test_dynamic_rope_ends_where_a_long_row_would_change_the_others() -> None:
     limit, notes = context_length(dynamic(), None)
     assert limit == 64
-    assert "64 of 256 tokens: dynamic rope changes" in notes[0]
+    assert "64 of 256 tokens: beyond that, dynamic RoPE" in notes[0]
     with pytest.raises(ModelError, match=r"than the 64 tokens .*\(context limited to 64 of 256"):
         context_length(dynamic(), 100)
 

@@ -260,7 +260,7 @@ def test_a_piece_that_no_way_of_writing_avoids_is_the_rows_error() -> None:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = finished(backend, template="{{ messages[0].content }}")
     builder = PromptBuilder(tokenizer, chat=True)
-    with pytest.raises(PromptError, match="has <end>, which this tokenizer has only as") as caught:
+    with pytest.raises(PromptError, match="this tokenizer can encode only as") as caught:
         builder({"prompt": "x <end> x"})
     assert caught.value.kind == "control_tokens"
     assert builder({"prompt": "x y x"}) == (2, 0, 2)

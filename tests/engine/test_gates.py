@@ -171,7 +171,7 @@ def test_an_engine_whose_logits_are_no_numbers_is_refused() -> None:
     loaded = prepare(build("llama"))
     with rig(loaded) as r:
         r.executor.backend = _Broken()
-        with pytest.raises(ModelError, match="not finite, and its own are"):
+        with pytest.raises(ModelError, match="not finite, but its own are"):
             gates.verify(loaded, r.executor, r.arena, 64)
 
 

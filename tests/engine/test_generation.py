@@ -137,7 +137,7 @@ def test_a_token_that_only_the_tokenizer_has_is_a_rows_error(tokenizer: Any) -> 
     size = len(byte_vocabulary())
     encode = within_vocabulary(lambda fields: fields["ids"], tokenizer, size)
     assert encode({"ids": (0, size - 1)}) == (0, size - 1)
-    says = rf"the prompt has the token '<plain>' \({size}\), and the model's vocabulary has {size}"
+    says = rf"the prompt has the token '<plain>' \({size}\), but the model's vocabulary has {size}"
     with pytest.raises(PromptError, match=says) as caught:
         encode({"ids": (5, size, 6)})
     assert caught.value.kind == "unknown_token"

@@ -1,4 +1,4 @@
-"""Native code for CPUs: compiled where it runs; without it the engine is only slower."""
+"""Native code for CPUs, compiled on the machine that runs it; without it the engine is slower."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batchrun.machine import cpu_features
 
 
 class Level(IntEnum):
-    """What multiplies bfloat16: as in common.h."""
+    """The instructions that multiply bfloat16; numbered as in common.h."""
 
     NOTHING = 0
     VECTORS = 1  # AVX512-BF16
@@ -19,7 +19,7 @@ class Level(IntEnum):
 
 @cache
 def level() -> Level:
-    """The best that this process may use."""
+    """The best level this process may use."""
     features = set(cpu_features().split())
     if not {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"} <= features:
         return Level.NOTHING

@@ -1,9 +1,8 @@
-"""Attends on a CPU by kernels of our own: attention_bf16.cpp, and attention.cpp where that can't.
+"""Attention on a CPU by our own kernels: attention_bf16.cpp, or attention.cpp where that can't run.
 
-SDPA is called once a sequence, where waking the kernel costs more than reading the keys. The
-libraries take all sequences in one call. They need neither torch's headers nor an OpenMP of their
-own: they compute on the threads that torch has, whose OpenMP is in the process before they are
-loaded.
+SDPA is called once per sequence, and each call costs more than reading the keys. The libraries
+take all sequences in one call. They need neither torch's headers nor their own OpenMP: they run on
+torch's threads, and torch has loaded its OpenMP before they are loaded.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _FUNCTIONS = {
 
 
 def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
-    """See `attention.unsupported_reason`. A compiler takes some seconds: having to is no reason."""
+    """See `attention.unsupported_reason`. Compiling takes seconds, so it is never a reason."""
     if geometry.device.type != "cpu":
         return "it computes on a CPU"
     if geometry.dtype not in _FUNCTIONS:
@@ -56,13 +55,13 @@ def make(
     name: str = "native",
     level: Level = Level.TILES,
 ) -> AttentionBackend:
-    """See `attention.create`; compiles at first use, and keeps the result in the user's cache.
+    """See `attention.create`. Compiles on first use and keeps the result in the user's cache.
 
-    At most what `level` says multiplies bfloat16.
+    `level` is the highest level of instructions to use for bfloat16.
     """
     level = min(level, cpu.level()) if geometry.dtype == torch.bfloat16 else Level.NOTHING
     if level:
-        with suppress(CompileError):  # by a compiler that is older than the CPU
+        with suppress(CompileError):  # the compiler may be older than the CPU
             library = compiled.load(SOURCE_BF16, log, [Call])
             return NativeBF16(library.batchrun_attend, level, library.batchrun_part())
     try:
@@ -102,7 +101,7 @@ class Call(ctypes.Structure):
         by: Callable[..., object],
         new: KV | None = None,
     ) -> torch.Tensor:
-        """Have a library's function attend for the batch, whose queries are the first ones."""
+        """Attend for the batch by a library's function; the batch's queries come first."""
         if query.stride(2) != 1:
             query = query.contiguous()
         sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
@@ -133,7 +132,7 @@ def _call(
     shared: SharedParts | None = None,
     level: Level = Level.NOTHING,
 ) -> Call:
-    """What the calls of a step have in common. The arrays must outlive it."""
+    """A `Call` with the fields that all layers of a step share. The arrays must outlive it."""
     call = Call(n=len(batch), threads=torch.get_num_threads(), level=level)
     call.slots, call.ends = batch.slots.ctypes.data, batch.ends.ctypes.data
     if starts is not None:
@@ -146,14 +145,14 @@ def _call(
 
 
 class NativeBF16(AttentionBackend):
-    """One call for a step. What a query gets depends on its own sequence alone, bit for bit.
+    """One call per step. A query's result depends on its own sequence alone, bit for bit.
 
-    What sequences of a step share of each other's tokens is read once for all of them.
+    Tokens that several sequences of a step share are read once for all of them.
 
     Args:
         attend: The library's function, which takes a pointer to a `Call`.
-        level: What is to multiply.
-        part: Tokens whose attention is a sum of its own.
+        level: The instructions to multiply with.
+        part: Tokens in a part, the unit of sharing; each part has its own softmax.
     """
 
     name = "native"
@@ -183,7 +182,7 @@ class NativeBF16(AttentionBackend):
 class Native(AttentionBackend):
     """One call for all decodes of a step, which reads each key and each value once.
 
-    Longer segments are SDPA's.
+    SDPA computes longer segments.
 
     Args:
         decode: One of the library's functions, which takes a pointer to a `Call`.

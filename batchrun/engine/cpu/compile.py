@@ -1,10 +1,10 @@
-"""Compiles C++ for the CPU it will run on, at first use, and keeps the library in the user's cache.
+"""Compiles C++ for this CPU on first use, and keeps the library in the user's cache.
 
-A library runs as the user: it is loaded only from where nobody else could have put it. Where others
-can write the cache, it is compiled for this process alone, in a folder of its own.
+A library runs with the user's rights, so it is loaded only from where nobody else could have put
+it. If others can write to the cache, it is compiled into a folder of this process alone.
 
-The sources need neither torch's headers nor an OpenMP of their own: they compute on the threads
-that torch has, whose OpenMP is in the process before a library is loaded.
+The sources need neither torch's headers nor their own OpenMP: they run on torch's threads, and
+torch has loaded its OpenMP before a library is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FLAGS = (
 
 
 class CompileError(Exception):
-    """A source can't be compiled here; says why in one line."""
+    """A source can't be compiled here; the message says why in one line."""
 
 
 def load(
@@ -45,15 +45,15 @@ def load(
     log: Callable[[str], None] = lambda line: None,
     structs: Iterable[type[ctypes.Structure]] = (),
 ) -> ctypes.CDLL:
-    """The library of a source; one that a full disk or a crash has damaged is compiled again.
+    """Load a source's library; one damaged by a full disk or a crash is compiled again.
 
     Args:
         source: C++, which may include the headers beside it.
-        log: Told, in a line, that it has to be compiled.
-        structs: What is handed over; the source has to know the same sizes.
+        log: Called with a line if the source has to be compiled.
+        structs: Passed to the library; their sizes must match the source's.
 
     Raises:
-        CompileError: There is no compiler, it fails, or there is no place to keep it.
+        CompileError: There is no compiler, it fails, or there is nowhere to keep the library.
     """
     try:
         path = build(source, log)
@@ -75,7 +75,7 @@ def load(
 
 
 def build(source: Path, log: Callable[[str], None] = lambda line: None) -> Path:
-    """The shared library for this source, torch and CPU, compiled unless it is there.
+    """The shared library for this source, torch and CPU; compiled if it is not in the cache.
 
     Raises:
         OSError: There is no compiler, or the cache can't be written.
@@ -91,7 +91,7 @@ def build(source: Path, log: Callable[[str], None] = lambda line: None) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _is_ours(path):
             return path
-        log(f"compiling {source.name} for this CPU, once: takes some seconds")
+        log(f"compiling {source.name} for this CPU (once, takes a few seconds)")
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             _compile(compiler, source, made)
@@ -101,13 +101,13 @@ def build(source: Path, log: Callable[[str], None] = lambda line: None) -> Path:
 
 
 def guard_caches(log: Callable[[str], None] = lambda line: None) -> None:
-    """Have libraries that keep compiled code keep it where nobody else can write.
+    """Make libraries that cache compiled code keep it where nobody else can write.
 
-    Call it before they are loaded. A folder that the user has named for one stays.
+    Call this before they are loaded. A folder that the user has set for one stays.
     """
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # no entry in /etc/passwd: as torch names it
+    except (KeyError, OSError):  # no entry in /etc/passwd: torch uses this name
         user = f"uid_{os.getuid()}"
     name, home = re.sub(r'[\\/:*?"<>|]', "_", user), Path(os.path.expanduser("~"))
     for variable, folder in (
@@ -117,14 +117,14 @@ def guard_caches(log: Callable[[str], None] = lambda line: None) -> None:
     ):
         if variable in os.environ or not folder.is_absolute():
             continue
-        with suppress(OSError):  # it can't be made: the library says so, if it needs it
+        with suppress(OSError):  # it can't be made: the library will say so if it needs it
             if why := _why_not(folder):
-                log(f"{why}: what is compiled is not kept there")
+                log(f"{why}: compiled code is not kept there")
                 os.environ[variable] = str(_of_this_process())
 
 
 def _folder(log: Callable[[str], None]) -> Path:
-    """Where libraries are kept, without links on the way."""
+    """The folder where libraries are kept, with links resolved."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(root):  # neither HOME nor an entry in /etc/passwd
         raise OSError("there is no home folder: set HOME or XDG_CACHE_HOME")
@@ -132,12 +132,12 @@ def _folder(log: Callable[[str], None]) -> Path:
     why = _why_not(folder)
     if why is None:
         return folder
-    log(f"{why}: what is compiled is not kept there (chmod go-w, or set XDG_CACHE_HOME)")
+    log(f"{why}: compiled code is not kept there (chmod go-w, or set XDG_CACHE_HOME)")
     return _of_this_process()
 
 
 def _why_not(folder: Path) -> str | None:
-    """Why a folder can't be relied on, which is made if it isn't there."""
+    """Why a folder can't be trusted; None if it can. Creates it if it is missing."""
     folder.mkdir(0o700, parents=True, exist_ok=True)
     return who_else(Path(os.path.realpath(folder)))
 
@@ -147,7 +147,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _of_this_process() -> Path:
-    """A folder that goes with the process.
+    """A temporary folder that is removed when the process ends.
 
     Raises:
         OSError: Others could write there too.
@@ -155,7 +155,7 @@ def _of_this_process() -> Path:
     folder = Path(os.path.realpath(_temporary().name))
     if why := who_else(folder):
         raise OSError(
-            f"there is no place for compiled code: {why}; set TMPDIR to a folder of yours"
+            f"there is no safe place for compiled code: {why}; set TMPDIR to a folder of your own"
         )
     return folder
 
@@ -176,7 +176,7 @@ def _compile(compiler: str, source: Path, to: Path) -> None:
 
 
 def _key(source: Path) -> str:
-    """What a library depends on: source, headers, flags, torch, and what the CPU can do."""
+    """A hash of what a library depends on: source, headers, flags, torch and CPU features."""
     files = [source, *sorted(source.parent.glob("*.h"))]
     texts = [file.read_text(encoding="utf-8") for file in files]
     parts = [*texts, *_FLAGS, torch.__version__, cpu_features()]
@@ -184,6 +184,6 @@ def _key(source: Path) -> str:
 
 
 def _told(error: OSError | subprocess.SubprocessError) -> str:
-    """The error's first line that says something."""
+    """The first informative line of an error."""
     lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
     return next((line for line in lines if "error" in line), lines[0] if lines else repr(error))

@@ -1,11 +1,10 @@
-"""Decoder layers and linear layers in bfloat16 by native code of our own, layers.cpp.
+"""Decoder layers and linear layers in bfloat16 by our own native code, layers.cpp.
 
-A layer is two calls with attention between them, in place of some thirty operators: norm,
-projections and rotation; then output projection, norm, gated MLP and both residual sums. Weights
-are packed once, in the order in which the tiles of AMX read them; AVX512-BF16 reads the same.
+Two calls with attention between them replace some thirty operators: norm, projections and rotary
+embedding; then output projection, norm, gated MLP and both residual sums. Weights are packed once,
+in the order in which AMX tiles read them; AVX512-BF16 reads the same order.
 
-Each row's numbers depend on that row alone: neither the batch nor the number of threads changes
-them.
+Each row's result depends on that row alone, not on the batch or the number of threads.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
     from batchrun.engine.attention import QKV, LayerAttention
 
 _SOURCE = Path(__file__).with_name("layers.cpp")
-_COLUMNS = 32  # of a panel
+_COLUMNS = 32  # per panel
 
 
 @cache
 def unsupported_reason() -> str | None:
-    """Why this machine can't run it; None where it can. Compiles it at the first call."""
+    """Why this machine can't run the library; None if it can. Compiles it on the first call."""
     if not cpu.level():
         return "the CPU has no AVX512-BF16"
     try:
@@ -66,7 +65,7 @@ _SIZES = tuple((name, ctypes.c_int64) for name in ("rows", "threads", "level"))
 
 
 class Linear(ctypes.Structure):
-    """As in layers.cpp."""
+    """The struct of that name in layers.cpp."""
 
     _fields_ = (
         ("weight", _Matrix),
@@ -76,7 +75,7 @@ class Linear(ctypes.Structure):
 
 
 class Project(ctypes.Structure):
-    """As in layers.cpp."""
+    """The struct of that name in layers.cpp."""
 
     _fields_ = (
         ("weight", _Matrix),
@@ -91,7 +90,7 @@ class Project(ctypes.Structure):
 
 
 class Finish(ctypes.Structure):
-    """As in layers.cpp."""
+    """The struct of that name in layers.cpp."""
 
     _fields_ = (
         *((name, _Matrix) for name in ("output", "gate_up", "down")),
@@ -103,12 +102,12 @@ class Finish(ctypes.Structure):
 
 
 class PackedWeight:
-    """A weight `[n, k]` as panels, and its bias.
+    """A weight `[n, k]` packed into panels, with its bias.
 
     Args:
-        weight: bfloat16 `[n, k]`, k a multiple of 32; or int8.
-        scales: Of int8 weights, float32 `[n]`.
-        bias: `[n]`, or none.
+        weight: `[n, k]` in bfloat16 or int8, k a multiple of 32.
+        scales: Scales of int8 weights, float32 `[n]`; None for bfloat16.
+        bias: `[n]`, or None.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class PackedWeight:
         self._scales = vectors[0]
 
     def unpack(self) -> torch.Tensor:
-        """`[n, k]` again, in bfloat16."""
+        """The weight `[n, k]` again, in bfloat16."""
         rows = self._panels.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.k)
         if self._scales is not None:
             rows = (rows * self._scales[:, None]).bfloat16()
@@ -144,10 +143,10 @@ def fits(linear: object) -> bool:
 
 
 class NativeLinear(nn.Module):
-    """A linear layer.
+    """A linear layer in native code.
 
     Args:
-        linear: One that `fits`.
+        linear: A layer that `fits`.
     """
 
     def __init__(self, linear: nn.Linear | Int8Linear) -> None:
@@ -159,7 +158,7 @@ class NativeLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """`[out, in]`, unpacked for whoever asks."""
+        """`[out, in]`, unpacked at each access."""
         return self.packed.unpack()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -188,15 +187,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class NativeLayer(nn.Module):
-    """A pre-norm decoder layer: grouped-query attention with rotary positions, SiLU-gated MLP.
+    """A pre-norm decoder layer: grouped-query attention with rotary embeddings, SiLU-gated MLP.
 
     Args:
-        layer: With the modules that Llama's has; Qwen's biases and norms of heads may be there.
-        index: Its number.
-        attention: What it asks of attention.
+        layer: A layer with Llama's modules; Qwen's biases and per-head norms are allowed.
+        index: The layer's index.
+        attention: What the layer asks of attention.
 
     Raises:
-        ValueError: It is no such layer, as far as its modules tell. That it computes the same is
+        ValueError: Its modules are not those of such a layer. Whether both compute the same is
             for the caller to check.
     """
 
@@ -238,7 +237,7 @@ class NativeLayer(nn.Module):
     def compute(
         self, x: torch.Tensor, frame: _Frame, step: Step | None, result: torch.Tensor
     ) -> None:
-        """The layer of `x` into `result`, another tensor of its shape."""
+        """Compute the layer of `x` into `result`, a separate tensor of the same shape."""
         call, last = self._project, self._finish
         call.x, last.x, last.out = x.data_ptr(), x.data_ptr(), result.data_ptr()
         call.out, call.cos, call.sin, call.rotary = frame.addresses
@@ -255,7 +254,7 @@ class NativeLayer(nn.Module):
 
 
 class _Frame:
-    """What the layers of one step share: positions, and memory for one layer's projections."""
+    """What a step's layers share: cosines and sines, and memory for one layer's projections."""
 
     def __init__(
         self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], layer: NativeLayer
@@ -269,10 +268,10 @@ class _Frame:
 
 
 class NativeStack(nn.Module):
-    """All layers of a model as one.
+    """All decoder layers of a model as one module.
 
     Args:
-        layers: They have heads of the same shape.
+        layers: The layers, whose heads have the same shape.
     """
 
     def __init__(self, layers: Sequence[NativeLayer]) -> None:
@@ -292,12 +291,12 @@ def _through(
     past_key_values: object = None,
     **_: Any,
 ) -> torch.Tensor:
-    """One layer after the other: `[1, T, n]` to the same, with cosines and sines `[1, T, rotary]`.
+    """Run the layers in order on `[1, T, n]`; cosines and sines are `[1, T, rotary]`.
 
-    Without a step the tokens are one sequence, from its begin on.
+    Outside a step, the tokens are one sequence from its start.
     """
     if past_key_values is not None:
-        raise ValueError("native layers have no cache but the step's slots")
+        raise ValueError("native layers take no cache other than the step's slots")
     x = hidden_states.contiguous()
     step, frame = current_step(), _Frame(x, position_embeddings, layers[0])
     result, other = x.new_empty(2, *x.shape)
@@ -308,10 +307,10 @@ def _through(
 
 
 class RotaryTable(nn.Module):
-    """Cosines and sines of all positions so far, in place of computing a step's anew.
+    """Cosines and sines of all positions so far, so that no step computes them again.
 
     Args:
-        rotary: A rotary embedding whose frequencies depend on nothing.
+        rotary: A rotary embedding with fixed frequencies.
     """
 
     def __init__(self, rotary: nn.Module) -> None:
@@ -322,7 +321,7 @@ class RotaryTable(nn.Module):
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For positions `[1, T]`, both `[1, T, rotary]` of the dtype of `x`."""
+        """Cosines and sines for positions `[1, T]`: each `[1, T, rotary]` in the dtype of `x`."""
         needed = int(position_ids.max()) + 1
         if not self._tables or len(self._tables[0]) < needed or self._tables[0].dtype != x.dtype:
             positions = torch.arange(max(1024, 1 << (needed - 1).bit_length()))[None]
@@ -332,7 +331,7 @@ class RotaryTable(nn.Module):
 
 
 class _Parts:
-    """The modules of a layer that is built as Llama's is."""
+    """The modules of a layer that is built like Llama's."""
 
     def __init__(self, layer: nn.Module) -> None:
         from transformers.activations import ACT2FN  # noqa: PLC0415 - torch is enough elsewhere
@@ -370,12 +369,12 @@ class _Parts:
             or len(eps) != 1
             or len(self.head_norms) == 1
         ):
-            raise ValueError("it is not built as Llama's layers are")
+            raise ValueError("it is not built like Llama's layers")
         self.eps = eps.pop()
 
 
 def _packed(linears: Sequence[nn.Linear | Int8Linear], *, interleave: bool = False) -> PackedWeight:
-    """Linear layers with one input as one weight: rows one behind the other, or 16 in turn."""
+    """Pack linear layers with the same input into one weight: rows in order, or 16 in turn."""
 
     def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if interleave:
@@ -389,7 +388,7 @@ def _packed(linears: Sequence[nn.Linear | Int8Linear], *, interleave: bool = Fal
 
 
 def _causal(layer: LayerAttention, parts: QKV) -> torch.Tensor:
-    """Attention among the tokens of one sequence, as transformers' eager one."""
+    """Attention within one sequence, like transformers' eager attention."""
     q, k, v = (t.transpose(0, 1).float() for t in parts)
     rows, group = q.shape[1], len(q) // len(k)
     scores = q @ k.repeat_interleave(group, 0).mT * layer.scale

@@ -1,8 +1,8 @@
-"""What sampling computes over whole vocabularies on a CPU, by sampling.cpp.
+"""Sampling over whole vocabularies on a CPU, by sampling.cpp.
 
-A token's weight is a whole number, so that sums are exact and a row's draw depends on nothing but
-its logits, its parameters and its number. Without a compiler numpy computes the same weights and
-draws the same tokens, some twenty times slower.
+A token's weight is an integer, so sums are exact and a row's draw depends only on its logits, its
+parameters and its random number. Without a compiler, numpy computes the same weights and draws the
+same tokens, about twenty times slower.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 _SOURCE = Path(__file__).with_name("sampling.cpp")
-_BITS = 44  # the highest logit's weight is 2^44, one 30.5 lower has none
+_BITS = 44  # the highest logit weighs 2^44; one that is more than 30.5 lower weighs 0
 _LOWEST = np.float32(-30.5)
 _TERMS = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
 
@@ -42,13 +42,13 @@ def library() -> ctypes.CDLL | None:
 def draw(
     logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]
 ) -> torch.Tensor:
-    """Draw from each row of `[N, V]` by inverting its distribution at a number in [0, 1).
+    """Draw a token from each row of `[N, V]`, inverting its distribution at a number in [0, 1).
 
-    Its logits are divided by the temperature and filtered by top-k, top-p and min-p, in this order.
-    A row whose temperature is so low that float32 does not reach gets the most likely token.
+    Logits are divided by the temperature, then filtered by top-k, top-p and min-p, in this order.
+    If the temperature is so low that float32 overflows, a row gets its most likely token.
 
     Returns:
-        `[N]` int64, -1 where a logit is NaN or infinity, or none is finite.
+        `[N]` int64; -1 if a logit is NaN or +inf, or none is finite.
     """
     logits = _readable(logits)
     columns = np.array(
@@ -67,12 +67,12 @@ def draw(
 
 
 def most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """The first of the highest of each row, `[N, V]` to `[N]` int64.
+    """The first of the highest logits of each row, `[N, V]` to `[N]` int64.
 
-    It is -1 where the highest is infinite, or one is NaN.
+    It is -1 if the highest is infinite or any logit is NaN.
     """
     native = library() if logits.dtype == torch.bfloat16 else None
-    if native is None or not hasattr(native, "batchrun_argmax"):  # which takes AVX-512
+    if native is None or not hasattr(native, "batchrun_argmax"):  # it needs AVX-512
         highest, tokens = logits.max(dim=-1)  # argmax takes four times as long
         return torch.where(highest.isfinite(), tokens, -1)
     logits = logits.contiguous()
@@ -83,7 +83,7 @@ def most_likely(logits: torch.Tensor) -> torch.Tensor:
 
 
 def logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """The logarithm of the sum of exponentials of each row, `[N, V]` to `[N]` float32."""
+    """Log-sum-exp of each row, `[N, V]` to `[N]` float32."""
     native = library()
     if native is None:
         return logits.float().logsumexp(dim=-1)
@@ -102,15 +102,15 @@ def penalise(
     counts: torch.Tensor,
     prompt: torch.Tensor,
 ) -> bool:
-    """Apply penalties to some rows of float32 `[N, V]`, in place; False where it can't be compiled.
+    """Penalise some rows of float32 `[N, V]` in place; False if native code can't.
 
     Args:
-        logits: Of all rows, contiguous.
-        rows: `[M]`, those to penalise.
-        slots: `[M]`, theirs.
+        logits: All rows; native code needs them contiguous.
+        rows: `[M]`, the rows to penalise.
+        slots: `[M]`, their slots in `counts` and `prompt`.
         penalties: `[3, M]` float32: repetition, presence, frequency.
         counts: `[num_slots, V]` int32, how often each token is in the output.
-        prompt: `[num_slots, V]` bool, whether it is in the prompt.
+        prompt: `[num_slots, V]` bool, whether each token is in the prompt.
     """
     native = library()
     if native is None or not logits.is_contiguous():
@@ -122,9 +122,9 @@ def penalise(
 
 
 def weights(logits: torch.Tensor, params: SamplingParams) -> Ints:
-    """What each token of `[V]` weighs, an int64 in proportion to its probability.
+    """The weight of each token of `[V]`, an int64 in proportion to its probability.
 
-    Nothing weighs anything where a logit is NaN or infinity, or none is finite.
+    All weights are 0 if a logit is NaN or +inf, or none is finite.
     """
     with np.errstate(all="ignore"):
         own: Floats = np.asarray(logits.float().numpy(), np.float32)
@@ -151,7 +151,7 @@ def weights(logits: torch.Tensor, params: SamplingParams) -> Ints:
 
 
 def _weights(x: Floats) -> Ints:
-    """Whole numbers in proportion to exp(x), for x <= 0: sampling.cpp's, to the bit."""
+    """Integers in proportion to exp(x), for x <= 0; bit for bit those of sampling.cpp."""
     power = np.fmax(x, np.float32(-40)) * np.float32(1.44269504)
     whole = np.rint(power)
     part = power - whole
@@ -180,7 +180,7 @@ def _readable(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(logits: torch.Tensor) -> tuple[object, ...]:
-    """Where logits are, whether they are bfloat16, and their shape."""
+    """The logits as native arguments: address, whether they are bfloat16, and shape."""
     return _at(logits), logits.dtype == torch.bfloat16, *map(ctypes.c_int64, logits.shape)
 
 

@@ -1,7 +1,7 @@
-"""Models whose own code does not ask transformers' attention interface, made to ask our hook.
+"""Adapts models whose own code bypasses transformers' attention interface, to call our hook.
 
-Each adapter replaces the one method that attends, and leaves weights, projections and rotary
-embeddings to the model. Outside of a step the model computes as it was.
+Adapters change only the method that attends, or its arguments; weights, projections and rotary
+embeddings stay the model's. Outside a step the model computes as before.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def adapt(model: PreTrainedModel) -> None:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether a model's layers compute by what they do not hold themselves: none can be a graph."""
+    """Whether a model has adapters: its layers then use outside state and can't be graphs."""
     return hasattr(model, _ADAPTED)
 
 
 def _attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
 ) -> torch.Tensor:
-    """Our hook on `[1, H, T, D]`, to the same shape."""
+    """Call our hook on `[1, H, T, D]`; returns the same shape."""
     query, key = query.to(value.dtype), key.to(value.dtype)
     return hook(module, query, key, value, None, **options)[0].transpose(1, 2)
 
 
 def _replace_attn(module: Any, index: int, config: Any) -> None:
-    """GPT-J and those after it: queries, keys and values are ready when `_attn` is called."""
+    """GPT-J and models like it: `_attn` gets finished queries, keys and values."""
     own: Callable[..., Any] = module._attn
     options: dict[str, Any] = {"scaling": 1 / float(getattr(module, "scale_attn", 1.0))}
     if getattr(module, "attention_type", None) == "local":  # GPT-Neo, every other layer
@@ -61,7 +61,7 @@ def _replace_attn(module: Any, index: int, config: Any) -> None:
 
 
 def _replace_falcon(module: Any, *_: Any) -> None:
-    """Falcon: keys that groups of heads share stay as few as they are."""
+    """Falcon: keep one key per group of heads; its own code repeats them."""
     own: Callable[..., Any] = module.forward
     rotate: Callable[..., Any] = sys.modules[type(module).__module__].apply_rotary_pos_emb
 
@@ -90,22 +90,22 @@ def _replace_falcon(module: Any, *_: Any) -> None:
 
 
 class _Before:
-    """Stands for a cache that tells how many tokens precede each token of a step."""
+    """Stands in for a cache, to tell each token of a step how many tokens precede it."""
 
     def __init__(self, positions: torch.Tensor) -> None:
         self._before = positions - torch.arange(len(positions), device=positions.device)
 
     def get_seq_length(self, _: int = 0) -> torch.Tensor:
-        """By token, `[T]`, such that its number in the step is added to it."""
+        """`[T]`: each token's position less its index in the step, which the caller adds."""
         return self._before
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-        """Keep nothing."""
+        """Store nothing."""
         return key, value
 
 
 def _tune_by_position(layer: Any, *_: Any) -> None:
-    """Llama 4: layers without rotary embeddings scale queries by how many tokens a cache holds."""
+    """Llama 4: layers without rotary embeddings scale queries by the tokens in the cache."""
 
     def tell(_: object, args: Any, kwargs: dict[str, Any]) -> Any:
         if current_step() is None:

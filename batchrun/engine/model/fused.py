@@ -1,4 +1,4 @@
-"""Modules that compute what a model's own do, in fewer operations, put in their places."""
+"""Replacements for a model's modules that compute the same in fewer operations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from batchrun.engine.cpu.layers import NativeLinear, rms_norm
 
-Undo = list[tuple[nn.Module, str, nn.Module]]  # parent, name, what was there
+Undo = list[tuple[nn.Module, str, nn.Module]]  # parent, name, the module that was replaced
 
 
 class MergedProjections(nn.Module):
-    """The stacked weights of several linear layers, `[sum(out), in]`, and their last products."""
+    """The stacked weights of several linear layers, `[sum(out), in]`, and their last outputs."""
 
     def __init__(self, parts: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class MergedProjections(nn.Module):
         self.products: tuple[torch.Tensor, ...] = ()
 
     def forward(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Part `index` of the product: computed for the first part, kept until the last."""
+        """Part `index` of the output: computed for the first part, kept until the last."""
         if index == 0 or x is not self.input:
             products = self.joined(x).split(self.sizes, dim=-1)
             self.input, self.products = x, products
@@ -48,7 +48,7 @@ class MergedProjections(nn.Module):
 
 
 class Projection(nn.Module):
-    """Stands in the place of one of the merged linear layers."""
+    """Stands in for one of the merged linear layers."""
 
     def __init__(self, merged: MergedProjections, index: int) -> None:
         super().__init__()
@@ -57,24 +57,24 @@ class Projection(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The part's rows, `[out, in]`, for models that ask for its dtype."""
+        """This layer's rows, `[out, in]`, for models that read their dtype."""
         parts: tuple[torch.Tensor, ...] = self.merged.joined.weight.split(self.merged.sizes)
         return parts[self.index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` to `[..., out]`, a view of the merged product."""
+        """`[..., in]` to `[..., out]`, a view of the merged output."""
         return cast("torch.Tensor", self.merged(self.index, x))
 
 
 def merge_projections(model: nn.Module, forward: Callable[[], object], undo: Undo) -> None:
-    """Merge linear layers of one module that get the very same tensor, as a forward shows it.
+    """Merge a module's linear layers that get the very same tensor in a forward pass.
 
-    Peak memory is the model and the largest merged weight.
+    Peak memory is the model plus the largest merged weight.
 
     Args:
         model: Changed in place.
-        forward: Runs it once.
-        undo: What is replaced is added here.
+        forward: Runs the model once.
+        undo: Replaced modules are appended here.
     """
     for parent, names in _shared_inputs(model, forward):
         parts = [getattr(parent, name) for name in names]
@@ -87,7 +87,7 @@ def merge_projections(model: nn.Module, forward: Callable[[], object], undo: Und
 def _shared_inputs(
     model: nn.Module, forward: Callable[[], object]
 ) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Modules and the names of their linear layers that share an input, in order of their calls."""
+    """Modules and the names of their linear layers that share an input, in call order."""
     places = defaultdict(list)
     for parent in model.modules():
         for name, child in parent.named_children():
@@ -138,7 +138,7 @@ class FusedNorm(nn.Module):
         self._native: torch.Tensor | None = None
 
     def use_native(self) -> None:
-        """Compute by native code, which takes bfloat16 on a CPU."""
+        """Use native code for bfloat16 on a CPU, if the width is a multiple of 32."""
         if len(self.weight) % 32 == 0:
             self._native = self.weight.data.float() + self.offset
 
@@ -157,11 +157,11 @@ class FusedNorm(nn.Module):
 
 
 def fuse_norms(model: nn.Module, undo: Undo) -> None:
-    """Replace modules that turn out to be RMS norms, times their weight or one plus it.
+    """Replace modules that prove to be RMS norms, scaled by their weight or by 1 + weight.
 
     Args:
         model: Changed in place.
-        undo: What is replaced is added here.
+        undo: Replaced modules are appended here.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -172,7 +172,7 @@ def fuse_norms(model: nn.Module, undo: Undo) -> None:
 
 
 def _as_norm(module: nn.Module) -> FusedNorm | None:
-    """The module as a fused norm; None unless it computes the same for other weights too."""
+    """The module as a fused norm; None unless both agree on random weights and rows."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if (

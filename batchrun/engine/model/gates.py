@@ -1,9 +1,9 @@
-"""The third gate: before a job starts, the engine's logits must be the model's own.
+"""The third gate: before a job starts, the engine's logits must match the model's own.
 
-In a mixture of experts a router's choice between two that are nearly alike is decided by rounding,
-and what follows is another computation. So where logits say little two questions are asked instead:
-is the hooked model the model itself in float32, where routers agree; and does each layer's
-attention over slots give what float32 gives of the very same queries, keys and values.
+In a mixture of experts, rounding decides a router's choice between two nearly equal experts, and
+everything after it differs. Where logits therefore say little, two other checks decide: does the
+hooked model match the original in float32, where routers agree; and does each layer's attention
+over slots match float32 attention on the very same queries, keys and values?
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Transfers
 from batchrun.errors import ModelError, said_by
 
-_LEAST = 48  # tokens
-_COMPARED = 4  # the last chunk's end, and the decodes behind it
-_TIMES_ROUNDING = 3  # as often as the model itself is off in its dtype; at most so much:
-_MOST_TOLERANCE = 0.5  # what attends to other tokens differs by more
-_EAGER_SCORES = 1 << 28  # of a layer; more take 1 GiB and more in float32
+_LEAST = 48  # tokens of a test prompt
+_COMPARED = 4  # tokens: the last of the last chunk, and the three decodes after it
+_TIMES_ROUNDING = 3  # the tolerance in multiples of the model's own rounding error, up to:
+_MOST_TOLERANCE = 0.5  # attending to the wrong tokens makes a larger difference
+_EAGER_SCORES = 1 << 28  # per layer; more would take over 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Reference:
     """The model's own logits for the test sequences.
 
     Args:
-        logits: Of each, the last few, `[n, V]`, by the model's own attention.
-        rounding: How far they are from float32's, as a share of the largest: what many layers of
-            half precision make of rounding. 0 in float32, and where that can't be had.
-        hooked: How far the hooked model's are from its own where both compute in float32, of a
-            mixture of experts in half precision: there rounding decides who is asked, and logits
-            say little. None otherwise.
+        logits: The last few of each sequence, `[n, V]`, with the model's own attention.
+        rounding: How far they are from float32's, as a share of the largest: the rounding of many
+            half-precision layers, added up. 0 in float32, or if float32 can't be computed.
+        hooked: How far the hooked model's are from its own if both compute in float32. Only for a
+            mixture of experts in half precision, where rounding picks experts and logits say
+            little; None otherwise.
     """
 
     logits: tuple[torch.Tensor, ...]
@@ -60,10 +60,10 @@ class Reference:
 
 
 def reference(loaded: LoadedModel) -> Reference:
-    """Compute it; to be done before `optimize` puts other attention into the model's modules.
+    """Compute the reference; to be called before `optimize` replaces the model's modules.
 
     Raises:
-        ModelError: The model's own logits are not finite, or its own code gives none.
+        ModelError: The model's own logits are not finite, or its own code fails.
     """
     hooked, rounding = None, 0.0
     try:
@@ -73,13 +73,13 @@ def reference(loaded: LoadedModel) -> Reference:
         raise ModelError(
             f"the architecture {loaded.architecture} is refused: its own code fails on a test "
             f"prompt: {said_by(error)}",
-            hint="check its config.json; transformers runs the model with it as little as batchrun",
+            hint="check its config.json: transformers can't run the model with it either",
         ) from error
     if not all(bool(each.isfinite().all()) for each in logits):
         raise ModelError(
             f"the model's own logits on a test prompt are not finite in {str(loaded.dtype)[6:]}",
-            hint="its weights are broken, or its numbers too large for this: try --dtype bfloat16 "
-            "or --dtype float32",
+            hint="its weights are damaged, or its numbers overflow this dtype: try "
+            "--dtype bfloat16 or --dtype float32",
         )
     if loaded.dtype.itemsize < 4:
         with suppress(RuntimeError, TypeError, ValueError), torch.inference_mode():
@@ -93,7 +93,7 @@ def reference(loaded: LoadedModel) -> Reference:
 
 @contextmanager
 def _own_attention(loaded: LoadedModel) -> Iterator[None]:
-    """The model attends by eager attention, or by SDPA where that would take too much memory."""
+    """Have the model use eager attention, or SDPA if eager would take too much memory."""
     longest, layers = prompt_tokens(loaded), loaded.layers
     plain = not any(layer.sinks or layer.softcap for layer in layers)
     scores = longest**2 * max(layer.q_heads for layer in layers)
@@ -124,21 +124,21 @@ def verify(
 ) -> float:
     """Compare packed, chunked logits over slots with the model's eager attention.
 
-    Two sequences of different lengths, the longer one longer than any window and than two chunks,
-    go through the slots interleaved in uneven chunks and end in single tokens.
+    Two sequences of different lengths, the longer one exceeding every window and two chunks, go
+    through the slots interleaved in uneven chunks and end in single tokens.
 
     Args:
         loaded: The model.
         executor: The executor to judge.
         space: An idle KV space; idle again afterwards.
-        chunk: Tokens computed in a step at most.
-        want: Its `reference`; None to compute it now.
+        chunk: Maximum tokens computed in a step.
+        want: The model's `reference`; None to compute it now.
 
     Returns:
-        Their `difference`; of a mixture of experts where that is much, that of attention alone.
+        The `difference` of the logits; if that is large in a mixture of experts, of attention.
 
     Raises:
-        ModelError: They differ; the message names the architecture and by how much.
+        ModelError: They differ too much; the message names the architecture and the difference.
     """
     sequences = sequences_of(loaded)
     longest = sequences[0].num_tokens
@@ -157,7 +157,7 @@ def verify(
     if worst == math.inf:
         raise ModelError(
             f"the architecture {loaded.architecture} is refused: on a test prompt of {longest} "
-            "tokens its logits over contiguous slots are not finite, and its own are",
+            "tokens its logits over contiguous slots are not finite, but its own are",
             hint="try another --dtype or --attention",
         )
     if worst > most:
@@ -165,13 +165,13 @@ def verify(
             f"the architecture {loaded.architecture} is refused: on a test prompt of {longest} "
             f"tokens its logits over contiguous slots differ from its own by {worst:.2g} of the "
             f"largest logit, more than {most:.2g}",
-            hint="its attention does something that this version does not know",
+            hint="its attention does something that this version does not support",
         )
     return worst
 
 
 def _hooked_in_float32(loaded: LoadedModel, want: tuple[torch.Tensor, ...]) -> float:
-    """How far the hooked model is from its own logits `want`, where both compute in float32."""
+    """How far the hooked model's logits are from `want`, its own, both computed in float32."""
     sequences = sequences_of(loaded)
     views, transfers = plain_views(loaded, sequences), Transfers(loaded.device)
     executor = TorchExecutor(loaded, views, [], SDPA(), transfers)
@@ -184,9 +184,9 @@ def _hooked_in_float32(loaded: LoadedModel, want: tuple[torch.Tensor, ...]) -> f
 def _attention_alone(
     loaded: LoadedModel, executor: TorchExecutor, space: KVSpace, chunk: int
 ) -> float:
-    """The largest difference of a layer's attention from float32's of the same numbers.
+    """The largest difference between a layer's attention and float32 attention on the same input.
 
-    Steps that the executor has recorded are launched anew meanwhile.
+    Meanwhile the executor does not replay recorded steps.
     """
     sequences = sequences_of(loaded)
     judge = _Judge(executor, plain_views(loaded, sequences))
@@ -201,7 +201,7 @@ def _attention_alone(
 
 
 class _Judge:
-    """An executor's attention, computed in float32 too, and compared."""
+    """Repeats an executor's attention in float32, and compares."""
 
     def __init__(self, executor: TorchExecutor, views: Seq[KV]) -> None:
         self.worst = 0.0
@@ -212,8 +212,8 @@ class _Judge:
         self._step: Step | None = None
 
     def logits(self, segments: Seq[Segment]) -> torch.Tensor:
-        """As the executor's."""
-        self._segments = [replace(s, slot=s.key) for s in segments]  # each row's own
+        """See `TorchExecutor.logits`."""
+        self._segments = [replace(s, slot=s.key) for s in segments]  # a view's slot is the row
         return self._executor.logits(segments)
 
     def watch(self, step: Step) -> Step:
@@ -242,16 +242,16 @@ class _Judge:
 
 
 def prompt_tokens(loaded: LoadedModel) -> int:
-    """Tokens of the longer test prompt: beyond a window, where there is one."""
+    """Tokens of the longer test prompt: more than the longest window, if there is one."""
     return min(loaded.max_model_len, max(loaded.max_window + 19, _LEAST))
 
 
 def budget_too_small(tokens: int, refusal: str = "") -> ModelError:
-    """The error for KV memory that does not hold a test prompt of so many tokens.
+    """The error for KV memory that is too small for a test prompt.
 
     Args:
-        tokens: How many.
-        refusal: Why the machine has no memory, if it is not the budget.
+        tokens: Tokens of the prompt.
+        refusal: Why the machine has no memory; empty if the budget is too small.
     """
     if refusal:
         return ModelError(f"there is no memory for a test prompt of {tokens} tokens: {refusal}")
@@ -261,7 +261,7 @@ def budget_too_small(tokens: int, refusal: str = "") -> ModelError:
 
 
 def sequences_of(loaded: LoadedModel) -> list[Sequence]:
-    """Two of different lengths, the first one as long as `prompt_tokens`."""
+    """Two test sequences of different lengths; the first has `prompt_tokens` tokens."""
     longest = prompt_tokens(loaded)
     vocab = int(loaded.model.config.get_text_config().vocab_size)
     rng = random.Random(0)
@@ -277,21 +277,21 @@ def through_slots(
     chunk: int,
     space: KVSpace | None = None,
 ) -> list[tuple[Sequence, torch.Tensor]]:
-    """Compute sequences interleaved, in chunks, and their last three tokens one by one.
+    """Compute sequences interleaved in chunks, then their last three tokens one by one.
 
     Args:
         sequences: What to compute.
-        compute: As `TorchExecutor.logits`.
-        chunk: Tokens of a chunk.
-        space: Where slots and memory come from; None where slot i is the i-th sequence's own.
+        compute: Like `TorchExecutor.logits`.
+        chunk: Tokens per chunk.
+        space: Provides slots and memory; None gives slot i to the i-th sequence.
 
     Returns:
-        Each sequence that there was a slot for, and the logits `[n, V]` after its last tokens.
+        Each sequence that got a slot, and the logits `[n, V]` of its last tokens.
     """
     for i, sequence in enumerate(sequences):
         sequence.slot = i if space is None else space.open(sequence.num_tokens)
     # With a single slot there is no second sequence to mix in.
-    sequences = [s for s in sequences if s.slot is not None]  # each at the number of its row
+    sequences = [s for s in sequences if s.slot is not None]  # each at the index of its row
     logits: list[list[torch.Tensor]] = [[] for _ in sequences]
     while any(s.num_computed_tokens < s.num_tokens for s in sequences):
         segments = []
@@ -317,7 +317,7 @@ def through_slots(
 
 
 def plain_views(loaded: LoadedModel, sequences: Seq[Sequence]) -> list[KV]:
-    """Each layer's keys and values for the slots of sequences, in ordinary float32 memory."""
+    """Each layer's keys and values in ordinary float32 memory, one slot per sequence."""
     slots = len(sequences), max(s.num_tokens for s in sequences)
 
     def zeros(heads: int, dim: int) -> torch.Tensor:
@@ -328,7 +328,7 @@ def plain_views(loaded: LoadedModel, sequences: Seq[Sequence]) -> list[KV]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Each module computes in float32; no more than one has its weights twice at a time."""
+    """Run each module in float32, keeping a second copy only of the running module's weights."""
     halves: dict[nn.Parameter, torch.Tensor] = {}
 
     def widen(module: nn.Module, _: object) -> None:
@@ -349,7 +349,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, half in halves.items():  # of a forward that failed
+        for parameter, half in halves.items():  # left by a forward that failed
             parameter.data = half
 
 
@@ -357,7 +357,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def seen(loaded: LoadedModel, fingerprint: str, cache: Path) -> bool:
-    """Whether the model has passed with any kernels; arguments as of `verify_once`."""
+    """Whether the model has passed with any kernels; arguments as for `verify_once`."""
     return any(cache.glob(f"{_key(loaded, fingerprint)}-*"))
 
 
@@ -370,7 +370,7 @@ def verify_once(
         loaded: The model.
         fingerprint: Identifies its weights and config.
         cache: Folder of remembered verdicts.
-        kernels: Names what computes.
+        kernels: Names the kernels in use.
         check: Calls `verify`.
 
     Returns:
@@ -392,6 +392,6 @@ def _key(loaded: LoadedModel, fingerprint: str) -> str:
 
 def _version(name: str) -> str:
     try:
-        return version(name) or "unknown"  # its file can't be read
+        return version(name) or "unknown"  # its metadata can't be read
     except PackageNotFoundError:  # it runs from a checkout
         return "uninstalled"

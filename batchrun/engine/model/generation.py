@@ -1,4 +1,4 @@
-"""What a model's own files say about generating: end tokens, defaults, processors of logits."""
+"""What a model's own files say about generation: end tokens, defaults, logits processors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from batchrun.prompts.messages import PromptError
 
 Ids = tuple[int, ...]
 
-_LENGTH = 20  # transformers' own `max_length`, which nobody chose
-# A config's names of sampling parameters, where they differ from ours, and where they don't.
+_LENGTH = 20  # transformers' default for `max_length`, which nobody chose
+# A config's names of sampling parameters: those that differ from ours, and those that don't.
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _NAMED = ("repetition_penalty", "length_penalty", "early_stopping")
-# And those that count where tokens are drawn, with filters of logits.
+# Those that apply only when sampling (`do_sample`), and the logits filters.
 _DRAWN = ("temperature", "top_k", "top_p", "min_p")
 _FILTERS = {"epsilon_cutoff": "epsilon", "eta_cutoff": "eta"}
 _FILTERS |= {name: name for name in ("top_h", "typical_p")}
-# What `generate` would do and batchrun does not, by the value that means nothing.
+# Settings that `generate` honours and batchrun does not, by the value that turns them off.
 _UNDONE = {
     1: "num_beams num_return_sequences num_beam_groups guidance_scale encoder_repetition_penalty",
     0: "diversity_penalty penalty_alpha encoder_no_repeat_ngram_size token_healing",
@@ -32,16 +32,16 @@ _UNDONE = {
 
 @dataclass(frozen=True)
 class Generation:
-    """How a model wants to be sampled where neither the job nor a row says.
+    """How a model asks to be sampled unless the job or a row says otherwise.
 
     Args:
         sampling: Values of `SamplingParams`, by name.
-        stop: The model's own stop strings: they end an answer beside those of job and row.
-        max_length: Tokens of prompt and answer together, where no number of tokens is given.
-        min_length: The same for the least.
-        specials: Tokens that completions do not show, by their text.
-        logits: What is done to logits beside what sampling parameters say.
-        ignored: What the model asks for and does not get, as `name=value`.
+        stop: The model's own stop strings, added to those of job and row.
+        max_length: Maximum tokens of prompt and answer together, unless `max_tokens` is given.
+        min_length: The minimum, likewise.
+        specials: Special tokens, which completions do not show, by their text.
+        logits: What is done to logits beyond the sampling parameters.
+        ignored: Settings of the model that batchrun ignores, as `name=value`.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -53,13 +53,13 @@ class Generation:
     ignored: tuple[str, ...] = ()
 
     def params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """The parameters of a row.
+        """The sampling parameters of a row.
 
         Args:
-            given: What the job says, and over it the row.
+            given: The job's values, overridden by the row's.
 
         Raises:
-            ValueError: A value is out of range, or two of them can't be together.
+            ValueError: A value is out of range, or two values exclude each other.
         """
         values = {**self.sampling, **given}
         if "min_tokens" not in given and "min_tokens" in values:
@@ -69,7 +69,7 @@ class Generation:
         if not values.get("ignore_eos"):
             stop += tuple(text for text in self.stop if text not in stop)
         if stop:
-            # A special token is not part of the text in which stop strings are looked for.
+            # Text that is searched for stop strings has no special tokens: stop at their ids.
             special = (self.specials[text] for text in stop if text in self.specials)
             ids = dict.fromkeys((*values.get("stop_token_ids", ()), *special))
             values |= {"stop": stop, "stop_token_ids": tuple(ids)}
@@ -78,7 +78,7 @@ class Generation:
     def fitted(
         self, params: SamplingParams, given: Mapping[str, Any], prompt_tokens: int
     ) -> SamplingParams:
-        """The same with the model's own lengths of prompt and answer together.
+        """The same parameters, with `max_length` and `min_length` applied.
 
         Raises:
             PromptError: The prompt leaves no room for an answer.
@@ -90,8 +90,8 @@ class Generation:
                 raise PromptError(
                     "prompt_too_long",
                     f"the prompt has {prompt_tokens:,} tokens, and the model's generation config "
-                    f"says max_length={self.max_length:,} with the answer; --max-tokens replaces "
-                    "it",
+                    f"limits prompt and answer to max_length={self.max_length:,}; --max-tokens "
+                    "overrides that",
                 )
         if self.min_length is not None and "min_tokens" not in given:
             least = max(0, self.min_length - prompt_tokens)
@@ -103,12 +103,12 @@ class Generation:
 
 
 def read_generation(model: PreTrainedModel, tokenizer: Any, max_model_len: int) -> Generation:
-    """What a model's generation config asks for; greedy, and nothing more, if there is none.
+    """What a model's generation config asks for; plain greedy decoding if there is none.
 
     Args:
         model: The model; its weights may be on torch's meta device.
         tokenizer: Its tokenizer, or None.
-        max_model_len: Tokens of prompt and output together at most.
+        max_model_len: Maximum tokens of prompt and output together.
     """
     config, ends = model.generation_config, tuple(sorted(eos_ids(model, tokenizer)))
     found = {} if config is None else {k: v for k, v in config.to_dict().items() if v is not None}
@@ -147,7 +147,7 @@ def read_generation(model: PreTrainedModel, tokenizer: Any, max_model_len: int) 
     )
 
 
-# --- readers of a config's values: they raise what is caught above where a value can't be ---
+# --- readers of a config's values; for a bad value they raise an error that is caught above ---
 
 Read = Callable[[Any], Any]
 
@@ -174,14 +174,14 @@ def _length(value: Any) -> int:
 
 
 def _share(value: Any) -> float:
-    """A part of 1; 0 where it keeps everything."""
+    """A number from 0 to 1; 1 becomes 0, which keeps everything."""
     if not 0 <= float(value) <= 1:
         raise ValueError(value)
     return float(value) % 1
 
 
 def _logits_readers(size: int, ends: Ids) -> dict[str, tuple[str, Read]]:
-    """By a config's name: ours, and the reader. Tokens beyond a vocabulary's size are left out."""
+    """By a config's name: our name and the reader. Tokens outside the vocabulary are dropped."""
 
     def known(ids: Ids) -> bool:
         return bool(ids) and all(0 <= token < size for token in ids)
@@ -217,10 +217,10 @@ def _logits_readers(size: int, ends: Ids) -> dict[str, tuple[str, Read]]:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """The model's end tokens: those that its generation config, its config or its tokenizer name.
+    """The model's end tokens, from its generation config, its config and its tokenizer.
 
-    A finetune may have taught a model another one, and told only one of them. A config that names
-    none has its class's, which can be any token: of its tokens count those that are special.
+    A finetune may add an end token and record it in only one of them. A config that names none has
+    its class's default, which can be any token: only special tokens of a config count.
     """
 
     def named(source: Any) -> set[int]:
@@ -236,7 +236,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Tokens that completions do not show, by their text."""
+    """Special tokens, which completions do not show, by their text."""
     if tokenizer is None:
         return {}
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -246,7 +246,7 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the model's input embedding: a prompt has no token beyond them."""
+    """Rows of the model's input embedding, which bound a prompt's token ids."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return int(model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
 
@@ -255,13 +255,13 @@ Encode = Callable[[Mapping[str, Any]], Ids]
 
 
 def within_vocabulary(encode: Encode, tokenizer: Any, size: int) -> Encode:
-    """The same, but refusing prompts with tokens that the model has no embedding for.
+    """Wrap `encode` to refuse prompts with tokens that the model has no embedding for.
 
-    Tokens may have been added to a tokenizer and not to its model.
+    Tokens may have been added to a tokenizer but not to its model.
 
     Args:
-        encode: Makes a prompt of a row's fields; raises `PromptError`, as what is made does.
-        tokenizer: Names the token.
+        encode: Makes a prompt from a row's fields; like the result, it may raise `PromptError`.
+        tokenizer: Names the token in the error.
         size: See `vocabulary_size`.
     """
 
@@ -272,7 +272,7 @@ def within_vocabulary(encode: Encode, tokenizer: Any, size: int) -> Encode:
             raise PromptError(
                 "unknown_token",
                 f"the prompt has the token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), "
-                f"and the model's vocabulary has {size:,}",
+                f"but the model's vocabulary has {size:,} tokens",
             )
         return ids
 

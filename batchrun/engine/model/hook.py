@@ -1,4 +1,4 @@
-"""The function that takes a model's attention over, and how a step's calls reach it."""
+"""The hook that takes over a model's attention, and how its calls reach the current step."""
 
 from __future__ import annotations
 
@@ -14,36 +14,35 @@ from batchrun.engine.attention import QKV, LayerAttention, LayerSpec
 from batchrun.engine.model.masks import PROBE, Seen, make_masks, seen_by
 
 HOOK = "batchrun"
-# Tensors that models hand to every attention function and that causal attention does not need.
+# Tensors that models pass to every attention function and that causal attention does not need.
 _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "logits_to_keep"}
-_BESIDE = "batchrun_beside"  # on a model: its step does not go through its calls
-_INDEX = "batchrun_index"  # on an attention module: its number among those with keys and values
+_INDEX = "batchrun_index"  # on an attention module: its index among those with keys and values
 _SEEN = "batchrun_seen"  # on an attention module: which keys its queries see
 
 
 class Step(Protocol):
-    """What the hook calls: attention of the step that is being computed."""
+    """The attention of the step being computed, which the hook calls."""
 
     def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
-        """Attend one layer, to `[T, Hq, Dv]`."""
+        """Compute one layer's attention, `[T, Hq, Dv]`."""
 
 
 class UnsupportedError(Exception):
     """The hook met something it would compute wrongly."""
 
 
-# Beside a forward: not every model passes keyword arguments on to its attention.
+# Not an argument of the forward: not every model passes keywords on to its attention.
 _STEP: ContextVar[Step | None] = ContextVar("batchrun_step", default=None)
 
 
 def current_step() -> Step | None:
-    """The step that is computed now."""
+    """The step being computed; None outside a step."""
     return _STEP.get()
 
 
 @contextmanager
 def attending(step: Step) -> Iterator[None]:
-    """In this block, hooked models attend by a step."""
+    """Within this block, hooked models attend through `step`."""
     token = _STEP.set(step)
     try:
         yield
@@ -53,7 +52,7 @@ def attending(step: Step) -> Iterator[None]:
 
 # --- in a compiled layer ---
 
-# The layer that runs: a graph can't hold its number, or each layer would need a graph of its own.
+# The running layer. A graph can't hold its index, or each layer would need its own graph.
 LAYER: ContextVar[tuple[int, LayerAttention]] = ContextVar("batchrun_layer")
 _LIBRARY = torch.library.Library("batchrun", "FRAGMENT")
 _LIBRARY.define(
@@ -67,7 +66,7 @@ def _packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> QKV:
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Tensors `[1, H, T, D]` as transformers has them, to `[1, T, Hq, Dv]`."""
+    """Attend with tensors `[1, H, T, D]`, as transformers has them, to `[1, T, Hq, Dv]`."""
     step = current_step()
     assert step is not None
     return step.attend(*LAYER.get(), _packed(query, key, value))[None].contiguous()
@@ -81,11 +80,11 @@ _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("batchrun::attend", _attend_shape, lib=_LIBRARY)
 
 
-# --- in any other one ---
+# --- in any other layer ---
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Have a model attend by another implementation, also one that does not declare it can."""
+    """Switch a model's attention implementation, even if it does not declare support for that."""
     if type(model)._supports_attention_backend:
         model.set_attn_implementation(name)
     else:
@@ -106,7 +105,7 @@ def hook(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls in every layer, tensors `[1, H, T, D]`."""
+    """The attention function that transformers calls in every layer; tensors `[1, H, T, D]`."""
     if torch.compiler.is_compiling():
         return torch.ops.batchrun.attend(query, key, value), None
     step = current_step()
@@ -127,7 +126,7 @@ def hook(
     elif key.shape[2] != query.shape[2] or value.shape[2] != query.shape[2]:
         reason = f"it has {key.shape[2]} keys for {query.shape[2]} tokens"
     if reason is not None or index is None:
-        raise UnsupportedError(f"{reason}, which contiguous-slot attention does not know")
+        raise UnsupportedError(f"{reason}, which contiguous-slot attention does not support")
     if isinstance(step, Probe):
         step.look_at(module, index, attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -140,12 +139,12 @@ class Probe:
     """A step that records what each layer asks for, and computes nothing.
 
     Args:
-        context: Tokens of a sequence at most.
+        context: Maximum tokens of a sequence.
 
     Attributes:
-        makes_masks: Whether the forward is under the attention `PROBE`, whose masks are read.
-        hits: The number of each layer that has attended, as often as it did.
-        layers: What each asks for.
+        makes_masks: Whether the forward runs with the attention `PROBE`, whose masks are read.
+        hits: The layer index of each call so far.
+        layers: What each layer asks for, by index.
     """
 
     def __init__(self, context: int) -> None:
@@ -159,17 +158,17 @@ class Probe:
     def look_at(
         self, module: torch.nn.Module, index: int, mask: torch.Tensor | None, window: int | None
     ) -> None:
-        """Note which keys a layer's queries see, by its mask where there is one.
+        """Note which keys a layer's queries see, from its mask if it has one.
 
         Raises:
-            UnsupportedError: The layer says one thing, and its mask another.
+            UnsupportedError: The layer and its mask disagree.
         """
         told = Seen(window=window or None).within(self._context)
         found = seen_by(mask)
         seen = told if found is None else found.within(self._context)
         if told.window is not None and seen != told:
             raise UnsupportedError(
-                f"layer {index} asks for a window of {told.window} tokens, and its own mask "
+                f"layer {index} asks for a window of {told.window} tokens, but its own mask "
                 f"for {'all' if seen == Seen() else seen.window or seen.chunk}"
             )
         if mask is not None or not hasattr(module, _SEEN):
@@ -177,7 +176,7 @@ class Probe:
         self._modules[index] = module
 
     def renumber(self) -> None:
-        """Number the layers that ran from 0 on, where a model has others that never do."""
+        """Number from 0 the layers that ran, for models with layers that never run."""
         self.layers = {i: self.layers[old] for i, old in enumerate(sorted(self.layers))}
         for i, old in enumerate(sorted(self._modules)):
             setattr(self._modules[old], _INDEX, i)

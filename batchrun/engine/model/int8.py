@@ -1,8 +1,8 @@
-"""Weights of 8 bits: half the memory and half the bytes to read, for little that is lost.
+"""8-bit weights: half the memory and half the bytes to read, at little loss.
 
-On a GPU a linear layer is one operator, so that a compiled layer or a CUDA graph can hold it. It
-computes few tokens by `int8_triton`, where each weight crosses the memory bus as one byte; for
-many, whose time is products and not weights, it widens the weights first.
+On a GPU a linear layer is one operator, so that a compiled layer or a CUDA graph can hold it. For
+few tokens it uses `int8_triton`, where each weight crosses the memory bus as one byte; for many,
+where arithmetic takes longer than reading weights, it widens the weights first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 # --- on a GPU ---
 
-WIDEN_ABOVE = 1024  # tokens: from there on widening costs less than a library's product gains
+WIDEN_ABOVE = 1024  # tokens: above this, widening costs less than torch's matmul gains
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
 
@@ -34,11 +34,11 @@ class Tile:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory: weights of one byte and activations of two, for each stage."""
+        """Bytes of shared memory: one per weight and two per activation, for each stage."""
         return self.stages * self.k * (self.n + 2 * self.t)
 
 
-# By tokens at most, largest first, as an H100 had them fastest (docs/kernels.md).
+# By maximum number of tokens, the largest tile first: the fastest on an H100 (docs/kernels.md).
 _TILES = {
     16: (Tile(32, 16, 256), Tile(16, 16, 256)),
     32: (Tile(32, 32, 128), Tile(16, 32, 128)),
@@ -47,16 +47,16 @@ _TILES = {
     256: (Tile(128, 256, 64, warps=8, stages=3), Tile(64, 128, 64), Tile(64, 64, 128)),
     WIDEN_ABOVE: (Tile(128, 256, 64, warps=8), Tile(128, 128, 64, warps=8, stages=3)),
 }
-_FULL = 0.8  # of the multiprocessors at work: more do not make up for smaller tiles
+_FULL = 0.8  # share of multiprocessors in use: more would not make up for smaller tiles
 
 
 def tile_for(tokens: int, rows: int, processors: int, shared: int) -> Tile:
     """The tile for a product of so many tokens and rows of weights.
 
     Args:
-        tokens: `WIDEN_ABOVE` at most.
-        rows: Of weights.
-        processors: Multiprocessors.
+        tokens: At most `WIDEN_ABOVE`.
+        rows: Rows of weights.
+        processors: Multiprocessors of the GPU.
         shared: Bytes of shared memory that a program can have.
     """
     tiles = next(tiles for most, tiles in _TILES.items() if tokens <= most)
@@ -69,7 +69,7 @@ def tile_for(tokens: int, rows: int, processors: int, shared: int) -> Tile:
 
 @cache
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why weights have to be widened in memory at each step; None where they need not."""
+    """Why each step must widen the weights in memory; None if it need not."""
     if dtype not in {torch.bfloat16, torch.float16}:
         return f"the kernel computes in bfloat16 and float16, not in {str(dtype)[6:]}"
     if find_spec("triton") is None:
@@ -82,15 +82,15 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _resources(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory of each."""
-    found: Any = torch.cuda.get_device_properties(device)  # whose types lack the second
+    """The number of multiprocessors, and the bytes of shared memory that a program can have."""
+    found: Any = torch.cuda.get_device_properties(device)  # its type lacks the second
     return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """A linear layer.
+    """Apply a linear layer with int8 weights.
 
     Args:
         x: `[..., k]` on a GPU.
@@ -117,7 +117,7 @@ def launch(
     bias: torch.Tensor | None,
     tile: Tile,
 ) -> torch.Tensor:
-    """The same by the kernel alone: x `[t, k]` to `[t, n]`."""
+    """Apply it by the Triton kernel: x `[t, k]` to `[t, n]`."""
     from batchrun.engine.model.int8_triton import kernel  # noqa: PLC0415  (there may be no Triton)
 
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -134,7 +134,7 @@ def launch(
 def widened(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The same by torch's product, of weights in the dtype of `x` that exist for that long."""
+    """Apply it by torch's matmul, with weights temporarily widened to the dtype of `x`."""
     whole = torch.empty_like(weight, dtype=x.dtype)
     torch.mul(weight, scales[:, None], out=whole)  # one pass: a GPU converts on the way
     return functional.linear(x, whole, bias)
@@ -153,13 +153,13 @@ torch.library.register_fake(
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights are whole numbers from -127 to 127, times a scale a row.
+    """A linear layer whose weights are integers from -127 to 127, times one scale per row.
 
-    Activations stay as they are (weight-only, symmetric, one scale an output feature: as in
-    LLM.int8(), arXiv 2208.07339, without its outliers, which activations have).
+    Quantisation is weight-only and symmetric, with one scale per output feature, as in LLM.int8()
+    (arXiv 2208.07339). Activations are not quantised, so its handling of outliers is not needed.
 
     Args:
-        linear: What it is made from.
+        linear: The layer to quantise.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -176,15 +176,15 @@ class Int8Linear(nn.Module):
         if x.is_cuda:
             weights = self.weight, self.scales, self.bias
             return cast("torch.Tensor", torch.ops.batchrun.int8_linear(x, *weights))
-        # A power of two changes no digit, and keeps sums of whole weights within float16. In this
-        # order: `linear * scales` is a pattern of inductor, which fails on a GPU.
+        # Dividing by a power of two is exact and keeps sums of integer weights within float16. The
+        # order matters: inductor has a pattern for `linear * scales`, which fails on a GPU.
         product = functional.linear(x / 128, self.weight.to(x.dtype))
         product = (self.scales * 128).to(x.dtype) * product
         return product if self.bias is None else product + self.bias
 
 
 def int8_weights(model: nn.Module) -> None:
-    """Give each linear layer weights of 8 bits. Peak memory is the model and one layer more."""
+    """Quantise each linear layer's weights to 8 bits. Peak memory is the model plus one layer."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:

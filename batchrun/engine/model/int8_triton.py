@@ -1,7 +1,7 @@
 """The product of activations and 8-bit weights in Triton (Tillet et al. 2019).
 
-Only `int8` imports this file, where there is a Triton. Weights are the first operand, so that
-they are widened in registers, on their way from memory to the tensor cores.
+Only `int8` imports this file, and only if Triton is installed. Weights are the first operand, so
+that they are widened in registers, on their way from memory to the tensor cores.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917 - types and calls 
 ):
     """`out[t, n] = sum over k of x[t, k] * weight[n, k], times scales[n], plus bias[n]`.
 
-    Each program has BLOCK_N rows of weights and BLOCK_T tokens. What lies outside repeats the last
-    row or token, and is not stored.
+    Each program computes BLOCK_N rows of weights and BLOCK_T tokens. Past the end it repeats the
+    last row or token, and does not store the result.
     """
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     places = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -55,5 +55,5 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917 - types and calls 
     tl.store(out_at, tl.trans(sums).to(out.dtype.element_ty), mask=inside)
 
 
-# One compilation serves all numbers of tokens.
+# One compilation serves any number of tokens.
 kernel = triton.jit(_kernel, do_not_specialize=["tokens"])

@@ -1,4 +1,4 @@
-"""How far results may be off, and the smallest gate: kernels against float32. Needs torch alone."""
+"""How far off results may be, and the smallest gate: kernels against float32. Needs only torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Tolerance:
     """How far off results of one dtype may be, as a share of the largest number: see `difference`.
 
     Args:
-        kernel: Attention, from float32's of the same rounded numbers.
-        linear: A linear layer, whose sums have another order.
-        layer: A decoder layer, of what it changes of each token.
-        modules: Logits, after modules were replaced.
-        layers: Logits, after all layers were judged one by one: rounding adds up over them.
+        kernel: Attention, against float32 on the same rounded numbers.
+        linear: A linear layer, which sums in another order.
+        layer: A decoder layer, as a share of its change to each token.
+        modules: Logits after modules were replaced.
+        layers: Logits after every layer passed on its own: rounding adds up over the layers.
         slots: Logits and attention over slots.
     """
 
@@ -44,12 +44,12 @@ _TOLERANCES = {
 
 
 def tolerance(dtype: torch.dtype) -> Tolerance:
-    """What results of a dtype are judged by: bfloat16's where it is none of ours."""
+    """The tolerance for a dtype; bfloat16's for a dtype that has none of its own."""
     return _TOLERANCES.get(dtype, _TOLERANCES[torch.bfloat16])
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest number wanted; infinite if it is none."""
+    """The largest difference, as a share of the largest number in `want`; inf if not finite."""
     want = want.float()
     off = float((got.float() - want).abs().max() / want.abs().max().clamp_min(1e-6))
     return off if math.isfinite(off) else math.inf
@@ -69,11 +69,11 @@ KINDS = {
 
 
 def check_kinds(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[bool, str]]:
-    """What `auto` takes for each kind of attention, by the models that have it.
+    """What `auto` picks for each kind of attention; the kinds name models that have them.
 
     Returns:
-        Whether that is a kernel made for it, and not `sdpa`, which serves everything and is slow
-        on a GPU; and what it is, with what `check_kernel` says of it.
+        By kind: whether it is a dedicated kernel and not `sdpa`, which serves everything but is
+        slow on a GPU; and its name, with the verdict of `check_kernel`.
     """
     found = {}
     for kind, spec in KINDS.items():
@@ -91,18 +91,18 @@ def check_kernel(
 ) -> tuple[bool, str]:
     """Run a backend over slots with decodes, a chunk and a whole prompt in one step.
 
-    Kernels that would have to be compiled are not.
+    Kernels that would first have to be compiled for minutes are not run.
 
     Args:
-        name: The backend's.
-        device: Where it is to run.
-        dtype: Of queries, keys and values.
+        name: The backend's name.
+        device: Where to run it.
+        dtype: The dtype of queries, keys and values.
         spec: The layer.
 
     Returns:
         Whether it works, and the `difference` from float32, or why it does not work.
     """
-    parts = (299, 1), (0, 1), (20, 100), (0, 70)  # where each begins, and its tokens
+    parts = (299, 1), (0, 1), (20, 100), (0, 70)  # the start and length of each
     segments = [Segment(slot, *part, sampled=True) for slot, part in enumerate(parts)]
     geometry = _geometry(spec, device, dtype)
     reason = attention.unsupported_reason(name, geometry, compiled=True)
@@ -123,7 +123,7 @@ def check_kernel(
         got = backend.run(there, q, (k, v))
     except (ValueError, RuntimeError) as error:
         return False, f"it fails: {str(error).strip().splitlines()[0]}"
-    # float32 of the same rounded numbers, so that only the kernel's own error is left.
+    # In float32 on the same rounded numbers, so that only the kernel's own error is left.
     exact = SDPA()
     exact.plan(segments)
     q, k, v = (tensor.float().cpu() for tensor in (q, k, v))

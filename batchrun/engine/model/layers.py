@@ -1,7 +1,7 @@
-"""A model's decoder layers, as a forward over a made-up sequence shows them, and their judges.
+"""Finds a model's decoder layers in a forward over a made-up sequence, and checks replacements.
 
-What takes the place of a module has to compute what that did: a linear layer of random numbers, a
-decoder layer of the input that it got, and all of them together the same logits.
+A replacement must compute what the original did: a linear layer on random numbers, a decoder layer
+on the input that it got, and all of them together the same logits.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Layers:
     """A model's decoder layers.
 
     Args:
-        modules: The list of them; empty where the model has none, or several.
-        attention: What each asks of attention.
-        calls: How a forward calls each; none where a call does not say all that a layer takes.
+        modules: The list of layers; empty if the model has no such list, or several.
+        attention: What each layer asks of attention, by index.
+        calls: How a forward calls each layer; empty if some call does not have this form.
     """
 
     modules: nn.ModuleList
@@ -38,7 +38,7 @@ class Layers:
 
 
 class _Causal:
-    """A step of one sequence, whose attention need only be the same each time."""
+    """A step of one sequence; its attention need not be the model's, only the same each time."""
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerAttention] = {}
@@ -56,7 +56,7 @@ class _Causal:
 def logits_of(
     model: PreTrainedModel, tokens: int = FEW_TOKENS, step: Step | None = None
 ) -> torch.Tensor:
-    """Logits after a made-up sequence of so many tokens, float32 `[V]`."""
+    """The logits after a made-up sequence of so many tokens, float32 `[V]`."""
     vocab = model.config.get_text_config().vocab_size
     positions = torch.arange(tokens, device=model.device)[None]
     with attending(step or _Causal()):
@@ -71,7 +71,7 @@ def logits_of(
 
 
 def decoder_layers(model: PreTrainedModel) -> Layers:
-    """Find a model's layers by their numbers, and run them once."""
+    """Find a model's layers by their `layer_idx`, and run them once."""
     lists = [
         m
         for m in model.modules()
@@ -109,12 +109,12 @@ def same_layer(
 ) -> bool:
     """Whether a decoder layer computes what another one did, to its dtype's precision.
 
-    Token by token, against how much the layer changes each.
+    The error of each token is judged against how much the layer changes that token.
     """
     try:
         with attending(_Causal()):
             got = layer(x, **kwargs).float()
-    except (TypeError, ValueError, RuntimeError):  # it is called otherwise
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments
         return False
     part = tolerance(x.dtype).layer
     off, change = (torch.linalg.vector_norm(t, dim=-1) for t in (got - want, want.float() - x))
@@ -136,9 +136,9 @@ def check_modules(model: PreTrainedModel, want: torch.Tensor, layers: Layers | N
     """Raise ValueError unless layers and logits are still what they were.
 
     Args:
-        model: The model, maybe changed.
+        model: The model, possibly changed.
         want: Its `logits_of` before.
-        layers: Its layers before, to be judged one by one where their calls are known.
+        layers: Its layers before, to be checked one by one if their calls are known.
     """
     calls = layers.calls if layers else []
     for i, call in enumerate(calls):

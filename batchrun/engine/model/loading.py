@@ -1,6 +1,6 @@
-"""Loads weights and tokenizer, refuses those that are not whole, and explains what readers raise.
+"""Loads weights and tokenizer, refuses incomplete ones, and explains what their readers raise.
 
-transformers gives tensors that are missing random numbers, which answer as any others do.
+transformers fills missing tensors with random numbers, and such a model answers like any other.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from batchrun.models.whole import bounded, check_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER = "the tokenizer of "
-_READERS = ("sentencepiece", "tiktoken")  # of older tokenizers
+_READERS = ("sentencepiece", "tiktoken")  # packages that read older tokenizers
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
 
@@ -66,22 +66,22 @@ def load(
         path: A folder with safetensors weights.
         name: What to call it in messages.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: on a GPU the config's; on a CPU bfloat16
-            where it has instructions for it, else float32.
-        quantize: `int8` for weights of 8 bits, or None.
+            if it has instructions for it, else float32.
+        quantize: `int8` for 8-bit weights, or None.
         device: A torch device.
         trust_remote_code: Whether the model's own Python code may run.
-        max_model_len: Context length wanted; the model's own bounds it.
-        weights: Whether to load them; without, the model is on torch's meta device, as it would be
-            on `device` but for its numbers.
+        max_model_len: Context length wanted, at most the model's own.
+        weights: Whether to load them; if not, the model is on torch's meta device, as it would be
+            on `device` but without data.
 
     Raises:
         ModelError: It can't be loaded, lacks weights, or its architecture is refused.
     """
     name, folder, notes = name or path, Path(path), list[str]()
-    stored = check_files(folder, kinds.read_config(folder))  # once more: days may have passed
+    stored = check_files(folder, kinds.read_config(folder))  # again: days may have passed
     config, tokenizer = _read_config_and_tokenizer(path, name, trust_remote_code)
     wanted = _choose_dtype(dtype, config, device)
-    # What transformers has among models that see images alone is run as text.
+    # Architectures that transformers lists only among image-text models are run on text.
     auto: Any = AutoModelForCausalLM
     if type(config) in SEEING and type(config) not in CAUSAL:
         auto = AutoModelForImageTextToText
@@ -112,7 +112,7 @@ def load(
     on_gpu = quantize and loaded.device.type == "cuda"
     if on_gpu and (reason := unsupported_reason(loaded.device, wanted)) is not None:
         notes.append(
-            f"weights of 8 bits save memory and cost time here: each step widens them, as {reason}"
+            f"8-bit weights save memory but cost time here: each step widens them, as {reason}"
         )
     return replace(loaded, notes=(*loaded.notes, *notes))
 
@@ -120,7 +120,7 @@ def load(
 def _read_config_and_tokenizer(path: str, name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     with reading(name, path, "the config of "):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        # How a model computes is not for its config to say, which could name code on the hub.
+        # A config must not choose how the model computes: it could name code on the hub.
         if config._attn_implementation != "eager":
             config._attn_implementation = None
         config._experts_implementation = None
@@ -136,10 +136,10 @@ def _read_config_and_tokenizer(path: str, name: str, trust_remote_code: bool) ->
 
 
 def _widen(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> list[str]:
-    """Have one dtype in a model whose quantised weights transformers could only widen.
+    """Convert a model to `dtype` if transformers could only dequantise its weights.
 
     Returns:
-        A note that says so, if it is one.
+        A note for the user if it did so, else nothing.
     """
     way = kinds.quantised_by(config.to_dict())
     if way is None or hasattr(model, "hf_quantizer"):
@@ -150,8 +150,8 @@ def _widen(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> list[str]
         if parameter.is_floating_point() and wide.isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return [
-        f"its weights are quantised by {way} and computed in {str(dtype).removeprefix('torch.')}, "
-        "which takes more memory: nothing here computes with them as they are"
+        f"its weights are quantised by {way} but computed in {str(dtype).removeprefix('torch.')}, "
+        "which takes more memory: nothing here can compute with them as they are"
     ]
 
 
@@ -170,35 +170,35 @@ def _choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
 
 @contextmanager
 def reading(name: str, path: str, what: str = "") -> Iterator[None]:
-    """Whatever a reader of the user's files raises says something about these files.
+    """Turn whatever a reader of the user's files raises into an error about these files.
 
     Raises:
         ModelError: They can't be read.
-        EngineError: There is no memory for what is in them.
+        EngineError: There is not enough device memory for them.
     """
     try:
         with device_errors("the weights", None):
             yield
     except (ModelError, EngineError, MemoryError, *PROCESS_ENDS):
         raise
-    except BaseException as error:  # readers written in Rust panic with something else
-        if os.strerror(errno.ENOMEM) in str(error):  # torch has no class of its own for it
+    except BaseException as error:  # a panic in a reader written in Rust is no Exception
+        if os.strerror(errno.ENOMEM) in str(error):  # torch has no error class for it
             raise MemoryError(_first_line(error)) from error
         raise _cannot_load(name, Path(path), what, error) from error
 
 
 def _cannot_load(name: str, folder: Path, what: str, error: BaseException) -> ModelError:
-    """What is to blame, by the folder's metadata and the type of the error."""
+    """The error to raise: its cause, judged by the folder's metadata and the error's type."""
     failed = f"{what}the model {name} can't be loaded: {_first_line(error)}"
     config: kinds.Config = {}
     try:
         config = kinds.read_config(folder)
         if wrong := _unlike(check_files(folder, config)):
-            failed += f" (experts lack, or have in another shape: {some(wrong)})"
+            failed += f" (tensors that experts lack or have in another shape: {some(wrong)})"
     except ModelError as reason:
         return reason
     except OSError:
-        pass  # it is what has been told
+        pass  # `failed` says so already
     if config and "auto_map" not in config:
         model_type = str(config["model_type"])
         if model_type not in CONFIG_MAPPING:
@@ -211,7 +211,7 @@ def _cannot_load(name: str, folder: Path, what: str, error: BaseException) -> Mo
             )
         known = CONFIG_MAPPING[model_type]
         if not what and known not in CAUSAL and known not in SEEING:
-            return kinds.not_causal(f"the model {name}", model_type, "no causal language model")
+            return kinds.not_causal(f"the model {name}", model_type, "not a causal language model")
     if what == _TOKENIZER:
         hint = _tokenizer_hint(folder, error)
     elif what:
@@ -230,7 +230,7 @@ def _cannot_load(name: str, folder: Path, what: str, error: BaseException) -> Mo
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of what an error says, and the second where the first announces it."""
+    """The first line of an error's message, and the second if the first ends in a colon."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
     said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     tells = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and said
@@ -238,7 +238,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _unlike(stored: Mapping[str, Stored]) -> list[str]:
-    """Tensors of experts that are missing, or have another shape than those of most experts."""
+    """Tensors of experts that are missing, or have a different shape from most experts'."""
     shapes: dict[tuple[str, str], dict[str, tuple[int, ...]]] = defaultdict(dict)
     experts: dict[str, set[str]] = defaultdict(set)
     for name, tensor in stored.items():
@@ -262,7 +262,7 @@ def _tokenizer_hint(folder: Path, error: BaseException) -> str:
     if isinstance(error, ImportError):
         return "install what is missing, or copy the tokenizer of the model that it was made from"
     if isinstance(error, json.JSONDecodeError):
-        return f"its tokenizer.json or tokenizer_config.json is no JSON: {AGAIN}"
+        return f"its tokenizer.json or tokenizer_config.json is not valid JSON: {AGAIN}"
     return (
         f"its tokenizer.json may be newer than tokenizers {tokenizers.__version__}: "
         "pip install --upgrade tokenizers transformers, or copy it again"

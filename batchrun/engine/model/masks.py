@@ -1,7 +1,7 @@
-"""Which keys a layer's own attention mask lets a query see, read from transformers' mask functions.
+"""Reads from transformers' mask functions which keys a layer's own mask lets a query see.
 
-Not every model tells its attention function of a window: some only put it into the mask, which is
-never made for attention that needs none. So one forward has all masks made, and reads them.
+Not every model tells its attention function about a window: some put it only into the mask, which
+is never made for attention that needs none. So one forward makes all masks, and they are read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionMaskInterface
 
 PROBE = "batchrun-probe"
-_SEEN = "batchrun_seen"  # on a mask: what it lets be seen
-_MOST = 1 << 22  # tokens of context that are looked at: no window or chunk is longer
+_SEEN = "batchrun_seen"  # on a mask: which keys it lets queries see
+_MOST = 1 << 22  # tokens of context to look at: no window or chunk is longer
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a query at position p sees: keys from 0, of the last `window`, or of its own chunk.
+    """Which keys a query at position p sees: all up to p, the last `window`, or its own chunk's.
 
     A chunk is the positions `[i * chunk, (i + 1) * chunk)`.
     """
@@ -31,22 +31,22 @@ class Seen:
     chunk: int | None = None
 
     def first(self, position: int) -> int:
-        """The first key that the query at a position sees; the last one is its own."""
+        """The first key that the query at a position sees; the last is its own."""
         if self.chunk is not None:
             return position - position % self.chunk
         return 0 if self.window is None else max(0, position - self.window + 1)
 
     def within(self, context: int) -> Seen:
-        """The same for sequences of so many tokens, where long windows and chunks are none."""
+        """The same for sequences of so many tokens; windows and chunks that long are dropped."""
         window, chunk = (n if n and n < context else None for n in (self.window, self.chunk))
         return Seen(window, chunk)
 
 
 def make_masks(context: int) -> None:
-    """Have the masks of a forward under the attention `PROBE` read as they are made: see `seen_by`.
+    """Have a forward with the attention `PROBE` make and read all its masks: see `seen_by`.
 
     Args:
-        context: Tokens of a sequence at most.
+        context: Maximum tokens of a sequence.
     """
     context = min(context, _MOST)
 
@@ -66,7 +66,7 @@ def make_masks(context: int) -> None:
             got = mask_function(none, none, none + position, keys)
             return torch.as_tensor(got).expand(context).cpu()
 
-        # One that is made for this batch alone can't be read.
+        # A mask function made for this batch alone can't be read.
         with NoNumbers(filling=True), suppress(TypeError, ValueError, IndexError, RuntimeError):
             setattr(mask, _SEEN, _read(row, context))
         return mask
@@ -75,18 +75,18 @@ def make_masks(context: int) -> None:
 
 
 def seen_by(mask: torch.Tensor | None) -> Seen | None:
-    """What a mask that was made here lets be seen; None where that can't be told."""
+    """Which keys a mask made by `make_masks` lets queries see; None if that is unknown."""
     return getattr(mask, _SEEN, None)
 
 
 class NoNumbers(TorchFunctionMode):
-    """Answers for tensors on torch's meta device, so that a model is known before it has weights.
+    """Gives tensors on torch's meta device values, to probe a model before it has weights.
 
-    What a mask function has there is padding, of which there is none. What is asked of positions is
-    whether they are of one sequence, and they are.
+    In a mask function such tensors mean padding, and there is none. Models test positions only to
+    learn whether they are one sequence, and they are: such a test is true.
 
     Args:
-        filling: Whether such tensors are zeros in every call.
+        filling: Whether every call gets zeros in place of such tensors.
     """
 
     def __init__(self, *, filling: bool = False) -> None:
@@ -110,7 +110,7 @@ class NoNumbers(TorchFunctionMode):
 
 
 def _read(row: Callable[[int], torch.Tensor], context: int) -> Seen | None:
-    """What explains the rows `[context]` of a mask; None where nothing known does."""
+    """What explains the rows `[context]` of a mask; None if nothing known does."""
     last = context - 1
     first = int(row(last).nonzero()[0])
     guesses = [Seen(), Seen(window=last - first + 1)]
@@ -129,7 +129,7 @@ def _read(row: Callable[[int], torch.Tensor], context: int) -> Seen | None:
 
 
 def named_windows(config: Any) -> Iterable[int]:
-    """Windows and chunks of attention, in tokens, that a model's config names anywhere."""
+    """Attention windows and chunks, in tokens, that a model's config names anywhere."""
     values = config.to_dict()
     for key, value in values.items():
         if key == "sliding_window" and values.get("use_sliding_window") is False:

@@ -1,9 +1,10 @@
 """Makes a hooked model faster in place: native code on a CPU, compiled layers on a GPU.
 
-Modules are replaced by others that compute the same: decoder layers and linear layers by native
-code where a CPU has it, projections by merged ones, norms by fused ones; and on a GPU each decoder
-layer becomes one compiled graph. Each is judged before it stays: what can't be done, or does not
-give the model's own logits, is left as it was, with one line in the log.
+Modules are replaced by others that compute the same: decoder and linear layers by native code if
+the CPU supports it, projections by merged ones, norms by fused ones; on a GPU each decoder layer
+becomes one compiled graph. Every replacement is checked before it stays. One that can't be made,
+or changes the model's logits, is dropped with one line in the log; only native code whose logits
+are wrong is an error, because the old weights are gone by then.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from batchrun.engine.model.layers import (
 from batchrun.engine.model.prepare import has_experts
 from batchrun.errors import ModelError
 
-_STATIC = ("default", "linear", "llama3", "yarn")  # frequencies that depend on no sequence
+_STATIC = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the sequence
 
 
 def optimize(
@@ -47,21 +48,21 @@ def optimize(
 ) -> tuple[str, ...]:
     """Make a model that `prepare` has hooked faster in place.
 
-    Merged projections have one weight in the place of several; other parameters keep their names.
-    A second call changes nothing more.
+    Merged projections have one weight in place of several; other parameters keep their names. A
+    second call changes nothing.
 
     Args:
         model: The model, on its device.
-        compile: Whether decoder layers are compiled: many seconds, and for steps of more than one
-            token only.
-        log: Told, one line each, what is unavailable and what runs instead.
+        compile: Whether to compile decoder layers: takes many seconds, and serves only steps of
+            more than one token.
+        log: Called with a line for each thing that is unavailable and what runs instead.
 
     Returns:
-        What the model has now, of `native layers` (bfloat16 on a CPU), `merged projections`, `fused
-        norms` and `compiled layers`.
+        Those that the model now has of `native layers` (bfloat16 on a CPU), `merged projections`,
+        `fused norms` and `compiled layers`.
 
     Raises:
-        ModelError: Native code gives other logits than the model did.
+        ModelError: Native code gives different logits from the model's own.
     """
     want = logits_of(model)
     native = _can_be_native(model, log)
@@ -73,26 +74,26 @@ def optimize(
         merge_projections(model, lambda: logits_of(model), undo)
         fuse_norms(model, undo)
         check_modules(model, want, layers)
-    except Exception as error:  # whatever a model does with modules that it does not know
+    except Exception as error:  # a model may do anything with modules that it does not know
         for parent, name, module in undo:
             setattr(parent, name, module)
         log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
-    undo.clear()  # what it holds shares memory with merged weights, which native code packs
+    undo.clear()  # its modules keep alive the merged weights, which native code packs
     if native:
         try:
             _use_native_parts(model)
-            if not has_experts(model):  # in which each part that agrees may still sway a router
+            if not has_experts(model):  # there, parts within tolerance may still sway a router
                 check_modules(model, want)
-        except ValueError as error:  # their old weights are gone
+        except ValueError as error:  # the old weights are gone
             raise ModelError(
                 f"native code computes {type(model).__name__} wrongly: {error}",
-                hint="run it by torch's operators: --no-optimize",
+                hint="run it with torch's operators: --no-optimize",
             ) from error
     if compile:
         _compile_layers(model, lambda: check_modules(model, want, layers), log)
     if model.device.type == "cuda":
-        # Torch keeps the old weights' memory in pieces too small for the next ones: KV pages can
-        # use it. Nor is it any step's peak.
+        # Torch caches the old weights' memory in pieces too small for new ones: free it for KV
+        # pages. Nor should it count towards a step's peak.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
     kinds = {type(module) for module in model.modules()}
@@ -106,7 +107,7 @@ def optimize(
 
 
 def _can_be_native(model: PreTrainedModel, log: Callable[[str], None]) -> bool:
-    """Whether native code computes a model of this dtype here; says why not on a CPU."""
+    """Whether native code can compute this model; logs why not if the CPU is the reason."""
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return False
     reason = cpu_layers.unsupported_reason()
@@ -116,9 +117,9 @@ def _can_be_native(model: PreTrainedModel, log: Callable[[str], None]) -> bool:
 
 
 def _use_native_layers(model: PreTrainedModel) -> None:
-    """Replace the decoder layers that native code computes the same, one after the other.
+    """Replace, one by one, the decoder layers that native code computes the same.
 
-    Their old weights are dropped: there is no way back, and no moment with all weights twice.
+    Each old layer is dropped at once: there is no way back, but weights are never all held twice.
     """
     if any(isinstance(module, cpu_layers.NativeStack) for module in model.modules()):
         return
@@ -138,7 +139,7 @@ def _use_native_layers(model: PreTrainedModel) -> None:
 
 
 def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLayer]) -> None:
-    """Make one module of a model's native layers, which all get the same positions."""
+    """Join a model's native layers into one module, and tabulate its rotary embeddings."""
     del layers[1:]
     layers[0] = cpu_layers.NativeStack(native)
     for parent in list(model.modules()):
@@ -148,7 +149,7 @@ def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLaye
 
 
 def _use_native_parts(model: PreTrainedModel) -> None:
-    """Replace norms and linear layers: the last ones, and those of layers built otherwise."""
+    """Make norms and linear layers native: those of no layer, or of layers that stayed."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, FusedNorm):
@@ -161,15 +162,15 @@ def _use_native_parts(model: PreTrainedModel) -> None:
 
 # --- compiled layers: each a graph, in which attention is a single opaque operator ---
 
-_TOKENS = 251  # to compile with: no model's dimension, or the graph would take both for one
+_TOKENS = 251  # to compile with: not a model's dimension, or the graph would equate the two
 
 
 @dataclass(eq=False)
 class _Layer:
-    """What a decoder layer's call becomes.
+    """Replaces a decoder layer's call.
 
-    Without our step (in `generate`, or under another attention), and for a single token, which
-    would need a graph of its own, the layer runs as it was.
+    Outside a step (in `generate`, or with another attention), and for a single token, which would
+    need a graph of its own, the layer runs uncompiled.
     """
 
     layer: nn.Module
@@ -194,17 +195,17 @@ class _Layer:
 def _compile_layers(
     model: PreTrainedModel, check: Callable[[], None], log: Callable[[str], None]
 ) -> None:
-    """Compile each decoder layer; one graph serves all of a class. Where it fails, log why.
+    """Compile the decoder layers, with one graph per class; if that fails, log why.
 
-    Only the layers are: their graph is small, and the rest of a forward is a few operators.
+    Only layers are compiled: their graph is small, and the rest of a forward is a few operators.
 
     Args:
         model: Changed in place.
-        check: Raises where it computes something else then.
-        log: Told why nothing was compiled, now or at a later step.
+        check: Raises if the compiled model computes something else.
+        log: Called with the reason if nothing is compiled, now or at a later step.
     """
     if is_adapted(model):
-        log("the model's layers run uncompiled: how they attend is not all in their own code")
+        log("the model's layers run uncompiled: they do not attend by their own code alone")
         return
     if _compiled_layers(model):
         return
@@ -222,7 +223,7 @@ def _compile_layers(
 
 
 def _have_compiled(model: PreTrainedModel, log: Callable[[str], None]) -> None:
-    """Have each layer compiled at its next call."""
+    """Set up each layer to be compiled at its next call."""
     wait_for_compilers()
     found = decoder_layers(model)
     if not found.modules:
@@ -237,17 +238,17 @@ def _have_compiled(model: PreTrainedModel, log: Callable[[str], None]) -> None:
         layer._compiled_call_impl = _Layer(layer, graph, i, attention, failed)
 
 
-_ending: list[Thread] = []  # of torch's compile processes, for whose end ours would wait seconds
+_ending: list[Thread] = []  # end torch's compile processes, which would delay our exit by seconds
 
 
 def wait_for_compilers() -> None:
-    """Wait until those are gone that were told to end: torch would still ask them."""
+    """Wait until the compile processes have ended: until then torch would still use them."""
     while _ending:
         _ending.pop().join()
 
 
 def _end_compilers() -> None:
-    """Let them end beside whatever comes next."""
+    """End the compile processes in the background."""
     from torch._inductor.async_compile import (  # noqa: PLC0415 - slow, and loaded by now
         shutdown_compile_workers,
     )
@@ -268,7 +269,7 @@ def _uncompile(model: PreTrainedModel, log: Callable[[str], None], error: Except
 
 
 def _brief(error: Exception) -> str:
-    """An error in a line."""
-    error = getattr(error, "inner_exception", error)  # a failed compiler's first line has no reason
+    """An error in one line."""
+    error = getattr(error, "inner_exception", error)  # the outer error's first line has no reason
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

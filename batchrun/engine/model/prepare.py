@@ -29,8 +29,8 @@ class LoadedModel:
         model: The transformers model, in evaluation mode, its attention hooked.
         tokenizer: Its tokenizer; None for models made from a config.
         layers: What each layer asks of attention.
-        max_model_len: Tokens of prompt and output together at most.
-        max_window: Longest sliding window of any layer, 0 without one.
+        max_model_len: Maximum tokens of prompt and output together.
+        max_window: Longest window or chunk below `max_model_len`, 0 if there is none.
         eos_ids: Tokens that end a completion.
         notes: What the user should know, one sentence each.
     """
@@ -60,7 +60,7 @@ class LoadedModel:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of parameters and buffers, tied ones once, and of weights that were packed."""
+        """Bytes of parameters, buffers and packed weights; tied ones count once."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         native = (m for m in self.model.modules() if isinstance(m, (NativeLayer, NativeLinear)))
         return sum(m.nbytes for m in native) + sum(
@@ -68,7 +68,7 @@ class LoadedModel:
         )
 
 
-# What a model's own code raises over tokens, masks or positions that it does not expect.
+# What a model's own code raises on tokens, masks or positions that it does not expect.
 OF_A_MODEL = (
     TypeError,
     ValueError,
@@ -106,15 +106,15 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, max_model_len: int | None) 
         if not isinstance(found := getattr(config, key), int) or found < 1:
             raise UnsupportedError(f"its config says that {key} is {found!r}")
     if model.config.is_encoder_decoder:
-        raise UnsupportedError("it is an encoder-decoder, and batchrun runs decoders")
-    if model.device.type == "meta":  # where how many tokens an expert gets is not known
+        raise UnsupportedError("it is an encoder-decoder, and batchrun runs decoders only")
+    if model.device.type == "meta":  # where the number of tokens per expert is unknown
         model.set_experts_implementation("batched_mm")
     limit, notes = context_length(config, max_model_len)
     adapters.adapt(model)
     probe = _probed(model, limit)
     set_attention(model, HOOK)
     if config._attn_implementation != HOOK:
-        raise UnsupportedError("it does not take up another attention implementation")
+        raise UnsupportedError("its attention implementation can't be replaced")
     probe.makes_masks = False
     probe.hits.clear()
     try:
@@ -126,7 +126,7 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, max_model_len: int | None) 
         raise UnsupportedError(
             f"its own code can't compute tokens of several rows together: {reason}"
         ) from error
-    # Which see images, and do nothing without one.
+    # Cross-attention layers see images, and do nothing without one.
     skipped = set(getattr(config, "cross_attention_layers", None) or ())
     expected = [i for i in range(config.num_hidden_layers) if i not in skipped]
     _check_hits(probe.hits, expected)
@@ -147,14 +147,14 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, max_model_len: int | None) 
 
 
 def _check_hits(hits: Sequence[int], expected: Sequence[int]) -> None:
-    """Refuse a model whose layers do not attend once each."""
+    """Refuse a model whose layers do not each attend once."""
     if not hits:
         raise UnsupportedError("its layers attend by code of their own, which can't be replaced")
     missing = [str(i) for i in expected if i not in hits]
     if missing:
         shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
         which = f"layer {shown} has" if len(missing) == 1 else f"layers {shown} have"
-        raise UnsupportedError(f"{which} another state than keys and values")
+        raise UnsupportedError(f"{which} state other than keys and values")
     if sorted(hits) != expected:
         raise UnsupportedError(
             f"its {len(expected)} layers attend {len(hits)} times, not once each"
@@ -162,19 +162,19 @@ def _check_hits(hits: Sequence[int], expected: Sequence[int]) -> None:
 
 
 def _check_cache(config: Any, layers: Sequence[LayerSpec], context: int) -> None:
-    """Refuse a model whose cache forgets tokens that its masks let be seen.
+    """Refuse a model whose cache forgets tokens that its masks let queries see.
 
-    What `generate` gives then depends on where a prompt ends and its answer begins.
+    What `generate` returns then depends on where the prompt ends and the answer begins.
     """
     try:
         cache = DynamicCache(config=config)
     except OF_A_MODEL as error:
-        raise UnsupportedError(f"it gets no cache of its own: {error}") from error
+        raise UnsupportedError(f"transformers can't make a cache for it: {error}") from error
     for i, (kept, layer) in enumerate(zip(cache.layers, layers, strict=False)):
         window = getattr(kept, "sliding_window", None)
         if window and window < min(layer.window or layer.chunk or context, context):
             raise UnsupportedError(
-                f"layer {i} attends to all tokens in a prompt, and to the last {window} in an "
+                f"layer {i} attends to all tokens in a prompt, but to the last {window} in an "
                 "answer"
             )
 
@@ -186,9 +186,9 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def _probed(model: PreTrainedModel, context: int) -> Probe:
-    """Have each layer's mask made once, and note on its attention module what it lets be seen.
+    """Have each layer's mask made once, and note on its attention module which keys it shows.
 
-    A model that can't be asked that way is left to the other gates.
+    A model that can't be probed that way is left to the other gates.
     """
     probe = Probe(context)
     set_attention(model, PROBE)
@@ -202,7 +202,7 @@ def _probed(model: PreTrainedModel, context: int) -> Probe:
 
 
 def _forward(model: PreTrainedModel, probe: Probe, **others: torch.Tensor) -> None:
-    """Four tokens."""
+    """Run the model on four tokens."""
     ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
     with torch.inference_mode(), attending(probe):
         model(input_ids=ids, use_cache=False, logits_to_keep=ids[0, :1], **others)
