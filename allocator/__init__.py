@@ -1,1 +1,1 @@
-"""Virtual memory for tensors that grow in place. Knows nothing of LLM engines or jobs."""
+"""Virtual memory for tensors that grow in place. Independent of LLM engines and jobs."""

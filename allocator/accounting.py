@@ -1,4 +1,4 @@
-"""What the KV cache reserves, holds and really uses, now and averaged over time."""
+"""What the KV cache reserves, holds and actually uses, now and averaged over time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from batchrun.allocator.layout import KVLayout
 from batchrun.allocator.pages import Work
 
 PAGED_BLOCK_TOKENS = 16
-"""Block size of the paged cache that `Usage.paged` compares with (vLLM's default)."""
+"""Block size of the paged cache that `Usage.paged` models (vLLM's default)."""
 
 
 _BYTES = ("reserved", "mapped", "live", "shared", "static", "paged")
@@ -19,12 +19,12 @@ class Usage:
 
     Attributes:
         reserved: address space.
-        mapped: physical pages held by the pool, mapped or free, each once.
-        live: bytes that hold tokens of open slots, shared ones once.
-        shared: bytes of pages that sharing saves open slots.
+        mapped: physical pages held by the pool, mapped or free, each counted once.
+        live: bytes that hold tokens of open slots; shared bytes count once.
+        shared: bytes that open slots save by sharing pages.
         static: what reserving `max_tokens` for each open slot would use.
         paged: what a cache of 16-token blocks would use for the same sequences.
-        work: since the arena was made, by `map`, `unmap`, `create` and `destroy`.
+        work: calls and seconds of `map`, `unmap`, `create` and `destroy` since the arena was made.
     """
 
     reserved: int
@@ -37,7 +37,7 @@ class Usage:
 
 
 def paged_blocks(num_tokens: int) -> int:
-    """Blocks that a paged cache would use for one sequence."""
+    """Blocks that a paged cache would need for one sequence."""
     return -(-num_tokens // PAGED_BLOCK_TOKENS)
 
 
@@ -61,7 +61,7 @@ class UsageIntegral:
         self._latest: Usage | None = None
 
     def add(self, usage: Usage, seconds: float) -> None:
-        """Count `usage` as having held for `seconds`."""
+        """Add `usage`, which held for `seconds`."""
         if seconds < 0:
             raise ValueError(f"time went backwards by {-seconds} seconds")
         self.seconds += seconds
@@ -72,7 +72,7 @@ class UsageIntegral:
         self._latest = usage
 
     def as_dict(self) -> dict[str, float]:
-        """Bytes now (`kv_live`), byte-seconds (`kv_live_s`), peaks (`peak_kv_live`), counters."""
+        """Current bytes (`kv_live`), byte-seconds (`kv_live_s`), peaks (`peak_kv_live`), counts."""
         result: dict[str, float] = {"kv_s": self.seconds}
         result |= {f"kv_{name}": getattr(self._latest, name, 0) for name in _BYTES}
         result |= {f"kv_{name}_s": value for name, value in self._sums.items()}

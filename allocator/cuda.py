@@ -1,7 +1,7 @@
-"""`VirtualMemory` on a CUDA device: the driver's virtual memory management.
+"""`VirtualMemory` on a CUDA device, using the driver's virtual memory management.
 
-The only importer of `cuda.bindings`, when a `Driver` is made. The calls and their rules:
-https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html
+This is the only module that imports `cuda.bindings`, and only when a `Driver` is made. For the
+calls and their rules, see https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _HINTS = {
 
 
 class Driver:
-    """The CUDA driver's functions by their names, with errors raised.
+    """The CUDA driver's functions, called by name; errors become exceptions.
 
     Attributes:
         types: the module `cuda.bindings.driver`, for its structures and enumerations.
@@ -30,7 +30,7 @@ class Driver:
 
     def __init__(self) -> None:
         try:
-            from cuda.bindings import driver  # noqa: PLC0415 - this module imports without it
+            from cuda.bindings import driver  # noqa: PLC0415 - this module must import without it
         except ImportError as error:
             raise AllocatorError(
                 f"CUDA needs the Python package cuda-bindings ({error}); "
@@ -40,7 +40,7 @@ class Driver:
         self.call("cuInit", 0)
 
     def call(self, name: str, *args: Any) -> Any:
-        """Call one function. Returns its result, or a tuple where it has several.
+        """Call one function. Returns its result, or a tuple if it has several.
 
         Raises:
             OutOfPages: the device or its driver is out of memory.
@@ -48,7 +48,7 @@ class Driver:
         """
         try:
             error, *results = getattr(self.types, name)(*args)
-        except RuntimeError as problem:  # how the bindings say that they found no such function
+        except RuntimeError as problem:  # the bindings found no such function
             raise AllocatorError(self._missing(name, problem)) from problem
         if error != self.types.CUresult.CUDA_SUCCESS:
             _, text = self.types.cuGetErrorString(error)
@@ -60,29 +60,30 @@ class Driver:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _missing(self, name: str, problem: Exception) -> str:
-        if name == "cuInit":  # every driver has that one: the library itself is missing
+        if name == "cuInit":  # every driver has it, so the library itself is missing
             return f"no NVIDIA driver: {problem}; install one, or compute on the CPU"
         version = "unknown" if name == "cuDriverGetVersion" else self.call("cuDriverGetVersion")
         return f"the NVIDIA driver (CUDA version {version}) is too old: {problem}; update it"
 
 
 class CudaMemory(VirtualMemory):
-    """Pages of a device's memory, mapped into reservations of the unified address space.
+    """Pages of device memory, mapped into reservations of the unified address space.
 
-    The device's primary context, which torch uses too, is held until `close`. Any thread may call,
-    one at a time: the context becomes its current one, and stays that.
+    The device's primary context, which torch also uses, is retained until `close`. Any thread may
+    call, one at a time; a call makes the context current in its thread and leaves it so.
 
-    A page is one physical allocation of the driver, because an allocation is the least that can be
-    unmapped. Its size is the driver's *minimum* granularity, the unit of all its rules (2 MiB on
-    the devices known); the recommended one may be larger, and whatever is larger wastes more.
+    A page is one physical allocation of the driver, because nothing smaller can be unmapped. By
+    default it has the driver's *minimum* granularity, the unit of all its rules (2 MiB on known
+    devices). The recommended granularity may be larger, and larger pages waste more.
 
     Args:
         device: its number among those that CUDA_VISIBLE_DEVICES shows.
-        page_size: bytes of a page in each plane, a multiple of the driver's minimum; None for that.
+        page_size: bytes of a page in each plane, a multiple of the driver's minimum; None for the
+            minimum.
         planes: parts of a page, each an allocation of its own.
 
     Raises:
-        AllocatorError: no driver, no such device, or one without virtual memory management.
+        AllocatorError: there is no driver, no such device, or no virtual memory management on it.
     """
 
     def __init__(self, device: int = 0, *, page_size: int | None = None, planes: int = 1) -> None:
@@ -115,7 +116,7 @@ class CudaMemory(VirtualMemory):
         self._enter()
 
     def memory_info(self) -> tuple[int, int]:
-        """Bytes of the device that are free, and that it has in all, for all processes."""
+        """Free and total bytes of the device, over all processes."""
         self.check_open()
         self._enter()
         free, total = self.driver.call("cuMemGetInfo")
@@ -157,7 +158,7 @@ class CudaMemory(VirtualMemory):
             yield handle
 
     def _map(self, address: int, handles: Sequence[Handle]) -> None:
-        """Grants access to a whole range of a plane in one call, which is the expensive one."""
+        """Grants access to a plane's whole range in one call, as that call is the expensive one."""
         held = [self._allocations[handle] for handle in handles]
         self._enter()
         done: list[int] = []
@@ -173,10 +174,10 @@ class CudaMemory(VirtualMemory):
             raise
 
     def _unmap(self, address: int, pages: Sequence[Handle]) -> None:
-        """No work that is under way on the device may use the range.
+        """No work in progress on the device may use the range.
 
-        The driver's documentation promises to unmap a range that was mapped by one call, so every
-        page is its own call.
+        The driver's documentation only promises to unmap a range that one call mapped, so every
+        page is unmapped by its own call.
         """
         held = [self._allocations[page] for page in pages]
         self._enter()
@@ -193,7 +194,7 @@ class CudaMemory(VirtualMemory):
             raise
 
     def _close(self) -> None:
-        """Every call is tried before the first error is raised."""
+        """Makes every call before the first error is raised."""
         pages = (self._of_planes(at, 1) for at, _ in self.all_mapped())
         mapped = (addresses[0] for page in pages for addresses in page)
         allocated = (part for parts in self._allocations.values() for part in parts)
@@ -221,7 +222,7 @@ class CudaMemory(VirtualMemory):
             self.driver.call("cuCtxSetCurrent", self._context)
 
     def _of_planes(self, address: int, count: int) -> list[range]:
-        """The addresses of a range of pages in each plane."""
+        """The addresses of a range of pages, plane by plane."""
         size = self.reservation_of(address)[1].size
         starts = range(address, address + size * self.planes, size)
         return [range(at, at + count * self.granularity, self.granularity) for at in starts]
@@ -234,7 +235,7 @@ class CudaMemory(VirtualMemory):
     def _out_of_pages(self, count: int, error: OutOfPages) -> OutOfPages:
         free, total = self.memory_info()
         return OutOfPages(
-            f"{error}; {count} pages of {self.granularity * self.planes} bytes are wanted, "
+            f"{error}; {count} pages of {self.granularity * self.planes} bytes are needed, "
             f"{free} of {total} bytes are free on the device and {len(self._allocations)} pages "
-            "are held; end what else uses the device, or use a smaller KV budget"
+            "are held; stop other programs on the device, or use a smaller KV budget"
         )

@@ -27,33 +27,33 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE demands FALLOC_FL_KEEP_SIZE
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_SPARE_PLACES = 1 << 31  # pages: behind any reservation
-_SPARE_STRIDE = 1 << 32  # pages from a plane to the next, of those
+_SPARE_PLACES = 1 << 31  # pages: beyond any reservation
+_SPARE_STRIDE = 1 << 32  # pages from one plane of the spare places to the next
 _NO_MEMORY = {errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT}
 
 
 class HostMemory(VirtualMemory):
-    """Pages of a memfd, mapped shared into reservations that otherwise fault.
+    """Pages of a memfd, mapped shared into reservations; other addresses fault.
 
-    The memfd is as large as all reservations together, and sparse. A page gets its place in it, and
-    memory, when it is first mapped: the place that belongs to that address, unless a page has it
-    that is mapped elsewhere by now. So pages of neighbouring addresses are neighbours in the file,
-    and one kernel mapping, however they came to be there. Linux bounds the mappings of a process
-    (vm.max_map_count), and past that bound even unmapping can fail; this class counts its own and
-    stops short of it.
+    The memfd is sparse and as large as all reservations together. A page gets memory and a place in
+    the file when it is first mapped: the place that belongs to the address, unless that place is
+    taken by a page now mapped elsewhere. Pages at neighbouring addresses are thus neighbours in the
+    file and share one kernel mapping, in whatever order they were mapped. Linux limits the mappings
+    of a process (vm.max_map_count), and at the limit even unmapping can fail, so this class counts
+    its own mappings and stops short of it.
 
-    Without guard a reservation shows the memfd from the start: a page that is mapped at its own
-    place needs no mapping of its own, only memory, which is three system calls and a fault for
-    each 4 KiB less. Addresses without a page do not fault then; they are not to be touched. And a
-    page that is mapped nowhere loses its place, its memory and what was in it, so that it can have
-    its own place again wherever it is mapped next.
+    With `guard` off, a reservation shows the memfd from the start. A page mapped at its own place
+    then needs memory but no mapping of its own, which saves three system calls, and a fault for
+    each 4 KiB. Addresses without a page do not fault in this mode, but must not be touched. A page
+    that is mapped nowhere loses its place, its memory and its contents, so that it can have the
+    right place again wherever it is mapped next.
 
     Args:
         page_size: bytes of one page in each plane, a multiple of the system's page size.
-        planes: parts of a page. Each plane of a reservation has a range of the file for itself.
+        planes: parts of a page. Each plane of a reservation has its own range of the file.
         guard: whether touching an address without a page is a fault.
-        max_mappings: kernel mappings to use at most; by default three quarters of what a process
-            may have, which leaves the rest to libraries, threads and files.
+        max_mappings: kernel mappings to use at most; by default three quarters of the process's
+            limit, which leaves the rest to libraries, threads and files.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class HostMemory(VirtualMemory):
         self._places: dict[Handle, int] = {}  # page -> where it is in the file, in pages
         self._taken: set[int] = set()  # those places
         self._begins: dict[int, int] = {}  # reservation -> the place of its first page
-        self._end = 0  # of the places of all reservations there ever were
-        self._ranges: list[tuple[int, int]] = []  # of each: its first place, pages of a plane
+        self._end = 0  # past the places of every reservation ever made
+        self._ranges: list[tuple[int, int]] = []  # of each: its first place, pages per plane
         self._spare = _SPARE_PLACES
-        self._kernel_mappings = 0  # of each plane
+        self._kernel_mappings = 0  # in each plane
 
     def _reserve(self, size: int) -> int:
         begin, pages = self._end, size // self.granularity
@@ -145,12 +145,12 @@ class HostMemory(VirtualMemory):
         self._kernel_mappings = 0
 
     def _own_place(self, address: int) -> int:
-        """The place that belongs to an address."""
+        """The place in the file that belongs to an address."""
         base, _ = self.reservation_of(address)
         return self._begins[base] + (address - base) // self.granularity
 
     def _show(self, address: int, places: Sequence[int | None], *, populate: bool = False) -> None:
-        """Have addresses show these places of the file, or nothing; all of them or none."""
+        """Make addresses show these places of the file (None: nothing). All or no change."""
         page = self.granularity
         base, held = self.reservation_of(address)
         end = address + len(places) * page
@@ -158,7 +158,7 @@ class HostMemory(VirtualMemory):
         right = self._shown(end, 1) if end < base + held.size else []
         before = self._shown(address, len(places))
         runs = [r for r in _runs(places) if before[slice(*r)] != list(places[slice(*r)])]
-        # A run cuts the mapping that it lands in at both ends, at worst.
+        # At worst, a run splits the mapping that it lands in at both ends.
         if populate and (self._kernel_mappings + len(runs) + 1) * self.planes > self.max_mappings:
             raise self._out_of_mappings(len(runs))
         done: list[tuple[int, Sequence[int | None], int]] = []  # address, what it showed, plane
@@ -174,10 +174,9 @@ class HostMemory(VirtualMemory):
         self._kernel_mappings += _cuts([*left, *places, *right]) - _cuts([*left, *before, *right])
 
     def _undo(self, done: Sequence[tuple[int, Sequence[int | None], int]], *, hide: bool) -> None:
-        """Have addresses show again what they did, or nothing.
+        """Make addresses show what they showed before; with `hide`, make them inaccessible.
 
-        At the kernel's bound mmap would fail again, where something is to be shown no more; taking
-        access away does not.
+        At the kernel's limit on mappings another mmap would fail too; mprotect does not.
         """
         page = self.granularity
         for address, before, plane in done:
@@ -185,7 +184,7 @@ class HostMemory(VirtualMemory):
                 raise refused("mprotect", f"{len(before)} pages at {address:#x}") from None
             for start, stop in () if hide else _runs(before):
                 self._mmap(address + start * page, (stop - start) * page, before[start], plane)
-        self._guard = self._guard or hide  # those pages do not show their own places any more
+        self._guard = self._guard or hide  # those pages no longer show their own places
 
     def _shown(self, address: int, count: int) -> list[int | None]:
         """The place that each address of a range shows."""
@@ -196,7 +195,7 @@ class HostMemory(VirtualMemory):
         return [self._places.get(page, own + index) for index, page in enumerate(pages)]
 
     def _place_in_file(self, own: int, handles: Sequence[Handle]) -> list[Handle]:
-        """Give those pages that have none a place in the file, and memory; returns them."""
+        """Give memory and a place in the file to the pages that have none; returns those pages."""
         placed: list[Handle] = []
         for position, handle in enumerate(handles):
             if handle in self._places:
@@ -218,11 +217,11 @@ class HostMemory(VirtualMemory):
         return placed
 
     def _displace(self, handles: Sequence[Handle]) -> None:
-        """Take pages' memory and their places in the file away."""
+        """Take away the memory of pages and their places in the file."""
         places = sorted(self._places.pop(handle) for handle in handles)
         self._taken.difference_update(places)
         for start, stop in _runs(places):
-            # Where that is refused the memory stays, until the place is taken again.
+            # If punching fails, the memory stays until the place is taken again.
             self._fallocate(_PUNCH_HOLE, places[start], stop - start)
 
     def _mmap(
@@ -234,7 +233,7 @@ class HostMemory(VirtualMemory):
         *,
         populate: bool = False,
     ) -> int:
-        """Map a plane's file from a place on at `address`; without a place, reserve the range."""
+        """Map a plane's file from `place` on at `address`; without a place, reserve the range."""
         fixed = 0 if address is None else _MAP_FIXED
         protection, fd, offset = 0, -1, 0
         if place is None:
@@ -242,7 +241,7 @@ class HostMemory(VirtualMemory):
         else:
             protection, fd = mmap.PROT_READ | mmap.PROT_WRITE, self._fd
             offset = self._offset(place, plane)
-            # Populating now costs one call; otherwise each 4 KiB faults when it is first touched.
+            # Populating now costs one call; otherwise each 4 KiB faults on first touch.
             flags = mmap.MAP_SHARED | _MAP_NORESERVE | fixed | (populate and mmap.MAP_POPULATE)
         got = self._libc.mmap(address, size, protection, flags, fd, offset)
         if got == _MAP_FAILED:
@@ -252,9 +251,9 @@ class HostMemory(VirtualMemory):
         return int(got)
 
     def _offset(self, place: int, plane: int) -> int:
-        """Where a plane's part of a place is in the file: no further than there is address space.
+        """The file offset of a plane's part of a place, no larger than the address space requires.
 
-        A limit on the size of files then allows what it would without planes.
+        A limit on file sizes then allows as much as it would without planes.
         """
         stride = _SPARE_STRIDE
         if plane and place < _SPARE_PLACES:
@@ -286,12 +285,12 @@ class HostMemory(VirtualMemory):
         )
 
     def _check_file_limit(self, places: int) -> None:
-        """Refuse addresses whose pages would lie beyond what a file may have here."""
+        """Refuse a reservation whose pages would exceed the limit on file sizes."""
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         if limit != resource.RLIM_INFINITY and places * self.granularity > limit:
             raise Refused(
-                f"{places * self.granularity} bytes of addresses are pages of one file in memory, "
-                f"and no file may have more than {limit} bytes here; "
+                f"the KV cache needs an in-memory file of {places * self.granularity} bytes, "
+                f"and files are limited to {limit} bytes here; "
                 "lift the limit on file sizes (`ulimit -f unlimited`)"
             )
 
@@ -299,13 +298,13 @@ class HostMemory(VirtualMemory):
         more, used = more * self.planes, self._kernel_mappings * self.planes
         return OutOfPages(
             f"cannot add {more} memory mappings: {used} of {self.max_mappings} are in use, and "
-            "Linux bounds them by vm.max_map_count; run `sysctl -w vm.max_map_count=1048576`, or "
+            "vm.max_map_count limits them; run `sysctl -w vm.max_map_count=1048576`, or "
             "use larger pages or fewer sequences at once"
         )
 
 
 def _runs(places: Sequence[int | None]) -> Iterator[tuple[int, int]]:
-    """Positions [start, stop) of each maximal run of consecutive places, or of none."""
+    """Positions [start, stop) of each maximal run of consecutive places, or of Nones."""
     start = 0
     for position in range(1, len(places) + 1):
         if position == len(places) or _cut(places[position - 1], places[position]):
@@ -314,7 +313,7 @@ def _runs(places: Sequence[int | None]) -> Iterator[tuple[int, int]]:
 
 
 def _cuts(places: Sequence[int | None]) -> int:
-    """How often one kernel mapping ends and another begins in addresses that show these places."""
+    """How many boundaries between kernel mappings lie in addresses that show these places."""
     return sum(map(_cut, places, places[1:]))
 
 

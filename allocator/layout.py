@@ -1,4 +1,4 @@
-"""Where each token's keys and values lie: pure arithmetic, in bytes.
+"""Where each token's keys and values lie, in bytes. Pure arithmetic.
 
 The layers are split into slab groups of `layers_per_slab`. In each group a sequence has one slab,
 contiguous in virtual memory and token-major, so that it grows at one end:
@@ -8,8 +8,9 @@ contiguous in virtual memory and token-major, so that it grows at one end:
                                each K or V: [kv_heads, dim]
     pages:            |<------- page 0 ------->|<------- page 1 ------->|   need not align to tokens
 
-Slabs of the same shape need not be groups of their own: as planes of one group they always have the
-same pages mapped, each of which has a part in every plane, and cost the bookkeeping of one.
+Slabs of the same shape can be planes of one group instead of separate groups. Planes always have
+the same pages mapped, each page with a part in every plane, so all of them cost the bookkeeping of
+one slab.
 """
 
 from collections.abc import Sequence
@@ -49,8 +50,8 @@ class KVLayout:
         max_tokens: tokens that one slot can hold.
         layers_per_slab: layers interleaved in one slab. All of them: least memory lost to partly
             filled pages. One: each layer touches the fewest pages.
-        planes: slabs of each group. The layers are split into so many equal shares, one a plane,
-            which are shaped alike; the groups are those of a share.
+        planes: slabs of each group. The layers are split into this many shares of the same shape,
+            one per plane; the groups are those of one share.
     """
 
     layers: tuple[LayerKV, ...]
@@ -63,7 +64,7 @@ class KVLayout:
     def __post_init__(self) -> None:
         for name in ("dtype_bytes", "page_size", "max_tokens", "layers_per_slab", "planes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+                raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1")
         if not self.layers:
             raise ValueError("a KV layout needs at least one layer")
         if self.page_size % self.dtype_bytes:
@@ -71,7 +72,7 @@ class KVLayout:
                 f"page size {self.page_size} is not a multiple of dtype_bytes {self.dtype_bytes}"
             )
         if self.layers != self.layers[: self._share] * self.planes:
-            raise ValueError(f"{len(self.layers)} layers are not {self.planes} times the same")
+            raise ValueError(f"{len(self.layers)} layers do not form {self.planes} equal planes")
 
     @cached_property
     def groups(self) -> tuple[range, ...]:
@@ -100,17 +101,17 @@ class KVLayout:
 
     @cached_property
     def slot_tokens(self) -> int:
-        """Tokens of address space of one slot: `max_tokens`, rounded up.
+        """Tokens of address space per slot: `max_tokens`, rounded up.
 
-        Every slab then is whole pages and whole blocks, and slot s begins exactly
-        `s * slot_tokens` tokens after slot 0: all slots together are one tensor of tokens.
+        Every slab is then a whole number of pages and blocks, and slot s begins exactly
+        `s * slot_tokens` tokens after slot 0, so that all slots form one tensor of tokens.
         """
         page = self.page_size
         step = lcm(_BLOCK_TOKENS, *(page // gcd(page, token) for token in self._token_bytes))
         return -(-self.max_tokens // step) * step
 
     def slab_size(self, group: int) -> int:
-        """Bytes of address space of one slot's slab in one plane, whole pages."""
+        """Bytes of address space of one slot's slab in one plane; a whole number of pages."""
         return self.slot_tokens * self._token_bytes[group]
 
     def pages_for(self, num_tokens: int) -> tuple[int, ...]:
@@ -119,45 +120,45 @@ class KVLayout:
         return tuple(-(-num_tokens * token // page) for token in self._token_bytes)
 
     def whole_pages(self, num_tokens: int) -> tuple[int, ...]:
-        """Pages, per group, that the tokens [0, num_tokens) fill."""
+        """Pages, per group, that the tokens [0, num_tokens) fill completely."""
         page = self.page_size
         return tuple(num_tokens * token // page for token in self._token_bytes)
 
     def tokens_on(self, pages: Sequence[int]) -> int:
-        """Tokens of which some group g has a byte on its first `pages[g]` pages."""
+        """Tokens that have a byte on the first `pages[g]` pages of some group g."""
         size = self.page_size
         return max(-(-n * size // token) for n, token in zip(pages, self._token_bytes, strict=True))
 
     def total_pages_for(self, num_tokens: int) -> int:
-        """Pages of all groups that hold the tokens [0, num_tokens)."""
+        """Pages, over all groups, that hold the tokens [0, num_tokens)."""
         return sum(self.pages_for(num_tokens))
 
     def tokens_in(self, pages: Sequence[int]) -> int:
-        """Whole tokens that fit when group g has `pages[g]` pages, at most `max_tokens`."""
+        """Whole tokens that fit if group g has `pages[g]` pages; at most `max_tokens`."""
         size = self.page_size
         backed = (n * size // token for n, token in zip(pages, self._token_bytes, strict=True))
         return min(self.max_tokens, *backed)
 
     def waste_bytes(self, num_tokens: int) -> int:
-        """Bytes of the pages that hold `num_tokens` tokens which hold no token."""
+        """Bytes left unused on the pages that hold `num_tokens` tokens."""
         mapped = self.total_pages_for(num_tokens) * self.page_bytes
         return mapped - num_tokens * self.bytes_per_token
 
     def offsets(self, layer: int) -> tuple[int, int]:
-        """Bytes from a token's begin in its slab to K and to V of `layer`."""
+        """Bytes from the start of a token in its slab to the K and the V of `layer`."""
         _, group, within = self.place_of(layer)
         shape, before = self.layers[within], self.layers[self.groups[group].start : within]
         begin = sum(other.width for other in before) * self.dtype_bytes
         return begin, begin + shape.kv_heads * shape.k_dim * self.dtype_bytes
 
     def place_of(self, layer: int) -> tuple[int, int, int]:
-        """The plane that holds `layer`, the slab group, and which layer of its plane it is."""
+        """The plane that holds `layer`, its slab group, and the layer's index within its plane."""
         plane, within = divmod(range(len(self.layers))[layer], self._share)
         return plane, within // self.layers_per_slab, within
 
     @property
     def _share(self) -> int:
-        """Layers of one plane."""
+        """Layers per plane."""
         return len(self.layers) // self.planes
 
     @cached_property
@@ -169,7 +170,7 @@ class KVLayout:
 
 
 def planes_of(layers: Sequence[LayerKV], layers_per_slab: int) -> int:
-    """How many planes make these slabs a single group: 1 where they are not alike."""
+    """How many planes turn these slabs into a single group; 1 if the slabs differ in shape."""
     whole = len(layers) % layers_per_slab == 0
     alike = tuple(layers) == tuple(layers[:layers_per_slab]) * (len(layers) // layers_per_slab)
     return len(layers) // layers_per_slab if whole and alike else 1

@@ -1,4 +1,4 @@
-"""Physical pages that outlive the sequences using them, within a budget."""
+"""Physical pages that outlive the sequences that use them, within a budget."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ class Work:
 class PagePool:
     """Pages of a `VirtualMemory`, created in batches on demand and kept for reuse.
 
-    A page is free or in use. How often it is mapped the memory knows (`VirtualMemory.counts`):
-    `release`d where it was unmapped, it stays in use until it is mapped nowhere.
+    A page is free or in use. The memory counts how often it is mapped (`VirtualMemory.counts`): a
+    page that is passed to `release` stays in use until it is mapped nowhere.
 
     Args:
         memory: where pages come from. The pool destroys only what it created.
-        budget: bytes of pages to hold at most, now: a number, or a function that is asked at most
-            once between two calls of `remeasure`; None for as much as the machine has.
-        batch: pages to create at once at most when fewer are wanted. The pool grows by a small part
-            of itself, so that a small cache does not hold a large one's spare pages.
+        budget: bytes of pages to hold at most: a number, or a function that is called at most once
+            between two calls of `remeasure`; None for as much as the machine has.
+        batch: how many pages to create at once, at most, when fewer are wanted. The pool grows by a
+            small fraction of itself, so that a small cache does not hold a large one's spare pages.
 
     Attributes:
         created: pages held now, free and in use.
@@ -49,11 +49,11 @@ class PagePool:
         self._memory = memory
         self._page_bytes = memory.granularity * memory.planes
         self._budget = budget
-        self._measured: int | None = None  # what the function said since the last `remeasure`
+        self._measured: int | None = None  # by the function, since the last `remeasure`
         self._batch = batch
         self._free: list[Handle] = []
         self._used: set[Handle] = set()
-        self._refused = False  # creating ahead failed, and growing on demand has not succeeded yet
+        self._refused = False  # creating ahead failed; no growth has succeeded since
         self.created = 0
         self.acquired = 0
         self.creating = Work()
@@ -66,11 +66,11 @@ class PagePool:
 
     @property
     def in_use(self) -> int:
-        """Pages that were acquired, and not released since they are mapped nowhere."""
+        """Pages that were acquired and not yet freed by `release`."""
         return len(self._used)
 
     def page_budget(self) -> int | None:
-        """Pages that the budget allows to hold now; None where there is no budget."""
+        """How many pages the budget allows now; None if there is no budget."""
         budget = self._budget
         if callable(budget):
             if self._measured is None:
@@ -79,10 +79,10 @@ class PagePool:
         return None if budget is None else max(0, budget // self._page_bytes)
 
     def acquire(self, count: int) -> list[Handle]:
-        """Take `count` pages, mapped nowhere and of undefined contents.
+        """Take `count` pages that are mapped nowhere. Their contents are undefined.
 
         Raises:
-            OutOfPages: the budget or the machine has not that many. Nothing was taken.
+            OutOfPages: the budget or the machine does not have that many. Nothing was taken.
         """
         if count > len(self._free):
             self._grow(count - len(self._free))
@@ -94,7 +94,7 @@ class PagePool:
         return taken
 
     def release(self, handles: Sequence[Handle]) -> int:
-        """Free those of some pages in use that are mapped nowhere. Returns how many those are."""
+        """Free those of the given pages that are mapped nowhere. Returns how many were freed."""
         for handle in handles:
             if handle not in self._used:
                 raise AllocatorError(f"cannot release page {handle}: it is not in use")
@@ -105,15 +105,15 @@ class PagePool:
         return len(unused)
 
     def remeasure(self) -> None:
-        """Have the function that says the budget asked anew, when it is needed next."""
+        """Call the budget function again when the budget is next needed."""
         self._measured = None
 
     def stock(self, count: int, budget: int | None) -> None:
-        """Create `count` pages ahead of need; none where the machine refuses.
+        """Create `count` pages ahead of need; none if the machine refuses.
 
         Args:
-            count: pages wanted; fewer are created where the budget ends.
-            budget: pages to hold at most, as `page_budget` says.
+            count: pages wanted; fewer are created if the budget ends first.
+            budget: pages to hold at most, as returned by `page_budget`.
         """
         if budget is not None:
             count = min(count, budget - self.created)
@@ -125,7 +125,7 @@ class PagePool:
             self._refused = True
 
     def shrink(self, keep: int = 0) -> int:
-        """Destroy free pages until at most `keep` of them remain. Returns how many were."""
+        """Destroy free pages until at most `keep` remain. Returns how many were destroyed."""
         excess = len(self._free) - keep
         if excess <= 0:
             return 0
@@ -137,7 +137,7 @@ class PagePool:
         return excess
 
     def _grow(self, count: int) -> None:
-        """Create at least `count` pages, some more where possible."""
+        """Create at least `count` pages, and a few more if possible."""
         wanted = max(count, min(self._batch, self.created // 32))
         budget = self.page_budget()
         if budget is not None:
@@ -145,7 +145,7 @@ class PagePool:
             if room < count:
                 page = self._page_bytes
                 raise OutOfBudget(
-                    f"{count} more pages of {page} bytes are wanted, and the KV budget of "
+                    f"cannot add {count} pages of {page} bytes: the KV budget of "
                     f"{budget * page} bytes has room for {room}; "
                     "raise the budget or run fewer sequences at once"
                 )

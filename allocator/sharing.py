@@ -1,7 +1,7 @@
-"""Pages mapped into several slots: which they are, who uses them, and what has to be copied.
+"""Pages mapped into several slots: which pages, which slots use them, and what must be copied.
 
-Sharing is always a prefix's: a page lies at the same index in every slot that has it. The part of a
-page that a prefix ends on is copied:
+Only prefixes are shared: a page lies at the same index in every slot that has it. The page on which
+a prefix ends is copied up to that point:
 
     source      |  page 0  |  page 1  |  page 2  |  page 3  |
     shared          ||         ||       || copy
@@ -20,14 +20,14 @@ from batchrun.allocator.vmm import Handle
 
 @dataclass(frozen=True, slots=True)
 class MemoryCopy:
-    """Bytes to be copied in each plane of one slab group before the next step's kernels run.
+    """Bytes to copy in each plane of one slab group before the next step's kernels run.
 
     Attributes:
         group: the slab group.
-        source: bytes from `KVArena.address(group)`.
-        target: bytes from `KVArena.address(group)`.
-        nbytes: how many, all in one page.
-        slots: whose page is read, and whose is written.
+        source: offset in bytes from `KVArena.address(group)`.
+        target: offset in bytes from `KVArena.address(group)`.
+        nbytes: how many, all on one page.
+        slots: the slot whose page is read, and the one whose page is written.
     """
 
     group: int
@@ -38,11 +38,11 @@ class MemoryCopy:
 
 
 class RefCounts:
-    """How many slots count each page for theirs.
+    """How many slots count each page as theirs.
 
     Attributes:
-        counts: of the pages that any slot counts.
-        excess: counts beyond each page's first: pages that sharing saves.
+        counts: for each page that any slot counts.
+        excess: counts beyond each page's first: the pages that sharing saves.
     """
 
     def __init__(self) -> None:
@@ -50,13 +50,13 @@ class RefCounts:
         self.excess = 0
 
     def add(self, handles: Sequence[Handle]) -> None:
-        """One slot more has these pages."""
+        """Count these pages for one more slot."""
         for handle in handles:
             self.excess += handle in self.counts
             self.counts[handle] += 1
 
     def remove(self, handles: Sequence[Handle]) -> None:
-        """One slot less has them."""
+        """Count these pages for one slot fewer."""
         for handle in handles:
             self.counts[handle] -= 1
             if self.counts[handle]:
@@ -66,11 +66,11 @@ class RefCounts:
 
 
 class Sharing:
-    """What slots have in common, counted as it changes, and the copies that are ordered.
+    """The pages that slots have in common, counted as they change, and the copies ordered.
 
     Attributes:
         claims: aliased pages that open or kept slots claim.
-        open_claims: those that open slots claim.
+        open_claims: aliased pages that open slots claim.
     """
 
     def __init__(self, layout: KVLayout) -> None:
@@ -78,15 +78,15 @@ class Sharing:
         self.none = (0,) * layout.num_groups
         self.claims = RefCounts()
         self.open_claims = RefCounts()
-        self.copies: list[tuple[int, MemoryCopy]] = []  # before which step's kernels, what
+        self.copies: list[tuple[int, MemoryCopy]] = []  # each with the step that it must precede
 
     def alias(self, slot: Slot, pages: tuple[int, ...]) -> None:
-        """Set how many leading pages of a slot may be shared, and count anew."""
+        """Set how many leading pages of a slot may be shared, and recount them."""
         slot.aliased, slot.aliased_end = pages, self._layout.tokens_on(pages)
         self.recount(slot)
 
     def recount(self, slot: Slot) -> None:
-        """Count anew a slot whose claim or aliased pages changed."""
+        """Recount a slot whose claim or aliased pages changed."""
         claimed = at_most(slot.aliased, slot.claimed)
         reach = claimed, claimed if slot.backed >= 0 else self.none
         was = slot.counted or (self.none, self.none)
@@ -99,9 +99,9 @@ class Sharing:
     def order(
         self, step: int, place: tuple[int, int], source: Slot, target: Slot, nbytes: int
     ) -> None:
-        """Have the first bytes of a page, at a group and index, copied to another slot's.
+        """Order a copy of the first bytes of a page, at a group and index, to another slot's page.
 
-        The source's page is put nowhere else until the step is retired.
+        The source keeps its page until the step is retired.
         """
         group, page = place
         source.fence = max(source.fence, step)
@@ -112,9 +112,9 @@ class Sharing:
         self.copies.append((step, copy))
 
     def forget_copies(self, slot: Slot) -> None:
-        """Drop the copies to unclaimed pages of a slot that closes, unless another copy reads them.
+        """Drop the copies to unclaimed pages of a closing slot, unless another copy reads them.
 
-        The pages of the other copies stay until they are made.
+        Pages that the remaining copies write stay until those copies are made.
         """
         size, read = self._layout.page_size, set[tuple[int, int]]()
         wanted: list[tuple[int, MemoryCopy]] = []
@@ -135,5 +135,5 @@ class Sharing:
 
 
 def at_most(pages: tuple[int, ...], others: Sequence[int]) -> tuple[int, ...]:
-    """The smaller count of each group."""
+    """The smaller of the two counts, per group."""
     return tuple(map(min, pages, others))

@@ -10,7 +10,7 @@ class Slot:
     """One sequence's place. Open while `backed` is not -1, kept while `kept` is not 0."""
 
     index: int
-    tables: list[list[Handle]]  # per group, the mapped pages from the slab's begin on
+    tables: list[list[Handle]]  # per group, the mapped pages from the start of the slab
     claimed: tuple[int, ...]  # per group, pages that may be in use; at most len(table)
     aliased: tuple[int, ...]  # per group, leading pages that may have other references
     backed: int = -1  # tokens that the claimed pages hold; -1 when closed
@@ -20,7 +20,7 @@ class Slot:
     num_pages: int = 0
     num_claimed: int = 0
     aliased_end: int = 0  # tokens that have bytes on the aliased pages
-    counted: tuple[tuple[int, ...], ...] = ()  # of its aliased pages, by `Sharing` and per group
+    counted: tuple[tuple[int, ...], ...] = ()  # aliased pages counted by `Sharing`, per group
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -29,12 +29,12 @@ class Slot:
 
     @property
     def surplus(self) -> int:
-        """Pages that are mapped and not claimed."""
+        """Pages that are mapped but not claimed."""
         return self.num_pages - self.num_claimed
 
     @property
     def unaliased_surplus(self) -> int:
-        """Surplus past the aliased pages: no other slot has it."""
+        """Surplus past the aliased pages, which no other slot has."""
         if not self.aliased_end:
             return self.surplus
         pages = zip(self.tables, self.claimed, self.aliased, strict=True)

@@ -1,4 +1,4 @@
-"""What each slot has mapped, what it claims, and how pages move from slot to slot."""
+"""What each slot has mapped and claimed, and how pages move from slot to slot."""
 
 from time import perf_counter
 
@@ -9,28 +9,28 @@ from batchrun.allocator.sharing import Sharing, at_most
 from batchrun.allocator.slot import Slot
 from batchrun.allocator.vmm import AllocatorError, Handle, OutOfBudget, OutOfPages, VirtualMemory
 
-_STEAL_PAGES = 8  # of each slab, where there are many: one unmap then serves several requests
+_STEAL_PAGES = 8  # per slab, if there are many: one unmap then serves several requests
 
 
 class SlotTable:
     """All slots of an arena, over the pages of its pool.
 
-    Each slab group is one reservation, each plane of it cut into one slab per slot. A slab's pages
-    are mapped from its begin on, in order, and leave it from its end; `Slot.tables` are the
+    Each slab group is one reservation, and each of its planes is cut into one slab per slot. A
+    slab's pages are mapped in order from its start and unmapped from its end. `Slot.tables` are the
     memory's own lists of them.
 
     Attributes:
-        slots: by index.
-        closed: those that may be opened; neither open nor kept.
-        kept: those that are closed and keep tokens.
-        with_surplus: those with mapped pages beyond their claim.
+        slots: all slots, by index.
+        closed: slots that may be opened: neither open nor kept.
+        kept: closed slots that keep tokens.
+        with_surplus: slots with mapped pages beyond their claim.
         counts: page -> number of slots that have it mapped.
-        claims: pages of all claims, shared ones as often as they are claimed.
-        live_tokens: of all slots.
+        claims: claimed pages; a shared page counts once per claim.
+        live_tokens: total over all slots.
         work: on pages, by `map`, `unmap`, `create` and `destroy`.
-        retired: the last step that is finished.
-        refusal: why the machine had no pages when they were last asked for in vain; empty where
-            it was the budget.
+        retired: the last finished step.
+        refusal: why the machine had no pages when a request for them last failed; empty if the
+            budget was the reason.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SlotTable:
         self.with_surplus: set[int] = set()
         self.claims = 0
         self.live_tokens = 0
-        self.live_blocks = 0  # that a paged cache would have for them
+        self.live_blocks = 0  # blocks that a paged cache would use for them
         self.retired = -1
         self.refusal = ""
 
@@ -70,7 +70,7 @@ class SlotTable:
         return sum(reservations[base].size for base in self._bases) * planes
 
     def address(self, group: int, slot: int = 0, page: int = 0) -> int:
-        """Address of a page of a slab."""
+        """Address of a page in a slab."""
         layout = self.layout
         return self._bases[group] + slot * layout.slab_size(group) + page * layout.page_size
 
@@ -82,12 +82,12 @@ class SlotTable:
 
     @property
     def num_open(self) -> int:
-        """Slots that are open."""
+        """Number of open slots."""
         return len(self.slots) - len(self.closed) - len(self.kept)
 
     @property
     def claimed_pages(self) -> int:
-        """Pages that open and kept slots claim, each once."""
+        """Pages that open and kept slots claim, each counted once."""
         return self.claims - self.sharing.claims.excess
 
     def usage(self) -> Usage:
@@ -97,7 +97,7 @@ class SlotTable:
         return Usage(
             reserved=self.reserved,
             mapped=self.pool.created * layout.page_bytes,
-            live=self.live_tokens * layout.bytes_per_token - shared,  # pages are shared full
+            live=self.live_tokens * layout.bytes_per_token - shared,  # shared pages are full
             shared=shared,
             static=static_bytes(layout, self.num_open),
             paged=paged_bytes(layout, self.live_blocks),
@@ -105,9 +105,9 @@ class SlotTable:
         )
 
     def closest(self, wanted: tuple[int, ...]) -> Slot | None:
-        """The closed slot whose pages fit best, of those that may be opened now.
+        """The closed slot that may be opened now and whose pages fit best.
 
-        Slots without shared pages come first, then those with pages enough.
+        Slots without shared pages come first, then those with enough pages.
         """
         total = sum(wanted)
 
@@ -120,11 +120,11 @@ class SlotTable:
         return min(free, key=misfit, default=None)
 
     def missing(self, slot: Slot, wanted: tuple[int, ...]) -> list[int]:
-        """Pages of each slab that a slot lacks of those wanted."""
+        """How many of the wanted pages each slab of a slot lacks."""
         return [max(0, n - len(table)) for n, table in zip(wanted, slot.tables, strict=True)]
 
     def extend(self, slot: Slot, num_tokens: int) -> bool:
-        """Claim and map pages for more tokens than `slot.backed`; False when they can't be had."""
+        """Claim and map pages for more tokens than `slot.backed`; False if there are none."""
         slot.check_open()
         most = self.layout.max_tokens
         if not 0 <= num_tokens <= most:
@@ -135,7 +135,7 @@ class SlotTable:
         missing = self.missing(slot, wanted)
         if any(missing):
             before = slot.claimed
-            # What the slot has of the wanted pages is claimed first: stealing must not take it.
+            # Claim the wanted pages that the slot already has, so that stealing can't take them.
             self.claim(slot, at_most(wanted, slot.lengths))
             if not self.map(slot, missing):
                 self.claim(slot, at_most(before, slot.lengths))
@@ -147,11 +147,12 @@ class SlotTable:
         """Give a closed slot the pages of another's first tokens, and order copies of parts.
 
         Returns:
-            False when that can't be had. The slot is a closed one then, with what it could keep.
+            False if there are no pages for it. The slot then stays closed, with the pages it could
+            keep.
         """
         layout = self.layout
         whole, wanted = layout.whole_pages(num_shared), layout.pages_for(num_shared)
-        fence, origin.fence = origin.fence, max(origin.fence, step)  # nobody steals from it
+        fence, origin.fence = origin.fence, max(origin.fence, step)  # steal nothing from it
         self.cut(slot, self.usable(slot, whole, origin.tables))
         has = slot.lengths
         self.claim(slot, at_most(wanted, has))
@@ -174,12 +175,12 @@ class SlotTable:
         """Map more pages at the end of each slab of a slot.
 
         Args:
-            slot: whose slabs.
-            counts: per group, pages of the pool.
-            shared: per group, pages in use elsewhere, which come before those.
+            slot: the slot.
+            counts: pages to take from the pool, per group.
+            shared: pages in use elsewhere, per group, which are mapped before those.
 
         Returns:
-            False when they can't be had: nothing is mapped then.
+            False if there are not enough pages; nothing is mapped then.
         """
         shared = shared or [[]] * len(counts)
         self.steal(sum(counts) - self.pool.free, self.retired)
@@ -210,7 +211,7 @@ class SlotTable:
         return True
 
     def sharer(self, origin: Slot, whole: tuple[int, ...], total: int) -> Slot | None:
-        """The closed slot that is cheapest to give the leading pages `whole` of another slot."""
+        """The closed slot that can take the leading pages `whole` of another slot most cheaply."""
         costs: list[tuple[int, int, int]] = []
         for index in self.closed - {origin.index}:
             slot = self.slots[index]
@@ -226,7 +227,8 @@ class SlotTable:
     ) -> tuple[int, ...]:
         """Pages of each slab that may stay when a closed slot gets the pages `whole` of `tables`.
 
-        They are those that it has already, and what is behind all of them and in no other slot.
+        These are the pages that it already has and, if it has them all, the pages after them that
+        are in no other slot.
         """
         keep = []
         for own, theirs, count, aliased in zip(
@@ -240,10 +242,11 @@ class SlotTable:
         return tuple(keep)
 
     def steal(self, count: int, fence: int, *, more: bool = True) -> None:
-        """Free `count` pages, or as many as there are, from surplus that no step reads.
+        """Free `count` pages, or as many as possible, from surplus that no step reads.
 
-        Closed slots give first, and the largest surplus first, but what is shared last. Only slots
-        whose fence is at most `fence` give. They give some `more` at once, as others will ask soon.
+        Closed slots give first; among them the largest surplus first and shared pages last. Only
+        slots whose fence is at most `fence` give. With `more` they give some extra, as further
+        requests are likely.
         """
         while count > 0 and self.pool.in_use > self.claimed_pages:
             givers = [s for i in self.with_surplus if (s := self.slots[i]).fence <= fence]
@@ -255,14 +258,14 @@ class SlotTable:
             count -= self._strip(giver, max(count, _STEAL_PAGES, half) if more else count)
 
     def _largest(self, givers: list[Slot]) -> Slot | None:
-        """The slot with the largest surplus to give, shared by none if possible."""
+        """The slot with the largest unshared surplus; else one with pages nobody claims."""
         best = max(givers, key=lambda s: (s.unaliased_surplus, s.index), default=None)
         if best is None or best.unaliased_surplus:
             return best
         return next((s for s in givers if sum(self._floor(s)) < s.num_pages), None)
 
     def _floor(self, slot: Slot) -> tuple[int, ...]:
-        """Pages of each slab beyond which there are pages that no slot claims."""
+        """Pages of each slab that must stay: no slot claims the page after them."""
         if not slot.aliased_end:
             return slot.claimed
         claims, floor = self.sharing.claims.counts, []
@@ -281,7 +284,7 @@ class SlotTable:
         return self.cut(slot, tuple(keep))
 
     def cut(self, slot: Slot, keep: tuple[int, ...]) -> int:
-        """Unmap a slot's surplus past `keep` pages of each slab. Returns how many became free."""
+        """Unmap a slot's pages past `keep` in each slab. Returns how many became free."""
         freed = 0
         for group, (table, count) in enumerate(zip(slot.tables, keep, strict=True)):
             if count < len(table):
@@ -298,7 +301,7 @@ class SlotTable:
         return freed
 
     def claim(self, slot: Slot, pages: tuple[int, ...], *, is_open: bool = True) -> None:
-        """Set the pages of a slot that may be in use, and whether it is open."""
+        """Set which pages of a slot may be in use, and whether it is open."""
         total = sum(pages)
         self.claims += total - slot.num_claimed
         slot.claimed, slot.num_claimed = pages, total

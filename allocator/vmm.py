@@ -1,8 +1,8 @@
 """What a machine must offer so that tensors can grow in place: reserve, commit, map, alias.
 
-The names follow CUDA's virtual memory management API, whose meaning `VirtualMemory` fixes:
+The names follow CUDA's virtual memory management API, and `VirtualMemory` defines their meaning:
 address space and physical pages are obtained separately, one page may be mapped at several
-addresses, and touching an address with no page behind it is a fault, not a zero.
+addresses, and touching an address without a page is a fault, not a zero.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ Handle = NewType("Handle", int)
 """One physical page: `VirtualMemory.granularity` bytes in each of its planes."""
 
 NO_PAGE = Handle(-1)
-"""What a `Reservation` has for an address that no page is behind."""
+"""What a `Reservation` holds for an address without a page."""
 
 
 class AllocatorError(Exception):
@@ -40,12 +40,12 @@ Place = tuple[list[Handle], int]
 
 @dataclass(slots=True)
 class Reservation:
-    """Address space that is reserved.
+    """Reserved address space.
 
     Attributes:
         size: bytes of each plane.
         slab: bytes of each slab.
-        slabs: of each slab, what is at every address from its begin to its last page.
+        slabs: for each slab, the page at every address from its start to its last page.
     """
 
     size: int
@@ -56,27 +56,27 @@ class Reservation:
 class VirtualMemory(ABC):
     """Address space and physical pages, obtained separately and joined by `map`.
 
-    Addresses and sizes are in bytes and multiples of `granularity`. Every method is all or
-    nothing: when it raises, the state is as before the call. A broken rule (overlapping map, unmap
-    of an unmapped page, destroying a mapped page, ...) raises `AllocatorError`. Instances are used
-    by one thread at a time.
+    Addresses and sizes are in bytes and multiples of `granularity`. Every method is all or nothing:
+    when it raises, the state is as before the call. A broken rule (overlapping map, unmap of an
+    unmapped page, destroying a mapped page, ...) raises `AllocatorError`. Only one thread may use
+    an instance at a time.
 
-    A page may have a part in each of several planes, as an array of structures is turned into a
-    structure of arrays. What is said of an address then holds in all planes of its reservation,
-    which lie one behind the other; calls name the address in the first.
+    A page may have a part in each of several planes, much as an array of structures can be stored
+    as a structure of arrays. The planes of a reservation lie one after the other. Calls name the
+    address in the first plane, and what they do applies to all of them.
 
     This class checks the rules and keeps the only record of which page is at which address. A
-    subclass makes the calls of a system: each of its methods is called once the rules are kept,
-    before the change is recorded.
+    subclass makes the system calls: each of its methods is called after the checks and before the
+    change is recorded.
 
     Args:
         granularity: bytes of one physical page in each plane.
         planes: parts of a page.
 
     Attributes:
-        reservations: by their addresses.
-        counts: page that exists -> number of addresses it is mapped at.
-        closed: whether the memory is, so that every call raises.
+        reservations: by address.
+        counts: existing page -> number of addresses it is mapped at.
+        closed: whether the memory is closed; then every call raises.
     """
 
     def __init__(self, granularity: int, planes: int) -> None:
@@ -85,7 +85,7 @@ class VirtualMemory(ABC):
         self.counts: dict[Handle, int] = {}
         self.closed = False
         self._bases: list[int] = []  # of reservations, ascending
-        self._created = 0  # handles are never used again: a stale one is always told
+        self._created = 0  # handles are never reused, so a stale one is always detected
 
     @abstractmethod
     def _reserve(self, size: int) -> int: ...
@@ -98,28 +98,29 @@ class VirtualMemory(ABC):
 
     @abstractmethod
     def _destroy(self, handles: Sequence[Handle]) -> Iterable[Handle]:
-        """Yields each page once it is gone: an error leaves the others."""
+        """Yields each page once it is gone; after an error, the others still exist."""
 
     @abstractmethod
     def _map(self, address: int, handles: Sequence[Handle]) -> None: ...
 
     @abstractmethod
     def _unmap(self, address: int, pages: Sequence[Handle]) -> None:
-        """Take `pages` from behind the addresses where they are."""
+        """Unmap `pages`, which start at `address`."""
 
     @abstractmethod
     def _close(self) -> None: ...
 
     def reserve(self, size: int, slab: int | None = None) -> int:
-        """Reserve `size` bytes of address space a plane, without memory; touching it is a fault.
+        """Reserve `size` bytes of address space per plane, without memory; touching it is a fault.
 
         Args:
             size: a multiple of `slab`.
-            slab: bytes of equal parts, each range lying in one of them; None for a single part.
-                They are best filled from their begin: addresses before the last page cost memory.
+            slab: bytes of each of the equal slabs; a range must lie in one slab. None for a single
+                slab. Best filled from the start, as addresses before the last page cost memory in
+                the record.
 
         Returns:
-            The address, a multiple of the system's page size. Plane k begins `k * size` on.
+            The address, a multiple of the system's page size. Plane k begins `k * size` further on.
         """
         self.check_open()
         if size <= 0 or size % self.granularity:
@@ -129,8 +130,8 @@ class VirtualMemory(ABC):
             )
         if slab is not None and (slab <= 0 or slab % self.granularity or size % slab):
             raise AllocatorError(
-                f"cannot reserve {size} bytes in slabs of {slab}: not whole slabs, or pages "
-                f"of {self.granularity}"
+                f"cannot reserve {size} bytes in slabs of {slab}: not whole slabs, or not whole "
+                f"pages of {self.granularity}"
             )
         address, slab = self._reserve(size), slab or size
         self.reservations[address] = Reservation(size, slab, [[] for _ in range(size // slab)])
@@ -138,7 +139,7 @@ class VirtualMemory(ABC):
         return address
 
     def free(self, address: int, size: int) -> None:
-        """Give back a whole reservation of `size` bytes a plane, in which nothing is mapped."""
+        """Give back a whole reservation of `size` bytes per plane; nothing may be mapped in it."""
         self.check_open()
         held = self.reservations.get(address)
         if held is None or held.size != size:
@@ -153,13 +154,12 @@ class VirtualMemory(ABC):
         self._bases.remove(address)
 
     def create(self, count: int) -> list[Handle]:
-        """Make `count` physical pages, consecutive handles where possible.
+        """Make `count` physical pages, with consecutive handles.
 
-        A new page's contents are undefined. It has memory from now on, or from when it is first
-        mapped.
+        A new page's contents are undefined. It gets memory now, or when it is first mapped.
 
         Raises:
-            OutOfPages: the machine has no memory for all of them.
+            OutOfPages: the machine does not have memory for all of them.
         """
         self.check_open()
         if count < 0:
@@ -183,10 +183,10 @@ class VirtualMemory(ABC):
             del self.counts[handle]
 
     def map(self, address: int, handles: Sequence[Handle]) -> None:
-        """Put `handles` behind the range that begins at `address`, readable and writable.
+        """Map `handles`, readable and writable, into the range that begins at `address`.
 
-        The range must lie in one slab of a reservation and be unmapped. A page may be mapped
-        elsewhere too.
+        The range must lie in one slab of a reservation and be unmapped. A page may also be mapped
+        elsewhere.
 
         Raises:
             OutOfPages: the system has no room for another mapping, or no memory.
@@ -196,7 +196,7 @@ class VirtualMemory(ABC):
         count, there = len(handles), slab[first : first + len(handles)]
         if mapped := len(there) - there.count(NO_PAGE):
             raise AllocatorError(
-                f"cannot map {count} pages at {address:#x}: at {mapped} of them is a page already"
+                f"cannot map {count} pages at {address:#x}: {mapped} are mapped there already"
             )
         self._map(address, handles)
         if first > len(slab):
@@ -206,12 +206,12 @@ class VirtualMemory(ABC):
             self.counts[handle] += 1
 
     def unmap(self, address: int, count: int) -> None:
-        """Take the pages from behind `count` mapped pages of addresses, which then fault again."""
+        """Unmap `count` pages from `address` on; touching those addresses is a fault again."""
         slab, first = self._place(address, count)
         pages = slab[first : first + count]
         if missing := count - len(pages) + pages.count(NO_PAGE):
             raise AllocatorError(
-                f"cannot unmap {count} pages at {address:#x}: at {missing} of them is none"
+                f"cannot unmap {count} pages at {address:#x}: {missing} are not mapped"
             )
         self._unmap(address, pages)
         for handle in pages:
@@ -235,18 +235,18 @@ class VirtualMemory(ABC):
                 self.counts.clear()
 
     def check_open(self) -> None:
-        """Raise AllocatorError where the memory is closed."""
+        """Raise AllocatorError if the memory is closed."""
         if self.closed:
             raise AllocatorError("this memory is closed")
 
     def pages(self, address: int, count: int) -> list[Handle]:
-        """What is at each address of a range in one slab: a page, or `NO_PAGE`."""
+        """The page at each address of a range in one slab, or `NO_PAGE`."""
         slab, first = self._place(address, count)
         found = slab[first : first + count]
         return found + [NO_PAGE] * (count - len(found))
 
     def all_mapped(self) -> Iterator[tuple[int, Handle]]:
-        """Every address that has a page, with the page."""
+        """Every mapped address and its page."""
         for base, held in self.reservations.items():
             for number, slab in enumerate(held.slabs):
                 begin = base + number * held.slab

@@ -169,7 +169,7 @@ def test_rows_without_finite_numbers_and_those_that_ask_the_same(
         found = answered(bench, tmp_path, [{"prompt": p} for p in [*bad, *bad]], n)
     finally:
         embedding[token] = before
-    says = "the model computed no finite numbers after 16 tokens of the prompt and 0 of the answer"
+    says = "the model's logits are not finite after 16 tokens of the prompt and 0 of the answer"
     for i, row in enumerate(found):
         at = i // n % len(bad)
         if at < len(GOOD):

@@ -204,7 +204,7 @@ def test_what_the_jobs_own_parameters_rule_out_is_refused_too(tmp_path: Path) ->
         param_columns(source, {"num_beams": 4, "temperature": 0.0})
     # What the model's own max_tokens allows is not known yet.
     assert param_columns(parquet(tmp_path, min_tokens=[600, 600]), {}) == ["min_tokens"]
-    with pytest.raises(InputError, match="min_tokens must be max_tokens at most"):
+    with pytest.raises(InputError, match="min_tokens must be at most max_tokens"):
         param_columns(parquet(tmp_path, min_tokens=[600, 600]), {"max_tokens": 5})
 
 

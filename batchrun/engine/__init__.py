@@ -1,1 +1,1 @@
-"""The offline continuous-batching engine: requests of token ids in, sampled token ids out."""
+"""The offline continuous-batching engine: requests with token ids in, sampled token ids out."""

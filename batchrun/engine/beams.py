@@ -1,4 +1,4 @@
-"""Beam search: which continuations of a row live on. Pure decisions over candidates; no torch."""
+"""Beam search: which continuations of a row survive. Pure decisions over candidates; no torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from batchrun.engine.core import Candidates, FinishReason, Likeliest, Sequence, 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """An answer that has ended: its tokens, and their log-probability over length ** penalty.
+    """A finished answer: its tokens, and their log-probability over length ** penalty.
 
-    `logprobs` are those of its tokens, where the row asks for them.
+    `logprobs` are the log-probabilities of its tokens, if the row asks for them.
     """
 
     score: float
@@ -22,25 +22,26 @@ class Hypothesis:
 
 
 _Continuation = tuple[float, int, int, tuple[TokenLogprobs, ...]]
-"""A score, the rank of the sequence that goes on, its next token, and its log-probabilities."""
+"""A score, the rank of the parent sequence, its next token, and that token's log-probabilities."""
 
 
 class BeamGroup:
-    """The continuations of one row, each a sequence of its own: transformers' beam search.
+    """The beams of one row, each a sequence of its own: beam search as in transformers.
 
-    It begins as one sequence. In each round every sequence reports its candidates, and `advance`
-    makes the best of all of them the sequences of the next round. A sequence with a survivor goes
-    on as its first one; the others are taken over, and new ones made while there are too few.
+    It starts as one sequence. In each round every sequence reports its candidates, and `advance`
+    turns the best of all of them into the sequences of the next round. A sequence with survivors
+    continues as the first of them. The remaining survivors take over sequences that have none; new
+    sequences are made if there are too few.
 
-    Scores are rounded to float32 where transformers' are, so that ties fall alike.
+    Scores are rounded to float32 where transformers rounds them, so that ties break the same way.
 
     Args:
-        leader: The row's sequence, with nothing generated.
-        max_tokens: Tokens that an answer may have.
-        stop_ids: Tokens that end one.
+        leader: The row's sequence, before anything is generated.
+        max_tokens: Maximum length of an answer.
+        stop_ids: Tokens that end an answer.
 
     Attributes:
-        sequences: Those that live, the likeliest first.
+        sequences: The live sequences, the likeliest first.
         finished: The best answers, `num_beams` at most, the best first.
         ended: Whether `finished` is final.
     """
@@ -57,7 +58,7 @@ class BeamGroup:
         self._reports: dict[Sequence, tuple[Candidates, Likeliest]] = {}
 
     def report(self, sequence: Sequence, candidates: Candidates, likeliest: Likeliest = ()) -> None:
-        """See `Group.report`: at least its `width(...)` likeliest tokens."""
+        """See `Group.report`; takes at least the `width(...)` likeliest tokens."""
         self._reports[sequence] = candidates, likeliest
         sequence.idle = True
 
@@ -111,7 +112,7 @@ class BeamGroup:
         return found[: width(self.params.num_beams, len(self._stop_ids))]
 
     def _penalised(self, score: float, length: int) -> float:
-        """A score over the length to some power, which may be beyond what there are numbers for."""
+        """The score divided by length ** penalty, even if that power overflows."""
         try:
             over = _float32(length**self.params.length_penalty)
         except OverflowError:
@@ -119,10 +120,10 @@ class BeamGroup:
         return _float32(score / over) if over else -math.inf
 
     def _may_improve(self, score: float, length: int) -> bool:
-        """Whether an answer to come could be better than the worst that is there.
+        """Whether a future answer could beat the worst finished one.
 
         Args:
-            score: Of the likeliest sequence, `length` tokens long.
+            score: The score of the likeliest sequence, which is `length` tokens long.
             length: In tokens.
         """
         params = self.params
@@ -146,7 +147,7 @@ class BeamGroup:
         for _, rank, token, told in survivors:
             child = parents[rank]
             if rank in fertile:
-                fertile.remove(rank)  # the next one must go elsewhere
+                fertile.remove(rank)  # the next survivor needs another sequence
             else:
                 child = free.pop() if free else self._make()
                 forks.append((child, parents[rank]))
@@ -169,7 +170,7 @@ class BeamGroup:
 
 
 def width(num_beams: int, num_stop_ids: int) -> int:
-    """Candidates of which `num_beams` go on, whichever of the others are stop tokens."""
+    """Candidates needed so that `num_beams` continue even if the others are all stop tokens."""
     return max(2, 1 + num_stop_ids) * num_beams
 
 

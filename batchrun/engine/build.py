@@ -1,4 +1,4 @@
-"""An engine for one device: model, memory, kernels, executor and scheduler put together."""
+"""Builds the engine for one device: model, memory, kernels, executor and scheduler."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ from batchrun.machine import keep_freed_memory, return_freed_memory
 from batchrun.models import whole
 
 _LOOKAHEAD = 4  # steps
-_MEASURED_S = 0.05  # between two looks at free memory, each of which takes up to 0.4 ms
-_GIVE_BACK = 16  # pages a step: some 45 us each in the driver, and a short step takes 2 ms
-_DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a part of the claimed ones
-_DRAFT_LOGITS = 96 << 20  # bytes of a step's logits: more than that no draft is worth
+_MEASURED_S = 0.05  # between two measurements of free memory, each of up to 0.4 ms
+_GIVE_BACK = 16  # pages per step: about 45 us each in the driver; a short step takes 2 ms
+_DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a fraction of the claimed ones
+_DRAFT_LOGITS = 96 << 20  # bytes of a step's logits; beyond that, drafts do not pay
 
 
 def build(
     settings: Settings, prompt: Mapping[str, Any], log: Callable[[str], None] = lambda _: None
 ) -> Assembly:
-    """Load a model, build its engine, and check it: what a job runs on.
+    """Load a model, then build its engine and check it.
 
     Args:
         settings: What to run, and how.
         prompt: Keyword arguments of `PromptBuilder`.
-        log: Told, a line each, what the user should know.
+        log: Called with each line that the user should see.
 
     Raises:
         ModelError: The model can't be loaded, or is refused.
@@ -96,7 +96,7 @@ def build(
     assembly = Assembly(loaded, settings, log)
     assembly.encode = encode
     if ignored := ", ".join(assembly.generation.ignored):
-        log(f"the model's generation config asks for {ignored}, which batchrun does not do")
+        log(f"the model's generation config sets {ignored}, which batchrun does not support")
     try:
         difference = gates.verify_once(
             loaded,
@@ -117,20 +117,20 @@ def build(
 
 
 class Assembly:
-    """A model's engine with its memory and kernels. Close it to give the memory back.
+    """A model's engine with its memory and kernels. Close it to release the memory.
 
     Args:
-        loaded: The model, on its device; made faster in place where settings say so.
+        loaded: The model, on its device; optimized in place if the settings say so.
         settings: How to run it.
-        log: Told, a line each, what the user should know.
+        log: Called with each line that the user should see.
 
     Attributes:
-        encode: Makes prompt tokens of a row's fields; there where `build` made it all.
-        kernels: What computes: the attention backend, and what `optimize` made faster.
+        encode: Turns a row's fields into prompt tokens; set only by `build`.
+        kernels: What computes: the attention backend, and what `optimize` replaced.
         generation: How the model wants to be sampled.
 
     Raises:
-        EngineError: There is no memory for it, or a backend asked for by name can't be used.
+        EngineError: There is not enough memory, or a backend requested by name can't be used.
     """
 
     encode: Encode
@@ -164,7 +164,7 @@ class Assembly:
             fits = fit_context(loaded, replace(settings, max_model_len=None), loaded.device.type)
             less = f"use --max-model-len {fits.max_model_len} or less, or fewer --max-num-seqs"
             raise EngineError(
-                f"no KV memory can be set up for {self.max_num_seqs} sequences of "
+                f"cannot set up KV memory for {self.max_num_seqs} sequences of "
                 f"{loaded.max_model_len} tokens: {error}",
                 hint="lower --max-num-seqs or --max-model-len" if fits is loaded else less,
             ) from error
@@ -193,7 +193,7 @@ class Assembly:
         )
 
     def measurements(self) -> dict[str, float | str]:
-        """The engine's figures so far, by the names of `batchrun.jobs.metrics`."""
+        """The engine's figures so far, named as in `batchrun.jobs.metrics`."""
         return {
             **asdict(self.engine.stats),
             **self.usage.as_dict(),
@@ -210,7 +210,7 @@ class Assembly:
         }
 
     def close(self) -> None:
-        """Wait for the device, then give slots, pages and addresses back."""
+        """Wait for the device, then release slots, pages and addresses."""
         self._resources.close()
 
     def __enter__(self) -> Assembly:
@@ -220,9 +220,10 @@ class Assembly:
         self.close()
 
     def _make_memory(self) -> tuple[VirtualMemory, Callable[[], int]]:
-        """The device's memory, and what says how many bytes of it the KV cache may still take.
+        """The device's memory, and a function for how many more bytes the KV cache may take.
 
-        Below 0 when another program took more than was left: then the cache gives pages back.
+        The result is negative if another program took more than was left; the cache then gives
+        pages back.
         """
         layout = kv_layout(self.loaded, self.settings, cuda=self._cuda)
         if not self._cuda:
@@ -240,7 +241,7 @@ class Assembly:
         at, found = -_MEASURED_S, 0
 
         def measured() -> int:
-            """What the pool may hold: what it has and what is free beside it."""
+            """What the pool may hold: what it already has, plus what is free."""
             nonlocal at, found
             if time.monotonic() - at >= _MEASURED_S:
                 at, found = time.monotonic(), arena.pool.created * layout.page_bytes + free()
@@ -287,37 +288,37 @@ class Assembly:
         )
 
     def _waits_for_tokens(self) -> bool:
-        """Whether a step's tokens have to be known before the next one's are sampled."""
+        """Whether a step's tokens must be known before the next step is sampled."""
         names = self.generation.logits.reads_tokens
         if names:
             self._log(
-                f"each step waits for the one before it: the model's {' and '.join(names)} "
-                "(generation config) look at the tokens so far"
+                "each step waits for the one before it: the model's generation config sets "
+                f"{' and '.join(names)}, and that depends on the tokens so far"
             )
         return bool(names)
 
     def _proposer(self) -> Proposer | None:
-        """Speculative decoding, where attention takes several tokens of each row in one call.
+        """Speculative decoding, if attention takes several tokens of each row in one call.
 
-        A call for each such row costs more than it saves; on a GPU a step is planned before the
-        tokens of the one before it are known.
+        One call per row costs more than drafts save. On a GPU a step is planned before the previous
+        one's tokens are known.
         """
         several = self.executor.backend.max_query is None and not self._cuda
         if not self.settings.drafts or self.executor.lag or not several:
             return None
         row = self.loaded.model.config.get_text_config().vocab_size * self.loaded.dtype.itemsize
-        # The rows of a tile; vectors multiply 8 rows at a time.
+        # A tile has 16 rows; vector instructions multiply 8 rows at a time.
         return PromptLookup(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
 
     def _relieve(self) -> None:
-        """Free unused KV pages on the device, and the memory that torch keeps for later."""
-        self._log("the device has no memory for a step: giving unused memory back to it")
+        """Free unused KV pages on the device, and the memory that torch caches."""
+        self._log("the device has no memory left for a step: freeing unused memory")
         torch.cuda.synchronize(self.loaded.device)
         self.arena.trim()
         torch.cuda.empty_cache()
 
     def _peak_activations(self) -> int:
-        """Bytes that torch held on the GPU at most, beside the weights; 0 on a CPU."""
+        """Peak bytes that torch held on the GPU beyond the weights; 0 on a CPU."""
         if not self._cuda:
             return 0
         held = torch.cuda.max_memory_reserved(self.loaded.device)

@@ -1,4 +1,4 @@
-"""The engine's nouns: what a request is, what a step does, what it produced. No torch here."""
+"""The engine's nouns: what a request is, what a step does, and what it produces. No torch here."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Literal, Protocol
 from batchrun.errors import UserError
 
 Likeliest = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
-TokenLogprobs = tuple[float, Likeliest]  # of a token, and of the likeliest in its place
+TokenLogprobs = tuple[float, Likeliest]  # a token's own, and the likeliest at its position
 Candidates = tuple[tuple[int, float, float], ...]
-"""What may follow a beam: tokens, their log-probabilities, and those of the model's own logits."""
+"""What may follow a beam: tokens, their log-probabilities, and those under the raw logits."""
 
 
 class EngineError(UserError):
-    """The engine can't go on."""
+    """The engine can't continue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,30 +26,30 @@ class SamplingParams:
     """How the tokens of one completion are chosen. `temperature == 0` is greedy.
 
     Args:
-        max_tokens: Upper bound of generated tokens; the context length bounds it further.
+        max_tokens: Generated tokens at most; the context length may allow fewer.
         min_tokens: No stop token is sampled and no stop string ends the text before this many.
         temperature: Logits are divided by it.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of most likely tokens whose probability reaches this.
         min_p: Drop tokens less likely than this share of the most likely one.
-        repetition_penalty: Divides (multiplies, if negative) logits of tokens seen in the prompt
-            or the output (Keskar et al. 2019, section 4.1).
+        repetition_penalty: Divides the logits of tokens seen in the prompt or the output;
+            multiplies them if negative (Keskar et al. 2019, section 4.1).
         presence_penalty: Subtracted once from logits of tokens seen in the output.
         frequency_penalty: Subtracted per occurrence in the output.
-        seed: The row's own seed; the job's where None.
+        seed: The row's own seed; None for the job's seed.
         stop: Texts that end the completion; they are not part of it.
-        stop_token_ids: Tokens that end it, beside the model's own end tokens.
-        ignore_eos: The model's own end tokens never come, but for those in `stop_token_ids`.
-        scored: The log-probabilities of its tokens are summed up.
-        logprobs: The log-probability of each token is kept, and those of so many of the likeliest
-            in its place; None for neither.
-        num_beams: The likeliest answer is searched among so many at once, instead of sampling.
-        length_penalty: An answer's log-probability is divided by its length to the power of it.
-        early_stopping: Search ends when there are `num_beams` answers; if not, when none to come
-            is likely to be better; "never", when none can be, for a length penalty of 0 or more.
+        stop_token_ids: Tokens that end it, in addition to the model's own end tokens.
+        ignore_eos: The model's own end tokens are never chosen, unless in `stop_token_ids`.
+        scored: Sum the log-probabilities of the output tokens.
+        logprobs: Keep the log-probability of each token, and those of this many likeliest tokens at
+            its position; None for neither.
+        num_beams: Beam search with this many beams, instead of sampling; 1 for sampling.
+        length_penalty: An answer's log-probability is divided by its length to this power.
+        early_stopping: True ends the search at `num_beams` answers; False when a better one is
+            unlikely; "never" when none is possible, given a length penalty of 0 or more.
 
     Attributes:
-        penalised: Whether tokens already seen change the logits.
+        penalised: Whether any penalty on tokens already seen is on.
 
     Raises:
         ValueError: A value is out of range; the message names it.
@@ -87,14 +87,14 @@ class SamplingParams:
             ("repetition_penalty", 1e-6 < repetition < 1e6, "above 0 (0.000001 to 1000000)"),
             ("presence_penalty", abs(self.presence_penalty) < 1e6, finite),
             ("frequency_penalty", abs(self.frequency_penalty) < 1e6, finite),
-            ("min_tokens", self.min_tokens <= self.max_tokens, "max_tokens at most"),
+            ("min_tokens", self.min_tokens <= self.max_tokens, "at most max_tokens"),
             ("logprobs", (self.logprobs or 0) >= 0, "0 or more"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("length_penalty", abs(self.length_penalty) < 100, finite),
-            ("early_stopping", self.early_stopping in (True, False, "never"), "a flag, or never"),
+            ("early_stopping", self.early_stopping in (True, False, "never"), "a flag or never"),
             ("temperature", self.greedy or not self.beams, "0 with beam search"),
             ("stop", not (self.stop and self.beams), "left out with beam search"),
-            ("stop", all(self.stop), "text that is not empty"),
+            ("stop", all(self.stop), "non-empty text"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
@@ -103,11 +103,11 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken without a draw."""
+        """Whether the most likely token is always taken."""
         return self.temperature == 0
 
     def stop_ids(self, eos_ids: frozenset[int]) -> frozenset[int]:
-        """Tokens that end the completion, of a model with these end tokens."""
+        """Tokens that end the completion, given the model's end tokens."""
         own = frozenset(self.stop_token_ids)
         return own if self.ignore_eos else own | eos_ids
 
@@ -121,11 +121,11 @@ class SamplingParams:
 class Request:
     """One completion to compute.
 
-    Its random stream derives from (seed, row, sample, position) and from nothing else.
-    `generated_ids` are tokens of it that an earlier run computed, `generated_logprob` the sum of
-    their log-probabilities, `generated_logprobs` each of them: it goes on behind them. Only where
-    `context` is the same do two requests share memory, answers or draft tokens: it names what else
-    the numbers depend on.
+    Its random stream derives from (seed, row, sample, position) and nothing else. `generated_ids`
+    are the tokens that an earlier run already computed, after which it continues;
+    `generated_logprob` is the sum of their log-probabilities, `generated_logprobs` are the single
+    ones. `context` names whatever else the numbers depend on: two requests share memory, answers or
+    draft tokens only if their contexts are equal.
     """
 
     row: int
@@ -140,7 +140,7 @@ class Request:
 
     @property
     def namespace(self) -> bytes:
-        """What precedes the prompt's tokens, in one block, in all that knows rows by them."""
+        """A block that precedes the prompt's tokens wherever rows are identified by tokens."""
         return _digest(self.context) if self.context else b""
 
 
@@ -159,19 +159,19 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A request that has ended.
+    """A finished request.
 
     Args:
-        request: It.
-        token_ids: The output; where it ended in an error, as far as it came.
-        text: The output's text; None where it ended in an error, or without a tokenizer.
+        request: The request.
+        token_ids: The output; after an error, what there was of it.
+        text: The output's text; None after an error, or without a tokenizer.
         finish_reason: Why it ended.
-        error_kind: The kind of the failure; None if it is none.
-        error: What was wrong; None likewise.
-        logprob: Sum of the output's log-probabilities, where the parameters ask for it.
-        logprobs: Of each token of it, likewise.
-        arrived, admitted, first_token, finished: When it was queued, first computed, had a token,
-            and ended, in `time.perf_counter` seconds; None where it did not come to that.
+        error_kind: The kind of failure; None if there was none.
+        error: What went wrong; None if nothing did.
+        logprob: Sum of the output's log-probabilities, if the parameters ask for it.
+        logprobs: Log-probabilities of each output token, if the parameters ask for them.
+        arrived, admitted, first_token, finished: When it was queued, was first computed, got its
+            first token, and ended, in `time.perf_counter` seconds; None for what never happened.
     """
 
     request: Request
@@ -194,13 +194,13 @@ _TOLD += ("arrived", "admitted", "first_token", "finished")
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request being worked on. Invariant: `0 <= num_computed_tokens <= num_tokens`.
+    """A request in progress. Invariant: `0 <= num_computed_tokens <= num_tokens`.
 
     `num_computed_tokens` counts the leading tokens whose keys and values are in the slot once the
-    launched steps have run. `num_pending` tokens were sampled by steps that are not collected yet:
-    they exist, and only the device knows them. `logprob` is the sum of the output's
-    log-probabilities where the parameters ask for it. `text` is the output's once it has
-    ended without an error. Times are `time.perf_counter` seconds.
+    launched steps have run. `num_pending` tokens were sampled by steps that are not collected yet,
+    so only the device knows them. `logprob` is the sum of the output's log-probabilities if the
+    parameters ask for it. `text` is the output's text once the sequence has ended without an error.
+    Times are `time.perf_counter` seconds.
 
     `key` and `inherited` are those of its segments while it is in a slot.
     """
@@ -223,12 +223,12 @@ class Sequence:
     high_water: int = 0
     inherited: tuple[tuple[int, int], ...] = ()
     key: int = -1
-    blocks: tuple[int, ...] = ()  # of its tokens when it last began to wait: `prefixes.blocks_of`
-    group: Group | None = None  # whose round it is part of
-    idle: bool = False  # until the others of its group have computed theirs
-    shares: bool = True  # memory with rows that begin alike
+    blocks: tuple[int, ...] = ()  # of its tokens when last queued: see `prefixes.blocks_of`
+    group: Group | None = None  # the group that it belongs to
+    idle: bool = False  # waiting for the others of its group
+    shares: bool = True  # memory with rows that have the same prefix
     num_prompt_tokens: int = field(init=False)
-    most_tokens: int = field(init=False)  # prompt and output, as the parameters allow
+    most_tokens: int = field(init=False)  # of prompt and output, by its parameters
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.request.prompt_ids)
@@ -246,16 +246,16 @@ class Sequence:
 
     @property
     def num_known_tokens(self) -> int:
-        """Prompt and collected output together, in tokens."""
+        """Number of prompt tokens and collected output tokens."""
         return self.num_prompt_tokens + len(self.output_ids)
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output together, in tokens, pending ones included."""
+        """Number of prompt and output tokens, pending ones included."""
         return self.num_prompt_tokens + len(self.output_ids) + self.num_pending
 
     def token_ids(self, start: int, length: int) -> list[int]:
-        """Tokens `[start, start + length)` of prompt followed by collected output."""
+        """Tokens `[start, start + length)` of the prompt followed by the collected output."""
         prompt = self.request.prompt_ids
         if start >= len(prompt):
             start -= len(prompt)
@@ -264,11 +264,11 @@ class Sequence:
         return ids + self.output_ids[: length - len(ids)]
 
     def fail(self, kind: str, reason: str) -> None:
-        """It ends as an error."""
+        """End it with an error."""
         self.finish_reason, self.error_kind, self.error = FinishReason.ERROR, kind, reason
 
     def completion(self) -> Completion:
-        """What it came to."""
+        """The completion of an ended sequence."""
         assert self.finish_reason is not None
         told: dict[str, Any] = {name: getattr(self, name) for name in _TOLD}
         token_ids, logprobs = tuple(self.output_ids), tuple(self.logprobs)
@@ -276,11 +276,11 @@ class Sequence:
 
 
 class Group(Protocol):
-    """Sequences of one row that go on together, in rounds: what becomes of one is up to all.
+    """Sequences of one row that advance together, in rounds: what becomes of one depends on all.
 
     Attributes:
-        leader: The sequence that the row began with, which gets its answer.
-        sequences: Those that live.
+        leader: The sequence that the row began with; it receives the row's answer.
+        sequences: The live sequences.
         ended: Whether the answer is final.
     """
 
@@ -290,44 +290,45 @@ class Group(Protocol):
 
     @property
     def width(self) -> int:
-        """Sequences that it may come to have."""
+        """Maximum number of sequences it may have."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether all sequences have reported: `advance` is due."""
+        """Whether all sequences have reported, so that `advance` is due."""
 
     def report(self, sequence: Sequence, candidates: Candidates, likeliest: Likeliest = ()) -> None:
-        """Take in what may follow a sequence, which is idle until the next round.
+        """Take in what may follow a sequence, which is then idle until the next round.
 
-        `likeliest` are as many as its row's `logprobs` asks for.
+        `likeliest` holds as many tokens as the row's `logprobs` asks for.
         """
 
     def advance(self) -> list[tuple[Sequence, Sequence]]:
         """End the round.
 
-        Changes the sequences' output; where one is taken over, what is computed for it is void.
+        Changes the sequences' output; if a sequence is taken over, what was computed for it is
+        void.
 
         Returns:
-            The sequences that are taken over or new, each with the one whose tokens, but for the
-            last, are its own now. Empty when the group has ended.
+            The sequences that are taken over or new, each with the one whose tokens, except the
+            last, it now has. Empty when the group has ended.
         """
 
     def finish(self) -> FinishReason:
-        """Give the leader the answer; returns why that one ended."""
+        """Give the leader the answer; returns why that answer ended."""
 
 
-@dataclass(slots=True, eq=False)  # not frozen: that is four times as slow to make
+@dataclass(slots=True, eq=False)  # not frozen: creating it would take four times as long
 class Segment:
     """Tokens `[start, start + length)` of the sequence in a slot, computed in one step.
 
-    `token_ids` are theirs; none where it is one token that the device alone knows yet. `sampled`
-    says that the segment reaches the sequence's last token, so that its last logits yield the next
+    `token_ids` are the tokens; empty for a single token that only the device knows yet. `sampled`
+    means that the segment reaches the sequence's last token, so that its last logits yield the next
     one. The last `num_drafts` tokens of a sampled segment are draft tokens; each of them yields a
-    token, and so does what they follow.
+    token, and so does the token before them.
 
-    `key` is the number of the sequence's stay in the slot. `inherited` says whose tokens it begins
-    with: ends, and the keys of those who have computed the tokens before them, as they had them
-    then. It is never changed.
+    `key` identifies the sequence's stay in the slot. `inherited` says whose tokens it begins with:
+    pairs of an end and the key of the stay that computed the tokens up to that end. It never
+    changes.
     """
 
     slot: int
@@ -341,7 +342,7 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """Tokens of the sequence up to its last one."""
+        """Number of the sequence's tokens up to the segment's last one."""
         return self.start + self.length
 
     @property

@@ -1,4 +1,4 @@
-"""The loop: plan, launch, sample, collect, commit."""
+"""The main loop: plan, launch, sample, collect, commit."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Engine:
 
     Args:
         executor: Computes the steps.
-        scheduler: Decides them.
-        tokenizer: Makes text of tokens; None gives completions without text.
+        scheduler: Plans the steps.
+        tokenizer: Turns tokens into text; None gives completions without text.
         eos_ids: Tokens that end a completion unless its parameters ignore them.
-        specials: Tokens that completions do not show; stop strings may have them.
+        specials: Special tokens, hidden in completions; stop strings may contain them.
         observe: Called after each step with its seconds, while its sequences still hold memory.
-        mapping_seconds: Says how long the KV memory's pages were worked on so far.
+        mapping_seconds: Returns the time spent so far on the KV memory's pages.
 
     Attributes:
-        on_admit: Called with each request before it is computed for the first time.
+        on_admit: Called with each request before it is first computed.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Engine:
         self._observe = observe
         self._mapping_seconds = mapping_seconds
         self._mapped = mapping_seconds()
-        self._in_flight: deque[tuple[StepPlan, Ticket, float]] = deque()  # and when planned
+        self._in_flight: deque[tuple[StepPlan, Ticket, float]] = deque()  # and its start time
         self._collected = 0.0
         self.on_admit: Callable[[Request], None] = lambda _: None
         self._specials = Specials(specials)
@@ -74,7 +74,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether anything waits, runs, or was rejected and not yet handed out."""
+        """Whether anything waits, runs, or was rejected but not yet returned."""
         return self.scheduler.has_work or bool(self.scheduler.rejected or self._in_flight)
 
     def load(self) -> tuple[int, int, int]:
@@ -97,9 +97,9 @@ class Engine:
         self.scheduler.add(sequence)
 
     def partials(self) -> list[Request]:
-        """What has not ended and has tokens already: requests that go on where it is.
+        """Unfinished sequences that have tokens, as requests that continue where they stopped.
 
-        Not those of beam searches: a run that goes on begins them anew, to the same end.
+        Beam searches are left out: a later run starts them again and gets the same result.
         """
         unfinished = (*self.scheduler.running, *self.scheduler.waiting)
         return [
@@ -114,16 +114,17 @@ class Engine:
         ]
 
     def step(self) -> list[Completion]:
-        """Plan and launch one step, and collect those that are due.
+        """Plan and launch one step, and collect the steps that are due.
 
-        With an executor that computes on its own (`lag` 1), the step before the one just launched
-        is collected: planning, mapping and bookkeeping happen while the device computes.
+        With an executor that computes asynchronously (`lag` 1), this collects the step before the
+        one just launched, so that planning, mapping and bookkeeping happen while the device
+        computes.
 
         Returns:
-            What ended, rejected requests included.
+            Completions of the sequences that ended, rejected requests included.
 
         Raises:
-            EngineError: Nothing runs and nothing can: a defect, told instead of a hang.
+            EngineError: Nothing runs and nothing can: a bug, reported instead of hanging.
         """
         began = time.perf_counter()
         plan = self.scheduler.plan()
@@ -139,7 +140,7 @@ class Engine:
         elif not self._in_flight and self.scheduler.has_work and not self.scheduler.rejected:
             raise EngineError(
                 f"the scheduler is stuck: {len(self.scheduler.running)} sequences run, "
-                f"{len(self.scheduler.waiting)} wait, and none of them gets KV memory"
+                f"{len(self.scheduler.waiting)} wait, and none of them can get KV memory"
             )
         ended: list[Sequence] = []
         while len(self._in_flight) > (self.executor.lag if plan.segments else 0):
@@ -172,7 +173,7 @@ class Engine:
                 continue
             begin, end = end, end + 1 + segment.num_drafts
             if sequence is None:
-                continue  # it ended while this step, one too many, was on its way
+                continue  # it ended while this step was already in flight
             if sequence.first_token is None:
                 sequence.first_token = now
             if sequence.group is not None:
@@ -191,10 +192,10 @@ class Engine:
         return [s for s in (*done, *leaders) if not self._is_begun_anew(s)]
 
     def _is_begun_anew(self, failed: Sequence) -> bool:
-        """Whether a row is computed again, because another row's numbers may have spoiled it.
+        """Whether a failed row is computed again, because another row's NaN may have spoiled it.
 
-        Attention makes NaN also of tokens before the one that is NaN, as a weight of 0 times NaN is
-        NaN. A row that shares that memory fails too: it is computed again, and shares nothing.
+        NaN in the values of a later token also spoils earlier tokens, as 0 times NaN is NaN. A row
+        that shares that memory fails too; it is computed again, without sharing.
         """
         each = [failed] if failed.group is None else failed.group.sequences
         shared = failed.shares and any(sequence.inherited for sequence in each)
@@ -203,7 +204,7 @@ class Engine:
         times = failed.arrived, failed.admitted, failed.first_token
         again = Sequence(failed.request, shares=False)
         again.arrived, again.admitted, again.first_token = times
-        if failed.group is None:  # what it has come to so far is right
+        if failed.group is None:  # the tokens so far are right
             again.output_ids, again.logprobs = failed.output_ids, failed.logprobs
             again.logprob = failed.logprob
         self._queue(again)
@@ -212,7 +213,7 @@ class Engine:
     def _append(
         self, sequence: Sequence, drafts: Seq[int], found: list[tuple[int, float, Likeliest]]
     ) -> bool:
-        """Take in tokens and their log-probabilities, up to the first after a wrong draft token.
+        """Append tokens and their log-probabilities, up to the first after a rejected draft token.
 
         Returns:
             Whether the sequence has ended.
@@ -238,7 +239,7 @@ class Engine:
                 break
             right += 1
         stats.generated_tokens += right + 1
-        if right:  # those before the last one were computed, too
+        if right:  # the tokens before the last one were computed, too
             stats.decode_tokens += right
             stats.accepted_tokens += right
         sequence.finish_reason = reason
@@ -247,11 +248,11 @@ class Engine:
     def _advance(
         self, beams: list[tuple[Sequence, Candidates, Likeliest]]
     ) -> tuple[list[Sequence], list[tuple[Sequence, Sequence]]]:
-        """Take in what beams may go on with; where a round is over, decide how they do.
+        """Take in the beams' candidates, and advance each group whose round is complete.
 
         Returns:
-            The leaders of rows that have ended; and the sequences of other rows that go on
-            elsewhere, as of `Group.advance`.
+            The leaders of rows that have ended, and the forks of other rows, as from
+            `Group.advance`.
         """
         done: list[Sequence] = []
         forks: list[tuple[Sequence, Sequence]] = []
@@ -259,7 +260,7 @@ class Engine:
             group = sequence.group
             assert group is not None
             if group.ended:
-                continue  # it has failed in this very step
+                continue  # it failed earlier in this step
             if not math.isfinite(candidates[0][1]):
                 group.ended = True
                 self.scheduler.forsake(sequence)
@@ -278,7 +279,7 @@ class Engine:
         return done, forks
 
     def _end(self, group: Group) -> None:
-        """Make an answer of a search that has ended."""
+        """Give the leader of an ended search its answer."""
         leader = group.leader
         leader.finish_reason = group.finish()
         if self._tokenizer is None:
@@ -294,7 +295,7 @@ class Engine:
             leader.text = answer.text
 
     def _ending(self, sequence: Sequence, token: int) -> FinishReason | None:
-        """Whether the token just appended ends the sequence, which then gets its text."""
+        """Why the token just appended ends the sequence, which then gets its text; None if not."""
         params = sequence.request.params
         length, reason = sequence.num_known_tokens, None
         stops = token in params.stop_token_ids or (token in self._eos_ids and not params.ignore_eos)
@@ -338,7 +339,7 @@ class Engine:
         stats.device_s, stats.idle_s = self.executor.seconds()
 
     def _count_mapping(self) -> None:
-        """Work on pages since the last call; hidden where the device still computes after it."""
+        """Add the time spent on pages since the last call: hidden if the device still computes."""
         before, self._mapped = self._mapped, self._mapping_seconds()
         seconds = self._mapped - before
         if seconds and self._in_flight and self.executor.busy():
@@ -349,13 +350,13 @@ class Engine:
 
 
 def _without_text(sequence: Sequence, error: BaseException) -> None:
-    sequence.fail("internal", f"no text can be made of its tokens: {said_by(error)}")
+    sequence.fail("internal", f"its tokens can't be decoded to text: {said_by(error)}")
 
 
 def _not_finite(sequence: Sequence, generated: int | None = None) -> None:
     count = len(sequence.output_ids) if generated is None else generated
     sequence.fail(
         _NOT_FINITE,
-        f"the model computed no finite numbers after {sequence.num_prompt_tokens:,} tokens of the "
-        f"prompt and {count:,} of the answer: they may be in --dtype float32",
+        f"the model's logits are not finite after {sequence.num_prompt_tokens:,} tokens of the "
+        f"prompt and {count:,} of the answer; try --dtype float32",
     )

@@ -1,4 +1,4 @@
-"""What an engine counts and measures of itself."""
+"""What an engine counts and measures about itself."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counts and measured seconds of an engine's life; a mixed step's time is split by tokens.
+    """Counts and measured seconds over an engine's life; a mixed step's time is split by tokens.
 
-    Its fields have the names of `batchrun.jobs.metrics`.
+    The fields are named as in `batchrun.jobs.metrics`.
 
     Attributes:
-        decode_tokens: Those computed behind prompts, but for wrong draft tokens.
-        drafted_tokens, accepted_tokens: Proposed, and those of them that were right.
-        map_hidden_s, map_exposed_s: Mapping, unmapping and creating pages while the
-            device computed, and while it had nothing to do.
-        map_stalls: Times that the device ran out of work while pages were being mapped.
-        device_s, idle_s: The device's time in steps, and between one step's end and
-            the next one's begin; 0 where the host computes.
+        decode_tokens: Tokens computed after prompts, without rejected draft tokens.
+        drafted_tokens, accepted_tokens: Draft tokens proposed, and those accepted.
+        map_hidden_s, map_exposed_s: Time spent mapping, unmapping and creating pages while the
+            device computed, and while it was idle.
+        map_stalls: How often the device ran out of work while pages were being mapped.
+        device_s, idle_s: The device's time in steps, and between the end of one step and the start
+            of the next; 0 if the host computes.
     """
 
     steps: int = 0

@@ -1,4 +1,4 @@
-"""Runs a step plan on a device: tokens in, keys and values into the slots, next tokens out."""
+"""Runs step plans on a device: tokens in, keys and values into the slots, next tokens out."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from batchrun.engine.sampling import Sampler
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
 
-_UNKNOWN = (0,)  # in the place of a token that only the device knows
+_UNKNOWN = (0,)  # stands in for a token that only the device knows
 
 
 @dataclass(slots=True)
 class Ticket:
-    """A launched step, to be sampled and then collected: it has ended when its tokens are there.
+    """A launched step, to be sampled and then collected. It has ended once its tokens arrive.
 
-    The executor keeps here what it needs: the plan's segments, their logits `[N, V]` until
-    they are sampled, the slots of those on the device, and which rows are of beams.
+    The executor keeps what it needs here: the plan's segments, their logits `[N, V]` until they are
+    sampled, the sampled segments' slots on the device, and which rows belong to beams.
     """
 
     step: int
@@ -45,51 +45,51 @@ class Ticket:
 
 
 class Executor(Protocol):
-    """Computes steps, in the order of their launches: `launch`, `sample`, `collect` each.
+    """Computes steps in launch order: `launch`, `sample` and `collect` for each.
 
     Attributes:
-        lag: Steps that may be sampled and not collected when another one is launched; 0 where
-            `launch` and `sample` themselves compute.
+        lag: Steps that may be sampled but not collected when the next one is launched; 0 if
+            `launch` and `sample` compute synchronously.
     """
 
     lag: int
 
     def seconds(self) -> tuple[float, float]:
-        """The device's time in steps so far, and between them: see `EngineStats`."""
+        """The device's time in steps so far, and between steps: see `EngineStats`."""
 
     def launch(self, plan: StepPlan) -> Ticket:
-        """Start the forward of a step whose memory is in place."""
+        """Start the forward pass of a step whose memory is in place."""
 
     def sample(self, ticket: Ticket) -> None:
-        """Start to choose the step's tokens, before another one is launched."""
+        """Start choosing the step's tokens; called before the next step is launched."""
 
     def collect(self, ticket: Ticket) -> StepOutput:
-        """Wait until the oldest step that is not collected has ended; returns its tokens.
+        """Wait until the oldest uncollected step has ended; returns its tokens.
 
-        From then on what it read may be changed or unmapped, also where it sampled nothing.
+        After that, the memory it read may be changed or unmapped, even if it sampled nothing.
         """
 
     def busy(self) -> bool:
-        """Whether the device still computes what was launched."""
+        """Whether the device is still computing launched work."""
 
 
 class TorchExecutor:
-    """The model's own forward over packed tokens `[1, T]`.
+    """Runs the model's own forward over packed tokens `[1, T]`.
 
     Args:
         loaded: The model.
         views: Each layer's keys and values, `[num_slots, slot_tokens, kv_heads, dim]`.
-        slabs: Each slab group's bytes `[planes, bytes]`, in which copies are made.
+        slabs: Each slab group's bytes `[planes, bytes]`, within which copies are made.
         backend: The attention kernels.
-        transfers: The way to the device and back.
-        lag: See `Executor`; 0 unless `transfers` are asynchronous.
-        relieve: Called when the device has no memory for a step, which is then tried once more:
-            waits for the device and gives unused memory back to it.
-        config: What the model asks of logits, beside what sampling parameters say.
-        kv_format: How keys and values lie in `views`; one of the backend's.
+        transfers: Moves data to the device and back.
+        lag: See `Executor`; 0 unless `transfers` is asynchronous.
+        relieve: Called when the device has no memory for a step, which is then retried once: waits
+            for the device and frees unused memory.
+        config: What the model's generation config asks of logits.
+        kv_format: How keys and values are stored in `views`; one of the backend's formats.
 
     Attributes:
-        wrap: Stands between the model and its attention, to observe it.
+        wrap: Wraps the attention of a step, to observe it.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class TorchExecutor:
         self.pieces: pieces.PieceGraphs | None = None
         self.wrap: Callable[[Step], Step] = lambda step: step
         self._relieve = relieve
-        self._collected = 0  # the last step that has ended
+        self._collected = 0  # the last collected step
         self._views, self._slabs = views, slabs
         if kv_format.name not in backend.kv_formats:
-            raise ValueError(f"{backend.name} reads no {kv_format.name} keys and values")
+            raise ValueError(f"{backend.name} can't read {kv_format.name} keys and values")
         self._writes = [(kv_format.writer(k), kv_format.writer(v)) for k, v in views]
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
         self.sampler = Sampler(num_slots, transfers.upload, loaded.eos_ids, config)
-        # The last token sampled in each slot: the next step reads it here, not from the host.
+        # The last token sampled in each slot; the next step reads it here, not from the host.
         self._last = torch.zeros(num_slots, dtype=torch.int64, device=loaded.device)
 
     def seconds(self) -> tuple[float, float]:
@@ -141,7 +141,7 @@ class TorchExecutor:
                 ticket.logits = self._logits(plan.segments)
             except torch.OutOfMemoryError:
                 self._relieve()
-                # What was written so far is written again: the same numbers to the same places.
+                # Safe to repeat: it writes the same numbers to the same places.
                 ticket.logits = self._logits(plan.segments)
         return ticket
 
@@ -152,7 +152,7 @@ class TorchExecutor:
         with self._step(more=True):
             if rows:
                 chosen = self._chosen(ticket, rows)
-                if ticket.slots is not None:  # a row without a token has ended, whatever follows
+                if ticket.slots is not None:  # a row without a token has ended anyway
                     self._last.index_copy_(0, ticket.slots, chosen[0].clamp_min(0))
                 self.sampler.accept(chosen[0], rows)
             if chosen[2:]:
@@ -160,14 +160,14 @@ class TorchExecutor:
             ticket.tokens = self.transfers.download(*chosen)
 
     def _chosen(self, ticket: Ticket, rows: Seq[LogitsRow]) -> tuple[torch.Tensor, ...]:
-        """As `Sampler.sample`."""
+        """See `Sampler.sample`; retries once if the device runs out of memory."""
         assert ticket.logits is not None
         try:
             return self.sampler.sample(ticket.logits, rows)
         except torch.OutOfMemoryError:
             ticket.logits = None
             self._relieve()
-            return self.sampler.sample(self._logits(ticket.segments), rows)  # they were changed
+            return self.sampler.sample(self._logits(ticket.segments), rows)  # the old ones changed
         finally:
             ticket.logits = None
 
@@ -191,9 +191,9 @@ class TorchExecutor:
         return self.transfers.busy()
 
     def logits(self, segments: Seq[Segment]) -> torch.Tensor:
-        """Compute the segments alone; returns the logits that follow the sampled ones, `[N, V]`.
+        """Compute the segments alone; returns the logits of the sampled ones, `[N, V]`.
 
-        They are the caller's: a recorded step's own are overwritten by the next one.
+        They belong to the caller, whereas a recorded step's own logits are overwritten by the next.
         """
         with self._step():
             logits = self._logits(segments).clone()
@@ -201,11 +201,11 @@ class TorchExecutor:
         return logits
 
     def capture(self, sizes: Seq[int], scratch: int, record: Record) -> None:
-        """Record steps of `sizes` single tokens each as graphs, which then replace eager ones.
+        """Record steps of `sizes` single tokens as graphs, which then replace eager steps.
 
         Args:
-            sizes: Batch sizes; a step of another size runs as the next larger one.
-            scratch: A slot with memory for one token, for the rows that fill up a batch.
+            sizes: Batch sizes; a step of another size is padded to the next larger one.
+            scratch: A slot with memory for one token, used by the rows that pad a batch.
             record: See `DecodeGraphs`.
         """
         filler = Segment(scratch, 0, 1, sampled=True)
@@ -221,11 +221,11 @@ class TorchExecutor:
             self.graphs = DecodeGraphs(self._forward, prepare, sizes, filler, record)
 
     def record_pieces(self, scratch: int, **options: Any) -> None:
-        """Let steps of all kinds be recorded from now on, but for their attention.
+        """From now on, record steps of all kinds, except for their attention.
 
         Args:
-            scratch: As of `capture`: for the tokens that fill up a step.
-            options: Of `PieceGraphs`: `most`, `sampled`, `record` and `log`.
+            scratch: As in `capture`: the slot for the tokens that pad a step.
+            options: Arguments of `PieceGraphs`: `most`, `sampled`, `record` and `log`.
         """
         device = self.loaded.device
         self.pieces = pieces.PieceGraphs(self._forward, self.backend, device, **options)
@@ -245,7 +245,7 @@ class TorchExecutor:
             yield
 
     def _logits(self, segments: Seq[Segment]) -> torch.Tensor:
-        """As `logits`, within a step."""
+        """See `logits`; called within a step."""
         graphs, upload = self.graphs, self.transfers.upload
         if graphs is not None and graphs.fits(segments):
             filled = graphs.fill_up(segments)
@@ -265,7 +265,7 @@ class TorchExecutor:
     def _in_pieces(
         self, size: int, packed: np.ndarray[Any, Any], last: np.ndarray[Any, Any]
     ) -> torch.Tensor:
-        """The same for a step that is filled up to `size` tokens."""
+        """As `_logits`, for a step padded to `size` tokens."""
         assert self.pieces is not None
         count = packed.shape[1]
         filled = np.repeat(np.array(self._filler)[:, None], size, axis=1)
@@ -282,8 +282,8 @@ class TorchExecutor:
         """The step's tokens.
 
         Returns:
-            `[4, T]` int64: the token ids; their positions; their rows in the slots, taken as one
-            tensor of tokens; the slots whose last sampled token they are, or -1.
+            `[4, T]` int64: token ids; positions; rows in the slots taken as one tensor of tokens;
+            and, for a token that only the device knows, the slot that it was sampled in, else -1.
         """
         ids: list[int] = []
         for segment in segments:
@@ -306,7 +306,7 @@ class TorchExecutor:
     def _forward(
         self, packed: torch.Tensor, last: torch.Tensor, attention: Attention | None = None
     ) -> torch.Tensor:
-        """The model over packed tokens, `[4, T]` and `[N]`, to logits `[N, V]`."""
+        """Run the model over packed tokens `[4, T]`; returns logits `[N, V]` at `last` `[N]`."""
         ids, positions, rows, sources = packed
         ids = torch.where(sources < 0, ids, self._last[sources.clamp_min(0)])
         attention = attention or self.backend.run
@@ -342,12 +342,12 @@ class _SlotStep:
 
 
 def kept(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """`[T, V]` or `[N, V]`, as a model keeps all logits or those wanted, `[N]`, to `[N, V]`."""
+    """The wanted logits `[N, V]`, whether the model kept all `[T, V]` or only those."""
     return logits if len(logits) == len(wanted) else logits[wanted]
 
 
 def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:
-    """Which of a step's tokens have logits that are wanted, `[N]` int64."""
+    """Indices of the step's tokens whose logits are wanted, `[N]` int64."""
     last: list[int] = []
     end = 0
     for segment in segments:
@@ -358,5 +358,5 @@ def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:
 
 
 def _of_tokens(numbers: Iterable[Seq[float]]) -> tuple[Any, ...]:
-    """`Candidates` or `Likeliest`, of the float64 in which they come from the device."""
+    """`Candidates` or `Likeliest` from the float64 numbers that the device sends."""
     return tuple((int(token), *logprobs) for token, *logprobs in numbers)

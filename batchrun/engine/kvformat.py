@@ -1,4 +1,4 @@
-"""How keys and values lie in slots: what the executor writes, and a kernel has to read."""
+"""How keys and values are stored in slots: what the executor writes and a kernel must read."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 import torch
 
 Write = Callable[[torch.Tensor, torch.Tensor], None]
-"""Puts new keys or values `[T, H, D]` where the tokens `rows` `[T]` of all slots lie."""
+"""Writes new keys or values `[T, H, D]` to the tokens `rows` `[T]`, counted over all slots."""
 
-_WORD = torch.complex128  # the widest dtype: the GPU moves it in one access
+_WORD = torch.complex128  # the widest dtype, which the GPU moves in one access
 
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
-    """One way to keep keys and values.
+    """One way to store keys and values.
 
     Args:
-        name: What `AttentionBackend.kv_formats` calls it.
-        writer: What writes to slots `[num_slots, slot_tokens, H, D]`, a view of their memory.
+        name: Its name in `AttentionBackend.kv_formats`.
+        writer: Makes the `Write` for slots `[num_slots, slot_tokens, H, D]`, a view of their
+            memory.
     """
 
     name: str
@@ -28,7 +29,7 @@ class KVFormat:
 
 def _write_plain(slots: torch.Tensor) -> Write:
     tokens = slots.view(-1, *slots.shape[2:])
-    # A GPU writes rows by index element by element: in half precision wider ones are faster.
+    # A GPU's indexed write goes element by element: in half precision, wider ones are faster.
     words = as_words(slots) if slots.is_cuda else None
 
     def write(rows: torch.Tensor, new: torch.Tensor) -> None:
@@ -42,9 +43,9 @@ def _write_plain(slots: torch.Tensor) -> Write:
 
 
 def as_words(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The same memory, `[..., H, D]`, as `[tokens, H, words]` of 16 bytes each.
+    """The same memory, `[..., H, D]`, viewed as 16-byte words `[tokens, H, words]`.
 
-    None where rows do not consist of such words.
+    None if rows do not consist of such words.
     """
     words = _WORD.itemsize // tensor.dtype.itemsize
     steps = (*tensor.shape[-1:], *tensor.stride()[:-1], tensor.storage_offset())

@@ -1,11 +1,12 @@
-"""What a model's generation config does to logits, as transformers' processors and warpers do it.
+"""What a model's generation config does to logits, matching transformers' processors and warpers.
 
-The order is transformers' own (`GenerationMixin._get_logits_processor`), with our parameters at
+The order is transformers' own (`GenerationMixin._get_logits_processor`), with our parameters in
 their places: biases, penalties, bans (with `min_tokens`), forced tokens, invalid values, the
-growing weight of end tokens, suppressed tokens; of rows that are drawn then temperature, top-h,
-top-k, top-p, min-p, typical-p, epsilon, eta. Those of beams act on log-probabilities.
+growing weight of end tokens, suppressed tokens; then, for rows that are drawn, temperature, top-h,
+top-k, top-p, min-p, typical-p, epsilon, eta. For beams they act on log-probabilities.
 
-What depends on a row's tokens is decided on the host, so those must be known when it is sampled.
+What depends on a row's tokens is decided on the host, so the tokens must be known when the row is
+sampled.
 """
 
 from __future__ import annotations
@@ -31,27 +32,28 @@ from batchrun.engine.processors import (
 Ids = tuple[int, ...]
 
 _TOP_H = 100  # tokens that top-h looks at
-_MOST_DECAY = 1e30  # times an end token's logit: beyond that is no float32
+_MOST_DECAY = 1e30  # factor on an end token's logit: a larger one would overflow float32
 
 
 @dataclass(frozen=True)
 class LogitsConfig:
-    """What a generation config asks of logits, beside what sampling parameters say.
+    """What a generation config asks of logits, beyond the sampling parameters.
 
     Args:
         eos_ids: The model's end tokens.
-        max_model_len: Tokens of prompt and output together at most.
-        sequence_bias: Added to the logit of a sequence's last token where the others precede it.
+        max_model_len: Maximum number of tokens of prompt and output together.
+        sequence_bias: Added to the logit of a sequence's last token if the others precede it.
         bad_words: Sequences whose last token may not follow the others.
-        no_repeat_ngram_size: No sequence of so many tokens comes twice; 0 where that is allowed.
+        no_repeat_ngram_size: No n-gram of this size may repeat; 0 for no limit.
         forced_bos: The token that follows a prompt of one token.
-        forced_eos: The tokens one of which is the last one where the length ends an answer.
-        remove_invalid_values: NaN counts as 0, infinities as the largest numbers there are.
-        decay: From so many tokens on, end tokens become likelier by a factor a token.
-        suppress: Tokens that never come.
-        begin_suppress: Tokens that do not come first.
-        renormalize: Beams' log-probabilities are those of what is left.
-        top_h, typical_p, epsilon, eta: Filters of drawn rows; None or 0 where off.
+        forced_eos: One of these tokens ends an answer that reaches its maximum length.
+        remove_invalid_values: NaN counts as 0, infinities as the largest finite numbers.
+        decay: A start and a factor: from that many tokens on, each token makes end tokens likelier
+            by the factor.
+        suppress: Tokens that are never chosen.
+        begin_suppress: Tokens that are never chosen first.
+        renormalize: Renormalize beams' log-probabilities over the tokens that are left.
+        top_h, typical_p, epsilon, eta: Filters for drawn rows; None or 0 for off.
     """
 
     eos_ids: Ids = ()
@@ -73,12 +75,12 @@ class LogitsConfig:
 
     @property
     def filters(self) -> bool:
-        """Whether drawn rows are filtered by more than their own parameters."""
+        """Whether drawn rows have filters beyond their own parameters."""
         return any((self.top_h, self.typical_p, self.epsilon, self.eta))
 
     @property
     def reads_tokens(self) -> tuple[str, ...]:
-        """What depends on the tokens of a row so far, by the config's names."""
+        """The config's settings that depend on a row's tokens so far, by name."""
         asked = {
             "no_repeat_ngram_size": self.no_repeat_ngram_size,
             "bad_words_ids": any(len(word) > 1 for word in self.bad_words),
@@ -87,7 +89,7 @@ class LogitsConfig:
         return tuple(name for name, depends in asked.items() if depends)
 
     def filter_first(self, logits: torch.Tensor) -> torch.Tensor:
-        """Top-h, which comes before all filters of a row's own."""
+        """Apply top-h, which comes before all filters of a row's own."""
         if self.top_h is None:
             return logits
         head, at = logits.topk(min(_TOP_H, logits.shape[1]), dim=-1)
@@ -99,7 +101,7 @@ class LogitsConfig:
         return logits.masked_fill(~kept, -torch.inf)
 
     def filter_last(self, logits: torch.Tensor) -> torch.Tensor:
-        """Typical-p (arXiv 2202.00666), epsilon and eta (arXiv 2210.15191)."""
+        """Apply typical-p (arXiv 2202.00666), epsilon and eta (arXiv 2210.15191)."""
         if self.typical_p is not None:
             logprobs = logits.log_softmax(-1)
             entropy = -_times(logprobs.exp(), logprobs).sum(-1, keepdim=True)
@@ -122,10 +124,10 @@ class LogitsConfig:
 def processors(
     config: LogitsConfig, eos_ids: Collection[int], upload: Upload, num_slots: int
 ) -> list[LogitsProcessor]:
-    """All that changes logits before a token is chosen, in its order.
+    """All processors that change logits before a token is chosen, in order.
 
     Args:
-        config: What the model asks for; the rest is each row's own.
+        config: What the model asks for; the rest comes from each row.
         eos_ids: The model's end tokens, which rows may ignore.
         upload: Copies an array to the device without waiting.
         num_slots: Slots that sequences can be in.
@@ -146,7 +148,7 @@ def processors(
 
 
 class _ConfigEdits(Edits):
-    """What the model's config says of each row."""
+    """Edits that the model's config asks for in each row."""
 
     def __init__(self, upload: Upload, config: LogitsConfig) -> None:
         super().__init__(upload)
@@ -154,7 +156,7 @@ class _ConfigEdits(Edits):
 
 
 class SequenceBias(_ConfigEdits):
-    """Added to the logit of a sequence's last token where its other ones come before."""
+    """Adds to the logit of a sequence's last token if its other tokens precede."""
 
     def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
@@ -167,7 +169,7 @@ class SequenceBias(_ConfigEdits):
 
 
 class BadWords(_ConfigEdits):
-    """No word's last token where its other ones come before."""
+    """Bans a word's last token if its other tokens precede."""
 
     def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
@@ -175,7 +177,7 @@ class BadWords(_ConfigEdits):
 
 
 class NoRepeatNgram(_ConfigEdits):
-    """No sequence of so many tokens twice."""
+    """Bans tokens that would repeat an n-gram."""
 
     def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
@@ -189,7 +191,7 @@ class NoRepeatNgram(_ConfigEdits):
 
 
 class ForcedTokens(_ConfigEdits):
-    """One token behind a prompt of one, and some at the end that the length sets."""
+    """Forces the token after a one-token prompt, and end tokens at the maximum length."""
 
     def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
@@ -199,13 +201,13 @@ class ForcedTokens(_ConfigEdits):
         return [(bos, 0.0)] if bos is not None and row.end == 1 else []
 
     def write(self, logits: torch.Tensor, at: Places, numbers: torch.Tensor) -> torch.Tensor:
-        """See `Edits.write`; no other token of the row comes."""
+        """See `Edits.write`; bans all other tokens of the row."""
         logits[at[0]] = -torch.inf
         return super().write(logits, at, numbers)
 
 
 class InvalidValues(LogitsProcessor):
-    """NaN counts as 0, infinities as the largest numbers there are."""
+    """Replaces NaN by 0, and infinities by the largest finite numbers."""
 
     def apply(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """See `LogitsProcessor.apply`."""
@@ -213,7 +215,7 @@ class InvalidValues(LogitsProcessor):
 
 
 class Decay(_ConfigEdits):
-    """End tokens become likelier, from so many tokens on, by a factor a token."""
+    """Makes end tokens likelier by a factor per token, from a given length on."""
 
     def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
@@ -233,7 +235,7 @@ class Decay(_ConfigEdits):
 
 
 class Suppressed(_ConfigEdits):
-    """Tokens that never come, and some that do not come first."""
+    """Bans tokens that may never come, and some that may not come first."""
 
     def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
         """See `Edits.edits`."""
@@ -244,10 +246,10 @@ class Suppressed(_ConfigEdits):
 
 
 class Renormalized(Edits):
-    """Beams' log-probabilities are those of what is left."""
+    """Renormalizes beams' log-probabilities over the tokens that are left."""
 
     def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
-        """See `Edits.edits`; all of a beam's are written."""
+        """See `Edits.edits`; `write` changes the whole row of a beam."""
         return [(0, 0.0)] * row.params.beams
 
     def write(self, logits: torch.Tensor, at: Places, numbers: torch.Tensor) -> torch.Tensor:
@@ -269,11 +271,11 @@ def _power(factor: float, exponent: int) -> float:
 
 
 def _times(probabilities: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """Their product, 0 where the probability is."""
+    """Their product, 0 where the probability is 0."""
     return torch.where(probabilities > 0, probabilities * logprobs, 0.0)
 
 
 def _drop_below(logits: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Without tokens of a probability below `[N, 1]`, but for the likeliest."""
+    """Drop tokens with a probability below `limit` `[N, 1]`, except the likeliest."""
     drop = (logits.softmax(-1) < limit) & (logits < logits.amax(-1, keepdim=True))
     return logits.masked_fill(drop, -torch.inf)

@@ -1,4 +1,4 @@
-"""From the tokens of an answer to its text, and where a stop string ends it."""
+"""Turns an answer's tokens into text, and finds where a stop string ends it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """Turns one sequence's output tokens into text as they come.
+    """Turns one sequence's output tokens into text as they arrive.
 
-    Text is emitted only when no later token can change it: a character whose bytes are spread over
-    several tokens is held back until it is whole. The prompt's last tokens precede the output, for
-    tokenizers that write a word's space with the word.
+    Text is emitted only when no later token can change it: a character whose bytes span several
+    tokens is held back until it is complete. The prompt's last tokens are decoded in front of the
+    output, for tokenizers that attach the space to the word after it.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -40,7 +40,7 @@ class Detokenizer:
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """Add tokens; returns the text that became final.
 
-        With the last ones nothing is held back: an incomplete character is U+FFFD.
+        With `last`, nothing is held back: an incomplete character becomes U+FFFD.
         """
         self._ids += token_ids
         new = self._emit(flush=False)
@@ -60,7 +60,7 @@ class Detokenizer:
         try:
             return self._decode_known(ids)
         except (TypeError, ValueError, IndexError, KeyError, OverflowError):
-            # A model may have more tokens than its tokenizer, and those are no text.
+            # A model may have tokens that its tokenizer lacks; they have no text.
             return self._decode_known([token for token in ids if self._knows(token)])
 
     def _decode_known(self, ids: Sequence[int]) -> str:
@@ -77,10 +77,10 @@ class Detokenizer:
 
 
 class Specials:
-    """A tokenizer's special tokens, which a completion's text does not show.
+    """A tokenizer's special tokens, which are hidden in a completion's text.
 
     Args:
-        texts: The tokens.
+        texts: The tokens' texts.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -89,18 +89,18 @@ class Specials:
         self.among = lru_cache(_REMEMBERED)(self._among)
 
     def without(self, text: str) -> str:
-        """A text, without those in it."""
+        """The text without special tokens."""
         return self._any.sub("", text)
 
     def _among(self, stops: tuple[str, ...]) -> tuple[str, ...]:
-        """The stop strings that have one beside other text."""
+        """The stop strings that contain a special token beside other text."""
         return tuple(s for s in stops if self._any.search(s) and not self._any.fullmatch(s))
 
 
 class Answer:
-    """One sequence's text as its tokens come, and where a stop string ends it.
+    """One sequence's text as its tokens arrive, and where a stop string ends it.
 
-    Stop strings with special tokens in them are looked for in a text that shows those.
+    Stop strings that contain special tokens are searched for in a text that shows those.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -123,11 +123,11 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """What is final of it."""
+        """The text that is final so far."""
         return self._shown.text
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> int | None:
-        """Add tokens, the last ones or not; returns where a stop string begins that now ended."""
+        """Add tokens; returns where a stop string that is now complete begins, or None."""
         new = self._shown.push(token_ids, last=last)
         ends = [find_stop(self._shown.text, len(new), self._stops)]
         if self._whole is not None:
@@ -140,6 +140,6 @@ class Answer:
 
 
 def find_stop(text: str, new: int, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins, if one ends within the last `new` characters."""
+    """Where the earliest stop string that ends within the last `new` characters begins."""
     found = [text.find(s, max(0, len(text) - new - len(s) + 1)) for s in stops]
     return min((i for i in found if i >= 0), default=None)

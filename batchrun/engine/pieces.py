@@ -1,9 +1,9 @@
-"""CUDA graphs of steps with prompts: pieces, between which attention is launched.
+"""CUDA graphs of steps with prompts: recorded pieces, with attention launched between them.
 
-How attention is launched depends on the lengths of a step's segments; everything else depends on
-the number of its tokens alone. So the model is recorded up to each layer's attention and from there
-on (piecewise graphs, as vLLM has them), for numbers of tokens to which steps are filled up. A layer
-then costs the host two launches instead of twenty.
+How attention is launched depends on the lengths of a step's segments; everything else depends only
+on its number of tokens. So the model is recorded in pieces that end at each layer's attention
+(piecewise graphs, as in vLLM), for a set of sizes to which steps are padded. A layer then costs the
+host two launches instead of twenty.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Forward = Callable[[torch.Tensor, torch.Tensor, "Padded"], torch.Tensor]
 Record = Callable[[Callable[[Apart], torch.Tensor]], Recorded]
 
 _LEAST = 16  # tokens between two sizes
-_TOLERANCE = 0.01  # of the largest logit: the same kernels compute the same numbers
+_TOLERANCE = 0.01  # of the largest logit; the same kernels should compute the same numbers
 
 
 def size_for(num_tokens: int, most: int) -> int:
-    """Tokens that a step is filled up to: `most` at most, four sizes between powers of two."""
+    """The size to which a step is padded: at most `most`, with four sizes between powers of two."""
     step = max(_LEAST, 1 << max(0, (num_tokens - 1).bit_length() - 3))
     return min(-(-num_tokens // step) * step, most)
 
 
 @dataclass
 class _Size:
-    """Steps of so many tokens: their inputs `[4, T]` and `[N]`, at addresses that stay."""
+    """Steps padded to one size: their inputs `[4, T]` and `[N]`, at fixed addresses."""
 
     packed: torch.Tensor
     last: torch.Tensor
@@ -46,21 +46,22 @@ class _Size:
 
 
 class PieceGraphs:
-    """Steps of any segments, recorded when a size is met for the second time.
+    """Steps of any segments, recorded when a size occurs for the second time.
 
     Args:
-        forward: Computes packed tokens `[4, T]`, of which those at `[N]` are wanted, to logits; the
-            last argument is its attention.
-        backend: Attends.
+        forward: Computes packed tokens `[4, T]` to logits, at the indices `[N]`; its last argument
+            is the attention.
+        backend: The attention kernels.
         device: Where inputs are.
-        most: Tokens of a step.
-        sampled: Tokens of a step that are wanted, at most.
-        record: Makes something replayable of a function that says what comes between.
-        log: Told why steps can't be recorded.
+        most: Maximum number of tokens in a step.
+        sampled: Maximum number of tokens in a step whose logits are wanted.
+        record: Makes something replayable of a function that passes the calls between pieces to its
+            argument.
+        log: Called with the reason if steps can't be recorded.
 
     Attributes:
-        limit: Steps of more tokens are better not recorded: the device takes longer for them than
-            the host takes to launch them.
+        limit: Steps with more tokens are not recorded, because the device takes longer to compute
+            them than the host takes to launch them.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class PieceGraphs:
         self._sizes: dict[int, _Size] = {}
 
     def size_of(self, num_tokens: int) -> int | None:
-        """Tokens that a step is filled up to; None for one that is computed as it is."""
+        """The size to which a step is padded; None if it is computed without recording."""
         return None if num_tokens > self.limit else size_for(num_tokens, self.most)
 
     def inputs(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,21 +97,21 @@ class PieceGraphs:
         return each.packed, each.last
 
     def compute(self, size: int, num_tokens: int) -> torch.Tensor:
-        """Compute a planned step from its inputs; the logits `[N, V]` stay until the next one.
+        """Compute a planned step from its inputs; the logits `[N, V]` are valid until the next one.
 
         Args:
-            size: As of `size_of`.
-            num_tokens: Tokens of the step itself.
+            size: From `size_of`.
+            num_tokens: The step's tokens, without padding.
         """
         each = self._sizes[size]
         self._attention.num_tokens = num_tokens
         if each.recorded is None:
             logits = self._forward(each.packed, each.last, self._attention)
-            # Not at first: kernels are compiled and loaded then. Nor where a row's logits are NaN:
-            # they would equal nothing.
+            # Not the first time, when kernels are compiled and loaded. Nor when a row's logits are
+            # NaN, which compare equal to nothing.
             may_record = each.has_run and not bool(logits.isnan().any())
             if may_record and not self._is_recorded(each, logits):
-                # What a wrong replay wrote for the next layers to read is written anew.
+                # A wrong replay may have written wrong keys and values: write them again.
                 logits = self._forward(each.packed, each.last, self._attention)
             each.has_run = True
             return logits
@@ -119,7 +120,7 @@ class PieceGraphs:
         return logits
 
     def _is_recorded(self, size: _Size, want: torch.Tensor) -> bool:
-        """Record a size; False where it can't be, or where a replay gives other logits."""
+        """Record a size; False if that fails, or if a replay gives different logits."""
         try:
             run, logits = recorded = self._record(partial(self._apart, size))
             run()
@@ -136,7 +137,7 @@ class PieceGraphs:
         return True
 
     def _apart(self, size: _Size, apart: Apart) -> torch.Tensor:
-        """Compute a step whose attention is launched by `apart`."""
+        """Compute a step; `apart` launches its attention."""
         self._attention.apart = apart
         try:
             return self._forward(size.packed, size.last, self._attention)
@@ -149,14 +150,14 @@ def _at_once(call: Callable[[], None]) -> None:
 
 
 class Padded:
-    """Attention of a step that is filled up: of its own tokens, and apart from what is recorded.
+    """Attention of a padded step: over its real tokens only, and not part of the recording.
 
     Args:
-        backend: Attends.
-        most: Tokens of a step.
+        backend: The attention kernels.
+        most: Maximum number of tokens in a step.
 
     Attributes:
-        num_tokens: Tokens that the step has of its own.
+        num_tokens: Tokens of the step, without padding.
         apart: Takes the call that launches attention.
     """
 
@@ -165,11 +166,11 @@ class Padded:
         self.apart: Apart = _at_once
         self._backend = backend
         self._most = most
-        # By heads and width. Zeros at first: what fills a step up must never be no number.
+        # By heads and width. Initially zeros, because the padding must never be NaN.
         self._outputs: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, layer: LayerAttention, query: torch.Tensor, slots: KV) -> torch.Tensor:
-        """As `AttentionBackend.run`."""
+        """See `AttentionBackend.run`."""
         shape = query.shape[1], slots[1].shape[3]
         if shape not in self._outputs:
             self._outputs[shape] = query.new_zeros(self._most, *shape)
@@ -180,22 +181,22 @@ class Padded:
             outputs[:count] = self._backend.run(layer, query[:count], slots)
 
         self.apart(attend)
-        # All layers have that memory in turn; what a layer makes of it may live longer.
+        # All layers reuse that memory; a layer's output may have to live longer.
         return outputs[: len(query)].clone()
 
 
 class CudaPieces:
-    """Captures functions on the current stream as several graphs, in one pool of memory.
+    """Captures functions on the current stream as several graphs that share a memory pool.
 
     Args:
-        pool: Handle of the pool. The graphs that have it never run at once.
+        pool: Handle of the pool. Graphs that share it never run at once.
     """
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
 
     def __call__(self, function: Callable[[Apart], torch.Tensor]) -> Recorded:
-        """Capture `function`, which has run before, up to each call that it makes apart."""
+        """Capture `function`, which has run before, in pieces between its calls of `apart`."""
         calls: list[Callable[[], None]] = []
         graph = torch.cuda.CUDAGraph()
 
@@ -233,7 +234,7 @@ def _run(calls: Seq[Callable[[], None]]) -> None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """What is freed while a stream is captured may call what must not be called then."""
+    """Disable garbage collection: freed objects might make calls that a capture forbids."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What is handed to an executor and comes back: values, for any process. No torch here."""
+"""What goes to an executor and comes back: values that any process can use. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batchrun.engine.core import Candidates, Likeliest, Request, Segment
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:
-    """What has come to a slot: a request, and the output that it has by then."""
+    """A sequence that has entered a slot: its request, and its output so far."""
 
     slot: int
     request: Request
@@ -19,12 +19,12 @@ class NewSequence:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The segments of one step, single-token ones (decodes) first: a value, for any process.
+    """The segments of one step, single-token ones (decodes) first: a value for any process.
 
-    `new` are the sequences that are in their slots for the first time: who computes steps keeps
-    what it needs of them, and other plans name no more than their slots. `copies` are to be made in
-    KV memory before the segments, in their order, and after step `copies_after`, the last one that
-    uses what they read and write. Steps behind that may still run.
+    `new` are the sequences that are in their slots for the first time: executors keep what they
+    need of them, and later plans name only their slots. `copies` are made in KV memory, in order,
+    before the segments are computed and after step `copies_after`, the last one that uses what they
+    read and write. Later steps may still be running.
     """
 
     step: int
@@ -38,15 +38,17 @@ class StepPlan:
 class StepOutput:
     """What a step produced: the token after each sampled segment, in the plan's order.
 
-    Those of a segment with draft tokens are one after what is known, and one after each of them.
+    A segment with draft tokens has several: one after its last known token, and one after each
+    draft.
 
-    A token below 0 says that the logits it was to be chosen by are not finite.
+    A token below 0 means that the logits for it are not finite.
 
-    `logprobs` are their log-probabilities under the model's own distribution, before penalties,
-    temperature and filters; none where no segment's parameters ask for them. Where
-    any sequence is in a beam group there are as many `candidates`: of one that is, its token means
-    nothing; others have none. `likeliest` are as many tokens in the place of each as any parameters
-    ask for, by that distribution, the likeliest first; none where none do.
+    `logprobs` are the tokens' log-probabilities under the model's own distribution, before
+    penalties, temperature and filters; empty if no segment asks for them. If any sequence is in a
+    beam group, there is one entry of `candidates` per token: a beam's token means nothing, and
+    other sequences' candidates are empty. `likeliest` holds, per token, the likeliest tokens at its
+    position by the same distribution, as many as the most that any segment asks for; empty if none
+    does.
     """
 
     step: int

@@ -1,7 +1,7 @@
-"""Which slots hold which tokens, so that a prefix that rows have in common is computed once.
+"""Which slots hold which tokens, so that a prefix common to several rows is computed once.
 
-Tokens are known by blocks, each by a hash of itself and all before it, as in vLLM's automatic
-prefix caching; but a slot is contiguous, so a match need not end where a block does.
+Tokens are identified in blocks, each by a hash of itself and everything before it, as in vLLM's
+automatic prefix caching. But slots are contiguous, so a match need not end at a block boundary.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from itertools import pairwise
 from batchrun.engine.core import Sequence
 from batchrun.engine.kvspace import KVSpace
 
-BLOCK = 16  # tokens: no shorter prefix is shared
-KEPT = 32  # slots at most that keep a prefix for rows to come, beside those of running sequences
+BLOCK = 16  # tokens: shorter prefixes are not shared
+KEPT = 32  # maximum number of slots that keep a prefix for later rows, beside the running ones
 Ids = tuple[int, ...]
 
 
 def blocks_of(ids: Ids | bytes, size: int = BLOCK, *, namespace: bytes) -> tuple[int, ...]:
-    """A hash of each whole block and all before it.
+    """A hash per whole block, each over the block and everything before it.
 
     Args:
-        ids: Tokens.
-        size: Of a block; that of packed tokens, if they are.
-        namespace: Of the request: what is before the first block.
+        ids: Tokens, or packed tokens as bytes.
+        size: Size of a block, in elements of `ids`.
+        namespace: The request's namespace, hashed before the first block.
     """
     found: list[int] = []
     value = hash(namespace)
@@ -37,45 +37,45 @@ def blocks_of(ids: Ids | bytes, size: int = BLOCK, *, namespace: bytes) -> tuple
 
 
 class SharedPrefixes:
-    """What running sequences compute and closed slots still have, and what waiting ones need of it.
+    """What slots hold or are computing, and what the waiting sequences need of it.
 
     Args:
-        space: Where keys and values live.
-        active: Whether anything is shared; else nothing is ever found.
+        space: Where keys and values are stored.
+        active: Whether anything is shared; if not, nothing is ever found.
     """
 
     def __init__(self, space: KVSpace, active: bool) -> None:
         self._space = space
         self._active = active
         self._owners: dict[int, Sequence] = {}  # slot -> the running sequence
-        self._origins: dict[int, tuple[tuple[int, int], ...]] = {}  # of a slot's tokens, up to ends
+        self._origins: dict[int, tuple[tuple[int, int], ...]] = {}  # of a slot's tokens
         self._stays = 0
         self._kept: dict[int, None] = {}  # slots, the oldest first
         self._wanted = Counter[int]()  # blocks of waiting sequences
-        # What slots have, or will have once their sequence has been computed: tokens, their blocks,
-        # and the namespace of both.
+        # What slots hold, or will hold once their sequence is computed: tokens, their blocks, and
+        # their namespace.
         self._tokens: dict[int, tuple[Ids, tuple[int, ...], bytes]] = {}
         self._slots: dict[int, dict[int, None]] = {}  # block -> slots, in the order of `_put`
 
     def read(self, sequence: Sequence) -> None:
-        """Take the blocks of the tokens that a sequence has now; to be called before it waits."""
+        """Compute the blocks of a sequence's current tokens; called before it waits."""
         if self._active and sequence.shares:
             namespace = sequence.request.namespace
             sequence.blocks = blocks_of(sequence.known_ids, namespace=namespace)
 
     def want(self, sequence: Sequence) -> None:
-        """A sequence begins to wait."""
+        """Note that a sequence begins to wait."""
         self._wanted.update(sequence.blocks)
 
     def unwant(self, sequence: Sequence) -> None:
-        """A sequence no longer waits."""
+        """Note that a sequence no longer waits."""
         self._wanted.subtract(sequence.blocks)
-        for block in sequence.blocks:  # a job has more blocks than memory is for
+        for block in sequence.blocks:  # a job's blocks would fill the memory
             if not self._wanted[block]:
                 del self._wanted[block]
 
     def place(self, sequence: Sequence, waiting: Seq[Sequence]) -> int:
-        """Where in the queue: behind those that it has most in common with, or at the end."""
+        """The position in the queue: after the sequences with the most in common, or at the end."""
         for depth in range(len(sequence.blocks), 0, -1):
             block = sequence.blocks[depth - 1]
             if block in self._wanted:
@@ -85,12 +85,13 @@ class SharedPrefixes:
         return len(waiting)
 
     def match(self, sequence: Sequence) -> tuple[int, int, int]:
-        """The slot that has most of a sequence's tokens by now.
+        """The slot that now holds most of a sequence's tokens.
 
-        Its last token is computed in any case: its logits are wanted.
+        The last token is always computed, because its logits are wanted.
 
         Returns:
-            The slot, -1 for none; the tokens that it has; and those that a running sequence will.
+            The slot, or -1; the tokens that it holds; and those that a running sequence will
+            compute.
         """
         best, ready, coming = -1, 0, 0
         most = sequence.num_tokens - 1
@@ -106,9 +107,9 @@ class SharedPrefixes:
         return best, ready, coming
 
     def begin(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
-        """A sequence runs in a slot from now on; what that had is gone.
+        """Note that a sequence now runs in a slot, whose former contents are gone.
 
-        Its first `shared` tokens are those of slot `source`, which may be the same one.
+        Its first `shared` tokens are those of slot `source`, which may be the same slot.
         """
         sequence.inherited = tuple(
             (min(end, shared), origin)
@@ -122,12 +123,12 @@ class SharedPrefixes:
         self._owners[slot] = sequence
 
     def expect(self, sequence: Sequence) -> None:
-        """A sequence that waited until now will have all its known tokens in its slot."""
+        """Note that a newly admitted sequence will have all its known tokens in its slot."""
         assert sequence.slot is not None
         self._put(sequence.slot, sequence.known_ids, sequence.blocks, sequence.request.namespace)
 
     def leave(self, slot: int, keep: int) -> None:
-        """A sequence has left its slot, which keeps its first `keep` tokens for other rows."""
+        """Note that a sequence left its slot, which keeps `keep` leading tokens for other rows."""
         del self._owners[slot]
         if keep:
             self._kept[slot] = None
@@ -135,13 +136,13 @@ class SharedPrefixes:
             self.drop_oldest()
 
     def note(self, slot: int, sequence: Sequence, num_tokens: int) -> None:
-        """A slot has so many tokens of a sequence computed, and no more."""
+        """Note that a slot holds exactly the first `num_tokens` tokens of a sequence."""
         if self._active:
             ids, namespace = sequence.known_ids[:num_tokens], sequence.request.namespace
             self._put(slot, ids, blocks_of(ids, namespace=namespace), namespace)
 
     def forget(self, slot: int) -> None:
-        """What a slot has is not shared any more."""
+        """Stop sharing what a slot holds."""
         for block in self._blocks(slot):
             slots = self._slots[block]
             del slots[slot]
@@ -150,7 +151,7 @@ class SharedPrefixes:
         self._tokens.pop(slot, None)
 
     def worth_keeping(self, slot: int) -> int:
-        """Leading tokens of a slot that waiting sequences need and no other slot has."""
+        """Leading tokens of a slot that waiting sequences need and no other slot holds."""
         blocks = self._blocks(slot)
         for depth in range(len(blocks), 0, -1):
             if blocks[depth - 1] in self._wanted:
@@ -165,12 +166,12 @@ class SharedPrefixes:
         return 0
 
     def drop_unwanted(self) -> None:
-        """Give up kept prefixes that no waiting sequence needs, or that others have too."""
+        """Drop kept prefixes that no waiting sequence needs, or that other slots hold too."""
         for slot in [s for s in self._kept if not self.worth_keeping(s)]:
             self._drop(slot)
 
     def drop_oldest(self) -> bool:
-        """Give up a kept prefix, for want of memory; False where there is none."""
+        """Drop the oldest kept prefix to free memory; False if there is none."""
         slot = next(iter(self._kept), None)
         if slot is not None:
             self._drop(slot)
@@ -186,7 +187,7 @@ class SharedPrefixes:
         self._space.drop(slot)
 
     def _put(self, slot: int, ids: Ids, blocks: tuple[int, ...], namespace: bytes) -> None:
-        """Note what a slot has from now on, in the place of what it had."""
+        """Record what a slot holds from now on, replacing what it held."""
         self.forget(slot)
         self._tokens[slot] = ids, blocks, namespace
         for block in blocks:
@@ -196,9 +197,9 @@ class SharedPrefixes:
         return self._tokens[slot][1] if slot in self._tokens else ()
 
     def _matches(self, sequence: Sequence) -> Iterator[tuple[int, int]]:
-        """Slots that have at least a block in common with a sequence, by blocks the longest first.
+        """Slots that share at least a block with a sequence, most shared blocks first.
 
-        Each with the tokens in common. A hash alone is not believed: the tokens are compared.
+        Each comes with its number of common tokens, found by comparing tokens, not just hashes.
         """
         ids, seen = sequence.known_ids, set[int]()
         levels = []
@@ -220,7 +221,7 @@ class SharedPrefixes:
 
 
 def common_length(ids: Ids, others: Ids, expected: int) -> int:
-    """Leading tokens in common, of which `expected` are likely; 0 where they differ earlier."""
+    """Number of common leading tokens, probably at least `expected`; 0 if it is less."""
     if ids[:expected] != others[:expected]:
         return 0
     end = min(len(ids), len(others))

@@ -1,4 +1,4 @@
-"""What changes logits before a token is chosen by them: one class each, in a list of each job."""
+"""Processors that change logits before a token is chosen, one class each."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from batchrun.engine.cpu import sampling as cpu_sampling
 
 @dataclass(slots=True, eq=False)
 class LogitsRow:
-    """A row of logits, by which the token behind the first `end` ones of a sequence is chosen.
+    """A row of logits, used to choose the token after the first `end` tokens of a sequence.
 
-    `output_ids` are the sequence's, as the host knows them, with draft tokens: complete where no
+    `output_ids` is the sequence's output as the host knows it, with draft tokens: complete if no
     step is in flight. The last `num_drafts` tokens before `end` are draft tokens.
     """
 
@@ -39,14 +39,14 @@ class LogitsRow:
 
     @property
     def most_tokens(self) -> int:
-        """Prompt and output together, as the parameters allow."""
+        """Maximum length of prompt and output together, by the parameters."""
         return self.num_prompt_tokens + self.params.max_tokens
 
     def ids_so_far(self, last: int | None = None) -> list[int]:
         """The sequence's tokens up to `end`.
 
         Args:
-            last: Only so many, `end` at most; None for all.
+            last: Only the last that many, at most `end`; None for all.
         """
         begin = (0 if last is None else self.end - last) - self.num_prompt_tokens
         output = self.output_ids[max(begin, 0) : self.num_generated]
@@ -54,37 +54,37 @@ class LogitsRow:
 
 
 Places = tuple[torch.Tensor, torch.Tensor]
-"""Rows and tokens of `[N, V]`."""
+"""Row and token indices into `[N, V]`."""
 
 
 class LogitsProcessor:
-    """Changes the logits of rows; one for all rows of a job.
+    """Changes the logits of rows; one instance serves all rows of a job.
 
-    In each step `prepare` comes first, while the device computes the logits, then `apply`, and
-    `accept` when the tokens are chosen. The rows of a sequence with draft tokens follow each other.
-    One that remembers nothing from step to step has only the first two.
+    In each step `prepare` is called while the device computes the logits, then `apply`, then
+    `accept` when the tokens are chosen. The rows of a sequence with draft tokens are consecutive. A
+    processor without state across steps needs only the first two.
     """
 
     def prepare(self, rows: Seq[LogitsRow]) -> bool:
-        """Do what the host has to; returns whether `apply` would change anything."""
+        """Do the host's part; returns whether `apply` would change anything."""
         return True
 
     def apply(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
-        """Change `[N, V]`, maybe in place; returns it, in float32 or as it came.
+        """Change `[N, V]`, possibly in place; returns it, in float32 or its own dtype.
 
-        Of beams they are log-probabilities. May be called again, with logits as they came.
+        For beams these are log-probabilities. May be called again with the original logits.
         """
         raise NotImplementedError
 
     def accept(self, tokens: torch.Tensor, rows: Seq[LogitsRow]) -> None:
-        """The tokens `[N]` were chosen, on the device of the logits; -1 where there is none."""
+        """Take note of the chosen tokens `[N]`, on the device of the logits; -1 means none."""
 
     def rollback(self, row: LogitsRow, count: int) -> None:
-        """The last `count` tokens chosen for a sequence are void: they followed wrong drafts."""
+        """Forget the last `count` tokens chosen for a sequence: they followed rejected drafts."""
 
 
 class Edits(LogitsProcessor):
-    """Changes some logits of each row, by what is known of the row.
+    """Changes some logits of each row, based on what is known about the row.
 
     Args:
         upload: Copies an array to the device without waiting.
@@ -96,7 +96,7 @@ class Edits(LogitsProcessor):
 
     @abstractmethod
     def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
-        """Tokens of a row, and a number for each, of which `write` makes its logit."""
+        """Tokens of a row, each with a number from which `write` makes its logit."""
 
     def prepare(self, rows: Seq[LogitsRow]) -> bool:
         """See `LogitsProcessor.prepare`."""
@@ -105,7 +105,7 @@ class Edits(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """See `LogitsProcessor.apply`."""
-        # A row may name any tokens: none beyond the vocabulary is ever drawn.
+        # Rows may name any tokens; those beyond the vocabulary are never drawn.
         found = [edit for edit in self._edits if edit[1] < logits.shape[1]]
         if not found:
             return logits
@@ -113,18 +113,18 @@ class Edits(LogitsProcessor):
         return self.write(logits, (row.long(), token.long()), number)
 
     def write(self, logits: torch.Tensor, at: Places, numbers: torch.Tensor) -> torch.Tensor:
-        """Put float64 numbers into `[N, V]`; returns it as `apply` does."""
+        """Write float64 numbers into `[N, V]`; returns it as `apply` does."""
         logits[at] = numbers.to(logits.dtype)
         return logits
 
 
 def bans(tokens: Iterable[int]) -> list[tuple[int, float]]:
-    """Edits after which these tokens are never chosen."""
+    """Edits that ban these tokens."""
     return [(token, -math.inf) for token in tokens]
 
 
 class EndTokens(Edits):
-    """No end token of the model where a row ignores them, nor one that ends it too early.
+    """Bans the model's end tokens in rows that ignore them, and stop tokens before `min_tokens`.
 
     Args:
         upload: See `Edits`.
@@ -138,7 +138,7 @@ class EndTokens(Edits):
         self._all = False
 
     def edits(self, row: LogitsRow) -> Iterable[tuple[int, float]]:
-        """See `Edits.edits`; not a token that a row stops at itself, but for a row too short."""
+        """See `Edits.edits`; a row's own stop tokens are banned only before `min_tokens`."""
         params = row.params
         banned: frozenset[int] = frozenset()
         if params.ignore_eos:
@@ -167,8 +167,8 @@ class EndTokens(Edits):
 class Penalties(LogitsProcessor):
     """Repetition, presence and frequency penalties.
 
-    They know the tokens of each slot's sequence on the device, because the last one is known there
-    first: how often each is in the output, `[num_slots, V]`, and whether it is in the prompt.
+    The tokens of each slot's sequence are tracked on the device, which is the first to know the
+    last one: how often each is in the output, `[num_slots, V]`, and whether it is in the prompt.
 
     Args:
         upload: See `Edits`.
@@ -179,7 +179,7 @@ class Penalties(LogitsProcessor):
         self._upload = upload
         self._num_slots = num_slots
         self._at: list[int] = []  # rows
-        self._holds: dict[int, tuple[LogitsRow, int]] = {}  # slot -> whose, how many output tokens
+        self._holds: dict[int, tuple[LogitsRow, int]] = {}  # slot -> its row, output tokens counted
         self._counts: torch.Tensor | None = None
 
     def prepare(self, rows: Seq[LogitsRow]) -> bool:
@@ -212,7 +212,7 @@ class Penalties(LogitsProcessor):
         return logits
 
     def accept(self, tokens: torch.Tensor, rows: Seq[LogitsRow]) -> None:
-        """See `LogitsProcessor.accept`; beams' tokens are chosen elsewhere."""
+        """See `LogitsProcessor.accept`; skips beams, whose tokens are chosen elsewhere."""
         at = [i for i in self._at if not rows[i].params.beams]
         if not at:
             return
@@ -235,7 +235,7 @@ class Penalties(LogitsProcessor):
         return self._upload(np.array([row.slot for row in rows]))
 
     def _rebuild(self, row: LogitsRow, counts: torch.Tensor, prompt: torch.Tensor) -> None:
-        """Begin anew with a sequence that has come to the slot, all of whose tokens are known."""
+        """Start over with a sequence that entered the slot, and whose tokens are all known."""
         counts[:], prompt[:] = 0, False
         prompt[self._upload(np.array(row.request.prompt_ids))] = True
         output = row.output_ids[: row.num_generated]

@@ -1,10 +1,10 @@
-"""Speculative decoding: draft tokens that a step checks at once, and who proposes them.
+"""Speculative decoding: draft tokens that one step verifies together, and who proposes them.
 
-A text often goes on as it did before: an answer quotes its prompt, a list repeats its form. So the
-tokens that followed the last ones when they came before are proposed again (LLMA, Yang et
-al., arXiv 2304.04487; known as prompt lookup). The step computes them behind the sequence's last
-token, samples after each of them, and takes what was sampled as far as the draft tokens before it
-were right (Leviathan et al., ICML 2023): the tokens are those of one step each.
+A text often continues as it did before: an answer quotes its prompt, a list repeats its pattern. So
+when the last tokens have occurred before, the tokens that followed them are proposed again (LLMA,
+Yang et al., arXiv 2304.04487; known as prompt lookup). The step computes them after the sequence's
+last token, samples after each, and accepts what was sampled as long as the draft tokens before it
+were right (Leviathan et al., ICML 2023): the result is the same as one token per step.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Protocol
 
 from batchrun.engine.core import Segment, Sequence
 
-LONGEST = 15  # draft tokens of a sequence in a step
-_NGRAMS = (3, 2)  # last tokens to look for, the best sign first
+LONGEST = 15  # draft tokens per sequence and step
+_NGRAMS = (3, 2)  # numbers of last tokens to look for, the strongest sign first
 _TYPE = "i"
 _SIZE = array(_TYPE).itemsize
 
 
 class Lookup:
-    """What follows the last tokens of a sequence, where they were before in it.
+    """Finds what followed the last tokens of a sequence where they occurred before.
 
     Args:
-        sequence: Its tokens so far are known. They only grow.
+        sequence: All its tokens so far are known. It only grows.
 
     Attributes:
-        trust: Draft tokens of it worth computing, as those before were right so far.
+        trust: Number of draft tokens worth computing, given how many were right so far.
     """
 
     def __init__(self, sequence: Sequence) -> None:
@@ -38,10 +38,10 @@ class Lookup:
         self._sequence = sequence
         self._packed = bytearray()
         self._drafts: list[int] = []
-        self._known = 0  # tokens when they were made
+        self._known = 0  # tokens known when they were made
 
     def draft(self, most: int) -> list[int]:
-        """At most so many tokens that may come next; none where the last ones are new."""
+        """At most `most` tokens that may come next; none if the last ones are new."""
         sequence, packed = self._sequence, self._packed
         known = len(packed) // _SIZE
         self._known = sequence.num_known_tokens
@@ -50,7 +50,7 @@ class Lookup:
         for length in _NGRAMS:
             at = _last(packed, packed[-length * _SIZE :])
             if at >= 0:
-                # A text that repeats itself goes on doing so beyond its end.
+                # Text that repeats itself is assumed to continue doing so past its end.
                 begin = at + length * _SIZE
                 after = array(_TYPE, packed[begin : begin + most * _SIZE]).tolist()
                 self._drafts = (after * -(-most // len(after)))[:most]
@@ -58,7 +58,7 @@ class Lookup:
         return self._drafts
 
     def settle(self) -> None:
-        """Compare the last draft tokens with those that have come since."""
+        """Compare the last draft tokens with those that actually followed."""
         if self._drafts:
             came = self._sequence.num_known_tokens - self._known
             tokens = self._sequence.token_ids(self._known, came)
@@ -70,7 +70,7 @@ class Lookup:
 
 
 def _last(packed: bytearray, tail: bytearray) -> int:
-    """Where `tail` was last before the end, on a token's border; -1 where it was not."""
+    """Where `tail` last occurs before the end, on a token boundary; -1 if nowhere."""
     at = packed.rfind(tail, 0, len(packed) - _SIZE)
     while at > 0 and at % _SIZE:
         at = packed.rfind(tail, 0, at + len(tail) - 1)
@@ -79,13 +79,13 @@ def _last(packed: bytearray, tail: bytearray) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
-    """Sequences of a step that may take draft tokens, each with how many at most.
+    """Sequences of a step that may take draft tokens, each with its maximum.
 
     Args:
-        sequences: They and their room. All their tokens are known.
-        num_tokens: Of the step without drafts.
-        num_sampled: Its rows of logits without drafts.
-        budget: Draft tokens in all at most.
+        sequences: The sequences, whose tokens are all known, and how many drafts each may take.
+        num_tokens: Tokens of the step, without drafts.
+        num_sampled: Rows of logits of the step, without drafts.
+        budget: Maximum number of draft tokens in total.
     """
 
     sequences: Seq[tuple[Sequence, int]]
@@ -95,31 +95,31 @@ class DraftBatch:
 
 
 class Proposer(Protocol):
-    """Proposes draft tokens, for executors without steps in flight."""
+    """Proposes draft tokens, for executors that have no steps in flight."""
 
     def open(self, sequence: Sequence) -> None:
-        """A sequence runs in a slot from now on: it may come in batches."""
+        """Note that a sequence now runs in a slot and may appear in batches."""
 
     def close(self, sequence: Sequence) -> None:
-        """It has left its slot."""
+        """Note that a sequence has left its slot."""
 
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
-        """Draft tokens for each sequence of the batch, none for some.
+        """Draft tokens for each sequence of the batch; may be empty.
 
-        As many as cost nothing, and as are likely right. Not all of them may be computed.
+        As many as cost nothing, or as are probably right. Not all of them may be computed.
         """
 
     def settle(self, sequences: Iterable[Sequence]) -> None:
-        """A step was taken in: these of its sequences go on, with tokens that are known now."""
+        """Note that a step was taken in: these sequences continue, and their tokens are known."""
 
 
 class PromptLookup:
-    """Proposes what followed the last tokens of a sequence where they were before in it.
+    """Proposes what followed the last tokens of a sequence where they occurred before.
 
     Args:
-        num_logits: Of a step at most, with draft tokens: each is one of the whole vocabulary.
-        free: Tokens of a step that take no longer than one, as weights are read either way.
-        lookup: Makes what looks for one sequence.
+        num_logits: Maximum rows of logits in a step, with drafts; each row is a whole vocabulary.
+        free: Tokens of a step that take no longer than one, because the weights are read anyway.
+        lookup: Makes the lookup for one sequence.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class PromptLookup:
             lookup = self.lookups[sequence]
             wanted = max(lookup.trust, free // others)
             most = max(0, min(wanted, places // others, LONGEST, room))
-            # One is made in any case: whether it will have been right says what to try next.
+            # Always look up one: whether it turns out right says how many to try next.
             drafts = tuple(lookup.draft(max(most, 1))[:most])
             places -= len(drafts)
             free -= len(drafts)
@@ -172,15 +172,15 @@ def add_drafts(
     *,
     ensure: Callable[[int, int], bool],
 ) -> None:
-    """Let segments of one sampled token compute draft tokens behind it.
+    """Append draft tokens to segments of one sampled token.
 
     Args:
         proposer: Proposes them.
-        segments: Of the step; changed in place.
-        owners: Whose they are, each in its slot.
-        budget: Draft tokens at most.
-        max_model_len: Tokens of a sequence at most.
-        ensure: Gives a slot memory for so many tokens, or says that there is none.
+        segments: The step's segments; changed in place.
+        owners: The sequence of each segment.
+        budget: Maximum number of draft tokens.
+        max_model_len: Maximum number of tokens of a sequence.
+        ensure: Gives a slot memory for that many tokens; False if there is none.
     """
     able: list[int] = []
     sequences: list[tuple[Sequence, int]] = []
@@ -199,7 +199,7 @@ def add_drafts(
 
 
 def _takes_drafts(segment: Segment, sequence: Sequence) -> bool:
-    """Whether any may follow: penalties depend on the tokens before, beams on each other."""
+    """Whether drafts may follow: penalties depend on earlier tokens, and beams on each other."""
     return (
         segment.sampled
         and segment.length == 1

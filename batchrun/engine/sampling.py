@@ -1,4 +1,4 @@
-"""Logits to tokens, reproducible for each row whatever else is in the batch."""
+"""Turns logits into tokens, reproducibly for each row whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from batchrun.engine.plan import NewSequence
 from batchrun.engine.processors import LogitsProcessor, LogitsRow
 
 _AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
-_COLDEST = 1e-37  # of temperatures that float32 can divide by
+_COLDEST = 1e-37  # the lowest temperature that float32 can divide by
 
 
 def uniform(seed: int, row: int, sample: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits, a function of its arguments alone.
+    """A number in [0, 1) with 53 random bits that depends only on its arguments.
 
-    A counter-based stream (Salmon et al., SC 2011, with BLAKE2 in the place of Philox): batching,
-    order, preemption and a crash can't shift it.
+    A counter-based stream (Salmon et al., SC 2011, with BLAKE2 instead of Philox): batching, order,
+    preemption and crashes can't shift it.
     """
     key = struct.pack("<qqqq", seed, row, sample, position)
     return (int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 11) / 2**53
 
 
 class Sampler:
-    """Chooses next tokens on the logits' device, and never waits for it.
+    """Chooses next tokens on the logits' device, without ever waiting for it.
 
-    Each row is treated by its own parameters, in transformers' order: what its processors do, then
-    temperature, top-k, top-p, min-p, with the filters of the model's config in between.
+    Each row follows its own parameters, in transformers' order: its processors, then temperature,
+    top-k, top-p, min-p, with the filters of the model's config in between.
 
     Args:
         num_slots: Slots that sequences can be in.
         upload: Copies an array to the device without waiting.
         eos_ids: The model's end tokens.
-        config: What the model asks of logits, beside what parameters say.
+        config: What the model's generation config asks of logits.
 
     Attributes:
-        processors: What changes logits before a token is chosen, in this order.
+        processors: What changes logits before a token is chosen, in order.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ class Sampler:
         self._upload = upload
         self._rows: dict[int, LogitsRow] = {}  # slot -> what is known of the sequence in it
         self._active: list[LogitsProcessor] = []
-        # The rows, those of them that are drawn, and those of beams; then what they ask for:
-        # candidates of each beam, whether tokens are scored, and how many likeliest in their place.
+        # The rows, which of them are drawn, and which are beams; then what they ask for: candidates
+        # per beam, whether tokens are scored, and how many likeliest tokens per position.
         self._last: list[LogitsRow] = []
         self._drawn: list[int] = []
         self._beams: list[int] = []
         self._width, self._scored, self._likeliest = 0, False, 0
 
     def enter(self, new: Iterable[NewSequence]) -> None:
-        """Take note of the sequences that have come to slots."""
+        """Take note of the sequences that entered slots."""
         for each in new:
             request, ids = each.request, list(each.output_ids)
             prompt = len(request.prompt_ids)
             self._rows[each.slot] = LogitsRow(each.slot, request, ids, request.params, prompt)
 
     def prepare(self, segments: Iterable[Segment]) -> list[LogitsRow]:
-        """Do for a step what the host can while its logits are computed.
+        """Do the host's part of a step while its logits are computed.
 
         Returns:
-            A row for each token that segments yield; they hold until the next call.
+            A row for each token that the segments yield; valid until the next call.
         """
         found: list[LogitsRow] = []
         for segment in segments:
@@ -98,7 +98,7 @@ class Sampler:
                     found.append(replace(row, end=end - count + i, num_drafts=i))
                 row.end, row.num_drafts = end, count
                 found.append(row)
-        if found != self._last:  # mostly the same rows, further on
+        if found != self._last:  # usually the same rows, one token on
             each = [row.params for row in found]
             self._drawn = [i for i, p in enumerate(each) if not p.greedy]
             self._beams = [i for i, p in enumerate(each) if p.beams]
@@ -112,31 +112,31 @@ class Sampler:
         return found
 
     def _take_back(self, row: LogitsRow, segment: Segment) -> None:
-        """Tell of the tokens that were chosen behind wrong draft tokens."""
+        """Roll back the tokens that were chosen after rejected draft tokens."""
         wrong = row.end + 1 - (segment.start + segment.length - segment.num_drafts)
         for processor in self.processors if wrong else ():
             processor.rollback(row, wrong)
 
     def sample(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> tuple[torch.Tensor, ...]:
-        """Choose the token that follows each row; `accept` is to be told once they stand.
+        """Choose the token that follows each row; call `accept` once the tokens are final.
 
         Args:
             logits: `[N, V]`; may be changed in place.
-            rows: Of the N rows, as prepared; a draw belongs to the position that it fills.
+            rows: The N rows, as prepared; a draw is tied to the position that it fills.
 
         Returns:
-            `[N]` int64 token ids on the device of `logits`, -1 where no logit is finite, or one is
-            NaN or infinite; and, where any row asks for them, `[N]` float32, the tokens'
-            log-probabilities under `logits` as they came. Then, where M rows are of beams,
-            `[M, K, 3]` float64: K `Candidates` each; and where any row asks for the L likeliest,
-            `[N, L, 2]` float64: `Likeliest`.
+            `[N]` int64 token ids on the device of `logits`, -1 if no logit is finite, or one is NaN
+            or infinite. If any row asks for them, also `[N]` float32, the tokens' log-probabilities
+            under the original `logits`. Then, if M rows are beams, `[M, K, 3]` float64: K
+            `Candidates` each; and if any row asks for the L likeliest, `[N, L, 2]` float64:
+            `Likeliest`.
         """
         drawn, beams, scored = self._drawn, self._beams, self._scored
         own = logits.to(torch.float32, copy=True) if scored and self._active else logits
         if beams or (not _on_cpu(logits) and (drawn or scored)):
             logits = logits.float()
             own = logits if own.dtype != torch.float32 else own
-        if beams:  # whose processors come after the softmax, in transformers too
+        if beams:  # their processors come after the softmax, as in transformers
             at = self._upload(np.array(beams))
             logits[at] = logits[at].log_softmax(dim=-1)
         for processor in self._active:
@@ -161,9 +161,9 @@ class Sampler:
         return chosen
 
     def accept(self, tokens: torch.Tensor, rows: Seq[LogitsRow]) -> None:
-        """The tokens `[N]` stand.
+        """Make the tokens `[N]` final.
 
-        Apart from `sample`, so that a step that fails there may be tried again.
+        Separate from `sample`, so that a step that fails there can be retried.
         """
         for processor in self.processors:
             processor.accept(tokens, rows)
@@ -184,12 +184,12 @@ class Sampler:
     def _draw_at_once(
         self, logits: torch.Tensor, params: Seq[SamplingParams], numbers: Seq[float]
     ) -> torch.Tensor:
-        """The same on a device, without waiting for it."""
+        """As `_draw`, on a device, without waiting for it."""
         columns = self._columns(params, logits.shape[1], numbers)
         logits = self._filtered(logits, params, columns)
         cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
         total = cdf[:, -1:]
-        # Strictly below the end, so that rounding can never choose a token of probability zero.
+        # Strictly below the end, so that rounding never picks a token of probability zero.
         target = torch.minimum(columns[4] * total, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
         return _if_finite(logits.amax(dim=-1), tokens)
@@ -197,7 +197,7 @@ class Sampler:
     def _filtered(
         self, logits: torch.Tensor, params: Seq[SamplingParams], columns: torch.Tensor
     ) -> torch.Tensor:
-        """Logits over their temperature, without what all filters together rule out."""
+        """Logits over their temperature, without the tokens that any filter rules out."""
         temperature, top_p, min_p, top_k = columns[:4]
         logits = self._config.filter_first(_over(logits.float(), temperature))
         logits = filter_rows(logits, params, top_p, min_p, top_k.long())
@@ -206,29 +206,29 @@ class Sampler:
     def _columns(
         self, params: Seq[SamplingParams], vocabulary: int, *others: Seq[float]
     ) -> torch.Tensor:
-        """Temperature, top-p, min-p and top-k of each row, and more: `[4 or more, N, 1]`."""
+        """Each row's temperature, top-p, min-p and top-k, then `others`: `[4 or more, N, 1]`."""
         rows = [(p.temperature, p.top_p, p.min_p, p.top_k or vocabulary) for p in params]
         columns = [*zip(*rows, strict=True), *others]
         return self._upload(np.array(columns, dtype=np.float64))[:, :, None]
 
 
 def _joined(*tensors: torch.Tensor) -> torch.Tensor:
-    """Tokens and numbers of each, `[N, K]`, as float64 `[N, K, 2 or more]`."""
+    """Stack tokens and numbers, `[N, K]` each, as float64 `[N, K, 2 or more]`."""
     return torch.stack([tensor.double() for tensor in tensors], dim=-1)
 
 
 def _over(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """`[N, V]` over `[N, 1]`, but for a number a row, so that no highest one is beyond float32."""
+    """`[N, V]` over `[N, 1]`, shifted so that each row's maximum is 0: float32 can't overflow."""
     return (logits - logits.amax(-1, keepdim=True)) / temperature.float().clamp_min(_COLDEST)
 
 
 def _if_finite(highest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens `[N]`, -1 where the highest logit is no finite number: then others may be none."""
+    """Tokens `[N]`, or -1 where the highest logit is not finite: other logits may then be NaN."""
     return torch.where(highest.isfinite(), tokens, -1)
 
 
 def _most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """The first of the highest of each row; -1 where that is NaN or infinite."""
+    """The first token with the highest logit of each row; -1 if that is NaN or infinite."""
     if _on_cpu(logits):
         return cpu_sampling.most_likely(logits)
     tokens = logits.argmax(dim=-1)
@@ -246,10 +246,10 @@ def filter_rows(
     min_p: torch.Tensor,
     top_k: torch.Tensor,
 ) -> torch.Tensor:
-    """Set what top-k, top-p and min-p rule out to minus infinity, all rows `[N, V]` at once.
+    """Set what top-k, top-p or min-p rule out to minus infinity, for all rows `[N, V]` at once.
 
-    Nothing here depends on a value on the device, so that no step waits for it. `top_p`, `min_p`
-    and `top_k` `[N, 1]` are the parameters there.
+    Nothing here reads a value back from the device, so no step waits for it. `top_p`, `min_p` and
+    `top_k` `[N, 1]` are the parameters on the device.
     """
     vocab = logits.shape[1]
     largest_k = min(max(p.top_k for p in params), vocab)

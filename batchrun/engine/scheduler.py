@@ -1,4 +1,4 @@
-"""Which tokens the next step computes. Pure decisions over a `KVSpace`; no torch, no clock."""
+"""Plans which tokens a step computes. Pure decisions over a `KVSpace`; no torch, no clock."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from batchrun.engine.proposers import Proposer, add_drafts
 from batchrun.engine.stays import Stays, slot_of
 from batchrun.engine.waiting import WaitingQueue, check_machine, why_refused
 
-# Part of the budget that admitting leaves to sequences that grow: otherwise the youngest would be
-# preempted again and again. It saves nine in ten recomputed tokens for 2 to 4% more steps.
+# Fraction of the budget that admission leaves for running sequences to grow. Without it, the
+# youngest is preempted again and again: it saves 90% of recomputed tokens for 2 to 4% more steps.
 _SPARE = 0.05
 
 
 class Scheduler:
     """Continuous batching under one catch-up rule.
 
-    Iteration-level scheduling is Orca's (Yu et al., OSDI 2022), mixing prefill chunks with decodes
-    Sarathi-Serve's (Agrawal et al., OSDI 2024). Each step advances `num_computed_tokens` of the
+    Iteration-level scheduling is Orca's (Yu et al., OSDI 2022); mixing prefill chunks with decodes
+    is Sarathi-Serve's (Agrawal et al., OSDI 2024). Each step advances `num_computed_tokens` of the
     chosen sequences towards `num_tokens`: chunked prefill, decode, and recomputation after a
     preemption are the same thing.
 
-    Steps are pipelined: a step may be planned before the one before it is committed, whose tokens
-    then count as pending. Slots that are left keep their memory until every step that was planned
-    by then is committed.
+    Steps are pipelined: a step may be planned before the previous one is committed, whose tokens
+    then count as pending. A slot that is left keeps its memory until every step planned by then is
+    committed.
 
-    Rows with a common prefix compute it once: who comes later shares the memory of who came first,
-    and waits while that one computes it. A finished slot keeps what waiting rows need, until memory
-    is needed more.
+    Rows with a common prefix compute it once: a later row shares the memory of the first, and waits
+    while the first computes it. A finished slot keeps what waiting rows need, until the memory is
+    needed more urgently.
 
-    The sequences of a `Group` are like others. One that has computed all its tokens is idle until
-    the others have; where idle ones hold all the memory, the youngest give way. A row that is
-    admitted has a place in the batch for all that its group may come to have.
+    The sequences of a `Group` are scheduled like others. One that has computed all its tokens is
+    idle until the others have too; if idle ones hold all the memory, the youngest are preempted. An
+    admitted row has places in the batch for as many sequences as its group may have.
 
     Args:
-        space: Where keys and values live; with `prefixes.KEPT` slots beyond `max_num_seqs`.
-        max_num_seqs: Sequences that may run at once.
-        max_num_batched_tokens: Tokens computed in one step at most.
-        max_model_len: Tokens of prompt and output together at most.
+        space: Where keys and values are stored; has `prefixes.KEPT` slots beyond `max_num_seqs`.
+        max_num_seqs: Maximum number of running sequences.
+        max_num_batched_tokens: Maximum number of tokens computed in one step.
+        max_model_len: Maximum number of tokens of prompt and output together.
         share: Whether common prefixes are shared.
-        proposer: Proposes draft tokens; for executors without steps in flight.
-        lookahead: Steps for which memory is prepared while the device computes; 0 where preparing
-            it early saves no time.
+        proposer: Proposes draft tokens; only for executors without steps in flight.
+        lookahead: Number of steps for which memory is prepared while the device computes; 0 if
+            preparing it early saves no time.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Scheduler:
         self._admitting = True  # False from a preemption until memory has come back
         self._share = share
         self._lookahead = lookahead
-        self._groups: dict[Group, None] = {}  # those that have begun
+        self._groups: dict[Group, None] = {}  # those that have started
         self._prefixes = SharedPrefixes(space, share)
         self.stays = Stays(space, self._prefixes, proposer)
         self.waiting = WaitingQueue(self._prefixes)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; one that can never fit is rejected with the reason at once."""
+        """Queue a sequence; one that can never fit is rejected at once, with the reason."""
         refused = why_refused(
             sequence.num_prompt_tokens,
             sequence.width,
@@ -100,11 +100,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def plan(self) -> StepPlan:
-        """Decide the next step: every running sequence first, then admissions.
+        """Decide the next step: all running sequences first, then admissions.
 
         Returns:
             A plan that must be launched. It may be empty: then nothing runs, or what ran could not
-            be kept (see `rejected`), or the next step depends on steps that are not committed yet.
+            be kept (see `rejected`), or the next step depends on uncommitted steps.
         """
         self.step += 1
         segments: list[Segment] = []
@@ -124,7 +124,7 @@ class Scheduler:
                 busy = True
             elif busy:
                 break
-            else:  # nothing is computed, so what idle and earlier sequences hold is in the way
+            else:  # nothing else runs: free what idle and earlier sequences hold
                 self.space.retire(self.step)
                 self.step += 1
                 if self._prefixes.drop_oldest():
@@ -138,7 +138,7 @@ class Scheduler:
                     check_machine(self.space)
                     break
         self._prefixes.drop_unwanted()
-        # Where there is memory for more than what is sure to come.
+        # Only if there is memory beyond what is certainly needed.
         proposer, ensure = self.stays.proposer, self.space.ensure
         if proposer and self._admitting and self.space.has_room(budget, _SPARE):
             owners = self.stays.owners(segments)
@@ -160,10 +160,10 @@ class Scheduler:
 
         Args:
             plan: The plan that was run.
-            tokens: Those of the sampled segments, already appended to `output_ids` by the caller
-                who knows about stop conditions.
+            tokens: Tokens of the sampled segments, already appended to `output_ids` by the caller,
+                which knows the stop conditions.
             finished: The sequences that ended with this step; their slots are closed.
-            forks: Sequences that go on from where others are: see `Group.advance`.
+            forks: Sequences that continue from another's tokens: see `Group.advance`.
         """
         assert plan.step == tokens.step
         self.stays.collect(plan.segments)
@@ -171,7 +171,7 @@ class Scheduler:
         self.stays.settle(plan.segments, last=plan.step == self._launched)
         self._committed = plan.step
         for child, _ in forks:
-            if child.slot is not None:  # idle: no step that is not committed reads it
+            if child.slot is not None:  # idle: no uncommitted step reads it
                 self.stays.end(child, self._committed, keep=True)
                 self.running.remove(child)
             elif child in self.waiting:
@@ -187,10 +187,10 @@ class Scheduler:
             self.space.trim()
 
     def forsake(self, sequence: Sequence) -> list[Sequence]:
-        """Stop sharing what a row computed that has failed, or has to end early.
+        """Stop sharing what a row has computed, because it failed or must end early.
 
         Returns:
-            Its sequences, all beams of it, which are to be finished.
+            All its sequences, beams included, which the caller must finish.
         """
         sequences = [sequence] if sequence.group is None else sequence.group.sequences
         for each in sequences:
@@ -199,7 +199,7 @@ class Scheduler:
         return sequences
 
     def _coming(self) -> Iterator[tuple[int, int]]:
-        """Slots, and the tokens that they will hold in some steps."""
+        """Slots, and how many tokens they will hold a few steps from now."""
         chunk, ahead, longest = self.max_num_batched_tokens, self._lookahead, self.max_model_len
         for s in self.running if ahead else ():
             if s.slot is not None:
@@ -209,7 +209,7 @@ class Scheduler:
                 yield s.slot, tokens
 
     def _others(self) -> int:
-        """Tokens of sequences that may be admitted next, one step's at most."""
+        """Tokens of sequences that may be admitted next, at most one step's worth."""
         most = self.max_num_batched_tokens if self._lookahead else 0
         return self.waiting.num_tokens(self.max_num_seqs - len(self.running), most)
 
@@ -227,14 +227,14 @@ class Scheduler:
             self.running = [s for s in self.running if s.slot is not None]
 
     def _continue(self, segments: list[Segment]) -> bool:
-        """Plan the running sequences; False if that has to wait for the steps in flight."""
+        """Plan the running sequences; False if that must wait for the steps in flight."""
         budget, ensure, longest = self.max_num_batched_tokens, self.space.ensure, self.max_model_len
         decodes: list[tuple[Sequence, int]] = []
         prefills: list[tuple[Sequence, int]] = []
         for sequence in self.running:
             num_tokens = sequence.num_tokens
             todo = num_tokens - sequence.num_computed_tokens
-            # Else it is a beam that waits for others, or its last token is on the way.
+            # If not, it is a beam that waits for others, or its last token is in flight.
             if todo and num_tokens < sequence.most_tokens and num_tokens < longest:
                 (decodes if todo == 1 else prefills).append((sequence, todo))
         # Decodes first: a long prefill must not starve tokens that are one step away.
@@ -243,7 +243,7 @@ class Scheduler:
             if length == 0:
                 break
             if slot is None:
-                continue  # preempted by an elder in this very step
+                continue  # preempted by an older one in this step
             fits = ensure(slot, start + length) or self._make_room(
                 sequence, start + length, segments
             )
@@ -288,13 +288,13 @@ class Scheduler:
         return Segment(slot, shared, length, length == todo, ids, 0, key, sequence.inherited)
 
     def _start(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
-        """Let a sequence run in a slot that has its first tokens already, from another one."""
+        """Run a sequence in a slot that already has its first tokens, from another slot."""
         self.stays.begin(sequence, slot, source, shared)
-        # By arrival, so that two can't take memory from each other for ever.
+        # Sorted by arrival, so that two can't preempt each other forever.
         insort(self.running, sequence, key=lambda s: s.arrived)
 
     def _places(self) -> int:
-        """Sequences that may be admitted beside those that run and those of groups begun."""
+        """Sequences that may be admitted beyond the running ones and the started groups."""
         if not self._groups:
             return self.max_num_seqs - len(self.running)
         plain = sum(sequence.group is None for sequence in self.running)
@@ -303,11 +303,11 @@ class Scheduler:
     def _make_room(
         self, sequence: Sequence, num_tokens: int, segments: list[Segment]
     ) -> bool | None:
-        """Preempt the youngest until the memory for `num_tokens` of a running sequence is there.
+        """Preempt the youngest until a running sequence has memory for `num_tokens`.
 
         Returns:
-            False when `sequence` itself had to go: preempted, or rejected if it was alone. None
-            when steps are in flight: only after them a preemption gives memory back.
+            False if `sequence` itself was preempted, or rejected because it was alone. None if
+            steps are in flight: a preemption frees memory only after they end.
         """
         if self._committed < self._launched:
             return None
@@ -326,7 +326,7 @@ class Scheduler:
                 return True
 
     def _victim(self, sequence: Sequence) -> Sequence:
-        """Which sequence gives way: the youngest, or an idle one of its own group before itself."""
+        """The sequence to preempt: the youngest, or an idle one of its own group before itself."""
         victim, group = self.running[-1], sequence.group
         if victim is sequence and group is not None:
             idle = [s for s in self.running if s.group is group and s.idle]
@@ -334,7 +334,7 @@ class Scheduler:
         return victim
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take the slot away; the sequence recomputes from its tokens when admitted again."""
+        """Take its slot away; when admitted again, the sequence is recomputed from its tokens."""
         assert not sequence.num_pending, "a step in flight computes a token of it"
         self.num_preemptions += 1
         self._admitting = False
@@ -343,7 +343,7 @@ class Scheduler:
         self.waiting.add(sequence)
 
     def _reject_hopeless(self) -> bool:
-        """Give up a waiting sequence that has grown beyond all memory; False if there is none."""
+        """Reject a waiting sequence that has outgrown all memory; False if there is none."""
         for sequence in self.waiting:
             if not self.space.can_fit(sequence.num_tokens):
                 self._reject_begun(sequence, sequence.num_tokens)
@@ -351,12 +351,12 @@ class Scheduler:
         return False
 
     def _reject_begun(self, sequence: Sequence, num_tokens: int) -> None:
-        """Give up a row that has come to need more memory than there is, with all its beams."""
+        """Reject a row, with all its beams, that now needs more memory than there is."""
         self._finish(self.forsake(sequence))
         self._reject(
             sequence if sequence.group is None else sequence.group.leader,
             "kv_budget",
-            f"the row needs the keys and values of {num_tokens} tokens "
+            f"the row needs KV cache for {num_tokens} tokens "
             f"({sequence.num_prompt_tokens} of them the prompt), more than the KV budget "
             "holds; raise --kv-budget or lower --max-tokens",
         )

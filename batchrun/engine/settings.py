@@ -1,4 +1,4 @@
-"""How a model is to run, and what that means here: known before there are weights."""
+"""How a model is to run, and what that means on this machine: known before weights are loaded."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from batchrun.prompts.builder import prompt_builder
 Encode = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 _HOST_PAGE = 256 << 10  # bytes, of all slabs of a slot together
-_LEAST_HOST_PAGE = 8 << 10  # bytes: mapping smaller ones takes longer than filling them
+_LEAST_HOST_PAGE = 8 << 10  # bytes: smaller pages take longer to map than to fill
 # The driver takes as long to map an allocation of 128 MiB as one of 2 MiB (docs/memory.md).
 _DEVICE_PAGE_TOKENS = 32
 _LEAST_DEVICE_PAGE = 2 << 20  # bytes
-_MOST_ADDRESSES = 1 << 46  # bytes of slots, of which a process can have less than twice as many
-_HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everybody else
-DEVICE_HEADROOM = 512 << 20  # the same on a GPU, where others are other processes
-_STEP_SHARE = 0.1  # of a step's time, what it costs beside its tokens
+_MOST_ADDRESSES = 1 << 46  # bytes of slots; a process has less than twice as many addresses
+_HOST_HEADROOM = 512 << 20  # bytes of memory that the KV cache leaves to everything else
+DEVICE_HEADROOM = 512 << 20  # the same on a GPU, for other processes
+_STEP_SHARE = 0.1  # the part of a step's time that its fixed cost should take
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step is made of, where the user did not say."""
+    """The limits of a step."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
 
     def step_tokens(self, step_cost: float | None) -> int:
-        """Tokens of a step: so many that what it costs beside them is a tenth of its time.
+        """Tokens per step, so that a step's fixed cost is a tenth of its time.
 
-        A quarter to twice the default, and the default where the cost is not known.
+        Between a quarter of the default and twice the default; the default if the cost is unknown.
         """
         if not step_cost:
             return self.max_num_batched_tokens
@@ -57,36 +57,36 @@ class Limits:
 
 
 _CPU, _GPU, _LARGE_GPU = Limits(256, 1024), Limits(256, 8192), Limits(512, 8192)
-_LARGE = 40 << 30  # bytes: less has no room for the keys and values of so many, nor their logits
+_LARGE = 40 << 30  # bytes: a smaller GPU has no room for the KV cache and logits of so many
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run a model: nothing here changes what comes out.
+    """How to run a model. Nothing here changes the results.
 
     Args:
         model_path: Folder with config, tokenizer and safetensors.
         model_name: What to call it in messages.
-        fingerprint: Of the model's content, for remembered verdicts.
-        cache: Folder of remembered verdicts.
+        fingerprint: Of the model's content, for cached verdicts.
+        cache: Folder of cached verdicts.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        quantize: `int8` for weights of 8 bits, or None.
+        quantize: `int8` for 8-bit weights, or None.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         attention: Name of the attention backend.
-        max_num_seqs: Sequences that run at once; None for the device's default, as below.
-        max_num_batched_tokens: Tokens computed in one step at most; None for the device's default,
-            or what `step_cost` makes of it.
-        step_cost: What a step takes beside its tokens, in the time of one token, as measured in
-            earlier runs; None where there were none.
+        max_num_seqs: Maximum number of running sequences; None for the device's default.
+        max_num_batched_tokens: Maximum number of tokens computed in one step; None for the device's
+            default, adjusted by `step_cost`.
+        step_cost: The fixed cost of a step, in units of the time of one token, as measured in
+            earlier runs; None if there were none.
         max_model_len: Context length; None for the model's own.
-        kv_budget: Bytes of KV pages at most; None for what the device has.
-        page_size: Bytes of a KV page; None for 8 to 256 KiB on a CPU, the more the fewer slabs,
-            and on a GPU for some 32 tokens, but the driver's least at least.
-        layers_per_slab: Layers whose keys and values lie together; None for all on a GPU, and on a
-            CPU for one where a layer's share of a token is less than what a TLB entry covers.
-        share_prefixes: Whether rows with a common prefix compute and hold it once.
+        kv_budget: Maximum bytes of KV pages; None for what the device has.
+        page_size: Bytes of a KV page. None on a CPU: 8 to 256 KiB, larger with fewer slabs. None on
+            a GPU: enough for about 32 tokens, but at least the driver's minimum.
+        layers_per_slab: Layers whose keys and values are stored together. None: all on a GPU; on a
+            CPU, one if a layer's part of a token is smaller than a page of the system, else all.
+        share_prefixes: Whether rows with a common prefix compute and store it once.
         drafts: Whether draft tokens are proposed; only on a CPU, in bfloat16.
-        overlap: Whether the host works on the next step while the device computes one.
+        overlap: Whether the host prepares the next step while the device computes one.
         graphs: Whether steps are recorded as CUDA graphs, those with prompts in pieces.
         optimize: Whether the model's modules are fused, and compiled on a GPU.
         trust_remote_code: Whether the model's own Python code may run.
@@ -115,14 +115,14 @@ class Settings:
     trust_remote_code: bool = False
 
     def limits(self, device: str) -> Limits:
-        """What a step is made of: what was asked for, or the device's default."""
+        """The limits of a step: as requested, or the device's default."""
         default = _CPU if device == "cpu" else _gpu_limits(device)
         tokens = self.max_num_batched_tokens or default.step_tokens(self.step_cost)
         return Limits(self.max_num_seqs or default.max_num_seqs, tokens)
 
 
 def _gpu_limits(device: str) -> Limits:
-    """Twice the sequences on a large one: an H100 made a seventh more tokens (decision 28)."""
+    """Twice the sequences on a large GPU: it made an H100 a seventh faster (decision 28)."""
     if not torch.cuda.is_available():
         return _GPU
     has = torch.cuda.get_device_properties(device).total_memory
@@ -155,7 +155,7 @@ def _why_no_cuda(name: str) -> str | None:
             else f"torch {torch.__version__} is built without CUDA"
         )
     if name not in {"auto", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}:
-        return f"there are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        return f"the devices are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
     try:
         Driver()
     except AllocatorError as error:
@@ -164,7 +164,7 @@ def _why_no_cuda(name: str) -> str | None:
 
 
 def kv_layout(loaded: LoadedModel, settings: Settings, *, cuda: bool) -> KVLayout:
-    """The shape of a model's KV memory. A device's driver may make its pages larger."""
+    """The layout of a model's KV memory. A device's driver may make its pages larger."""
     layers = tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers)
     element, per_slab = loaded.dtype.itemsize, settings.layers_per_slab
     if per_slab is None:
@@ -183,9 +183,9 @@ def kv_layout(loaded: LoadedModel, settings: Settings, *, cuda: bool) -> KVLayou
 
 
 def fit_context(loaded: LoadedModel, settings: Settings, device: str) -> LoadedModel:
-    """Give a model whose slots exceed the address space a shorter context, if none was asked for.
+    """Shorten the context if slots would exceed the address space, unless a length was given.
 
-    Each sequence reserves addresses for the whole context, and there are 2^47 for all of a process.
+    Each sequence reserves addresses for the whole context, and a process has only 2^47.
     """
     seqs = settings.limits(device).max_num_seqs
     layout = kv_layout(loaded, settings, cuda=device != "cpu")
@@ -194,9 +194,9 @@ def fit_context(loaded: LoadedModel, settings: Settings, device: str) -> LoadedM
         return loaded
     limit = 1 << most.bit_length() - 1
     note = (
-        f"context of {limit:,} of {loaded.max_model_len:,} tokens: more for each of {seqs} "
-        "sequences would exceed a process's addresses; --max-model-len with fewer --max-num-seqs "
-        "goes further"
+        f"context limited to {limit:,} of {loaded.max_model_len:,} tokens: more for each of {seqs} "
+        "sequences would exceed the address space; for a longer one, set --max-model-len and a "
+        "lower --max-num-seqs"
     )
     return replace(loaded, max_model_len=limit, notes=(*loaded.notes, note))
 
@@ -204,7 +204,7 @@ def fit_context(loaded: LoadedModel, settings: Settings, device: str) -> LoadedM
 def prompt_encoder(
     loaded: LoadedModel, settings: Settings, prompt: Mapping[str, Any], log: Callable[[str], None]
 ) -> Encode:
-    """What makes prompt tokens of a row's fields; `prompt` are arguments of `PromptBuilder`."""
+    """Make the function from a row's fields to tokens; `prompt` is for `PromptBuilder`."""
     builder = prompt_builder(
         loaded.tokenizer,
         prompt,
@@ -216,7 +216,7 @@ def prompt_encoder(
 
 
 def check_backend(loaded: LoadedModel, settings: Settings, device: str) -> None:
-    """Refuse, before there are weights, an attention backend that was asked for by name.
+    """Refuse, before weights are loaded, an attention backend requested by name that can't be used.
 
     Raises:
         EngineError: It can't serve this model on this device.
@@ -231,12 +231,12 @@ def check_backend(loaded: LoadedModel, settings: Settings, device: str) -> None:
 
 
 def num_slots(limits: Limits, *, cuda: bool) -> int:
-    """Of running sequences, of those whose beginnings are kept, and for the fillers of graphs."""
+    """Slots for running sequences, for kept prefixes, and for the fillers of graphs."""
     return limits.max_num_seqs + KEPT + cuda
 
 
 def geometry_of(loaded: LoadedModel, limits: Limits, slot_tokens: int, slots: int) -> Geometry:
-    """What attention is made for, where the model is."""
+    """The geometry that attention is made for, on the model's device."""
     return Geometry(
         layers=loaded.layers,
         slot_tokens=slot_tokens,
@@ -249,12 +249,12 @@ def geometry_of(loaded: LoadedModel, limits: Limits, slot_tokens: int, slots: in
 
 
 def no_backend(error: ValueError) -> EngineError:
-    """The error where attention that was asked for by name can't be used."""
+    """The error for an attention backend requested by name that can't be used."""
     return EngineError(
-        str(error), hint="use --attention auto; `batchrun doctor` says what works here"
+        str(error), hint="use --attention auto; `batchrun doctor` lists what works here"
     )
 
 
 def available_memory() -> int:
-    """Bytes that the KV cache may still take: what is free here and now, less some headroom."""
+    """Bytes that the KV cache may still take: free memory less some headroom."""
     return machine.available_memory() - _HOST_HEADROOM

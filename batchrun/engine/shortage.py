@@ -1,4 +1,4 @@
-"""Devices that fail or have no memory left: no fault of a model or a row."""
+"""Devices that fail or run out of memory, which is no fault of the model or a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from batchrun.engine.core import EngineError
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether torch says that there is no memory; on a CPU it has no class of its own for it."""
+    """Whether torch ran out of memory; on a CPU it has no exception class for that."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "CPUAllocator" in str(error)
 
 
@@ -19,19 +19,19 @@ def is_shortage(error: BaseException) -> bool:
 def device_errors(
     of: str = "activations", less: str | None = "--max-num-batched-tokens N or --max-num-seqs N"
 ) -> Iterator[None]:
-    """Tell what a failing device, or one without memory, means for the job.
+    """Turn a device failure or a lack of memory into an `EngineError`.
 
     Args:
         of: What the memory is for.
-        less: Options of `resume` of which less takes less memory; None where only a smaller model
-            does.
+        less: Options of `resume` that need less memory when lowered; None if only a smaller model
+            helps.
     """
     try:
         yield
     except torch.AcceleratorError as error:
         raise EngineError(
             f"the device failed: {str(error).splitlines()[0]}",
-            hint="finished rows are safe; `batchrun resume` goes on in a new process",
+            hint="finished rows are safe; `batchrun resume` continues in a new process",
         ) from error
     except RuntimeError as error:
         if not is_shortage(error):

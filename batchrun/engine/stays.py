@@ -14,16 +14,16 @@ from batchrun.engine.proposers import Proposer
 
 
 class Stays:
-    """The stays of sequences in slots, each known by a key (see `Segment`).
+    """The stays of sequences in slots, each identified by a key (see `Segment`).
 
     Args:
-        space: Where keys and values live.
-        prefixes: What slots have of which tokens.
-        proposer: Told of stays that begin and end, and proposes draft tokens for them.
+        space: Where keys and values are stored.
+        prefixes: Which tokens the slots hold.
+        proposer: Told when stays begin and end; proposes draft tokens for them.
 
     Attributes:
-        num_shared_tokens: Tokens that sequences had when they came to their slots.
-        num_recomputed_tokens: Tokens that were computed before, in other stays.
+        num_shared_tokens: Tokens that sequences already had when they entered their slots.
+        num_recomputed_tokens: Tokens that had been computed before, in earlier stays.
     """
 
     def __init__(
@@ -33,17 +33,17 @@ class Stays:
         self.proposer = proposer
         self._space, self._prefixes = space, prefixes
         self._by_key: dict[int, Sequence] = {}
-        self._new: dict[int, Sequence] = {}  # those that no plan has named yet
+        self._new: dict[int, Sequence] = {}  # not yet in a plan
         self._uncopied = set[int]()  # forks' slots, until the copies ordered for them are made
         self._used: dict[int, int] = {}  # slot -> the last step that may read or write its pages
 
     def owners(self, segments: Iterable[Segment]) -> list[Sequence | None]:
-        """Whose segments are; None where that has ended since."""
+        """The sequence of each segment; None if it has ended since."""
         get = self._by_key.get
         return [get(segment.key) for segment in segments]
 
     def begin(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
-        """A sequence is in a slot that has its first tokens already, from another one."""
+        """Put a sequence into a slot that already has its first tokens, from another slot."""
         self._prefixes.begin(sequence, slot, source, shared)
         if shared:  # the step that wrote those pages must have ended
             self._used[slot] = max(self._used.get(slot, 0), self._used.get(source, 0))
@@ -54,12 +54,12 @@ class Stays:
             self.proposer.open(sequence)
 
     def end(self, sequence: Sequence, step: int, *, keep: bool = False) -> None:
-        """A sequence leaves its slot; what it holds can be shared until its memory is taken.
+        """Take a sequence out of its slot; what it holds can be shared until its memory is taken.
 
         Args:
-            sequence: It.
-            step: The last one that may read the slot.
-            keep: What waiting sequences need of it stays until `SharedPrefixes` drops it.
+            sequence: The sequence.
+            step: The last step that may read the slot.
+            keep: Whether what waiting sequences need of it stays until `SharedPrefixes` drops it.
         """
         if self.proposer is not None:
             self.proposer.close(sequence)
@@ -72,22 +72,23 @@ class Stays:
         sequence.slot, sequence.num_computed_tokens = None, 0
 
     def interrupt(self, sequence: Sequence, step: int) -> None:
-        """The same where more is to be computed of it: others may share what there is."""
+        """As `end`, for a sequence that will continue: others may share what it has computed."""
         slot, computed = slot_of(sequence), sequence.num_computed_tokens
         self.end(sequence, step)
         if slot not in self._uncopied:
             self._prefixes.note(slot, sequence, computed)
 
     def fork(self, child: Sequence, parent: Sequence, step: int) -> tuple[int, int] | None:
-        """A slot that has all tokens of a child but the last, of its parent's memory.
+        """Share all of a child's tokens but the last with its parent, in a new slot.
 
         Args:
-            child: It has no slot.
-            parent: Whose tokens it has, but for the last one.
-            step: The next one.
+            child: A sequence without a slot.
+            parent: The sequence whose tokens it has, except for the last one.
+            step: The next step.
 
         Returns:
-            The slot and the parent's. None where there is none: the tokens are computed anew.
+            The slot and the parent's slot. None if there is no slot: the tokens are then
+            recomputed.
         """
         source, shared = parent.slot, child.num_tokens - 1
         if source is None:
@@ -100,7 +101,7 @@ class Stays:
         return slot, source
 
     def take_copies(self) -> tuple[tuple[MemoryCopy, ...], int]:
-        """Copies that were ordered, and the last step that uses what they read and write."""
+        """The copies ordered, and the last step that uses what they read and write."""
         self._uncopied.clear()
         copies = self._space.take_copies()
         return copies, max((self._used.get(s, 0) for c in copies for s in c.slots), default=0)
@@ -109,7 +110,7 @@ class Stays:
         """Count what a step computes as computed, and what it samples as pending.
 
         Returns:
-            The sequences that no plan has named yet.
+            The sequences that are in a plan for the first time.
         """
         for segment in segments:
             sequence, start = self._by_key[segment.key], segment.start
@@ -128,17 +129,17 @@ class Stays:
         return tuple(NewSequence(slot_of(s), s.request, tuple(s.output_ids)) for s in new)
 
     def collect(self, segments: Seq[Segment]) -> None:
-        """The tokens of a step are known."""
+        """Note that the tokens of a step are known."""
         for segment, sequence in zip(segments, self.owners(segments), strict=True):
             if segment.sampled and sequence is not None and sequence.group is None:
                 sequence.num_pending -= 1
 
     def settle(self, segments: Seq[Segment], *, last: bool) -> None:
-        """Count the right draft tokens of a step as computed, once its tokens were taken in.
+        """Count a step's accepted draft tokens as computed, once its tokens were taken in.
 
         Args:
-            segments: Of the step.
-            last: No step was planned after it.
+            segments: The step's segments.
+            last: Whether no step was planned after it.
         """
         if self.proposer is None:
             return

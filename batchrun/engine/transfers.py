@@ -1,4 +1,4 @@
-"""How data reach the device and come back: at once on the host, on a stream of their own on CUDA.
+"""How data get to the device and back: directly on the host, on separate streams on CUDA.
 
     up stream       | up n+1 |           | up n+2 |
     copy stream     | KV copies |
@@ -6,9 +6,9 @@
     compute stream  |  step n   |  step n+1          |  step n+2           |
     host               plan n+1, map, launch   plan n+2, map, launch
 
-A step's uploads come before its kernels and its download after them, by events. A step is over for
-the host only when its own kernels have ended, whether it sends anything back or not; from then on
-its staging memory may be used again, and the pages that it read may go.
+Events order a step's uploads before its kernels and its download after them. For the host, a step
+is over only when its own kernels have ended, whether or not it sends anything back; after that its
+staging memory may be reused, and the pages that it read may be unmapped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DTYPES = {
 
 
 def _first(memory: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """As many numbers of `memory` from its begin on, in the shape of `numbers`."""
+    """The first numbers of `memory`, as many as `numbers` has and in its shape."""
     return memory.view(-1)[: numbers.numel()].view(numbers.shape)
 
 
@@ -42,30 +42,30 @@ def copied(
     *,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """As `Transfers.upload`, but over when it returns."""
+    """As `Transfers.upload`, but complete when it returns."""
     sent = torch.from_numpy(array.copy()).to(device)
     return sent if to is None else _first(to, sent).copy_(sent)
 
 
 class Download:
-    """The end of a step, and numbers on their way to the host; here they were never away."""
+    """The end of a step, and numbers on their way to the host; here they are already there."""
 
     def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         self._tensors = tensors
 
     def get(self) -> list[list[Any]]:
-        """Wait until the step has ended; a list of numbers for each tensor, maybe none."""
+        """Wait until the step has ended; returns a list of numbers for each tensor, if any."""
         return [tensor.tolist() for tensor in self._tensors]
 
 
 class Transfers:
-    """Moves a step's inputs to the device and its tokens back; here each copy is waited for.
+    """Moves a step's inputs to the device and its tokens back; here each copy is synchronous.
 
-    On a CPU there is none to wait for, as the host is the device.
+    On a CPU there is nothing to wait for, as the host is the device.
 
     Attributes:
-        device_seconds: Time the device spent in steps, so far; 0 on the host.
-        idle_seconds: Time between the end of a step and the begin of the next; 0 on the host.
+        device_seconds: Time the device has spent in steps; 0 on the host.
+        idle_seconds: Time between the end of a step and the start of the next; 0 on the host.
     """
 
     device_seconds = 0.0
@@ -76,31 +76,32 @@ class Transfers:
 
     @contextmanager
     def step(self, *, more: bool = False) -> Iterator[None]:
-        """The uploads, kernels and download of one step are issued in this context.
+        """Issue the uploads, kernels and download of one step in this context.
 
         Args:
-            more: Of the step issued last.
+            more: Whether this continues the step issued last.
         """
         yield
 
     @contextmanager
     def copying(self, *, beside: bool) -> Iterator[None]:
-        """Copies on the device before this step's kernels.
+        """Issue copies on the device that precede this step's kernels.
 
         Args:
-            beside: They need not wait for the steps before, which may still run.
+            beside: Whether they need not wait for earlier steps, which may still run.
         """
         yield
 
     def upload(self, array: np.ndarray[Any, Any], to: torch.Tensor | None = None) -> torch.Tensor:
         """Copy an array to the device without waiting for it.
 
-        What is uploaded before `started` is sent as one, and there for the kernels behind it.
+        Everything uploaded before `started` is sent in one copy, and is there for the kernels after
+        it.
 
         Args:
-            array: Free at once.
-            to: Memory of the same dtype and of as many numbers or more, which takes them; None for
-                memory that is valid for the kernels of this step.
+            array: May be reused at once.
+            to: Destination of the same dtype, with at least as many numbers; None for memory that
+                is valid for this step's kernels.
 
         Returns:
             The numbers on the device, in the array's shape.
@@ -108,22 +109,22 @@ class Transfers:
         return copied(array, to, device=self._device)
 
     def started(self) -> None:
-        """The step's inputs are all there: its kernels come next."""
+        """All of the step's inputs are uploaded: its kernels come next."""
 
     def download(self, *tensors: torch.Tensor) -> Download:
-        """Fetch tensors once the kernels so far have run; once in each step, maybe of none."""
+        """Fetch tensors once the kernels so far have run; once per step, even without tensors."""
         return Download(tensors)
 
     def busy(self) -> bool:
-        """Whether kernels of a step still run or wait to."""
+        """Whether kernels of a step are running or waiting to."""
         return False
 
     def drain(self) -> None:
-        """Wait for everything under way, and count times anew."""
+        """Wait for everything in flight, and reset the times."""
 
 
 class _Stage:
-    """Staging memory of one step: pinned on the host and as much on the device."""
+    """Staging memory of one step: pinned on the host, and as much on the device."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -139,20 +140,20 @@ class _Stage:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew: nothing of the step before is under way."""
-        self.used = self.gone = 0  # bytes filled, and those of them that were sent
-        self.larger: list[torch.Tensor] = []  # uploads that did not fit, kept for as long
-        self.moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # to do once they are there
+        """Start over: nothing of the previous step is in flight."""
+        self.used = self.gone = 0  # bytes filled, and bytes of those already sent
+        self.larger: list[torch.Tensor] = []  # uploads that did not fit, kept alive as long
+        self.moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # to make after the upload
         self.gathering = True
 
 
 class CudaTransfers(Transfers):
-    """Two streams and a ring of staging buffers: see `Transfers`.
+    """Streams and a ring of staging buffers: see `Transfers`.
 
     Args:
         device: A CUDA device.
-        lag: Steps that may be in flight when another one is launched.
-        size: Bytes of staging for a step; larger steps allocate more.
+        lag: Steps that may be in flight when the next one is launched.
+        size: Bytes of staging per step; larger steps allocate more.
     """
 
     def __init__(self, device: torch.device, lag: int, size: int = 4 << 20) -> None:
@@ -247,16 +248,16 @@ class CudaTransfers(Transfers):
         stage = self._stage = self._stages[self._steps % len(self._stages)]
         self._steps += 1
         if stage.launched:
-            stage.end.synchronize()  # long past: that step was collected
+            stage.end.synchronize()  # returns at once: that step was collected
         stage.clear()
         stage.launched = True
 
     def _upload_apart(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        """Send what is too much for the staging memory, through memory of its own."""
+        """Send an array that does not fit into the staging memory, through memory of its own."""
         stage, source = self._stage, torch.from_numpy(array)
         host = torch.empty_like(source, pin_memory=True).copy_(source)
         target = torch.empty_like(source, device=stage.device.device)
-        self._up.wait_stream(self.compute)  # whose kernels may still use that memory
+        self._up.wait_stream(self.compute)  # its kernels may still use that memory
         stage.larger += [host, target]
         with torch.cuda.stream(self._up):
             target.copy_(host, non_blocking=True)
@@ -264,7 +265,7 @@ class CudaTransfers(Transfers):
         return target
 
     def _send(self) -> None:
-        """Send what was staged and not sent yet, in one copy."""
+        """Send what was staged but not sent yet, in one copy."""
         stage = self._stage
         part = slice(stage.gone, stage.used)
         if stage.gone < stage.used:
@@ -278,7 +279,7 @@ class CudaTransfers(Transfers):
         stage.moves.clear()
 
     def _count(self, stage: _Stage) -> None:
-        """Take the times of a step that has ended."""
+        """Add the times of a step that has ended."""
         self.device_seconds += stage.begin.elapsed_time(stage.end) / 1e3
         if self._last_end is not None:
             self.idle_seconds += max(0.0, self._last_end.elapsed_time(stage.begin) / 1e3)
@@ -287,7 +288,7 @@ class CudaTransfers(Transfers):
 
 @dataclass
 class _OnItsWay(Download):
-    """A step's end, and its download; keeps the sources alive until they have arrived."""
+    """A step's end, and its download; keeps the source tensors alive until they arrive."""
 
     transfers: CudaTransfers
     stage: _Stage

@@ -1,4 +1,4 @@
-"""Sequences that wait for a slot, and why some would wait for ever."""
+"""Sequences that wait for a slot, and why some would wait forever."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from batchrun.engine.prefixes import BLOCK, SharedPrefixes
 
 
 class WaitingQueue:
-    """Sequences without a slot, in order; those that begin alike are beside each other.
+    """Sequences without a slot, in order; those with a common prefix are adjacent.
 
     Args:
-        prefixes: What slots have of their tokens; told what is waited for.
+        prefixes: What slots hold of their tokens; told which tokens are waited for.
     """
 
     def __init__(self, prefixes: SharedPrefixes) -> None:
@@ -29,9 +29,9 @@ class WaitingQueue:
         return iter(self._queue)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence: one that has run before those that have not and those that came later.
+        """Queue a sequence; one that has run goes before new ones and before later arrivals.
 
-        Else beams of a younger row would be computed before those that elder ones wait for.
+        Otherwise beams of a younger row would be computed before those that older rows wait for.
         """
         queue, place = self._queue, 0
         self._prefixes.read(sequence)
@@ -44,16 +44,16 @@ class WaitingQueue:
         self._prefixes.want(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """It waits no longer."""
+        """Take a sequence out of the queue."""
         self._queue.remove(sequence)
         self._prefixes.unwant(sequence)
 
     def first(self, groups: Collection[Group], places: int) -> tuple[Sequence, int, int] | None:
-        """The next to admit, the slot that begins most like it, and its tokens ready there.
+        """The next sequence to admit, the slot with most of its prefix, and its tokens ready there.
 
         Args:
-            groups: Those that have begun: they have places for all that is theirs.
-            places: For sequences of others.
+            groups: Groups that have started and thus have places for all their sequences.
+            places: Places for other sequences.
         """
         for sequence in self._queue:
             if sequence.group in groups:
@@ -62,16 +62,16 @@ class WaitingQueue:
             elif sequence.width > places:
                 if not groups:
                     break
-                places = 0  # none but those of groups begun overtakes it
+                places = 0  # only started groups may overtake it
                 continue
             slot, ready, coming = self._prefixes.match(sequence)
             if coming - ready < BLOCK:
                 return sequence, slot, ready
-            # else a running one computes what it needs: share it then
+            # otherwise a running sequence is computing what it needs: wait to share it
         return None
 
     def num_tokens(self, count: int, most: int) -> int:
-        """Tokens of the first `count` sequences, `most` at most."""
+        """Tokens of the first `count` sequences, at most `most`."""
         tokens = 0
         for sequence in islice(self._queue, max(0, count)):
             tokens += sequence.num_tokens
@@ -81,7 +81,7 @@ class WaitingQueue:
 
 
 def _goes_first(other: Sequence, sequence: Sequence) -> bool:
-    """Whether one that waits goes before one that has run."""
+    """Whether a waiting sequence goes before `sequence`, which has run."""
     return other.high_water > 0 and other.arrived < sequence.arrived
 
 
@@ -93,7 +93,7 @@ def why_refused(
     max_num_seqs: int,
     can_fit: Callable[[int], bool],
 ) -> tuple[str, str] | None:
-    """Why a row can never be computed: a kind of failure, and the reason. None where it can."""
+    """Why a row can never be computed: the kind of failure and the reason. None if it can."""
     if prompt_tokens + 1 > max_model_len:
         return (
             "prompt_too_long",
@@ -109,17 +109,17 @@ def why_refused(
     if beams > max_num_seqs:
         return (
             "bad_parameter",
-            f"the row has {beams} beams and {max_num_seqs} sequences run at "
-            "once; raise --max-num-seqs or lower --num-beams",
+            f"the row has {beams} beams, but only {max_num_seqs} sequences run "
+            "at once; raise --max-num-seqs or lower --num-beams",
         )
     return None
 
 
 def check_machine(space: KVSpace) -> None:
-    """Nothing can be computed for want of memory: if it is the machine's, no row is to blame.
+    """Blame the machine, not a row, if its lack of memory is why nothing can be computed.
 
     Raises:
-        EngineError: It is.
+        EngineError: The machine has no memory.
     """
     if space.refusal:
         raise EngineError(

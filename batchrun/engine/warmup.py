@@ -1,4 +1,4 @@
-"""What a GPU does before the first step: steps are recorded, and the largest ones tried."""
+"""What a GPU does before the first step: record steps, and try the largest ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from batchrun.engine.pieces import CudaPieces
 from batchrun.engine.plan import NewSequence, StepPlan
 from batchrun.engine.settings import Limits
 
-# A step is recorded up to so many times the tokens for which the device takes as long as launching
-# them takes the host, which has more to do than that.
+# Steps are recorded up to this many times the tokens at which the device takes as long as the host
+# takes to launch them: the host has more to do than launching.
 _RECORDED = 1.5
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Of an executor over idle memory, idle again afterwards."""
+    """Warms up an executor over idle memory, which is idle again afterwards."""
 
     executor: TorchExecutor
     arena: KVArena
@@ -31,14 +31,14 @@ class WarmUp:
     log: Callable[[str], None]
 
     def run(self, *, graphs: bool) -> None:
-        """Record decode steps, then run the largest steps there can be.
+        """Record decode steps, then run the largest possible steps.
 
-        torch keeps what activations took here, and the KV budget is what is free after that:
-        nothing is guessed. The order matters: recording a graph gives back what torch
-        keeps. The pages that were created stay for the first steps.
+        torch keeps the memory that activations took here, and the KV budget is what is free
+        afterwards: nothing is guessed. The order matters, as recording a graph releases the memory
+        that torch keeps. The pages created here are kept for the first steps.
         """
         loaded, most = self.executor.loaded, self.limits.max_num_batched_tokens
-        torch.cuda.synchronize(loaded.device)  # other streams filled what steps read
+        torch.cuda.synchronize(loaded.device)  # other streams wrote what steps read
         if graphs:
             self._record()
         longest = min(most, loaded.max_model_len)
@@ -54,12 +54,12 @@ class WarmUp:
         self.executor.transfers.drain()
 
     def _run_alone(self, lengths: Sequence[int]) -> tuple[float, float]:
-        """One step of sequences of so many tokens, or of as many as memory holds.
+        """Run one step of sequences with these lengths, or as many of them as memory holds.
 
         Returns:
-            The seconds that launching it took, and the whole of it.
+            The seconds that launching took, and the seconds of the whole step.
         """
-        # With top-p, which needs more memory to sample than anything else.
+        # With top-p, which needs the most memory to sample.
         params = SamplingParams(temperature=1.0, top_p=0.9)
         segments, new = [], []
         for row, length in enumerate(filter(None, lengths[: self.limits.max_num_seqs])):
@@ -85,9 +85,9 @@ class WarmUp:
         return launched - began, ended - began
 
     def _record(self) -> None:
-        """Record decode steps now, and let others be recorded when they are met.
+        """Record decode steps now, and let other steps be recorded when they occur.
 
-        What fills up such steps has a token in a slot that is kept for it: no sequence's.
+        The padding of such steps uses a token in a slot kept for it, which no sequence gets.
         """
         scratch = self.arena.open(1)
         if scratch is None or not self.arena.ensure(scratch, 1):

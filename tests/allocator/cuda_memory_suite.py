@@ -61,7 +61,7 @@ def test_create_beyond_the_device_takes_nothing_and_says_what_is_free(memory: Cu
     before = state(memory)
     wanted = (
         r"^cuMemCreate failed with CUDA_ERROR_OUT_OF_MEMORY \(2\): out of memory; 6 pages of 4096 "
-        rf"bytes are wanted, {5 * PAGE} of {4 << 30} bytes are free on the device and 2 pages are"
+        rf"bytes are needed, {5 * PAGE} of {4 << 30} bytes are free on the device and 2 pages are"
     )
     with pytest.raises(OutOfPages, match=wanted):
         memory.create(6)

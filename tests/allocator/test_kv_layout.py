@@ -163,7 +163,7 @@ def test_slabs_that_are_alike_are_planes() -> None:
     assert planes_of((one,) * 30, 30) == 1
     assert planes_of((one,) * 5, 2) == 1, "the last one is shorter"
     assert planes_of((one, other) * 3, 1) == 1
-    with pytest.raises(ValueError, match="4 layers are not 2 times the same"):
+    with pytest.raises(ValueError, match="4 layers do not form 2 equal planes"):
         KVLayout((one, one, other, one), 2, 4096, 8, 1, planes=2)
-    with pytest.raises(ValueError, match="5 layers are not 2 times the same"):
+    with pytest.raises(ValueError, match="5 layers do not form 2 equal planes"):
         KVLayout((one,) * 5, 2, 4096, 8, 1, planes=2)

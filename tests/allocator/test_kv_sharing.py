@@ -110,7 +110,9 @@ def test_shared_tokens_stay_live(arena: KVArena, writer: Writer) -> None:
     slot = arena.fork(source, step=0)
     for each in (source, slot):
         before = arena.usage()
-        with pytest.raises(AllocatorError, match=f"slot {each} shares 8 tokens; 7 can't be all"):
+        with pytest.raises(
+            AllocatorError, match=f"slot {each} shares 8 tokens; it can't be cut to 7"
+        ):
             arena.ensure(each, 7)
         assert arena.usage() == before
         assert arena.ensure(each, 8)

@@ -119,5 +119,5 @@ def test_a_view_that_leaves_its_range_is_refused(arena: KVArena) -> None:
 
 
 def test_a_dtype_of_another_size_is_refused(arena: KVArena) -> None:
-    with pytest.raises(ValueError, match="bfloat16 has 2 bytes, the layout's elements have 4"):
+    with pytest.raises(ValueError, match="bfloat16 has 2 bytes, but the layout has 4"):
         layer_views(arena, 0, torch.bfloat16)

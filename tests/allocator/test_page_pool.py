@@ -31,7 +31,7 @@ class Full(Wrapped):
 def test_acquire_is_all_or_nothing(memory: VirtualMemory) -> None:
     pool = PagePool(memory, budget=5 * PAGE)
     held = pool.acquire(3)
-    with pytest.raises(OutOfPages, match=rf"3 more pages .* {5 * PAGE} bytes has room for 2"):
+    with pytest.raises(OutOfPages, match=rf"cannot add 3 pages .* {5 * PAGE} bytes has room for 2"):
         pool.acquire(3)
     assert (pool.in_use, pool.free, pool.created) == (3, 0, 3)
     assert len(set(held + pool.acquire(2))) == 5

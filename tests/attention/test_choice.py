@@ -53,10 +53,10 @@ def test_a_kernel_says_why_it_cannot(name: str, geometry: Geometry, reason: str)
 
 def test_torch_flash_knows_its_own_bounds() -> None:
     capped = attention.unsupported_reason("torch-flash", with_layer(softcap=30.0))
-    assert capped == "it knows no soft cap on scores"
+    assert capped == "it has no soft cap on scores"
     wide = replace(CUDA, slot_tokens=1 << 20, num_slots=2048)
     assert attention.unsupported_reason("torch-flash", wide) == (
-        "it counts tokens of address space in 32 bits"
+        "its 32-bit indices can't cover the address space of all slots"
     )
 
 
@@ -78,12 +78,12 @@ def test_auto_says_in_one_line_what_it_could_not_use() -> None:
     made = attention.create("auto", with_layer(sinks=True), upload, lines.append)
     assert made.name == "sdpa"
     assert len(lines) == 1
-    assert lines[0].startswith("attention by sdpa (flashinfer-fa3: ")
+    assert lines[0].startswith("using sdpa attention (flashinfer-fa3: ")
     assert all(name in lines[0] for name in KERNELS)
 
 
 def test_a_name_that_is_none_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'fast'; there are auto, sdpa, native, torch-flash"):
+    with pytest.raises(ValueError, match=r"'fast'; use auto or one of sdpa, native, torch-flash"):
         attention.create("fast", CUDA)
 
 

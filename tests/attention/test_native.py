@@ -373,7 +373,7 @@ def test_auto_takes_it_and_doctor_finds_it_right() -> None:
     lines: list[str] = []
     assert attention.create("auto", half, None, lines.append).name == "sdpa"
     assert lines == [
-        "attention by sdpa (native: it computes in float32 and bfloat16, not in float16)"
+        "using sdpa attention (native: it computes in float32 and bfloat16, not in float16)"
     ]
 
 
@@ -391,7 +391,7 @@ def test_without_a_compiler_sdpa_computes_and_one_line_says_so(
     made = attention.create("auto", geometry(PLAIN, torch.float32), None, lines.append)
     assert made.name == "sdpa"
     reason = "it can't be compiled: there is no C++ compiler (g++ or c++)"
-    assert lines == [f"attention by sdpa (native: {reason})"]
+    assert lines == [f"using sdpa attention (native: {reason})"]
     with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
         make(PLAIN, torch.float32)
     assert check_kernel("native", CPU, torch.float32) == (False, f"it fails: {reason}")

@@ -107,7 +107,7 @@ def test_submitting_reads_the_template_without_torch(plain: CommandLine) -> None
             ("--kv-budget", "32KiB", "--page-size", "4KiB", "--dtype", "float32", *LONG),
             "the prompt has 240 tokens, whose keys and values exceed the KV budget",
         ),
-        (("--num-beams", 8, "--max-num-seqs", 4), "the row has 8 beams and 4 sequences run"),
+        (("--num-beams", 8, "--max-num-seqs", 4), "the row has 8 beams, but only 4 sequences run"),
         (("--template", "{prompt}" * 300), "and the context holds 256, one of them for the answer"),
     ],
 )

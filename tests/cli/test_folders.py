@@ -142,7 +142,7 @@ def test_a_context_of_millions_of_tokens(copied: CommandLine) -> None:
     source = copied.write("in.jsonl", ["one"])
     run = (source, "--wait", "--max-tokens", 3, "--dtype", "float32", "--overwrite", "--again")
     shown = copied.submit(*run, "-o", "out.jsonl")
-    assert (shown.code, "context of 536,870,912 of 4,294,967,296 tokens" in shown.err) == (
+    assert (shown.code, "context limited to 536,870,912 of 4,294,967,296 tokens" in shown.err) == (
         0,
         True,
     )

@@ -58,7 +58,7 @@ def check(r: Assembly, want: list[list[int]], params: Any) -> None:
             assert completion.finish_reason is FinishReason.ERROR
             assert completion.error_kind == "not_finite"
             prompt = len(completion.request.prompt_ids)
-            assert f"no finite numbers after {prompt} tokens of the prompt" in completion.error
+            assert f"logits are not finite after {prompt} tokens of the prompt" in completion.error
         else:
             assert completion.error is None
             assert list(completion.token_ids) == want[i]

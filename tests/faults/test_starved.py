@@ -99,7 +99,7 @@ def test_without_memfd_create_pages_are_of_dev_shm(error: str) -> None:
 def test_a_forbidden_call_is_named() -> None:
     done = python(MEMORY.format(forbidden="forbid('fallocate', errno.EPERM)"))
     assert done.stdout.startswith("Refused fallocate failed for"), done.stdout + done.stderr
-    assert "the system forbids fallocate: allow it in the container's seccomp" in done.stdout
+    assert "the system forbids fallocate; allow it in the container's seccomp" in done.stdout
 
 
 def test_addresses_beyond_a_limit_name_it() -> None:

@@ -149,6 +149,6 @@ def test_too_few_addresses_are_told_before_any_row_is_lost() -> None:
         with Shape().rig(loaded("llama")):
             pass
 
-    with pytest.raises(EngineError, match="no KV memory can be set up for 9 sequences") as raised:
+    with pytest.raises(EngineError, match="cannot set up KV memory for 9 sequences") as raised:
         go()
     assert "lower --max-num-seqs or --max-model-len" in str(raised.value.hint)

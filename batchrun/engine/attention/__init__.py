@@ -1,4 +1,4 @@
-"""Attention over contiguous slots: one small file for each kernel library."""
+"""Attention over contiguous slots, with one small file per kernel library."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _BEST_FIRST = ("flashinfer-fa3", "flashinfer-fa2", "torch-flash")
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What one layer asks of attention.
+    """A layer's attention parameters.
 
     Args:
         scale: Factor on the scores.
-        window: Keys a query sees, itself included; None sees all before it.
+        window: Keys that a query sees, its own included; None for all before it.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None leaves them.
-        sinks: One extra logit a query head that takes part in the softmax only, `[Hq]`.
-        chunk: A query at position p sees keys from `p - p % chunk` on; None sees all before it.
+        sinks: One extra logit per query head, which only takes part in the softmax, `[Hq]`.
+        chunk: A query at position p sees keys from `p - p % chunk` on; None for all before it.
     """
 
     scale: float
@@ -45,7 +45,7 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What one layer of the model asks of attention, known before any step."""
+    """A layer's attention shape and parameters, known before any step."""
 
     q_heads: int
     kv_heads: int
@@ -64,12 +64,12 @@ class Geometry:
 
     Args:
         layers: Each layer of the model.
-        slot_tokens: Tokens of address space of one slot, a multiple of 16.
-        num_slots: Slots, the scratch slots of the caller included.
-        max_num_seqs: Segments of one step at most.
-        max_num_batched_tokens: Tokens of one step at most.
-        dtype: Of queries, keys and values.
-        device: That all of them are on.
+        slot_tokens: Tokens of address space per slot, a multiple of 16.
+        num_slots: Number of slots, including the caller's scratch slots.
+        max_num_seqs: Maximum number of segments in one step.
+        max_num_batched_tokens: Maximum number of tokens in one step.
+        dtype: Dtype of queries, keys and values.
+        device: Device that all of them are on.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -95,7 +95,7 @@ QKV = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
 """Queries `[T, Hq, Dk]`, keys `[T, Hkv, Dk]` and values `[T, Hkv, Dv]` of a step's tokens."""
 
 Attention = Callable[["LayerAttention", "torch.Tensor", KV], "torch.Tensor"]
-"""What `AttentionBackend.run` is, of keys and values that are in their slots."""
+"""`AttentionBackend.run` for keys and values that are already in their slots."""
 
 
 class AttentionBackend(Protocol):
@@ -104,9 +104,9 @@ class AttentionBackend(Protocol):
     Attributes:
         name: One of `NAMES`.
         capturable: Whether `plan` can be `fixed`.
-        writes_kv: Whether `run` takes the step's new keys and values, and puts them in their slots.
-        max_query: Tokens of each sequence that one call computes with those of others at most;
-            None for any. More are a call for each sequence.
+        writes_kv: Whether `run` takes the step's new keys and values and writes them to the slots.
+        max_query: Maximum tokens per sequence that one call computes together with other sequences;
+            with more, each sequence is a call of its own. None for no limit.
         kv_formats: Names of the `KVFormat`s that it reads.
     """
 
@@ -117,16 +117,16 @@ class AttentionBackend(Protocol):
     kv_formats: tuple[str, ...] = ("plain",)
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
-        """Prepare a step: its segments lie one behind the other, single-token ones first.
+        """Prepare a step. Its segments are packed in order, single-token ones first.
 
-        Steps are pipelined: this may be called while the step before is still computing; the one
-        before that has been collected. The compute stream is the current one, and not capturing.
+        Steps are pipelined: this may be called while the previous step is still computing; the one
+        before that has been collected. The compute stream is current, and not capturing.
 
         Args:
-            segments: What `run` will be called for.
-            fixed: `run` is being captured in, or replayed by, a CUDA graph. All segments are
-                single tokens then, and whatever `run` reads lies at the same addresses in each
-                fixed plan of as many segments.
+            segments: The segments that `run` will be called for.
+            fixed: `run` is being captured in, or replayed by, a CUDA graph. All segments are then
+                single tokens, and whatever `run` reads lies at the same addresses in each fixed
+                plan with as many segments.
         """
 
     def run(
@@ -138,9 +138,8 @@ class AttentionBackend(Protocol):
             layer: Scale, window and the like.
             query: `[T, Hq, Dk]`, the planned segments' tokens packed.
             slots: `[num_slots, slot_tokens, Hkv, D]` each, strided views; only tokens up to a
-                segment's end may be touched, beyond them there is no memory.
-            new: `[T, Hkv, D]` each, what is to be put into the slots first, where the backend
-                `writes_kv`.
+                segment's end may be touched, as there may be no memory past it.
+            new: `[T, Hkv, D]` each, to be written to the slots first, if the backend `writes_kv`.
 
         Returns:
             `[T, Hq, Dv]`.
@@ -148,9 +147,9 @@ class AttentionBackend(Protocol):
 
 
 def unsupported_reason(name: str, geometry: Geometry, *, compiled: bool = False) -> str | None:
-    """Why the backend of that name can't serve a model here; None where it can.
+    """Why the backend of that name can't serve a model here; None if it can.
 
-    With `compiled`, kernels that would first have to be compiled for minutes are a reason too.
+    With `compiled`, kernels that would first need minutes of compilation are a reason too.
     """
     reason: str | None = _library(name).unsupported_reason(geometry, name, compiled=compiled)
     return reason
@@ -164,14 +163,14 @@ def create(
 ) -> AttentionBackend:
     """Make the backend of that name; `auto` takes the best one for this model and machine.
 
-    `auto` is `native` on a CPU, and `sdpa` where that can't be compiled and for float32 on a GPU.
-    Kernels that take minutes to compile it leaves alone: the user asks for them by name.
+    `auto` is `native` on a CPU, or `sdpa` if that can't be compiled; on a GPU, `sdpa` for float32.
+    It never picks kernels that take minutes to compile: the user must ask for those by name.
 
     Args:
         name: One of `NAMES`, or `auto`.
         geometry: What it is made for.
-        upload: How its arrays reach the device; None on a CPU.
-        log: Told, in one line, what `auto` could not use and what it uses instead.
+        upload: How its arrays get to the device; None on a CPU.
+        log: Called with one line that says what `auto` could not use and what it uses instead.
 
     Raises:
         ValueError: There is no such backend, or it can't serve this model here; says why.
@@ -184,10 +183,10 @@ def create(
 
 
 def check(name: str, geometry: Geometry) -> None:
-    """Do all of `create` but compile what takes minutes.
+    """Do everything that `create` does, except for compilations that take minutes.
 
     Raises:
-        ValueError: As `create`.
+        ValueError: See `create`.
     """
     if name == "native":  # compiled in seconds, once
         create(name, geometry)
@@ -202,7 +201,7 @@ def _refuse_unsupported(name: str, geometry: Geometry) -> None:
 
 
 def candidates(geometry: Geometry) -> tuple[str, ...]:
-    """The kernels that `auto` tries before it takes `sdpa`, the best one first."""
+    """The backends that `auto` tries before `sdpa`, the best one first."""
     if geometry.device.type == "cpu":
         return ("native",)
     return _BEST_FIRST if geometry.dtype.itemsize < 4 else ()
@@ -213,7 +212,7 @@ def _best(
 ) -> AttentionBackend:
     found: AttentionBackend | None = None
     skipped = []
-    for name in (*candidates(geometry), "sdpa"):  # which serves everything
+    for name in (*candidates(geometry), "sdpa"):  # sdpa serves everything
         try:
             reason = unsupported_reason(name, geometry, compiled=True)
             found = None if reason else _library(name).make(geometry, upload, log, name)
@@ -224,18 +223,18 @@ def _best(
         skipped.append(f"{name}: {reason}")
     assert found is not None
     if skipped:
-        log(f"attention by {found.name} ({'; '.join(skipped)})")
+        log(f"using {found.name} attention ({'; '.join(skipped)})")
     return found
 
 
 def _library(name: str) -> Any:
-    """The module of a kernel library, which has two functions; `name` is one that it serves.
+    """The module of the kernel library that serves `name`. It has two functions.
 
-    `unsupported_reason(geometry, name, *, compiled)` is as the one here. `make(geometry,
-    upload, log, name)` makes the backend, compiling kernels if need be; ValueError says why that
-    fails.
+    `unsupported_reason(geometry, name, *, compiled)` is like the one here.
+    `make(geometry, upload, log, name)` makes the backend and compiles kernels if needed; it raises
+    ValueError, with the reason, if that fails.
     """
     if name not in _MODULES:
-        raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(NAMES)}")
-    # Imported when wanted: each needs torch, and some need libraries that may be missing.
+        raise ValueError(f"no attention backend {name!r}; use auto or one of {', '.join(NAMES)}")
+    # Imported on demand: each needs torch, and some need libraries that may be missing.
     return import_module(f"batchrun.engine.{_MODULES[name]}")

@@ -1,4 +1,4 @@
-"""The segments of a step as arrays, and arrays on the device: what every kernel library needs."""
+"""A step's segments as arrays, and arrays on the device: what every kernel library needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from batchrun.engine.attention import Geometry, Upload
 from batchrun.engine.core import Segment
 
-CHUNKS = "it knows no attention within chunks"
+CHUNKS = "it does not support chunked attention"
 Ints = NDArray[np.int32]
 
 
@@ -22,9 +22,9 @@ class Batch:
     """Segments of one kernel launch. Each attends to the tokens `[0, ends)` of its slot.
 
     Args:
-        slots: Slot of each segment.
-        lengths: Tokens of each, the last ones before its end.
-        ends: Tokens in its slot once they are written.
+        slots: Each segment's slot.
+        lengths: Each segment's number of tokens, which are the last ones before its end.
+        ends: Tokens in each slot once the segment is written.
     """
 
     slots: Ints
@@ -48,7 +48,7 @@ def together(segments: Sequence[Segment]) -> Batch:
 
 
 def split(segments: Sequence[Segment]) -> tuple[Batch, Batch]:
-    """The leading single-token segments, and all others: kernels do best when they are apart."""
+    """The leading single-token segments, and all others: kernels are fastest with them apart."""
     batch = together(segments)
     slots, lengths, ends = batch.slots, batch.lengths, batch.ends
     longer = np.flatnonzero(lengths > 1)
@@ -58,13 +58,13 @@ def split(segments: Sequence[Segment]) -> tuple[Batch, Batch]:
 
 @dataclass(frozen=True)
 class SharedParts:
-    """Parts of some tokens each that several single-token segments have in common.
+    """Parts of a fixed number of tokens that several single-token segments have in common.
 
     Args:
-        part: Of each, which part it is of its sequences; `[n]`.
+        part: For each, its index among the parts of its sequences; `[n]`.
         starts: Where the members of each begin, and where the last one's end; `[n + 1]`.
-        members: Segments.
-        own: The first part of each segment that it shares with none; `[segments]`.
+        members: The segments that share each part.
+        own: Each segment's first part that it does not share; `[segments]`.
     """
 
     part: Ints
@@ -74,10 +74,10 @@ class SharedParts:
 
 
 def shared_parts(segments: Sequence[Segment], size: int) -> SharedParts | None:
-    """What decodes have in common, in parts of `size` tokens; None where it is nothing.
+    """What decodes have in common, in parts of `size` tokens; None if nothing.
 
-    Tokens are in common that were shared from one stay in a slot (`Segment.inherited`). Segments
-    with a part in common have all before it in common too.
+    Tokens are in common if they were shared from one stay in a slot (`Segment.inherited`). Segments
+    that have a part in common also have everything before it in common.
     """
     origins = {origin for s in segments for _, origin in s.inherited}
     if not origins:
@@ -114,11 +114,11 @@ def cumulative(lengths: NDArray[Any]) -> Ints:
 
 
 class Staging:
-    """Arrays on the device, one upload for all of them.
+    """Puts arrays on the device, with one upload for all of them.
 
     Args:
         upload: See `Upload`.
-        capacity: Integers that fixed arrays have at most.
+        capacity: Maximum number of integers in fixed arrays.
         device: Where they go.
     """
 
@@ -129,10 +129,10 @@ class Staging:
         self._buffer: torch.Tensor | None = None
 
     def put(self, arrays: Sequence[Ints], *, fixed: bool) -> list[torch.Tensor]:
-        """Arrays as device tensors.
+        """Put arrays on the device, as tensors.
 
-        Fixed ones lie at the same addresses in each call whose arrays, but for the last one, have
-        the same lengths; they hold until the next such call.
+        Fixed ones lie at the same addresses in every call whose arrays, except for the last, have
+        the same lengths; they are valid until the next such call.
         """
         if fixed and self._buffer is None:
             self._buffer = torch.empty(self._capacity, dtype=torch.int32, device=self._device)
@@ -141,7 +141,7 @@ class Staging:
 
 
 def geometry_unsupported(geometry: Geometry, dims: Container[int], *, softcap: bool) -> str | None:
-    """Why CUDA kernels for half precision, heads of these widths and maybe a cap can't serve."""
+    """Why half-precision CUDA kernels for these head widths can't serve; None if they can."""
     if geometry.device.type != "cuda":
         return "it needs a CUDA device"
     if geometry.dtype not in {torch.bfloat16, torch.float16}:
@@ -152,14 +152,14 @@ def geometry_unsupported(geometry: Geometry, dims: Container[int], *, softcap: b
                 f"it has no kernel for keys of {layer.k_dim} and values of {layer.v_dim} elements"
             )
         if layer.sinks or (layer.softcap is not None and not softcap):
-            return f"it knows no {'attention sinks' if layer.sinks else 'soft cap on scores'}"
+            return f"it has no {'attention sinks' if layer.sinks else 'soft cap on scores'}"
         if layer.chunk is not None:
             return CHUNKS
     return None
 
 
 def device_unsupported(geometry: Geometry, *, hopper: bool = False) -> str | None:
-    """Why a device is too old, or not of Hopper's generation, whose kernels run nowhere else."""
+    """Why a device is too old, or not a Hopper GPU if that is needed; None if it is fine."""
     major, minor = torch.cuda.get_device_capability(geometry.device)
     if (major, minor) >= (8, 0) and (major == 9 or not hopper):
         return None

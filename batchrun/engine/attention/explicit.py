@@ -1,4 +1,4 @@
-"""Attention in plain torch: scores that are capped (Gemma 2) or share the softmax with a sink."""
+"""Attention in plain torch, for scores that are capped (Gemma 2) or softmaxed with a sink."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 
 from batchrun.engine.attention import LayerAttention
 
-# Scores, or flags of a mask, that exist at a time; or those of one query, where these are more.
-# Of scores there are two float32 copies at most, 128 MiB.
+# Maximum number of scores, or mask entries, that exist at a time, unless one query has more. Scores
+# exist in at most two float32 copies, 128 MiB.
 SCORES = 1 << 24
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""q `[t, Hq, Dk]`, k `[s, Hkv, Dk]`, v `[s, Hkv, Dv]`, out `[t, Hq, Dv]`: the last query stands at
-the last key."""
+"""q `[t, Hq, Dk]`, k `[s, Hkv, Dk]`, v `[s, Hkv, Dv]`, out `[t, Hq, Dv]`: the last query is at the
+position of the last key."""
 
 
 def blocks(layer: LayerAttention, problem: Problem, heads: int) -> Iterator[Problem]:
-    """Blocks of queries, each with the keys that they see, one with all if it is small enough.
+    """Split a problem into blocks of queries, each with the keys that they see.
 
     Args:
-        layer: Its window bounds the keys.
-        problem: To be cut.
+        layer: Its window limits the keys.
+        problem: What to split; one block if it is small enough.
         heads: Scores that exist for each query and key.
     """
     q, k, v, out = problem
@@ -40,7 +40,7 @@ def blocks(layer: LayerAttention, problem: Problem, heads: int) -> Iterator[Prob
 
 
 def attend(layer: LayerAttention, problem: Problem) -> None:
-    """One segment, block by block: writes `out`."""
+    """Compute one segment, block by block: writes `out`."""
     for q, k, v, out in blocks(layer, problem, problem[0].shape[1]):
         folded = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)[None]  # [1, Hkv, G, t, Dk]
         hidden = ~mask(layer, len(q), len(k), q.device)
@@ -55,7 +55,7 @@ def weighed(
     v: torch.Tensor,
     hidden: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of a batch of sequences.
+    """Attention for a batch of sequences.
 
     Args:
         layer: Scale, cap and sinks.
@@ -83,7 +83,7 @@ def weighed(
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`[n, Hkv, G, t, x]` times `[n, Hkv, x, y]`.
 
-    Heads that share `b` become rows of one product. On a CPU they stay apart where `b` is small
+    Heads that share `b` become rows of one product. On a CPU they stay separate if `b` is small
     enough to be repeated for each.
     """
     if a.device.type == "cpu" and b.numel() * a.shape[2] <= SCORES:

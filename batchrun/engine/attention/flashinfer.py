@@ -1,11 +1,11 @@
 """FlashInfer's kernels (Ye et al. 2025, https://arxiv.org/abs/2501.01005) over slots.
 
-They read keys and values in blocks through a table. A slot is a run of blocks, so its part of the
-table is arithmetic: nothing is stored, nothing looked up. `flashinfer-fa2` serves decodes and
-prefills; `flashinfer-fa3` has Hopper's own kernels for prefills and shares the decodes.
+They read keys and values in blocks through a table. A slot is a run of consecutive blocks, so its
+part of the table is computed, not stored. `flashinfer-fa2` serves decodes and prefills;
+`flashinfer-fa3` uses Hopper's own kernels for prefills and the same ones for decodes.
 
-The library's wrapper classes would copy index arrays in ways that wait for the device. This calls
-the compiled modules below them, as of FlashInfer 0.7.
+The library's wrapper classes would copy index arrays in ways that wait for the device, so this
+calls the compiled modules beneath them, as of FlashInfer 0.7.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from batchrun.engine.core import Segment
 from batchrun.engine.cpu.compile import guard_caches
 
 HEAD_DIMS = (64, 128, 256)
-_BLOCK = 64  # Tokens a block; the kernels split keys between multiprocessors at whole blocks.
-_FLOATS = 128 << 20  # Bytes for partial results; the library's recommendation.
-_INTS = 8 << 20  # Bytes for one plan, as the library's wrappers have.
+_BLOCK = 64  # Tokens per block; kernels split keys between multiprocessors at block boundaries.
+_FLOATS = 128 << 20  # Bytes for partial results, as the library recommends.
+_INTS = 8 << 20  # Bytes for one plan, as in the library's wrappers.
 _NHD, _CAUSAL, _NOT_CAUSAL = 0, 1, 0
 
 
 @dataclass(frozen=True, order=True)
 class KernelKind:
-    """What a compiled module is made for, but for the dtype."""
+    """What a compiled module is made for, besides the dtype."""
 
     library: str  # fa2 or fa3
     dim: int
@@ -58,7 +58,7 @@ class KernelKind:
 
 
 Loader = Callable[[KernelKind], Any]
-"""A kind to its module: `plan` and `paged_run`."""
+"""Loads the module of a kind, which has `plan` and `paged_run`."""
 
 
 def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
@@ -75,20 +75,20 @@ def _library_unsupported(geometry: Geometry, name: str, compiled: bool) -> str |
     except (ImportError, OSError, RuntimeError) as error:
         return f"flashinfer-python can't be imported: {error}"
     if not version.startswith("0.7."):
-        return f"flashinfer-python is {version}, and batchrun knows 0.7"
+        return f"flashinfer-python is {version}, and batchrun needs 0.7"
     missing = [
         kind
         for kind in kinds(geometry, name)
         if not compiled_from(geometry.dtype, kind).is_compiled
     ]
     if missing and compiled:
-        return f"its kernels are not compiled; --attention {name} does that once, in minutes"
+        return f"its kernels are not compiled; --attention {name} compiles them, in minutes"
     tools = [tool for tool in ("ninja", "nvcc") if shutil.which(tool) is None]
     return f"its kernels need {' and '.join(tools)} to be compiled" if missing and tools else None
 
 
 def kinds(geometry: Geometry, name: str) -> list[KernelKind]:
-    """The modules that the layers of a model need."""
+    """The modules that a model's layers need."""
     libraries = "fa2", name.removeprefix("flashinfer-")
     return sorted(
         {KernelKind(lib, *_kind(layer)) for layer in geometry.layers for lib in libraries}
@@ -106,7 +106,7 @@ def _arguments(dtype: torch.dtype, kind: KernelKind) -> tuple[Any, ...]:
 
 
 def compiled_from(dtype: torch.dtype, kind: KernelKind) -> Any:
-    """How a module is compiled, and whether it is. As `get_batch_prefill_module` chooses it."""
+    """The spec of a module's compilation, chosen as in `get_batch_prefill_module`."""
     modules = import_module("flashinfer.jit.attention.modules")
     equal_strides = kind.library == "fa2"  # of keys and values, which ours always are
     make = "_gen_batch_prefill_primary_module" if equal_strides else "gen_batch_prefill_module"
@@ -131,10 +131,10 @@ def make(geometry: Geometry, upload: Upload, log: Callable[[str], None], name: s
 
 
 class _Plan:
-    """One kind of layer's share of the plans: where a module keeps what it worked out.
+    """The plans for one kind of layer: where a module keeps what it worked out.
 
     The module writes to pinned memory and copies that to the device without an event, so steps
-    take turns with two pinned buffers: the step before last is collected, and done with its own.
+    alternate between two pinned buffers: the step before last was collected, so its buffer is free.
     """
 
     def __init__(self, module: Any, geometry: Geometry) -> None:
@@ -156,28 +156,28 @@ class _Plan:
         *,
         key: object,
     ) -> None:
-        """Plan a launch; `fixed` segments if a graph has it or will have it, else 0.
+        """Plan a launch; `fixed` is the number of segments if it is for a graph, else 0.
 
-        Where `key`, which is what the plan depends on, is the last one's, that one holds; None
-        plans anew.
+        `key` is what the plan depends on: if it equals the last one, that plan is reused. None
+        always plans anew.
         """
         if key is not None and key == self._key:
             return
         self._key = None  # until there is a plan
         self.info = self.module.plan(floats, self.ints, self._host[turn], *host, *numbers)
         if fixed and self._fixed.setdefault(fixed, list(self.info)) != list(self.info):
-            raise RuntimeError(f"FlashInfer planned a graph of {fixed} decodes in another way")
+            raise RuntimeError(f"FlashInfer changed its plan for a graph of {fixed} decodes")
         self._key = key
 
 
 @dataclass
 class _Part:
-    """The decodes or the prefills of a step: a launch a layer.
+    """The decodes or the prefills of a step: one launch per layer.
 
     Attributes:
-        causal: Whether several tokens of a sequence are in it.
-        plans: Of each kind of layer.
-        arrays: Of the step's segments, on the device; none where it has none of these.
+        causal: Whether it has several tokens of a sequence.
+        plans: For each kind of layer.
+        arrays: The step's segments, on the device; empty if it has none of this part.
     """
 
     causal: bool
@@ -190,8 +190,8 @@ class FlashInfer(AttentionBackend):
 
     Args:
         geometry: What it is made for.
-        upload: How arrays reach the device.
-        load: Where modules come from.
+        upload: How arrays get to the device.
+        load: Loads modules.
         name: `flashinfer-fa2` or `flashinfer-fa3`.
     """
 
@@ -204,7 +204,7 @@ class FlashInfer(AttentionBackend):
         capacity = 3 * (geometry.max_num_seqs + 1) + geometry.max_num_seqs * self._blocks
         self._staging = Staging(upload, capacity, geometry.device)
         self._floats = torch.zeros(_FLOATS, dtype=torch.uint8, device=geometry.device)
-        self._ctas = 2  # that the library lets run at once: two a multiprocessor
+        self._ctas = 2  # thread blocks that the library runs at once, per multiprocessor
         if geometry.device.type == "cuda":
             found = torch.cuda.get_device_properties(geometry.device)
             self._ctas *= found.multi_processor_count
@@ -258,7 +258,7 @@ class FlashInfer(AttentionBackend):
         self, part: _Part, batch: Batch, arrays: Sequence[Ints], *, fixed: bool
     ) -> None:
         host = [torch.from_numpy(array) for array in (*arrays[:2], batch.ends)]
-        # A plan of single tokens depends on how many blocks each has, if they may be split.
+        # A plan for single tokens depends on their numbers of blocks, if those may be split.
         blocks = b"" if part.causal else arrays[1].tobytes()
         for layer, plan in part.plans.items():
             heads, dims = (layer.q_heads, layer.kv_heads), (layer.k_dim, layer.v_dim)
@@ -267,9 +267,9 @@ class FlashInfer(AttentionBackend):
             numbers = [*sizes, *heads, self._block, fixed, *dims, part.causal, window]
             full = False
             if not part.causal or self.name == "flashinfer-fa2":
-                # In a graph partial results are merged whether there are any or not, so none are
-                # allowed where the decodes alone fill the device. The others: no fixed split, no
-                # other kernels beside this one, and one token each.
+                # A graph merges partial results even if there are none, so they are disallowed when
+                # the decodes alone fill the device. The other numbers: no fixed split, no other
+                # kernels beside this one, and one token each.
                 full = fixed and len(batch) * layer.kv_heads >= self._ctas
                 numbers += [-1, full, 0, int(fixed)]
             key = None if part.causal else (len(batch), fixed, b"" if full else blocks)
@@ -309,7 +309,7 @@ class FlashInfer(AttentionBackend):
 
 
 def _shape(layer: LayerSpec) -> LayerSpec:
-    """Layers that differ in nothing else share a plan: the scale is an argument of the launch."""
+    """The layer without its scale and cap value; layers that differ only there share a plan."""
     softcap = None if layer.softcap is None else 0.0
     return LayerSpec(
         layer.q_heads, layer.kv_heads, layer.k_dim, layer.v_dim, 0.0, layer.window, softcap

@@ -1,4 +1,4 @@
-"""Decodes of many sequences as one padded batch, for where a call a sequence costs the most."""
+"""Decodes of many sequences as one padded batch, for devices where every call is expensive."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from batchrun.engine.attention import LayerAttention, Upload
 from batchrun.engine.attention.batch import Batch, Ints, split
 from batchrun.engine.core import Segment
 
-NUMBERS = 1 << 26  # keys and values that are gathered at a time: 256 MiB in float32
+NUMBERS = 1 << 26  # elements of keys and values gathered at a time: 256 MiB in float32
 _ALIGNED = 16  # the memory-efficient kernel would copy masks of other lengths
-_SHORT = 256  # tokens; shorter sequences are padded up to them rather than called apart
+_SHORT = 256  # tokens; shorter sequences are padded rather than computed in separate calls
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Bucket:
     """Decodes of similar lengths.
 
     Args:
-        members: Which segments, int64 `[n]`.
-        rows: Their tokens among those of all slots; past a sequence's end, where there is no
-            memory, its last token again. int64 `[n, s]`.
+        members: Indices of the segments, int64 `[n]`.
+        rows: Their tokens, as indices over all slots, int64 `[n, s]`. Past the end of a sequence,
+            where there is no memory, its last token is repeated.
         seen: Which of these are tokens of the sequence, bool `[n, s]`.
     """
 
@@ -33,18 +33,18 @@ class Bucket:
     seen: torch.Tensor
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor:
-        """Keys or values `[num_slots, slot_tokens, Hkv, D]` to `[n, Hkv, s, D]`."""
+        """Gather keys or values `[num_slots, slot_tokens, Hkv, D]` into `[n, Hkv, s, D]`."""
         tokens = slots.view(-1, *slots.shape[2:])
         heads = torch.arange(tokens.shape[1], device=slots.device)[:, None]
         return tokens[self.rows[:, None], heads]
 
 
 class Decodes:
-    """The leading single-token segments of a step, put together by length.
+    """The leading single-token segments of a step, grouped by length.
 
     Args:
-        segments: All of the step's.
-        upload: How arrays reach the device.
+        segments: All segments of the step.
+        upload: How arrays get to the device.
     """
 
     def __init__(self, segments: Sequence[Segment], upload: Upload) -> None:
@@ -57,12 +57,12 @@ class Decodes:
     ) -> tuple[list[Bucket], frozenset[int]]:
         """Buckets for layers like this one, and the segments that are in one.
 
-        A segment that would be alone in a bucket is in none: nothing is gathered for it.
+        A segment that would be alone in its bucket is in none, so nothing is gathered for it.
 
         Args:
-            layer: Its window or chunk bounds the keys that a query sees.
-            slot_tokens: Tokens of address space of one slot.
-            numbers: Of keys and values, a token's.
+            layer: Its window or chunk limits the keys that a query sees.
+            slot_tokens: Tokens of address space per slot.
+            numbers: Elements of a token's keys and values.
         """
         key = (layer.window or 0, layer.chunk or 0, numbers)
         if key not in self._found:
@@ -85,17 +85,17 @@ class Decodes:
 
 
 def _groups(used: Ints, tokens: int) -> list[Ints]:
-    """Indices of sequences that are padded to the same length, two or more together.
+    """Indices of sequences to pad to the same length, in groups of at least two.
 
     Args:
         used: Tokens of each sequence.
-        tokens: Padded ones of a group at most.
+        tokens: Maximum number of padded tokens in a group.
     """
     order = np.argsort(-used, kind="stable").astype(np.int32)
     groups = []
     while len(order):
         longest = _padded(int(used[order[0]]))
-        # At most half of what is gathered for long ones is padding.
+        # For long sequences, at most half of what is gathered is padding.
         close = used[order] >= (longest // 2 if longest > _SHORT else 0)
         count = max(1, min(tokens // longest, int(close.sum())))
         if count > 1:

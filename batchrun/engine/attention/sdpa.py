@@ -1,6 +1,6 @@
 """torch's scaled_dot_product_attention: portable, and the reference.
 
-One call a sequence on a CPU; on a GPU, where each call has its price, one for many decodes.
+One call per sequence on a CPU; on a GPU, where calls are expensive, one for many decodes.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from batchrun.engine.transfers import copied
 
 
 def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
-    """It serves every model everywhere."""
+    """None: it serves every model everywhere."""
     return None
 
 
 def make(geometry: Geometry, upload: Upload | None, log: Callable[[str], None], name: str) -> SDPA:
-    """It needs to know nothing beforehand."""
+    """See `attention.create`."""
     return SDPA(upload)
 
 
 class SDPA(AttentionBackend):
-    """Reads each slot in place through a strided view, but for decodes that it batches.
+    """Reads each slot in place through a strided view, except for decodes that it batches.
 
-    What it allocates is bounded whatever the lengths: see `explicit.SCORES`, `gathered.NUMBERS`.
+    Its allocations are bounded whatever the lengths: see `explicit.SCORES`, `gathered.NUMBERS`.
 
     Args:
-        upload: How arrays reach the device; a copy that waits for it by default.
-        batched: Whether many decodes are one call, over keys and values gathered for it, so that
-            last bits depend on the batch; by default not on a CPU.
+        upload: How arrays get to the device; by default a synchronous copy.
+        batched: Whether many decodes are one call, over gathered keys and values, so that the last
+            bits depend on the batch; by default only on a GPU.
     """
 
     name = "sdpa"
-    max_query = 1  # which are a call each too on a CPU
+    max_query = 1  # on a CPU, even single tokens are a call each
 
     def __init__(self, upload: Upload | None = None, *, batched: bool | None = None) -> None:
         self._upload = upload
@@ -89,7 +89,7 @@ class SDPA(AttentionBackend):
     def _run_batched(
         self, layer: LayerAttention, query: torch.Tensor, slots: KV, out: torch.Tensor
     ) -> frozenset[int]:
-        """Compute the decodes that can be put together; returns which segments these were."""
+        """Compute the decodes that can be batched; returns the indices of these segments."""
         if self._decodes is None:
             self._decodes = Decodes(
                 self._segments, self._upload or partial(copied, device=query.device)
@@ -111,7 +111,7 @@ class SDPA(AttentionBackend):
 
 
 def _parts(layer: LayerAttention, segment: Segment) -> Iterator[tuple[int, int, int]]:
-    """A segment's tokens `[begin, end)`, and the first key that they see, chunk by chunk."""
+    """A segment's tokens `[begin, end)` and the first key that they see, chunk by chunk."""
     begin, last = segment.start, segment.start + segment.length
     if layer.chunk is None:
         yield 0 if layer.window is None else max(0, begin - layer.window + 1), begin, last
@@ -129,10 +129,10 @@ def _plain(layer: LayerAttention) -> bool:
 
 @contextmanager
 def _one_thread(wanted: bool) -> Iterator[Callable[[], None]]:
-    """Compute on one thread, until the yielded function is called or the block ends.
+    """Compute on one thread until the yielded function is called or the block ends.
 
-    A decode is a few microseconds of work: waking and joining threads for each costs more than
-    they gain, and a hundred times more where other processes want the cores too.
+    A decode is a few microseconds of work: waking and joining threads for each costs more than it
+    gains, and a hundred times more if other processes want the cores too.
     """
     threads = torch.get_num_threads()
     if wanted:
@@ -144,15 +144,15 @@ def _one_thread(wanted: bool) -> Iterator[Callable[[], None]]:
 
 
 def _attend(layer: LayerAttention, problem: Problem, *, by_group: bool) -> None:
-    """One segment by torch's kernels.
+    """Compute one segment with torch's kernels.
 
-    A CPU's fused kernel knows grouped heads of equal widths. Of a GPU's only flash attention does:
-    `by_group`, query heads that share a key head are apart in the batch, all of which is the same
-    keys: a view of stride 0. Of heads such a view must not be: where one query is left over, the
-    memory-efficient kernel takes the heads for queries then, and reads another row of the mask.
+    A CPU's fused kernel supports grouped heads of equal widths. On a GPU only flash attention does,
+    so with `by_group` the query heads that share a key head are separate entries of the batch, over
+    one view of the keys with stride 0. Heads must not be such a view: for a single query the
+    memory-efficient kernel would take the heads for queries, and read the wrong row of the mask.
     """
     widths = [tensor.shape[-1] for tensor in problem[1:3]]
-    # Or no kernel fits that computes in tiles.
+    # Otherwise no tiled kernel fits.
     tiled = all(n % 8 == 0 for n in widths) if by_group else widths[0] == widths[1]
     if tiled and len(problem[0]) == 1:
         _single(layer, *problem)
@@ -176,9 +176,9 @@ def _attend(layer: LayerAttention, problem: Problem, *, by_group: bool) -> None:
 def _single(
     layer: LayerAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """A problem of one query.
+    """Compute a problem of one query.
 
-    Query heads that share a key head become queries of it: nothing to repeat, no mask.
+    Query heads that share a key head become its queries: nothing to repeat, no mask.
     """
     _, num_heads, dim = q.shape
     num_kv_heads = k.shape[1]
@@ -191,7 +191,7 @@ def _single(
 def _of_queries(
     layer: LayerAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: bool
 ) -> torch.Tensor:
-    """Attention of the last `t` tokens of sequences: `[n, H, t, D]` over `[n, Hkv, s, D]`."""
+    """Attention for the last `t` tokens of sequences: `[n, H, t, D]` over `[n, Hkv, s, D]`."""
     length, total = q.shape[2], k.shape[2]
     causal = _is_causal(layer, length, total)
     return scaled_dot_product_attention(
@@ -206,10 +206,10 @@ def _of_queries(
 
 
 def _calls(layer: LayerAttention, problem: Problem, *, tiled: bool) -> Iterator[Problem]:
-    """The segment in as many calls as bound what they allocate; none if it is computed already.
+    """Split a segment into calls with bounded allocations; none if this already computed it.
 
-    A `tiled` kernel allocates nothing but its mask, if it needs one. The one that is left where
-    none is keeps all scores, and repeats the keys for each query head: it takes small segments.
+    A `tiled` kernel allocates only its mask, if it needs one. The fallback kernel stores all scores
+    and repeats the keys for each query head, so it only takes small segments.
     """
     q, k = problem[:2]
     heads, length, total = q.shape[1], len(q), len(k)

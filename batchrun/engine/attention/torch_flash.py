@@ -1,7 +1,7 @@
 """torch's own flash attention kernels: variable lengths over slots, one launch, no extra wheel.
 
-They know ragged batches (FlashAttention-2, https://arxiv.org/abs/2307.08691): each sequence begins
-somewhere in one tensor of tokens and has a length. The slots are one such tensor.
+They support ragged batches (FlashAttention-2, https://arxiv.org/abs/2307.08691): each sequence has
+a start in one tensor of tokens, and a length. The slots form such a tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Kernel = Callable[..., tuple[torch.Tensor, ...]]
 def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
     """See `attention.unsupported_reason`."""
     if geometry.num_slots * geometry.slot_tokens >= 2**31:
-        return "it counts tokens of address space in 32 bits"
+        return "its 32-bit indices can't cover the address space of all slots"
     reason = geometry_unsupported(geometry, range(8, 257, 8), softcap=False)
     return reason or device_unsupported(geometry)
 
@@ -56,7 +56,7 @@ class TorchFlash(AttentionBackend):
 
     Args:
         geometry: What it is made for.
-        upload: How arrays reach the device.
+        upload: How arrays get to the device.
         kernel: `aten::_flash_attention_forward`, or something that takes the same arguments.
     """
 
@@ -81,8 +81,8 @@ class TorchFlash(AttentionBackend):
         self._num_decodes = len(decodes)
         arrays, longest = [decodes.starts], []
         for window in self._windows:
-            # A decode's window is a shorter sequence that begins later in the slot. Only without a
-            # window the kernel folds heads that share keys together, and splits long sequences.
+            # A decode's window is passed as a shorter sequence that starts later in the slot: only
+            # without a window does the kernel fold heads that share keys and split sequences.
             used = np.minimum(decodes.ends, window or self._slot_tokens)
             arrays += [self._key_starts(decodes, decodes.ends - used), used]
             longest.append(int(used.max(initial=1)))
@@ -90,7 +90,7 @@ class TorchFlash(AttentionBackend):
             arrays += [prefills.starts, self._key_starts(prefills), prefills.ends]
         starts, *sent = self._staging.put(arrays, fixed=fixed)
         for i, window in enumerate(self._windows):
-            # The longest key length decides how the kernel splits the work: a graph keeps that.
+            # The maximum key length decides how the kernel splits the work; a graph fixes it.
             max_k = min(window or self._slot_tokens, self._slot_tokens) if fixed else longest[i]
             launch = _Launch(starts, sent[2 * i], sent[2 * i + 1], 1, max_k, causal=False)
             self._decodes[window] = launch
