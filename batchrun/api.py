@@ -1,4 +1,4 @@
-"""batchrun from Python: jobs that outlive who submits them, and a model for a loop in a notebook.
+"""batchrun from Python: jobs that outlive their submitter, and a model for loops in a notebook.
 
 Options have the names of the command line's, with underscores; `batchrun submit --help` says what
 each does.
@@ -58,10 +58,10 @@ class Job:
 
     @classmethod
     def find(cls, name: str | None = None) -> Job:
-        """The job of that id, or whose id begins so; the latest without one.
+        """The job with that id, or whose id begins like it; by default the latest.
 
         Raises:
-            JobNotFound: There is none, or more than one.
+            JobNotFound: No job matches, or more than one.
         """
         return cls(folder.find(folder.home(), name))
 
@@ -87,10 +87,10 @@ class Job:
         """Return this job when it has ended: done, with failed rows or without, or stopped.
 
         Args:
-            timeout: Seconds to wait at most.
+            timeout: Maximum seconds to wait.
 
         Raises:
-            TimeoutError: It goes on after that.
+            TimeoutError: It is still running after that.
             JobError: It failed; the message says why.
         """
         until = None if timeout is None else time.monotonic() + timeout
@@ -117,10 +117,10 @@ class Job:
         return summarise(self._job)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The output's rows, in input order; while the job is not done, those that are.
+        """The output's rows, in input order; until the job is done, the finished ones.
 
         Raises:
-            JobError: The input is not what it was, or can't be read.
+            JobError: The input has changed, or can't be read.
         """
         with self._joined() as joined:
             if FORMATS[self._job.spec().input_format].columnar:
@@ -130,17 +130,17 @@ class Job:
                 yield from map(json.loads, JsonFormat().records(joined, self.output))
 
     def to_arrow(self) -> pa.Table:
-        """The output's rows as a table; while the job is not done, those that are.
+        """The output's rows as a table; until the job is done, the finished ones.
 
         Raises:
-            JobError: The input is not what it was, or can't be read.
+            JobError: The input has changed, or can't be read.
         """
         with self._joined() as joined:
             return pa.Table.from_batches(list(joined.batches()), joined.schema())
 
     @contextmanager
     def _joined(self) -> Iterator[Joined]:
-        """The output's rows, and a look at what was read once all of them are."""
+        """The output's rows; checks the input once all are read."""
         partial = self.state not in FINISHED
         with self._job.journal() as journal:
             joined = rejoin(self._job.spec(), journal, partial=partial)
@@ -155,7 +155,7 @@ class Job:
         overwrite: bool = False,
         **limits: Any,
     ) -> Job:
-        """Continue: finished rows are kept, begun ones go on where they were.
+        """Continue: finished rows are kept, unfinished ones go on where they were.
 
         Args:
             retry_failed: Do the failed rows again.
@@ -164,7 +164,7 @@ class Job:
             limits: `max_num_seqs`, `max_num_batched_tokens`, `kv_budget`, from now on.
 
         Raises:
-            JobError: It runs, its input changed, or its output is another job's.
+            JobError: It is running, its input changed, or its output is another job's.
         """
         started = submission.resume(
             folder.home(),
@@ -180,10 +180,10 @@ class Job:
         return self
 
     def cancel(self) -> Job:
-        """Stop it; what it has done is kept.
+        """Stop it; its results are kept.
 
         Raises:
-            JobError: It does not run.
+            JobError: It isn't running.
         """
         cancel.cancel(self._job)
         self._reap()
@@ -210,14 +210,14 @@ def submit(
         inputs: Files, folders or globs, one or several; or rows, as dicts, a table, or a DataFrame
             of any library that speaks Arrow.
         model: Alias, folder, `.gguf` file or hub id.
-        output: A file; by default beside `INPUT-completions` in this folder, of rows in the job.
+        output: A file; default: `INPUT-completions` in this folder; for rows, one in the job's.
         again: Start a new job even if one with the same work can be resumed.
         log: Called with each line that a user should see.
         options: As `batchrun submit --help` names them, with underscores.
 
     Raises:
         OptionError: An option is unknown or has an invalid value.
-        JobError: An input can't be read, the output can't be written, or it is the work of another.
+        JobError: An input can't be read, the output can't be written, or a job has the same work.
         ModelError: The model can't be used.
     """
     root = folder.home()
@@ -248,15 +248,15 @@ def run(inputs: Inputs, **options: Any) -> Job:
 
 
 def list_jobs() -> list[Job]:
-    """All jobs, the oldest first."""
+    """All jobs, oldest first."""
     return [Job(job) for job in folder.list_jobs(folder.home())]
 
 
 def _rows_or_paths(inputs: Any) -> tuple[pa.Table | list[Any] | None, list[str]]:
-    """Rows in memory, or else names of files.
+    """Rows in memory, or else file names.
 
     Raises:
-        InputError: It is neither.
+        InputError: The inputs are neither.
     """
     table = submission.table_of(inputs)
     if table is not None:
@@ -279,7 +279,7 @@ def _rows_or_paths(inputs: Any) -> tuple[pa.Table | list[Any] | None, list[str]]
 
 
 def _kept(root: Path, rows: Any) -> Any:
-    """A file of rows in memory, until the block ends or a job has it."""
+    """A file for rows in memory, until the block ends or a job takes it over."""
 
     def write(file: BinaryIO) -> None:
         if isinstance(rows, pa.Table):

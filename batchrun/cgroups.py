@@ -16,25 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 ROOT = Path("/")
-# By version: what is used, what of it are files that nobody has used lately, and the limits; beyond
+# By version: usage, the part of it in files that nobody has used lately, and the limits; beyond
 # `high` everything waits for pages.
 _MEMORY = {
     1: ("memory.usage_in_bytes", "total_inactive_file", ("memory.limit_in_bytes",)),
     2: ("memory.current", "inactive_file", ("memory.max", "memory.high")),
 }
-_NONE = 1 << 60  # bytes: version 1 has no word for no limit, only the largest number of pages
+_NONE = 1 << 60  # bytes: version 1 shows no limit as the largest number of pages
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """The level of the hierarchy that leaves least memory.
+    """The level of the hierarchy that leaves the least memory.
 
     Args:
         folder: Where the kernel shows it.
         file: The file there that holds the limit.
-        limit: Bytes that it and all below it may have.
-        used: Bytes that they have, without cached files that nobody has used lately: these make
-            room.
+        limit: Bytes that it and all levels below may use.
+        used: Bytes that they use, without cached files that nobody has used lately, which the
+            kernel can reclaim.
     """
 
     folder: Path
@@ -44,26 +44,26 @@ class MemoryLimit:
 
     @property
     def free(self) -> int:
-        """Bytes; below 0 where a limit was lowered under what is used."""
+        """Bytes; below 0 if the limit was lowered below what is used."""
         return self.limit - self.used
 
 
 def memory_limit(root: Path = ROOT) -> MemoryLimit | None:
-    """The limit that leaves least; None where there is none."""
+    """The limit that leaves the least memory; None if there is none."""
     version, folders = _levels("memory", root)
     found = [limit for folder in folders for limit in _memory_limits(folder, version)]
     return min(found, key=lambda limit: limit.free, default=None)
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """Processors' time that may be used in each second, in seconds; None where that is free."""
+    """Processor time allowed per second, in seconds; None if unlimited."""
     version, folders = _levels("cpu", root)
     found = []
     for folder in folders:
         if version == 1:
             quota = _number(folder / "cpu.cfs_quota_us")
             period = _number(folder / "cpu.cfs_period_us")
-        else:  # such as `200000 100000`, or `max 100000`
+        else:  # for example `200000 100000`, or `max 100000`
             given, _, each = text_of(folder / "cpu.max").partition(" ")
             quota, period = (int(w) if w.strip().isdigit() else None for w in (given, each))
         if quota and period and quota > 0:
@@ -72,9 +72,9 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def oom_kills(root: Path = ROOT) -> int:
-    """How many processes the system has ended for want of memory.
+    """How many processes the system has killed because memory ran out.
 
-    Those of this process's group; all of the machine, where that is not told.
+    Counts this process's group; the whole machine if the group's count is unknown.
     """
     version, folders = _levels("memory", root)
     name = "memory.oom_control" if version == 1 else "memory.events"
@@ -89,8 +89,8 @@ def _memory_limits(folder: Path, version: int) -> Iterator[MemoryLimit]:
     if used is None:
         return
     limits = {file: _number(folder / file) for file in files}
-    # Of the levels above, too, which a container does not see. What they use it sees less. Only
-    # version 1 says so.
+    # This includes the levels above, which a container can't see; their usage it can't see either.
+    # Only version 1 has this.
     limits["memory.stat"] = stat.get("hierarchical_memory_limit")
     for file, limit in limits.items():
         if limit is not None and limit < _NONE:
@@ -98,7 +98,7 @@ def _memory_limits(folder: Path, version: int) -> Iterator[MemoryLimit]:
 
 
 def _levels(controller: str, root: Path) -> tuple[int, list[Path]]:
-    """The version of the controller's hierarchy, and this process's folders in it, from below."""
+    """The version of the controller's hierarchy, and this process's folders in it, bottom up."""
     version, group = 2, None
     for line in text_of(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -115,7 +115,7 @@ def _levels(controller: str, root: Path) -> tuple[int, list[Path]]:
         if group.is_relative_to(top) and ".." not in group.parts:
             below = group.relative_to(top)
             return version, [mounted / part for part in (below, *below.parents)]
-    # A namespace, or a mount of elsewhere, hides the way there: what is seen is what there is.
+    # A namespace, or a mount of another part, hides the way there: use what can be seen.
     return version, [mounted for _, mounted in mounts[:1]]
 
 
@@ -139,19 +139,19 @@ def _unescaped(path: str) -> str:
 
 
 def _counts(path: Path) -> dict[str, int]:
-    """What lines of a name and a number say."""
+    """The values of a file whose lines are a name and a number."""
     pairs = (line.split() for line in text_of(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None where it is not there, or says `max`."""
+    """A file's number; None if the file is missing, or says `max`."""
     text = text_of(path).strip()
     return int(text) if re.fullmatch(r"-?\d+", text) else None
 
 
 def text_of(path: Path) -> str:
-    """A file's text; empty where it can't be read."""
+    """A file's text; empty if it can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

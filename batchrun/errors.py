@@ -1,4 +1,4 @@
-"""Errors for a user to act on, and how others are quoted."""
+"""Errors that a user can act on, and how others are quoted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepFailed(Exception):  # noqa: N818 - says what has happened
     """The engine failed in an unforeseen way; the rows in it are suspects."""
 
 
-# Let these through where a tokenizer may raise anything: its panics are no `Exception` either.
+# Let these through where a tokenizer may raise anything: its panics aren't `Exception`s either.
 PROCESS_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 _SAID = 300  # characters of an error
 

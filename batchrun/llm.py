@@ -1,4 +1,4 @@
-"""A model in this process, for a loop in a notebook: prompts in, results out, nothing kept."""
+"""A model in this process, for loops in a notebook: prompts in, results out, nothing kept."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _log = logging.getLogger("batchrun").info
 
 
 class LLM:
-    """A model that is loaded once, and the engine of jobs around it. Close it to free its memory.
+    """A model, loaded once, in the engine that jobs use. Close it to free its memory.
 
     Args:
         model: Alias, folder, `.gguf` file or hub id.
         log: Called with each line that a user should see.
-        options: As `batchrun submit --help` names them, with underscores; those of sampling hold
-            where `generate` says nothing else.
+        options: As `batchrun submit --help` names them, with underscores; sampling options are
+            defaults for `generate`.
 
     Raises:
         OptionError: An option is unknown or has an invalid value.
@@ -61,14 +61,14 @@ class LLM:
         self._runtime: Assembly | None = open_runtime(self._spec, log)
 
     def generate(self, prompts: Prompt | Iterable[Prompt], **sampling: Any) -> list[Result]:
-        """The results of all prompts, in their order; of one that failed, `error` says why.
+        """The results of all prompts, in order; if one failed, its `error` says why.
 
         Args:
             prompts: One or more. Each is text, a chat (a list of messages), or a row (a dict),
-                whose columns mean what they mean in a file: `prompt` or `messages`, fields of a
-                template, its own sampling parameters. A table or DataFrame has a row each.
-            sampling: Sampling options, for these prompts. With `n` above 1 a prompt has as many
-                results one after the other, numbered by `row` and `sample`.
+                whose columns mean the same as in a file: `prompt` or `messages`, fields of a
+                template, its own sampling parameters. A table or DataFrame has a prompt per row.
+            sampling: Sampling options for these prompts. With `n` above 1 a prompt has that many
+                successive results, numbered by `row` and `sample`.
 
         Raises:
             OptionError: An option is unknown or has an invalid value.
@@ -90,14 +90,14 @@ class LLM:
             self._runtime = open_runtime(self._spec, self._log)
         try:
             found = _computed(spec, lines, self._runtime, self._log) if rows else []
-        except BaseException:  # rows are left in the engine, and none of the next may meet them
+        except BaseException:  # rows are left in the engine, where the next ones must not meet them
             self.close()
             raise
         answers = ResultReader(iter(found), spec.n, False, spec.keep, len(rows))
         return [result for row in range(len(rows)) for result in answers.take(row)]
 
     def _listed(self, prompts: Any) -> Iterable[Any]:
-        """Each prompt, of what may be one alone, or a column or table of them."""
+        """The prompts as a sequence, given one, several, or a column or table of them."""
         if hasattr(prompts, "to_pylist"):
             return list(prompts.to_pylist())
         table = table_of(prompts)
@@ -112,7 +112,7 @@ class LLM:
         return [found] if found and all(map(self._is_message, found)) else found
 
     def _is_message(self, item: object) -> bool:
-        """Whether it is a message of a chat, and no row that the job could read."""
+        """Whether it is a message of a chat, and not a row that the job could read."""
         if not isinstance(item, Mapping) or "role" not in item:
             return False
         column, template = self._spec.prompt.column, self._spec.prompt.template
@@ -156,7 +156,7 @@ class _Drive:
         return self._engine.load()[1] >= QUEUED_REQUESTS
 
     def put(self, item: Request | Result | CopiedResult | RowDigests) -> None:
-        """A request to compute, or a result in its place."""
+        """Take a request to compute, or a result instead of it."""
         if isinstance(item, Request):
             while self.full:
                 self.step()
@@ -168,12 +168,12 @@ class _Drive:
             self.put(of._replace(row=item.row, sample=item.sample))
 
     def close(self) -> None:
-        """There is no more: compute what is left."""
+        """Compute what is left; no more items come."""
         while self._engine.has_work:
             self.step()
 
     def step(self) -> None:
-        """Let the engine go one step on."""
+        """Run one step of the engine."""
         for completion in self._engine.step():
             request, result = completion.request, result_of(completion)
             self.put(result)
@@ -184,7 +184,7 @@ class _Drive:
 def _computed(
     spec: JobSpec, lines: bytes, bench: Assembly, log: Callable[[str], None]
 ) -> list[Result]:
-    """The results of rows, which are lines of JSON: read, planned and computed as a job's are."""
+    """The results of rows given as lines of JSON, read, planned and computed like a job's."""
     with tempfile.TemporaryDirectory(prefix="batchrun-") as place:
         path = Path(place, "rows.jsonl")
         path.write_bytes(lines)

@@ -20,19 +20,19 @@ from batchrun import cgroups
 from batchrun.errors import MachineError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_BEGIN_S = 30  # that a thread has to begin
+_BEGIN_S = 30  # time for a thread to begin
 OWN_THREADS = 5  # of a run: watchdog, lost threads, prompt limit, reader, journal
 THREADS_HINT = "raise the limit of processes (ulimit -u, or the container's pids.max)"
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux calls them; the last one on Arm
 
 
 def cpu_features() -> str:
-    """The processor's features as Linux lists them, in one line; empty where it lists none."""
+    """The processor's features as Linux lists them, in one line; empty if it lists none."""
     return _of_cpu("flags", "Features")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16."""
+    """Whether the processor has instructions to multiply bfloat16."""
     return not _BFLOAT16.isdisjoint(cpu_features().split())
 
 
@@ -42,7 +42,7 @@ def description() -> str:
 
 
 def cores(root: Path = cgroups.ROOT) -> int:
-    """Processors that this process may keep busy: by its affinity, and its groups' quota."""
+    """Number of processors this process may keep busy, by its affinity and its groups' quota."""
     allowed = len(os.sched_getaffinity(0))
     quota = cgroups.cpu_quota(root)
     return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
@@ -51,14 +51,14 @@ def cores(root: Path = cgroups.ROOT) -> int:
 def use_cores(root: Path = cgroups.ROOT) -> str | None:
     """Keep libraries from starting more threads than can run; call it before they are loaded.
 
-    Beyond a quota all of them stand still together for the rest of each period; beyond a limit of
-    processes OpenMP ends the process.
+    Beyond a CPU quota, all threads stall for the rest of each period; beyond a limit on processes,
+    OpenMP ends the process.
 
     Returns:
-        What a user should know, if anything.
+        A message for the user, if there is one.
 
     Raises:
-        MachineError: There is no room for one of them beside our own.
+        MachineError: Beside our own threads there is no room for even one more.
     """
     wanted = cores(root)
     room = startable_threads(wanted + OWN_THREADS) - OWN_THREADS
@@ -77,7 +77,7 @@ def use_cores(root: Path = cgroups.ROOT) -> str | None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Pause garbage collection while torch is imported: it finds nothing and costs a tenth."""
+    """Pause garbage collection while torch is imported: it finds nothing and takes a tenth."""
     gc.disable()
     try:
         yield
@@ -87,7 +87,7 @@ def importing() -> Iterator[None]:
 
 
 def startable_threads(most: int) -> int:
-    """How many threads can be started beside those that there are; stops at `most`."""
+    """How many more threads can be started; stops at `most`."""
     ended = threading.Event()
     started: list[threading.Thread] = []
     try:
@@ -120,7 +120,7 @@ def start(*threads: threading.Thread) -> None:
 
 
 def available_memory(root: Path = cgroups.ROOT) -> int:
-    """Bytes that can still be had without swapping: of the machine, or of this control group."""
+    """Bytes still available without swapping, on the machine or in this control group."""
     available = proc_bytes(root / "proc/meminfo", "MemAvailable")
     if available is None:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -129,15 +129,15 @@ def available_memory(root: Path = cgroups.ROOT) -> int:
 
 
 def end_with_lost_threads(end: Callable[[str], None]) -> None:
-    """Have `end` called where a thread dies before its first line, for want of memory.
+    """Have `end` called if a thread dies before its first line because memory ran out.
 
-    Who starts such a thread, in whatever library, waits for ever for a sign that it runs. `end` is
-    told what has happened, in a thread of its own, and expected to end the process.
+    The code that starts such a thread, in any library, waits forever for a sign that it runs. `end`
+    is called in a thread of its own with what happened, and must end the process.
 
     Raises:
         MachineError: That thread can't be started.
     """
-    # What has no memory for its first line of Python has none for a hook in Python: this is C.
+    # Without memory for a first line of Python there is none for a Python hook: `put` is C.
     told: SimpleQueue[sys.UnraisableHookArgs] = SimpleQueue()
     begun = threading.Event()
 
@@ -152,8 +152,8 @@ def end_with_lost_threads(end: Callable[[str], None]) -> None:
                 if getattr(found.object, "__func__", None) is threading.Thread._bootstrap:  # type: ignore[attr-defined]
                     end(f"a thread could not begin: {found.exc_type.__name__}")
                 del found
-            # Where a library audits what Python does, as filelock does from 3.12 on, no hook is
-            # called. Threads that have been started and have not begun are in limbo.
+            # If a library audits what Python does, as filelock does from 3.12 on, no hook is
+            # called. Threads that were started but have not begun are in limbo.
             limbo = list(getattr(threading, "_limbo", ()))
             waited = {thread: waited.get(thread, 0) + 1 for thread in limbo}
             if max(waited.values(), default=0) > _BEGIN_S:
@@ -169,39 +169,39 @@ def end_with_lost_threads(end: Callable[[str], None]) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of the whole machine, and those that this process can still have."""
+    """Bytes of memory of the whole machine, and those still available to this process."""
     total = proc_bytes(Path("/proc/meminfo"), "MemTotal")
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {"total": total or pages, "available": available_memory()}
 
 
 def rss() -> int:
-    """Bytes of memory that this process has now; 0 where the kernel does not say."""
+    """Bytes of memory that this process has now; 0 if the kernel does not say."""
     return proc_bytes(Path("/proc/self/status"), "VmRSS") or 0
 
 
 def peak_rss() -> int:
-    """Bytes of memory that this process had at most."""
+    """The most bytes of memory that this process has had."""
     own = proc_bytes(Path("/proc/self/status"), "VmHWM")
     return own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # its parent's too
 
 
 def return_freed_memory() -> None:
-    """Have the C library give large blocks back to the kernel when they are freed."""
+    """Have the C library return large freed blocks to the kernel."""
     _tune_heap(128 << 10, 128 << 10)
 
 
 def keep_freed_memory() -> None:
-    """Have it keep them, but for those that are free now.
+    """Have the C library keep freed blocks, except those that are free now.
 
-    What each step allocates and frees would otherwise be made and zeroed by the kernel page by
-    page, every time (benchmarks/README.md).
+    Otherwise the kernel would create and zero each step's allocations page by page, every time
+    (benchmarks/README.md).
     """
     _tune_heap(128 << 20, 256 << 20)
 
 
 def _tune_heap(mapped: int, trimmed: int) -> None:
-    """Set from which size on blocks get a mapping, and free memory at the heap's end goes back."""
+    """Set the sizes from which blocks get a mapping, and the heap's free end goes back."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.malloc_trim(0)
@@ -210,7 +210,7 @@ def _tune_heap(mapped: int, trimmed: int) -> None:
 
 
 def proc_bytes(path: Path, name: str) -> int | None:
-    """Bytes that a file says behind a name, in kB; None where it does not."""
+    """The bytes that a file states, in kB, after a name; None if it does not."""
     found = _line(path, name)
     return int(found.split()[0]) * 1024 if found else None
 
@@ -220,9 +220,9 @@ def _of_cpu(*names: str) -> str:
 
 
 def _line(path: Path, *names: str) -> str:
-    """What the first line that begins with one of the names says behind its colon, or nothing.
+    """The text after the colon of the first line that begins with one of the names, or "".
 
-    Nothing, too, where there is no such file: a container may come without /proc.
+    Also "" if there is no such file: a container may lack /proc.
     """
     lines = cgroups.text_of(path).splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")

@@ -1,4 +1,4 @@
-"""From options to a checked `JobSpec`: what is bound to fail fails here.
+"""From options to a checked `JobSpec`: whatever is bound to fail fails here.
 
 Callers give options by their Python names, and `OptionError` uses these names.
 """
@@ -39,20 +39,20 @@ OPTIONS = {
     # The names are the engine's.
     "attention": replace(spec.OPTIONS["attention"], kind=one_of("auto", *attention.NAMES)),
 }
-PIPE = "-"  # as an output: what is handed out in the end
+PIPE = "-"  # as an output: stdout
 T = TypeVar("T")
 Log = Callable[[str], None]
 
 
 def read_options(given: Mapping[str, Any], *sections: str) -> dict[str, Any]:
-    """All options by name: what was given, converted, and defaults for the others.
+    """All options by name: the given values, converted, and defaults for the others.
 
     Args:
         given: Values by name.
-        sections: Only options of these can be given; all by default.
+        sections: Accept only options of these; default: all.
 
     Raises:
-        OptionError: One is not known, means nothing here, or can't have that value.
+        OptionError: One is unknown, means nothing here, or has an invalid value.
     """
     for name in given:
         if name not in OPTIONS:
@@ -78,11 +78,11 @@ def make_spec(
 ) -> JobSpec:
     """Check every option against the inputs, the destination and the model.
 
-    Converts or downloads the model if that has not been done yet, which `log` is told. What is read
-    of the inputs `noted` is told.
+    Converts or downloads the model if necessary, and tells `log`. `noted` is told what is read of
+    the inputs.
 
     Raises:
-        OptionError: An option has a value that it cannot have.
+        OptionError: An option has an invalid value.
         JobError: An input cannot be read, a column is missing, the output cannot be written.
         ModelError: The model cannot be used.
     """
@@ -127,14 +127,14 @@ def modelless_spec(
         keep=keep,
         limit=options["limit"],
         output=output,
-        # Columns are noted for whoever looks at the job.
+        # The columns are noted for people who look at the job.
         runtime=replace(part_of(RuntimeSpec, options), param_columns=own),
     )
     return spec, bool(are_chats(prompt, source))
 
 
 def with_model(spec: JobSpec, home: Path, log: Log, *, chats: bool = False) -> JobSpec:
-    """A job whose model is ready to load: converted or downloaded, which `log` is told.
+    """A job whose model is ready to load; converts or downloads it if necessary.
 
     Args:
         spec: The job; its model is only named.
@@ -143,9 +143,9 @@ def with_model(spec: JobSpec, home: Path, log: Log, *, chats: bool = False) -> J
         chats: Whether its prompts are chats for certain.
 
     Raises:
-        ModelError: The model, or the device, can't be used. It has no chat template, or one that
-            does not read what the job says to it; what only loading the tokenizer would tell is
-            left to the run.
+        ModelError: The model or the device can't be used, or the model has no chat template, or
+            one that does not read the job's template arguments. Checks that need the tokenizer
+            are left to the run.
     """
     if spec.runtime.device.startswith("cuda"):
         from batchrun.engine.settings import choose_device  # noqa: PLC0415 - imports torch
@@ -168,10 +168,10 @@ def with_model(spec: JobSpec, home: Path, log: Log, *, chats: bool = False) -> J
 
 
 def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
-    """The sampling parameters that were given; what was not is the model's or batchrun's default.
+    """The given sampling parameters; others have the model's or batchrun's defaults.
 
     Raises:
-        OptionError: A value is out of range, or two can't be together.
+        OptionError: A value is out of range, or two can't be combined.
     """
     sampling, best_of, n = part_of(SamplingSpec, options), options["best_of"], options["n"]
     if not -(2**63) <= options["seed"] < 2**63:
@@ -183,7 +183,7 @@ def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
     beams = (sampling.num_beams or 1) > 1
     for name in ("length_penalty", "early_stopping"):
         if options[name] is not None and not beams:
-            raise OptionError(f"{{{name}}} is of beam search: add {{num_beams}}")
+            raise OptionError(f"{{{name}}} is for beam search: add {{num_beams}}")
     if beams:
         for name in ("best_of", "n"):
             if (options[name] or 1) > 1:
@@ -206,10 +206,10 @@ def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
 
 
 def output_to(path: str, output: OutputSpec = OutputSpec()) -> OutputSpec:  # noqa: B008 - frozen
-    """Where the output goes and in which format, which the name's suffix says.
+    """Where the output goes, and in which format, by the name's suffix.
 
     Raises:
-        OutputError: The suffix says nothing.
+        OutputError: The suffix implies no known format.
     """
     destination = Path(path).expanduser().absolute()
     return replace(output, path=str(destination), format=output_format(destination))
@@ -222,7 +222,7 @@ def _default_output(first: Path, input_format: str) -> str:
 
 
 def to_stdout(input_format: str, output: OutputSpec = OutputSpec()) -> OutputSpec:  # noqa: B008
-    """Settings of an output that lies in the job's folder until it is handed out."""
+    """Settings of an output for stdout, kept in the job's folder until the end."""
     kind = FORMATS[FORMATS[input_format].stdout]
     return replace(output, path=f"output{kind.suffixes[0]}", format=kind.name, stdout=True)
 
@@ -242,7 +242,7 @@ def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
 def _prompt(
     options: Mapping[str, Any], fields: Sequence[str] | None, source: Source, log: Log
 ) -> PromptSpec:
-    """How a row becomes a prompt. A `messages` column is used where there is no `prompt`."""
+    """How a row becomes a prompt. Uses a `messages` column if there is no `prompt`."""
 
     def needed(names: Sequence[str]) -> list[str]:
         if fields is not None:
@@ -281,9 +281,9 @@ def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputErro
 def _own_columns(
     prompt: PromptSpec, sampling: SamplingSpec, limit: int | None, source: Source, log: Log
 ) -> tuple[str, ...]:
-    """The columns with which rows set their own parameters; they are logged.
+    """The columns with which rows set their own parameters; logs them.
 
-    These are sampling parameters, and arguments for the chat template.
+    These are sampling parameters and arguments for the chat template.
     """
     if prompt.ignore_param_columns:
         return ()

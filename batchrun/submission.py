@@ -1,4 +1,4 @@
-"""From a specification to a job that runs: its folder is made, its supervisor started."""
+"""From a specification to a running job: makes its folder and starts its supervisor."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from batchrun.runner.live import forget_progress
 def kept_input(
     root: Path, what: str, write: Callable[[BinaryIO], None], kind: Callable[[Path], str]
 ) -> Iterator[Path]:
-    """Keep rows that are in no file yet: in a file that a job may move into its folder.
+    """Keep rows that are not in a file yet in one that a job may move into its folder.
 
-    Otherwise it goes when the block ends.
+    If no job does, it is removed when the block ends.
 
     Args:
-        root: What `home()` says.
+        root: What `home()` returns.
         what: What the rows are, for messages.
         write: Writes them.
         kind: Returns the suffix for what was written.
@@ -42,7 +42,7 @@ def kept_input(
         OutputError: They can't be kept.
     """
     folder = root / "jobs"
-    with _room(folder, what), one_at_a_time(root):  # nobody sweeps it away before it is locked
+    with _room(folder, what), one_at_a_time(root):  # so that no sweep removes it before the lock
         handle, name = tempfile.mkstemp(prefix=".stdin-", suffix=".tmp", dir=folder)
         fcntl.flock(handle, fcntl.LOCK_EX)
     path = Path(name)
@@ -51,7 +51,7 @@ def kept_input(
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        # Its name is that of the job, and its suffix says how to read it.
+        # The job is named after it, and its suffix says how to read it.
         path = path.rename(path.with_name(f"{path.stem}{kind(path)}"))
         yield path
     finally:
@@ -60,10 +60,10 @@ def kept_input(
 
 
 def as_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Rows as lines of JSON; values that JSON lacks, such as times, become what they do from Arrow.
+    """Rows as lines of JSON; values that JSON lacks, such as times, are converted as from Arrow.
 
     Raises:
-        InputError: A row is no dict, or has a value that can't be written as JSON.
+        InputError: A row is not a dict, or has a value that can't be written as JSON.
     """
     lines = []
     for number, row in enumerate(rows, 1):
@@ -83,10 +83,10 @@ def _jsonable(value: object) -> Any:
 
 
 def table_of(data: object) -> pa.Table | None:
-    """A table or DataFrame of any library that speaks Arrow; None where it is none.
+    """A table or DataFrame of any library that speaks Arrow; None for anything else.
 
     Raises:
-        InputError: It is no table, but one column, say.
+        InputError: It is not a table but, say, a single column.
     """
     if isinstance(data, pa.Table):
         return data
@@ -106,13 +106,13 @@ def _room(folder: Path, what: str) -> AbstractContextManager[None]:
 def submit(
     root: Path, spec: JobSpec, own: Path | None = None, *, again: bool = False
 ) -> supervisor.Started:
-    """Make a job and start it; nobody else submits or resumes one meanwhile.
+    """Make a job and start it, while nobody else submits or resumes one.
 
     Args:
-        root: What `home()` says.
+        root: What `home()` returns.
         spec: The job.
         own: An input to move into its folder.
-        again: Even if another job does the same work.
+        again: Do so even if another job does the same work.
 
     Raises:
         JobError: Another job does the same work, or has the destination; or it can't be made.
@@ -136,20 +136,20 @@ def resume(
     """Start a job that was stopped; see `batchrun.jobs.output.destination.resuming`.
 
     Args:
-        root: What `home()` says.
+        root: What `home()` returns.
         job: The job.
         retry_failed: Do the failed rows again.
         output: Another file for its output, from now on.
         overwrite: Replace what is there.
-        limits: How it is to run from now on, by names of options; None says nothing.
-        tell: Told what was damaged, and how much is to do again, by the job's name.
+        limits: New limits from now on, by option name; None changes nothing.
+        tell: Told what was damaged, and how much will be done again, with the job's name.
 
     Raises:
-        OptionError: A limit is none, or can't have that value.
-        JobError: It runs, can't go on, or can't have its output.
+        OptionError: An option is not a limit, or has an invalid value.
+        JobError: It is running, can't go on, or can't have its output.
     """
     if unknown := limits.keys() - set(LIMIT_NAMES):
-        raise OptionError("{} can't be told a job anew", min(unknown))
+        raise OptionError("{} can't be changed when a job is resumed", min(unknown))
     told = {name: OPTIONS[name].read(v) for name, v in limits.items() if v is not None}
     path = Path(output).expanduser().absolute() if output else None
 
@@ -158,19 +158,19 @@ def resume(
 
     with resuming(root, job, path, overwrite=overwrite, limits=told, tell=say):
         if retry_failed:
-            say(f"{job.retry_failed():,} failed results are to do again")
+            say(f"{job.retry_failed():,} failed results will be done again")
         return _start(job)
 
 
 def _start(job: JobFolder) -> supervisor.Started:
-    with Lease(job.path) as lease:  # refused at once, by name of who has it
+    with Lease(job.path) as lease:  # refuses at once, and names the holder
         forget_progress(job.path)
         job.set_state("queued")
         return supervisor.start(job, lease)
 
 
 def check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
-    """Refuse what another job does, or whose destination is another job's by now.
+    """Refuse a job whose work, or destination, is another job's.
 
     Raises:
         JobError: The message says which job.
@@ -184,11 +184,11 @@ def check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
             f"{'?' if now.total is None else format(now.total, ',')} rows done"
             + (f", {now.failed:,} of them failed" if now.failed else ""),
             hint=f"batchrun resume {same.id}{only_failed}{_told_limits(spec, same)}, or submit "
-            "with --again to begin anew",
+            "with --again to start over",
         )
     if not spec.output.stdout:
         check_apart(root, Path(spec.output.path), spec.input_paths)
-        # It may be there by now.
+        # The output may exist by now.
         OUTPUTS.check(Path(spec.output.path), overwrite=spec.output.overwrite)
 
 

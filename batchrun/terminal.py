@@ -1,8 +1,8 @@
-"""The one gate through which text leaves for a terminal.
+"""The one gate through which all text goes to a terminal.
 
-Column names, file names, prompts, errors of libraries: any of it may hold what moves the cursor,
-turns text around, or begins a line that looks like one of ours. Text is given to the gate by lines,
-and each stays one line of visible characters, whatever is in it. Data (`--output -`) does not pass.
+Column names, file names, prompts, library errors: any of them may hold text that moves the cursor,
+reverses text, or fakes a line of ours. Text enters the gate line by line, and each line leaves as
+one line of visible characters, whatever is in it. Data (`--output -`) bypass the gate.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, TextIO
 
 MESSAGE = 2000  # characters of a line that is read as a message
 
-# Controls, line separators, halves of surrogate pairs, what is invisible, and what turns text
-# around (Boucher and Anderson, "Trojan Source", 2021). Joiners stay between characters beyond
-# ASCII: emoji and several scripts need them.
+# Controls, line separators, lone surrogates, invisible characters, and those that reverse text
+# (Boucher and Anderson, "Trojan Source", 2021). Joiners stay between non-ASCII characters: emoji
+# and several scripts need them.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff"
     "\uffa0\ufff9-\ufffb\ud800-\udfff\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
@@ -28,11 +28,11 @@ _UNSAFE = re.compile(
 
 
 def printable(text: object, limit: int | None = None) -> str:
-    """Text as one line in which all is visible: what is not is escaped as Python would.
+    """Text as one line of visible characters, others escaped as in Python.
 
     Args:
-        text: Any text, or what becomes it by `str`.
-        limit: Characters; of longer text the middle is left out.
+        text: Any text, or an object to convert by `str`.
+        limit: Maximum number of characters; longer text loses its middle.
     """
     text = str(text)
     if limit is not None and len(text) > limit:
@@ -49,14 +49,14 @@ def say(
     write: Callable[..., object] = print,
     limit: int | None = None,
 ) -> None:
-    """Print lines, each of which stays one.
+    """Print lines, each of which stays one line.
 
     Args:
         lines: The lines.
         err: To stderr instead of stdout.
         stream: To another stream.
         write: Prints a line, as `print` does.
-        limit: As of `printable`.
+        limit: See `printable`.
     """
     stream = stream or (sys.stderr if err else sys.stdout)
     if stream is None:  # closed before the process began
@@ -69,18 +69,18 @@ def say(
 
 
 def tell(*lines: str) -> None:
-    """Print lines that are no answer: messages and errors, on stderr."""
+    """Print messages and errors to stderr."""
     say(*lines, err=True, limit=MESSAGE)
 
 
 def say_json(value: Any, indent: int | None = 2) -> None:
-    """Print a value as JSON, which has an escape for all that is not ASCII."""
+    """Print a value as JSON, with everything beyond ASCII escaped."""
     text = json.dumps(value, indent=indent).replace("\x7f", r"\u007f")
     say(*text.split("\n"))
 
 
 def guard_libraries() -> None:
-    """Let what libraries warn of and log pass the gate too: it may quote a model's files."""
+    """Send libraries' warnings and logs through the gate too: they may quote a model's files."""
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _warning
 

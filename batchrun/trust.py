@@ -1,4 +1,4 @@
-"""Whether anybody else could have changed the files on disk that are run or relied on."""
+"""Whether anybody else could have changed files on disk that are run or relied on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 
 def who_else(path: Path) -> str | None:
-    """Why somebody but this user and root could have put there, or could change, what is there.
+    """Why somebody other than this user and root could have created or could change a path.
 
     Args:
-        path: A file or folder that is there, without links on the way: see `os.path.realpath`.
+        path: An existing file or folder, without links on the way: see `os.path.realpath`.
 
     Returns:
         One line that names the file or folder; None where nobody could.
 
     Raises:
-        OSError: It can't be looked at.
+        OSError: It can't be inspected.
     """
     me, shut = os.geteuid(), False
     for place in (*reversed(path.parents), path):
@@ -38,7 +38,7 @@ def others_write(folder: Path) -> bool:
     """Whether others can write a folder that is not shared with a group by its setgid bit."""
     try:
         found = folder.stat()
-    except OSError:  # it is not there yet, or nobody may look
+    except OSError:  # it doesn't exist yet, or may not be inspected
         return False
     if found.st_mode & stat.S_ISGID:
         return bool(found.st_mode & stat.S_IWOTH)
@@ -47,7 +47,7 @@ def others_write(folder: Path) -> bool:
 
 def _others_write(found: os.stat_result) -> bool:
     if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX:
-        return False  # they can add names there, and neither take nor replace one
+        return False  # others can add names there, but not remove or replace any
     writers = found.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
     return bool(writers & stat.S_IWOTH) or bool(writers and not _is_mine_alone(found.st_gid))
 

@@ -1,6 +1,6 @@
-"""Ends a job: its processes are asked to, and killed where they do not.
+"""Ends a job: asks its processes to stop, and kills those that don't.
 
-Whatever they hang in, and whichever of them is left. The kernel says who they are (`holders`).
+This works whatever they hang in and whichever is left. The kernel says who they are (`holders`).
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from batchrun.jobs.holders import Process, holders, send
 from batchrun.jobs.lease import LOCK, Lease, held_by, holder
 from batchrun.jobs.snapshot import FINISHED, WAITING, JobSnapshot
 
-ASK_S = 6.0  # for a run to end by itself, the tokens of begun rows kept
-KILL_S = 3.0  # for the kernel to end what is killed
+ASK_S = 6.0  # for a run to end by itself and keep the tokens of unfinished rows
+KILL_S = 3.0  # for the kernel to end what was killed
 _POLL_S = 0.05
-_UNSEEN = 10  # looks in a row that find the lock held, and by nobody who can be seen
+_UNSEEN = 10  # consecutive looks that find the lock held, but no holder
 
 
 def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
-    """End a job that runs or waits, and return how it went, for its user to read.
+    """End a running or queued job, and return a sentence for the user on how it went.
 
-    What is journalled is kept. On return no process has the job, and it is cancelled, unless it
-    came to its end first.
+    Journalled results are kept. On return no process holds the job, and it is cancelled unless it
+    finished first.
 
     Args:
         job: The job.
-        ask_s: Seconds that it gets to end by itself; then it is killed.
-        kill_s: Seconds to wait for that.
+        ask_s: Seconds it gets to end by itself before it is killed.
+        kill_s: Seconds to wait after the kill.
 
     Raises:
-        JobError: It does not run, or its processes can't be ended from here, or not now.
+        JobError: It isn't running, or its processes can't be ended from here, or not now.
     """
     noted = JobSnapshot.load(job.path)
     if held_by(job.path) is None:
@@ -47,13 +47,13 @@ def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
     asked: set[Process] = set()
 
     def ask(found: Sequence[Process]) -> None:
-        for process in found[:1]:  # the supervisor, which passes it on, or what it left
+        for process in found[:1]:  # the supervisor, which passes it on, or what it left behind
             if process not in asked:
                 asked.add(process)
                 with suppress(OSError):  # a full disk must not keep a job alive
                     job.request_cancel()
                 _send(job, process, signal.SIGTERM, signal.SIGCONT)
-        for process in found:  # who is stopped can't hear
+        for process in found:  # a stopped process can't handle the signal
             if process.state() == "T":
                 _send(job, process, signal.SIGCONT)
 
@@ -67,21 +67,21 @@ def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
         if not _ended(job, kill_s, kill):
             raise _left(job)
     state = "cancelled"
-    with suppress(JobError):  # it is damaged
+    with suppress(JobError):  # the job is damaged
         state = job.state()
     if state not in (*FINISHED, "failed"):
         state = "cancelled"
-        with suppress(JobError, OSError), Lease(job.path):  # someone goes on with it; a full disk
+        with suppress(JobError, OSError), Lease(job.path):  # someone resumed it; the disk is full
             job.set_state(state, killed)
-    kept = f": {killed}; results that were journalled are kept" if killed else ""
+    kept = f": {killed}; journalled results are kept" if killed else ""
     return f"{job.id} is {state}{kept}"
 
 
 def _ended(job: JobFolder, seconds: float, act: Callable[[Sequence[Process]], None]) -> bool:
-    """Act until nobody has the job; whether that came about in time.
+    """Act until nobody holds the job; return whether that happened in time.
 
     Raises:
-        JobError: Who has it can't be seen.
+        JobError: Its holder can't be seen.
     """
     deadline = time.monotonic() + seconds
     unseen = 0
@@ -114,11 +114,11 @@ def _unreachable(job: JobFolder) -> JobError:
 
 
 def _left(job: JobFolder) -> JobError:
-    """What is left of a job that was killed."""
+    """The error for a job that was killed and has not ended."""
     left = holders(job.path / LOCK)
     names = ", ".join(f"process {one.pid} (state {one.state()})" for one in left)
     return JobError(
-        f"the job {job.id} was killed, and has not ended: {names or holder(job.path)}",
+        f"the job {job.id} was killed but has not ended: {names or holder(job.path)}",
         hint="state D is a wait inside the kernel, mostly for a disk or a device: the process ends "
-        "when that answers, or with the machine; results that were journalled are kept",
+        "when that answers, or when the machine restarts; journalled results are kept",
     )

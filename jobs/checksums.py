@@ -1,4 +1,4 @@
-"""Checksums of what lies on disk for long: a bit that flipped there is found before it is used."""
+"""Checksums of long-lived data on disk: a flipped bit is found before it is used."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
-_FIELD = "checksum"  # of a JSON object, of all its other fields
-_MARSHAL = 2  # the format of integers, floats, text and bytes by type; the same since Python 2.5
+_FIELD = "checksum"  # in a JSON object, over all its other fields
+_MARSHAL = 2  # typed integers, floats, text and bytes; the same format since Python 2.5
 
 
 def checksum(values: tuple[Any, ...]) -> int:
-    """CRC-32 of a record's values, of their types and of their order.
+    """CRC-32 of a record's values, their types and their order.
 
     Args:
-        values: Integers, floats, text, bytes and None, as SQLite gives them back: a column of reals
-            has no integers, and no NaN.
+        values: Integers, floats, text, bytes and None, as SQLite returns them: a column of reals
+            has no integers and no NaN.
     """
     return crc32(marshal.dumps(values, _MARSHAL))
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with the checksum of its content, whatever its layout in a file."""
+    """A JSON object with a checksum of its content, independent of its layout in a file."""
     return {**value, _FIELD: _of_json(json.loads(json.dumps(value)))}
 
 
@@ -31,16 +31,16 @@ def unsealed(data: bytes | str) -> dict[str, Any]:
     """The JSON object that `sealed` made, without its checksum.
 
     Raises:
-        ValueError: It is none, or its content is not what it was.
+        ValueError: It is not a JSON object, or its content has changed.
     """
     try:
         value = json.loads(data)
         if not isinstance(value, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         if _FIELD not in value:
             raise ValueError("it has no checksum")
         if value.pop(_FIELD) != _of_json(value):
-            raise ValueError("its checksum is not that of its content")
+            raise ValueError("its checksum does not match its content")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value

@@ -1,4 +1,4 @@
-"""What a user can cause. Library code raises these; the command line prints them."""
+"""Errors that a user can cause. Library code raises them; the command line prints them."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ class JobError(UserError):
 
 
 class OptionError(JobError):
-    """An option is not known, or has a value that it cannot have.
+    """An option is unknown or has an invalid value.
 
     Args:
-        message: With `{name}` where an option is meant, and `{}` for each of `values`.
-        values: What a user said.
+        message: Has `{name}` for each option that it mentions, and `{}` for each of `values`.
+        values: What the user passed.
     """
 
     def __init__(self, message: str, *values: object) -> None:
@@ -28,7 +28,7 @@ class OptionError(JobError):
         return self.spelled(str)
 
     def spelled(self, spell: Callable[[str], str]) -> str:
-        """The message with the names of options as `spell` writes them."""
+        """The message with option names spelled by `spell`."""
         message, *values = self.args
         names = {name for _, name, _, _ in Formatter().parse(message) if name}
         return str(message).format(*values, **{name: spell(name) for name in names})
@@ -43,55 +43,55 @@ class OutputError(JobError):
 
 
 class OutputTaken(OutputError):  # noqa: N818 - a state of the file, not a failure of it
-    """What an output would replace is another job's, or something that nobody said may go."""
+    """The output would replace another job's file, or one that it may not overwrite."""
 
 
 class JournalError(JobError):
-    """A journal is damaged, of a newer version, or would lose a result."""
+    """A journal is damaged, has a newer version, or would lose a result."""
 
 
 class Fenced(JournalError):  # noqa: N818 - a state of the job, not a failure of it
-    """Another worker took the job over: what this one has may no longer be written."""
+    """Another worker took over the job: this one may no longer write its results."""
 
 
 class LeaseHeld(JobError):  # noqa: N818 - likewise
-    """Another worker has the job."""
+    """Another worker holds the job."""
 
 
 class SpecChanged(JobError):  # noqa: N818 - likewise
-    """A job would go on with other work than it was submitted with."""
+    """A job would continue with work other than what was submitted."""
 
 
 def input_changed(what: str) -> SpecChanged:
-    """The error for an input that is found to have changed since it was read."""
+    """The error for an input that has changed since it was read."""
     return SpecChanged(
-        f"{what}: it was changed meanwhile; the results are safe in the job",
+        f"{what}: it changed in the meantime; the results are safe in the job",
         hint="restore the input, then: batchrun resume",
     )
 
 
 class SpecDamaged(JobError):  # noqa: N818 - likewise
-    """What a job was submitted with can't be read any more."""
+    """A job's specification can no longer be read."""
 
 
 class JobNotFound(JobError):  # noqa: N818 - likewise
-    """No job of that name."""
+    """No job has that name."""
 
 
-# What file systems say that have no locks, such as NFS without its lock daemon, and some of FUSE.
+# Errors of file systems without locks, such as NFS without its lock daemon, and some FUSE ones.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 ROOM = "make room there, or set BATCHRUN_HOME to a folder that can be written"
 LOCAL_DISK = "set BATCHRUN_HOME to a folder on a disk of this machine"
 
 
 def no_locks(error: OSError) -> bool:
-    """Whether this error of a lock says that its file system has none."""
+    """Whether this locking error says that the file system has no locks."""
     return error.errno in _NO_LOCKS
 
 
 @contextmanager
 def refused(kind: type[JobError], what: str, hint: str) -> Iterator[None]:
-    """The system's refusals within are errors for a user: what is refused, the cause, a hint."""
+    """Turn an OSError in the block into a user's error: what was refused, the cause, a hint."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, and who may read them.
 
-What is kept for a job is its user's alone from the moment it is made. A folder with the setgid bit
-is shared with its group on purpose: what is made in it is as open to the group as the folder is.
+A job's files are private to its user from the moment they are created. A folder with the setgid bit
+is shared with its group on purpose: files created in it are as open to the group as the folder.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from batchrun.jobs.checksums import sealed, unsealed
 from batchrun.jobs.errors import OutputError
 
 _ACCESS_LIST = "system.posix_acl_access"
-_SPARE_BYTES = 8 << 20  # of a disk, in which a run that ends for want of room can say so
-# What file systems without hard links say when asked for one.
+_SPARE_BYTES = 8 << 20  # kept free on a disk, so that a run that fills it can still say so
+# Errors of file systems without hard links.
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
-# And those that can't sync a directory alone, when asked for it.
+# Errors of file systems that can't sync a single directory.
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}
 
-Identity = list[int]  # inode, size, time of the last change: what JSON can hold
+Identity = list[int]  # inode, size, modification time; a list, for JSON
 MayReplace = Callable[[Identity], bool]
 
 
 def identity_of(stat: os.stat_result) -> Identity:
-    """What tells a file from any other that takes its place."""
-    # Not the device: its number may change when the machine starts again.
+    """What distinguishes a file from any other that takes its place."""
+    # Not the device: its number may change at a reboot.
     return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
 def fsync_directory(path: Path) -> None:
-    """Make names created, renamed or removed in a directory durable."""
+    """Make created, renamed or removed names in a directory durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -55,7 +55,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def _sync_file_system(handle: int) -> None:
-    """Make all of a file system durable, names included: see syncfs(2)."""
+    """Make a whole file system durable, names included: see syncfs(2)."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.syncfs(handle):
         number = ctypes.get_errno()
@@ -63,44 +63,44 @@ def _sync_file_system(handle: int) -> None:
 
 
 def current_umask() -> int:
-    """The process's umask; setting it to read it closes other threads' files for a moment."""
+    """The process's umask, from /proc: reading it by setting it affects other threads' files."""
     with suppress(OSError, StopIteration), open("/proc/self/status", "rb") as status:
         return next(int(line[6:], 8) for line in status if line.startswith(b"Umask:"))
-    umask = os.umask(0o077)  # a container may come without /proc
+    umask = os.umask(0o077)  # a container may lack /proc
     os.umask(umask)
     return umask
 
 
 def private_mode(folder: Path) -> int:
-    """The mode of a folder in this one, of a file with `& 0o666`; the umask still counts."""
+    """The mode for a new folder in this one; `& 0o666` for a file. The umask still applies."""
     mode = os.stat(folder).st_mode
     return 0o700 | (mode & 0o2070 if mode & stat.S_ISGID else 0)
 
 
 def open_private(path: str | Path, flags: int) -> int:
-    """`os.open` that makes the file private if it makes it; also the `opener` of `open`."""
+    """`os.open` that makes a file it creates private; also an `opener` for `open`."""
     mode = private_mode(Path(path).parent) & 0o666
     return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, mode)
 
 
 def close_to_others(folder: Path) -> None:
-    """Make a folder private that is there already, unless it is shared, a link, or not ours."""
+    """Make an existing folder private, unless it is shared, a link, or not ours."""
     found = os.lstat(folder)
     mode = stat.S_IMODE(found.st_mode)
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
     if ours and mode & 0o077 and not mode & stat.S_ISGID:
-        with suppress(OSError):  # a disk that can only be read
+        with suppress(OSError):  # a read-only disk
             folder.chmod(mode & 0o700)
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder and those above it that are missing; private, and durable on return."""
+    """Make a folder and its missing parents; private, and durable on return."""
     missing = [p for p in (path, *path.parents) if not os.path.exists(p)]
     for folder in reversed(missing):
         folder.mkdir(private_mode(folder.parent), exist_ok=True)
         try:
             fsync_directory(folder.parent)
-        except OSError:  # the next one would believe that its name is on disk
+        except OSError:  # the next call would take its name to be on disk
             with suppress(OSError):
                 folder.rmdir()
             raise
@@ -116,11 +116,11 @@ def remove(path: Path) -> None:
 
 
 class Disk(NamedTuple):
-    """Where files lie, as it is now.
+    """A disk, as it is now.
 
     Args:
-        path: A folder of it.
-        name: Tells it from others.
+        path: A folder on it.
+        name: Its device number, which identifies it.
         size: In bytes.
         free: Bytes that can still be written.
     """
@@ -132,7 +132,7 @@ class Disk(NamedTuple):
 
 
 def disk_of(path: Path) -> Disk:
-    """The disk where a path is, or would be."""
+    """The disk that a path is on, or would be on."""
     path = path.absolute()
     there = next(p for p in (path, *path.parents) if os.path.exists(p))
     found = os.statvfs(there)
@@ -141,14 +141,14 @@ def disk_of(path: Path) -> Disk:
 
 
 def check_room(*needs: tuple[Disk, int]) -> None:
-    """Refuse what won't fit, while there still is room to say so.
+    """Refuse what won't fit, while there is still room to say so.
 
     Args:
-        needs: Disks, and the bytes that something will take there. On top of them 8 MiB of a disk
+        needs: Disks, and the bytes that something will take on each. In addition 8 MiB of a disk
             stay free, or a sixteenth of a small one.
 
     Raises:
-        OutputError: A disk has less.
+        OutputError: A disk has less free space.
     """
     wanted: dict[int, int] = {}
     for disk, needed in needs:
@@ -172,23 +172,23 @@ def atomic_write(
 ) -> Iterator[IO[bytes]]:
     """A binary file that takes the name `path` when the block ends without an error.
 
-    The data are on disk before the name is: temporary file in the same directory, fsync, rename,
+    The data reach the disk before the name: temporary file in the same directory, fsync, rename,
     fsync of the directory (Pillai et al., OSDI 2014). An error leaves `path` as it was and nothing
-    beside it; what a killed process left beside it is removed by the next one.
+    beside it; the next write removes what a killed process left beside it.
 
-    Nobody else may read it before it is whole. Then it is as open as what it replaces, with owner,
-    group, access list and attributes as far as they can be kept; a new one follows the umask.
+    Nobody else may read it before it is whole. Then it is as open as the file it replaces, with
+    its owner, group, access list and attributes where possible; a new file follows the umask.
 
     Args:
         path: The file.
-        durable: Without it nothing is synced: for what the next seconds make worthless.
-        may_replace: Told the finished file's identity, says whether it may replace what is there.
-            If not, it takes the name only if nothing has it, in one step.
-        private: It stays its user's alone, whatever was there.
+        durable: If false, nothing is synced: for data that are soon worthless.
+        may_replace: Given the finished file's identity, says whether it may replace what is there.
+            If not, it takes the name only if the name is free, atomically.
+        private: The file stays private to its user, whatever was there.
 
     Raises:
-        FileExistsError: The name is taken, and what has it may not be replaced.
-        OSError: The file can't be written; a failed fsync is never tried again.
+        FileExistsError: The name is taken, and its file may not be replaced.
+        OSError: The file can't be written; a failed fsync is never retried.
     """
     remove_abandoned(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -202,7 +202,7 @@ def atomic_write(
             _open_up(handle, path, private=private)
             if durable:
                 os.fsync(handle)
-            # Still locked: nobody takes it for abandoned.
+            # Still locked, so nobody considers it abandoned.
             if may_replace(identity_of(os.fstat(handle))):
                 temporary.replace(path)
             else:
@@ -215,7 +215,7 @@ def atomic_write(
 
 
 def _open_up(handle: int, path: Path, *, private: bool) -> None:
-    """Give a finished file, its owner's alone until now, the mode that it is to have."""
+    """Give a finished file, private until now, its final mode."""
     mode = 0o666 & ~current_umask()
     if private:
         mode &= private_mode(path.parent)
@@ -226,21 +226,21 @@ def _open_up(handle: int, path: Path, *, private: bool) -> None:
 
 
 def _as_open_as(handle: int, path: Path) -> int:
-    """Give a file what can be had of another one's owner, group, access list and attributes.
+    """Copy the owner, group, access list and attributes of `path` to a file, where possible.
 
     Returns:
-        The mode that it may have then: the other one's, without the group's part where that would
-        be another group, or lack the list that takes from it.
+        The mode the file may have: that of `path`, less what the group had beyond everybody if
+        the group or the access list could not be copied.
     """
     there = os.stat(path)
     mode = stat.S_IMODE(there.st_mode) & 0o777
-    wide = mode & 0o707 | (mode & 0o007) << 3  # where the group is as good as everybody
+    wide = mode & 0o707 | (mode & 0o007) << 3  # the group gets no more than everybody
     keeps_group = True
     for owner, group in ((-1, there.st_gid), (there.st_uid, -1)):
         try:
             if (owner, group) != (-1, os.fstat(handle).st_gid):
                 os.fchown(handle, owner, group)
-        except OSError:  # only root gives files away, and to groups that one is in
+        except OSError:  # only root gives files away; others, only to their own groups
             keeps_group = keeps_group and group < 0
     with suppress(OSError):  # a file system without attributes
         for name in os.listxattr(path):
@@ -253,13 +253,13 @@ def _as_open_as(handle: int, path: Path) -> int:
 
 
 def _take_name(temporary: Path, path: Path) -> None:
-    """Give a file a name that nothing has; a link fails where something has it, a rename not."""
+    """Give a file a free name; a link fails if the name is taken, a rename does not."""
     try:
         os.link(temporary, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        path.touch(0o600, exist_ok=False)  # holds the name; replacing an empty file loses nothing
+        path.touch(0o600, exist_ok=False)  # claims the name; replacing an empty file loses nothing
         try:
             temporary.replace(path)
         except BaseException:
@@ -270,13 +270,13 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove temporary files of a file whose writer is dead: its lock on them died with it."""
-    # As many characters as `mkstemp` draws: `.out.old.tmp` is somebody's own file.
+    """Remove a file's temporary files whose writers are dead: their locks died with them."""
+    # As many characters as `mkstemp` draws: `.out.old.tmp` is a user's own file.
     remove_unlocked(path.parent, f".{glob.escape(path.name)}.????????.tmp")
 
 
 def remove_unlocked(folder: Path, pattern: str) -> None:
-    """Remove the files of such names that no living process has locked."""
+    """Remove the files matching the pattern that no living process has locked."""
     for name in glob.glob(pattern, root_dir=folder):
         with suppress(OSError), (folder / name).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -284,10 +284,10 @@ def remove_unlocked(folder: Path, pattern: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:
-    """Write a JSON object atomically, indented for people, with a checksum; private."""
+    """Write a JSON object atomically, indented, with a checksum; the file is private."""
     text = json.dumps(sealed(value), indent=2, ensure_ascii=False) + "\n"
     with atomic_write(path, durable=durable, private=True) as file:
-        # Names of files may hold halves of surrogate pairs, whose escape is JSON's too.
+        # File names may hold lone surrogates; Python's escape for them is valid JSON.
         file.write(text.encode(errors="backslashreplace"))
 
 
@@ -298,5 +298,5 @@ def read_json(path: Path | str) -> dict[str, Any]:
         OSError: The file can't be read.
         ValueError: It is damaged.
     """
-    with open(path, "rb", buffering=0) as file:  # of thousands of jobs: every call counts
+    with open(path, "rb", buffering=0) as file:  # called for thousands of jobs: be quick
         return unsealed(file.read())

@@ -1,4 +1,4 @@
-"""Job folders: one directory is one job, and nothing outside of it knows of it."""
+"""Job folders: a directory is a job, and nothing outside it refers to it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words
 from batchrun.jobs.spec import FILE, JobSpec
 
-_FULL = 1 << 20  # bytes left on a disk that is full for all purposes
-_DESTINATIONS = "destinations"  # beside its own, where its results were written to
+_FULL = 1 << 20  # with fewer bytes left, a disk counts as full
+_DESTINATIONS = "destinations"  # lists where its results were written, apart from its own output
 
 
 def home(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where job folders and converted models lie: `BATCHRUN_HOME`, or `~/.batchrun`.
+    """Where job folders and converted models are: `BATCHRUN_HOME`, or `~/.batchrun`.
 
     Raises:
         JobError: This user has no home folder.
@@ -57,7 +57,7 @@ class JobFolder:
         return self.path.name
 
     def submitted(self) -> JobSpec:
-        """The job's specification; where `job.json` is damaged, as the journal keeps it.
+        """The job's specification; the journal's copy if `job.json` is damaged.
 
         Raises:
             SpecDamaged: Neither has it.
@@ -73,23 +73,23 @@ class JobFolder:
             return JobSpec.of(kept)
 
     def spec(self) -> JobSpec:
-        """The job's specification, with inputs and model where they are, and limits as they are."""
+        """The job's specification, with the current places of its files and current limits."""
         spec = self.submitted().at(load_places(self.path)).within(self.path)
         limits: dict[str, Any] = load_limits(self.path)
         return replace(spec, runtime=replace(spec.runtime, **limits))
 
     def mend(self) -> list[str]:
-        """Put right what can be of damaged files, and say what, a line each. Needs the lease.
+        """Repair damaged files where possible; return a line per repair. Needs the lease.
 
-        What is damaged in the journal is to do again. `job.json` is written anew from the journal,
-        and the other way round.
+        Damaged results in the journal are to be computed again. `job.json` is rewritten from the
+        journal, and the other way round.
 
         Raises:
-            JobError: There is no whole specification, or the journal is damaged as a whole.
+            JobError: No intact specification is left, or the journal is damaged as a whole.
         """
         spec, noted = self.submitted(), JobSnapshot.load(self.path)
         with self.journal(readonly=False) as journal:  # which removes state.json
-            lines = [f"{what} was damaged: it is to do again" for what in journal.mend()]
+            lines = [f"{what} was damaged: it will be done again" for what in journal.mend()]
             if journal.meta("spec") is None:
                 journal.set_meta("spec", asdict(spec))
         if noted is not None and not lines:
@@ -99,7 +99,7 @@ class JobFolder:
         except SpecDamaged:
             if not spec.edits(self.path):
                 spec.save(self.path)
-                lines.append("job.json was damaged: it is written anew, from the journal")
+                lines.append("job.json was damaged: it was rewritten from the journal")
         return lines
 
     def journal(self, *, readonly: bool = True) -> Journal:
@@ -117,15 +117,15 @@ class JobFolder:
             runs = journal.runs()
         if runs and runs[-1]["state"]:
             return str(runs[-1]["state"])
-        if self.cancel_requested():  # and it had no time to note that
+        if self.cancel_requested():  # and the worker had no time to note it
             return "cancelled"
         return "interrupted" if runs else "new"
 
     def set_state(self, state: str, reason: str | None = None, hint: str | None = None) -> None:
-        """Note how the job stands, for whoever lists or shows it. Only its worker may.
+        """Note the job's state for lists and `show`. Only its worker may.
 
         Args:
-            state: As `state()` says it.
+            state: One of those that `state()` returns.
             reason: Why it failed.
             hint: What to do about it.
 
@@ -134,12 +134,12 @@ class JobFolder:
         """
         snapshot = JobSnapshot(state)
         if state not in WAITING:
-            with suppress(JobError):  # of a damaged job that is all there is to say
+            with suppress(JobError):  # a damaged job has only its state
                 snapshot = self._counted(state)
         replace(snapshot, reason=reason, hint=hint).save(self.path)
 
     def snapshot(self) -> JobSnapshot:
-        """The job in a line. Reads no journal that is at rest since the last `set_state`.
+        """The job's state and counts. Skips the journal if nothing ran since `set_state`.
 
         Raises:
             JobError: The folder is damaged.
@@ -160,7 +160,7 @@ class JobFolder:
             return None
         last: dict[str, Any] = runs[-1] if runs else {"state": None, "started_at": 0.0}
         since = float(last["started_at"])
-        waiting = noted is not None and noted.state in WAITING  # and nobody has it
+        waiting = noted is not None and noted.state in WAITING  # and nobody holds the lease
         if waiting:
             with suppress(OSError):
                 since = max(since, (self.path / STATE).stat().st_mtime)
@@ -178,16 +178,16 @@ class JobFolder:
             return journal.counts()
 
     def retry_failed(self) -> int:
-        """Make the failed samples to do again; returns how many.
+        """Mark the failed samples to be done again; return how many there are.
 
         Raises:
-            LeaseHeld: It runs.
+            LeaseHeld: The job is running.
         """
         with self.journal(readonly=False) as journal:
             return journal.retry_failed()
 
     def remember(self, key: str, value: Any) -> None:
-        """Note a small JSON value in the journal; the state stays as it is. Needs the lease.
+        """Note a small JSON value in the journal and keep `state.json`. Needs the lease.
 
         Raises:
             JobError: The journal or the state can't be written.
@@ -199,33 +199,33 @@ class JobFolder:
             noted.save(self.path)
 
     def request_cancel(self) -> None:
-        """Ask the worker that has the job to give it up when it ends."""
+        """Tell the job's worker that it ends because the user cancelled the job."""
         os.close(files.open_private(self.path / CANCEL, os.O_WRONLY))
 
     def cancel_requested(self) -> bool:
-        """Whether someone asked so since the worker has the job."""
+        """Whether someone requested it since the worker took the job."""
         return (self.path / CANCEL).exists()
 
     def remove(self) -> None:
         """Remove the folder with all results, and what killed writers left beside its outputs.
 
-        Outputs that are whole stay.
+        Complete outputs stay.
 
         Raises:
-            LeaseHeld: It runs.
+            LeaseHeld: The job is running.
         """
         with Lease(self.path):
             for destination in self._destinations():
                 OUTPUTS.sweep(destination)
             grave = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.path.parent))
-            self.path.rename(grave)  # else a list could show half a job
+            self.path.rename(grave)  # else `list` could show half a job
             files.fsync_directory(grave.parent)
             shutil.rmtree(grave)
 
     def note_destination(self, path: Path) -> None:
         """Remember where results are about to be written, for `remove`."""
         with (
-            suppress(OSError),  # a folder that can only be read: then there is no `remove` either
+            suppress(OSError),  # a read-only folder can't be removed either
             open(self.path / _DESTINATIONS, "ab", opener=files.open_private) as file,
         ):
             file.write(os.fsencode(path.absolute()) + b"\0")
@@ -256,12 +256,12 @@ class JobFolder:
 
 
 def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
-    """Make a job's folder: whole and durable on return, or not there at all.
+    """Make a job's folder: whole and durable on return, or absent.
 
     Args:
-        root: What `home()` says.
+        root: What `home()` returns.
         spec: The job.
-        own: An input that is to lie in the folder; it is moved there.
+        own: An input to move into the folder.
 
     Raises:
         OutputError: It can't be made.
@@ -294,7 +294,7 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed processes left: of jobs that were being made or removed, and in lines.
+    """Remove what killed processes left: half-made or half-removed jobs, and queue places.
 
     Call it while nobody submits: under `batchrun.jobs.output.destination.one_at_a_time`.
     """
@@ -306,7 +306,7 @@ def sweep(root: Path) -> None:
 
 
 def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:
-    """Give a finished folder an id that no other job has; two may draw the same one."""
+    """Give a finished folder a unique id; draw again if another job has it."""
     while True:
         try:
             return building.rename(building.parent / _new_id(spec))
@@ -316,10 +316,10 @@ def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:
 
 
 def list_jobs(root: Path) -> list[JobFolder]:
-    """All jobs, the oldest first."""
+    """All jobs, oldest first."""
     found = []
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / "jobs") as entries:
-        for entry in entries:  # of thousands: every call counts
+        for entry in entries:  # there may be thousands: every call counts
             with suppress(OSError):
                 if not entry.name.startswith("."):
                     found.append((_made(entry.path), entry.name, entry.path))
@@ -327,10 +327,10 @@ def list_jobs(root: Path) -> list[JobFolder]:
 
 
 def _made(folder: str) -> int:
-    """When a job was submitted, in nanoseconds; of one that lost its `job.json` a later time.
+    """When a job was submitted, in nanoseconds; a later time if its `job.json` is lost.
 
     Raises:
-        OSError: The folder is no job's.
+        OSError: The folder is not a job's.
     """
     try:
         return os.stat(f"{folder}/{FILE}").st_mtime_ns
@@ -339,10 +339,10 @@ def _made(folder: str) -> int:
 
 
 def find(root: Path, name: str | None = None) -> JobFolder:
-    """A job by id, by the beginning of its id, by its folder's path, or the latest.
+    """A job by id, by the beginning of its id, or by its folder's path; by default the latest.
 
     Raises:
-        JobNotFound: None, or more than one, is meant; the message lists candidates.
+        JobNotFound: No job matches, or several do; the message lists candidates.
     """
     if name is not None and (Path(name) / NAME).exists():
         return JobFolder(Path(name).absolute())
@@ -361,7 +361,7 @@ def find(root: Path, name: str | None = None) -> JobFolder:
 
 
 def find_same(root: Path, spec: JobSpec) -> JobFolder | None:
-    """The newest job of the same work that is not done and was not cancelled, or None."""
+    """The newest job with the same work that is neither done nor cancelled, or None."""
     wanted = spec.fingerprint()
     for job in reversed(list_jobs(root)):
         try:
@@ -372,12 +372,12 @@ def find_same(root: Path, spec: JobSpec) -> JobFolder | None:
                 job.counts()
                 return job
         except JobError:
-            continue  # a damaged one is no job to resume
+            continue  # a damaged job can't be resumed
     return None
 
 
 def _new_id(spec: JobSpec) -> str:
-    """Such as `prompts-20261121-0837-x7k2`."""
+    """A new id, like `prompts-20261121-0837-x7k2`."""
     stem = Path(spec.inputs[0].path).name.split(".")[0]
     stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:32] or "job"
     letters = "abcdefghijkmnpqrstuvwxyz23456789"

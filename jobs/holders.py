@@ -1,9 +1,9 @@
 """The processes that hold a lock, according to the kernel, and signals to them alone.
 
-A number in a file may be stale, a stranger's by now, or forged, so it is never a target. A process
-is one if the kernel says that it has the lock at this moment: `/proc/PID/fdinfo` lists the locks of
-each open file (proc(5), since Linux 4.1). It is named by a pidfd before that is asked, so that its
-number can't come to mean another process in between.
+A PID in a file may be stale, reused or forged, so it is never signalled. A process is signalled
+only if the kernel says that it holds the lock now: `/proc/PID/fdinfo` lists the locks of each open
+file (proc(5), since Linux 4.1). A pidfd is opened before that check, so that the PID can't come to
+mean another process in between.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from typing import IO, Any
 from batchrun.cgroups import text_of
 
 _LOCK = b"OFDLCK"
-# struct flock over the whole file. Locks of the open file description, not of the process: closing
-# another handle of the file drops nothing, and asking who holds one takes nothing.
+# struct flock over the whole file. The locks belong to the open file description, not the process:
+# closing another handle of the file releases nothing, and a query takes nothing.
 _FLOCK = "hhqqi0q"
 _WHOLE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of this machine, as long as it lives.
+    """One process on this machine, while it lives.
 
     Args:
-        pid: Its number, here.
-        started: Clock ticks from the machine's start to its own: no other has both.
-        parent: The process that started it; another one if that has ended.
+        pid: Its PID in this namespace.
+        started: Clock ticks from boot to its start; with the PID, this is unique.
+        parent: PID of the process that started it; another one if that has ended.
     """
 
     pid: int
@@ -44,9 +44,9 @@ class Process:
     parent: int
 
     def state(self) -> str | None:
-        """The letter of proc(5); D where one of its threads waits uninterruptibly.
+        """The letter of proc(5); D if one of its threads waits uninterruptibly.
 
-        None when it has ended.
+        None if it has ended.
         """
         found = _stat(self.pid)
         if found is None or int(found[19]) != self.started:
@@ -55,7 +55,7 @@ class Process:
 
 
 def lock(file: int | IO[Any]) -> None:
-    """Lock a whole file until its handle is closed everywhere; raises OSError."""
+    """Lock a whole file until all copies of its handle are closed; raises OSError."""
     fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WHOLE)
 
 
@@ -66,15 +66,15 @@ def is_locked(handle: int) -> bool:
 
 
 def process(pid: int) -> Process | None:
-    """The process that has this number now, if any."""
+    """The process that has this PID now, if any."""
     found = _stat(pid)
     return None if found is None else Process(pid, int(found[19]), int(found[1]))
 
 
 def holders(path: Path) -> list[Process]:
-    """The processes that hold a lock, the first of a family before its children.
+    """The processes that hold a lock, parents before their children.
 
-    Those of other machines are not among them, nor those that this user may not look at.
+    Leaves out processes on other machines and those that this user may not inspect.
     """
     try:
         wanted = path.stat()
@@ -87,7 +87,7 @@ def holders(path: Path) -> list[Process]:
 
 
 def send(path: Path, to: Process, number: int) -> bool:
-    """Send a signal to a process if it holds the lock; whether it was sent.
+    """Send a signal to a process if it holds the lock; return whether it was sent.
 
     Raises:
         PermissionError: The process is another user's.
@@ -99,7 +99,7 @@ def send(path: Path, to: Process, number: int) -> bool:
     except OSError:  # a kernel or a container without pidfds
         handle = -1
     try:
-        # From here on the handle, unlike the number, means no other process.
+        # From here on the pidfd, unlike the PID, can't mean another process.
         if process(to.pid) != to or not _holds(to.pid, path, path.stat()):
             return False
         if handle < 0:
@@ -115,7 +115,7 @@ def send(path: Path, to: Process, number: int) -> bool:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the third on; None where there is no such process."""
+    """The fields of /proc/PID/stat from the third on; None if there is no such process."""
     fields = _fields(f"/proc/{pid}/stat")
     if not fields or (fields[0] in "ZX" and not _threads(pid)):
         return None
@@ -123,7 +123,7 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def _threads(pid: int) -> str:
-    """The states of a process's threads that live. The first one may have ended before others."""
+    """The states of a process's live threads. The first may have ended before the others."""
     found = [_fields(path) for path in Path(f"/proc/{pid}/task").glob("*/stat")]
     return "".join(fields[0] for fields in found if fields and fields[0] not in "ZX")
 
@@ -133,16 +133,16 @@ def _fields(path: str | Path) -> list[str]:
 
 
 def _holds(pid: int, path: Path, wanted: os.stat_result) -> bool:
-    """Whether a process has the lock on this very file."""
-    with suppress(OSError):  # it ends meanwhile, or is another user's
+    """Whether a process holds the lock on this very file."""
+    with suppress(OSError):  # it has just ended, or is another user's
         folder = f"/proc/{pid}"
-        if not os.listdir(f"{folder}/fd"):  # as of one whose first thread has ended
+        if not os.listdir(f"{folder}/fd"):  # its first thread has ended
             tasks = [f"{folder}/task/{name}" for name in os.listdir(f"{folder}/task")]
             folder = next((task for task in tasks if os.listdir(f"{task}/fd")), folder)
         for name in os.listdir(f"{folder}/fd"):
             link = f"{folder}/fd/{name}"
             with suppress(OSError):
-                # Only what has the name is looked at: others' files may lie on a dead server.
+                # Stat only files with this name: others may be on a dead server.
                 named = os.path.basename(os.readlink(link)).startswith(path.name)
                 if not named or not os.path.samestat(os.stat(link), wanted):
                     continue
@@ -161,7 +161,7 @@ def _is_worker(pid: int, folder: Path) -> bool:
 
 @cache
 def _kernel_tells() -> bool:
-    """Whether /proc shows locks; some sandboxes' kernels (gVisor) have the files without them."""
+    """Whether fdinfo shows locks; some sandboxes' kernels (gVisor) have it without them."""
     try:
         with tempfile.TemporaryFile() as file:
             lock(file)

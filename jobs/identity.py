@@ -1,7 +1,7 @@
-"""Whether a job would go on with what it was submitted with, wherever that lies by now.
+"""Whether a job's inputs and model are still those it was submitted with, wherever they are.
 
 A moved file is not a changed one: `places.json` says where the paths of the immutable `job.json`
-lead today. Nor is a job another that has less memory: `limits.json` says how it runs today.
+lead now. Nor does less memory make it another job: `limits.json` says how it runs now.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMITS = "limits.json"
 
 
 def load_places(folder: Path) -> dict[str, str]:
-    """Where paths of the job lead that have moved.
+    """The new places of the job's files that have moved, by old path.
 
     Raises:
         JobError: The file is damaged.
@@ -36,7 +36,7 @@ def load_places(folder: Path) -> dict[str, str]:
 
 
 def load_limits(folder: Path) -> dict[str, int]:
-    """How the job is to run that was told otherwise since, by names of `RuntimeSpec`.
+    """The limits that `batchrun resume` has changed since submission, by `RuntimeSpec` field.
 
     Raises:
         JobError: The file is damaged.
@@ -46,17 +46,17 @@ def load_limits(folder: Path) -> dict[str, int]:
 
 
 def set_limits(folder: Path, limits: Mapping[str, int]) -> None:
-    """Note how the job is to run from now on; what was told before and is not in it stays.
+    """Note new limits for the job; earlier ones that are not in `limits` stay.
 
     Raises:
-        JobError: What was told before is damaged.
+        JobError: The file with the earlier ones is damaged.
         OSError: It can't be written.
     """
     write_json(folder / LIMITS, {**load_limits(folder), **limits})
 
 
 def _told(path: Path, again: str) -> dict[str, Any]:
-    """What a file says that `batchrun resume` has written."""
+    """The content of a file that `batchrun resume` wrote; empty if there is none."""
     try:
         return {str(name): value for name, value in read_json(path).items()}
     except FileNotFoundError:
@@ -64,16 +64,16 @@ def _told(path: Path, again: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise JobError(
             f"{path} can't be read: {error}",
-            hint=f"remove it, then tell again: batchrun resume {again}",
+            hint=f"remove it, then say it again: batchrun resume {again}",
         ) from error
 
 
 def places_with_output(folder: Path, spec: JobSpec, output: Path | None) -> dict[str, str]:
-    """What `load_places` says, and that the output goes elsewhere unless that is None.
+    """What `load_places` returns, with the output's new place unless that is None.
 
     Args:
         folder: The job's.
-        spec: As it was submitted.
+        spec: As submitted.
         output: Where the output goes now.
 
     Raises:
@@ -86,15 +86,15 @@ def places_with_output(folder: Path, spec: JobSpec, output: Path | None) -> dict
 
 
 def check_unchanged(job: JobFolder, model_fingerprint: ModelFingerprint | None = None) -> None:
-    """Refuse to go on with other work than what was submitted.
+    """Refuse to continue with anything but what was submitted.
 
     Args:
         job: The job.
-        model_fingerprint: Digests a model; without it the model is not looked at.
+        model_fingerprint: Digests a model; without it the model is not checked.
 
     Raises:
         SpecChanged: The message names what changed.
-        SpecDamaged: `job.json` says nothing any more.
+        SpecDamaged: `job.json` can't be read.
         InputError: An input or the model is gone or can't be read.
     """
     spec = job.spec()
@@ -104,32 +104,32 @@ def check_unchanged(job: JobFolder, model_fingerprint: ModelFingerprint | None =
     if edited is None:
         raise SpecDamaged(
             f"{job.path / FILE} is damaged; the journal has what it said",
-            hint=f"batchrun resume {job.id} writes it anew",
+            hint=f"batchrun resume {job.id} rewrites it",
         )
     if edited:
         raise SpecChanged(
             "job.json was edited since the job was submitted, or is damaged: " + "; ".join(edited),
-            hint="undo that, or remove the file: `batchrun resume` writes it anew; "
-            "new parameters are a job of their own",
+            hint="undo that, or remove the file: `batchrun resume` rewrites it; "
+            "new parameters need a new job",
         )
     changed = changes(spec, model_fingerprint)
     if changed:
         raise SpecChanged(
             "the input or model changed since the job was submitted: " + "; ".join(changed),
-            hint="restore it, or submit the new one as a job of its own",
+            hint="restore it, or submit the new one as a new job",
         )
 
 
 def move(
     job: JobFolder, old: str, new: str, model_fingerprint: ModelFingerprint | None = None
 ) -> None:
-    """Note that a file or folder is elsewhere now, if its content is the same.
+    """Note that a file or folder has moved, if its content is the same.
 
     Args:
         job: The job.
-        old: Where it was: as the job was submitted, or as it was moved before.
+        old: Where it was: at submission, or after an earlier move.
         new: Where it is.
-        model_fingerprint: Digests a model; without it a moved model is not looked at.
+        model_fingerprint: Digests a model; without it a moved model is not checked.
 
     Raises:
         SpecChanged: What is there is not what was submitted.
@@ -153,13 +153,13 @@ def move(
     if found:
         raise SpecChanged(
             f"{after} is not what the job was submitted with: {'; '.join(found)}",
-            hint="find the old one, or submit the new one as a job of its own",
+            hint="find the old one, or submit the new one as a new job",
         )
     write_json(job.path / PLACES, places | moved)
 
 
 def grown(spec: JobSpec) -> list[str]:
-    """What was appended to text inputs since the submission, a line each: no part of the job."""
+    """A line for each text input that has grown since submission; the rest is not in the job."""
     lines = []
     for was in spec.inputs if _may_grow(spec) else ():
         with suppress(OSError):
@@ -167,7 +167,7 @@ def grown(spec: JobSpec) -> list[str]:
             if more > 0:
                 lines.append(
                     f"{was.path} has {more:,} bytes more than when the job was submitted: "
-                    "they are no part of it"
+                    "they are not part of it"
                 )
     return lines
 
@@ -177,14 +177,14 @@ def changes(
     model_fingerprint: ModelFingerprint | None = None,
     only: Container[str] | None = None,
 ) -> list[str]:
-    """Inputs, and the model, whose content is not what it was at submission, a line each.
+    """A line for each input, and for the model, whose content changed since submission.
 
-    A file of text that has only grown is as it was.
+    A text file that has only grown counts as unchanged.
 
     Args:
-        spec: The job, with paths as they are now.
-        model_fingerprint: Digests a model; without it the model is not looked at.
-        only: The paths to look at, all by default.
+        spec: The job, with current paths.
+        model_fingerprint: Digests a model; without it the model is not checked.
+        only: The paths to check; default: all.
 
     Raises:
         InputError: One is gone or can't be read.
@@ -192,7 +192,7 @@ def changes(
     lines = []
     for was in spec.inputs:
         if only is None or was.path in only:
-            # What was appended is no part of the job: sources of text read no further than it was.
+            # Appended text is not part of the job: text sources stop at the submitted size.
             most = was.size if _may_grow(spec) else None
             now = InputFile.of(Path(was.path), most=most)
             if was.size != now.size:

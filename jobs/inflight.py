@@ -1,8 +1,8 @@
 """Which rows are in the engine, and what the reader is doing, in notes that outlive the process.
 
-They cost no system call. A process that is ended by a signal leaves no error behind, only this: the
-memory of a mapped file belongs to the kernel and stays when the process goes. After a loss of power
-it means nothing, which is harmless: nobody asks then which row crashed the process.
+A note costs no system call. A process killed by a signal leaves no error, only these notes: the
+memory of a mapped file belongs to the kernel and outlives the process. After a power loss they mean
+nothing, which is harmless: nobody then asks which row crashed the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from batchrun.jobs.errors import OutputError
 from batchrun.jobs.files import open_private
 
-_SLOTS = 512  # as many rows at first; the file doubles when they don't suffice
+_SLOTS = 512  # initial capacity in rows; the file doubles when it is full
 _PATH_BYTES = 4096
 
 
@@ -36,12 +36,12 @@ class _Note:
 
 
 class InFlightRows(_Note):
-    """Rows of one job that are in the engine now: one 8-byte slot each, row + 1 or 0 when free.
+    """Rows of one job that are in the engine now: one 8-byte slot each, row + 1, or 0 when free.
 
-    A row of several samples is in it as often as it was added.
+    A row with several samples takes a slot for each time it was added.
 
     Args:
-        folder: The job's folder. What an earlier process noted is still there.
+        folder: The job's folder. Notes of an earlier process are still there.
 
     Raises:
         OutputError: The file can't be made.
@@ -59,14 +59,14 @@ class InFlightRows(_Note):
                 self._free.append(slot)
 
     def add(self, row: int) -> None:
-        """Note that the row is about to be in the engine."""
+        """Note that the row is about to enter the engine."""
         if not self._free:
             before = len(self._view)
             self.close()
             self._open(2 * before)
             self._free.extend(reversed(range(before, 2 * before)))
         slot = self._free.pop()
-        self._view[slot] = row + 1  # one aligned store: there or not there, never a half
+        self._view[slot] = row + 1  # one aligned store is atomic
         self._where.setdefault(row, []).append(slot)
 
     def remove(self, row: int) -> None:
@@ -79,7 +79,7 @@ class InFlightRows(_Note):
         self._free.append(slot)
 
     def rows(self) -> list[int]:
-        """The rows that are noted, each once, in order; also those of another process."""
+        """The noted rows, each once, in order, including those of an earlier process."""
         return sorted({number - 1 for number in self._view if number})
 
     def clear(self) -> None:
@@ -96,13 +96,13 @@ class InFlightRows(_Note):
 
 @dataclass(frozen=True)
 class Making:
-    """The prompt of a row.
+    """The reader is making a row's prompt.
 
     Args:
         row: The row.
-        thread: Who makes it, as `threading.get_ident` says.
-        native: The same thread's number in the system.
-        number: Of prompts that were begun: tells this one from the next.
+        thread: The thread that makes it, by `threading.get_ident`.
+        native: The same thread's id in the system.
+        number: Counts prompts that were begun, to tell this one from the next.
     """
 
     row: int
@@ -113,13 +113,13 @@ class Making:
 
 @dataclass(frozen=True)
 class Reading:
-    """A file, or the input.
+    """The reader is reading a file, or the input.
 
     Args:
-        path: The file; empty where that is not known.
-        first: Row of the job that is read first, if it is about rows; else -1.
-        rows: How many; 0 where that is not known.
-        thread: Who reads it, as `threading.get_ident` says.
+        path: The file; empty if unknown.
+        first: First row of the job that is read; -1 if unknown.
+        rows: Number of rows; 0 if unknown.
+        thread: The thread that reads it, by `threading.get_ident`.
     """
 
     path: str
@@ -137,11 +137,11 @@ class Reading:
 
 
 class ReaderNote(_Note):
-    """What a job's reader is at: making a prompt, reading a file, or neither.
+    """What a job's reader is doing: making a prompt, reading a file, or neither.
 
     Args:
-        folder: The job's folder. What an earlier process noted is still there. Without one the note
-            is this process's and its children's.
+        folder: The job's folder. The note of an earlier process is still there. Without a folder
+            only this process and its children see the note.
 
     Raises:
         OutputError: The file can't be made.
@@ -157,12 +157,12 @@ class ReaderNote(_Note):
 
     @contextmanager
     def reading(self, path: Path | None = None, first: int = -1, rows: int = 0) -> Iterator[None]:
-        """The calling thread reads a file, or the input; within another one, that goes on after it.
+        """Note that the calling thread reads a file, or the input, in the block. Nests.
 
         Args:
             path: The file, if known.
-            first: Index of the first row that is read, if known.
-            rows: How many are read, if known.
+            first: Index of the first row read, if known.
+            rows: Number of rows read, if known.
         """
         view = self._view
         before = self.at() if view[self._AT] == self._READING else None
@@ -175,29 +175,29 @@ class ReaderNote(_Note):
                 self._set_reading(os.fsencode(before.path), before.first, before.rows)
 
     def making(self, row: int) -> None:
-        """The calling thread makes a row's prompt, until it says otherwise."""
+        """Note that the calling thread makes a row's prompt, until its next note."""
         view = self._view
         view[self._AT] = self._NEITHER
-        view[self._NUMBER] += 1  # before the row, which is read before it
+        view[self._NUMBER] += 1  # before the row: `at` reads them in the other order
         view[self._ROW] = row
         view[self._THREAD] = threading.get_ident()
         view[self._NATIVE] = threading.get_native_id()
         view[self._AT] = self._MAKING
 
     def made(self) -> None:
-        """It is at nothing that is noted."""
+        """Note that the reader is doing neither."""
         self._view[self._AT] = self._NEITHER
 
     def beat(self) -> None:
-        """Another thread of the process runs too."""
+        """Note that another thread of the process is running too."""
         self._view[self._BEATS] += 1
 
     def beats(self) -> int:
-        """How often it said so."""
+        """How often `beat` was called."""
         return self._view[self._BEATS]
 
     def at(self) -> Making | Reading | None:
-        """What is noted; also by another process."""
+        """The current note, possibly another process's."""
         view = self._view
         at, thread, native, row, number, first, rows, length, _ = view
         if at == self._MAKING:
@@ -218,12 +218,12 @@ class ReaderNote(_Note):
 
 
 def _mapped(path: Path, size: int) -> mmap.mmap:
-    """A file's memory, of `size` bytes at least."""
+    """A file mapped into memory, at least `size` bytes long."""
     try:
         handle = open_private(path, os.O_RDWR)
         try:
             size = max(size, os.fstat(handle).st_size // 8 * 8)
-            # Without blocks behind it, memory of a full disk would end the process by SIGBUS.
+            # Without allocated blocks, a write to the mapping on a full disk would raise SIGBUS.
             os.posix_fallocate(handle, 0, size)
             return mmap.mmap(handle, size)
         finally:

@@ -1,4 +1,4 @@
-"""What an option is: its words, and the values that it can have. Each stands at its field."""
+"""What an option is: its name, help and valid values, declared at its field."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that an option can have: those of some types, and what is made of them.
+    """The values that an option can have: some Python types, and a conversion.
 
     Args:
-        types: In Python.
-        what: It is, in words.
-        make: Makes what is meant; raises ValueError where it can't be.
-        metavar: Stands for a value in help; None where its kind says enough.
+        types: The Python types.
+        what: The kind in words.
+        make: Converts a value; raises ValueError if it is invalid.
+        metavar: Stands for a value in the help; None if the kind says enough.
     """
 
     types: tuple[type[Any], ...]
@@ -36,7 +36,7 @@ class Kind:
     metavar: str | None = None
 
     def read(self, value: Any) -> Any:
-        """What a value means; raises ValueError, which says what is wrong with it."""
+        """The converted value; raises a ValueError that says what is wrong."""
         if not isinstance(value, self.types) or isinstance(value, bool) != (bool in self.types):
             raise ValueError(f"{value!r} is no {self.what}")
         return self.make(value)
@@ -44,16 +44,16 @@ class Kind:
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number between two, both included; None is no bound."""
+    """A whole number between two bounds, inclusive; None is no bound."""
 
     least: int | None = None
     most: int | None = None
     metavar = "N"
 
     def read(self, value: Any) -> int:
-        """The number, as of `Kind`."""
+        """The number; see `Kind.read`."""
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{value!r} is no whole number")
+            raise ValueError(f"{value!r} is not a whole number")
         if self.least is not None and value < self.least:
             raise ValueError(f"{value} is less than {self.least}")
         if self.most is not None and value > self.most:
@@ -63,13 +63,13 @@ class Integer:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words, each of which stands for a value."""
+    """One of several words, each of which stands for a value."""
 
     words: Mapping[str, Any]
     metavar = None
 
     def read(self, value: Any) -> Any:
-        """The value of a word, or the value itself, as of `Kind`."""
+        """The value for a word, or the value itself; see `Kind.read`."""
         if isinstance(value, str) and value in self.words:
             return self.words[value]
         if any(value is known for known in self.words.values()):
@@ -89,10 +89,10 @@ def size(multiple_of: int = 1) -> Kind:
         text = str(value).strip()
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
         if found is None:
-            raise ValueError(f"{value!r} is no size; write for example 256MiB or 2GiB")
+            raise ValueError(f"{value!r} is not a size; write for example 256MiB or 2GiB")
         bytes_ = int(float(found[1]) * _UNITS[found[2].upper()])
         if bytes_ <= 0 or bytes_ % multiple_of:
-            raise ValueError(f"{value!r} is no positive multiple of {multiple_of} bytes")
+            raise ValueError(f"{value!r} is not a positive multiple of {multiple_of} bytes")
         return bytes_
 
     return Kind((int, str), "size", make, "SIZE")
@@ -100,7 +100,7 @@ def size(multiple_of: int = 1) -> Kind:
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"{name!r} is no device; there are auto, cpu, cuda and cuda:N")
+        raise ValueError(f"{name!r} is not a device; write auto, cpu, cuda or cuda:N")
     return name
 
 
@@ -121,14 +121,14 @@ NAMED = Kind((Mapping,), "mapping", _as_json, "NAME=VALUE")
 
 @dataclass(frozen=True)
 class RowRule:
-    """What a row's own value of a parameter must be, in a column of its name.
+    """What a row's own value of a parameter, in a column of that name, must be.
 
-    A range is of what is plausible where that tells parameters from data: no temperature of the
-    weather is to be taken for one of sampling.
+    Some ranges cover only plausible values, to tell parameters from data: a column of air
+    temperatures must not be taken for sampling temperatures.
 
     Args:
-        rule: In words, behind `must be`.
-        valid: Whether a value that is of the option's kind is one.
+        rule: In words, to follow `must be`.
+        valid: Whether a value of the option's kind is valid.
     """
 
     rule: str
@@ -137,21 +137,21 @@ class RowRule:
 
 @dataclass(frozen=True)
 class Option:
-    """What a user can say of a job. Its default is that of the field at which it stands.
+    """An option of a job. Its default is that of the field that declares it.
 
     Args:
-        help: What it does, as `--help` says it.
+        help: What it does, for `--help`.
         kind: Its values.
-        name: As an argument in Python; that of the field where it is empty.
-        flag: On the command line; the name with dashes where it is empty.
+        name: Its name as a Python argument; if empty, the field's.
+        flag: Its name on the command line; if empty, the name with dashes.
         short: A letter for it there.
-        metavar: Stands for its value in help; that of its kind where it is None.
-        section: Of the help; that of the class where it is empty.
-        several: Its value is a tuple of that kind, and is repeated on the command line.
-        row: What rows can say in a column of its name; None where they can't.
-        anew: `resume` may say it anew.
-        at: The field at which it stands.
-        default: What it is where nobody says it.
+        metavar: Stands for its value in the help; if None, the kind's.
+        section: Its section in the help; if empty, the class's.
+        several: Its value is a tuple of that kind; the flag can be repeated.
+        row: What a row's own value, in a column of its name, must be; None if rows can't have one.
+        anew: Whether `resume` may change it.
+        at: The field that declares it.
+        default: Its value if the user gives none.
     """
 
     help: str
@@ -168,10 +168,10 @@ class Option:
     default: Any = None
 
     def read(self, value: Any) -> Any:
-        """What a value means; None is the default.
+        """The converted value; None is the default.
 
         Raises:
-            OptionError: It can't be one.
+            OptionError: The value is invalid.
         """
         if value is None:
             return self.default
@@ -190,7 +190,7 @@ def option(
     default: Any = None,
     **more: Any,
 ) -> Any:
-    """A field that is an option, text or a flag unless it is said otherwise: see `Option`."""
+    """A field that declares an option: by default text, or a flag. See `Option`."""
     kind = kind or (FLAG if isinstance(default, bool) else TEXT)
     said = {"option": Option(help, kind, **more)}
     if isinstance(default, dict):
@@ -203,7 +203,7 @@ def number(
     rule: str = "a finite number",
     valid: Callable[[float], bool] = lambda value: abs(value) < 1e6,
 ) -> Any:
-    """A sampling parameter that is a number; `rule` and `valid` are of a row's own."""
+    """A numeric sampling parameter; `rule` and `valid` apply to a row's own value."""
     return option(help, NUMBER, row=RowRule(rule, valid))
 
 
@@ -214,13 +214,13 @@ def whole(
     high: int = 1 << 63,
     default: int | None = None,
 ) -> Any:
-    """One that is a whole number; a row's own is one from `low` on, below `high`."""
+    """A whole-number parameter; a row's own value is at least `low` and below `high`."""
     row = RowRule(f"a whole number, {rule}", lambda value: low <= value < high)
     return option(help, Integer(), default, row=row)
 
 
 def options_of(part: Any) -> Iterator[Option]:
-    """The options that stand at the fields of a dataclass."""
+    """The options that a dataclass's fields declare."""
     for f in fields(part):
         if (found := f.metadata.get("option")) is not None:
             yield replace(

@@ -1,4 +1,4 @@
-"""One worker per job, by a lock that ends with its holder."""
+"""One worker per job, by a lock that is released when its holder ends."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from batchrun.jobs.files import open_private
 from batchrun.jobs.holders import holders, is_locked, lock
 
 LOCK = "lock"  # in a job's folder
-CANCEL = "cancel"  # is there once someone asked the worker of this lease's life to give up
+CANCEL = "cancel"  # exists once someone has asked the lease's current holder to stop
 _WIDTH = 256  # bytes of a note
 
 
 class Lease:
     """Holds a lock on a job's `lock` file that ends with the process, however it ends.
 
-    A child that inherits `fileno()` holds it too: it ends with the last of them.
+    A child that inherits `fileno()` holds it too: the lock ends with the last of them.
 
     Args:
         folder: The job's folder.
-        inherited: The handle of a lease on it that this process got from the one that started it.
+        inherited: The handle of a lease that this process inherited from its parent.
 
     Raises:
-        LeaseHeld: On entry, when another process has it; the message names that process.
-        OutputError: On entry, when the folder can't be written.
+        LeaseHeld: On entry, if another process has it; the message names that process.
+        OutputError: On entry, if the folder can't be written.
     """
 
     def __init__(self, folder: Path, inherited: int | None = None) -> None:
@@ -42,7 +42,7 @@ class Lease:
         return self._handle
 
     def hand_over(self, pid: int) -> None:
-        """Note that a child has it from now on."""
+        """Note that a child holds it from now on."""
         _note(self.fileno(), pid)
 
     def __enter__(self) -> Lease:
@@ -83,13 +83,13 @@ class Lease:
 
 
 class _Holder(NamedTuple):
-    """Who took a lease, as it noted. It is for people to read, and never says whom to signal.
+    """A lease's holder, by its own note. For people to read; never a target for signals.
 
     Attributes:
         pid: The process.
         host: The machine's name.
-        boot: The machine's life since it was started.
-        space: The namespace in which the process has its number: a container has its own.
+        boot: The machine's boot id.
+        space: The PID namespace of the process: a container has its own.
     """
 
     pid: int = 0
@@ -99,22 +99,22 @@ class _Holder(NamedTuple):
 
 
 def _note(handle: int, pid: int) -> None:
-    """Note who has a lease. One write of one width: whoever reads meanwhile sees a whole note."""
+    """Note who holds a lease. A single write of fixed width: readers see a whole note."""
     note = json.dumps(_Holder(pid, platform.node()[:64], *_here())._asdict()).encode()
     os.pwrite(handle, note[: _WIDTH - 1].ljust(_WIDTH - 1) + b"\n", 0)
 
 
 def held_by(folder: Path) -> int | None:
-    """The process that says it runs the job now, 0 where it can't be told, or None.
+    """The process noted as running the job now, 0 if it is unknown, None if nobody is.
 
-    Takes and changes nothing. The number is for people: it is no target of a signal.
+    Takes and changes nothing. The PID is for people to read, never a target for signals.
     """
     found = _noted(folder)
     return None if found is None else found.pid
 
 
 def holder(folder: Path) -> str:
-    """Who has the job, in words: of this machine as the kernel tells, of others as they noted."""
+    """Who holds the job, in words: on this machine by the kernel, on others by their note."""
     found = holders(folder / LOCK)
     if found:
         return f"process {found[0].pid}"
@@ -130,7 +130,7 @@ def holder(folder: Path) -> str:
 
 
 def _noted(folder: Path) -> _Holder | None:
-    """What is noted of the holder of a lease that is held; the note may be anything."""
+    """The note of a held lease's holder, or None if it is not held; the note may be garbage."""
     try:
         handle = os.open(f"{folder}/{LOCK}", os.O_RDONLY)
     except FileNotFoundError:
@@ -155,7 +155,7 @@ def _is_file(handle: int, path: Path) -> bool:
 
 
 def _here() -> tuple[str, int]:
-    """This machine's life and this process's namespace of process numbers."""
+    """This machine's boot id and this process's PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return boot, os.stat("/proc/self/ns/pid").st_ino

@@ -1,8 +1,8 @@
-"""The figures of a job's runs: one table, a row each.
+"""The figures of a job's runs, in one table, a row each.
 
-From it follow what a run records, how a job's runs become one, and what `stats.json` and
-`batchrun stats` say. Another figure is a row here, and one place that measures it: a field of
-`EngineStats`, or a name in what `Assembly`, `UsageIntegral` or the worker measure.
+The table determines what a run records, how the figures of a job's runs are merged, and what
+`stats.json` and `batchrun stats` show. To add a figure, add a row here and measure it in one place:
+a field of `EngineStats`, or a name in what `Assembly`, `UsageIntegral` or the worker measure.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Figures = dict[str, Any]  # by the names of metrics
+Figures = dict[str, Any]  # by metric name
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A figure of a run, since its start.
+    """A figure of a run, since the run's start.
 
     Attributes:
-        name: Among a run's figures.
+        name: Its name among a run's figures.
         unit: "s", "bytes", "bytes*s" or "text", or what it counts.
-        merge: Makes one of the figures of a job's runs, in their order.
-        key: Where it stands in `stats.json`: "section.name"; "" where it does not.
-        label: What it is, for a line of its own in `batchrun stats`; "" where a sentence has it.
+        merge: Merges the figures of a job's runs, given in order.
+        key: Its place in `stats.json`, "section.name"; "" if it has none.
+        label: Names it on its own line of `batchrun stats`; "" if it is part of a sentence.
         sampled: Whether the journal keeps it over time.
     """
 
@@ -36,16 +36,16 @@ class Metric:
 
     @property
     def zero(self) -> Any:
-        """What it is before anything was measured."""
+        """Its value before anything was measured."""
         return {"text": "", "s": 0.0, "bytes*s": 0.0}.get(self.unit, 0)
 
 
 def _latest(values: list[Any]) -> Any:
-    """The last one that is not zero."""
+    """The last value that is not zero."""
     return next(filter(None, reversed(values)), values[0])
 
 
-# Of KV memory, and what `batchrun stats` says of it.
+# Figures of KV memory, and their labels in `batchrun stats`.
 _KV = {
     "live": "bytes holding tokens",
     "mapped": "physical memory used",
@@ -67,28 +67,28 @@ METRICS = (
     Metric("engine_s", "s", sum, "time.engine_s", "engine"),
     Metric("journal_s", "s", sum, "time.journal_s", "journal"),
     Metric("export_s", "s", sum, "time.export_s", "export"),
-    # Duplicates have results that were not computed, as another row asked the same: `completions`
-    # counts them, `completion_tokens` does not.
+    # A duplicate's result is copied from a row that asked the same: `completions` counts it,
+    # `completion_tokens` does not.
     Metric("completions", "samples", sum, sampled=True),
     Metric("completion_tokens", "tokens", sum),
     Metric("duplicates", "samples", sum, "duplicates.rows"),
     Metric("duplicate_tokens", "tokens", sum, "duplicates.tokens"),
-    # A step that mixes prefill and decode shares its time by tokens.
+    # A step that mixes prefill and decode splits its time by tokens.
     Metric("prefill_tokens", "tokens", sum, "tokens.prefilled", sampled=True),
     Metric("decode_tokens", "tokens", sum, "tokens.decoded", sampled=True),
     Metric("recomputed_tokens", "tokens", sum, "tokens.recomputed"),
     Metric("drafted_tokens", "tokens", sum, "tokens.drafted"),
     Metric("accepted_tokens", "tokens", sum, "tokens.accepted"),
     Metric("shared_tokens", "tokens", sum, "tokens.shared"),
-    Metric("generated_tokens", "tokens", sum, sampled=True),  # also of samples that have not ended
+    Metric("generated_tokens", "tokens", sum, sampled=True),  # including unfinished samples
     Metric("prefill_s", "s", sum),
     Metric("decode_s", "s", sum),
-    # What the file's order would have taken more, about; 0 for a run that ended early.
+    # Estimated extra cost of the file's order; 0 for a run that ended early.
     Metric("saved_prompt_tokens", "tokens", sum, "saved.prompt_tokens"),
     Metric("saved_steps", "steps", sum, "saved.steps"),
     Metric("saved_tail_s", "s", sum, "saved.tail_s"),
-    # The tail is the end of the engine's time, from when half as many sequences ran last as ran on
-    # average; `sequence_s` are running sequences, integrated over `kv_s`.
+    # The tail is the engine's time after at least half the average number of sequences ran for the
+    # last time; `sequence_s` is the number of running sequences, integrated over `kv_s`.
     Metric("steps", "steps", sum, "batch.steps", sampled=True),
     Metric("max_num_seqs", "sequences", max, "batch.max_num_seqs"),
     Metric("sequence_s", "s", sum),
@@ -125,7 +125,7 @@ METRICS = (
 
 SAMPLED = tuple(metric.name for metric in METRICS if metric.sampled)
 
-# One figure over another of the same job, by where it stands in `stats.json`.
+# Ratios of two figures of a job, by their place in `stats.json`.
 RATIOS = {
     "throughput.prefill_tokens_per_s": ("prefill_tokens", "prefill_s"),
     "throughput.decode_tokens_per_s": ("decode_tokens", "decode_s"),
@@ -140,10 +140,10 @@ RATIOS = {
 
 
 def recorded(measured: Mapping[str, Any]) -> Figures:
-    """A run's figures: what was measured, and zeros.
+    """A run's figures: what was measured, and zeros for the rest.
 
     Raises:
-        KeyError: Something was measured that is no metric.
+        KeyError: A measured name is not a metric.
     """
     figures = {metric.name: metric.zero for metric in METRICS}
     unknown = measured.keys() - figures.keys()
@@ -153,13 +153,13 @@ def recorded(measured: Mapping[str, Any]) -> Figures:
 
 
 def merged(runs: Iterable[Mapping[str, Any]]) -> Figures:
-    """The figures of a job, of those of its runs; what a run lacks was nothing."""
+    """A job's figures, merged from those of its runs; a figure that a run lacks is zero."""
     runs = list(runs)
     return {m.name: m.merge([m.zero, *(run.get(m.name, m.zero) for run in runs)]) for m in METRICS}
 
 
 def placed(summary: dict[str, Any], figures: Mapping[str, Any]) -> None:
-    """Put figures and ratios, None where the divisor is 0, into a summary, each by its key."""
+    """Put figures and ratios into a summary by key; a ratio is None if its divisor is 0."""
     values = {metric.key: figures[metric.name] for metric in METRICS if metric.key}
     for key, (of, by) in RATIOS.items():
         values[key] = figures[of] / figures[by] if figures[by] else None

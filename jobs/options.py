@@ -1,6 +1,6 @@
-"""The parts of a job's specification: each option stands at its field, with its default and help.
+"""The parts of a job's specification: each field declares its option, with default and help.
 
-A default stands for what was not said.
+A default means that the user did not set the option.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from batchrun.jobs import kinds
 from batchrun.jobs.kinds import NUMBER, Choice, Integer, RowRule, number, one_of, option, whole
 
-MOST_SEQUENCES = 1 << 20  # what is kept of each, even unused, would fill a machine's memory
+MOST_SEQUENCES = 1 << 20  # with more, the state kept for each would fill a machine's memory
 _COUNT = Integer(1)
 
 
@@ -24,7 +24,7 @@ class ModelSpec:
     Args:
         name: What the user called it.
         path: Its folder.
-        fingerprint: Of its content.
+        fingerprint: Digest of its content.
     """
 
     SECTION: ClassVar = kinds.MODEL
@@ -59,7 +59,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """How a row becomes a prompt. `column` is None where a template makes it."""
+    """How a row becomes a prompt. `column` is None if a template makes it."""
 
     SECTION: ClassVar = kinds.PROMPT
 
@@ -100,7 +100,7 @@ class PromptSpec:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """Sampling parameters as the user gave them; the rest is the model's, or batchrun's, default.
+    """Sampling parameters as the user gave them; the rest default to the model's, or batchrun's.
 
     Their meaning is that of `batchrun.engine.core.SamplingParams`.
     """
@@ -173,7 +173,7 @@ class OutputSpec:
 
     Args:
         format: `parquet`, `jsonl` or `csv`.
-        stdout: It lies in the job's folder, and is handed out in the end.
+        stdout: The file is in the job's folder, and is copied to stdout at the end.
     """
 
     SECTION: ClassVar = kinds.OUTPUT
@@ -200,10 +200,10 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class RuntimeSpec:
-    """How a job runs, which never changes an answer. None leaves it to the device.
+    """How a job runs, which never changes an answer. None leaves the choice to the device.
 
     Args:
-        param_columns: Columns that say a row's own parameters, as told when it was submitted.
+        param_columns: Columns with rows' own parameters, as announced at submission.
     """
 
     SECTION: ClassVar = kinds.RUNNING

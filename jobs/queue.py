@@ -1,7 +1,7 @@
-"""One job at a time on a device, others after it in the order in which they came.
+"""One job at a time on a device; others queue in the order in which they came.
 
-A place in the line is a numbered file that the process which waits or runs has locked: who died is
-seen by its lock, no clock is asked, and nobody has to clean up.
+A place in the queue is a numbered file, locked by the process that waits or runs. A lost lock shows
+that the process died, so that this needs no clocks and no cleanup.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from batchrun.jobs.holders import is_locked, lock
 
 
 class DeviceQueue:
-    """A place in a device's line, from entry to exit; it is this one's turn when none is ahead.
+    """A place in a device's queue, from entry to exit; its turn comes when none is ahead.
 
     A child that inherits `fileno()` keeps the place too: it ends with the last of them.
 
     Args:
-        root: What `batchrun.jobs.folder.home()` says.
-        device: Such as `cpu` or `cuda:0`.
+        root: What `batchrun.jobs.folder.home()` returns.
+        device: For example `cpu` or `cuda:0`.
 
     Raises:
-        OutputError: On entry, when no place can be taken.
+        OutputError: On entry, if no place can be taken.
     """
 
     def __init__(self, root: Path, device: str) -> None:
@@ -41,9 +41,9 @@ class DeviceQueue:
         return self._handle
 
     def ahead(self) -> list[int]:
-        """The processes before this one, the one that runs first; none when it is its turn.
+        """The PIDs ahead of this process, the running one first; empty when it is its turn.
 
-        The numbers are what those have noted, 0 where that is no number: no targets of signals.
+        They come from the processes' own notes, 0 if unreadable: never signal them.
         """
         before = sorted(number for number in self._numbers() if number < self._number)
         found = [_holder(self._folder / str(number)) for number in before]
@@ -52,7 +52,7 @@ class DeviceQueue:
     def __enter__(self) -> DeviceQueue:
         try:
             make_folders(self._folder)
-            # Whoever sees the name finds the lock on it already.
+            # Locked before it gets its name, so that nobody finds it unlocked.
             handle, name = tempfile.mkstemp(prefix=".", dir=self._folder)
             try:
                 os.fchmod(handle, private_mode(self._folder) & 0o666 & ~current_umask())
@@ -75,9 +75,9 @@ class DeviceQueue:
         return self
 
     def _take(self, name: str) -> None:
-        """The number after the highest; taken anew if meanwhile someone has a higher one.
+        """Take the number after the highest; retry if someone took a higher one meanwhile.
 
-        With a lower number than one that is there, one might come before someone who runs already.
+        With a lower number, this process might come before one that already runs.
         """
         while True:
             self._number = max(self._numbers(), default=0) + 1
@@ -101,9 +101,9 @@ class DeviceQueue:
 
 
 def sweep(root: Path) -> None:
-    """Remove the places of processes that were killed.
+    """Remove the places of killed processes.
 
-    Whoever takes one next would; where nobody does they would stay.
+    The next process in a queue would do so too; without one, they would stay.
     """
     for path in (root / "queue").glob("*/[0-9]*"):
         with suppress(OSError):
@@ -111,8 +111,8 @@ def sweep(root: Path) -> None:
 
 
 def _holder(path: Path) -> int | None:
-    """What the process has noted whose place this is; None, and it is removed, if it is dead."""
-    # No one takes a lower number than one that is there: the place comes to be no one else's.
+    """The PID that the place's process noted; if it is dead, None, and the place is removed."""
+    # Nobody takes a number below an existing one, so this place can't become another process's.
     with suppress(FileNotFoundError), path.open("rb") as file:
         if is_locked(file.fileno()):
             noted = file.read(20)

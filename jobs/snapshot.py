@@ -1,7 +1,7 @@
 """What is kept of a job beside its journal: its state, and why it failed.
 
 `state.json` is there for people and for lists of thousands of jobs; the journal is the truth.
-Whoever opens the journal for writing removes it first, so what it says is never out of date.
+Opening the journal for writing removes it first, so it is never out of date.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.journal.journal import STATE
 
 WAITING = ("queued", "running")  # states of a job that has a worker
-FINISHED = ("done", "done-with-errors")  # and of one that has nothing left to do
+FINISHED = ("done", "done-with-errors")  # states of a job that has nothing left to do
 WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
-_WORDS = 1 << 16  # bytes of it in which last words are looked for
+_WORDS = 1 << 16  # bytes at its end that are searched for last words
 
 
 @dataclass(frozen=True)
 class JobSnapshot:
-    """A job in a line.
+    """A job's state and counts, enough for a line in a list.
 
     Args:
         state: queued, running, interrupted, done, done-with-errors, failed, cancelled, or new.
         reason: Why it failed.
         hint: What to do about it.
-        total: Rows, None while nobody has counted them.
-        done: Rows that have all their results; None where they were not counted.
+        total: Number of rows; None until they are counted.
+        done: Rows that have all their results; None if they were not counted.
         failed: Of these, rows that failed.
         skipped: Of these, rows that were left out.
         model: Its name.
@@ -53,7 +53,7 @@ class JobSnapshot:
 
     @classmethod
     def load(cls, folder: Path) -> JobSnapshot | None:
-        """Read `state.json`; None where there is none that can be read."""
+        """Read `state.json`; None if it is missing or can't be read."""
         try:
             data = read_json(f"{folder}/{STATE}")
             return cls(**{name: data[name] for name in _FIELDS})
@@ -65,12 +65,12 @@ _FIELDS = [f.name for f in fields(JobSnapshot)]
 
 
 def last_words(folder: Path, since: float = 0.0, at: int = 0) -> tuple[str, str | None] | None:
-    """What a job's process printed that could not note how it ended, and what to do about it.
+    """The last error and hint printed by a process that could not note how it ended.
 
     Args:
         folder: The job's folder.
-        since: Seconds since the epoch; what was printed before says nothing.
-        at: Where in its log to begin, in bytes.
+        since: Seconds since the epoch; a log last written before that is ignored.
+        at: Where in the log to begin, in bytes.
     """
     try:
         with (folder / WORKER_LOG).open("rb") as file:
@@ -84,7 +84,7 @@ def last_words(folder: Path, since: float = 0.0, at: int = 0) -> tuple[str, str 
     reason, _, rest = words.strip().partition("\n")
     if error:
         return reason, rest.removeprefix("hint: ").partition("\n")[0] or None
-    # A process that dies while it is loaded leaves a traceback, and nothing behind it.
+    # A process that dies during startup leaves a traceback, and nothing after it.
     _, traceback, frames = words.rpartition("Traceback (most recent call last):\n")
     raised = [line for line in frames.splitlines() if line[:1].strip()]
     return (raised[0], None) if traceback and len(raised) == 1 else None

@@ -1,4 +1,4 @@
-"""A job's specification: everything that determines its output, and what merely says how."""
+"""A job's specification: everything that determines its output, and how it is run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SAMPLE = 1 << 20
 _SAMPLES = 32
 _SHOWN = 200  # characters of a value that differs
 
-# Where things are and how fast they go, not what comes out.
+# These say where things are and how fast they run, not what comes out.
 _NOT_CONTENT = {"output", "runtime", "version"}
 _PARTS: dict[str, type[Any]] = {
     "model": ModelSpec,
@@ -40,8 +40,8 @@ class InputFile:
     Args:
         path: Absolute path.
         size: In bytes.
-        fingerprint: Of the content, so that a moved file is not a changed one.
-        partition: Columns that the names of its folders say; see `batchrun.jobs.rows.row.Part`.
+        fingerprint: Digest of the content, so that a moved file is not a changed one.
+        partition: Columns from the names of its folders; see `batchrun.jobs.rows.row.Part`.
     """
 
     path: str
@@ -56,12 +56,12 @@ class InputFile:
         partition: Mapping[str, int | str | None] | None = None,
         most: int | None = None,
     ) -> InputFile:
-        """Look at a file: whole up to 64 MiB, beyond that its ends and 32 samples.
+        """Digest a file: all of it up to 64 MiB, beyond that 33 spread samples of 1 MiB.
 
         Args:
             path: Where it is.
-            partition: What the names of its folders say.
-            most: Look at no more than so many of its bytes.
+            partition: Columns from the names of its folders.
+            most: Read at most this many of its bytes.
 
         Raises:
             InputError: It can't be read.
@@ -90,19 +90,19 @@ class InputFile:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What a job is. Immutable; written to the job's folder once.
+    """A job's specification. Immutable; written to the job's folder once.
 
     Args:
         inputs: The input files, in row order.
         input_format: `parquet`, `jsonl` or `csv`.
         prompt: How a row becomes a prompt.
         model: What computes the answers.
-        sampling: How, as far as the user said.
+        sampling: How, where the user said so.
         seed: Of the whole job.
-        n: Completions a row.
-        keep: How many of them the output has, the best by mean log-probability; None for all. With
-            `--best-of` that is what `--n` says, and `n` is what `--best-of` does.
-        limit: Rows at most; None for all.
+        n: Completions per row.
+        keep: How many of them go to the output, the best by mean log-probability; None for all.
+            With `--best-of`, `keep` is the value of `--n` and `n` that of `--best-of`.
+        limit: Maximum number of rows; None for all.
         output: Where the answers go. Not part of the fingerprint.
         runtime: How to run. Not part of the fingerprint.
     """
@@ -128,16 +128,16 @@ class JobSpec:
 
     @property
     def input_paths(self) -> list[Path]:
-        """Where the inputs lie."""
+        """Where the inputs are."""
         return [Path(file.path) for file in self.inputs]
 
     @property
     def parts(self) -> list[Part]:
-        """The inputs for a source: no more of each than there was."""
+        """The inputs for a source, each up to its size at submission."""
         return [Part(Path(file.path), file.size, file.partition) for file in self.inputs]
 
     def fingerprint(self) -> str:
-        """Digest of what determines the output; the same after inputs or model were moved."""
+        """Digest of what determines the output; unchanged by moving inputs or model."""
         content = {k: v for k, v in asdict(self).items() if k not in _NOT_CONTENT}
         content["inputs"] = [
             [i.fingerprint, i.partition] if i.partition else i.fingerprint for i in self.inputs
@@ -147,16 +147,16 @@ class JobSpec:
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def paths(self) -> list[str]:
-        """Where inputs and model lie."""
+        """Where inputs and model are."""
         return [i.path for i in self.inputs] + [self.model.path] * bool(self.model.path)
 
     def at(self, places: Mapping[str, str]) -> JobSpec:
-        """The same job with inputs, model and output where `places` says that their paths lead.
+        """The same job with inputs, model and output moved to their new `places`.
 
-        An output that goes elsewhere has the format of its new name, and replaces nothing there.
+        A moved output has the format of its new name, and replaces nothing there.
 
         Raises:
-            OutputError: The output's new name says no format.
+            OutputError: The output's new name implies no known format.
         """
         inputs = tuple(replace(i, path=places.get(i.path, i.path)) for i in self.inputs)
         model = replace(self.model, path=places.get(self.model.path, self.model.path))
@@ -169,7 +169,7 @@ class JobSpec:
         return replace(self, inputs=inputs, model=model, output=output)
 
     def within(self, folder: Path) -> JobSpec:
-        """The same job, with full paths of what lies in its folder: stdin, and stdout-to-be."""
+        """The same job, with full paths for files in its folder: the copies of stdin and stdout."""
         inputs = tuple(replace(file, path=str(folder / file.path)) for file in self.inputs)
         path = self.output.path and str(folder / self.output.path)
         return replace(self, inputs=inputs, output=replace(self.output, path=path))
@@ -183,8 +183,8 @@ class JobSpec:
         """Read `job.json`.
 
         Raises:
-            SpecDamaged: There is none that is what was written.
-            JobError: It is of a newer version.
+            SpecDamaged: It is missing, or not what was written.
+            JobError: It has a newer version.
         """
         path = folder / FILE
         try:
@@ -192,7 +192,7 @@ class JobSpec:
             version = data["version"]
             if version > VERSION:
                 raise JobError(
-                    f"{path} has version {version}, this program knows up to {VERSION}",
+                    f"{path} has version {version}; this program knows versions up to {VERSION}",
                     hint="pip install --upgrade batchrun-llm",
                 )
             return cls.of(data)
@@ -203,9 +203,9 @@ class JobSpec:
             ) from error
 
     def edits(self, folder: Path) -> list[str] | None:
-        """What `job.json` says otherwise, by its checksum or without, a line each.
+        """A line for each value that differs in `job.json`, whether or not its checksum is valid.
 
-        None where it says nothing: it is gone, or damaged beyond reading.
+        None if the file is gone, or damaged beyond reading.
         """
         try:
             data = json.loads((folder / FILE).read_bytes())
@@ -217,7 +217,7 @@ class JobSpec:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> JobSpec:
-        """What `asdict` made of one; names that this version does not know are left out."""
+        """A specification from the output of `asdict`; ignores names unknown to this version."""
         found = _known_names(cls, data)
         for name in _PARTS.keys() & found:
             found[name] = _PARTS[name](**_known_names(_PARTS[name], found[name]))
@@ -228,11 +228,11 @@ class JobSpec:
 OPTIONS: Mapping[str, Option] = {
     found.name: found for part in (*_PARTS.values(), JobSpec) for found in options_of(part)
 }
-LIMIT_NAMES = tuple(name for name, found in OPTIONS.items() if found.anew)  # as `resume` has them
+LIMIT_NAMES = tuple(name for name, found in OPTIONS.items() if found.anew)  # `resume` sets these
 
 
 def _known_names(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """What of JSON is a field of that class; JSON has lists where there were tuples."""
+    """The fields of that class in a JSON object, with JSON's lists as tuples again."""
     names = {f.name for f in fields(kind)}
     return {
         name: tuple(value) if isinstance(value, list) else value
@@ -242,7 +242,7 @@ def _known_names(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves of nested mappings, as JSON, by dotted name."""
+    """The leaves of nested mappings, as JSON, with their dotted names."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))

@@ -1,4 +1,4 @@
-"""What a job cost and where it went: measured figures of its runs, merged."""
+"""What a job cost, and where: the measured figures of its runs, merged."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
 
     Args:
         job: The job.
-        state: How it has just ended, where the worker that ended it asks.
+        state: How it has just ended, if its worker asks.
 
     Returns:
         JSON-able: `job`, `state`, `model`, `device`, `attention`, `output`, `rows` (`total`,
-        `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`, and `skipped` where the user
-        left some out; they are among the done ones), `finish_reasons`, `tokens`
+        `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`, and `skipped` if the user
+        left some out; they count as done), `finish_reasons`, `tokens`
         (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`,
-        `drafted` and `accepted`: draft tokens, and the right ones of them; and `shared`: of
-        prompts, not computed because another row had), `duplicates` (`rows` and completion
-        `tokens` that were taken from another row), `saved` by planning (about so many
+        `drafted` and `accepted`: draft tokens, and those accepted; and `shared`: prompt
+        tokens already computed for another row), `duplicates` (`rows` and completion
+        `tokens` taken from another row), `saved` by planning (estimated
         `prompt_tokens`, `steps` and seconds of the tail), `time` (seconds), `throughput` (of what
-        was computed, per second; rows of all), `batch` (with the seconds of its tail), `kv` (bytes:
-        `time_averaged` and `peak` of reserved, mapped, live, shared, static, paged; `utilisation`
-        is live over mapped; None where nothing was measured; seconds of mapping that computing hid
-        and that it waited for), `device_time` (seconds in steps and between them; 0 on a CPU),
+        was computed, per second; rows count all), `batch` (with the seconds of its tail), `kv`
+        (bytes: `time_averaged` and `peak` of reserved, mapped, live, shared, static, paged;
+        `utilisation` is live over mapped; None if nothing was measured; seconds of mapping hidden
+        behind computing and waited for), `device_time` (seconds in and between steps; 0 on a CPU),
         `preemptions`, `peak_rss`, `weights_bytes`, `peak_activations`, `runs`, `row_seconds`
         (quantiles of queue, prefill, decode).
     """

@@ -1,4 +1,4 @@
-"""Whether a job is what it should be: its journal, what it was made of, and what it wrote."""
+"""Checks that a job is intact: its journal, its inputs and model, and its output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import STATS
 
-_SHOWN = 5  # differences of one output at most
+_SHOWN = 5  # differences shown per output at most
 
 
 def verify(
@@ -32,14 +32,14 @@ def verify(
     """Look for anything wrong with a job. Reads all of its files, changes none.
 
     Args:
-        job: The job; where it runs, the answer is of a moment.
-        model_fingerprint: Digests a model; without it the model is not looked at.
-        noted: Told what is read of inputs and output.
+        job: The job; if it is running, the answer holds only for the moment.
+        model_fingerprint: Digests a model; without it the model is not checked.
+        noted: Told what is being read of inputs and output.
 
     Returns:
-        Problems, a line each; none when the journal is sound, inputs and model are those of the
-        submission, every row has its results exactly once as far as the job has come, and the
-        output of a finished job holds exactly the input's columns and the journal's results.
+        Problems, a line each. None if the journal is sound, inputs and model are those that were
+        submitted, every row so far has its results exactly once, and the output of a finished job
+        holds exactly the input's columns and the journal's results.
     """
     try:
         spec = job.spec()
@@ -61,9 +61,9 @@ def verify(
 
 
 def _notes(job: JobFolder, journal: Journal) -> Iterator[str]:
-    """What is damaged of files that repeat what the journal says."""
+    """Damage to files that repeat what the journal says."""
     runs = journal.runs()
-    # What a run noted while it lived is nothing that a loss of power must leave whole.
+    # A run's notes while it is alive need not survive a power loss.
     broken_off = bool(runs) and runs[-1]["ended_at"] is None
     for name in (STATE, STATS):
         try:
@@ -74,7 +74,7 @@ def _notes(job: JobFolder, journal: Journal) -> Iterator[str]:
             if not (broken_off and name == STATE):
                 yield (
                     f"{job.path / name} is damaged: {error}; the journal has what it said, "
-                    f"and batchrun resume {job.id} writes it anew"
+                    f"and batchrun resume {job.id} rewrites it"
                 )
 
 
@@ -93,14 +93,14 @@ def _rows(
             yield f"the input has {there:,} rows, the journal says {total:,}"
     samples, beyond = journal.counts().samples, journal.beyond(total)
     if beyond:
-        yield f"the journal has {beyond:,} results of rows that the input does not have"
+        yield f"the journal has {beyond:,} results for rows that the input does not have"
     if finished and samples - beyond != total * spec.n:
         missing = total * spec.n - (samples - beyond)
         yield f"the job is finished, but the journal lacks {missing:,} of its results"
 
 
 def _output(spec: JobSpec, journal: Journal, source: Source, noted: Noted) -> Iterator[str]:
-    """Where the output is not what an export would write now."""
+    """Where the output differs from what an export would write now."""
     path = Path(spec.output.path)
     if OUTPUTS.identity(path) is None:
         yield f"the output {path} is gone; the journal has its rows: batchrun export"

@@ -95,7 +95,7 @@ def test_a_job_that_was_interrupted_shows_what_is_done_and_resumes(model: str, h
     assert job.state == "cancelled"
     before = list(job.rows())
     assert len(before) < 40
-    with pytest.raises(OptionError, match="temperature can't be told a job anew"):
+    with pytest.raises(OptionError, match="temperature can't be changed when a job is resumed"):
         job.resume(temperature=1)
     job.resume(max_num_seqs=32, kv_budget="64MiB").wait(600)
     after = list(job.rows())

@@ -131,7 +131,7 @@ def test_a_copy_of_nothing_is_refused(tmp_path: Path) -> None:
         journal.begin_run()
         journal.write([answer(0), answer(1, "error")])
         for of in (1, 2):  # an error, and none at all
-            with pytest.raises(JournalError, match="copied that is not in the journal"):
+            with pytest.raises(JournalError, match="to be copied is not in the journal"):
                 journal.write([answer(5), CopiedResult(6, 0, of, 0, 2)])
         journal.write([CopiedResult(8, 0, 0, 0, 2), answer(7), CopiedResult(9, 0, 7, 0, 2)])
         found = list(journal.results())

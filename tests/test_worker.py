@@ -420,14 +420,14 @@ def test_whatever_a_tokenizer_raises_is_an_error_of_its_row(submit: Submit) -> N
     outcome = run(job, open_workbench=lambda *_: Bench(), log=lines.append)
     assert outcome is Outcome.DONE_WITH_ERRORS
     errors = {i: e for i, e in enumerate(output(job)["error"].to_pylist()) if e}
-    made = "the row can't be made a prompt: "
+    made = "no prompt can be made from the row: "
     assert errors == {
         3: f"{made}_Panic: inside",
         7: f"{made}RecursionError",
         11: f"{made}OverflowError: too big",
         15: f"{made}KeyError: '\\ud800'",
     }
-    assert len([line for line in lines if "can't be made a prompt" in line]) == 1
+    assert len([line for line in lines if "no prompt can be made" in line]) == 1
     assert summarise(job)["rows"]["failed_by_reason"] == {"internal": 4}
 
 

@@ -33,7 +33,7 @@ _HIDDEN = {"work": "batchrun.cli.work", "run-job": "batchrun.cli.work"}
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands' names and help, and imports one only to call it."""
+    """A group that knows its commands' names and help, and imports a command only to call it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names, in the order in which a newcomer needs them."""
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = report_errors(
             lambda: cli.main(arguments, prog_name="batchrun", standalone_mode=False)
         )
-    except KeyboardInterrupt:  # the second one, while the first was answered
+    except KeyboardInterrupt:  # a second one, while the first was handled
         status = ExitStatus.INTERRUPTED
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to exit
     sys.exit(status)

@@ -50,8 +50,8 @@ def logs_command(job: str | None, follow: bool) -> None:
 def cancel_command(job: str | None) -> int:
     """Stop a job.
 
-    What it has done is kept, the tokens of begun rows too: `batchrun resume` would go on. A job
-    that hangs is killed after some seconds: then finished rows are kept.
+    Its results are kept, and the tokens of unfinished rows: `batchrun resume` continues it. A job
+    that hangs is killed after some seconds; then only finished rows are sure to be kept.
     """
     folder = find(home(), job)
     say(cancel(folder), limit=MESSAGE)
@@ -65,8 +65,8 @@ def cancel_command(job: str | None) -> int:
 def rm_command(jobs: tuple[str, ...]) -> None:
     """Remove jobs.
 
-    Their folders go, with all results in them, and what killed processes left unfinished beside
-    their outputs. Outputs that were written stay.
+    Removes their folders with all results in them, and what killed processes left unfinished beside
+    their outputs. Finished outputs stay.
     """
     root = home()
     with one_at_a_time(root):
@@ -81,7 +81,7 @@ def rm_command(jobs: tuple[str, ...]) -> None:
 def verify_command(job: str | None) -> int:
     """Check a job.
 
-    Is its journal sound, are its inputs and its model unchanged, does the output agree?
+    Is its journal sound, are its inputs and model unchanged, does the output match?
     """
     folder = find(home(), job)
     try:
@@ -105,7 +105,7 @@ def verify_command(job: str | None) -> int:
 @click.option(
     "--partial",
     is_flag=True,
-    help="Also if rows are missing, or the input is no more what it was: what there is.",
+    help="Write what there is, even if rows are missing or the input has changed.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def export_command(job: str | None, output: str | None, partial: bool, overwrite: bool) -> None:
@@ -149,18 +149,18 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     except ReaderCrashed as crash:
         if not partial:
             raise
-        lost = crash.path  # the crash itself can't be caught: it and what follows is done without
+        lost = crash.path  # try again without this file and those after it
         found = isolated(lambda note: write(note, lost))
     where = "stdout" if output == PIPE else target.path
     say(f"{found.rows:,} rows in {where}", err=output == PIPE)
     if found.unknown is not None:
         tell(
-            f"the input is not what it was: {found.unknown:,} of these rows are without their "
-            "input columns; the column `row` says which they are, from 0"
+            f"the input has changed: {found.unknown:,} of these rows are without their "
+            "input columns; the column `row` has their row numbers, from 0"
         )
 
 
 def _room(job: JobFolder) -> tempfile.TemporaryDirectory[str]:
-    """A folder for what goes to stdout; in the job, so that it goes with it whoever is killed."""
+    """A folder for what goes to stdout; in the job's folder, so that it is removed with it."""
     place = job.path if os.access(job.path, os.W_OK) else None
     return tempfile.TemporaryDirectory(prefix=".export-", dir=place)

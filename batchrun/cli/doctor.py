@@ -45,10 +45,10 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "n
 _CUDA_PACKAGES = ("cuda-bindings", "flashinfer-python")  # what a GPU needs, and what it may use
 _DRIVER = Path("/proc/driver/nvidia/version")
 
-_ADDRESSES = 48 << 30  # bytes that the KV memory of the default model reserves on a CPU, about
+_ADDRESSES = 48 << 30  # bytes that the default model's KV memory reserves on a CPU, about
 _PAGE = 256 << 10
 _FILES = 64  # descriptors that a run has open at once, about
-_MAP_COUNT = 65530  # Linux's default, for which memory's pages are laid out
+_MAP_COUNT = 65530  # Linux's default, for which the memory layout is designed
 
 # Name of the limit, what it bounds, and what to type where that is in bytes.
 _LIMITS = (
@@ -63,7 +63,7 @@ _LIMITS = (
 @click.command()
 @json_option
 def doctor_command(as_json: bool) -> int:
-    """Show what this machine can do: versions, memory, devices, and what stands in the way.
+    """Show what this machine can do: versions, memory, devices, and problems.
 
     Each attention kernel is run on a small case and compared with float32, and each kind of
     attention by what `--attention auto` takes for it: a kernel, or SDPA, which is slow.
@@ -79,7 +79,7 @@ def doctor_command(as_json: bool) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Looks at the machine, and tries what may be forbidden. Memory in bytes; nothing is left."""
+    """Examines the machine, and tries what may be forbidden. Memory in bytes; leaves nothing."""
     folder = home()
     problems = []
     if platform.system() != "Linux":
@@ -154,7 +154,7 @@ def _devices() -> list[str]:
 
 
 def _attention() -> tuple[dict[str, str], dict[str, str]]:
-    """What each kernel library says to a small case on the best device, and what each model gets.
+    """How each kernel library does on a small case on the best device, and what each model gets.
 
     Returns:
         By library, and by kind of attention.
@@ -181,7 +181,7 @@ def _attention() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def limits(root: Path = cgroups.ROOT) -> dict[str, str]:
-    """What bounds this process beside the machine itself, and what would lift it."""
+    """Limits on this process, apart from the machine's own, and how to lift them."""
     found = {}
     group = cgroups.memory_limit(root)
     if group is not None:
@@ -203,7 +203,7 @@ def limits(root: Path = cgroups.ROOT) -> dict[str, str]:
 
 
 def lacking() -> Iterator[str]:
-    """What would keep a job from running, each with what to do: each is tried for real."""
+    """What would keep a job from running, and what to do about it; tries each for real."""
     threads = machine.cores() + machine.OWN_THREADS
     if (found := machine.startable_threads(threads)) < threads:
         yield f"only {found} of {threads} threads can be started; {machine.THREADS_HINT}"
@@ -212,7 +212,7 @@ def lacking() -> Iterator[str]:
         yield f"only {files} files can be open at once; ulimit -n 4096"
     if max_map_count() < _MAP_COUNT:
         yield (
-            f"a process may have {max_map_count():,} memory mappings only; "
+            f"a process may have only {max_map_count():,} memory mappings; "
             f"sysctl -w vm.max_map_count={_MAP_COUNT}"
         )
     if (free := machine.available_memory()) < _ADDRESSES >> 6:
@@ -226,7 +226,7 @@ def lacking() -> Iterator[str]:
 
 
 def fallbacks() -> dict[str, str]:
-    """What works in another way than usual, because of what is forbidden here."""
+    """What works differently here, because something is forbidden."""
     try:
         os.close(os.memfd_create("batchrun-doctor"))
     except OSError as error:
@@ -240,7 +240,7 @@ def fallbacks() -> dict[str, str]:
 
 
 def lacks(folder: Path) -> list[str]:
-    """What jobs would miss in a folder, and what to do; leaves nothing there.
+    """What a folder's file system lacks for jobs, and what to do; leaves nothing there.
 
     Raises:
         OSError: The folder can't be written.

@@ -37,7 +37,7 @@ STATUS = {
 
 
 def report_errors(command: Callable[[], Any]) -> int:
-    """Runs a command and returns its exit code, having printed what went wrong, if anything did.
+    """Runs a command, prints what went wrong, if anything, and returns its exit code.
 
     A user's mistake gets an `error:` line and, where something can be done, a `hint:` line.
     Anything unforeseen is a bug: one line, and the traceback in a file.
@@ -68,11 +68,11 @@ def explain(error: Exception, folder: Path | None = None) -> tuple[str, str | No
 
     Args:
         error: The error.
-        folder: Where that file goes, in the place of `home()`.
+        folder: Where that file goes, instead of `home()`.
     """
     try:
         known = describe(error)
-    except (ImportError, OSError, MemoryError):  # not even what knows can be loaded any more
+    except (ImportError, OSError, MemoryError):  # not even `describe` can run any more
         known = said_by(error), "batchrun doctor says what this machine lacks"
     return known or _bug(error, folder)
 
@@ -82,7 +82,7 @@ def describe(error: Exception) -> tuple[str, str | None] | None:
     if isinstance(error, UserError):
         return str(error), error.hint
     if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None):
-        return f"a library can't be loaded: {error}", "batchrun doctor says what is amiss"
+        return f"a library can't be loaded: {error}", "batchrun doctor says what is wrong"
     if isinstance(error, MemoryError):
         return (
             ": ".join(filter(None, ("out of memory", str(error)))),

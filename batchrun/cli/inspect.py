@@ -1,4 +1,4 @@
-"""`batchrun stats`, `list` and `show`: what job folders say. Read only, also while jobs run."""
+"""`batchrun stats`, `list` and `show`: what job folders say. Read-only, even while jobs run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def list_command(as_json: bool) -> None:
 
 
 def _short(path: str) -> str:
-    """A path as one would type it here."""
+    """A path as a user would type it here."""
     for folder, name in ((Path.cwd(), ""), (Path(os.path.expanduser("~")), "~/")):
         if Path(path).is_relative_to(folder):
             return name + str(Path(path).relative_to(folder))
@@ -84,7 +84,7 @@ def _short(path: str) -> str:
 
 
 def _listed(job: JobFolder) -> dict[str, Any]:
-    """One job of the list. A damaged folder is listed with what is wrong, and hides no other."""
+    """One job of the list. A damaged job is listed with its error, and hides no other."""
     try:
         snapshot = job.snapshot()
     except JobError as error:
@@ -124,7 +124,7 @@ def show_command(job: str | None, as_json: bool) -> None:
 
 
 def when(seconds: float) -> str:
-    """A moment on this machine's clock; question marks for what is none."""
+    """A time on this machine's clock; question marks if it is invalid."""
     try:
         return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
     except (ValueError, OverflowError, OSError):  # the line is damaged
@@ -137,7 +137,7 @@ def _run_line(run: dict[str, Any]) -> str:
 
 
 def job_parameters(spec: JobSpec) -> dict[str, Any]:
-    """What a job was asked for, JSON-able; what was left to its default is left out."""
+    """What a job was asked for, JSON-able, without defaults."""
     samples = {"n": spec.n} if spec.keep is None else {"n": spec.keep, "best_of": spec.n}
     runtime = _given(spec.runtime)
     columns = runtime.pop("param_columns", None)
@@ -160,7 +160,7 @@ def job_parameters(spec: JobSpec) -> dict[str, Any]:
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
-    """Prints a field a line, a list's items and a mapping's pairs below each other."""
+    """Prints one field per line, the items of a list or mapping below each other."""
     width = max(len(name) for name in fields)
     for name, value in fields.items():
         lines = [str(value)]

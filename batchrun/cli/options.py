@@ -1,4 +1,4 @@
-"""The options of a job on the command line, in the sections that help shows, and their types."""
+"""A job's options on the command line, in the sections of the help, and their types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class KindType(click.ParamType[Any]):
-    """What a kind reads of text.
+    """A click type that reads text as a `Kind` does.
 
     Args:
         kind: The kind.
@@ -28,7 +28,7 @@ class KindType(click.ParamType[Any]):
         self._kind = kind
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Text to a value."""
+        """Converts text to a value."""
         try:
             return self._kind.read(value)
         except ValueError as error:
@@ -74,7 +74,7 @@ def job_options(*sections: str, anew: bool = False) -> Callable[[Command], Comma
 
     Args:
         sections: Their titles.
-        anew: Only those that `resume` may say anew.
+        anew: Only those that `resume` may change.
     """
     chosen = [
         option
@@ -121,14 +121,14 @@ def _type(kind: Kind | Integer | Choice) -> click.ParamType[Any]:
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
-    """What `NAME=VALUE`, repeated, says: JSON where it is any, else text."""
+    """The values of repeated `NAME=VALUE`s: JSON if valid, else text."""
     found: dict[str, Any] = {}
     for pair in given:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise click.UsageError(f"{param.opts[0]} {pair}: write NAME=VALUE", ctx)
         if name in found:
-            raise click.UsageError(f"{param.opts[0]} {name} is there twice", ctx)
+            raise click.UsageError(f"{param.opts[0]} {name} is given twice", ctx)
         try:
             found[name] = json.loads(text)
             json.dumps(found[name], allow_nan=False)

@@ -20,14 +20,14 @@ from batchrun.submission import kept_input
 
 @contextmanager
 def taken_in(inputs: Sequence[str], root: Path) -> Iterator[tuple[list[str], Path | None]]:
-    """Where `-` is among the inputs, what comes in on stdin as a file, until the block ends.
+    """If `-` is among the inputs, keep stdin in a file until the block ends.
 
     Args:
         inputs: What a user named.
-        root: What `home()` says.
+        root: What `home()` returns.
 
     Yields:
-        The inputs, and that file; None where there is no `-`.
+        The inputs, and that file; None if there is no `-`.
 
     Raises:
         InputError: Nothing is piped in, or nothing that can be read.
@@ -47,7 +47,7 @@ def taken_in(inputs: Sequence[str], root: Path) -> Iterator[tuple[list[str], Pat
     try:
         with kept_input(root, "stdin", copy, _kind) as path:
             yield [str(path)], path
-    except InputError as error:  # nobody else knows the file
+    except InputError as error:  # the file's name means nothing to the user
         folder = re.escape(f"{root / 'jobs'}/")
         name = r"\.stdin-\w{8}\.\w+"
         message = re.sub(folder + name, "what came in on stdin", str(error))

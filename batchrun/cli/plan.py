@@ -30,7 +30,7 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
     Reads, tokenises and plans the whole input as `submit` with the same options would. The time is
     an estimate, from how long the steps of earlier jobs took on this machine with this model.
     """
-    # An input may well have columns that an output would add.
+    # An input may have columns that an output would add.
     unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True}
     with taken_in(inputs, home()) as (paths, _):
         found = isolated(lambda note: _found(paths, {**options, **unused}, note))

@@ -18,14 +18,14 @@ _BAR_EVERY_S = 0.1
 _LINE_EVERY_S = 5.0
 _RATE_WINDOW_S = 20.0
 _MARGIN = 4  # columns right of the bar: a ^C there must not wrap it
-_ROWS_TO_TELL = 5  # the first rows of a batch end long after it began: they say little
+_ROWS_TO_TELL = 5  # a batch's first rows end long after it began, so they say little
 _PHASES = {"load": "loading the model", "run": "running", "export": "writing the output"}
 
 
 class Rates:
-    """Tokens a second, over the last seconds, and time left, by the rows of this run so far.
+    """Tokens per second over the last seconds, and time left by the rows of this run so far.
 
-    Neither rows of earlier runs nor the time that loading takes count.
+    Rows of earlier runs and the time for loading don't count.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Rates:
         self._began: tuple[float, int] | None = None
 
     def add(self, now: float, progress: Progress) -> None:
-        """Takes note of the state at `now`, seconds of any clock that runs steadily."""
+        """Notes the state at `now`, in seconds of any steady clock."""
         if progress.phase != "run":
             self._seen.clear()
             self._began = None
@@ -44,7 +44,7 @@ class Rates:
             self._seen.popleft()
 
     def tokens_per_s(self) -> float | None:
-        """Completion tokens a second; None before there is anything to measure."""
+        """Completion tokens per second; None until there is something to measure."""
         if len(self._seen) < 2 or self._seen[-1][0] <= self._seen[0][0]:
             return None
         (began, before), (now, after) = self._seen[0], self._seen[-1]
@@ -69,7 +69,7 @@ class View:
         self._latest: Progress | None = None
 
     def update(self, progress: Progress) -> None:
-        """Shows it if it is time."""
+        """Shows the progress if an update is due."""
         now = time.monotonic()
         self._rates.add(now, progress)
         self._latest = progress
@@ -107,7 +107,7 @@ class View:
 
 
 def _phase(progress: Progress) -> str:
-    return _PHASES.get(progress.phase) or printable(progress.phase, 40)  # of a folder from afar
+    return _PHASES.get(progress.phase) or printable(progress.phase, 40)  # may be untrusted
 
 
 def _details(progress: Progress, rates: Rates) -> list[str]:

@@ -41,7 +41,7 @@ from batchrun.trust import others_write
 
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
 _POLL_S = 0.1
-_BEGIN_S = 30.0  # that `--detach` waits for a worker to begin, to tell of one that can't
+_BEGIN_S = 30.0  # how long `--detach` waits for a worker to begin, to report one that can't
 
 _running = partial(section_option, section=RUNNING)
 _wait = partial(
@@ -57,7 +57,7 @@ _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as J
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @job_options(MODEL, PROMPT, SAMPLING, OUTPUT, RUNNING)
 @_wait(show_default=True)
-@_running("--again", is_flag=True, help="Begin anew though the same work can be resumed.")
+@_running("--again", is_flag=True, help="Start a new job even if the same work can be resumed.")
 @_running(
     "--dry-run",
     is_flag=True,
@@ -117,7 +117,7 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
     "--moved",
     multiple=True,
     metavar="OLD=NEW",
-    help="An input or the model that lies elsewhere now; its content must be the same.",
+    help="An input or the model has moved; its content must be the same.",
 )
 @click.option("--output", "-o", metavar="FILE", help="Another file for the output, from now on.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there now, whoever wrote it.")
@@ -136,13 +136,13 @@ def resume_command(
     as_json: bool,
     **limits: int | None,
 ) -> int:
-    """Continue a job that was stopped: finished rows are kept, begun ones go on where they were.
+    """Continue a job that was stopped: finished rows are kept, others go on where they were.
 
     JOB is its id or the beginning of one; without it, the latest job continues.
     """
     root = home()
     if every and (output or overwrite):
-        raise click.UsageError("--all with --output or --overwrite: these are of one job")
+        raise click.UsageError("--all with --output or --overwrite: these apply to a single job")
     if every:
         jobs = [found for found in list_jobs(root) if _is_resumable(found)]
     else:
@@ -170,7 +170,7 @@ def resume_command(
             if not every:
                 raise
             if isinstance(error, LeaseHeld) or not _is_resumable(found):
-                tell(f"{error}: left to it")  # it goes on, as was wanted
+                tell(f"{error}: left to it")  # it is running, as wanted
                 continue
             print_error(str(error), error.hint)  # and the others go on
             ended = ExitStatus.FAILED
@@ -181,7 +181,7 @@ def resume_command(
 def _is_resumable(job: JobFolder) -> bool:
     try:
         return job.state() in _RESUMABLE
-    except JobError:  # resuming it says what is wrong, or puts it right; unless it is gone
+    except JobError:  # `resume` reports what is wrong, or repairs it; unless the job is gone
         return job.path.exists()
 
 
@@ -199,7 +199,7 @@ def watch_command(job: str | None, as_json: bool) -> int:
 
 
 def _attached(worker: Started, tail: LogTail, *, as_json: bool, wait: bool) -> ExitStatus:
-    """Watch a job that was started; or say which one it is, once its worker has begun to work."""
+    """Watch a job that was started; or print its id, once its worker has begun to work."""
     job = worker.job
     if wait:
         status = _watch(job, tail, worker.alive, as_json=as_json)
@@ -220,13 +220,13 @@ def _attached(worker: Started, tail: LogTail, *, as_json: bool, wait: bool) -> E
 def _watch(
     job: JobFolder, tail: LogTail, alive: Callable[[], bool], *, as_json: bool
 ) -> ExitStatus:
-    """Show the job, with what its log gets from `tail` on, while it lives; say how it went."""
+    """Show the job, and its log from `tail` on, while it is alive; print how it went."""
     view, started = View(sys.stderr), time.monotonic()
     view.message(f"job {job.id}")
     try:
         last = False
         while not last:
-            last = not alive()  # what was written until then is shown too
+            last = not alive()  # show what was written until then
             for line in tail.lines():
                 view.message(str(line["message"]))
             if (progress := read_progress(job.path)) is not None:
@@ -246,7 +246,7 @@ def _watch(
 
 
 def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
-    """Print how the job stands, and return what the process exits with."""
+    """Print the job's state, and return the exit code."""
     state, failure = job.state(), job.failure()
     status = STATUS.get(state, ExitStatus.FAILED)
     try:
@@ -257,7 +257,7 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
     rows, output = summary["rows"], summary["output"]
     progress = read_progress(job.path)
     if progress is not None:
-        wall_s = progress.elapsed_s  # the run's, which may be longer than the view of it
+        wall_s = progress.elapsed_s  # the run's time, which may exceed the view's
     if failure is not None and status is not ExitStatus.DONE:
         print_error(*failure)
     if as_json:

@@ -1,4 +1,4 @@
-"""The commands that workers are made of; nobody types them."""
+"""The commands that worker processes run; nobody types them."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def work_command(folder: Path) -> int:
 def run_job_command(folder: Path) -> int:
     """Run a job, as its supervisor's child."""
     # How long a thread of torch's OpenMP spins for work before it sleeps; read when torch is
-    # loaded. The default wins nothing over this on an idle machine, and makes a step three times
-    # as slow where another process wants a core (benchmarks/README.md).
+    # loaded. The default gains nothing over this on an idle machine, and makes a step three
+    # times as slow when another process wants a core (benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     job, handles = JobFolder(folder), supervisor.inherited()
     with Reporter(folder) as reporter, stopped_by_signals() as stop:
@@ -111,7 +111,7 @@ def _print_traceback(error: BaseException) -> None:
 
 
 def _lost(job: JobFolder, reporter: Reporter, what: str) -> None:
-    """End a run of which a thread could not begin: others wait for it."""
+    """End a run if one of its threads could not begin: others wait for it."""
     hint = "free memory, or lift its limits (batchrun doctor names them); then: batchrun resume"
     try:
         print_error(what, hint)  # first: there may be no memory for more

@@ -124,5 +124,5 @@ def check_machine(space: KVSpace) -> None:
     if space.refusal:
         raise EngineError(
             f"there is no memory for a single row: {space.refusal}",
-            hint="what is done is kept; then: batchrun resume",
+            hint="finished rows are kept; then: batchrun resume",
         )

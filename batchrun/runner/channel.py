@@ -11,7 +11,7 @@ T_contra = TypeVar("T_contra", contravariant=True)
 
 
 class Closed(Exception):  # noqa: N818 - how a consumer learns of the end, not a failure
-    """Nothing more comes, or nobody takes any more."""
+    """No more items come, or nobody takes them any more."""
 
 
 class Sender(Protocol[T_contra]):
@@ -25,7 +25,7 @@ class Sender(Protocol[T_contra]):
         """Hand an item on; raises `Closed`."""
 
     def close(self) -> None:
-        """There is no more."""
+        """Say that no more items come."""
 
 
 class Channel(Generic[T]):
@@ -54,7 +54,7 @@ class Channel(Generic[T]):
         """Take up to `most` items, waiting up to `timeout` seconds (None: for ever) for the first.
 
         Returns:
-            An empty list when the time is over.
+            An empty list on a timeout.
 
         Raises:
             Closed: The channel was closed and every item taken.
@@ -69,7 +69,7 @@ class Channel(Generic[T]):
             return taken
 
     def wait(self, seconds: float) -> None:
-        """Return when something has changed, or the time is over.
+        """Return when something has changed, or after a timeout.
 
         Raises:
             Closed: The channel is closed.

@@ -1,4 +1,4 @@
-"""Columns of the input that hold chats, and what a row says to its chat template."""
+"""Input columns that hold chats, or arguments for the chat template."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from batchrun.runner.param_columns import column_refused
 
 
 def usual_column(names: Sequence[str]) -> str:
-    """The column that holds the prompts where nobody says: a chat where there is no `prompt`."""
+    """The default prompt column: `prompt`, else one that holds chats."""
     return next((name for name in ("prompt", *CHAT_COLUMNS) if name in names), "prompt")
 
 
 def are_chats(prompt: PromptSpec, source: Source) -> bool | None:
-    """Whether prompts are chats; None where that is each row's affair."""
+    """Whether prompts are chats; None if that depends on the row."""
     if prompt.chat or prompt.system is not None:
         return True
     if prompt.template:
@@ -36,10 +36,10 @@ def are_chats(prompt: PromptSpec, source: Source) -> bool | None:
 
 
 def argument_columns(prompt: PromptSpec, source: Source) -> list[str]:
-    """The columns that may speak to the chat template, such as `tools`."""
+    """The columns that may hold arguments for the chat template, such as `tools`."""
     if prompt.ignore_param_columns or are_chats(prompt, source) is False:
         return []
-    # Where a row can bring a column that no row before it had, each is asked for all.
+    # If later rows may add columns, look for all of them in each row.
     names = ARGUMENT_COLUMNS if source.num_rows is None else source.column_names
     return [name for name in ARGUMENT_COLUMNS if name in names]
 
@@ -55,12 +55,12 @@ def check_prompt_type(field: pa.Field[Any]) -> None:
         return
     raise InputError(
         f"the column '{field.name}' holds {field.type}, not text or a list of messages",
-        hint=f"make text of it: --template '{{{field.name}}}'",
+        hint=f"convert it to text: --template '{{{field.name}}}'",
     )
 
 
 def check_argument_types(names: Sequence[str], source: Source) -> None:
-    """Refuse columns that can't be what their name says.
+    """Refuse columns whose type doesn't fit their name.
 
     Raises:
         InputError: One holds neither objects nor text.

@@ -1,8 +1,8 @@
-"""Rows that ask the same under greedy decoding have the same answer: it is computed once.
+"""Identical requests under greedy decoding have the same answer, which is computed once.
 
-A repetition of a row that waits or runs is attached to it and gets its result. One of a row that is
-finished is copied from its result by the journal. Finished rows are known by 128-bit digests in a
-table that never grows; one that was replaced in it is computed again.
+A duplicate of a row that waits or runs is attached to it and gets its result. For a duplicate of a
+finished row, the journal copies the result. Finished rows are known by 128-bit digests in a
+fixed-size table; a row that was evicted from it is computed again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from batchrun.runner.planner import Waiting, pack
 _SETS = 1 << 16  # of the table
 _WAYS = 4  # entries of a set; a full one replaces them in turn
 _FIELDS = 4  # of an entry: the digest's halves, the result's number + 1, its tokens
-_ATTACHED = 1 << 20  # repetitions that wait for a result at most: 8 bytes each
+_ATTACHED = 1 << 20  # duplicates that may wait for a result, at 8 bytes each
 
 _Digest = tuple[int, int]  # its halves
 
@@ -51,15 +51,15 @@ class Duplicates:
     def claim(
         self, waiting: Waiting, before: Callable[[], None] = lambda: None
     ) -> CopiedResult | bool:
-        """Say what becomes of a row.
+        """Decide what happens to a row.
 
         Args:
             waiting: The row.
             before: Called before a `settle` can give its result.
 
         Returns:
-            True: compute it, then `settle` it. False: `settle` of another row gives its result. Or
-            what to hand to the journal in its place.
+            True: compute it, then `settle` it. False: the `settle` of another row will return its
+            result. Otherwise, what to hand to the journal instead.
         """
         request = waiting.rest
         if not request.params.greedy:
@@ -85,10 +85,10 @@ class Duplicates:
         return CopiedResult(request.row, request.sample, *divmod(known, self._n), tokens)
 
     def settle(self, request: Request, result: Result) -> list[Result]:
-        """A row has ended; to be called after its result was handed to the journal.
+        """Settle a row that has ended, after its result was handed to the journal.
 
         Returns:
-            The results of its repetitions, which are to be handed on too.
+            The results of its duplicates, to be handed on too.
         """
         if not request.params.greedy:
             return []
@@ -137,5 +137,5 @@ def _digest(identity: bytes, params: SamplingParams) -> _Digest:
 
 @lru_cache(1024)
 def _tag(params: SamplingParams) -> bytes:
-    """What tells parameters apart, at a fixed length; greedy rows draw nothing from their seed."""
+    """A fixed-length digest of the parameters, less the seed, which greedy rows don't use."""
     return blake2b(repr(replace(params, seed=None)).encode(), digest_size=16).digest()

@@ -23,25 +23,25 @@ from batchrun.runner.writer import Item
 if TYPE_CHECKING:  # imports torch
     from batchrun.engine.engine import Engine
 
-_CHECKPOINT_SECONDS = 5.0  # between two notes of what unfinished rows have so far
+_CHECKPOINT_SECONDS = 5.0  # between two checkpoints of unfinished rows
 ENGINE = "a step of the engine"
 
-# What the engine raises that has nothing to do with what its rows hold.
+# Errors of the engine that its rows can't have caused.
 _NO_ROWS_FAULT = (EngineError, JobError, AllocatorError, MachineError, OSError, MemoryError)
 
 
 @dataclass
 class EngineLoop:
-    """Drives an engine until there are no more requests, or it is to stop.
+    """Drives an engine until there are no more requests, or it is told to stop.
 
     Args:
-        engine: What computes.
-        reader: Whose rows they are; it is told of what ends.
+        engine: The engine.
+        reader: The source of the rows; told when one ends.
         in_flight: Told which rows are in the engine.
         crashes: Rows that were in a crash: each gets the engine to itself.
         figures: Told of each step.
         watchdog: Told when the engine is at work.
-        stopped: Whether the loop is to end.
+        stopped: Whether the loop should end.
         report: Called after each step.
     """
 
@@ -59,13 +59,13 @@ class EngineLoop:
 
         Raises:
             Closed: Nobody takes results any more.
-            StepFailed: The engine failed, maybe by one of its rows.
+            StepFailed: The engine failed, maybe because of one of its rows.
         """
         engine, more = self.engine, True
         engine.on_admit = lambda request: self.in_flight.add(request.row)
         checkpoint = time.monotonic() + _CHECKPOINT_SECONDS
         while not self.stopped():
-            # What waits inside the engine is bounded too, or it would come to hold the whole file.
+            # Bound what waits inside the engine too, or it would end up holding the whole file.
             room = QUEUED_REQUESTS - engine.load()[1]
             try:
                 wait = 0 if engine.has_work else 0.1
@@ -89,7 +89,7 @@ class EngineLoop:
         while alone and self.engine.has_work and not self.stopped():
             self._step(results)
         with self.watchdog.busy(ENGINE), self._suspecting(request.row):
-            self.in_flight.add(request.row)  # what is set up for a row may hang, too
+            self.in_flight.add(request.row)  # setting up a row may hang too
             self.engine.add(request)
             self.in_flight.remove(request.row)
         while alone and self.engine.has_work and not self.stopped():
@@ -106,13 +106,13 @@ class EngineLoop:
 
     @contextmanager
     def _suspecting(self, *rows: int) -> Iterator[None]:
-        """The engine's work: where it fails for no known reason, its rows may be the cause.
+        """Run the engine; if it fails for no known reason, its rows may be the cause.
 
         Args:
-            rows: What it is given just now.
+            rows: The rows being added.
 
         Raises:
-            StepFailed: It did.
+            StepFailed: It failed so.
         """
         try:
             yield
@@ -124,7 +124,7 @@ class EngineLoop:
             raise StepFailed(f"{ENGINE} failed: {said_by(error)}") from error
 
     def _end_row(self, request: Request, result: Result, results: Sender[Item]) -> None:
-        """Hand a result on, and those of rows that ask the same."""
+        """Hand on a result, and those of its duplicates."""
         results.put(result)
         self.figures.counted["completions"] += 1
         self.figures.counted["completion_tokens"] += result.completion_tokens
@@ -132,7 +132,7 @@ class EngineLoop:
             results.put(same)
 
     def _checkpoint(self) -> list[Partial]:
-        """What unfinished rows have so far."""
+        """The tokens that unfinished rows have so far."""
         return [
             Partial(
                 *(r.row, r.sample, r.generated_ids),
@@ -144,7 +144,7 @@ class EngineLoop:
 
 
 def result_of(done: Completion) -> Result:
-    """What a journal holds of a sequence that ended."""
+    """The journal's record of a sequence that has ended."""
     request = done.request
     ok = done.finish_reason is not FinishReason.ERROR
 

@@ -20,13 +20,13 @@ if TYPE_CHECKING:  # imports torch
 
 
 class RunFigures:
-    """Put together from what the run's parts count. Each part counts its own; any thread may read.
+    """A run's figures, assembled from those that its parts count. Any thread may read them.
 
     Attributes:
-        began: When the run did, as `time.perf_counter` says.
-        engine_began, engine_ended: When the engine's work did.
-        counted: What stands in no part: the run itself changes it.
-        reader, workbench: Once there are some.
+        began: When the run began, by `time.perf_counter`.
+        engine_began, engine_ended: When the engine's work began and ended.
+        counted: Figures that belong to no part; the run itself updates them.
+        reader, workbench: Set once they exist.
     """
 
     def __init__(self) -> None:
@@ -37,20 +37,20 @@ class RunFigures:
         self._steps = StepSampler()
         self.engine_began: float | None = None
         self.engine_ended: float | None = None
-        self._last_at: dict[int, float] = {}  # when so many sequences ran last
+        self._last_at: dict[int, float] = {}  # by number of sequences, when that many last ran
 
     def stepped(self, running: int) -> None:
-        """A step of so many sequences has ended."""
+        """Note that a step with this many sequences has ended."""
         self._last_at[running] = time.perf_counter()
 
     def observed(self) -> Figures:
-        """As `so_far`, and remembered for the time that steps take."""
+        """Like `so_far`; also samples how long steps take."""
         figures = self.so_far()
         self._steps.observe(figures)
         return figures
 
     def so_far(self) -> Figures:
-        """All of them, now."""
+        """All figures, as of now."""
         now = time.perf_counter()
         measured = self.counted | {"wall_s": now - self.began}
         measured |= {"rss": machine.rss(), "peak_rss": machine.peak_rss()}
@@ -69,7 +69,7 @@ class RunFigures:
             measured["saved_prompt_tokens"] = saved.prompt_tokens
             steps = measured["steps"]
             measured["saved_steps"] = round(saved.steps * steps)
-            if saved.tail:  # as many tokens in more steps: what a step costs beside them
+            if saved.tail:  # the same tokens in more steps: count a step's fixed cost
                 cost = self._steps.measured.costs()[0] or measured["engine_s"] / max(1, steps)
                 measured["saved_tail_s"] = saved.tail * steps * cost
         return recorded(measured)
@@ -82,11 +82,11 @@ class RunFigures:
         home, measured.load_s = folders.home(), self.counted["load_s"]
         if planner:
             measured.share = planner.share
-        with suppress(JobError, OSError):  # the job is done, and this a hint for others
+        with suppress(JobError, OSError):  # the job is done; this only helps later estimates
             measured.after(Measured.load(home, spec)).save(home, spec)
 
     def _tail(self, measured: Mapping[str, Any]) -> float:
-        """Seconds since half as many sequences ran last as ran on average, once all have ended."""
+        """Seconds from when half the average number of sequences last ran to the end."""
         seconds = measured["kv_s"]
         if not seconds or self.engine_ended is None:
             return 0.0

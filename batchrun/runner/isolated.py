@@ -1,7 +1,7 @@
-"""Inputs are read, and prompts made, in a child process that may crash or be ended.
+"""Reads inputs and makes prompts in a child process, which may crash or be killed.
 
-C++ code that reads a damaged file may crash the process. Where a chat template hangs in C no signal
-handler runs any more, so neither a limit nor Ctrl-C could end it from inside.
+C++ code that reads a damaged file may crash the process. While a chat template hangs in C no signal
+handler runs, so neither a limit nor Ctrl-C could end it from inside.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from batchrun.runner.overdue import Onlooker, not_made
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
-_LOOK_S = 0.2  # between two looks at what the child is at
+_LOOK_S = 0.2  # between two looks at what the child is doing
 _GRACE_S = 2.0  # for a child that was interrupted
 _FAULTS = {"SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE"}
 
@@ -39,7 +39,7 @@ class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
 
     Args:
         path: The file.
-        what: What of it was read, and how the process ended.
+        what: Which part of it was read, and how the process ended.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -50,16 +50,16 @@ class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
 def isolated(work: Callable[[ReaderNote], T]) -> T:
     """Run `work` in a child process; return what it returns, or raise what it raises.
 
-    Whatever it changes in memory is lost.
+    Its changes to memory are lost.
 
     Args:
-        work: Called with a note, in which it says which file it reads, and which row's prompt it
+        work: Called with a note, where it says which file it reads, and which row's prompt it
             makes. Its result must be picklable.
 
     Raises:
-        ReaderCrashed: It crashed while it read a file.
+        ReaderCrashed: It crashed while reading a file.
         ModelError: Making a prompt took too long.
-        JobError: The child was ended otherwise.
+        JobError: The child ended in another way.
     """
     ours, theirs = Pipe(duplex=False)
     for stream in (sys.stdout, sys.stderr):
@@ -67,8 +67,8 @@ def isolated(work: Callable[[ReaderNote], T]) -> T:
     with closing(ReaderNote()) as note, ours, _interrupts_left_to_the_child() as interrupts:
         parent = os.getpid()
         with warnings.catch_warnings():
-            # Python 3.12 warns of other threads. The child takes no lock of theirs: it reads, and
-            # Arrow is safe to fork beside.
+            # Python 3.12 warns of other threads. The child takes none of their locks: it only
+            # reads, and forking is safe with Arrow.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
@@ -107,7 +107,7 @@ def _crash(how: str, at: object) -> JobError:
     what = f"reading {at}" if isinstance(at, Reading) else "reading the input"
     if how == "SIGKILL":
         return JobError(
-            f"{what} was ended by SIGKILL: by somebody, or by the system for want of memory"
+            f"{what} was ended by SIGKILL: by somebody, or by the system because memory ran out"
         )
     if how in _FAULTS and isinstance(at, Reading) and at.path:
         return ReaderCrashed(Path(at.path), f"{what} crashes the reader ({how})")
@@ -145,9 +145,9 @@ def _done(work: Callable[[ReaderNote], Any], note: ReaderNote) -> bytes:
 
 @contextmanager
 def _interrupts_left_to_the_child() -> Iterator[list[float]]:
-    """A terminal's Ctrl-C goes to both; the child's answer to it is enough. Yields when it came."""
+    """Let the child alone react to Ctrl-C, which both get; yields the times of interrupts."""
     came: list[float] = []
-    if threading.current_thread() is not threading.main_thread():  # which alone is told of any
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
         yield came
         return
     before = signal.signal(signal.SIGINT, lambda *_: came.append(time.monotonic()))

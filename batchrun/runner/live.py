@@ -1,4 +1,4 @@
-"""What a running job tells whoever watches: its progress, and lines of its log.
+"""What a running job publishes for watchers: its progress and its log.
 
 Neither is durable, nor needed for anything but watching.
 """
@@ -42,7 +42,7 @@ class Progress:
 class Reporter:
     """Writes a run's progress and log where others can read them.
 
-    What can't be written is left out: on a full disk the journal says so, in better words.
+    Failed writes are ignored: on a full disk the journal's error is the better one.
 
     Args:
         folder: The job's folder.
@@ -87,7 +87,7 @@ def forget_progress(folder: Path) -> None:
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """What a run last published; None before the first time, or if that is damaged."""
+    """What a run last published; None if it has published nothing, or that is damaged."""
     try:
         return Progress(**read_json(folder / _PROGRESS))
     except (FileNotFoundError, ValueError, TypeError):
@@ -95,7 +95,7 @@ def read_progress(folder: Path) -> Progress | None:
 
 
 def _entry(line: bytes) -> dict[str, Any]:
-    """A line of the log; one that is damaged is a message as it stands, at an unknown time."""
+    """A log line's entry; a damaged line becomes a message as it is, with an unknown time."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         entry = json.loads(line)
         text = str(entry["message"]).encode(errors="backslashreplace").decode()
@@ -116,7 +116,7 @@ class LogTail:
 
     @classmethod
     def at_end(cls, folder: Path) -> LogTail:
-        """Of what will be added from now on."""
+        """A tail of what is added from now on."""
         path = folder / LOG
         return cls(folder, path.stat().st_size if path.exists() else 0)
 

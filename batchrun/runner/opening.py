@@ -31,7 +31,7 @@ def open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Assembly:
 
 
 def engine_settings(spec: JobSpec) -> Settings:
-    """How a job's model is to run."""
+    """The engine's settings for a job."""
     from batchrun.engine.settings import Settings  # noqa: PLC0415 - imports torch
 
     measured = Measured.load(folders.home(), spec)

@@ -1,10 +1,10 @@
-"""What making one prompt may take. A template is a program, and a tokenizer runs its expressions.
+"""Limits on making one prompt: a template is a program, and a tokenizer runs its expressions.
 
-    from inside    Overdue is raised in the thread that makes it: ends whatever is Python
-    from outside   an Onlooker in another process says that it must end: C code, memory, sleep
+    from inside    Overdue is raised in the thread that makes it: ends Python code
+    from outside   an Onlooker in another process decides: for C code, memory, sleep
 
-What counts is processor time of the thread, so that no busy machine and no SIGSTOP makes a row an
-error. Time of the clock counts only while the thread sleeps and others of the process run.
+The limit is on the thread's processor time, so that neither a busy machine nor SIGSTOP fails a row.
+Wall-clock time counts only while the thread sleeps and other threads of the process run.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from batchrun.machine import proc_bytes
 
 T = TypeVar("T")
 
-BARREN = 16  # rows in a row: then it is hardly the rows that are to blame
+BARREN = 16  # failures in succession: then the rows are hardly to blame
 _MEMORY = 2 << 30  # bytes that a process may grow by while it makes one prompt
 _LOOKS = 20  # within the limit
-_LATER = 1.25  # times the limit: the onlooker leaves it to the process to end a prompt
+_LATER = 1.25  # times the limit: the onlooker lets the process try first
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _MEND = (
-    "mend the model's chat template or tokenizer; BATCHRUN_PROMPT_SECONDS sets how many seconds of "
+    "fix the model's chat template or tokenizer; BATCHRUN_PROMPT_SECONDS sets how many seconds of "
     "processor time a prompt may take"
 )
 _TEMPLATE = "<template>"  # the name of Jinja's code
@@ -45,20 +45,20 @@ def prompt_seconds() -> float:
 
 
 def stall_seconds() -> float:
-    """Seconds after which a step, a read or a write is taken to hang."""
+    """Seconds after which a step, a read or a write counts as hanging."""
     return _seconds("BATCHRUN_STALL_SECONDS", 600.0)
 
 
 class Overdue(BaseException):
-    """Making a prompt took too long. No `Exception`: library code is to let it through."""
+    """Making a prompt took too long. Not an `Exception`, so that library code lets it through."""
 
 
 class PromptLimit:
-    """Ends the making of a prompt that takes too long, as far as Python code can be ended.
+    """Interrupts the making of a prompt that takes too long, where it is Python code.
 
     Args:
-        note: Where is noted what is made; also where an `Onlooker` reads it.
-        limit_s: Seconds of processor time for each.
+        note: Where the current row is noted; an `Onlooker` reads it there.
+        limit_s: Seconds of processor time for each prompt.
     """
 
     def __init__(self, note: ReaderNote | None = None, limit_s: float = float("inf")) -> None:
@@ -69,7 +69,7 @@ class PromptLimit:
         self._watcher: threading.Thread | None = None
 
     def made(self, row: int, make: Callable[[], T]) -> T:
-        """What `make` returns, in the calling thread, as the prompt of a row.
+        """Call `make` in the calling thread as the prompt of a row; return its result.
 
         Raises:
             Overdue: It took too long.
@@ -80,7 +80,7 @@ class PromptLimit:
         finally:
             while True:
                 try:
-                    with self._lock:  # from here on nothing strikes
+                    with self._lock:  # from here on, no strike
                         self.note.made()
                         if self._struck:
                             _raise_in(threading.get_ident(), None)
@@ -116,16 +116,16 @@ class PromptLimit:
 
 
 class _PromptClock:
-    """Tells how long a process makes a prompt.
+    """Measures how long a process takes to make a prompt.
 
     Args:
         pid: The process.
-        note: What it is at.
+        note: Says what it is doing.
 
     Attributes:
-        seconds: Of processor time, for the prompt that it is at.
+        seconds: Processor time spent on the current prompt.
         asleep: Whether the thread that makes it sleeps.
-        fresh: Whether it was at another one, or none, at the last look.
+        fresh: Whether at the last look it made another prompt, or none.
     """
 
     def __init__(self, pid: int, note: ReaderNote) -> None:
@@ -134,7 +134,7 @@ class _PromptClock:
         self.seconds, self.asleep, self.fresh = 0.0, False, False
 
     def look(self) -> Making | None:
-        """What it is at, if that is a prompt; called from time to time."""
+        """The prompt that it is making, if any; called from time to time."""
         at = self._note.at()
         if not isinstance(at, Making):
             return None
@@ -153,17 +153,17 @@ class _PromptClock:
 class Overrun(NamedTuple):
     """A prompt that has to be ended."""
 
-    at: Making  # whose it is
-    reason: str  # what is wrong with its row
-    certain: bool = True  # whether it is its fault: memory may be another thread's
+    at: Making  # the prompt
+    reason: str  # its row's error
+    certain: bool = True  # whether the row is to blame: memory may be another thread's
 
 
 class Onlooker:
-    """Watches from outside how long a process makes a prompt.
+    """Watches from outside how long a process takes to make a prompt.
 
     Args:
         pid: The process.
-        note: What it is at.
+        note: Says what it is doing.
     """
 
     def __init__(self, pid: int, note: ReaderNote) -> None:
@@ -173,7 +173,7 @@ class Onlooker:
         self._slept = self._looked = 0.0
 
     def look(self) -> Overrun | None:
-        """What has to be ended, if anything has; called from time to time."""
+        """The prompt that has to be ended, if any; called from time to time."""
         now, at = time.monotonic(), self._clock.look()
         since, self._looked = min(now - self._looked, 1.0), now
         if at is None:
@@ -181,7 +181,7 @@ class Onlooker:
         if self._clock.fresh:
             self._slept, self._memory = 0.0, _anonymous(self._pid)
             return None
-        # Where nobody beats, another thread has the interpreter's lock, and this one waits for it.
+        # Without beats, another thread holds the GIL, and this one waits for it.
         beat = self._note.beats()
         if self._clock.asleep and beat != self._beat:
             self._slept += since
@@ -197,41 +197,41 @@ class Onlooker:
 
 
 def too_long(limit_s: float) -> str:
-    """What is wrong with a row whose prompt took longer than that."""
+    """The error of a row whose prompt took longer than that."""
     return f"making its prompt took more than {limit_s:g} s of processor time"
 
 
 def never_made(rows: int, place: str) -> ModelError:
-    """The error where the prompts of so many rows, one after the other, took too long."""
+    """The error for this many successive rows whose prompts took too long."""
     where = place or ": the model's chat template or tokenizer is to blame, hardly the rows"
     return ModelError(f"making a prompt took too long for {rows} rows in a row{where}", hint=_MEND)
 
 
 def not_made(overrun: Overrun) -> ModelError:
-    """The error where one prompt had to be ended and nothing goes on."""
+    """The error for a prompt that had to be ended, and its process with it."""
     return ModelError(f"row {overrun.at.row}: {overrun.reason}", hint=_MEND)
 
 
 def place_of(trace: TracebackType | None) -> str:
-    """Where a prompt was ended, to add to what is wrong with its row."""
+    """Where a prompt was ended, to append to its row's error."""
     codes = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
     return place_in("\n".join(f'"{code.co_filename}" in {code.co_name}' for code in codes))
 
 
 def place_in(printed: str) -> str:
-    """The same of a printed stack."""
+    """The same, from a printed stack."""
     if f'"{_TEMPLATE}"' in printed:
         return ", in the model's chat template"
     return ", in the tokenizer" if " in _encode" in printed else ""
 
 
 def _anonymous(pid: int) -> int:
-    """Bytes of memory that a process has beside files and what it shares."""
+    """Bytes of a process's anonymous memory: neither files nor shared."""
     return proc_bytes(Path(f"/proc/{pid}/status"), "RssAnon:") or 0
 
 
 def _raise_in(thread: int, what: type[BaseException] | None) -> None:
-    """Raise something in a thread at its next instruction; None takes back what did not come."""
+    """Raise something in a thread at its next instruction; None cancels a pending one."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), ctypes.py_object(what) if what is not None else None
     )
@@ -244,5 +244,5 @@ def _seconds(name: str, default: float) -> float:
     except ValueError:
         found = 0.0
     if not found > 0:
-        raise JobError(f"{name}={text} is no number of seconds", hint=f"unset {name}")
+        raise JobError(f"{name}={text} is not a number of seconds", hint=f"unset {name}")
     return found

@@ -30,9 +30,9 @@ _NUMBERS: _Types = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decim
 class _Column:
     """What a parameter's column can hold. Numbers may also be text, as CSV has them."""
 
-    read: Callable[[Any], Any]  # TypeError, ValueError or ArithmeticError where it is none
+    read: Callable[[Any], Any]  # raises TypeError, ValueError or ArithmeticError if invalid
     types: _Types
-    items: _Types  # types that a list of them has
+    items: _Types  # types of a list's items
     must: RowRule
 
     def takes(self, type: pa.DataType) -> bool:  # noqa: A002 - Arrow's word
@@ -47,7 +47,7 @@ class _Column:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real | Decimal | str):
         raise TypeError
-    if isinstance(value, str) and "_" in value:  # which Python would take
+    if isinstance(value, str) and "_" in value:  # Python would accept that
         raise ValueError
     return float(value)
 
@@ -72,7 +72,7 @@ def _flag(value: Any) -> bool:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """Texts, but for those that are null or empty: no text stops at these."""
+    """The texts, without null and empty ones: no text stops at these."""
     texts = [value] if isinstance(value, str) else [v for v in value if v is not None]
     if isinstance(value, Mapping) or not all(isinstance(text, str) for text in texts):
         raise TypeError
@@ -103,10 +103,10 @@ OVERRIDES = {
 
 
 class BadParameterError(ValueError):
-    """What a column holds can't be the parameter of its name.
+    """A column's value is invalid for the parameter that the column is named after.
 
     Args:
-        value: As a message shows it.
+        value: As shown in messages.
         rule: What it must be.
     """
 
@@ -119,14 +119,14 @@ class BadParameterError(ValueError):
 
 
 def read_parameter(name: str, value: Any) -> Any:
-    """What a row's value in a column of that name says.
+    """The parameter that a row's value in a column of that name sets.
 
     Returns:
-        The parameter, or None where the row says nothing and the job's value holds: null, NaN and
-        empty text; of `stop`, where a space is text, also a list of nothing else.
+        The parameter, or None if the row sets none and the job's value holds: for null, NaN and
+        blank text; for `stop`, where a space is text, also for a list of nulls and empty texts.
 
     Raises:
-        BadParameterError: It can't be that parameter.
+        BadParameterError: The value is invalid.
     """
     if _says_nothing(name, value):
         return None
@@ -143,26 +143,26 @@ def read_parameter(name: str, value: Any) -> Any:
 def _says_nothing(name: str, value: Any) -> bool:
     if isinstance(value, float | Decimal):
         return math.isnan(value)
-    if isinstance(value, str) and name != "stop":  # which may be a space, or `nan`
+    if isinstance(value, str) and name != "stop":  # `stop` may be a space, or `nan`
         return value.strip().lower() in {"", "nan"}
     return value is None or value == ""
 
 
 def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = None) -> list[str]:
-    """The columns of an input that act as sampling parameters, as its first rows show.
+    """The columns of an input that act as sampling parameters, by its first rows.
 
     Args:
-        source: The input. Columns that come later than it knows are not among them.
+        source: The input. Leaves out columns that first appear later in it.
         job: The job's own sampling parameters, by name.
-        limit: Rows that the job has at most.
+        limit: Maximum number of rows of the job.
 
     Raises:
-        InputError: The type of one can't be that of the parameter, or half of its first values.
+        InputError: A column's type does not fit the parameter, or half of its first values don't.
     """
     names = [name for name in OVERRIDES if name in source.column_names]
     if not names:
         return []
-    if source.num_rows is not None:  # else a schema takes reading everything
+    if source.num_rows is not None:  # else a schema would need all rows
         for name in names:
             kind, column = source.schema().field(name).type, OVERRIDES[name]
             if not column.takes(kind):
@@ -173,7 +173,7 @@ def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = No
         rows += 1
         if row.error is None:
             _look(row.index, row.fields, job, tallies)
-    # One bad value in many rows is that row's error, also where no other row has a value.
+    # One bad value in many rows is only that row's error, even if no other row has a value.
     least = 1 if rows == 1 else 2
     for name, tally in tallies.items():
         if tally.bad >= max(least, tally.values / 2):
@@ -184,14 +184,14 @@ def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = No
 
 
 def parameters_taken(names: Iterable[str]) -> str:
-    """What users are told of columns that act as sampling parameters."""
+    """The message about columns that act as sampling parameters."""
     taken = ", ".join(names)
     return f"sampling parameters taken from columns: {taken}; to take them as data: {IGNORE}"
 
 
 @dataclass
 class _ColumnUse:
-    """Of a column's values so far: how many, how many can't be, and the first of these."""
+    """A column's values so far: how many, how many invalid, and the first invalid one."""
 
     values: int = 0
     bad: int = 0
@@ -205,7 +205,7 @@ class _ColumnUse:
 def _look(
     index: int, fields: Mapping[str, Any], job: Mapping[str, Any], tallies: Mapping[str, _ColumnUse]
 ) -> None:
-    """Take note of a row's values, each alone and all together."""
+    """Check a row's values, each alone and all together."""
     given = {}
     for name, tally in tallies.items():
         try:
@@ -227,10 +227,10 @@ def _look(
 
 
 def column_refused(name: str, reason: str) -> InputError:
-    """The error for a column that is named like what a row may say, and can't be that."""
+    """The error for a column named like a row's own setting whose values don't fit."""
     return InputError(
         f"the column '{name}' can't be the rows' own {name}: {reason}",
-        hint=f"if it is data, add {IGNORE}; else mend it",
+        hint=f"if it is data, add {IGNORE}; else fix it",
     )
 
 

@@ -1,12 +1,11 @@
-"""What knowing the whole file buys: an order in which each shared prefix is used up at once.
+"""Orders rows so that each shared prefix is used up at once, which takes knowing the file.
 
-As many rows are planned at once as keep memory flat, however long the file is, and again whenever
-as many have been read again. Their prefix tree is walked depth first: no prefix, at any level, is
-left before its last use. BatchLLM (arXiv
-2412.03594) orders by such a tree; that the order of rows decides what is shared is measured in Liu
-et al. (arXiv 2403.05821). What shares nothing goes by length: the longest rows first, as in list
-scheduling (Graham 1969), so that no long one is left to run alone, and decode-heavy before
-prefill-heavy ones as in BlendServe (arXiv 2411.16102).
+Rows are planned in windows, so that memory stays flat however long the file is. A window's prefix
+tree is walked depth first: no prefix, at any level, is left before its last use. BatchLLM (arXiv
+2412.03594) orders by such a tree; Liu et al. (arXiv 2403.05821) measure that the order of rows
+decides what is shared. Rows that share nothing are ordered by length: the longest first, as in list
+scheduling (Graham 1969), so that no long row is left to run alone, and decode-heavy before
+prefill-heavy ones, as in BlendServe (arXiv 2411.16102).
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from typing import NamedTuple
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.prefixes import BLOCK
 
-_FIRST = 512  # rows that are planned at first: the engine is to begin at once
-_ROWS = 16_384  # at once at most, while half as many are read for the next time
+_FIRST = 512  # rows in the first window, so that the engine can begin at once
+_ROWS = 16_384  # most rows in memory; half as many are read for the next window
 _TOKENS = 4 << 20  # of their prompts, about
 WIDTH = 4  # bytes of a token
 _BEGUN = 1e9  # tokens: longer than any row
 
 
 class Waiting(NamedTuple):
-    """A request that waits to be computed, its prompt as bytes: a tuple needs nine times those."""
+    """A request that waits to be computed, its prompt as bytes: a tuple takes nine times more."""
 
     prompt: bytes
     rest: Request
@@ -42,7 +41,7 @@ class Waiting(NamedTuple):
 
     @property
     def identity(self) -> bytes:
-        """Its prompt, behind its namespace: rows that begin alike have this in common."""
+        """Its namespace and prompt: rows that share a prefix share the beginning of this."""
         return self.rest.namespace + self.prompt
 
     def request(self) -> Request:
@@ -58,18 +57,18 @@ def pack(ids: tuple[int, ...]) -> bytes:
 
 
 def order(prompts: Sequence[bytes], lengths: Sequence[float]) -> list[int]:
-    """Walk the prefix tree of prompts depth first, at each node what holds the longest row first.
+    """Walk the prompts' prefix tree depth first; at each node, the longest row's branch first.
 
     Args:
         prompts: Tokens, 4 bytes each.
         lengths: Expected tokens of each answer.
 
     Returns:
-        Indices. Of equally long rows the first comes first, so rows in which nothing is shared and
-        all lengths agree stay as they are.
+        Indices. Ties keep file order, so rows that share nothing and have equal lengths stay as
+        they are.
     """
-    # Sorted, equal prefixes are neighbours, and what neighbours have in common spans the tree:
-    # the nodes that are open, from the root down, each with its depth and its units so far.
+    # Sorting makes equal prefixes neighbours, and what neighbours share spans the tree. These are
+    # the open nodes, from the root down, each with its depth and its units so far.
     nodes: list[tuple[int, list[_Unit]]] = [(0, [])]
     previous = b""
     for i in sorted(range(len(prompts)), key=prompts.__getitem__):
@@ -103,7 +102,7 @@ def _joined(units: list[_Unit]) -> _Unit:
 
 
 def common_blocks(a: bytes, b: bytes) -> int:
-    """Whole blocks of `prefixes.BLOCK` tokens that two prompts begin with alike."""
+    """Number of whole blocks of `prefixes.BLOCK` tokens in two prompts' common prefix."""
     size = BLOCK * WIDTH
     if a[:size] != b[:size]:
         return 0
@@ -118,10 +117,10 @@ def common_blocks(a: bytes, b: bytes) -> int:
 
 
 class Planner:
-    """Puts requests in the order in which they are best computed.
+    """Puts requests in the best order to compute them.
 
     Attributes:
-        seconds: Spent on it.
+        seconds: Time spent on it.
     """
 
     def __init__(self) -> None:
@@ -130,11 +129,11 @@ class Planner:
 
     @property
     def share(self) -> float:
-        """Of the tokens that rows may generate, those that they do if they may stop early."""
+        """Share of their allowed tokens that rows generate, if they may stop early."""
         return self._answered / self._allowed
 
     def learn(self, request: Request, tokens: int) -> None:
-        """Take note of how long an answer was; from any one thread."""
+        """Note how long an answer was; call it from one thread only."""
         if not request.params.ignore_eos:
             self._answered += tokens
             self._allowed += request.params.max_tokens
@@ -150,11 +149,11 @@ class Planner:
 
         Args:
             rows: In file order.
-            full: Whether whoever takes the rows has enough for now: then more are read.
+            full: Whether the consumer has enough rows for now; then more are read.
         """
         ready: deque[Waiting] = deque()
         new: list[Waiting] = []
-        last = b""  # prompt that was given away
+        last = b""  # identity of the last row handed out
         most, size, fresh = _FIRST, 0, 0  # rows to read, bytes of all, bytes of new ones
         for row in rows:
             new.append(row)
@@ -174,9 +173,9 @@ class Planner:
         yield from self._ordered([*ready, *new], last)
 
     def _ordered(self, rows: list[Waiting], last: bytes) -> deque[Waiting]:
-        """What shares most with the last row that was given away comes first: it is open still."""
+        """Order rows, those that share most with the last row handed out first."""
         began = time.perf_counter()
-        # Rows that an earlier run began come before all others: they are what a stop leaves open.
+        # Rows that an earlier run began come before all others, so that a stop leaves few open.
         lengths = [self.expected(w.rest.params) + _BEGUN * bool(w.rest.generated_ids) for w in rows]
         at = order([*(w.identity for w in rows), last], [*lengths, math.inf])
         ordered = deque(rows[i] for i in at if i < len(rows))

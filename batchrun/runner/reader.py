@@ -1,4 +1,4 @@
-"""From rows to requests: which are to do, their prompts, their own sampling parameters."""
+"""From rows to requests: which to compute, their prompts, their own sampling parameters."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ if TYPE_CHECKING:  # they import torch, which is not loaded before there is some
 Read = Result | CopiedResult | RowDigests  # what the reader has for the journal
 
 QUEUED_REQUESTS = 256  # inside the engine
-HANDED_REQUESTS = 64  # between reader and engine: what is not there yet can be planned again
+HANDED_REQUESTS = 64  # between reader and engine: rows not handed over yet can be replanned
 _CRASHES = 2  # of the process with a row in it; there is no third try
 _PAGE = 1024  # digests of rows that are looked up, or handed on, at a time
 _EMPTY = ("empty_prompt", "null_prompt")
 
 
 def prompt_options(spec: JobSpec) -> dict[str, Any]:
-    """What `PromptBuilder` is told of a job: the rest of `prompt` is the reader's."""
+    """Arguments for `PromptBuilder`; the other options of `prompt` are the reader's."""
     own = {"skip_empty", "ignore_param_columns"}
     return {
         **{k: v for k, v in vars(spec.prompt).items() if k not in own},
@@ -58,50 +58,50 @@ def prompt_options(spec: JobSpec) -> dict[str, Any]:
 
 
 class Prompts(Protocol):
-    """What the reader needs of a model."""
+    """What the reader needs from a model."""
 
     @property
     def encode(self) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
-        """Makes prompt tokens of a row's fields; raises `PromptError`."""
+        """Turns a row's fields into prompt tokens; raises `PromptError`."""
 
     @property
     def generation(self) -> Generation:
-        """What the model asks for where neither job nor row says."""
+        """The model's defaults, for what neither job nor row sets."""
 
     @property
     def max_num_seqs(self) -> int:
-        """Sequences at once."""
+        """Maximum number of concurrent sequences."""
 
     @property
     def max_num_batched_tokens(self) -> int:
-        """Tokens in a step."""
+        """Maximum number of tokens in a step."""
 
 
 @dataclass
 class Reader:
-    """Reads the rows that are still to do and makes requests of them.
+    """Reads the unfinished rows and turns them into requests.
 
     Args:
         spec: The job.
         source: Its rows.
-        done: What has a result already.
+        done: Samples that have a result already.
         workbench: Tokenises, and knows the model's sampling defaults.
         log: Told which columns are taken as sampling parameters.
         begun: What an earlier run computed, by (row, sample).
         crashes: How often the process crashed with a row in it.
-        digests: What the rows were that an earlier run read: of so many from one on, by row.
+        digests: Digests of rows that an earlier run read, by row; called with first and count.
         watchdog: Told when it reads.
-        limit: How long the prompt of a row may take, and where is noted what it is at.
-        condemned: Rows that are errors without another try, and why.
-        drained: Called before the prompt of a row is made that was in a crash; returns when no row
+        limit: Limits the time for a row's prompt, and notes what the reader is doing.
+        condemned: Rows that become errors without another try, and why.
+        drained: Called before making the prompt of a row that was in a crash; returns when no row
             is in the engine or on its way there.
-        barren: After so many rows in a row whose prompts took too long it gives up.
+        barren: Give up after this many successive rows whose prompts took too long.
 
     Attributes:
-        columns: What is read of each row.
-        seconds: Spent on making requests.
-        handed: Requests that were given away.
-        planner: Puts them in order; None where they stay in the file's.
+        columns: The columns read of each row.
+        seconds: Time spent on making requests.
+        handed: Number of requests handed on.
+        planner: Puts them in order; None if they stay in file order.
         duplicates: Knows which of them need no computing.
         savings: Knows what planning saved.
     """
@@ -150,7 +150,7 @@ class Reader:
         else:
             needed = [prompt.column or "prompt"]
         known = [name for name in OVERRIDES if name in source.column_names]
-        # Where a row can bring a column that no row before it had, each is asked for all.
+        # If later rows may add columns, look for all of them in each row.
         whole = source.num_rows is not None
         self._overrides = known if whole else list(OVERRIDES)
         if prompt.ignore_param_columns:
@@ -165,14 +165,14 @@ class Reader:
             self.log(f"the temperature is 0: all samples of a row{own} will be the same")
 
     def read(self, requests: Sender[Request], results: Sender[Read]) -> None:
-        """Put every row that has no result yet, as planned, and close `requests`.
+        """Send every row that has no result yet, in planned order, and close `requests`.
 
-        What a row was is put where results go, before the row is put anywhere.
+        A row's digest goes to `results` before the row goes anywhere.
 
         Raises:
             Closed: The other side of a channel is gone.
-            ModelError: No prompt comes to an end.
-            SpecChanged: A row is not what it was when an earlier run read it.
+            ModelError: Every prompt takes too long.
+            SpecChanged: A row has changed since an earlier run read it.
         """
         found = self._to_do(results)
         if self.planner is not None:
@@ -193,14 +193,14 @@ class Reader:
             yield waiting.request()
 
     def ended(self, request: Request, result: Result) -> list[Result]:
-        """A row was computed: its length is learnt. Returns results of rows that ask the same."""
+        """Learn the length of a computed row; return the results of its duplicates."""
         if self.planner is None:
             return []
         self.planner.learn(request, result.completion_tokens)
         return self.settle(request, result)
 
     def settle(self, request: Request, result: Result) -> list[Result]:
-        """A row that was planned has ended: the results of those that ask the same."""
+        """Settle a planned row that has ended; return the results of its duplicates."""
         same = self.duplicates.settle(request, result)
         for ended in (result, *same):
             self.savings.end(ended.row, ended.sample, ended.completion_tokens)
@@ -221,7 +221,7 @@ class Reader:
                 yield waiting
 
     def _to_do(self, results: Sender[Read]) -> Iterator[Request]:
-        """Requests in file order; results of rows that can't be one go where results do."""
+        """Requests in file order; rows that can't become one send an error to `results`."""
         spec = self.spec
         rows = islice(self.source.rows(self.columns, spec.limit), spec.limit)
         while (row := self._next(rows)) is not None:
@@ -240,7 +240,7 @@ class Reader:
                     results.put(item)
 
     def _compare(self, row: Row, results: Sender[Read]) -> None:
-        """Refuse a row that changed since it was read before; remember one that was not."""
+        """Refuse a row that changed since an earlier run; note the digest of a new one."""
         if row.index % _PAGE == 0:
             self._known = self.digests(row.index, _PAGE)
         was = self._known.get(row.index)
@@ -306,7 +306,7 @@ class Reader:
         return ids, self._generation.fitted(params, given, len(ids))
 
     def _problem(self, row: int, error: BaseException) -> PromptError:
-        """What was wrong with a row; what nobody foresaw is that row's error too, and is logged."""
+        """What is wrong with a row; an unforeseen error is also the row's, and is logged."""
         if isinstance(error, PromptError):
             return error
         if isinstance(error, Overdue):
@@ -317,11 +317,11 @@ class Reader:
             return PromptError("overdue", too_long(self.limit.limit_s) + place)
         if not self._has_told_internal:
             self._has_told_internal = True
-            self.log(f"row {row} can't be made a prompt, as others may not: {said_by(error)}")
-        return PromptError("internal", f"the row can't be made a prompt: {said_by(error)}")
+            self.log(f"no prompt can be made from row {row}, maybe others too: {said_by(error)}")
+        return PromptError("internal", f"no prompt can be made from the row: {said_by(error)}")
 
     def _sampling(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The job's sampling parameters, with what the row says in columns of their names."""
+        """The job's sampling parameters, overridden by the row's own."""
         values = dict(self._given)
         for name in self._overrides:
             value = fields.get(name)
@@ -335,7 +335,7 @@ class Reader:
         return values
 
     def _tell(self, names: Iterable[str]) -> None:
-        """Log, once, what is taken as a parameter and was not told of before the job began."""
+        """Log, once, columns taken as parameters that were not announced at submission."""
         new = [name for name in names if name not in self._told]
         if new:
             self._told.update(new)

@@ -1,8 +1,8 @@
 """A job's runs as its supervisor sees them: how one ends, and whether there is another.
 
-A run that dies by a fault is started again. Which rows were in it is counted, so that a row that
-kills the process twice is not tried a third time. A run whose reader does not come to the end of a
-prompt is ended, and the row is not tried again.
+A run that dies of a fault is started again. The rows in it are counted, so that a row that kills
+the process twice is not tried a third time. A run whose reader does not finish a prompt is killed,
+and the row is not tried again.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import BARREN, Onlooker, Overrun, never_made, place_in
 
 TELL = signal.SIGUSR2  # asks a run to print where its threads are
-_TELL_S = 1.0  # that it has for it
-_LOOK_S = 0.5  # between two looks at what a run is at
+_TELL_S = 1.0  # for printing that
+_LOOK_S = 0.5  # between two looks at what a run is doing
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _RESTARTS = 4  # in a row, without a result in between
 _CRASHED = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 _WORDS = 300  # characters
-_FAILED, _INTERRUPTED = 1, 130  # what the supervisor exits with
+_FAILED, _INTERRUPTED = 1, 130  # exit codes of the supervisor
 
 
 class Runs:
-    """The runs of a job, one after the other. The one there is gets SIGTERM and SIGINT passed on.
+    """The runs of a job, one after the other. Passes SIGTERM and SIGINT on to the current one.
 
     Args:
         job: The job.
         reporter: Told how runs end.
 
     Attributes:
-        told: The signal by which this process was told to end: nothing is started after it.
+        told: The signal that told this process to end; it starts nothing after that.
     """
 
     def __init__(self, job: JobFolder, reporter: Reporter) -> None:
@@ -51,17 +51,17 @@ class Runs:
         signal.signal(signal.SIGTERM, self._pass_on)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self._log = job.path / WORKER_LOG
-        self._vain = self._barren = 0  # runs in a row without a result, without a good one
-        self._unread: Reading | None = None  # what the earlier run died of while it read it
+        self._vain = self._barren = 0  # successive runs without a result, without a good one
+        self._unread: Reading | None = None  # what the previous run was reading when it crashed
 
     def run(self, start: Callable[[], Popen[bytes]]) -> int:
-        """Run the job, again where a run dies by a fault, until a run ends by itself.
+        """Run the job, again if a run dies of a fault, until a run ends by itself.
 
         Args:
             start: Starts a run.
 
         Returns:
-            What the supervisor exits with.
+            The supervisor's exit code.
         """
         while self.told is None:
             if (code := self._once(start)) is not None:
@@ -75,7 +75,7 @@ class Runs:
             self._child.send_signal(number)
 
     def _once(self, start: Callable[[], Popen[bytes]]) -> int | None:
-        """Start a run and see it end; None where the job is to be run again."""
+        """Start a run and wait for its end; None if the job is to be run again."""
         self._before, self._oom_kills = self._job.counts(), oom_kills()
         self._printed = self._log.stat().st_size if self._log.exists() else 0  # bytes, so far
         child = self._child = start()
@@ -96,15 +96,15 @@ class Runs:
         return self._crashed(name, rows) if read is None else self._crashed_reading(name, read)
 
     def _watch(self, child: Popen[bytes]) -> tuple[int, Overrun | None]:
-        """Wait for the end; returns the exit code, and the prompt for which it was ended here."""
+        """Wait for the end; return the exit code, and the prompt that it was killed for, if any."""
         with closing(ReaderNote(self._job.path)) as note:
-            note.made()  # of the earlier run
+            note.made()  # clears the note of the earlier run
             onlooker, overrun = Onlooker(child.pid, note), None
             while overrun is None:
                 with suppress(TimeoutExpired):
                     return child.wait(_LOOK_S), None
                 overrun = onlooker.look()
-            child.send_signal(TELL)  # faulthandler prints where it is, whoever has which lock
+            child.send_signal(TELL)  # faulthandler prints where it is, and needs no lock
             with suppress(TimeoutExpired):
                 child.wait(_TELL_S)
             child.kill()
@@ -119,7 +119,7 @@ class Runs:
         return _FAILED
 
     def _overran(self, overrun: Overrun) -> int | None:
-        """A prompt did not come to an end."""
+        """Handle a prompt that took too long."""
         row, place = overrun.at.row, place_in(self._stack(overrun.at.thread))
         self._reporter.message(f"row {row}: {overrun.reason}{place}; the run was ended")
         if self.told is not None:
@@ -132,29 +132,29 @@ class Runs:
         return self._failed(str(error), error.hint)
 
     def _killed(self, name: str) -> int:
-        """Somebody has ended it, or the system."""
+        """Handle a run that somebody killed, or the system."""
         reason, hint = f"the run was ended by {name}", None
         if name == "SIGKILL" and oom_kills() > self._oom_kills:
             reason += ": the machine had no memory left"
             hint = "batchrun resume with a lower --max-num-seqs N or --kv-budget SIZE"
         elif name == "SIGKILL":
-            reason += ": by somebody, or by the system for want of memory"
+            reason += ": by somebody, or by the system because memory ran out"
         self._job.set_state("interrupted", reason, hint)
         self._reporter.message(reason)
         return _FAILED
 
     def _crashed_reading(self, name: str, read: Reading) -> int | None:
-        """No row is to blame, but what was read."""
+        """Handle a crash caused by the file that was being read."""
         reason = f"the run crashed with {name} while it read {read}"
         self._reporter.message(reason)
         if read != self._unread:
             self._unread = read
             return None
-        hint = "write it anew; batchrun export --partial has what there is until then"
+        hint = "write it again; until then, batchrun export --partial has what there is"
         return self._failed(f"{reason}: the file is damaged", hint)
 
     def _crashed(self, name: str, rows: list[int]) -> int | None:
-        """Some of its rows may be to blame."""
+        """Handle a crash that some of the run's rows may have caused."""
         with self._job.journal(readonly=False) as journal:
             journal.count_crash(rows)
         self._count()
@@ -168,42 +168,42 @@ class Runs:
         )
 
     def _count(self) -> None:
-        """Note whether the run came to anything."""
+        """Note whether the run achieved anything."""
         before, after = self._before, self._job.counts()
         self._vain = self._vain + 1 if after.samples == before.samples else 0
         good = after.completion_tokens != before.completion_tokens
         self._barren = 0 if good else self._barren + 1
 
     def _suspects(self) -> tuple[list[int], Reading | None]:
-        """Rows that may have brought the run down, or what it read as it died."""
+        """Rows that may have crashed the run, or what it was reading when it died."""
         path = self._job.path
         with closing(InFlightRows(path)) as running, closing(ReaderNote(path)) as note:
             rows, at = running.rows(), note.at()
         if at is None:
             return rows, None
         printed = _CRASHED.findall(self._words())
-        thread = int(printed[-1], 16) if printed else None  # that it died in: faulthandler knows
+        thread = int(printed[-1], 16) if printed else None  # where it died, by faulthandler
         mine = thread == at.thread
         if isinstance(at, Making):
             return [at.row] if mine else [*rows, at.row] if thread is None else rows, None
-        # A thread of C++ alone has no number here. If rows were in the engine it may be its own.
+        # A pure C++ thread has no id here. If rows were in the engine, it may be the engine's.
         if mine or (thread is None and not rows):
             return [], replace(at, thread=0)
         return rows, None
 
     def _stack(self, thread: int) -> str:
-        """What faulthandler printed last of a thread."""
+        """The stack that faulthandler last printed for a thread."""
         found = re.findall(rf"hread 0x0*{thread:x} .*?\n((?:  .*\n)*)", self._words())
         return str(found[-1]) if found else ""
 
     def _note_silent_end(self, code: int) -> None:
-        """Note how a run ended that could not: a library has ended its process, or Python."""
+        """Note how a run ended if it could not: a library, or Python, ended its process."""
         noted = JobSnapshot.load(self._job.path)
         if noted is not None and noted.state not in WAITING:
             return
         lines = [line for line in map(str.strip, self._words().splitlines()) if line]
         if any(line.startswith("error: ") for line in lines):
-            return  # it did say, and someone else may have the job
+            return  # it did say why, and someone else may have the job
         words = f"its last words: {lines[-1][:_WORDS]}" if lines else "it said nothing"
         self._job.set_state(
             "interrupted",
@@ -213,14 +213,14 @@ class Runs:
         )
 
     def _words(self) -> str:
-        """What the job's processes have printed since the run began."""
+        """What the job's processes printed since the run began."""
         if not self._log.exists():
             return ""
         return self._log.read_bytes()[self._printed :].decode(errors="replace")
 
 
 def _blame(job: JobFolder, overrun: Overrun, place: str) -> None:
-    """Note the row that is to blame; one that may not be is tried once more, alone."""
+    """Note the row to blame; if that is uncertain, it is tried once more, alone."""
     row = overrun.at.row
     with job.journal(readonly=False) as journal:
         if overrun.certain or row in journal.crash_counts():

@@ -1,11 +1,11 @@
-"""The process that a job lives in: it outlives whoever submitted the job, and sees how runs end.
+"""The process that a job lives in: it outlives the submitter, and watches how runs end.
 
     submit ──starts──> supervisor ──starts──> run: torch, the engine, the journal
       └─ attaches a view ───── reads progress.json and log.jsonl ──────┘
 
 The supervisor holds the job's lease, waits for its turn on the device, and starts the run as a
-child that inherits both: they end when both processes are gone. What the end of a run means,
-`runs` says.
+child that inherits both: they end when both processes are gone. `runs` decides what the end of a
+run means.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from batchrun.jobs.snapshot import WORKER_LOG, last_words
 from batchrun.runner.live import Reporter
 from batchrun.runner.runs import Runs
 
-_INHERITED = "BATCHRUN_INHERITED"  # in the environment of a child: handles that it has from us
+_INHERITED = "BATCHRUN_INHERITED"  # in a child's environment: the handles that it inherits
 _POLL_S = 0.2
 
 
 @dataclass
 class Started:
-    """A supervisor as who started it sees it.
+    """A supervisor, as seen by the process that started it.
 
     Args:
         job: Its job.
         process: Its process.
         told: A pipe on which it says that it has begun to work.
-        log_size: Bytes of its log before it.
+        log_size: Bytes in its log before it started.
     """
 
     job: JobFolder
@@ -55,14 +55,14 @@ class Started:
     _began: bool | None = None
 
     def began(self, timeout: float) -> bool | None:
-        """Whether it works, or ended before it did; None if neither is known in so many seconds."""
+        """Whether it began to work, or ended before; None if unknown within the timeout."""
         if self._began is None and select.select([self.told], [], [], timeout)[0]:
             self._began = bool(os.read(self.told, 1))
             os.close(self.told)
         return self._began
 
     def alive(self) -> bool:
-        """Whether it, or whoever has the job by now, lives; notes why it never began."""
+        """Whether it, or the job's current holder, is alive; notes why it never began."""
         if self.process.poll() is None or held_by(self.job.path) is not None:
             return True
         if self.began(0) is False:
@@ -82,11 +82,11 @@ class Started:
 
 
 def start(job: JobFolder, lease: Lease) -> Started:
-    """Start a supervisor for the job, in a session of its own: no terminal can take it along.
+    """Start a supervisor for the job, in its own session, so that it outlives the terminal.
 
     Args:
         job: The job.
-        lease: The job's, which the supervisor has too from here on.
+        lease: The job's lease, which the supervisor then holds too.
 
     Raises:
         JobError: No process can be started.
@@ -102,7 +102,7 @@ def start(job: JobFolder, lease: Lease) -> Started:
                 start_new_session=True,
                 **_inheriting(lease.fileno(), tell),
             )
-            with suppress(OSError):  # it writes so itself
+            with suppress(OSError):  # the supervisor notes it too
                 lease.hand_over(process.pid)
             return Started(job, process, told, log.tell())
     except OSError as error:
@@ -110,21 +110,21 @@ def start(job: JobFolder, lease: Lease) -> Started:
         where = f"{error.filename}: " if error.filename else ""
         raise JobError(
             f"the job's supervisor can't be started: {where}{error.strerror or error}",
-            hint=f"mend that, then: batchrun resume {job.id}",
+            hint=f"fix that, then: batchrun resume {job.id}",
         ) from error
     finally:
         os.close(tell)
 
 
 def inherited() -> list[int]:
-    """The handles that this process has from the one that started it; its own children get none.
+    """The handles inherited from the parent process; this process's children don't get them.
 
     A lock ends with the last process that has its handle.
     """
     numbers = [int(number) for number in os.environ.pop(_INHERITED, "").split()]
     for number in numbers:
         os.set_inheritable(number, False)
-        os.register_at_fork(after_in_child=partial(_close, number))  # nor those that are forked off
+        os.register_at_fork(after_in_child=partial(_close, number))  # nor do forked children
     return numbers
 
 
@@ -138,7 +138,7 @@ def work(path: Path, root: Path) -> int:
 
     Args:
         path: The job's folder.
-        root: What `home()` says: where the device's queue is.
+        root: What `home()` returns: where the device's queue is.
 
     Returns:
         The exit code of the job's last run.
@@ -152,7 +152,7 @@ def work(path: Path, root: Path) -> int:
         runs = Runs(job, reporter)
         job.set_state("queued")
         for handle in tell:
-            with suppress(BrokenPipeError):  # nobody waits any more
+            with suppress(BrokenPipeError):  # nobody is waiting any more
                 os.write(handle, b".")
             os.close(handle)
         with DeviceQueue(root, device_of(job)) as turn:
@@ -176,15 +176,15 @@ def device_of(job: JobFolder) -> str:
 
 
 def _command(*arguments: object) -> list[str]:
-    """A child's: no file of the folder that it works in becomes a module (`-P`)."""
+    """A child's command; `-P` keeps files of its working folder from becoming modules."""
     return [sys.executable, "-P", "-m", "batchrun", *map(str, arguments)]
 
 
 def _inheriting(*handles: int) -> dict[str, Any]:
-    """What `Popen` is to give a child: handles, and an environment for it and its own children.
+    """Arguments for `Popen`: handles, and an environment for a child and its own children.
 
-    They find this package where it is, and nothing in the folder that they work in: that is also
-    what an empty entry of a path means.
+    They find this package where it is, and nothing in their working folder, which an empty path
+    entry would mean too.
     """
     environment = {**os.environ, "PYTHONSAFEPATH": "1", _INHERITED: " ".join(map(str, handles))}
     for name in ("PYTHONPATH", "LD_LIBRARY_PATH"):

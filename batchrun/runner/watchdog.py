@@ -1,4 +1,4 @@
-"""Notices that a thread is at something that will not end by itself."""
+"""Notices when a thread is stuck in something that will not end by itself."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 
 from batchrun import machine
 
-_LOOKS = 20  # in the time after which something is taken to hang
+_LOOKS = 20  # within the time after which something counts as hanging
 
 
 class Watchdog:
-    """Watches what threads say that they are at; inert until it is started.
+    """Watches what threads say they are doing; inert until started.
 
-    Time in which the process was stopped, or not let run, does not count.
+    Time in which the process was stopped, or got no processor, does not count.
 
     Args:
         limit_s: Seconds that one thing may take.
         on_stall: Called once, in the watchdog's thread, with what takes longer and its seconds.
-            It is expected to end the process: no thread can be interrupted from outside.
+            It must end the process: no thread can be interrupted from outside.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Watchdog:
 
     @contextmanager
     def busy(self, what: str, patience: float = 1) -> Iterator[None]:
-        """The calling thread is at `what`, for `patience` times the limit at most."""
+        """Say that the calling thread is busy with `what`, for up to `patience` times the limit."""
         thread, now = threading.get_ident(), time.monotonic() - self._lost
         self._busy[thread] = what, now, now + patience * self._limit_s
         try:
@@ -43,7 +43,7 @@ class Watchdog:
             del self._busy[thread]
 
     def start(self) -> None:
-        """Begin to watch, for as long as the process lives.
+        """Start watching, for as long as the process lives.
 
         Raises:
             MachineError: No thread can be started.
@@ -53,8 +53,8 @@ class Watchdog:
     def _watch(self) -> None:
         look, before = self._limit_s / _LOOKS, time.monotonic()
         while True:
-            # Where a thread hangs in C with the interpreter's lock, this one can't look any more;
-            # the timer of faulthandler needs no lock. It prints where each thread is, and exits.
+            # If a thread hangs in C while it holds the GIL, this one can't look any more, but
+            # faulthandler's timer needs no lock. It prints where each thread is, and exits.
             faulthandler.dump_traceback_later(2 * self._limit_s, exit=True)
             time.sleep(look)
             now = time.monotonic()

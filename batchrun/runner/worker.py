@@ -3,7 +3,7 @@
 Three threads, and two bounded channels that lead one way each:
 
     thread    what runs in it                       receives   sends
-    reader    Reader: makes requests of rows                   requests; results of bad rows
+    reader    Reader: turns rows into requests                 requests; results of bad rows
     caller's  EngineLoop: steps the engine          requests   results
     journal   JournalWriter: owns the journal       results
 
@@ -66,8 +66,8 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
-_DRAINED_SECONDS = 0.05  # between two looks whether the engine has nothing any more
-_PATIENCE = 6  # times as long as a step may take, for loading a model or writing the output
+_DRAINED_SECONDS = 0.05  # between two looks at whether the engine is empty
+_PATIENCE = 6  # loading a model or writing the output may take this many times as long as a step
 
 
 def run_job(
@@ -85,28 +85,28 @@ def run_job(
 
     Args:
         path: The job's folder.
-        stop: Ends the run early when it is set; what is journalled stays.
+        stop: Ends the run early when set; journalled results stay.
         on_progress: Called often, in this thread.
-        log: Told, a line each, what a user should know.
+        log: Called with each line that a user should see.
         open_workbench: Loads the engine; the real one by default.
-        held: Whether this process has the job's lease already, from its supervisor.
-        watchdog: Told what the threads are at.
-        prompt_s: Seconds of processor time that the prompt of a row may take.
+        held: Whether this process already holds the job's lease, from its supervisor.
+        watchdog: Told what the threads are doing.
+        prompt_s: Seconds of processor time that a row's prompt may take.
 
     Returns:
         How it ended.
 
     Raises:
-        JobError: The job can't go on, for a reason that the message names.
+        JobError: The job can't go on; the message says why.
         ModelError: The model can't be loaded.
-        StepFailed: The engine failed, maybe by one of its rows; the job's state stays as it is.
+        StepFailed: The engine failed, maybe because of a row; the job's state stays as it is.
     """
     job, watchdog = JobFolder(path), watchdog or Watchdog()
     with nullcontext() if held else Lease(path), closing(ReaderNote(path)) as note:
         limit = PromptLimit(note, prompt_s)
         reading = note.reading
         with watchdog.busy("looking at the inputs", _PATIENCE), reading():
-            # A workbench that is given needs no model.
+            # A workbench passed in needs no model.
             check_unchanged(job, None if open_workbench else fingerprint)
             spec = job.spec()
             source = open_source(spec.parts, spec.input_format, noted=reading)
@@ -133,7 +133,7 @@ class _Run:
         self._figures = RunFigures()
         self._failures: list[BaseException] = []  # of threads
         self._in_flight = InFlightRows(job.path)
-        self._in_flight.clear()  # of the earlier run; its supervisor has taken note
+        self._in_flight.clear()  # left by the earlier run; the supervisor has read it
         with Journal(job.path, spec.n) as journal:
             total = journal.meta("rows_total")
             if total is None:  # the first run counts them
@@ -141,7 +141,7 @@ class _Run:
                 total = total if spec.limit is None else min(total, spec.limit)
                 journal.set_meta("rows_total", total)
             self._total = int(total)
-            self._number = journal.begin_run()  # what is read below no earlier run adds to any more
+            self._number = journal.begin_run()  # from here on, no earlier run can add results
             self._done = journal.done()
             self._begun = journal.partials()
             self._crashes = journal.crash_counts()
@@ -153,7 +153,7 @@ class _Run:
         )
 
     def run(self, open_workbench: OpenWorkbench) -> Outcome:
-        """Load, compute what is to do, write the output."""
+        """Load the model, compute what is missing, write the output."""
         outcome, figures = Outcome.FAILED, self._figures
         failure: Exception | None = None
         try:
@@ -169,7 +169,7 @@ class _Run:
             outcome = Outcome.INTERRUPTED
             raise
         except Refused as error:
-            hint = "what is done is kept; then: batchrun resume"
+            hint = "finished rows are kept; then: batchrun resume"
             failure = MachineError(str(error), hint=hint)
             raise failure from error
         except Exception as error:
@@ -179,7 +179,7 @@ class _Run:
             if figures.workbench is not None:
                 figures.workbench.close()
             self._in_flight.close()
-            # Where the disk fails here too, the error that is on its way says more.
+            # If the disk fails here too, the error being raised says more.
             with suppress(*(JobError, OSError) if failure is not None else ()):
                 self._note_end(outcome, failure)
         write_summary(self.job, str(outcome))
@@ -187,7 +187,7 @@ class _Run:
         return outcome
 
     def _finish(self) -> Outcome:
-        """Write the output where all rows have results; returns how the run ended."""
+        """Write the output if all rows have results; return how the run ended."""
         if self._writer.missing and not self.stop.is_set():
             raise input_changed(f"the input ended before its {self._total:,} rows were read")
         if self._writer.missing:
@@ -220,11 +220,11 @@ class _Run:
             self.log(line)
 
     def _note_end(self, outcome: Outcome, failure: Exception | None) -> None:
-        """Note in journal and snapshot how the run ended, and why where it failed."""
+        """Note in journal and snapshot how the run ended, and why if it failed."""
         if isinstance(failure, Fenced):
-            return  # the job is another worker's
+            return  # another worker has the job
         reason = None if failure is None else str(failure)
-        if not isinstance(failure, JournalError):  # a journal that failed is not written again
+        if not isinstance(failure, JournalError):  # never write to a journal that failed
             with self._writer.journal() as journal:
                 journal.end_run(str(outcome), self._figures.so_far(), reason)
         if not isinstance(failure, StepFailed):  # its supervisor tries again
@@ -260,7 +260,7 @@ class _Run:
             raise self._failures[0]
 
     def _thread(self, name: str, work: Callable[..., None], *arguments: Any) -> threading.Thread:
-        """A thread whose error closes its channels and is kept."""
+        """A thread that on an error keeps it and closes its channels."""
         channels = [argument for argument in arguments if isinstance(argument, Channel)]
 
         def guarded() -> None:
@@ -281,12 +281,12 @@ class _Run:
                 return journal.digests(first, count)
 
         def drained() -> None:
-            """Return when all rows that were handed to the engine have ended."""
+            """Return when all rows handed to the engine have ended."""
             while reader.handed > self._figures.counted["completions"]:
                 requests.wait(_DRAINED_SECONDS)
 
         reader = Reader(
-            replace(self.spec, limit=self._total),  # not what a file has got in the meantime
+            replace(self.spec, limit=self._total),  # without rows appended in the meantime
             *(self.source, self._done, workbench, self.log),
             begun=self._begun,
             crashes=self._crashes,

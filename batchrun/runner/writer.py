@@ -18,30 +18,30 @@ from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.watchdog import Watchdog
 
-COMMIT_RESULTS = 1024  # or other items: then a transaction is due
-_COMMIT_SECONDS = 0.5  # and the longest that a finished one waits for it
+COMMIT_RESULTS = 1024  # results or other items, after which a transaction is due
+_COMMIT_SECONDS = 0.5  # the longest that a finished one waits for it
 _ROOM_SECONDS = 5.0  # between two looks at how full the disks are
-_RESULT_BYTES = 100  # of a journal: no result takes less
+_RESULT_BYTES = 100  # the least that a result takes in a journal
 
-Item = Result | CopiedResult | RowDigests | list[Partial]  # what unfinished rows have replaces it
+Item = Result | CopiedResult | RowDigests | list[Partial]  # a list replaces the one before
 
 
 @dataclass
 class JournalWriter:
-    """Commits what comes in groups, each durable before it counts, and watches the disks.
+    """Commits items in groups, each durable before it counts, and watches the disks.
 
     Args:
-        job: Whose journal.
+        job: The job.
         spec: Its specification.
-        number: Of the run that writes.
-        total: Rows of the job.
-        earlier: What earlier runs did.
+        number: Number of the run that writes.
+        total: Number of rows of the job.
+        earlier: Results of earlier runs.
         figures: Written with each group.
         watchdog: Told when it writes.
-        log: Told once that a disk will be full.
+        log: Told once that a disk will fill up.
 
     Attributes:
-        samples: Results in the journal, those of earlier runs included.
+        samples: Results in the journal, including those of earlier runs.
         failed: Rows among them that have an error.
     """
 
@@ -62,18 +62,18 @@ class JournalWriter:
 
     @property
     def missing(self) -> int:
-        """Results that the job has not yet."""
+        """Number of results that are still missing."""
         return self.total * self.spec.n - self.samples
 
     def run(self, columns: list[str], results: Channel[Item]) -> None:
-        """Write what comes until nothing more does.
+        """Write items until the channel is closed.
 
         Args:
-            columns: What is read of each row.
-            results: Closed by those who send.
+            columns: The columns read of each row.
+            results: Closed by its senders.
 
         Raises:
-            JournalError: The journal can't be written, or is another run's by now.
+            JournalError: The journal can't be written, or another run has taken it over.
             OutputError: There is no room for more.
         """
         with self.journal() as journal:
@@ -97,13 +97,13 @@ class JournalWriter:
 
     @contextmanager
     def journal(self) -> Iterator[Journal]:
-        """The job's journal, to write to as this run."""
+        """The job's journal, open for writing as this run."""
         with Journal(self.job.path, self.spec.n) as journal:
             journal.resume_run(self.number)
             yield journal
 
     def check_room_ahead(self) -> None:
-        """Refuse what can't fit: of results and output the least that they can take.
+        """Refuse a job whose results and output can't fit, even at their smallest.
 
         Raises:
             OutputError: There is no room.
@@ -135,7 +135,7 @@ class JournalWriter:
             self._look = time.monotonic() + _ROOM_SECONDS
 
     def _watch_room(self) -> None:
-        """End the run before a disk is full; say once, early, that one will be."""
+        """End the run before a disk is full; warn once, early, that one will fill up."""
         path, disk = self.job.path, disk_of(self.job.path)
         check_room((disk, 0), (OUTPUTS.disk(self._output), 0))
         size = sum(file.stat().st_size for file in path.glob("journal.db*"))

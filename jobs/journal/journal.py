@@ -1,8 +1,8 @@
-"""The one truth of a job's progress: an SQLite database in its folder.
+"""The single source of truth on a job's progress: an SQLite database in its folder.
 
-A result is there, durably, or its row is still to do: there is no third state. One connection
-writes, owned by one thread; any number read, also while the job runs. Each run has a number, its
-fencing token: as soon as there is a later one, it can write nothing any more.
+A result is durably there, or its row is still to do: there is no third state. One connection
+writes, owned by one thread; any number read, even while the job runs. Each run has a number, its
+fencing token: once a later run exists, it can't write any more.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from batchrun.jobs.journal.samples import Samples
 from batchrun.jobs.journal.schema import KEYS, NAME, SEALS, TABLES, connect, sealed, transaction
 from batchrun.jobs.lease import Lease
 
-READ = "columns_read"  # in the notes: the columns that digests of rows are of
-STATE = "state.json"  # what `list` remembers of a journal, as long as nobody writes to it
+READ = "columns_read"  # key in `meta`: the columns that rows' digests cover
+STATE = "state.json"  # a journal's summary for `list`, valid until somebody writes to it
 
-_CHECKPOINT_BYTES = 4 << 20  # of results, until they move from the log into the database
+_CHECKPOINT_BYTES = 4 << 20  # of results, before they move from the log into the database
 _ROW_BYTES = 160  # of a result besides its text and tokens
 _DIGEST_BYTES = 16
 _INSERT = f"INSERT INTO results VALUES ({', '.join('?' * (len(TABLES['results']) + 1))})"
@@ -49,7 +49,7 @@ _REMOVE = {
     table: f"DELETE FROM {table} WHERE ({', '.join(key)}) = ({', '.join('?' * len(key))})"
     for table, key in KEYS.items()
 }
-# Deleting the last run would let its number be given again.
+# Deleting the last run would free its number for reuse.
 _REMOVE["runs"] = (
     "UPDATE runs SET started_at = (julianday('now') - 2440587.5) * 86400, ended_at = NULL, "
     "state = 'interrupted', stats = '{}', reason = NULL, crc = NULL WHERE id = ?"
@@ -62,11 +62,11 @@ class Journal(Readings):
 
     Args:
         folder: The job's folder.
-        n: Samples a row.
-        readonly: Look without taking any lock that a writer would notice.
+        n: Samples per row.
+        readonly: Read without taking any lock that a writer would notice.
 
     Raises:
-        JournalError: There is none, it is damaged, or a newer program wrote it.
+        JournalError: It is missing or damaged, or a newer program wrote it.
     """
 
     def __init__(self, folder: Path, n: int, *, readonly: bool = False) -> None:
@@ -74,7 +74,7 @@ class Journal(Readings):
         super().__init__(path, n, connect(path, readonly=readonly))
         self._run = 0
         self._writer = not readonly
-        self._named = False  # whether the log's name is on disk for certain
+        self._named = False  # whether the log's name is certain to be on disk
         self._logged = 0  # bytes of results since the last checkpoint
         self._samples = Samples()
         if not readonly:
@@ -90,14 +90,14 @@ class Journal(Readings):
     create = staticmethod(schema.create)
 
     def begin_run(self) -> int:
-        """Note that a worker begins; its results carry the number that is returned.
+        """Begin a run; its results carry the returned number.
 
         From then on every earlier run is fenced off.
         """
         with self._transaction():
             cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
             self._db.execute(_SEAL_RUN, (cursor.lastrowid,))
-            # Whoever made the job may have failed to make its name durable.
+            # The job's creator may have failed to make its name durable.
             for folder in self.path.parent.absolute().parents[:3]:
                 with suppress(PermissionError):
                     fsync_directory(folder)
@@ -105,7 +105,7 @@ class Journal(Readings):
         return self._run
 
     def resume_run(self, run: int) -> None:
-        """Go on writing for a run that another connection began."""
+        """Continue writing for a run that another connection began."""
         self._run = run
 
     def write(
@@ -115,23 +115,23 @@ class Journal(Readings):
         partials: Sequence[Partial] = (),
         digests: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Add results in one transaction: all of them are durable on return, or none is.
+        """Add results in one transaction: on return all of them are durable, or none is.
 
         Args:
-            results: New results; the tokens kept of their samples go.
-            stats: The run's figures so far; they replace those written before. Every few seconds
-                a sample of them is kept.
-            partials: Tokens so far; they replace those of the same samples. Of a sample that has
-                a result they are dropped.
-            digests: Numbers of input rows, and what tells each from any other content. They are to
-                be there before a result of the row is.
+            results: New results; their samples' partials are removed.
+            stats: The run's figures so far; they replace earlier ones. Every few seconds a sample
+                of them is kept.
+            partials: Tokens so far; they replace those of the same samples. They are dropped for
+                a sample that has a result.
+            digests: Numbers of input rows, and digests of their content. A row's digest must be
+                written no later than its result.
 
         Raises:
             Fenced: A later run has the job. Nothing was written.
-            JournalError: A result is there already or of a sample that the job hasn't, or there is
-                none to copy: nothing was written. Or the disk refuses: then the run must end,
-                since what a failed fsync left on disk cannot be known, and what a resume finds is
-                what counts.
+            JournalError: A result exists already, its sample is out of range, or the one to copy is
+                missing: nothing was written. Or the disk refuses: then the run must end, since
+                what a failed fsync left on disk is unknown, and only what a resume finds there
+                counts.
         """
         run = self._run
         rows = [self._record(result) for result in results if isinstance(result, Result)]
@@ -146,7 +146,7 @@ class Journal(Readings):
             self._db.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", seen)
             self._db.executemany(_INSERT, rows)
             if copies and self._db.executemany(_COPY, copies).rowcount != len(copies):
-                raise JournalError("a result was about to be copied that is not in the journal")
+                raise JournalError("the result to be copied is not in the journal")
             if kept:
                 self._db.executemany(_PARTIAL, kept)
             if self._db.execute("SELECT 1 FROM partials LIMIT 1").fetchone():
@@ -165,7 +165,7 @@ class Journal(Readings):
             self._checkpoint()
 
     def end_run(self, state: str, stats: dict[str, Any], reason: str | None = None) -> None:
-        """Close the run's entry with how it ended, and why if it failed.
+        """Record how the run ended, and why if it failed.
 
         Raises:
             Fenced: A later run has the job.
@@ -175,14 +175,14 @@ class Journal(Readings):
             self._set_run(self._run, ended_at=time.time(), **how)
 
     def retry_failed(self) -> int:
-        """Remove error results, so that their samples are to do again; returns how many.
+        """Remove error results, so that their samples are done again; return how many.
 
-        Crashes of their rows are forgotten. A finished job is an interrupted one from then on.
+        Forgets their rows' crashes. A finished job becomes an interrupted one.
 
         Raises:
-            LeaseHeld: A worker has the job, and it is not the one that asks.
+            LeaseHeld: Another worker has the job.
         """
-        self._db.execute("PRAGMA secure_delete=ON")  # pages that get free keep no errors' texts
+        self._db.execute("PRAGMA secure_delete=ON")  # so that freed pages keep no error texts
         with nullcontext() if self._run else Lease(self.path.parent), self._write(any_run=True):
             self._db.execute(
                 "DELETE FROM crashes WHERE row IN "
@@ -199,9 +199,9 @@ class Journal(Readings):
         return count
 
     def mend(self) -> list[str]:
-        """Remove damaged records, so that what they held is to do again; says which, a line each.
+        """Remove damaged records, so that their work is done again; return a line for each.
 
-        Figures of a run are none from then on. What damage in the structure hides is not found.
+        A damaged run loses its figures. Records hidden by structural damage are not found.
 
         Raises:
             JournalError: The file itself is damaged.
@@ -213,12 +213,12 @@ class Journal(Readings):
         with self._write(any_run=True):
             for found in damage:
                 self._db.execute(_REMOVE[found.table], found.key)
-            # Of digests nobody knows what they are of without the note that says it.
+            # Without the note of the columns read, digests mean nothing.
             self._db.execute(
                 "DELETE FROM rows WHERE NOT EXISTS (SELECT 1 FROM meta WHERE key = ?)", (READ,)
             )
             self._db.execute("DELETE FROM partials WHERE id IN (SELECT id FROM results)")
-            # Each run that results are of has its entry, and its number is not given again.
+            # Each run with results keeps an entry, so that its number is not reused.
             self._db.execute(
                 "INSERT OR IGNORE INTO runs (id, started_at, state) "
                 "SELECT DISTINCT run, ?, 'interrupted' FROM results",
@@ -230,7 +230,7 @@ class Journal(Readings):
     def count_crash(self, rows: Iterable[int]) -> None:
         """Note that the latest run's process died with these rows in the engine.
 
-        One death counts once, however often it is noted.
+        A death counts once, however often it is noted.
         """
         with self._write(any_run=True):
             self._db.executemany(
@@ -240,7 +240,7 @@ class Journal(Readings):
             )
 
     def condemn(self, row: int, reason: str) -> None:
-        """Note that a row is not to be tried again, and why: it has ended a run."""
+        """Note that a row must not be tried again, because it ended a run, and why."""
         self.set_meta(CONDEMNED, {**(self.meta(CONDEMNED) or {}), str(row): reason})
 
     def set_meta(self, key: str, value: Any) -> None:
@@ -286,7 +286,7 @@ class Journal(Readings):
 
     @contextmanager
     def _write(self, *, any_run: bool = False) -> Iterator[None]:
-        """One transaction of this run; with `any_run` it may also be of none."""
+        """A transaction of this run; with `any_run` it needn't belong to a run."""
         with self._transaction():
             if self._run or not any_run:
                 [(latest,)] = self._db.execute("SELECT max(id) FROM runs")
@@ -305,7 +305,7 @@ class Journal(Readings):
             with transaction(self._db):
                 yield
             if not self._named:
-                # SQLite syncs the folder when it makes the log, and does not say if that fails.
+                # SQLite syncs the folder when it makes the log, but does not report a failure.
                 fsync_directory(self.path.parent)
                 self._named = True
 
@@ -322,12 +322,12 @@ class Journal(Readings):
         if error is None:
             self.close()
         else:
-            self._close()  # what went wrong already says more
+            self._close()  # the error being raised says more
 
     def _close(self) -> None:
         if self._writer and self._failed is not None:
-            # Closing the last connection that may write syncs the log once more, as if that could
-            # succeed now; one that may only read keeps SQLite from it.
+            # Closing the last writing connection syncs the log again, as if that could succeed
+            # now; an open reading connection keeps SQLite from doing so.
             with suppress(JournalError), closing(connect(self.path, readonly=True)) as other:
                 other.execute("SELECT max(id) FROM runs").fetchall()
                 self._db.close()
@@ -340,10 +340,10 @@ def _int32(tokens: Iterable[int]) -> bytes:
 
 
 def _real(value: float | None) -> float | None:
-    """A number as SQLite returns it: it has no NaN."""
+    """A number as SQLite returns it: SQLite has no NaN."""
     return None if value is None or math.isnan(value) else float(value)
 
 
 def _storable(text: str | None) -> str | None:
-    """Text without halves of surrogate pairs, which names of files may bring and SQLite refuses."""
+    """Text without lone surrogates, which file names may contain and SQLite refuses."""
     return text and text.encode(errors="backslashreplace").decode()

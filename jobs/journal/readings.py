@@ -1,4 +1,4 @@
-"""What a journal says: the same questions for its writer and for any number of readers."""
+"""Queries on a journal, the same for its writer and for any number of readers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from batchrun.jobs.journal.results import Counts, DoneSet, Partial, Result, unpa
 from batchrun.jobs.journal.schema import BEYOND_REPAIR, KEYS, TABLES, refusal
 
 _SELECTS = {t: f"SELECT {', '.join(columns)}, crc FROM {t}" for t, columns in TABLES.items()}
-_SHOWN = 5  # damaged records, in a message
-_WHAT = {  # a record of each table is, behind which its key stands
+_SHOWN = 5  # damaged records shown in a message
+_WHAT = {  # what a record of each table is called, to be followed by its key
     "results": "the result of row",
-    "partials": "the begun result of row",
+    "partials": "the unfinished result of row",
     "crashes": "the crash of row",
     "rows": "the digest of row",
     "runs": "the figures of run",
@@ -29,13 +29,13 @@ _WHAT = {  # a record of each table is, behind which its key stands
     "meta": "the note",
 }
 _CONTRADICTIONS = {
-    "a sample has both a result and tokens to go on from": (
+    "a sample has both a result and partial tokens": (
         "SELECT 1 FROM partials JOIN results USING (id) LIMIT 1"
     ),
-    "a result is of a run that never was": (
+    "a result belongs to a run that does not exist": (
         "SELECT 1 FROM results WHERE run NOT IN (SELECT id FROM runs) LIMIT 1"
     ),
-    "a result has a status that no program gives": (
+    "a result has an unknown status": (
         "SELECT 1 FROM results WHERE status NOT IN ('ok', 'error', 'skipped') LIMIT 1"
     ),
 }
@@ -46,9 +46,9 @@ class Damage:
     """A record of a journal that is not what was written.
 
     Args:
-        table: Where it is.
-        key: The values that tell it from others there, of which one may be what is damaged.
-        what: The same for people.
+        table: Its table.
+        key: Its key, which may itself be damaged.
+        what: The record in words.
     """
 
     table: str
@@ -56,7 +56,7 @@ class Damage:
     what: str
 
 
-CONDEMNED = "condemned"  # in meta: rows that are not to be tried again, by number, and why
+CONDEMNED = "condemned"  # in meta: rows that must not be tried again, by number, and why
 
 
 class Readings:
@@ -64,13 +64,13 @@ class Readings:
 
     Args:
         path: The database, for messages.
-        n: Samples a row.
+        n: Samples per row.
         db: A connection to it.
     """
 
     def __init__(self, path: Path, n: int, db: sqlite3.Connection) -> None:
         self.path, self.n, self._db = path, n, db
-        self._failed: Exception | None = None  # the write after which nothing is certain
+        self._failed: Exception | None = None  # a failed write, after which nothing is certain
 
     def meta(self, key: str) -> Any:
         """A value remembered by `set_meta`, or None.
@@ -82,7 +82,7 @@ class Readings:
         return json.loads(found[0][1]) if found else None
 
     def done(self) -> DoneSet:
-        """Which results there are, as a bitmap."""
+        """The samples that have a result, as a bitmap."""
         done = DoneSet(self.n)
         with self._errors("read"):
             for (number,) in self._db.execute("SELECT id FROM results ORDER BY id"):
@@ -90,7 +90,7 @@ class Readings:
         return done
 
     def partials(self) -> dict[tuple[int, int], Partial]:
-        """Tokens so far of samples that have no result, by (row, sample); none that are damaged."""
+        """Tokens so far of samples without a result, by (row, sample), without damaged ones."""
         partials = (
             Partial(number // self.n, number % self.n, _tokens(ids), logprob, unpacked(logprobs))
             for number, ids, logprob, logprobs in self._sound("partials")
@@ -98,11 +98,11 @@ class Readings:
         return {(p.row, p.sample): p for p in partials}
 
     def crash_counts(self) -> dict[int, int]:
-        """In how many crashes a row was in the engine, by row; none that are damaged."""
+        """By row, how often it was in the engine in a crash, without damaged records."""
         return Counter(row for row, _ in self._sound("crashes"))
 
     def condemned(self) -> dict[int, str]:
-        """Rows that are not to be tried again, and why."""
+        """Rows that must not be tried again, and why."""
         return {int(row): reason for row, reason in (self.meta(CONDEMNED) or {}).items()}
 
     def counts(self) -> Counts:
@@ -133,7 +133,7 @@ class Readings:
         )
 
     def quantiles(self, column: str, shares: Sequence[float]) -> list[float] | None:
-        """Quantiles (nearest rank) of `queue_s`, `prefill_s` or `decode_s`; None without any."""
+        """Quantiles (nearest rank) of `queue_s`, `prefill_s` or `decode_s`; None if it is empty."""
         assert column in {"queue_s", "prefill_s", "decode_s"}
         measured = f"FROM results WHERE typeof({column}) = 'real'"
         [(count,)] = self._all(f"SELECT count(*) {measured}")
@@ -153,10 +153,10 @@ class Readings:
         """Results in (row, sample) order, streamed.
 
         Args:
-            skip_damaged: Leave out what is damaged.
+            skip_damaged: Leave out damaged results.
 
         Raises:
-            JournalError: One is damaged; the message says whose.
+            JournalError: One is damaged; the message says which.
         """
         for record, sound in self._records("results", "ORDER BY id"):
             if sound:
@@ -168,9 +168,9 @@ class Readings:
                 raise self._damaged(self.damage())
 
     def digests(self, first: int, count: int) -> dict[int, int]:
-        """Digests of the input rows that were read, of `count` from row `first` on, by row.
+        """Digests of the input rows read, by row, for `count` rows from `first` on.
 
-        One that is damaged is none: what it said is not known.
+        Leaves out damaged ones, whose content is unknown.
         """
         return dict(self._sound("rows", "WHERE row >= ? AND row < ?", first, first + count))
 
@@ -186,17 +186,17 @@ class Readings:
         ]
 
     def samples(self, run: int) -> list[dict[str, Any]]:
-        """A run's figures over time, by the names of metrics; none that are damaged."""
+        """A run's figures over time, by metric name, without damaged records."""
         found = self._sound("samples", "WHERE run = ? ORDER BY id", run)
         return [json.loads(figures) for _, _, figures in found]
 
     def beyond(self, rows: int) -> int:
-        """Results of rows that a job of so many rows hasn't."""
+        """Number of results for rows beyond the job's number of rows."""
         [(count,)] = self._all("SELECT count(*) FROM results WHERE id >= ?", rows * self.n)
         return int(count)
 
     def check(self) -> None:
-        """Verify the database's integrity, every record, and that none contradicts another.
+        """Verify the database's integrity, every record, and that no two contradict each other.
 
         Raises:
             JournalError: It is damaged; the message says how.
@@ -210,7 +210,7 @@ class Readings:
             raise JournalError(f"{self.path} is damaged: {'; '.join(found)}")
 
     def check_structure(self) -> None:
-        """Verify that SQLite finds its way in the file.
+        """Verify the file's structure by SQLite's own check.
 
         Raises:
             JournalError: It is damaged; the message says how.
@@ -261,7 +261,7 @@ class Readings:
         return [record for record, sound in self._records(table, which, *values) if sound]
 
     def _proven(self, table: str, which: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Records of a table, of which none is damaged."""
+        """Records of a table; raises JournalError if one is damaged."""
         found = list(self._records(table, which, *values))
         if damage := [self._damage(table, record) for record, sound in found if not sound]:
             raise self._damaged(damage)
@@ -278,7 +278,7 @@ class Readings:
 
     @contextmanager
     def _lenient(self) -> Iterator[None]:
-        """Text that is no UTF-8 can be read too: its checksum says that it is damaged."""
+        """Allow reading text that is not UTF-8: its checksum shows that it is damaged."""
         before = self._db.text_factory
         self._db.text_factory = lambda data: data.decode(errors="replace")
         try:
@@ -292,7 +292,7 @@ class Readings:
 
     @contextmanager
     def _errors(self, done: str) -> Iterator[None]:
-        """SQLite's errors as the user's: what could not be `done`, and what to do."""
+        """Turn SQLite's errors into a user's: what could not be `done`, and what to do."""
         if self._failed is not None:
             raise JournalError(
                 f"{self.path} can't be {done}: an earlier write failed: {self._failed}",

@@ -1,4 +1,4 @@
-"""What a journal holds: results, tokens of results to be, and which results there are."""
+"""What a journal holds: results, partial results, and the set of finished samples."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _MOST = Struct("<i")
 
 
 TokenLogprobs = tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
-"""Of each token its log-probability, and the likeliest tokens in its place with theirs."""
+"""For each token its log-probability, and the likeliest tokens in its place with theirs."""
 
 
 def packed(logprobs: TokenLogprobs | None) -> bytes | None:
-    """As they are stored: how many likeliest there are, then little-endian float32 and int32."""
+    """The stored form: the number of likeliest tokens, then little-endian float32 and int32."""
     if logprobs is None:
         return None
     most = len(logprobs[0][1]) if logprobs else 0
@@ -35,12 +35,12 @@ def unpacked(data: bytes | None) -> TokenLogprobs | None:
 
 
 class Result(NamedTuple):
-    """What became of one sample of one row. Times in seconds; None where it never got there.
+    """The outcome of one sample of one row. Times in seconds; None for stages never reached.
 
-    `status` is `ok`, `error`, or `skipped` where the user asked to leave such rows out: no
-    completion and no error, counted apart, and not among those that are tried again.
-    `logprob` is the sum of its tokens' log-probabilities, None where no one asked for it;
-    `logprobs` likewise has each of them, with those of the likeliest tokens in its place.
+    `status` is `ok`, `error`, or `skipped` if the user asked to leave such rows out: a skipped row
+    has no completion and no error, is counted apart, and is not retried.
+    `logprob` is the sum of its tokens' log-probabilities, None if nobody asked for it; `logprobs`
+    has each of them, with those of the likeliest tokens in its place, or None likewise.
     """
 
     row: int
@@ -61,14 +61,14 @@ class Result(NamedTuple):
 
     @property
     def mean_logprob(self) -> float | None:
-        """Of its tokens; None without any."""
+        """The mean log-probability of its tokens; None if unknown."""
         if self.logprob is None or not self.completion_tokens:
             return None
         return self.logprob / self.completion_tokens
 
 
 class CopiedResult(NamedTuple):
-    """A sample whose result is that of another one, which is journalled before it or with it.
+    """A sample whose result is a copy of another one's, journalled before it or with it.
 
     It has that one's completion, of about `tokens` tokens, and no times of its own.
     """
@@ -81,14 +81,14 @@ class CopiedResult(NamedTuple):
 
 
 class RowDigests(NamedTuple):
-    """What rows were as they were read; it is journalled before their results are."""
+    """Digests of rows as they were read, journalled before the rows' results."""
 
     digests: list[tuple[int, int]]  # row, digest
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """The tokens that a sample without a result has so far; log-probabilities as of a result."""
+    """The tokens so far of a sample without a result; log-probabilities as in `Result`."""
 
     row: int
     sample: int
@@ -101,8 +101,8 @@ class Partial:
 class Counts:
     """Results so far.
 
-    `rows` counts rows all of whose samples have a result, `failed` rows any of whose failed,
-    `skipped` rows any of whose was skipped.
+    `rows` counts rows all of whose samples have a result, `failed` rows with a failed sample,
+    `skipped` rows with a skipped one.
     """
 
     rows: int
@@ -114,7 +114,7 @@ class Counts:
 
 
 class DoneSet(Container[tuple[int, int]]):
-    """Which (row, sample) have a result: one bit each, whatever the job's length."""
+    """The (row, sample) pairs that have a result, one bit each."""
 
     def __init__(self, n: int) -> None:
         self._n = n

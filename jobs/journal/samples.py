@@ -1,8 +1,8 @@
 """Figures over time: as a run writes its results, it keeps a sample of its figures now and then.
 
 A sample costs no transaction of its own. They are `_EVERY_S` apart until there are `MOST`; then
-every other one goes, and they are twice as far apart from then on: a run of days keeps as many as
-a run of an hour.
+every other one is dropped and the interval doubles, so that a run of days keeps as many as a run
+of an hour.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Samples:
         self._count = 0
 
     def add(self, db: sqlite3.Connection, run: int, figures: Figures) -> int:
-        """Keep a sample if it is time, within the transaction that there is.
+        """Keep a sample if one is due, as part of the current transaction.
 
         Returns:
             The bytes that it takes.

@@ -1,4 +1,4 @@
-"""The journal's tables, and how they are made and opened."""
+"""The journal's tables, and how they are created and opened."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from batchrun.jobs.files import open_private
 
 NAME = "journal.db"
 VERSION = 1
-_HEADER, _WRITE_VERSION = 100, 18  # bytes, and which of them (sqlite.org/fileformat2, 1.3)
+_HEADER, _WRITE_VERSION = 100, 18  # size and offset in bytes (sqlite.org/fileformat2, 1.3)
 _APPLICATION = 0x62617463  # "batc"
 BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
 
-# Tables, in the order in which damage is told.
+# Tables, in the order in which damage is reported.
 _NAMES = ("results", "partials", "crashes", "rows", "runs", "samples", "meta")
 _SCHEMA = """
 CREATE TABLE results (
@@ -87,7 +87,7 @@ with closing(sqlite3.connect(":memory:")) as _db:
     _db.executescript(_SCHEMA)
     _MADE = {table: _columns(_db, table) for table in _NAMES}
 
-# Every table's columns; each record ends in the checksum of its values.
+# Every table's columns; each record ends with the checksum of its values.
 TABLES = {table: tuple(name for name, _, _ in made[:-1]) for table, made in _MADE.items()}
 SEALS = {table: f"checksum({', '.join(columns)})" for table, columns in TABLES.items()}
 KEYS = {table: tuple(name for name, _, key in made if key) for table, made in _MADE.items()}
@@ -100,7 +100,7 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
         JournalError: It can't be made.
     """
     try:
-        os.close(open_private(folder / NAME, os.O_RDWR))  # SQLite's own files beside it are like it
+        os.close(open_private(folder / NAME, os.O_RDWR))  # SQLite gives its other files this mode
         with closing(sqlite3.connect(folder / NAME, isolation_level=None)) as db:
             _set_modes(db)
             db.executescript(
@@ -110,7 +110,7 @@ def create(folder: Path, meta: Mapping[str, Any] | None = None) -> None:
             notes = [sealed(key, json.dumps(value)) for key, value in (meta or {}).items()]
             db.executemany("INSERT INTO meta VALUES (?, ?, ?)", notes)
             db.execute("COMMIT")
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not say that it failed
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # `close` would not report a failure
     except (sqlite3.Error, OSError) as error:
         raise refusal(folder / NAME, "made", error) from error
 
@@ -119,14 +119,14 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     """Open a journal. A reader takes no lock that a writer would notice.
 
     Raises:
-        JournalError: There is none, it is damaged, or another version of the program wrote it.
+        JournalError: It is missing or damaged, or another version of the program wrote it.
     """
     if not path.exists():
         raise JournalError(f"{path} is missing", hint="submit the job again")
     mode = "ro" if readonly else "rw"
     wal = path.with_name(f"{NAME}-wal")
     if readonly and not wal.exists() and not os.access(path.parent, os.W_OK):
-        mode = "ro&immutable=1"  # SQLite would need to make files beside it
+        mode = "ro&immutable=1"  # otherwise SQLite would have to create files beside it
     address = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}"
     try:
         db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
@@ -148,13 +148,13 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
 
 
 def refusal(path: Path, done: str, error: Exception, hint: str | None = None) -> JournalError:
-    """An error of SQLite or the system as the user's.
+    """An error of SQLite or the system, as a user's error.
 
     Args:
         path: The journal.
         done: What could not be done with it.
-        error: The cause. Without a code it is Python's own: text that is no UTF-8.
-        hint: What to do where the file system lacks neither locks nor shared memory.
+        error: The cause. Without a code it is Python's own: text that is not UTF-8.
+        hint: What to do, unless the file system lacks locks or shared memory.
     """
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     damage = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
@@ -163,7 +163,7 @@ def refusal(path: Path, done: str, error: Exception, hint: str | None = None) ->
     name, told = getattr(error, "sqlite_errorname", ""), str(error)
     if isinstance(error, OSError) and error.filename is None:
         told = error.strerror or told
-    elif name.startswith("SQLITE_IOERR"):  # of which its few words say nothing
+    elif name.startswith("SQLITE_IOERR"):  # SQLite's message alone says too little
         told = f"{told} ({name})"
     if any(part in name for part in ("LOCK", "_SHMMAP", "_SHMOPEN", "SQLITE_PROTOCOL")):
         hint = LOCAL_DISK
@@ -174,19 +174,19 @@ def _set_modes(db: sqlite3.Connection) -> None:
     [(mode,)] = db.execute("PRAGMA journal_mode=WAL")
     if mode != "wal":  # no error is raised when a sync fails inside
         raise OSError(f"its log can't be made, the mode is {mode!r}")
-    # With FULL every commit is on disk before it returns: an acknowledged result survives power
-    # loss.
+    # With FULL every commit is on disk before it returns, so that an acknowledged result survives
+    # power loss.
     db.execute("PRAGMA synchronous=FULL")
-    # SQLite's own checkpoints don't say that they failed.
+    # SQLite's automatic checkpoints don't report failures.
     db.execute("PRAGMA wal_autocheckpoint=0")
 
 
 def _settle_log(db: sqlite3.Connection, log: Path) -> None:
-    """Move what an earlier process left in the log into the database, for certain.
+    """Safely move what an earlier process left in the log into the database.
 
-    After a failed fsync a log may look whole and have holes on disk, which no later fsync fills:
-    its pages count as written (Rebello et al., ATC 2020). So it is written anew before SQLite
-    relies on it, and emptied before anything is written behind it.
+    After a failed fsync a log may look whole but have holes on disk, which no later fsync fills:
+    its pages count as written (Rebello et al., ATC 2020). So it is rewritten before SQLite relies
+    on it, and emptied before anything is appended to it.
     """
     if log.exists() and log.stat().st_size:
         with transaction(db), log.open("r+b") as file:  # no one else writes meanwhile
@@ -202,14 +202,14 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version != VERSION:
         raise JournalError(
-            f"{path} has version {version}, this program reads version {VERSION}",
+            f"{path} has version {version}; this program reads version {VERSION}",
             hint="pip install --upgrade batchrun-llm" if version > VERSION else BEYOND_REPAIR,
         )
     with path.open("rb") as file:
         header = file.read(_HEADER)
-    if len(header) == _HEADER and header[_WRITE_VERSION] > 2:  # SQLite would read it, never write
+    if len(header) == _HEADER and header[_WRITE_VERSION] > 2:  # SQLite would refuse to write it
         raise JournalError(f"{path} is damaged: its header is not SQLite's", BEYOND_REPAIR)
-    # Of a column that is the key no more SQLite finds no record, and says nothing.
+    # If a column lost its key flag, SQLite would silently find no records by it.
     for table, columns in _MADE.items():
         if _columns(db, table) != columns:
             raise JournalError(
@@ -224,13 +224,13 @@ def sealed(*values: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All that the block writes is durable after it, or none of it is there."""
+    """A transaction: all that the block writes is durable after it, or none of it is there."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:
-            with suppress(sqlite3.Error):  # the error that is raised says more
+            with suppress(sqlite3.Error):  # the error being raised says more
                 db.execute("ROLLBACK")
         raise

@@ -1,8 +1,8 @@
-"""Whose a destination is: one live job's. And what that job may replace there.
+"""Which live job owns a destination, and what that job may replace there.
 
-What is decided about a destination holds until the job that got it is live: who submits or resumes
-decides one at a time. What happens to the file itself meanwhile is seen when the output is whole:
-it replaces what the job was allowed to replace, or wrote itself, and nothing else.
+Submitting and resuming take turns, so a decision about a destination holds until the job that got
+it is live. Changes to the file itself are checked when the output is complete: it replaces only
+what the job was allowed to replace, or wrote itself.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from batchrun.jobs.spec import FILE, JobSpec
 _LIVE = ("new", "queued", "running")
 _OWN_FOLDERS = ("jobs", "measured", "models", "queue", "verdicts")  # of `home()`
 _LOCK = ".submitting"  # among the jobs
-_WRITTEN = "output"  # in a journal: identities of what is, or may be, this job's own output
-_MAY_GO = "output_may_go"  # of what was there when its user said that it may be replaced
+_WRITTEN = "output"  # in a journal: identities of files that are, or may be, the job's own output
+_MAY_GO = "output_may_go"  # identity of the file that the user allowed to be replaced
 
 
 @contextmanager
 def one_at_a_time(root: Path) -> Iterator[None]:
-    """Nobody else submits or resumes a job until the block ends, or its process.
+    """Keep others from submitting or resuming jobs until the block, or its process, ends.
 
     Raises:
-        OutputError: The lock's file can't be made or locked.
+        OutputError: The lock file can't be created or locked.
     """
     path = root / "jobs" / _LOCK
     with refused(OutputError, f"{path} can't be written", ROOM):
@@ -58,10 +58,10 @@ def one_at_a_time(root: Path) -> Iterator[None]:
 
 
 def check_place(root: Path, destination: Path, inputs: Iterable[Path]) -> None:
-    """Refuse a destination that can be no job's with these inputs.
+    """Refuse a destination that no job with these inputs can have.
 
     Args:
-        root: What `home()` says.
+        root: What `home()` returns.
         destination: The file.
         inputs: What the job reads.
 
@@ -83,13 +83,13 @@ def check_place(root: Path, destination: Path, inputs: Iterable[Path]) -> None:
 def check_apart(
     root: Path, destination: Path, inputs: Iterable[Path], job: JobFolder | None = None
 ) -> None:
-    """Refuse what another job, that is new, queued or running, reads or is about to replace.
+    """Refuse conflicts with files that another new, queued or running job reads or writes.
 
     Args:
-        root: What `home()` says.
+        root: What `home()` returns.
         destination: Where the output is to go.
         inputs: What the job reads.
-        job: The job itself, if it is there already.
+        job: The job itself, if it exists already.
 
     Raises:
         OutputError: The message names the other job.
@@ -102,7 +102,7 @@ def check_apart(
             if state not in _LIVE or (job is not None and other.path.samefile(job.path)):
                 continue
             spec = other.spec()
-        except (JobError, OSError):  # it is gone, or damaged: it writes nothing
+        except (JobError, OSError):  # gone or damaged, so it writes nothing
             continue
         theirs = OUTPUTS.places(Path(spec.output.path)) if spec.output.path else set()
         if where & theirs:
@@ -116,15 +116,15 @@ def check_apart(
 
 
 class Claim:
-    """What a job may replace where its output goes. Remembers what it puts there.
+    """Decides what a job's output may replace, and remembers what the job writes there.
 
-    Called by `OutputStore.write`, when the output is whole and has not got its name yet.
+    Called by `OutputStore.write` when the output is whole but does not have its name yet.
 
     Args:
-        journal: The job's; open for writing to call this.
+        journal: The job's; must be open for writing for a call.
         path: The output.
-        overwrite: Whether the job was submitted to replace whatever is there. It does so once:
-            from then on only what it wrote itself.
+        overwrite: Whether the job was submitted to replace whatever is there. It does so once,
+            and then replaces only what it wrote itself.
     """
 
     def __init__(self, journal: Journal, path: Path, *, overwrite: bool) -> None:
@@ -140,7 +140,7 @@ class Claim:
         """Whether what is there now may be replaced by this file."""
         there = OUTPUTS.identity(self._path)
         may = there is not None and self.covers(there)
-        # Before it has the name: whoever goes on after a crash knows it, and what it may replace.
+        # Before it gets the name, so that after a crash the job knows it, and what it may replace.
         self._journal.set_meta(_WRITTEN, [*([there] if may else []), made])
         return may and there == OUTPUTS.identity(self._path)
 
@@ -155,21 +155,21 @@ def resuming(
     limits: Mapping[str, int] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
-    """Let a job go on if it can have its destination; in the block it is to become live.
+    """Let a job continue if it can have its destination; the block must make it live.
 
-    What of it is damaged and can be had again is put right before.
+    Repairs first what can be repaired.
 
     Args:
-        root: What `home()` says.
+        root: What `home()` returns.
         job: The job.
         output: Another file for its output, from now on.
         overwrite: Whether what is there may be replaced.
-        limits: How it is to run from now on; see `batchrun.jobs.identity.set_limits`.
+        limits: New limits from now on; see `batchrun.jobs.identity.set_limits`.
         tell: Told what was damaged, a line each.
 
     Raises:
-        LeaseHeld: It runs.
-        JobError: It is damaged beyond that.
+        LeaseHeld: The job is running.
+        JobError: It is damaged beyond repair.
         OutputError: Another job has the destination, or a file is there that is not the job's.
     """
     with one_at_a_time(root):
@@ -203,20 +203,20 @@ def exporting(
 ) -> Iterator[MayReplace]:
     """Let a job's results be written to a file that is not another job's.
 
-    Where it is the job's own output the job knows it again.
+    If it is the job's own output, the job remembers it as such.
 
     Args:
-        root: What `home()` says.
+        root: What `home()` returns.
         job: The job.
         destination: The file.
         overwrite: Whether what is there now may be replaced.
 
     Yields:
-        What `export` asks when the file is whole.
+        The `may_replace` for `export`.
 
     Raises:
         OutputError: The file can't be written there.
-        OutputTaken: It is another job's, or the job runs and writes it itself.
+        OutputTaken: It is another job's, or the running job will write it itself.
     """
     spec = job.spec()
     check_place(root, destination, spec.input_paths)
@@ -244,7 +244,7 @@ def exporting(
 
 
 def is_same(path: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, or would: through links, `..`, mounts of a folder."""
+    """Whether two paths lead, or would lead, to one file: through links, `..` or bind mounts."""
     return bool(OUTPUTS.places(path) & OUTPUTS.places(other))
 
 
@@ -264,7 +264,7 @@ def _is_job(folder: Path) -> bool:
 
 def _taken(what: str, other: JobFolder, state: str, does: str) -> OutputTaken:
     hint = f"batchrun watch {other.id}, or batchrun cancel {other.id}"
-    if state == "new":  # whoever submitted it starts it at once, or is dead
+    if state == "new":  # its submitter starts it at once, or is dead
         hint = f"batchrun resume {other.id} starts that job, batchrun rm {other.id} removes it"
     if does != "replaces":
         hint = f"choose another --output, or: {hint}"

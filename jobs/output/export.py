@@ -19,10 +19,10 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_columns(column_names: Sequence[str], added: Iterable[str]) -> None:
-    """Refuse an input that has a column which the output adds: see `output_columns`.
+    """Refuse an input that has a column the output adds: see `output_columns`.
 
     Raises:
-        OutputError: It has; the message names it.
+        OutputError: It has such a column; the message names it.
     """
     clash = [name for name in added if name in column_names]
     if clash:
@@ -30,8 +30,8 @@ def check_columns(column_names: Sequence[str], added: Iterable[str]) -> None:
         raise OutputError(
             f"the input has {'columns' if len(clash) > 1 else 'a column'} {names}, "
             "which the output adds",
-            hint=f"rename in the input, for example '{clash[0]}' to 'input_{clash[0]}', or name "
-            "what is added apart: --output-prefix new_",
+            hint=f"rename in the input, for example '{clash[0]}' to 'input_{clash[0]}', or give "
+            "the added columns a prefix: --output-prefix new_",
         )
 
 
@@ -45,25 +45,25 @@ def export(
 ) -> int:
     """Write an output file.
 
-    A row is there once for each sample. Memory does not grow with the number of rows. An input
-    column of an added one's name, which JSON Lines may bring up after the rows that
+    Each row is written once per sample. Memory does not grow with the number of rows. An input
+    column with an added column's name, which in JSON Lines may first appear after the rows that
     `check_columns` saw, is kept as `input_<name>`.
 
     Args:
         joined: Its rows.
         destination: The file.
         format: Its format's name in `FORMATS`.
-        may_replace: Whether it may replace what is there when it is whole; see `OutputStore`.
+        may_replace: Whether the finished file may replace what is there; see `OutputStore`.
         private: Nobody else may ever read it.
 
     Returns:
         The number of rows written.
 
     Raises:
-        OutputTaken: It may not replace what is there, which appeared meanwhile.
-        OutputError: The file can't be written. What was there before is as it was.
+        OutputTaken: A file appeared there in the meantime that it may not replace.
+        OutputError: The file can't be written. What was there before is unchanged.
         InputError: The input can't be read any more.
-        JobError: What `joined` raises.
+        JobError: From `joined`.
     """
     try:
         with OUTPUTS.write(destination, may_replace=may_replace, private=private) as file:
@@ -71,7 +71,7 @@ def export(
             joined.finish()
     except FileExistsError as error:
         raise OutputTaken(
-            f"{destination} appeared meanwhile, and nobody said that it may be replaced; "
+            f"{destination} appeared in the meantime, and may not be replaced; "
             "the results are safe in the job",
             hint="batchrun export --output OTHER",
         ) from error

@@ -1,7 +1,7 @@
 """Results beside their input rows, in input order: what an output file holds.
 
-A row of the input is proven to be the one that was computed before its result is put beside it: the
-journal has a digest of what was read.
+Before a result is put beside an input row, the row is proven to be the one that was computed, by
+the journal's digest of what was read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batchrun.jobs.rows.rowformat import ROW
 
 Value = Callable[[Result], Any]
 Added = Mapping[str, tuple[pa.DataType, Value]]
-Digests = Callable[[int, int], Mapping[int, int]]  # of so many rows from one on, by row
+Digests = Callable[[int, int], Mapping[int, int]]  # (first row, number of rows) -> by row
 
 _PAIR = ("token_id", "logprob")
 _TOKEN = pa.struct([(_PAIR[0], pa.int32()), (_PAIR[1], pa.float32())])
@@ -63,8 +63,8 @@ def output_columns(
 
     Args:
         token_ids: Whether to add `completion_token_ids`.
-        n: Samples a row.
-        keep: How many of them the output has, the best; None for all.
+        n: Samples per row.
+        keep: How many of them, the best, the output has; None for all.
         prefix: Put before each name.
         logprobs: Whether to add `logprobs` and `top_logprobs`.
     """
@@ -85,24 +85,24 @@ class Joined:
     Args:
         source: The input.
         answers: The results.
-        added: What `output_columns` says.
-        limit: Input rows at most; with `numbered` there are so many, whatever the input has now.
-        digests: Of the rows that were read; of rows that a job read before it had any, none.
-        read: The columns that they are of.
-        numbered: A column `row` comes first, and of a row that is not the one that was computed the
-            input's columns are null. Otherwise such a row is an error.
-        columns: The input's columns that the output has, all by default.
-        whole: Called for a row that has results and no digest: raises where not all of the input
-            is what it was.
-        check: Called when all rows were read: the last word on the input.
+        added: From `output_columns`.
+        limit: Maximum number of input rows; with `numbered`, their number, whatever the input has.
+        digests: Returns digests of the rows that were read; rows without one are left out.
+        read: The columns that the digests cover.
+        numbered: Put a column `row` first, and null the input's columns of rows that are not the
+            ones computed. Otherwise such a row is an error.
+        columns: The input's columns that the output has; default: all.
+        whole: Called for a row that has results but no digest; raises if any of the input has
+            changed.
+        check: Called when all rows were read, for a final check of the input.
 
     Attributes:
-        count: Rows so far, as often as they have samples.
-        unknown: Of these, rows that are not those that were computed.
+        count: Output rows so far, one per sample.
+        unknown: Of these, rows whose input row is not the one computed.
 
     Raises:
-        SpecChanged: From whatever iterates over rows: a row is not the one that was computed.
-        JobError: Likewise: a result is missing, or of no row.
+        SpecChanged: From any iteration over rows: a row is not the one that was computed.
+        JobError: Likewise: a result is missing, or belongs to no row.
     """
 
     source: Source
@@ -119,12 +119,12 @@ class Joined:
     unknown: int = 0
 
     def finish(self) -> None:
-        """All rows were read: check that nothing is left, and that they were the right ones."""
+        """Check, after all rows were read, that no result is left and the input was right."""
         self.answers.finish()
         self.check()
 
     def schema(self) -> pa.Schema:
-        """Of the output: the input's columns, those that get in the way renamed, and more."""
+        """The output's schema: the input's columns, renamed if they clash, and the added ones."""
         fields = list(self.input_schema())
         names = [field.name for field in fields]
         named = [field.with_name(self.free(field.name, names)) for field in fields]
@@ -138,7 +138,7 @@ class Joined:
         given, schema = self.input_schema(), self.schema()
         for chunk in self._chunks():
             batch = chunk.arrow(given)
-            # With n samples a row's values are there n times: in pieces about as large as before.
+            # Each row is repeated for its n samples: cut pieces so that batches don't grow.
             step = max(1, chunk.num_rows // self.answers.n)
             known = self._known(chunk)
             for low in range(0, chunk.num_rows, step):
@@ -147,18 +147,18 @@ class Joined:
 
     @cached_property
     def taken(self) -> list[str]:
-        """Names of columns that the input's are not to have."""
+        """Names that the input's columns must not have."""
         return [*self.added, *([ROW] if self.numbered else [])]
 
     def free(self, name: str, used: Container[str]) -> str:
-        """A column's name, or with `input_` before it, as often as it takes, where it is taken."""
+        """A column's name, prefixed with `input_` as often as needed if it is taken."""
         renamed = name
         while renamed in self.taken or (renamed != name and renamed in used):
             renamed = f"input_{renamed}"
         return renamed
 
     def input_schema(self) -> pa.Schema:
-        """Of the input's columns that the output has, by the input's names."""
+        """The schema of the input's columns that the output has, with the input's names."""
         schema = self.source.schema()
         if self.columns is None:
             return schema
@@ -171,7 +171,7 @@ class Joined:
             yield from self.source.chunks(self.columns, self.limit)
             return
         row, rows = 0, self.limit or 0
-        with suppress(InputError):  # from here on nothing is left of it
+        with suppress(InputError):  # the rest of the input is lost
             for chunk in self.source.chunks(self.columns, self.limit):
                 yield chunk
                 row += chunk.num_rows
@@ -181,10 +181,10 @@ class Joined:
     def rows(
         self, records: Callable[[Chunk], Iterator[Any]]
     ) -> Iterator[tuple[int, Any, list[Result]]]:
-        """Row, its record, None for one that is bad or not known, and its results.
+        """For each row its index, its record (None if bad or unknown), and its results.
 
         Args:
-            records: What is wanted of each of a chunk's rows.
+            records: Makes the records of a chunk's rows.
         """
         for chunk in self._chunks():
             known = self._known(chunk)
@@ -193,7 +193,7 @@ class Joined:
                 yield index, None if sure is False else record, self._results(index, sure)
 
     def _known(self, chunk: Chunk) -> list[bool | None]:
-        """Which rows are those that were computed; None where the whole input has to say it."""
+        """Whether each row is the one computed; None if only the whole input can prove it."""
         unsaid = False if self.numbered else None
         was = {} if self.digests is None else self.digests(chunk.first, chunk.num_rows)
         if not was:
@@ -234,12 +234,12 @@ class Joined:
 
 
 def row_changed(row: int) -> SpecChanged:
-    """The error for a row that is not what it was when it was read for the first time."""
+    """The error for a row that has changed since it was first read."""
     return input_changed(f"row {row:,} of the input is not the row that the job read")
 
 
 class _Lost(ColumnarChunk):
-    """Rows of which nothing is left but their numbers."""
+    """Rows of a lost input: only their numbers are left."""
 
     @classmethod
     def of(cls, first: int, num_rows: int, schema: pa.Schema) -> _Lost:

@@ -1,4 +1,4 @@
-"""A job's output, made from its journal and its input, whatever became of the input meanwhile."""
+"""A job's output, made from its journal and its input, whatever has happened to the input."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Exported:
     """What was written.
 
     Args:
-        rows: How many.
-        unknown: Of these, how many whose input was changed or is gone; None where all is there.
+        rows: Number of rows.
+        unknown: Of these, rows whose input was changed or is gone; None if all of it is intact.
     """
 
     rows: int
@@ -49,30 +49,30 @@ def export_job(
 ) -> Exported:
     """Write a job's results beside the input rows that they were computed from.
 
-    With `partial` a row without all its results is left out. If the input is not what it was, the
-    output has what there still is: a column `row` comes first, and of rows that were changed the
-    input's columns are null. Of a Parquet file that was changed only columns that the job read are
-    there: of no others is there proof.
+    With `partial`, missing results are left out. If the input has changed, the output has what is
+    left: a column `row` comes first, and the input's columns are null in changed rows. From a
+    changed Parquet file it takes only columns that the job read, as no others can be proven
+    unchanged.
 
     Args:
         spec: The job.
         journal: Its results.
         destination: The file.
         format: Of the file.
-        partial: Results may be missing, and the input may not be what it was.
+        partial: Whether results may be missing, and the input may have changed.
         may_replace: See `export`.
         noted: Told what is read of the input.
         lost: A file of the input that is known to be unreadable.
 
     Raises:
-        SpecChanged: The input is not what it was, and `partial` is not set.
+        SpecChanged: The input has changed, and `partial` is not set.
         InputError: It can't be read, and `partial` is not set.
         OutputError: The file can't be written.
-        JobError: A result is missing and `partial` is not set, or is of no row.
+        JobError: A result is missing and `partial` is not set, or it belongs to no row.
     """
 
     def write(joined: Joined) -> Exported:
-        private = spec.output.stdout  # it is kept with the job
+        private = spec.output.stdout  # then it is kept in the job's folder
         rows = export(joined, destination, format=format, may_replace=may_replace, private=private)
         return Exported(rows, joined.unknown if joined.numbered else None)
 
@@ -99,29 +99,29 @@ def rejoin(
     partial: bool = False,
     noted: Noted = unnoted,
 ) -> Joined:
-    """A job's results beside its input, which has to be what it was.
+    """A job's results beside its input, which must be unchanged.
 
     Args:
         spec: The job.
         journal: Its results.
-        source: Its input, where that is open already.
-        partial: Results may be missing.
+        source: Its input, if open already.
+        partial: Whether results may be missing.
         noted: Told what is read of the input.
 
     Raises:
-        SpecChanged: It is not.
+        SpecChanged: The input has changed.
         InputError: It can't be read.
     """
     if source is None:
         source = open_source(spec.parts, spec.input_format, noted=noted)
     files = _Files(spec)
-    if FORMATS[spec.input_format].columnar:  # digests are of the columns that were read alone
+    if FORMATS[spec.input_format].columnar:  # digests cover only the columns that were read
         files.compare()
     return _joined(spec, journal, source, partial=partial, whole=files.compare, check=files.check)
 
 
 class _Files:
-    """A job's input files, where rows alone can't prove that they are what they were."""
+    """A job's input files, for when digests of rows can't prove them unchanged."""
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
@@ -147,10 +147,10 @@ class _Files:
         self._compared = True
 
     def check(self) -> None:
-        """Prove that what was read is what was compared.
+        """Prove that the files that were read are those that were compared.
 
         Raises:
-            SpecChanged: A file was changed meanwhile.
+            SpecChanged: A file was changed in the meantime.
             InputError: One can't be read.
         """
         if not self._compared:
@@ -181,7 +181,7 @@ def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Path | No
 def _joined(
     spec: JobSpec, journal: Journal, source: Source, *, partial: bool, **more: Any
 ) -> Joined:
-    """A job's results beside a source; more is said as of `Joined`."""
+    """A job's results beside a source; `more` goes to `Joined`."""
     output, total = spec.output, journal.meta("rows_total")
     return Joined(
         source,

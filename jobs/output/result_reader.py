@@ -1,4 +1,4 @@
-"""Results as the rows ask for them, one row after the other."""
+"""Hands out results row by row."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class ResultReader:
 
     Args:
         results: In (row, sample) order.
-        n: Samples a row.
+        n: Samples per row.
         partial: Whether samples may be missing.
-        keep: Of a row's samples only so many, the best first by mean log-probability, numbered
-            anew; of a row that lacks samples none, since its best may be among them.
-        rows: How many there are; None where that is not known.
+        keep: Return only this many of a row's samples, the best by mean log-probability first,
+            renumbered; none of a row that lacks samples, since its best may be among those.
+        rows: Number of rows; None if unknown.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class ResultReader:
         return [result._replace(sample=i) for i, result in enumerate(best)]
 
     def finish(self) -> None:
-        """Check that no result is left, and no row."""
+        """Check that no result and no row is left."""
         if self._next is not None:
             raise input_changed(
-                f"there is a result of row {self._next.row}, which the input does not have"
+                f"there is a result for row {self._next.row}, which the input does not have"
             )
         if not self._partial and self._rows is not None and self._taken < self._rows:
             raise input_changed(f"the input ended after {self._taken:,} of its {self._rows:,} rows")

@@ -1,4 +1,4 @@
-"""What a job needs of the place where an output lies: here the local file system."""
+"""What a job needs from the place where its output is: here, the local file system."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from batchrun.jobs.files import (
 
 
 class OutputStore:
-    """Files that appear whole or not at all: here on this machine.
+    """Files that appear whole or not at all: here, on this machine.
 
-    A path is a name; only the store looks behind it. One for another place has the same methods.
+    Only the store interprets paths. A store for another place would have the same methods.
     """
 
     def check(self, path: Path, *, overwrite: bool) -> None:
         """Prove that a file can be written there, by writing one beside it and removing it.
 
         Raises:
-            OutputError: It can't, or it exists and is not to be replaced.
+            OutputError: It can't, or it exists and may not be replaced.
         """
-        # `os.path` because pathlib raises where a folder on the way may not be entered.
+        # `os.path`, because pathlib raises if a folder on the way may not be entered.
         if os.path.isdir(path):
             raise OutputError(f"{path} is a folder", hint=f"--output '{path / 'output.parquet'}'")
         if os.path.lexists(path):
@@ -52,11 +52,11 @@ class OutputStore:
     def write(
         self, path: Path, *, may_replace: MayReplace, private: bool
     ) -> AbstractContextManager[IO[bytes]]:
-        """See `atomic_write`; what it leaves when its process is killed `sweep` removes."""
+        """See `atomic_write`; `sweep` removes what a killed process leaves."""
         return atomic_write(path, may_replace=may_replace, private=private)
 
     def disk(self, path: Path) -> Disk:
-        """How much room there is where a file is, or will be."""
+        """The disk that a file is on, or will be on."""
         return disk_of(path)
 
     def sweep(self, path: Path) -> None:
@@ -64,23 +64,23 @@ class OutputStore:
         remove_abandoned(path)
 
     def identity(self, path: Path) -> Identity | None:
-        """What tells a file from any other that takes its place; None where there is none."""
+        """What distinguishes a file from any other that takes its place; None if there is none."""
         try:
             return identity_of(os.lstat(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def places(self, path: Path) -> set[str | tuple[object, ...]]:
-        """By what a file is known: paths are of one, or would be, where they have one in common.
+        """What identifies a file: paths with one of these in common lead, or would, to one file.
 
-        Its path without links, its inode, its name in its folder's inode.
+        These are its path without links, its inode, and its name with its folder's inode.
         """
         real = os.path.realpath(path)
         found: set[str | tuple[object, ...]] = {real}
         for where, name in ((real, ()), (os.path.dirname(real), (os.path.basename(real),))):
             try:
                 stat = os.stat(where)
-            except OSError:  # it is not there, or nobody may look
+            except OSError:  # it doesn't exist, or may not be inspected
                 continue
             found.add((stat.st_dev, stat.st_ino, *name))
         return found

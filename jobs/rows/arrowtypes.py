@@ -1,4 +1,4 @@
-"""Kinds of Arrow types that differ only in how they are laid out."""
+"""Groups of Arrow types that differ only in layout."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ is_binary = any_of(
     types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view
 )
 is_large_list = any_of(types.is_large_list, types.is_large_list_view)  # offsets of 64 bits
-is_list = any_of(  # not of maps, which lists are too
+is_list = any_of(  # without maps, which are lists too
     types.is_list, types.is_fixed_size_list, types.is_list_view, is_large_list
 )
 
 
 def without_dictionary(kind: pa.DataType) -> pa.DataType:
-    """The type of the values, whether a dictionary holds each once or not."""
+    """The type of the values, dictionary-encoded or not."""
     return kind.value_type if isinstance(kind, pa.DictionaryType) else kind

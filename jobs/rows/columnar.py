@@ -1,4 +1,4 @@
-"""Consecutive rows of a file that has them by column."""
+"""Consecutive rows of a columnar file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ColumnarChunk:
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
     def objects(self, taken: Sequence[str] = ()) -> Iterator[str | dict[str, Any] | None]:
-        """See `Chunk.objects`. Text that is not UTF-8 has U+FFFD in place of what is not."""
+        """See `Chunk.objects`. Bytes that are not UTF-8 become U+FFFD."""
         names = self._batch.schema.names
         plain = not set(names) & set(taken)
         for values in self._values(names, "replace"):
@@ -58,7 +58,7 @@ class ColumnarChunk:
         return self._values(names, "replace")
 
     def _values(self, names: Sequence[str], errors: Errors) -> Iterator[Sequence[Any] | str]:
-        """Values of each row, or, with `strict`, what is wrong with it."""
+        """The values of each row, or, with `strict`, an error text for a bad one."""
         chosen = [self._batch.column(name) for name in names]
         if not chosen:
             yield from [()] * self.num_rows

@@ -1,6 +1,6 @@
-"""CSV and TSV, as a source and as an output. Every value is text, as the file has it.
+"""CSV and TSV, as a source and as an output. Every value is text, as in the file.
 
-An empty cell is null, and one of two quotes is empty text. A record with more or fewer cells than
+An empty cell is null; a cell of two quotes is empty text. A record with more or fewer cells than
 the header is a bad row.
 """
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 csv.field_size_limit(MAX_RECORD)  # Python's own limit is less than a long prompt
 
-_DELIMITERS = ",;\t|"  # of a .csv: that which its header has most of, the first of equals
+_DELIMITERS = ",;\t|"  # a .csv uses the one most frequent in its header, the first if tied
 _LONE_COLUMNS = (b"prompt", b'"prompt"', b"messages", b'"messages"')
 _SPECIAL = re.compile(r'["\r\n,;\t|]|^\s|\s$')
 _QUOTED = re.compile(r'"(?:[^"]++|"")*+"')
 _BLANK, _BLANK_OF_ANY_END = re.compile(rb"(?:\r?\n)++"), re.compile(rb"[\r\n]++")
 _ANY_END = re.compile(rb"\r\n?|\n")
 _LINE_END = re.compile(r"\r\n|\r|\n")
-_RETURN = "\udc0d"  # stands for a \r that ends no line, at which Python's csv would end one
+_RETURN = "\udc0d"  # replaces a \r inside a line, which Python's csv would take for its end
 
 
 class DelimitedSource(TextSource):
     """CSV and TSV files; each begins with the names of its columns.
 
     Raises:
-        InputError: A file has no header, or one with a name twice.
+        InputError: A file has no header, or a name is in it twice.
     """
 
     typed = True
@@ -62,14 +62,14 @@ class DelimitedSource(TextSource):
         return list(dict.fromkeys([*names, *self._partition]))
 
     def partition(self, part: Part) -> dict[str, Any]:
-        """See `TextSource.partition`: text where other files have such a column."""
+        """See `TextSource.partition`: text if other files have a column of that name."""
         values = super().partition(part)
         for name in self._own & values.keys():
             values[name] = None if values[name] is None else str(values[name])
         return values
 
     def schema(self) -> pa.Schema:
-        """Text, but for what folders' names say."""
+        """Text, except for columns from folder names."""
         said = {field.name: field.type for field in partition_fields(self._parts)}
         kinds = {**said, **dict.fromkeys(self._own, pa.string())}
         return pa.schema([(name, kinds[name]) for name in self.column_names])
@@ -97,14 +97,14 @@ class DelimitedSource(TextSource):
                     if lines.ended:
                         raise InputError(
                             f"{part.path}: the quote that opens in line {first} is never closed",
-                            hint='a quote inside of quotes is written twice: ""',
+                            hint='a quote inside quotes is written twice: ""',
                         ) from problem
                     cells, error = [str(problem)], f"is not valid CSV: {problem}"
                 if cells is None:
                     return
                 if cells:
                     yield Record(first, lines.taken(), part, header, cells, error)
-                else:  # a blank line is no row
+                else:  # a blank line is not a row
                     lines.skip_blank()
 
     def _header(self, path: Path, reader: Iterator[list[str]]) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ class DelimitedSource(TextSource):
     def cells(
         self, record: Record, names: Sequence[str], delimiter: str
     ) -> str | Sequence[Any] | None:
-        """See `TextSource.cells`: the record as it is, where that is what is asked for."""
+        """See `TextSource.cells`: the record as it is, if it already has the form asked for."""
         found = super().cells(record, names, delimiter)
         header = record.header
         assert header is not None
@@ -157,7 +157,7 @@ class DelimitedSource(TextSource):
 
 
 class CsvFormat(TextFormat):
-    """CSV, and TSV where the name says so."""
+    """CSV, and TSV if the name says so."""
 
     source = DelimitedSource
     name, title, stdout = "csv", "CSV", "csv"
@@ -183,17 +183,17 @@ class CsvFormat(TextFormat):
                 yield f"{before}{delimiter if given else ''}{more}\n".encode()
 
     def output_suffix(self, first: Path) -> str:
-        """See `RowFormat.output_suffix`: of TSV that of TSV."""
+        """See `RowFormat.output_suffix`: TSV stays TSV."""
         return ".tsv" if delimiter_of(first) == "\t" else ".csv"
 
 
 class _Lines:
-    r"""Lines of a file, for csv's reader, which takes as many as a record has.
+    r"""Lines of a file for csv's reader, which takes as many as a record has.
 
     Args:
         path: The file.
-        file: What is left of its text.
-        number: Lines that were read of it.
+        file: The rest of its text.
+        number: Number of lines already read.
         any_end: A lone \r ends a line; else it is text.
     """
 
@@ -204,7 +204,7 @@ class _Lines:
         self.ended = False
 
     def begin(self) -> int:
-        """A record begins; returns its line."""
+        """Begin a record; return its line number."""
         self._taken.clear()
         self._first = self.number + 1
         return self._first
@@ -214,7 +214,7 @@ class _Lines:
         return bytes(self._taken)
 
     def skip_blank(self) -> None:
-        """Read past lines without anything."""
+        """Skip blank lines."""
         self.number += skip(self._file, _BLANK_OF_ANY_END if self._any_end else _BLANK)
 
     def __iter__(self) -> _Lines:
@@ -232,7 +232,7 @@ class _Lines:
             raise InputError(
                 f"the record in line {self._first} of {self._path} is longer than "
                 f"{MAX_RECORD >> 20} MiB",
-                hint="look at the quotes: one that is never closed takes in all that follows",
+                hint="look at the quotes: one that is never closed swallows all that follows",
             )
         text = line.decode(errors="surrogateescape")
         if b"\r" in line:
@@ -241,7 +241,7 @@ class _Lines:
         return text
 
     def _line(self, most: int) -> bytes:
-        """What `readline` would return if it knew the other ends of lines."""
+        r"""Like `readline`, but a lone \r ends a line too."""
         pieces: list[bytes] = []
         while most and (head := self._file.peek()):
             end = _ANY_END.search(head)
@@ -267,7 +267,7 @@ def _delimiter(path: Path, header: str) -> str:
 
 @cache
 def _plain(delimiter: str) -> re.Pattern[str]:
-    """Records that every reader takes: Python's csv takes more quotes and line ends than others."""
+    """Records that every reader accepts: Python's csv allows more quotes and line ends."""
     cell = rf'(?:"(?:[^"]++|"")*+"|[^"\r\n{re.escape(delimiter)}]*+)'
     return re.compile(f"{cell}(?:{re.escape(delimiter)}{cell})*+")
 
@@ -284,9 +284,9 @@ def delimiter_of(path: Path) -> str:
 
 
 def record_of(cells: str | Iterable[Any], delimiter: str) -> str:
-    """Values as a record, without the line's end, if they are not text already.
+    """Values as a record without a line end; text is a record already.
 
-    Lists and objects are JSON.
+    Lists and objects become JSON.
     """
     return cells if isinstance(cells, str) else delimiter.join(map(_cell, cells))
 

@@ -1,4 +1,4 @@
-"""The formats of inputs and outputs, and what names and beginnings of files say of them."""
+"""The formats of inputs and outputs, and how file names and first bytes tell them apart."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from batchrun.jobs.rows.rowformat import PACKINGS, WRITTEN_PACKINGS, RowFormat, 
 from batchrun.jobs.rows.store import INPUTS
 from batchrun.jobs.rows.stream import text_of
 
-# By name; what has no name that says so is the first that begins like it.
+# By name; a file whose name implies none has the first format whose `begins` accepts it.
 FORMATS: dict[str, RowFormat] = {f.name: f for f in (ParquetFormat(), JsonFormat(), CsvFormat())}
 
 
 def input_format(path: Path) -> RowFormat | None:
-    """The format that an input's name says."""
+    """The format that an input's name implies, if any."""
     suffix, packing = suffixes(path)
     for known in FORMATS.values():
         if suffix in known.suffixes + known.input_suffixes and not (packing and known.columnar):
@@ -30,7 +30,7 @@ def output_format(path: Path) -> str:
     """The name of the format that an output's name asks for.
 
     Raises:
-        OutputError: None that is known.
+        OutputError: The name implies no known format.
     """
     suffix, packing = suffixes(path)
     for known in FORMATS.values():
@@ -46,17 +46,17 @@ def output_format(path: Path) -> str:
 
 
 def input_names() -> str:
-    """How names of inputs end, for people."""
+    """The suffixes of inputs, in words."""
     names = [n for known in FORMATS.values() for n in known.suffixes + known.input_suffixes]
     *packings, last = PACKINGS
     return f"{', '.join(names)}, all but Parquet's also with {', '.join(packings)} or {last}"
 
 
 def sniffed(path: Path) -> RowFormat | None:
-    """The format that a file has by how it begins; None where that says nothing.
+    """The format of a file by its first bytes; None if they don't tell.
 
     Raises:
-        InputError: It can't be read, or is known to be of another kind.
+        InputError: It can't be read, or is known to be another kind of file.
     """
     with reading(path), INPUTS.open(path) as file:
         head = file.read(16)

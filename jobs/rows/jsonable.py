@@ -1,4 +1,4 @@
-"""What JSON can hold of Arrow's values, by the type of the column and never by a value.
+"""Arrow's values as JSON, by the type of the column and never by a value.
 
 | type | in JSON |
 |---|---|
@@ -50,10 +50,10 @@ def json_values(array: pa.Array[Any], errors: Errors = "strict") -> list[Any]:
 
     Args:
         array: Of any type that Parquet can give.
-        errors: What to do about text that is not UTF-8; `replace` puts U+FFFD there.
+        errors: What to do about text that is not UTF-8; `replace` inserts U+FFFD.
 
     Raises:
-        UnicodeDecodeError: There is such text, and `errors` is `strict`.
+        UnicodeDecodeError: Text is not UTF-8, and `errors` is `strict`.
     """
     kind = array.type
     if _is_plain(kind):
@@ -78,12 +78,12 @@ def _text(array: pa.Array[Any], errors: Errors) -> list[Any]:
 
 
 def _by_value(convert: Callable[[Any], Any]) -> Rule:
-    """A rule that makes of each of Python's own values what JSON has for it."""
+    """A rule that converts each Python value to JSON's."""
     return lambda array, errors: _each(convert, array.to_pylist())
 
 
 def _by_unit(text: Callable[[int, str], str]) -> Rule:
-    """A rule that makes text of each integer number of units."""
+    """A rule that turns each integer number of units into text."""
     return lambda array, errors: _each(lambda value: text(value, array.type.unit), _integers(array))
 
 
@@ -99,12 +99,12 @@ def _date(array: pa.Array[Any], errors: Errors) -> list[Any]:
 
 
 def _integers(array: pa.Array[Any]) -> list[Any]:
-    """Of what is an integer to Arrow; Python's own types lack nanoseconds and far years."""
+    """Arrow's underlying integers; Python's own types lack nanoseconds and distant years."""
     return array.cast(pa.int32() if array.type.bit_width == 32 else pa.int64()).to_pylist()
 
 
 def _dictionary(array: Any, errors: Errors) -> list[Any]:
-    # Not the whole dictionary, which may have the values of many more rows.
+    # Not the whole dictionary, which may cover many more rows.
     return json_values(array.dictionary.take(array.indices), errors)
 
 
@@ -129,7 +129,7 @@ def _struct(array: Any, errors: Errors) -> list[Any]:
 
 
 def _list(array: Any, errors: Errors) -> list[Any]:
-    items = json_values(array.flatten(), errors)  # which leaves out what is beneath nulls
+    items = json_values(array.flatten(), errors)  # `flatten` leaves out items beneath nulls
     lengths = pc.if_else(array.is_valid(), pc.list_value_length(array), None)
     return _cut(items, lengths.to_pylist())
 
@@ -160,7 +160,7 @@ def _cut(items: Sequence[Any], lengths: Iterable[int | None]) -> list[Any]:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether Python's own values are what JSON can hold."""
+    """Whether JSON can hold the type's Python values as they are."""
     if _is_simple(kind):
         return True
     if pa.types.is_struct(kind):

@@ -1,4 +1,4 @@
-"""JSON as a source: an object a line, an array of objects, or objects over several lines."""
+"""JSON as a source: one object per line, an array of objects, or objects over several lines."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 _BOM = b"\xef\xbb\xbf"
 _READ = 1 << 18
 _BLANK = re.compile(rb"\s++")
-# Strings whole, one that goes on behind what was read as its quote, and what nests or separates.
+# Whole strings; the quote of one that continues beyond what was read; brackets and commas.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\],]', re.DOTALL)
 
 
 class JsonSource(TextSource):
-    """JSON files. A blank line is no row; what is no object is a bad row."""
+    """JSON files. A blank line is not a row; a value that is not an object is a bad row."""
 
     no_rows = "no JSON object"
-    advice = "write one JSON object a line; jq -c . makes that of most JSON"
+    advice = "write one JSON object per line; jq -c . converts most JSON to that"
 
     def records(self, part: Part) -> Iterator[Record]:
         """See `TextSource.records`."""
@@ -53,7 +53,7 @@ class JsonSource(TextSource):
         return jsontext.parse_object(record.data.decode())
 
     def carried(self, record: Record, taken: Sequence[str]) -> str | dict[str, Any] | None:
-        """See `TextSource.carried`: the record as it is, where every reader takes that."""
+        """See `TextSource.carried`: the record as it is, if every reader accepts that."""
         more = self.partition(record.part)
         if more.keys().isdisjoint(taken):
             with suppress(UnicodeDecodeError):
@@ -64,7 +64,7 @@ class JsonSource(TextSource):
 
 
 class JsonFormat(TextFormat):
-    """JSON objects, a line each in an output."""
+    """JSON objects, one per line in an output."""
 
     source = JsonSource
     name, title = "jsonl", "JSON"
@@ -75,11 +75,11 @@ class JsonFormat(TextFormat):
         return head.startswith((b"{", b"["))
 
     def record(self, row: str, result: Mapping[str, Any]) -> str:
-        """The JSON object of a result: its row's, and then what is added, by default.
+        """A result's JSON object: by default its row's object, plus the added values.
 
         Args:
-            row: The row's object; the empty one if the row is bad or not known.
-            result: Values that an output has of it, by column.
+            row: The row's object; an empty one if the row is bad or unknown.
+            result: The added values, by column.
         """
         return jsontext.with_more(row, result)
 
@@ -98,7 +98,7 @@ class JsonFormat(TextFormat):
 
 
 def _has_lines(head: bytes) -> bool:
-    """Whether a file that begins like this has an object a line."""
+    """Whether a file that begins like this has one object per line."""
     if not head.startswith(b"["):
         return head.partition(b"\n")[0].strip() != b"{"
     line, _, rest = head.partition(b"\n")
@@ -112,15 +112,15 @@ def _has_lines(head: bytes) -> bool:
 
 
 def _lines(part: Part, file: io.BufferedReader, number: int) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of all lines that are not blank, `number` of which are read."""
+    """(line number from 1, line) of all lines that are not blank, after `number` lines."""
     while line := file.readline(MAX_RECORD + 1):
         number += 1
         if len(line) > MAX_RECORD:
             raise InputError(
                 f"line {number} of {part.path} is longer than {MAX_RECORD >> 20} MiB",
-                hint="check that this is JSON Lines: one object a line",
+                hint="check that this is JSON Lines: one object per line",
             )
-        line = line.removeprefix(_BOM)  # of each of several files that were put together
+        line = line.removeprefix(_BOM)  # concatenated files may each have one
         if line and not line.isspace():
             yield number, line
         else:
@@ -128,10 +128,10 @@ def _lines(part: Part, file: io.BufferedReader, number: int) -> Iterator[tuple[i
 
 
 class _Values:
-    """The values of an array, or values one after the other, cut out of a file's text.
+    """The values of an array, or a sequence of values, cut out of a file's text.
 
-    They are cut by brackets, strings and commas alone, so that one that is broken inside is one bad
-    row.
+    They are cut by brackets, strings and commas alone, so that a value that is broken inside is
+    just one bad row.
     """
 
     #   data   {"a": 1}, {"b": [2]}, ...
@@ -151,7 +151,7 @@ class _Values:
                 self._take(self._at)
             elif (depth == 1 and token == b",") or depth == 0:
                 line, value = self._take(self._at - 1)
-                if value or token == b",":  # nothing before the end is no value
+                if value or token == b",":  # nothing before the end is not a value
                     yield line, value
             if depth == 0:
                 break
@@ -161,7 +161,7 @@ class _Values:
             if more.strip():
                 raise InputError(
                     f"{self._part.path} goes on after the end of its array in line {self._line}",
-                    hint="write one JSON object a line, or one array of objects",
+                    hint="write one JSON object per line, or one array of objects",
                 )
             self._data, self._cut = b"", 0
 
@@ -176,7 +176,7 @@ class _Values:
             raise self._cut_short("an object")
 
     def _token(self) -> bytes | None:
-        """The next bracket or comma outside of strings; None at the end of the file."""
+        """The next bracket or comma outside strings; None at the end of the file."""
         while True:
             found = _TOKEN.search(self._data, self._at)
             if found is not None and found[0] != b'"':
@@ -201,7 +201,7 @@ class _Values:
             self._data, self._at, self._cut = rest + more, self._at - self._cut, 0
 
     def _take(self, end: int) -> tuple[int, bytes]:
-        """What comes before `end`, with the line in which it begins; it goes on at `at`."""
+        """The text before `end`, with the line where it begins; the next one starts at `at`."""
         value = self._data[self._cut : end]
         blank = len(value) - len(value.lstrip())
         line = self._line + self._data.count(b"\n", self._cut, self._cut + blank)
@@ -211,7 +211,7 @@ class _Values:
 
     def _cut_short(self, what: str) -> InputError:
         return InputError(
-            f"{self._part.path} ends inside of {what} that goes on in line {self._line}: "
+            f"{self._part.path} ends inside {what} that goes on in line {self._line}: "
             "it is cut short",
             hint=AGAIN,
         )

@@ -1,11 +1,11 @@
-"""JSON as people have it: read without changing a digit, written so that every reader takes it.
+"""JSON as found in practice: read without changing a digit, written for every reader.
 
-A value that is only carried along keeps its text. What some reader of JSON would refuse has one
-rule each:
+A value that is only carried along keeps its text. For what some JSON readers would refuse there is
+one rule each:
 
-* NaN, infinities, and numbers beyond what float64 reaches (1e400) are null;
-* of a name that an object has twice the last value counts;
-* a lone surrogate in a string is U+FFFD.
+* NaN, infinities, and numbers beyond float64's range (1e400) become null;
+* if an object has a name twice, the last value counts;
+* a lone surrogate in a string becomes U+FFFD.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any
 
 from batchrun.jobs.rows.row import valid_text
 
-_LEAST = sys.float_info.min  # below it a float64 has ever fewer digits
+_LEAST = sys.float_info.min  # below it a float64 has fewer and fewer digits
 _MAX_DEPTH = 64  # levels, well below where Python's own JSON gives up
 _FAR = re.compile(r"[eE]\+?[0-9]{3}|[0-9]{309}")
 _LONE = re.compile(
-    r"\\\\u"  # an escaped backslash, behind which what looks like a surrogate is none
+    r"\\\\u"  # an escaped backslash, after which there is no surrogate
     r"|\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])"
     r"|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
 )
 _LINE_ENDS = re.compile(r"[\r\n]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING = json.JSONEncoder(ensure_ascii=False).encode
-# What `encode` does, quickly, of values without anything that the rules speak of.
+# A fast `encode` for values that need none of the rules.
 encode_plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
@@ -41,7 +41,7 @@ class Number(float):
     text: str
 
     def __new__(cls, text: str) -> Number:
-        """The number that a text says."""
+        """The number that a text stands for."""
         self = super().__new__(cls, text)
         self.text = text
         return self
@@ -51,7 +51,7 @@ class Number(float):
 
     @property
     def exact(self) -> bool:
-        """Whether a float64 says the same; up to 17 digits it is taken to be what was meant."""
+        """Whether a float64 holds the same value; up to 17 digits, it is taken to."""
         if not math.isfinite(self):
             return False
         digits = self.text.partition("e")[0].partition("E")[0].lstrip("-0.")
@@ -104,12 +104,12 @@ _READ_MINUS_ZERO = json.JSONDecoder(
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """The object that a JSON text is. Its numbers, as `str`, are as they were written.
+    """The object in a JSON text. Its numbers, as `str`, are as they were written.
 
     Strings are valid Unicode; NaN, infinities and numbers beyond float64 are None.
 
     Raises:
-        ValueError: It is no object, or none that can be read; the message says why.
+        ValueError: It is not an object, or can't be read; the message says why.
     """
     fields = _decode(_READ_MINUS_ZERO if "-0" in text else _READ, text)
     if not isinstance(fields, dict):
@@ -131,7 +131,7 @@ def _decode(decoder: json.JSONDecoder, text: str) -> Any:
         raise ValueError(f"is not valid JSON: {what} at character {error.pos + 1}") from error
     except RecursionError:
         raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep") from None
-    except ValueError as error:  # Python's own limit against quadratic time
+    except ValueError as error:  # Python's limit on digits, against quadratic time
         raise ValueError("is not valid JSON: a number has over 4300 digits") from error
 
 
@@ -163,7 +163,7 @@ def _valid(value: Any) -> Any:
 
 
 def carried(text: str, taken: Iterable[str] = ()) -> str | None:
-    """The text of a JSON object in one line; None where not every reader takes it as it is.
+    """The text of a JSON object on one line; None if some reader might refuse it as it is.
 
     Args:
         text: What should be an object.
@@ -181,7 +181,7 @@ def carried(text: str, taken: Iterable[str] = ()) -> str | None:
 
 
 def _suspect(text: str) -> bool:
-    """Whether a JSON text may have what the rules speak of, names that are repeated aside."""
+    """Whether a JSON text may need one of the rules, apart from repeated names."""
     return (
         "NaN" in text
         or "Infinity" in text
@@ -216,7 +216,7 @@ def as_text(value: Any) -> str | None:
 
 
 def with_more(text: str, more: Mapping[str, Any]) -> str:
-    """The text of a JSON object with more names in it."""
+    """The text of a JSON object with more fields added."""
     if not more:
         return text
     head = text[:-1].rstrip()

@@ -21,9 +21,9 @@ def timestamp_text(value: int, unit: str, zone: tzinfo | None) -> str:
     """ISO 8601 of a time since 1970, in a zone with its offset.
 
     Args:
-        value: In units; UTC where there is a zone.
-        unit: `s`, `ms`, `us` or `ns`: it has 0, 3, 6 or 9 digits of a second.
-        zone: None if the time is of no zone.
+        value: In units; UTC if there is a zone.
+        unit: `s`, `ms`, `us` or `ns`, for 0, 3, 6 or 9 decimal places.
+        zone: None if the time has no zone.
     """
     seconds, fraction = _seconds(value, unit)
     offset = 0 if zone is None else _offset(seconds, zone)
@@ -55,7 +55,7 @@ def seconds_text(value: int, unit: str) -> str:
 
 @lru_cache
 def zone_named(name: str) -> tzinfo:
-    """The zone of this name or offset (`+01:00`), UTC if this machine does not know it."""
+    """The zone with this name or offset (`+01:00`); UTC if this machine does not know it."""
     if found := _OFFSET.fullmatch(name):
         sign, hours, minutes = found.groups()
         offset = timedelta(hours=int(hours), minutes=int(minutes or 0))
@@ -74,14 +74,14 @@ def _clock(second: int) -> str:
 
 
 def _seconds(value: int, unit: str) -> tuple[int, str]:
-    """Whole seconds, and the digits of the rest with their point."""
+    """Whole seconds, and the decimal point and digits of the rest."""
     digits = _DIGITS[unit]
     seconds, rest = divmod(value, 10**digits)
     return seconds, f".{rest:0{digits}d}" if digits else ""
 
 
 def _offset(seconds: int, zone: tzinfo) -> int:
-    """Seconds that the zone is ahead of UTC, by the rules of a like year that Python can hold."""
+    """Seconds that the zone is ahead of UTC, by an equivalent year in Python's range."""
     if zone is UTC:
         return 0
     if seconds >= _LAST:

@@ -60,7 +60,7 @@ class ParquetFormat(RowFormat):
     def write(self, file: IO[bytes], joined: Joined, path: Path) -> None:
         """See `RowFormat.write`."""
         schema = joined.schema()
-        # Names inside of list types are part of a column's type: they stay as they are.
+        # Names inside list types are part of a column's type, and stay as they are.
         writer = pq.ParquetWriter(
             file,
             schema,
@@ -73,11 +73,11 @@ class ParquetFormat(RowFormat):
                 writer.write_table(pa.Table.from_batches(group, schema), _GROUP_ROWS)
             writer.close()
         except BaseException:
-            writer.is_open = False  # else its finaliser would write a footer into a closed file
+            writer.is_open = False  # or its finaliser would write a footer to a closed file
             raise
 
     def differences(self, path: Path, joined: Joined, noted: Noted) -> Iterator[str]:
-        """See `RowFormat.differences`: there is none in any value."""
+        """See `RowFormat.differences`: compares values."""
         schema = joined.schema()
         with opened(path, noted) as file:
             there = file.schema_arrow
@@ -106,11 +106,11 @@ class ParquetFormat(RowFormat):
 
 
 class ParquetSource:
-    """Parquet files whose schemas are one, or become one without a value changed.
+    """Parquet files with one schema, or with schemas that unite without changing a value.
 
     Raises:
         InputError: A file is damaged or can't be read, no schema holds the values of all, or there
-            are no rows. Of no files at all there is a source without anything.
+            are no rows. With no files at all, the source is empty.
     """
 
     typed = True
@@ -170,7 +170,7 @@ class ParquetSource:
 
 
 def _check_partition(parts: Sequence[Part], field: pa.Field[Any]) -> None:
-    """Refuse what folders' names say of files without a column that others have as another type."""
+    """Refuse folder names whose value doesn't fit the type of the column in other files."""
     for part in parts:
         value = part.partition.get(field.name)
         try:
@@ -193,7 +193,7 @@ def _constant(value: int | str | None, kind: pa.DataType) -> Any:
 def _read_file(
     part: Part, schema: pa.Schema, stop: int, *, noted: Noted, before: int
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of a file's first `stop` rows; `before` are those of earlier files."""
+    """Batches of a file's first `stop` rows; `before` is the number of rows in earlier files."""
     with opened(part.path, noted) as file:
         there = set(file.schema_arrow.names)
         names = [name for name in schema.names if name in there]
@@ -221,7 +221,7 @@ def _read_file(
 
 
 def _with_constant(batch: pa.RecordBatch, name: str, value: int | str | None) -> pa.RecordBatch:
-    """The batch with one value in all of a column."""
+    """The batch with a column filled with one value."""
     i = batch.schema.get_field_index(name)
     array = pa.repeat(_constant(value, batch.schema.field(i).type), batch.num_rows)
     return batch.set_column(i, batch.schema.field(i), array)
@@ -235,7 +235,7 @@ def _batch_rows(
     size = sum(chunk.total_uncompressed_size for chunk in chunks)
     row_bytes = size / max(file.metadata.row_group(group).num_rows, 1)
     if any(chunk.has_dictionary_page for chunk in chunks):
-        # The file has each value once, the batch has it in each row.
+        # The file holds each value once, the batch holds it in each row.
         for probe in islice(batches(path, file, group, names, _PROBE), 1):
             row_bytes = max(row_bytes, conform(probe, schema).nbytes / max(probe.num_rows, 1))
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(row_bytes, 1))))
@@ -250,7 +250,7 @@ def _groups(found: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
         size += batch.nbytes
         if size >= _GROUP_BYTES or len(group) * BATCH_ROWS >= _GROUP_ROWS:
             yield group
-            group.clear()  # whoever has it still has no memory of it
+            group.clear()  # so that a consumer that keeps the list keeps no batches alive
             size = 0
     if group:
         yield group
@@ -279,7 +279,7 @@ def _first_difference(want: pa.Array[Any], got: pa.ChunkedArray[Any]) -> int | N
     if pa.chunked_array([want]).equals(got):
         return None
     pairs = enumerate(zip_longest(_values([want]), _values(got.chunks)))
-    # Not a number is no difference, nor is another dictionary for the same values.
+    # NaN beside NaN is not a difference, nor is another dictionary for the same values.
     differing = (i for i, (a, b) in pairs if a != b and repr(a) != repr(b))
     first = next(differing, None)
     return len(got) if first is None and len(got) < len(want) else first

@@ -1,7 +1,7 @@
-"""One Parquet file, of which nothing is believed that its parts contradict.
+"""One Parquet file, checked for contradictions between its parts.
 
-Arrow's errors about a damaged file are of any type, and some of its readers just end early: here
-all of that is an error of the input.
+Arrow may raise any type of error for a damaged file, and some of its readers just end early: here
+all of that becomes an InputError.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from batchrun.jobs.rows.row import AGAIN, no_columns, reading
 from batchrun.jobs.rows.store import INPUTS, Noted, unnoted
 
 _ANY = (Exception,)
-_BUFFER = 1 << 18  # bytes read ahead a column, instead of whole column chunks
+_BUFFER = 1 << 18  # bytes read ahead per column, instead of whole column chunks
 
 
 @contextmanager
 def opened(path: Path, noted: Noted = unnoted) -> Iterator[pq.ParquetFile]:
-    """A Parquet file whose footer agrees with itself; pages are checked where they have checksums.
+    """A Parquet file with a consistent footer; checks pages that have checksums.
 
     Args:
         path: The file.
-        noted: Told that it is opened.
+        noted: Told that it is being opened.
 
     Raises:
         InputError: It is damaged or can't be read.
@@ -47,7 +47,7 @@ def opened(path: Path, noted: Noted = unnoted) -> Iterator[pq.ParquetFile]:
 def batches(
     path: Path, file: pq.ParquetFile, group: int, names: list[str], size: int
 ) -> Iterator[pa.RecordBatch]:
-    """A row group's rows, `size` at a time, with these columns, of which there may be none.
+    """A row group's rows, `size` at a time, with these columns; there may be none.
 
     Raises:
         InputError: It is damaged, or holds more or fewer rows than it says.
@@ -65,7 +65,7 @@ def batches(
             batch = next(found, None)
             if batch is None:
                 break
-            # `a.b` asked for is also field b of a column a: take the column alone.
+            # Arrow takes `a.b` for field b of a column a too: keep only the column.
             batch = batch.select(names)
             batch.validate()
         read += batch.num_rows
@@ -76,7 +76,7 @@ def batches(
 
 
 def column_chunks(path: Path, file: pq.ParquetFile, group: int, names: Sequence[str]) -> list[Any]:
-    """Metadata of what a row group has of these columns."""
+    """Metadata of a row group's chunks of these columns."""
     wanted = set(names)
     with reading(path, _ANY):
         meta = file.metadata.row_group(group)
@@ -85,7 +85,7 @@ def column_chunks(path: Path, file: pq.ParquetFile, group: int, names: Sequence[
 
 
 def _paths(path: str) -> Iterator[str]:
-    """A column, and what it may be inside of: names may have dots themselves."""
+    """A column, and the columns that it may be inside; names may contain dots themselves."""
     yield path
     while "." in path:
         path = path.rpartition(".")[0]
@@ -93,7 +93,7 @@ def _paths(path: str) -> Iterator[str]:
 
 
 def _check_names(fields: Any) -> None:
-    """Read all names, inside of types too: of those that are not UTF-8 Python makes no text."""
+    """Read all names, inside types too: those that are not UTF-8 raise an error."""
     pending = list(fields)
     while pending:
         field = pending.pop()

@@ -1,4 +1,4 @@
-"""What a source hands out, and what every kind of source can do."""
+"""What a source yields, and what every kind of source can do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.rows.store import INPUTS, Part
 
 BATCH_BYTES = 16 << 20  # a chunk of input rows is about this large, whatever a row's size
-BATCH_ROWS = 256  # and never has more rows: an average says little where lengths are skewed
+BATCH_ROWS = 256  # and never has more rows: an average says little if lengths are skewed
 
 AGAIN = "copy or write the file again, then submit the job again"  # what to do about damage
 
@@ -31,10 +31,10 @@ class Row:
     """One input row.
 
     Args:
-        index: Number of the row over all input files, from 0.
+        index: Number of the row across all input files, from 0.
         fields: Values by column.
-        error: Why the row can't be used; `fields` is empty then.
-        digest: Of what was read of it: 64 bits, signed.
+        error: Why the row can't be used; then `fields` is empty.
+        digest: Digest of what was read of it: 64 bits, signed.
     """
 
     index: int
@@ -48,28 +48,28 @@ class Chunk(Protocol):
 
     Attributes:
         first: Index of the first.
-        num_rows: How many they are.
+        num_rows: Number of rows.
     """
 
     first: int
     num_rows: int
 
     def digests(self, columns: Sequence[str]) -> Sequence[int | None]:
-        """What rows of these columns have as `digest`; None where nothing is known."""
+        """The `digest` of each row, for these columns; None if unknown."""
 
     def arrow(self, schema: pa.Schema) -> pa.RecordBatch:
         """The rows in the types of `Source.schema()`; a bad row is nulls."""
 
     def objects(self, taken: Sequence[str] = ()) -> Iterator[str | dict[str, Any] | None]:
-        """What JSON can hold of each row, None for a bad one.
+        """Each row as JSON can hold it; None for a bad one.
 
-        A row that is a JSON object already is its text, if it has none of the names `taken`.
+        A row that is already a JSON object is its text, if it has none of the names in `taken`.
         """
 
     def cells(self, names: Sequence[str], delimiter: str) -> Iterator[str | Sequence[Any] | None]:
-        """Each row's values of these columns, None for a bad one.
+        """Each row's values of these columns; None for a bad one.
 
-        A row that is a record of just these already, so delimited, is its text.
+        A row that is already a record of just these columns, with this delimiter, is its text.
         """
 
 
@@ -80,7 +80,7 @@ class Source(Protocol):
     `InputError` when a file turns out to be damaged or is gone.
 
     Attributes:
-        typed: Whether files or format say the types of columns. Else each row has its own.
+        typed: Whether the files or the format give columns types. Otherwise each row has its own.
     """
 
     typed: bool
@@ -91,13 +91,13 @@ class Source(Protocol):
 
     @property
     def num_rows(self) -> int | None:
-        """Rows where that is known without reading them, else None."""
+        """Number of rows if known without reading them, else None."""
 
     def count(self) -> int:
-        """Rows, read through if need be."""
+        """Number of rows; reads them all if necessary."""
 
     def schema(self) -> pa.Schema:
-        """Types that hold all values; where they are not said all rows are read once for it."""
+        """Types that hold all values; an untyped source reads all rows once to find them."""
 
     def chunks(
         self, columns: Sequence[str] | None = None, limit: int | None = None
@@ -112,17 +112,17 @@ class Source(Protocol):
     def rows(self, columns: Sequence[str] | None = None, limit: int | None = None) -> Iterator[Row]:
         """Rows as Python values, `limit` at most.
 
-        Text is valid Unicode: a lone surrogate has become U+FFFD. Values are those that JSON has:
-        NaN is None, times are ISO 8601.
+        Text is valid Unicode: lone surrogates become U+FFFD. Values are those that JSON has: NaN
+        is None, times are ISO 8601.
 
         Args:
-            columns: The columns wanted, all by default. One that a row lacks is None.
+            columns: The columns wanted; default: all. One that a row lacks is None.
             limit: Rows at most.
         """
 
 
 def partition_fields(parts: Sequence[Part]) -> list[pa.Field[Any]]:
-    """What the names of folders say, as columns: integers where all are."""
+    """The columns that folder names define: integers if all values are."""
     names = dict.fromkeys(name for part in parts for name in part.partition)
     texts = {n for part in parts for n, value in part.partition.items() if isinstance(value, str)}
     return [pa.field(name, pa.string() if name in texts else pa.int64()) for name in names]
@@ -132,7 +132,7 @@ def check_names(path: Path, names: Sequence[str], advice: str) -> None:
     """Refuse a file that has a column twice.
 
     Raises:
-        InputError: It has; `advice` is its hint.
+        InputError: A column is there twice; `advice` is its hint.
     """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -140,22 +140,22 @@ def check_names(path: Path, names: Sequence[str], advice: str) -> None:
 
 
 def no_columns(rows: int) -> pa.RecordBatch:
-    """So many rows without anything in them."""
+    """A batch of this many rows without columns."""
     return pa.RecordBatch.from_arrays([pa.nulls(rows)], [""]).select([])
 
 
 def digest_of(data: bytes) -> int:
-    """64 bits that tell a row from what it was, as SQLite's integers are."""
+    """A 64-bit digest that shows whether a row changed, signed like SQLite's integers."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 @contextmanager
 def reading(path: Path, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into an InputError that names it.
+    """Turn errors while a file is read into an InputError that names it.
 
     Args:
         path: The file.
-        faults: What is the file's fault: every `Exception` where nothing of ours is called.
+        faults: Errors to blame on the file: every `Exception` if the block calls no code of ours.
     """
     try:
         yield
@@ -173,7 +173,7 @@ def reading(path: Path, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterat
 
 
 def damaged(path: Path, cause: object) -> InputError:
-    """The error for a file that is not what it was written as."""
+    """The error for a file that is not what was written."""
     try:
         size = INPUTS.stat(path).size
     except OSError:

@@ -1,4 +1,4 @@
-"""What a job asks of a file format: a class for each, with an entry in `formats.FORMATS`."""
+"""What a job needs from a file format: a class for each, with an entry in `formats.FORMATS`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from batchrun.jobs.rows.textsource import TextSource
 if TYPE_CHECKING:  # it is made of sources
     from batchrun.jobs.output.joined import Joined
 
-ROW = "row"  # of an output whose input is not what it was: which row of it a result is of
+ROW = "row"  # column with a result's row number, in an output whose input has changed
 PACKINGS = (".gz", ".zst", ".bz2", ".xz")  # of text
 WRITTEN_PACKINGS = PACKINGS[:2]
 
 
 class RowFormat(ABC):
-    """Files of rows: how they are known, read, written and compared.
+    """Files of rows: how they are recognised, read, written and compared.
 
     Attributes:
-        name: In specifications of jobs.
+        name: In job specifications.
         title: For people.
-        suffixes: How names end, those of new files first.
-        input_suffixes: How names of inputs end beside those.
-        columnar: Values lie by column, of one type each, packed by the format itself. A row is
-            proven by the columns that were read of it, and what was appended made another file.
-            Else a file is text, which may be packed, and may grow behind the rows of a job.
-        stdout: Name of the format that rows of such an input are piped out in.
+        suffixes: File suffixes, the one for new files first.
+        input_suffixes: Further suffixes of inputs.
+        columnar: Values are stored by column, each of one type, compressed by the format. A row's
+            digest covers only the columns read, and a file that grew is a different file.
+            Otherwise a file is text, which may be compressed, and may grow after the job's rows.
+        stdout: Name of the format for stdout if the input has this one.
     """
 
     name: ClassVar[str]
@@ -48,7 +48,7 @@ class RowFormat(ABC):
 
     @abstractmethod
     def begins(self, head: bytes) -> bool:
-        """Whether files begin like this: their bytes, or their text without blanks before it."""
+        """Whether a file may begin like this: its bytes, or its text without leading blanks."""
 
     @abstractmethod
     def open(
@@ -58,8 +58,8 @@ class RowFormat(ABC):
 
         Args:
             parts: The files.
-            lenient: What can't be read is the end of the rows, of which there may be none.
-            noted: Told what is read by C++, which may end the process.
+            lenient: End the rows where a file can't be read; there may be none.
+            noted: Told what C++ code is reading, as it may crash the process.
 
         Raises:
             InputError: A file is damaged or can't be read, or there are no rows.
@@ -67,7 +67,7 @@ class RowFormat(ABC):
 
     @abstractmethod
     def write(self, file: IO[bytes], joined: Joined, path: Path) -> None:
-        """Write an output's rows; `path` is the name that the file is to have.
+        """Write an output's rows; `path` is the file's final name.
 
         Raises:
             JobError: From `joined`.
@@ -76,14 +76,14 @@ class RowFormat(ABC):
 
     @abstractmethod
     def differences(self, path: Path, joined: Joined, noted: Noted) -> Iterator[str]:
-        """Where a file is not what `write` would make of the same rows, a line each.
+        """A line for each place where a file differs from what `write` would write.
 
         Raises:
             JobError, OSError, ArrowException, ValueError, LookupError: It can't be read.
         """
 
     def output_suffix(self, first: Path) -> str:
-        """How the name of an output ends that is named after its first input."""
+        """The suffix of an output that is named after its first input."""
         return self.suffixes[0]
 
 
@@ -103,7 +103,7 @@ class TextFormat(RowFormat):
         return self.source(parts, asked=self.fields, lenient=lenient)
 
     def fields(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What a record asks: columns with prompt and parameters. All that it holds, by default.
+        """A record's columns with prompt and parameters; by default all that it holds.
 
         Raises:
             ValueError: It is a bad row; the message says why.
@@ -112,7 +112,7 @@ class TextFormat(RowFormat):
 
     @abstractmethod
     def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
-        """The lines of an output of this name."""
+        """The lines of an output with this name."""
 
     def write(self, file: IO[bytes], joined: Joined, path: Path) -> None:
         """See `RowFormat.write`."""
@@ -121,7 +121,7 @@ class TextFormat(RowFormat):
                 packed.write(record)
 
     def differences(self, path: Path, joined: Joined, noted: Noted) -> Iterator[str]:
-        """See `RowFormat.differences`: there is none in any byte."""
+        """See `RowFormat.differences`: compares bytes."""
         with text_of(path) as file:
             for number, want in enumerate(self.records(joined, path)):
                 if file.read(len(want)) != want:
@@ -132,7 +132,7 @@ class TextFormat(RowFormat):
 
 
 def suffixes(path: Path) -> tuple[str, str]:
-    """What a name says of a format, and of a packing behind it: `.jsonl` and `.gz`, or nothing."""
+    """A name's format suffix and its packing suffix, such as `.jsonl` and `.gz`; "" if absent."""
     suffix = path.suffix.lower()
     if suffix in PACKINGS:
         return Path(path.stem).suffix.lower(), suffix
@@ -141,7 +141,7 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 @contextmanager
 def _packed(file: IO[bytes], suffix: str) -> Iterator[IO[bytes]]:
-    if suffix == ".gz":  # without name and time: the same rows give the same bytes
+    if suffix == ".gz":  # without name and time, so that the same rows give the same bytes
         with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
             yield cast(IO[bytes], packed)
     elif suffix == ".zst":
@@ -152,7 +152,7 @@ def _packed(file: IO[bytes], suffix: str) -> Iterator[IO[bytes]]:
 
 
 class _Unclosed(io.RawIOBase):
-    """A file for pyarrow, which closes what it writes to, that leaves the real one open."""
+    """A wrapper that stays open inside when pyarrow closes it, as it does after writing."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

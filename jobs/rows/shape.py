@@ -1,4 +1,4 @@
-"""Arrow types for values that have none, and values as those types hold them."""
+"""Arrow types for untyped values, and the values converted to them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pyarrow as pa
 
 from batchrun.jobs.rows.jsontext import Number, as_text
 
-_MAX_FIELDS = 1000  # of a nested object, to get a struct type
-_MAX_LEVELS = 32  # of types inside each other; readers of Parquet stop at 49 lists
+_MAX_FIELDS = 1000  # of a nested object that becomes a struct
+_MAX_LEVELS = 32  # of nested types; readers of Parquet stop at 49 lists
 _EXACT = 1 << 53  # integers up to here are exact as float64
 
 
 class InferredType:
     """What the values of one column have in common, learnt one value at a time.
 
-    Integers and floats together become float64 where that is exact. Values with nothing in
-    common, as a string and a number, become text: strings as they are, other values as JSON. So do
-    integers beyond 64 bits, floats of which a float64 would keep less than 18 digits, objects
-    without keys or with over 1000 different ones, and what lies more than 32 levels deep.
+    Integers and floats together become float64 if that is exact. Values with nothing in common,
+    such as a string and a number, become text: strings as they are, other values as JSON. So do
+    integers beyond 64 bits, floats that no float64 holds (see `Number.exact`), objects without keys
+    or with over 1000 different ones, and values more than 32 levels deep.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class InferredType:
             kind = far if abs(value) > _EXACT else "int"
         self._kinds.add(kind)
         if len(self._kinds) > 1:
-            return  # numbers or text, whatever comes
+            return  # numbers or text, whatever follows
         if isinstance(value, list):
             self._items = self._items or InferredType()
             for item in value:
@@ -79,7 +79,7 @@ def fitted(values: Sequence[Any], kind: pa.DataType) -> pa.Array[Any]:
 
 
 def _fit(kind: pa.DataType) -> Callable[[Any], Any]:
-    """A function that makes of a JSON value what `pa.array` takes for an `InferredType`."""
+    """A function that converts a JSON value to what `pa.array` takes for an inferred type."""
     if pa.types.is_string(kind):
         return as_text
     if isinstance(kind, pa.ListType):

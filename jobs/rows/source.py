@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and globs, of one format."""
+"""Where rows come from: files, folders and globs, all of one format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.rowformat import RowFormat
 from batchrun.jobs.rows.store import INPUTS, Noted, Part, unnoted
 
-# What describes a dataset and is no part of it.
+# Files that describe a dataset and are not part of it.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
@@ -21,11 +21,11 @@ _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 def expand_inputs(
     paths: Sequence[str], log: Callable[[str], None] = lambda _: None
 ) -> tuple[list[Part], str]:
-    """The files that files, folders and globs name, and the name of the one format they have.
+    """The files that the paths stand for, and the name of their common format.
 
-    A folder stands for all files of a known format beneath it, hidden ones and those whose names
-    begin with `_` left out. Files come in natural order (`part-2` before `part-10`), each once.
-    Folders named like `lang=de` on the way to a file are columns of its rows.
+    A folder stands for all files of a known format beneath it, except hidden ones and those whose
+    names begin with `_`. Files come in natural order (`part-2` before `part-10`), each once.
+    Folders named like `lang=de` on the way to a file become columns of its rows.
 
     Args:
         paths: What a user named.
@@ -106,7 +106,7 @@ def _of_folder(
 
 
 def _parts(files: Sequence[Path]) -> Iterator[Part]:
-    """Each file with what the folders on the way to it say, as hive names them."""
+    """Each file with the columns from its folders' names, in Hive's style."""
     said: list[dict[str, str]] = []
     for file in files:
         pairs = [part.partition("=") for part in file.parts[:-1]]

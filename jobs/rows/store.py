@@ -1,4 +1,4 @@
-"""What a job reads, and the place where that lies. Loads no Arrow, which takes a while."""
+"""What a job reads, and where that is. Does not load Arrow, which takes a while."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Part:
 
     Args:
         path: Where it is.
-        size: Bytes of it that are the input; None for all.
-        partition: Columns that its folders' names say (`lang=de`), the same in all its rows.
+        size: How many of its bytes belong to the input; None for all.
+        partition: Columns from its folders' names (`lang=de`), the same in all its rows.
     """
 
     path: Path
@@ -29,18 +29,18 @@ class Part:
 
 
 class Noted(Protocol):
-    """Told what is read, while it is: `ReaderNote.reading`."""
+    """Told what is being read; see `ReaderNote.reading`."""
 
     def __call__(
         self, path: Path | None = None, first: int = -1, rows: int = 0
     ) -> AbstractContextManager[None]:
-        """These rows of a file are read; without numbers, what it says of itself."""
+        """Say that these rows of a file are read; without numbers, its metadata."""
 
 
 def unnoted(
     path: Path | None = None, first: int = -1, rows: int = 0
 ) -> AbstractContextManager[None]:
-    """Tells nobody."""
+    """A `Noted` that does nothing."""
     return nullcontext()
 
 
@@ -49,7 +49,7 @@ class InputStat(NamedTuple):
 
     Args:
         size: In bytes.
-        identity: Tells it from any other that takes its place, and from what it was.
+        identity: Distinguishes it from any other that takes its place, and from earlier content.
     """
 
     size: int
@@ -57,21 +57,21 @@ class InputStat(NamedTuple):
 
 
 class InputStore:
-    """Where inputs lie: here on this machine. Raises `OSError`.
+    """Where inputs are: here, on this machine. Raises `OSError`.
 
-    A path is a name; only the store looks behind it. One for another place has the same methods.
+    Only the store interprets paths. A store for another place would have the same methods.
     """
 
     def open(self, path: Path, buffering: int = -1) -> IO[bytes]:
-        """Its bytes; `buffering` as Python's own `open` has it. Any place of them can be sought."""
+        """The file's bytes, seekable; `buffering` as in Python's `open`."""
         return path.open("rb", buffering)
 
     def for_arrow(self, path: Path) -> Path | IO[bytes]:
-        """What Arrow reads it by: its path, which is faster than a file of Python's, or a file."""
+        """What Arrow reads from: a path, which is faster than a Python file, or a file."""
         return path
 
     def stat(self, path: Path) -> InputStat:
-        """What it is now."""
+        """Its current size and identity."""
         found = os.stat(path)
         identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
         return InputStat(found.st_size, identity)
@@ -79,10 +79,10 @@ class InputStore:
     def expand(self, name: str) -> Iterator[tuple[Path, Iterator[Path] | None]]:
         """What a path or a pattern stands for: files, and folders with the files beneath each.
 
-        Hidden files are left out of folders, and those whose names begin with `_`.
+        Leaves out hidden files in folders, and those whose names begin with `_`.
 
         Raises:
-            InputError: There is no such thing, or it can't be read more than once.
+            InputError: It does not exist, or can't be read more than once.
         """
         where = Path(name).expanduser()
         matches = [str(where)]

@@ -1,8 +1,8 @@
-"""The text in a file, whatever it is packed or encoded in; what is no text is named for what it is.
+"""The text in a file, whatever its compression or encoding; other kinds of files are named.
 
     file -> its first `size` bytes -> unpacked -> UTF-8
 
-Packing and encoding are known by a file's first bytes, never by its name.
+Compression and encoding are recognised by a file's first bytes, never by its name.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def text_of(path: Path, size: int | None = None) -> Iterator[io.BufferedReader]:
 
     Args:
         path: The file.
-        size: Only so many of its bytes, before unpacking; what was appended later is not read.
+        size: Read only this many of its bytes, before unpacking: not what was appended later.
 
     Raises:
-        InputError: It can't be read, is damaged, or is no text.
+        InputError: It can't be read, is damaged, or is not text.
     """
     with reading(path), INPUTS.open(path, buffering=0) as raw:
         try:
@@ -78,7 +78,7 @@ def text_of(path: Path, size: int | None = None) -> Iterator[io.BufferedReader]:
 
 
 def skip(file: io.BufferedReader, what: re.Pattern[bytes]) -> int:
-    """Read past what matches, however long it is; returns the ends of lines in it."""
+    """Skip what matches, however long it is; return the number of line ends in it."""
     lines = 0
     while found := what.match(file.peek()):
         lines += max(found[0].count(b"\n"), found[0].count(b"\r"))
@@ -108,7 +108,7 @@ def _unpacked(path: Path, raw: IO[bytes], size: int | None) -> io.BufferedReader
 
 
 def _zstd_window(head: bytes) -> int:
-    """Bytes that a zstd frame looks back (RFC 8878, section 3.1.1.1); 0 if this says nothing."""
+    """A zstd frame's window in bytes (RFC 8878, section 3.1.1.1); 0 if `head` doesn't tell."""
     if head[:1] != b"\x28" or len(head) < 6:
         return 0
     flags = head[4]
@@ -140,7 +140,7 @@ def _decoded(path: Path, file: io.BufferedReader) -> io.BufferedReader:
 
 
 class _Pieces(io.RawIOBase):
-    """A file of what a generator makes of another one, which whoever opened it closes."""
+    """A file of the pieces that a generator makes from another file, which stays open."""
 
     def __init__(self, file: IO[bytes], pieces: Iterator[bytes]) -> None:
         self._file, self._pieces, self._rest = file, pieces, memoryview(b"")
@@ -167,16 +167,16 @@ def _first(file: IO[bytes], size: int) -> Iterator[bytes]:
 
 
 def _streams(file: IO[bytes], make: Callable[[], Any]) -> Iterator[bytes]:
-    """What is in streams of bzip2 or xz, one after the other.
+    """The content of successive bzip2 or xz streams.
 
-    Python's own readers take a stream that does not begin as one for the end of the file, and what
-    comes after it would be lost.
+    Python's own readers take a damaged beginning of a later stream for the end of the file, and
+    would lose everything after it.
     """
     unpacker = make()
     while True:
         packed = b""
         if unpacker.eof:
-            packed = unpacker.unused_data.lstrip(b"\0")  # which may lie between streams
+            packed = unpacker.unused_data.lstrip(b"\0")  # padding between streams
             while not packed and (packed := file.read(_BUFFER)):
                 packed = packed.lstrip(b"\0")
             if not packed:

@@ -1,4 +1,4 @@
-"""What sources of text have in common: a record of some bytes is a row."""
+"""What text sources have in common: a row is a record of some bytes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _SAMPLE = 100  # rows looked at before the job starts
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of all its records.
+    """What applies to all records of a file.
 
     Args:
-        names: Of its columns.
+        names: Names of its columns.
         delimiter: What separates cells.
     """
 
     names: tuple[str, ...]
     delimiter: str
-    key: bytes = field(init=False)  # what a record's digest has of it
+    key: bytes = field(init=False)  # its part of a record's digest
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", repr((self.names, self.delimiter)).encode())
@@ -41,15 +41,15 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as a file has it.
+    """One row as it is in a file.
 
     Args:
-        line: In which it begins, from 1.
+        line: The line where it begins, from 1.
         data: Its bytes.
         part: The file.
-        header: Of a file that has one.
-        cells: Of such a file: the values as they were found.
-        error: What is wrong with it, where reading it told.
+        header: The file's header, if it has one.
+        cells: With a header: the values as found.
+        error: What is wrong with it, if reading it showed that.
     """
 
     line: int
@@ -61,7 +61,7 @@ class Record:
 
     @property
     def digest(self) -> int:
-        """Of all that it says."""
+        """Digest of the whole record."""
         if self.header is None:
             return digest_of(self.data.strip())
         # Blanks at the ends of a record are part of its cells.
@@ -74,7 +74,7 @@ class TextSource(ABC):
     Args:
         parts: The files.
         asked: See `TextFormat.fields`.
-        lenient: What can't be read is the end of the rows, of which there may be none.
+        lenient: End the rows where a file can't be read; there may be none.
 
     Raises:
         InputError: There are no rows, the first 100 are all bad, or a file can't be read.
@@ -88,7 +88,7 @@ class TextSource(ABC):
         self._schema: pa.Schema | None = None
         for part in self._parts:
             with suppress(*(InputError,) if lenient else ()):
-                next(self.records(part), None)  # each one opens, and its beginning unpacks
+                next(self.records(part), None)  # check that each one opens and begins to unpack
         names: dict[str, None] = {}
         errors = []
         rows = 0
@@ -108,7 +108,7 @@ class TextSource(ABC):
 
     typed = False
     num_rows = None  # unknown: see `count`
-    no_rows: str  # what is missing where every row is bad
+    no_rows: str  # what is missing if every row is bad
     advice: str
 
     @abstractmethod
@@ -124,14 +124,14 @@ class TextSource(ABC):
         """
 
     def carried(self, record: Record, taken: Sequence[str]) -> str | dict[str, Any] | None:
-        """What an output in JSON has of a record: see `Chunk.objects`."""
+        """A record as it goes to a JSON output: see `Chunk.objects`."""
         fields, error = self.fields(record)
         return fields if error is None else None
 
     def cells(
         self, record: Record, names: Sequence[str], delimiter: str
     ) -> str | Sequence[Any] | None:
-        """What an output in CSV has of a record: see `Chunk.cells`."""
+        """A record as it goes to a CSV output: see `Chunk.cells`."""
         fields, error = self.fields(record)
         return None if error else [fields.get(name) for name in names]
 
@@ -141,7 +141,7 @@ class TextSource(ABC):
         return self._column_names
 
     def count(self) -> int:
-        """Rows, counted without parsing them."""
+        """Number of rows, counted without parsing them."""
         return sum(1 for part in self._parts for _ in self.records(part))
 
     def schema(self) -> pa.Schema:
@@ -162,7 +162,7 @@ class TextSource(ABC):
     def chunks(
         self, columns: Sequence[str] | None = None, limit: int | None = None
     ) -> Iterator[TextChunk]:
-        """See `Source.chunks`; a record has all its columns in any case."""
+        """See `Source.chunks`; records always have all their columns."""
         pending: list[Record] = []
         size, first = 0, 0
         for record in islice(self._records(), limit):
@@ -175,7 +175,7 @@ class TextSource(ABC):
             yield TextChunk(self, first, pending)
 
     def row(self, index: int, record: Record, columns: Sequence[str] | None = None) -> Row:
-        """A record as a row: what it asks."""
+        """A record as a row, with the fields that `asked` selects."""
         fields, error = self.fields(record)
         try:
             fields = self._asked(fields) if error is None else {}
@@ -203,7 +203,7 @@ class TextSource(ABC):
         return {**fields, **{k: v for k, v in more.items() if k not in fields}}, None
 
     def partition(self, part: Part) -> dict[str, Any]:
-        """What the names of a file's folders say; a record's own fields come before it."""
+        """The columns from a file's folder names; a record's own fields take precedence."""
         return {**self._partition, **part.partition}
 
     def _records(self) -> Iterator[Record]:
@@ -221,7 +221,7 @@ class TextChunk:
         self._source, self._records = source, records
 
     def digests(self, columns: Sequence[str]) -> list[int]:
-        """See `Chunk.digests`: of all that the record says."""
+        """See `Chunk.digests`: covers the whole record."""
         return [record.digest for record in self._records]
 
     def arrow(self, schema: pa.Schema) -> pa.RecordBatch:

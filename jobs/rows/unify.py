@@ -1,4 +1,4 @@
-"""One Arrow type for values of several, where that changes no value."""
+"""One Arrow type for values of several types, if that changes no value."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from batchrun.jobs.rows.arrowtypes import (
 )
 
 _INT64_MAX = (1 << 63) - 1
-_DOUBLE_EXACT = 1 << 53  # the largest integer up to which float64 has all
+_DOUBLE_EXACT = 1 << 53  # float64 holds all integers up to this one
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-_FIELD_ID = b"PARQUET:field_id"  # of the file: in another there may be the same of another column
+_FIELD_ID = b"PARQUET:field_id"  # valid in one file only: in another it may mean another column
 
 
 class TypeConflictError(Exception):
-    """Two types that no type holds the values of.
+    """No type holds the values of both types.
 
     Args:
-        name: The column, with dots before fields inside of it.
+        name: The column, with dots before nested fields.
         was: The type in the first schema, or that it is not there.
         now: The type in the second.
-        advice: What to do about it, where that is plain.
+        advice: What to do about it, if that is clear.
     """
 
     def __init__(self, name: str, was: object, now: object, advice: str | None = None) -> None:
@@ -44,7 +44,7 @@ def unite_fields(was: Iterable[pa.Field[Any]], now: Iterable[pa.Field[Any]]) -> 
     A field that one lacks is null there. Names are unique in each.
 
     Raises:
-        TypeConflictError: A field's types have none in common, or two names differ in case only.
+        TypeConflictError: A field's types can't be united, or two names differ only in case.
     """
     old = {field.name: field for field in was}
     new = {field.name: field for field in now}
@@ -58,7 +58,7 @@ def unite_fields(was: Iterable[pa.Field[Any]], now: Iterable[pa.Field[Any]]) -> 
                 name,
                 "not there",
                 field.type,
-                f"'{lost[name.casefold()]}' and '{name}' differ in case only: rename one",
+                f"'{lost[name.casefold()]}' and '{name}' differ only in case: rename one",
             )
         united.append(_united(field, None))
     return united
@@ -79,10 +79,10 @@ def _united(was: pa.Field[Any], now: pa.Field[Any] | None) -> Any:
 
 
 def unite(was: Any, now: Any) -> Any:  # noqa: PLR0911 - one for each kind of type
-    """The type that holds the values of both, exactly but for what `exact_range` says.
+    """The type that holds the values of both, exactly within `exact_range`.
 
     Raises:
-        TypeConflictError: There is none. Its `name` is of a field inside, or empty.
+        TypeConflictError: There is none. Its `name` is that of a nested field, or empty.
     """
     if was == now or pa.types.is_null(now):
         return was
@@ -111,7 +111,7 @@ def _item(was: Any, now: Any) -> Any:
 
 
 def _unite_values(was: Any, now: Any) -> Any:
-    """The same for types without others inside; None where there is none."""
+    """The same for types that are not nested; None if there is none."""
     types = pa.types
     if is_text(was) and is_text(now):
         large = types.is_large_string(was) or types.is_large_string(now)
@@ -128,12 +128,12 @@ def _unite_values(was: Any, now: Any) -> Any:
         try:
             schemas = [pa.schema([pa.field("x", kind)]) for kind in (was, now)]
             return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
-        except pa.ArrowException:  # decimals of more digits than there are
+        except pa.ArrowException:  # decimals with more digits than Arrow has
             pass
     return None
 
 
-# Here Arrow's own rules lose nothing, but for what `exact_range` says.
+# For these, Arrow's own rules lose nothing within `exact_range`.
 _WIDENING = (
     pa.types.is_integer,
     pa.types.is_floating,
@@ -146,7 +146,7 @@ _WIDENING = (
 
 
 def exact_range(kind: Any, to: Any) -> tuple[int, int] | None:
-    """Least and greatest integer of a type that the united one holds; None if it holds all."""
+    """The least and greatest integer of a type that `to` holds exactly; None if it holds all."""
     kind = without_dictionary(kind)
     if pa.types.is_int64(kind) or pa.types.is_uint64(kind):
         if pa.types.is_floating(to):
@@ -170,7 +170,7 @@ def united_leaves(
 
 def _leaves(name: str, kind: Any, to: Any) -> Iterator[tuple[str, pa.DataType, pa.DataType]]:
     if pa.types.is_struct(kind):
-        for field in kind:  # whose names are unique unless both types are the same
+        for field in kind:  # names are unique unless both types are the same
             inner = field.type if kind == to else to.field(field.name).type
             yield from _leaves(f"{name}.{field.name}", field.type, inner)
     elif pa.types.is_map(kind):
@@ -197,10 +197,10 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def cast(array: Any, to: Any) -> Any:
-    """The array in a united type; Arrow's own cast does not reorder or add fields inside.
+    """The array in a united type; Arrow's own cast does not reorder or add nested fields.
 
     Raises:
-        ArrowException: A value is not exact in it.
+        ArrowException: A value is not exact in that type.
     """
     kind = array.type
     if kind.equals(to):
@@ -222,7 +222,7 @@ def cast(array: Any, to: Any) -> Any:
 
 
 def _all_of(fields: Iterable[pa.Field[Any]], there: Mapping[str, Any], rows: int) -> list[Any]:
-    """Arrays of these fields, in their types: those that are there, nulls in place of others."""
+    """Arrays for these fields, in their types, with nulls for missing ones."""
     return [
         cast(there[field.name], field.type) if field.name in there else pa.nulls(rows, field.type)
         for field in fields
@@ -234,7 +234,7 @@ def _cast_lists(array: Any, to: Any) -> Any:
     lengths = pc.if_else(array.is_valid(), pc.list_value_length(array), 0)
     ends = np.cumsum(lengths.to_numpy(zero_copy_only=False))
     offsets = pa.array(np.concatenate(([0], ends)), pa.int64() if large else pa.int32())
-    items = cast(array.flatten(), to.value_type)  # which leaves out what is beneath nulls
+    items = cast(array.flatten(), to.value_type)  # `flatten` leaves out items beneath nulls
     make: Any = pa.LargeListArray if large else pa.ListArray
     return make.from_arrays(offsets, items, type=to, mask=array.is_null())
 

@@ -1,4 +1,4 @@
-"""The one schema of Parquet files that make an input, or the reason there is none."""
+"""The common schema of an input's Parquet files, or the reason there is none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from batchrun.jobs.rows.unify import (
 )
 
 _OTHERS = (b"pandas", b"huggingface")  # metadata that describes columns one by one
-_MAGIC = (b"PAR1", b"PARE")  # the latter of an encrypted footer
+_MAGIC = (b"PAR1", b"PARE")  # the latter for an encrypted footer
 _UNITS = {"milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
 
 
@@ -38,14 +38,14 @@ class _SchemaFiles:
 
 
 class _Leaf(NamedTuple):
-    """A column of the file format, of which a field with fields inside has several.
+    """A column of the file format; a nested field has several.
 
     Args:
         number: Its place in the file, from 0.
-        name: Of the column, with dots before fields inside.
+        name: Its name, with dots before nested fields.
         kind: Its type.
         to: The united type.
-        limits: Least and greatest value that is exact in it.
+        limits: Least and greatest value that is exact in the united type.
     """
 
     number: int
@@ -59,8 +59,8 @@ def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, li
     """One schema that holds the values of all files, and each file's number of rows.
 
     The first file's columns come first, then others in order of appearance. A column that a file
-    lacks is null there. Integers beside floats, and times of unlike units, are one column where
-    the statistics in the files prove that each is exact in the wider type. Reads metadata only.
+    lacks is null there. Integers and floats, or times in different units, become one column if the
+    files' statistics prove that every value is exact in the wider type. Reads metadata only.
 
     Raises:
         InputError: A file is damaged or can't be read, or a column would change its values.
@@ -101,16 +101,16 @@ def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, li
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse a file of another kind, which says what it is.
+    """Refuse a file of another kind, and name the kind.
 
     Raises:
-        InputError: It is one, or can't be read.
+        InputError: It is of another kind, or can't be read.
     """
     with reading(path), INPUTS.open(path) as file:
         head = file.read(4)
     if not head or head in _MAGIC:
         return
-    with text_of(path) as _:  # knows what many other files are
+    with text_of(path) as _:  # recognises many other kinds of files
         pass
     raise InputError(f"{path} is not a Parquet file", hint="give it a name that says what it is")
 
@@ -118,7 +118,7 @@ def _check_kind(path: Path) -> None:
 def _conflict(
     earlier: Sequence[_SchemaFiles], kind: _SchemaFiles, conflict: TypeConflictError
 ) -> InputError:
-    """The refusal, with the first file whose schema alone does not go with this one's."""
+    """The error, naming the first file whose schema conflicts with this one's."""
     first = earlier[0]
     for other in earlier:
         try:
@@ -138,7 +138,7 @@ def _differ(name: str, how: str, advice: str | None = None) -> InputError:
 
 
 def _check_casts(kind: _SchemaFiles, schema: pa.Schema) -> None:
-    """Prove that Arrow has the casts, before rows need them."""
+    """Check that Arrow has the casts, before rows need them."""
     for field in kind.schema:
         to = schema.field(field.name).type
         try:
@@ -166,7 +166,7 @@ def _check_values(kind: _SchemaFiles, kinds: Sequence[_SchemaFiles], schema: pa.
 
 
 def _doubt(metadata: pq.FileMetaData, leaf: _Leaf) -> str | None:
-    """What a file says that keeps a column's values from being exact in the united type."""
+    """Why a column's values may not be exact in the united type, by the file's statistics."""
     low, high = leaf.limits
     for group in range(metadata.num_row_groups):
         found = _least_and_greatest(metadata, group, leaf)
@@ -181,7 +181,7 @@ def _doubt(metadata: pq.FileMetaData, leaf: _Leaf) -> str | None:
 def _least_and_greatest(
     metadata: pq.FileMetaData, group: int, leaf: _Leaf
 ) -> tuple[int, ...] | None:
-    """A column's in a row group, in its units; empty where all is null, None if unknown."""
+    """A column's extremes in a row group, in its units; empty if all are null, None if unknown."""
     chunk = metadata.row_group(group).column(leaf.number)
     statistics: Any = chunk.statistics
     if chunk.num_values == 0:
@@ -196,13 +196,13 @@ def _least_and_greatest(
         if _UNITS.get(logical.get("timeUnit")) != leaf.kind.unit:
             return None
     found = int(statistics.min_raw), int(statistics.max_raw)
-    if pa.types.is_uint64(leaf.kind):  # kept in the bits of signed ones
+    if pa.types.is_uint64(leaf.kind):  # stored in the bits of signed integers
         return tuple(value % (1 << 64) for value in found)
     return found
 
 
 def _cause(kind: _SchemaFiles, kinds: Iterable[_SchemaFiles], leaf: _Leaf) -> tuple[Path, Any]:
-    """The first file, and its type, for which a column has to become another type."""
+    """The first file, and its type, because of which a column must change its type."""
     for other in kinds:
         pair = unite_fields(kind.schema, other.schema)
         name, was, to = list(united_leaves(kind.schema, pair))[leaf.number]

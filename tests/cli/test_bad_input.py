@@ -79,7 +79,7 @@ def test_a_row_that_no_budget_can_hold_is_that_rows_error(batchrun):
     refused = batchrun.submit(source, *asked, "--overwrite", *limits)
     [job] = batchrun("list", "--json").json
     told = f"resume {job['job']} --retry-failed --max-num-seqs 2 --kv-budget 1048576"
-    assert refused.hint == f"batchrun {told}, or submit with --again to begin anew"
+    assert refused.hint == f"batchrun {told}, or submit with --again to start over"
     assert batchrun("resume", "--retry-failed", *limits).code == 0
     assert [row["error"] for row in batchrun.read("out.jsonl")] == [None, None]
     runtime = batchrun("show", "--json").json["runtime"]
@@ -264,14 +264,14 @@ def test_an_attention_kernel_that_cannot_be_used_here(batchrun):
         (("--template", "{prompt}}"), "--template: there is a lone } in the template"),
         (("--template", '{"a": {prompt}}'), "there is a lone { in the template field"),
         (("--template", "{a}", "--prompt-column", "b"), "exclude each other"),
-        (("--kv-budget", "much"), "'much' is no size"),
-        (("--kv-budget", 0), "no positive multiple of 1 bytes"),
-        (("--page-size", 1000), "no positive multiple of 4096 bytes"),
+        (("--kv-budget", "much"), "'much' is not a size"),
+        (("--kv-budget", 0), "not a positive multiple of 1 bytes"),
+        (("--page-size", 1000), "not a positive multiple of 4096 bytes"),
         (("--seed", 2**63), "does not fit into 64 bits"),
         (("--stop-token-id", -1), "--stop-token-id"),
         (("--temperature", "nan"), "--temperature must be 0 or more, not nan"),
         (("--n", 0), "--n"),
-        (("--device", "tpu"), "'tpu' is no device; there are auto, cpu, cuda and cuda:N"),
+        (("--device", "tpu"), "'tpu' is not a device; write auto, cpu, cuda or cuda:N"),
         (("--attention", "paged"), "--attention"),
         (("--nonsense",), "--nonsense"),
         (("--max-tokens", "many"), "--max-tokens"),

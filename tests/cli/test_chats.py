@@ -83,7 +83,7 @@ def test_what_a_job_tells_the_template(qwen: CommandLine) -> None:
         (("--template-arg", "thinking=false"), 1, "does not read --template-arg thinking"),
         (("--template-arg", "thinking"), 2, "write NAME=VALUE"),
         (("--template-arg", "messages=[]"), 2, "batchrun sets messages itself"),
-        (("--template-arg", "a=1", "--template-arg", "a=2"), 2, "--template-arg a is there twice"),
+        (("--template-arg", "a=1", "--template-arg", "a=2"), 2, "--template-arg a is given twice"),
     ],
 )
 def test_what_a_template_can_be_told(

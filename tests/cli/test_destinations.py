@@ -188,7 +188,7 @@ def test_a_file_that_appears_during_the_run_stays(batchrun: CommandLine, busy: E
     busy.close()
     shown = batchrun("watch", job.id)
     assert (shown.code, job.state()) == (1, "failed")
-    assert f"{out} appeared meanwhile" in shown.error
+    assert f"{out} appeared in the meantime" in shown.error
     assert "the results are safe in the job" in shown.error
     assert f"batchrun export {job.id} --output OTHER" in shown.hint
     assert shown.err.count("Traceback") == 0

@@ -91,7 +91,7 @@ def by_number(batchrun: CommandLine, job: JobFolder, want: list[str], count: int
     """A partial export has each result once, by the number of its row."""
     shown = batchrun("export", job.id, "--partial", "-o", "left.jsonl", "--overwrite")
     assert shown.code == 0, shown.err
-    assert "the input is not what it was" in shown.err
+    assert "the input has changed" in shown.err
     rows = batchrun.read("left.jsonl")
     assert len(rows) == count
     assert [row["row"] for row in rows] == sorted({row["row"] for row in rows})

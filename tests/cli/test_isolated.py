@@ -68,7 +68,7 @@ def test_a_crash_that_is_no_files_and_a_kill_are_told_as_such(tmp_path):
         with note.reading(tmp_path):
             end_by(signal.SIGKILL)
 
-    with pytest.raises(JobError, match="want of memory"):
+    with pytest.raises(JobError, match="because memory ran out"):
         isolated(end)
 
 

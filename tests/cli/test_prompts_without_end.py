@@ -219,7 +219,7 @@ def test_a_template_that_never_ends_is_named_and_ends_the_job(
     times = 3 if template == LOOP else 2
     said = f"making a prompt took too long for {times} rows in a row, in the model's chat template"
     assert f"error: {said}" in done.stderr
-    assert "mend the model's chat template" in done.stderr
+    assert "fix the model's chat template" in done.stderr
 
 
 @pytest.mark.parametrize(

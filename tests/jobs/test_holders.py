@@ -157,7 +157,7 @@ def test_who_ignores_the_question_is_killed_and_that_is_said(worker, tmp_path):
     first = worker(IGNORE)
     said = cancelled(tmp_path, ask_s=0.2)
     assert "it did not stop in 0.2 s when asked to, so it was killed" in said
-    assert "results that were journalled are kept" in said
+    assert "journalled results are kept" in said
     assert first.wait(60) == -signal.SIGKILL
     assert JobSnapshot.load(tmp_path).state == "cancelled"
 

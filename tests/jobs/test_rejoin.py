@@ -520,7 +520,7 @@ def test_a_result_of_no_row_is_an_error_in_any_export(tmp_path):
         journal.begin_run()
         journal.write([answer("x", 9, 0)])
     for partial in (False, True):
-        with pytest.raises(JobError, match="result of row 9"):
+        with pytest.raises(JobError, match="result for row 9"):
             export(job, tmp_path / "o.jsonl", partial=partial)
 
 

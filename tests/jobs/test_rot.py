@@ -125,7 +125,7 @@ def test_a_rotten_result_is_named_not_exported_and_to_do_again(job, home, tmp_pa
         assert not out.exists()
         assert export(job, journal, out, partial=True).rows == 2 * ROWS - 1
     assert "answer 1.1" not in out.read_text()
-    assert mended(job, home) == [f"{what} was damaged: it is to do again"]
+    assert mended(job, home) == [f"{what} was damaged: it will be done again"]
     with job.journal() as journal:
         journal.check()
         assert [(r, s) for r in range(ROWS) for s in (0, 1) if (r, s) not in journal.done()] == [
@@ -171,7 +171,9 @@ def test_rotten_tokens_are_not_continued_and_rotten_crashes_are_none(job, home):
     with job.journal() as journal:
         assert journal.partials() == {(4, 0): Partial(4, 0, (3,), -1)}
         assert journal.crash_counts() == {4: 1}
-        with pytest.raises(JournalError, match="begun result of row 3, sample 0, the crash of row"):
+        with pytest.raises(
+            JournalError, match="unfinished result of row 3, sample 0, the crash of row"
+        ):
             journal.check()
     assert len(mended(job, home)) == 2
     with job.journal() as journal:
@@ -184,7 +186,7 @@ def test_a_rotten_digest_accuses_no_input(job, home, tmp_path):
     with job.journal() as journal:
         assert 2 not in journal.digests(0, ROWS)
         assert export(job, journal, tmp_path / "o.jsonl").rows == 2 * ROWS
-    assert mended(job, home) == ["the digest of row 2 was damaged: it is to do again"]
+    assert mended(job, home) == ["the digest of row 2 was damaged: it will be done again"]
     assert verify(job) == []
 
 
@@ -283,7 +285,7 @@ def test_a_damaged_specification_is_had_from_the_journal(job, home, content):
     assert "job.json is damaged" in verify(job)[0]
     with pytest.raises(SpecDamaged):
         check_unchanged(job)
-    assert mended(job, home) == ["job.json was damaged: it is written anew, from the journal"]
+    assert mended(job, home) == ["job.json was damaged: it was rewritten from the journal"]
     check_unchanged(job)
     assert verify(job) == []
 

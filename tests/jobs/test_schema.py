@@ -64,7 +64,7 @@ def test_another_version_is_refused_and_stays_as_it_is(journal, version, hint):
     changed(journal, f"PRAGMA user_version={version}")
     before = (journal / "journal.db").read_bytes()
     for refused in refusals(journal):
-        assert f"has version {version}, this program reads version {schema.VERSION}" in str(refused)
+        assert f"has version {version}; this program reads version {schema.VERSION}" in str(refused)
         assert refused.hint == hint
     assert (journal / "journal.db").read_bytes() == before
 

@@ -345,7 +345,7 @@ class TestColumns:
     def test_names_that_differ_in_case_only_are_refused(self, tmp_path):
         with pytest.raises(InputError, match=r"'Prompt' is not there in .*0\.parquet") as refused:
             opened(tmp_path, pa.table({"prompt": ["a"]}), pa.table({"Prompt": ["a"]}))
-        assert refused.value.hint == "'prompt' and 'Prompt' differ in case only: rename one"
+        assert refused.value.hint == "'prompt' and 'Prompt' differ only in case: rename one"
         both = pa.table({"prompt": ["a"], "Prompt": ["b"]})
         assert values(opened(tmp_path, both, pa.table({"prompt": ["c"]})))[1]["Prompt"] is None
 

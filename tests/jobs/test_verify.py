@@ -113,10 +113,10 @@ def test_jobs_that_are_not_finished_have_no_problems(make_job):
     [
         ("UPDATE results SET text = 'other' WHERE id = 2", "differs from the job in"),
         ("DELETE FROM results WHERE id = 2", "lacks 1 of its results"),
-        ("UPDATE results SET id = 99 WHERE id = 2", "1 results of rows that the input does not"),
-        ("UPDATE results SET status = 'fine' WHERE id = 2", "a status that no program gives"),
-        ("UPDATE results SET run = 7 WHERE id = 2", "of a run that never was"),
-        ("INSERT INTO partials VALUES (2, x'', NULL, NULL, NULL)", "both a result and tokens"),
+        ("UPDATE results SET id = 99 WHERE id = 2", "1 results for rows that the input does not"),
+        ("UPDATE results SET status = 'fine' WHERE id = 2", "a result has an unknown status"),
+        ("UPDATE results SET run = 7 WHERE id = 2", "belongs to a run that does not exist"),
+        ("INSERT INTO partials VALUES (2, x'', NULL, NULL, NULL)", "a result and partial tokens"),
         (
             "UPDATE meta SET value = '5' WHERE key = 'rows_total'",
             "the input has 4 rows, the journal",
