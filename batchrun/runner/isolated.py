@@ -7,6 +7,7 @@ handler runs, so neither a limit nor Ctrl-C could end it from inside.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import pickle
 import signal
@@ -121,6 +122,7 @@ def _be_child(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() == parent:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            faulthandler.disable()  # the parent says what crashed
             sent = _done(work, note)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
