@@ -38,17 +38,17 @@ class ModelSpec:
     path: str = ""
     fingerprint: str = ""
     dtype: str = option(
-        "Type of weights and KV cache. auto: the model's own on a GPU; on a CPU bfloat16 "
-        "where it has instructions for it, else float32.",
+        "Type of weights and KV cache. auto: the model's own on a GPU; on a CPU bfloat16 if it "
+        "has instructions for that, else float32.",
         one_of("auto", "float32", "bfloat16", "float16"),
         "auto",
     )
     quantize: str | None = option(
-        "Weights of 8 bits: half the memory; answers differ a little from the model's own.",
+        "8-bit weights: half the memory; answers differ slightly from the full model's.",
         one_of("int8"),
     )
     max_model_len: int | None = option(
-        "Prompt and completion together at most; default: the model's context length.",
+        "Maximum tokens of prompt and completion together; default: the model's context length.",
         _COUNT,
         metavar="TOKENS",
     )
@@ -69,31 +69,33 @@ class PromptSpec:
         metavar="NAME",
     )
     template: str | None = option(
-        "Build the prompt from columns: 'Summarise: {text}'. Any column's name can stand in "
-        "the braces; {{ and }} are literal ones.",
+        "Build the prompt from columns: 'Summarise: {text}'. Braces can hold any column's name; "
+        "{{ and }} are literal braces.",
         metavar="TEXT",
     )
-    chat: bool = option("Send the prompt as a user message, in the chat template.", default=False)
-    system: str | None = option("System message to put before it; implies --chat.", metavar="TEXT")
+    chat: bool = option(
+        "Send the prompt as a user message through the chat template.", default=False
+    )
+    system: str | None = option("System message before the prompt; implies --chat.", metavar="TEXT")
     template_args: Mapping[str, Any] = option(
-        "Tell the model's chat template, such as enable_thinking=false; what a row has in a "
-        "column chat_template_kwargs wins. Repeatable.",
+        "Pass a variable to the model's chat template, such as enable_thinking=false. A row's "
+        "column chat_template_kwargs overrides it. Repeatable.",
         kinds.NAMED,
         {},
         flag="--template-arg",
     )
     special_tokens_in_data: bool = option(
-        "What reads like a control token (<|im_end|>, </s>) in columns of a chat or a "
-        "--template is one; else it is text. In a plain prompt it always is one.",
+        "Treat text that reads like a control token (<|im_end|>, </s>) as one in the columns of a "
+        "chat or a --template; by default it stays text. In a plain prompt it always is one.",
         default=False,
     )
     skip_empty: bool = option(
-        "Leave out rows without a prompt; they are no errors, and have no completion.",
+        "Skip rows without a prompt: they get no completion, and are not errors.",
         default=False,
     )
     ignore_param_columns: bool = option(
-        "A column named like a sampling parameter (temperature, seed, stop, ...), tools or "
-        "chat_template_kwargs is data.",
+        "Treat columns named like a sampling parameter (temperature, seed, stop, ...), tools or "
+        "chat_template_kwargs as data.",
         default=False,
     )
 
@@ -107,23 +109,37 @@ class SamplingSpec:
 
     SECTION: ClassVar = kinds.SAMPLING
 
-    max_tokens: int | None = whole("At most so many new tokens.", "at least 1", 1)
-    min_tokens: int | None = whole("Do not stop before so many.", "0 or more")
+    max_tokens: int | None = whole("Maximum new tokens.", "at least 1", 1)
+    min_tokens: int | None = whole("Do not stop before this many tokens.", "0 or more")
     temperature: float | None = number(
-        "0 takes the likeliest token always.", "0 or more, and at most 5", lambda v: 0 <= v <= 5
+        "Randomness; 0 always takes the likeliest token.",
+        "0 or more, and at most 5",
+        lambda v: 0 <= v <= 5,
     )
     top_p: float | None = number(
-        "Draw from the likeliest with sum X.", "above 0 and at most 1", lambda v: 0 < v <= 1
+        "Sample from the likeliest tokens that add up to X.",
+        "above 0 and at most 1",
+        lambda v: 0 < v <= 1,
     )
-    top_k: int | None = whole("Draw from the N likeliest; 0 is off.", "0 (off) or more", 0, 1 << 31)
+    top_k: int | None = whole(
+        "Sample from the N likeliest tokens; 0 is off.", "0 (off) or more", 0, 1 << 31
+    )
     min_p: float | None = number(
-        "Drop what is less likely than X times the top.", "between 0 and 1", lambda v: 0 <= v <= 1
+        "Drop tokens less likely than X times the likeliest.",
+        "between 0 and 1",
+        lambda v: 0 <= v <= 1,
     )
     repetition_penalty: float | None = number(
-        "Above 1 discourages repeating.", "above 0 (0.000001 to 1000000)", lambda v: 1e-6 < v < 1e6
+        "Values above 1 discourage repetition.",
+        "above 0 (0.000001 to 1000000)",
+        lambda v: 1e-6 < v < 1e6,
     )
-    presence_penalty: float | None = number("Subtracted once for a used token.")
-    frequency_penalty: float | None = number("Subtracted for each use of it.")
+    presence_penalty: float | None = number(
+        "Subtracted once from the logit of a token already in the answer."
+    )
+    frequency_penalty: float | None = number(
+        "Subtracted for each time that the answer has the token."
+    )
     stop: tuple[str, ...] = option(
         "Stop before this text. Repeatable.",
         default=(),
@@ -146,17 +162,18 @@ class SamplingSpec:
         "Never choose the model's end tokens.", default=False, row=RowRule("true or false")
     )
     logprobs: int | None = option(
-        "Add the log-probability of each token, and of the N likeliest in its place.", Integer(0)
+        "Add each token's log-probability, and those of the N likeliest tokens in its place.",
+        Integer(0),
     )
     num_beams: int | None = option(
-        "Search the likeliest answer among N at once, instead of sampling (beam search).", _COUNT
+        "Search for the likeliest answer with N beams instead of sampling.", _COUNT
     )
     length_penalty: float | None = option(
-        "Of beams: above 1 favours long answers, below 1 short ones; default: 1.", NUMBER
+        "Beam search: above 1 favours long answers, below 1 short ones; default: 1.", NUMBER
     )
     early_stopping: bool | Literal["never"] | None = option(
-        "Of beams: yes ends with the first N answers, never only when none can be better; "
-        "default: no, when none is likely to be.",
+        "Beam search: yes ends once N answers are complete; no (the default) once no better one "
+        "is likely; never only once none is possible.",
         Choice({"no": False, "yes": True, "never": "never"}),
     )
 
@@ -188,7 +205,7 @@ class OutputSpec:
     )
     format: str = ""
     prefix: str = option(
-        "Put before the names of added columns: judge_ makes judge_completion, and so on.",
+        "Prefix for the names of added columns: judge_ gives judge_completion, and so on.",
         default="",
         name="output_prefix",
         metavar="TEXT",
@@ -209,38 +226,43 @@ class RuntimeSpec:
     SECTION: ClassVar = kinds.RUNNING
 
     device: str = option(
-        "Where to compute. auto: the first GPU if there is one that can be used.",
+        "Where to compute. auto: the first usable GPU, else the CPU.",
         kinds.DEVICE,
         "auto",
         section=kinds.MODEL,
     )
     attention: str = option(
-        "Attention kernel; `batchrun doctor` says which work here.",
+        "Attention kernel; `batchrun doctor` lists those that work here.",
         default="auto",
         section=kinds.MODEL,
     )
     max_num_seqs: int | None = option(
-        "Rows that generate at the same time at most.", Integer(1, MOST_SEQUENCES), anew=True
+        "Maximum rows that generate at the same time.", Integer(1, MOST_SEQUENCES), anew=True
     )
     max_num_batched_tokens: int | None = option(
-        "Tokens computed in one step at most; longer prompts are cut into chunks.",
+        "Maximum tokens per step; longer prompts are split into chunks.",
         _COUNT,
         anew=True,
     )
-    kv_budget: int | None = option("KV memory at most, like 256MiB.", kinds.size(), anew=True)
-    page_size: int | None = option("Physical page of the KV memory.", kinds.size(mmap.PAGESIZE))
+    kv_budget: int | None = option(
+        "Maximum memory of the KV cache, such as 256MiB.", kinds.size(), anew=True
+    )
+    page_size: int | None = option(
+        "Size of a physical page of KV memory.", kinds.size(mmap.PAGESIZE)
+    )
     layers_per_slab: int | None = option("Layers that share a KV slab; default: all.", _COUNT)
     share_prefixes: bool = option(
-        "Compute and hold once what prompts begin with alike.", default=True
+        "Compute and store the common beginnings of prompts once.", default=True
     )
     drafts: bool = option(
-        "On a CPU in bfloat16: propose tokens from a row's own text, and check many in one step.",
+        "On a CPU in bfloat16: draft tokens from the row's own text, and verify many in one step.",
         default=True,
     )
     overlap: bool = option("On a GPU: plan, map and copy while it computes.", default=True)
     graphs: bool = option("On a GPU: record steps as CUDA graphs.", default=True)
     optimize: bool = option("Fuse the model's modules, and on a GPU compile them.", default=True)
     plan: bool = option(
-        "Compute equal rows once, rows that begin alike together, long ones early.", default=True
+        "Compute identical rows once, rows that begin alike together, and long ones early.",
+        default=True,
     )
     param_columns: tuple[str, ...] = ()

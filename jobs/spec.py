@@ -115,13 +115,15 @@ class JobSpec:
     model: ModelSpec
     sampling: SamplingSpec
     seed: int = whole("Same seed, same answers.", "of 64 bits", -1 << 63, default=0)
-    n: int = option("Samples for each row.", Integer(1), 1, metavar="INTEGER RANGE")
-    limit: int | None = option("Only the first rows.", Integer(1), metavar="ROWS", section=PROMPT)
+    n: int = option("Samples per row.", Integer(1), 1, metavar="INTEGER RANGE")
+    limit: int | None = option(
+        "Process only the first ROWS rows.", Integer(1), metavar="ROWS", section=PROMPT
+    )
     output: OutputSpec = field(default_factory=OutputSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     version: int = VERSION
     keep: int | None = option(
-        "Draw N samples and keep the --n likeliest, by mean log-probability of their tokens.",
+        "Draw N samples and keep the --n with the highest mean log-probability of their tokens.",
         Integer(1),
         name="best_of",
     )

@@ -48,7 +48,7 @@ _wait = partial(
     _running,
     "--wait/--detach",
     default=True,
-    help="Watch until the job ends, and exit as it did; or return at once with the job's id.",
+    help="Watch until the job ends and exit as it did, or return at once with the job's id.",
 )
 _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 
@@ -112,14 +112,16 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
 @click.command()
 @job_argument
 @click.option("--all", "every", is_flag=True, help="Continue every job that is not done.")
-@click.option("--retry-failed", is_flag=True, help="Do the failed rows again, and only those.")
+@click.option("--retry-failed", is_flag=True, help="Do only the failed rows again.")
 @click.option(
     "--moved",
     multiple=True,
     metavar="OLD=NEW",
     help="An input or the model has moved; its content must be the same.",
 )
-@click.option("--output", "-o", metavar="FILE", help="Another file for the output, from now on.")
+@click.option(
+    "--output", "-o", metavar="FILE", help="Write the output to another file from now on."
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is there now, whoever wrote it.")
 @job_options(RUNNING, anew=True)
 @_json
