@@ -382,7 +382,9 @@ def test_misuse_is_refused(make_arena: MakeArena, memory: VirtualMemory) -> None
     for tokens in (65, -1):
         with pytest.raises(AllocatorError, match=f"cannot hold {tokens} tokens: a slot has 64"):
             arena.ensure(slot, tokens)
-    with pytest.raises(AllocatorError, match=f"{2 * PAGE} bytes in each of 1 .* memory's {PAGE}"):
+    with pytest.raises(
+        AllocatorError, match=f"{2 * PAGE} bytes in each of 1 .* the memory's have {PAGE}"
+    ):
         KVArena(memory, KVLayout((LayerKV(1, 8, 8),), 2, 2 * PAGE, 8, 1), num_slots=1)
     with pytest.raises(AllocatorError, match="num_slots 0"):
         make_arena(num_slots=0)

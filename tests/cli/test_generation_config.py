@@ -35,7 +35,7 @@ def test_what_the_model_asks_for_and_does_not_get_is_said_once(own: CommandLine)
     source = own.write("in.jsonl", ["Hello", "x" * 39, "y" * 40])
     shown = own.submit(source, "-o", "out.jsonl", "--wait")
     assert shown.code == 3
-    says = "the model's generation config asks for num_beams=4, guidance_scale=1.5, which batchrun"
+    says = "the model's generation config sets num_beams=4, guidance_scale=1.5, which batchrun"
     assert shown.err.count(says) == 1
     first, second, third = own.read("out.jsonl")
     assert first["prompt_tokens"] + first["completion_tokens"] <= 40
@@ -50,7 +50,8 @@ def test_what_the_model_asks_for_and_does_not_get_is_said_once(own: CommandLine)
 def test_a_token_that_only_the_tokenizer_has_is_a_rows_error(own: CommandLine) -> None:
     source = own.write("in.jsonl", ["fine", "a <two> b", "fine too"])
     size = len(byte_vocabulary())
-    says = f"the prompt has the token '<two>' ({size + 1}), but the model's vocabulary has {size}"
+    says = f"the prompt has the token '<two>' ({size + 1}), "
+    says += f"but the model's vocabulary has {size} tokens"
     dry = own.submit(source, "-o", "out.jsonl", "--dry-run")
     assert f"1 of the first 3 rows will fail; row 1: {says}" in dry.err
     planned = own("plan", source, "--model", own.model, "--json").json
