@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell that runs this in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it to their children
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the cores; read by torch
     _threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _threads)))
