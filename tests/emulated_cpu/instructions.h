@@ -165,19 +165,13 @@ inline i32 broadcast4(i32 from, Mask m, __m128i x) {
   return from;
 }
 
-inline i32 widened(const __m128i& x) {
-  int8_t bytes[16];
-  store(bytes, x);
+template <class Number, class V>
+inline i32 widened(const V& x) {
+  Number numbers[16];
+  static_assert(sizeof numbers == sizeof x);
+  store(numbers, x);
   i32 v;
-  for (int i = 0; i < 16; i++) v[i] = bytes[i];
-  return v;
-}
-
-inline i32 widened(const __m256i& x) {
-  uint16_t words[16];
-  store(words, x);
-  i32 v;
-  for (int i = 0; i < 16; i++) v[i] = words[i];
+  for (int i = 0; i < 16; i++) v[i] = numbers[i];
   return v;
 }
 
@@ -302,8 +296,8 @@ inline void multiply_tiles(int sum, int a, int b) {
 #define _mm512_mask_reduce_min_epi32(m, x) emulated::smallest(m, (emulated::i32)(x))
 #define _mm512_cvtss_f32(x) ((x)[0])
 #define _mm512_cvtepi32_ps(x) ((__m512)emulated::floats((emulated::i32)(x)))
-#define _mm512_cvtepi8_epi32(x) ((__m512i)emulated::widened(x))
-#define _mm512_cvtepu16_epi32(x) ((__m512i)emulated::widened(x))
+#define _mm512_cvtepi8_epi32(x) ((__m512i)emulated::widened<int8_t>(x))
+#define _mm512_cvtepu16_epi32(x) ((__m512i)emulated::widened<uint16_t>(x))
 #define _mm512_cvtneps_pbh(x) ((__m256bh)emulated::cvtneps(x))
 #define _mm512_cvtne2ps_pbh(a, b) ((__m512bh)emulated::cvtne2ps(a, b))
 #define _mm512_dpbf16_ps(s, a, b) \

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from batchrun import machine
 from batchrun.engine import cpu
+from tests.suites import ROOT, run_tests
 
-ROOT = Path(__file__).parents[2]
 HEADER = Path(__file__).with_name("instructions.h")
 
 
@@ -44,15 +41,5 @@ def compiler(tmp_path: Path) -> Path:
 def test_it_computes_on_an_emulated_cpu_as_on_a_real_one(
     compiler: Path, file: str, names: str
 ) -> None:
-    plugins = ["-p", "no:cacheprovider", "-p", "tests.emulated_cpu.plugin"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *plugins, "-k", names, file],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "CXX": str(compiler)},
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    plugin = "-p", "tests.emulated_cpu.plugin"
+    run_tests(ROOT / file, *plugin, "-k", names, CXX=str(compiler))

@@ -1,11 +1,9 @@
 """A CUDA driver over the host's memory, with the real one's rules, and tests run over it."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.suites import run_tests
 
 
 def run_suite(
@@ -22,14 +20,5 @@ def run_suite(
     """
     path = os.environ.get("LD_LIBRARY_PATH", "")
     path = f"{library}:{path}".rstrip(":") if library else path
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "BATCHRUN_TEST_MEMORY": twin, "LD_LIBRARY_PATH": path, **environment},
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    own = {"BATCHRUN_TEST_MEMORY": twin, "LD_LIBRARY_PATH": path}
+    run_tests(file, *options, **{**own, **environment})
