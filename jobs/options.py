@@ -255,7 +255,7 @@ class RuntimeSpec:
         "Compute and store the common beginnings of prompts once.", default=True
     )
     drafts: bool = option(
-        "On a CPU in bfloat16: draft tokens from the row's own text, and verify many in one step.",
+        "On a CPU: draft tokens from the row's own text, and verify many in one step.",
         default=True,
     )
     overlap: bool = option("On a GPU: plan, map and copy while it computes.", default=True)

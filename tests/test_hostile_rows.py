@@ -161,14 +161,16 @@ def test_rows_without_finite_numbers_and_those_that_ask_the_same(
 ) -> None:
     [token] = bench.loaded.tokenizer("Y")["input_ids"]
     assert not any(token in ids for ids in wanted), "a good row would fail too"
-    embedding = bench.loaded.model.get_input_embeddings().weight.data
-    before = embedding[token].clone()
-    embedding[token] = torch.nan
+
+    def spoil(_: object, asked: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
+        return embedded.masked_fill((asked[0] == token)[..., None], torch.nan)
+
+    spoilt = bench.loaded.model.get_input_embeddings().register_forward_hook(spoil)
     bad = [*GOOD, "Hello there, You", "a Y", "Hello there, You"]
     try:
         found = answered(bench, tmp_path, [{"prompt": p} for p in [*bad, *bad]], n)
     finally:
-        embedding[token] = before
+        spoilt.remove()
     says = "the model's logits are not finite after 16 tokens of the prompt and 0 of the answer"
     for i, row in enumerate(found):
         at = i // n % len(bad)

@@ -19,7 +19,13 @@ from batchrun.engine.cpu import compile as compiled
 from batchrun.engine.cpu import layers as cpu_layers
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.cpu.layers import NativeLayer
-from batchrun.engine.cpu.linear import NativeLinear, PackedWeight, fits, rms_norm
+from batchrun.engine.cpu.linear import (
+    NativeEmbedding,
+    NativeLinear,
+    PackedWeight,
+    fits,
+    rms_norm,
+)
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.model import fused
 from batchrun.engine.model.hook import attending
@@ -307,3 +313,19 @@ def test_guessed_tokens_are_those_of_one_step_each(dtype: torch.dtype) -> None:
     assert 100 < guessing.accepted_tokens < guessing.drafted_tokens
     assert guessing.decode_tokens == stepwise.decode_tokens
     assert guessing.generated_tokens == stepwise.generated_tokens
+
+
+def test_a_tied_head_holds_the_embedding_too(dtype: torch.dtype) -> None:
+    model = made(tf.LlamaConfig(**SMALL, tie_word_embeddings=True), dtype)
+    loaded = prepare(model)
+    embedding = model.get_input_embeddings()
+    ids = torch.tensor([[0, 5, 98, 31, 32, 33]])
+    want, size, logits = embedding(ids), loaded.weights_bytes, logits_of(model)
+    optimize(model, compile=False, log=pytest.fail)
+    native = model.get_input_embeddings()
+    assert isinstance(native, NativeEmbedding)
+    assert native.num_embeddings == embedding.num_embeddings
+    assert torch.equal(native(ids), want)
+    assert loaded.weights_bytes < 1.1 * size  # panels of 32 rows, and norms in float32
+    scale = 0.05 * float(logits.abs().max())
+    torch.testing.assert_close(logits_of(model), logits, rtol=0, atol=scale)

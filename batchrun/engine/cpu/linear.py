@@ -42,6 +42,7 @@ class PackedWeight:
         level: Level,
     ) -> None:
         self.n, self.k = weight.shape
+        self._level = level
         missing, width = -self.n % _COLUMNS, self.k + -self.k % _UNIT
         padded = weight
         if missing or width > self.k:
@@ -67,6 +68,15 @@ class PackedWeight:
         if self._scales is not None:
             rows = rows * self._scales[:, None]
         return rows[: self.n, : self.k]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a weight that is not int8: `[...]` int64 to `[..., k]`."""
+        panel, half, column = ids // _COLUMNS, ids % _COLUMNS // 16, ids % 16
+        if self._level:
+            found = self._panels[panel, :, half, :, column].flatten(-3)
+        else:
+            found = self._panels[panel, half, :, column]
+        return found[..., : self.k]
 
 
 def fits(linear: object, dtype: torch.dtype) -> bool:
@@ -111,6 +121,23 @@ class NativeLinear(nn.Module):
         if call.rows:
             self._compute(ctypes.byref(call))
         return out
+
+
+class NativeEmbedding(nn.Module):
+    """An embedding whose weight is a native linear layer's, which holds it for both.
+
+    Args:
+        head: A linear layer that is not of 8 bits.
+    """
+
+    def __init__(self, head: NativeLinear) -> None:
+        super().__init__()
+        self._packed = head.packed
+        self.num_embeddings = self._packed.n
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[...]` int64 to `[..., n]`."""
+        return self._packed.rows(ids)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

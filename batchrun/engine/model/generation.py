@@ -247,8 +247,8 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the model's input embedding, which bound a prompt's token ids."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    return int(model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return int(rows or model.config.get_text_config().vocab_size)
 
 
 Encode = Callable[[Mapping[str, Any]], Ids]

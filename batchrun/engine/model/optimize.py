@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.cpu import library
 from batchrun.engine.cpu.layers import NativeLayer, NativeStack, RotaryTable
-from batchrun.engine.cpu.linear import NativeLinear, fits
+from batchrun.engine.cpu.linear import NativeEmbedding, NativeLinear, fits
 from batchrun.engine.model.adapters import is_adapted
 from batchrun.engine.model.fused import FusedNorm, Projection, Undo, fuse_norms, merge_projections
 from batchrun.engine.model.hook import LAYER, current_step
@@ -153,14 +153,24 @@ def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLaye
 
 def _use_native_parts(model: PreTrainedModel) -> None:
     """Make norms and linear layers native: those of no layer, or of layers that stayed."""
+    embeddings = {
+        module.weight: (parent, name)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if type(module) is nn.Embedding
+    }
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, FusedNorm):
                 child.use_native()
             elif fits(child, model.dtype):
-                native = NativeLinear(cast("nn.Linear", child), model.dtype)
-                check_linear(child, native, model.dtype)
+                linear = cast("nn.Linear", child)
+                native = NativeLinear(linear, model.dtype)
+                check_linear(linear, native, model.dtype)
                 setattr(parent, name, native)
+                if linear.weight in embeddings:
+                    owner, of = embeddings.pop(linear.weight)
+                    setattr(owner, of, NativeEmbedding(native))
 
 
 # --- compiled layers: each a graph, in which attention is a single opaque operator ---
