@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "sdpa": "attention.sdpa",
+    "tiled": "attention.tiled",
     "native": "cpu.attention",
     "torch-flash": "attention.torch_flash",
     "flashinfer-fa2": "attention.flashinfer",
@@ -108,6 +109,7 @@ class AttentionBackend(Protocol):
         max_query: Maximum tokens per sequence that one call computes together with other sequences;
             with more, each sequence is a call of its own. None for no limit.
         kv_formats: Names of the `KVFormat`s that it reads.
+        invariant: Whether a query's bits depend on its own sequence alone.
     """
 
     name: str
@@ -115,6 +117,7 @@ class AttentionBackend(Protocol):
     writes_kv: bool = False
     max_query: int | None = None
     kv_formats: tuple[str, ...] = ("plain",)
+    invariant: bool = False
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """Prepare a step. Its segments are packed in order, single-token ones first.
