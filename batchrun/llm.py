@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchrun.engine.core import Request
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.folder import home
-from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
+from batchrun.jobs.journal.results import DoneSet, Result
 from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING
 from batchrun.jobs.options import ModelSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.output.result_reader import ResultReader
@@ -20,15 +19,14 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import Part
 from batchrun.jobs.spec import JobSpec
 from batchrun.runner.chat_columns import usual_column
-from batchrun.runner.engine_loop import result_of
+from batchrun.runner.drive import Drive
 from batchrun.runner.opening import open_runtime
-from batchrun.runner.reader import QUEUED_REQUESTS, Reader
+from batchrun.runner.reader import Reader
 from batchrun.specs import part_of, read_options, sampling_of, with_model
 from batchrun.submission import as_lines, table_of
 
-if TYPE_CHECKING:  # they import torch
+if TYPE_CHECKING:  # imports torch
     from batchrun.engine.build import Assembly
-    from batchrun.engine.engine import Engine
 
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 _log = logging.getLogger("batchrun").info
@@ -139,48 +137,6 @@ class LLM:
         self.close()
 
 
-class _Drive:
-    """Takes the reader's requests and results, and steps the engine, in one thread.
-
-    Attributes:
-        results: By row and sample.
-    """
-
-    def __init__(self, engine: Engine, reader: Reader) -> None:
-        self._engine, self._reader = engine, reader
-        self.results: dict[tuple[int, int], Result] = {}
-
-    @property
-    def full(self) -> bool:
-        """Whether enough waits in the engine."""
-        return self._engine.load()[1] >= QUEUED_REQUESTS
-
-    def put(self, item: Request | Result | CopiedResult | RowDigests) -> None:
-        """Take a request to compute, or a result instead of it."""
-        if isinstance(item, Request):
-            while self.full:
-                self.step()
-            self._engine.add(item)
-        elif isinstance(item, Result):
-            self.results[item.row, item.sample] = item
-        elif isinstance(item, CopiedResult):
-            of = self.results[item.of_row, item.of_sample]
-            self.put(of._replace(row=item.row, sample=item.sample))
-
-    def close(self) -> None:
-        """Compute what is left; no more items come."""
-        while self._engine.has_work:
-            self.step()
-
-    def step(self) -> None:
-        """Run one step of the engine."""
-        for completion in self._engine.step():
-            request, result = completion.request, result_of(completion)
-            self.put(result)
-            for same in self._reader.ended(request, result):
-                self.put(same)
-
-
 def _computed(
     spec: JobSpec, lines: bytes, bench: Assembly, log: Callable[[str], None]
 ) -> list[Result]:
@@ -190,6 +146,6 @@ def _computed(
         path.write_bytes(lines)
         source = open_source([Part(path)], "jsonl")
         reader = Reader(spec, source, DoneSet(spec.n), bench, log)
-        drive = _Drive(bench.engine, reader)
+        drive = Drive(bench.engine, reader)
         reader.read(drive, drive)
     return [drive.results[key] for key in sorted(drive.results)]

@@ -52,7 +52,7 @@ def use_cores(root: Path = cgroups.ROOT) -> str | None:
     """Keep libraries from starting more threads than can run; call it before they are loaded.
 
     Beyond a CPU quota, all threads stall for the rest of each period; beyond a limit on processes,
-    OpenMP ends the process.
+    OpenMP ends the process. Nor may threads that wait for work keep a core busy for long.
 
     Returns:
         A message for the user, if there is one.
@@ -60,6 +60,10 @@ def use_cores(root: Path = cgroups.ROOT) -> str | None:
     Raises:
         MachineError: Beside our own threads there is no room for even one more.
     """
+    # How long a thread of torch's OpenMP spins for work before it sleeps. The default gains nothing
+    # over this on an idle machine, and makes a step three times as slow when another process wants
+    # a core (benchmarks/README.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     wanted = cores(root)
     room = startable_threads(wanted + OWN_THREADS) - OWN_THREADS
     if room < 1:

@@ -59,6 +59,9 @@ METRICS = (
     Metric("model", "text", _latest, "model"),
     Metric("device", "text", _latest, "device"),
     Metric("attention", "text", _latest, "attention"),
+    # Whether both leave answers independent of the batch: see `batchrun.jobs.determinism`.
+    Metric("arithmetic", "text", _latest, "arithmetic"),
+    Metric("varies", "text", _latest),
     # The reader, the engine and the journal work at the same time.
     Metric("wall_s", "s", sum, "time.wall_s", sampled=True),
     Metric("load_s", "s", sum, "time.load_s", "load the model"),

@@ -265,4 +265,10 @@ class RuntimeSpec:
         "Compute identical rows once, rows that begin alike together, and long ones early.",
         default=True,
     )
+    deterministic: bool = option(
+        "Have every answer depend on the model, the row, the parameters and the seed alone, never "
+        "on the batch, even where that is slower; fail at the start where it can't be. On a CPU, "
+        "Llama-like models are so anyway.",
+        default=False,
+    )
     param_columns: tuple[str, ...] = ()

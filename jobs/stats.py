@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from batchrun.jobs.determinism import computing_runs, why_not
 from batchrun.jobs.files import write_json
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.metrics import merged, placed
@@ -20,7 +21,9 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         state: How it has just ended, if its worker asks.
 
     Returns:
-        JSON-able: `job`, `state`, `model`, `device`, `attention`, `output`, `rows` (`total`,
+        JSON-able: `job`, `state`, `model`, `device`, `attention`, `arithmetic`, `deterministic`
+        (whether answers are independent of the batch; None if nothing was computed), `varies` (why
+        they are not, or None), `output`, `rows` (`total`,
         `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`, and `skipped` if the user
         left some out; they count as done), `finish_reasons`, `tokens`
         (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`,
@@ -39,6 +42,7 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
     with job.journal() as journal:
         counts, runs, total = journal.counts(), journal.runs(), journal.meta("rows_total")
         reasons, failures = journal.tally("finish_reason"), journal.tally("error_kind")
+        computing = computing_runs(journal)
         rows = {
             name: dict(zip(_SHARES, found, strict=True)) if found else None
             for name in ("queue", "prefill", "decode")
@@ -48,6 +52,8 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
     summary = {
         "job": job.id,
         "state": state or job.state(),
+        "deterministic": why_not(computing) is None if computing else None,
+        "varies": why_not(computing),
         "output": spec.output.path,
         "samples_per_row": spec.n,
         "max_tokens": spec.sampling.max_tokens,

@@ -80,7 +80,7 @@ def test_every_option_of_submit_is_in_the_readme_and_the_other_way_round():
         name for param in resume_command.params for name in (*param.opts, *param.secondary_opts)
     }
     installers = {"--no-deps", "--from"}
-    known = options | others | installers | {"--partial", "--help"}
+    known = options | others | installers | {"--partial", "--recompute", "--help"}
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 990,
-    "batchrun/cli": 1260,
-    "batchrun/engine": 3120,
+    "batchrun": 970,
+    "batchrun/cli": 1300,
+    "batchrun/engine": 3160,
     "batchrun/engine/attention": 800,
     "batchrun/engine/cpu": 2140,
     "batchrun/engine/model": 1790,
@@ -24,9 +24,9 @@ CEILINGS = {
     "batchrun/models": 1060,
     "batchrun/prompts": 1070,
     "batchrun/report": 150,
-    "batchrun/runner": 1960,
-    "jobs": 1940,
-    "jobs/journal": 740,
+    "batchrun/runner": 2160,
+    "jobs": 1980,
+    "jobs/journal": 750,
     "jobs/output": 610,
     "jobs/rows": 2150,
 }

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
+import sys
 import tempfile
 import time
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import click
 
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import job_argument, when
 from batchrun.cli.piped import hand_out
+from batchrun.cli.progress import View
 from batchrun.jobs.cancel import cancel
 from batchrun.jobs.folder import JobFolder, find, home, sweep
 from batchrun.jobs.inflight import ReaderNote
@@ -24,6 +30,8 @@ from batchrun.jobs.verify import verify
 from batchrun.models.resolve import fingerprint
 from batchrun.runner.isolated import ReaderCrashed, isolated
 from batchrun.runner.live import LogTail
+from batchrun.runner.overdue import PromptLimit, prompt_seconds
+from batchrun.runner.recompute import Recomputed, recompute
 from batchrun.specs import PIPE, output_to, to_stdout
 from batchrun.terminal import MESSAGE, say, tell
 
@@ -78,11 +86,21 @@ def rm_command(jobs: tuple[str, ...]) -> None:
 
 @click.command()
 @job_argument
-def verify_command(job: str | None) -> int:
+@click.option(
+    "--recompute",
+    "rows",
+    type=click.IntRange(1),
+    metavar="ROWS",
+    help="Also compute so many finished rows again, chosen at random, each alone, and compare.",
+)
+@click.option("--seed", type=int, help="Choose the rows that an earlier --recompute chose.")
+def verify_command(job: str | None, rows: int | None, seed: int | None) -> int:
     """Check a job.
 
     Is its journal sound, are its inputs and model unchanged, does the output match?
     """
+    if seed is not None and rows is None:
+        raise click.UsageError("--seed chooses rows to compute again: add --recompute ROWS")
     folder = find(home(), job)
     try:
         problems = isolated(lambda note: verify(folder, fingerprint, note.reading))
@@ -91,7 +109,29 @@ def verify_command(job: str | None) -> int:
     say(*problems, limit=MESSAGE)
     if not problems:
         say(f"{folder.id} is sound: {folder.counts().rows:,} rows")
-    return ExitStatus.FAILED if problems else ExitStatus.DONE
+    same = rows is None or _recomputes(folder, rows, seed)
+    return ExitStatus.FAILED if problems or not same else ExitStatus.DONE
+
+
+def _recomputes(folder: JobFolder, rows: int, seed: int | None) -> bool:
+    """Compute rows again and say how they compare; returns whether all are the same."""
+    chosen = secrets.randbelow(1 << 32) if seed is None else seed
+
+    def compared(note: ReaderNote) -> Recomputed:
+        with closing(View(sys.stderr)) as view, PromptLimit(note, prompt_seconds()) as limit:
+            shown: dict[str, Any] = {"log": view.message, "on_progress": view.update}
+            return recompute(folder, rows, chosen, limit, **shown)
+
+    found = isolated(compared, "computing rows again")
+    if not found.rows:
+        say("no row is finished: there is nothing to compute again")
+        return True
+    same = found.rows - len(found.differences)
+    say(*chain(*found.differences.values()), limit=MESSAGE)
+    say(f"{same:,} of {found.rows:,} rows are the same, computed alone (--seed {chosen})")
+    if found.varies is not None:
+        say(f"rows may differ: {found.varies}", limit=MESSAGE)
+    return not found.differences
 
 
 @click.command()

@@ -59,10 +59,6 @@ def work_command(folder: Path) -> int:
 @click.argument("folder", type=click.Path(path_type=Path))
 def run_job_command(folder: Path) -> int:
     """Run a job, as its supervisor's child."""
-    # How long a thread of torch's OpenMP spins for work before it sleeps; read when torch is
-    # loaded. The default gains nothing over this on an idle machine, and makes a step three
-    # times as slow when another process wants a core (benchmarks/README.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     job, handles = JobFolder(folder), supervisor.inherited()
     with Reporter(folder) as reporter, stopped_by_signals() as stop:
         try:

@@ -17,7 +17,7 @@ from batchrun.allocator.cuda import CudaMemory
 from batchrun.allocator.host import HostMemory
 from batchrun.allocator.tensor import layer_views, slab_bytes
 from batchrun.allocator.vmm import AllocatorError, VirtualMemory
-from batchrun.engine import attention, cpu
+from batchrun.engine import attention, cpu, invariance
 from batchrun.engine.core import EngineError
 from batchrun.engine.cpu import Level
 from batchrun.engine.cpu.compile import guard_caches
@@ -127,10 +127,14 @@ class Assembly:
     Attributes:
         encode: Turns a row's fields into prompt tokens; set only by `build`.
         kernels: What computes: the attention backend, and what `optimize` replaced.
+        varies: Why answers may depend on the batch, in one clause; None if they don't.
+        arithmetic: What computes the numbers. Only answers of the same arithmetic are promised to
+            be equal.
         generation: How the model wants to be sampled.
 
     Raises:
-        EngineError: There is not enough memory, or a backend requested by name can't be used.
+        EngineError: There is not enough memory, a backend requested by name can't be used, or
+            answers must not depend on the batch but do.
     """
 
     encode: Encode
@@ -173,6 +177,14 @@ class Assembly:
             raise
         recorded = ("recorded pieces",) * (self.executor.pieces is not None)
         self.kernels = (self.executor.backend.name, *made, *recorded)
+        self.varies = invariance.varies(loaded, self.executor.backend)
+        self.arithmetic = invariance.arithmetic(loaded)
+        if settings.deterministic and self.varies:
+            self.close()
+            raise EngineError(
+                f"--deterministic can't be kept: {self.varies}",
+                hint="leave out --deterministic, and add --again",
+            )
         self.scheduler = Scheduler(
             self.arena,
             max_num_seqs=self.max_num_seqs,
@@ -206,6 +218,8 @@ class Assembly:
             "peak_activations": self._peak_activations(),
             "device": str(self.loaded.device),
             "attention": self.executor.backend.name,
+            "arithmetic": self.arithmetic,
+            "varies": self.varies or "",
             "model": self.settings.model_name,
         }
 

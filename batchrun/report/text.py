@@ -81,6 +81,10 @@ def _rows(summary: Mapping[str, Any]) -> str:
         done += f", {rows[name]:,} {word}" if rows[name] else ""
     lines = [("rows", done)]
     lines += [("", f"{count:,} failed: {kind}") for kind, count in rows["failed_by_reason"].items()]
+    if summary["deterministic"] is not None:
+        how = f"deterministic, computed with {summary['arithmetic']}"
+        varies = f"not deterministic: {summary['varies']}"
+        lines.append(("answers", how if summary["deterministic"] else varies))
     if reasons:
         listed = ", ".join(f"{name} {count:,}" for name, count in reasons.items())
         lines.append(("finished by", listed))

@@ -48,7 +48,7 @@ class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
         self.path = path
 
 
-def isolated(work: Callable[[ReaderNote], T]) -> T:
+def isolated(work: Callable[[ReaderNote], T], doing: str = "reading the input") -> T:
     """Run `work` in a child process; return what it returns, or raise what it raises.
 
     Its changes to memory are lost.
@@ -56,6 +56,7 @@ def isolated(work: Callable[[ReaderNote], T]) -> T:
     Args:
         work: Called with a note, where it says which file it reads, and which row's prompt it
             makes. Its result must be picklable.
+        doing: What it does while it notes nothing.
 
     Raises:
         ReaderCrashed: It crashed while reading a file.
@@ -83,7 +84,8 @@ def isolated(work: Callable[[ReaderNote], T]) -> T:
         finally:
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if sent is None:
-            raise _crash(signal.Signals(-code).name if code < 0 else f"exit code {code}", note.at())
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise _crash(how, note.at(), doing)
     value, error = pickle.loads(sent)
     if error is not None:
         raise error
@@ -104,8 +106,8 @@ def _sent(child: int, pipe: Connection, note: ReaderNote, interrupts: list[float
         return None
 
 
-def _crash(how: str, at: object) -> JobError:
-    what = f"reading {at}" if isinstance(at, Reading) else "reading the input"
+def _crash(how: str, at: object, doing: str) -> JobError:
+    what = f"reading {at}" if isinstance(at, Reading) else doing
     if how == "SIGKILL":
         return JobError(
             f"{what} was ended by SIGKILL: by somebody, or by the system because memory ran out"

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from batchrun import machine
 from batchrun.allocator.vmm import Refused
-from batchrun.engine.core import Request
+from batchrun.engine.core import EngineError, Request
 from batchrun.errors import MachineError, StepFailed
+from batchrun.jobs.determinism import computing_runs, why_not
 from batchrun.jobs.errors import Fenced, JobError, JournalError, OutputTaken, input_changed
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.identity import check_unchanged, grown
@@ -147,6 +148,7 @@ class _Run:
             self._crashes = journal.crash_counts()
             self._condemned = journal.condemned()
             self._earlier = journal.counts()
+            self._computing = computing_runs(journal)
         self._writer = JournalWriter(
             *(job, spec, self._number, self._total, self._earlier),
             *(self._figures, self.watchdog, self.log),
@@ -162,6 +164,8 @@ class _Run:
                 self._writer.check_room_ahead()
                 with self.watchdog.busy("loading the model", _PATIENCE):
                     figures.workbench = open_workbench(self.spec, self.log)
+                if self.spec.runtime.deterministic:
+                    self._check_arithmetic(figures.workbench)
                 figures.counted["load_s"] = time.perf_counter() - figures.began
                 self._compute(figures.workbench)
             outcome = self._finish()
@@ -185,6 +189,15 @@ class _Run:
         write_summary(self.job, str(outcome))
         figures.remember(self.spec)
         return outcome
+
+    def _check_arithmetic(self, workbench: Assembly) -> None:
+        """Refuse to compute rows by another arithmetic than that of earlier runs."""
+        now = {"id": self._number, "stats": workbench.measurements()}
+        if (reason := why_not([*self._computing, now])) is not None:
+            raise EngineError(
+                f"--deterministic can't be kept: {reason}",
+                hint="resume it on the machine where it began, or submit it with --again",
+            )
 
     def _finish(self) -> Outcome:
         """Write the output if all rows have results; return how the run ended."""

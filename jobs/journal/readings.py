@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +150,31 @@ class Readings:
         )
         return [found[rank] for rank in ranks]
 
-    def results(self, *, skip_damaged: bool = False) -> Iterator[Result]:
+    def whole_rows(self) -> Iterator[int]:
+        """The rows all of whose samples have an answer, in order, streamed."""
+        with self._errors("read"):
+            found = self._db.execute("SELECT id FROM results WHERE status = 'ok' ORDER BY id")
+            for row, samples in groupby(number // self.n for (number,) in found):
+                if sum(1 for _ in samples) == self.n:
+                    yield row
+
+    def answering_runs(self) -> set[int]:
+        """The runs that have answers here."""
+        return {run for (run,) in self._all("SELECT DISTINCT run FROM results WHERE status = 'ok'")}
+
+    def results(self, rows: range | None = None, *, skip_damaged: bool = False) -> Iterator[Result]:
         """Results in (row, sample) order, streamed.
 
         Args:
+            rows: Only those of these consecutive rows.
             skip_damaged: Leave out damaged results.
 
         Raises:
             JournalError: One is damaged; the message says which.
         """
-        for record, sound in self._records("results", "ORDER BY id"):
+        span = () if rows is None else (rows.start * self.n, rows.stop * self.n)
+        which = "WHERE id >= ? AND id < ? " * bool(span)
+        for record, sound in self._records("results", f"{which}ORDER BY id", *span):
             if sound:
                 number, status, text, ids, *rest, _, logprob, logprobs = record
                 rest += logprob, unpacked(logprobs)

@@ -15,6 +15,9 @@ SUMMARY = {
     "model": "smollm2-135m-instruct",
     "device": "cpu",
     "attention": "",
+    "arithmetic": "bfloat16 amx",
+    "deterministic": True,
+    "varies": None,
     "output": "/tmp/out.parquet",
     "samples_per_row": 1,
     "max_tokens": 64,
@@ -132,6 +135,14 @@ def summary():
 )
 def test_every_figure_is_shown_with_its_unit(summary, shown):
     assert shown in render(summary)
+
+
+def test_one_line_says_whether_answers_depend_on_the_batch(summary):
+    assert "answers      deterministic, computed with bfloat16 amx\n" in render(summary)
+    summary |= {"deterministic": False, "varies": "runs 1 and 3 computed with this and that"}
+    assert "answers      not deterministic: runs 1 and 3 computed with this and" in render(summary)
+    summary |= {"deterministic": None, "varies": None}
+    assert "deterministic" not in render(summary)
 
 
 def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):

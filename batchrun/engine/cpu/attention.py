@@ -157,6 +157,7 @@ class NativeBF16(AttentionBackend):
 
     name = "native"
     writes_kv = True
+    invariant = True
 
     def __init__(self, attend: Callable[..., object], level: Level, part: int) -> None:
         self._function = attend
