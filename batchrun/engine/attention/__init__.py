@@ -163,6 +163,8 @@ def create(
     geometry: Geometry,
     upload: Upload | None = None,
     log: Callable[[str], None] = lambda line: None,
+    *,
+    invariant: bool = False,
 ) -> AttentionBackend:
     """Make the backend of that name; `auto` takes the best one for this model and machine.
 
@@ -174,12 +176,13 @@ def create(
         geometry: What it is made for.
         upload: How its arrays get to the device; None on a CPU.
         log: Called with one line that says what `auto` could not use and what it uses instead.
+        invariant: Whether `auto` should look for one that is `invariant`, however slow.
 
     Raises:
         ValueError: There is no such backend, or it can't serve this model here; says why.
     """
     if name == "auto":
-        return _best(geometry, upload, log)
+        return _best(geometry, upload, log, invariant=invariant)
     _refuse_unsupported(name, geometry)
     made: AttentionBackend = _library(name).make(geometry, upload, log, name)
     return made
@@ -211,19 +214,20 @@ def candidates(geometry: Geometry) -> tuple[str, ...]:
 
 
 def _best(
-    geometry: Geometry, upload: Upload | None, log: Callable[[str], None]
+    geometry: Geometry, upload: Upload | None, log: Callable[[str], None], *, invariant: bool
 ) -> AttentionBackend:
     found: AttentionBackend | None = None
     skipped = []
-    for name in (*candidates(geometry), "sdpa"):  # sdpa serves everything
+    slow = ("tiled",) if invariant else ()
+    for name in (*candidates(geometry), *slow, "sdpa"):  # sdpa serves everything
         try:
             reason = unsupported_reason(name, geometry, compiled=True)
             found = None if reason else _library(name).make(geometry, upload, log, name)
         except ValueError as error:
             reason = str(error)
-        if found is not None:
+        if found is not None and (found.invariant or not invariant or name == "sdpa"):
             break
-        skipped.append(f"{name}: {reason}")
+        skipped.append(f"{name}: {reason or 'its results depend on the batch'}")
     assert found is not None
     if skipped:
         log(f"using {found.name} attention ({'; '.join(skipped)})")

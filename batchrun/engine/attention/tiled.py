@@ -97,8 +97,8 @@ def _attend(layer: LayerAttention, query: torch.Tensor, start: int, slot: KV) ->
         highest = torch.cat([highest, sinks.reshape(1, heads, -1, 1)])
         sums = torch.cat([sums, torch.ones_like(sums[:1])])
         outs = torch.cat([outs, torch.zeros_like(outs[:1])])
-    out = _added(highest, sums, outs)
-    return out.view(heads, tokens, group, -1).transpose(0, 1).reshape(tokens, q_heads, -1)
+    out = _added(highest, sums, outs).view(heads, tokens, group, -1)
+    return out.transpose(0, 1).reshape(tokens, q_heads, -1)
 
 
 def _first_seen(layer: LayerAttention, positions: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def _first_seen(layer: LayerAttention, positions: torch.Tensor) -> torch.Tensor:
 def _in_parts(tensor: torch.Tensor) -> torch.Tensor:
     """Keys or values `[s, h, D]` as parts `[n, h, p, D]` in float32, with zeros behind the end."""
     whole = pad(tensor.float(), (0, 0, 0, 0, 0, -len(tensor) % _PART))
-    return whole.unflatten(0, (-1, _PART)).transpose(1, 2).contiguous()
+    return whole.view(-1, _PART, *tensor.shape[1:]).transpose(1, 2).contiguous()
 
 
 def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ _PACKED = "batchrun_{}"  # on a module of experts: a projection's native layers
 
 
 def use_experts(model: PreTrainedModel) -> None:
-    """Have a model's experts computed by this implementation, where its class lets one be chosen."""
+    """Have a model's experts computed here, if they ask transformers' interface."""
     if _modules(model):
         model.set_experts_implementation(NAME)
 
@@ -57,9 +57,8 @@ def _pack(module: Any, name: str) -> None:
         return
     bias = getattr(module, f"{name}_bias", None)
     linears = []
-    for expert, matrix in enumerate(weight.data):
-        matrix = matrix.mT if module.is_transposed else matrix
-        linear = nn.Linear(*reversed(matrix.shape), bias=False, device="meta")
+    for expert, matrix in enumerate(weight.data.mT if module.is_transposed else weight.data):
+        linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(matrix.contiguous(), requires_grad=False)
         if module.has_bias and bias is not None:
             linear.bias = nn.Parameter(bias.data[expert], requires_grad=False)
@@ -84,13 +83,16 @@ def _experts(
     Returns:
         `[t, n]`.
     """
-    out = hidden_states.new_zeros(*indices.shape, hidden_states.shape[1])
     with rows.repairing():
-        for expert in indices.unique().tolist():
-            if expert < module.num_experts:
-                row, rank = torch.nonzero(indices == expert, as_tuple=True)
-                out[row, rank] = _expert(module, expert, hidden_states[row])
-        terms = (out * weights[..., None]).unbind(1)
+        expert, order = indices.flatten().sort(stable=True)
+        counts = expert.bincount(minlength=module.num_experts).tolist()[: module.num_experts]
+        order = order[: sum(counts)]
+        out = hidden_states.new_zeros(indices.numel(), hidden_states.shape[1])
+        parts = zip(hidden_states[order // indices.shape[1]].split(counts), counts, strict=True)
+        made = [_expert(module, i, x) for i, (x, count) in enumerate(parts) if count]
+        if made:
+            out[order] = torch.cat(made)
+        terms = (out.view(*indices.shape, -1) * weights[..., None]).unbind(1)
         return rows.in_order(terms).to(hidden_states.dtype)
 
 

@@ -6,6 +6,7 @@ What neither is known for makes a model's answers vary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,46 +17,61 @@ from transformers import PreTrainedModel
 
 from batchrun.engine.attention import QKV, LayerAttention
 from batchrun.engine.cpu.layers import NativeLayer, NativeLinear, NativeStack, RotaryTable
+from batchrun.engine.model.experts import use_experts
 from batchrun.engine.model.hook import attending
 from batchrun.engine.model.rows import REPAIRING, by_rows
 
-_TOKENS = 40
-# Operators that compute a number from one place of each operand, or only move numbers: exactly,
-# rounding as IEEE 754 says, or by one function for all of a loop (measured: see the tests).
-_ALIKE = frozenset(
-    """
-    abs add add_ alias arange bitwise_and bitwise_not bitwise_or broadcast_to cat ceil chunk clamp
-    clamp_ clamp_max clamp_min clone concat contiguous copy_ cos detach detach_ div div_ dropout
-    embedding empty empty_like eq erf exp expand expand_as eye fill_ flatten floor floor_divide full
-    full_like gather ge gt index index_select le lift_fresh log log1p logical_and logical_not
-    logical_or lt masked_fill masked_fill_ maximum minimum movedim mul mul_ narrow ne neg neg_
-    new_empty new_full new_ones new_zeros numpy_T one_hot ones ones_like permute polar reciprocal
-    relu relu_ repeat repeat_interleave reshape round scatter scatter_ select sin slice split
-    split_with_sizes sqrt square squeeze stack sub sub_ t tanh tanh_ tensor_split to transpose tril
-    triu type_as unbind unflatten unsqueeze unsqueeze_ view view_as view_as_complex view_as_real
-    where zero_ zeros zeros_like
-    """.split()
-)
+_TOKENS = 5
+# Operators that only move numbers, or compute each from one place of every operand: exactly,
+# rounded as IEEE 754 says, or by one function in a whole loop (tests try those). And norms.
+_MOVES = """
+    alias arange as_strided broadcast_to cat chunk clone concat contiguous copy_ detach detach_
+    dropout embedding empty empty_like expand expand_as eye fill_ flatten full full_like gather
+    index index_select lift_fresh masked_fill masked_fill_ movedim narrow new_empty new_full
+    new_ones new_zeros numpy_T one_hot ones ones_like permute repeat repeat_interleave reshape
+    scatter scatter_ select slice split split_with_sizes squeeze stack t tensor_split to
+    transpose tril triu type_as unbind unflatten unsqueeze unsqueeze_ view view_as
+    view_as_complex view_as_real where zero_ zeros zeros_like
+"""
+_EACH = """
+    abs bitwise_and bitwise_not bitwise_or ceil clamp clamp_ clamp_max clamp_min cos eq erf exp
+    floor floor_divide ge gt layer_norm le log log1p logical_and logical_not logical_or lt
+    maximum minimum ne neg neg_ polar reciprocal relu relu_ rms_norm round sin sqrt square tanh
+    tanh_
+"""
+_ALIKE = frozenset((_MOVES + _EACH).split())
 # Operators that compute along a dimension: alike if it is the last one.
-_ALONG = {"amax", "argmax", "log_softmax", "max", "mean", "norm", "softmax", "sum", "topk", "var"}
-_NORMS = {"layer_norm", "rms_norm"}
+_ALONG = {"amax", "argmax", "log_softmax", "max", "mean", "norm", "softmax", "sum", "var"}
 _POWERS = (2, 3, 0.5, -1, -2)  # which torch computes by exact operators
 _OURS = (NativeLayer, NativeStack, NativeLinear, RotaryTable)
 
 
-def repair(model: PreTrainedModel) -> None:
-    """Have modules compute each row alike that call operators which do not."""
+def repair(model: PreTrainedModel, *, slowly: bool) -> bool:
+    """Have modules on a CPU compute each row alike that call operators which do not.
+
+    Args:
+        model: Changed in place.
+        slowly: Whether to do so even if torch computes its large products, in tiles then. Where
+            native code does, what is left costs little.
+
+    Returns:
+        Whether that was done.
+    """
+    if not slowly and not any(isinstance(m, (NativeLinear, NativeStack)) for m in model.modules()):
+        return False
+    use_experts(model)
     for module in _varying(model):
         module.forward = by_rows(module.forward)
+    return True
 
 
 def varying_operator(model: PreTrainedModel) -> str | None:
-    """An operator whose results for a row depend on the batch, as a clause; None if there is none.
+    """Which operator may make a row depend on its batch, in a clause; None if none does.
 
     Attention itself is not looked at.
     """
     for module, names in _varying(model).items():
-        return f"{type(module).__name__} computes {min(names)} with torch"
+        return f"torch's {min(names)} in {type(module).__name__} may depend on the batch"
     return None
 
 
@@ -67,7 +83,8 @@ def _varying(model: PreTrainedModel) -> dict[nn.Module, set[str]]:
     ids, keep = (positions + 3) * 7919 % vocab, positions[0, -2:]
     with attending(_Values()), _Trace(model) as trace:
         model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
-    return trace.found
+    found: dict[nn.Module, set[str]] = trace.found
+    return found
 
 
 class _Values:
@@ -82,7 +99,7 @@ class _Trace(TorchDispatchMode):
     """Notes operators by the innermost module that calls them."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: dict[nn.Module, set[str]] = {}
         self._model = model
         self._running = [model]
@@ -95,10 +112,10 @@ class _Trace(TorchDispatchMode):
                 hooks.callback(entered.remove)
                 hooks.callback(left.remove)
             self._hooks = hooks.pop_all()
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._hooks.close()
 
     def _enter(self, module: nn.Module, _: Any) -> None:
@@ -121,20 +138,38 @@ class _Trace(TorchDispatchMode):
 def _is_alike(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operator is known to compute each row alike."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    if name in {"mul", "mul_", "div"}:
-        return not any(tensor.is_complex() for tensor in tensors)
-    if name in {"add", "add_", "sub", "sub_"}:
-        return kwargs.get("alpha", 1) == 1
-    if name in {"matmul", "bmm", "mm"}:  # one product alone is exact
-        return tensors[0].shape[-1] == 1
-    if name == "rsqrt":
-        return tensors[0].itemsize >= 4
-    if name == "pow":
-        return len(tensors) == 1 and args[0] is tensors[0] and args[1] in _POWERS
+    if name in _UNDER:
+        return _UNDER[name](tensors, args, kwargs)
     if name in _ALONG:
-        dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if name == "topk":
-            dims = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+        dims = kwargs.get("dim", (args[1:] or (None,))[0])
         dims = dims if isinstance(dims, (tuple, list)) else (dims,)
-        return all(dim in {-1, tensors[0].ndim - 1} for dim in dims)
-    return name in _ALIKE or name in _NORMS
+        return {*dims} <= {-1, tensors[0].ndim - 1}
+    return name in _ALIKE
+
+
+def _exact(tensors: list[torch.Tensor], *_: Any) -> bool:
+    return not any(tensor.is_complex() for tensor in tensors)
+
+
+def _plain(tensors: list[torch.Tensor], args: Any, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("alpha", 1) == 1)
+
+
+def _single(tensors: list[torch.Tensor], *_: Any) -> bool:
+    """Whether nothing is added up."""
+    return tensors[0].shape[-1] == 1
+
+
+# Operators that compute each row alike under a condition on their arguments.
+_UNDER: dict[str, Callable[[list[torch.Tensor], Any, dict[str, Any]], bool]] = {
+    **dict.fromkeys(("mul", "mul_", "div", "div_"), _exact),
+    **dict.fromkeys(("add", "add_", "sub", "sub_"), _plain),
+    **dict.fromkeys(("matmul", "bmm", "mm"), _single),
+    "rsqrt": lambda tensors, args, kwargs: tensors[0].itemsize >= 4,
+    "pow": lambda tensors, args, kwargs: (
+        len(tensors) == 1 and args[0] is tensors[0] and args[1] in _POWERS
+    ),
+    "topk": lambda tensors, args, kwargs: (
+        kwargs.get("dim", (args[2:] or (-1,))[0]) in {-1, tensors[0].ndim - 1}
+    ),
+}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _TILE = 32  # rows: with fewer a prompt takes longer, with more a decode
+_SHARED = 1 << 16  # weights: what has fewer is multiplied by one thread
+_TRIED = 4096  # results, to find out whether they are the same
 _WHOLE = 64  # numbers: two vectors, which a loop takes at a time, of the widest that there are
-_GRAIN = 1 << 15  # numbers: a loop over no more runs on one thread (at::internal::GRAIN_SIZE)
-_MOST_TERMS = 256  # of a sum that is computed term by term
+_ALONE = 1 << 14  # numbers: a loop over no more runs on one thread (GELU; others take twice that)
+_EACH = 1 << 15  # numbers: with as many for each thread, a loop runs on all (at's GRAIN_SIZE)
 
 REPAIRING: ContextVar[bool] = ContextVar("batchrun_repairing", default=False)
 """Whether what torch computes now is part of a repair."""
@@ -59,7 +61,7 @@ class _Rows(TorchFunctionMode):
 
 
 @contextmanager
-def repairing(now: bool = True) -> Iterator[None]:  # noqa: FBT001, FBT002 - a state
+def repairing(now: bool = True) -> Iterator[None]:
     """Within this block, whether what torch computes is part of a repair."""
     token = REPAIRING.set(now)
     try:
@@ -82,7 +84,7 @@ def product(
 ) -> torch.Tensor:
     """`[t, k]` times `[k, n]`, plus a bias, whose rows depend on themselves alone, bit for bit."""
     before, rows = torch.get_num_threads(), len(x)
-    size, threads = _way(weight.shape, weight.stride(), weight.dtype, bias is not None, before)
+    size, threads = _way(weight, bias, before)
     # Memory that begins where a vector may: kernels can ask where it does.
     whole = x.new_zeros(rows + -rows % size, x.shape[1])
     whole[:rows] = x
@@ -105,32 +107,54 @@ def _multiply(
         torch.addmm(bias, x, weight, out=out)
 
 
-@cache
-def _way(
-    shape: tuple[int, int], stride: tuple[int, ...], dtype: torch.dtype, biased: bool, threads: int
-) -> tuple[int, int]:
+_WAYS: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+
+def _way(weight: torch.Tensor, bias: torch.Tensor | None, threads: int) -> tuple[int, int]:
     """Rows in a tile, and threads, that give a row the same bits anywhere in any tile.
 
-    Both are tried: all threads if one gives the same, and single rows where nothing else does.
+    Both are tried, once for weights of one shape: all threads if one gives the same, and single
+    rows where nothing else does.
     """
-    generator = torch.Generator().manual_seed(sum(shape))
-    weight = torch.empty_strided(shape, stride, dtype=dtype)
-    weight.copy_(torch.randn(shape, generator=generator))
-    row = torch.randn(shape[0], generator=generator).to(dtype)
-    bias = weight[0].clone() if biased else None
+    key = (weight.shape, weight.stride(), weight.dtype, bias is not None, threads)
+    if key not in _WAYS:
+        try:
+            size = _TILE if _same_anywhere(weight, bias) else 1
+            large = weight.numel() >= _SHARED
+            _WAYS[key] = size, threads if large and _same_by(threads, weight, bias, size) else 1
+        finally:
+            torch.set_num_threads(threads)
+    return _WAYS[key]
 
-    def tried(size: int, threads: int) -> torch.Tensor:
-        out = weight.new_empty(size, shape[1])
-        torch.set_num_threads(threads)
-        _multiply(row.repeat(size, 1), weight, bias, out)
-        return out
 
-    try:
-        alike = tried(_TILE, 1)
-        size = _TILE if torch.equal(alike, alike[:1].expand_as(alike)) else 1
-        return size, threads if torch.equal(tried(size, threads), tried(size, 1)) else 1
-    finally:
-        torch.set_num_threads(threads)
+def _same_anywhere(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a row gets the same bits anywhere in a tile."""
+    torch.set_num_threads(1)
+    for x in _made_up(weight, 1):
+        alike = weight.new_empty(_TILE, weight.shape[1])
+        _multiply(x.repeat(_TILE, 1), weight, bias, alike)
+        if not torch.equal(alike, alike[:1].expand_as(alike)):
+            return False
+    return True
+
+
+def _same_by(threads: int, weight: torch.Tensor, bias: torch.Tensor | None, size: int) -> bool:
+    """Whether so many threads compute the same bits as one."""
+    for x in _made_up(weight, size):
+        found = weight.new_empty(2, size, weight.shape[1])
+        for count, out in zip((1, threads), found, strict=True):
+            torch.set_num_threads(count)
+            _multiply(x, weight, bias, out)
+        if not torch.equal(*found):
+            return False
+    return True
+
+
+def _made_up(weight: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """Rows for some thousands of results, if not of a very narrow weight."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(min(16, -(-_TRIED // weight.shape[1]))):
+        yield torch.randn(size, len(weight), generator=generator).to(weight.dtype)
 
 
 def _linear(func: Function, input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002
@@ -162,6 +186,8 @@ def _aligned(func: Function, *args: Any, **kwargs: Any) -> Any:
     there = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
     if not there or any(isinstance(value, torch.Tensor) for value in kwargs.values()):
         return _unrepaired(func, *args, **kwargs)
+    if len(there) == 1 and args[there[0]].numel() <= _ALONE and _is_whole(args[there[0]]):
+        return func(*args, **kwargs)
     tensors = torch.broadcast_tensors(*(args[i] for i in there))
     shape, total = tensors[0].shape, tensors[0].numel()
     flat = [t.reshape(-1) for t in tensors]
@@ -175,18 +201,24 @@ def _aligned(func: Function, *args: Any, **kwargs: Any) -> Any:
         out: torch.Tensor = func(*given, **kwargs)
         return out
 
-    # So that each thread's share, if there are several, is whole vectors too.
-    threads = torch.get_num_threads()
-    length = len(flat[0])
-    shared = length - length % (_WHOLE * threads)
-    if shared < _GRAIN * threads:
-        shared = 0
-    sizes = [shared] * (shared > 0)
-    sizes += [_GRAIN] * ((length - shared) // _GRAIN)
+    # Each thread's share, too, is whole vectors.
+    length, before = len(flat[0]), torch.get_num_threads()
+    threads = min(before, length // _EACH)
+    shared = length - length % (_WHOLE * threads) if threads > 1 else 0
+    sizes = [shared] * (shared > 0) + [_ALONE] * ((length - shared) // _ALONE)
     sizes += [length - sum(sizes)] * (length > sum(sizes) or not sizes)
-    parts = zip(*(t.split(sizes) for t in flat), strict=True)
-    outs = [compute(each) for each in parts]
+    try:
+        if 1 < threads < before:
+            torch.set_num_threads(threads)
+        outs = [compute(each) for each in zip(*(t.split(sizes) for t in flat), strict=True)]
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[:total].view(shape)
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return tensor.numel() % _WHOLE == 0 and tensor.is_contiguous()
 
 
 def _of_complex(func: Function, *args: Any, **kwargs: Any) -> Any:
@@ -201,16 +233,13 @@ def _of_complex(func: Function, *args: Any, **kwargs: Any) -> Any:
 
 def _sum(func: Function, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A sum over another dimension than the last, term by term."""
-    dim = args[0] if args else kwargs.get("dim")
+    dim: Any = args[0] if args else kwargs.get("dim")
     if isinstance(dim, (tuple, list)) and len(dim) == 1:
         dim = dim[0]
     known = isinstance(dim, int) and len(args) <= 1 and set(kwargs) <= {"dim"}
-    if not known or not x.is_floating_point() or dim in (-1, x.ndim - 1):
-        return _unrepaired(func, x, *args, **kwargs)
-    terms = x.unbind(dim)
-    if not 0 < len(terms) <= _MOST_TERMS:
-        return _unrepaired(func, x, *args, **kwargs)
-    return in_order(terms).to(x.dtype)
+    if known and x.is_floating_point() and dim not in {-1, x.ndim - 1} and x.shape[dim]:
+        return in_order(x.unbind(dim)).to(x.dtype)
+    return _unrepaired(func, x, *args, **kwargs)
 
 
 def in_order(terms: tuple[torch.Tensor, ...]) -> torch.Tensor:
