@@ -29,7 +29,8 @@ import torch
 
 from batchrun.engine.build import Assembly, build
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.cpu import library
+from batchrun.engine.cpu.linear import NativeLinear
 from batchrun.engine.plan import StepPlan
 from batchrun.engine.settings import Settings
 from batchrun.jobs.folder import home
@@ -48,8 +49,8 @@ def ceilings() -> Ceilings:
     x = torch.randn(side, side).bfloat16()
     linear = torch.nn.Linear(side, side, bias=False).bfloat16()
     products: list[torch.nn.Module] = [linear]
-    if cpu_layers.unsupported_reason() is None:
-        products.append(cpu_layers.NativeLinear(linear))
+    if library.unsupported_reason(torch.bfloat16) is None:
+        products.append(NativeLinear(linear, torch.bfloat16))
     for product in products:
         rates.append(2 * side**3 / min(_timed(lambda p=product: p(x)) for _ in range(8)))
     return Ceilings(memory.nbytes / reading, max(rates))

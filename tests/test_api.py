@@ -203,7 +203,7 @@ def test_equal_prompts_have_equal_results_and_the_best_are_kept(llm: LLM) -> Non
 
 def test_many_prompts_keep_their_answers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the engine's queue is full again and again, and a planner orders them."""
-    monkeypatch.setattr("batchrun.llm.QUEUED_REQUESTS", 3)
+    monkeypatch.setattr("batchrun.runner.drive.QUEUED_REQUESTS", 3)
     assert reader.QUEUED_REQUESTS > 3
     prompts = [f"{'shared ' * (i % 3)}{i % 17}" for i in range(50)]
     alone = {prompt: llm.generate([prompt])[0].token_ids for prompt in set(prompts)}

@@ -14,6 +14,7 @@ import pytest
 
 from batchrun.engine import invariance
 from batchrun.engine.core import EngineError, Request
+from batchrun.engine.cpu import layers as cpu_layers
 from batchrun.engine.engine import Engine
 from batchrun.jobs import folder
 from batchrun.jobs.errors import InputError, JobError, SpecChanged
@@ -167,6 +168,32 @@ def test_rows_computed_alone_are_those_of_the_job(
     assert rows == {*range(ROWS)} - {BAD}
     assert (seen[-1].rows_done, seen[-1].rows_total) == (ROWS - 1, ROWS - 1)
     assert {p.name: p.read_bytes() for p in job.path.iterdir()} == before
+
+
+NO_NATIVE = cpu_layers.unsupported_reason()
+
+
+@pytest.mark.skipif(NO_NATIVE is not None, reason=str(NO_NATIVE))
+@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+def test_native_answers_are_the_same_to_the_last_bit(
+    submit: Submit, tmp_path: Path, sampling: SamplingSpec
+) -> None:
+    """Many at a time, with prefixes in common and draft tokens, and one at a time."""
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "head_dim": 32}
+    model = resolve(str(write_tiny_model(tmp_path / "wide", **sizes)), tmp_path)
+    prompts = [f"{'the same words again and again, ' * (i % 3)}row {i}" for i in range(ROWS)]
+    prompts[BAD] = ""
+    job = submit(
+        {"prompt": prompts},
+        n=2,
+        model=ModelSpec("wide", str(model.path), model.fingerprint, dtype="bfloat16"),
+        sampling=replace(sampling, max_tokens=30, logprobs=2),
+        runtime=RuntimeSpec(device="cpu", max_num_batched_tokens=64, deterministic=True),
+    )
+    assert run(job, tokens=60) is Outcome.INTERRUPTED
+    assert run(job) is Outcome.DONE_WITH_ERRORS
+    assert summarise(job)["deterministic"] is True
+    assert again(job) == Recomputed(ROWS - 1, {}, None)
 
 
 def test_an_answer_that_was_not_computed_so_is_named(submit: Submit) -> None:

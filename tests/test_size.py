@@ -18,7 +18,7 @@ CEILINGS = {
     "batchrun/cli": 1300,
     "batchrun/engine": 3160,
     "batchrun/engine/attention": 800,
-    "batchrun/engine/cpu": 2140,
+    "batchrun/engine/cpu": 2330,
     "batchrun/engine/model": 1790,
     "batchrun/estimate": 420,
     "batchrun/models": 1060,
@@ -33,8 +33,7 @@ CEILINGS = {
 FILE_CEILING = 400  # lines of any kind
 # Files that a later change should divide: none of them may grow.
 LONGER = {
-    "batchrun/engine/cpu/attention_bf16.cpp": 608,
-    "batchrun/engine/cpu/layers.cpp": 450,
+    "batchrun/engine/cpu/attention.h": 433,
 }
 
 

@@ -13,25 +13,29 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CONTEXT = 256
 
 
-def write_tiny_model(folder: Path, *, layers: int = 2, seed: int = 7) -> Path:
-    """Saves the model in `folder`; the same arguments give the same bytes of weights."""
+def write_tiny_model(folder: Path, *, layers: int = 2, seed: int = 7, **sizes: int) -> Path:
+    """Saves the model in `folder`; the same arguments give the same bytes of weights.
+
+    `sizes` are fields of its config.
+    """
     import torch  # noqa: PLC0415 - not for tests that need no model
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(byte_vocabulary()),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config = {
+        "vocab_size": len(byte_vocabulary()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **sizes,
+    }
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 

@@ -15,6 +15,7 @@ FILES = {path.name: path for path in (ENGINE / "attention").glob("*.*")} | {
     f"cpu/{path.name}": path
     for pattern in ("attention*.*", "*.h")
     for path in (ENGINE / "cpu").glob(pattern)
+    if path.name != "layers.h"
 }
 PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `((?:cpu/)?\w+\.(?:py|cpp|h))` \|.*\| (\d+) \|$", PAGE, re.MULTILINE)

@@ -36,6 +36,7 @@ def compiler(tmp_path: Path) -> Path:
         ("tests/engine/test_cpu_layers.py", ""),
         ("tests/attention/test_native.py", "segments or same_bits or in_common or keys_and_values"),
         ("tests/engine/test_quantize.py", "native"),
+        ("tests/test_determinism.py", "native"),
     ],
 )
 def test_it_computes_on_an_emulated_cpu_as_on_a_real_one(

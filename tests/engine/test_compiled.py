@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.engine.cpu import attention, layers
+from batchrun.engine.cpu import attention
 from batchrun.engine.cpu import compile as compiled
+from batchrun.engine.cpu import library as structs
 from batchrun.trust import who_else
 
 OTHER = 4321  # a user who is somebody else
@@ -205,18 +206,19 @@ C_TYPES = {
     "int64_t": ctypes.c_int64,
     "float": ctypes.c_float,
     "double": ctypes.c_double,
-    "Matrix": layers._Matrix,
+    "Matrix": structs.Matrix,
 }
 
 
 @pytest.mark.parametrize(
     ("source", "struct", "ours"),
     [
-        ("common.h", "AttentionCall", attention.Call),
-        ("layers.cpp", "Matrix", layers._Matrix),
-        ("layers.cpp", "Linear", layers.Linear),
-        ("layers.cpp", "Project", layers.Project),
-        ("layers.cpp", "Finish", layers.Finish),
+        ("common.h", "Call", attention.Call),
+        ("layers.h", "Matrix", structs.Matrix),
+        ("layers.h", "Linear", structs.Linear),
+        ("layers.h", "Project", structs.Project),
+        ("layers.h", "Finish", structs.Finish),
+        ("layers.h", "Norm", structs.Norm),
     ],
 )
 def test_what_is_handed_over_has_the_same_members(source, struct, ours):

@@ -14,10 +14,12 @@ from torch import nn
 from batchrun.engine import cpu
 from batchrun.engine.attention import QKV, LayerAttention
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.cpu import Level
+from batchrun.engine.cpu import Level, library
+from batchrun.engine.cpu import compile as compiled
 from batchrun.engine.cpu import layers as cpu_layers
 from batchrun.engine.cpu import sampling as cpu_sampling
-from batchrun.engine.cpu.layers import NativeLayer, NativeLinear, PackedWeight
+from batchrun.engine.cpu.layers import NativeLayer
+from batchrun.engine.cpu.linear import NativeLinear, PackedWeight, fits, rms_norm
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.model import fused
 from batchrun.engine.model.hook import attending
@@ -29,12 +31,15 @@ from tests.parity.models import _SMALL
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import prompts
 
-pytestmark = [
-    pytest.mark.skipif(
-        cpu_layers.unsupported_reason() is not None, reason=str(cpu_layers.unsupported_reason())
-    ),
-    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
-]
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+KINDS = {
+    "float32": (torch.float32, Level.NOTHING),
+    "float16": (torch.float16, Level.NOTHING),
+    "bfloat16 widened": (torch.bfloat16, Level.NOTHING),
+    "bfloat16 by avx512": (torch.bfloat16, Level.VECTORS),
+    "bfloat16 by amx": (torch.bfloat16, Level.TILES),
+}
+ROUNDING = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SMALL = {**_SMALL, "head_dim": 32}
 NATIVE = {
     "llama": tf.LlamaConfig(**SMALL),
@@ -58,15 +63,17 @@ OTHERS = {
 }
 
 
-@pytest.fixture(params=["amx", "avx512"])
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """With each of the two ways to multiply tiles."""
-    wanted = Level.TILES if request.param == "amx" else Level.VECTORS
-    if cpu.level() < wanted:
-        pytest.skip("the CPU has no AMX")
+@pytest.fixture(params=KINDS)
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Each dtype, by each way to compute with it that this CPU has."""
+    found, level = KINDS[request.param]
+    if cpu.level() < level:
+        pytest.skip(f"this CPU has no {level.name.lower()} of bfloat16")
+    if why := library.unsupported_reason(found):
+        pytest.skip(why)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "level", lambda: wanted)
-        yield request.param
+        patch.setattr(cpu, "level", lambda: level)
+        yield found
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -77,7 +84,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def made(config: tf.PretrainedConfig) -> tf.PreTrainedModel:
+def made(config: tf.PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> tf.PreTrainedModel:
     torch.manual_seed(3)
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -88,7 +95,7 @@ def made(config: tf.PretrainedConfig) -> tf.PreTrainedModel:
                 parameter.normal_(std=0.3)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.bfloat16()
+    return model.to(dtype)
 
 
 def layers(model: nn.Module) -> list[NativeLayer]:
@@ -96,23 +103,26 @@ def layers(model: nn.Module) -> list[NativeLayer]:
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_layers_built_like_llamas_become_native(name: str, path: str) -> None:
-    exact = logits_of(prepare(made(NATIVE[name]).float()).model)
-    loaded = prepare(made(NATIVE[name]))
+def test_layers_built_like_llamas_become_native(name: str, dtype: torch.dtype) -> None:
+    exact = logits_of(prepare(made(NATIVE[name], dtype).float()).model)
+    loaded = prepare(made(NATIVE[name], dtype))
     before, size = logits_of(loaded.model), loaded.weights_bytes
     assert optimize(loaded.model, compile=False, log=pytest.fail)[0] == "native layers"
     assert len(layers(loaded.model)) == 3
     assert not [m for m in loaded.model.modules() if type(m) is nn.Linear]
     assert loaded.weights_bytes >= size
     after = logits_of(loaded.model)
-    # No further from the numbers in float32 than transformers is in bfloat16.
-    assert torch.dist(after, exact) < 1.2 * torch.dist(before, exact)
+    # No further from the numbers in float32 than transformers is in half precision.
+    off = 1.2 * torch.dist(before, exact) if dtype != torch.float32 else 1e-4 * exact.norm()
+    assert torch.dist(after, exact) < off
     assert optimize(loaded.model, compile=False, log=pytest.fail)[0] == "native layers"
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_others_keep_their_layers_and_get_native_linear_layers(name: str) -> None:
-    loaded = prepare(made(OTHERS[name]))
+def test_others_keep_their_layers_and_get_native_linear_layers(
+    name: str, dtype: torch.dtype
+) -> None:
+    loaded = prepare(made(OTHERS[name], dtype))
     before = logits_of(loaded.model)
     optimize(loaded.model, compile=False, log=pytest.fail)
     assert not layers(loaded.model)
@@ -121,9 +131,9 @@ def test_others_keep_their_layers_and_get_native_linear_layers(name: str) -> Non
     torch.testing.assert_close(logits_of(loaded.model), before, rtol=0, atol=scale)
 
 
-def test_layers_without_positions_stay_among_native_ones() -> None:
+def test_layers_without_positions_stay_among_native_ones(dtype: torch.dtype) -> None:
     config = tf.SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 1])
-    loaded = prepare(made(config))
+    loaded = prepare(made(config, dtype))
     before = logits_of(loaded.model)
     optimize(loaded.model, compile=False, log=pytest.fail)
     assert [layer.layer_idx for layer in layers(loaded.model)] == [0, 2]
@@ -131,22 +141,19 @@ def test_layers_without_positions_stay_among_native_ones() -> None:
     torch.testing.assert_close(logits_of(loaded.model), before, rtol=0, atol=scale)
 
 
-def linear(n: int, k: int, *, bias: bool = True) -> nn.Linear:
-    return nn.Linear(k, n, bias).to(torch.bfloat16)
-
-
-@pytest.mark.parametrize("k", [32, 96, 1536])
+@pytest.mark.parametrize("k", [1, 32, 48, 1536])
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 200])
-def test_linear_layers(n: int, k: int, path: str, threads: int) -> None:
+def test_linear_layers(n: int, k: int, dtype: torch.dtype, threads: int) -> None:
     torch.manual_seed(n + k)
-    torchs = linear(n, k, bias=n % 2 == 1)
-    native = NativeLinear(torchs)
+    torchs = nn.Linear(k, n, bias=n % 2 == 1).to(dtype)
+    native = NativeLinear(torchs, dtype)
     assert torch.equal(native.weight, torchs.weight)
-    x = torch.randn(700, k, dtype=torch.bfloat16)
+    x = torch.randn(700, k, dtype=dtype)
     exact = torchs.double()(x.double())
     with torch.inference_mode():
         whole = native(x)
-        torch.testing.assert_close(whole.double(), exact, rtol=8e-3, atol=8e-3)
+        off = ROUNDING[dtype]
+        torch.testing.assert_close(whole.double(), exact, rtol=off, atol=off)
         for rows in (0, 1, 7, 13, 15, 16, 17, 31, 33, 256, 513):
             assert torch.equal(native(x[:rows]), whole[:rows])
             assert torch.equal(native(x[700 - rows :]), whole[700 - rows :])
@@ -162,12 +169,14 @@ class RowByRow:
 
 
 @pytest.mark.parametrize("name", ["biases", "wide", "qwen3"])
-def test_a_rows_numbers_depend_on_that_row_alone(name: str, path: str, threads: int) -> None:
-    model = made(NATIVE[name])
+def test_a_rows_numbers_depend_on_that_row_alone(
+    name: str, dtype: torch.dtype, threads: int
+) -> None:
+    model = made(NATIVE[name], dtype)
     layer = NativeLayer(model.model.layers[1], 1, LayerAttention(1.0))
-    x = torch.randn(1, 700, model.config.hidden_size, dtype=torch.bfloat16)
+    x = torch.randn(1, 700, model.config.hidden_size, dtype=dtype)
     angles = torch.rand(1, 700, 16).repeat(1, 1, 2) * 6
-    positions = (angles.cos().bfloat16(), angles.sin().bfloat16())
+    positions = (angles.cos().to(dtype), angles.sin().to(dtype))
 
     def rows(begin: int, end: int) -> torch.Tensor:
         cos, sin = (tensor[:, begin:end] for tensor in positions)
@@ -185,24 +194,23 @@ def test_a_rows_numbers_depend_on_that_row_alone(name: str, path: str, threads: 
 
 
 def test_a_weight_that_native_code_cannot_take_stays() -> None:
-    assert not cpu_layers.fits(linear(8, 48))
-    assert not cpu_layers.fits(nn.Linear(32, 8))
-    assert not cpu_layers.fits(nn.Identity())
-    weight = torch.randn(70, 64, dtype=torch.bfloat16)
-    assert torch.equal(PackedWeight(weight, None, None).unpack(), weight)
+    assert not fits(nn.Linear(32, 8), torch.bfloat16)
+    assert not fits(nn.Identity(), torch.float32)
+    weight = torch.randn(70, 50, dtype=torch.bfloat16)
+    for level in Level:
+        assert torch.equal(PackedWeight(weight, None, None, level).unpack(), weight)
 
 
-def test_a_cpu_without_the_instructions_keeps_torchs_layers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cpu, "cpu_features", lambda: "avx2 fma")
-    monkeypatch.setattr(cpu, "level", cpu.level.__wrapped__)
-    monkeypatch.setattr(cpu_layers, "unsupported_reason", cpu_layers.unsupported_reason.__wrapped__)
+def test_without_a_compiler_torchs_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "build", lambda *_: (_ for _ in ()).throw(OSError("no compiler")))
+    monkeypatch.setattr(library, "unsupported_reason", library.unsupported_reason.__wrapped__)
+    monkeypatch.setattr(library, "_arithmetic", library._arithmetic.__wrapped__)
     loaded = prepare(made(NATIVE["llama"]))
     lines: list[str] = []
     applied = optimize(loaded.model, compile=False, log=lines.append)
     assert applied == ("merged projections", "fused norms")
-    assert lines == ["layers are computed by torch, not by native code: the CPU has no AVX512-BF16"]
+    why = "it can't be compiled: no compiler"
+    assert lines == [f"layers are computed by torch, not by native code: {why}"]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 33), (9, 4096), (2, 151936)])
@@ -220,16 +228,14 @@ def test_the_first_of_the_highest(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 300])
-def test_norms(rows: int) -> None:
+def test_norms(rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x = (
-        torch.randn(rows, 96).bfloat16()
-        * torch.logspace(-3, 3, max(rows, 1))[:rows, None].bfloat16()
-    )
+    x = torch.randn(rows, 96) * torch.logspace(-3, 3, max(rows, 1))[:rows, None]
+    x = x.to(dtype)
     weight = torch.randn(96)
     want = nn.functional.rms_norm(x.float(), (96,), weight, 1e-5)
-    got = cpu_layers.rms_norm(x, weight, 1e-5)
-    torch.testing.assert_close(got.float(), want, rtol=5e-3, atol=1e-6)
+    got = rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(got.float(), want, rtol=ROUNDING[dtype], atol=1e-6)
 
 
 def test_a_table_of_positions_has_what_the_model_computes() -> None:
@@ -262,12 +268,9 @@ def test_native_code_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("common", [0, 170])
-def test_tokens_do_not_depend_on_the_batch(common: int) -> None:
-    """In bfloat16, where sums in another order would give other tokens.
-
-    Nor on whether others begin alike, whose common keys are then read once.
-    """
-    loaded = prepare(made(NATIVE["llama"]))
+def test_tokens_do_not_depend_on_the_batch(common: int, dtype: torch.dtype) -> None:
+    """Nor on whether others begin alike, whose common keys are then read once."""
+    loaded = prepare(made(NATIVE["llama"], dtype))
     optimize(loaded.model, compile=False, log=pytest.fail)
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     many = [(*(7 * i % 90 for i in range(common)), *prompt) for prompt in prompts()[:12]]
@@ -278,9 +281,9 @@ def test_tokens_do_not_depend_on_the_batch(common: int) -> None:
     assert together == alone
 
 
-def test_guessed_tokens_are_those_of_one_step_each() -> None:
-    """In bfloat16, with everything that depends on a token's place: draws, scores, ends."""
-    loaded = prepare(made(NATIVE["llama"]))
+def test_guessed_tokens_are_those_of_one_step_each(dtype: torch.dtype) -> None:
+    """With everything that depends on a token's place: draws, scores, ends."""
+    loaded = prepare(made(NATIVE["llama"], dtype))
     optimize(loaded.model, compile=False, log=pytest.fail)
     kinds: list[dict[str, Any]] = [
         {"ignore_eos": True},

@@ -290,9 +290,9 @@ def test_a_linear_layer_with_one_wrong_number_is_refused() -> None:
     linear = torch.nn.Linear(64, 96).bfloat16()
     off = _Off(64, 96).bfloat16()
     off.load_state_dict(linear.state_dict())
-    check_linear(linear, copy.deepcopy(linear))
+    check_linear(linear, copy.deepcopy(linear), torch.bfloat16)
     with pytest.raises(ValueError, match=r"off by 0\.0(49|5\d*) of its largest"):
-        check_linear(linear, off)
+        check_linear(linear, off, torch.bfloat16)
     off.share = float("nan")
     with pytest.raises(ValueError, match="off by inf"):
-        check_linear(linear, off)
+        check_linear(linear, off, torch.bfloat16)

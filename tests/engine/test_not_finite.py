@@ -10,7 +10,7 @@ import torch
 
 from batchrun.engine.build import Assembly
 from batchrun.engine.core import FinishReason, SamplingParams
-from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.cpu import library
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.settings import Settings
 from tests.parity.models import CONFIGS, build, seeded
@@ -96,8 +96,8 @@ def test_what_it_leaves_in_memory_harms_no_other(attention: str) -> None:
 @pytest.mark.parametrize("optimize", [False, True])
 @pytest.mark.parametrize("kind", PARAMS)
 def test_in_bfloat16_with_native_layers_and_guesses(kind: str, optimize: bool) -> None:
-    if cpu_layers.unsupported_reason() is not None:
-        pytest.skip(str(cpu_layers.unsupported_reason()))
+    if library.unsupported_reason(torch.bfloat16) is not None:
+        pytest.skip(str(library.unsupported_reason(torch.bfloat16)))
     params = SamplingParams(max_tokens=8, ignore_eos=True, **PARAMS[kind])
     settings = Settings("", "tiny", "", None, optimize=optimize, max_num_seqs=5, page_size=8192)  # type: ignore[arg-type]
     found = []

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from batchrun.engine.core import SamplingParams
-from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.cpu import library
 from batchrun.engine.cpu.layers import NativeLayer
 from batchrun.engine.model import gates
 from batchrun.engine.model.int8 import Int8Linear, int8_weights
@@ -17,13 +17,12 @@ from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.models.resolve import ModelRef
 from tests.engine.test_cpu_layers import NATIVE, made
-from tests.engine.test_optimize import must_apply
 from tests.parity.models import build
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import prompts
 
 needs_native = pytest.mark.skipif(
-    cpu_layers.unsupported_reason() is not None, reason="no AVX512-BF16"
+    library.unsupported_reason(torch.bfloat16) is not None, reason="no compiler"
 )
 
 
@@ -59,18 +58,19 @@ def test_any_architecture_computes_with_them(name: str) -> None:
     assert not [m for m in model.modules() if type(m) is nn.Linear]
     got = logits_of(loaded.model)
     assert float(torch.cosine_similarity(got, whole, 0)) > 0.99
-    optimize(loaded.model, compile=False, log=must_apply)
+    optimize(loaded.model, compile=False, log=pytest.fail)
     torch.testing.assert_close(logits_of(loaded.model), got, rtol=1e-4, atol=1e-4)
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NATIVE)
-def test_native_layers_take_them(name: str) -> None:
-    model = made(NATIVE[name])
+def test_native_layers_take_them(name: str, dtype: torch.dtype) -> None:
+    model = made(NATIVE[name], dtype)
     int8_weights(model)
     loaded = prepare(model)
     before = logits_of(loaded.model)
-    assert optimize(loaded.model, compile=False, log=must_apply)[0] == "native layers"
+    assert optimize(loaded.model, compile=False, log=pytest.fail)[0] == "native layers"
     assert len([m for m in model.modules() if isinstance(m, NativeLayer)]) == 3
     assert not [m for m in model.modules() if isinstance(m, Int8Linear)]
     scale = 0.05 * float(before.abs().max())
@@ -93,6 +93,6 @@ def test_the_default_model_has_half_the_weights_and_nearly_the_same_logits(
     assert eight.weights_bytes - embedding < 0.52 * whole.weights_bytes
     want, got = logits_of(whole.model), logits_of(eight.model)
     assert float(torch.cosine_similarity(got, want, 0)) > 0.998
-    optimize(eight.model, compile=False, log=must_apply)
+    optimize(eight.model, compile=False, log=pytest.fail)
     with rig(eight, attention="native") as engine:
         assert gates.verify(eight, engine.executor, engine.arena, 64) < 0.06

@@ -1,8 +1,7 @@
 """Attention on a CPU by our own kernels: attention_bf16.cpp, or attention.cpp where that can't run.
 
 SDPA is called once per sequence, and each call costs more than reading the keys. The libraries
-take all sequences in one call. They need neither torch's headers nor their own OpenMP: they run on
-torch's threads, and torch has loaded its OpenMP before they are loaded.
+take all sequences in one call.
 """
 
 from __future__ import annotations
@@ -16,16 +15,7 @@ import torch
 
 from batchrun.engine import cpu
 from batchrun.engine.attention import KV, AttentionBackend, Geometry, LayerAttention, Upload
-from batchrun.engine.attention.batch import (
-    CHUNKS,
-    Batch,
-    Ints,
-    SharedParts,
-    shared_parts,
-    split,
-    together,
-)
-from batchrun.engine.attention.sdpa import SDPA
+from batchrun.engine.attention.batch import shared_parts, together
 from batchrun.engine.core import Segment
 from batchrun.engine.cpu import Level
 from batchrun.engine.cpu import compile as compiled
@@ -33,19 +23,16 @@ from batchrun.engine.cpu.compile import CompileError
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 SOURCE_BF16 = Path(__file__).with_name("attention_bf16.cpp")
-_FUNCTIONS = {
-    torch.float32: "batchrun_decode_float32",
-    torch.bfloat16: "batchrun_decode_bfloat16",
-}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(geometry: Geometry, name: str, *, compiled: bool) -> str | None:
     """See `attention.unsupported_reason`. Compiling takes seconds, so it is never a reason."""
     if geometry.device.type != "cpu":
         return "it computes on a CPU"
-    if geometry.dtype not in _FUNCTIONS:
-        return f"it computes in float32 and bfloat16, not in {str(geometry.dtype)[6:]}"
-    return CHUNKS if any(layer.chunk for layer in geometry.layers) else None
+    if geometry.dtype not in _DTYPES:
+        return f"it computes in float32 and narrower, not in {str(geometry.dtype)[6:]}"
+    return None
 
 
 def make(
@@ -62,17 +49,17 @@ def make(
     level = min(level, cpu.level()) if geometry.dtype == torch.bfloat16 else Level.NOTHING
     if level:
         with suppress(CompileError):  # the compiler may be older than the CPU
-            library = compiled.load(SOURCE_BF16, log, [Call])
-            return NativeBF16(library.batchrun_attend, level, library.batchrun_part())
+            return Native(compiled.load(SOURCE_BF16, log, [Call]), geometry.dtype, level)
     try:
-        library = compiled.load(SOURCE, log, [Call])
+        return Native(compiled.load(SOURCE, log, [Call]), geometry.dtype)
     except CompileError as error:
         raise ValueError(f"it can't be compiled: {error}") from error
-    return Native(getattr(library, _FUNCTIONS[geometry.dtype]))
+    except AttributeError as error:
+        raise ValueError(f"this compiler knows no {str(geometry.dtype)[6:]}") from error
 
 
 class Call(ctypes.Structure):
-    """`AttentionCall` of common.h."""
+    """The struct of that name in common.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "sinks")),
@@ -81,7 +68,7 @@ class Call(ctypes.Structure):
         ("query_stride", ctypes.c_int64 * 2),
         ("key_stride", ctypes.c_int64 * 3),
         ("value_stride", ctypes.c_int64 * 3),
-        *((name, ctypes.c_int64) for name in ("window", "threads", "level")),
+        *((name, ctypes.c_int64) for name in ("window", "chunk", "threads", "level")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("new_keys", "new_values")),
@@ -114,7 +101,7 @@ class Call(ctypes.Structure):
         self.sinks = None if sinks is None else sinks.data_ptr()
         self.query_stride = query.stride()[:2]
         self.key_stride, self.value_stride = keys.stride()[:3], values.stride()[:3]
-        self.window, self.scale = layer.window or 0, layer.scale
+        self.window, self.chunk, self.scale = layer.window or 0, layer.chunk or 0, layer.scale
         self.softcap = layer.softcap or 0.0
         self.new_keys = None
         if new is not None:
@@ -126,95 +113,47 @@ class Call(ctypes.Structure):
         return out
 
 
-def _call(
-    batch: Batch,
-    starts: Ints | None = None,
-    shared: SharedParts | None = None,
-    level: Level = Level.NOTHING,
-) -> Call:
-    """A `Call` with the fields that all layers of a step share. The arrays must outlive it."""
-    call = Call(n=len(batch), threads=torch.get_num_threads(), level=level)
-    call.slots, call.ends = batch.slots.ctypes.data, batch.ends.ctypes.data
-    if starts is not None:
-        call.starts = starts.ctypes.data
-    if shared is not None:
-        call.n_shared = len(shared.part)
-        call.shared_part, call.shared_starts = shared.part.ctypes.data, shared.starts.ctypes.data
-        call.shared_members, call.own_part = shared.members.ctypes.data, shared.own.ctypes.data
-    return call
-
-
-class NativeBF16(AttentionBackend):
+class Native(AttentionBackend):
     """One call per step. A query's result depends on its own sequence alone, bit for bit.
 
     Tokens that several sequences of a step share are read once for all of them.
 
     Args:
-        attend: The library's function, which takes a pointer to a `Call`.
-        level: The instructions to multiply with.
-        part: Tokens in a part, the unit of sharing; each part has its own softmax.
+        library: The compiled library.
+        dtype: The dtype of queries, keys and values.
+        level: The instructions that multiply bfloat16.
     """
 
     name = "native"
     writes_kv = True
     invariant = True
 
-    def __init__(self, attend: Callable[..., object], level: Level, part: int) -> None:
-        self._function = attend
+    def __init__(
+        self, library: ctypes.CDLL, dtype: torch.dtype, level: Level = Level.NOTHING
+    ) -> None:
+        self._function = getattr(library, f"batchrun_attend_{str(dtype)[6:]}")
+        self._part: int = library.batchrun_part()  # tokens: the unit of sharing
         self.level = level
-        self._part = part
         self.plan(())
 
     def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
         """See `AttentionBackend.plan`."""
         if fixed:
             raise ValueError("native computes on a CPU, which records no graphs")
-        batch = together(segments)
-        arrays = batch, batch.starts, shared_parts(segments, self._part)
-        self._call, self._held = _call(*arrays, self.level), arrays
+        batch, shared = together(segments), shared_parts(segments, self._part)
+        starts = batch.starts
+        call = Call(n=len(batch), threads=cpu.threads(), level=self.level)
+        call.slots, call.ends = batch.slots.ctypes.data, batch.ends.ctypes.data
+        call.starts = starts.ctypes.data
+        if shared is not None:
+            call.n_shared, call.own_part = len(shared.part), shared.own.ctypes.data
+            call.shared_part, call.shared_starts, call.shared_members = (
+                array.ctypes.data for array in (shared.part, shared.starts, shared.members)
+            )
+        self._call, self._held = call, (batch, starts, shared)
 
     def run(
         self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
     ) -> torch.Tensor:
         """See `AttentionBackend.run`."""
         return self._call.attend(layer, query, slots, by=self._function, new=new)
-
-
-class Native(AttentionBackend):
-    """One call for all decodes of a step, which reads each key and each value once.
-
-    SDPA computes longer segments.
-
-    Args:
-        decode: One of the library's functions, which takes a pointer to a `Call`.
-    """
-
-    name = "native"
-    max_query = 1
-
-    def __init__(self, decode: Callable[..., object]) -> None:
-        self._decode = decode
-        self._prefills = SDPA()
-        self.plan(())
-
-    def plan(self, segments: Sequence[Segment], *, fixed: bool = False) -> None:
-        """See `AttentionBackend.plan`."""
-        if fixed:
-            raise ValueError("native computes on a CPU, which records no graphs")
-        self._decodes, _ = split(segments)
-        self._call = _call(self._decodes)
-        longer = segments[len(self._decodes) :]
-        self._longer = len(longer) > 0
-        self._prefills.plan(longer)
-
-    def run(
-        self, layer: LayerAttention, query: torch.Tensor, slots: KV, new: KV | None = None
-    ) -> torch.Tensor:
-        """See `AttentionBackend.run`."""
-        at = len(self._decodes)
-        if not at:
-            return self._prefills.run(layer, query, slots)
-        out = self._call.attend(layer, query, slots, by=self._decode)
-        if self._longer:
-            out[at:] = self._prefills.run(layer, query[at:], slots)
-        return out

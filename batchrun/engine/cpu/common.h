@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -20,29 +20,29 @@
   static_assert(sizeof(type) == 8 * (words)); \
   extern "C" int64_t batchrun_sizeof_##name() { return sizeof(type); }
 
-// One call of attention, as in attention.py, of numbers T. Strides count elements; the last one of
-// each tensor is 1.
-template <class T>
-struct AttentionCall {
-  const T* query;                // [tokens, q_heads, k_dim]
-  const T *keys, *values;        // [slots, tokens, kv_heads, dim]
-  T* out;                        // [tokens, q_heads, v_dim], dense
+// One call of attention, as in attention.py. Strides count numbers; the last one of each tensor is 1.
+struct Call {
+  const void* query;             // [tokens, q_heads, k_dim]
+  const void *keys, *values;     // [slots, tokens, kv_heads, dim]
+  void* out;                     // [tokens, q_heads, v_dim], dense
   const float* sinks;            // [q_heads] or null
   const int32_t *slots, *ends;   // [n]
   const int32_t* starts;         // [n + 1]: each segment's first query, which are its last tokens
   int64_t n, q_heads, kv_heads, k_dim, v_dim;
   int64_t query_stride[2], key_stride[3], value_stride[3];
-  int64_t window;  // 0: none
+  int64_t window, chunk;  // 0: none
   int64_t threads;
   int64_t level;  // as in __init__.py: what is to multiply bfloat16
   float scale, softcap;  // 0: none
-  const T *new_keys, *new_values;  // [tokens, kv_heads, dim] to put in place first, or null
+  const void *new_keys, *new_values;  // [tokens, kv_heads, dim] to put in place first, or null
   int64_t new_key_stride[2], new_value_stride[2];
   int64_t n_shared;            // parts that several decodes have in common, from their first on
   const int32_t* shared_part;  // [n_shared]: which it is, of each of its members
   const int32_t *shared_starts, *shared_members;  // [n_shared + 1], [...] segments
   const int32_t* own_part;                        // [n]: the first that is not shared
 };
+
+FILLED_BY_PYTHON(Call, Call, 37)
 
 namespace {
 
@@ -88,6 +88,16 @@ inline __m512i lanes() {
   return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 #endif
+
+// Asks for memory a little at a time, while something else is computed with.
+struct Ahead {
+  const char* next = nullptr;
+  int64_t lines = 0;  // at each step
+
+  void step() {
+    for (int64_t i = 0; i < lines; i++, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
 
 // --- tiles of AMX: 16 rows of 16 pairs of bfloat16 ---
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from batchrun.engine.cpu.layers import NativeLinear, rms_norm
+from batchrun.engine.cpu.linear import NativeLinear, rms_norm
 
 Undo = list[tuple[nn.Module, str, nn.Module]]  # parent, name, the module that was replaced
 
@@ -138,14 +138,14 @@ class FusedNorm(nn.Module):
         self._native: torch.Tensor | None = None
 
     def use_native(self) -> None:
-        """Use native code for bfloat16 on a CPU, if the width is a multiple of 32."""
+        """Use native code, on a CPU, if the width is a multiple of 32."""
         if len(self.weight) % 32 == 0:
             self._native = self.weight.data.float() + self.offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., n]` to the same."""
         weight = self.weight
-        if self._native is not None and x.dtype == torch.bfloat16:
+        if self._native is not None:
             return rms_norm(x, self._native, self.eps)
         if not self.offset and weight.dtype == x.dtype:
             return functional.rms_norm(x, weight.shape, weight, self.eps)

@@ -123,10 +123,10 @@ def same_layer(
 
 
 @torch.inference_mode()
-def check_linear(linear: nn.Module, native: nn.Module) -> None:
-    """Raise ValueError unless both compute the same of random bfloat16 numbers."""
+def check_linear(linear: nn.Module, native: nn.Module, dtype: torch.dtype) -> None:
+    """Raise ValueError unless both compute the same of random numbers of a dtype."""
     width = int(linear.in_features)  # type: ignore[arg-type]
-    x = torch.randn(17, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(17, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     off = difference(native(x), linear(x))
     if off > tolerance(x.dtype).linear:
         raise ValueError(f"a linear layer is off by {off:.2g} of its largest result")

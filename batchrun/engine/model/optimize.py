@@ -22,8 +22,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
 from batchrun.engine.attention import LayerAttention
-from batchrun.engine.cpu import layers as cpu_layers
-from batchrun.engine.cpu.layers import NativeLayer
+from batchrun.engine.cpu import library
+from batchrun.engine.cpu.layers import NativeLayer, NativeStack, RotaryTable
+from batchrun.engine.cpu.linear import NativeLinear, fits
 from batchrun.engine.model.adapters import is_adapted
 from batchrun.engine.model.fused import FusedNorm, Projection, Undo, fuse_norms, merge_projections
 from batchrun.engine.model.hook import LAYER, current_step
@@ -45,6 +46,7 @@ def optimize(
     *,
     compile: bool,  # noqa: A002 - what torch calls it
     log: Callable[[str], None],
+    native: bool = True,
 ) -> tuple[str, ...]:
     """Make a model that `prepare` has hooked faster in place.
 
@@ -56,16 +58,17 @@ def optimize(
         compile: Whether to compile decoder layers: takes many seconds, and serves only steps of
             more than one token.
         log: Called with a line for each thing that is unavailable and what runs instead.
+        native: Whether native code may compute on a CPU.
 
     Returns:
-        Those that the model now has of `native layers` (bfloat16 on a CPU), `merged projections`,
+        Those that the model now has of `native layers` (on a CPU), `merged projections`,
         `fused norms` and `compiled layers`.
 
     Raises:
         ModelError: Native code gives different logits from the model's own.
     """
     want = logits_of(model)
-    native = _can_be_native(model, log)
+    native = native and _can_be_native(model, log)
     if native:
         _use_native_layers(model)
     layers = decoder_layers(model)
@@ -108,9 +111,9 @@ def optimize(
 
 def _can_be_native(model: PreTrainedModel, log: Callable[[str], None]) -> bool:
     """Whether native code can compute this model; logs why not if the CPU is the reason."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+    if model.device.type != "cpu":
         return False
-    reason = cpu_layers.unsupported_reason()
+    reason = library.unsupported_reason(model.dtype)
     if reason is not None:
         log(f"layers are computed by torch, not by native code: {reason}")
     return reason is None
@@ -121,7 +124,7 @@ def _use_native_layers(model: PreTrainedModel) -> None:
 
     Each old layer is dropped at once: there is no way back, but weights are never all held twice.
     """
-    if any(isinstance(module, cpu_layers.NativeStack) for module in model.modules()):
+    if any(isinstance(module, NativeStack) for module in model.modules()):
         return
     found = decoder_layers(model)
     layers = found.modules
@@ -141,11 +144,11 @@ def _use_native_layers(model: PreTrainedModel) -> None:
 def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLayer]) -> None:
     """Join a model's native layers into one module, and tabulate its rotary embeddings."""
     del layers[1:]
-    layers[0] = cpu_layers.NativeStack(native)
+    layers[0] = NativeStack(native)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if getattr(child, "rope_type", None) in _STATIC and hasattr(child, "inv_freq"):
-                setattr(parent, name, cpu_layers.RotaryTable(child))
+                setattr(parent, name, RotaryTable(child))
 
 
 def _use_native_parts(model: PreTrainedModel) -> None:
@@ -154,9 +157,9 @@ def _use_native_parts(model: PreTrainedModel) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, FusedNorm):
                 child.use_native()
-            elif cpu_layers.fits(child):
-                native = cpu_layers.NativeLinear(cast("nn.Linear", child))
-                check_linear(child, native)
+            elif fits(child, model.dtype):
+                native = NativeLinear(cast("nn.Linear", child), model.dtype)
+                check_linear(child, native, model.dtype)
                 setattr(parent, name, native)
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from batchrun.engine.attention import LayerSpec
-from batchrun.engine.cpu.layers import NativeLayer, NativeLinear
+from batchrun.engine.cpu.layers import NativeLayer
+from batchrun.engine.cpu.linear import NativeLinear
 from batchrun.engine.model import adapters
 from batchrun.engine.model.context import context_length
 from batchrun.engine.model.generation import eos_ids
