@@ -19,7 +19,7 @@ CEILINGS = {
     "batchrun/engine": 3120,
     "batchrun/engine/attention": 800,
     "batchrun/engine/cpu": 2140,
-    "batchrun/engine/model": 1790,
+    "batchrun/engine/model": 1900,
     "batchrun/estimate": 420,
     "batchrun/models": 1060,
     "batchrun/prompts": 1070,

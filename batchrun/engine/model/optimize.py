@@ -35,6 +35,7 @@ from batchrun.engine.model.layers import (
     same_layer,
 )
 from batchrun.engine.model.prepare import has_experts
+from batchrun.engine.model.rowwise import RowwiseLinear, make_rowwise
 from batchrun.errors import ModelError
 
 _STATIC = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the sequence
@@ -45,6 +46,7 @@ def optimize(
     *,
     compile: bool,  # noqa: A002 - what torch calls it
     log: Callable[[str], None],
+    deterministic: bool = False,
 ) -> tuple[str, ...]:
     """Make a model that `prepare` has hooked faster in place.
 
@@ -56,13 +58,16 @@ def optimize(
         compile: Whether to compile decoder layers: takes many seconds, and serves only steps of
             more than one token.
         log: Called with a line for each thing that is unavailable and what runs instead.
+        deterministic: Whether on a GPU a token's bits must not depend on the tokens beside it;
+            nothing is compiled then (decision 29).
 
     Returns:
         Those that the model now has of `native layers` (bfloat16 on a CPU), `merged projections`,
-        `fused norms` and `compiled layers`.
+        `fused norms`, `rowwise layers` and `compiled layers`.
 
     Raises:
-        ModelError: Native code gives different logits from the model's own.
+        ModelError: Native code gives different logits from the model's own, or the model can't be
+            made deterministic.
     """
     want = logits_of(model)
     native = _can_be_native(model, log)
@@ -89,7 +94,10 @@ def optimize(
                 f"native code computes {type(model).__name__} wrongly: {error}",
                 hint="run it with torch's operators: --no-optimize",
             ) from error
-    if compile:
+    if deterministic and model.device.type == "cuda":
+        make_rowwise(model)
+        check_modules(model, want)
+    elif compile:
         _compile_layers(model, lambda: check_modules(model, want, layers), log)
     if model.device.type == "cuda":
         # Torch caches the old weights' memory in pieces too small for new ones: free it for KV
@@ -101,6 +109,7 @@ def optimize(
         "native layers": NativeLayer in kinds,
         "merged projections": Projection in kinds,
         "fused norms": FusedNorm in kinds,
+        "rowwise layers": RowwiseLinear in kinds,
         "compiled layers": bool(_compiled_layers(model)),
     }
     return tuple(name for name, there in found.items() if there)
