@@ -89,6 +89,7 @@ class Settings:
         overlap: Whether the host prepares the next step while the device computes one.
         graphs: Whether steps are recorded as CUDA graphs, those with prompts in pieces.
         optimize: Whether the model's modules are fused, and compiled on a GPU.
+        deterministic: Whether an answer must not depend on the batch, even if that is slower.
         trust_remote_code: Whether the model's own Python code may run.
     """
 
@@ -112,6 +113,7 @@ class Settings:
     overlap: bool = True
     graphs: bool = True
     optimize: bool = True
+    deterministic: bool = False
     trust_remote_code: bool = False
 
     def limits(self, device: str) -> Limits:
@@ -224,8 +226,9 @@ def check_backend(loaded: LoadedModel, settings: Settings, device: str) -> None:
     cuda = device != "cpu"
     layout, limits = kv_layout(loaded, settings, cuda=cuda), settings.limits(device)
     geometry = geometry_of(loaded, limits, layout.slot_tokens, num_slots(limits, cuda=cuda))
+    there = replace(geometry, device=torch.device(device), deterministic=settings.deterministic)
     try:
-        attention.check(settings.attention, replace(geometry, device=torch.device(device)))
+        attention.check(settings.attention, there)
     except ValueError as error:
         raise no_backend(error) from error
 
