@@ -156,7 +156,11 @@ class Assembly:
         self.usage = UsageIntegral()
         self._log = log
         self._cuda = loaded.device.type == "cuda"
-        made = optimize(loaded.model, compile=self._cuda, log=log) if settings.optimize else ()
+        made: tuple[str, ...] = ()
+        if settings.optimize or (settings.deterministic and self._cuda):
+            made = optimize(
+                loaded.model, compile=self._cuda, log=log, deterministic=settings.deterministic
+            )
         if not self._cuda and invariant.repair(loaded.model, slowly=settings.deterministic):
             made = (*made, "rows alike")
         self._weights_bytes = loaded.weights_bytes
@@ -290,14 +294,9 @@ class Assembly:
         self._resources.callback(transfers.drain)
         slots = self.arena.layout.slot_tokens, self.arena.num_slots
         geometry = geometry_of(loaded, self.limits, *slots)
+        geometry = replace(geometry, deterministic=settings.deterministic)
         try:
-            backend = attention.create(
-                settings.attention,
-                geometry,
-                transfers.upload,
-                self._log,
-                invariant=settings.deterministic,
-            )
+            backend = attention.create(settings.attention, geometry, transfers.upload, self._log)
         except ValueError as error:
             raise no_backend(error) from error
         layers = range(len(loaded.layers))

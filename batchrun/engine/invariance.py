@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from batchrun.engine import cpu
 from batchrun.engine.core import Segment, Sequence
+from batchrun.engine.cpu import Level, library
 from batchrun.engine.cpu.layers import NativeStack
+from batchrun.engine.cpu.linear import NativeLinear
 from batchrun.engine.model.gates import budget_too_small, sequences_of
 from batchrun.engine.model.int8 import Int8Linear
 from batchrun.engine.model.invariant import varying_operator
+from batchrun.engine.model.rowwise import RowwiseLinear
 
 if TYPE_CHECKING:
     from batchrun.engine.attention import AttentionBackend
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from batchrun.engine.kvspace import KVSpace
     from batchrun.engine.model.prepare import LoadedModel
 
-_INSTRUCTIONS = {cpu.Level.TILES: "amx", cpu.Level.VECTORS: "avx512"}
+_INSTRUCTIONS = {Level.TILES: "amx", Level.VECTORS: "avx512", Level.NOTHING: "native"}
 _PIECES = (5, 1, 17, 2, 31)  # tokens of the pieces that a test prompt is cut into, again and again
 _LAST = 12  # positions whose logits are compared
 
@@ -34,11 +36,12 @@ class VariesError(Exception):
 
 def varies(loaded: LoadedModel, backend: AttentionBackend) -> str | None:
     """Why answers may depend on the batch, in one clause; None if nothing says that they do."""
-    if loaded.device.type != "cpu":
+    on_cpu = loaded.device.type == "cpu"
+    if not on_cpu and not any(isinstance(m, RowwiseLinear) for m in loaded.model.modules()):
         return "torch's matrix products depend on the batch"
     if not backend.invariant:
         return f"the attention kernel {backend.name} depends on the batch"
-    return varying_operator(loaded.model)
+    return varying_operator(loaded.model) if on_cpu else None
 
 
 @torch.inference_mode()
@@ -143,10 +146,10 @@ def arithmetic(loaded: LoadedModel) -> str:
     if loaded.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(loaded.device)
         return f"{dtype} cuda sm_{major}{minor}"
-    return f"{dtype} {_INSTRUCTIONS[cpu.level()] if _is_native(loaded) else 'torch'}"
-
-
-def _is_native(loaded: LoadedModel) -> bool:
-    """Whether native code computes every layer, and every matrix outside of them."""
     kinds = {type(module) for module in loaded.model.modules()}
-    return NativeStack in kinds and not kinds & {nn.Linear, Int8Linear}
+    used = []
+    if kinds & {NativeStack, NativeLinear}:
+        used.append(_INSTRUCTIONS[library.arithmetic(loaded.dtype).level])
+    if NativeStack not in kinds or kinds & {nn.Linear, Int8Linear}:
+        used.append(f"torch {torch.backends.cpu.get_cpu_capability().lower()}")
+    return f"{dtype} {' and '.join(used)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,7 +11,10 @@ from torch.nn import functional
 
 from batchrun.engine import invariance
 from batchrun.engine.attention.sdpa import SDPA
-from batchrun.engine.core import SamplingParams
+from batchrun.engine.core import EngineError, SamplingParams
+from batchrun.engine.cpu import compile as compiled
+from batchrun.engine.cpu import library
+from batchrun.engine.cpu.compile import CompileError
 from batchrun.engine.invariance import VariesError
 from batchrun.engine.model import invariant, rows
 from batchrun.engine.model.judge import difference
@@ -24,6 +28,7 @@ from tests.parity.test_generate import prompts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 THREADS = (1, 2, 3, 5)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 # Its rotary embedding looks for the longest sequence of the batch.
 VARYING = {"phimoe-window": "torch's max in PhimoeRotaryEmbedding may depend on the batch"}
 
@@ -110,29 +115,67 @@ def test_products(k: int, n: int, dtype: torch.dtype) -> None:
                 assert torch.equal(computed(x[begin:end]), whole[begin:end]), (threads, end)
 
 
-def made(name: str, dtype: torch.dtype) -> LoadedModel:
-    """A model that computes each row alike, by torch's operators alone."""
+def made(name: str, dtype: torch.dtype, *, native: bool = False) -> LoadedModel:
+    """A model that computes each row alike, by native code as far as it goes or by torch alone."""
     loaded = prepare(build(name).to(dtype))
     before = logits_of(loaded.model)
-    optimize(loaded.model, compile=False, log=lambda line: None)
-    assert invariant.repair(loaded.model, slowly=True)
+    optimize(loaded.model, compile=False, log=pytest.fail, native=native)
+    assert invariant.repair(loaded.model, slowly=not native)
     assert difference(logits_of(loaded.model), before) < {4: 1e-5, 2: 0.1}[dtype.itemsize]
     return loaded
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_models(name: str, dtype: torch.dtype) -> None:
-    loaded = made(name, dtype)
-    with rig(loaded, attention="tiled") as r:
-        assert r.varies == VARYING.get(name)
+def check(loaded: LoadedModel, attention: str, varies: str | None = None) -> None:
+    with rig(loaded, attention=attention) as r:
+        assert r.varies == varies
         for threads, most in ((2, 256), (3, 29)):
             torch.set_num_threads(threads)
             invariance.check(loaded, r.executor, r.arena, most)
         check_arena(r.arena)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2-softcap", "gpt-oss-sinks", "llama4-chunks"])
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_with_native_code(name: str, dtype: torch.dtype) -> None:
+    check(made(name, dtype, native=True), "native", VARYING.get(name))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_with_torchs_operators(name: str) -> None:
+    check(made(name, torch.float32), "tiled", VARYING.get(name))
+
+
+FEW = ["llama", "gemma2-softcap", "gpt-oss-sinks", "llama4-chunks"]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_models_with_torchs_operators_in_half_precision(name: str) -> None:
+    check(made(name, torch.bfloat16), "tiled")
+
+
+def test_a_machine_without_a_compiler_can_be_deterministic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise CompileError("there is no compiler")
+
+    monkeypatch.setattr(compiled, "load", load)
+    monkeypatch.setattr(library, "_arithmetic", library._arithmetic.__wrapped__)
+    loaded = prepare(build("gemma2-softcap"))
+    with rig(loaded, attention="auto", deterministic=True) as r:
+        assert r.kernels == ("tiled", "rows alike")
+        assert r.varies is None
+        invariance.check(loaded, r.executor, r.arena, 64)
+    loaded = prepare(build("phimoe-window"))
+    with (
+        pytest.raises(EngineError, match="can't be kept: torch's max in PhimoeRotaryEmbedding"),
+        rig(loaded, attention="auto", deterministic=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_tokens_do_not_depend_on_the_batch(name: str) -> None:
     loaded = made(name, torch.bfloat16)
     params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0)

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "sdpa": "attention.sdpa",
-    "tiled": "attention.tiled",
     "native": "cpu.attention",
     "torch-flash": "attention.torch_flash",
     "flashinfer-fa2": "attention.flashinfer",
     "flashinfer-fa3": "attention.flashinfer",
+    "triton": "attention.triton_attention",
+    "tiled": "attention.tiled",
 }
 NAMES = tuple(_MODULES)
 _BEST_FIRST = ("flashinfer-fa3", "flashinfer-fa2", "torch-flash")
+_INVARIANT = ("triton",)  # on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Geometry:
         max_num_batched_tokens: Maximum number of tokens in one step.
         dtype: Dtype of queries, keys and values.
         device: Device that all of them are on.
+        deterministic: Whether the backend should be `invariant`; on a GPU it must.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -80,6 +83,7 @@ class Geometry:
     max_num_batched_tokens: int
     dtype: torch.dtype
     device: torch.device
+    deterministic: bool = False
 
 
 class Upload(Protocol):
@@ -163,26 +167,24 @@ def create(
     geometry: Geometry,
     upload: Upload | None = None,
     log: Callable[[str], None] = lambda line: None,
-    *,
-    invariant: bool = False,
 ) -> AttentionBackend:
     """Make the backend of that name; `auto` takes the best one for this model and machine.
 
-    `auto` is `native` on a CPU, or `sdpa` if that can't be compiled; on a GPU, `sdpa` for float32.
-    It never picks kernels that take minutes to compile: the user must ask for those by name.
+    `auto` is `native` on a CPU, or `sdpa` if that can't be compiled, or `tiled` for deterministic
+    steps; on a GPU, `sdpa` for float32, and `triton` for deterministic steps. It never picks
+    kernels that take minutes to compile: the user must ask for those by name.
 
     Args:
         name: One of `NAMES`, or `auto`.
         geometry: What it is made for.
         upload: How its arrays get to the device; None on a CPU.
         log: Called with one line that says what `auto` could not use and what it uses instead.
-        invariant: Whether `auto` should look for one that is `invariant`, however slow.
 
     Raises:
         ValueError: There is no such backend, or it can't serve this model here; says why.
     """
     if name == "auto":
-        return _best(geometry, upload, log, invariant=invariant)
+        return _best(geometry, upload, log)
     _refuse_unsupported(name, geometry)
     made: AttentionBackend = _library(name).make(geometry, upload, log, name)
     return made
@@ -202,33 +204,42 @@ def check(name: str, geometry: Geometry) -> None:
 
 def _refuse_unsupported(name: str, geometry: Geometry) -> None:
     reason = unsupported_reason(name, geometry)
+    if reason is None and _must_be_invariant(geometry) and name not in _INVARIANT:
+        reason = f"it depends on the batch; with --deterministic use {', '.join(_INVARIANT)}"
     if reason is not None:
         raise ValueError(f"the attention backend {name} can't be used: {reason}")
+
+
+def _must_be_invariant(geometry: Geometry) -> bool:
+    return geometry.deterministic and geometry.device.type != "cpu"
 
 
 def candidates(geometry: Geometry) -> tuple[str, ...]:
     """The backends that `auto` tries before `sdpa`, the best one first."""
     if geometry.device.type == "cpu":
-        return ("native",)
+        return ("native", "tiled") if geometry.deterministic else ("native",)
+    if geometry.deterministic:
+        return _INVARIANT
     return _BEST_FIRST if geometry.dtype.itemsize < 4 else ()
 
 
 def _best(
-    geometry: Geometry, upload: Upload | None, log: Callable[[str], None], *, invariant: bool
+    geometry: Geometry, upload: Upload | None, log: Callable[[str], None]
 ) -> AttentionBackend:
     found: AttentionBackend | None = None
     skipped = []
-    slow = ("tiled",) if invariant else ()
-    for name in (*candidates(geometry), *slow, "sdpa"):  # sdpa serves everything
+    last = () if _must_be_invariant(geometry) else ("sdpa",)  # which serves everything
+    for name in (*candidates(geometry), *last):
         try:
             reason = unsupported_reason(name, geometry, compiled=True)
             found = None if reason else _library(name).make(geometry, upload, log, name)
         except ValueError as error:
             reason = str(error)
-        if found is not None and (found.invariant or not invariant or name == "sdpa"):
+        if found is not None:
             break
-        skipped.append(f"{name}: {reason or 'its results depend on the batch'}")
-    assert found is not None
+        skipped.append(f"{name}: {reason}")
+    if found is None:
+        raise ValueError(f"--deterministic can't be kept ({'; '.join(skipped)})")
     if skipped:
         log(f"using {found.name} attention ({'; '.join(skipped)})")
     return found

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from batchrun.engine.cpu import layers as cpu_layers
-from batchrun.engine.cpu.layers import NativeLinear
+from batchrun.engine.cpu.linear import NativeLinear, fits
 from batchrun.engine.model import rows
 from batchrun.engine.model.judge import difference, tolerance
 
@@ -28,6 +27,7 @@ def use_experts(model: PreTrainedModel) -> None:
         model.set_experts_implementation(NAME)
 
 
+@torch.inference_mode()
 def use_native_experts(model: PreTrainedModel) -> None:
     """Also pack the weights of its experts, one projection after the other.
 
@@ -62,9 +62,9 @@ def _pack(module: Any, name: str) -> None:
         linear.weight = nn.Parameter(matrix.contiguous(), requires_grad=False)
         if module.has_bias and bias is not None:
             linear.bias = nn.Parameter(bias.data[expert], requires_grad=False)
-        if not cpu_layers.fits(linear):
+        if not fits(linear, linear.weight.dtype):
             return
-        linears.append(NativeLinear(linear))
+        linears.append(NativeLinear(linear, linear.weight.dtype))
     setattr(module, _PACKED.format(name), nn.ModuleList(linears))
     delattr(module, name)
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from batchrun.engine.attention import QKV, LayerAttention
-from batchrun.engine.cpu.layers import NativeLayer, NativeLinear, NativeStack, RotaryTable
+from batchrun.engine.cpu.layers import NativeLayer, NativeStack, RotaryTable
+from batchrun.engine.cpu.linear import NativeLinear
 from batchrun.engine.model.experts import use_experts
 from batchrun.engine.model.hook import attending
 from batchrun.engine.model.rows import REPAIRING, by_rows
