@@ -11,10 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from batchrun.engine import invariance
 from batchrun.engine.core import EngineError, Request
-from batchrun.engine.cpu import layers as cpu_layers
+from batchrun.engine.cpu import library
 from batchrun.engine.engine import Engine
 from batchrun.jobs import folder
 from batchrun.jobs.errors import InputError, JobError, SpecChanged
@@ -170,7 +171,7 @@ def test_rows_computed_alone_are_those_of_the_job(
     assert {p.name: p.read_bytes() for p in job.path.iterdir()} == before
 
 
-NO_NATIVE = cpu_layers.unsupported_reason()
+NO_NATIVE = library.unsupported_reason(torch.bfloat16)
 
 
 @pytest.mark.skipif(NO_NATIVE is not None, reason=str(NO_NATIVE))

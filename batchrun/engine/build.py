@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from batchrun.engine.cpu import Level
 from batchrun.engine.cpu.compile import guard_caches
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
-from batchrun.engine.model import gates, loading
+from batchrun.engine.model import gates, invariant, loading
 from batchrun.engine.model.generation import read_generation
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel
@@ -97,16 +98,17 @@ def build(
     assembly.encode = encode
     if ignored := ", ".join(assembly.generation.ignored):
         log(f"the model's generation config sets {ignored}, which batchrun does not support")
+    checked = loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens
+    kernels = "-".join(assembly.kernels).replace(" ", "-")
+    once = partial(gates.verify_once, loaded, weights, settings.cache)
     try:
-        difference = gates.verify_once(
-            loaded,
-            weights,
-            settings.cache,
-            "-".join(assembly.kernels).replace(" ", "-"),
-            lambda: gates.verify(
-                loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens, want
-            ),
-        )
+        difference = once(kernels, lambda: gates.verify(*checked, want))
+        if assembly.varies is None:
+            kernels += f"-invariant-{torch.get_num_threads()}"
+            try:
+                once(kernels, lambda: invariance.check(*checked))
+            except invariance.VariesError as error:
+                assembly.note_varies(str(error))
     except BaseException:
         assembly.close()
         raise
@@ -154,7 +156,13 @@ class Assembly:
         self.usage = UsageIntegral()
         self._log = log
         self._cuda = loaded.device.type == "cuda"
-        made = optimize(loaded.model, compile=self._cuda, log=log) if settings.optimize else ()
+        made: tuple[str, ...] = ()
+        if settings.optimize or (settings.deterministic and self._cuda):
+            made = optimize(
+                loaded.model, compile=self._cuda, log=log, deterministic=settings.deterministic
+            )
+        if not self._cuda and invariant.repair(loaded.model, slowly=settings.deterministic):
+            made = (*made, "rows alike")
         self._weights_bytes = loaded.weights_bytes
         self._resources = ExitStack()
         try:
@@ -177,14 +185,8 @@ class Assembly:
             raise
         recorded = ("recorded pieces",) * (self.executor.pieces is not None)
         self.kernels = (self.executor.backend.name, *made, *recorded)
-        self.varies = invariance.varies(loaded, self.executor.backend)
         self.arithmetic = invariance.arithmetic(loaded)
-        if settings.deterministic and self.varies:
-            self.close()
-            raise EngineError(
-                f"--deterministic can't be kept: {self.varies}",
-                hint="leave out --deterministic, and add --again",
-            )
+        self.note_varies(invariance.varies(loaded, self.executor.backend))
         self.scheduler = Scheduler(
             self.arena,
             max_num_seqs=self.max_num_seqs,
@@ -203,6 +205,16 @@ class Assembly:
             observe=lambda seconds: self.usage.add(self.arena.usage(), seconds),
             mapping_seconds=lambda: self.arena.work_seconds,
         )
+
+    def note_varies(self, reason: str | None) -> None:
+        """Set `varies`; raises EngineError, and closes this, if answers must not depend on it."""
+        self.varies = reason
+        if self.settings.deterministic and reason:
+            self.close()
+            raise EngineError(
+                f"--deterministic can't be kept: {reason}",
+                hint="leave out --deterministic, and add --again",
+            )
 
     def measurements(self) -> dict[str, float | str]:
         """The engine's figures so far, named as in `batchrun.jobs.metrics`."""
@@ -282,6 +294,7 @@ class Assembly:
         self._resources.callback(transfers.drain)
         slots = self.arena.layout.slot_tokens, self.arena.num_slots
         geometry = geometry_of(loaded, self.limits, *slots)
+        geometry = replace(geometry, deterministic=settings.deterministic)
         try:
             backend = attention.create(settings.attention, geometry, transfers.upload, self._log)
         except ValueError as error:

@@ -21,6 +21,7 @@ from batchrun.engine.processors import LogitsProcessor, LogitsRow
 
 _AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
 _COLDEST = 1e-37  # the lowest temperature that float32 can divide by
+_BITS = 42  # on a device, the highest logit weighs 2^42
 
 
 def uniform(seed: int, row: int, sample: int, position: int) -> float:
@@ -138,7 +139,7 @@ class Sampler:
             own = logits if own.dtype != torch.float32 else own
         if beams:  # their processors come after the softmax, as in transformers
             at = self._upload(np.array(beams))
-            logits[at] = logits[at].log_softmax(dim=-1)
+            logits[at] = _log_softmax(logits[at])
         for processor in self._active:
             logits = processor.apply(logits, rows)
         if drawn and len(drawn) == len(rows):
@@ -150,13 +151,13 @@ class Sampler:
                 tokens[index] = self._draw(logits[index], [rows[i] for i in drawn])
         chosen: tuple[torch.Tensor, ...] = (tokens,)
         if scored:
-            norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else own.logsumexp(dim=-1)
+            norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else _logsumexp(own)
             chosen += (own.gather(1, tokens.clamp_min(0)[:, None])[:, 0] - norm,)
         if beams:
-            values, ids = logits[at].topk(min(self._width, logits.shape[1]))
+            values, ids = _highest(logits[at], min(self._width, logits.shape[1]))
             chosen += (_joined(ids, values, own[at].gather(1, ids).float() - norm[at, None]),)
         if self._likeliest:
-            values, ids = own.topk(min(self._likeliest, own.shape[1]))
+            values, ids = _highest(own, min(self._likeliest, own.shape[1]))
             chosen += (_joined(ids, values.float() - norm[:, None]),)
         return chosen
 
@@ -187,10 +188,10 @@ class Sampler:
         """As `_draw`, on a device, without waiting for it."""
         columns = self._columns(params, logits.shape[1], numbers)
         logits = self._filtered(logits, params, columns)
-        cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        cdf = _weights(logits).cumsum(dim=-1)
         total = cdf[:, -1:]
         # Strictly below the end, so that rounding never picks a token of probability zero.
-        target = torch.minimum(columns[4] * total, torch.nextafter(total, torch.zeros_like(total)))
+        target = torch.minimum((columns[4] * total).long(), total - 1)
         tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
         return _if_finite(logits.amax(dim=-1), tokens)
 
@@ -210,6 +211,39 @@ class Sampler:
         rows = [(p.temperature, p.top_p, p.min_p, p.top_k or vocabulary) for p in params]
         columns = [*zip(*rows, strict=True), *others]
         return self._upload(np.array(columns, dtype=np.float64))[:, :, None]
+
+
+def _weights(logits: torch.Tensor) -> torch.Tensor:
+    """The tokens' probabilities `[N, V]`, as int64 multiples of the highest's 2^-42.
+
+    How a GPU divides a sum between threads depends on the number of rows: these sums are exact.
+    """
+    below = (logits - logits.amax(dim=-1, keepdim=True)).double()
+    return below.exp_().mul_(2.0**_BITS).round_().long()
+
+
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """`[N]` float32, of logits on a device."""
+    sums = _weights(logits).sum(dim=-1).double() / 2.0**_BITS
+    return (logits.amax(dim=-1).double() + sums.log()).float()
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(-1) if _on_cpu(logits) else logits - _logsumexp(logits)[:, None]
+
+
+def _highest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest logits of each row and their tokens, `[N, count]`; of equal ones the first.
+
+    A GPU's own choice between equal ones depends on the number of rows.
+    """
+    if _on_cpu(logits):
+        values, ids = logits.topk(count)
+        return values, ids
+    bits = logits.float().view(torch.int32)
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # as integers in the same order
+    ids = ((order << 32) - torch.arange(logits.shape[1], device=logits.device)).topk(count).indices
+    return logits.gather(1, ids), ids
 
 
 def _joined(*tensors: torch.Tensor) -> torch.Tensor:
@@ -259,9 +293,9 @@ def filter_rows(
         logits = logits.masked_fill((logits < limit) & (top_k < vocab), -torch.inf)
     if any(p.top_p < 1 for p in params):
         ordered = logits.sort(dim=-1, descending=True).values
-        mass = (ordered.double() - ordered.double().logsumexp(1, keepdim=True)).exp().cumsum(1)
+        mass = _weights(ordered).cumsum(1)
         # The token that reaches top_p is the last one kept.
-        last = (mass < top_p).sum(1, keepdim=True).clamp(max=vocab - 1)
+        last = (mass < top_p * mass[:, -1:]).sum(1, keepdim=True).clamp(max=vocab - 1)
         limit = ordered.gather(1, last)
         logits = logits.masked_fill((logits < limit) & (top_p < 1), -torch.inf)
     if any(p.min_p > 0 for p in params):

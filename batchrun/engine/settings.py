@@ -226,8 +226,9 @@ def check_backend(loaded: LoadedModel, settings: Settings, device: str) -> None:
     cuda = device != "cpu"
     layout, limits = kv_layout(loaded, settings, cuda=cuda), settings.limits(device)
     geometry = geometry_of(loaded, limits, layout.slot_tokens, num_slots(limits, cuda=cuda))
+    there = replace(geometry, device=torch.device(device), deterministic=settings.deterministic)
     try:
-        attention.check(settings.attention, replace(geometry, device=torch.device(device)))
+        attention.check(settings.attention, there)
     except ValueError as error:
         raise no_backend(error) from error
 

@@ -6,18 +6,26 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from batchrun.engine import attention
-from batchrun.engine.attention import Geometry, LayerSpec
+from batchrun.engine.attention import (
+    Geometry,
+    LayerSpec,
+    sdpa,
+    torch_flash,
+    triton_attention,
+)
 from tests.attention.slots import upload
 
 LAYER = LayerSpec(4, 2, 64, 64, 0.125)
 CPU = Geometry((LAYER,), 64, 2, 2, 16, torch.bfloat16, torch.device("cpu"))
 CUDA = replace(CPU, device=torch.device("cuda"))
-KERNELS = [name for name in attention.NAMES if name not in {"sdpa", "native"}]
+KERNELS = [name for name in attention.NAMES if name not in {"sdpa", "native", "triton", "tiled"}]
+DETERMINISTIC = replace(CUDA, deterministic=True)
 
 
 def with_layer(**changes: object) -> Geometry:
@@ -80,6 +88,48 @@ def test_auto_says_in_one_line_what_it_could_not_use() -> None:
     assert len(lines) == 1
     assert lines[0].startswith("using sdpa attention (flashinfer-fa3: ")
     assert all(name in lines[0] for name in KERNELS)
+
+
+@pytest.fixture
+def supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU on which every backend works, as far as its arrays."""
+    for module in (sdpa, torch_flash, triton_attention):
+        monkeypatch.setattr(module, "unsupported_reason", lambda *_, **__: None)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # there is no device
+
+
+@pytest.mark.usefixtures("supported")
+def test_deterministic_steps_have_an_invariant_backend() -> None:
+    lines: list[str] = []
+    for name in ("auto", "triton"):
+        made = attention.create(name, DETERMINISTIC, upload, lines.append)
+        assert (made.name, made.invariant) == ("triton", True)
+    assert lines == []
+    for name in ("sdpa", "torch-flash"):
+        with pytest.raises(ValueError, match="depends on the batch; with --deterministic use trit"):
+            attention.create(name, DETERMINISTIC, upload)
+        with pytest.raises(ValueError, match="depends on the batch"):
+            attention.check(name, DETERMINISTIC)
+        assert not attention.create(name, CUDA, upload).invariant
+    assert attention.create("sdpa", replace(CPU, deterministic=True)).name == "sdpa"
+
+
+def test_deterministic_steps_never_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"kept \(triton: triton is not installed"):
+        attention.create("auto", DETERMINISTIC, upload)
+
+
+def test_triton_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention.unsupported_reason("triton", CPU) == "it needs a CUDA device"
+    monkeypatch.setattr(triton_attention, "find_spec", lambda _: SimpleNamespace())
+    double = replace(CUDA, dtype=torch.float64)
+    assert attention.unsupported_reason("triton", double) == "it does not compute in float64"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    found = attention.unsupported_reason("triton", CUDA)
+    assert found == "it needs compute capability 8.0 or higher, and this device has 7.5"
 
 
 def test_a_name_that_is_none_is_refused_with_those_there_are() -> None:

@@ -196,6 +196,26 @@ def test_a_device_that_nobody_waits_for_draws_the_same(spread: float) -> None:
     assert torch.equal(got, cpu_sampling.draw(rows, params, numbers))
 
 
+def test_sums_on_a_device_are_exact_and_so_the_same_for_any_number_of_rows() -> None:
+    rows = logits(5, 3.0)
+    rows[1, 7:] = -torch.inf
+    got = sampling._logsumexp(rows)
+    torch.testing.assert_close(got, rows.double().logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
+    weights = sampling._weights(rows)
+    assert weights.dtype == torch.int64
+    assert weights.amax(-1).tolist() == [2**42] * 5
+    assert torch.equal(sampling._weights(rows[3:4])[0], weights[3])
+
+
+def test_of_equal_logits_a_device_takes_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_on_cpu", lambda _: False)
+    rows = torch.tensor([[1.0, 3.0, -2.0, 3.0, -0.5, -torch.inf, 3.0], [-1.0] * 7])
+    for dtype in (torch.float32, torch.bfloat16):
+        values, ids = sampling._highest(rows.to(dtype), 6)
+        assert ids.tolist() == [[1, 3, 6, 0, 4, 2], [0, 1, 2, 3, 4, 5]]
+        assert values[0].tolist() == [3.0, 3.0, 3.0, 1.0, -0.5, -2.0]
+
+
 def test_penalties_know_the_tokens_that_the_host_does_not() -> None:
     """A pipelined sequence, in a slot that it left and came back to, with others in between."""
     sampler = Sampler(2, torch.tensor)

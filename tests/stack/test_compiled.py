@@ -69,13 +69,13 @@ def test_the_kernel_for_8_bit_weights_is_compiled_with_each_tile(
     import triton  # noqa: PLC0415 - there may be none
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
 
-    from batchrun.engine.model.int8_triton import kernel  # noqa: PLC0415
+    from batchrun.engine.model.linear_triton import kernel  # noqa: PLC0415
 
     for dtype, inner, bias in (("bf16", 4096, False), ("fp16", 100, True)):
         of_call = {"x": f"*{dtype}", "weight": "*i8", "scales": "*fp32", "bias": f"*{dtype}"}
         of_call |= {"out": f"*{dtype}", "tokens": "i32", "n": "i32", "x_stride": "i32"}
         constants = {"K": inner, "BLOCK_N": tile.n, "BLOCK_T": tile.t, "BLOCK_K": tile.k}
-        constants["HAS_BIAS"] = bias
+        constants |= {"HAS_SCALES": True, "HAS_BIAS": bias}
         signature = of_call | dict.fromkeys(constants, "constexpr")
         made = triton.compile(
             triton.compiler.ASTSource(kernel, signature, constants),

@@ -19,9 +19,12 @@ _MODULES = {
     "torch-flash": "attention.torch_flash",
     "flashinfer-fa2": "attention.flashinfer",
     "flashinfer-fa3": "attention.flashinfer",
+    "triton": "attention.triton_attention",
+    "tiled": "attention.tiled",
 }
 NAMES = tuple(_MODULES)
 _BEST_FIRST = ("flashinfer-fa3", "flashinfer-fa2", "torch-flash")
+_INVARIANT = ("triton",)  # on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Geometry:
         max_num_batched_tokens: Maximum number of tokens in one step.
         dtype: Dtype of queries, keys and values.
         device: Device that all of them are on.
+        deterministic: Whether the backend should be `invariant`; on a GPU it must.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -79,6 +83,7 @@ class Geometry:
     max_num_batched_tokens: int
     dtype: torch.dtype
     device: torch.device
+    deterministic: bool = False
 
 
 class Upload(Protocol):
@@ -165,8 +170,9 @@ def create(
 ) -> AttentionBackend:
     """Make the backend of that name; `auto` takes the best one for this model and machine.
 
-    `auto` is `native` on a CPU, or `sdpa` if that can't be compiled; on a GPU, `sdpa` for float32.
-    It never picks kernels that take minutes to compile: the user must ask for those by name.
+    `auto` is `native` on a CPU, or `sdpa` if that can't be compiled, or `tiled` for deterministic
+    steps; on a GPU, `sdpa` for float32, and `triton` for deterministic steps. It never picks
+    kernels that take minutes to compile: the user must ask for those by name.
 
     Args:
         name: One of `NAMES`, or `auto`.
@@ -198,14 +204,22 @@ def check(name: str, geometry: Geometry) -> None:
 
 def _refuse_unsupported(name: str, geometry: Geometry) -> None:
     reason = unsupported_reason(name, geometry)
+    if reason is None and _must_be_invariant(geometry) and name not in _INVARIANT:
+        reason = f"it depends on the batch; with --deterministic use {', '.join(_INVARIANT)}"
     if reason is not None:
         raise ValueError(f"the attention backend {name} can't be used: {reason}")
+
+
+def _must_be_invariant(geometry: Geometry) -> bool:
+    return geometry.deterministic and geometry.device.type != "cpu"
 
 
 def candidates(geometry: Geometry) -> tuple[str, ...]:
     """The backends that `auto` tries before `sdpa`, the best one first."""
     if geometry.device.type == "cpu":
-        return ("native",)
+        return ("native", "tiled") if geometry.deterministic else ("native",)
+    if geometry.deterministic:
+        return _INVARIANT
     return _BEST_FIRST if geometry.dtype.itemsize < 4 else ()
 
 
@@ -214,7 +228,8 @@ def _best(
 ) -> AttentionBackend:
     found: AttentionBackend | None = None
     skipped = []
-    for name in (*candidates(geometry), "sdpa"):  # sdpa serves everything
+    last = () if _must_be_invariant(geometry) else ("sdpa",)  # which serves everything
+    for name in (*candidates(geometry), *last):
         try:
             reason = unsupported_reason(name, geometry, compiled=True)
             found = None if reason else _library(name).make(geometry, upload, log, name)
@@ -223,7 +238,8 @@ def _best(
         if found is not None:
             break
         skipped.append(f"{name}: {reason}")
-    assert found is not None
+    if found is None:
+        raise ValueError(f"--deterministic can't be kept ({'; '.join(skipped)})")
     if skipped:
         log(f"using {found.name} attention ({'; '.join(skipped)})")
     return found

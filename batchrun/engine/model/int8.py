@@ -1,7 +1,7 @@
 """8-bit weights: half the memory and half the bytes to read, at little loss.
 
 On a GPU a linear layer is one operator, so that a compiled layer or a CUDA graph can hold it. For
-few tokens it uses `int8_triton`, where each weight crosses the memory bus as one byte; for many,
+few tokens it uses `linear_triton`, where each weight crosses the memory bus as one byte; for many,
 where arithmetic takes longer than reading weights, it widens the weights first.
 """
 
@@ -107,27 +107,28 @@ def linear(
     tile = tile_for(len(rows), len(weight), *_resources(x.device))
     with torch.cuda.device(x.device):
         out = launch(rows, weight, scales, bias, tile)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], len(weight))  # even of no rows
 
 
 def launch(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scales: torch.Tensor,
+    scales: torch.Tensor | None,
     bias: torch.Tensor | None,
     tile: Tile,
 ) -> torch.Tensor:
-    """Apply it by the Triton kernel: x `[t, k]` to `[t, n]`."""
-    from batchrun.engine.model.int8_triton import kernel  # noqa: PLC0415  (there may be no Triton)
+    """Apply it by the Triton kernel: x `[t, k]` to `[t, n]`. Without scales, weights are floats."""
+    from batchrun.engine.model.linear_triton import kernel  # noqa: PLC0415  (there may be no Triton)
 
     x = x if x.stride(1) == 1 else x.contiguous()
     tokens, n = len(x), len(weight)
     out = x.new_empty(tokens, n)
     grid = (-(-tokens // tile.t), -(-n // tile.n))
-    operands = x, weight, scales, scales if bias is None else bias, out
+    operands = x, weight, *(weight if each is None else each for each in (scales, bias)), out
     sizes = tokens, n, x.stride(0), weight.shape[1], tile.n, tile.t, tile.k
     program: Any = kernel[grid]
-    program(*operands, *sizes, bias is not None, num_warps=tile.warps, num_stages=tile.stages)
+    has = scales is not None, bias is not None
+    program(*operands, *sizes, *has, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
 

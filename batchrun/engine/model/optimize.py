@@ -26,6 +26,7 @@ from batchrun.engine.cpu import library
 from batchrun.engine.cpu.layers import NativeLayer, NativeStack, RotaryTable
 from batchrun.engine.cpu.linear import NativeEmbedding, NativeLinear, fits
 from batchrun.engine.model.adapters import is_adapted
+from batchrun.engine.model.experts import use_native_experts
 from batchrun.engine.model.fused import FusedNorm, Projection, Undo, fuse_norms, merge_projections
 from batchrun.engine.model.hook import LAYER, current_step
 from batchrun.engine.model.layers import (
@@ -36,6 +37,7 @@ from batchrun.engine.model.layers import (
     same_layer,
 )
 from batchrun.engine.model.prepare import has_experts
+from batchrun.engine.model.rowwise import RowwiseLinear, make_rowwise
 from batchrun.errors import ModelError
 
 _STATIC = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the sequence
@@ -47,6 +49,7 @@ def optimize(
     compile: bool,  # noqa: A002 - what torch calls it
     log: Callable[[str], None],
     native: bool = True,
+    deterministic: bool = False,
 ) -> tuple[str, ...]:
     """Make a model that `prepare` has hooked faster in place.
 
@@ -59,13 +62,16 @@ def optimize(
             more than one token.
         log: Called with a line for each thing that is unavailable and what runs instead.
         native: Whether native code may compute on a CPU.
+        deterministic: Whether on a GPU a token's bits must not depend on the tokens beside it;
+            nothing is compiled then (decision 29).
 
     Returns:
         Those that the model now has of `native layers` (on a CPU), `merged projections`,
-        `fused norms` and `compiled layers`.
+        `fused norms`, `rowwise layers` and `compiled layers`.
 
     Raises:
-        ModelError: Native code gives different logits from the model's own.
+        ModelError: Native code gives different logits from the model's own, or the model can't be
+            made deterministic.
     """
     want = logits_of(model)
     native = native and _can_be_native(model, log)
@@ -92,7 +98,10 @@ def optimize(
                 f"native code computes {type(model).__name__} wrongly: {error}",
                 hint="run it with torch's operators: --no-optimize",
             ) from error
-    if compile:
+    if deterministic and model.device.type == "cuda":
+        make_rowwise(model)
+        check_modules(model, want)
+    elif compile:
         _compile_layers(model, lambda: check_modules(model, want, layers), log)
     if model.device.type == "cuda":
         # Torch caches the old weights' memory in pieces too small for new ones: free it for KV
@@ -104,6 +113,7 @@ def optimize(
         "native layers": NativeLayer in kinds,
         "merged projections": Projection in kinds,
         "fused norms": FusedNorm in kinds,
+        "rowwise layers": RowwiseLinear in kinds,
         "compiled layers": bool(_compiled_layers(model)),
     }
     return tuple(name for name, there in found.items() if there)
@@ -152,7 +162,8 @@ def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLaye
 
 
 def _use_native_parts(model: PreTrainedModel) -> None:
-    """Make norms and linear layers native: those of no layer, or of layers that stayed."""
+    """Make norms, linear layers and experts native: those of no layer, or of layers that stayed."""
+    use_native_experts(model)
     embeddings = {
         module.weight: (parent, name)
         for parent in model.modules()

@@ -1,7 +1,8 @@
-"""The product of activations and 8-bit weights in Triton (Tillet et al. 2019).
+"""The product of activations and weights in Triton (Tillet et al. 2019).
 
-Only `int8` imports this file, and only if Triton is installed. Weights are the first operand, so
-that they are widened in registers, on their way from memory to the tensor cores.
+Only `int8.launch` imports this file, and only if Triton is installed. Weights are the first
+operand, so that those of 8 bits are widened in registers, on their way from memory to the tensor
+cores.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917 - types and calls 
     BLOCK_N: tl.constexpr,  # noqa: N803
     BLOCK_T: tl.constexpr,  # noqa: N803
     BLOCK_K: tl.constexpr,  # noqa: N803
+    HAS_SCALES: tl.constexpr,  # noqa: N803
     HAS_BIAS: tl.constexpr,  # noqa: N803
 ):
     """`out[t, n] = sum over k of x[t, k] * weight[n, k], times scales[n], plus bias[n]`.
 
     Each program computes BLOCK_N rows of weights and BLOCK_T tokens. Past the end it repeats the
-    last row or token, and does not store the result.
+    last row or token, and does not store the result. The sums of an element are added up in one
+    order, which depends on the block sizes alone: not on `tokens`, nor on the token's place.
     """
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     places = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -44,10 +47,11 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917 - types and calls 
         else:
             w = tl.load(weight_at, mask=inner[None, :] < K - start, other=0)
             v = tl.load(x_at, mask=inner[:, None] < K - start, other=0.0)
-        sums = tl.dot(w.to(v.dtype), v, sums)
+        sums = tl.dot(w.to(v.dtype), v, sums, input_precision="ieee")  # of float32: never TF32
         weight_at += BLOCK_K
         x_at += BLOCK_K
-    sums *= tl.load(scales + row)[:, None]
+    if HAS_SCALES:
+        sums *= tl.load(scales + row)[:, None]
     if HAS_BIAS:
         sums += tl.load(bias + row).to(tl.float32)[:, None]
     out_at = out + places.to(tl.int64)[:, None] * n + rows[None, :]

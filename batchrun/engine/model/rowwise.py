@@ -1,0 +1,179 @@
+"""Models in which a token's bits do not depend on the tokens beside it, on a GPU.
+
+cuBLAS chooses a kernel, and with it the order of sums, by the number of rows (He et al. 2025,
+"Defeating Nondeterminism in LLM Inference"). Here every linear layer has one tile for any number of
+rows, and a model with other operators that choose by it is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from batchrun.engine.attention import QKV, LayerAttention
+from batchrun.engine.model import int8
+from batchrun.engine.model.int8 import Int8Linear, Tile
+from batchrun.engine.model.layers import logits_of
+from batchrun.errors import ModelError
+
+# By bytes of an activation. Another tile would be another order of sums: these are for any number
+# of tokens, so large enough for prompts.
+TILES = {2: Tile(128, 128, 64, warps=8, stages=3), 4: Tile(64, 64, 32, stages=2)}
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Apply a linear layer, each row by itself.
+
+    Args:
+        x: `[..., k]`.
+        weight: `[n, k]`, contiguous, in the dtype of `x`, or int8 with scales.
+        scales: float32 `[n]`, or None.
+        bias: `[n]`, or None.
+
+    Returns:
+        `[..., n]` in the dtype of `x`.
+    """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    with torch.cuda.device_of(rows):
+        out = int8.launch(rows, weight, scales, bias, TILES[x.dtype.itemsize])
+    return out.view(*x.shape[:-1], len(weight))  # even of no rows
+
+
+_LIBRARY = torch.library.Library("batchrun", "FRAGMENT")
+_LIBRARY.define("rowwise_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor")
+_LIBRARY.impl("rowwise_linear", linear, "CUDA")
+torch.library.register_fake(
+    "batchrun::rowwise_linear",
+    lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    lib=_LIBRARY,
+)
+
+
+class RowwiseLinear(nn.Module):
+    """Replaces a linear layer, and has its parameters.
+
+    Args:
+        linear: The layer.
+    """
+
+    def __init__(self, linear: nn.Linear | Int8Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.scales = linear.scales if isinstance(linear, Int8Linear) else None
+        self.bias = linear.bias
+        self.out_features, self.in_features = linear.weight.shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        weights = self.weight, self.scales, self.bias
+        return cast("torch.Tensor", torch.ops.batchrun.rowwise_linear(x, *weights))
+
+
+def make_rowwise(model: PreTrainedModel) -> None:
+    """Replace a model's linear layers, and check that nothing else mixes rows.
+
+    Raises:
+        ModelError: Some operator may compute a row differently beside other rows, or there is no
+            Triton.
+    """
+    if find_spec("triton") is None:
+        raise _refusal("triton is not installed")
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.Linear, Int8Linear)):
+                setattr(parent, name, RowwiseLinear(child))
+    with Watch() as watch:
+        logits_of(model, _TOKENS, _Nothing())
+    if watch.found:
+        found = ", ".join(sorted(watch.found))
+        reason = f"{type(model).__name__} computes with {found}, which may depend on the batch"
+        raise _refusal(reason)
+
+
+def _refusal(reason: str) -> ModelError:
+    message = f"--deterministic can't be kept on this device: {reason}"
+    return ModelError(message, hint="leave out --deterministic")
+
+
+# --- which operators compute each row by itself, whatever the number of rows ---
+
+# On CUDA, by their source (decision 29), beside pointwise operators and views. By name, without
+# underscores at its ends. They make or move numbers, compute each by itself, or are exact in any
+# order; norms have a block of threads for each row, whatever the number of rows.
+_ROWWISE = """
+    new_empty new_zeros empty_like zeros_like ones_like full_like detach dropout to_copy type_as
+    embedding index index_select gather scatter cat stack clone copy repeat repeat_interleave
+    unsafe_view constant_pad_nd flip roll tril triu one_hot nonzero
+    floor_divide polar
+    amax amin max min argmax argmin any all topk sort
+    layer_norm rms_norm
+"""
+_PRODUCTS = {"mm", "bmm", "matmul", "linear"}
+_SUMS = {"sum", "mean", "cumsum"}
+_TOKENS = 251  # that operators are watched with: more than are few
+_FEW = 32  # numbers: threads share a sum of at most so many in the same way, however many sums
+_WARP = 1024  # numbers: a softmax of at most so many is one warp's
+
+
+def varies(name: str, first: torch.Tensor, *others: Any) -> bool:
+    """Whether an operator that is neither pointwise nor a view may mix rows.
+
+    Args:
+        name: As in the list above.
+        first: Its first argument.
+        others: Its other positional arguments.
+    """
+    if name in _PRODUCTS:
+        return first.shape[-1] != 1  # else there is nothing to add up
+    if name == "softmax":
+        return bool(others[0] % first.ndim != first.ndim - 1) or first.shape[-1] > _WARP
+    if name in _SUMS:
+        dims = others[0] if others else range(first.ndim)
+        sizes = [first.shape[d] for d in ([dims] if isinstance(dims, int) else dims)]
+        return first.is_floating_point() and math.prod(sizes) > _FEW
+    return name not in _ROWWISE.split()
+
+
+@dataclass
+class Watch(TorchDispatchMode):
+    """Notes operators that may compute a row differently beside other rows.
+
+    Attributes:
+        found: Their names.
+    """
+
+    found: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator."""
+        name = func._schema.name.partition("::")[2].strip("_")
+        of_numbers = any(isinstance(arg, torch.Tensor) for arg in tree_leaves(args))
+        known = func.namespace == "batchrun" or torch.Tag.pointwise in func.tags or func.is_view
+        if of_numbers and not known and varies(name, *args):
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+class _Nothing:
+    """A step without attention, which is a kernel of its own."""
+
+    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
+        """See `Step.attend`; the result is zeros."""
+        query, _, value = new
+        return value.new_zeros(*query.shape[:2], value.shape[2])

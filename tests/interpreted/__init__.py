@@ -1,0 +1,1 @@
+"""Triton's kernels on a CPU, by its interpreter: right, and the same bits however rows are cut."""
