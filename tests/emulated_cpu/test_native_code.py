@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,23 @@ def test_it_computes_on_an_emulated_cpu_as_on_a_real_one(
 ) -> None:
     plugin = "-p", "tests.emulated_cpu.plugin"
     run_tests(ROOT / file, *plugin, "-k", names, CXX=str(compiler))
+
+
+@pytest.mark.skipif(cpu.level() is not cpu.Level.NOTHING, reason="it computes bfloat16 otherwise")
+def test_wide_vectors_give_the_bits_of_narrow_ones(compiler: Path, tmp_path: Path) -> None:
+    """16 lanes and 8: a job may go on on another machine."""
+    found = set()
+    for cxx in (str(compiler), ""):
+        cache = tmp_path / f"cache-{bool(cxx)}"
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.emulated_cpu.bits"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "CXX": cxx, "XDG_CACHE_HOME": str(cache)},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(list(cache.rglob("layers-*.so"))) == 1
+        found.add(done.stdout)
+    assert len(found) == 1
