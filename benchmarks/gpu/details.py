@@ -17,6 +17,7 @@ def sections(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
         "job": job,
         "pressure": pressure,
         "host": host,
+        "deterministic": deterministic,
         "vmm": vmm,
         "slabs": slabs,
         "layouts": layouts,
@@ -131,6 +132,24 @@ def host(figures: Figures) -> Iterator[str]:
         yield from _head("function, profiled", "calls per step", "own time per step")
         for row in figures["functions"]:
             yield f"| `{row['function']}` | {row['calls']:.0f} | {row['us']:,.0f} us |"
+
+
+def deterministic(figures: Figures) -> Iterator[str]:
+    """Steps without and with --deterministic, rows that differ, and linear layers."""
+    columns = "decode step", "prefill, tokens/s", "rows that differ in another batch"
+    yield from _head(f"{figures.get('shape')}, {figures.get('layers')} layers", *columns)
+    for row in figures.get("steps", ()):
+        name = "deterministic" if row["deterministic"] else "as usual"
+        rate = row["prefill_tokens"] / row["prefill_s"]
+        step = f"{1e3 * row['decode_step_s']:.2f} ms"
+        yield f"| {name} | {step} | {rate:,.0f} | {row['differ']} of {row['compared']} |"
+    if "linear" in figures:
+        yield ""
+        yield from _head("linear layer, tokens", "torch", "row by row", "same bits")
+        for row in figures["linear"]:
+            name = f"{row['rows']:,} x {row['columns']:,}, {row['tokens']:,}"
+            times = f"{row['torch_us']:,.0f} us | {row['rowwise_us']:,.0f} us"
+            yield f"| {name} | {times} | {'yes' if row['same'] else 'NO'} |"
 
 
 def vmm(figures: Figures) -> Iterator[str]:

@@ -76,6 +76,7 @@ PARTS = (
     Part("job", 110, "256 requests, Qwen3-0.6B shape: throughput, mapping, KV utilisation"),
     Part("host", 45, "what small steps cost the host, by function"),
     Part("pressure", 45, "the job with 8 GiB for keys and values, so that sequences are preempted"),
+    Part("deterministic", 90, "--deterministic: what it costs, and bits in other batches"),
     Part("vmm", 30, "driver calls: create, map, set-access, unmap"),
     Part("layouts", 50, "contiguous slots against 16-token pages"),
     Part("slabs", 35, "layers_per_slab: decode attention time and waste"),

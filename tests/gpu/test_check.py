@@ -110,7 +110,9 @@ def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert 0 < submitted["rows_at_kill"] < submitted["rows"]
     assert submitted["same_completions"] > 0.9
     assert result["parts"]["pressure"]["figures"]["preemptions"] > 0
-    for name in ("submit", "pressure", "vmm", "slabs", "layouts"):
+    compared = result["parts"]["deterministic"]["figures"]["steps"]
+    assert [row["deterministic"] for row in compared] == [False, True]
+    for name in ("submit", "pressure", "deterministic", "vmm", "slabs", "layouts"):
         assert f"**{name}**" in said
 
 

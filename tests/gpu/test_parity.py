@@ -64,6 +64,8 @@ class Case(NamedTuple):
 CASES = [
     *(Case("sdpa", model, "float32") for model in MODELS),
     Case("sdpa", "llama", "bfloat16"),
+    *(Case("triton", model, "float32") for model in MODELS),
+    *(Case("triton", model, "bfloat16") for model in ("llama", "window")),
     *(Case("torch-flash", model, "bfloat16") for model in ("llama", "qwen3", "window")),
     *(Case("flashinfer-fa2", model, "bfloat16") for model in ("llama", "qwen3")),
     *(Case("flashinfer-fa3", model, "bfloat16") for model in ("llama", "qwen3")),

@@ -31,3 +31,14 @@ LIBRARY = torch.library.Library("batchrun", "FRAGMENT")
 LIBRARY.impl("rowwise_linear", rowwise.linear, "CPU")
 # It would copy arguments back to where they never left, and slots are mostly no memory.
 interpreter.GridExecutor._restore_args_dev = lambda *_: None
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def patch_tensor(tensor: Any, scope: Any) -> None:
+    """Triton 3.6 makes ends of loops of arrays, which numpy 2.4 refuses."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = patch_tensor

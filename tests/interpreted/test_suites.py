@@ -15,4 +15,5 @@ SUITES = sorted(Path(__file__).parent.glob("*_suite.py"))
 @pytest.mark.skipif(find_spec("triton") is None, reason="no triton")
 @pytest.mark.parametrize("suite", SUITES, ids=lambda path: path.stem)
 def test_kernels_are_right_when_interpreted(suite: Path) -> None:
-    run_tests(suite, "-p", "tests.interpreted.plugin", TRITON_INTERPRET="1")
+    # Longer tracebacks would show, and read, slots that are mostly no memory.
+    run_tests(suite, "-p", "tests.interpreted.plugin", "--tb=short", TRITON_INTERPRET="1")

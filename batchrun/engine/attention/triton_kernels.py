@@ -65,7 +65,7 @@ def _finish(top, total, sums, sinks, heads, unit, sink_unit, HAS_SINKS: tl.const
     return sums / total[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["items", "segments"])
 def attend(
     q,
     k,
@@ -179,7 +179,7 @@ def attend(
         tl.store(at, result.to(out.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["segments"])
 def combine(
     out,
     partial,
