@@ -260,9 +260,9 @@ def budget_too_small(tokens: int, refusal: str = "") -> ModelError:
     )
 
 
-def sequences_of(loaded: LoadedModel) -> list[Sequence]:
-    """Two test sequences of different lengths; the first has `prompt_tokens` tokens."""
-    longest = prompt_tokens(loaded)
+def sequences_of(loaded: LoadedModel, longest: int = 0) -> list[Sequence]:
+    """Two test sequences, the first of that length, or of `prompt_tokens`; the other is shorter."""
+    longest = longest or prompt_tokens(loaded)
     vocab = int(loaded.model.config.get_text_config().vocab_size)
     rng = random.Random(0)
     return [
