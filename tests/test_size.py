@@ -19,7 +19,7 @@ CEILINGS = {
     "batchrun/engine": 3270,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2330,
-    "batchrun/engine/model": 2280,
+    "batchrun/engine/model": 2300,
     "batchrun/estimate": 420,
     "batchrun/models": 1060,
     "batchrun/prompts": 1070,
