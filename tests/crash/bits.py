@@ -53,7 +53,7 @@ class Kind:
     native: bool
 
 
-KINDS = [Kind(dtype, native) for dtype in ("float32", "bfloat16") for native in (True,)]
+KINDS = [Kind(dtype, native) for dtype in ("float32", "bfloat16") for native in (True, False)]
 
 
 @dataclass(frozen=True)
