@@ -29,6 +29,7 @@ from batchrun.engine.cpu.linear import (
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.model import fused
 from batchrun.engine.model.hook import attending
+from batchrun.engine.model.invariant import varying_operator
 from batchrun.engine.model.layers import logits_of
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import prepare
@@ -326,6 +327,7 @@ def test_a_tied_head_holds_the_embedding_too(dtype: torch.dtype) -> None:
     assert isinstance(native, NativeEmbedding)
     assert native.num_embeddings == embedding.num_embeddings
     assert torch.equal(native(ids), want)
+    assert varying_operator(model) is None
     assert loaded.weights_bytes < 1.1 * size  # panels of 32 rows, and norms in float32
     scale = 0.05 * float(logits.abs().max())
     torch.testing.assert_close(logits_of(model), logits, rtol=0, atol=scale)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from batchrun.engine.attention import QKV, LayerAttention
 from batchrun.engine.cpu.layers import NativeLayer, NativeStack, RotaryTable
-from batchrun.engine.cpu.linear import NativeLinear
+from batchrun.engine.cpu.linear import NativeEmbedding, NativeLinear
 from batchrun.engine.model.experts import use_experts
 from batchrun.engine.model.hook import attending
 from batchrun.engine.model.rows import REPAIRING, by_rows
@@ -44,7 +44,7 @@ _ALIKE = frozenset((_MOVES + _EACH).split())
 # Operators that compute along a dimension: alike if it is the last one.
 _ALONG = {"amax", "argmax", "log_softmax", "max", "mean", "norm", "softmax", "sum", "var"}
 _POWERS = (2, 3, 0.5, -1, -2)  # which torch computes by exact operators
-_OURS = (NativeLayer, NativeStack, NativeLinear, RotaryTable)
+_OURS = (NativeLayer, NativeStack, NativeLinear, NativeEmbedding, RotaryTable)
 
 
 def repair(model: PreTrainedModel, *, slowly: bool) -> bool:
