@@ -213,6 +213,36 @@ def _tune_heap(mapped: int, trimmed: int) -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, trimmed)
 
 
+class MappedFiles:
+    """The files that this process has mapped for itself and, so far, only read."""
+
+    def __init__(self) -> None:
+        self._ranges: list[range] = []
+        mapped = range(0)
+        with suppress(OSError):  # no /proc: nothing is known
+            for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+                name, *values = line.split()
+                if not name.endswith(":"):  # a new mapping: 7f00-7f80 r--p 0 08:01 1234 /a/file
+                    private = values[0][3] == "p" and values[3] != "0"
+                    first, end = (int(part, 16) for part in name.split("-"))
+                    mapped = range(first, end) if private else range(0)
+                elif name == "Anonymous:" and values[0] == "0" and mapped:
+                    self._ranges.append(mapped)
+
+    def forget(self, address: int, size: int) -> None:
+        """Drop pages of such a file from memory; whoever reads them again gets them from the file.
+
+        Args:
+            address: Where what is no longer needed begins.
+            size: Its bytes.
+        """
+        page = resource.getpagesize()
+        first, end = -(-address // page) * page, (address + size) // page * page
+        if first < end and any(first in mapped and end <= mapped.stop for mapped in self._ranges):
+            libc, dont_need = ctypes.CDLL(None), 4
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), dont_need)
+
+
 def proc_bytes(path: Path, name: str) -> int | None:
     """The bytes that a file states, in kB, after a name; None if it does not."""
     found = _line(path, name)

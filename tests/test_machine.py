@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import resource
 import subprocess
 import sys
+from pathlib import Path
+
+from batchrun import machine
 
 SCRIPT = """
 import resource
@@ -57,3 +63,27 @@ def test_a_thread_that_never_begins_ends_the_run_without_a_hook_too() -> None:
         [sys.executable, "-c", LIMBO], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (7, "a thread could not begin in 1 s")
+
+
+def test_pages_of_a_file_are_dropped_unless_they_were_written_to(tmp_path: Path) -> None:
+    page, path = resource.getpagesize(), tmp_path / "weights"
+    path.write_bytes(bytes(range(1, 65)) * page)
+    with path.open("rb") as file:
+        read, written = (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) for _ in range(2))
+    own = mmap.mmap(-1, 64 * page)
+    own.write(bytes(range(1, 65)) * page)
+    written[3 * page] = 99
+    expected = [memory[:] for memory in (read, written, own)]
+    files = machine.MappedFiles()
+    for memory, want in zip((read, written, own), expected, strict=True):
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        before = resident()
+        files.forget(address + 1, 64 * page - 2)
+        assert (before - resident() >= 50 * page) == (memory is read)
+        assert memory[:] == want
+
+
+def resident() -> int:
+    found = machine.proc_bytes(Path("/proc/self/status"), "VmRSS")
+    assert found is not None
+    return found

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from batchrun.engine import cpu
 from batchrun.engine.attention import QKV, LayerAttention
@@ -331,3 +332,33 @@ def test_a_tied_head_holds_the_embedding_too(dtype: torch.dtype) -> None:
     assert loaded.weights_bytes < 1.1 * size  # panels of 32 rows, and norms in float32
     scale = 0.05 * float(logits.abs().max())
     torch.testing.assert_close(logits_of(model), logits, rtol=0, atol=scale)
+
+
+class _Doubled(nn.Linear):
+    """A linear layer by name alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+def test_whatever_is_a_linear_layer_becomes_native(dtype: torch.dtype) -> None:
+    gpt2 = tf.GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    falcon = tf.FalconConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    for config in (gpt2, falcon):
+        model = made(config, dtype)
+        loaded = prepare(model)
+        before = logits_of(model)
+        optimize(loaded.model, compile=False, log=pytest.fail)
+        assert not [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
+        scale = 0.05 * float(before.abs().max())
+        torch.testing.assert_close(logits_of(model), before, rtol=0, atol=scale)
+    model = made(NATIVE["llama"], dtype)
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = _Doubled(mlp.down_proj.in_features, 64, bias=False).to(dtype)
+    before = logits_of(prepare(model).model)
+    optimize(model, compile=False, log=pytest.fail)
+    assert type(model.model.layers[1].mlp.down_proj) is _Doubled
+    scale = 0.05 * float(before.abs().max())
+    torch.testing.assert_close(logits_of(model), before, rtol=0, atol=scale)

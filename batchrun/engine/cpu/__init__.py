@@ -30,10 +30,3 @@ def _granted() -> bool:
     """Whether the kernel lets this process use tiles, which it has to be asked for."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
-
-
-def threads() -> int:
-    """The number of threads that native code computes with."""
-    import torch  # noqa: PLC0415 - some callers only ask for the level
-
-    return torch.get_num_threads()

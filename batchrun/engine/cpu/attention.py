@@ -142,7 +142,7 @@ class Native(AttentionBackend):
             raise ValueError("native computes on a CPU, which records no graphs")
         batch, shared = together(segments), shared_parts(segments, self._part)
         starts = batch.starts
-        call = Call(n=len(batch), threads=cpu.threads(), level=self.level)
+        call = Call(n=len(batch), threads=torch.get_num_threads(), level=self.level)
         call.slots, call.ends = batch.slots.ctypes.data, batch.ends.ctypes.data
         call.starts = starts.ctypes.data
         if shared is not None:

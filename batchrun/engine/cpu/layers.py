@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from batchrun.engine import cpu
 from batchrun.engine.cpu.library import Finish, Project, arithmetic
 from batchrun.engine.cpu.linear import fits, pack
 from batchrun.engine.model.hook import Step, current_step
@@ -99,7 +98,7 @@ class _Frame:
     def __init__(
         self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], layer: NativeLayer
     ) -> None:
-        self.rows, self.threads = x.shape[1], cpu.threads()
+        self.rows, self.threads = x.shape[1], torch.get_num_threads()
         projected = x.new_empty(self.rows, sum(layer.heads), layer.dim)
         self._held = [projected, *(tensor.contiguous() for tensor in positions)]
         self.addresses = (*(tensor.data_ptr() for tensor in self._held), positions[0].shape[-1])

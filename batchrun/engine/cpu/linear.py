@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from batchrun.engine import cpu
 from batchrun.engine.cpu import Level
 from batchrun.engine.cpu.library import Linear, Matrix, Norm, arithmetic
 from batchrun.engine.model.int8 import Int8Linear
@@ -117,7 +116,7 @@ class NativeLinear(nn.Module):
         out = x.new_empty(*x.shape[:-1], self.packed.n)
         call = self._call
         call.x, call.out = x.data_ptr(), out.data_ptr()
-        call.rows, call.threads = x.numel() // x.shape[-1], cpu.threads()
+        call.rows, call.threads = x.numel() // x.shape[-1], torch.get_num_threads()
         if call.rows:
             self._compute(ctypes.byref(call))
         return out
@@ -146,7 +145,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty_like(x)
     n = len(weight)
     addresses = x.data_ptr(), out.data_ptr()
-    call = Norm(weight.data_ptr(), eps, *addresses, n, x.numel() // n, cpu.threads())
+    call = Norm(weight.data_ptr(), eps, *addresses, n, x.numel() // n, torch.get_num_threads())
     arithmetic(x.dtype).function("rms_norm")(ctypes.byref(call))
     return out
 

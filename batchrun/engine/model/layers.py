@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from batchrun.engine.attention import QKV, LayerAttention
 from batchrun.engine.model.hook import Step, attending
@@ -125,7 +126,7 @@ def same_layer(
 @torch.inference_mode()
 def check_linear(linear: nn.Module, native: nn.Module, dtype: torch.dtype) -> None:
     """Raise ValueError unless both compute the same of random numbers of a dtype."""
-    width = int(linear.in_features)  # type: ignore[arg-type]
+    width = int(getattr(linear, "nx" if isinstance(linear, Conv1D) else "in_features"))
     x = torch.randn(17, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     off = difference(native(x), linear(x))
     if off > tolerance(x.dtype).linear:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from batchrun.engine.attention import LayerAttention
 from batchrun.engine.cpu import library
@@ -29,6 +30,7 @@ from batchrun.engine.model.adapters import is_adapted
 from batchrun.engine.model.experts import use_native_experts
 from batchrun.engine.model.fused import FusedNorm, Projection, Undo, fuse_norms, merge_projections
 from batchrun.engine.model.hook import LAYER, current_step
+from batchrun.engine.model.int8 import Int8Linear
 from batchrun.engine.model.layers import (
     check_linear,
     check_modules,
@@ -39,6 +41,7 @@ from batchrun.engine.model.layers import (
 from batchrun.engine.model.prepare import has_experts
 from batchrun.engine.model.rowwise import RowwiseLinear, make_rowwise
 from batchrun.errors import ModelError
+from batchrun.machine import MappedFiles
 
 _STATIC = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the sequence
 
@@ -133,10 +136,11 @@ def _use_native_layers(model: PreTrainedModel) -> None:
     """Replace, one by one, the decoder layers that native code computes the same.
 
     Each old layer is dropped at once: there is no way back, but weights are never all held twice.
+    Those of one file share a mapping that stays, so its pages are dropped.
     """
     if any(isinstance(module, NativeStack) for module in model.modules()):
         return
-    found = decoder_layers(model)
+    found, files = decoder_layers(model), MappedFiles()
     layers = found.modules
     for i, call in enumerate(found.calls):
         try:
@@ -144,11 +148,18 @@ def _use_native_layers(model: PreTrainedModel) -> None:
         except ValueError:
             continue
         if same_layer(native, *call):
+            _forget(layers[i], files)
             layers[i] = native
     all_native = [layer for layer in layers if isinstance(layer, NativeLayer)]
     shapes = {(*layer.heads, layer.dim) for layer in all_native}
     if len(all_native) == len(layers) and len(shapes) == 1:
         _join(model, layers, all_native)
+
+
+def _forget(module: nn.Module, files: MappedFiles) -> None:
+    """Drop a module's weights from memory, which nothing reads any more."""
+    for parameter in module.parameters():
+        files.forget(parameter.data_ptr(), parameter.nbytes)
 
 
 def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLayer]) -> None:
@@ -164,6 +175,7 @@ def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLaye
 def _use_native_parts(model: PreTrainedModel) -> None:
     """Make norms, linear layers and experts native: those of no layer, or of layers that stayed."""
     use_native_experts(model)
+    files = MappedFiles()
     embeddings = {
         module.weight: (parent, name)
         for parent in model.modules()
@@ -174,14 +186,39 @@ def _use_native_parts(model: PreTrainedModel) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, FusedNorm):
                 child.use_native()
-            elif fits(child, model.dtype):
-                linear = cast("nn.Linear", child)
-                native = NativeLinear(linear, model.dtype)
-                check_linear(linear, native, model.dtype)
+            elif native := _native_linear(child, model.dtype):
+                _forget(child, files)
                 setattr(parent, name, native)
-                if linear.weight in embeddings:
-                    owner, of = embeddings.pop(linear.weight)
+                if child.weight in embeddings:
+                    owner, of = embeddings.pop(cast("torch.Tensor", child.weight))
                     setattr(owner, of, NativeEmbedding(native))
+
+
+def _native_linear(module: nn.Module, dtype: torch.dtype) -> NativeLinear | None:
+    """A native layer that computes what a linear layer does; None if it is something else.
+
+    Args:
+        module: Any module.
+        dtype: Of the activations of layers with 8-bit weights.
+    """
+    plain, linear = type(module) in {nn.Linear, Int8Linear}, module
+    if isinstance(module, (nn.Linear, Conv1D)):
+        dtype = module.weight.dtype
+        if not plain and {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
+            weight = module.weight.data.mT if isinstance(module, Conv1D) else module.weight.data
+            n, k = weight.shape
+            linear = nn.Linear(k, n, bias=False, device="meta")
+            linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
+    if not fits(linear, dtype) or library.unsupported_reason(dtype) is not None:
+        return None
+    native = NativeLinear(cast("nn.Linear | Int8Linear", linear), dtype)
+    try:
+        check_linear(module, native, dtype)
+    except (ValueError, TypeError, AttributeError, RuntimeError):
+        if plain:
+            raise
+        return None  # a linear layer by name alone
+    return native
 
 
 # --- compiled layers: each a graph, in which attention is a single opaque operator ---
