@@ -315,9 +315,12 @@ class Step : Shape<K> {
       if (!is_decode(i)) add_prompt(i);
     for (int64_t i = 0; i < c.n; i++)
       if (is_decode(i)) add_own(i);
+    for (const Task& t : tasks)
+      products += t.tokens * (t.end - t.begin) * t.heads * group * (k_width + v_width);
   }
 
   std::vector<Task> tasks;
+  int64_t products = 0;  // of numbers, about
 
   bool is_decode(int64_t segment) const { return c.starts[segment + 1] - c.starts[segment] == 1; }
 
@@ -397,7 +400,7 @@ void attend(const Call& c) {
   const Step<K> step(c);
   const auto num_tasks = int64_t(step.tasks.size());
   std::atomic<int64_t> taken{0};
-#pragma omp parallel num_threads(c.threads)
+#pragma omp parallel num_threads(threads_for(step.products, c.threads))
   {
     Worker<K> worker(c);
     if (c.new_keys && c.starts[c.n] > c.n) {  // prompts

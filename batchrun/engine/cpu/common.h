@@ -46,6 +46,11 @@ FILLED_BY_PYTHON(Call, Call, 37)
 
 namespace {
 
+// Threads for so many products: those of a few microseconds take longer to share than to compute.
+inline int threads_for(int64_t products, int64_t most) {
+  return int(std::clamp<int64_t>(products >> 17, 1, most));
+}
+
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // Memory that starts at a cache line and is kept from call to call.

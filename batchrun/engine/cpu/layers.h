@@ -213,9 +213,11 @@ inline Sixteen sixteen(const Matrix& w, const float* block, int64_t row, int64_t
   return w.bias ? x + load(w.bias + column + half * 16) : x;
 }
 
+inline int64_t numbers(const Matrix& w) { return w.n * w.k; }
+
 template <class Call, class Body>
-void together(const Call& c, Body body) {
-#pragma omp parallel num_threads(c.threads)
+void together(const Call& c, int64_t weights, Body body) {
+#pragma omp parallel num_threads(threads_for(c.rows * weights, c.threads))
   {
     const Tiles tiles(c.level);
     body(Share(c.rows, c.level));
@@ -234,7 +236,7 @@ void linear(const Linear& c) {
   using Number = typename K::Number;
   const Matrix& w = c.weight;
   auto* out = static_cast<Number*>(c.out);
-  together(c, [&](const Share& share) {
+  together(c, numbers(w), [&](const Share& share) {
     const int64_t step = Share::rows_of<typename K::Packed>(w.k);
     auto* a = packed<K>(step * w.k);
     for (int64_t at = share.begin; at < share.end; at += step) {
@@ -278,7 +280,7 @@ void project(const Project& c) {
   const Matrix& w = c.weight;
   auto* out = static_cast<Number*>(c.out);
   const auto *cos = static_cast<const Number*>(c.cos), *sin = static_cast<const Number*>(c.sin);
-  together(c, [&](const Share& share) {
+  together(c, numbers(w), [&](const Share& share) {
     const int64_t step = Share::rows_of<typename K::Packed>(w.k);
     auto* a = packed<K>(step * w.k);
     for (int64_t i = 0; i < share.most; i += step) {
@@ -312,7 +314,8 @@ void finish(const Finish& c) {
   static thread_local Buffer<Packed> inner_kept;
   Number* middle = middle_kept.get(c.rows * n);
   Packed* shared = inner_kept.get(c.threads * step * inner);
-  together(c, [&](const Share& share) {
+  const int64_t weights = numbers(c.output) + numbers(c.gate_up) + numbers(c.down);
+  together(c, weights, [&](const Share& share) {
     Packed* a = packed<K>(step * widest);
     Packed* activated = shared + share.band * step * inner;
     for (int64_t i = 0; i < share.most; i += step) {
@@ -350,7 +353,7 @@ void finish(const Finish& c) {
 template <class K>
 void rms_norm(const Norm& c) {
   using Number = typename K::Number;
-#pragma omp parallel for num_threads(c.threads) schedule(static)
+#pragma omp parallel for num_threads(threads_for(c.rows * c.n, c.threads)) schedule(static)
   for (int64_t row = 0; row < c.rows; row++) {
     const Number* from = static_cast<const Number*>(c.x) + row * c.n;
     const Sixteen scale = all(inverse_rms(from, c.n, c.eps));

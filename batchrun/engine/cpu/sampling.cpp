@@ -23,6 +23,7 @@
 namespace {
 
 constexpr int64_t kBlock = 256;
+constexpr int64_t kWork = 8;  // a logit takes as long as so many products
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -30.5f;  // below the highest: what weighs nothing
 
@@ -195,7 +196,7 @@ int64_t draw(const float* x, int64_t n, float highest, float limit, double at, i
 template <class Temperature, class Body>
 void each(const void* logits, bool bfloat16, int64_t rows, int64_t n, int64_t threads,
           Temperature temperature, Body body) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads_for(rows * n * kWork, threads))
   {
     static thread_local Memory memory;
     memory.resize(n);
@@ -247,7 +248,7 @@ extern "C" void batchrun_logsumexp(const void* logits, int bfloat16, int64_t row
 // The first of the highest of each row [rows, n]; -1 where that is infinite or one is NaN.
 extern "C" void batchrun_argmax(const uint16_t* x, int64_t rows, int64_t n, int64_t* found,
                                 int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads_for(rows * n, threads)) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     __m512 highest = _mm512_set1_ps(-__builtin_inff());
     __m512i places = _mm512_setzero_si512();
@@ -279,7 +280,7 @@ extern "C" void batchrun_argmax(const uint16_t* x, int64_t rows, int64_t n, int6
 extern "C" void batchrun_penalise(float* logits, int64_t n, int64_t count, const int64_t* rows,
                                   const int64_t* slots, const float* penalties,
                                   const int32_t* counts, const uint8_t* prompt, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads_for(count * n, threads)) schedule(static)
   for (int64_t i = 0; i < count; i++) {
     float* x = logits + rows[i] * n;
     const int32_t* times = counts + slots[i] * n;
