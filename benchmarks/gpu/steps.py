@@ -47,10 +47,10 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
 def assembled(
     bench: Bench, shape: Shape, *, log: Any = print, **settings: Any
 ) -> Iterator[Assembly]:
-    """An engine over a model of that shape, on the bench's device."""
+    """An engine over a model of that shape, on the bench's device; a token a row and step."""
     loaded = prepare(build(shape, bench.device), max_model_len=settings.get("max_model_len"))
     with tempfile.TemporaryDirectory() as cache:
-        chosen = {"device": bench.device, "attention": bench.attention} | settings
+        chosen = {"device": bench.device, "attention": bench.attention, "drafts": False} | settings
         wanted = Settings("", shape.name, shape.name, Path(cache), **chosen)
         with Assembly(loaded, wanted, print) as assembly:
             yield assembly

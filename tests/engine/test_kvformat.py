@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchrun.engine import attention, cpu
+from batchrun.engine import attention
 from batchrun.engine.attention import KV, AttentionBackend, Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.sdpa import SDPA
-from batchrun.engine.cpu import Level
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.kvformat import PLAIN, KVFormat, Write, as_words
 from batchrun.engine.model.gates import plain_views, sequences_of, through_slots
@@ -84,5 +83,4 @@ def test_backends_say_what_they_can(dtype: torch.dtype) -> None:
     assert (plain.writes_kv, plain.max_query, plain.capturable) == (False, 1, False)
     if attention.unsupported_reason("native", geometry) is None:
         native = attention.create("native", geometry)
-        whole = dtype == torch.bfloat16 and cpu.level() > Level.NOTHING
-        assert (native.writes_kv, native.max_query) == ((True, None) if whole else (False, 1))
+        assert (native.writes_kv, native.max_query, native.invariant) == (True, None, True)

@@ -3,7 +3,7 @@
 Keys are divided into parts that begin at multiples of `_PART` from the sequence's start, each with
 a softmax of its own, in float32; parts are added in order, and a key that a query does not see adds
 an exact 0. Products are those of `rows`. So a query gets the same bits in a prompt, a piece of one,
-or a decode. Slow: for machines without a compiler, and for chunks, which native code does not have.
+or a decode. Slow: for machines without a compiler.
 """
 
 from __future__ import annotations
