@@ -35,18 +35,12 @@ from batchrun.engine.model.layers import logits_of
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import prepare
 from batchrun.errors import ModelError
+from tests.attention.test_native import KINDS
 from tests.parity.models import _SMALL
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import prompts
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-KINDS = {
-    "float32": (torch.float32, Level.NOTHING),
-    "float16": (torch.float16, Level.NOTHING),
-    "bfloat16 widened": (torch.bfloat16, Level.NOTHING),
-    "bfloat16 by avx512": (torch.bfloat16, Level.VECTORS),
-    "bfloat16 by amx": (torch.bfloat16, Level.TILES),
-}
 ROUNDING = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SMALL = {**_SMALL, "head_dim": 32}
 NATIVE = {
