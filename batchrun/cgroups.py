@@ -100,7 +100,7 @@ def _memory_limits(folder: Path, version: int) -> Iterator[MemoryLimit]:
 def _levels(controller: str, root: Path) -> tuple[int, list[Path]]:
     """The version of the controller's hierarchy, and this process's folders in it, bottom up."""
     version, group = 2, None
-    for line in text_of(root / "proc/self/cgroup").splitlines():
+    for line in lines_of(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         if controller in names.split(","):
@@ -121,7 +121,7 @@ def _levels(controller: str, root: Path) -> tuple[int, list[Path]]:
 
 def _mounts(controller: str | None, root: Path) -> Iterator[tuple[str, Path]]:
     """Which part of the hierarchy is mounted, and where; without a controller, of version 2."""
-    for line in text_of(root / "proc/self/mountinfo").splitlines():
+    for line in lines_of(root / "proc/self/mountinfo"):
         fields, _, rest = line.partition(" - ")
         kind, _, options = rest.partition(" ")
         wanted = (
@@ -140,7 +140,7 @@ def _unescaped(path: str) -> str:
 
 def _counts(path: Path) -> dict[str, int]:
     """The values of a file whose lines are a name and a number."""
-    pairs = (line.split() for line in text_of(path).splitlines())
+    pairs = (line.split() for line in lines_of(path))
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
@@ -151,8 +151,13 @@ def _number(path: Path) -> int | None:
 
 
 def text_of(path: Path) -> str:
-    """A file's text; empty if it can't be read."""
+    """A file's text, character by character; empty if it can't be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_bytes().decode(errors="replace")
     except OSError:
         return ""
+
+
+def lines_of(path: Path) -> list[str]:
+    """A kernel file's lines; of what ends a line, names in them may hold all but a newline."""
+    return text_of(path).removesuffix("\n").split("\n")

@@ -35,6 +35,11 @@ _SAID = 300  # characters of an error
 
 def said_by(error: BaseException) -> str:
     """An error's type and first line, in valid Unicode."""
-    lines = str(error).strip().splitlines() or [""]
-    text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
+    kind, first = type(error).__name__, first_line(error)
+    text = first if first == kind else f"{kind}: {first}"
     return text.encode(errors="backslashreplace").decode()[:_SAID]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

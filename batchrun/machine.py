@@ -219,15 +219,14 @@ class MappedFiles:
     def __init__(self) -> None:
         self._ranges: list[range] = []
         mapped = range(0)
-        with suppress(OSError):  # no /proc: nothing is known
-            for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-                name, *values = line.split()
-                if not name.endswith(":"):  # a new mapping: 7f00-7f80 r--p 0 08:01 1234 /a/file
-                    private = values[0][3] == "p" and values[3] != "0"
-                    first, end = (int(part, 16) for part in name.split("-"))
-                    mapped = range(first, end) if private else range(0)
-                elif name == "Anonymous:" and values[0] == "0" and mapped:
-                    self._ranges.append(mapped)
+        for line in filter(None, cgroups.lines_of(Path("/proc/self/smaps"))):
+            name, *values = line.split()
+            if not name.endswith(":"):  # a new mapping: 7f00-7f80 r--p 0 08:01 1234 /a/file
+                private = values[0][3] == "p" and values[3] != "0"
+                first, end = (int(part, 16) for part in name.split("-"))
+                mapped = range(first, end) if private else range(0)
+            elif name == "Anonymous:" and values[0] == "0" and mapped:
+                self._ranges.append(mapped)
 
     def forget(self, address: int, size: int) -> None:
         """Drop pages of such a file from memory; whoever reads them again gets them from the file.
@@ -258,5 +257,5 @@ def _line(path: Path, *names: str) -> str:
 
     Also "" if there is no such file: a container may lack /proc.
     """
-    lines = cgroups.text_of(path).splitlines()
+    lines = cgroups.lines_of(path)
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")

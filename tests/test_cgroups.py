@@ -98,6 +98,13 @@ LAYOUTS = {
         free=(256 - 200 + 50) * MIB,
         file="memory.high",
     ),
+    "a group's name ends a line everywhere but in the kernel": Layout(
+        "0::/my\r\x1c\u2028slice",
+        V2.format(root="/"),
+        v2("my\r\x1c\u2028slice", 512 * MIB, 200 * MIB),
+        free=312 * MIB,
+        file="memory.max",
+    ),
     "slurm 22 and newer: the job's limit is above the step's and the task's": Layout(
         f"0::/{SLURM}/step_0/user/task_0",
         V2.format(root="/"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import resource
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def test_a_thread_that_never_begins_ends_the_run_without_a_hook_too() -> None:
 
 
 def test_pages_of_a_file_are_dropped_unless_they_were_written_to(tmp_path: Path) -> None:
-    page, path = resource.getpagesize(), tmp_path / "weights"
+    page = resource.getpagesize()
+    path = tmp_path / os.fsdecode("weights\r\x1c\u2028 (deleted)\n".encode() + b"\xff")
     path.write_bytes(bytes(range(1, 65)) * page)
     with path.open("rb") as file:
         read, written = (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) for _ in range(2))

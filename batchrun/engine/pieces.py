@@ -20,6 +20,7 @@ import torch
 
 from batchrun.engine.attention import KV, AttentionBackend, LayerAttention
 from batchrun.engine.graphs import Recorded, unowned
+from batchrun.errors import first_line
 
 Apart = Callable[[Callable[[], None]], None]  # runs something between two pieces
 Forward = Callable[[torch.Tensor, torch.Tensor, "Padded"], torch.Tensor]
@@ -130,8 +131,7 @@ class PieceGraphs:
         except RuntimeError as error:
             self.limit = 0
             self._sizes.clear()
-            reason = str(error).splitlines()[0]
-            self._log(f"steps with prompts are launched kernel by kernel ({reason})")
+            self._log(f"steps with prompts are launched kernel by kernel ({first_line(error)})")
             return False
         size.recorded = recorded
         return True

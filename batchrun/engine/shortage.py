@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from batchrun.engine.core import EngineError
+from batchrun.errors import first_line
 
 
 def is_shortage(error: BaseException) -> bool:
@@ -30,14 +31,14 @@ def device_errors(
         yield
     except torch.AcceleratorError as error:
         raise EngineError(
-            f"the device failed: {str(error).splitlines()[0]}",
+            f"the device failed: {first_line(error)}",
             hint="finished rows are safe; `batchrun resume` continues in a new process",
         ) from error
     except RuntimeError as error:
         if not is_shortage(error):
             raise
         raise EngineError(
-            f"there is no memory left for {of}: {str(error).splitlines()[0]}",
+            f"there is no memory left for {of}: {first_line(error)}",
             hint="free what another program has taken, then: batchrun resume"
             + (f", with a lower {less} if need be" if less else "; or use a smaller model"),
         ) from error

@@ -15,6 +15,7 @@ from batchrun.engine.graphs import CudaRecorder, batch_sizes
 from batchrun.engine.pieces import CudaPieces
 from batchrun.engine.plan import NewSequence, StepPlan
 from batchrun.engine.settings import Limits
+from batchrun.errors import first_line
 
 # Steps are recorded up to this many times the tokens at which the device takes as long as the host
 # takes to launch them: the host has more to do than launching.
@@ -111,7 +112,7 @@ class WarmUp:
             self.executor.capture(sizes, scratch, recorder)
         except (RuntimeError, EngineError) as error:
             self.executor.graphs = None
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             self.log(f"decode steps are launched kernel by kernel: no CUDA graph ({reason})")
         else:
             seconds = time.perf_counter() - began

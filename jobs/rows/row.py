@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from batchrun.errors import first_line
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.rows.store import INPUTS, Part
 
@@ -168,8 +169,7 @@ def reading(path: Path, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterat
                 f"{path} can't be read: {os.strerror(code)}",
                 hint=f"look at it with: ls -ld '{path}'",
             ) from error
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise damaged(path, cause) from error
+        raise damaged(path, first_line(error)) from error
 
 
 def damaged(path: Path, cause: object) -> InputError:

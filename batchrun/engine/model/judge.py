@@ -13,6 +13,7 @@ from batchrun.engine.attention import Geometry, LayerAttention, LayerSpec
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Segment
 from batchrun.engine.transfers import copied
+from batchrun.errors import first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def check_kernel(
         there = replace(layer, sinks=None if sinks is None else sinks.to(device))
         got = backend.run(there, q, (k, v))
     except (ValueError, RuntimeError) as error:
-        return False, f"it fails: {str(error).strip().splitlines()[0]}"
+        return False, f"it fails: {first_line(error)}"
     # In float32 on the same rounded numbers, so that only the kernel's own error is left.
     exact = SDPA()
     exact.plan(segments)

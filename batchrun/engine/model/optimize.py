@@ -40,7 +40,7 @@ from batchrun.engine.model.layers import (
 )
 from batchrun.engine.model.prepare import has_experts
 from batchrun.engine.model.rowwise import RowwiseLinear, make_rowwise
-from batchrun.errors import ModelError
+from batchrun.errors import ModelError, said_by
 from batchrun.machine import MappedFiles
 
 _STATIC = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the sequence
@@ -331,6 +331,4 @@ def _uncompile(model: PreTrainedModel, log: Callable[[str], None], error: Except
 
 def _brief(error: Exception) -> str:
     """An error in one line."""
-    error = getattr(error, "inner_exception", error)  # the outer error's first line has no reason
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return said_by(getattr(error, "inner_exception", error))  # the outer one has no reason there

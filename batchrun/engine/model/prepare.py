@@ -19,7 +19,7 @@ from batchrun.engine.model.generation import eos_ids
 from batchrun.engine.model.hook import HOOK, Probe, UnsupportedError, attending, set_attention
 from batchrun.engine.model.masks import PROBE, NoNumbers, named_windows
 from batchrun.engine.shortage import is_shortage
-from batchrun.errors import ModelError
+from batchrun.errors import ModelError, first_line
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,8 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, max_model_len: int | None) 
     except OF_A_MODEL as error:
         if is_shortage(error):
             raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UnsupportedError(
-            f"its own code can't compute tokens of several rows together: {reason}"
+            f"its own code can't compute tokens of several rows together: {first_line(error)}"
         ) from error
     # Cross-attention layers see images, and do nothing without one.
     skipped = set(getattr(config, "cross_attention_layers", None) or ())
