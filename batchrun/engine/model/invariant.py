@@ -7,19 +7,16 @@ What neither is known for makes a model's answers vary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from batchrun.engine.attention import QKV, LayerAttention
 from batchrun.engine.cpu.layers import NativeLayer, NativeStack, RotaryTable
 from batchrun.engine.cpu.linear import NativeEmbedding, NativeLinear
 from batchrun.engine.model.experts import use_experts
-from batchrun.engine.model.hook import attending
+from batchrun.engine.model.operators import told, watched
 from batchrun.engine.model.rows import REPAIRING, by_rows
 
 _TOKENS = 5
@@ -61,7 +58,7 @@ def repair(model: PreTrainedModel, *, slowly: bool) -> bool:
     if not slowly and not any(isinstance(m, (NativeLinear, NativeStack)) for m in model.modules()):
         return False
     use_experts(model)
-    for module in _varying(model):
+    for module in watched(model, _mixes, _TOKENS):
         module.forward = by_rows(module.forward)
     return True
 
@@ -71,69 +68,13 @@ def varying_operator(model: PreTrainedModel) -> str | None:
 
     Attention itself is not looked at.
     """
-    for module, names in _varying(model).items():
-        return f"torch's {min(names)} in {type(module).__name__} may depend on the batch"
-    return None
+    return told(watched(model, _mixes, _TOKENS))
 
 
-@torch.inference_mode()
-def _varying(model: PreTrainedModel) -> dict[nn.Module, set[str]]:
-    """Modules that themselves call operators not known to compute each row alike; and which."""
-    vocab = model.config.get_text_config().vocab_size
-    positions = torch.arange(_TOKENS, device=model.device)[None]
-    ids, keep = (positions + 3) * 7919 % vocab, positions[0, -2:]
-    with attending(_Values()), _Trace(model) as trace:
-        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
-    found: dict[nn.Module, set[str]] = trace.found
-    return found
-
-
-class _Values:
-    """A step in which each token sees itself alone."""
-
-    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
-        query, key, value = new
-        return value.repeat_interleave(query.shape[1] // key.shape[1], 1)
-
-
-class _Trace(TorchDispatchMode):
-    """Notes operators by the innermost module that calls them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: dict[nn.Module, set[str]] = {}
-        self._model = model
-        self._running = [model]
-
-    def __enter__(self) -> Any:
-        with ExitStack() as hooks:
-            for module in self._model.modules():
-                entered = module.register_forward_pre_hook(self._enter)
-                left = module.register_forward_hook(self._leave, always_call=True)
-                hooks.callback(entered.remove)
-                hooks.callback(left.remove)
-            self._hooks = hooks.pop_all()
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._hooks.close()
-
-    def _enter(self, module: nn.Module, _: Any) -> None:
-        self._running.append(module)
-
-    def _leave(self, *_: Any) -> None:
-        self._running.pop()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
-    ) -> Any:
-        module = self._running[-1]
-        if not REPAIRING.get() and not isinstance(module, _OURS):
-            name = func.overloadpacket.__name__
-            if not _is_alike(name, args, kwargs or {}):
-                self.found.setdefault(module, set()).add(name)
-        return func(*args, **(kwargs or {}))
+def _mixes(func: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator may, unless it is ours or part of a repair."""
+    ours = REPAIRING.get() or isinstance(module, _OURS)
+    return not ours and not _is_alike(func.overloadpacket.__name__, args, kwargs)
 
 
 def _is_alike(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -8,20 +8,17 @@ rows, and a model with other operators that choose by it is refused.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from batchrun.engine.attention import QKV, LayerAttention
 from batchrun.engine.model import int8
 from batchrun.engine.model.int8 import Int8Linear, Tile
-from batchrun.engine.model.layers import logits_of
+from batchrun.engine.model.operators import told, watched
 from batchrun.errors import ModelError
 
 # By bytes of an activation. Another tile would be another order of sums: these are for any number
@@ -95,11 +92,8 @@ def make_rowwise(model: PreTrainedModel) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, (nn.Linear, Int8Linear)):
                 setattr(parent, name, RowwiseLinear(child))
-    with Watch() as watch:
-        logits_of(model, _TOKENS, _Nothing())
-    if watch.found:
-        found = ", ".join(sorted(watch.found))
-        reason = f"{type(model).__name__} computes with {found}, which may depend on the batch"
+    reason = told(watched(model, mixes, _TOKENS))
+    if reason:
         raise _refusal(reason)
 
 
@@ -128,52 +122,19 @@ _FEW = 32  # numbers: threads share a sum of at most so many in the same way, ho
 _WARP = 1024  # numbers: a softmax of at most so many is one warp's
 
 
-def varies(name: str, first: torch.Tensor, *others: Any) -> bool:
-    """Whether an operator that is neither pointwise nor a view may mix rows.
-
-    Args:
-        name: As in the list above.
-        first: Its first argument.
-        others: Its other positional arguments.
-    """
+def mixes(func: Any, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator may compute a row differently beside other rows (`operators.Mixes`)."""
+    if func.namespace == "batchrun" or torch.Tag.pointwise in func.tags or func.is_view:
+        return False
+    if not any(isinstance(arg, torch.Tensor) for arg in tree_leaves(args)):
+        return False  # it makes numbers
+    name, first, others = func.overloadpacket.__name__.strip("_"), args[0], args[1:]
     if name in _PRODUCTS:
-        return first.shape[-1] != 1  # else there is nothing to add up
+        return bool(first.shape[-1] != 1)  # else there is nothing to add up
     if name == "softmax":
-        return bool(others[0] % first.ndim != first.ndim - 1) or first.shape[-1] > _WARP
+        return bool(others[0] % first.ndim != first.ndim - 1 or first.shape[-1] > _WARP)
     if name in _SUMS:
         dims = others[0] if others else range(first.ndim)
         sizes = [first.shape[d] for d in ([dims] if isinstance(dims, int) else dims)]
-        return first.is_floating_point() and math.prod(sizes) > _FEW
+        return bool(first.is_floating_point()) and math.prod(sizes) > _FEW
     return name not in _ROWWISE.split()
-
-
-@dataclass
-class Watch(TorchDispatchMode):
-    """Notes operators that may compute a row differently beside other rows.
-
-    Attributes:
-        found: Their names.
-    """
-
-    found: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator."""
-        name = func._schema.name.partition("::")[2].strip("_")
-        of_numbers = any(isinstance(arg, torch.Tensor) for arg in tree_leaves(args))
-        known = func.namespace == "batchrun" or torch.Tag.pointwise in func.tags or func.is_view
-        if of_numbers and not known and varies(name, *args):
-            self.found.add(name)
-        return func(*args, **(kwargs or {}))
-
-
-class _Nothing:
-    """A step without attention, which is a kernel of its own."""
-
-    def attend(self, layer_index: int, layer: LayerAttention, new: QKV) -> torch.Tensor:
-        """See `Step.attend`; the result is zeros."""
-        query, _, value = new
-        return value.new_zeros(*query.shape[:2], value.shape[2])
