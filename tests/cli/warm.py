@@ -14,10 +14,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
 
 _LARGEST = 1 << 20  # bytes of a request
+_LOADED = ("batchrun.cli.run", "batchrun.cli.plan", "batchrun.estimate.forecast")
 
 
 class Warm:
@@ -60,7 +62,8 @@ class Warm:
 
 
 def _serve(requests: socket.socket) -> None:
-
+    for name in _LOADED:
+        import_module(name)
     gc.freeze()  # else each fork's collections copy all of torch
     while True:
         request, handles, _, _ = socket.recv_fds(requests, _LARGEST, 2)
