@@ -28,6 +28,7 @@ from batchrun.engine.processors import (
     Places,
     bans,
 )
+from batchrun.engine.sums import fixed_point, log_softmax, total, weights
 
 Ids = tuple[int, ...]
 
@@ -93,9 +94,9 @@ class LogitsConfig:
         if self.top_h is None:
             return logits
         head, at = logits.topk(min(_TOP_H, logits.shape[1]), dim=-1)
-        logprobs = head.log_softmax(-1)
-        terms = -_times(logprobs.exp(), logprobs)
-        keep = terms.cumsum(-1) <= terms.sum(-1, keepdim=True) * self.top_h
+        logprobs = log_softmax(head)
+        terms = fixed_point(-_times(logprobs.exp(), logprobs)).cumsum(-1).double()
+        keep = terms <= terms[:, -1:] * self.top_h
         keep[:, 0] = True
         kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, at, keep)
         return logits.masked_fill(~kept, -torch.inf)
@@ -103,20 +104,21 @@ class LogitsConfig:
     def filter_last(self, logits: torch.Tensor) -> torch.Tensor:
         """Apply typical-p (arXiv 2202.00666), epsilon and eta (arXiv 2210.15191)."""
         if self.typical_p is not None:
-            logprobs = logits.log_softmax(-1)
-            entropy = -_times(logprobs.exp(), logprobs).sum(-1, keepdim=True)
+            logprobs = log_softmax(logits)
+            entropy = -total(_times(logprobs.exp(), logprobs))
             shifted = (-logprobs - entropy).abs()
-            ordered, at = shifted.sort(-1)
-            mass = logits.gather(-1, at).softmax(-1).cumsum(-1)
-            last = (mass < self.typical_p).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
+            ordered, at = shifted.sort(dim=-1, stable=True)
+            mass = weights(logits.gather(-1, at)).cumsum(-1).double()
+            enough = self.typical_p * mass[:, -1:]
+            last = (mass < enough).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
             drop = ordered > ordered.gather(1, last)
             drop[:, 0] = False
             logits = logits.masked_fill(drop.scatter(1, at, drop), -torch.inf)
         if self.epsilon:
             logits = _drop_below(logits, torch.full_like(logits[:, :1], self.epsilon))
         if self.eta:
-            logprobs = logits.log_softmax(-1)
-            entropy = -_times(logprobs.exp(), logprobs).sum(-1, keepdim=True)
+            logprobs = log_softmax(logits)
+            entropy = -total(_times(logprobs.exp(), logprobs))
             logits = _drop_below(logits, ((-entropy).exp() * self.eta**0.5).clamp(max=self.eta))
         return logits
 
@@ -254,7 +256,7 @@ class Renormalized(Edits):
 
     def write(self, logits: torch.Tensor, at: Places, numbers: torch.Tensor) -> torch.Tensor:
         """See `Edits.write`."""
-        logits[at[0]] = logits[at[0]].log_softmax(dim=-1)
+        logits[at[0]] = log_softmax(logits[at[0]])
         return logits
 
 
@@ -277,5 +279,5 @@ def _times(probabilities: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
 
 def _drop_below(logits: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     """Drop tokens with a probability below `limit` `[N, 1]`, except the likeliest."""
-    drop = (logits.softmax(-1) < limit) & (logits < logits.amax(-1, keepdim=True))
+    drop = (log_softmax(logits).exp() < limit) & (logits < logits.amax(-1, keepdim=True))
     return logits.masked_fill(drop, -torch.inf)

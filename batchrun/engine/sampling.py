@@ -11,6 +11,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+from batchrun.engine import sums
 from batchrun.engine.attention import Upload
 from batchrun.engine.beams import width
 from batchrun.engine.core import SamplingParams, Segment
@@ -21,7 +22,6 @@ from batchrun.engine.processors import LogitsProcessor, LogitsRow
 
 _AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
 _COLDEST = 1e-37  # the lowest temperature that float32 can divide by
-_BITS = 42  # on a device, the highest logit weighs 2^42
 
 
 def uniform(seed: int, row: int, sample: int, position: int) -> float:
@@ -133,13 +133,13 @@ class Sampler:
             `Likeliest`.
         """
         drawn, beams, scored = self._drawn, self._beams, self._scored
-        own = logits.to(torch.float32, copy=True) if scored and self._active else logits
         if beams or (not _on_cpu(logits) and (drawn or scored)):
             logits = logits.float()
-            own = logits if own.dtype != torch.float32 else own
+        changes = scored and (beams or self._active)
+        own = logits.to(torch.float32, copy=True) if changes else logits
         if beams:  # their processors come after the softmax, as in transformers
             at = self._upload(np.array(beams))
-            logits[at] = _log_softmax(logits[at])
+            logits[at] = sums.log_softmax(logits[at])
         for processor in self._active:
             logits = processor.apply(logits, rows)
         if drawn and len(drawn) == len(rows):
@@ -151,7 +151,7 @@ class Sampler:
                 tokens[index] = self._draw(logits[index], [rows[i] for i in drawn])
         chosen: tuple[torch.Tensor, ...] = (tokens,)
         if scored:
-            norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else _logsumexp(own)
+            norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else sums.logsumexp(own)
             chosen += (own.gather(1, tokens.clamp_min(0)[:, None])[:, 0] - norm,)
         if beams:
             values, ids = _highest(logits[at], min(self._width, logits.shape[1]))
@@ -188,7 +188,7 @@ class Sampler:
         """As `_draw`, on a device, without waiting for it."""
         columns = self._columns(params, logits.shape[1], numbers)
         logits = self._filtered(logits, params, columns)
-        cdf = _weights(logits).cumsum(dim=-1)
+        cdf = sums.weights(logits).cumsum(dim=-1)
         total = cdf[:, -1:]
         # Strictly below the end, so that rounding never picks a token of probability zero.
         target = torch.minimum((columns[4] * total).long(), total - 1)
@@ -213,37 +213,34 @@ class Sampler:
         return self._upload(np.array(columns, dtype=np.float64))[:, :, None]
 
 
-def _weights(logits: torch.Tensor) -> torch.Tensor:
-    """The tokens' probabilities `[N, V]`, as int64 multiples of the highest's 2^-42.
-
-    How a GPU divides a sum between threads depends on the number of rows: these sums are exact.
-    """
-    below = (logits - logits.amax(dim=-1, keepdim=True)).double()
-    return below.exp_().mul_(2.0**_BITS).round_().long()
-
-
-def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """`[N]` float32, of logits on a device."""
-    sums = _weights(logits).sum(dim=-1).double() / 2.0**_BITS
-    return (logits.amax(dim=-1).double() + sums.log()).float()
-
-
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    return logits.log_softmax(-1) if _on_cpu(logits) else logits - _logsumexp(logits)[:, None]
-
-
 def _highest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest logits of each row and their tokens, `[N, count]`; of equal ones the first.
 
-    A GPU's own choice between equal ones depends on the number of rows.
+    Which of equal ones `topk` takes depends on the count, which is the most that any row asks for,
+    and on a GPU on the number of rows.
     """
     if _on_cpu(logits):
-        values, ids = logits.topk(count)
-        return values, ids
-    bits = logits.float().view(torch.int32)
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # as integers in the same order
-    ids = ((order << 32) - torch.arange(logits.shape[1], device=logits.device)).topk(count).indices
+        values, ids = logits.topk(min(count + 1, logits.shape[1]))
+        tied = (values[:, 1:] == values[:, :-1]).any(1)
+        ids = ids[:, :count]
+        if tied.any():
+            ids[tied] = _first_highest(logits[tied], count)
+    else:
+        bits = logits.float().view(torch.int32)
+        order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in this order
+        places = torch.arange(logits.shape[1], device=logits.device)
+        ids = ((order << 32) - places).topk(count).indices
     return logits.gather(1, ids), ids
+
+
+def _first_highest(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """The tokens of `_highest`, `[N, count]`."""
+    least = logits.topk(count).values[:, -1:]
+    at, tokens = (~(logits < least)).nonzero(as_tuple=True)  # NaN is the highest
+    order = logits[at, tokens].sort(descending=True, stable=True).indices
+    order = order[at[order].sort(stable=True).indices]
+    begins = torch.searchsorted(at, torch.arange(len(logits)))
+    return tokens[order[begins[:, None] + torch.arange(count)]]
 
 
 def _joined(*tensors: torch.Tensor) -> torch.Tensor:
@@ -293,7 +290,7 @@ def filter_rows(
         logits = logits.masked_fill((logits < limit) & (top_k < vocab), -torch.inf)
     if any(p.top_p < 1 for p in params):
         ordered = logits.sort(dim=-1, descending=True).values
-        mass = _weights(ordered).cumsum(1)
+        mass = sums.weights(ordered).cumsum(1)
         # The token that reaches top_p is the last one kept.
         last = (mass < top_p * mass[:, -1:]).sum(1, keepdim=True).clamp(max=vocab - 1)
         limit = ordered.gather(1, last)

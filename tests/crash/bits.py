@@ -70,6 +70,7 @@ class Drawn:
     """A job, what computes it, and two ways to run it."""
 
     rows: tuple[str, ...]
+    columns: dict[str, tuple[Any, ...]]  # the rows' own sampling parameters
     sampling: SamplingSpec
     n: int
     seed: int
@@ -124,9 +125,24 @@ ways = st.builds(
     st.sampled_from([1, 2, 3, 5]),
     st.lists(st.integers(1, 60), max_size=2).map(tuple),
 )
+most_rows = 10
+own = {
+    "max_tokens": st.integers(1, 24),
+    "min_tokens": st.sampled_from([None, 0, 3, 9]),
+    "repetition_penalty": st.sampled_from([None, 1.2]),
+    "stop_token_ids": st.sampled_from([None, [40], [50, 60, 70]]),
+}
+columns = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.lists(values, min_size=most_rows, max_size=most_rows).map(tuple)
+        for name, values in own.items()
+    },
+)
 jobs = st.builds(
     Drawn,
-    rows=st.lists(prompts, min_size=1, max_size=10).map(tuple),
+    rows=st.lists(prompts, min_size=1, max_size=most_rows).map(tuple),
+    columns=columns,
     sampling=sampling,
     n=st.integers(1, 3),
     seed=st.integers(0, 99),
@@ -192,7 +208,9 @@ class Trials:
     def compare(self, drawn: Drawn) -> None:
         """Require equal answers of both ways to run a job."""
         inputs = self.root / "in.parquet"
-        pq.write_table(pa.table({"prompt": drawn.rows}), inputs)
+        count = len(drawn.rows)
+        own = {name: values[:count] for name, values in drawn.columns.items()}
+        pq.write_table(pa.table({"prompt": drawn.rows, **own}), inputs)
         spec = JobSpec(
             inputs=(InputFile.of(inputs),),
             input_format="parquet",

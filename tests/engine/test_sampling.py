@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchrun.engine import sampling
+from batchrun.engine import sampling, sums
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.plan import NewSequence
@@ -199,12 +199,12 @@ def test_a_device_that_nobody_waits_for_draws_the_same(spread: float) -> None:
 def test_sums_on_a_device_are_exact_and_so_the_same_for_any_number_of_rows() -> None:
     rows = logits(5, 3.0)
     rows[1, 7:] = -torch.inf
-    got = sampling._logsumexp(rows)
+    got = sums.logsumexp(rows)
     torch.testing.assert_close(got, rows.double().logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
-    weights = sampling._weights(rows)
+    weights = sums.weights(rows)
     assert weights.dtype == torch.int64
     assert weights.amax(-1).tolist() == [2**42] * 5
-    assert torch.equal(sampling._weights(rows[3:4])[0], weights[3])
+    assert torch.equal(sums.weights(rows[3:4])[0], weights[3])
 
 
 def test_of_equal_logits_a_device_takes_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ class Worker : Shape<K> {
     for (int64_t t = 0; t < kBlock; t++) {
       Number* to = copy + t * width;
       if (t < count) std::copy(from + t * *stride, from + t * *stride + dim, to);
-      std::fill(t < count ? to + dim : to, to + width, Number(0));
+      std::fill(t < count ? to + dim : to, to + width, Number{});
     }
     *stride = width;
     return copy;

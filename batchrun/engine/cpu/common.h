@@ -12,6 +12,8 @@
 
 #ifdef __x86_64__
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // A struct that Python fills in: it compares the size when it loads the library. Members have eight

@@ -116,32 +116,40 @@ inline void store(const Sixteen& x, uint16_t* to) {  // bfloat16: to the nearest
   }
 }
 
-#ifdef __FLT16_MANT_DIG__
+// By name, C++ has these numbers only since GCC 12 on x86, and since 13 on ARM.
+#ifdef __F16C__
 #define HAS_FLOAT16
-using float16 = _Float16;
+struct float16 {
+  uint16_t bits;
+};
 
-inline float widen(float16 x) { return float(x); }
+inline float widen(float16 x) { return _cvtsh_ss(x.bits); }
 
 inline Sixteen load(const float16* from) {
   float wide[16];
-#ifdef __F16C__
   for (int i = 0; i < 16; i += 8)
     _mm256_storeu_ps(wide + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-#else
-  for (int i = 0; i < 16; i++) wide[i] = from[i];
-#endif
   return load(wide);
 }
 
 inline void store(const Sixteen& x, float16* to) {
   float wide[16];
   store(x, wide);
-#ifdef __F16C__
   for (int i = 0; i < 16; i += 8)
     _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(wide + i), 0));
-#else
-  for (int i = 0; i < 16; i++) to[i] = float16(wide[i]);
-#endif
+}
+#elif defined(__aarch64__)
+#define HAS_FLOAT16
+using float16 = __fp16;
+
+inline float widen(float16 x) { return x; }
+
+inline Sixteen load(const float16* from) {
+  return each([&](int i) { return (Vec)vcvt_f32_f16(vld1_f16(from + i * 4)); });
+}
+
+inline void store(const Sixteen& x, float16* to) {
+  for (int i = 0; i < 4; i++) vst1_f16(to + i * 4, vcvt_f16_f32((float32x4_t)x.v[i]));
 }
 #endif
 
