@@ -404,7 +404,7 @@ def test_a_library_that_is_damaged_is_compiled_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     empty_cache(monkeypatch, tmp_path)
-    path = compiled.build(native.SOURCE)
+    path = compiled.build(native.SOURCE, dtype="float32")
     path.unlink()
     path.write_bytes(b"")
     lines: list[str] = []
@@ -416,7 +416,7 @@ def test_a_library_that_is_damaged_is_compiled_again(
 def _build(folder: str) -> tuple[list[str], str]:
     os.environ["XDG_CACHE_HOME"] = folder
     lines: list[str] = []
-    path = compiled.build(native.SOURCE, lines.append)
+    path = compiled.build(native.SOURCE, lines.append, "float32")
     ctypes.CDLL(str(path))
     return lines, path.name
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import operator
 import os
 import shutil
 import signal
@@ -126,18 +127,23 @@ ways = st.builds(
     st.lists(st.integers(1, 60), max_size=2).map(tuple),
 )
 most_rows = 10
-own = {
-    "max_tokens": st.integers(1, 24),
-    "min_tokens": st.sampled_from([None, 0, 3, 9]),
+lengths = {"max_tokens": st.integers(9, 24), "min_tokens": st.sampled_from([None, 0, 3, 9])}
+others = {
     "repetition_penalty": st.sampled_from([None, 1.2]),
     "stop_token_ids": st.sampled_from([None, [40], [50, 60, 70]]),
 }
-columns = st.fixed_dictionaries(
-    {},
-    optional={
-        name: st.lists(values, min_size=most_rows, max_size=most_rows).map(tuple)
-        for name, values in own.items()
-    },
+
+
+def each(values: dict[str, Any]) -> dict[str, Any]:
+    """A value for each row."""
+    many = {"min_size": most_rows, "max_size": most_rows}
+    return {name: st.lists(value, **many).map(tuple) for name, value in values.items()}
+
+
+columns = st.builds(
+    operator.or_,
+    st.one_of(st.just({}), st.fixed_dictionaries(each(lengths))),
+    st.fixed_dictionaries({}, optional=each(others)),
 )
 jobs = st.builds(
     Drawn,

@@ -74,8 +74,10 @@ struct Floats {
 
 }  // namespace
 
+#if defined(OF_FLOAT32)
 ATTENTION(Floats<float>, float32)
+#elif defined(OF_BFLOAT16)
 ATTENTION(Floats<uint16_t>, bfloat16)
-#ifdef HAS_FLOAT16
+#elif defined(HAS_FLOAT16)
 ATTENTION(Floats<float16>, float16)
 #endif

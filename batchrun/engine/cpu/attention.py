@@ -50,12 +50,13 @@ def make(
     if level:
         with suppress(CompileError):  # the compiler may be older than the CPU
             return Native(compiled.load(SOURCE_BF16, log, [Call]), geometry.dtype, level)
+    dtype = str(geometry.dtype)[6:]
     try:
-        return Native(compiled.load(SOURCE, log, [Call]), geometry.dtype)
+        return Native(compiled.load(SOURCE, log, [Call], dtype), geometry.dtype)
     except CompileError as error:
         raise ValueError(f"it can't be compiled: {error}") from error
     except AttributeError as error:
-        raise ValueError(f"this compiler knows no {str(geometry.dtype)[6:]}") from error
+        raise ValueError(f"this compiler knows no {dtype}") from error
 
 
 class Call(ctypes.Structure):

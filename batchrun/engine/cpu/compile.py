@@ -44,6 +44,7 @@ def load(
     source: Path,
     log: Callable[[str], None] = lambda line: None,
     structs: Iterable[type[ctypes.Structure]] = (),
+    dtype: str = "",
 ) -> ctypes.CDLL:
     """Load a source's library; one damaged by a full disk or a crash is compiled again.
 
@@ -51,12 +52,14 @@ def load(
         source: C++, which may include the headers beside it.
         log: Called with a line if the source has to be compiled.
         structs: Passed to the library; their sizes must match the source's.
+        dtype: The one to compile, of a source that has several.
 
     Raises:
         CompileError: There is no compiler, it fails, or there is nowhere to keep the library.
     """
+    _share_openmp()
     try:
-        path = build(source, log)
+        path = build(source, log, dtype)
         try:
             library = ctypes.CDLL(str(path))
         except OSError:
@@ -65,7 +68,7 @@ def load(
                     f"{path.parent} is mounted noexec: set XDG_CACHE_HOME to a folder elsewhere"
                 ) from None
             path.unlink(missing_ok=True)
-            library = ctypes.CDLL(str(build(source, log)))
+            library = ctypes.CDLL(str(build(source, log, dtype)))
     except (OSError, subprocess.SubprocessError) as error:
         raise CompileError(_told(error)) from error
     for struct in structs:
@@ -74,14 +77,25 @@ def load(
     return library
 
 
-def build(source: Path, log: Callable[[str], None] = lambda line: None) -> Path:
+@cache
+def _share_openmp() -> None:
+    """Let libraries call the OpenMP that torch has loaded, which its ARM build keeps to itself."""
+    folder = Path(torch.__file__).parent
+    for path in (*folder.glob("lib/lib*omp*.so*"), *folder.parent.glob("torch.libs/lib*omp*.so*")):
+        with suppress(OSError):  # it is not loaded
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD)
+            return
+
+
+def build(source: Path, log: Callable[[str], None] = lambda line: None, dtype: str = "") -> Path:
     """The shared library for this source, torch and CPU; compiled if it is not in the cache.
 
     Raises:
         OSError: There is no compiler, or the cache can't be written.
         subprocess.SubprocessError: The compiler fails.
     """
-    path = _folder(log) / f"{source.stem}-{_key(source)}.so"
+    flags = (*_FLAGS, f"-DOF_{dtype.upper()}") if dtype else _FLAGS
+    path = _folder(log) / f"{source.stem}-{_key(source, flags)}.so"
     if _is_ours(path):
         return path
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++"))), "")
@@ -94,7 +108,7 @@ def build(source: Path, log: Callable[[str], None] = lambda line: None) -> Path:
         log(f"compiling {source.name} for this CPU (once, takes a few seconds)")
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            _compile(compiler, source, made)
+            _compile([compiler, *flags], source, made)
             made.chmod(0o700)
             made.replace(path)
     return path
@@ -165,21 +179,21 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="batchrun-")
 
 
-def _compile(compiler: str, source: Path, to: Path) -> None:
+def _compile(compiler: list[str], source: Path, to: Path) -> None:
     compiled = to.with_suffix(".o")
     # Linked without -fopenmp, which would bring a second OpenMP with threads of its own.
     for command in (
-        [compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)],
-        [compiler, "-shared", "-Wl,-z,now", str(compiled), "-o", str(to)],
+        [*compiler, "-c", str(source), "-o", str(compiled)],
+        [compiler[0], "-shared", "-Wl,-z,now", str(compiled), "-o", str(to)],
     ):
         subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def _key(source: Path) -> str:
+def _key(source: Path, flags: Iterable[str]) -> str:
     """A hash of what a library depends on: source, headers, flags, torch and CPU features."""
     files = [source, *sorted(source.parent.glob("*.h"))]
     texts = [file.read_text(encoding="utf-8") for file in files]
-    parts = [*texts, *_FLAGS, torch.__version__, cpu_features()]
+    parts = [*texts, *flags, torch.__version__, cpu_features()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -52,8 +52,10 @@ struct Floats {
 
 }  // namespace
 
+#if defined(OF_FLOAT32)
 LAYERS(Floats<float>, float32)
+#elif defined(OF_BFLOAT16)
 LAYERS(Floats<uint16_t>, bfloat16)
-#ifdef HAS_FLOAT16
+#elif defined(HAS_FLOAT16)
 LAYERS(Floats<float16>, float16)
 #endif

@@ -68,7 +68,7 @@ def _arithmetic(dtype: torch.dtype, level: Level) -> Arithmetic:
     if level:
         with suppress(CompileError):  # the compiler may be older than the CPU
             return Arithmetic(dtype, compiled.load(_SOURCE_BF16, structs=structs), level)
-    library = compiled.load(_SOURCE, structs=structs)
+    library = compiled.load(_SOURCE, structs=structs, dtype=str(dtype)[6:])
     getattr(library, _symbol("linear", dtype))
     return Arithmetic(dtype, library, Level.NOTHING)
 
