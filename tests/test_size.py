@@ -18,7 +18,7 @@ CEILINGS = {
     "batchrun/cli": 1300,
     "batchrun/engine": 3300,
     "batchrun/engine/attention": 1260,
-    "batchrun/engine/cpu": 2340,
+    "batchrun/engine/cpu": 2360,
     "batchrun/engine/model": 2320,
     "batchrun/estimate": 420,
     "batchrun/models": 1060,

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from batchrun.engine.cpu.linear import NativeLinear, fits
 from batchrun.engine.model import rows
 from batchrun.engine.model.judge import difference, tolerance
+from batchrun.machine import MappedFiles
 
 NAME = "batchrun"
 _PACKED = "batchrun_{}"  # on a module of experts: a projection's native layers
@@ -28,8 +29,12 @@ def use_experts(model: PreTrainedModel) -> None:
 
 
 @torch.inference_mode()
-def use_native_experts(model: PreTrainedModel) -> None:
+def use_native_experts(model: PreTrainedModel, files: MappedFiles) -> None:
     """Also pack the weights of its experts, one projection after the other.
+
+    Args:
+        model: Changed in place.
+        files: Forgets the weights that were packed.
 
     Raises:
         ValueError: Native code computes something else.
@@ -39,7 +44,7 @@ def use_native_experts(model: PreTrainedModel) -> None:
         call = _made_up(module)
         want = _experts(module, *call)
         for name in ("gate_up_proj", "up_proj", "down_proj"):
-            _pack(module, name)
+            _pack(module, name, files)
         off = difference(_experts(module, *call), want)
         if off > tolerance(want.dtype).layer:
             raise ValueError(f"{type(module).__name__} is off by {off:.2g} of its largest result")
@@ -50,7 +55,7 @@ def _modules(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "_is_expert_parallel")]
 
 
-def _pack(module: Any, name: str) -> None:
+def _pack(module: Any, name: str, files: MappedFiles) -> None:
     """Replace a projection's weights `[experts, ...]` by native layers, if they can be packed."""
     weight = getattr(module, name, None)
     if not isinstance(weight, nn.Parameter):
@@ -66,6 +71,7 @@ def _pack(module: Any, name: str) -> None:
             return
         linears.append(NativeLinear(linear, linear.weight.dtype))
     setattr(module, _PACKED.format(name), nn.ModuleList(linears))
+    files.forget(weight.data_ptr(), weight.nbytes)
     delattr(module, name)
 
 

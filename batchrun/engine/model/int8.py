@@ -7,6 +7,7 @@ where arithmetic takes longer than reading weights, it widens the weights first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -142,13 +143,21 @@ def widened(
 
 
 _LIBRARY = torch.library.Library("batchrun", "FRAGMENT")
-_LIBRARY.define("int8_linear(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor")
-_LIBRARY.impl("int8_linear", linear, "CUDA")
-torch.library.register_fake(
-    "batchrun::int8_linear",
-    lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    lib=_LIBRARY,
-)
+
+
+def register(schema: str, function: Callable[..., torch.Tensor]) -> None:
+    """Make a linear layer on a GPU an operator, which compiled code takes as a whole."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, function, "CUDA")
+    torch.library.register_fake(
+        f"batchrun::{name}",
+        lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
+        lib=_LIBRARY,
+    )
+
+
+register("int8_linear(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor", linear)
 
 # --- modules ---
 

@@ -174,8 +174,8 @@ def _join(model: PreTrainedModel, layers: nn.ModuleList, native: list[NativeLaye
 
 def _use_native_parts(model: PreTrainedModel) -> None:
     """Make norms, linear layers and experts native: those of no layer, or of layers that stayed."""
-    use_native_experts(model)
     files = MappedFiles()
+    use_native_experts(model, files)
     embeddings = {
         module.weight: (parent, name)
         for parent in model.modules()

@@ -49,13 +49,8 @@ def linear(
     return out.view(*x.shape[:-1], len(weight))  # even of no rows
 
 
-_LIBRARY = torch.library.Library("batchrun", "FRAGMENT")
-_LIBRARY.define("rowwise_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor")
-_LIBRARY.impl("rowwise_linear", linear, "CUDA")
-torch.library.register_fake(
-    "batchrun::rowwise_linear",
-    lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    lib=_LIBRARY,
+int8.register(
+    "rowwise_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor", linear
 )
 
 
