@@ -12,6 +12,7 @@ import pytest
 
 from batchrun import machine
 from batchrun.engine import cpu
+from batchrun.engine.cpu import compile as compiled
 from tests.suites import ROOT, run_tests
 
 HEADER = Path(__file__).with_name("instructions.h")
@@ -67,3 +68,19 @@ def test_wide_vectors_give_the_bits_of_narrow_ones(compiler: Path, tmp_path: Pat
         assert len(list(cache.rglob("layers-*.so"))) == 1
         found.add(done.stdout)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("source", ["layers", "attention", "sampling"])
+@pytest.mark.parametrize(
+    ("compiler", "cpu_flag"),
+    [("aarch64-linux-gnu-g++", "-mcpu=neoverse-n1"), ("g++-11", "-march=native")],
+)
+def test_other_compilers_take_it(compiler: str, cpu_flag: str, source: str) -> None:
+    """As far as this machine has them: an ARM compiler, and an old one."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    flags = [flag for flag in compiled._FLAGS if not flag.startswith("-m")]
+    command = [compiler, *flags, cpu_flag, "-DOF_FLOAT16", "-fsyntax-only"]
+    path = Path(compiled.__file__).with_name(f"{source}.cpp")
+    done = subprocess.run([*command, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from packaging.version import Version
 
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
 from batchrun.engine.cpu import sampling as cpu_sampling
@@ -25,6 +26,9 @@ from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run
 
 MAX_TOKENS = 12
+# transformers refused valid biases there, and took no sequence as long as the tokens so far.
+OLD = Version(tf.__version__) < Version("5.23")
+OF_SEVERAL = {"bad words of several", "sequence_bias", "all"}
 ENDS = [2, 20, 40, 60, 120, 150]
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -105,6 +109,8 @@ class Told(Lookup):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_tokens_are_generates_own(name: str, beams: int) -> None:
+    if OLD and name in OF_SEVERAL:
+        pytest.skip("this transformers has a fault in biases of several tokens")
     with configured(**CONFIGS[name]) as (model, generation):
         assert not generation.ignored
         given: dict[str, Any] = {"max_tokens": MAX_TOKENS}

@@ -159,7 +159,7 @@ def main() -> int:
             (torch.cuda, "get_device_properties", properties),
             (torch.cuda, "current_device", lambda: 0),
             (torch, "compile", partial(torch.compile, backend=compile_on_cuda)),
-            (optimizing, "can_be_native", lambda *_: False),
+            (optimizing, "_can_be_native", lambda *_: False),
             (Int8Linear, "forward", by_operator),
         ):
             patches.enter_context(mock.patch.object(where, what, by))

@@ -52,7 +52,7 @@ def use_native_experts(model: PreTrainedModel, files: MappedFiles) -> None:
 
 def _modules(model: nn.Module) -> list[Any]:
     """Modules of experts that ask transformers' interface how to compute."""
-    return [m for m in model.modules() if hasattr(m, "_is_expert_parallel")]
+    return [m for m in model.modules() if hasattr(m, "is_transposed")]
 
 
 def _pack(module: Any, name: str, files: MappedFiles) -> None:
@@ -109,7 +109,9 @@ def _expert(module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     with rows.repairing(False):
         x = apply(x)
     x = _projected(module, "down_proj", expert, x)
-    return cast("torch.Tensor", module.post_expert_norm(x)) if module.has_post_expert_norm else x
+    if getattr(module, "has_post_expert_norm", False):
+        x = cast("torch.Tensor", module.post_expert_norm(x))
+    return x
 
 
 def _projected(module: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
