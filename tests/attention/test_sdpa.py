@@ -233,19 +233,6 @@ def test_layers_alike_share_what_a_step_gathers_by() -> None:
     assert bucket.rows[1].tolist() == [74, 75, *[76] * 14]
 
 
-def test_a_cpu_computes_each_sequence_alone() -> None:
-    """A row's bits must not depend on its batch there."""
-    spec = LAYERS["grouped"]
-    segments = [segment(i, 100 + 10 * i, 1) for i in range(5)]
-    query, keys = torch.randn(5, spec.q_heads, 64), torch.randn(5, 200, spec.kv_heads, 64)
-    backend, layer = SDPA(upload), asked(spec)
-    backend.plan(segments)
-    together = backend.run(layer, query, (keys, keys))
-    for i, one in enumerate(segments):
-        backend.plan([one])
-        assert torch.equal(backend.run(layer, query[i : i + 1], (keys, keys)), together[i : i + 1])
-
-
 @pytest.mark.parametrize(
     "name", ["llama", "gemma2-softcap", "gpt-oss-sinks", "mistral-window", "deepseek-mla"]
 )
