@@ -20,7 +20,6 @@ from batchrun.engine.logits import LogitsConfig, processors
 from batchrun.engine.plan import NewSequence
 from batchrun.engine.processors import LogitsProcessor, LogitsRow
 
-_AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
 _COLDEST = 1e-37  # the lowest temperature that float32 can divide by
 
 
@@ -179,7 +178,7 @@ class Sampler:
             return self._draw_at_once(logits, params, numbers)
         if self._config.filters:
             logits = self._filtered(logits, params, self._columns(params, logits.shape[1]))
-            params = [_AS_IT_IS] * len(params)
+            params = [cpu_sampling.AS_IT_IS] * len(params)
         return cpu_sampling.draw(logits, params, numbers)
 
     def _draw_at_once(
@@ -224,7 +223,7 @@ def _highest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
         tied = (values[:, 1:] == values[:, :-1]).any(1)
         ids = ids[:, :count]
         if tied.any():
-            ids[tied] = _first_highest(logits[tied], count)
+            ids[tied] = _first_highest(logits[tied], values[tied, count - 1 : count], count)
     else:
         bits = logits.float().view(torch.int32)
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in this order
@@ -233,9 +232,8 @@ def _highest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     return logits.gather(1, ids), ids
 
 
-def _first_highest(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """The tokens of `_highest`, `[N, count]`."""
-    least = logits.topk(count).values[:, -1:]
+def _first_highest(logits: torch.Tensor, least: torch.Tensor, count: int) -> torch.Tensor:
+    """The tokens of `_highest`, `[N, count]`, of which the last has the logit `least` `[N, 1]`."""
     at, tokens = (~(logits < least)).nonzero(as_tuple=True)  # NaN is the highest
     order = logits[at, tokens].sort(descending=True, stable=True).indices
     order = order[at[order].sort(stable=True).indices]

@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 _SOURCE = Path(__file__).with_name("sampling.cpp")
 _BITS = 44  # the highest logit weighs 2^44; one that is more than 30.5 lower weighs 0
 _LOWEST = np.float32(-30.5)
-_ALL = SamplingParams(temperature=1.0)  # keeps all tokens
+AS_IT_IS = SamplingParams(temperature=1.0)  # draws from all logits
 _TERMS = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
 
 
@@ -87,7 +87,7 @@ def logsumexp(logits: torch.Tensor) -> torch.Tensor:
     """Log-sum-exp of each row, `[N, V]` to `[N]` float32."""
     native = library()
     if native is None:
-        sums = [np.ldexp(np.float64(weights(row, _ALL).sum()), -_BITS) for row in logits]
+        sums = [np.ldexp(np.float64(weights(row, AS_IT_IS).sum()), -_BITS) for row in logits]
         with np.errstate(divide="ignore"):
             return (logits.amax(dim=-1).double() + torch.from_numpy(np.log(sums))).float()
     logits = _readable(logits)
