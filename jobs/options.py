@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from batchrun.jobs import kinds
+from batchrun.jobs import kinds, shapes
 from batchrun.jobs.kinds import NUMBER, Choice, Integer, RowRule, number, one_of, option, whole
 
 MOST_SEQUENCES = 1 << 20  # with more, the state kept for each would fill a machine's memory
@@ -175,6 +175,39 @@ class SamplingSpec:
         "Beam search: yes ends once N answers are complete; no (the default) once no better one "
         "is likely; never only once none is possible.",
         Choice({"no": False, "yes": True, "never": "never"}),
+    )
+    json_schema: str | None = option(
+        "The answer is JSON of this schema. Adds the column parsed, with the schema's types.",
+        shapes.SCHEMA,
+        section=kinds.SHAPE,
+        row=RowRule("a JSON schema: an object"),
+    )
+    json_object: bool = option(
+        "The answer is any JSON object.", default=False, section=kinds.SHAPE
+    )
+    regex: str | None = option(
+        "The answer matches this regular expression as a whole (Rust's syntax).",
+        section=kinds.SHAPE,
+        metavar="RE",
+        row=RowRule("a regular expression"),
+    )
+    choices: tuple[str, ...] | None = option(
+        "The answer is one of these: texts separated by commas, or a JSON array. Adds the column "
+        "parsed, with the choices as categories.",
+        shapes.CHOICES,
+        section=kinds.SHAPE,
+        row=RowRule("a list of texts"),
+    )
+    choice_logprob: bool = option(
+        "With --choices: add the column choice_logprob, the choice's log-probability in the "
+        "model's own distribution.",
+        default=False,
+        section=kinds.SHAPE,
+    )
+    grammar: str | None = option(
+        "The answer is a sentence of this grammar (Lark's notation, as llguidance reads it).",
+        shapes.GRAMMAR,
+        section=kinds.SHAPE,
     )
 
     @property
