@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from batchrun.engine import attention
 from batchrun.engine.core import SamplingParams
+from batchrun.grammars.constraint import SHAPES, constraint_of, problem, with_constraint
 from batchrun.jobs import spec
 from batchrun.jobs.errors import InputError, OptionError
 from batchrun.jobs.kinds import one_of, options_of
@@ -195,14 +196,31 @@ def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
         if sampling.stop:
             raise OptionError("{num_beams} with {stop}: use {stop_token_ids}, or cut the text")
         sampling = replace(sampling, temperature=0.0)  # the model may ask for sampling
+    _check_shape(sampling, beams=beams)
     if "" in sampling.stop:
         raise OptionError("{stop} must not be empty")
     try:
-        SamplingParams(**sampling.given)
+        SamplingParams(**with_constraint(sampling.given))
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise OptionError(f"{{{name}}} {{}}", rest) from error
     return sampling
+
+
+def _check_shape(sampling: SamplingSpec, *, beams: bool) -> None:
+    """Refuse a shape of the answer that can't be kept, or not together with the rest."""
+    given = [name for name in SHAPES if getattr(sampling, name)]
+    if len(given) > 1:
+        raise OptionError(f"{{{given[0]}}} and {{{given[1]}}} exclude each other")
+    for name in given:
+        if beams:
+            raise OptionError(f"{{num_beams}} with {{{name}}}: beam search can't keep a shape")
+        try:
+            found = problem(constraint_of(name, getattr(sampling, name)))
+        except ValueError as error:
+            found = str(error)
+        if found is not None:
+            raise OptionError(f"{{{name}}} can't be kept: {{}}", found)
 
 
 def output_to(path: str, output: OutputSpec = OutputSpec()) -> OutputSpec:  # noqa: B008 - frozen

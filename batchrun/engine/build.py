@@ -19,13 +19,14 @@ from batchrun.allocator.host import HostMemory
 from batchrun.allocator.tensor import layer_views, slab_bytes
 from batchrun.allocator.vmm import AllocatorError, VirtualMemory
 from batchrun.engine import attention, cpu, invariance
+from batchrun.engine.constraints import ConstrainedDrafts, Constraints
 from batchrun.engine.core import EngineError
 from batchrun.engine.cpu import Level
 from batchrun.engine.cpu.compile import guard_caches
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.model import gates, invariant, loading
-from batchrun.engine.model.generation import read_generation
+from batchrun.engine.model.generation import read_generation, vocabulary_size
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.proposers import PromptLookup, Proposer
@@ -46,6 +47,7 @@ from batchrun.engine.settings import (
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import CudaTransfers, Transfers
 from batchrun.engine.warmup import WarmUp
+from batchrun.grammars.matchers import Matchers
 from batchrun.machine import keep_freed_memory, return_freed_memory
 from batchrun.models import whole
 
@@ -133,6 +135,7 @@ class Assembly:
         arithmetic: What computes the numbers. Only answers of the same arithmetic are promised to
             be equal.
         generation: How the model wants to be sampled.
+        matchers: Know which constraints its answers can keep.
 
     Raises:
         EngineError: There is not enough memory, a backend requested by name can't be used, or
@@ -153,6 +156,9 @@ class Assembly:
         self.max_num_seqs = self.limits.max_num_seqs
         self.max_num_batched_tokens = self.limits.max_num_batched_tokens
         self.generation = read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len)
+        vocabulary = vocabulary_size(loaded.model)
+        self.matchers = Matchers(loaded.tokenizer, loaded.eos_ids, vocabulary)
+        self._constraints = Constraints(self.matchers)
         self.usage = UsageIntegral()
         self._log = log
         self._cuda = loaded.device.type == "cuda"
@@ -202,6 +208,7 @@ class Assembly:
             loaded.tokenizer,
             loaded.eos_ids,
             specials=self.generation.specials,
+            constraints=self._constraints,
             observe=lambda seconds: self.usage.add(self.arena.usage(), seconds),
             mapping_seconds=lambda: self.arena.work_seconds,
         )
@@ -335,7 +342,8 @@ class Assembly:
             return None
         row = self.loaded.model.config.get_text_config().vocab_size * self.loaded.dtype.itemsize
         # A tile has 16 rows; vector instructions multiply 8 rows at a time.
-        return PromptLookup(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
+        lookup = PromptLookup(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
+        return ConstrainedDrafts(self._constraints, lookup, lookup.num_logits)
 
     def _relieve(self) -> None:
         """Free unused KV pages on the device, and the memory that torch caches."""

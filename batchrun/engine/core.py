@@ -43,6 +43,8 @@ class SamplingParams:
         scored: Sum the log-probabilities of the output tokens.
         logprobs: Keep the log-probability of each token, and those of this many likeliest tokens at
             its position; None for neither.
+        constraint: What the answer must match: a grammar as llguidance reads it, in JSON or Lark's
+            notation. None for anything.
         num_beams: Beam search with this many beams, instead of sampling; 1 for sampling.
         length_penalty: An answer's log-probability is divided by its length to this power.
         early_stopping: True ends the search at `num_beams` answers; False when a better one is
@@ -70,6 +72,7 @@ class SamplingParams:
     ignore_eos: bool = False
     scored: bool = False
     logprobs: int | None = None
+    constraint: str | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -95,6 +98,7 @@ class SamplingParams:
             ("temperature", self.greedy or not self.beams, "0 with beam search"),
             ("stop", not (self.stop and self.beams), "left out with beam search"),
             ("stop", all(self.stop), "non-empty text"),
+            ("constraint", not (self.constraint and self.beams), "left out with beam search"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from batchrun.engine.beams import BeamGroup
+from batchrun.engine.constraints import ConstraintError, Constraints
 from batchrun.engine.core import (
     Candidates,
     Completion,
@@ -23,7 +24,7 @@ from batchrun.engine.core import (
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.executor import Executor, Ticket
 from batchrun.engine.output import Answer, Specials
-from batchrun.engine.plan import StepPlan
+from batchrun.engine.plan import Masks, StepPlan
 from batchrun.engine.scheduler import Scheduler
 from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.prompts.chat import Tokenizer
@@ -40,6 +41,7 @@ class Engine:
         tokenizer: Turns tokens into text; None gives completions without text.
         eos_ids: Tokens that end a completion unless its parameters ignore them.
         specials: Special tokens, hidden in completions; stop strings may contain them.
+        constraints: Knows which tokens constrained answers allow; needed only for these.
         observe: Called after each step with its seconds, while its sequences still hold memory.
         mapping_seconds: Returns the time spent so far on the KV memory's pages.
 
@@ -55,6 +57,7 @@ class Engine:
         eos_ids: frozenset[int],
         *,
         specials: Iterable[str] = (),
+        constraints: Constraints | None = None,
         observe: Callable[[float], None] = lambda _: None,
         mapping_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -70,6 +73,7 @@ class Engine:
         self._collected = 0.0
         self.on_admit: Callable[[Request], None] = lambda _: None
         self._specials = Specials(specials)
+        self._constraints = constraints
         self._texts: dict[Sequence, Answer] = {}
 
     @property
@@ -127,6 +131,7 @@ class Engine:
             EngineError: Nothing runs and nothing can: a bug, reported instead of hanging.
         """
         began = time.perf_counter()
+        ended: list[Sequence] = []
         plan = self.scheduler.plan()
         self._count_mapping()
         if plan.segments:
@@ -135,22 +140,37 @@ class Engine:
                     sequence.admitted = began
                     self.on_admit(sequence.request)
             ticket = self.executor.launch(plan)
-            self.executor.sample(ticket)
             self._in_flight.append((plan, ticket, began))
+            self.executor.sample(ticket, self._masks(plan, ended))
         elif not self._in_flight and self.scheduler.has_work and not self.scheduler.rejected:
             raise EngineError(
                 f"the scheduler is stuck: {len(self.scheduler.running)} sequences run, "
                 f"{len(self.scheduler.waiting)} wait, and none of them can get KV memory"
             )
-        ended: list[Sequence] = []
         while len(self._in_flight) > (self.executor.lag if plan.segments else 0):
             ended += self._collect()
         for sequence in self.scheduler.rejected:
             sequence.finished = time.perf_counter()
-            self._texts.pop(sequence, None)
+        self._forget(self.scheduler.rejected)
         ended += self.scheduler.rejected
         self.scheduler.rejected.clear()
         return [sequence.completion() for sequence in ended]
+
+    def _masks(self, plan: StepPlan, ended: list[Sequence]) -> Masks | None:
+        """The masks of a step that the device computes; None if nothing in it is constrained.
+
+        They depend on all tokens so far, so earlier steps are collected first: what thus ended is
+        added to `ended`.
+        """
+        if self._constraints is None:
+            return None
+        owners = self.scheduler.stays.owners(plan.segments)
+        if not any(s is not None and s.request.params.constraint for s in owners):
+            return None
+        while len(self._in_flight) > 1:
+            ended += self._collect()
+        owners = self.scheduler.stays.owners(plan.segments)
+        return self._constraints.masks(plan.segments, owners)
 
     def _collect(self) -> list[Sequence]:
         """Take in the tokens of the oldest step in flight; returns the sequences that ended."""
@@ -181,8 +201,8 @@ class Engine:
             elif self._append(sequence, segment.drafts, produced[begin:end]):
                 if sequence.error is not None:
                     self.scheduler.forsake(sequence)
-                    self._texts.pop(sequence, None)
                 done.append(sequence)
+        self._forget(done)
         leaders, forks = self._advance(beams)
         ended = [*done, *(s for leader in leaders if leader.group for s in leader.group.sequences)]
         self.scheduler.commit(plan, tokens, ended, forks)
@@ -222,7 +242,7 @@ class Engine:
         asked = sequence.request.params.logprobs
         for token, logprob, likeliest in found:
             if token < 0:
-                _not_finite(sequence)
+                self._without_token(sequence)
                 return True
             sequence.output_ids.append(token)
             sequence.logprob += logprob
@@ -230,6 +250,9 @@ class Engine:
                 sequence.logprobs.append((logprob, likeliest[:asked]))
             try:
                 reason = self._ending(sequence, token)
+            except ConstraintError as error:
+                _constrained(sequence, str(error))
+                return True
             except PROCESS_ENDS:
                 raise
             except BaseException as error:
@@ -299,7 +322,8 @@ class Engine:
         params = sequence.request.params
         length, reason = sequence.num_known_tokens, None
         stops = token in params.stop_token_ids or (token in self._eos_ids and not params.ignore_eos)
-        if stops and len(sequence.output_ids) >= params.min_tokens:
+        complete = params.constraint is not None and self._completes(sequence, token)
+        if complete or (stops and len(sequence.output_ids) >= params.min_tokens):
             reason = FinishReason.STOP
         elif length >= sequence.most_tokens or length >= self.scheduler.max_model_len:
             reason = FinishReason.LENGTH
@@ -320,6 +344,26 @@ class Engine:
         else:
             sequence.text = answer.text
         return reason
+
+    def _completes(self, sequence: Sequence, token: int) -> bool:
+        """Whether a constrained answer ends with the token just appended."""
+        assert self._constraints is not None
+        return self._constraints.took(sequence, token)
+
+    def _without_token(self, sequence: Sequence) -> None:
+        """Fail a sequence for which no token could be chosen."""
+        stuck = self._constraints and self._constraints.problem(sequence)
+        if stuck:
+            _constrained(sequence, stuck)
+        else:
+            _not_finite(sequence)
+
+    def _forget(self, ended: Iterable[Sequence]) -> None:
+        """Drop what is kept of sequences in progress."""
+        for sequence in ended:
+            self._texts.pop(sequence, None)
+            if self._constraints is not None:
+                self._constraints.forget(sequence)
 
     def _count(self, plan: StepPlan, owners: Seq[Sequence | None], seconds: float) -> None:
         stats, computed, prefill, drafted = self.stats, 0, 0, 0
@@ -351,6 +395,10 @@ class Engine:
 
 def _without_text(sequence: Sequence, error: BaseException) -> None:
     sequence.fail("internal", f"its tokens can't be decoded to text: {said_by(error)}")
+
+
+def _constrained(sequence: Sequence, reason: str) -> None:
+    sequence.fail("constraint", f"no answer of the shape asked for can be found: {reason}")
 
 
 def _not_finite(sequence: Sequence, generated: int | None = None) -> None:

@@ -19,7 +19,7 @@ from batchrun.engine.kvformat import PLAIN, KVFormat, Write
 from batchrun.engine.logits import LogitsConfig
 from batchrun.engine.model.hook import Step, attending
 from batchrun.engine.model.prepare import LoadedModel
-from batchrun.engine.plan import StepOutput, StepPlan
+from batchrun.engine.plan import Masks, StepOutput, StepPlan
 from batchrun.engine.processors import LogitsRow
 from batchrun.engine.sampling import Sampler
 from batchrun.engine.shortage import device_errors
@@ -60,8 +60,11 @@ class Executor(Protocol):
     def launch(self, plan: StepPlan) -> Ticket:
         """Start the forward pass of a step whose memory is in place."""
 
-    def sample(self, ticket: Ticket) -> None:
-        """Start choosing the step's tokens; called before the next step is launched."""
+    def sample(self, ticket: Ticket, masks: Masks | None = None) -> None:
+        """Start choosing the step's tokens; called before the next step is launched.
+
+        `masks` say which tokens constrained rows allow.
+        """
 
     def collect(self, ticket: Ticket) -> StepOutput:
         """Wait until the oldest uncollected step has ended; returns its tokens.
@@ -145,13 +148,13 @@ class TorchExecutor:
                 ticket.logits = self._logits(plan.segments)
         return ticket
 
-    def sample(self, ticket: Ticket) -> None:
+    def sample(self, ticket: Ticket, masks: Masks | None = None) -> None:
         """See `Executor.sample`."""
         rows = self.sampler.prepare(ticket.segments)
         chosen: tuple[torch.Tensor, ...] = ()
         with self._step(more=True):
             if rows:
-                chosen = self._chosen(ticket, rows)
+                chosen = self._chosen(ticket, rows, masks)
                 if ticket.slots is not None:  # a row without a token has ended anyway
                     self._last.index_copy_(0, ticket.slots, chosen[0].clamp_min(0))
                 self.sampler.accept(chosen[0], rows)
@@ -159,15 +162,18 @@ class TorchExecutor:
                 ticket.beams = [i for i, row in enumerate(rows) if row.params.beams]
             ticket.tokens = self.transfers.download(*chosen)
 
-    def _chosen(self, ticket: Ticket, rows: Seq[LogitsRow]) -> tuple[torch.Tensor, ...]:
+    def _chosen(
+        self, ticket: Ticket, rows: Seq[LogitsRow], masks: Masks | None
+    ) -> tuple[torch.Tensor, ...]:
         """See `Sampler.sample`; retries once if the device runs out of memory."""
         assert ticket.logits is not None
         try:
-            return self.sampler.sample(ticket.logits, rows)
+            return self.sampler.sample(ticket.logits, rows, masks)
         except torch.OutOfMemoryError:
             ticket.logits = None
             self._relieve()
-            return self.sampler.sample(self._logits(ticket.segments), rows)  # the old ones changed
+            again = self._logits(ticket.segments)  # the old ones changed
+            return self.sampler.sample(again, rows, masks)
         finally:
             ticket.logits = None
 

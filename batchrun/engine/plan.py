@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from batchrun.allocator.sharing import MemoryCopy
 from batchrun.engine.core import Candidates, Likeliest, Request, Segment
 
@@ -32,6 +35,19 @@ class StepPlan:
     new: tuple[NewSequence, ...] = ()
     copies: tuple[MemoryCopy, ...] = ()
     copies_after: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masks:
+    """Which tokens constrained rows of a step allow; a bit each, the lowest first.
+
+    Args:
+        rows: `[M]` int64: places among the tokens that the step yields.
+        bits: `[M, words]` uint32: token t is allowed if bit t % 32 of word t // 32 is set.
+    """
+
+    rows: NDArray[np.int64]
+    bits: NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)

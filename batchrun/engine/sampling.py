@@ -17,7 +17,7 @@ from batchrun.engine.beams import width
 from batchrun.engine.core import SamplingParams, Segment
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.logits import LogitsConfig, processors
-from batchrun.engine.plan import NewSequence
+from batchrun.engine.plan import Masks, NewSequence
 from batchrun.engine.processors import LogitsProcessor, LogitsRow
 
 _COLDEST = 1e-37  # the lowest temperature that float32 can divide by
@@ -117,12 +117,15 @@ class Sampler:
         for processor in self.processors if wrong else ():
             processor.rollback(row, wrong)
 
-    def sample(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> tuple[torch.Tensor, ...]:
+    def sample(
+        self, logits: torch.Tensor, rows: Seq[LogitsRow], masks: Masks | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """Choose the token that follows each row; call `accept` once the tokens are final.
 
         Args:
             logits: `[N, V]`; may be changed in place.
             rows: The N rows, as prepared; a draw is tied to the position that it fills.
+            masks: The tokens that constrained rows allow; they win over whatever bans tokens.
 
         Returns:
             `[N]` int64 token ids on the device of `logits`, -1 if no logit is finite, or one is NaN
@@ -134,13 +137,15 @@ class Sampler:
         drawn, beams, scored = self._drawn, self._beams, self._scored
         if beams or (not _on_cpu(logits) and (drawn or scored)):
             logits = logits.float()
-        changes = scored and (beams or self._active)
+        changes = scored and (beams or self._active or masks is not None)
         own = logits.to(torch.float32, copy=True) if changes else logits
         if beams:  # their processors come after the softmax, as in transformers
             at = self._upload(np.array(beams))
             logits[at] = sums.log_softmax(logits[at])
         for processor in self._active:
             logits = processor.apply(logits, rows)
+        if masks is not None:
+            logits = self._masked(logits, masks)
         if drawn and len(drawn) == len(rows):
             tokens = self._draw(logits, rows)
         else:
@@ -167,6 +172,17 @@ class Sampler:
         """
         for processor in self.processors:
             processor.accept(tokens, rows)
+
+    def _masked(self, logits: torch.Tensor, masks: Masks) -> torch.Tensor:
+        """Set what masks leave out to minus infinity. Where all that is left is banned, it is 0."""
+        if _on_cpu(logits) and cpu_sampling.mask(logits, masks.rows, masks.bits):
+            return logits
+        at = self._upload(masks.rows)
+        allowed = _bits(self._upload(masks.bits.view(np.int32)), logits.shape[1])
+        kept = logits[at].masked_fill(~allowed, -torch.inf)
+        banned = kept.amax(1, keepdim=True) == -torch.inf
+        logits[at] = kept.masked_fill(banned & allowed, 0.0)
+        return logits
 
     def _draw(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """Draw from `[N, V]` by inverting each row's distribution at its own uniform number."""
@@ -239,6 +255,13 @@ def _first_highest(logits: torch.Tensor, least: torch.Tensor, count: int) -> tor
     order = order[at[order].sort(stable=True).indices]
     begins = torch.searchsorted(at, torch.arange(len(logits)))
     return tokens[order[begins[:, None] + torch.arange(count)]]
+
+
+def _bits(words: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` bits of each row of int32 `[M, words]`, as bool `[M, count]`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
+    bits = (words.view(torch.uint8)[:, :, None] >> shifts & 1).flatten(1)[:, :count].bool()
+    return torch.nn.functional.pad(bits, (0, count - bits.shape[1]))
 
 
 def _joined(*tensors: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from batchrun.engine.model.generation import Generation
 from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.estimate.measured import Measured
 from batchrun.estimate.savings import BatchModel
+from batchrun.grammars.matchers import Matchers
 from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
 from batchrun.jobs.rows.source import open_source
@@ -32,6 +33,7 @@ class ModelInfo:
     Attributes:
         encode: Makes prompt tokens from a row's fields.
         generation: How the model asks to be sampled by default.
+        matchers: Know which constraints its answers can keep.
         max_model_len: Maximum tokens of prompt and answer together.
         token_bytes: Bytes of KV cache per token.
         budget: Bytes available for the KV cache.
@@ -42,6 +44,7 @@ class ModelInfo:
 
     encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
     generation: Generation
+    matchers: Matchers
     max_model_len: int
     token_bytes: int
     budget: int
@@ -202,7 +205,10 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
 
     from batchrun.engine import settings as here  # noqa: PLC0415
     from batchrun.engine.model import gates, loading  # noqa: PLC0415
-    from batchrun.engine.model.generation import read_generation  # noqa: PLC0415
+    from batchrun.engine.model.generation import (  # noqa: PLC0415
+        read_generation,
+        vocabulary_size,
+    )
 
     transformers_logging.set_verbosity_error()
     settings = engine_settings(spec)
@@ -238,6 +244,7 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
     return ModelInfo(
         encode,
         read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len),
+        Matchers(loaded.tokenizer, loaded.eos_ids, vocabulary_size(loaded.model)),
         loaded.max_model_len,
         layout.bytes_per_token,
         budget,

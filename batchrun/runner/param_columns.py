@@ -13,10 +13,12 @@ from typing import Any
 import pyarrow as pa
 
 from batchrun.engine.core import SamplingParams
+from batchrun.grammars.constraint import with_constraint
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.kinds import FLAG, NUMBER, TEXT, Integer, RowRule
 from batchrun.jobs.rows.arrowtypes import is_text, without_dictionary
 from batchrun.jobs.rows.row import Source
+from batchrun.jobs.shapes import CHOICES, SCHEMA, choices_of, schema_text
 from batchrun.jobs.spec import OPTIONS
 
 IGNORE = "--ignore-param-columns"
@@ -79,6 +81,12 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(filter(None, texts))
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
 def _ids(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):
         value = json.loads(value)
@@ -92,6 +100,9 @@ _COLUMNS: dict[tuple[Any, bool], tuple[Callable[[Any], Any], _Types, _Types]] = 
     (NUMBER, False): (_number, _NUMBERS, ()),
     (FLAG, False): (_flag, (pa.types.is_boolean, *_NUMBERS), ()),
     (TEXT, True): (_texts, (is_text,), (is_text,)),
+    (TEXT, False): (_text, (is_text,), ()),
+    (CHOICES, False): (choices_of, (is_text,), (is_text,)),
+    (SCHEMA, False): (schema_text, (is_text, pa.types.is_struct), ()),
 }
 
 # Columns of these names are the row's own sampling parameters.
@@ -219,7 +230,7 @@ def _look(
             given[name] = found
     try:
         # The model's own max_tokens is not known yet.
-        SamplingParams(**{"max_tokens": 1 << 62, **job, **given})
+        SamplingParams(**with_constraint({"max_tokens": 1 << 62, **job, **given}, given))
     except ValueError as error:
         name = str(error).partition(" ")[0]
         if name in given:

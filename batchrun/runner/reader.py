@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.estimate.savings import Savings
+from batchrun.grammars.constraint import with_constraint
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result, RowDigests
 from batchrun.jobs.output.joined import Digests, row_changed
@@ -35,6 +36,7 @@ from batchrun.runner.watchdog import Watchdog
 
 if TYPE_CHECKING:  # they import torch, which is not loaded before there is something to compute
     from batchrun.engine.model.generation import Generation
+    from batchrun.grammars.matchers import Matchers
 
 Read = Result | CopiedResult | RowDigests  # what the reader has for the journal
 
@@ -67,6 +69,10 @@ class Prompts(Protocol):
     @property
     def generation(self) -> Generation:
         """The model's defaults, for what neither job nor row sets."""
+
+    @property
+    def matchers(self) -> Matchers:
+        """Know which constraints answers of the model can keep."""
 
     @property
     def max_num_seqs(self) -> int:
@@ -143,6 +149,9 @@ class Reader:
                 f"({', '.join(map(repr, self._generation.stop))}), and beam search knows none",
                 hint="leave out --num-beams, or add --ignore-eos",
             )
+        shape = with_constraint(self._given).get("constraint")
+        if shape is not None and (found := workbench.matchers.problem(shape)) is not None:
+            raise InputError(f"no answer can have the shape asked for: {found}", hint="change it")
         self._has_told_internal = False
         prompt = spec.prompt
         if prompt.template:
@@ -302,6 +311,8 @@ class Reader:
             params = self._generation.params(given)
         except ValueError as error:
             raise PromptError("bad_parameter", str(error)) from None
+        if params.constraint and (found := self.workbench.matchers.problem(params.constraint)):
+            raise PromptError("bad_parameter", f"answers can't have that shape: {found}")
         ids = self.workbench.encode(fields)
         return ids, self._generation.fitted(params, given, len(ids))
 
@@ -322,7 +333,7 @@ class Reader:
 
     def _sampling(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The job's sampling parameters, overridden by the row's own."""
-        values = dict(self._given)
+        values, own = dict(self._given), set[str]()
         for name in self._overrides:
             value = fields.get(name)
             try:
@@ -331,8 +342,12 @@ class Reader:
                 raise PromptError("bad_parameter", str(error)) from None
             if found is not None:
                 values[name] = found
+                own.add(name)
                 self._tell([name])
-        return values
+        try:
+            return with_constraint(values, own)
+        except ValueError as error:
+            raise PromptError("bad_parameter", str(error)) from None
 
     def _tell(self, names: Iterable[str]) -> None:
         """Log, once, columns taken as parameters that were not announced at submission."""

@@ -296,3 +296,42 @@ extern "C" void batchrun_penalise(float* logits, int64_t n, int64_t count, const
     }
   }
 }
+
+namespace {
+
+// Leaves a row only the tokens whose bit is set; if all of these are `least`, they get `zero`.
+template <class T>
+void keep(T* x, int64_t n, const uint32_t* bits, int64_t words, T least, T zero) {
+  bool alive = false;
+  for (int64_t at = 0; at < n; at += 32) {
+    const uint32_t word = at / 32 < words ? bits[at / 32] : 0;
+    const int64_t end = std::min(n, at + 32);
+    if (!word) {
+      std::fill(x + at, x + end, least);
+    } else {
+      for (int64_t i = at; i < end; i++) {
+        if (!(word >> (i - at) & 1)) x[i] = least;
+        alive |= x[i] != least;
+      }
+    }
+  }
+  if (alive) return;
+  for (int64_t i = 0; i < std::min(n, words * 32); i++)
+    if (bits[i / 32] >> (i % 32) & 1) x[i] = zero;
+}
+
+}  // namespace
+
+// Sets what a mask [count, words] leaves out to -inf, in some of the rows.
+extern "C" void batchrun_mask(void* logits, int bfloat16, int64_t n, int64_t count,
+                              const int64_t* rows, const uint32_t* bits, int64_t words,
+                              int64_t threads) {
+#pragma omp parallel for num_threads(threads_for(count * n, threads)) schedule(static)
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t* own = bits + i * words;
+    if (bfloat16)
+      keep<uint16_t>(static_cast<uint16_t*>(logits) + rows[i] * n, n, own, words, 0xff80, 0);
+    else
+      keep<float>(static_cast<float*>(logits) + rows[i] * n, n, own, words, -kInfinity, 0.0f);
+  }
+}

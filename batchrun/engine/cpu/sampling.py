@@ -124,6 +124,26 @@ def penalise(
     return True
 
 
+def mask(logits: torch.Tensor, rows: NDArray[np.int64], bits: NDArray[np.uint32]) -> bool:
+    """Apply masks to some rows of `[N, V]` in place; False if native code can't.
+
+    Args:
+        logits: All rows; native code needs them contiguous, in float32 or bfloat16.
+        rows: `[M]`, the rows.
+        bits: `[M, words]`: see `batchrun.engine.plan.Masks`.
+    """
+    native, known = library(), logits.dtype in (torch.float32, torch.bfloat16)
+    if native is None or not known or not logits.is_contiguous():
+        return False
+    sizes = ctypes.c_int64(logits.shape[1]), ctypes.c_int64(len(rows))
+    native.batchrun_mask(
+        *(_at(logits), logits.dtype == torch.bfloat16, *sizes),
+        *(ctypes.c_void_p(rows.ctypes.data), ctypes.c_void_p(bits.ctypes.data)),
+        *(ctypes.c_int64(bits.shape[1]), _threads()),
+    )
+    return True
+
+
 def weights(logits: torch.Tensor, params: SamplingParams) -> Ints:
     """The weight of each token of `[V]`, an int64 in proportion to its probability.
 

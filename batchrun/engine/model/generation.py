@@ -56,7 +56,8 @@ class Generation:
         """The sampling parameters of a row.
 
         Args:
-            given: The job's values, overridden by the row's.
+            given: The job's values, overridden by the row's. With a constraint, which says where
+                the answer ends, the model's own stop strings don't count.
 
         Raises:
             ValueError: A value is out of range, or two values exclude each other.
@@ -66,7 +67,7 @@ class Generation:
             most = values.get("max_tokens", SamplingParams().max_tokens)
             values["min_tokens"] = min(values["min_tokens"], most)
         stop = tuple(values.get("stop", ()))
-        if not values.get("ignore_eos"):
+        if not (values.get("ignore_eos") or values.get("constraint")):
             stop += tuple(text for text in self.stop if text not in stop)
         if stop:
             # Text that is searched for stop strings has no special tokens: stop at their ids.

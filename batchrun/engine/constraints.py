@@ -1,0 +1,185 @@
+"""Sequences whose answers are constrained: which tokens may come, and which must.
+
+Each has a matcher, which knows the answer so far. It says which tokens may come next, as bits over
+the vocabulary, computed while the device computes the logits; which must come, because the
+constraint allows only one continuation: these are draft tokens that can't be wrong; and when the
+answer is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from batchrun import machine
+from batchrun.engine.core import Segment, Sequence
+from batchrun.engine.plan import Masks
+from batchrun.engine.proposers import DraftBatch, Proposer
+from batchrun.grammars.constraint import reason
+from batchrun.grammars.matchers import Matchers
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+
+_WORD = 32  # bits of a mask's word
+
+
+class ConstraintError(ValueError):
+    """An answer can't go on under its constraint; the message says why."""
+
+
+class Constraints:
+    """The matchers of the sequences in progress.
+
+    Args:
+        matchers: Starts one for a constraint.
+    """
+
+    def __init__(self, matchers: Matchers) -> None:
+        self._matchers = matchers
+        self._held: dict[Sequence, LLMatcher] = {}
+        self._executor: LLExecutor | None = None
+
+    def of(self, sequence: Sequence) -> LLMatcher | None:
+        """The matcher of a sequence, after its output so far; None if nothing constrains it."""
+        constraint = sequence.request.params.constraint
+        if constraint is None:
+            return None
+        found = self._held.get(sequence)
+        if found is None:
+            found = self._held[sequence] = self._matchers.start(constraint)
+            found.consume_tokens(sequence.output_ids)
+        return found
+
+    def took(self, sequence: Sequence, token: int) -> bool:
+        """Take note of a token just appended to a sequence.
+
+        Returns:
+            Whether the answer is complete: nothing can follow it.
+
+        Raises:
+            ConstraintError: The answer can't go on.
+        """
+        matcher = self._held.get(sequence)
+        if matcher is None:  # its tokens so far include this one
+            matcher = self.of(sequence)
+        elif not matcher.is_error():
+            matcher.consume_token(token)
+        if matcher is None:
+            return False
+        if matcher.is_error():
+            raise ConstraintError(reason(matcher.get_error()))
+        return matcher.is_stopped()
+
+    def problem(self, sequence: Sequence) -> str | None:
+        """Why an answer can't go on under its constraint; None if it can."""
+        matcher = self.of(sequence)
+        if matcher is None or not (matcher.is_error() or not any(matcher.compute_bitmask())):
+            return None
+        return reason(matcher.get_error()) or "it allows no token here"
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop the matcher of a sequence that has ended."""
+        self._held.pop(sequence, None)
+
+    def masks(self, segments: Seq[Segment], owners: Seq[Sequence | None]) -> Masks | None:
+        """The tokens that may follow, for each token that constrained segments yield.
+
+        Args:
+            segments: A step's segments.
+            owners: Their sequences, all of whose tokens are known; None if one has ended.
+        """
+        alone: list[tuple[LLMatcher, int]] = []
+        drafted: list[tuple[LLMatcher, int, list[int]]] = []
+        rows: list[int] = []
+        at = 0
+        for segment, sequence in zip(segments, owners, strict=True):
+            if not segment.sampled:
+                continue
+            count = 1 + segment.num_drafts
+            matcher = None if sequence is None else self.of(sequence)
+            if matcher is not None:
+                if segment.num_drafts:
+                    drafted.append((matcher, len(rows), list(segment.drafts)))
+                else:
+                    alone.append((matcher, len(rows)))
+                rows += range(at, at + count)
+            at += count
+        if not rows:
+            return None
+        if self._executor is None:
+            from llguidance import LLExecutor  # noqa: PLC0415
+
+            self._executor = LLExecutor(num_threads=machine.cores())
+        words = -(-self._matchers.tokenizer.vocab_size // _WORD)
+        bits = np.zeros((len(rows), words), np.uint32)
+        place = bits.ctypes.data, words * bits.itemsize, len(rows)
+        if alone:
+            self._executor.unsafe_compute_mask_ptr(alone, *place)
+        if drafted:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *place)
+        return Masks(np.array(rows), bits)
+
+
+class ConstrainedDrafts:
+    """Proposes the tokens that constraints force; of other draft tokens, those that they allow.
+
+    Args:
+        constraints: Knows the matchers.
+        inner: Proposes draft tokens for whatever is not forced.
+        num_logits: Maximum rows of logits in a step, with drafts.
+
+    Attributes:
+        num_forced: Draft tokens proposed because they were forced.
+    """
+
+    def __init__(self, constraints: Constraints, inner: Proposer, num_logits: int) -> None:
+        self._constraints, self._inner, self._num_logits = constraints, inner, num_logits
+        self.num_forced = 0
+
+    def open(self, sequence: Sequence) -> None:
+        """See `Proposer.open`."""
+        self._inner.open(sequence)
+
+    def close(self, sequence: Sequence) -> None:
+        """See `Proposer.close`."""
+        self._inner.close(sequence)
+
+    def settle(self, sequences: Iterable[Sequence]) -> None:
+        """See `Proposer.settle`."""
+        self._inner.settle(sequences)
+
+    def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
+        """See `Proposer.propose`; what is forced comes first."""
+        places = min(batch.budget, self._num_logits - batch.num_sampled)
+        forced: dict[Sequence, tuple[int, ...]] = {}
+        for sequence, room in batch.sequences:
+            matcher = self._constraints.of(sequence)
+            if matcher is not None and places > 0:
+                ids = matcher.compute_ff_tokens()[: max(0, min(room, places))]
+                if ids:
+                    forced[sequence] = tuple(ids)
+                    places -= len(ids)
+        rest = [pair for pair in batch.sequences if pair[0] not in forced]
+        count = sum(map(len, forced.values()))
+        self.num_forced += count
+        left = replace(
+            batch,
+            sequences=rest,
+            num_tokens=batch.num_tokens + count,
+            num_sampled=batch.num_sampled + count,
+            budget=batch.budget - count,
+        )
+        others = dict(zip((s for s, _ in rest), self._inner.propose(left), strict=True))
+        return [
+            forced[sequence] if sequence in forced else self._allowed(sequence, others[sequence])
+            for sequence, _ in batch.sequences
+        ]
+
+    def _allowed(self, sequence: Sequence, drafts: tuple[int, ...]) -> tuple[int, ...]:
+        matcher = self._constraints.of(sequence) if drafts else None
+        return drafts if matcher is None else drafts[: matcher.validate_tokens(list(drafts))]

@@ -1,0 +1,124 @@
+"""Matchers: say which tokens may come next in an answer that a constraint describes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from batchrun.errors import ModelError, said_by
+from batchrun.grammars.constraint import limits, reason
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_KEPT = 256  # compiled constraints
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Matchers:
+    """Compiles constraints for one model, each once, and hands out matchers.
+
+    Any thread may use it.
+
+    Args:
+        tokenizer: The model's tokenizer, from transformers.
+        eos_ids: Tokens that end an answer.
+        vocabulary: Number of the model's tokens.
+    """
+
+    def __init__(self, tokenizer: Any, eos_ids: Collection[int], vocabulary: int) -> None:
+        self._given, self._vocabulary = tokenizer, vocabulary
+        self._eos_ids = sorted(eos_ids)
+        self._compiled: OrderedDict[str, tuple[LLMatcher, str | None]] = OrderedDict()
+        self._lock = Lock()
+
+    def start(self, constraint: str) -> LLMatcher:
+        """A matcher at the beginning of an answer; in an error state if there is a problem.
+
+        Raises:
+            ModelError: The model's tokenizer can't be used with constraints.
+        """
+        with self._lock:
+            return self._found(constraint)[0].deep_copy()
+
+    def problem(self, constraint: str) -> str | None:
+        """Why a constraint can't be kept with this model; None if it can.
+
+        Raises:
+            ModelError: See `start`.
+        """
+        with self._lock:
+            return self._found(constraint)[1]
+
+    def _found(self, constraint: str) -> tuple[LLMatcher, str | None]:
+        found = self._compiled.get(constraint)
+        if found is None:
+            from llguidance import LLMatcher  # noqa: PLC0415
+
+            matcher = LLMatcher(self.tokenizer, constraint, log_level=0, limits=limits())
+            found = self._compiled[constraint] = matcher, _problem(matcher)
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(constraint)
+        return found
+
+    @cached_property
+    def tokenizer(self) -> LLTokenizer:
+        """The tokenizer as llguidance knows it: made once, in about a second."""
+        from llguidance import LLTokenizer  # noqa: PLC0415
+        from llguidance.hf import from_tokenizer  # noqa: PLC0415
+
+        size = max(self._vocabulary, len(self._given))
+        # A model without end tokens gets one that it can't choose.
+        ends = self._eos_ids or [size]
+        size += not self._eos_ids
+        try:
+            return from_tokenizer(self._given, n_vocab=size, eos_token=ends)
+        except Exception:  # what it raises depends on what the tokenizer is made of
+            try:
+                return LLTokenizer(_Decoded(self._given, ends), n_vocab=size, eos_token=ends)
+            except Exception as error:
+                raise ModelError(
+                    f"answers of this model can't be constrained: llguidance can't use its "
+                    f"tokenizer ({said_by(error)})",
+                    hint="leave out the shape of the answer, or use another model",
+                ) from error
+
+
+def _problem(matcher: LLMatcher) -> str | None:
+    """What is wrong with a constraint, also where its first token shows it."""
+    allowed = matcher.deep_copy()
+    if not allowed.is_error() and not any(allowed.compute_bitmask()):
+        return "it allows no answer"
+    return reason(allowed.get_error()) if allowed.is_error() else None
+
+
+class _Decoded:
+    """A tokenizer of a kind that llguidance doesn't know: tokens are the text they decode to.
+
+    It has the attributes of `llguidance.TokenizerWrapper`.
+    """
+
+    def __init__(self, tokenizer: Any, ends: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self.is_tokenizer_wrapper = True
+        self.eos_token_id, self.bos_token_id = ends[0], None
+        special = set(tokenizer.all_special_ids)
+        count = len(tokenizer)
+        self.special_token_ids = sorted({i for i in special if i < count} | {*ends} - {count})
+        # Behind another token, so that a space before the word shows.
+        anchor = next(i for i in range(count) if i not in special and self._text([i]).strip())
+        before = self._text([anchor])
+        texts = [self._text([anchor, i]).removeprefix(before) for i in range(count)]
+        self.tokens = [b"" if _UNKNOWN in text else text.encode() for text in texts]
+        self.tokens += [b""] * (max(ends) + 1 - count)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        said = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return list(self._tokenizer(said, add_special_tokens=False)["input_ids"])
