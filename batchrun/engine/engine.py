@@ -9,27 +9,23 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
+from batchrun.engine.answers import NOT_FINITE, Answers, fail_not_finite
 from batchrun.engine.beams import BeamGroup
-from batchrun.engine.constraints import ConstraintError, Constraints
+from batchrun.engine.constraints import Constraints
 from batchrun.engine.core import (
     Candidates,
     Completion,
     EngineError,
-    FinishReason,
-    Group,
     Likeliest,
     Request,
     Sequence,
 )
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.executor import Executor, Ticket
-from batchrun.engine.output import Answer, Specials
+from batchrun.engine.output import Specials
 from batchrun.engine.plan import Masks, StepPlan
 from batchrun.engine.scheduler import Scheduler
-from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.prompts.chat import Tokenizer
-
-_NOT_FINITE = "not_finite"
 
 
 class Engine:
@@ -64,7 +60,6 @@ class Engine:
         self.executor = executor
         self.scheduler = scheduler
         self.stats = EngineStats()
-        self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._observe = observe
         self._mapping_seconds = mapping_seconds
@@ -72,9 +67,8 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, Ticket, float]] = deque()  # and its start time
         self._collected = 0.0
         self.on_admit: Callable[[Request], None] = lambda _: None
-        self._specials = Specials(specials)
         self._constraints = constraints
-        self._texts: dict[Sequence, Answer] = {}
+        self._answers = Answers(tokenizer, eos_ids, Specials(specials), constraints)
 
     @property
     def has_work(self) -> bool:
@@ -151,7 +145,7 @@ class Engine:
             ended += self._collect()
         for sequence in self.scheduler.rejected:
             sequence.finished = time.perf_counter()
-        self._forget(self.scheduler.rejected)
+            self._answers.forget(sequence)
         ended += self.scheduler.rejected
         self.scheduler.rejected.clear()
         return [sequence.completion() for sequence in ended]
@@ -201,8 +195,8 @@ class Engine:
             elif self._append(sequence, segment.drafts, produced[begin:end]):
                 if sequence.error is not None:
                     self.scheduler.forsake(sequence)
+                self._answers.forget(sequence)
                 done.append(sequence)
-        self._forget(done)
         leaders, forks = self._advance(beams)
         ended = [*done, *(s for leader in leaders if leader.group for s in leader.group.sequences)]
         self.scheduler.commit(plan, tokens, ended, forks)
@@ -219,7 +213,7 @@ class Engine:
         """
         each = [failed] if failed.group is None else failed.group.sequences
         shared = failed.shares and any(sequence.inherited for sequence in each)
-        if failed.error_kind != _NOT_FINITE or not shared:
+        if failed.error_kind != NOT_FINITE or not shared:
             return False
         times = failed.arrived, failed.admitted, failed.first_token
         again = Sequence(failed.request, shares=False)
@@ -238,35 +232,25 @@ class Engine:
         Returns:
             Whether the sequence has ended.
         """
-        stats, right, reason = self.stats, 0, None
-        asked = sequence.request.params.logprobs
+        stats, right, ended = self.stats, 0, False
+        asked, longest = sequence.request.params.logprobs, self.scheduler.max_model_len
         for token, logprob, likeliest in found:
-            if token < 0:
-                self._without_token(sequence)
+            if token >= 0:
+                sequence.output_ids.append(token)
+                sequence.logprob += logprob
+                if asked is not None:
+                    sequence.logprobs.append((logprob, likeliest[:asked]))
+            ended = self._answers.ended(sequence, token, longest)
+            if sequence.error is not None:
                 return True
-            sequence.output_ids.append(token)
-            sequence.logprob += logprob
-            if asked is not None:
-                sequence.logprobs.append((logprob, likeliest[:asked]))
-            try:
-                reason = self._ending(sequence, token)
-            except ConstraintError as error:
-                _constrained(sequence, str(error))
-                return True
-            except PROCESS_ENDS:
-                raise
-            except BaseException as error:
-                _without_text(sequence, error)
-                return True
-            if reason is not None or not drafts or right == len(drafts) or drafts[right] != token:
+            if ended or not drafts or right == len(drafts) or drafts[right] != token:
                 break
             right += 1
         stats.generated_tokens += right + 1
         if right:  # the tokens before the last one were computed, too
             stats.decode_tokens += right
             stats.accepted_tokens += right
-        sequence.finish_reason = reason
-        return reason is not None
+        return ended
 
     def _advance(
         self, beams: list[tuple[Sequence, Candidates, Likeliest]]
@@ -287,7 +271,7 @@ class Engine:
             if not math.isfinite(candidates[0][1]):
                 group.ended = True
                 self.scheduler.forsake(sequence)
-                _not_finite(group.leader, len(sequence.output_ids))
+                fail_not_finite(group.leader, len(sequence.output_ids))
                 done.append(group.leader)
                 continue
             asked = sequence.request.params.logprobs or 0
@@ -297,73 +281,9 @@ class Engine:
             forks += group.advance()
             self.stats.generated_tokens += 1
             if group.ended:
-                self._end(group)
+                self._answers.finish(group.leader, group.finish())
                 done.append(group.leader)
         return done, forks
-
-    def _end(self, group: Group) -> None:
-        """Give the leader of an ended search its answer."""
-        leader = group.leader
-        leader.finish_reason = group.finish()
-        if self._tokenizer is None:
-            return
-        answer = Answer(self._tokenizer, leader.request.prompt_ids)
-        try:
-            answer.push(leader.output_ids, last=True)
-        except PROCESS_ENDS:
-            raise
-        except BaseException as error:
-            _without_text(leader, error)
-        else:
-            leader.text = answer.text
-
-    def _ending(self, sequence: Sequence, token: int) -> FinishReason | None:
-        """Why the token just appended ends the sequence, which then gets its text; None if not."""
-        params = sequence.request.params
-        length, reason = sequence.num_known_tokens, None
-        stops = token in params.stop_token_ids or (token in self._eos_ids and not params.ignore_eos)
-        complete = params.constraint is not None and self._completes(sequence, token)
-        if complete or (stops and len(sequence.output_ids) >= params.min_tokens):
-            reason = FinishReason.STOP
-        elif length >= sequence.most_tokens or length >= self.scheduler.max_model_len:
-            reason = FinishReason.LENGTH
-        if self._tokenizer is None or (reason is None and not params.stop):
-            return reason
-        answer = self._texts.pop(sequence, None)
-        if answer is None:
-            prompt_ids = sequence.request.prompt_ids
-            answer = Answer(self._tokenizer, prompt_ids, params.stop, self._specials)
-            # A continued request starts late: catch up.
-            answer.push(sequence.output_ids[:-1])
-        cut = answer.push([token], last=reason is not None)
-        if cut is not None and len(sequence.output_ids) >= params.min_tokens:
-            sequence.text = answer.text[:cut]
-            return FinishReason.STOP
-        if reason is None:
-            self._texts[sequence] = answer
-        else:
-            sequence.text = answer.text
-        return reason
-
-    def _completes(self, sequence: Sequence, token: int) -> bool:
-        """Whether a constrained answer ends with the token just appended."""
-        assert self._constraints is not None
-        return self._constraints.took(sequence, token)
-
-    def _without_token(self, sequence: Sequence) -> None:
-        """Fail a sequence for which no token could be chosen."""
-        stuck = self._constraints and self._constraints.problem(sequence)
-        if stuck:
-            _constrained(sequence, stuck)
-        else:
-            _not_finite(sequence)
-
-    def _forget(self, ended: Iterable[Sequence]) -> None:
-        """Drop what is kept of sequences in progress."""
-        for sequence in ended:
-            self._texts.pop(sequence, None)
-            if self._constraints is not None:
-                self._constraints.forget(sequence)
 
     def _count(self, plan: StepPlan, owners: Seq[Sequence | None], seconds: float) -> None:
         stats, computed, prefill, drafted = self.stats, 0, 0, 0
@@ -391,20 +311,3 @@ class Engine:
         elif seconds:
             self.stats.map_exposed_s += seconds
             self.stats.map_stalls += bool(self._in_flight)
-
-
-def _without_text(sequence: Sequence, error: BaseException) -> None:
-    sequence.fail("internal", f"its tokens can't be decoded to text: {said_by(error)}")
-
-
-def _constrained(sequence: Sequence, reason: str) -> None:
-    sequence.fail("constraint", f"no answer of the shape asked for can be found: {reason}")
-
-
-def _not_finite(sequence: Sequence, generated: int | None = None) -> None:
-    count = len(sequence.output_ids) if generated is None else generated
-    sequence.fail(
-        _NOT_FINITE,
-        f"the model's logits are not finite after {sequence.num_prompt_tokens:,} tokens of the "
-        f"prompt and {count:,} of the answer; try --dtype float32",
-    )

@@ -79,7 +79,9 @@ class Matchers:
             return from_tokenizer(self._given, n_vocab=size, eos_token=ends)
         except Exception:  # what it raises depends on what the tokenizer is made of
             try:
-                return LLTokenizer(_Decoded(self._given, ends), n_vocab=size, eos_token=ends)
+                return LLTokenizer(
+                    cast(Any, _Decoded(self._given, ends)), n_vocab=size, eos_token=ends
+                )
             except Exception as error:
                 raise ModelError(
                     f"answers of this model can't be constrained: llguidance can't use its "
@@ -99,7 +101,7 @@ def _problem(matcher: LLMatcher) -> str | None:
 class _Decoded:
     """A tokenizer of a kind that llguidance doesn't know: tokens are the text they decode to.
 
-    It has the attributes of `llguidance.TokenizerWrapper`.
+    A `llguidance.TokenizerWrapper`, by its attributes.
     """
 
     def __init__(self, tokenizer: Any, ends: list[int]) -> None:
