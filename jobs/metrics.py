@@ -82,6 +82,7 @@ METRICS = (
     Metric("recomputed_tokens", "tokens", sum, "tokens.recomputed"),
     Metric("drafted_tokens", "tokens", sum, "tokens.drafted"),
     Metric("accepted_tokens", "tokens", sum, "tokens.accepted"),
+    Metric("forced_tokens", "tokens", sum, "tokens.forced"),  # among the drafted ones
     Metric("shared_tokens", "tokens", sum, "tokens.shared"),
     Metric("generated_tokens", "tokens", sum, sampled=True),  # including unfinished samples
     Metric("prefill_s", "s", sum),

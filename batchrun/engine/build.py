@@ -229,6 +229,7 @@ class Assembly:
             **asdict(self.engine.stats),
             **self.usage.as_dict(),
             "shared_tokens": self.scheduler.stays.num_shared_tokens,
+            "forced_tokens": self._constraints.num_forced,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "max_num_seqs": self.max_num_seqs,

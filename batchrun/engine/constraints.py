@@ -37,10 +37,14 @@ class Constraints:
 
     Args:
         matchers: Starts one for a constraint.
+
+    Attributes:
+        num_forced: Draft tokens proposed because nothing else may come.
     """
 
     def __init__(self, matchers: Matchers) -> None:
         self._matchers = matchers
+        self.num_forced = 0
         self._held: dict[Sequence, LLMatcher] = {}
         self._executor: LLExecutor | None = None
 
@@ -125,6 +129,19 @@ class Constraints:
         return Masks(np.array(rows), bits)
 
 
+def _forced(matcher: LLMatcher) -> list[int]:
+    """The tokens that must come now, without the one that completes the answer.
+
+    Nothing follows that one, so it need not be computed: it is chosen after the others.
+    """
+    ids = matcher.compute_ff_tokens()
+    if ids and matcher.consume_tokens(ids):
+        complete = matcher.is_stopped()
+        matcher.rollback(len(ids))
+        return ids[:-1] if complete else ids
+    return ids
+
+
 class ConstrainedDrafts:
     """Proposes the tokens that constraints force; of other draft tokens, those that they allow.
 
@@ -132,14 +149,10 @@ class ConstrainedDrafts:
         constraints: Knows the matchers.
         inner: Proposes draft tokens for whatever is not forced.
         num_logits: Maximum rows of logits in a step, with drafts.
-
-    Attributes:
-        num_forced: Draft tokens proposed because they were forced.
     """
 
     def __init__(self, constraints: Constraints, inner: Proposer, num_logits: int) -> None:
         self._constraints, self._inner, self._num_logits = constraints, inner, num_logits
-        self.num_forced = 0
 
     def open(self, sequence: Sequence) -> None:
         """See `Proposer.open`."""
@@ -160,13 +173,13 @@ class ConstrainedDrafts:
         for sequence, room in batch.sequences:
             matcher = self._constraints.of(sequence)
             if matcher is not None and places > 0:
-                ids = matcher.compute_ff_tokens()[: max(0, min(room, places))]
+                ids = _forced(matcher)[: max(0, min(room, places))]
                 if ids:
                     forced[sequence] = tuple(ids)
                     places -= len(ids)
         rest = [pair for pair in batch.sequences if pair[0] not in forced]
         count = sum(map(len, forced.values()))
-        self.num_forced += count
+        self._constraints.num_forced += count
         left = replace(
             batch,
             sequences=rest,

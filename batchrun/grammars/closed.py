@@ -17,8 +17,13 @@ _OPEN = {
     *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames"),
     *("not", "if", "$ref", "minProperties", *_COMPOSED),
 }
-_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
-_OF_VALUES = ("enum", "const", "default", "examples")
+# Keywords whose values are schemas: by name, one or several, and one.
+_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_OF_LISTS = (*_COMPOSED, "prefixItems", "items")
+_OF_ONE = (
+    *("items", "additionalItems", "additionalProperties", "unevaluatedItems", "contains"),
+    *("unevaluatedProperties", "propertyNames", "not", "if", "then", "else"),
+)
 _DEEPEST = 200  # levels; llguidance takes no more either
 
 
@@ -88,13 +93,11 @@ def _walk(
 def inner_schemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """The schemas directly within one: key, name or index (None if it has none), and schema."""
     for key, value in schema.items():
-        if key in _OF_VALUES:
-            continue
         if key in _OF_NAMES and isinstance(value, Mapping):
             yield from ((key, name, part) for name, part in value.items())
-        elif isinstance(value, list):
+        elif key in _OF_LISTS and isinstance(value, list):
             yield from ((key, i, part) for i, part in enumerate(value))
-        else:
+        elif key in _OF_ONE:
             yield key, None, value
 
 

@@ -84,6 +84,8 @@ def limits() -> Any:
 
 def reason(said: str) -> str:
     """What llguidance says of a problem, on one line."""
+    if said.startswith("NoExtensionBias"):
+        return "it allows no answer"
     lines = [line.strip() for line in said.splitlines()]
     found = next((line for line in lines if line.startswith("error:")), "")
     text = lines[0].rstrip(":") + (f": {found[7:]}" if found else "")

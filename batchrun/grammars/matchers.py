@@ -79,9 +79,8 @@ class Matchers:
             return from_tokenizer(self._given, n_vocab=size, eos_token=ends)
         except Exception:  # what it raises depends on what the tokenizer is made of
             try:
-                return LLTokenizer(
-                    cast(Any, _Decoded(self._given, ends)), n_vocab=size, eos_token=ends
-                )
+                decoded: Any = _Decoded(self._given, ends)
+                return LLTokenizer(decoded, n_vocab=size, eos_token=ends)
             except Exception as error:
                 raise ModelError(
                     f"answers of this model can't be constrained: llguidance can't use its "

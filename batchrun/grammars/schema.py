@@ -34,7 +34,7 @@ _SAY_NOTHING = """
 _ANNOTATIONS = frozenset(_SAY_NOTHING.split())
 # Keywords that say nothing with these values, but that llguidance refuses with any.
 _IDLE = {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True}
-_EXACT = 2**53  # llguidance reads numbers as float64
+_EXACT = 2**53 - 1  # llguidance reads numbers as float64
 _LARGEST = 100_000  # schemas, once references are resolved
 _ESCAPES = 'nrbtf"\\'  # not \uXXXX: a key so written passes for another key
 
@@ -58,12 +58,9 @@ def kept(schema: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     try:
         if _size(schema, schema, {}) > _LARGEST:
             raise ValueError(f"it is larger than {_LARGEST:,} schemas, once its $refs are resolved")
-        escapes = _ESCAPES
         for part in schemas_in(schema):
             _check(part)
-            if any(map(_excludes_escaped, _patterns(part))):
-                escapes = "nrbtf"  # else \" and \\ would pass for two other characters
-        return closed(_narrowed(schema)), escapes
+        return closed(_narrowed(schema)), _escapes(schema)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -87,6 +84,27 @@ def _check(schema: Mapping[str, Any]) -> None:
         for number in _numbers(schema.get(key)):
             if abs(number) > _EXACT:
                 raise ValueError(f"{key} has {number}: numbers beyond 2^53 can't be kept exactly")
+
+
+def _escapes(schema: Mapping[str, Any]) -> str:
+    """The letters that may follow a backslash in strings.
+
+    Where a pattern excludes quotes or backslashes there are none of them in any string, or else
+    llguidance would take both characters of an escape for two others, which the pattern allows.
+    """
+    escapes, parts = _ESCAPES, list(schemas_in(schema))
+    odd = next((p for part in parts for p in _patterns(part) if _excludes_escaped(p)), None)
+    if odd is not None:
+        escapes = "nrbtf"
+    for text in (text for part in parts for text in _texts(part)):
+        if odd is not None and ('"' in text or "\\" in text):
+            raise ValueError(
+                f"the pattern {odd!r} can't be kept beside {text!r}: write which "
+                "characters it allows, instead of those that it excludes"
+            )
+        if any(char < " " and char not in "\n\r\b\t\f" for char in text):
+            raise ValueError(f"{text!r} has a control character")
+    return escapes
 
 
 def _narrowed(schema: Any) -> Any:
@@ -164,6 +182,29 @@ def _excludes_escaped(pattern: str) -> bool:
         if any(excluded):
             return True
     return False
+
+
+def _texts(schema: Mapping[str, Any]) -> Iterator[str]:
+    """The texts that answers must have as they are: names, and values of enum and const."""
+    names = schema.get("properties")
+    yield from names if isinstance(names, Mapping) else ()
+    required = schema.get("required")
+    yield from filter(_is_text, required if isinstance(required, list) else ())
+    for key in ("enum", "const"):
+        yield from _strings(schema.get(key))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        yield from value if isinstance(value, Mapping) else ()
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(part)
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
