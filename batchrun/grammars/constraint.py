@@ -6,7 +6,9 @@ Loads llguidance (https://github.com/guidance-ai/llguidance) only if there is a 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ _REMEMBERED = 1024
 _FUEL = 10_000_000  # for compiling: a fifth of a second, or a choice of 100,000 texts
 _WIDEST = 100_000  # what may come next at one place: objects of 10,000 optional properties
 _SAID = 300  # characters of a reason
+_COMPILE_S = 30  # what compiles at all takes milliseconds, seldom a second
 
 
 def with_constraint(values: Mapping[str, Any], own: Collection[str] = ()) -> dict[str, Any]:
@@ -68,8 +71,31 @@ def problem(constraint: str) -> str | None:
     """Why a constraint can't be kept, whatever the model; None if it can."""
     from llguidance import LLMatcher  # noqa: PLC0415
 
-    failed, said = LLMatcher.validate_grammar_with_warnings(constraint, None, limits=limits())
-    return reason(said[0]) if failed else None
+    def found() -> str | None:
+        failed, said = LLMatcher.validate_grammar_with_warnings(constraint, None, limits=limits())
+        return reason(said[0]) if failed else None
+
+    return in_time(found)
+
+
+def in_time(found: Callable[[], str | None]) -> str | None:
+    """What `found` returns, or that it takes too long; it is then left to itself.
+
+    Its thread can't be ended, so this is for processes that end soon because of it.
+    """
+    told: Future[str | None] = Future()
+
+    def work() -> None:
+        try:
+            told.set_result(found())
+        except BaseException as error:
+            told.set_exception(error)
+
+    threading.Thread(target=work, name="compile", daemon=True).start()
+    try:
+        return told.result(timeout=_COMPILE_S)
+    except TimeoutError:
+        return f"compiling it takes more than {_COMPILE_S} s"
 
 
 def limits() -> Any:

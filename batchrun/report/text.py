@@ -22,8 +22,9 @@ tokens       {tokens.prompt} prompt, {tokens.completion} completion
 computed     {tokens.prefilled} prefilled, {tokens.decoded} decoded, \
 {tokens.recomputed} recomputed after {preemptions} preemptions
 shared ?     {tokens.shared} prompt tokens
-drafts ?     {tokens.drafted} tokens proposed from rows' own text, \
-{tokens.accepted} accepted{tokens.accepted/tokens.drafted}
+drafts ?     {tokens.guessed} tokens proposed from rows' own text, \
+{tokens.right} accepted{tokens.right/tokens.guessed}
+forced ?     {tokens.forced} tokens to which the shape of the answer left no alternative
 duplicates ? {duplicates.rows} rows, {duplicates.tokens} completion tokens
 planned ?    saved about {saved.prompt_tokens} prompt tokens, {saved.steps} steps, \
 {saved.tail_s} of tail
@@ -58,6 +59,9 @@ def render(summary: Mapping[str, Any]) -> str:
         KeyError: `summary` lacks a figure of its documented schema.
     """
     figures = dict(_figures(summary))
+    forced = figures["tokens.forced"]  # they are draft tokens too, and always right
+    figures["tokens.guessed"] = figures["tokens.drafted"] - forced
+    figures["tokens.right"] = max(0, figures["tokens.accepted"] - forced)
     tokens = _TOKENS + _others("", "tokens", "batch", "duplicates", "saved")
     sections = [_rows(summary), _filled(tokens, figures), _time(figures)]
     if figures["batch.steps"]:

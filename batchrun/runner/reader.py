@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.estimate.savings import Savings
-from batchrun.grammars.constraint import with_constraint
+from batchrun.grammars.constraint import in_time, with_constraint
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result, RowDigests
 from batchrun.jobs.output.joined import Digests, row_changed
@@ -150,8 +150,10 @@ class Reader:
                 hint="leave out --num-beams, or add --ignore-eos",
             )
         shape = with_constraint(self._given).get("constraint")
-        if shape is not None and (found := workbench.matchers.problem(shape)) is not None:
-            raise InputError(f"no answer can have the shape asked for: {found}", hint="change it")
+        if shape is not None:
+            found = in_time(lambda: workbench.matchers.problem(shape))
+            if found is not None:
+                raise InputError(f"no answer can have the shape asked for: {found}")
         self._has_told_internal = False
         prompt = spec.prompt
         if prompt.template:

@@ -14,6 +14,7 @@ import itertools
 import json
 import operator
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from batchrun.engine.cpu import compile as compiled
 from batchrun.jobs import folder
@@ -79,6 +81,24 @@ class Drawn:
     ways: tuple[Way, Way]
 
 
+def replace_with(spec: SamplingSpec, more: dict[str, Any]) -> SamplingSpec:
+    return replace(spec, **more)
+
+
+def fits(row: dict[str, Any], sampling: SamplingSpec) -> bool:
+    """Whether an answer has the shape that its row or the job asks for."""
+    text, own = row["completion"], row.get("regex")
+    if row["finish_reason"] != "stop" or sampling.stop or row.get("stop_token_ids"):
+        return True
+    if own or sampling.regex:
+        return re.fullmatch(own or sampling.regex, text) is not None
+    if sampling.choices:
+        return text in sampling.choices
+    if sampling.json_schema:
+        Draft202012Validator(json.loads(sampling.json_schema)).validate(json.loads(text))
+    return True
+
+
 prompts = st.builds(
     lambda beginning, words: beginning + " ".join(words),
     st.sampled_from(BEGINNINGS),
@@ -104,8 +124,20 @@ penalties = {
     "frequency_penalty": st.sampled_from([None, 0.3]),
 }
 beams = {**common, **greedy, "stop": st.just(()), "num_beams": st.integers(2, 3)}
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["one", "two"]}, "count": {"type": "integer"}},
+    "required": ["kind", "count"],
+}
+REGEX, CHOICES = "[a-c]{2,9}( [0-9])*", ("north", "north east", "7")
+shapes = st.sampled_from(
+    [{}, {}, {"json_schema": json.dumps(SCHEMA)}, {"regex": REGEX}, {"choices": CHOICES}]
+)
 sampling = st.one_of(
-    *(st.builds(SamplingSpec, **common, **penalties, **how) for how in (greedy, drawn)),
+    *(
+        st.builds(replace_with, st.builds(SamplingSpec, **common, **penalties, **how), shapes)
+        for how in (greedy, drawn)
+    ),
     st.builds(SamplingSpec, **beams),
 )
 runtimes = st.builds(
@@ -131,6 +163,7 @@ lengths = {"max_tokens": st.integers(9, 24), "min_tokens": st.sampled_from([None
 others = {
     "repetition_penalty": st.sampled_from([None, 1.2]),
     "stop_token_ids": st.sampled_from([None, [40], [50, 60, 70]]),
+    "regex": st.sampled_from([None, "x{3}", "(ab)+"]),
 }
 
 
@@ -215,7 +248,9 @@ class Trials:
         """Require equal answers of both ways to run a job."""
         inputs = self.root / "in.parquet"
         count = len(drawn.rows)
-        own = {name: values[:count] for name, values in drawn.columns.items()}
+        # Beam search keeps no shape.
+        names = [n for n in drawn.columns if n != "regex" or not drawn.sampling.num_beams]
+        own = {name: drawn.columns[name][:count] for name in names}
         pq.write_table(pa.table({"prompt": drawn.rows, **own}), inputs)
         spec = JobSpec(
             inputs=(InputFile.of(inputs),),
@@ -231,6 +266,7 @@ class Trials:
         )
         first, second = (self.answers(spec, drawn.kind, way) for way in drawn.ways)
         assert first == second
+        assert all(fits(row, drawn.sampling) for row in first)
         self.examples += 1
         self.rows += len(drawn.rows)
 

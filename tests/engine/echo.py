@@ -18,7 +18,7 @@ from batchrun.engine.attention.batch import SharedParts, shared_parts
 from batchrun.engine.beams import BeamGroup, width
 from batchrun.engine.core import Candidates, Request, Segment, Sequence
 from batchrun.engine.executor import Ticket
-from batchrun.engine.plan import StepOutput, StepPlan
+from batchrun.engine.plan import Masks, StepOutput, StepPlan
 from batchrun.engine.proposers import Lookup
 
 VOCAB = 997
@@ -117,7 +117,7 @@ class EchoExecutor:
         assert len(self._queue) <= self.lag + 1
         return Ticket(plan.step)
 
-    def sample(self, ticket: Ticket) -> None:
+    def sample(self, ticket: Ticket, masks: Masks | None = None) -> None:
         assert self._queue[-1][0].step == ticket.step, "another step was launched before"
 
     def collect(self, ticket: Ticket) -> StepOutput:

@@ -12,7 +12,7 @@ import torch
 
 from batchrun.engine.core import Completion, Request, SamplingParams
 from batchrun.engine.executor import Executor, Ticket
-from batchrun.engine.plan import StepOutput, StepPlan
+from batchrun.engine.plan import Masks, StepOutput, StepPlan
 from tests.parity.runner import rig, run
 from tests.parity.test_generate import loaded, prompts
 
@@ -41,8 +41,8 @@ class Elsewhere:
         self._tickets[plan.step] = self._executor.launch(sent)
         return Ticket(plan.step)
 
-    def sample(self, ticket: Ticket) -> None:
-        self._executor.sample(self._tickets[ticket.step])
+    def sample(self, ticket: Ticket, masks: Masks | None = None) -> None:
+        self._executor.sample(self._tickets[ticket.step], pickle.loads(pickle.dumps(masks)))
 
     def collect(self, ticket: Ticket) -> StepOutput:
         return sent_anew(self._executor.collect(self._tickets.pop(ticket.step)))
@@ -83,12 +83,12 @@ def test_what_is_decided_between_forward_and_sampling_counts(lag: int) -> None:
     with rig(loaded("llama"), lag=lag) as r:
         sample = r.executor.sample
 
-        def odd(ticket: Ticket) -> None:
+        def odd(ticket: Ticket, masks: Masks | None) -> None:
             assert ticket.tokens is None, "tokens were chosen by the forward"
             if ticket.logits is not None:
                 even = torch.arange(ticket.logits.shape[1]) % 2 == 0
                 ticket.logits = ticket.logits.masked_fill(even, -math.inf)
-            sample(ticket)
+            sample(ticket, masks)
 
         r.executor.sample = odd  # type: ignore[method-assign]
         done = run(r, prompts(), SamplingParams(max_tokens=9, ignore_eos=True))

@@ -6,13 +6,14 @@ from dataclasses import fields
 import pytest
 
 from batchrun.engine.core import SamplingParams
+from batchrun.grammars.constraint import SHAPES
 from batchrun.jobs.errors import OptionError
 from batchrun.jobs.options import SamplingSpec
 from batchrun.jobs.spec import OPTIONS
 
 
 def test_every_sampling_parameter_is_one_of_the_engine():
-    known = {f.name for f in fields(SamplingParams)}
+    known = {f.name for f in fields(SamplingParams)} | {*SHAPES, "choice_logprob"}
     assert {f.name for f in fields(SamplingSpec)} <= known
     assert {name for name, option in OPTIONS.items() if option.row} <= known
 
