@@ -182,9 +182,7 @@ class SamplingSpec:
         section=kinds.SHAPE,
         row=RowRule("a JSON schema: an object"),
     )
-    json_object: bool = option(
-        "The answer is any JSON object.", default=False, section=kinds.SHAPE
-    )
+    json_object: bool = option("The answer is any JSON object.", default=False, section=kinds.SHAPE)
     regex: str | None = option(
         "The answer matches this regular expression as a whole (Rust's syntax).",
         section=kinds.SHAPE,
@@ -212,9 +210,11 @@ class SamplingSpec:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the user gave, by name."""
+        """What the user gave, by name, but for what only adds a column."""
         values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        return {name: value for name, value, default in values if value != default}
+        given = {name: value for name, value, default in values if value != default}
+        given.pop("choice_logprob", None)
+        return given
 
 
 @dataclass(frozen=True)
