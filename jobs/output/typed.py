@@ -34,7 +34,6 @@ from batchrun.jobs.rows.jsontext import Number, encode
 
 _WORD = re.compile(r"[^\W\d]\w*")
 _BITS = 1 << 63
-_EXACT = 1 << 53  # float64 holds all integers up to this one
 _SHOWN = 40  # characters of a name or number, in a message
 _TITLES: dict[type[Any], str] = {str: "a string", list: "an array", dict: "an object"}
 
@@ -236,19 +235,18 @@ class JsonText(ValueType):
 
 
 def _integer(value: Any) -> int | None:
+    found = value
     if isinstance(value, Number) and value.is_integer():
         try:
             exact = Decimal(value.text)
         except InvalidOperation:  # of 1e-9999999999999999999
             return None
-        value = int(value) if abs(value) <= _EXACT else int(exact)
-        if value != exact:
-            return None
-    if isinstance(value, bool) or not isinstance(value, int):
+        found = int(exact) if exact == exact.to_integral_value() else None
+    if isinstance(found, bool) or not isinstance(found, int):
         return None
-    if not -_BITS <= value < _BITS:
+    if not -_BITS <= found < _BITS:
         raise MisfitError(f"{_shown(str(value))} does not fit into 64 bits")
-    return int(value)
+    return int(found)
 
 
 def _number(value: Any) -> float | None:
