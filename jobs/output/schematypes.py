@@ -133,8 +133,6 @@ class _Types:
         self._columns += 1
         if self._columns > _MAX_COLUMNS:
             raise _TooLarge
-        if level > _MAX_LEVELS:
-            return ANY
         try:
             found = self._plain(schema, within, 0)
             return united([self._of_plain(each, level) for each in found]) if found else ANY

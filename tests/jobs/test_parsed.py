@@ -160,6 +160,7 @@ class TestJson:
     def test_errors(self, tmp_path, kind):
         results = {
             Result(0, 0, "error", error="bad", error_kind="x"): None,
+            Result(0, 0, "error", '{"id": 1}', error="it failed at its end"): None,
             Result(0, 0, "skipped"): None,
             ok('{"id": 1'): "the answer is not valid JSON: Expecting ',' delimiter at character 9",
             ok('{"id": 1', "length"): "the answer was cut off after 2 tokens",
@@ -200,6 +201,10 @@ class TestJson:
         else:
             found = json.loads(found) if kind == "csv" else found
             assert (found["note"], found["more"]) == ("\ufffd", {"\ufffd": "a\ufffd"})
+
+        assert column(tmp_path, kind, [ok('"a\ud800"')], json_schema='{"type": "string"}') == [
+            "a\ufffd"
+        ]
 
     def test_a_name_is_there_twice(self, tmp_path):
         for kind in ("parquet", "jsonl"):
