@@ -19,9 +19,9 @@ from batchrun.jobs import spec
 from batchrun.jobs.errors import InputError, OptionError
 from batchrun.jobs.kinds import one_of, options_of
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.output.columns import output_columns
 from batchrun.jobs.output.destination import check_place
 from batchrun.jobs.output.export import check_columns
-from batchrun.jobs.output.joined import output_columns
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS, output_format
 from batchrun.jobs.rows.row import Source, missing_column
@@ -111,14 +111,8 @@ def modelless_spec(
     prompt = _prompt(options, fields, source, log)
     own = _own_columns(prompt, sampling, options["limit"], source, log)
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
-    logprobs = options["logprobs"] is not None
-    added = output_columns(output.token_ids, n, keep, output.prefix, logprobs=logprobs)
-    check_columns(source.column_names, added)
-    if not output.stdout:
-        check_place(home, Path(output.path), [part.path for part in parts])
-        OUTPUTS.check(Path(output.path), overwrite=output.overwrite)
     spec = JobSpec(
-        inputs=tuple(InputFile.of(part.path, part.partition) for part in parts),
+        inputs=(),
         input_format=input_format,
         prompt=prompt,
         model=part_of(ModelSpec, options),
@@ -128,10 +122,15 @@ def modelless_spec(
         keep=keep,
         limit=options["limit"],
         output=output,
-        # The columns are noted for people who look at the job.
+        # The columns are noted for people who look at the job, and for the type of `parsed`.
         runtime=replace(part_of(RuntimeSpec, options), param_columns=own),
     )
-    return spec, bool(are_chats(prompt, source))
+    check_columns(source.column_names, output_columns(spec))
+    if not output.stdout:
+        check_place(home, Path(output.path), [part.path for part in parts])
+        OUTPUTS.check(Path(output.path), overwrite=output.overwrite)
+    files = tuple(InputFile.of(part.path, part.partition) for part in parts)
+    return replace(spec, inputs=files), bool(are_chats(prompt, source))
 
 
 def with_model(spec: JobSpec, home: Path, log: Log, *, chats: bool = False) -> JobSpec:
@@ -209,6 +208,8 @@ def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
 
 def _check_shape(sampling: SamplingSpec, *, beams: bool) -> None:
     """Refuse a shape of the answer that can't be kept, or not together with the rest."""
+    if sampling.choice_logprob and sampling.choices is None:
+        raise OptionError("{choice_logprob} needs {choices}")
     given = [name for name in SHAPES if getattr(sampling, name)]
     if len(given) > 1:
         raise OptionError(f"{{{given[0]}}} and {{{given[1]}}} exclude each other")

@@ -210,9 +210,11 @@ class SamplingSpec:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the user gave, by name."""
+        """What the user gave, by name, but for what only adds a column."""
         values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        return {name: value for name, value, default in values if value != default}
+        given = {name: value for name, value, default in values if value != default}
+        given.pop("choice_logprob", None)
+        return given
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ def test_a_file_that_crashes_its_reader_is_an_error_of_the_caller(
         ({"temperature": -1}, "temperature must be 0 or more, not -1"),
         ({"best_of": 2, "n": 3}, "best_of 2 is less than n 3"),
         ({"num_beams": 2, "stop": "a"}, "num_beams with stop: use stop_token_ids, or cut the text"),
+        ({"choice_logprob": True}, "choice_logprob needs choices"),
         ({"template": "{"}, "template: the template field that begins at character 1"),
         ({"template_args": {"messages": 1}, "chat": True}, "template_args messages: batchrun sets"),
         ({"attention": "paged"}, "attention: 'paged' is not one of 'auto', 'sdpa'"),

@@ -141,8 +141,9 @@ class Reader:
             share=spec.runtime.share_prefixes,
         )
         self._generation = workbench.generation
-        # Best-of ranks by log-probabilities.
-        self._given = {**spec.sampling.given, "scored": spec.keep is not None}
+        # Best-of ranks by log-probabilities, and a choice's is in the output.
+        scored = spec.keep is not None or spec.sampling.choice_logprob
+        self._given = {**spec.sampling.given, "scored": scored}
         if self._generation.stop and (spec.sampling.num_beams or 1) > 1:
             raise InputError(
                 "the model's generation config has stop strings "

@@ -16,66 +16,13 @@ import pyarrow as pa
 
 from batchrun.jobs.errors import InputError, SpecChanged, input_changed
 from batchrun.jobs.journal.results import Result
+from batchrun.jobs.output.columns import Added
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.columnar import ColumnarChunk
-from batchrun.jobs.rows.row import BATCH_ROWS, Chunk, Source, no_columns, valid_text
+from batchrun.jobs.rows.row import BATCH_ROWS, Chunk, Source, no_columns
 from batchrun.jobs.rows.rowformat import ROW
 
-Value = Callable[[Result], Any]
-Added = Mapping[str, tuple[pa.DataType, Value]]
 Digests = Callable[[int, int], Mapping[int, int]]  # (first row, number of rows) -> by row
-
-_PAIR = ("token_id", "logprob")
-_TOKEN = pa.struct([(_PAIR[0], pa.int32()), (_PAIR[1], pa.float32())])
-_ADDED: Added = {
-    "completion": (pa.string(), lambda result: _text(result.text)),
-    "finish_reason": (pa.string(), lambda result: result.finish_reason),
-    "prompt_tokens": (pa.int64(), lambda result: result.prompt_tokens),
-    "completion_tokens": (pa.int64(), lambda result: result.completion_tokens),
-    "error": (pa.string(), lambda result: _text(result.error)),
-    "completion_token_ids": (
-        pa.list_(pa.field("element", pa.int32())),
-        lambda result: result.token_ids,
-    ),
-    "logprobs": (
-        pa.list_(pa.field("element", pa.float32())),
-        lambda result: result.logprobs and [own for own, _ in result.logprobs],
-    ),
-    "top_logprobs": (
-        pa.list_(pa.field("element", pa.list_(pa.field("element", _TOKEN)))),
-        lambda result: (
-            result.logprobs
-            and [
-                [dict(zip(_PAIR, pair, strict=True)) for pair in each]
-                for _, each in result.logprobs
-            ]
-        ),
-    ),
-    "mean_logprob": (pa.float64(), lambda result: result.mean_logprob),
-    "sample": (pa.int64(), lambda result: result.sample),
-}
-
-
-def output_columns(
-    token_ids: bool, n: int, keep: int | None = None, prefix: str = "", *, logprobs: bool = False
-) -> Added:
-    """Columns that the export adds after the input's, in order, with their types and values.
-
-    Args:
-        token_ids: Whether to add `completion_token_ids`.
-        n: Samples per row.
-        keep: How many of them, the best, the output has; None for all.
-        prefix: Put before each name.
-        logprobs: Whether to add `logprobs` and `top_logprobs`.
-    """
-    optional = {
-        "completion_token_ids": token_ids,
-        "logprobs": logprobs,
-        "top_logprobs": logprobs,
-        "mean_logprob": keep is not None,
-        "sample": (keep or n) > 1,
-    }
-    return {prefix + name: what for name, what in _ADDED.items() if optional.get(name, True)}
 
 
 @dataclass
@@ -130,7 +77,7 @@ class Joined:
         named = [field.with_name(self.free(field.name, names)) for field in fields]
         if self.numbered:
             named = [pa.field(ROW, pa.int64()), *(field.with_nullable(True) for field in named)]
-        named += [pa.field(name, kind) for name, (kind, _) in self.added.items()]
+        named += [pa.field(name, column.kind) for name, column in self.added.items()]
         return pa.schema(named).with_metadata(self.input_schema().metadata)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -228,8 +175,12 @@ class Joined:
             arrays = [array.take(pa.array(indices, pa.int64())) for array in arrays]
         if self.numbered:
             arrays.insert(0, pa.array([first + row for row, _ in found], pa.int64()))
-        for kind, of in self.added.values():
-            arrays.append(pa.array([of(result) for _, result in found], kind))
+        columns = [*self.added.values()]
+        values: list[list[Any]] = [[] for _ in columns]
+        for _, result in found:  # by row: an answer is parsed once for all of its columns
+            for column, of_column in zip(columns, values, strict=True):
+                of_column.append((column.stored or column.value)(result))
+        arrays += [column.array(of) for column, of in zip(columns, values, strict=True)]
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -250,7 +201,3 @@ class _Lost(ColumnarChunk):
     def digests(self, columns: Sequence[str]) -> list[int | None]:
         """See `Chunk.digests`."""
         return [None] * self.num_rows
-
-
-def _text(text: str | None) -> str | None:
-    return None if text is None else valid_text(text)

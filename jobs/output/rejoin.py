@@ -11,8 +11,9 @@ from batchrun.jobs.errors import InputError, SpecChanged
 from batchrun.jobs.files import MayReplace
 from batchrun.jobs.identity import changes
 from batchrun.jobs.journal.journal import READ, Journal
+from batchrun.jobs.output.columns import output_columns
 from batchrun.jobs.output.export import export
-from batchrun.jobs.output.joined import Joined, output_columns
+from batchrun.jobs.output.joined import Joined
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.formats import FORMATS
 from batchrun.jobs.rows.row import Source, reading
@@ -182,14 +183,11 @@ def _joined(
     spec: JobSpec, journal: Journal, source: Source, *, partial: bool, **more: Any
 ) -> Joined:
     """A job's results beside a source; `more` goes to `Joined`."""
-    output, total = spec.output, journal.meta("rows_total")
+    total = journal.meta("rows_total")
     return Joined(
         source,
         ResultReader(journal.results(skip_damaged=partial), spec.n, partial, spec.keep, total),
-        output_columns(
-            *(output.token_ids, spec.n, spec.keep, output.prefix),
-            logprobs=spec.sampling.logprobs is not None,
-        ),
+        output_columns(spec),
         limit=spec.limit if total is None else int(total),
         digests=journal.digests,
         read=journal.meta(READ) or [],

@@ -171,6 +171,7 @@ class CsvFormat(TextFormat):
     def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
         """See `TextFormat.records`."""
         delimiter, added = delimiter_of(path), joined.added
+        cells_of = [column.cell or column.value for column in added.values()]
         given = joined.input_schema().names
         names = [joined.free(name, given) for name in given]
         first = [ROW] if joined.numbered else []
@@ -179,7 +180,7 @@ class CsvFormat(TextFormat):
             record = record_of(cells or [None] * len(given), delimiter)
             before = f"{row}{delimiter}{record}" if first else record
             for result in results:
-                more = record_of([of(result) for _, of in added.values()], delimiter)
+                more = record_of([of(result) for of in cells_of], delimiter)
                 yield f"{before}{delimiter if given else ''}{more}\n".encode()
 
     def output_suffix(self, first: Path) -> str:

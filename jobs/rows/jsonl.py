@@ -91,7 +91,7 @@ class JsonFormat(TextFormat):
             if not isinstance(fields, str):
                 fields = jsontext.encode({joined.free(k, fields): v for k, v in fields.items()})
             for result in results:
-                line = self.record(fields, {name: of(result) for name, (_, of) in added})
+                line = self.record(fields, {name: column.value(result) for name, column in added})
                 if joined.numbered:
                     line = f'{{"{ROW}": {index}, {line[1:].lstrip()}'
                 yield (line + "\n").encode()

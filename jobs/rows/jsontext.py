@@ -98,6 +98,7 @@ def _no_number(name: str) -> None:
 
 _READ = json.JSONDecoder(parse_float=_number, parse_constant=_no_number)
 _CHECK = json.JSONDecoder(object_pairs_hook=_once)
+_EXACT = json.JSONDecoder(parse_float=Number, parse_constant=Number)
 _READ_MINUS_ZERO = json.JSONDecoder(
     parse_float=_number, parse_int=_integer, parse_constant=_no_number
 )
@@ -119,7 +120,21 @@ def parse_object(text: str) -> dict[str, Any]:
     return dict(_valid(fields)) if _SURROGATE.search(text) else fields
 
 
-def _deep(text: str, value: dict[str, Any]) -> bool:
+def parse_value(text: str) -> Any:
+    """The value of a JSON text: `Number` for numbers that are no integers, strings valid Unicode.
+
+    Of NaN, infinities and numbers beyond float64, the `Number` is not finite.
+
+    Raises:
+        ValueError: It can't be read; the message says why.
+    """
+    value = _decode(_EXACT, text)
+    if _deep(text, value):
+        raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep")
+    return _valid(value) if _SURROGATE.search(text) else value
+
+
+def _deep(text: str, value: Any) -> bool:
     return text.count("[") + text.count("{") > _MAX_DEPTH and _too_deep(value)
 
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.output.export import export
-from batchrun.jobs.output.joined import Joined, output_columns
+from batchrun.jobs.output.joined import Joined
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.delimited import record_of
 from batchrun.jobs.rows.formats import output_format
 from batchrun.jobs.rows.source import open_source
+from tests.jobs.adding import added_columns
 from tests.jobs.reading import objects
 
 
@@ -141,7 +142,7 @@ def test_files_with_columns_of_their_own_are_one_input(tmp_path):
 def write(source, path):
     results = (Result(i, 0, "ok", f'"{i}",\n', (5,), "stop", 1, 1) for i in range(source.count()))
     export(
-        Joined(source, ResultReader(results, 1, False), output_columns(True, 1)),
+        Joined(source, ResultReader(results, 1, False), added_columns(token_ids=True)),
         path,
         format=output_format(path),
     )

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from batchrun.jobs.errors import JobError, OutputError
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.output.export import check_columns, export
-from batchrun.jobs.output.joined import Joined, output_columns
+from batchrun.jobs.output.joined import Joined
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import output_format
 from batchrun.jobs.rows.source import open_source
+from tests.jobs.adding import added_columns
 
 OUTPUT_COLUMNS = ("completion", "finish_reason", "prompt_tokens", "completion_tokens", "error")
 REPO = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def source(tmp_path):
 
 
 def write(source, path, results, *, n=1, token_ids=False, limit=None, partial=False, keep=None):
-    added = output_columns(token_ids, n, keep)
+    added = added_columns(token_ids=token_ids, n=n, keep=keep)
     joined = Joined(source, ResultReader(results, n, partial, keep), added, limit)
     return export(joined, path, format=output_format(path))
 
@@ -96,7 +97,7 @@ class TestContent:
     def test_samples_and_token_ids(self, source, tmp_path, name):
         assert write(source, tmp_path / name, answers(10, 3), n=3, token_ids=True) == 30
         rows = read(tmp_path / name)
-        assert list(rows[0]) == ["id", "prompt", *output_columns(True, 3)]
+        assert list(rows[0]) == ["id", "prompt", *added_columns(token_ids=True, n=3)]
         assert list(rows[0])[-2:] == ["completion_token_ids", "sample"]
         assert [(row["id"], row["sample"]) for row in rows] == [
             (i, k) for i in range(10) for k in range(3)
@@ -234,7 +235,7 @@ class TestTypes:
                 write(source, tmp_path / "o.parquet", answers(3, n), n=n)
                 out = pq.read_table(tmp_path / "o.parquet")
                 was = pq.read_table(path)
-                added = len(output_columns(False, n))
+                added = len(added_columns(n=n))
                 assert out.num_columns == was.num_columns + added
                 kept = out.select(was.column_names)
                 assert kept.schema.equals(was.schema, check_metadata=True)
@@ -245,7 +246,9 @@ class TestTypes:
     def test_the_added_columns_types(self, source, tmp_path):
         write(source, tmp_path / "o.parquet", answers(10, 2), n=2, token_ids=True)
         schema = pq.read_schema(tmp_path / "o.parquet")
-        assert {name: str(schema.field(name).type) for name in output_columns(True, 2)} == {
+        assert {
+            name: str(schema.field(name).type) for name in added_columns(token_ids=True, n=2)
+        } == {
             "completion": "string",
             "finish_reason": "string",
             "prompt_tokens": "int64",
@@ -290,7 +293,7 @@ class TestTypes:
         lines = [{"prompt": "a"}] * 100 + [{"error": "mine", "input_error": "also mine"}]
         path.write_text("\n".join(map(json.dumps, lines)))
         source = open_source([path], "jsonl")
-        check_columns(source.column_names, output_columns(False, 1))
+        check_columns(source.column_names, added_columns())
         write(source, tmp_path / name, (Result(i, 0, "ok", "x") for i in range(101)))
         row = read(tmp_path / name)[100]
         assert row["error"] is None
@@ -358,14 +361,14 @@ class TestChecks:
             assert ".jsonl" in info.value.hint
 
     def test_columns_that_clash(self):
-        check_columns(["prompt", "sample", "completion_token_ids"], output_columns(False, 1))
+        check_columns(["prompt", "sample", "completion_token_ids"], added_columns())
         with pytest.raises(OutputError, match="a column 'error', which") as info:
-            check_columns(["error", "prompt"], output_columns(False, 1))
+            check_columns(["error", "prompt"], added_columns())
         assert "'error' to 'input_error'" in info.value.hint
         with pytest.raises(OutputError, match="columns 'completion', 'sample'"):
-            check_columns(["sample", "completion"], output_columns(False, 2))
+            check_columns(["sample", "completion"], added_columns(n=2))
         with pytest.raises(OutputError, match="'completion_token_ids'"):
-            check_columns(["completion_token_ids"], output_columns(True, 1))
+            check_columns(["completion_token_ids"], added_columns(token_ids=True))
 
     def test_destination_leaves_nothing_behind(self, tmp_path):
         OUTPUTS.check(tmp_path / "o.parquet", overwrite=False)
@@ -430,18 +433,19 @@ EXPORT = """
     from batchrun.jobs.errors import OutputError
     from batchrun.jobs.output.result_reader import ResultReader
     from batchrun.jobs.output.export import export
-    from batchrun.jobs.output.joined import Joined, output_columns
+    from batchrun.jobs.output.joined import Joined
     from batchrun.jobs.output.store import OUTPUTS
     from batchrun.jobs.rows.formats import output_format
     from batchrun.jobs.journal.journal import Result
     from batchrun.jobs.rows.source import open_source
+    from tests.jobs.adding import added_columns
 
     source, out, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
     def run():
         results = (Result(i, 0, "ok", os.urandom(40).hex()) for i in range(count))
         source_ = open_source([source], source.suffix[1:])
-        joined = Joined(source_, ResultReader(results, 1, False), output_columns(False, 1))
+        joined = Joined(source_, ResultReader(results, 1, False), added_columns())
         export(joined, out, format=output_format(out))
 """
 

@@ -7,11 +7,12 @@ import pytest
 from batchrun.jobs.errors import InputError, OutputError
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.output.export import export
-from batchrun.jobs.output.joined import Joined, output_columns
+from batchrun.jobs.output.joined import Joined
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.formats import FORMATS, input_format, output_format
 from batchrun.jobs.rows.jsonl import JsonFormat
 from batchrun.jobs.rows.source import expand_inputs, open_source
+from tests.jobs.adding import added_columns
 
 
 class BatchFormat(JsonFormat):
@@ -60,7 +61,7 @@ def test_one_more_format_is_one_class_and_one_entry(requests, tmp_path):
     )
     assert broken.error == "line 3 of in.requests has no body"
     results = [Result(i, 0, "ok", f"to {i}", (1,), "stop", 1, 1) for i in range(3)]
-    joined = Joined(source, ResultReader(iter(results), 1, False), output_columns(False, 1))
+    joined = Joined(source, ResultReader(iter(results), 1, False), added_columns())
     out = tmp_path / "out.requests"
     assert export(joined, out, format=output_format(out)) == 3
     answers = [json.loads(line) for line in out.read_text().splitlines()]

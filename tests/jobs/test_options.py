@@ -98,3 +98,9 @@ def test_an_error_spells_options_as_its_reader_does_and_leaves_what_a_user_said(
         assert str(found) == "best_of {n} is less than n 3"
         assert found.spelled(lambda name: OPTIONS[name].flag) == "--best-of {n} is less than --n 3"
         assert found.hint is None
+
+
+def test_what_only_adds_a_column_is_no_sampling_parameter():
+    given = SamplingSpec(choices=("a",), choice_logprob=True, top_k=3).given
+    assert given.get("top_k") == 3
+    assert "choice_logprob" not in given
