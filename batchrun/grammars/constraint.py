@@ -6,6 +6,7 @@ Loads llguidance (https://github.com/guidance-ai/llguidance) only if there is a 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ _REMEMBERED = 1024
 _FUEL = 10_000_000  # for compiling: a fifth of a second, or a choice of 100,000 texts
 _WIDEST = 100_000  # what may come next at one place: objects of 10,000 optional properties
 _SAID = 300  # characters of a reason
+_PLACE = re.compile(r"^at \d+\(\d+\): | \(in regex\)")
 _COMPILE_S = 30  # what compiles at all takes milliseconds, seldom a second
 
 
@@ -112,6 +114,7 @@ def reason(said: str) -> str:
     """What llguidance says of a problem, on one line."""
     if said.startswith("NoExtensionBias"):
         return "it allows no answer"
+    said = _PLACE.sub("", said).replace("Unimplemented keys:", "unsupported keywords:")
     lines = [line.strip() for line in said.splitlines()]
     found = next((line for line in lines if line.startswith("error:")), "")
     text = lines[0].rstrip(":") + (f": {found[7:]}" if found else "")
