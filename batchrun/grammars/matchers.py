@@ -116,10 +116,23 @@ class _Decoded:
         texts = [self._text([anchor, i]).removeprefix(before) for i in range(count)]
         self.tokens = [b"" if _UNKNOWN in text else text.encode() for text in texts]
         self.tokens += [b""] * (max(ends) + 1 - count)
+        self._ids = {token: i for i, token in enumerate(self.tokens) if token}
+        self._longest = max(map(len, self._ids))
 
     def _text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        said = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return list(self._tokenizer(said, add_special_tokens=False)["input_ids"])
+        """The tokens of a text, the longest first; up to where there is none for it.
+
+        The tokenizer itself would put a space before the text.
+        """
+        said, ids, at = text.encode() if isinstance(text, str) else text, list[int](), 0
+        while at < len(said):
+            ends = range(min(len(said), at + self._longest), at, -1)
+            end = next((end for end in ends if said[at:end] in self._ids), None)
+            if end is None:
+                break
+            ids.append(self._ids[said[at:end]])
+            at = end
+        return ids
