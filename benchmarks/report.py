@@ -181,6 +181,24 @@ def cpusteps(result: dict[str, Any]) -> Iterator[str]:
     yield "roofline for steps that compute one token per row."
 
 
+def shapes(result: dict[str, Any]) -> Iterator[str]:
+    yield "### What the shape of an answer costs: a JSON schema against free text"
+    yield ""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    yield f"{result['machine']}; {versions}; {result['date']}; `{result['command']}`;"
+    yield f"{result['rows']} rows of {result['model']}, {result['kernels']}."
+    yield ""
+    yield "| answers | ms a step of one token a row | steps a row | tokens a row | seconds |"
+    yield "|---|---|---|---|---|"
+    for name, steps in result["steps_a_row"].items():
+        step = result["step_ms"].get(name)
+        shown = "" if step is None else f"{step:.2f}"
+        tokens, seconds = result["tokens_a_row"][name], result["seconds"][name]
+        yield f"| {name} | {shown} | {steps:.1f} | {tokens:.1f} | {seconds:.2f} |"
+    yield ""
+    yield f"A step takes {result['ratio'] - 1:+.1%} of the time without a schema."
+
+
 def quality(result: dict[str, Any]) -> Iterator[str]:
     yield f"### Effect of lower precision: {result['model']}"
     yield ""
@@ -234,6 +252,7 @@ SECTIONS = {
     "planner-real": planner_real,
     "cpusteps": cpusteps,
     "quality": quality,
+    "shapes": shapes,
     "gpu-check": gpu_check,
 }
 

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 import pyarrow.parquet as pq
-import torch
 
 from batchrun.engine.build import Assembly, build
 from batchrun.engine.core import Completion, Request, SamplingParams
@@ -51,8 +51,10 @@ MOST_TOKENS = 160
 
 @dataclass
 class Way:
-    """A way to answer, and what was measured of it: `whole` are the seconds of steps in which
-    every row computed one token."""
+    """A way to answer, and what was measured of it.
+
+    `whole` are the seconds of steps in which every row computed one token.
+    """
 
     constraint: str | None
     drafts: bool
@@ -130,6 +132,7 @@ def main() -> None:
         "benchmark": "shapes",
         "command": " ".join(["python", "-m", "benchmarks.shapes", *sys.argv[1:]]),
         "machine": description(),
+        "date": f"{date.today()}",
         "kernels": kernels,
         "versions": {name: version(name) for name in ("torch", "llguidance")},
         "model": ref.name,
@@ -144,5 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(torch.get_num_threads())
     main()
