@@ -54,6 +54,8 @@ _MEASURED_S = 0.05  # between two measurements of free memory, each of up to 0.4
 _GIVE_BACK = 16  # pages per step: about 45 us each in the driver; a short step takes 2 ms
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a fraction of the claimed ones
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits; beyond that, drafts do not pay
+# Bytes of a step's logits for which known tokens are scored; `sampling.score` takes as much again.
+_CPU_LOGITS, _GPU_LOGITS = 48 << 20, 256 << 20
 
 
 def build(
@@ -192,6 +194,7 @@ class Assembly:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=loaded.max_model_len,
+            max_scored_tokens=self._most_scored(),
             share=settings.share_prefixes,
             proposer=self._proposer(),
             lookahead=_LOOKAHEAD if self.executor.lag else 0,
@@ -333,9 +336,18 @@ class Assembly:
         several = self.executor.backend.max_query is None and not self._cuda
         if not self.settings.drafts or self.executor.lag or not several:
             return None
-        row = self.loaded.model.config.get_text_config().vocab_size * self.loaded.dtype.itemsize
         # A tile has 16 rows; vector instructions multiply 8 rows at a time.
-        return PromptLookup(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
+        free = 16 if cpu.level() is Level.TILES else 8
+        return PromptLookup(_DRAFT_LOGITS // self._logits_bytes(), free=free)
+
+    def _most_scored(self) -> int:
+        """Tokens of a step after which known tokens are scored; at least one."""
+        return max(1, (_GPU_LOGITS if self._cuda else _CPU_LOGITS) // self._logits_bytes())
+
+    def _logits_bytes(self) -> int:
+        """Bytes of the logits of one token."""
+        vocabulary: int = self.loaded.model.config.get_text_config().vocab_size
+        return vocabulary * self.loaded.dtype.itemsize
 
     def _relieve(self) -> None:
         """Free unused KV pages on the device, and the memory that torch caches."""

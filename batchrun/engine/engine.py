@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from itertools import islice
 
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.core import (
@@ -18,17 +19,18 @@ from batchrun.engine.core import (
     Group,
     Likeliest,
     Request,
+    Segment,
     Sequence,
 )
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.executor import Executor, Ticket
+from batchrun.engine.failures import NOT_FINITE, not_finite, without_text
 from batchrun.engine.output import Answer, Specials
+from batchrun.engine.passes import ScoringPasses
 from batchrun.engine.plan import StepPlan
 from batchrun.engine.scheduler import Scheduler
-from batchrun.errors import PROCESS_ENDS, said_by
+from batchrun.errors import PROCESS_ENDS
 from batchrun.prompts.chat import Tokenizer
-
-_NOT_FINITE = "not_finite"
 
 
 class Engine:
@@ -71,22 +73,41 @@ class Engine:
         self.on_admit: Callable[[Request], None] = lambda _: None
         self._specials = Specials(specials)
         self._texts: dict[Sequence, Answer] = {}
+        self._passes = ScoringPasses()
+        self._ended: list[Sequence] = []  # rows that ended without a step of their own
 
     @property
     def has_work(self) -> bool:
-        """Whether anything waits, runs, or was rejected but not yet returned."""
-        return self.scheduler.has_work or bool(self.scheduler.rejected or self._in_flight)
+        """Whether anything waits, runs, or has ended but was not yet returned."""
+        ended = self.scheduler.rejected or self._ended
+        return self.scheduler.has_work or bool(ended or self._in_flight)
 
     def load(self) -> tuple[int, int, int]:
         """Sequences running, sequences waiting, and tokens generated so far."""
         scheduler = self.scheduler
-        return len(scheduler.running), len(scheduler.waiting), self.stats.generated_tokens
+        waiting = len(scheduler.waiting) + self._passes.num_attached
+        return len(scheduler.running), waiting, self.stats.generated_tokens
 
     def add(self, request: Request) -> None:
         """Queue a request."""
         begun, logprobs = list(request.generated_ids), list(request.generated_logprobs)
         now = time.perf_counter()
-        self._queue(Sequence(request, begun, request.generated_logprob, logprobs, arrived=now))
+        sequence = Sequence(request, begun, request.generated_logprob, logprobs, arrived=now)
+        if request.scoring is None:
+            self._queue(sequence)
+        elif (scoring := self._passes.begin(sequence)) is not None:
+            assert scoring.scoring is not None
+            if scoring.scoring.is_complete:
+                self._go_on(scoring)
+            else:
+                self.scheduler.add(scoring)
+
+    def _go_on(self, scoring: Sequence) -> None:
+        """End a pass: its rows are queued, or have ended too."""
+        going, ended = self._passes.end(scoring, time.perf_counter())
+        for sequence in going:
+            self._queue(sequence)
+        self._ended += ended
 
     def _queue(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -145,11 +166,14 @@ class Engine:
         ended: list[Sequence] = []
         while len(self._in_flight) > (self.executor.lag if plan.segments else 0):
             ended += self._collect()
-        for sequence in self.scheduler.rejected:
+        rejected, self.scheduler.rejected = self.scheduler.rejected, []
+        for sequence in rejected:
             sequence.finished = time.perf_counter()
             self._texts.pop(sequence, None)
-        ended += self.scheduler.rejected
-        self.scheduler.rejected.clear()
+            if sequence.scoring is not None:
+                self._go_on(sequence)
+        ended += (s for s in (*rejected, *self._ended) if s.scoring is None)
+        self._ended = []
         return [sequence.completion() for sequence in ended]
 
     def _collect(self) -> list[Sequence]:
@@ -167,8 +191,12 @@ class Engine:
         logprobs = tokens.logprobs or (0.0,) * len(tokens.token_ids)
         likeliest = tokens.likeliest or ((),) * len(tokens.token_ids)
         produced = list(zip(tokens.token_ids, logprobs, likeliest, strict=True))
-        end = 0
+        scores, end = iter(tokens.scores), 0
         for segment, sequence in zip(plan.segments, owners, strict=True):
+            if segment.targets:
+                found = list(islice(scores, sum(map(len, segment.targets))))
+                if sequence is not None and self._take(sequence, segment, found):
+                    done.append(sequence)
             if not segment.sampled:
                 continue
             begin, end = end, end + 1 + segment.num_drafts
@@ -189,7 +217,21 @@ class Engine:
         self._count_mapping()
         for sequence in (*done, *leaders):
             sequence.finished = now
-        return [s for s in (*done, *leaders) if not self._is_begun_anew(s)]
+        again = [s for s in (*done, *leaders) if self._is_begun_anew(s)]
+        for sequence in done:
+            if sequence.scoring is not None and sequence.error and sequence not in again:
+                self._go_on(sequence)
+        return [s for s in (*done, *leaders) if s.scoring is None and s not in again]
+
+    def _take(self, sequence: Sequence, segment: Segment, found: list[float]) -> bool:
+        """Take in scores; whether the pass has ended. Its rows are queued while it has memory."""
+        if not self._passes.take(sequence, segment, found):
+            return False
+        if sequence.error is None:
+            self._go_on(sequence)
+        else:
+            self.scheduler.forsake(sequence)
+        return True
 
     def _is_begun_anew(self, failed: Sequence) -> bool:
         """Whether a failed row is computed again, because another row's NaN may have spoiled it.
@@ -199,14 +241,14 @@ class Engine:
         """
         each = [failed] if failed.group is None else failed.group.sequences
         shared = failed.shares and any(sequence.inherited for sequence in each)
-        if failed.error_kind != _NOT_FINITE or not shared:
+        if failed.error_kind != NOT_FINITE or not shared:
             return False
         times = failed.arrived, failed.admitted, failed.first_token
-        again = Sequence(failed.request, shares=False)
+        again = Sequence(failed.request, shares=False, scoring=failed.scoring)
         again.arrived, again.admitted, again.first_token = times
         if failed.group is None:  # the tokens so far are right
             again.output_ids, again.logprobs = failed.output_ids, failed.logprobs
-            again.logprob = failed.logprob
+            again.logprob, again.scores = failed.logprob, failed.scores
         self._queue(again)
         return True
 
@@ -222,7 +264,7 @@ class Engine:
         asked = sequence.request.params.logprobs
         for token, logprob, likeliest in found:
             if token < 0:
-                _not_finite(sequence)
+                not_finite(sequence)
                 return True
             sequence.output_ids.append(token)
             sequence.logprob += logprob
@@ -233,7 +275,7 @@ class Engine:
             except PROCESS_ENDS:
                 raise
             except BaseException as error:
-                _without_text(sequence, error)
+                without_text(sequence, error)
                 return True
             if reason is not None or not drafts or right == len(drafts) or drafts[right] != token:
                 break
@@ -264,7 +306,7 @@ class Engine:
             if not math.isfinite(candidates[0][1]):
                 group.ended = True
                 self.scheduler.forsake(sequence)
-                _not_finite(group.leader, len(sequence.output_ids))
+                not_finite(group.leader, len(sequence.output_ids))
                 done.append(group.leader)
                 continue
             asked = sequence.request.params.logprobs or 0
@@ -290,7 +332,7 @@ class Engine:
         except PROCESS_ENDS:
             raise
         except BaseException as error:
-            _without_text(leader, error)
+            without_text(leader, error)
         else:
             leader.text = answer.text
 
@@ -347,16 +389,3 @@ class Engine:
         elif seconds:
             self.stats.map_exposed_s += seconds
             self.stats.map_stalls += bool(self._in_flight)
-
-
-def _without_text(sequence: Sequence, error: BaseException) -> None:
-    sequence.fail("internal", f"its tokens can't be decoded to text: {said_by(error)}")
-
-
-def _not_finite(sequence: Sequence, generated: int | None = None) -> None:
-    count = len(sequence.output_ids) if generated is None else generated
-    sequence.fail(
-        _NOT_FINITE,
-        f"the model's logits are not finite after {sequence.num_prompt_tokens:,} tokens of the "
-        f"prompt and {count:,} of the answer; try --dtype float32",
-    )

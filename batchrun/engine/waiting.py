@@ -89,17 +89,22 @@ def why_refused(
     prompt_tokens: int,
     beams: int,
     *,
+    scored: bool = False,
     max_model_len: int,
     max_num_seqs: int,
     can_fit: Callable[[int], bool],
 ) -> tuple[str, str] | None:
     """Why a row can never be computed: the kind of failure and the reason. None if it can."""
     if prompt_tokens + 1 > max_model_len:
-        return (
-            "prompt_too_long",
+        answer = (
             f"the prompt has {prompt_tokens} tokens and the context holds "
-            f"{max_model_len}, one of them for the answer",
+            f"{max_model_len}, one of them for the answer"
         )
+        text = (
+            f"the prompt and what is scored behind it have {prompt_tokens + 1} tokens, and the "
+            f"context holds {max_model_len}"
+        )
+        return "prompt_too_long", text if scored else answer
     if not can_fit(prompt_tokens + 1):
         return (
             "kv_budget",
