@@ -33,6 +33,7 @@ from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.settings import (
     DEVICE_HEADROOM,
     Encode,
+    EncodeText,
     Settings,
     available_memory,
     choose_device,
@@ -90,14 +91,14 @@ def build(
     loaded = fit_context(loaded, settings, str(loaded.device))
     for note in loaded.notes:
         log(note)
-    encode = prompt_encoder(loaded, settings, prompt, log)
+    encode, encode_text = prompt_encoder(loaded, settings, prompt, log)
     weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
     want = None
     if not gates.seen(loaded, weights, settings.cache):
         whole.check_finite(loaded.model)
         want = gates.reference(loaded)
     assembly = Assembly(loaded, settings, log)
-    assembly.encode = encode
+    assembly.encode, assembly.encode_text = encode, encode_text
     if ignored := ", ".join(assembly.generation.ignored):
         log(f"the model's generation config sets {ignored}, which batchrun does not support")
     checked = loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens
@@ -130,6 +131,7 @@ class Assembly:
 
     Attributes:
         encode: Turns a row's fields into prompt tokens; set only by `build`.
+        encode_text: Turns a text behind a row's prompt into tokens; likewise.
         kernels: What computes: the attention backend, and what `optimize` replaced.
         varies: Why answers may depend on the batch, in one clause; None if they don't.
         arithmetic: What computes the numbers. Only answers of the same arithmetic are promised to
@@ -142,6 +144,7 @@ class Assembly:
     """
 
     encode: Encode
+    encode_text: EncodeText
 
     def __init__(
         self,

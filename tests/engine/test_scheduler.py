@@ -154,6 +154,7 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def start(
         self,
+        *,
         seqs: int,
         batched: int,
         pages: int | None,
@@ -177,6 +178,7 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def add_scored(
         self,
+        *,
         common: int,
         own: int,
         text: int,

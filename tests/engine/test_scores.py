@@ -228,7 +228,7 @@ def test_logits_that_are_not_finite_fail_all_rows_of_the_pass(
 
 def test_nothing_may_be_generated_only_where_known_text_is_scored() -> None:
     assert SamplingParams(max_tokens=0, scoring=True).max_tokens == 0
-    with pytest.raises(ValueError, match="max_tokens must be at least 1 .*, not 0"):
+    with pytest.raises(ValueError, match=r"max_tokens must be at least 1 .*, not 0"):
         SamplingParams(max_tokens=0)
     with pytest.raises(ValueError, match="max_tokens must be 0 or more, not -1"):
         SamplingParams(max_tokens=-1, scoring=True)
