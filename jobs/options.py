@@ -109,7 +109,9 @@ class SamplingSpec:
 
     SECTION: ClassVar = kinds.SAMPLING
 
-    max_tokens: int | None = whole("Maximum new tokens.", "at least 1", 1)
+    max_tokens: int | None = whole(
+        "Maximum new tokens. With scores the default is 0.", "at least 1, or 0 with scores"
+    )
     min_tokens: int | None = whole("Do not stop before this many tokens.", "0 or more")
     temperature: float | None = number(
         "Randomness; 0 always takes the likeliest token.",
@@ -209,12 +211,38 @@ class SamplingSpec:
         shapes.GRAMMAR,
         section=kinds.SHAPE,
     )
+    score: str | None = option(
+        "Log-probabilities of this column's text behind the prompt: adds score_logprobs, "
+        "score_sum, score_mean and score_tokens.",
+        section=kinds.SCORES,
+        metavar="COLUMN",
+    )
+    labels: tuple[str, ...] | None = option(
+        "Probabilities of these texts behind the prompt, each by its first token: texts separated "
+        "by commas, or a JSON array. Adds label_probs, in the model's own distribution: they need "
+        "not add up to 1.",
+        shapes.CHOICES,
+        section=kinds.SCORES,
+    )
+    perplexity: bool = option(
+        "Add perplexity: that of the text of --score, or else of the prompt, whose first token is "
+        "left out.",
+        default=False,
+        section=kinds.SCORES,
+    )
+
+    @property
+    def scores(self) -> bool:
+        """Whether known text is scored."""
+        return bool(self.score is not None or self.labels or self.perplexity)
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the user gave, by name."""
-        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        return {name: value for name, value, default in values if value != default}
+        """The sampling parameters that the user gave, by name; with scores, also their defaults."""
+        named = (f for f in fields(self) if f.metadata["option"].section != kinds.SCORES)
+        values = ((f.name, getattr(self, f.name), f.default) for f in named)
+        found = {name: value for name, value, default in values if value != default}
+        return {"max_tokens": 0, **found, "scoring": True} if self.scores else found
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -57,7 +58,13 @@ _ADDED: Added = {
 
 
 def output_columns(
-    token_ids: bool, n: int, keep: int | None = None, prefix: str = "", *, logprobs: bool = False
+    token_ids: bool,
+    n: int,
+    keep: int | None = None,
+    prefix: str = "",
+    *,
+    logprobs: bool = False,
+    scores: Added = MappingProxyType({}),
 ) -> Added:
     """Columns that the export adds after the input's, in order, with their types and values.
 
@@ -67,6 +74,7 @@ def output_columns(
         keep: How many of them, the best, the output has; None for all.
         prefix: Put before each name.
         logprobs: Whether to add `logprobs` and `top_logprobs`.
+        scores: The columns of scores, from `score_columns`.
     """
     optional = {
         "completion_token_ids": token_ids,
@@ -75,7 +83,8 @@ def output_columns(
         "mean_logprob": keep is not None,
         "sample": (keep or n) > 1,
     }
-    return {prefix + name: what for name, what in _ADDED.items() if optional.get(name, True)}
+    every = {**_ADDED, **scores}
+    return {prefix + name: what for name, what in every.items() if optional.get(name, True)}
 
 
 @dataclass

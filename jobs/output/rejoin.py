@@ -14,6 +14,7 @@ from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.output.export import export
 from batchrun.jobs.output.joined import Joined, output_columns
 from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.output.scores import score_columns
 from batchrun.jobs.rows.formats import FORMATS
 from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.source import open_source
@@ -189,6 +190,7 @@ def _joined(
         output_columns(
             *(output.token_ids, spec.n, spec.keep, output.prefix),
             logprobs=spec.sampling.logprobs is not None,
+            scores=score_columns(spec.sampling),
         ),
         limit=spec.limit if total is None else int(total),
         digests=journal.digests,
