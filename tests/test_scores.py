@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,14 @@ from transformers import AutoModelForCausalLM
 
 import batchrun
 from batchrun import LLM
+from batchrun.engine import build, executor, sampling
 from batchrun.jobs.errors import InputError, OptionError
+from batchrun.jobs.holders import holders
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Result, Scores
-from tests.tiny import CONTEXT, write_tiny_model
+from batchrun.jobs.lease import LOCK
+from batchrun.runner.recompute import difference
+from tests.tiny import CONTEXT, byte_vocabulary, write_tiny_model
 
 ROWS = [
     {"prompt": "one", "answer": " is a number"},
@@ -51,7 +58,6 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tokens(text: str) -> Ids:
     """As of the tiny model: no special tokens, and one a byte."""
-    from tests.tiny import byte_vocabulary  # noqa: PLC0415
     from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: PLC0415
 
     known = {token: i for i, token in enumerate(byte_vocabulary())}
@@ -260,6 +266,108 @@ def test_they_are_columns_of_the_output(model: Path, own: Any, tmp_path: Path, n
     assert [found[-1][name] for name in ("score_logprobs", "score_sum", "label_probs")] == [
         None
     ] * 3
+
+
+@pytest.mark.parametrize("bound", [1, 10_000])
+def test_the_logits_of_a_step_stay_within_their_bound(
+    model: Path, own: Any, bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows are scored at once, and however many tokens a step may have."""
+    monkeypatch.setattr(build, "_CPU_LOGITS", bound)
+    monkeypatch.setattr(sampling, "_CPU_SCORES", 24 * 259 * 3)  # three rows
+    sizes: list[int] = []
+    parts: list[int] = []
+    own_score, own_norm = executor.score, sampling._logsumexp
+
+    def score(logits: torch.Tensor, *others: Any) -> torch.Tensor:
+        sizes.append(logits.nbytes)
+        return own_score(logits, *others)
+
+    def norm(logits: torch.Tensor) -> torch.Tensor:
+        parts.append(len(logits))
+        return own_norm(logits)
+
+    monkeypatch.setattr(executor, "score", score)
+    monkeypatch.setattr(sampling, "_logsumexp", norm)
+    with LLM(str(model), dtype="float32", max_num_batched_tokens=8192, score="answer") as llm:
+        found = llm.generate(ROWS * 3)
+    check(own, found[: len(ROWS)])
+    row = 259 * 4
+    assert max(sizes) == max(row, bound // row * row)
+    assert max(parts) <= 3
+
+
+def test_logits_that_are_not_finite_make_no_number(model: Path) -> None:
+    logits = torch.zeros(6, 8)
+    logits[1, 3] = torch.nan
+    logits[2, 3] = torch.inf
+    logits[3] = -torch.inf
+    logits[4, 3] = -torch.inf
+    places = torch.arange(6)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = sampling.score(logits.to(dtype), places, torch.full((6,), 3)).tolist()
+        assert found[0] == found[5] == pytest.approx(-math.log(8))
+        assert all(map(math.isnan, found[1:4]))
+        assert found[4] == -math.inf
+
+
+def test_rows_that_are_computed_again_are_compared_by_their_scores() -> None:
+    was = Result(0, 0, "ok", finish_reason="scored", scores=Scores((-0.5, -1.0), (-2.0,)))
+    assert difference(was, was) is None
+    other = was._replace(scores=Scores((-0.5, -1.5), (-2.0,)))
+    assert difference(was, other) == (
+        "has other scores of known text from number 2 on: -1 in the job, -1.5 alone"
+    )
+    less = difference(was, was._replace(scores=None))
+    assert less == "has other scores of known text from number 0 on: -2 in the job, none alone"
+    exact = Scores((0.1,), ())  # kept as float32
+    kept = was._replace(scores=Scores.unpacked(exact.packed()))
+    assert difference(kept, was._replace(scores=exact)) is None
+
+
+@pytest.mark.parametrize("plan", [True, False])
+def test_equal_rows_are_scored_once(model: Path, own: Any, tmp_path: Path, plan: bool) -> None:
+    """With any temperature, as nothing is drawn; but not where text or labels differ."""
+    rows = [{**row, "temperature": t} for t in (0.5, 1.0, None) for row in ROWS]
+    options = {"dtype": "float32", "score": "answer", "temperature": 0.7, "n": 2, "plan": plan}
+    job = batchrun.run(rows, model=str(model), output=str(tmp_path / "o.jsonl"), **options)
+    stats = job.stats()
+    assert stats["finish_reasons"] == {"scored": 30}
+    assert stats["duplicates"]["rows"] == (25 if plan else 0)
+    found = list(job.rows())
+    for i, row in enumerate(found):
+        plain = ROWS[i // 2 % len(ROWS)]
+        want = wanted(own, plain["prompt"], plain["answer"])
+        assert row["score_logprobs"] == pytest.approx(want, abs=1e-4)
+
+
+def test_a_job_that_is_killed_goes_on_and_scores_what_is_left(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results of finished rows are kept; the others are the same as without the kill."""
+    rows = [{**row, "max_tokens": i % 2 * 40} for i in range(12) for row in ROWS]
+    options = {"dtype": "float32", "score": "answer", "labels": "a,b", "ignore_eos": True}
+    options |= {"max_num_seqs": 2, "max_num_batched_tokens": 16, "plan": False}
+    output = str(tmp_path / "o.jsonl")
+    job = batchrun.submit(rows, model=str(model), output=output, **options)
+    while (progress := job.progress()) is None or progress.rows_done < 3:
+        assert job.state in ("new", "queued", "running")
+        time.sleep(0.02)
+    for process in holders(job._job.path / LOCK):
+        os.kill(process.pid, signal.SIGKILL)
+    job._reap()
+    while job.state == "running":
+        time.sleep(0.02)
+    assert job.state == "interrupted"
+    with job._job.journal() as journal:
+        kept = {(r.row, r.sample): r for r in journal.results()}
+    assert 0 < len(kept) < len(rows)
+    job.resume().wait()
+    with job._job.journal() as journal:
+        assert {key: r for r in journal.results() if (key := (r.row, r.sample)) in kept} == kept
+    options |= {"output": str(tmp_path / "w.jsonl"), "again": True}
+    whole = batchrun.run(rows, model=str(model), **options)
+    assert list(job.rows()) == list(whole.rows())
 
 
 def test_a_journal_keeps_them(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
             "sequences": fit,
         },
         "max_num_seqs": info.max_num_seqs,
-        "steps": round(steps),
+        "steps": max(round(steps), min(1, planned.requests)),
         "seconds": None
         if known is None
         else {"load": known.load_s, "engine": known.predict(amounts)},

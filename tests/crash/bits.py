@@ -3,8 +3,9 @@
     python -m tests.crash.bits --examples 500
 
 Another batch size, chunk size, memory, order, number of threads, sharing, drafts, kills in the
-middle of rows: tokens and log-probabilities must be the same. Workers are forked, as in harness.py,
-from a process that has computed nothing: OpenMP's threads don't survive a fork.
+middle of rows: tokens, log-probabilities and scores of known text must be the same. Workers are
+forked, as in harness.py, from a process that has computed nothing: OpenMP's threads don't survive a
+fork.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ KINDS = [Kind(dtype, native) for dtype in ("float32", "bfloat16") for native in 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run a job: `kills` are numbers of tokens after which a run dies."""
+    """A way to run a job: `kills` are numbers of tokens and rows after which a run dies."""
 
     runtime: RuntimeSpec
     threads: int
@@ -71,6 +72,7 @@ class Drawn:
     """A job, what computes it, and two ways to run it."""
 
     rows: tuple[str, ...]
+    texts: tuple[str, ...]  # to score behind them
     columns: dict[str, tuple[Any, ...]]  # the rows' own sampling parameters
     sampling: SamplingSpec
     n: int
@@ -104,8 +106,17 @@ penalties = {
     "frequency_penalty": st.sampled_from([None, 0.3]),
 }
 beams = {**common, **greedy, "stop": st.just(()), "num_beams": st.integers(2, 3)}
+scored = {
+    **common,
+    "max_tokens": st.sampled_from([None, 0, 6]),
+    "min_tokens": st.none(),
+    "score": st.sampled_from([None, "text"]),
+    "labels": st.sampled_from([None, (" a", "b", "c")]),
+    "perplexity": st.booleans(),
+}
 sampling = st.one_of(
     *(st.builds(SamplingSpec, **common, **penalties, **how) for how in (greedy, drawn)),
+    st.builds(SamplingSpec, **scored, **drawn).filter(lambda spec: spec.scores),
     st.builds(SamplingSpec, **beams),
 )
 runtimes = st.builds(
@@ -148,6 +159,7 @@ columns = st.builds(
 jobs = st.builds(
     Drawn,
     rows=st.lists(prompts, min_size=1, max_size=most_rows).map(tuple),
+    texts=st.lists(prompts, min_size=most_rows, max_size=most_rows).map(tuple),
     columns=columns,
     sampling=sampling,
     n=st.integers(1, 3),
@@ -171,7 +183,8 @@ def run(job: JobFolder, kind: Kind, way: Way) -> int:
         writer._COMMIT_SECONDS = engine_loop._CHECKPOINT_SECONDS = 0.0
 
         def look(progress: Progress) -> None:
-            if dies_after is not None and progress.completion_tokens >= dies_after:
+            done = progress.completion_tokens + progress.rows_done - progress.rows_resumed
+            if dies_after is not None and done >= dies_after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         worker.run_job(job.path, stop=threading.Event(), on_progress=look)
@@ -216,7 +229,8 @@ class Trials:
         inputs = self.root / "in.parquet"
         count = len(drawn.rows)
         own = {name: values[:count] for name, values in drawn.columns.items()}
-        pq.write_table(pa.table({"prompt": drawn.rows, **own}), inputs)
+        texts = drawn.texts[:count]
+        pq.write_table(pa.table({"prompt": drawn.rows, "text": texts, **own}), inputs)
         spec = JobSpec(
             inputs=(InputFile.of(inputs),),
             input_format="parquet",
