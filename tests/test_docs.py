@@ -17,7 +17,9 @@ import pytest
 from batchrun.cli.doctor import TESTED
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.run import resume_command, submit_command
+from batchrun.jobs.options import SamplingSpec
 from batchrun.jobs.output.joined import output_columns
+from batchrun.jobs.output.scores import score_columns
 from batchrun.jobs.spec import OPTIONS
 from batchrun.report.text import render
 from batchrun.runner.param_columns import OVERRIDES
@@ -97,7 +99,8 @@ def test_each_option_of_a_job_stands_in_the_readme_in_its_section():
 def test_output_columns_and_exit_codes_are_those_of_the_readme():
     table = [line for line in section("Output").splitlines() if line.startswith("| `")]
     named = [name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])]
-    assert named == list(output_columns(token_ids=True, n=4, keep=2, logprobs=True))
+    scores = score_columns(SamplingSpec(score="text", labels=("a",), perplexity=True))
+    assert named == list(output_columns(token_ids=True, n=4, keep=2, logprobs=True, scores=scores))
     codes = re.findall(r"^\| (\d+) \|", section("Jobs run on their own"), re.MULTILINE)
     assert [int(code) for code in codes] == list(ExitStatus)
 
