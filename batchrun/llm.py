@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import DoneSet, Result
-from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING, SHAPE
+from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
 from batchrun.jobs.options import ModelSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.source import open_source
@@ -50,7 +50,7 @@ class LLM:
         self, model: str | None = None, *, log: Callable[[str], None] = _log, **options: Any
     ) -> None:
         self._options, self._log = {"model": model, **options}, log
-        asked = read_options(self._options, MODEL, PROMPT, SAMPLING, SHAPE, RUNNING)
+        asked = read_options(self._options, MODEL, PROMPT, SAMPLING, SHAPE, SCORES, RUNNING)
         sampling_of(asked)
         prompt, named = part_of(PromptSpec, asked), part_of(ModelSpec, asked)
         runtime = part_of(RuntimeSpec, asked)
@@ -72,7 +72,7 @@ class LLM:
             OptionError: An option is unknown or has an invalid value.
             InputError: A prompt has a value that can't be written as JSON.
         """
-        read_options(sampling, SAMPLING, SHAPE)
+        read_options(sampling, SAMPLING, SHAPE, SCORES)
         options = read_options({**self._options, **sampling})
         best_of, n = options["best_of"], options["n"]
         spec = replace(

@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from batchrun.engine import attention
 from batchrun.engine.core import SamplingParams
 from batchrun.grammars.constraint import SHAPES, constraint_of, problem, with_constraint
@@ -23,6 +25,7 @@ from batchrun.jobs.output.columns import output_columns
 from batchrun.jobs.output.destination import check_place
 from batchrun.jobs.output.export import check_columns
 from batchrun.jobs.output.store import OUTPUTS
+from batchrun.jobs.rows.arrowtypes import is_text, without_dictionary
 from batchrun.jobs.rows.formats import FORMATS, output_format
 from batchrun.jobs.rows.row import Source, missing_column
 from batchrun.jobs.rows.source import expand_inputs, open_source
@@ -109,6 +112,8 @@ def modelless_spec(
         output = output_to(place or _default_output(parts[0].path, input_format), output)
     source = open_source(parts, input_format, noted=noted)
     prompt = _prompt(options, fields, source, log)
+    if sampling.score is not None:
+        _check_score(sampling.score, source, log)
     own = _own_columns(prompt, sampling, options["limit"], source, log)
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
     spec = JobSpec(
@@ -176,10 +181,8 @@ def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
     sampling, best_of, n = part_of(SamplingSpec, options), options["best_of"], options["n"]
     if not -(2**63) <= options["seed"] < 2**63:
         raise OptionError("{seed} {} does not fit into 64 bits", options["seed"])
-    if best_of is not None and best_of < n:
-        raise OptionError("{best_of} {} is less than {n} {}", best_of, n)
-    if best_of is not None and best_of > 1 and sampling.temperature == 0:
-        raise OptionError("{best_of} with {temperature} 0: all samples would be the same")
+    if best_of is not None:
+        _check_best_of(best_of, n, sampling)
     beams = (sampling.num_beams or 1) > 1
     for name in ("length_penalty", "early_stopping"):
         if options[name] is not None and not beams:
@@ -222,6 +225,15 @@ def _check_shape(sampling: SamplingSpec, *, beams: bool) -> None:
             found = str(error)
         if found is not None:
             raise OptionError(f"{{{name}}} can't be kept: {{}}", found)
+
+
+def _check_best_of(best_of: int, n: int, sampling: SamplingSpec) -> None:
+    if best_of < n:
+        raise OptionError("{best_of} {} is less than {n} {}", best_of, n)
+    if best_of > 1 and sampling.temperature == 0:
+        raise OptionError("{best_of} with {temperature} 0: all samples would be the same")
+    if not sampling.given.get("max_tokens", 1):
+        raise OptionError("{best_of} without {max_tokens}: with scores nothing is generated")
 
 
 def output_to(path: str, output: OutputSpec = OutputSpec()) -> OutputSpec:  # noqa: B008 - frozen
@@ -295,6 +307,21 @@ def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputErro
     elif error.hint is None and not in_template:
         error.hint = f"say which one holds the prompts: --prompt-column {shlex.quote(names[0])}"
     return error
+
+
+def _check_score(column: str, source: Source, log: Log) -> None:
+    """Refuse a column to score that is missing, or holds no text."""
+    names = source.column_names
+    if column not in names and source.num_rows is None:
+        log("the first rows lack the column to score: reading all rows to find it")
+        names = source.schema().names
+    if column not in names:
+        raise missing_column(column, names)
+    if source.typed:
+        field = source.schema().field(column)
+        kind = without_dictionary(field.type)
+        if not (is_text(kind) or pa.types.is_null(kind)):
+            raise InputError(f"the column '{column}' holds {field.type}, not text to score")
 
 
 def _own_columns(

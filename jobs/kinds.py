@@ -16,6 +16,7 @@ SAMPLING = (
     "Sampling (defaults: the model's generation config; a column of the same name wins in its row)"
 )
 SHAPE = "Shape of the answer (one of these; a column json_schema, regex or choices wins in its row)"
+SCORES = "Scores (nothing is generated unless --max-tokens or a shape asks for it)"
 RUNNING = "Running (these never change an answer)"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

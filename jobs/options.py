@@ -109,7 +109,9 @@ class SamplingSpec:
 
     SECTION: ClassVar = kinds.SAMPLING
 
-    max_tokens: int | None = whole("Maximum new tokens.", "at least 1", 1)
+    max_tokens: int | None = whole(
+        "Maximum new tokens. With scores the default is 0.", "at least 1, or 0 with scores"
+    )
     min_tokens: int | None = whole("Do not stop before this many tokens.", "0 or more")
     temperature: float | None = number(
         "Randomness; 0 always takes the likeliest token.",
@@ -207,14 +209,47 @@ class SamplingSpec:
         shapes.GRAMMAR,
         section=kinds.SHAPE,
     )
+    score: str | None = option(
+        "Log-probabilities of this column's text behind the prompt: adds score_logprobs, "
+        "score_sum, score_mean and score_tokens.",
+        section=kinds.SCORES,
+        metavar="COLUMN",
+    )
+    labels: tuple[str, ...] | None = option(
+        "Probabilities of these texts behind the prompt, each by its first token: texts separated "
+        "by commas, or a JSON array. Adds label_probs, in the model's own distribution: they need "
+        "not add up to 1.",
+        shapes.CHOICES,
+        section=kinds.SCORES,
+    )
+    perplexity: bool = option(
+        "Add perplexity: that of the text of --score, or else of the prompt, whose first token is "
+        "left out.",
+        default=False,
+        section=kinds.SCORES,
+    )
+
+    @property
+    def scores(self) -> bool:
+        """Whether known text is scored."""
+        return bool(self.score is not None or self.labels or self.perplexity)
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the user gave, by name, but for what only adds a column."""
-        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        given = {name: value for name, value, default in values if value != default}
-        given.pop("choice_logprob", None)
-        return given
+        """The sampling parameters that the user gave, by name; with scores, also their defaults.
+
+        With scores nothing is generated, unless that is asked for by a length or a shape.
+        """
+        said = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        sections = {f.name: f.metadata["option"].section for f in said}
+        columns = [n for n, section in sections.items() if section == kinds.SCORES]
+        found = {f.name: getattr(self, f.name) for f in said if f.name not in columns}
+        found.pop("choice_logprob", None)  # it only adds a column
+        if self.scores:
+            found["scoring"] = True
+            if kinds.SHAPE not in sections.values():
+                found.setdefault("max_tokens", 0)
+        return found
 
 
 @dataclass(frozen=True)

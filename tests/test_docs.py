@@ -98,6 +98,7 @@ def test_output_columns_and_exit_codes_are_those_of_the_readme():
     table = [line for line in section("Output").splitlines() if line.startswith("| `")]
     named = [name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     every = {"choices": ("a",), "choice_logprob": True, "logprobs": 1}
+    every |= {"score": "text", "labels": ("a",), "perplexity": True}
     assert named == list(added_columns(token_ids=True, n=4, keep=2, **every))
     codes = re.findall(r"^\| (\d+) \|", section("Jobs run on their own"), re.MULTILINE)
     assert [int(code) for code in codes] == list(ExitStatus)

@@ -78,7 +78,7 @@ def test_null_nan_and_empty_text_leave_the_jobs_value(name: str) -> None:
         ("temperature", True, "holds True"),
         ("temperature", float("inf"), "holds inf"),
         ("max_tokens", 5.5, "max_tokens must be a whole number, at least 1"),
-        ("max_tokens", 0, "at least 1"),
+        ("max_tokens", -1, "at least 1, or 0 with scores"),
         ("max_tokens", True, "at least 1"),
         ("max_tokens", float("inf"), "holds inf"),
         ("max_tokens", 10**400, "must be a whole number"),

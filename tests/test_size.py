@@ -14,20 +14,20 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 990,
+    "batchrun": 1020,
     "batchrun/cli": 1300,
-    "batchrun/engine": 3300,
+    "batchrun/engine": 3560,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2360,
     "batchrun/engine/model": 2320,
-    "batchrun/estimate": 420,
+    "batchrun/estimate": 440,
     "batchrun/models": 1060,
-    "batchrun/prompts": 1070,
+    "batchrun/prompts": 1150,
     "batchrun/report": 150,
-    "batchrun/runner": 2160,
-    "jobs": 1980,
-    "jobs/journal": 750,
-    "jobs/output": 1140,
+    "batchrun/runner": 2290,
+    "jobs": 2180,
+    "jobs/journal": 780,
+    "jobs/output": 1180,
     "jobs/rows": 2160,
 }
 FILE_CEILING = 400  # lines of any kind

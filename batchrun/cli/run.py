@@ -23,7 +23,7 @@ from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.identity import move
 from batchrun.jobs.inflight import ReaderNote
-from batchrun.jobs.kinds import MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING, SHAPE
+from batchrun.jobs.kinds import MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
@@ -55,7 +55,7 @@ _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as J
 
 @click.command(cls=SectionCommand)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@job_options(MODEL, PROMPT, SAMPLING, SHAPE, OUTPUT, RUNNING)
+@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, RUNNING)
 @_wait(show_default=True)
 @_running("--again", is_flag=True, help="Start a new job even if the same work can be resumed.")
 @_running(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from batchrun.engine.constraints import ConstraintError, Constraints
 from batchrun.engine.core import FinishReason, Sequence
+from batchrun.engine.failures import not_finite, without_text
 from batchrun.engine.output import Answer, Specials
-from batchrun.errors import PROCESS_ENDS, said_by
+from batchrun.errors import PROCESS_ENDS
 from batchrun.prompts.chat import Tokenizer
-
-NOT_FINITE = "not_finite"
 
 
 class Answers:
@@ -52,7 +51,7 @@ class Answers:
         except PROCESS_ENDS:
             raise
         except BaseException as error:
-            _leave_without_text(sequence, error)
+            without_text(sequence, error)
         return sequence.finish_reason is not None
 
     def _reason(self, sequence: Sequence, token: int, max_model_len: int) -> FinishReason | None:
@@ -101,7 +100,7 @@ class Answers:
         except PROCESS_ENDS:
             raise
         except BaseException as error:
-            _leave_without_text(leader, error)
+            without_text(leader, error)
         else:
             leader.text = answer.text
 
@@ -116,21 +115,8 @@ class Answers:
         if stuck:
             _break(sequence, stuck)
         else:
-            fail_not_finite(sequence, len(sequence.output_ids))
-
-
-def fail_not_finite(sequence: Sequence, generated: int) -> None:
-    """End a sequence whose logits are not finite after that many generated tokens."""
-    sequence.fail(
-        NOT_FINITE,
-        f"the model's logits are not finite after {sequence.num_prompt_tokens:,} tokens of the "
-        f"prompt and {generated:,} of the answer; try --dtype float32",
-    )
+            not_finite(sequence)
 
 
 def _break(sequence: Sequence, reason: str) -> None:
     sequence.fail("constraint", f"no answer of the shape asked for can be found: {reason}")
-
-
-def _leave_without_text(sequence: Sequence, error: BaseException) -> None:
-    sequence.fail("internal", f"its tokens can't be decoded to text: {said_by(error)}")

@@ -34,6 +34,7 @@ from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.settings import (
     DEVICE_HEADROOM,
     Encode,
+    EncodeText,
     Settings,
     available_memory,
     choose_device,
@@ -56,6 +57,8 @@ _MEASURED_S = 0.05  # between two measurements of free memory, each of up to 0.4
 _GIVE_BACK = 16  # pages per step: about 45 us each in the driver; a short step takes 2 ms
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a fraction of the claimed ones
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits; beyond that, drafts do not pay
+# Bytes of a step's logits for which known tokens are scored; `sampling.score` takes as much again.
+_CPU_LOGITS, _GPU_LOGITS = 48 << 20, 256 << 20
 
 
 def build(
@@ -90,14 +93,14 @@ def build(
     loaded = fit_context(loaded, settings, str(loaded.device))
     for note in loaded.notes:
         log(note)
-    encode = prompt_encoder(loaded, settings, prompt, log)
+    encode, encode_text = prompt_encoder(loaded, settings, prompt, log)
     weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
     want = None
     if not gates.seen(loaded, weights, settings.cache):
         whole.check_finite(loaded.model)
         want = gates.reference(loaded)
     assembly = Assembly(loaded, settings, log)
-    assembly.encode = encode
+    assembly.encode, assembly.encode_text = encode, encode_text
     if ignored := ", ".join(assembly.generation.ignored):
         log(f"the model's generation config sets {ignored}, which batchrun does not support")
     checked = loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens
@@ -130,6 +133,7 @@ class Assembly:
 
     Attributes:
         encode: Turns a row's fields into prompt tokens; set only by `build`.
+        encode_text: Turns a text behind a row's prompt into tokens; likewise.
         kernels: What computes: the attention backend, and what `optimize` replaced.
         varies: Why answers may depend on the batch, in one clause; None if they don't.
         arithmetic: What computes the numbers. Only answers of the same arithmetic are promised to
@@ -143,6 +147,7 @@ class Assembly:
     """
 
     encode: Encode
+    encode_text: EncodeText
 
     def __init__(
         self,
@@ -198,6 +203,7 @@ class Assembly:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=loaded.max_model_len,
+            max_scored_tokens=self._most_scored(),
             share=settings.share_prefixes,
             proposer=self._proposer(),
             lookahead=_LOOKAHEAD if self.executor.lag else 0,
@@ -341,10 +347,19 @@ class Assembly:
         several = self.executor.backend.max_query is None and not self._cuda
         if not self.settings.drafts or self.executor.lag or not several:
             return None
-        row = self.loaded.model.config.get_text_config().vocab_size * self.loaded.dtype.itemsize
         # A tile has 16 rows; vector instructions multiply 8 rows at a time.
-        lookup = PromptLookup(_DRAFT_LOGITS // row, free=16 if cpu.level() is Level.TILES else 8)
-        return ConstrainedDrafts(self._constraints, lookup, lookup.num_logits)
+        free = 16 if cpu.level() is Level.TILES else 8
+        most = _DRAFT_LOGITS // self._logits_bytes()
+        return ConstrainedDrafts(self._constraints, PromptLookup(most, free=free), most)
+
+    def _most_scored(self) -> int:
+        """Tokens of a step after which known tokens are scored; at least one."""
+        return max(1, (_GPU_LOGITS if self._cuda else _CPU_LOGITS) // self._logits_bytes())
+
+    def _logits_bytes(self) -> int:
+        """Bytes of the logits of one token."""
+        vocabulary: int = self.loaded.model.config.get_text_config().vocab_size
+        return vocabulary * self.loaded.dtype.itemsize
 
     def _relieve(self) -> None:
         """Free unused KV pages on the device, and the memory that torch caches."""

@@ -168,7 +168,7 @@ class ConstrainedDrafts:
 
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`; what is forced comes first."""
-        places = min(batch.budget, self._num_logits - batch.num_sampled)
+        places = min(batch.budget, self._num_logits - batch.num_logits)
         forced: dict[Sequence, tuple[int, ...]] = {}
         for sequence, room in batch.sequences:
             matcher = self._constraints.of(sequence)
@@ -184,7 +184,7 @@ class ConstrainedDrafts:
             batch,
             sequences=rest,
             num_tokens=batch.num_tokens + count,
-            num_sampled=batch.num_sampled + count,
+            num_logits=batch.num_logits + count,
             budget=batch.budget - count,
         )
         others = dict(zip((s for s, _ in rest), self._inner.propose(left), strict=True))

@@ -9,6 +9,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal, Protocol
 
+from batchrun.engine.scores import Scores, Scoring, ScoringPass
 from batchrun.errors import UserError
 
 Likeliest = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
@@ -26,7 +27,8 @@ class SamplingParams:
     """How the tokens of one completion are chosen. `temperature == 0` is greedy.
 
     Args:
-        max_tokens: Generated tokens at most; the context length may allow fewer.
+        max_tokens: Generated tokens at most; the context length may allow fewer. 0 only if known
+            tokens are scored.
         min_tokens: No stop token is sampled and no stop string ends the text before this many.
         temperature: Logits are divided by it.
         top_k: Keep the k most likely tokens; 0 keeps all.
@@ -49,6 +51,7 @@ class SamplingParams:
         length_penalty: An answer's log-probability is divided by its length to this power.
         early_stopping: True ends the search at `num_beams` answers; False when a better one is
             unlikely; "never" when none is possible, given a length penalty of 0 or more.
+        scoring: The request also scores known tokens: see `Request.scoring`.
 
     Attributes:
         penalised: Whether any penalty on tokens already seen is on.
@@ -76,12 +79,14 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    scoring: bool = False
     penalised: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         repetition, finite = self.repetition_penalty, "a finite number"
+        least = "0 or more" if self.scoring else "at least 1 (0 only where known text is scored)"
         for name, valid, rule in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= (not self.scoring), least),
             ("min_tokens", self.min_tokens >= 0, "0 or more"),
             ("temperature", 0 <= self.temperature < 1e6, "0 or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
@@ -93,6 +98,7 @@ class SamplingParams:
             ("min_tokens", self.min_tokens <= self.max_tokens, "at most max_tokens"),
             ("logprobs", (self.logprobs or 0) >= 0, "0 or more"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("num_beams", not (self.scoring and self.beams), "1 where known text is scored"),
             ("length_penalty", abs(self.length_penalty) < 100, finite),
             ("early_stopping", self.early_stopping in (True, False, "never"), "a flag or never"),
             ("temperature", self.greedy or not self.beams, "0 with beam search"),
@@ -128,8 +134,10 @@ class Request:
     Its random stream derives from (seed, row, sample, position) and nothing else. `generated_ids`
     are the tokens that an earlier run already computed, after which it continues;
     `generated_logprob` is the sum of their log-probabilities, `generated_logprobs` are the single
-    ones. `context` names whatever else the numbers depend on: two requests share memory, answers or
-    draft tokens only if their contexts are equal.
+    ones. `scoring` asks for log-probabilities of known tokens, which are computed before anything
+    is generated; the completion continues the prompt all the same. `context` names whatever else
+    the numbers depend on: two requests share memory, answers or draft tokens only if their contexts
+    are equal.
     """
 
     row: int
@@ -141,6 +149,7 @@ class Request:
     generated_logprob: float = 0.0
     generated_logprobs: tuple[TokenLogprobs, ...] = ()
     context: tuple[str, ...] = ()
+    scoring: Scoring | None = None
 
     @property
     def namespace(self) -> bytes:
@@ -158,6 +167,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    SCORED = "scored"  # nothing was to be generated
     ERROR = "error"
 
 
@@ -168,12 +178,13 @@ class Completion:
     Args:
         request: The request.
         token_ids: The output; after an error, what there was of it.
-        text: The output's text; None after an error, or without a tokenizer.
+        text: The output's text; None after an error, without a tokenizer, or if there is no output.
         finish_reason: Why it ended.
         error_kind: The kind of failure; None if there was none.
         error: What went wrong; None if nothing did.
         logprob: Sum of the output's log-probabilities, if the parameters ask for it.
         logprobs: Log-probabilities of each output token, if the parameters ask for them.
+        scores: Those of known tokens, if the request asks for them.
         arrived, admitted, first_token, finished: When it was queued, was first computed, got its
             first token, and ended, in `time.perf_counter` seconds; None for what never happened.
     """
@@ -186,13 +197,14 @@ class Completion:
     error: str | None = None
     logprob: float = 0.0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    scores: Scores | None = None
     arrived: float = 0.0
     admitted: float | None = None
     first_token: float | None = None
     finished: float | None = None
 
 
-_TOLD: tuple[str, ...] = ("text", "finish_reason", "error_kind", "error", "logprob")
+_TOLD: tuple[str, ...] = ("text", "finish_reason", "error_kind", "error", "logprob", "scores")
 _TOLD += ("arrived", "admitted", "first_token", "finished")
 
 
@@ -207,6 +219,9 @@ class Sequence:
     Times are `time.perf_counter` seconds.
 
     `key` and `inherited` are those of its segments while it is in a slot.
+
+    A sequence with a `scoring` pass generates nothing: it computes the pass's tokens, and has ended
+    when their scores are known. `scores` are those of its row, of a sequence that comes after.
     """
 
     request: Request
@@ -231,12 +246,18 @@ class Sequence:
     group: Group | None = None  # the group that it belongs to
     idle: bool = False  # waiting for the others of its group
     shares: bool = True  # memory with rows that have the same prefix
+    scoring: ScoringPass | None = None
+    scores: Scores | None = None
+    prompt_ids: tuple[int, ...] = field(init=False)  # all tokens that it begins with
     num_prompt_tokens: int = field(init=False)
     most_tokens: int = field(init=False)  # of prompt and output, by its parameters
 
     def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.request.prompt_ids)
-        self.most_tokens = self.num_prompt_tokens + self.request.params.max_tokens
+        scoring, request = self.scoring, self.request
+        self.prompt_ids = request.prompt_ids if scoring is None else scoring.token_ids
+        self.num_prompt_tokens = len(self.prompt_ids)
+        most = request.params.max_tokens if scoring is None else 1
+        self.most_tokens = self.num_prompt_tokens + most
 
     @property
     def width(self) -> int:
@@ -246,7 +267,7 @@ class Sequence:
     @property
     def known_ids(self) -> tuple[int, ...]:
         """Prompt and collected output."""
-        return (*self.request.prompt_ids, *self.output_ids)
+        return (*self.prompt_ids, *self.output_ids)
 
     @property
     def num_known_tokens(self) -> int:
@@ -258,9 +279,14 @@ class Sequence:
         """Number of prompt and output tokens, pending ones included."""
         return self.num_prompt_tokens + len(self.output_ids) + self.num_pending
 
+    @property
+    def most_shared(self) -> int:
+        """Leading tokens that it may take from another: those before the first wanted logits."""
+        return self.num_tokens - 1 if self.scoring is None else self.scoring.begin
+
     def token_ids(self, start: int, length: int) -> list[int]:
         """Tokens `[start, start + length)` of the prompt followed by the collected output."""
-        prompt = self.request.prompt_ids
+        prompt = self.prompt_ids
         if start >= len(prompt):
             start -= len(prompt)
             return self.output_ids[start : start + length]
@@ -330,6 +356,9 @@ class Segment:
     one. The last `num_drafts` tokens of a sampled segment are draft tokens; each of them yields a
     token, and so does the token before them.
 
+    `targets` are known tokens whose log-probabilities are wanted, in the place after each of the
+    segment's last `len(targets)` tokens. Such a segment is not sampled.
+
     `key` identifies the sequence's stay in the slot. `inherited` says whose tokens it begins with:
     pairs of an end and the key of the stay that computed the tokens up to that end. It never
     changes.
@@ -343,6 +372,7 @@ class Segment:
     num_drafts: int = 0
     key: int = -1
     inherited: tuple[tuple[int, int], ...] = ()
+    targets: Seq[Seq[int]] = ()
 
     @property
     def end(self) -> int:

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from itertools import islice
 
-from batchrun.engine.answers import NOT_FINITE, Answers, fail_not_finite
+from batchrun.engine.answers import Answers
 from batchrun.engine.beams import BeamGroup
 from batchrun.engine.constraints import Constraints
 from batchrun.engine.core import (
@@ -18,11 +19,14 @@ from batchrun.engine.core import (
     EngineError,
     Likeliest,
     Request,
+    Segment,
     Sequence,
 )
 from batchrun.engine.enginestats import EngineStats
 from batchrun.engine.executor import Executor, Ticket
+from batchrun.engine.failures import NOT_FINITE, not_finite
 from batchrun.engine.output import Specials
+from batchrun.engine.passes import ScoringPasses
 from batchrun.engine.plan import Masks, StepPlan
 from batchrun.engine.scheduler import Scheduler
 from batchrun.prompts.chat import Tokenizer
@@ -69,22 +73,41 @@ class Engine:
         self.on_admit: Callable[[Request], None] = lambda _: None
         self._constraints = constraints
         self._answers = Answers(tokenizer, eos_ids, Specials(specials), constraints)
+        self._passes = ScoringPasses()
+        self._ended: list[Sequence] = []  # rows that ended without a step of their own
 
     @property
     def has_work(self) -> bool:
-        """Whether anything waits, runs, or was rejected but not yet returned."""
-        return self.scheduler.has_work or bool(self.scheduler.rejected or self._in_flight)
+        """Whether anything waits, runs, or has ended but was not yet returned."""
+        ended = self.scheduler.rejected or self._ended
+        return self.scheduler.has_work or bool(ended or self._in_flight)
 
     def load(self) -> tuple[int, int, int]:
         """Sequences running, sequences waiting, and tokens generated so far."""
         scheduler = self.scheduler
-        return len(scheduler.running), len(scheduler.waiting), self.stats.generated_tokens
+        waiting = len(scheduler.waiting) + self._passes.num_attached
+        return len(scheduler.running), waiting, self.stats.generated_tokens
 
     def add(self, request: Request) -> None:
         """Queue a request."""
         begun, logprobs = list(request.generated_ids), list(request.generated_logprobs)
         now = time.perf_counter()
-        self._queue(Sequence(request, begun, request.generated_logprob, logprobs, arrived=now))
+        sequence = Sequence(request, begun, request.generated_logprob, logprobs, arrived=now)
+        if request.scoring is None:
+            self._queue(sequence)
+        elif (scoring := self._passes.begin(sequence)) is not None:
+            assert scoring.scoring is not None
+            if scoring.scoring.is_complete:
+                self._go_on(scoring)
+            else:
+                self.scheduler.add(scoring)
+
+    def _go_on(self, scoring: Sequence) -> None:
+        """End a pass: its rows are queued, or have ended too."""
+        going, ended = self._passes.end(scoring, time.perf_counter())
+        for sequence in going:
+            self._queue(sequence)
+        self._ended += ended
 
     def _queue(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -143,11 +166,14 @@ class Engine:
             )
         while len(self._in_flight) > (self.executor.lag if plan.segments else 0):
             ended += self._collect()
-        for sequence in self.scheduler.rejected:
+        rejected, self.scheduler.rejected = self.scheduler.rejected, []
+        for sequence in rejected:
             sequence.finished = time.perf_counter()
             self._answers.forget(sequence)
-        ended += self.scheduler.rejected
-        self.scheduler.rejected.clear()
+            if sequence.scoring is not None:
+                self._go_on(sequence)
+        ended += (s for s in (*rejected, *self._ended) if s.scoring is None)
+        self._ended = []
         return [sequence.completion() for sequence in ended]
 
     def _masks(self, plan: StepPlan, ended: list[Sequence]) -> Masks | None:
@@ -181,8 +207,12 @@ class Engine:
         logprobs = tokens.logprobs or (0.0,) * len(tokens.token_ids)
         likeliest = tokens.likeliest or ((),) * len(tokens.token_ids)
         produced = list(zip(tokens.token_ids, logprobs, likeliest, strict=True))
-        end = 0
+        scores, end = iter(tokens.scores), 0
         for segment, sequence in zip(plan.segments, owners, strict=True):
+            if segment.targets:
+                found = list(islice(scores, sum(map(len, segment.targets))))
+                if sequence is not None and self._take(sequence, segment, found):
+                    done.append(sequence)
             if not segment.sampled:
                 continue
             begin, end = end, end + 1 + segment.num_drafts
@@ -203,7 +233,21 @@ class Engine:
         self._count_mapping()
         for sequence in (*done, *leaders):
             sequence.finished = now
-        return [s for s in (*done, *leaders) if not self._is_begun_anew(s)]
+        again = [s for s in (*done, *leaders) if self._is_begun_anew(s)]
+        for sequence in done:
+            if sequence.scoring is not None and sequence.error and sequence not in again:
+                self._go_on(sequence)
+        return [s for s in (*done, *leaders) if s.scoring is None and s not in again]
+
+    def _take(self, sequence: Sequence, segment: Segment, found: list[float]) -> bool:
+        """Take in scores; whether the pass has ended. Its rows are queued while it has memory."""
+        if not self._passes.take(sequence, segment, found):
+            return False
+        if sequence.error is None:
+            self._go_on(sequence)
+        else:
+            self.scheduler.forsake(sequence)
+        return True
 
     def _is_begun_anew(self, failed: Sequence) -> bool:
         """Whether a failed row is computed again, because another row's NaN may have spoiled it.
@@ -216,11 +260,11 @@ class Engine:
         if failed.error_kind != NOT_FINITE or not shared:
             return False
         times = failed.arrived, failed.admitted, failed.first_token
-        again = Sequence(failed.request, shares=False)
+        again = Sequence(failed.request, shares=False, scoring=failed.scoring)
         again.arrived, again.admitted, again.first_token = times
         if failed.group is None:  # the tokens so far are right
             again.output_ids, again.logprobs = failed.output_ids, failed.logprobs
-            again.logprob = failed.logprob
+            again.logprob, again.scores = failed.logprob, failed.scores
         self._queue(again)
         return True
 
@@ -271,7 +315,7 @@ class Engine:
             if not math.isfinite(candidates[0][1]):
                 group.ended = True
                 self.scheduler.forsake(sequence)
-                fail_not_finite(group.leader, len(sequence.output_ids))
+                not_finite(group.leader, len(sequence.output_ids))
                 done.append(group.leader)
                 continue
             asked = sequence.request.params.logprobs or 0

@@ -21,10 +21,11 @@ from batchrun.engine.model.hook import Step, attending
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.plan import Masks, StepOutput, StepPlan
 from batchrun.engine.processors import LogitsRow
-from batchrun.engine.sampling import Sampler
+from batchrun.engine.sampling import Sampler, score
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
 
+Targets = np.ndarray[Any, Any] | None  # `[2, P]` int64
 _UNKNOWN = (0,)  # stands in for a token that only the device knows
 
 
@@ -33,7 +34,8 @@ class Ticket:
     """A launched step, to be sampled and then collected. It has ended once its tokens arrive.
 
     The executor keeps what it needs here: the plan's segments, their logits `[N, V]` until they are
-    sampled, the sampled segments' slots on the device, and which rows belong to beams.
+    sampled, the sampled segments' slots on the device, which rows belong to beams, and whether
+    known tokens are scored.
     """
 
     step: int
@@ -41,6 +43,7 @@ class Ticket:
     logits: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     beams: Seq[int] = ()
+    scored: bool = False
     tokens: Download | None = None
 
 
@@ -150,38 +153,53 @@ class TorchExecutor:
 
     def sample(self, ticket: Ticket, masks: Masks | None = None) -> None:
         """See `Executor.sample`."""
-        rows = self.sampler.prepare(ticket.segments)
+        rows, targets = self.sampler.prepare(ticket.segments), _targets(ticket.segments)
         chosen: tuple[torch.Tensor, ...] = ()
         with self._step(more=True):
+            if rows or targets is not None:
+                chosen = self._chosen(ticket, rows, targets, masks)
             if rows:
-                chosen = self._chosen(ticket, rows, masks)
                 if ticket.slots is not None:  # a row without a token has ended anyway
                     self._last.index_copy_(0, ticket.slots, chosen[0].clamp_min(0))
                 self.sampler.accept(chosen[0], rows)
             if chosen[2:]:
                 ticket.beams = [i for i, row in enumerate(rows) if row.params.beams]
+            ticket.scored = targets is not None
             ticket.tokens = self.transfers.download(*chosen)
 
     def _chosen(
-        self, ticket: Ticket, rows: Seq[LogitsRow], masks: Masks | None
+        self, ticket: Ticket, rows: Seq[LogitsRow], targets: Targets, masks: Masks | None
     ) -> tuple[torch.Tensor, ...]:
-        """See `Sampler.sample`; retries once if the device runs out of memory."""
+        """See `Sampler.sample`; then the scores. Retries once if the device runs out of memory."""
         assert ticket.logits is not None
         try:
-            return self.sampler.sample(ticket.logits, rows, masks)
+            return self._found(ticket.logits, rows, targets, masks)
         except torch.OutOfMemoryError:
             ticket.logits = None
             self._relieve()
             again = self._logits(ticket.segments)  # the old ones changed
-            return self.sampler.sample(again, rows, masks)
+            return self._found(again, rows, targets, masks)
         finally:
             ticket.logits = None
+
+    def _found(
+        self, logits: torch.Tensor, rows: Seq[LogitsRow], targets: Targets, masks: Masks | None
+    ) -> tuple[torch.Tensor, ...]:
+        found: tuple[torch.Tensor, ...] = ()
+        if rows:
+            found = self.sampler.sample(logits[: len(rows)], rows, masks)
+        if targets is not None:
+            places, tokens = self.transfers.upload(targets)
+            found += (score(logits[len(rows) :], places, tokens),)
+        return found
 
     def collect(self, ticket: Ticket) -> StepOutput:
         """See `Executor.collect`."""
         assert ticket.tokens is not None
         with device_errors():
-            token_ids, *others = ticket.tokens.get() or [[]]
+            found = ticket.tokens.get()
+        scores = found.pop() if ticket.scored else ()
+        token_ids, *others = found or [[]]
         self._collected = ticket.step
         logprobs, *pairs = others or [[]]
         candidates: list[Candidates] = [()] * len(token_ids) if ticket.beams else []
@@ -189,7 +207,8 @@ class TorchExecutor:
             candidates[row] = _of_tokens(found)
         likeliest = map(_of_tokens, pairs[0]) if pairs else ()
         return StepOutput(
-            *(ticket.step, tuple(token_ids), tuple(logprobs)), tuple(candidates), tuple(likeliest)
+            *(ticket.step, tuple(token_ids), tuple(logprobs)),
+            *(tuple(candidates), tuple(likeliest), tuple(scores)),
         )
 
     def busy(self) -> bool:
@@ -197,7 +216,7 @@ class TorchExecutor:
         return self.transfers.busy()
 
     def logits(self, segments: Seq[Segment]) -> torch.Tensor:
-        """Compute the segments alone; returns the logits of the sampled ones, `[N, V]`.
+        """Compute the segments alone; returns the logits that they want, `[N, V]`: see `_wanted`.
 
         They belong to the caller, whereas a recorded step's own logits are overwritten by the next.
         """
@@ -261,7 +280,7 @@ class TorchExecutor:
             return graphs.replay(len(filled))[: len(segments)]
         self.backend.plan(segments)
         packed, last = self._pack(segments), _wanted(segments)
-        size = None if self.pieces is None else self.pieces.size_of(packed.shape[1])
+        size = None if self.pieces is None else self.pieces.size_of(packed.shape[1], len(last))
         if size is not None:
             return self._in_pieces(size, packed, last)
         inputs = upload(packed), upload(last)
@@ -353,14 +372,29 @@ def kept(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:
-    """Indices of the step's tokens whose logits are wanted, `[N]` int64."""
+    """Indices of the step's tokens whose logits are wanted, `[N]` int64.
+
+    Those after which tokens are sampled come first, then those after which known ones are scored.
+    """
     last: list[int] = []
+    scored: list[int] = []
     end = 0
     for segment in segments:
         end += segment.length
         if segment.sampled:
             last += range(end - 1 - segment.num_drafts, end)
-    return np.array(last, np.int64)
+        elif segment.targets:
+            scored += range(end - len(segment.targets), end)
+    return np.array(last + scored, np.int64)
+
+
+def _targets(segments: Seq[Segment]) -> Targets:
+    """All segments' targets: rows of the scored logits, and tokens. None if there are none."""
+    each = [wanted for segment in segments for wanted in segment.targets]
+    if not each:
+        return None
+    places = np.repeat(np.arange(len(each)), [len(wanted) for wanted in each])
+    return np.array([places, [token for wanted in each for token in wanted]], np.int64)
 
 
 def _of_tokens(numbers: Iterable[Seq[float]]) -> tuple[Any, ...]:

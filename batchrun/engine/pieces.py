@@ -85,9 +85,15 @@ class PieceGraphs:
         self._attention = Padded(backend, most)
         self._sizes: dict[int, _Size] = {}
 
-    def size_of(self, num_tokens: int) -> int | None:
-        """The size to which a step is padded; None if it is computed without recording."""
-        return None if num_tokens > self.limit else size_for(num_tokens, self.most)
+    def size_of(self, num_tokens: int, num_logits: int = 1) -> int | None:
+        """The size to which a step is padded; None if it is computed without recording.
+
+        Args:
+            num_tokens: The step's tokens.
+            num_logits: Those of them whose logits are wanted: many where known text is scored.
+        """
+        recorded = num_tokens <= self.limit and num_logits <= self._sampled
+        return size_for(num_tokens, self.most) if recorded else None
 
     def inputs(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the inputs of a step of that size go: `[4, T]` and `[N]`."""

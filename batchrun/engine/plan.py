@@ -65,6 +65,9 @@ class StepOutput:
     other sequences' candidates are empty. `likeliest` holds, per token, the likeliest tokens at its
     position by the same distribution, as many as the most that any segment asks for; empty if none
     does.
+
+    `scores` are the log-probabilities of all segments' targets, one after the other, by the same
+    distribution; NaN where the logits are not finite.
     """
 
     step: int
@@ -72,3 +75,4 @@ class StepOutput:
     logprobs: tuple[float, ...] = ()
     candidates: tuple[Candidates, ...] = ()
     likeliest: tuple[Likeliest, ...] = ()
+    scores: tuple[float, ...] = ()

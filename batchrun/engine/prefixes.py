@@ -58,10 +58,12 @@ class SharedPrefixes:
         self._slots: dict[int, dict[int, None]] = {}  # block -> slots, in the order of `_put`
 
     def read(self, sequence: Sequence) -> None:
-        """Compute the blocks of a sequence's current tokens; called before it waits."""
+        """Compute the blocks of the tokens that a sequence may share; called before it waits."""
         if self._active and sequence.shares:
-            namespace = sequence.request.namespace
-            sequence.blocks = blocks_of(sequence.known_ids, namespace=namespace)
+            ids, namespace = sequence.known_ids, sequence.request.namespace
+            if sequence.scoring is not None:
+                ids = ids[: sequence.most_shared]
+            sequence.blocks = blocks_of(ids, namespace=namespace)
 
     def want(self, sequence: Sequence) -> None:
         """Note that a sequence begins to wait."""
@@ -87,14 +89,14 @@ class SharedPrefixes:
     def match(self, sequence: Sequence) -> tuple[int, int, int]:
         """The slot that now holds most of a sequence's tokens.
 
-        The last token is always computed, because its logits are wanted.
+        Tokens whose logits are wanted are always computed: the last one, or those that are scored.
 
         Returns:
             The slot, or -1; the tokens that it holds; and those that a running sequence will
             compute.
         """
         best, ready, coming = -1, 0, 0
-        most = sequence.num_tokens - 1
+        most = sequence.most_shared
         for slot, equal in self._matches(sequence) if sequence.blocks else ():
             common = min(most, equal)
             now = min(common, self._ready(slot))
@@ -125,7 +127,10 @@ class SharedPrefixes:
     def expect(self, sequence: Sequence) -> None:
         """Note that a newly admitted sequence will have all its known tokens in its slot."""
         assert sequence.slot is not None
-        self._put(sequence.slot, sequence.known_ids, sequence.blocks, sequence.request.namespace)
+        ids, blocks, namespace = sequence.known_ids, sequence.blocks, sequence.request.namespace
+        if sequence.scoring is not None and self._active and sequence.shares:
+            blocks = blocks_of(ids, namespace=namespace)  # others may share what it scores
+        self._put(sequence.slot, ids, blocks, namespace)
 
     def leave(self, slot: int, keep: int) -> None:
         """Note that a sequence left its slot, which keeps `keep` leading tokens for other rows."""

@@ -84,13 +84,13 @@ class DraftBatch:
     Args:
         sequences: The sequences, whose tokens are all known, and how many drafts each may take.
         num_tokens: Tokens of the step, without drafts.
-        num_sampled: Rows of logits of the step, without drafts.
+        num_logits: Rows of logits of the step, without drafts.
         budget: Maximum number of draft tokens in total.
     """
 
     sequences: Seq[tuple[Sequence, int]]
     num_tokens: int
-    num_sampled: int
+    num_logits: int
     budget: int
 
 
@@ -140,7 +140,7 @@ class PromptLookup:
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`."""
         free = self.free - batch.num_tokens
-        places = min(batch.budget, self.num_logits - batch.num_sampled)
+        places = min(batch.budget, self.num_logits - batch.num_logits)
         found: list[tuple[int, ...]] = []
         for number, (sequence, room) in enumerate(batch.sequences):
             others = len(batch.sequences) - number
@@ -189,8 +189,9 @@ def add_drafts(
             able.append(i)
             room = min(sequence.most_tokens, max_model_len) - sequence.num_known_tokens - 1
             sequences.append((sequence, room))
-    tokens, sampled = sum(s.length for s in segments), sum(s.sampled for s in segments)
-    proposed = proposer.propose(DraftBatch(sequences, tokens, sampled, budget))
+    tokens = sum(s.length for s in segments)
+    logits = sum(s.sampled + len(s.targets) for s in segments)
+    proposed = proposer.propose(DraftBatch(sequences, tokens, logits, budget))
     for i, drafts in zip(able, proposed, strict=True):
         segment = segments[i]
         if drafts and ensure(segment.slot, segment.end + len(drafts)):

@@ -20,6 +20,7 @@ from batchrun.engine.logits import LogitsConfig, processors
 from batchrun.engine.plan import Masks, NewSequence
 from batchrun.engine.processors import LogitsProcessor, LogitsRow
 
+_CPU_SCORES, _GPU_SCORES = 48 << 20, 256 << 20  # bytes that scoring takes beside the logits
 _COLDEST = 1e-37  # the lowest temperature that float32 can divide by
 
 
@@ -155,7 +156,7 @@ class Sampler:
                 tokens[index] = self._draw(logits[index], [rows[i] for i in drawn])
         chosen: tuple[torch.Tensor, ...] = (tokens,)
         if scored:
-            norm = cpu_sampling.logsumexp(own) if _on_cpu(own) else sums.logsumexp(own)
+            norm = _logsumexp(own)
             chosen += (own.gather(1, tokens.clamp_min(0)[:, None])[:, 0] - norm,)
         if beams:
             values, ids = _highest(logits[at], min(self._width, logits.shape[1]))
@@ -226,6 +227,31 @@ class Sampler:
         rows = [(p.temperature, p.top_p, p.min_p, p.top_k or vocabulary) for p in params]
         columns = [*zip(*rows, strict=True), *others]
         return self._upload(np.array(columns, dtype=np.float64))[:, :, None]
+
+
+def score(logits: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of known tokens in the model's own distribution.
+
+    Args:
+        logits: `[N, V]`.
+        places: `[P]` int64, a row of the logits for each token.
+        tokens: `[P]` int64.
+
+    Returns:
+        `[P]` float32; NaN if no logit of the row is finite, or one is NaN or infinite.
+    """
+    # A sum over the vocabulary takes up to 24 bytes a logit.
+    most = (_CPU_SCORES if _on_cpu(logits) else _GPU_SCORES) // (24 * logits.shape[1])
+    norms = []
+    for part in logits.split(max(1, most)):
+        norm = _logsumexp(part if _on_cpu(part) else part.float())
+        norms.append(torch.where(part.amax(dim=-1).isfinite(), norm, torch.nan))
+    return logits[places, tokens].float() - torch.cat(norms)[places]
+
+
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """`[N, V]`, on a GPU of float32, to `[N]` float32."""
+    return cpu_sampling.logsumexp(logits) if _on_cpu(logits) else sums.logsumexp(logits)
 
 
 def _highest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -44,6 +45,8 @@ class Scheduler:
         max_num_seqs: Maximum number of running sequences.
         max_num_batched_tokens: Maximum number of tokens computed in one step.
         max_model_len: Maximum number of tokens of prompt and output together.
+        max_scored_tokens: Maximum number of tokens in one step after which known ones are scored:
+            each takes a row of logits.
         share: Whether common prefixes are shared.
         proposer: Proposes draft tokens; only for executors without steps in flight.
         lookahead: Number of steps for which memory is prepared while the device computes; 0 if
@@ -57,16 +60,18 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        max_scored_tokens: int = sys.maxsize,
         share: bool = True,
         proposer: Proposer | None = None,
         lookahead: int = 0,
     ) -> None:
-        if max_num_seqs < 1 or max_num_batched_tokens < 1:
-            raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
+        if min(max_num_seqs, max_num_batched_tokens, max_scored_tokens) < 1:
+            raise ValueError("the limits of a step must be at least 1")
         self.space = space
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.max_scored_tokens = max_scored_tokens
         self.running: list[Sequence] = []  # in order of arrival: the youngest is last
         self.rejected: list[Sequence] = []
         self.step = 0
@@ -85,6 +90,7 @@ class Scheduler:
         refused = why_refused(
             sequence.num_prompt_tokens,
             sequence.width,
+            scored=sequence.scoring is not None,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             can_fit=self.space.can_fit,
@@ -116,11 +122,13 @@ class Scheduler:
         # Admitting right after a preemption would only preempt again: wait for memory.
         self._admitting = self._admitting or not busy
         share = self._share
+        scored = self.max_scored_tokens - sum(len(s.targets) for s in segments)
         while budget and self.waiting and self._admitting:
-            segment = self._admit(budget, share, _SPARE if busy else 0)
+            segment = self._admit(budget, scored, share, _SPARE if busy else 0)
             if segment is not None:
                 segments.append(segment)
                 budget -= segment.length
+                scored -= len(segment.targets)
                 busy = True
             elif busy:
                 break
@@ -237,44 +245,49 @@ class Scheduler:
             # If not, it is a beam that waits for others, or its last token is in flight.
             if todo and num_tokens < sequence.most_tokens and num_tokens < longest:
                 (decodes if todo == 1 else prefills).append((sequence, todo))
+        scored = self.max_scored_tokens
         # Decodes first: a long prefill must not starve tokens that are one step away.
         for sequence, todo in decodes + prefills:
             slot, start, length = sequence.slot, sequence.num_computed_tokens, min(todo, budget)
             if length == 0:
                 break
-            if slot is None:
-                continue  # preempted by an older one in this step
+            if sequence.scoring is not None:
+                length = sequence.scoring.fitting(start, length, scored)
+            if slot is None or length == 0:
+                continue  # preempted by an older one in this step, or none may be scored any more
             fits = ensure(slot, start + length) or self._make_room(
                 sequence, start + length, segments
             )
             if fits is None:
                 return False
             if fits:
-                ids = () if todo <= sequence.num_pending else sequence.token_ids(start, length)
-                key, inherited = sequence.key, sequence.inherited
-                segments.append(
-                    Segment(slot, start, length, length == todo, ids, 0, key, inherited)
-                )
+                segment = _segment(sequence, slot, start, length)
+                segments.append(segment)
                 budget -= length
+                scored -= len(segment.targets)
         return True
 
-    def _admit(self, budget: int, share: bool, spare: float) -> Segment | None:
+    def _admit(self, budget: int, scored: int, share: bool, spare: float) -> Segment | None:
         """Start the first waiting sequence that can: open a slot and back its first chunk."""
         found = self.waiting.first(self._groups, self._places())
         if found is None:
             return None
         sequence, source, ready = found
-        shared, slot = ready * share, None
+        shared, scoring = ready * share, sequence.scoring
         if spare and not self.space.has_room(sequence.num_tokens - shared, spare):
             return None
-        if shared >= BLOCK:
+        shared = shared if shared >= BLOCK else 0
+        length = min(sequence.num_tokens - shared, budget)
+        if scoring is not None:
+            length = scoring.fitting(shared, length, scored)
+        if not length:
+            return None
+        if shared:
             slot = self.space.share(source, shared, sequence.num_tokens, self.step)
         else:
-            shared, slot = 0, self.space.open(sequence.num_tokens)
+            slot = self.space.open(sequence.num_tokens)
         if slot is None:
             return None
-        todo = sequence.num_tokens - shared
-        length = min(todo, budget)
         if not self.space.ensure(slot, shared + length):
             self._prefixes.forget(slot)
             self.space.close(slot, self._launched)
@@ -284,8 +297,7 @@ class Scheduler:
         self._prefixes.expect(sequence)
         if sequence.group is not None:
             self._groups[sequence.group] = None
-        ids, key = sequence.token_ids(shared, length), sequence.key
-        return Segment(slot, shared, length, length == todo, ids, 0, key, sequence.inherited)
+        return _segment(sequence, slot, shared, length)
 
     def _start(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
         """Run a sequence in a slot that already has its first tokens, from another slot."""
@@ -364,3 +376,13 @@ class Scheduler:
     def _reject(self, sequence: Sequence, kind: str, reason: str) -> None:
         sequence.fail(kind, reason)
         self.rejected.append(sequence)
+
+
+def _segment(sequence: Sequence, slot: int, start: int, length: int) -> Segment:
+    """The next `length` tokens of a sequence in a slot."""
+    todo, scoring = sequence.num_tokens - start, sequence.scoring
+    ids = () if todo <= sequence.num_pending else sequence.token_ids(start, length)
+    targets = () if scoring is None else scoring.targets(start, length)
+    sampled = length == todo and scoring is None
+    key, inherited = sequence.key, sequence.inherited
+    return Segment(slot, start, length, sampled, ids, 0, key, inherited, targets)

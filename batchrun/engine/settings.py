@@ -25,6 +25,7 @@ from batchrun.errors import ModelError
 from batchrun.prompts.builder import prompt_builder
 
 Encode = Callable[[Mapping[str, Any]], tuple[int, ...]]
+EncodeText = Callable[[str, Mapping[str, Any] | None], tuple[int, ...]]
 
 _HOST_PAGE = 256 << 10  # bytes, of all slabs of a slot together
 _LEAST_HOST_PAGE = 8 << 10  # bytes: smaller pages take longer to map than to fill
@@ -205,8 +206,11 @@ def fit_context(loaded: LoadedModel, settings: Settings, device: str) -> LoadedM
 
 def prompt_encoder(
     loaded: LoadedModel, settings: Settings, prompt: Mapping[str, Any], log: Callable[[str], None]
-) -> Encode:
-    """Make the function from a row's fields to tokens; `prompt` is for `PromptBuilder`."""
+) -> tuple[Encode, EncodeText]:
+    """Functions from a row's fields to its prompt's tokens, and from a text to those behind it.
+
+    See `PromptBuilder`, whose arguments `prompt` has, and its `continuation`.
+    """
     builder = prompt_builder(
         loaded.tokenizer,
         prompt,
@@ -214,7 +218,9 @@ def prompt_encoder(
         model=settings.model_name,
         log=log,
     )
-    return within_vocabulary(builder, loaded.tokenizer, vocabulary_size(loaded.model))
+    known = loaded.tokenizer, vocabulary_size(loaded.model)
+    text = within_vocabulary(builder.continuation, *known, "text to score")
+    return within_vocabulary(builder, *known), text
 
 
 def check_backend(loaded: LoadedModel, settings: Settings, device: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from itertools import islice
 
-from batchrun.engine.core import EngineError, Group, Sequence
+from batchrun.engine.core import EngineError, Group, Request, Sequence
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.prefixes import BLOCK, SharedPrefixes
 
@@ -89,17 +90,22 @@ def why_refused(
     prompt_tokens: int,
     beams: int,
     *,
+    scored: bool = False,
     max_model_len: int,
     max_num_seqs: int,
     can_fit: Callable[[int], bool],
 ) -> tuple[str, str] | None:
     """Why a row can never be computed: the kind of failure and the reason. None if it can."""
     if prompt_tokens + 1 > max_model_len:
-        return (
-            "prompt_too_long",
+        answer = (
             f"the prompt has {prompt_tokens} tokens and the context holds "
-            f"{max_model_len}, one of them for the answer",
+            f"{max_model_len}, one of them for the answer"
         )
+        text = (
+            f"the prompt and what is scored behind it have {prompt_tokens + 1} tokens, and the "
+            f"context holds {max_model_len}"
+        )
+        return "prompt_too_long", text if scored else answer
     if not can_fit(prompt_tokens + 1):
         return (
             "kv_budget",
@@ -113,6 +119,22 @@ def why_refused(
             "at once; raise --max-num-seqs or lower --num-beams",
         )
     return None
+
+
+def why_row_refused(
+    request: Request, *, max_model_len: int, max_num_seqs: int, can_fit: Callable[[int], bool]
+) -> tuple[str, str] | None:
+    """As `why_refused`, for all that a request asks for."""
+    refuse = partial(
+        why_refused, max_model_len=max_model_len, max_num_seqs=max_num_seqs, can_fit=can_fit
+    )
+    prompt, refused = len(request.prompt_ids), None
+    if request.scoring is not None:
+        begin, end = request.scoring.span(prompt)
+        refused = refuse(end, 1, scored=True) if end > begin else None
+    if refused is None and request.params.max_tokens:
+        refused = refuse(prompt, request.params.num_beams)
+    return refused
 
 
 def check_machine(space: KVSpace) -> None:

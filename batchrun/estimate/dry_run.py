@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from batchrun.engine.core import Request
-from batchrun.engine.waiting import why_refused
+from batchrun.engine.waiting import why_row_refused
 from batchrun.estimate.forecast import ModelInfo, read_model_info
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
@@ -66,9 +66,8 @@ def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> No
 def _refused(item: Request | Result | CopiedResult, info: ModelInfo) -> str | None:
     """Why a row can't be computed."""
     if isinstance(item, Request):
-        refused = why_refused(
-            len(item.prompt_ids),
-            item.params.num_beams,
+        refused = why_row_refused(
+            item,
             max_model_len=info.max_model_len,
             max_num_seqs=info.max_num_seqs,
             can_fit=info.can_fit,

@@ -6,6 +6,7 @@ through the same gates as a real one, and its KV cache has the size that it will
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any
 from batchrun.engine.core import Request
 from batchrun.engine.model.generation import Generation
 from batchrun.engine.prefixes import BLOCK, common_length
+from batchrun.engine.waiting import why_row_refused
 from batchrun.estimate.measured import Measured
 from batchrun.estimate.savings import BatchModel
 from batchrun.grammars.matchers import Matchers
@@ -23,6 +25,7 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
 from batchrun.runner.opening import engine_settings
 from batchrun.runner.overdue import PromptLimit
+from batchrun.runner.planner import Waiting
 from batchrun.runner.reader import HANDED_REQUESTS, QUEUED_REQUESTS, Reader, prompt_options
 
 
@@ -32,6 +35,7 @@ class ModelInfo:
 
     Attributes:
         encode: Makes prompt tokens from a row's fields.
+        encode_text: Makes tokens of a text behind a row's prompt.
         generation: How the model asks to be sampled by default.
         matchers: Know which constraints its answers can keep.
         max_model_len: Maximum tokens of prompt and answer together.
@@ -43,6 +47,7 @@ class ModelInfo:
     """
 
     encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
+    encode_text: Callable[[str, Mapping[str, Any] | None], tuple[int, ...]]
     generation: Generation
     matchers: Matchers
     max_model_len: int
@@ -88,43 +93,51 @@ class PlannedRows:
         """Do nothing: no more will come."""
 
     def _request(self, request: Request) -> None:
-        prompt, room = request.prompt_ids, self.info.max_model_len - len(request.prompt_ids)
-        most = min(request.params.max_tokens, room)
+        info, most = self.info, request.params.max_tokens
+        limits = {"max_model_len": info.max_model_len, "max_num_seqs": sys.maxsize}
+        refused = why_row_refused(request, **limits, can_fit=lambda _: True)
+        most = min(most, info.max_model_len - len(request.prompt_ids)) if refused is None else 0
         result = Result(request.row, request.sample, "ok", completion_tokens=most)
-        if most < 1:
-            result = result._replace(status="error", completion_tokens=0)
-            self.problems["prompt_too_long"] += 1
+        if refused is not None:
+            result = result._replace(status="error")
+            self.problems[refused[0]] += 1
         else:
-            shared = _common(prompt, self._previous) if self.share else 0
-            stops = not request.params.ignore_eos
-            answer = max(1.0, most * (self.measured.share if stops else 1.0))
-            steps = max(1.0, answer * (1 - self.measured.accepted))
-            self.requests += 1
-            self.completion += most
-            self.expected += answer
-            self.shared += shared
-            self.computed += len(prompt) - shared
-            self.held += steps * (len(prompt) - shared + answer / 2)
-            self.longest += len(prompt) - shared + answer
-            self.slots.add(len(prompt) - shared, steps)
-            self._previous = prompt
+            self._add(request, most)
         if self.reader.planner is not None:
             same = self.reader.settle(request, result)
-            if most < 1:
-                self.problems["prompt_too_long"] += len(same)
+            if refused is not None:
+                self.problems[refused[0]] += len(same)
+
+    def _add(self, request: Request, most: int) -> None:
+        """Count a row to compute, with at most so many tokens to generate."""
+        tokens, most_shared = Waiting.of(request).num_tokens
+        common = _common(request.prompt_ids, self._previous) if self.share else 0
+        shared = min(common, most_shared)
+        stops = not request.params.ignore_eos
+        answer = max(1.0, most * (self.measured.share if stops else 1.0)) if most else 0.0
+        steps = max(1.0, answer * (1 - self.measured.accepted)) if most else 0.0
+        self.requests += 1
+        self.completion += most
+        self.expected += answer
+        self.shared += shared
+        self.computed += tokens - shared
+        self.held += steps * (tokens - shared + answer / 2)
+        self.longest += tokens - shared + answer
+        self.slots.add(tokens - shared, steps)
+        self._previous = request.prompt_ids
 
 
 def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
     """Leading tokens that are computed already for `others`; no other planned row shares more."""
-    # The last token is always computed: its logits are needed.
-    return min(common_length(ids, others, BLOCK), len(ids) - 1) if len(ids) > BLOCK else 0
+    return common_length(ids, others, BLOCK) if len(ids) > BLOCK else 0
 
 
 def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> dict[str, Any]:
     """Read and plan the whole input; `limit` says how long a prompt may take.
 
     Returns:
-        JSON-able figures for all rows: `rows`, `prompt_tokens`, `completion_tokens` (at most),
+        JSON-able figures for all rows: `rows`, `prompt_tokens` (those of scored texts included),
+        `completion_tokens` (at most),
         `expected_tokens` (of completions, if they end as early as in earlier runs), `duplicates`
         (`rows` and, at most, completion `tokens`, taken from other rows), `shared_tokens` (of
         prompts), `saved` by planning (`prompt_tokens` and `steps`), `errors` by kind, `skipped`,
@@ -148,7 +161,13 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
         prompt_tokens += len(ids) * spec.n
         return ids
 
-    prompts = replace(info, encode=encode)
+    def encode_text(text: str, fields: Mapping[str, Any] | None) -> tuple[int, ...]:
+        nonlocal prompt_tokens
+        ids = info.encode_text(text, fields)
+        prompt_tokens += len(ids) * spec.n if fields is not None else 0
+        return ids
+
+    prompts = replace(info, encode=encode, encode_text=encode_text)
     reader = Reader(spec, source, DoneSet(spec.n), prompts, log, limit=limit)
     planned = PlannedRows(
         info,
@@ -182,7 +201,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
             "sequences": fit,
         },
         "max_num_seqs": info.max_num_seqs,
-        "steps": round(steps),
+        "steps": max(round(steps), min(1, planned.requests)),
         "seconds": None
         if known is None
         else {"load": known.load_s, "engine": known.predict(amounts)},
@@ -224,7 +243,7 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
         weights=False,
     )
     loaded = here.fit_context(loaded, settings, device)
-    encode = here.prompt_encoder(loaded, settings, prompt_options(spec), log)
+    encode, encode_text = here.prompt_encoder(loaded, settings, prompt_options(spec), log)
     limits = settings.limits(device)
     here.check_backend(loaded, settings, device)
     layout = here.kv_layout(loaded, settings, cuda=device != "cpu")
@@ -243,6 +262,7 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
         raise gates.budget_too_small(gates.prompt_tokens(loaded))
     return ModelInfo(
         encode,
+        encode_text,
         read_generation(loaded.model, loaded.tokenizer, loaded.max_model_len),
         Matchers(loaded.tokenizer, loaded.eos_ids, vocabulary_size(loaded.model)),
         loaded.max_model_len,

@@ -129,9 +129,9 @@ class _Order:
         self._recent = _Recent(places + _QUEUED) if share else None
 
     def add(self, row: Waiting, expected: float) -> None:
-        tokens = len(row.prompt) // WIDTH
+        tokens, most_shared = row.num_tokens
         if self._recent is not None:
-            tokens -= min(self._recent.shared(row), tokens - 1)
+            tokens -= min(self._recent.shared(row), most_shared)
         self.prompt_tokens += tokens
         self.open[row.rest.row, row.rest.sample] = (tokens, expected, False)
         if len(self.open) > _OPEN:

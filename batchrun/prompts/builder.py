@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from batchrun.errors import ModelError
 from batchrun.models.resolve import no_chat_template
 from batchrun.prompts.chat import ChatTemplate, Messages, Tokenizer, Tools, continued
 from batchrun.prompts.chat_source import check_template_args, has_literal, variables
+from batchrun.prompts.continuing import continuing
 from batchrun.prompts.control_tokens import ControlTokens
 from batchrun.prompts.messages import (
     ARGUMENT_COLUMNS,
@@ -109,7 +111,41 @@ class PromptBuilder:
             text = value if plain else self._chat(value, fields)
         except RecursionError:
             raise wrong_type("the chat is nested too deeply") from None
-        return self._encode(text, add_special_tokens=plain)
+        ids = self._encode(text, self.tokenizer, self._control, add_special_tokens=plain)
+        if not ids:
+            raise PromptError("empty_prompt", "the prompt has no tokens")
+        if plain and self._begins_twice(text, ids):
+            ids = ids[1:]
+        return tuple(ids)
+
+    def continuation(self, text: str, fields: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+        """Token ids of a text behind a prompt: no special tokens, and no space before it.
+
+        Args:
+            text: The text; may be empty.
+            fields: The row that has it. Text that reads like a control token is treated as in the
+                row's prompt. None if it is the user's own, like that of a template.
+
+        Raises:
+            PromptError: It can't be encoded.
+        """
+        tokenizer, control = self._continuing
+        if fields is not None and not self._is_as_it_is(fields):
+            text = self._marked(text)
+        return tuple(self._encode(text, tokenizer, control, what="text to score"))
+
+    def _is_as_it_is(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a row's prompt is its own text, in which control tokens are what they seem."""
+        own = self._template is None and not self.needs_chat_template
+        return own and isinstance(fields.get(self.column or "prompt"), str)
+
+    @cached_property
+    def _continuing(self) -> tuple[Tokenizer, ControlTokens | None]:
+        """The tokenizer for text that continues other text, and its control tokens."""
+        tokenizer = continuing(self.tokenizer)
+        if self._control is None or tokenizer is self.tokenizer:
+            return tokenizer, self._control
+        return tokenizer, ControlTokens(tokenizer)
 
     def _value(self, fields: Mapping[str, Any]) -> Any:
         """The value that makes the prompt; values filled into a template are marked."""
@@ -176,27 +212,29 @@ class PromptBuilder:
             if not has_literal(template.source, role):
                 raise wrong_type(f"message {i} has the role {role!r}, which is not a valid role")
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        control = self._control if self._control and self._control.marked(text) else None
+    def _encode(
+        self,
+        text: str,
+        tokenizer: Tokenizer,
+        control: ControlTokens | None,
+        *,
+        add_special_tokens: bool = False,
+        what: str = "prompt",
+    ) -> list[int]:
+        control = control if control and control.marked(text) else None
         length = len(text if control is None else control.strip(text))
         if self.max_chars is not None and length > self.max_chars:
             raise PromptError(
                 "prompt_too_long",
-                f"the prompt has {length:,} characters, but the context holds at most "
+                f"the {what} has {length:,} characters, but the context holds at most "
                 f"{self.max_chars:,}, even of the longest tokens",
             )
         try:
             if control is not None:
-                ids = control.encode(text, add_special_tokens=add_special_tokens)
-            else:
-                ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+                return control.encode(text, add_special_tokens=add_special_tokens)
+            return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         except (UnicodeError, TypeError) as error:
-            raise PromptError("invalid_text", f"the prompt is not valid Unicode: {error}") from None
-        if not ids:
-            raise PromptError("empty_prompt", "the prompt has no tokens")
-        if add_special_tokens and self._begins_twice(text, ids):
-            ids = ids[1:]
-        return tuple(ids)
+            raise PromptError("invalid_text", f"the {what} is not valid Unicode: {error}") from None
 
     def _begins_twice(self, text: str, ids: Sequence[int]) -> bool:
         """Whether a text that begins with the BOS token was given a second one."""

@@ -1,4 +1,6 @@
-"""Identical requests under greedy decoding have the same answer, which is computed once.
+"""Identical requests have the same answer under greedy decoding, and the same scores.
+
+It is computed once, unless tokens are drawn.
 
 A duplicate of a row that waits or runs is attached to it and gets its result. For a duplicate of a
 finished row, the journal copies the result. Finished rows are known by 128-bit digests in a
@@ -62,9 +64,9 @@ class Duplicates:
             result. Otherwise, what to hand to the journal instead.
         """
         request = waiting.rest
-        if not request.params.greedy:
+        if _draws(request.params):
             return True
-        digest = _digest(waiting.identity, request.params)
+        digest = _digest(request, waiting.prompt, waiting.text)
         number = request.row * self._n + request.sample
         with self._lock:
             leader = self._leaders.get(digest)
@@ -90,9 +92,10 @@ class Duplicates:
         Returns:
             The results of its duplicates, to be handed on too.
         """
-        if not request.params.greedy:
+        if _draws(request.params):
             return []
-        digest = _digest(request.namespace + pack(request.prompt_ids), request.params)
+        text = () if request.scoring is None else request.scoring.text_ids
+        digest = _digest(request, pack(request.prompt_ids), pack(text))
         number = request.row * self._n + request.sample
         with self._lock:
             if self._leaders.get(digest) != number:
@@ -130,12 +133,28 @@ def _entries(digest: _Digest) -> range:
     return range(begin, begin + _WAYS * _FIELDS, _FIELDS)
 
 
-def _digest(identity: bytes, params: SamplingParams) -> _Digest:
-    low, high = unpack("<QQ", blake2b(_tag(params) + identity, digest_size=16).digest())
+def _draws(params: SamplingParams) -> bool:
+    """Whether the row's own random numbers matter."""
+    return params.max_tokens > 0 and not params.greedy
+
+
+def _digest(request: Request, prompt: bytes, text: bytes) -> _Digest:
+    """Of all that rows must match in to have the same result."""
+    content, scoring = request.namespace + prompt, request.scoring
+    if scoring is not None:
+        rest = repr((scoring.first, scoring.labels, len(text))).encode()
+        content = blake2b(rest + text, digest_size=16).digest() + content
+    digest = blake2b(_tag(request.params) + content, digest_size=16).digest()
+    low, high = unpack("<QQ", digest)
     return low, high
 
 
 @lru_cache(1024)
 def _tag(params: SamplingParams) -> bytes:
-    """A fixed-length digest of the parameters, less the seed, which greedy rows don't use."""
-    return blake2b(repr(replace(params, seed=None)).encode(), digest_size=16).digest()
+    """A fixed-length digest of the parameters that matter where nothing is drawn."""
+    if params.max_tokens:
+        params = replace(params, seed=None)
+    else:  # only the scores; and whether there are log-probabilities, of no tokens
+        scored, logprobs = params.scored, params.logprobs
+        params = SamplingParams(max_tokens=0, scoring=True, scored=scored, logprobs=logprobs)
+    return blake2b(repr(params).encode(), digest_size=16).digest()

@@ -13,7 +13,7 @@ from batchrun.engine.core import Completion, EngineError, FinishReason, Request
 from batchrun.errors import MachineError, StepFailed, said_by
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.inflight import InFlightRows
-from batchrun.jobs.journal.results import Partial, Result
+from batchrun.jobs.journal.results import Partial, Result, Scores
 from batchrun.runner.channel import Channel, Closed, Sender
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.reader import QUEUED_REQUESTS, Reader
@@ -167,4 +167,5 @@ def result_of(done: Completion) -> Result:
         decode_s=between(done.first_token, done.finished),
         logprob=done.logprob if ok and request.params.scored else None,
         logprobs=done.logprobs if ok and request.params.logprobs is not None else None,
+        scores=Scores(*done.scores) if ok and done.scores is not None else None,
     )

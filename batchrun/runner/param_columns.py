@@ -109,7 +109,8 @@ _COLUMNS: dict[tuple[Any, bool], tuple[Callable[[Any], Any], _Types, _Types]] = 
 OVERRIDES = {
     name: _Column(*_COLUMNS[option.kind, option.several], option.row)
     for name, option in OPTIONS.items()
-    if option.row is not None
+    # Those of the shape of an answer are not read yet.
+    if option.row is not None and (option.kind, option.several) in _COLUMNS
 }
 
 

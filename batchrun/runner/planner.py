@@ -29,31 +29,55 @@ _BEGUN = 1e9  # tokens: longer than any row
 
 
 class Waiting(NamedTuple):
-    """A request that waits to be computed, its prompt as bytes: a tuple takes nine times more."""
+    """A request that waits to be computed, its prompt as bytes: a tuple takes nine times more.
+
+    So does the text that is scored behind it.
+    """
 
     prompt: bytes
     rest: Request
+    text: bytes = b""
 
     @classmethod
     def of(cls, request: Request) -> Waiting:
         """Pack it."""
-        return cls(pack(request.prompt_ids), replace(request, prompt_ids=()))
+        scoring = request.scoring
+        if scoring is None:
+            return cls(pack(request.prompt_ids), replace(request, prompt_ids=()))
+        rest = replace(request, prompt_ids=(), scoring=replace(scoring, text_ids=()))
+        return cls(pack(request.prompt_ids), rest, pack(scoring.text_ids))
 
     @property
     def identity(self) -> bytes:
         """Its namespace and prompt: rows that share a prefix share the beginning of this."""
         return self.rest.namespace + self.prompt
 
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """The tokens to compute before any is generated, and how many of them it may share."""
+        tokens, scoring = len(self.prompt) // WIDTH, self.rest.scoring
+        if scoring is None:
+            return tokens, tokens - 1
+        begin, end = scoring.span(tokens, len(self.text) // WIDTH)
+        return (end, begin) if end > begin else (tokens, tokens - 1)
+
     def request(self) -> Request:
         """Unpack it."""
-        ids = array("I")
-        ids.frombytes(self.prompt)
-        return replace(self.rest, prompt_ids=tuple(ids))
+        scoring = self.rest.scoring
+        if scoring is not None:
+            scoring = replace(scoring, text_ids=_unpacked(self.text))
+        return replace(self.rest, prompt_ids=_unpacked(self.prompt), scoring=scoring)
 
 
 def pack(ids: tuple[int, ...]) -> bytes:
     """Tokens, 4 bytes each."""
     return array("I", ids).tobytes()
+
+
+def _unpacked(data: bytes) -> tuple[int, ...]:
+    ids = array("I")
+    ids.frombytes(data)
+    return tuple(ids)
 
 
 def order(prompts: Sequence[bytes], lengths: Sequence[float]) -> list[int]:
@@ -157,15 +181,15 @@ class Planner:
         most, size, fresh = _FIRST, 0, 0  # rows to read, bytes of all, bytes of new ones
         for row in rows:
             new.append(row)
-            size += len(row.prompt)
-            fresh += len(row.prompt)
+            size += len(row.prompt) + len(row.text)
+            fresh += len(row.prompt) + len(row.text)
             enough = len(new) >= most or fresh >= _TOKENS * WIDTH // 2
             while ready and (
                 len(ready) + len(new) > _ROWS or size > _TOKENS * WIDTH if enough else not full()
             ):
                 waiting = ready.popleft()
                 last = waiting.identity
-                size -= len(waiting.prompt)
+                size -= len(waiting.prompt) + len(waiting.text)
                 yield waiting
             if enough:
                 ready = self._ordered([*ready, *new], last)

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from batchrun.engine.core import Request, SamplingParams
+from batchrun.engine.scores import Scoring
 from batchrun.errors import PROCESS_ENDS, said_by
 from batchrun.estimate.savings import Savings
 from batchrun.grammars.constraint import in_time, with_constraint
@@ -32,6 +33,7 @@ from batchrun.runner.param_columns import (
     read_parameter,
 )
 from batchrun.runner.planner import Planner, Waiting
+from batchrun.runner.scoring import Scorer
 from batchrun.runner.watchdog import Watchdog
 
 if TYPE_CHECKING:  # they import torch, which is not loaded before there is something to compute
@@ -65,6 +67,10 @@ class Prompts(Protocol):
     @property
     def encode(self) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
         """Turns a row's fields into prompt tokens; raises `PromptError`."""
+
+    @property
+    def encode_text(self) -> Callable[[str, Mapping[str, Any] | None], tuple[int, ...]]:
+        """Turns a text behind a row's prompt into tokens; see `PromptBuilder.continuation`."""
 
     @property
     def generation(self) -> Generation:
@@ -156,6 +162,8 @@ class Reader:
             if found is not None:
                 raise InputError(f"no answer can have the shape asked for: {found}")
         self._has_told_internal = False
+        scores = spec.sampling.scores
+        self._scorer = Scorer(spec.sampling, workbench.encode_text) if scores else None
         prompt = spec.prompt
         if prompt.template:
             needed = Template(prompt.template).columns
@@ -168,7 +176,8 @@ class Reader:
         if prompt.ignore_param_columns:
             known, self._overrides = [], []
         spoken = argument_columns(prompt, source)
-        self.columns = list(dict.fromkeys([*needed, *self._overrides, *spoken]))
+        texts = self._scorer.columns if self._scorer else []
+        self.columns = list(dict.fromkeys([*needed, *texts, *self._overrides, *spoken]))
         self._told = set(spec.runtime.param_columns)  # when the job was submitted
         self._tell(known)
         temperature = {**self._generation.sampling, **self._given}.get("temperature")
@@ -285,7 +294,7 @@ class Reader:
                 raise PromptError("crashed", f"the process crashed {_CRASHES} times in this row")
             if row.index in self.condemned:
                 raise PromptError("overdue", self.condemned[row.index])
-            ids, params = self.limit.made(row.index, lambda: self._prompt(row.fields))
+            ids, params, scoring = self.limit.made(row.index, lambda: self._prompt(row.fields))
             self._overdue = 0
         except PROCESS_ENDS:
             raise
@@ -304,11 +313,14 @@ class Reader:
             Request(
                 *(row.index, s, ids, params, seed),
                 *(b.token_ids, b.logprob or 0.0, b.logprobs or ()),
+                scoring=scoring,
             )
             for s, b in zip(samples, begun, strict=True)
         ]
 
-    def _prompt(self, fields: Mapping[str, Any]) -> tuple[tuple[int, ...], SamplingParams]:
+    def _prompt(
+        self, fields: Mapping[str, Any]
+    ) -> tuple[tuple[int, ...], SamplingParams, Scoring | None]:
         given = self._sampling(fields)
         try:
             params = self._generation.params(given)
@@ -317,7 +329,8 @@ class Reader:
         if params.constraint and (found := self.workbench.matchers.problem(params.constraint)):
             raise PromptError("bad_parameter", f"answers can't have that shape: {found}")
         ids = self.workbench.encode(fields)
-        return ids, self._generation.fitted(params, given, len(ids))
+        scoring = self._scorer.scoring(fields, len(ids)) if self._scorer else None
+        return ids, self._generation.fitted(params, given, len(ids)), scoring
 
     def _problem(self, row: int, error: BaseException) -> PromptError:
         """What is wrong with a row; an unforeseen error is also the row's, and is logged."""

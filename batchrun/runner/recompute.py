@@ -15,7 +15,7 @@ from batchrun.jobs.determinism import computing_runs, why_not
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.identity import check_unchanged
 from batchrun.jobs.journal.journal import Journal
-from batchrun.jobs.journal.results import Result, packed, unpacked
+from batchrun.jobs.journal.results import Result, Scores, packed, unpacked
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
 from batchrun.models.resolve import fingerprint
@@ -29,6 +29,7 @@ _SHOWN = 40  # characters of an answer
 _IN_ORDER = {
     "token_ids": "differs from token {:,} on",
     "logprobs": "has the same tokens, but other log-probabilities from token {:,} on",
+    "scores": "has other scores of known text from number {:,} on",
     "text": "has the same tokens, but another text from character {:,} on",
 }
 _COMPARED = ("prompt_tokens", *_IN_ORDER, "finish_reason", "completion_tokens", "logprob")
@@ -108,13 +109,14 @@ def difference(was: Result, now: Result) -> str | None:
     """
     if now.status != "ok":
         return f"can't be computed again: {now.error or now.status}"
-    now = now._replace(logprobs=unpacked(packed(now.logprobs)))
+    scores = now.scores and Scores.unpacked(now.scores.packed())
+    now = now._replace(logprobs=unpacked(packed(now.logprobs)), scores=scores)
     name = next((n for n in _COMPARED if getattr(was, n) != getattr(now, n)), None)
     if name is None:
         return None
     old, new = getattr(was, name), getattr(now, name)
     if name in _IN_ORDER:
-        at = _common(old or (), new or ())
+        at = _common(old or (), new or ()) if name != "scores" else _common(*_numbers(was, now))
         old, new = _parts(was, now, name, at)
         return f"{_IN_ORDER[name].format(at)}: {old} in the job, {new} alone"
     return f"differs in {name}: {old} in the job, {new} alone"
@@ -130,6 +132,8 @@ def _common(some: Sequence[object], others: Sequence[object]) -> int:
 def _parts(was: Result, now: Result, name: str, at: int) -> list[str]:
     """Two answers from a token or character on."""
     both = was, now
+    if name == "scores":
+        return [f"{found[at]:.9g}" if at < len(found) else "none" for found in _numbers(*both)]
     if name == "logprobs":
         each = [_logprobs(result, at) for result in both]
         differ = _common(*each)
@@ -142,6 +146,12 @@ def _parts(was: Result, now: Result, name: str, at: int) -> list[str]:
         f"{result.token_ids[at]} {text}" if at < len(result.token_ids) else "nothing more"
         for result, text in zip(both, texts, strict=True)
     ]
+
+
+def _numbers(*results: Result) -> list[tuple[float, ...]]:
+    """Each one's scores, those of labels first."""
+    scores = (result.scores or Scores() for result in results)
+    return [each.labels + each.logprobs for each in scores]
 
 
 def _logprobs(result: Result, at: int) -> list[str]:

@@ -29,8 +29,10 @@ READ = "columns_read"  # key in `meta`: the columns that rows' digests cover
 STATE = "state.json"  # a journal's summary for `list`, valid until somebody writes to it
 
 _CHECKPOINT_BYTES = 4 << 20  # of results, before they move from the log into the database
-_ROW_BYTES = 160  # of a result besides its text and tokens
+_ROW_BYTES = 160  # of a result besides `_SIZED`
 _DIGEST_BYTES = 16
+# Where a record of a result has what takes more.
+_SIZED = [TABLES["results"].index(name) for name in ("text", "token_ids", "logprobs", "scores")]
 _INSERT = f"INSERT INTO results VALUES ({', '.join('?' * (len(TABLES['results']) + 1))})"
 _COPIED = ", ".join(
     {"id": "?1", "run": "?3", "queue_s": "NULL", "prefill_s": "NULL", "decode_s": "NULL"}.get(c, c)
@@ -156,9 +158,7 @@ class Journal(Readings):
                 self._set_run(run, stats=json.dumps(stats))
                 self._logged += self._samples.add(self._db, run, stats)
         self._logged += _DIGEST_BYTES * len(digests)
-        self._logged += sum(
-            _ROW_BYTES + len(row[2] or "") + len(row[3]) + len(row[-2] or b"") for row in rows
-        )
+        self._logged += sum(_ROW_BYTES + sum(len(row[at] or b"") for at in _SIZED) for row in rows)
         self._logged += sum(_ROW_BYTES + len(r[1]) + len(r[3] or b"") for r in kept)
         self._logged += sum(_ROW_BYTES + _TOKEN_BYTES * c.tokens for c in copied)
         if self._logged >= _CHECKPOINT_BYTES:
@@ -269,6 +269,7 @@ class Journal(Readings):
             *(_storable(result.error), result.error_kind),
             *(_real(result.queue_s), _real(result.prefill_s), _real(result.decode_s)),
             *(self._run, _real(result.logprob), packed(result.logprobs)),
+            result.scores and result.scores.packed(),
         )
 
     def _set_run(self, run: int, **values: Any) -> None:

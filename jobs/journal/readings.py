@@ -15,7 +15,7 @@ from typing import Any
 
 from batchrun.jobs.checksums import checksum
 from batchrun.jobs.errors import JournalError
-from batchrun.jobs.journal.results import Counts, DoneSet, Partial, Result, unpacked
+from batchrun.jobs.journal.results import Counts, DoneSet, Partial, Result, Scores, unpacked
 from batchrun.jobs.journal.schema import BEYOND_REPAIR, KEYS, TABLES, refusal
 
 _SELECTS = {t: f"SELECT {', '.join(columns)}, crc FROM {t}" for t, columns in TABLES.items()}
@@ -176,8 +176,8 @@ class Readings:
         which = "WHERE id >= ? AND id < ? " * bool(span)
         for record, sound in self._records("results", f"{which}ORDER BY id", *span):
             if sound:
-                number, status, text, ids, *rest, _, logprob, logprobs = record
-                rest += logprob, unpacked(logprobs)
+                number, status, text, ids, *rest, _, logprob, logprobs, scores = record
+                rest += logprob, unpacked(logprobs), scores and Scores.unpacked(scores)
                 row, sample = divmod(number, self.n)
                 yield Result(row, sample, status, text, _tokens(ids), *rest)
             elif not skip_damaged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 from itertools import chain
@@ -34,13 +35,63 @@ def unpacked(data: bytes | None) -> TokenLogprobs | None:
     return tuple((own, tuple(zip(pairs[::2], pairs[1::2], strict=True))) for own, *pairs in records)
 
 
+class Scores(NamedTuple):
+    """Log-probabilities of known tokens, in the model's own distribution.
+
+    `logprobs` are those of a text's tokens, behind the prompt, or of the prompt's own but for the
+    first; `labels` those of the labels behind the prompt, in their order.
+    """
+
+    logprobs: tuple[float, ...] = ()
+    labels: tuple[float, ...] = ()
+
+    @property
+    def sum(self) -> float:
+        """The sum of the tokens' log-probabilities: the text's; 0 if there are none."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def mean(self) -> float | None:
+        """Their mean; None if there are none."""
+        return self.sum / len(self.logprobs) if self.logprobs else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """The exponential of their negative mean; None if there are none."""
+        return None if self.mean is None else _exp(-self.mean)
+
+    @property
+    def label_probs(self) -> tuple[float, ...]:
+        """The labels' probabilities."""
+        return tuple(map(_exp, self.labels))
+
+    def packed(self) -> bytes:
+        """The stored form: the number of labels, then little-endian float32."""
+        count = len(self.labels) + len(self.logprobs)
+        return Struct(f"<i{count}f").pack(len(self.labels), *self.labels, *self.logprobs)
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> Scores:
+        """What `packed` made."""
+        count, *values = Struct(f"<i{len(data) // 4 - 1}f").unpack(data)
+        return cls(tuple(values[count:]), tuple(values[:count]))
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
 class Result(NamedTuple):
     """The outcome of one sample of one row. Times in seconds; None for stages never reached.
 
     `status` is `ok`, `error`, or `skipped` if the user asked to leave such rows out: a skipped row
     has no completion and no error, is counted apart, and is not retried.
     `logprob` is the sum of its tokens' log-probabilities, None if nobody asked for it; `logprobs`
-    has each of them, with those of the likeliest tokens in its place, or None likewise.
+    has each of them, with those of the likeliest tokens in its place, or None likewise. `scores`
+    are those of known tokens, or None.
     """
 
     row: int
@@ -58,6 +109,7 @@ class Result(NamedTuple):
     decode_s: float | None = None
     logprob: float | None = None
     logprobs: TokenLogprobs | None = None
+    scores: Scores | None = None
 
     @property
     def mean_logprob(self) -> float | None:

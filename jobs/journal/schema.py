@@ -16,7 +16,7 @@ from batchrun.jobs.errors import LOCAL_DISK, JournalError
 from batchrun.jobs.files import open_private
 
 NAME = "journal.db"
-VERSION = 1
+VERSION = 2
 _HEADER, _WRITE_VERSION = 100, 18  # size and offset in bytes (sqlite.org/fileformat2, 1.3)
 _APPLICATION = 0x62617463  # "batc"
 BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
@@ -38,6 +38,7 @@ CREATE TABLE results (
     run INTEGER NOT NULL,
     logprob REAL,                         -- sum over its tokens; null where no one asked for it
     logprobs BLOB,                        -- each of them: `results.packed`; null likewise
+    scores BLOB,                          -- of known tokens: `Scores.packed`; null likewise
     crc INTEGER
 );
 CREATE TABLE runs (                       -- one a worker's life; the id is its fencing token

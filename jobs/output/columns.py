@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.output.answers import choice_parser, json_parser
+from batchrun.jobs.output.column import Column
 from batchrun.jobs.output.schematypes import type_of
+from batchrun.jobs.output.scores import score_columns
 from batchrun.jobs.output.typed import JsonText, ValueType
 from batchrun.jobs.rows.row import valid_text
 from batchrun.jobs.spec import JobSpec
 
-Value = Callable[[Result], Any]
-
 _SHAPES = {"json_schema", "regex", "choices"}  # what a row may ask for instead of the job
 _PAIR = ("token_id", "logprob")
 _TOKEN = pa.struct([(_PAIR[0], pa.int32()), (_PAIR[1], pa.float32())])
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column that the output adds.
-
-    Args:
-        kind: Its type in Arrow.
-        value: A result's value, as JSON has it.
-        stored: The value as Arrow takes it; default: the same.
-        cell: The value as CSV has it; default: the same.
-        categories: The values that `stored` has the indices of, if the type is a dictionary.
-    """
-
-    kind: pa.DataType
-    value: Value
-    stored: Value | None = None
-    cell: Value | None = None
-    categories: Sequence[str] | None = None
-
-    def array(self, stored: Sequence[Any]) -> pa.Array[Any]:
-        """The column, made of what `stored` returned for each result."""
-        if self.categories is None:
-            return pa.array(stored, self.kind)
-        indices, categories = pa.array(stored, pa.int32()), pa.array(self.categories, pa.string())
-        return pa.DictionaryArray.from_arrays(indices, categories)
 
 
 Added = Mapping[str, Column]
@@ -98,6 +71,7 @@ def output_columns(spec: JobSpec) -> Added:
         "sample": (spec.keep or spec.n) > 1,
     }
     found |= {name: column for name, column in _OPTIONAL.items() if wanted[name]}
+    found |= score_columns(sampling)
     return {prefix + name: column for name, column in found.items()}
 
 

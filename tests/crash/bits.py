@@ -3,8 +3,9 @@
     python -m tests.crash.bits --examples 500
 
 Another batch size, chunk size, memory, order, number of threads, sharing, drafts, kills in the
-middle of rows: tokens and log-probabilities must be the same. Workers are forked, as in harness.py,
-from a process that has computed nothing: OpenMP's threads don't survive a fork.
+middle of rows: tokens, log-probabilities and scores of known text must be the same. Workers are
+forked, as in harness.py, from a process that has computed nothing: OpenMP's threads don't survive a
+fork.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ KINDS = [Kind(dtype, native) for dtype in ("float32", "bfloat16") for native in 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run a job: `kills` are numbers of tokens after which a run dies."""
+    """A way to run a job: `kills` are numbers of tokens and rows after which a run dies."""
 
     runtime: RuntimeSpec
     threads: int
@@ -73,6 +74,7 @@ class Drawn:
     """A job, what computes it, and two ways to run it."""
 
     rows: tuple[str, ...]
+    texts: tuple[str, ...]  # to score behind them
     columns: dict[str, tuple[Any, ...]]  # the rows' own sampling parameters
     sampling: SamplingSpec
     n: int
@@ -133,11 +135,20 @@ REGEX, CHOICES = "[a-c]{2,9}( [0-9])*", ("north", "north east", "7")
 shapes = st.sampled_from(
     [{}, {}, {"json_schema": json.dumps(SCHEMA)}, {"regex": REGEX}, {"choices": CHOICES}]
 )
+scored = {
+    **common,
+    "max_tokens": st.sampled_from([None, 0, 6]),
+    "min_tokens": st.none(),
+    "score": st.sampled_from([None, "text"]),
+    "labels": st.sampled_from([None, (" a", "b", "c")]),
+    "perplexity": st.booleans(),
+}
 sampling = st.one_of(
     *(
         st.builds(replace_with, st.builds(SamplingSpec, **common, **penalties, **how), shapes)
         for how in (greedy, drawn)
     ),
+    st.builds(SamplingSpec, **scored, **drawn).filter(lambda spec: spec.scores),
     st.builds(SamplingSpec, **beams),
 )
 runtimes = st.builds(
@@ -181,6 +192,7 @@ columns = st.builds(
 jobs = st.builds(
     Drawn,
     rows=st.lists(prompts, min_size=1, max_size=most_rows).map(tuple),
+    texts=st.lists(prompts, min_size=most_rows, max_size=most_rows).map(tuple),
     columns=columns,
     sampling=sampling,
     n=st.integers(1, 3),
@@ -204,7 +216,8 @@ def run(job: JobFolder, kind: Kind, way: Way) -> int:
         writer._COMMIT_SECONDS = engine_loop._CHECKPOINT_SECONDS = 0.0
 
         def look(progress: Progress) -> None:
-            if dies_after is not None and progress.completion_tokens >= dies_after:
+            done = progress.completion_tokens + progress.rows_done - progress.rows_resumed
+            if dies_after is not None and done >= dies_after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         worker.run_job(job.path, stop=threading.Event(), on_progress=look)
@@ -251,7 +264,8 @@ class Trials:
         # Beam search keeps no shape.
         names = [n for n in drawn.columns if n != "regex" or not drawn.sampling.num_beams]
         own = {name: drawn.columns[name][:count] for name in names}
-        pq.write_table(pa.table({"prompt": drawn.rows, **own}), inputs)
+        texts = drawn.texts[:count]
+        pq.write_table(pa.table({"prompt": drawn.rows, "text": texts, **own}), inputs)
         spec = JobSpec(
             inputs=(InputFile.of(inputs),),
             input_format="parquet",

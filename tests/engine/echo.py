@@ -33,6 +33,11 @@ def next_token(ids: Seq[int]) -> int:
     return total % VOCAB
 
 
+def score_of(ids: Seq[int], token: int) -> float:
+    """The score of a token after `ids`: a number of its own, exact in any float."""
+    return -float((next_token(ids) * 1009 + token) % 65_521)
+
+
 def expected(prompt: Seq[int], max_tokens: int) -> list[int]:
     ids = list(prompt)
     for _ in range(max_tokens):
@@ -126,6 +131,7 @@ class EchoExecutor:
         self._copy(copies)
         self._collected = plan.step
         read = list(self._run(plan, requests, shared))
+        scores = [score for s in plan.segments if s.targets for score in self._scores(s)]
         of_beams = tuple(
             candidates(ids, _count(request, self._stops)) if request.params.beams else ()
             for request, ids in read
@@ -135,6 +141,7 @@ class EchoExecutor:
             tuple(next_token(ids) for _, ids in read),
             (),
             of_beams if any(of_beams) else (),
+            scores=tuple(scores),
         )
 
     def busy(self) -> bool:
@@ -161,6 +168,14 @@ class EchoExecutor:
                 self._last[s.slot] = next_token(ids)
                 for end in range(len(ids) - s.num_drafts, len(ids) + 1):
                     yield request, ids[:end]
+
+    def _scores(self, segment: Segment) -> Iterator[float]:
+        assert not segment.sampled
+        assert len(segment.targets) <= segment.length
+        ids = self._read(segment)
+        for end, wanted in enumerate(segment.targets, len(ids) - len(segment.targets) + 1):
+            for token in wanted:
+                yield score_of(ids[:end], token)
 
     def _compare(self, segments: Seq[Segment], shared: SharedParts) -> None:
         """What attention may read in any one member's slot is the same in all."""

@@ -19,9 +19,10 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.prefixes import KEPT
 from batchrun.engine.proposers import PromptLookup, Proposer
 from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.scores import Scores, Scoring
 from tests.allocator.invariants import check_arena
 from tests.engine import invariants
-from tests.engine.echo import EchoExecutor, Oracle, expected, expected_of_beams
+from tests.engine.echo import EchoExecutor, Oracle, expected, expected_of_beams, score_of
 
 PAGE = 4096
 MAX_LEN = 60
@@ -40,6 +41,7 @@ class Rig:
         eos: frozenset[int] = frozenset(),
         share: bool = True,
         proposer: Proposer | None = None,
+        scored: int = 1 << 30,
     ) -> None:
         self.memory = HostMemory(PAGE)
         layout = KVLayout((LayerKV(1, 37, 37),), 8, PAGE, MAX_LEN, 1)
@@ -50,6 +52,7 @@ class Rig:
             max_num_seqs=seqs,
             max_num_batched_tokens=batched,
             max_model_len=MAX_LEN,
+            max_scored_tokens=scored,
             share=share,
             proposer=proposer,
         )
@@ -60,9 +63,12 @@ class Rig:
         self.done: dict[int, Completion] = {}
         self.requests: list[Request] = []
 
-    def add(self, prompt: list[int], max_tokens: int, **more: Any) -> None:
+    def add(
+        self, prompt: list[int], max_tokens: int, scoring: Scoring | None = None, **more: Any
+    ) -> None:
         row = len(self.requests)
-        request = Request(row, 0, tuple(prompt), SamplingParams(max_tokens=max_tokens, **more), 0)
+        params = SamplingParams(max_tokens=max_tokens, scoring=scoring is not None, **more)
+        request = Request(row, 0, tuple(prompt), params, 0, scoring=scoring)
         self.requests.append(request)
         self.engine.add(request)
 
@@ -95,8 +101,11 @@ class Rig:
                     continue
                 assert completion.error_kind in {"prompt_too_long", "kv_budget"}
                 need = len(request.prompt_ids) + min(request.params.max_tokens, max(1, room)) - 1
+                if request.scoring is not None:
+                    need = max(need, request.scoring.span(len(request.prompt_ids))[1] + 1)
                 assert need >= MAX_LEN or not self.arena.can_fit(need)
             else:
+                assert completion.scores == expected_scores(request)
                 length = min(request.params.max_tokens, room)
                 if request.params.beams:
                     want = expected_of_beams(request, length, self.eos)
@@ -105,10 +114,23 @@ class Rig:
                     ends = [i for i, token in enumerate(want, 1) if token in self.eos]
                     want = want[: ends[0] if ends else length]
                 assert list(completion.token_ids) == want
+                scored_only = completion.finish_reason is FinishReason.SCORED
+                assert scored_only == (not request.params.max_tokens)
 
     def close(self) -> None:
         self.arena.release()
         self.memory.close()
+
+
+def expected_scores(request: Request) -> Scores | None:
+    scoring, end = request.scoring, len(request.prompt_ids)
+    if scoring is None:
+        return None
+    ids = request.prompt_ids + scoring.text_ids
+    return (
+        tuple(score_of(ids[:i], ids[i]) for i in range(scoring.first, len(ids))),
+        tuple(score_of(ids[:end], label) for label in scoring.labels),
+    )
 
 
 # Steps in flight, or logits for guesses.
@@ -128,18 +150,50 @@ class EngineMachine(RuleBasedStateMachine):
         pages=st.one_of(st.none(), st.integers(9, 16)),
         way=_WAYS,
         eos=st.sampled_from([frozenset(), frozenset(range(0, 997, 11))]),
+        scored=st.sampled_from([1, 3, 20, 1 << 30]),
     )
     def start(
         self,
+        *,
         seqs: int,
         batched: int,
         pages: int | None,
         way: tuple[int, int],
         eos: frozenset[int],
+        scored: int,
     ) -> None:
         lag, logits = way
         proposer = PromptLookup(logits, 16, Oracle) if logits else None
-        self.rig = Rig(seqs=seqs, batched=batched, pages=pages, lag=lag, eos=eos, proposer=proposer)
+        limits = {"seqs": seqs, "batched": batched, "pages": pages, "scored": scored}
+        self.rig = Rig(**limits, lag=lag, eos=eos, proposer=proposer)  # type: ignore[arg-type]
+
+    @rule(
+        common=st.integers(0, 40),
+        own=st.integers(1, 9),
+        text=st.integers(0, 15),
+        whole=st.booleans(),
+        labels=st.sampled_from([(), (5,), (8, 3)]),
+        max_tokens=st.sampled_from([0, 0, 1, 9]),
+        rows=st.integers(1, 3),
+    )
+    def add_scored(
+        self,
+        *,
+        common: int,
+        own: int,
+        text: int,
+        whole: bool,
+        labels: tuple[int, ...],
+        max_tokens: int,
+        rows: int,
+    ) -> None:
+        """Rows that begin alike and are scored: a text, a whole prompt, labels; some also go on."""
+        for _ in range(rows):
+            number = len(self.rig.requests)
+            prompt = [*range(common), *range(number, number + own)]
+            first = 1 if whole else len(prompt)
+            scoring = Scoring(() if whole else tuple(range(text)), first, labels)
+            self.rig.add(prompt, max_tokens, scoring)
 
     @rule(
         length=st.integers(1, MAX_LEN + 3), first=st.integers(0, 900), max_tokens=st.integers(1, 40)

@@ -6,16 +6,28 @@ from dataclasses import fields
 import pytest
 
 from batchrun.engine.core import SamplingParams
-from batchrun.grammars.constraint import SHAPES
 from batchrun.jobs.errors import OptionError
+from batchrun.jobs.kinds import SAMPLING, options_of
 from batchrun.jobs.options import SamplingSpec
 from batchrun.jobs.spec import OPTIONS
 
 
 def test_every_sampling_parameter_is_one_of_the_engine():
-    known = {f.name for f in fields(SamplingParams)} | {*SHAPES, "choice_logprob"}
-    assert {f.name for f in fields(SamplingSpec)} <= known
-    assert {name for name, option in OPTIONS.items() if option.row} <= known
+    known = {f.name for f in fields(SamplingParams)}
+    own = {option.at for option in options_of(SamplingSpec) if option.section == SAMPLING}
+    assert own <= known
+    assert {
+        n for n, option in OPTIONS.items() if option.row and option.section == SAMPLING
+    } <= known
+
+
+def test_with_scores_nothing_is_generated_unless_it_is_said():
+    assert SamplingSpec(labels=("a",)).given == {"max_tokens": 0, "scoring": True}
+    assert SamplingSpec(score="a", max_tokens=3, top_k=2).given == {
+        **{"max_tokens": 3, "top_k": 2, "scoring": True}
+    }
+    assert SamplingSpec(perplexity=True).scores
+    assert SamplingSpec(max_tokens=3).given == {"max_tokens": 3}
 
 
 def test_what_rows_can_say_the_engine_takes():

@@ -6,10 +6,13 @@ import os
 from functools import cache
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams
+from batchrun.engine.model.hook import HOOK, set_attention
+from batchrun.engine.scores import Scoring
 from tests.allocator.invariants import check_arena
 from tests.engine import invariants
 from tests.parity import runner, test_beams
@@ -55,6 +58,50 @@ def test_any_job_equals_generate(
             begun = {left.row: left.generated_ids for left in r.engine.partials()}
     for row, (number, count) in enumerate(job):
         assert done[row] == want[number][:count]
+
+
+@cache
+def log_softmax_of(number: int) -> torch.Tensor:
+    """The model's own log-probabilities after each token of a prompt, `[T, V]`."""
+    model = loaded("llama").model
+    set_attention(model, "eager")
+    try:
+        with torch.inference_mode():
+            return model(torch.tensor([families()[number]])).logits[0].log_softmax(-1)
+    finally:
+        set_attention(model, HOOK)
+
+
+@settings(max_examples=40 // FEWER, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows(12), shapes(LEAST), st.integers(1, 40), st.integers(1, 30))
+def test_known_text_has_its_scores(
+    job: list[tuple[int, int]], shape: Shape, most: int, share: int
+) -> None:
+    """The ends of prompts, scored behind their beginnings; some rows then go on to generate."""
+    model, want, done = loaded("llama"), wanted_of_families("llama"), {}
+    with shape.rig(model) as r:
+        r.scheduler.max_scored_tokens = most
+        for row, (number, count) in enumerate(job):
+            ids = tuple(families()[number])
+            cut = max(1, len(ids) * share // 30) if row % 3 else len(ids)
+            scoring = Scoring(ids[cut:], 1 if row % 3 == 0 else cut, (5, 6) if row % 2 else ())
+            tokens = count if cut == len(ids) and row % 2 else 0
+            params = SamplingParams(max_tokens=tokens, scoring=True)
+            r.engine.add(Request(row, 0, ids[:cut], params, 0, scoring=scoring))
+        while r.engine.has_work:
+            for completion in r.engine.step():
+                done[completion.request.row] = completion
+            invariants.check(r.scheduler)
+            check_arena(r.arena)
+    for row, (number, _) in enumerate(job):
+        request, scores = done[row].request, done[row].scores
+        ids, logprobs = families()[number], log_softmax_of(number)
+        first, end = request.scoring.first, len(request.prompt_ids)
+        own = [logprobs[i - 1, ids[i]].item() for i in range(first, len(ids))]
+        assert scores[0] == pytest.approx(own, abs=1e-3)
+        labels = [logprobs[end - 1, label].item() for label in request.scoring.labels]
+        assert scores[1] == pytest.approx(labels, abs=1e-3)
+        assert list(done[row].token_ids) == want[number][: request.params.max_tokens]
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ParamSpec
 
 from transformers import PreTrainedModel
 
@@ -252,27 +252,30 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(rows or model.config.get_text_config().vocab_size)
 
 
-Encode = Callable[[Mapping[str, Any]], Ids]
+P = ParamSpec("P")
 
 
-def within_vocabulary(encode: Encode, tokenizer: Any, size: int) -> Encode:
-    """Wrap `encode` to refuse prompts with tokens that the model has no embedding for.
+def within_vocabulary(
+    encode: Callable[P, Ids], tokenizer: Any, size: int, what: str = "prompt"
+) -> Callable[P, Ids]:
+    """Wrap `encode` to refuse tokens that the model has no embedding for.
 
     Tokens may have been added to a tokenizer but not to its model.
 
     Args:
-        encode: Makes a prompt from a row's fields; like the result, it may raise `PromptError`.
+        encode: Makes tokens of a row; like the result, it may raise `PromptError`.
         tokenizer: Names the token in the error.
         size: See `vocabulary_size`.
+        what: Of which part of the row.
     """
 
-    def checked(fields: Mapping[str, Any]) -> Ids:
-        ids = encode(fields)
-        if max(ids) >= size or min(ids) < 0:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Ids:
+        ids = encode(*args, **kwargs)
+        if ids and (max(ids) >= size or min(ids) < 0):
             token = next(t for t in ids if not 0 <= t < size)
             raise PromptError(
                 "unknown_token",
-                f"the prompt has the token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), "
+                f"the {what} has the token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), "
                 f"but the model's vocabulary has {size:,} tokens",
             )
         return ids
