@@ -184,9 +184,7 @@ class SamplingSpec:
         section=kinds.SHAPE,
         row=RowRule("a JSON schema: an object"),
     )
-    json_object: bool = option(
-        "The answer is any JSON object.", default=False, section=kinds.SHAPE
-    )
+    json_object: bool = option("The answer is any JSON object.", default=False, section=kinds.SHAPE)
     regex: str | None = option(
         "The answer matches this regular expression as a whole (Rust's syntax).",
         section=kinds.SHAPE,
