@@ -80,7 +80,7 @@ class RunFigures:
         if not measured.seconds:
             return
         home, measured.load_s = folders.home(), self.counted["load_s"]
-        if planner:
+        if planner and self.counted["completion_tokens"]:  # a job that only scores teaches none
             measured.share = planner.share
         with suppress(JobError, OSError):  # the job is done; this only helps later estimates
             measured.after(Measured.load(home, spec)).save(home, spec)
