@@ -19,13 +19,12 @@ from batchrun.engine.kvformat import PLAIN, KVFormat, Write
 from batchrun.engine.logits import LogitsConfig
 from batchrun.engine.model.hook import Step, attending
 from batchrun.engine.model.prepare import LoadedModel
-from batchrun.engine.plan import Masks, StepOutput, StepPlan
+from batchrun.engine.plan import Masks, StepOutput, StepPlan, Targets, targets_of, wanted_logits
 from batchrun.engine.processors import LogitsRow
 from batchrun.engine.sampling import Sampler, score
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
 
-Targets = np.ndarray[Any, Any] | None  # `[2, P]` int64
 _UNKNOWN = (0,)  # stands in for a token that only the device knows
 
 
@@ -153,7 +152,7 @@ class TorchExecutor:
 
     def sample(self, ticket: Ticket, masks: Masks | None = None) -> None:
         """See `Executor.sample`."""
-        rows, targets = self.sampler.prepare(ticket.segments), _targets(ticket.segments)
+        rows, targets = self.sampler.prepare(ticket.segments), targets_of(ticket.segments)
         chosen: tuple[torch.Tensor, ...] = ()
         with self._step(more=True):
             if rows or targets is not None:
@@ -238,7 +237,7 @@ class TorchExecutor:
         def prepare(size: int) -> tuple[torch.Tensor, torch.Tensor]:
             self.backend.plan([filler] * size, fixed=True)
             upload, filled = self.transfers.upload, [filler] * size
-            inputs = upload(self._pack(filled)), upload(_wanted(filled))
+            inputs = upload(self._pack(filled)), upload(wanted_logits(filled))
             self.transfers.started()
             return inputs
 
@@ -279,7 +278,7 @@ class TorchExecutor:
             self.transfers.started()
             return graphs.replay(len(filled))[: len(segments)]
         self.backend.plan(segments)
-        packed, last = self._pack(segments), _wanted(segments)
+        packed, last = self._pack(segments), wanted_logits(segments)
         size = None if self.pieces is None else self.pieces.size_of(packed.shape[1], len(last))
         if size is not None:
             return self._in_pieces(size, packed, last)
@@ -369,32 +368,6 @@ class _SlotStep:
 def kept(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The wanted logits `[N, V]`, whether the model kept all `[T, V]` or only those."""
     return logits if len(logits) == len(wanted) else logits[wanted]
-
-
-def _wanted(segments: Seq[Segment]) -> np.ndarray[Any, Any]:
-    """Indices of the step's tokens whose logits are wanted, `[N]` int64.
-
-    Those after which tokens are sampled come first, then those after which known ones are scored.
-    """
-    last: list[int] = []
-    scored: list[int] = []
-    end = 0
-    for segment in segments:
-        end += segment.length
-        if segment.sampled:
-            last += range(end - 1 - segment.num_drafts, end)
-        elif segment.targets:
-            scored += range(end - len(segment.targets), end)
-    return np.array(last + scored, np.int64)
-
-
-def _targets(segments: Seq[Segment]) -> Targets:
-    """All segments' targets: rows of the scored logits, and tokens. None if there are none."""
-    each = [wanted for segment in segments for wanted in segment.targets]
-    if not each:
-        return None
-    places = np.repeat(np.arange(len(each)), [len(wanted) for wanted in each])
-    return np.array([places, [token for wanted in each for token in wanted]], np.int64)
 
 
 def _of_tokens(numbers: Iterable[Seq[float]]) -> tuple[Any, ...]:

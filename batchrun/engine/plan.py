@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 
 from batchrun.allocator.sharing import MemoryCopy
 from batchrun.engine.core import Candidates, Likeliest, Request, Segment
+
+Targets = NDArray[np.int64] | None  # `[2, P]`
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +79,29 @@ class StepOutput:
     candidates: tuple[Candidates, ...] = ()
     likeliest: tuple[Likeliest, ...] = ()
     scores: tuple[float, ...] = ()
+
+
+def wanted_logits(segments: Seq[Segment]) -> NDArray[np.int64]:
+    """Indices of the step's tokens whose logits are wanted, `[N]` int64.
+
+    Those after which tokens are sampled come first, then those after which known ones are scored.
+    """
+    last: list[int] = []
+    scored: list[int] = []
+    end = 0
+    for segment in segments:
+        end += segment.length
+        if segment.sampled:
+            last += range(end - 1 - segment.num_drafts, end)
+        elif segment.targets:
+            scored += range(end - len(segment.targets), end)
+    return np.array(last + scored, np.int64)
+
+
+def targets_of(segments: Seq[Segment]) -> Targets:
+    """All segments' targets: rows of the scored logits, and tokens. None if there are none."""
+    each = [wanted for segment in segments for wanted in segment.targets]
+    if not each:
+        return None
+    places = np.repeat(np.arange(len(each)), [len(wanted) for wanted in each])
+    return np.array([places, [token for wanted in each for token in wanted]], np.int64)
