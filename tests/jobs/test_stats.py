@@ -178,6 +178,7 @@ def test_the_summary_of_two_runs(two_runs):
         "recomputed": 0,
         "drafted": 9,
         "accepted": 4,
+        "forced": 0,
         "shared": 0,
     }
     assert (summary["time"]["wall_s"], summary["time"]["load_s"]) == (7.0, 2.0)

@@ -38,6 +38,7 @@ SUMMARY = {
         "recomputed": 128,
         "drafted": 20000,
         "accepted": 15000,
+        "forced": 0,
         "shared": 9876,
     },
     "time": {
@@ -155,6 +156,14 @@ def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):
     assert planned in render(summary)
     summary["tokens"] |= {"drafted": 0, "accepted": 0}
     assert "drafts" not in render(summary)
+
+
+def test_forced_tokens_are_no_guesses(summary):
+    assert "forced" not in render(summary)
+    summary["tokens"] |= {"drafted": 30, "accepted": 25, "forced": 20}
+    text = render(summary)
+    assert "10 tokens proposed from rows' own text, 5 accepted (50%)" in text
+    assert "forced       20 tokens to which the shape of the answer left no alternative" in text
 
 
 def test_memory_that_was_given_back_is_shown_where_some_was(summary):
