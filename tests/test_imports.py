@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "jobs": set(),
     "models": {"jobs"},
     "prompts": {"models"},
-    "grammars": set(),
+    "grammars": {"prompts"},
     "engine": {"allocator", "grammars", "models", "prompts"},
     "report": {"jobs"},
     "runner": {"allocator", "engine", "estimate", "grammars", "jobs", "models", "prompts"},

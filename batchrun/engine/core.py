@@ -46,7 +46,7 @@ class SamplingParams:
         logprobs: Keep the log-probability of each token, and those of this many likeliest tokens at
             its position; None for neither.
         constraint: What the answer must match: a grammar as llguidance reads it, in JSON or Lark's
-            notation. None for anything.
+            notation, or a JSON array of choices. None for anything.
         num_beams: Beam search with this many beams, instead of sampling; 1 for sampling.
         length_penalty: An answer's log-probability is divided by its length to this power.
         early_stopping: True ends the search at `num_beams` answers; False when a better one is

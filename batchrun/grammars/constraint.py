@@ -18,6 +18,7 @@ from batchrun.grammars.schema import kept
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
+CHOICES = "["  # begins a constraint that is a JSON array of choices: its grammar is the model's
 SHAPES = ("json_schema", "json_object", "regex", "choices", "grammar")
 _ANY_OBJECT = '{"type": "object"}'
 # JSON as Python's json.dumps writes it, which models have seen most.
@@ -72,6 +73,9 @@ def constraint_of(name: str, value: Any) -> str:
 def problem(constraint: str) -> str | None:
     """Why a constraint can't be kept, whatever the model; None if it can."""
     from llguidance import LLMatcher  # noqa: PLC0415
+
+    if constraint.startswith(CHOICES):
+        return None
 
     def found() -> str | None:
         failed, said = LLMatcher.validate_grammar_with_warnings(constraint, None, limits=limits())
@@ -135,14 +139,10 @@ def _of_regex(text: str) -> str:
     return LLMatcher.grammar_from_regex(text)
 
 
-def _of_choices(choices: tuple[str, ...]) -> str:
-    return "start: " + " | ".join(map(json.dumps, choices))
-
-
 _MADE: dict[str, Callable[[Any], str]] = {
     "json_schema": _of_schema,
     "json_object": lambda _: _of_schema(_ANY_OBJECT),
     "regex": _of_regex,
-    "choices": _of_choices,
+    "choices": json.dumps,
     "grammar": str,
 }

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from batchrun.errors import ModelError, said_by
-from batchrun.grammars.constraint import limits, reason
+from batchrun.grammars.constraint import CHOICES, limits, reason
+from batchrun.prompts.continuing import continuing
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _KEPT = 256  # compiled constraints
+_MOST_TOKENISED = 1000  # choices that are matched as tokens: each is tried once
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -56,14 +59,39 @@ class Matchers:
     def _found(self, constraint: str) -> tuple[LLMatcher, str | None]:
         found = self._compiled.get(constraint)
         if found is None:
-            from llguidance import LLMatcher  # noqa: PLC0415
-
-            matcher = LLMatcher(self.tokenizer, constraint, log_level=0, limits=limits())
+            if constraint.startswith(CHOICES):
+                matcher = self._of_choices(json.loads(constraint))
+            else:
+                matcher = self._compile(constraint)
             found = self._compiled[constraint] = matcher, _problem(matcher)
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(constraint)
         return found
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher  # noqa: PLC0415
+
+        return LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits())
+
+    def _of_choices(self, choices: Sequence[str]) -> LLMatcher:
+        """A matcher of choices as the tokens that the tokenizer makes of them.
+
+        If any tokens with the same text would do, a model that wants to say `Great` could only say
+        `g` and be held to `green`. llguidance can't match tokens by number where another one has
+        the same bytes, as letters have in Llama 2's tokenizer: then they are matched as text.
+        """
+        texts = [json.dumps(choice) for choice in choices]
+        if len(choices) <= _MOST_TOKENISED:
+            each = _tokenised(choices, self._given)
+            parts = [
+                text if ids is None else " ".join(f"<[{i}]>" for i in ids)
+                for ids, text in zip(each, texts, strict=True)
+            ]
+            matcher = self._compile(f"start: {' | '.join(parts)}")
+            if all(ids is None or _takes(matcher, ids) for ids in each):
+                return matcher
+        return self._compile(f"start: {' | '.join(texts)}")
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
@@ -87,6 +115,35 @@ class Matchers:
                     f"tokenizer ({said_by(error)})",
                     hint="leave out the shape of the answer, or use another model",
                 ) from error
+
+
+def _tokenised(choices: Sequence[str], tokenizer: Any) -> list[list[int] | None]:
+    """The tokens that a tokenizer makes of choices; None for one that they can't be told to say.
+
+    It reads like a special token, or decoding puts a space in front of it.
+    """
+    encode, special = continuing(tokenizer), set(tokenizer.all_special_ids)
+    before = list(encode("a", add_special_tokens=False)["input_ids"])
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def plain(choice: str, ids: list[int]) -> bool:
+        said = text(before + ids).removeprefix(text(before))
+        return said == choice and not special.intersection(ids)
+
+    each = [list(encode(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
+    return [ids if plain(choice, ids) else None for choice, ids in zip(choices, each, strict=True)]
+
+
+def _takes(matcher: LLMatcher, ids: Sequence[int]) -> bool:
+    """Whether an answer may consist of these tokens."""
+    begun = matcher.deep_copy()
+    for token in ids:
+        begun.compute_bitmask()  # what is forced is fixed then
+        if not begun.consume_token(token):
+            return False
+    return begun.is_accepting()
 
 
 def _problem(matcher: LLMatcher) -> str | None:

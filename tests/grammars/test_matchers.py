@@ -102,6 +102,45 @@ def test_an_answer_of_any_tokenizer(make: Any, more: int) -> None:
         assert texts[1].removeprefix(texts[0]).strip() in choices
 
 
+def merging() -> Any:
+    """Byte-level, with tokens of several letters."""
+    words = ["ye", "yes", "no", "no ", "not"]
+    vocabulary = [*byte_vocabulary(), *words[:2], "no", "Ġp"]
+    merges = [("y", "e"), ("ye", "s"), ("n", "o"), ("Ġ", "p")]
+    backend = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges)
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+def allowed_tokens(matcher: Any, tokenizer: Any) -> set[str]:
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    ids = np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
+    return {tokenizer.decode([i]) for i in ids}
+
+
+def test_choices_are_the_tokens_that_the_tokenizer_makes_of_them() -> None:
+    """Any tokens with the same bytes would let a model say the beginning of something else."""
+    tokenizer = merging()
+    matchers = Matchers(tokenizer, [2], len(tokenizer))
+    choices = matchers.start(constraint_of("choices", ("yes", "no", "no please", "maybe")))
+    assert allowed_tokens(choices, tokenizer) == {"yes", "no", "m"}
+    assert choices.consume_token(tokenizer.convert_tokens_to_ids("no"))
+    assert not choices.is_stopped()
+    assert allowed_tokens(choices, tokenizer) == {"<|im_end|>", " p"}
+    text = matchers.start(constraint_of("regex", "yes|no|no please|maybe"))
+    assert allowed_tokens(text, tokenizer) > {"y", "ye", "n"}
+
+
+def test_a_choice_that_reads_like_a_special_token_is_text() -> None:
+    tokenizer = merging()
+    matchers = Matchers(tokenizer, [2], len(tokenizer))
+    matcher = matchers.start(constraint_of("choices", ("<|im_end|>", "yes")))
+    assert allowed_tokens(matcher, tokenizer) == {"<", "yes"}
+
+
 def test_a_model_with_fewer_tokens_than_its_tokenizer() -> None:
     tokenizer = byte_level()
     matchers = Matchers(tokenizer, [2], 100)
