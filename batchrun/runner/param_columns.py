@@ -135,7 +135,8 @@ def read_parameter(name: str, value: Any) -> Any:
 
     Returns:
         The parameter, or None if the row sets none and the job's value holds: for null, NaN and
-        blank text; for `stop`, where a space is text, also for a list of nulls and empty texts.
+        blank text, and no choices; for `stop`, where a space is text, also for a list of nulls and
+        empty texts.
 
     Raises:
         BadParameterError: The value is invalid.
@@ -157,7 +158,7 @@ def _says_nothing(name: str, value: Any) -> bool:
         return math.isnan(value)
     if isinstance(value, str) and name != "stop":  # `stop` may be a space, or `nan`
         return value.strip().lower() in {"", "nan"}
-    return value is None or value == ""
+    return value is None or value == "" or (name == "choices" and value == [])
 
 
 def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = None) -> list[str]:

@@ -65,7 +65,7 @@ def test_rows_have_shapes_of_their_own(batchrun: CommandLine) -> None:
         {"regex": "a", "choices": ["b"]},
         {"choices": ["a", "a"]},
         {},
-        {"regex": None, "choices": None},
+        {"regex": None, "choices": []},
         *[{"choices": ["w"]}, {"regex": "w"}] * 4,
     ]
     path = batchrun.folder / "in.jsonl"
