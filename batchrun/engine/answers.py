@@ -70,8 +70,11 @@ class Answers:
         if answer is None:
             prompt_ids = sequence.request.prompt_ids
             answer = Answer(self._tokenizer, prompt_ids, params.stop, self._specials)
-            # A continued request starts late: catch up.
-            answer.push(sequence.output_ids[:-1])
+            # A continued request starts late: it catches up as it went, since stop strings before
+            # `min_tokens` were passed.
+            before = sequence.output_ids[:-1]
+            for ids in ([token] for token in before) if params.stop else [before]:
+                answer.push(ids)
         cut = answer.push([token], last=reason is not None)
         if cut is not None and len(sequence.output_ids) >= params.min_tokens:
             sequence.text = answer.text[:cut]

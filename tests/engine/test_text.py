@@ -6,11 +6,12 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.core import FinishReason
-from batchrun.engine.output import Detokenizer, find_stop
+from batchrun.engine.answers import Answers
+from batchrun.engine.core import FinishReason, Request, SamplingParams, Sequence
+from batchrun.engine.output import Detokenizer, Specials, find_stop
 from batchrun.jobs.rows.jsontext import encode, parse_object
 from batchrun.prompts.builder import PromptBuilder
 from batchrun.prompts.messages import PromptError
@@ -204,4 +205,33 @@ def test_a_template_shows_values_as_json_does(value: Any, text: str) -> None:
 
 
 def test_finish_reasons_are_the_fields_usual_words() -> None:
-    assert [str(r) for r in FinishReason] == ["stop", "length", "error"]
+    assert [str(r) for r in FinishReason] == ["stop", "length", "scored", "error"]
+
+
+@given(
+    words=st.lists(st.sampled_from(["s", " t", "日本語", "👩", "in", "ж"]), min_size=2, max_size=9),
+    stops=st.lists(st.sampled_from(["s", " t", "in", "本"]), min_size=1, max_size=2),
+    least=st.integers(0, 20),
+    data=st.data(),
+)
+@example(words=["s", "日本語", "👩", "in"], stops=["s"], least=3, data=None)
+@settings(max_examples=150, deadline=None)
+def test_a_continued_answer_ends_where_it_would_have(
+    tokenizer: Any, words: list[str], stops: list[str], least: int, data: st.DataObject | None
+) -> None:
+    """Also where the tokens so far end within a character, and a stop string came too early."""
+    ids = tokenizer("".join(words), add_special_tokens=False)["input_ids"]
+    params = SamplingParams(max_tokens=40, min_tokens=least, stop=tuple(dict.fromkeys(stops)))
+
+    def ends(begun: int) -> tuple[list[int], str | None]:
+        answers = Answers(tokenizer, frozenset(), Specials(), None)
+        sequence = Sequence(Request(0, 0, (5, 6), params, 0), ids[:begun])
+        for token in ids[begun:]:
+            sequence.output_ids.append(token)
+            if answers.ended(sequence, token, 1000):
+                break
+        return sequence.output_ids, sequence.text
+
+    whole, text = ends(0)
+    begun = [data.draw(st.integers(0, len(whole) - 1))] if data else range(len(whole))
+    assert all(ends(each) == (whole, text) for each in begun)
