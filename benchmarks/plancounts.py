@@ -21,7 +21,7 @@ from batchrun.allocator.layout import KVLayout, LayerKV
 from batchrun.engine.core import Request, SamplingParams
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import Ticket
-from batchrun.engine.plan import StepOutput, StepPlan
+from batchrun.engine.plan import Masks, StepOutput, StepPlan
 from batchrun.engine.prefixes import KEPT
 from batchrun.engine.scheduler import Scheduler
 from batchrun.estimate.savings import Savings
@@ -63,7 +63,7 @@ class NoModel:
         self._plan = plan
         return Ticket(plan.step)
 
-    def sample(self, ticket: Ticket) -> None:
+    def sample(self, ticket: Ticket, masks: Masks | None = None) -> None:
         """Nothing."""
 
     def collect(self, ticket: Ticket) -> StepOutput:
