@@ -23,7 +23,14 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the cores; re
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line sets it
 
 # They take minutes: begun last, one of them would run alone while the other cores are idle.
-_LONG = ("test_smollm2", "test_async", "test_destinations", "test_bad_input", "test_check")
+_LONG = (
+    "test_smollm2",
+    "test_recipes",
+    "test_async",
+    "test_destinations",
+    "test_bad_input",
+    "test_check",
+)
 _LONG += ("test_docs", "test_best_of", "test_inputs_changed", "test_native_code")
 
 

@@ -125,6 +125,8 @@ def test_the_sample_of_stats_has_the_shape_of_the_real_report():
         "docs/kernels.md",
         "docs/performance.md",
         "docs/python.md",
+        "docs/recipes.md",
+        *(str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("examples/*/README.md"))),
     ],
 )
 def test_links_lead_somewhere(page):
