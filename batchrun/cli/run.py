@@ -73,7 +73,8 @@ def submit_command(
     INPUT is a Parquet, JSON or CSV file, a folder of them, a glob, or - for stdin; several make
     one job. Every row has a column `prompt` (text), or `messages` or `conversations` (a chat), or
     gets its prompt from --template. The output has all input columns, then completion,
-    finish_reason, prompt_tokens, completion_tokens and error, in input order.
+    finish_reason, prompt_tokens, completion_tokens and error, in input order; with a shape of the
+    answer also parsed and parse_error, with scores these.
 
     The job runs in a process of its own. Ctrl-C leaves the view, not the job.
     """
@@ -271,7 +272,8 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
     if rows["resumed"]:
         line += f", {rows['resumed']:,} of them kept from earlier runs"
     if rows["failed"]:
-        line += f", {rows['failed']:,} failed (the column `error` says why)"
+        column = f"{job.spec().output.prefix}error"
+        line += f", {rows['failed']:,} failed (the column `{column}` says why)"
     aside = job.spec().output.stdout  # stdout has the answers
     if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
         say(line, f"output: {output}", f"next:   batchrun stats {job.id}", err=aside)

@@ -165,3 +165,10 @@ def test_in_python_a_schema_is_a_dict_or_a_class(
         assert choice.logprob < 0
         (free,) = llm.generate(["a"], max_tokens=3)
         assert free.error is None
+
+
+def test_the_column_of_errors_is_named_as_it_is(batchrun: CommandLine) -> None:
+    """Beside that of an earlier job, whose output this one reads."""
+    source = batchrun.write("in.jsonl", ["a", None], error=[None, None])
+    shown = batchrun.submit(source, "--output-prefix", "j_", "-o", "out.jsonl", "--max-tokens", 2)
+    assert "1 failed (the column `j_error` says why)" in shown.out
