@@ -21,7 +21,7 @@ CEILINGS = {
     "batchrun/engine/cpu": 2400,
     "batchrun/engine/model": 2320,
     "batchrun/estimate": 440,
-    "batchrun/grammars": 420,
+    "batchrun/grammars": 460,
     "batchrun/models": 1060,
     "batchrun/prompts": 1150,
     "batchrun/report": 160,
