@@ -187,8 +187,8 @@ class SamplingSpec:
     json_object: bool = option("The answer is any JSON object.", default=False, section=kinds.SHAPE)
     regex: str | None = option(
         "The answer matches this regular expression as a whole (Rust's syntax).",
+        shapes.REGEX,
         section=kinds.SHAPE,
-        metavar="RE",
         row=RowRule("a regular expression"),
     )
     choices: tuple[str, ...] | None = option(

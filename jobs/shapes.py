@@ -83,9 +83,18 @@ def _schema(value: Any) -> str:
 
 def _grammar(value: Any) -> str:
     text = _of_file(value, lambda text: "\n" in text or "start:" in text, "a Lark grammar")
+    if not str(text).strip():
+        raise ValueError("the grammar is empty")
     return str(text)
+
+
+def _regex(value: str) -> str:
+    if not value:
+        raise ValueError("the expression is empty")
+    return value
 
 
 SCHEMA = Kind((object,), "JSON schema", _schema, "FILE|JSON")
 CHOICES = Kind((str, list, tuple), "list of texts", choices_of, "A,B,...")
+REGEX = Kind((str,), "regular expression", _regex, "RE")
 GRAMMAR = Kind((str, os.PathLike), "Lark grammar", _grammar, "FILE")

@@ -119,7 +119,7 @@ def reason(said: str) -> str:
     if said.startswith("NoExtensionBias"):
         return "it allows no answer"
     said = _PLACE.sub("", said).replace("Unimplemented keys:", "unsupported keywords:")
-    lines = [line.strip() for line in said.splitlines()]
+    lines = [line.strip() for line in said.splitlines()] or ["it can't be read"]
     found = next((line for line in lines if line.startswith("error:")), "")
     text = lines[0].rstrip(":") + (f": {found[7:]}" if found else "")
     return text if len(text) <= _SAID else f"{text[: _SAID - 3]}..."
@@ -144,5 +144,5 @@ _MADE: dict[str, Callable[[Any], str]] = {
     "json_object": lambda _: _of_schema(_ANY_OBJECT),
     "regex": _of_regex,
     "choices": json.dumps,
-    "grammar": str,
+    "grammar": lambda text: f" {text}" if text.startswith(CHOICES) else text,
 }

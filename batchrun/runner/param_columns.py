@@ -18,7 +18,7 @@ from batchrun.jobs.errors import InputError
 from batchrun.jobs.kinds import FLAG, NUMBER, TEXT, Integer, RowRule
 from batchrun.jobs.rows.arrowtypes import is_text, without_dictionary
 from batchrun.jobs.rows.row import Source
-from batchrun.jobs.shapes import CHOICES, SCHEMA, choices_of, schema_text
+from batchrun.jobs.shapes import CHOICES, REGEX, SCHEMA, choices_of, schema_text
 from batchrun.jobs.spec import OPTIONS
 
 IGNORE = "--ignore-param-columns"
@@ -100,7 +100,7 @@ _COLUMNS: dict[tuple[Any, bool], tuple[Callable[[Any], Any], _Types, _Types]] = 
     (NUMBER, False): (_number, _NUMBERS, ()),
     (FLAG, False): (_flag, (pa.types.is_boolean, *_NUMBERS), ()),
     (TEXT, True): (_texts, (is_text,), (is_text,)),
-    (TEXT, False): (_text, (is_text,), ()),
+    (REGEX, False): (_text, (is_text,), ()),
     (CHOICES, False): (choices_of, (is_text,), (is_text,)),
     (SCHEMA, False): (schema_text, (is_text, pa.types.is_struct), ()),
 }

@@ -100,6 +100,8 @@ def test_rows_have_shapes_of_their_own(batchrun: CommandLine) -> None:
         (("--json-schema", '{"type": "string", "maxLen": 3}'), 2, "unknown keyword 'maxLen'"),
         (("--regex", "(("), 2, "--regex can't be kept: invalid regex"),
         (("--grammar", "gone.lark"), 2, "'gone.lark' can't be read as a Lark grammar"),
+        (("--grammar", "/dev/null"), 2, "the grammar is empty"),
+        (("--regex", ""), 2, "the expression is empty"),
         (("--choices", "a,,b"), 2, "a choice must not be empty"),
         (("--choices", "a,b,a"), 2, "the choice 'a' is there twice"),
         (("--choices", "a", "--regex", "b"), 2, "--regex and --choices exclude each other"),

@@ -133,6 +133,13 @@ def test_a_key_never_stands_twice_or_in_disguise() -> None:
         assert matcher.deep_copy().try_consume_tokens(ids) < len(ids)
 
 
+@pytest.mark.parametrize("grammar", ["[", '["a"]', "start: foo", "{", '{"a": 1}', "\0", "x"])
+def test_a_grammar_that_is_none_is_refused_with_the_reason(grammar: str) -> None:
+    found = problem(constraint_of("grammar", grammar))
+    assert found
+    assert "\n" not in found
+
+
 def test_annotations_and_what_says_nothing_are_fine() -> None:
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
