@@ -97,22 +97,20 @@ class Constraints:
             segments: A step's segments.
             owners: Their sequences, all of whose tokens are known; None if one has ended.
         """
-        alone: list[tuple[LLMatcher, int]] = []
-        drafted: list[tuple[LLMatcher, int, list[int]]] = []
+        found: list[tuple[LLMatcher, int]] = []
         rows: list[int] = []
         at = 0
         for segment, sequence in zip(segments, owners, strict=True):
             if not segment.sampled:
                 continue
-            count = 1 + segment.num_drafts
             matcher = None if sequence is None else self.of(sequence)
-            if matcher is not None:
-                if segment.num_drafts:
-                    drafted.append((matcher, len(rows), list(segment.drafts)))
-                else:
-                    alone.append((matcher, len(rows)))
-                rows += range(at, at + count)
-            at += count
+            for draft in (None, *segment.drafts):
+                if matcher is not None:
+                    if draft is not None:
+                        matcher = _after(matcher, [draft])
+                    found.append((matcher, len(rows)))
+                    rows.append(at)
+                at += 1
         if not rows:
             return None
         if self._executor is None:
@@ -122,11 +120,15 @@ class Constraints:
         words = -(-self._matchers.tokenizer.vocab_size // _WORD)
         bits = np.zeros((len(rows), words), np.uint32)
         place = bits.ctypes.data, words * bits.itemsize, len(rows)
-        if alone:
-            self._executor.unsafe_compute_mask_ptr(alone, *place)
-        if drafted:
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *place)
+        self._executor.unsafe_compute_mask_ptr(found, *place)
         return Masks(np.array(rows), bits)
+
+
+def _after(matcher: LLMatcher, token_ids: list[int]) -> LLMatcher:
+    """A copy of a matcher that has gone on: its own rollback forgets too little of choices."""
+    copy = matcher.deep_copy()
+    copy.consume_tokens(token_ids)
+    return copy
 
 
 def _forced(matcher: LLMatcher) -> list[int]:
@@ -135,11 +137,7 @@ def _forced(matcher: LLMatcher) -> list[int]:
     Nothing follows that one, so it need not be computed: it is chosen after the others.
     """
     ids = matcher.compute_ff_tokens()
-    if ids and matcher.consume_tokens(ids):
-        complete = matcher.is_stopped()
-        matcher.rollback(len(ids))
-        return ids[:-1] if complete else ids
-    return ids
+    return ids[:-1] if ids and _after(matcher, ids).is_stopped() else ids
 
 
 class ConstrainedDrafts:

@@ -252,7 +252,10 @@ def test_an_attention_kernel_that_cannot_be_used_here(batchrun):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (("--max-tokens", -5), "--max-tokens must be at least 1, not -5"),
+        (
+            ("--max-tokens", -5),
+            "--max-tokens must be at least 1 (0 only where known text is scored), not -5",
+        ),
         (("--temperature", -1), "--temperature must be 0 or more, not -1.0"),
         (("--top-p", 1.5), "--top-p must be above 0 and at most 1, not 1.5"),
         (("--top-k", -1), "--top-k must be 0 (off) or more"),

@@ -15,6 +15,7 @@ from batchrun.engine.build import Assembly
 from batchrun.engine.core import EngineError, Request, SamplingParams, Segment
 from batchrun.engine.executor import Ticket, TorchExecutor
 from batchrun.engine.model import gates
+from batchrun.engine.plan import Masks
 from batchrun.engine.transfers import CudaTransfers
 from batchrun.errors import ModelError
 from tests.parity.runner import run
@@ -30,8 +31,8 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that samples nothing is collected without a look at the device."""
     sample = TorchExecutor.sample
 
-    def forgetting(self: TorchExecutor, ticket: Ticket) -> None:
-        sample(self, ticket)
+    def forgetting(self: TorchExecutor, ticket: Ticket, masks: Masks | None) -> None:
+        sample(self, ticket, masks)
         if not any(segment.sampled for segment in ticket.segments):
             ticket.tokens = SimpleNamespace(get=list)
 
