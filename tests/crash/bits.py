@@ -106,6 +106,7 @@ prompts = st.builds(
     st.sampled_from(BEGINNINGS),
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
 )
+texts = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)  # the context holds both
 greedy = {"temperature": st.just(0.0)}
 drawn = {
     "temperature": st.sampled_from([0.3, 0.8, 1.5]),
@@ -192,7 +193,7 @@ columns = st.builds(
 jobs = st.builds(
     Drawn,
     rows=st.lists(prompts, min_size=1, max_size=most_rows).map(tuple),
-    texts=st.lists(prompts, min_size=most_rows, max_size=most_rows).map(tuple),
+    texts=st.lists(texts, min_size=most_rows, max_size=most_rows).map(tuple),
     columns=columns,
     sampling=sampling,
     n=st.integers(1, 3),

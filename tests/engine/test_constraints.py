@@ -74,7 +74,9 @@ def made(shape: Shaped) -> str | None:
 REGEXES = st.sampled_from(
     ["[0-9]{3}", "(ab|cd)+e", r"[a-c]{1,5}, [A-Z]", "yes|no", r"(\d\d:)+x", "", "é+"]
 )
-CHOICES = st.sampled_from([("yes", "no"), ("a", "ab", "abc"), ("é", "ü"), ("one, two", "\n")])
+CHOICES = st.sampled_from(
+    [("yes", "no", "maybe not"), ("a", "ab", "abc"), ("é", "ü"), ("one, two", "\n")]
+)
 SHAPES = st.one_of(
     schemas().map(lambda schema: ("json_schema", schema)),
     st.just(("json_object", True)),
