@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from batchrun.engine.constraints import ConstraintError, Constraints
 from batchrun.engine.core import FinishReason, Sequence
-from batchrun.engine.failures import not_finite, without_text
+from batchrun.engine.failures import not_finite, without_shape, without_text
 from batchrun.engine.output import Answer, Specials
 from batchrun.errors import PROCESS_ENDS
 from batchrun.prompts.chat import Tokenizer
@@ -47,7 +47,7 @@ class Answers:
         try:
             sequence.finish_reason = self._reason(sequence, token, max_model_len)
         except ConstraintError as error:
-            _break(sequence, str(error))
+            without_shape(sequence, str(error))
         except PROCESS_ENDS:
             raise
         except BaseException as error:
@@ -116,10 +116,6 @@ class Answers:
     def _fail_without_token(self, sequence: Sequence) -> None:
         stuck = self._constraints and self._constraints.problem(sequence)
         if stuck:
-            _break(sequence, stuck)
+            without_shape(sequence, stuck)
         else:
             not_finite(sequence)
-
-
-def _break(sequence: Sequence, reason: str) -> None:
-    sequence.fail("constraint", f"no answer of the shape asked for can be found: {reason}")

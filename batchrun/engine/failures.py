@@ -13,6 +13,11 @@ def without_text(sequence: Sequence, error: BaseException) -> None:
     sequence.fail("internal", f"its tokens can't be decoded to text: {said_by(error)}")
 
 
+def without_shape(sequence: Sequence, reason: str) -> None:
+    """Fail a sequence whose answer can't go on under its constraint."""
+    sequence.fail("constraint", f"no answer of the shape asked for can be found: {reason}")
+
+
 def not_finite(sequence: Sequence, generated: int | None = None) -> None:
     """Fail a sequence for its logits, after so many generated tokens; default: all that it has."""
     count = len(sequence.output_ids) if generated is None else generated

@@ -38,6 +38,7 @@ from batchrun.runner.watchdog import Watchdog
 
 if TYPE_CHECKING:  # they import torch, which is not loaded before there is something to compute
     from batchrun.engine.model.generation import Generation
+    from batchrun.engine.settings import EncodeText
     from batchrun.grammars.matchers import Matchers
 
 Read = Result | CopiedResult | RowDigests  # what the reader has for the journal
@@ -69,7 +70,7 @@ class Prompts(Protocol):
         """Turns a row's fields into prompt tokens; raises `PromptError`."""
 
     @property
-    def encode_text(self) -> Callable[[str, Mapping[str, Any] | None], tuple[int, ...]]:
+    def encode_text(self) -> EncodeText:
         """Turns a text behind a row's prompt into tokens; see `PromptBuilder.continuation`."""
 
     @property

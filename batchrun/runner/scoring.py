@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from batchrun.engine.scores import Scoring
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.options import SamplingSpec
 from batchrun.prompts.messages import PromptError, kind_of, wrong_type
 
-EncodeText = Callable[[str, Mapping[str, Any] | None], tuple[int, ...]]
+if TYPE_CHECKING:  # imports torch
+    from batchrun.engine.settings import EncodeText
 
 
 class Scorer:
