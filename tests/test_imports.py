@@ -42,7 +42,7 @@ TORCH_FREE = (
     "allocator.cuda",
     "engine.core",
     "engine.scheduler",
-    "engine.proposers",
+    "engine.speculation.proposers",
     "jobs.output.rejoin",
     "jobs.verify",
     "models.resolve",

@@ -19,7 +19,7 @@ from batchrun.allocator.host import HostMemory
 from batchrun.allocator.tensor import layer_views, slab_bytes
 from batchrun.allocator.vmm import AllocatorError, VirtualMemory
 from batchrun.engine import attention, cpu, invariance
-from batchrun.engine.constraints import ConstrainedDrafts, Constraints
+from batchrun.engine.constraints import Constraints
 from batchrun.engine.core import EngineError
 from batchrun.engine.cpu import Level
 from batchrun.engine.cpu.compile import guard_caches
@@ -29,7 +29,6 @@ from batchrun.engine.model import gates, invariant, loading
 from batchrun.engine.model.generation import read_generation, vocabulary_size
 from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel
-from batchrun.engine.proposers import PromptLookup, Proposer
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.settings import (
     DEVICE_HEADROOM,
@@ -46,6 +45,9 @@ from batchrun.engine.settings import (
     prompt_encoder,
 )
 from batchrun.engine.shortage import device_errors
+from batchrun.engine.speculation.forced import ConstrainedDrafts
+from batchrun.engine.speculation.lookup import PromptLookup
+from batchrun.engine.speculation.proposers import Proposer
 from batchrun.engine.transfers import CudaTransfers, Transfers
 from batchrun.engine.warmup import WarmUp
 from batchrun.grammars.matchers import Matchers

@@ -8,9 +8,7 @@ answer is complete.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +16,6 @@ import numpy as np
 from batchrun import machine
 from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.plan import Masks
-from batchrun.engine.proposers import DraftBatch, Proposer
 from batchrun.grammars.constraint import reason
 from batchrun.grammars.matchers import Matchers
 
@@ -86,6 +83,22 @@ class Constraints:
             return None
         return reason(matcher.get_error()) or "it allows no token here"
 
+    def forced(self, sequence: Sequence) -> list[int]:
+        """The tokens that must come now, without the one that completes the answer.
+
+        Nothing follows that one, so it need not be computed: it is chosen after the others.
+        """
+        matcher = self.of(sequence)
+        if matcher is None:
+            return []
+        ids = matcher.compute_ff_tokens()
+        return ids[:-1] if ids and _after(matcher, ids).is_stopped() else ids
+
+    def allowed(self, sequence: Sequence, token_ids: Seq[int]) -> int:
+        """How many of these tokens may come, one after the other."""
+        matcher = self.of(sequence) if token_ids else None
+        return len(token_ids) if matcher is None else matcher.validate_tokens(list(token_ids))
+
     def forget(self, sequence: Sequence) -> None:
         """Drop the matcher of a sequence that has ended."""
         self._held.pop(sequence, None)
@@ -129,68 +142,3 @@ def _after(matcher: LLMatcher, token_ids: list[int]) -> LLMatcher:
     copy = matcher.deep_copy()
     copy.consume_tokens(token_ids)
     return copy
-
-
-def _forced(matcher: LLMatcher) -> list[int]:
-    """The tokens that must come now, without the one that completes the answer.
-
-    Nothing follows that one, so it need not be computed: it is chosen after the others.
-    """
-    ids = matcher.compute_ff_tokens()
-    return ids[:-1] if ids and _after(matcher, ids).is_stopped() else ids
-
-
-class ConstrainedDrafts:
-    """Proposes the tokens that constraints force; of other draft tokens, those that they allow.
-
-    Args:
-        constraints: Knows the matchers.
-        inner: Proposes draft tokens for whatever is not forced.
-        num_logits: Maximum rows of logits in a step, with drafts.
-    """
-
-    def __init__(self, constraints: Constraints, inner: Proposer, num_logits: int) -> None:
-        self._constraints, self._inner, self._num_logits = constraints, inner, num_logits
-
-    def open(self, sequence: Sequence) -> None:
-        """See `Proposer.open`."""
-        self._inner.open(sequence)
-
-    def close(self, sequence: Sequence) -> None:
-        """See `Proposer.close`."""
-        self._inner.close(sequence)
-
-    def settle(self, sequences: Iterable[Sequence]) -> None:
-        """See `Proposer.settle`."""
-        self._inner.settle(sequences)
-
-    def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
-        """See `Proposer.propose`; what is forced comes first."""
-        places = min(batch.budget, self._num_logits - batch.num_logits)
-        forced: dict[Sequence, tuple[int, ...]] = {}
-        for sequence, room in batch.sequences:
-            matcher = self._constraints.of(sequence)
-            if matcher is not None and places > 0:
-                ids = _forced(matcher)[: max(0, min(room, places))]
-                if ids:
-                    forced[sequence] = tuple(ids)
-                    places -= len(ids)
-        rest = [pair for pair in batch.sequences if pair[0] not in forced]
-        count = sum(map(len, forced.values()))
-        self._constraints.num_forced += count
-        left = replace(
-            batch,
-            sequences=rest,
-            num_tokens=batch.num_tokens + count,
-            num_logits=batch.num_logits + count,
-            budget=batch.budget - count,
-        )
-        others = dict(zip((s for s, _ in rest), self._inner.propose(left), strict=True))
-        return [
-            forced[sequence] if sequence in forced else self._allowed(sequence, others[sequence])
-            for sequence, _ in batch.sequences
-        ]
-
-    def _allowed(self, sequence: Sequence, drafts: tuple[int, ...]) -> tuple[int, ...]:
-        matcher = self._constraints.of(sequence) if drafts else None
-        return drafts if matcher is None else drafts[: matcher.validate_tokens(list(drafts))]

@@ -11,7 +11,7 @@ from batchrun.engine.core import Group, Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.prefixes import BLOCK, SharedPrefixes
-from batchrun.engine.proposers import Proposer, add_drafts
+from batchrun.engine.speculation.proposers import Proposer, add_drafts
 from batchrun.engine.stays import Stays, slot_of
 from batchrun.engine.waiting import WaitingQueue, check_machine, why_refused
 

@@ -10,7 +10,7 @@ from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.plan import NewSequence
 from batchrun.engine.prefixes import SharedPrefixes
-from batchrun.engine.proposers import Proposer
+from batchrun.engine.speculation.proposers import Proposer
 
 
 class Stays:

@@ -19,7 +19,7 @@ from batchrun.engine.beams import BeamGroup, width
 from batchrun.engine.core import Candidates, Request, Segment, Sequence
 from batchrun.engine.executor import Ticket
 from batchrun.engine.plan import Masks, StepOutput, StepPlan
-from batchrun.engine.proposers import Lookup
+from batchrun.engine.speculation.lookup import Lookup
 
 VOCAB = 997
 PART = 4  # tokens whose attention is a sum of its own

@@ -13,7 +13,7 @@ from batchrun.engine.core import SamplingParams
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.logits import LogitsConfig, processors
 from batchrun.engine.processors import LogitsProcessor, LogitsRow
-from batchrun.engine.proposers import PromptLookup
+from batchrun.engine.speculation.lookup import PromptLookup
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import loaded, prompts
 

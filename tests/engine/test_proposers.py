@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.core import Sequence as Row
-from batchrun.engine.proposers import LONGEST, DraftBatch, Lookup, PromptLookup, add_drafts
+from batchrun.engine.speculation.lookup import LONGEST, Lookup, PromptLookup
+from batchrun.engine.speculation.proposers import DraftBatch, add_drafts
 from tests.engine.echo import Oracle
 from tests.engine.test_scheduler import MAX_LEN, Rig
 

@@ -17,9 +17,10 @@ from batchrun.allocator.tensor import layer_views, slab_bytes
 from batchrun.engine.core import Completion, FinishReason, Request, SamplingParams
 from batchrun.engine.engine import Engine
 from batchrun.engine.prefixes import KEPT
-from batchrun.engine.proposers import PromptLookup, Proposer
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.scores import Scores, Scoring
+from batchrun.engine.speculation.lookup import PromptLookup
+from batchrun.engine.speculation.proposers import Proposer
 from tests.allocator.invariants import check_arena
 from tests.engine import invariants
 from tests.engine.echo import EchoExecutor, Oracle, expected, expected_of_beams, score_of

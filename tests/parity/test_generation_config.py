@@ -20,8 +20,8 @@ from batchrun.engine.model.generation import Generation, read_generation
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.plan import NewSequence
 from batchrun.engine.processors import LogitsRow
-from batchrun.engine.proposers import Lookup, PromptLookup
 from batchrun.engine.sampling import Sampler
+from batchrun.engine.speculation.lookup import Lookup, PromptLookup
 from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run
 
