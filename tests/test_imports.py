@@ -42,7 +42,7 @@ TORCH_FREE = (
     "allocator.cuda",
     "engine.core",
     "engine.scheduler",
-    "engine.speculation.proposers",
+    "engine.speculation.speculator",
     "jobs.output.rejoin",
     "jobs.verify",
     "models.resolve",

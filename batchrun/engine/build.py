@@ -45,9 +45,9 @@ from batchrun.engine.settings import (
     prompt_encoder,
 )
 from batchrun.engine.shortage import device_errors
-from batchrun.engine.speculation.forced import ConstrainedDrafts
-from batchrun.engine.speculation.lookup import PromptLookup
-from batchrun.engine.speculation.proposers import Proposer
+from batchrun.engine.speculation.cost import StepCost
+from batchrun.engine.speculation.speculator import Speculator
+from batchrun.engine.speculation.table import AnswerTable
 from batchrun.engine.transfers import CudaTransfers, Transfers
 from batchrun.engine.warmup import WarmUp
 from batchrun.grammars.matchers import Matchers
@@ -200,6 +200,7 @@ class Assembly:
         self.kernels = (self.executor.backend.name, *made, *recorded)
         self.arithmetic = invariance.arithmetic(loaded)
         self.note_varies(invariance.varies(loaded, self.executor.backend))
+        self._speculator = self._make_speculator()
         self.scheduler = Scheduler(
             self.arena,
             max_num_seqs=self.max_num_seqs,
@@ -207,7 +208,7 @@ class Assembly:
             max_model_len=loaded.max_model_len,
             max_scored_tokens=self._most_scored(),
             share=settings.share_prefixes,
-            proposer=self._proposer(),
+            proposer=self._speculator,
             lookahead=_LOOKAHEAD if self.executor.lag else 0,
         )
         self.engine = Engine(
@@ -237,7 +238,7 @@ class Assembly:
             **asdict(self.engine.stats),
             **self.usage.as_dict(),
             "shared_tokens": self.scheduler.stays.num_shared_tokens,
-            "forced_tokens": self._constraints.num_forced,
+            "forced_tokens": self._speculator.num_forced if self._speculator else 0,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "max_num_seqs": self.max_num_seqs,
@@ -340,7 +341,7 @@ class Assembly:
             )
         return bool(names)
 
-    def _proposer(self) -> Proposer | None:
+    def _make_speculator(self) -> Speculator | None:
         """Speculative decoding, if attention takes several tokens of each row in one call.
 
         One call per row costs more than drafts save. On a GPU a step is planned before the previous
@@ -352,7 +353,7 @@ class Assembly:
         # A tile has 16 rows; vector instructions multiply 8 rows at a time.
         free = 16 if cpu.level() is Level.TILES else 8
         most = _DRAFT_LOGITS // self._logits_bytes()
-        return ConstrainedDrafts(self._constraints, PromptLookup(most, free=free), most)
+        return Speculator(most, StepCost(free), self._constraints, AnswerTable())
 
     def _most_scored(self) -> int:
         """Tokens of a step after which known tokens are scored; at least one."""

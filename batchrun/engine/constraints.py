@@ -34,14 +34,10 @@ class Constraints:
 
     Args:
         matchers: Starts one for a constraint.
-
-    Attributes:
-        num_forced: Draft tokens proposed because nothing else may come.
     """
 
     def __init__(self, matchers: Matchers) -> None:
         self._matchers = matchers
-        self.num_forced = 0
         self._held: dict[Sequence, LLMatcher] = {}
         self._executor: LLExecutor | None = None
 

@@ -345,6 +345,8 @@ class Engine:
         stats.decode_s += seconds * (computed - prefill) / computed
         stats.sequence_s += seconds * len(plan.segments)
         stats.device_s, stats.idle_s = self.executor.seconds()
+        if (proposer := self.scheduler.stays.proposer) is not None:
+            proposer.observe(plan.segments, seconds)
 
     def _count_mapping(self) -> None:
         """Add the time spent on pages since the last call: hidden if the device still computes."""

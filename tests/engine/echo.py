@@ -7,7 +7,7 @@ slot: a page that is shared by mistake, lost, or stale changes the answer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ from batchrun.engine.beams import BeamGroup, width
 from batchrun.engine.core import Candidates, Request, Segment, Sequence
 from batchrun.engine.executor import Ticket
 from batchrun.engine.plan import Masks, StepOutput, StepPlan
+from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import Lookup
 
 VOCAB = 997
@@ -72,14 +73,24 @@ def _count(request: Request, stops: frozenset[int]) -> int:
 class Oracle(Lookup):
     """Guesses what comes, but for one token in five."""
 
-    def draft(self, most: int) -> list[int]:
-        super().draft(most)
-        ids = list(self._sequence.known_ids)
+    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
+        super().find(most, more)
+        ids = [*self._sequence.known_ids, *more]
         for _ in range(most):
             ids.append(next_token(ids))
         came = ids[len(ids) - most :]
-        self._drafts = [token if token % 5 else token + 1 for token in came]
-        return self._drafts
+        return [token if token % 5 else token + 1 for token in came]
+
+
+class Costs(StepCost):
+    """A step of a second, to which a draft token adds so many seconds, whatever is measured."""
+
+    def __init__(self, free: int = 16, draft: float = 0.01) -> None:
+        super().__init__(free)
+        self.draft = draft
+
+    def of(self, rows: int, attended: int) -> tuple[float, float]:
+        return 1.0, self.draft
 
 
 class EchoExecutor:

@@ -13,7 +13,8 @@ from batchrun.engine.core import SamplingParams
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.logits import LogitsConfig, processors
 from batchrun.engine.processors import LogitsProcessor, LogitsRow
-from batchrun.engine.speculation.lookup import PromptLookup
+from batchrun.engine.speculation.speculator import Speculator
+from tests.engine.echo import Costs
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import loaded, prompts
 
@@ -75,7 +76,7 @@ def test_tokens_behind_wrong_draft_tokens_are_taken_back() -> None:
     def tokens(*, drafts: bool) -> tuple[list[list[int]], list[str]]:
         with rig(loaded("llama")) as r:
             if drafts:
-                r.scheduler.stays.proposer = PromptLookup(64, 64)
+                r.scheduler.stays.proposer = Speculator(64, Costs(64))
             made = added(r.executor)
             found = outputs(run(r, few, asked))
             assert bool(r.engine.stats.accepted_tokens) == drafts

@@ -19,11 +19,12 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.prefixes import KEPT
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.scores import Scores, Scoring
-from batchrun.engine.speculation.lookup import PromptLookup
 from batchrun.engine.speculation.proposers import Proposer
+from batchrun.engine.speculation.speculator import Speculator
+from batchrun.engine.speculation.table import AnswerTable
 from tests.allocator.invariants import check_arena
 from tests.engine import invariants
-from tests.engine.echo import EchoExecutor, Oracle, expected, expected_of_beams, score_of
+from tests.engine.echo import Costs, EchoExecutor, Oracle, expected, expected_of_beams, score_of
 
 PAGE = 4096
 MAX_LEN = 60
@@ -164,7 +165,10 @@ class EngineMachine(RuleBasedStateMachine):
         scored: int,
     ) -> None:
         lag, logits = way
-        proposer = PromptLookup(logits, 16, Oracle) if logits else None
+        proposer = None
+        if logits:
+            table = AnswerTable(bits=6)  # entries are in each other's way
+            proposer = Speculator(logits, Costs(), table=table, lookup=Oracle)
         limits = {"seqs": seqs, "batched": batched, "pages": pages, "scored": scored}
         self.rig = Rig(**limits, lag=lag, eos=eos, proposer=proposer)  # type: ignore[arg-type]
 

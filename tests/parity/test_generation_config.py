@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -21,7 +21,9 @@ from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.plan import NewSequence
 from batchrun.engine.processors import LogitsRow
 from batchrun.engine.sampling import Sampler
-from batchrun.engine.speculation.lookup import Lookup, PromptLookup
+from batchrun.engine.speculation.lookup import Lookup
+from batchrun.engine.speculation.speculator import Speculator
+from tests.engine.echo import Costs
 from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run
 
@@ -98,12 +100,11 @@ class Told(Lookup):
         super().__init__(sequence)
         self._answer = answers[sequence.request.prompt_ids]
 
-    def draft(self, most: int) -> list[int]:
-        super().draft(most)
+    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
+        super().find(most, more)
         begin = len(self._sequence.output_ids)
         coming = enumerate(self._answer[begin : begin + most], begin)
-        self._drafts = [t if (t + i) % 4 else t + 1 for i, t in coming]
-        return self._drafts
+        return [t if (t + i) % 4 else t + 1 for i, t in coming]
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -123,8 +124,8 @@ def test_the_tokens_are_generates_own(name: str, beams: int) -> None:
         if beams == 1 and not params.penalised:
             with rig(model) as r:  # guesses are part of what came before
                 answers = dict(zip(map(tuple, prompts()), want, strict=True))
-                r.scheduler.stays.proposer = PromptLookup(
-                    1000, free=40, lookup=lambda s: Told(s, answers)
+                r.scheduler.stays.proposer = Speculator(
+                    1000, Costs(40), lookup=lambda s: Told(s, answers)
                 )
                 assert outputs(run(r, prompts(), params)) == want
                 assert 0 < r.engine.stats.accepted_tokens < r.engine.stats.drafted_tokens

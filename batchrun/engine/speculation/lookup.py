@@ -8,12 +8,11 @@ Yang et al., arXiv 2304.04487; known as prompt lookup).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from batchrun.engine.core import Sequence
-from batchrun.engine.speculation.proposers import DraftBatch
 
-LONGEST = 15  # draft tokens per sequence and step
+LONGEST = 15  # draft tokens per sequence and step, without those that are forced
 _NGRAMS = (3, 2)  # numbers of last tokens to look for, the strongest sign first
 _TYPE = "i"
 _SIZE = array(_TYPE).itemsize
@@ -23,46 +22,41 @@ class Lookup:
     """Finds what followed the last tokens of a sequence where they occurred before.
 
     Args:
-        sequence: All its tokens so far are known. It only grows.
+        sequence: The sequence; it only grows.
 
     Attributes:
-        trust: Number of draft tokens worth computing, given how many were right so far.
+        length: Number of last tokens that were found by the last call.
     """
 
     def __init__(self, sequence: Sequence) -> None:
-        self.trust = 0
+        self.length = 0
         self._sequence = sequence
         self._packed = bytearray()
-        self._drafts: list[int] = []
-        self._known = 0  # tokens known when they were made
 
-    def draft(self, most: int) -> list[int]:
-        """At most `most` tokens that may come next; none if the last ones are new."""
+    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
+        """At most `most` tokens that may come next; none if the last ones are new.
+
+        Args:
+            most: How many.
+            more: Tokens that certainly come before them.
+        """
         sequence, packed = self._sequence, self._packed
         known = len(packed) // _SIZE
-        self._known = sequence.num_known_tokens
-        packed += array(_TYPE, sequence.token_ids(known, self._known - known)).tobytes()
-        self._drafts = []
-        for length in _NGRAMS:
-            at = _last(packed, packed[-length * _SIZE :])
-            if at >= 0:
-                # Text that repeats itself is assumed to continue doing so past its end.
-                begin = at + length * _SIZE
-                after = array(_TYPE, packed[begin : begin + most * _SIZE]).tolist()
-                self._drafts = (after * -(-most // len(after)))[:most]
-                break
-        return self._drafts
-
-    def settle(self) -> None:
-        """Compare the last draft tokens with those that actually followed."""
-        if self._drafts:
-            came = self._sequence.num_known_tokens - self._known
-            tokens = self._sequence.token_ids(self._known, came)
-            pairs = enumerate(zip(self._drafts, tokens, strict=False))
-            right = next((i for i, (a, b) in pairs if a != b), min(came, len(self._drafts)))
-            whole = right == len(self._drafts)
-            self.trust = min(LONGEST, 2 * self.trust + 1) if whole else right
-            self._drafts = []
+        packed += array(_TYPE, sequence.token_ids(known, sequence.num_known_tokens - known))
+        size = len(packed)
+        packed += array(_TYPE, more)
+        try:
+            for length in _NGRAMS:
+                at = _last(packed, packed[-length * _SIZE :])
+                if at >= 0:
+                    self.length = length
+                    # Text that repeats itself is assumed to continue doing so past its end.
+                    begin = at + length * _SIZE
+                    after = array(_TYPE, packed[begin : begin + most * _SIZE]).tolist()
+                    return (after * -(-most // len(after)))[:most]
+            return []
+        finally:
+            del packed[size:]
 
 
 def _last(packed: bytearray, tail: bytearray) -> int:
@@ -71,53 +65,3 @@ def _last(packed: bytearray, tail: bytearray) -> int:
     while at > 0 and at % _SIZE:
         at = packed.rfind(tail, 0, at + len(tail) - 1)
     return at
-
-
-class PromptLookup:
-    """Proposes what followed the last tokens of a sequence where they occurred before.
-
-    Args:
-        num_logits: Maximum rows of logits in a step, with drafts; each row is a whole vocabulary.
-        free: Tokens of a step that take no longer than one, because the weights are read anyway.
-        lookup: Makes the lookup for one sequence.
-    """
-
-    def __init__(
-        self, num_logits: int, free: int, lookup: Callable[[Sequence], Lookup] = Lookup
-    ) -> None:
-        self.num_logits = num_logits
-        self.free = free
-        self._make = lookup
-        self.lookups: dict[Sequence, Lookup] = {}
-
-    def open(self, sequence: Sequence) -> None:
-        """See `Proposer.open`."""
-
-    def close(self, sequence: Sequence) -> None:
-        """See `Proposer.close`."""
-        self.lookups.pop(sequence, None)
-
-    def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
-        """See `Proposer.propose`."""
-        free = self.free - batch.num_tokens
-        places = min(batch.budget, self.num_logits - batch.num_logits)
-        found: list[tuple[int, ...]] = []
-        for number, (sequence, room) in enumerate(batch.sequences):
-            others = len(batch.sequences) - number
-            if sequence not in self.lookups:
-                self.lookups[sequence] = self._make(sequence)
-            lookup = self.lookups[sequence]
-            wanted = max(lookup.trust, free // others)
-            most = max(0, min(wanted, places // others, LONGEST, room))
-            # Always look up one: whether it turns out right says how many to try next.
-            drafts = tuple(lookup.draft(max(most, 1))[:most])
-            places -= len(drafts)
-            free -= len(drafts)
-            found.append(drafts)
-        return found
-
-    def settle(self, sequences: Iterable[Sequence]) -> None:
-        """See `Proposer.settle`."""
-        for sequence in sequences:
-            if sequence in self.lookups:
-                self.lookups[sequence].settle()

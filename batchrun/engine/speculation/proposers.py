@@ -47,6 +47,9 @@ class Proposer(Protocol):
         As many as cost nothing, or as are probably right. Not all of them may be computed.
         """
 
+    def observe(self, segments: Seq[Segment], seconds: float) -> None:
+        """Take note of the seconds that a step took."""
+
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """Note that a step was taken in: these sequences continue, and their tokens are known."""
 

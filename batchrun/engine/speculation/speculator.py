@@ -1,0 +1,264 @@
+"""Decides which draft tokens a step computes: those that will probably save more than they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from batchrun.engine.constraints import Constraints
+from batchrun.engine.core import Request, Segment, Sequence
+from batchrun.engine.speculation.chances import Chances
+from batchrun.engine.speculation.cost import StepCost
+from batchrun.engine.speculation.lookup import LONGEST, Lookup
+from batchrun.engine.speculation.proposers import DraftBatch
+from batchrun.engine.speculation.table import LONGEST_CONTEXT, AnswerTable
+
+_HOPELESS = 0.02  # chance below which a token is not worth a thought, even where it is free
+
+
+@dataclass(slots=True)
+class Guess:
+    """Tokens that may come next, each with its kind and the chance that all up to it are right.
+
+    The first `forced` ones come for certain. `own` are what the row's own text has after these.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    kinds: list[Hashable] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    forced: int = 0
+    own: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Row:
+    """What is known of a sequence in a slot.
+
+    `own` and `streak` count how many tokens in a row were right lately: of the guesses from its own
+    text, and of all guesses. `learned` counts its tokens in the table.
+    """
+
+    lookup: Lookup
+    namespace: int
+    learned: int
+    own: int = 0
+    streak: int = 0
+    known: int = 0  # tokens known when `guess` was made
+    value: float = 0.0  # seconds that a token took then in a step without draft tokens
+    guess: Guess | None = None
+
+
+class Speculator:
+    """Proposes what the row's own text, the other rows' answers and its constraint suggest.
+
+    How many tokens pay follows from what a step was measured to cost, and from how often tokens of
+    the same kind were right.
+
+    Args:
+        num_logits: Maximum rows of logits in a step, with drafts; each row is a whole vocabulary.
+        cost: What steps cost.
+        constraints: Knows which tokens constrained rows allow.
+        table: What the job's answers have in common; None to use each row's own text alone.
+        lookup: Makes the lookup in a sequence's own text.
+
+    Attributes:
+        num_forced: Draft tokens proposed because nothing else may come.
+        saved_seconds: What accepted tokens would have cost in steps of their own, without what the
+            draft tokens cost; an estimate.
+    """
+
+    def __init__(
+        self,
+        num_logits: int,
+        cost: StepCost,
+        constraints: Constraints | None = None,
+        table: AnswerTable | None = None,
+        lookup: Callable[[Sequence], Lookup] = Lookup,
+    ) -> None:
+        self.num_logits = num_logits
+        self.num_forced = 0
+        self.saved_seconds = 0.0
+        self._cost, self._constraints, self._table = cost, constraints, table
+        self._make = lookup
+        self._chances = Chances()
+        self._rows: dict[Sequence, _Row] = {}
+
+    def open(self, sequence: Sequence) -> None:
+        """See `Proposer.open`."""
+        namespace = hash((sequence.request.context, sequence.request.params.constraint))
+        learned = sequence.num_known_tokens
+        self._rows[sequence] = _Row(self._make(sequence), namespace, learned)
+
+    def close(self, sequence: Sequence) -> None:
+        """See `Proposer.close`."""
+        row = self._rows.pop(sequence, None)
+        if row is not None:
+            self._learn(sequence, row)
+
+    def learn(self, request: Request, token_ids: Seq[int]) -> None:
+        """Note an answer that an earlier run of the job has computed."""
+        if self._table is not None:
+            namespace = hash((request.context, request.params.constraint))
+            self._table.learn(namespace, token_ids, 0)
+
+    def settle(self, sequences: Iterable[Sequence]) -> None:
+        """See `Proposer.settle`."""
+        for sequence in sequences:
+            row = self._rows.get(sequence)
+            if row is not None:
+                if row.guess is not None:
+                    self._judge(sequence, row, row.guess)
+                    row.guess = None
+                self._learn(sequence, row)
+
+    def observe(self, segments: Seq[Segment], seconds: float) -> None:
+        """See `Proposer.observe`."""
+        self._cost.observe(segments, seconds)
+
+    def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
+        """See `Proposer.propose`."""
+        count = len(batch.sequences)
+        attended = sum(sequence.num_known_tokens for sequence, _ in batch.sequences)
+        step, draft = self._cost.of(count, attended)
+        free = max(0, self._cost.free - batch.num_tokens)
+        least = _HOPELESS if free else max(_HOPELESS, draft * count / step)
+        guesses = []
+        for sequence, room in batch.sequences:
+            row = self._rows[sequence]
+            row.known, row.value = sequence.num_known_tokens, step / count
+            row.guess = self._guess(sequence, row, room, least)
+            guesses.append(row.guess)
+        places = max(0, min(batch.budget, self.num_logits - batch.num_logits))
+        taken = worthwhile(guesses, step, draft, free=free, places=places)
+        self.num_forced += sum(min(n, g.forced) for n, g in zip(taken, guesses, strict=True))
+        self.saved_seconds -= max(0, sum(taken) - free) * draft
+        return [tuple(g.token_ids[:n]) for n, g in zip(taken, guesses, strict=True)]
+
+    def _guess(self, sequence: Sequence, row: _Row, room: int, least: float) -> Guess:
+        """What may follow a sequence: at most `room` tokens, as long as the chance is `least`."""
+        made = Guess()
+        constraints = self._constraints if sequence.request.params.constraint else None
+        if constraints and room > 0:
+            made.token_ids = constraints.forced(sequence)[:room]
+            made.forced = len(made.token_ids)
+            made.chances = [1.0] * made.forced
+        most = min(room - made.forced, LONGEST)
+        if most < 1:
+            return made
+        made.own = row.lookup.find(most, made.token_ids)
+        self._go_on(made, sequence, row, most, least)
+        if constraints and len(made.token_ids) > made.forced:
+            allowed = constraints.allowed(sequence, made.token_ids)
+            for each in (made.token_ids, made.kinds, made.chances):
+                del each[allowed:]
+        return made
+
+    def _go_on(self, made: Guess, sequence: Sequence, row: _Row, most: int, least: float) -> None:
+        """Add the likeliest tokens to a guess, one by one."""
+        begin = max(0, row.known - LONGEST_CONTEXT)
+        last = [*sequence.token_ids(begin, row.known - begin), *made.token_ids]
+        of, own, chance = self._chances.of, made.own, 1.0
+        made.kinds = [None] * made.forced
+        for position in range(most):
+            found = (
+                []
+                if self._table is None
+                else self._table.find(row.namespace, last[-LONGEST_CONTEXT:])
+            )
+            best, token = 0.0, -1
+            kind: Hashable = None
+            copied = own[position] if position < len(own) else -1
+            if copied >= 0:
+                others = [each[0] == copied for each in found]
+                agree = others[0] if others else None
+                kind = ("own", row.lookup.length, _size(row.own), min(position, 2), agree)
+                best, token = of(kind), copied
+            for other, length, sure in found:
+                if other != copied:
+                    named = (length, sure, min(_size(row.streak), 2), copied >= 0)
+                    if (likely := of(named)) > best:
+                        best, token, kind = likely, other, named
+            chance *= best
+            # The first is always looked at: whether it turns out right says what to try next.
+            if token < 0 or (position and chance < least):
+                return
+            if token != copied:
+                own = []
+            made.token_ids.append(token)
+            made.kinds.append(kind)
+            made.chances.append(chance)
+            last.append(token)
+
+    def _judge(self, sequence: Sequence, row: _Row, guess: Guess) -> None:
+        """Compare a guess with the tokens that came."""
+        came = sequence.token_ids(row.known, sequence.num_known_tokens - row.known)
+        right = 0
+        for token, kind, actual in zip(guess.token_ids, guess.kinds, came, strict=False):
+            if kind is not None:
+                self._chances.note(kind, right=token == actual)
+            if token != actual:
+                break
+            right += 1
+        row.streak = _continued(row.streak, right, min(len(came), len(guess.token_ids)))
+        self.saved_seconds += max(0, len(came) - 1) * row.value
+        if guess.own and len(came) > guess.forced:
+            theirs = came[guess.forced :]
+            same = [a == b for a, b in zip(guess.own, theirs, strict=False)]
+            length = same.index(False) if False in same else len(same)
+            row.own = _continued(row.own, length, len(same))
+
+    def _learn(self, sequence: Sequence, row: _Row) -> None:
+        """Put the new tokens of a sequence into the table; those of beams may still change."""
+        known = sequence.num_known_tokens
+        if self._table is not None and sequence.group is None and known > row.learned:
+            begin = max(0, row.learned - LONGEST_CONTEXT)
+            ids = sequence.token_ids(begin, known - begin)
+            self._table.learn(row.namespace, ids, row.learned - begin)
+            row.learned = known
+
+
+def worthwhile(
+    guesses: Seq[Guess], step: float, draft: float, *, free: int, places: int
+) -> list[int]:
+    """How many tokens of each guess to compute, so that tokens a second are most.
+
+    Args:
+        guesses: One for each row.
+        step: Seconds of a step with one token for each row.
+        draft: Seconds of each draft token.
+        free: Number of draft tokens that cost nothing.
+        places: Maximum number of draft tokens.
+    """
+    taken = []
+    for guess in guesses:
+        taken.append(min(guess.forced, places))
+        places -= taken[-1]
+    chances = sorted((c for g in guesses for c in g.chances[g.forced :]), reverse=True)
+    count, expected = sum(taken), float(len(guesses) + sum(taken))
+    cut, at_cut = 1.1, 0  # the least chance taken, and how many of just that chance
+    for chance in chances[:places]:
+        seconds = step + draft * max(0, count - free)
+        costs = draft if count >= free else 0.0
+        if chance < _HOPELESS or chance * seconds <= costs * expected:
+            break
+        count, expected = count + 1, expected + chance
+        at_cut = at_cut + 1 if chance == cut else 1
+        cut = chance
+    for i, guess in enumerate(guesses):
+        for chance in guess.chances[guess.forced :] if taken[i] == guess.forced else ():
+            if chance < cut or (chance == cut and not at_cut):
+                break
+            at_cut -= chance == cut
+            taken[i] += 1
+    return taken
+
+
+def _continued(streak: int, right: int, tested: int) -> int:
+    """A streak after so many right tokens in a row, out of those tested."""
+    return min(streak + right, LONGEST) if right == tested else right
+
+
+def _size(streak: int) -> int:
+    """A streak, roughly: 0 to 5."""
+    return 5 if streak >= LONGEST else min(streak.bit_length(), 4)
