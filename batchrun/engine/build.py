@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -231,6 +231,12 @@ class Assembly:
                 f"--deterministic can't be kept: {reason}",
                 hint="leave out --deterministic, and add --again",
             )
+
+    def recall(self, answers: Iterable[Sequence[int]], constraint: str | None) -> None:
+        """Guess from the tokens of answers under a constraint that an earlier run has computed."""
+        if self._speculator is not None:
+            for token_ids in answers:
+                self._speculator.learn((), constraint, token_ids)
 
     def measurements(self) -> dict[str, float | str]:
         """The engine's figures so far, named as in `batchrun.jobs.metrics`."""

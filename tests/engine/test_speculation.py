@@ -248,9 +248,9 @@ def test_what_one_row_answered_is_guessed_for_others_like_it(context: tuple[str,
 
 def test_answers_of_an_earlier_run_are_guessed_too() -> None:
     proposer = Speculator(100, Costs(draft=0.001), table=AnswerTable(bits=12))
-    request = row([1]).request
     for _ in range(3):
-        proposer.learn(request, [5, 6, 7, 8, 9])
+        proposer.learn((), None, [5, 6, 7, 8, 9])
+        proposer.learn((), "a schema", [5, 6, 1, 2, 3])
     other = row([3, 4, 5, 6])
     plan = segments(other)
     extend(proposer, plan, [other])

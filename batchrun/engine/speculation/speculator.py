@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from batchrun.engine.constraints import Constraints
-from batchrun.engine.core import Request, Segment, Sequence
+from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.speculation.chances import Chances
 from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import LONGEST, Lookup
@@ -86,9 +86,9 @@ class Speculator:
 
     def open(self, sequence: Sequence) -> None:
         """See `Proposer.open`."""
-        namespace = hash((sequence.request.context, sequence.request.params.constraint))
-        learned = sequence.num_known_tokens
-        self._rows[sequence] = _Row(self._make(sequence), namespace, learned)
+        request = sequence.request
+        namespace = _namespace(request.context, request.params.constraint)
+        self._rows[sequence] = _Row(self._make(sequence), namespace, sequence.num_known_tokens)
 
     def close(self, sequence: Sequence) -> None:
         """See `Proposer.close`."""
@@ -96,11 +96,10 @@ class Speculator:
         if row is not None:
             self._learn(sequence, row)
 
-    def learn(self, request: Request, token_ids: Seq[int]) -> None:
-        """Note an answer that an earlier run of the job has computed."""
+    def learn(self, context: tuple[str, ...], constraint: str | None, token_ids: Seq[int]) -> None:
+        """Note an answer to a request of that context and constraint, from an earlier run."""
         if self._table is not None:
-            namespace = hash((request.context, request.params.constraint))
-            self._table.learn(namespace, token_ids, 0)
+            self._table.learn(_namespace(context, constraint), token_ids, 0)
 
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """See `Proposer.settle`."""
@@ -216,6 +215,11 @@ class Speculator:
             ids = sequence.token_ids(begin, known - begin)
             self._table.learn(row.namespace, ids, row.learned - begin)
             row.learned = known
+
+
+def _namespace(context: tuple[str, ...], constraint: str | None) -> int:
+    """What rows must have in common to use each other's tokens."""
+    return hash((context, constraint))
 
 
 def worthwhile(
