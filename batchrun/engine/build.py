@@ -244,7 +244,7 @@ class Assembly:
             **asdict(self.engine.stats),
             **self.usage.as_dict(),
             "shared_tokens": self.scheduler.stays.num_shared_tokens,
-            "forced_tokens": self._speculator.num_forced if self._speculator else 0,
+            **(self._speculator.measurements() if self._speculator else {}),
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "max_num_seqs": self.max_num_seqs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 from batchrun.engine.constraints import Constraints
 from batchrun.engine.core import Segment, Sequence
@@ -21,7 +22,8 @@ _HOPELESS = 0.02  # chance below which a token is not worth a thought, even wher
 class Guess:
     """Tokens that may come next, each with its kind and the chance that all up to it are right.
 
-    The first `forced` ones come for certain. `own` are what the row's own text has after these.
+    The first `forced` ones come for certain. `own` are what the row's own text has after these. The
+    step computes the first `taken` ones.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -29,6 +31,7 @@ class Guess:
     chances: list[float] = field(default_factory=list)
     forced: int = 0
     own: list[int] = field(default_factory=list)
+    taken: int = 0
 
 
 @dataclass(slots=True)
@@ -62,10 +65,6 @@ class Speculator:
         table: What the job's answers have in common; None to use each row's own text alone.
         lookup: Makes the lookup in a sequence's own text.
 
-    Attributes:
-        num_forced: Draft tokens proposed because nothing else may come.
-        saved_seconds: What accepted tokens would have cost in steps of their own, without what the
-            draft tokens cost; an estimate.
     """
 
     def __init__(
@@ -77,8 +76,9 @@ class Speculator:
         lookup: Callable[[Sequence], Lookup] = Lookup,
     ) -> None:
         self.num_logits = num_logits
-        self.num_forced = 0
-        self.saved_seconds = 0.0
+        self._num_forced = 0
+        self._saved_s = 0.0  # what accepted tokens would have cost in steps of their own, estimated
+        self._guessed_at, self._right_at = list[int](), list[int]()
         self._cost, self._constraints, self._table = cost, constraints, table
         self._make = lookup
         self._chances = Chances()
@@ -115,6 +115,16 @@ class Speculator:
         """See `Proposer.observe`."""
         self._cost.observe(segments, seconds)
 
+    def measurements(self) -> dict[str, Any]:
+        """Its figures so far, named as in `batchrun.jobs.metrics`."""
+        return {
+            "forced_tokens": self._num_forced,
+            "guessed_at": list(self._guessed_at),
+            "right_at": list(self._right_at),
+            "drafts_saved_s": self._saved_s,
+            "drafts_bytes": self._table.nbytes if self._table else 0,
+        }
+
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`."""
         count = len(batch.sequences)
@@ -130,8 +140,10 @@ class Speculator:
             guesses.append(row.guess)
         places = max(0, min(batch.budget, self.num_logits - batch.num_logits))
         taken = worthwhile(guesses, step, draft, free=free, places=places)
-        self.num_forced += sum(min(n, g.forced) for n, g in zip(taken, guesses, strict=True))
-        self.saved_seconds -= max(0, sum(taken) - free) * draft
+        for n, each in zip(taken, guesses, strict=True):
+            each.taken = n
+            self._num_forced += min(n, each.forced)
+        self._saved_s -= max(0, sum(taken) - free) * draft
         return [tuple(g.token_ids[:n]) for n, g in zip(taken, guesses, strict=True)]
 
     def _guess(self, sequence: Sequence, row: _Row, room: int, least: float) -> Guess:
@@ -200,7 +212,9 @@ class Speculator:
                 break
             right += 1
         row.streak = _continued(row.streak, right, min(len(came), len(guess.token_ids)))
-        self.saved_seconds += max(0, len(came) - 1) * row.value
+        self._saved_s += min(right, guess.taken) * row.value
+        _count(self._guessed_at, guess.taken - guess.forced)
+        _count(self._right_at, min(right, guess.taken) - guess.forced)
         if guess.own and len(came) > guess.forced:
             theirs = came[guess.forced :]
             same = [a == b for a, b in zip(guess.own, theirs, strict=False)]
@@ -256,6 +270,13 @@ def worthwhile(
             at_cut -= chance == cut
             taken[i] += 1
     return taken
+
+
+def _count(at: list[int], number: int) -> None:
+    """Count one token at each of the first `number` positions."""
+    at += [0] * (number - len(at))
+    for position in range(number):
+        at[position] += 1
 
 
 def _continued(streak: int, right: int, tested: int) -> int:
