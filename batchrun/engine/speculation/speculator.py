@@ -79,7 +79,8 @@ class Speculator:
         self._num_forced = 0
         self._saved_s = 0.0  # what accepted tokens would have cost in steps of their own, estimated
         self._guessed_at, self._right_at = list[int](), list[int]()
-        self._cost, self._constraints, self._table = cost, constraints, table
+        self.cost, self.constraints = cost, constraints
+        self._table = table
         self._make = lookup
         self._chances = Chances()
         self._rows: dict[Sequence, _Row] = {}
@@ -113,7 +114,7 @@ class Speculator:
 
     def observe(self, segments: Seq[Segment], seconds: float) -> None:
         """See `Proposer.observe`."""
-        self._cost.observe(segments, seconds)
+        self.cost.observe(segments, seconds)
 
     def measurements(self) -> dict[str, Any]:
         """Its figures so far, named as in `batchrun.jobs.metrics`."""
@@ -129,8 +130,8 @@ class Speculator:
         """See `Proposer.propose`."""
         count = len(batch.sequences)
         attended = sum(sequence.num_known_tokens for sequence, _ in batch.sequences)
-        step, draft = self._cost.of(count, attended)
-        free = max(0, self._cost.free - batch.num_tokens)
+        step, draft = self.cost.of(count, attended)
+        free = max(0, self.cost.free - batch.num_tokens)
         least = _HOPELESS if free else max(_HOPELESS, draft * count / step)
         guesses = []
         for sequence, room in batch.sequences:
@@ -149,7 +150,7 @@ class Speculator:
     def _guess(self, sequence: Sequence, row: _Row, room: int, least: float) -> Guess:
         """What may follow a sequence: at most `room` tokens, as long as the chance is `least`."""
         made = Guess()
-        constraints = self._constraints if sequence.request.params.constraint else None
+        constraints = self.constraints if sequence.request.params.constraint else None
         if constraints and room > 0:
             made.token_ids = constraints.forced(sequence)[:room]
             made.forced = len(made.token_ids)
