@@ -15,6 +15,7 @@ from batchrun.engine.speculation.lookup import LONGEST, Lookup
 from batchrun.engine.speculation.proposers import DraftBatch
 from batchrun.engine.speculation.table import LONGEST_CONTEXT, AnswerTable
 
+_LEARNED = 5000.0  # tokens learned in a second, which takes a twentieth of it: the others are not
 _HOPELESS = 0.02  # chance below which a token is not worth a thought, even where it is free
 
 
@@ -84,6 +85,7 @@ class Speculator:
         self._make = lookup
         self._chances = Chances()
         self._rows: dict[Sequence, _Row] = {}
+        self._may_learn = _LEARNED
 
     def open(self, sequence: Sequence) -> None:
         """See `Proposer.open`."""
@@ -115,6 +117,7 @@ class Speculator:
     def observe(self, segments: Seq[Segment], seconds: float) -> None:
         """See `Proposer.observe`."""
         self.cost.observe(segments, seconds)
+        self._may_learn = min(self._may_learn + _LEARNED * seconds, _LEARNED)
 
     def measurements(self) -> dict[str, Any]:
         """Its figures so far, named as in `batchrun.jobs.metrics`."""
@@ -225,11 +228,14 @@ class Speculator:
     def _learn(self, sequence: Sequence, row: _Row) -> None:
         """Put the new tokens of a sequence into the table; those of beams may still change."""
         known = sequence.num_known_tokens
-        if self._table is not None and sequence.group is None and known > row.learned:
+        if self._table is None or sequence.group is not None or known <= row.learned:
+            return
+        if self._may_learn > 0:
+            self._may_learn -= known - row.learned
             begin = max(0, row.learned - LONGEST_CONTEXT)
             ids = sequence.token_ids(begin, known - begin)
             self._table.learn(row.namespace, ids, row.learned - begin)
-            row.learned = known
+        row.learned = known
 
 
 def _namespace(context: tuple[str, ...], constraint: str | None) -> int:
