@@ -126,8 +126,9 @@ class TorchExecutor:
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
         self.sampler = Sampler(num_slots, transfers.upload, loaded.eos_ids, config)
-        # The last token sampled in each slot; the next step reads it here, not from the host.
-        self._last = torch.zeros(num_slots, dtype=torch.int64, device=loaded.device)
+        # The last token sampled in each slot; the next step reads it here, not from the host. One
+        # place more takes the others of slots with draft tokens.
+        self._last = torch.zeros(num_slots + 1, dtype=torch.int64, device=loaded.device)
 
     def seconds(self) -> tuple[float, float]:
         """See `Executor.seconds`."""
@@ -140,7 +141,7 @@ class TorchExecutor:
         with self._step():
             self._copy(plan)
             if self.lag:  # the next step reads their tokens on the device
-                slots = [s.slot for s in plan.segments if s.sampled]
+                slots = _last_places(plan.segments, len(self._last) - 1)
                 ticket.slots = self.transfers.upload(np.array(slots, np.int64))
             try:
                 ticket.logits = self._logits(plan.segments)
@@ -368,6 +369,16 @@ class _SlotStep:
 def kept(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The wanted logits `[N, V]`, whether the model kept all `[T, V]` or only those."""
     return logits if len(logits) == len(wanted) else logits[wanted]
+
+
+def _last_places(segments: Seq[Segment], others: int) -> list[int]:
+    """The slot of each token that the segments yield; `others` if it may not be the last one."""
+    places: list[int] = []
+    for segment in segments:
+        if segment.sampled:
+            count = segment.num_drafts
+            places += [others] * (count + 1) if count else [segment.slot]
+    return places
 
 
 def _of_tokens(numbers: Iterable[Seq[float]]) -> tuple[Any, ...]:

@@ -92,9 +92,8 @@ def test_what_costs_nothing_is_shared_out_and_the_rest_is_for_those_trusted() ->
     proposer = PromptLookup(100, 16)
     extend(proposer, plan, rows, ensure=ensure)
     # Of 16 tokens 12 are free: 3 each, but for the one without memory.
-    assert [len(s.drafts) for s in plan] == [3, 0, 3, 3]
-    assert [s.length for s in plan] == [4, 1, 4, 4]
-    assert plan[0].drafts == (1, 2, 1)
+    assert [(s.slot, s.drafts) for s in plan] == [(1, ()), *((i, (1, 2, 1)) for i in (0, 2, 3))]
+    assert [s.length for s in plan] == [1, 4, 4, 4]
     assert given_ == [(0, 13), (1, 13), (2, 13), (3, 13)]
     for each in rows:
         proposer.lookups[each].trust = LONGEST

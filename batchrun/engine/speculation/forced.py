@@ -9,6 +9,10 @@ from batchrun.engine.constraints import Constraints
 from batchrun.engine.core import Sequence
 from batchrun.engine.speculation.proposers import DraftBatch, Proposer
 
+# Forced tokens for which a row sits out a step, or two if its last token is pending: fewer come as
+# soon without.
+_LEAST, _LEAST_PENDING = 2, 4
+
 
 class ConstrainedDrafts:
     """Proposes the tokens that constraints force; of other draft tokens, those that they allow.
@@ -59,6 +63,11 @@ class ConstrainedDrafts:
             forced[sequence] if sequence in forced else self._allowed(sequence, others[sequence])
             for sequence, _ in batch.sequences
         ]
+
+    def pays(self, sequence: Sequence) -> bool:
+        """See `Proposer.pays`; of forced tokens, the first may be the pending one."""
+        least = _LEAST_PENDING if sequence.num_pending else _LEAST
+        return len(self._constraints.forced(sequence)) >= least or self._inner.pays(sequence)
 
     def _allowed(self, sequence: Sequence, drafts: tuple[int, ...]) -> tuple[int, ...]:
         return drafts[: self._constraints.allowed(sequence, drafts)]

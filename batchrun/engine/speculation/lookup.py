@@ -104,9 +104,7 @@ class PromptLookup:
         found: list[tuple[int, ...]] = []
         for number, (sequence, room) in enumerate(batch.sequences):
             others = len(batch.sequences) - number
-            if sequence not in self.lookups:
-                self.lookups[sequence] = self._make(sequence)
-            lookup = self.lookups[sequence]
+            lookup = self._of(sequence)
             wanted = max(lookup.trust, free // others)
             most = max(0, min(wanted, places // others, LONGEST, room))
             # Always look up one: whether it turns out right says how many to try next.
@@ -114,7 +112,18 @@ class PromptLookup:
             places -= len(drafts)
             free -= len(drafts)
             found.append(drafts)
+        for sequence in batch.watched:
+            self._of(sequence).draft(1)
         return found
+
+    def _of(self, sequence: Sequence) -> Lookup:
+        if sequence not in self.lookups:
+            self.lookups[sequence] = self._make(sequence)
+        return self.lookups[sequence]
+
+    def pays(self, sequence: Sequence) -> bool:
+        """See `Proposer.pays`: if more than the token of a step is probably right."""
+        return sequence in self.lookups and self.lookups[sequence].trust > 1
 
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """See `Proposer.settle`."""
