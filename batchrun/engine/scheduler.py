@@ -250,10 +250,12 @@ class Scheduler:
         decodes: list[tuple[Sequence, int]] = []
         prefills: list[tuple[Sequence, int]] = []
         proposer = self.stays.proposer if self._drafting else None
+        # Rows take drafts in the same steps, so that the others' steps stay short.
+        verifying = any(s.num_drafts for s in self.running) if proposer else False
         for sequence in self.running:
             num_tokens = sequence.num_tokens
             todo = num_tokens - sequence.num_computed_tokens
-            if sequence.num_pending and sits_out(proposer, sequence, longest):
+            if (sequence.num_pending or verifying) and sits_out(proposer, sequence, longest):
                 continue
             # If not, it is a beam that waits for others, or its last token is in flight.
             if todo and num_tokens < sequence.most_tokens and num_tokens < longest:

@@ -110,7 +110,7 @@ def test_no_guess_goes_beyond_a_rows_end() -> None:
     rows = [short, full, last, penalised]
     plan = segments(*rows)
     extend(PromptLookup(100, 16), plan, rows, max_model_len=12)
-    assert [len(s.drafts) for s in plan] == [2, 1, 0, 0]
+    assert {s.slot: len(s.drafts) for s in plan} == {0: 2, 1: 1, 2: 0, 3: 0}
 
 
 @pytest.fixture

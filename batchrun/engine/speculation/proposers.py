@@ -109,9 +109,9 @@ def add_drafts(
 
 
 def sits_out(proposer: Proposer | None, sequence: Sequence, max_model_len: int) -> bool:
-    """Whether a sequence with a pending token stays out of a step, until its tokens are known.
+    """Whether a sequence stays out of a step, until tokens in flight are known.
 
-    Either the step in flight has draft tokens of it, or the next one should.
+    Either a step in flight has draft tokens of it, or a later one should.
 
     Args:
         proposer: Proposes draft tokens; None if there is no room for any.
