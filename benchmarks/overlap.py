@@ -33,9 +33,9 @@ from batchrun.engine.speculation.lookup import Lookup, PromptLookup
 
 PROMPT, ANSWER, PAGE = 64, 400, 1 << 16
 STEPS = 1000  # of which a speed is measured; there are always rows to come
-FREE, LOGITS = 64, 512
+DRAFTS = 64  # draft tokens of a step
 HOST, HOST_ROW = 0.4e-3, 8e-6  # seconds
-LAUNCH = 1.5e-3  # of a step that is not a recorded one of single tokens, for all its layers
+LAUNCH = 1.5e-3  # of a step with prompts, for all its layers
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Clock:
     def launch(self, plan: StepPlan) -> Ticket:
         """Let the host's time pass, and begin when the device is free."""
         tokens = sum(s.length for s in plan.segments)
-        single = tokens == len(plan.segments)
-        keys = sum(s.start for s in plan.segments)
+        single = all(s.length == s.num_drafts + 1 for s in plan.segments)
+        keys = sum(s.start * (s.num_drafts + 1) for s in plan.segments)
         self.now += HOST + HOST_ROW * len(plan.segments)
         begin = max(self.now, self._free)
         self.now += 0.0 if single else LAUNCH
@@ -131,7 +131,7 @@ def speed(device: Device, rows: int, right: float, share: float, way: str) -> fl
         max_num_batched_tokens=2048,
         max_model_len=1024,
         share=False,
-        proposer=None if way == "plain" else PromptLookup(LOGITS, FREE, made),
+        proposer=None if way == "plain" else PromptLookup(rows + DRAFTS, rows + DRAFTS, made),
         overlap=lag > 0,
     )
     clock = Clock(device, lag)

@@ -58,6 +58,9 @@ _LOOKAHEAD = 4  # steps
 _MEASURED_S = 0.05  # between two measurements of free memory, each of up to 0.4 ms
 _GIVE_BACK = 16  # pages per step: about 45 us each in the driver; a short step takes 2 ms
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a fraction of the claimed ones
+# Draft tokens of a step on a GPU, and tokens that take no longer than one: weights are read anyway.
+# Steps are recorded with as many tokens more.
+_GPU_DRAFTS = 64
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits; beyond that, drafts do not pay
 # Bytes of a step's logits for which known tokens are scored; `sampling.score` takes as much again.
 _CPU_LOGITS, _GPU_LOGITS = 48 << 20, 256 << 20
@@ -182,7 +185,8 @@ class Assembly:
             self.arena = self._make_arena()
             self.executor = self._make_executor()
             if self._cuda:
-                warmup = WarmUp(self.executor, self.arena, self.limits, log)
+                most = self.max_num_seqs + (_GPU_DRAFTS if self._drafts() else 0)
+                warmup = WarmUp(self.executor, self.arena, self.limits, most, log)
                 warmup.run(graphs=settings.graphs)
         except AllocatorError as error:
             self.close()
@@ -208,6 +212,7 @@ class Assembly:
             max_scored_tokens=self._most_scored(),
             share=settings.share_prefixes,
             proposer=self._proposer(),
+            overlap=self.executor.lag > 0,
             lookahead=_LOOKAHEAD if self.executor.lag else 0,
         )
         self.engine = Engine(
@@ -340,18 +345,22 @@ class Assembly:
             )
         return bool(names)
 
-    def _proposer(self) -> Proposer | None:
-        """Speculative decoding, if attention takes several tokens of each row in one call.
+    def _drafts(self) -> bool:
+        """Whether draft tokens are wanted, and attention takes several of each row in one call.
 
-        One call per row costs more than drafts save. On a GPU a step is planned before the previous
-        one's tokens are known.
+        One call per row costs more than drafts save.
         """
-        several = self.executor.backend.max_query is None and not self._cuda
-        if not self.settings.drafts or self.executor.lag or not several:
+        return self.settings.drafts and self.executor.backend.max_query is None
+
+    def _proposer(self) -> Proposer | None:
+        """Speculative decoding."""
+        if not self._drafts():
             return None
-        # A tile has 16 rows; vector instructions multiply 8 rows at a time.
-        free = 16 if cpu.level() is Level.TILES else 8
-        most = _DRAFT_LOGITS // self._logits_bytes()
+        if self._cuda:
+            free, most = _GPU_DRAFTS, self.max_num_seqs + _GPU_DRAFTS
+        else:  # a tile has 16 rows; vector instructions multiply 8 rows at a time
+            free = 16 if cpu.level() is Level.TILES else 8
+            most = _DRAFT_LOGITS // self._logits_bytes()
         return ConstrainedDrafts(self._constraints, PromptLookup(most, free=free), most)
 
     def _most_scored(self) -> int:

@@ -25,6 +25,9 @@ from batchrun.engine.sampling import Sampler, score
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
 
+# Bytes of keys and values that draft tokens in a recorded step may read again: on an H200 that takes
+# half a millisecond, less than launching a step in pieces.
+_REREAD = 2 << 30
 _UNKNOWN = (0,)  # stands in for a token that only the device knows
 
 
@@ -242,8 +245,11 @@ class TorchExecutor:
             self.transfers.started()
             return inputs
 
+        a_token = sum(t.shape[2] * t.shape[3] * t.element_size() for kv in self._views for t in kv)
         with self._step():
-            self.graphs = DecodeGraphs(self._forward, prepare, sizes, filler, record)
+            self.graphs = DecodeGraphs(
+                self._forward, prepare, sizes, filler, record, _REREAD // a_token
+            )
 
     def record_pieces(self, scratch: int, **options: Any) -> None:
         """From now on, record steps of all kinds, except for their attention.
@@ -272,12 +278,13 @@ class TorchExecutor:
     def _logits(self, segments: Seq[Segment]) -> torch.Tensor:
         """See `logits`; called within a step."""
         graphs, upload = self.graphs, self.transfers.upload
-        if graphs is not None and graphs.fits(segments):
-            filled = graphs.fill_up(segments)
+        singles = None if graphs is None else graphs.fitting(segments)
+        if graphs is not None and singles is not None:
+            filled = graphs.fill_up(singles)
             self.backend.plan(filled, fixed=True)
             upload(self._pack(filled), graphs.inputs(len(filled)))
             self.transfers.started()
-            return graphs.replay(len(filled))[: len(segments)]
+            return graphs.replay(len(filled))[: len(singles)]
         self.backend.plan(segments)
         packed, last = self._pack(segments), wanted_logits(segments)
         size = None if self.pieces is None else self.pieces.size_of(packed.shape[1], len(last))

@@ -15,6 +15,11 @@ from batchrun.engine.speculation.proposers import DraftBatch
 
 LONGEST = 15  # draft tokens per sequence and step
 _NGRAMS = (3, 2)  # numbers of last tokens to look for, the strongest sign first
+_KEPT = 7 / 8  # of a rate, when another token is tested
+# Rates above which draft tokens are worth a step, for a row that had none and for one that had. It
+# takes one step more to begin than to go on, and rows that change their minds gain nothing.
+_BEGIN, _GO_ON = 0.7, 0.5
+_SHARE = 4  # draft tokens that a row needs: fewer would not make up for a step
 _TYPE = "i"
 _SIZE = array(_TYPE).itemsize
 
@@ -27,10 +32,12 @@ class Lookup:
 
     Attributes:
         trust: Number of draft tokens worth computing, given how many were right so far.
+        rate: How many of the last draft tokens were right, those after a wrong one aside.
     """
 
     def __init__(self, sequence: Sequence) -> None:
         self.trust = 0
+        self.rate = 0.0
         self._sequence = sequence
         self._packed = bytearray()
         self._drafts: list[int] = []
@@ -62,6 +69,9 @@ class Lookup:
             right = next((i for i, (a, b) in pairs if a != b), min(came, len(self._drafts)))
             whole = right == len(self._drafts)
             self.trust = min(LONGEST, 2 * self.trust + 1) if whole else right
+            self.rate = 1 - (1 - self.rate) * _KEPT**right
+            if not whole:
+                self.rate *= _KEPT
             self._drafts = []
 
 
@@ -89,6 +99,7 @@ class PromptLookup:
         self.free = free
         self._make = lookup
         self.lookups: dict[Sequence, Lookup] = {}
+        self._paying, self._most_paying = set[Sequence](), 0
 
     def open(self, sequence: Sequence) -> None:
         """See `Proposer.open`."""
@@ -96,11 +107,13 @@ class PromptLookup:
     def close(self, sequence: Sequence) -> None:
         """See `Proposer.close`."""
         self.lookups.pop(sequence, None)
+        self._paying.discard(sequence)
 
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`."""
         free = self.free - batch.num_tokens
         places = min(batch.budget, self.num_logits - batch.num_logits)
+        self._most_paying = places // _SHARE
         found: list[tuple[int, ...]] = []
         for number, (sequence, room) in enumerate(batch.sequences):
             others = len(batch.sequences) - number
@@ -122,11 +135,16 @@ class PromptLookup:
         return self.lookups[sequence]
 
     def pays(self, sequence: Sequence) -> bool:
-        """See `Proposer.pays`: if more than the token of a step is probably right."""
-        return sequence in self.lookups and self.lookups[sequence].trust > 1
+        """See `Proposer.pays`: if about two tokens more than one are probably right."""
+        return sequence in self._paying
 
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """See `Proposer.settle`."""
         for sequence in sequences:
             if sequence in self.lookups:
                 self.lookups[sequence].settle()
+                rate, paying = self.lookups[sequence].rate, self._paying
+                if rate <= _GO_ON:
+                    paying.discard(sequence)
+                elif rate > _BEGIN and len(paying) < self._most_paying:
+                    paying.add(sequence)
