@@ -25,8 +25,8 @@ from batchrun.engine.sampling import Sampler, score
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
 
-# Bytes of keys and values that draft tokens in a recorded step may read again: on an H200 that takes
-# half a millisecond, less than launching a step in pieces.
+# Bytes of keys and values that draft tokens in a recorded step may read again: an H200 should take
+# half a millisecond, less than launching a step in pieces takes.
 _REREAD = 2 << 30
 _UNKNOWN = (0,)  # stands in for a token that only the device knows
 
@@ -248,7 +248,7 @@ class TorchExecutor:
         a_token = sum(t.shape[2] * t.shape[3] * t.element_size() for kv in self._views for t in kv)
         with self._step():
             self.graphs = DecodeGraphs(
-                self._forward, prepare, sizes, filler, record, _REREAD // a_token
+                self._forward, prepare, sizes, filler, record, most_reread=_REREAD // a_token
             )
 
     def record_pieces(self, scratch: int, **options: Any) -> None:

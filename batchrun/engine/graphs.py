@@ -42,6 +42,7 @@ class DecodeGraphs:
         sizes: Seq[int],
         filler: Segment,
         record: Record,
+        *,
         most_reread: int,
     ) -> None:
         self._filler, self._most_reread = filler, most_reread

@@ -65,9 +65,7 @@ class WarmUp:
         self._run_alone([1] * (seqs - 1) + [1 + max(0, drafts)], drafts=True)
         self.executor.transfers.drain()
 
-    def _run_alone(
-        self, lengths: Sequence[int], *, drafts: bool = False
-    ) -> tuple[float, float]:
+    def _run_alone(self, lengths: Sequence[int], *, drafts: bool = False) -> tuple[float, float]:
         """Run one step of sequences with these lengths, or as many of them as memory holds.
 
         Args:

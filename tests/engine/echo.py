@@ -70,7 +70,11 @@ def _count(request: Request, stops: frozenset[int]) -> int:
 
 
 class Oracle(Lookup):
-    """Guesses what comes, but for one token in five."""
+    """Guesses what comes, but for one token in five; believed from the start."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        super().__init__(sequence)
+        self.rate = 1.0
 
     def draft(self, most: int) -> list[int]:
         super().draft(most)

@@ -25,4 +25,4 @@ def check(scheduler: Scheduler) -> None:
         assert not sequence.num_drafts or sequence.num_pending == 1
     for sequence in waiting:
         assert sequence.slot is None
-        assert (sequence.num_computed_tokens, sequence.num_pending, sequence.num_drafts) == (0, 0, 0)
+        assert sequence.num_computed_tokens == sequence.num_pending == sequence.num_drafts == 0

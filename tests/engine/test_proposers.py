@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.core import Sequence as Row
+from batchrun.engine.plan import StepPlan
 from batchrun.engine.speculation.lookup import LONGEST, Lookup, PromptLookup
 from batchrun.engine.speculation.proposers import DraftBatch, add_drafts
-from tests.engine.echo import Oracle
+from tests.engine.echo import VOCAB, Oracle
 from tests.engine.test_scheduler import MAX_LEN, Rig
 
 
@@ -64,6 +65,20 @@ def test_trust_follows_what_was_right() -> None:
     assert lookup.draft(3) == []
     lookup.settle()
     assert lookup.trust == 5
+
+
+def test_a_rate_follows_what_was_right() -> None:
+    sequence = row([1, 2, 3, 4] * 9, max_tokens=100)
+    proposer = PromptLookup(100, 16)
+    paid = []
+    for number in range(24):
+        batch = DraftBatch([], 1, 1, 100, watched=[sequence])
+        assert proposer.propose(batch) == []
+        sequence.output_ids.append(sequence.known_ids[-4] if number < 12 else 50 + number)
+        proposer.settle([sequence])
+        paid.append(proposer.pays(sequence))
+    assert paid == [False] * 9 + [True] * 6 + [False] * 9
+    assert proposer.lookups[sequence].rate < 0.2
 
 
 def segments(*rows: Row) -> list[Segment]:
@@ -139,6 +154,68 @@ def test_guesses_behind_a_prompts_last_token_are_counted(rig: Rig) -> None:
     stats = rig.engine.stats
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
     assert stats.prefill_tokens + stats.decode_tokens == 30  # each token once, but for the last
+
+
+class Wrong(Lookup):
+    """Guesses that are never right."""
+
+    def draft(self, most: int) -> list[int]:
+        super().draft(most)
+        self._drafts = [VOCAB] * most
+        return self._drafts
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_with_steps_in_flight_guesses_save_steps_where_they_are_right(lag: int) -> None:
+    def steps(lookup: type[Lookup] | None) -> int:
+        proposer = PromptLookup(64, 64, lookup) if lookup else None
+        made = Rig(seqs=4, batched=64, pages=None, lag=lag, proposer=proposer)
+        for first in (0, 100, 200, 300):
+            made.add([first, first + 1], MAX_LEN - 4)
+        made.drain()
+        made.verify()
+        assert made.scheduler.stays.num_recomputed_tokens == 0
+        made.close()
+        return made.engine.stats.steps
+
+    plain = steps(None)
+    assert steps(Wrong) == plain
+    assert steps(Oracle) < plain / 2
+
+
+def test_rows_that_guess_do_so_together_and_others_go_on() -> None:
+    class Half(Oracle):
+        def __init__(self, sequence: Row) -> None:
+            super().__init__(sequence)
+            self.rate = float(sequence.request.row % 2)
+
+        def settle(self) -> None:
+            pass
+
+    made = Rig(seqs=4, batched=64, pages=None, lag=1, proposer=PromptLookup(64, 64, Half))
+    for first in (0, 100, 200, 300):
+        made.add([first, first + 1], 50)
+    verified: list[int] = []
+    plan = made.scheduler.plan
+
+    def spy() -> StepPlan:
+        found = plan()
+        owners = made.scheduler.stays.owners(found.segments)
+        drafts = {
+            s.request.row: each.num_drafts
+            for each, s in zip(found.segments, owners, strict=True)
+            if s
+        }
+        if not made.done:
+            assert {0, 2} <= drafts.keys()
+            verified.append(sum(count > 0 for count in drafts.values()))
+        return found
+
+    made.scheduler.plan = spy  # type: ignore[method-assign]
+    made.drain()
+    made.verify()
+    made.close()
+    assert set(verified[4:12]) == {0, 2}
 
 
 class Recording(PromptLookup):

@@ -135,7 +135,6 @@ def expected_scores(request: Request) -> Scores | None:
     )
 
 
-
 class EngineMachine(RuleBasedStateMachine):
     """Any requests, any limits, any order: each row ends once, with the tokens that are its own."""
 

@@ -13,11 +13,13 @@ import torch
 from batchrun.allocator.cuda import CudaMemory
 from batchrun.engine.build import Assembly
 from batchrun.engine.core import Completion, Request, SamplingParams
+from batchrun.engine.core import Sequence as Row
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.pieces import Apart
 from batchrun.engine.settings import Settings
+from batchrun.engine.speculation.lookup import Lookup, PromptLookup
 from tests.allocator.invariants import check_arena
 from tests.engine import invariants
 
@@ -68,6 +70,25 @@ def run(
 
 def outputs(completions: Sequence[Completion]) -> list[list[int]]:
     return [list(c.token_ids) for c in completions]
+
+
+class _Told(Lookup):
+    def __init__(self, sequence: Row, answers: dict[tuple[int, ...], list[int]]) -> None:
+        super().__init__(sequence)
+        self._answer = answers.get(sequence.request.prompt_ids, [])
+        self.rate = 1.0
+
+    def draft(self, most: int) -> list[int]:
+        super().draft(most)
+        begin = len(self._sequence.output_ids)
+        coming = enumerate(self._answer[begin : begin + most], begin)
+        self._drafts = [t if (t + i) % 4 else t + 1 for i, t in coming]
+        return self._drafts
+
+
+def told(answers: dict[tuple[int, ...], list[int]]) -> PromptLookup:
+    """Proposes what comes, but for one token in four, and is believed; answers are by prompt."""
+    return PromptLookup(1000, free=40, lookup=lambda s: _Told(s, answers))
 
 
 def generate(model: Any, prompt: Sequence[int], max_tokens: int, **kwargs: Any) -> list[int]:

@@ -32,7 +32,7 @@ class Lookup:
 
     Attributes:
         trust: Number of draft tokens worth computing, given how many were right so far.
-        rate: How many of the last draft tokens were right, those after a wrong one aside.
+        rate: How many of the last draft tokens were right; where none was found, one was wrong.
     """
 
     def __init__(self, sequence: Sequence) -> None:
@@ -40,7 +40,7 @@ class Lookup:
         self.rate = 0.0
         self._sequence = sequence
         self._packed = bytearray()
-        self._drafts: list[int] = []
+        self._drafts: list[int] | None = None
         self._known = 0  # tokens known when they were made
 
     def draft(self, most: int) -> list[int]:
@@ -49,30 +49,32 @@ class Lookup:
         known = len(packed) // _SIZE
         self._known = sequence.num_known_tokens
         packed += array(_TYPE, sequence.token_ids(known, self._known - known)).tobytes()
-        self._drafts = []
+        drafts: list[int] = []
         for length in _NGRAMS:
             at = _last(packed, packed[-length * _SIZE :])
             if at >= 0:
                 # Text that repeats itself is assumed to continue doing so past its end.
                 begin = at + length * _SIZE
                 after = array(_TYPE, packed[begin : begin + most * _SIZE]).tolist()
-                self._drafts = (after * -(-most // len(after)))[:most]
+                drafts = (after * -(-most // len(after)))[:most]
                 break
-        return self._drafts
+        self._drafts = drafts
+        return drafts
 
     def settle(self) -> None:
-        """Compare the last draft tokens with those that actually followed."""
-        if self._drafts:
-            came = self._sequence.num_known_tokens - self._known
-            tokens = self._sequence.token_ids(self._known, came)
-            pairs = enumerate(zip(self._drafts, tokens, strict=False))
-            right = next((i for i, (a, b) in pairs if a != b), min(came, len(self._drafts)))
-            whole = right == len(self._drafts)
+        """Compare the last draft tokens, if any were sought, with those that actually followed."""
+        came = self._sequence.num_known_tokens - self._known
+        if self._drafts is None or not came:
+            return
+        drafts, self._drafts = self._drafts, None
+        pairs = enumerate(zip(drafts, self._sequence.token_ids(self._known, came), strict=False))
+        right = next((i for i, (a, b) in pairs if a != b), min(came, len(drafts)))
+        whole = 0 < right == len(drafts)
+        if drafts:
             self.trust = min(LONGEST, 2 * self.trust + 1) if whole else right
-            self.rate = 1 - (1 - self.rate) * _KEPT**right
-            if not whole:
-                self.rate *= _KEPT
-            self._drafts = []
+        self.rate = 1 - (1 - self.rate) * _KEPT**right
+        if not whole:
+            self.rate *= _KEPT
 
 
 def _last(packed: bytearray, tail: bytearray) -> int:
