@@ -315,7 +315,8 @@ class Assembly:
         self._resources.callback(transfers.drain)
         slots = self.arena.layout.slot_tokens, self.arena.num_slots
         geometry = geometry_of(loaded, self.limits, *slots)
-        geometry = replace(geometry, deterministic=settings.deterministic)
+        most = self.max_num_seqs + (_GPU_DRAFTS if self._cuda and settings.drafts else 0)
+        geometry = replace(geometry, max_num_seqs=most, deterministic=settings.deterministic)
         try:
             backend = attention.create(settings.attention, geometry, transfers.upload, self._log)
         except ValueError as error:

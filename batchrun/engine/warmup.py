@@ -61,8 +61,8 @@ class WarmUp:
             pieces.limit = int(min(1.0, _RECORDED * launch / whole) * most)
             self._run_alone(largest)
         seqs = min(self.limits.max_num_seqs, most)
-        drafts = min(self.num_logits, most, loaded.max_model_len) - seqs
-        self._run_alone([1] * (seqs - 1) + [1 + max(0, drafts)], drafts=True)
+        drafts = max(0, min(self.num_logits, most) - seqs)
+        self._run_alone([1] * (seqs - 1) + [min(1 + drafts, longest)], drafts=True)
         self.executor.transfers.drain()
 
     def _run_alone(self, lengths: Sequence[int], *, drafts: bool = False) -> tuple[float, float]:

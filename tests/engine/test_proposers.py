@@ -189,8 +189,8 @@ def test_rows_that_guess_do_so_together_and_others_go_on() -> None:
             super().__init__(sequence)
             self.rate = float(sequence.request.row % 2)
 
-        def settle(self) -> None:
-            pass
+        def settle(self) -> bool:
+            return True
 
     made = Rig(seqs=4, batched=64, pages=None, lag=1, proposer=PromptLookup(64, 64, Half))
     for first in (0, 100, 200, 300):

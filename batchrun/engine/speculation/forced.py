@@ -9,8 +9,8 @@ from batchrun.engine.constraints import Constraints
 from batchrun.engine.core import Sequence
 from batchrun.engine.speculation.proposers import DraftBatch, Proposer
 
-# Forced tokens for which a row sits out a step, or two if its last token is pending: fewer come as
-# soon without.
+# Forced tokens for which a row sits out a step, or two if its last token is pending, which then is
+# the first of them: fewer come as soon without.
 _LEAST, _LEAST_PENDING = 2, 4
 
 
@@ -25,6 +25,8 @@ class ConstrainedDrafts:
 
     def __init__(self, constraints: Constraints, inner: Proposer, num_logits: int) -> None:
         self._constraints, self._inner, self._num_logits = constraints, inner, num_logits
+        self._room = 0  # for draft tokens in the last step
+        self._paying: dict[Sequence, int] = {}  # and their forced tokens, for which there is room
 
     def open(self, sequence: Sequence) -> None:
         """See `Proposer.open`."""
@@ -33,14 +35,24 @@ class ConstrainedDrafts:
     def close(self, sequence: Sequence) -> None:
         """See `Proposer.close`."""
         self._inner.close(sequence)
+        self._paying.pop(sequence, None)
 
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """See `Proposer.settle`."""
-        self._inner.settle(sequences)
+        settled = list(sequences)
+        self._inner.settle(settled)
+        room = self._room - sum(self._paying.values())
+        for sequence in settled:
+            if sequence.request.params.constraint:
+                room += self._paying.pop(sequence, 0)
+                count = len(self._constraints.forced(sequence))
+                if (_LEAST_PENDING if sequence.num_pending else _LEAST) <= count <= room:
+                    self._paying[sequence] = count
+                    room -= count
 
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`; what is forced comes first."""
-        places = min(batch.budget, self._num_logits - batch.num_logits)
+        places = self._room = min(batch.budget, self._num_logits - batch.num_logits)
         forced: dict[Sequence, tuple[int, ...]] = {}
         for sequence, room in batch.sequences:
             if sequence.request.params.constraint and places > 0:
@@ -65,9 +77,8 @@ class ConstrainedDrafts:
         ]
 
     def pays(self, sequence: Sequence) -> bool:
-        """See `Proposer.pays`; of forced tokens, the first may be the pending one."""
-        least = _LEAST_PENDING if sequence.num_pending else _LEAST
-        return len(self._constraints.forced(sequence)) >= least or self._inner.pays(sequence)
+        """See `Proposer.pays`."""
+        return sequence in self._paying or self._inner.pays(sequence)
 
     def _allowed(self, sequence: Sequence, drafts: tuple[int, ...]) -> tuple[int, ...]:
         return drafts[: self._constraints.allowed(sequence, drafts)]

@@ -19,6 +19,7 @@ _KEPT = 7 / 8  # of a rate, when another token is tested
 # Rates above which draft tokens are worth a step, for a row that had none and for one that had. It
 # takes one step more to begin than to go on, and rows that change their minds gain nothing.
 _BEGIN, _GO_ON = 0.7, 0.5
+_WATCHED = 8  # rows of a step whose guesses are only tested, as each takes some microseconds
 _SHARE = 4  # draft tokens that a row needs: fewer would not make up for a step
 _TYPE = "i"
 _SIZE = array(_TYPE).itemsize
@@ -61,11 +62,17 @@ class Lookup:
         self._drafts = drafts
         return drafts
 
-    def settle(self) -> None:
-        """Compare the last draft tokens, if any were sought, with those that actually followed."""
+    def settle(self) -> bool:
+        """Compare the last draft tokens with those that actually followed.
+
+        Returns:
+            Whether any were sought, and tokens followed.
+        """
+        if self._drafts is None:
+            return False
         came = self._sequence.num_known_tokens - self._known
-        if self._drafts is None or not came:
-            return
+        if not came:
+            return False
         drafts, self._drafts = self._drafts, None
         pairs = enumerate(zip(drafts, self._sequence.token_ids(self._known, came), strict=False))
         right = next((i for i, (a, b) in pairs if a != b), min(came, len(drafts)))
@@ -75,6 +82,7 @@ class Lookup:
         self.rate = 1 - (1 - self.rate) * _KEPT**right
         if not whole:
             self.rate *= _KEPT
+        return True
 
 
 def _last(packed: bytearray, tail: bytearray) -> int:
@@ -102,6 +110,7 @@ class PromptLookup:
         self._make = lookup
         self.lookups: dict[Sequence, Lookup] = {}
         self._paying, self._most_paying = set[Sequence](), 0
+        self._turn = 0
 
     def open(self, sequence: Sequence) -> None:
         """See `Proposer.open`."""
@@ -127,7 +136,9 @@ class PromptLookup:
             places -= len(drafts)
             free -= len(drafts)
             found.append(drafts)
-        for sequence in batch.watched:
+        self._turn += 1
+        stride = -(-len(batch.watched) // _WATCHED) or 1
+        for sequence in batch.watched[self._turn % stride :: stride]:
             self._of(sequence).draft(1)
         return found
 
@@ -143,10 +154,9 @@ class PromptLookup:
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """See `Proposer.settle`."""
         for sequence in sequences:
-            if sequence in self.lookups:
-                self.lookups[sequence].settle()
-                rate, paying = self.lookups[sequence].rate, self._paying
-                if rate <= _GO_ON:
-                    paying.discard(sequence)
-                elif rate > _BEGIN and len(paying) < self._most_paying:
-                    paying.add(sequence)
+            lookup = self.lookups.get(sequence)
+            if lookup is not None and lookup.settle():
+                if lookup.rate <= _GO_ON:
+                    self._paying.discard(sequence)
+                elif lookup.rate > _BEGIN and len(self._paying) < self._most_paying:
+                    self._paying.add(sequence)

@@ -89,14 +89,13 @@ def add_drafts(
     for i, (segment, sequence) in enumerate(zip(segments, owners, strict=True)):
         if sequence is None or not (segment.sampled and segment.length == 1):
             continue
-        room = room_for_drafts(sequence, max_model_len)
-        if room < 0:
-            continue
+        if sequence.group is not None or sequence.request.params.penalised:
+            continue  # beams depend on each other, and penalties on earlier tokens
         if overlap and (sequence.num_pending or not proposer.pays(sequence)):
             watched.append(sequence)
         else:
             able.append(i)
-            sequences.append((sequence, room))
+            sequences.append((sequence, _room(sequence, max_model_len)))
     tokens = sum(s.length for s in segments)
     logits = sum(s.sampled + len(s.targets) for s in segments)
     proposed = proposer.propose(DraftBatch(sequences, tokens, logits, budget, watched))
@@ -120,14 +119,9 @@ def sits_out(proposer: Proposer | None, sequence: Sequence, max_model_len: int) 
     """
     if sequence.num_drafts or proposer is None:
         return sequence.num_drafts > 0
-    return room_for_drafts(sequence, max_model_len) > 0 and proposer.pays(sequence)
+    return proposer.pays(sequence) and _room(sequence, max_model_len) > 0
 
 
-def room_for_drafts(sequence: Sequence, max_model_len: int) -> int:
-    """Maximum number of draft tokens after the last token; below 0 if none may ever follow.
-
-    Penalties depend on earlier tokens, and beams on each other.
-    """
-    if sequence.group is not None or sequence.request.params.penalised:
-        return -1
+def _room(sequence: Sequence, max_model_len: int) -> int:
+    """Maximum number of draft tokens after the last token."""
     return min(sequence.most_tokens, max_model_len) - sequence.num_tokens - 1
