@@ -58,6 +58,8 @@ _LOOKAHEAD = 4  # steps
 _MEASURED_S = 0.05  # between two measurements of free memory, each of up to 0.4 ms
 _GIVE_BACK = 16  # pages per step: about 45 us each in the driver; a short step takes 2 ms
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a fraction of the claimed ones
+# Draft tokens of a step on a GPU. Steps are recorded with as many tokens more.
+_GPU_DRAFTS = 64
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits; beyond that, drafts do not pay
 # Bytes of a step's logits for which known tokens are scored; `sampling.score` takes as much again.
 _CPU_LOGITS, _GPU_LOGITS = 48 << 20, 256 << 20
@@ -182,7 +184,8 @@ class Assembly:
             self.arena = self._make_arena()
             self.executor = self._make_executor()
             if self._cuda:
-                warmup = WarmUp(self.executor, self.arena, self.limits, log)
+                most = self.max_num_seqs + (_GPU_DRAFTS if self._drafts() else 0)
+                warmup = WarmUp(self.executor, self.arena, self.limits, most, log)
                 warmup.run(graphs=settings.graphs)
         except AllocatorError as error:
             self.close()
@@ -209,6 +212,7 @@ class Assembly:
             max_scored_tokens=self._most_scored(),
             share=settings.share_prefixes,
             proposer=self._speculator,
+            overlap=self.executor.lag > 0,
             lookahead=_LOOKAHEAD if self.executor.lag else 0,
         )
         self.engine = Engine(
@@ -317,7 +321,8 @@ class Assembly:
         self._resources.callback(transfers.drain)
         slots = self.arena.layout.slot_tokens, self.arena.num_slots
         geometry = geometry_of(loaded, self.limits, *slots)
-        geometry = replace(geometry, deterministic=settings.deterministic)
+        most = self.max_num_seqs + (_GPU_DRAFTS if self._cuda and settings.drafts else 0)
+        geometry = replace(geometry, max_num_seqs=most, deterministic=settings.deterministic)
         try:
             backend = attention.create(settings.attention, geometry, transfers.upload, self._log)
         except ValueError as error:
@@ -347,19 +352,24 @@ class Assembly:
             )
         return bool(names)
 
-    def _make_speculator(self) -> Speculator | None:
-        """Speculative decoding, if attention takes several tokens of each row in one call.
+    def _drafts(self) -> bool:
+        """Whether draft tokens are wanted, and attention takes several of each row in one call.
 
-        One call per row costs more than drafts save. On a GPU a step is planned before the previous
-        one's tokens are known.
+        One call per row costs more than drafts save.
         """
-        several = self.executor.backend.max_query is None and not self._cuda
-        if not self.settings.drafts or self.executor.lag or not several:
+        return self.settings.drafts and self.executor.backend.max_query is None
+
+    def _make_speculator(self) -> Speculator | None:
+        """Speculative decoding."""
+        if not self._drafts():
             return None
-        # A tile has 16 rows; vector instructions multiply 8 rows at a time.
-        free = 16 if cpu.level() is Level.TILES else 8
-        most = _DRAFT_LOGITS // self._logits_bytes()
-        return Speculator(most, StepCost(free), self._constraints, AnswerTable())
+        if self._cuda:
+            free, most = 0, self.max_num_seqs + _GPU_DRAFTS
+        else:  # a tile has 16 rows; vector instructions multiply 8 rows at a time
+            free = 16 if cpu.level() is Level.TILES else 8
+            most = _DRAFT_LOGITS // self._logits_bytes()
+        overlap = self.executor.lag > 0
+        return Speculator(most, StepCost(free), self._constraints, AnswerTable(), overlap=overlap)
 
     def _most_scored(self) -> int:
         """Tokens of a step after which known tokens are scored; at least one."""

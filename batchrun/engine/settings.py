@@ -86,7 +86,8 @@ class Settings:
         layers_per_slab: Layers whose keys and values are stored together. None: all on a GPU; on a
             CPU, one if a layer's part of a token is smaller than a page of the system, else all.
         share_prefixes: Whether rows with a common prefix compute and store it once.
-        drafts: Whether draft tokens are proposed; only on a CPU, in bfloat16.
+        drafts: Whether draft tokens are proposed; only where attention takes several tokens of each
+            row in one call.
         overlap: Whether the host prepares the next step while the device computes one.
         graphs: Whether steps are recorded as CUDA graphs, those with prompts in pieces.
         optimize: Whether the model's modules are fused, and compiled on a GPU.
