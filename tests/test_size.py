@@ -20,7 +20,7 @@ CEILINGS = {
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
     "batchrun/engine/model": 2320,
-    "batchrun/engine/speculation": 470,
+    "batchrun/engine/speculation": 560,
     "batchrun/estimate": 440,
     "batchrun/grammars": 460,
     "batchrun/models": 1060,

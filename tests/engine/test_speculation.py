@@ -14,12 +14,13 @@ from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.core import Sequence as Row
 from batchrun.engine.plan import StepPlan
 from batchrun.engine.speculation.chances import Chances
+from batchrun.engine.speculation.choice import Guess, Prices, worthwhile
 from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import Lookup
 from batchrun.engine.speculation.proposers import DraftBatch, add_drafts
-from batchrun.engine.speculation.speculator import Guess, Speculator, worthwhile
+from batchrun.engine.speculation.speculator import Speculator
 from batchrun.engine.speculation.table import AnswerTable
-from tests.engine.echo import VOCAB, Costs, Oracle
+from tests.engine.echo import VOCAB, Costs, Oracle, next_token
 from tests.engine.test_scheduler import MAX_LEN, Rig
 
 
@@ -133,14 +134,12 @@ def guess(*chances: float, forced: int = 0) -> Guess:
     return Guess(list(range(count)), [None] * count, [1.0] * forced + list(chances), forced)
 
 
-def brute_force(
-    guesses: list[Guess], seconds: float, draft: float, *, free: int, places: int
-) -> float:
+def brute_force(guesses: list[Guess], prices: Prices) -> float:
     """The most tokens a second, by the number of the likeliest draft tokens."""
     chances = sorted((c for g in guesses for c in g.chances), reverse=True)
     return max(
-        (len(guesses) + sum(chances[:count])) / (seconds + draft * max(0, count - free))
-        for count in range(min(len(chances), places) + 1)
+        (len(guesses) + sum(chances[:count])) / (prices.step + prices.spent(count))
+        for count in range(min(len(chances), prices.places) + 1)
     )
 
 
@@ -152,22 +151,22 @@ def brute_force(
 )
 def test_as_many_as_pay(each: list[list[float]], draft: float, free: int, places: int) -> None:
     guesses = [guess(*sorted(chances, reverse=True)) for chances in each]
-    limits = {"free": free, "places": places}
-    rows = len(guesses)
-    taken = worthwhile(guesses, 1.0, draft, rows=rows, **limits)
+    prices = Prices(1.0, draft, free, places, len(guesses))
+    taken, expected = worthwhile(guesses, prices)
     assert sum(taken) <= places
     assert all(0 <= n <= len(g.chances) for n, g in zip(taken, guesses, strict=True))
-    expected = len(guesses) + sum(sum(g.chances[:n]) for n, g in zip(taken, guesses, strict=True))
-    rate = expected / (1.0 + draft * max(0, sum(taken) - free))
-    assert rate == pytest.approx(brute_force(guesses, 1.0, draft, **limits))
+    right = sum(sum(g.chances[:n]) for n, g in zip(taken, guesses, strict=True))
+    assert expected == pytest.approx(len(guesses) + right)
+    rate = expected / (prices.step + prices.spent(sum(taken)))
+    assert rate == pytest.approx(brute_force(guesses, prices))
 
 
 def test_what_is_forced_comes_first() -> None:
     guesses = [guess(0.9, 0.1), guess(0.9, 0.3, forced=3), guess(forced=4)]
-    assert worthwhile(guesses, 1.0, 0.1, free=0, places=100, rows=3) == [1, 4, 4]
-    assert worthwhile(guesses, 1.0, 0.1, free=0, places=5, rows=3) == [0, 3, 2]
-    assert worthwhile(guesses, 1.0, 9.0, free=0, places=100, rows=3) == [0, 3, 4]
-    assert worthwhile(guesses, 1.0, 9.0, free=9, places=100, rows=3) == [1, 4, 4]
+    assert worthwhile(guesses, Prices(1.0, 0.1, 0, 100, 3))[0] == [1, 4, 4]
+    assert worthwhile(guesses, Prices(1.0, 0.1, 0, 5, 3))[0] == [0, 3, 2]
+    assert worthwhile(guesses, Prices(1.0, 9.0, 0, 100, 3))[0] == [0, 3, 4]
+    assert worthwhile(guesses, Prices(1.0, 9.0, 9, 100, 3))[0] == [1, 4, 4]
 
 
 def segments(*rows: Row) -> list[Segment]:
@@ -377,6 +376,51 @@ def test_rows_that_guess_do_so_together_and_others_go_on() -> None:
     made.verify()
     made.close()
     assert set(verified[24:36]) == {0, 2}
+
+
+class Drafter:
+    """A draft model that is always right, or never; each of its steps takes so many seconds."""
+
+    def __init__(self, seconds: float, *, right: bool = True) -> None:
+        self.seconds, self.right = seconds, right
+        self.asked: list[int] = []
+        self.open = self.close = self.settle = lambda *_: None
+
+    def cost(self, sequences: Sequence[Row], step: float) -> float:
+        return self.seconds * step
+
+    def guess(self, wanted: Sequence[tuple[Row, int]]) -> list[tuple[int, ...]]:
+        self.asked.append(max(count for _, count in wanted))
+        found = []
+        for sequence, count in wanted:
+            ids = list(sequence.known_ids)
+            for _ in range(count):
+                ids.append(next_token(ids) + (not self.right))
+            found.append(tuple(ids[len(ids) - count :]))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "right", "most", "asked"),
+    [(0.1, True, None, 15), (0.1, True, 3, 3), (0.1, False, None, 0), (2.0, True, None, 0)],
+)
+def test_a_draft_model_is_asked_while_that_pays(
+    seconds: float, right: bool, most: int | None, asked: int
+) -> None:
+    drafter = Drafter(seconds, right=right)
+    proposer = Speculator(64, Costs(0, draft=0.01), model=drafter, num_tokens=most)
+    made = Rig(seqs=2, batched=64, pages=None, proposer=proposer)
+    for row in range(6):
+        made.add([row, 7, 9], 120)
+    made.drain()
+    made.verify()
+    assert not proposer._rows
+    made.close()
+    assert max(drafter.asked[-9:], default=0) == asked or (not right and len(drafter.asked) < 30)
+    stats = made.engine.stats
+    assert bool(stats.accepted_tokens) == (right and seconds < 1)
+    if asked == 15:
+        assert stats.steps < 6 * 120 / 2 / 8
 
 
 class Recording(Speculator):

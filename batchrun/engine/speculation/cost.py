@@ -41,23 +41,29 @@ class StepCost:
         self._tokens = _KEPT * self._tokens + max(tokens, 1.0)
         self._solution = None
 
-    def of(self, rows: int, attended: int) -> tuple[float, float]:
+    @property
+    def is_known(self) -> bool:
+        """Whether any step was measured."""
+        return self._tokens > 0
+
+    def of(self, rows: int, attended: int, others: int = 0) -> tuple[float, float]:
         """The cost of a step in which every row computes one token.
 
         Args:
             rows: Its rows.
             attended: Tokens that they attend to, all together.
+            others: Tokens of prompts that it computes, too.
 
         Returns:
             The step's seconds, and those of each draft token beyond what is `free`; their ratio is
             an assumption before anything is measured.
         """
-        if not self._tokens:
+        if not self.is_known:
             return 1.0, 1.0 / max(rows, 1)
         if self._solution is None:
             self._solution = self._solved()
         mean = self._seconds / self._tokens
-        does = np.array([1, rows, 0, 0, attended]) / _SCALE
+        does = np.array([1, rows, 0, others, attended]) / _SCALE
         step = max(float(self._solution @ does), mean * max(rows, 1) / 4)
         draft = float(self._solution[2]) / _SCALE[2]
         # A token more costs at most what a token costs on average, and never nothing for long.

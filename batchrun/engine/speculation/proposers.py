@@ -65,6 +65,30 @@ class Proposer(Protocol):
         """Note that these sequences, which continue, got tokens that are now known."""
 
 
+class DraftModel(Protocol):
+    """A second model that chooses draft tokens."""
+
+    def open(self, sequence: Sequence) -> None:
+        """See `Proposer.open`."""
+
+    def close(self, sequence: Sequence) -> None:
+        """See `Proposer.close`."""
+
+    def settle(self, sequences: Iterable[Sequence]) -> None:
+        """See `Proposer.settle`."""
+
+    def cost(self, sequences: Seq[Sequence], step: float) -> float:
+        """Seconds in which it would choose one token for each of the sequences.
+
+        Args:
+            sequences: Sequences in slots, whose tokens are all known.
+            step: Seconds of the model's own step; until it was tried, it takes some share of them.
+        """
+
+    def guess(self, wanted: Seq[tuple[Sequence, int]]) -> list[tuple[int, ...]]:
+        """Choose draft tokens for sequences, so many for each or fewer."""
+
+
 def add_drafts(
     proposer: Proposer,
     segments: list[Segment],

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from batchrun.engine.constraints import Constraints
 from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.speculation.chances import Chances
+from batchrun.engine.speculation.choice import Guess, Prices, worthwhile
 from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import LONGEST, Lookup
-from batchrun.engine.speculation.proposers import DraftBatch
+from batchrun.engine.speculation.modelguesses import ModelGuesses
+from batchrun.engine.speculation.proposers import DraftBatch, DraftModel
 from batchrun.engine.speculation.table import LONGEST_CONTEXT, AnswerTable
 
 _LEARNED = 5000.0  # tokens learned in a second, which takes a twentieth of it: the others are not
@@ -24,23 +26,6 @@ _WATCHED = 8  # rows of a step whose guesses are only tested, as each takes some
 _SHARE = 4  # draft tokens that a row needs: fewer would not make up for a step
 # Forced tokens that make up for it, where no token is pending and where one is, the first of them.
 _FORCED, _FORCED_PENDING = 2, 4
-_HOPELESS = 0.02  # chance below which a token is not worth a thought, even where it is free
-
-
-@dataclass(slots=True)
-class Guess:
-    """Tokens that may come next, each with its kind and the chance that all up to it are right.
-
-    The first `forced` ones come for certain. `own` are what the row's own text has after these. The
-    step computes the first `taken` ones.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    kinds: list[Hashable] = field(default_factory=list)
-    chances: list[float] = field(default_factory=list)
-    forced: int = 0
-    own: list[int] = field(default_factory=list)
-    taken: int = 0
 
 
 @dataclass(slots=True)
@@ -75,6 +60,8 @@ class Speculator:
         constraints: Knows which tokens constrained rows allow.
         table: What the job's answers have in common; None to use each row's own text alone.
         lookup: Makes the lookup in a sequence's own text.
+        model: Chooses draft tokens where that pays.
+        num_tokens: Maximum number of them for a row; None for as many as pay.
         overlap: Whether a step is planned before the tokens of the last one are known.
         rate: How often guesses are assumed to be right before any was tested.
 
@@ -88,6 +75,8 @@ class Speculator:
         table: AnswerTable | None = None,
         lookup: Callable[[Sequence], Lookup] = Lookup,
         *,
+        model: DraftModel | None = None,
+        num_tokens: int | None = None,
         overlap: bool = False,
         rate: float = 0.0,
     ) -> None:
@@ -99,6 +88,8 @@ class Speculator:
         self._table = table
         self._make, self._overlap, self._rate = lookup, overlap, rate
         self._chances = Chances()
+        most = LONGEST if num_tokens is None else num_tokens
+        self._model = ModelGuesses(model, self._chances, most) if model is not None else None
         self._rows: dict[Sequence, _Row] = {}
         self._may_learn = _LEARNED
         self._paying: dict[Sequence, int] = {}  # rows worth waiting for, each with its draft tokens
@@ -111,11 +102,15 @@ class Speculator:
         namespace = _namespace(request.context, request.params.constraint)
         known = sequence.num_known_tokens
         self._rows[sequence] = _Row(self._make(sequence), namespace, known, self._rate)
+        if self._model is not None:
+            self._model.model.open(sequence)
 
     def close(self, sequence: Sequence) -> None:
         """See `Proposer.close`."""
         self._learn(sequence, self._rows.pop(sequence))
         self._paying.pop(sequence, None)
+        if self._model is not None:
+            self._model.model.close(sequence)
 
     def learn(self, context: tuple[str, ...], constraint: str | None, token_ids: Seq[int]) -> None:
         """Note an answer to a request of that context and constraint, from an earlier run."""
@@ -130,6 +125,8 @@ class Speculator:
                 self._judge(sequence, row, row.guess)
                 row.guess = None
             self._learn(sequence, row)
+        if self._model is not None:
+            self._model.model.settle(sequence for sequence, _ in settled)
         if self._overlap:
             self._choose(settled)
 
@@ -167,25 +164,27 @@ class Speculator:
 
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`."""
-        count = max(1, batch.num_logits)
+        rows = max(1, batch.num_logits)
         attended = sum(sequence.num_known_tokens for sequence, _ in batch.sequences)
-        step, draft = self.cost.of(count, attended)
         free = max(0, self.cost.free - batch.num_tokens)
-        least = _HOPELESS if free else max(_HOPELESS, draft * count / step)
-        guesses = []
+        self._room = max(0, min(batch.budget, self.num_logits - batch.num_logits))
+        prices = Prices(*self.cost.of(rows, attended), free, self._room, rows)
+        asked = []
         for sequence, room in batch.sequences:
             row = self._rows[sequence]
-            row.known, row.value = sequence.num_known_tokens, step / count
-            row.guess = self._guess(sequence, row, room, least)
-            guesses.append(row.guess)
-        places = self._room = max(0, min(batch.budget, self.num_logits - batch.num_logits))
-        taken = worthwhile(guesses, step, draft, free=free, places=places, rows=count)
-        for n, each in zip(taken, guesses, strict=True):
-            each.taken = n
-            self._num_forced += min(n, each.forced)
-        self._saved_s -= max(0, sum(taken) - free) * draft
-        self._watch(batch.watched, least)
-        return [tuple(g.token_ids[:n]) for n, g in zip(taken, guesses, strict=True)]
+            row.known, row.value = sequence.num_known_tokens, prices.step / rows
+            row.guess = self._guess(sequence, row, room, prices.least)
+            asked.append((sequence, room, row.guess))
+        if self._model is not None:
+            self._saved_s -= self._model.improve(asked, prices)
+        guesses = [guess for _, _, guess in asked]
+        taken, _ = worthwhile(guesses, prices)
+        for count, guess in zip(taken, guesses, strict=True):
+            guess.taken = count
+            self._num_forced += min(count, guess.forced)
+        self._saved_s -= prices.spent(sum(taken))
+        self._watch(batch.watched, prices.least)
+        return [tuple(guess.token_ids[: guess.taken]) for guess in guesses]
 
     def _watch(self, sequences: Seq[Sequence], least: float) -> None:
         """Guess for some rows that take no draft tokens, to test how predictable they are."""
@@ -290,43 +289,6 @@ class Speculator:
 def _namespace(context: tuple[str, ...], constraint: str | None) -> int:
     """What rows must have in common to use each other's tokens."""
     return hash((context, constraint))
-
-
-def worthwhile(
-    guesses: Seq[Guess], step: float, draft: float, *, free: int, places: int, rows: int
-) -> list[int]:
-    """How many tokens of each guess to compute, so that tokens a second are most.
-
-    Args:
-        guesses: Of the rows that may take draft tokens.
-        step: Seconds of a step with one token for each row.
-        draft: Seconds of each draft token.
-        free: Number of draft tokens that cost nothing.
-        places: Maximum number of draft tokens.
-        rows: The step's rows: as many tokens come for certain.
-    """
-    taken = []
-    for guess in guesses:
-        taken.append(min(guess.forced, places))
-        places -= taken[-1]
-    chances = sorted((c for g in guesses for c in g.chances[g.forced :]), reverse=True)
-    count, expected = sum(taken), float(rows + sum(taken))
-    cut, at_cut = 1.1, 0  # the least chance taken, and how many of just that chance
-    for chance in chances[:places]:
-        seconds = step + draft * max(0, count - free)
-        costs = draft if count >= free else 0.0
-        if chance < _HOPELESS or chance * seconds <= costs * expected:
-            break
-        count, expected = count + 1, expected + chance
-        at_cut = at_cut + 1 if chance == cut else 1
-        cut = chance
-    for i, guess in enumerate(guesses):
-        for chance in guess.chances[guess.forced :] if taken[i] == guess.forced else ():
-            if chance < cut or (chance == cut and not at_cut):
-                break
-            at_cut -= chance == cut
-            taken[i] += 1
-    return taken
 
 
 def _count(at: list[int], number: int) -> None:
