@@ -288,6 +288,8 @@ class RuntimeSpec:
     """How a job runs, which never changes an answer. None leaves the choice to the device.
 
     Args:
+        draft_path: The draft model's folder.
+        draft_fingerprint: Digest of its content.
         param_columns: Columns with rows' own parameters, as announced at submission.
     """
 
@@ -325,6 +327,17 @@ class RuntimeSpec:
     drafts: bool = option(
         "On a CPU: draft tokens from the row's own text, and verify many in one step.",
         default=True,
+    )
+    draft_model: str | None = option(
+        "Draft tokens from this smaller model instead, which must have the same tokenizer: alias, "
+        "folder, .gguf file or hub id.",
+        metavar="MODEL",
+    )
+    draft_path: str = ""
+    draft_fingerprint: str = ""
+    draft_tokens: int | None = option(
+        "Draft tokens of the draft model per row and step; default: auto, as many as pay.",
+        kinds.COUNT_OR_AUTO,
     )
     overlap: bool = option("On a GPU: plan, map and copy while it computes.", default=True)
     graphs: bool = option("On a GPU: record steps as CUDA graphs.", default=True)
