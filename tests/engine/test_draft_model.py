@@ -167,7 +167,9 @@ def check_guesses(guesses: Sequence[Guess], draft: LoadedModel) -> None:
             assert done.token_ids[len(begun.generated_ids) :][: len(drafts)] == drafts
 
 
-@pytest.mark.parametrize("settings", [{"max_num_batched_tokens": 16}, {"max_num_seqs": 2}])
+@pytest.mark.parametrize(
+    "settings", [{"max_num_batched_tokens": 16}, {"max_num_seqs": 2, "layers_per_slab": 99}]
+)
 def test_chunks_and_common_prefixes_cost_the_draft_model_nothing(
     guesses: list[Guess], settings: dict[str, int]
 ) -> None:
