@@ -159,6 +159,9 @@ class ModelDrafts:
         while left:
             self._step(left, new)
             left, new = [draft for draft in left if 0 < len(draft.ids) < draft.most], []
+        for draft in drafts:
+            if draft is not None and not draft.ids:  # what was for draft tokens holds none
+                self._ensure(slot_of(draft.sequence), draft.known)
         return [() if draft is None else tuple(draft.ids) for draft in drafts]
 
     def _begin(self, sequence: Sequence, most: int) -> _Draft | None:
