@@ -17,9 +17,12 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks.ads import TASK, ads
 
 _TEXT = """
 the of and to in is that for it was on are as with they be at one have this from by hot but some
@@ -128,6 +131,18 @@ def long_tail(draw: Draw, rows: int) -> Iterator[Row]:
         yield Row(prompt, times * draw.uniform(32, 64))
 
 
+def extract(draw: Draw, rows: int) -> Iterator[Row]:
+    """Advertisements to be read into JSON, after two examples: text that means something."""
+    found = ads(draw.rng)
+
+    def shown(text: str, said: dict[str, str | int]) -> str:
+        return f"Advertisement: {text}\nJSON: {json.dumps(said)}\n\n"
+
+    examples = "".join(shown(*next(found)) for _ in range(2))
+    for text, _ in islice(found, rows):
+        yield Row(f"{TASK}\n\n{examples}Advertisement: {text}\nJSON:", 48)
+
+
 Generator = Callable[[Draw, int], Iterator[Row]]
 
 # Each with the rows that it has by default.
@@ -138,6 +153,7 @@ WORKLOADS: dict[str, tuple[Generator, int]] = {
     "shared-prefix": (shared_prefix, 256),
     "documents": (documents, 384),
     "long-tail": (long_tail, 200),
+    "extract": (extract, 192),
 }
 
 

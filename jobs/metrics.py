@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 Figures = dict[str, Any]  # by metric name
@@ -20,7 +21,7 @@ class Metric:
 
     Attributes:
         name: Its name among a run's figures.
-        unit: "s", "bytes", "bytes*s" or "text", or what it counts.
+        unit: "s", "bytes", "bytes*s", "text" or "tokens by position" (a list), or what it counts.
         merge: Merges the figures of a job's runs, given in order.
         key: Its place in `stats.json`, "section.name"; "" if it has none.
         label: Names it on its own line of `batchrun stats`; "" if it is part of a sentence.
@@ -37,12 +38,19 @@ class Metric:
     @property
     def zero(self) -> Any:
         """Its value before anything was measured."""
+        if self.unit == "tokens by position":
+            return []
         return {"text": "", "s": 0.0, "bytes*s": 0.0}.get(self.unit, 0)
 
 
 def _latest(values: list[Any]) -> Any:
     """The last value that is not zero."""
     return next(filter(None, reversed(values)), values[0])
+
+
+def _each(values: list[list[int]]) -> list[int]:
+    """Sums by position."""
+    return [sum(column) for column in zip_longest(*values, fillvalue=0)]
 
 
 # Figures of KV memory, and their labels in `batchrun stats`.
@@ -83,6 +91,11 @@ METRICS = (
     Metric("drafted_tokens", "tokens", sum, "tokens.drafted"),
     Metric("accepted_tokens", "tokens", sum, "tokens.accepted"),
     Metric("forced_tokens", "tokens", sum, "tokens.forced"),  # among the drafted ones
+    # Guesses by their place among a row's draft tokens; what is forced is none.
+    Metric("guessed_at", "tokens by position", _each, "drafts.guessed"),
+    Metric("right_at", "tokens by position", _each, "drafts.right"),
+    Metric("drafts_saved_s", "s", sum, "drafts.saved_s"),  # estimated; below 0 if they cost more
+    Metric("drafts_bytes", "bytes", max, "drafts.table_bytes"),
     Metric("shared_tokens", "tokens", sum, "tokens.shared"),
     Metric("generated_tokens", "tokens", sum, sampled=True),  # including unfinished samples
     Metric("prefill_s", "s", sum),

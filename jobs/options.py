@@ -325,7 +325,7 @@ class RuntimeSpec:
         "Compute and store the common beginnings of prompts once.", default=True
     )
     drafts: bool = option(
-        "On a CPU: draft tokens from the row's own text, and verify many in one step.",
+        "Draft tokens from the row's own text, and verify many in one step.",
         default=True,
     )
     draft_model: str | None = option(

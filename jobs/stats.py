@@ -29,7 +29,9 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`,
         `drafted` and `accepted`: draft tokens, and those accepted; `forced`: those of them that
         the shape of the answer forced; and `shared`: prompt
-        tokens already computed for another row), `duplicates` (`rows` and completion
+        tokens already computed for another row), `drafts` (`guessed` and `right` by position,
+        without forced ones; an estimate of the seconds that all draft tokens saved; and the bytes
+        of the table of answers), `duplicates` (`rows` and completion
         `tokens` taken from another row), `saved` by planning (estimated
         `prompt_tokens`, `steps` and seconds of the tail), `time` (seconds), `throughput` (of what
         was computed, per second; rows count all), `batch` (with the seconds of its tail), `kv`

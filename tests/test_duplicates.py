@@ -191,6 +191,9 @@ class _Workbench:
     def encode(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(fields["prompt"].encode())
 
+    def recall(self, answers: Any, constraint: Any) -> None:
+        pass
+
     def measurements(self) -> dict[str, Any]:
         return {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.engine.build import Assembly
 from batchrun.engine.core import Completion, EngineError
 from batchrun.engine.model.generation import Generation
 from batchrun.errors import StepFailed
@@ -187,6 +188,29 @@ def test_resume_gives_the_same_output(submit: Submit) -> None:
     assert summary["runs"] == runs
     assert summary["rows"]["resumed"] >= 7
     assert summary["tokens"]["completion"] == summarise(whole)["tokens"]["completion"]
+
+
+@pytest.mark.usefixtures("journal_keeps_up")
+def test_a_resumed_run_knows_the_answers_of_earlier_ones(
+    submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, stop, known = submit(), threading.Event(), list[tuple[int, ...]]()
+    recall = Assembly.recall
+
+    def noting(self: Assembly, answers: Iterable[tuple[int, ...]], constraint: None) -> None:
+        assert constraint is None
+        assert constraint is None
+        known.extend(answers)
+        recall(self, known, constraint)
+
+    monkeypatch.setattr(Assembly, "recall", noting)
+    run(job, stop=stop, on_progress=stop_after(9, stop))
+    assert not known
+    with job.journal() as journal:
+        earlier = [result.token_ids for result in journal.results()]
+    assert len(earlier) >= 9
+    assert run(job) is Outcome.DONE
+    assert known == earlier[::-1]
 
 
 def test_columns_set_a_rows_own_parameters(submit: Submit) -> None:
@@ -378,6 +402,9 @@ class _SlowWorkbench:
 
     def encode(self, fields: Any) -> tuple[int, ...]:
         return (1,)
+
+    def recall(self, answers: Any, constraint: Any) -> None:
+        pass
 
     def measurements(self) -> dict[str, Any]:
         return {}

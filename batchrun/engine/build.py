@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -56,6 +56,8 @@ _LOOKAHEAD = 4  # steps
 _MEASURED_S = 0.05  # between two measurements of free memory, each of up to 0.4 ms
 _GIVE_BACK = 16  # pages per step: about 45 us each in the driver; a short step takes 2 ms
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a fraction of the claimed ones
+# Draft tokens of a step on a GPU. Steps are recorded with as many tokens more.
+_GPU_DRAFTS = 64
 _DRAFT_LOGITS = 96 << 20  # bytes of a step's logits; beyond that, drafts do not pay
 # Bytes of a step's logits for which known tokens are scored; `sampling.score` takes as much again.
 _CPU_LOGITS, _GPU_LOGITS = 48 << 20, 256 << 20
@@ -183,9 +185,11 @@ class Assembly:
         try:
             self.arena = self._make_arena()
             self.executor, self.drafter = self._make_executors()
+            most = self.max_num_seqs + (_GPU_DRAFTS if self._drafts() else 0)
             # The model's steps are larger: theirs is the memory that torch should keep at the end.
             for executor in filter(None, (self.drafter, self.executor)) if self._cuda else ():
-                WarmUp(executor, self.arena, self.limits, log).run(graphs=settings.graphs)
+                warmup = WarmUp(executor, self.arena, self.limits, most, log)
+                warmup.run(graphs=settings.graphs)
         except AllocatorError as error:
             self.close()
             fits = fit_context(
@@ -213,6 +217,7 @@ class Assembly:
             max_scored_tokens=self._most_scored(),
             share=settings.share_prefixes,
             proposer=self._speculator or self._model_proposer(),
+            overlap=self.executor.lag > 0,
             lookahead=_LOOKAHEAD if self.executor.lag else 0,
         )
         self.engine = Engine(
@@ -236,13 +241,19 @@ class Assembly:
                 hint="leave out --deterministic, and add --again",
             )
 
+    def recall(self, answers: Iterable[Sequence[int]], constraint: str | None) -> None:
+        """Guess from the tokens of answers under a constraint that an earlier run has computed."""
+        if self._speculator is not None:
+            for token_ids in answers:
+                self._speculator.learn((), constraint, token_ids)
+
     def measurements(self) -> dict[str, float | str]:
         """The engine's figures so far, named as in `batchrun.jobs.metrics`."""
         return {
             **asdict(self.engine.stats),
             **self.usage.as_dict(),
             "shared_tokens": self.scheduler.stays.num_shared_tokens,
-            "forced_tokens": self._speculator.num_forced if self._speculator else 0,
+            **(self._speculator.measurements() if self._speculator else {}),
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "max_num_seqs": self.max_num_seqs,
@@ -314,6 +325,7 @@ class Assembly:
         self._resources.callback(transfers.drain)
         over = self.arena, self.settings, transfers, self._log
         options: dict[str, Any] = {"relieve": self._relieve, "config": self.generation.logits}
+        options["drafts"] = _GPU_DRAFTS if self._cuda and self.settings.drafts else 0
         executor = make_executor(self.loaded, *over, lag=lag, **options)
         if self.draft is None:
             return executor, None
@@ -330,32 +342,37 @@ class Assembly:
             )
         return bool(names) or self.draft is not None
 
-    def _make_speculator(self) -> Speculator | None:
-        """Speculative decoding, if attention takes several tokens of each row in one call.
+    def _drafts(self) -> bool:
+        """Whether draft tokens are wanted, and attention takes several of each row in one call.
 
-        One call per row costs more than drafts save. On a GPU a step is planned before the previous
-        one's tokens are known.
+        One call per row costs more than drafts save.
         """
-        several = self.executor.backend.max_query is None and not self._cuda
-        if not self.settings.drafts or self.executor.lag or not several or self.drafter:
+        return self.settings.drafts and self.executor.backend.max_query is None
+
+    def _make_speculator(self) -> Speculator | None:
+        """Speculative decoding without a draft model."""
+        if not self._drafts() or self.drafter is not None:
             return None
-        # A tile has 16 rows; vector instructions multiply 8 rows at a time.
-        free = 16 if cpu.level() is Level.TILES else 8
-        most = _DRAFT_LOGITS // self._logits_bytes()
-        return Speculator(most, StepCost(free), self._constraints, AnswerTable())
+        if self._cuda:
+            free, most = 0, self.max_num_seqs + _GPU_DRAFTS
+        else:  # a tile has 16 rows; vector instructions multiply 8 rows at a time
+            free = 16 if cpu.level() is Level.TILES else 8
+            most = _DRAFT_LOGITS // self._logits_bytes()
+        overlap = self.executor.lag > 0
+        return Speculator(most, StepCost(free), self._constraints, AnswerTable(), overlap=overlap)
 
     def _model_proposer(self) -> ModelProposer | None:
-        """Speculative decoding with the draft model, where attention allows it as above."""
+        """Speculative decoding with the draft model."""
         if self.drafter is None:
             return None
-        if self.executor.lag or self.executor.backend.max_query is not None:
+        if not self._drafts():
             self._log(f"the draft model can't be used with {self.executor.backend.name} attention")
             return None
-        drafts = make_drafts(
-            *(self.executor, self.drafter, self._constraints, self.arena.ensure),
-            max_num_batched_tokens=self.max_num_batched_tokens,
-        )
+        over = self.executor, self.drafter, self._constraints, self.arena.ensure
+        drafts = make_drafts(*over, max_num_batched_tokens=self.max_num_batched_tokens)
         most = _DRAFT_LOGITS // self._logits_bytes()
+        if self._cuda:
+            most = self.max_num_seqs + _GPU_DRAFTS
         return ModelProposer(drafts, self.settings.draft_tokens or MOST, most)
 
     def _most_scored(self) -> int:

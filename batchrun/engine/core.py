@@ -214,9 +214,10 @@ class Sequence:
 
     `num_computed_tokens` counts the leading tokens whose keys and values are in the slot once the
     launched steps have run. `num_pending` tokens were sampled by steps that are not collected yet,
-    so only the device knows them. `logprob` is the sum of the output's log-probabilities if the
-    parameters ask for it. `text` is the output's text once the sequence has ended without an error.
-    Times are `time.perf_counter` seconds.
+    so only the device knows them; one such step computes `num_drafts` draft tokens too. `logprob`
+    is the sum of the output's log-probabilities if the parameters ask for it. `text` is the
+    output's text once the sequence has ended without an error. Times are `time.perf_counter`
+    seconds.
 
     `key` and `inherited` are those of its segments while it is in a slot.
 
@@ -230,6 +231,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_pending: int = 0
+    num_drafts: int = 0
     slot: int | None = None
     text: str | None = None
     finish_reason: FinishReason | None = None

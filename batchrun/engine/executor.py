@@ -25,6 +25,9 @@ from batchrun.engine.sampling import Sampler, score
 from batchrun.engine.shortage import device_errors
 from batchrun.engine.transfers import Download, Transfers
 
+# Bytes of keys and values that draft tokens in a recorded step may read again: an H200 should take
+# half a millisecond, less than launching a step in pieces takes.
+_REREAD = 2 << 30
 _UNKNOWN = (0,)  # stands in for a token that only the device knows
 
 
@@ -126,8 +129,9 @@ class TorchExecutor:
         self._slot_tokens = views[0][0].shape[1]
         num_slots = views[0][0].shape[0]
         self.sampler = Sampler(num_slots, transfers.upload, loaded.eos_ids, config)
-        # The last token sampled in each slot; the next step reads it here, not from the host.
-        self._last = torch.zeros(num_slots, dtype=torch.int64, device=loaded.device)
+        # The last token sampled in each slot; the next step reads it here, not from the host. One
+        # place more takes the others of slots with draft tokens.
+        self._last = torch.zeros(num_slots + 1, dtype=torch.int64, device=loaded.device)
 
     def seconds(self) -> tuple[float, float]:
         """See `Executor.seconds`."""
@@ -140,7 +144,7 @@ class TorchExecutor:
         with self._step():
             self._copy(plan)
             if self.lag:  # the next step reads their tokens on the device
-                slots = [s.slot for s in plan.segments if s.sampled]
+                slots = _last_places(plan.segments, len(self._last) - 1)
                 ticket.slots = self.transfers.upload(np.array(slots, np.int64))
             try:
                 ticket.logits = self._logits(plan.segments)
@@ -241,8 +245,11 @@ class TorchExecutor:
             self.transfers.started()
             return inputs
 
+        a_token = sum(t.shape[2] * t.shape[3] * t.element_size() for kv in self._views for t in kv)
         with self._step():
-            self.graphs = DecodeGraphs(self._forward, prepare, sizes, filler, record)
+            self.graphs = DecodeGraphs(
+                self._forward, prepare, sizes, filler, record, most_reread=_REREAD // a_token
+            )
 
     def record_pieces(self, scratch: int, **options: Any) -> None:
         """From now on, record steps of all kinds, except for their attention.
@@ -271,12 +278,13 @@ class TorchExecutor:
     def _logits(self, segments: Seq[Segment]) -> torch.Tensor:
         """See `logits`; called within a step."""
         graphs, upload = self.graphs, self.transfers.upload
-        if graphs is not None and graphs.fits(segments):
-            filled = graphs.fill_up(segments)
+        singles = None if graphs is None else graphs.fitting(segments)
+        if graphs is not None and singles is not None:
+            filled = graphs.fill_up(singles)
             self.backend.plan(filled, fixed=True)
             upload(self._pack(filled), graphs.inputs(len(filled)))
             self.transfers.started()
-            return graphs.replay(len(filled))[: len(segments)]
+            return graphs.replay(len(filled))[: len(singles)]
         self.backend.plan(segments)
         packed, last = self._pack(segments), wanted_logits(segments)
         size = None if self.pieces is None else self.pieces.size_of(packed.shape[1], len(last))
@@ -368,6 +376,16 @@ class _SlotStep:
 def kept(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The wanted logits `[N, V]`, whether the model kept all `[T, V]` or only those."""
     return logits if len(logits) == len(wanted) else logits[wanted]
+
+
+def _last_places(segments: Seq[Segment], others: int) -> list[int]:
+    """The slot of each token that the segments yield; `others` if it may not be the last one."""
+    places: list[int] = []
+    for segment in segments:
+        if segment.sampled:
+            count = segment.num_drafts
+            places += [others] * (count + 1) if count else [segment.slot]
+    return places
 
 
 def _of_tokens(numbers: Iterable[Seq[float]]) -> tuple[Any, ...]:

@@ -42,6 +42,7 @@ def make_executor(
     log: Callable[[str], None],
     *,
     first_layer: int = 0,
+    drafts: int = 0,
     **options: Any,
 ) -> TorchExecutor:
     """An executor with the best attention kernels for a model.
@@ -53,6 +54,7 @@ def make_executor(
         transfers: Moves data to its device and back.
         log: Called with each line that the user should see.
         first_layer: Above 0 for a draft model, whose layers follow the model's.
+        drafts: Draft tokens of a step that are segments of their own.
         options: Arguments of `TorchExecutor`: `lag`, `relieve` and `config`.
 
     Raises:
@@ -60,7 +62,8 @@ def make_executor(
     """
     limits = settings.limits(str(loaded.device))
     geometry = geometry_of(loaded, limits, arena.layout.slot_tokens, arena.num_slots)
-    geometry = replace(geometry, deterministic=settings.deterministic)
+    most = limits.max_num_seqs + drafts
+    geometry = replace(geometry, max_num_seqs=most, deterministic=settings.deterministic)
     try:
         backend = attention.create(settings.attention, geometry, transfers.upload, log)
     except ValueError as error:

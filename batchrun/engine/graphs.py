@@ -2,6 +2,9 @@
 
 Slabs never move, so a graph stays valid while pages are mapped under it. There is one graph for
 each batch size of a short list; what changes from step to step lies in tensors at fixed addresses.
+
+Steps that verify draft tokens use them too. A layer writes the keys and values of all tokens before
+it attends, so each token of a row can attend as if it were the row's only one in the step.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ class DecodeGraphs:
         prepare: Plans a step of that many filler segments and returns its inputs.
         sizes: Batch sizes to record.
         filler: Pads a batch to the next size; it writes and reads a slot of its own.
+        most_reread: Maximum number of keys that a step reads again for draft tokens: each reads all
+            keys of its row.
         record: Turns a function into something replayable, such as a CUDA graph.
     """
 
@@ -37,8 +42,10 @@ class DecodeGraphs:
         sizes: Seq[int],
         filler: Segment,
         record: Record,
+        *,
+        most_reread: int,
     ) -> None:
-        self._filler = filler
+        self._filler, self._most_reread = filler, most_reread
         # By size: the inputs, at the addresses that the graph reads, and the graph.
         self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, Recorded]] = {}
         for size in sorted(sizes, reverse=True):  # largest first: the others fit into its memory
@@ -47,11 +54,19 @@ class DecodeGraphs:
             self._graphs[size] = packed, last, recorded
         self._sizes = sorted(sizes)
 
-    def fits(self, segments: Seq[Segment]) -> bool:
-        """Whether a step of these segments, once padded, was recorded."""
-        return len(segments) <= self._sizes[-1] and all(
-            s.length == 1 and s.sampled for s in segments
-        )
+    def fitting(self, segments: Seq[Segment]) -> Seq[Segment] | None:
+        """A step's tokens as a segment each; None if such a step, once padded, was not recorded."""
+        if len(segments) > self._sizes[-1] or not all(
+            s.sampled and s.length == s.num_drafts + 1 for s in segments
+        ):
+            return None
+        tokens = sum(s.length for s in segments)
+        if tokens == len(segments):
+            return segments
+        reread = sum(s.num_drafts * s.end for s in segments)
+        if tokens > self._sizes[-1] or reread > self._most_reread:
+            return None
+        return [each for s in segments for each in _singly(s)]
 
     def fill_up(self, segments: Seq[Segment]) -> list[Segment]:
         """The segments, padded with fillers to the next recorded size."""
@@ -67,6 +82,14 @@ class DecodeGraphs:
         _, _, (run, logits) = self._graphs[size]
         run()
         return logits
+
+
+def _singly(segment: Segment) -> list[Segment]:
+    """Its tokens as a segment each."""
+    if segment.length == 1:
+        return [segment]
+    tokens = enumerate(segment.token_ids, segment.start)
+    return [Segment(segment.slot, at, 1, True, (token,)) for at, token in tokens]
 
 
 class CudaRecorder:

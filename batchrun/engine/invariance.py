@@ -116,7 +116,7 @@ def _logits(
             if length:
                 if not space.ensure(slot, start + length):
                     raise budget_too_small(total, space.refusal)
-                wanted = _wanted(executor, start + length - max(start, last))
+                wanted = start + length - max(start, last)
                 ids = sequence.token_ids(start, length)
                 segments.append(
                     Segment(slot, start, length, wanted > 0, ids, max(0, wanted - 1), row)
@@ -134,11 +134,6 @@ def _logits(
         space.close(slot, 0)
     space.retire(0)
     return found
-
-
-def _wanted(executor: TorchExecutor, most: int) -> int:
-    """How many logits to ask of a segment: a recorded step has room for one."""
-    return most if executor.loaded.device.type == "cpu" else min(most, 1)
 
 
 def arithmetic(loaded: LoadedModel) -> str:

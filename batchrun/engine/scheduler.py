@@ -11,8 +11,8 @@ from batchrun.engine.core import Group, Segment, Sequence
 from batchrun.engine.kvspace import KVSpace
 from batchrun.engine.plan import StepOutput, StepPlan
 from batchrun.engine.prefixes import BLOCK, SharedPrefixes
-from batchrun.engine.speculation.proposers import Proposer, add_drafts
-from batchrun.engine.stays import Stays, slot_of
+from batchrun.engine.speculation.proposers import Proposer, add_drafts, sits_out
+from batchrun.engine.stays import Stays, next_segment, slot_of
 from batchrun.engine.waiting import WaitingQueue, check_machine, why_refused
 
 # Fraction of the budget that admission leaves for running sequences to grow. Without it, the
@@ -48,7 +48,9 @@ class Scheduler:
         max_scored_tokens: Maximum number of tokens in one step after which known ones are scored:
             each takes a row of logits.
         share: Whether common prefixes are shared.
-        proposer: Proposes draft tokens; only for executors without steps in flight.
+        proposer: Proposes draft tokens. A sequence is in no step while draft tokens of it are in
+            flight.
+        overlap: Whether a step is planned before the last one is committed.
         lookahead: Number of steps for which memory is prepared while the device computes; 0 if
             preparing it early saves no time.
     """
@@ -63,6 +65,7 @@ class Scheduler:
         max_scored_tokens: int = sys.maxsize,
         share: bool = True,
         proposer: Proposer | None = None,
+        overlap: bool = False,
         lookahead: int = 0,
     ) -> None:
         if min(max_num_seqs, max_num_batched_tokens, max_scored_tokens) < 1:
@@ -78,6 +81,8 @@ class Scheduler:
         self.num_preemptions = 0
         self._launched = self._committed = 0  # the last steps with segments
         self._admitting = True  # False from a preemption until memory has come back
+        self._drafting = False  # whether the last step had room for drafts
+        self._overlap = overlap
         self._share = share
         self._lookahead = lookahead
         self._groups: dict[Group, None] = {}  # those that have started
@@ -147,10 +152,15 @@ class Scheduler:
                     break
         self._prefixes.drop_unwanted()
         # Only if there is memory beyond what is certainly needed.
-        proposer, ensure = self.stays.proposer, self.space.ensure
-        if proposer and self._admitting and self.space.has_room(budget, _SPARE):
-            owners = self.stays.owners(segments)
-            add_drafts(proposer, segments, owners, budget, self.max_model_len, ensure=ensure)
+        proposer = self.stays.proposer
+        may = proposer is not None and self._admitting and budget > 0
+        self._drafting = may and self.space.has_room(budget, _SPARE)
+        if proposer is not None and self._drafting:
+            add_drafts(
+                *(proposer, segments, self.stays.owners(segments), budget, self.max_model_len),
+                ensure=self.space.ensure,
+                overlap=self._overlap,
+            )
         copies, after = self.stays.take_copies()
         new = self.stays.launch(segments, self.step)
         if segments:
@@ -176,7 +186,7 @@ class Scheduler:
         assert plan.step == tokens.step
         self.stays.collect(plan.segments)
         self._finish(finished)
-        self.stays.settle(plan.segments, last=plan.step == self._launched)
+        self.stays.settle(plan.segments)
         self._committed = plan.step
         for child, _ in forks:
             if child.slot is not None:  # idle: no uncommitted step reads it
@@ -239,9 +249,14 @@ class Scheduler:
         budget, ensure, longest = self.max_num_batched_tokens, self.space.ensure, self.max_model_len
         decodes: list[tuple[Sequence, int]] = []
         prefills: list[tuple[Sequence, int]] = []
+        proposer = self.stays.proposer if self._drafting else None
+        # Rows take drafts in the same steps, so that the others' steps stay short.
+        verifying = any(s.num_drafts for s in self.running) if proposer else False
         for sequence in self.running:
             num_tokens = sequence.num_tokens
             todo = num_tokens - sequence.num_computed_tokens
+            if (sequence.num_pending or verifying) and sits_out(proposer, sequence, longest):
+                continue
             # If not, it is a beam that waits for others, or its last token is in flight.
             if todo and num_tokens < sequence.most_tokens and num_tokens < longest:
                 (decodes if todo == 1 else prefills).append((sequence, todo))
@@ -261,7 +276,7 @@ class Scheduler:
             if fits is None:
                 return False
             if fits:
-                segment = _segment(sequence, slot, start, length)
+                segment = next_segment(sequence, start, length)
                 segments.append(segment)
                 budget -= length
                 scored -= len(segment.targets)
@@ -297,7 +312,7 @@ class Scheduler:
         self._prefixes.expect(sequence)
         if sequence.group is not None:
             self._groups[sequence.group] = None
-        return _segment(sequence, slot, shared, length)
+        return next_segment(sequence, shared, length)
 
     def _start(self, sequence: Sequence, slot: int, source: int, shared: int) -> None:
         """Run a sequence in a slot that already has its first tokens, from another slot."""
@@ -376,13 +391,3 @@ class Scheduler:
     def _reject(self, sequence: Sequence, kind: str, reason: str) -> None:
         sequence.fail(kind, reason)
         self.rejected.append(sequence)
-
-
-def _segment(sequence: Sequence, slot: int, start: int, length: int) -> Segment:
-    """The next `length` tokens of a sequence in a slot."""
-    todo, scoring = sequence.num_tokens - start, sequence.scoring
-    ids = () if todo <= sequence.num_pending else sequence.token_ids(start, length)
-    targets = () if scoring is None else scoring.targets(start, length)
-    sampled = length == todo and scoring is None
-    key, inherited = sequence.key, sequence.inherited
-    return Segment(slot, start, length, sampled, ids, 0, key, inherited, targets)

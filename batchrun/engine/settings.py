@@ -86,7 +86,8 @@ class Settings:
         layers_per_slab: Layers whose keys and values are stored together. None: all on a GPU; on a
             CPU, one if a layer's part of a token is smaller than a page of the system, else all.
         share_prefixes: Whether rows with a common prefix compute and store it once.
-        drafts: Whether draft tokens are proposed; on a GPU only by a draft model.
+        drafts: Whether draft tokens are proposed; only where attention takes several tokens of each
+            row in one call.
         draft_model: What to call the model that proposes them; None for the row's own text.
         draft_path: Its folder.
         draft_fingerprint: Of its content.

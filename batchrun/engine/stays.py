@@ -122,6 +122,7 @@ class Stays:
             sequence.num_computed_tokens = end
             if segment.sampled and sequence.group is None:
                 sequence.num_pending += 1
+                sequence.num_drafts = segment.num_drafts
             self._used[segment.slot] = step
         if not self._new:
             return ()
@@ -134,22 +135,29 @@ class Stays:
             if segment.sampled and sequence is not None and sequence.group is None:
                 sequence.num_pending -= 1
 
-    def settle(self, segments: Seq[Segment], *, last: bool) -> None:
-        """Count a step's accepted draft tokens as computed, once its tokens were taken in.
-
-        Args:
-            segments: The step's segments.
-            last: Whether no step was planned after it.
-        """
+    def settle(self, segments: Seq[Segment]) -> None:
+        """Count a step's accepted draft tokens as computed, once its tokens were taken in."""
         if self.proposer is None:
             return
-        owners = self.owners(segments)
+        sampled = [segment for segment in segments if segment.sampled]
+        owners = self.owners(sampled)
         self.proposer.settle(filter(None, owners))
-        for segment, sequence in zip(segments, owners, strict=True):
+        for segment, sequence in zip(sampled, owners, strict=True):
             if segment.num_drafts and sequence is not None:
-                assert last, "a step was planned upon draft tokens"
+                assert not sequence.num_pending, "a step was planned upon draft tokens"
+                sequence.num_drafts = 0
                 sequence.num_computed_tokens = sequence.num_known_tokens - 1
                 sequence.high_water = max(sequence.high_water, sequence.num_computed_tokens)
+
+
+def next_segment(sequence: Sequence, start: int, length: int) -> Segment:
+    """The tokens `[start, start + length)` of a running sequence, the next to compute."""
+    todo, scoring = sequence.num_tokens - start, sequence.scoring
+    ids = () if todo <= sequence.num_pending else sequence.token_ids(start, length)
+    targets = () if scoring is None else scoring.targets(start, length)
+    sampled = length == todo and scoring is None
+    slot, key, inherited = slot_of(sequence), sequence.key, sequence.inherited
+    return Segment(slot, start, length, sampled, ids, 0, key, inherited, targets)
 
 
 def slot_of(sequence: Sequence) -> int:

@@ -24,11 +24,20 @@ _RECORDED = 1.5
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Warms up an executor over idle memory, which is idle again afterwards."""
+    """Warms up an executor over idle memory, which is idle again afterwards.
+
+    Args:
+        executor: The executor.
+        arena: The memory.
+        limits: Those of a step.
+        num_logits: Maximum number of tokens in a step after which tokens are sampled.
+        log: Called with each line that the user should see.
+    """
 
     executor: TorchExecutor
     arena: KVArena
     limits: Limits
+    num_logits: int
     log: Callable[[str], None]
 
     def run(self, *, graphs: bool) -> None:
@@ -51,11 +60,17 @@ class WarmUp:
             launch, whole = self._run_alone(largest)
             pieces.limit = int(min(1.0, _RECORDED * launch / whole) * most)
             self._run_alone(largest)
-        self._run_alone([1] * min(self.limits.max_num_seqs, most))
+        seqs = min(self.limits.max_num_seqs, most)
+        drafts = max(0, min(self.num_logits, most) - seqs)
+        self._run_alone([1] * (seqs - 1) + [min(1 + drafts, longest)], drafts=True)
         self.executor.transfers.drain()
 
-    def _run_alone(self, lengths: Sequence[int]) -> tuple[float, float]:
+    def _run_alone(self, lengths: Sequence[int], *, drafts: bool = False) -> tuple[float, float]:
         """Run one step of sequences with these lengths, or as many of them as memory holds.
+
+        Args:
+            lengths: How many tokens each has.
+            drafts: Whether all but the first are draft tokens.
 
         Returns:
             The seconds that launching took, and the seconds of the whole step.
@@ -71,7 +86,7 @@ class WarmUp:
                 self.arena.close(slot, 0)
                 break
             ids = (0,) * length
-            segments.append(Segment(slot, 0, length, True, ids))
+            segments.append(Segment(slot, 0, length, True, ids, (length - 1) * drafts))
             new.append(NewSequence(slot, Request(row, 0, ids, params, 0)))
         began = launched = time.perf_counter()
         if segments:
@@ -100,14 +115,14 @@ class WarmUp:
         self.executor.record_pieces(
             scratch,
             most=self.limits.max_num_batched_tokens,
-            sampled=self.limits.max_num_seqs,
+            sampled=self.num_logits,
             record=CudaPieces(recorder.pool),
             log=self.log,
         )
 
     def _capture(self, scratch: int, recorder: CudaRecorder) -> None:
         began = time.perf_counter()
-        sizes = batch_sizes(self.limits.max_num_seqs)
+        sizes = batch_sizes(self.num_logits)
         try:
             self.executor.capture(sizes, scratch, recorder)
         except (RuntimeError, EngineError) as error:

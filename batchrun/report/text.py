@@ -8,7 +8,8 @@ ways of allocating would have held for the very same sequences at the same momen
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from batchrun.jobs.metrics import METRICS
@@ -22,9 +23,10 @@ tokens       {tokens.prompt} prompt, {tokens.completion} completion
 computed     {tokens.prefilled} prefilled, {tokens.decoded} decoded, \
 {tokens.recomputed} recomputed after {preemptions} preemptions
 shared ?     {tokens.shared} prompt tokens
-drafts ?     {tokens.guessed} tokens proposed from rows' own text, \
-{tokens.right} accepted{tokens.right/tokens.guessed}
+drafts ?     {tokens.guessed} tokens guessed, {tokens.right} accepted{tokens.right/tokens.guessed}
+           ? by position {drafts.shares}
 forced ?     {tokens.forced} tokens to which the shape of the answer left no alternative
+           ? {drafts.effect}
 duplicates ? {duplicates.rows} rows, {duplicates.tokens} completion tokens
 planned ?    saved about {saved.prompt_tokens} prompt tokens, {saved.steps} steps, \
 {saved.tail_s} of tail
@@ -47,6 +49,7 @@ GPU time     {device_time.busy_s} in steps, \
 {device_time.idle_s} between them{device_time.idle_s/device_time}
 GPU memory   {weights_bytes} weights, {peak_activations} activations at most
 peak RSS     {peak_rss}"""
+_POSITIONS = 8  # of draft tokens whose shares are told
 _FIGURE = re.compile(r"{([\w.]+)(?:/([\w.]+))?}")
 _UNIT_OF = {metric.key: metric.unit for metric in METRICS}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -62,6 +65,13 @@ def render(summary: Mapping[str, Any]) -> str:
     forced = figures["tokens.forced"]  # they are draft tokens too, and always right
     figures["tokens.guessed"] = figures["tokens.drafted"] - forced
     figures["tokens.right"] = max(0, figures["tokens.accepted"] - forced)
+    figures["drafts.shares"] = _by_position(figures["drafts.guessed"], figures["drafts.right"])
+    saved = figures["drafts.saved_s"]
+    figures["drafts.effect"] = (
+        f"about {seconds(abs(saved))} {'saved' if saved >= 0 else 'lost'} by these"
+        if figures["tokens.drafted"]
+        else ""
+    )
     tokens = _TOKENS + _others("", "tokens", "batch", "duplicates", "saved")
     sections = [_rows(summary), _filled(tokens, figures), _time(figures)]
     if figures["batch.steps"]:
@@ -120,6 +130,8 @@ def _written(figures: Mapping[str, Any], key: str, whole: str | None) -> str:
     value, unit = figures[key], _UNIT_OF.get(key)
     if whole is not None:
         return _share(value, figures[whole])
+    if isinstance(value, str):
+        return value
     if unit in {"s", "bytes"}:
         return seconds(value) if unit == "s" else size(value)
     return f"{value:,}" if isinstance(value, int) else _rate(value)
@@ -154,6 +166,12 @@ def _kv(figures: Mapping[str, Any]) -> str:
             cells = ("-" if average is None else size(average), size(peak))
             lines.append((f"  {name}", *cells, "" if share is None else f"{share:.1%}", label))
     return _table(lines)
+
+
+def _by_position(guessed: Sequence[int], right: Sequence[int]) -> str:
+    """The share of right draft tokens, of the first ones in a row, the second ones and so on."""
+    shares = [b / a for a, b in zip_longest(guessed, right, fillvalue=0)][:_POSITIONS]
+    return " ".join(f"{share:.0%}" for share in shares)
 
 
 def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> str:

@@ -26,6 +26,7 @@ from batchrun import machine
 from batchrun.allocator.vmm import Refused
 from batchrun.engine.core import EngineError, Request
 from batchrun.errors import MachineError, StepFailed
+from batchrun.grammars.constraint import with_constraint
 from batchrun.jobs.determinism import computing_runs, why_not
 from batchrun.jobs.errors import Fenced, JobError, JournalError, OutputTaken, input_changed
 from batchrun.jobs.folder import JobFolder
@@ -67,6 +68,7 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
+_RECALLED_TOKENS = 200_000  # of earlier answers, from which tokens are guessed: under a second
 _DRAINED_SECONDS = 0.05  # between two looks at whether the engine is empty
 _PATIENCE = 6  # loading a model or writing the output may take this many times as long as a step
 
@@ -248,6 +250,10 @@ class _Run:
         requests: Channel[Request] = Channel(HANDED_REQUESTS)
         results: Channel[Item] = Channel(4 * COMMIT_RESULTS)
         reader = self._figures.reader = self._make_reader(workbench, requests)
+        if self._earlier.samples:
+            with self.job.journal() as journal:
+                constraint = with_constraint(self.spec.sampling.given).get("constraint")
+                workbench.recall(journal.answers(_RECALLED_TOKENS), constraint)
         loop = EngineLoop(
             *(workbench.engine, reader, self._in_flight, self._crashes, self._figures),
             *(self.watchdog, lambda: self.stop.is_set() or bool(self._failures)),

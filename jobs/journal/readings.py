@@ -183,6 +183,17 @@ class Readings:
             elif not skip_damaged:
                 raise self._damaged(self.damage())
 
+    def answers(self, most: int) -> Iterator[tuple[int, ...]]:
+        """Tokens of the last answers, the last row's first, until they are `most` tokens or more.
+
+        Leaves out damaged ones.
+        """
+        records = self._records("results", "WHERE status = 'ok' ORDER BY id DESC")
+        for ids in (_tokens(record[3]) for record, sound in records if sound):
+            yield ids
+            if (most := most - len(ids)) <= 0:
+                return
+
     def digests(self, first: int, count: int) -> dict[int, int]:
         """Digests of the input rows read, by row, for `count` rows from `first` on.
 

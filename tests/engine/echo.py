@@ -176,7 +176,10 @@ class EchoExecutor:
         for s, request in zip(plan.segments, requests, strict=True):
             if s.sampled:
                 ids = self._read(s)
-                self._last[s.slot] = next_token(ids)
+                if s.num_drafts:  # which is the last is for the host to say
+                    self._last.pop(s.slot, None)
+                else:
+                    self._last[s.slot] = next_token(ids)
                 for end in range(len(ids) - s.num_drafts, len(ids) + 1):
                     yield request, ids[:end]
 

@@ -22,6 +22,7 @@ def check(scheduler: Scheduler) -> None:
     assert len(running) <= scheduler.max_num_seqs
     for sequence in running:
         assert 0 <= sequence.num_computed_tokens <= sequence.num_tokens
+        assert not sequence.num_drafts or sequence.num_pending == 1
     for sequence in waiting:
         assert sequence.slot is None
-        assert sequence.num_computed_tokens == 0
+        assert sequence.num_computed_tokens == sequence.num_pending == sequence.num_drafts == 0

@@ -147,14 +147,15 @@ def test_answers_fit_and_are_the_same_with_guesses_in_any_batch(
 
 
 @settings(max_examples=30 // FEWER, deadline=None, suppress_health_check=list(HealthCheck))
-@given(requests(), st.booleans(), st.integers(3, 60), st.integers(0, 9))
+@given(requests(), st.booleans(), st.booleans(), st.integers(3, 60), st.integers(0, 9))
 def test_on_a_device_that_computes_by_itself(
-    rows: list[tuple[Request, Shaped | None]], graphs: bool, chunk: int, seed: int
+    rows: list[tuple[Request, Shaped | None]], graphs: bool, drafts: bool, chunk: int, seed: int
 ) -> None:
     """A step's masks need all tokens before it; the device computes its logits meanwhile."""
     wanted = [request for request, _ in rows]
     want = alone(wanted)
-    with Shape(graphs=graphs, chunk=chunk, seed=seed, early=0.1).rig(tiny()) as r:
+    shape = Shape(graphs=graphs, drafts=drafts, chunk=chunk, seed=seed, early=0.1)
+    with shape.rig(tiny()) as r:
         found = run(r, wanted)
     assert list(map(seen, found)) == list(map(seen, want))
 
@@ -209,6 +210,27 @@ def test_forced_tokens_are_guesses_that_are_always_right() -> None:
         assert steps < r.engine.stats.steps / 4
     assert done.text is not None
     assert errors(RECORD, done.text) == []
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_forced_tokens_save_steps_on_a_device_that_computes_by_itself(graphs: bool) -> None:
+    """Beside a row without a shape, which takes as long as ever."""
+    rows = [asking(made(("json_schema", RECORD))), asking(None, 1, max_tokens=60)]
+    found, steps = [], []
+    for drafts in (False, True):
+        with Shape(graphs=graphs, drafts=drafts).rig(tiny()) as r:
+            ended = []
+            for request in rows:
+                r.engine.add(request)
+            while r.engine.has_work:
+                for completion in r.engine.step():
+                    ended.append((completion.request.row, completion.token_ids))
+                    steps.append(r.engine.stats.steps)
+            found.append(dict(ended))
+            assert (int(r.measurements()["forced_tokens"]) > 30) == drafts
+    assert found[0] == found[1]
+    assert min(steps[2:]) < max(steps[:2]) / 2
+    assert max(steps[2:]) <= 65
 
 
 def test_an_answer_ends_as_soon_as_nothing_can_follow() -> None:

@@ -57,6 +57,7 @@ class Rig:
             max_scored_tokens=scored,
             share=share,
             proposer=proposer,
+            overlap=lag > 0,
         )
         views = layer_views(self.arena, 0, torch.float64)
         executor = EchoExecutor(*views, slab_bytes(self.arena, 0), lag, eos)
@@ -135,12 +136,6 @@ def expected_scores(request: Request) -> Scores | None:
     )
 
 
-# Steps in flight, or logits for guesses.
-_WAYS = st.one_of(
-    st.tuples(st.integers(0, 2), st.just(0)), st.tuples(st.just(0), st.integers(1, 40))
-)
-
-
 class EngineMachine(RuleBasedStateMachine):
     """Any requests, any limits, any order: each row ends once, with the tokens that are its own."""
 
@@ -150,7 +145,8 @@ class EngineMachine(RuleBasedStateMachine):
         seqs=st.integers(1, 6),
         batched=st.integers(1, 40),
         pages=st.one_of(st.none(), st.integers(9, 16)),
-        way=_WAYS,
+        lag=st.integers(0, 2),
+        logits=st.sampled_from([0, 0, 1, 7, 40]),
         eos=st.sampled_from([frozenset(), frozenset(range(0, 997, 11))]),
         scored=st.sampled_from([1, 3, 20, 1 << 30]),
     )
@@ -160,15 +156,17 @@ class EngineMachine(RuleBasedStateMachine):
         seqs: int,
         batched: int,
         pages: int | None,
-        way: tuple[int, int],
+        lag: int,
+        logits: int,
         eos: frozenset[int],
         scored: int,
     ) -> None:
-        lag, logits = way
         proposer = None
         if logits:
             table = AnswerTable(bits=6)  # entries are in each other's way
-            proposer = Speculator(logits, Costs(), table=table, lookup=Oracle)
+            proposer = Speculator(
+                *(logits, Costs(), None, table, Oracle), overlap=lag > 0, rate=1.0
+            )
         limits = {"seqs": seqs, "batched": batched, "pages": pages, "scored": scored}
         self.rig = Rig(**limits, lag=lag, eos=eos, proposer=proposer)  # type: ignore[arg-type]
 

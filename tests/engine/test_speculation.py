@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.core import Sequence as Row
+from batchrun.engine.plan import StepPlan
 from batchrun.engine.speculation.chances import Chances
 from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import Lookup
 from batchrun.engine.speculation.proposers import DraftBatch, add_drafts
 from batchrun.engine.speculation.speculator import Guess, Speculator, worthwhile
 from batchrun.engine.speculation.table import AnswerTable
-from tests.engine.echo import Costs, Oracle
+from tests.engine.echo import VOCAB, Costs, Oracle
 from tests.engine.test_scheduler import MAX_LEN, Rig
 
 
@@ -152,7 +153,8 @@ def brute_force(
 def test_as_many_as_pay(each: list[list[float]], draft: float, free: int, places: int) -> None:
     guesses = [guess(*sorted(chances, reverse=True)) for chances in each]
     limits = {"free": free, "places": places}
-    taken = worthwhile(guesses, 1.0, draft, **limits)
+    rows = len(guesses)
+    taken = worthwhile(guesses, 1.0, draft, rows=rows, **limits)
     assert sum(taken) <= places
     assert all(0 <= n <= len(g.chances) for n, g in zip(taken, guesses, strict=True))
     expected = len(guesses) + sum(sum(g.chances[:n]) for n, g in zip(taken, guesses, strict=True))
@@ -162,10 +164,10 @@ def test_as_many_as_pay(each: list[list[float]], draft: float, free: int, places
 
 def test_what_is_forced_comes_first() -> None:
     guesses = [guess(0.9, 0.1), guess(0.9, 0.3, forced=3), guess(forced=4)]
-    assert worthwhile(guesses, 1.0, 0.1, free=0, places=100) == [1, 4, 4]
-    assert worthwhile(guesses, 1.0, 0.1, free=0, places=5) == [0, 3, 2]
-    assert worthwhile(guesses, 1.0, 9.0, free=0, places=100) == [0, 3, 4]
-    assert worthwhile(guesses, 1.0, 9.0, free=9, places=100) == [1, 4, 4]
+    assert worthwhile(guesses, 1.0, 0.1, free=0, places=100, rows=3) == [1, 4, 4]
+    assert worthwhile(guesses, 1.0, 0.1, free=0, places=5, rows=3) == [0, 3, 2]
+    assert worthwhile(guesses, 1.0, 9.0, free=0, places=100, rows=3) == [0, 3, 4]
+    assert worthwhile(guesses, 1.0, 9.0, free=9, places=100, rows=3) == [1, 4, 4]
 
 
 def segments(*rows: Row) -> list[Segment]:
@@ -196,11 +198,11 @@ def test_no_guess_goes_beyond_what_memory_logits_and_the_step_hold() -> None:
     plan = segments(*rows)
     proposer = Speculator(100, Costs(draft=0.0))
     extend(proposer, plan, rows, ensure=ensure)
+    assert [s.slot for s in plan] == [1, 0, 2, 3]  # single tokens are in front
     drafts = [len(s.drafts) for s in plan]
-    assert drafts[1] == 0
-    assert min(drafts[0], *drafts[2:]) > 1
+    assert drafts[0] == 0 < min(drafts[1:]) - 1
     assert [s.length for s in plan] == [1 + n for n in drafts]
-    assert plan[0].drafts[:3] == (1, 2, 1)
+    assert plan[1].drafts[:3] == (1, 2, 1)
     assert given_ == [(i, 10 + max(drafts)) for i in range(4)]
     for logits, budget, wanted in ((100, 9, 9), (10, 100, 6), (4, 100, 0), (2, 100, 0)):
         plan = segments(*rows)
@@ -215,7 +217,7 @@ def test_no_guess_goes_beyond_a_rows_end() -> None:
     rows = [short, full, last, penalised]
     plan = segments(*rows)
     extend(Speculator(100, Costs(draft=0.0)), plan, rows, max_model_len=12)
-    assert [len(s.drafts) for s in plan] == [2, 1, 0, 0]
+    assert {s.slot: len(s.drafts) for s in plan} == {0: 2, 1: 1, 2: 0, 3: 0}
 
 
 @pytest.mark.parametrize("context", [(), ("adapter",)])
@@ -248,9 +250,9 @@ def test_what_one_row_answered_is_guessed_for_others_like_it(context: tuple[str,
 
 def test_answers_of_an_earlier_run_are_guessed_too() -> None:
     proposer = Speculator(100, Costs(draft=0.001), table=AnswerTable(bits=12))
-    request = row([1]).request
     for _ in range(3):
-        proposer.learn(request, [5, 6, 7, 8, 9])
+        proposer.learn((), None, [5, 6, 7, 8, 9])
+        proposer.learn((), "a schema", [5, 6, 1, 2, 3])
     other = row([3, 4, 5, 6])
     plan = segments(other)
     extend(proposer, plan, [other])
@@ -265,7 +267,7 @@ def test_wrong_guesses_become_few_and_right_ones_many() -> None:
         for token in (100 + number, 5, 6):  # something else each time
             plan = segments(*rows)
             extend(proposer, plan, rows, max_model_len=9999)
-            drafts.append([len(s.drafts) for s in plan])
+            drafts.append([len(s.drafts) for s in sorted(plan, key=lambda s: s.slot)])
             for _ in range(1 + drafts[-1][0]):
                 lucky.output_ids.append(lucky.known_ids[-2])
             unlucky.output_ids.append(token)
@@ -301,6 +303,80 @@ def test_guesses_behind_a_prompts_last_token_are_counted(rig: Rig) -> None:
     stats = rig.engine.stats
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
     assert stats.prefill_tokens + stats.decode_tokens == 30  # each token once, but for the last
+
+
+def test_a_row_waits_for_guesses_that_were_right_lately() -> None:
+    sequence = row([1, 2, 3, 4] * 9, max_tokens=100)
+    proposer = Speculator(100, Costs(), overlap=True)
+    proposer.open(sequence)
+    paid = []
+    for number in range(24):
+        batch = DraftBatch([], 1, 1, 100, watched=[sequence])
+        assert proposer.propose(batch) == []
+        sequence.output_ids.append(sequence.known_ids[-4] if number < 12 else 50 + number)
+        proposer.settle([sequence])
+        paid.append(proposer.pays(sequence))
+    assert paid == [False] * 9 + [True] * 6 + [False] * 9
+    assert proposer._rows[sequence].rate < 0.2
+
+
+class Wrong(Lookup):
+    """Guesses that are never right."""
+
+    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
+        super().find(most, more)
+        return [VOCAB] * most
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_with_steps_in_flight_guesses_save_steps_where_they_are_right(lag: int) -> None:
+    def steps(lookup: type[Lookup] | None) -> int:
+        proposer = (
+            Speculator(64, Costs(64), lookup=lookup, overlap=True, rate=1.0) if lookup else None
+        )
+        made = Rig(seqs=4, batched=64, pages=None, lag=lag, proposer=proposer)
+        for first in (0, 100, 200, 300):
+            made.add([first, first + 1], MAX_LEN - 4)
+        made.drain()
+        made.verify()
+        assert made.scheduler.stays.num_recomputed_tokens == 0
+        made.close()
+        return made.engine.stats.steps
+
+    plain = steps(None)
+    assert steps(Wrong) == plain
+    assert steps(Oracle) < plain / 2
+
+
+def test_rows_that_guess_do_so_together_and_others_go_on() -> None:
+    def half(sequence: Row) -> Lookup:
+        return (Oracle if sequence.request.row % 2 else Wrong)(sequence)
+
+    proposer = Speculator(64, Costs(64), lookup=half, overlap=True, rate=1.0)
+    made = Rig(seqs=4, batched=64, pages=None, lag=1, proposer=proposer)
+    for first in (0, 100, 200, 300):
+        made.add([first, first + 1], 50)
+    verified: list[int] = []
+    plan = made.scheduler.plan
+
+    def spy() -> StepPlan:
+        found = plan()
+        owners = made.scheduler.stays.owners(found.segments)
+        drafts = {
+            s.request.row: each.num_drafts
+            for each, s in zip(found.segments, owners, strict=True)
+            if s
+        }
+        if not made.done:
+            assert len(verified) < 24 or {0, 2} <= drafts.keys()  # they have tried by then
+            verified.append(sum(count > 0 for count in drafts.values()))
+        return found
+
+    made.scheduler.plan = spy  # type: ignore[method-assign]
+    made.drain()
+    made.verify()
+    made.close()
+    assert set(verified[24:36]) == {0, 2}
 
 
 class Recording(Speculator):

@@ -151,6 +151,9 @@ class NullWorkbench:
             raise PromptError("no_prompt", "the row has no prompt")
         return tuple(map(ord, fields["prompt"]))
 
+    def recall(self, answers: Any, constraint: Any) -> None:
+        pass
+
     def measurements(self) -> Mapping[str, Any]:
         return {}
 

@@ -18,7 +18,9 @@ from batchrun.engine.model.layers import logits_of
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.model.rowwise import make_rowwise
 from batchrun.engine.settings import Settings
+from batchrun.engine.speculation.speculator import Speculator
 from tests.parity import models
+from tests.parity.runner import told
 
 RNG = random.Random(3)
 COMMON = [RNG.randrange(3, 199) for _ in range(20)]
@@ -48,12 +50,17 @@ def loaded() -> LoadedModel:
 
 
 def answers(
-    loaded: LoadedModel, cache: Path, rows: list[int], **settings: Any
+    loaded: LoadedModel,
+    cache: Path,
+    rows: list[int],
+    proposer: Speculator | None = None,
+    **settings: Any,
 ) -> dict[int, tuple[Any, ...]]:
     """Of each row: its tokens, and their log-probabilities."""
     chosen = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "optimize": False} | settings
     done = {}
     with Assembly(loaded, Settings("", "m", "m", cache, drafts=False, **chosen)) as made:
+        made.scheduler.stays.proposer = proposer
         for row in rows:
             params = SamplingParams(max_tokens=5, ignore_eos=True, temperature=1.0, logprobs=1)
             made.engine.add(Request(row, 0, tuple(PROMPTS[row]), params, 7))
@@ -61,6 +68,7 @@ def answers(
             for each in made.engine.step():
                 assert each.error is None
                 done[each.request.row] = tuple(each.token_ids), tuple(each.logprobs)
+        assert bool(made.engine.stats.accepted_tokens) == (proposer is not None)
     return done
 
 
@@ -71,3 +79,5 @@ def test_answers_do_not_depend_on_the_batch(loaded: LoadedModel, tmp_path: Path)
     assert answers(loaded, tmp_path, rows[::-1], max_num_batched_tokens=9) == want
     assert answers(loaded, tmp_path, rows[1:3], max_num_seqs=1) == {r: want[r] for r in rows[1:3]}
     assert answers(loaded, tmp_path, rows, share_prefixes=False, max_num_seqs=2) == want
+    of = {tuple(PROMPTS[row]): list(tokens) for row, (tokens, _) in want.items()}
+    assert answers(loaded, tmp_path, rows, told(of)) == want

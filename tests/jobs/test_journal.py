@@ -47,6 +47,15 @@ def journal(tmp_path):
         yield journal
 
 
+def test_the_last_answers_come_first_and_damaged_ones_never(journal):
+    journal.write([ok(row, token_ids=(row, row)) for row in range(6)])
+    journal.write([Result(row=6, sample=0, status="error", error_kind="x", error="y")])
+    assert list(journal.answers(5)) == [(5, 5), (4, 4), (3, 3)]
+    assert len(list(journal.answers(1000))) == 6
+    journal._db.execute("UPDATE results SET token_ids = x'00000000' WHERE id / ? = 4", (journal.n,))
+    assert list(journal.answers(3)) == [(5, 5), (3, 3)]
+
+
 def test_results_read_back_equal_in_row_and_sample_order(journal, tmp_path):
     journal.write([RICH, ok(1, 1)])
     journal.write([BAD, ok(1, 0)])

@@ -56,11 +56,11 @@ def test_merging_adds_amounts_and_keeps_peaks():
 
 
 def test_merging_one_run_changes_nothing_and_none_is_zero():
-    numbers = {m.name: type(m.zero)(i + 1) for i, m in enumerate(METRICS)}
+    numbers = {m.name: [i] if m.zero == [] else type(m.zero)(i + 1) for i, m in enumerate(METRICS)}
     assert merged([numbers]) == numbers
     zeros = recorded({})
     assert merged([]) == merged([{}]) == zeros
-    assert {type(value) for value in zeros.values()} == {str, int, float}
+    assert {type(value) for value in zeros.values()} == {str, int, float, list}
 
 
 def test_what_is_no_metric_is_not_recorded():

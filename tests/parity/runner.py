@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,20 @@ import torch
 
 from batchrun.allocator.cuda import CudaMemory
 from batchrun.engine.build import Assembly
+from batchrun.engine.constraints import Constraints
 from batchrun.engine.core import Completion, Request, SamplingParams
+from batchrun.engine.core import Sequence as Row
 from batchrun.engine.graphs import Recorded
 from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.pieces import Apart
 from batchrun.engine.settings import Settings
+from batchrun.engine.speculation.lookup import Lookup
+from batchrun.engine.speculation.speculator import Speculator
+from batchrun.engine.speculation.table import AnswerTable
 from tests.allocator.invariants import check_arena
 from tests.engine import invariants
+from tests.engine.echo import Costs
 
 
 class _OverFakeDriver(Assembly):
@@ -75,6 +81,32 @@ def run(
 
 def outputs(completions: Sequence[Completion]) -> list[list[int]]:
     return [list(c.token_ids) for c in completions]
+
+
+class _Told(Lookup):
+    def __init__(self, sequence: Row, answers: dict[tuple[int, ...], list[int]]) -> None:
+        super().__init__(sequence)
+        self._answer = answers.get(sequence.request.prompt_ids, [])
+
+    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
+        super().find(most, more)
+        begin = len(self._sequence.output_ids) + len([*more])
+        coming = enumerate(self._answer[begin : begin + most], begin)
+        return [t if (t + i) % 4 else t + 1 for i, t in coming]
+
+
+def told(
+    answers: dict[tuple[int, ...], list[int]],
+    constraints: Constraints | None = None,
+    *,
+    overlap: bool = False,
+) -> Speculator:
+    """Proposes what comes, but for one token in four, and is believed; answers are by prompt."""
+    return Speculator(
+        *(1000, Costs(40), constraints, AnswerTable(bits=8), lambda s: _Told(s, answers)),
+        overlap=overlap,
+        rate=1.0,
+    )
 
 
 def generate(model: Any, prompt: Sequence[int], max_tokens: int, **kwargs: Any) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,18 +14,15 @@ import torch
 import transformers as tf
 from packaging.version import Version
 
-from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
+from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.cpu import sampling as cpu_sampling
 from batchrun.engine.model.generation import Generation, read_generation
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.plan import NewSequence
 from batchrun.engine.processors import LogitsRow
 from batchrun.engine.sampling import Sampler
-from batchrun.engine.speculation.lookup import Lookup
-from batchrun.engine.speculation.speculator import Speculator
-from tests.engine.echo import Costs
 from tests.parity.models import build
-from tests.parity.runner import generate, outputs, rig, run
+from tests.parity.runner import generate, outputs, rig, run, told
 
 MAX_TOKENS = 12
 # transformers refused valid biases there, and took no sequence as long as the tokens so far.
@@ -93,20 +90,6 @@ def configured(**config: Any) -> Iterator[tuple[LoadedModel, Generation]]:
         model.generation_config = before
 
 
-class Told(Lookup):
-    """Guesses what comes, but for one token in four."""
-
-    def __init__(self, sequence: Sequence, answers: dict[tuple[int, ...], list[int]]) -> None:
-        super().__init__(sequence)
-        self._answer = answers[sequence.request.prompt_ids]
-
-    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
-        super().find(most, more)
-        begin = len(self._sequence.output_ids)
-        coming = enumerate(self._answer[begin : begin + most], begin)
-        return [t if (t + i) % 4 else t + 1 for i, t in coming]
-
-
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_tokens_are_generates_own(name: str, beams: int) -> None:
@@ -124,9 +107,7 @@ def test_the_tokens_are_generates_own(name: str, beams: int) -> None:
         if beams == 1 and not params.penalised:
             with rig(model) as r:  # guesses are part of what came before
                 answers = dict(zip(map(tuple, prompts()), want, strict=True))
-                r.scheduler.stays.proposer = Speculator(
-                    1000, Costs(40), lookup=lambda s: Told(s, answers)
-                )
+                r.scheduler.stays.proposer = told(answers)
                 assert outputs(run(r, prompts(), params)) == want
                 assert 0 < r.engine.stats.accepted_tokens < r.engine.stats.drafted_tokens
     plain = [

@@ -41,6 +41,7 @@ SUMMARY = {
         "forced": 0,
         "shared": 9876,
     },
+    "drafts": {"guessed": [16000, 4000], "right": [13000, 2000], "saved_s": 12.5, "table_bytes": 9},
     "time": {
         "wall_s": 100.0,
         "load_s": 2.5,
@@ -122,7 +123,9 @@ def summary():
         "51,234 prompt, 40,321 completion",
         "128 recomputed after 7 preemptions",
         "shared       9,876 prompt tokens",
-        "drafts       20,000 tokens proposed from rows' own text, 15,000 accepted (75%)",
+        "drafts       20,000 tokens guessed, 15,000 accepted (75%)",
+        "by position 81% 50%",
+        "about 12.5 s saved by these",
         "403 completion tokens/s, 12.6 rows/s",
         "prefill 1,234 tokens/s, decode 457 tokens/s (mixed steps are split by token count)",
         "41.2 of 64 sequences running on average, 987 steps",
@@ -155,15 +158,22 @@ def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):
     planned = "planned      saved about 12,345 prompt tokens, 67 steps, 1.5 s of tail"
     assert planned in render(summary)
     summary["tokens"] |= {"drafted": 0, "accepted": 0}
+    summary["drafts"] |= {"guessed": [], "right": [], "saved_s": 0.0}
     assert "drafts" not in render(summary)
+    assert "by these" not in render(summary)
 
 
 def test_forced_tokens_are_no_guesses(summary):
     assert "forced" not in render(summary)
     summary["tokens"] |= {"drafted": 30, "accepted": 25, "forced": 20}
     text = render(summary)
-    assert "10 tokens proposed from rows' own text, 5 accepted (50%)" in text
+    assert "10 tokens guessed, 5 accepted (50%)" in text
     assert "forced       20 tokens to which the shape of the answer left no alternative" in text
+
+
+def test_draft_tokens_may_have_cost_more_than_they_saved(summary):
+    summary["drafts"] |= {"saved_s": -0.25}
+    assert "about 0.2 s lost by these" in render(summary)
 
 
 def test_memory_that_was_given_back_is_shown_where_some_was(summary):

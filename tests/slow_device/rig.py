@@ -76,6 +76,7 @@ def rig(
         runner.rig(loaded, lag=lag, **settings) as made,
     ):
         made.scheduler._lookahead = build._LOOKAHEAD if lag else 0  # as on a device
+        made.scheduler._overlap = lag > 0
         if backend is not None:
             made.executor.backend = backend(_geometry(made), made.executor.transfers.upload)
         scratch = _record(made, graphs) if graphs else None
@@ -112,7 +113,7 @@ def _record(rig: Assembly, sizes: Sequence[int]) -> int:
     if isinstance(executor.backend, SDPA):
         executor.backend = Rereading()
     executor.capture(sizes, scratch, Recorder(executor.backend))
-    most, sampled = rig.max_num_batched_tokens, rig.max_num_seqs
+    most, sampled = rig.max_num_batched_tokens, max(sizes)
     executor.record_pieces(scratch, most=most, sampled=sampled, record=runner.spoiled)
     return scratch
 

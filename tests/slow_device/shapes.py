@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from batchrun.allocator.arena import KVArena
 from batchrun.engine.build import Assembly
 from batchrun.engine.model.prepare import LoadedModel
+from tests.parity.runner import told
 from tests.parity.test_generate import bytes_per_token
 from tests.slow_device.device import SlowDevice
 from tests.slow_device.rig import rig
 
+Answers = dict[tuple[int, ...], list[int]]
 PAGE = 4096  # bytes, as of `tests.parity.runner.rig`
 
 
@@ -29,6 +31,7 @@ class Shape:
         tokens: That memory is for, beside what fills graphs up; None for as many as there are.
         greedy: Whether whatever fits is admitted, to be preempted soon after.
         graphs: Whether decode steps are recorded.
+        drafts: Whether there are draft tokens.
     """
 
     lag: int = 1
@@ -41,11 +44,17 @@ class Shape:
     layers_per_slab: int = 3
     staging: int = 1 << 16
     graphs: bool = False
+    drafts: bool = False
     share: bool = True
 
     @contextmanager
-    def rig(self, model: LoadedModel) -> Iterator[Assembly]:
-        """The engine, over a device of its own."""
+    def rig(self, model: LoadedModel, answers: Answers | None = None) -> Iterator[Assembly]:
+        """The engine, over a device of its own.
+
+        Args:
+            model: The model.
+            answers: By prompt, for draft tokens; None for those of a row's own text.
+        """
         budget = None if self.tokens is None else self.tokens * bytes_per_token(model)
         if budget is not None and self.graphs:  # a page in each slab of a slot of its own
             budget += PAGE * -(-len(model.layers) // self.layers_per_slab)
@@ -58,7 +67,7 @@ class Shape:
                 model,
                 lag=self.lag,
                 staging=self.staging,
-                graphs=(1, 4, 9) if self.graphs else (),
+                graphs=(1, 4, 9, 20) if self.graphs else (),
                 kv_budget=budget,
                 max_num_batched_tokens=self.chunk,
                 max_num_seqs=self.sequences,
@@ -66,6 +75,9 @@ class Shape:
                 share_prefixes=self.share,
             ) as made,
         ):
+            if self.drafts:
+                proposer = told(answers or {}, made._constraints, overlap=self.lag > 0)
+                made.scheduler.stays.proposer = made._speculator = proposer
             yield made
 
 
@@ -83,5 +95,6 @@ def shapes(least_tokens: int, *, least_sequences: int = 1) -> st.SearchStrategy[
         layers_per_slab=st.sampled_from([3, 1]),
         staging=st.sampled_from([1 << 16, 1 << 10, 0]),
         graphs=st.booleans(),
+        drafts=st.booleans(),
         share=st.sampled_from([True, True, False]),
     )

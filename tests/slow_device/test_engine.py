@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.core import Request, SamplingParams
+from batchrun.engine.core import Request, SamplingParams, Segment
 from batchrun.engine.model.hook import HOOK, set_attention
 from batchrun.engine.scores import Scoring
 from tests.allocator.invariants import check_arena
@@ -41,11 +42,12 @@ def test_any_job_equals_generate(
 ) -> None:
     """In one life of the engine or in several: what was generated in one, the next goes on with."""
     model, want = loaded("llama"), wanted_of_families("llama")
+    answers = dict(zip(map(tuple, families()), want, strict=True))
     params = [SamplingParams(max_tokens=count) for _, count in job]
     done: dict[int, list[int]] = {}
     begun: dict[int, tuple[int, ...]] = {}
     for steps in (*lives, 10_000):
-        with shape.rig(model) as r:
+        with shape.rig(model, answers) as r:
             for row, (number, _) in enumerate(job):
                 if row not in done:
                     prompt = tuple(families()[number])
@@ -79,7 +81,8 @@ def test_known_text_has_its_scores(
 ) -> None:
     """The ends of prompts, scored behind their beginnings; some rows then go on to generate."""
     model, want, done = loaded("llama"), wanted_of_families("llama"), {}
-    with shape.rig(model) as r:
+    answers = dict(zip(map(tuple, families()), want, strict=True))
+    with shape.rig(model, answers) as r:
         r.scheduler.max_scored_tokens = most
         for row, (number, count) in enumerate(job):
             ids = tuple(families()[number])
@@ -116,7 +119,8 @@ def beams_elsewhere() -> list[list[int]]:
 @example({1, 17, 21, 24}, Shape(chunk=33, sequences=4, layers_per_slab=1))  # copy after copy
 def test_beams_and_draws_are_the_same(chosen: set[int], shape: Shape) -> None:
     prompts, done = test_beams.prompts(), {}
-    with shape.rig(test_beams.loaded("llama")) as r:
+    answers = dict(zip(map(tuple, prompts), beams_elsewhere(), strict=True))
+    with shape.rig(test_beams.loaded("llama"), answers) as r:
         for row in chosen:
             r.engine.add(Request(row, 0, tuple(prompts[row]), test_beams.params(row), 3))
         while r.engine.has_work:
@@ -127,15 +131,22 @@ def test_beams_and_draws_are_the_same(chosen: set[int], shape: Shape) -> None:
     assert done == {row: beams_elsewhere()[row] for row in chosen}
 
 
+@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_shapes_come_to_what_they_are_for(graphs: bool) -> None:
+def test_shapes_come_to_what_they_are_for(graphs: bool, drafts: bool) -> None:
     """Rows are preempted, computed again, and share what they have in common; graphs run."""
-    shape = Shape(tokens=190, greedy=True, graphs=graphs)
-    with shape.rig(loaded("llama")) as r:
+    shape = Shape(tokens=190, greedy=True, graphs=graphs, drafts=drafts)
+    answers = dict(zip(map(tuple, families()), wanted_of_families("llama"), strict=True))
+    with shape.rig(loaded("llama"), answers) as r:
         done = run(r, families(), SamplingParams(max_tokens=MAX_TOKENS))
         assert r.scheduler.num_preemptions > 0
         assert r.scheduler.stays.num_shared_tokens > 400
-        assert r.engine.stats.recomputed_tokens > 0
+        stats = r.engine.stats
+        assert stats.recomputed_tokens > 0
+        if drafts:
+            assert 0 < stats.accepted_tokens < stats.drafted_tokens
+        else:
+            assert not stats.drafted_tokens
     assert outputs(done) == wanted_of_families("llama")
 
 
@@ -150,3 +161,27 @@ def test_what_a_step_without_memory_gives_back_no_other_step_uses(place: str) ->
         done = run(r, families(), SamplingParams(max_tokens=MAX_TOKENS))
         assert r.arena.usage().work["unmap"].calls > unmapped
     assert outputs(done) == wanted_of_families("llama")
+
+
+@pytest.mark.parametrize("most_reread", [0, 1 << 20])
+def test_steps_with_draft_tokens_are_recorded_ones(most_reread: int) -> None:
+    """As single tokens; as prompts are, where too many keys would be read again."""
+    answers = dict(zip(map(tuple, families()), wanted_of_families("llama"), strict=True))
+    replayed = 0
+    with Shape(graphs=True, drafts=True, sequences=3).rig(loaded("llama"), answers) as r:
+        graphs = r.executor.graphs
+        assert graphs is not None
+        graphs._most_reread = most_reread
+        fitting = graphs.fitting
+
+        def counted(segments: Sequence[Segment]) -> Sequence[Segment] | None:
+            nonlocal replayed
+            found = fitting(segments)
+            replayed += found is not None and len(found) > len(segments)
+            return found
+
+        graphs.fitting = counted  # type: ignore[method-assign]
+        done = run(r, families(), SamplingParams(max_tokens=MAX_TOKENS))
+        assert r.engine.stats.accepted_tokens > 50
+    assert outputs(done) == wanted_of_families("llama")
+    assert (replayed > 10) == bool(most_reread)

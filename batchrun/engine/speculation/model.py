@@ -254,5 +254,9 @@ class ModelProposer:
             places -= wanted[-1][1]
         return self._drafts.guess(wanted)
 
+    def pays(self, sequence: Sequence) -> bool:
+        """See `Proposer.pays`: steps don't overlap where there is a draft model."""
+        return True
+
     def observe(self, segments: Seq[Segment], seconds: float) -> None:
         """See `Proposer.observe`."""

@@ -21,6 +21,8 @@ class DraftBatch:
 
     Args:
         sequences: The sequences, whose tokens are all known, and how many drafts each may take.
+        watched: Other sequences of the step, which take none: how predictable they are can be
+            learned from them.
         num_tokens: Tokens of the step, without drafts.
         num_logits: Rows of logits of the step, without drafts.
         budget: Maximum number of draft tokens in total.
@@ -30,10 +32,11 @@ class DraftBatch:
     num_tokens: int
     num_logits: int
     budget: int
+    watched: Seq[Sequence] = ()
 
 
 class Proposer(Protocol):
-    """Proposes draft tokens, for executors that have no steps in flight."""
+    """Proposes draft tokens."""
 
     def open(self, sequence: Sequence) -> None:
         """Note that a sequence now runs in a slot and may appear in batches."""
@@ -50,8 +53,16 @@ class Proposer(Protocol):
     def observe(self, segments: Seq[Segment], seconds: float) -> None:
         """Take note of the seconds that a step took."""
 
+    def pays(self, sequence: Sequence) -> bool:
+        """Whether draft tokens are worth the steps that a sequence sits out for them.
+
+        Asked only where steps overlap. The sequence is not in the step after its draft tokens: how
+        many are right is not known yet. If `num_pending`, it is not in the next step either, after
+        which its tokens are known.
+        """
+
     def settle(self, sequences: Iterable[Sequence]) -> None:
-        """Note that a step was taken in: these sequences continue, and their tokens are known."""
+        """Note that these sequences, which continue, got tokens that are now known."""
 
 
 def add_drafts(
@@ -62,8 +73,9 @@ def add_drafts(
     max_model_len: int,
     *,
     ensure: Callable[[int, int], bool],
+    overlap: bool = False,
 ) -> None:
-    """Append draft tokens to segments of one sampled token.
+    """Append draft tokens to segments of one sampled token; single tokens stay in front.
 
     Args:
         proposer: Proposes them.
@@ -72,29 +84,47 @@ def add_drafts(
         budget: Maximum number of draft tokens.
         max_model_len: Maximum number of tokens of a sequence.
         ensure: Gives a slot memory for that many tokens; False if there is none.
+        overlap: Whether a step is planned before the tokens of the last one are known.
     """
     able: list[int] = []
     sequences: list[tuple[Sequence, int]] = []
+    watched: list[Sequence] = []
     for i, (segment, sequence) in enumerate(zip(segments, owners, strict=True)):
-        if sequence is not None and _takes_drafts(segment, sequence):
+        if sequence is None or not (segment.sampled and segment.length == 1):
+            continue
+        if sequence.group is not None or sequence.request.params.penalised:
+            continue  # beams depend on each other, and penalties on earlier tokens
+        if overlap and (sequence.num_pending or not proposer.pays(sequence)):
+            watched.append(sequence)
+        else:
             able.append(i)
-            room = min(sequence.most_tokens, max_model_len) - sequence.num_known_tokens - 1
-            sequences.append((sequence, room))
+            sequences.append((sequence, _room(sequence, max_model_len)))
     tokens = sum(s.length for s in segments)
     logits = sum(s.sampled + len(s.targets) for s in segments)
-    proposed = proposer.propose(DraftBatch(sequences, tokens, logits, budget))
+    proposed = proposer.propose(DraftBatch(sequences, tokens, logits, budget, watched))
     for i, drafts in zip(able, proposed, strict=True):
         segment = segments[i]
         if drafts and ensure(segment.slot, segment.end + len(drafts)):
             ids = (*segment.token_ids, *drafts)
             segments[i] = replace(segment, length=len(ids), token_ids=ids, num_drafts=len(drafts))
+    segments.sort(key=lambda segment: segment.length > 1)
 
 
-def _takes_drafts(segment: Segment, sequence: Sequence) -> bool:
-    """Whether drafts may follow: penalties depend on earlier tokens, and beams on each other."""
-    return (
-        segment.sampled
-        and segment.length == 1
-        and sequence.group is None
-        and not sequence.request.params.penalised
-    )
+def sits_out(proposer: Proposer | None, sequence: Sequence, max_model_len: int) -> bool:
+    """Whether a sequence stays out of a step, until tokens in flight are known.
+
+    Either a step in flight has draft tokens of it, or a later one should.
+
+    Args:
+        proposer: Proposes draft tokens; None if there is no room for any.
+        sequence: The sequence.
+        max_model_len: Maximum number of tokens of a sequence.
+    """
+    if sequence.num_drafts or proposer is None:
+        return sequence.num_drafts > 0
+    return proposer.pays(sequence) and _room(sequence, max_model_len) > 0
+
+
+def _room(sequence: Sequence, max_model_len: int) -> int:
+    """Maximum number of draft tokens after the last token."""
+    return min(sequence.most_tokens, max_model_len) - sequence.num_tokens - 1

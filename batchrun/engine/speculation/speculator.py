@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 from batchrun.engine.constraints import Constraints
-from batchrun.engine.core import Request, Segment, Sequence
+from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.speculation.chances import Chances
 from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import LONGEST, Lookup
 from batchrun.engine.speculation.proposers import DraftBatch
 from batchrun.engine.speculation.table import LONGEST_CONTEXT, AnswerTable
 
+_LEARNED = 5000.0  # tokens learned in a second, which takes a twentieth of it: the others are not
+# Of a row's guesses, the share of right ones above which it sits out steps to verify some, if it
+# did not and if it did: to begin takes one step more than to go on.
+_BEGIN, _GO_ON = 0.7, 0.5
+_KEPT = 7 / 8  # of that share, when another token is tested
+_WATCHED = 8  # rows of a step whose guesses are only tested, as each takes some microseconds
+_SHARE = 4  # draft tokens that a row needs: fewer would not make up for a step
+# Forced tokens that make up for it, where no token is pending and where one is, the first of them.
+_FORCED, _FORCED_PENDING = 2, 4
 _HOPELESS = 0.02  # chance below which a token is not worth a thought, even where it is free
 
 
@@ -21,7 +31,8 @@ _HOPELESS = 0.02  # chance below which a token is not worth a thought, even wher
 class Guess:
     """Tokens that may come next, each with its kind and the chance that all up to it are right.
 
-    The first `forced` ones come for certain. `own` are what the row's own text has after these.
+    The first `forced` ones come for certain. `own` are what the row's own text has after these. The
+    step computes the first `taken` ones.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -29,6 +40,7 @@ class Guess:
     chances: list[float] = field(default_factory=list)
     forced: int = 0
     own: list[int] = field(default_factory=list)
+    taken: int = 0
 
 
 @dataclass(slots=True)
@@ -36,12 +48,14 @@ class _Row:
     """What is known of a sequence in a slot.
 
     `own` and `streak` count how many tokens in a row were right lately: of the guesses from its own
-    text, and of all guesses. `learned` counts its tokens in the table.
+    text, and of all guesses. `rate` is the share of right ones among the last; where nothing was
+    found, one was wrong. `learned` counts its tokens in the table.
     """
 
     lookup: Lookup
     namespace: int
     learned: int
+    rate: float
     own: int = 0
     streak: int = 0
     known: int = 0  # tokens known when `guess` was made
@@ -61,11 +75,9 @@ class Speculator:
         constraints: Knows which tokens constrained rows allow.
         table: What the job's answers have in common; None to use each row's own text alone.
         lookup: Makes the lookup in a sequence's own text.
+        overlap: Whether a step is planned before the tokens of the last one are known.
+        rate: How often guesses are assumed to be right before any was tested.
 
-    Attributes:
-        num_forced: Draft tokens proposed because nothing else may come.
-        saved_seconds: What accepted tokens would have cost in steps of their own, without what the
-            draft tokens cost; an estimate.
     """
 
     def __init__(
@@ -75,53 +87,90 @@ class Speculator:
         constraints: Constraints | None = None,
         table: AnswerTable | None = None,
         lookup: Callable[[Sequence], Lookup] = Lookup,
+        *,
+        overlap: bool = False,
+        rate: float = 0.0,
     ) -> None:
         self.num_logits = num_logits
-        self.num_forced = 0
-        self.saved_seconds = 0.0
-        self._cost, self._constraints, self._table = cost, constraints, table
-        self._make = lookup
+        self._num_forced = 0
+        self._saved_s = 0.0  # what accepted tokens would have cost in steps of their own, estimated
+        self._guessed_at, self._right_at = list[int](), list[int]()
+        self.cost, self.constraints = cost, constraints
+        self._table = table
+        self._make, self._overlap, self._rate = lookup, overlap, rate
         self._chances = Chances()
         self._rows: dict[Sequence, _Row] = {}
+        self._may_learn = _LEARNED
+        self._paying: dict[Sequence, int] = {}  # rows worth waiting for, each with its draft tokens
+        self._room = 0  # for draft tokens in the last step
+        self._turn = 0
 
     def open(self, sequence: Sequence) -> None:
         """See `Proposer.open`."""
-        namespace = hash((sequence.request.context, sequence.request.params.constraint))
-        learned = sequence.num_known_tokens
-        self._rows[sequence] = _Row(self._make(sequence), namespace, learned)
+        request = sequence.request
+        namespace = _namespace(request.context, request.params.constraint)
+        known = sequence.num_known_tokens
+        self._rows[sequence] = _Row(self._make(sequence), namespace, known, self._rate)
 
     def close(self, sequence: Sequence) -> None:
         """See `Proposer.close`."""
-        row = self._rows.pop(sequence, None)
-        if row is not None:
-            self._learn(sequence, row)
+        self._learn(sequence, self._rows.pop(sequence))
+        self._paying.pop(sequence, None)
 
-    def learn(self, request: Request, token_ids: Seq[int]) -> None:
-        """Note an answer that an earlier run of the job has computed."""
+    def learn(self, context: tuple[str, ...], constraint: str | None, token_ids: Seq[int]) -> None:
+        """Note an answer to a request of that context and constraint, from an earlier run."""
         if self._table is not None:
-            namespace = hash((request.context, request.params.constraint))
-            self._table.learn(namespace, token_ids, 0)
+            self._table.learn(_namespace(context, constraint), token_ids, 0)
 
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """See `Proposer.settle`."""
-        for sequence in sequences:
-            row = self._rows.get(sequence)
-            if row is not None:
-                if row.guess is not None:
-                    self._judge(sequence, row, row.guess)
-                    row.guess = None
-                self._learn(sequence, row)
+        settled = [(sequence, self._rows[sequence]) for sequence in sequences]
+        for sequence, row in settled:
+            if row.guess is not None and sequence.num_known_tokens > row.known:
+                self._judge(sequence, row, row.guess)
+                row.guess = None
+            self._learn(sequence, row)
+        if self._overlap:
+            self._choose(settled)
+
+    def _choose(self, settled: Seq[tuple[Sequence, _Row]]) -> None:
+        """Decide for which rows draft tokens are worth the steps that they sit out."""
+        paying = self._paying
+        for sequence, row in settled:
+            before = paying.pop(sequence, 0)
+            wanted = _SHARE if row.rate > (_GO_ON if before else _BEGIN) else 0
+            if self.constraints is not None and sequence.request.params.constraint:
+                forced = len(self.constraints.forced(sequence))
+                if forced >= (_FORCED_PENDING if sequence.num_pending else _FORCED):
+                    wanted = max(wanted, forced)
+            if wanted and sum(paying.values()) + wanted <= self._room:
+                paying[sequence] = wanted
+
+    def pays(self, sequence: Sequence) -> bool:
+        """See `Proposer.pays`."""
+        return sequence in self._paying
 
     def observe(self, segments: Seq[Segment], seconds: float) -> None:
         """See `Proposer.observe`."""
-        self._cost.observe(segments, seconds)
+        self.cost.observe(segments, seconds)
+        self._may_learn = min(self._may_learn + _LEARNED * seconds, _LEARNED)
+
+    def measurements(self) -> dict[str, Any]:
+        """Its figures so far, named as in `batchrun.jobs.metrics`."""
+        return {
+            "forced_tokens": self._num_forced,
+            "guessed_at": list(self._guessed_at),
+            "right_at": list(self._right_at),
+            "drafts_saved_s": self._saved_s,
+            "drafts_bytes": self._table.nbytes if self._table else 0,
+        }
 
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`."""
-        count = len(batch.sequences)
+        count = max(1, batch.num_logits)
         attended = sum(sequence.num_known_tokens for sequence, _ in batch.sequences)
-        step, draft = self._cost.of(count, attended)
-        free = max(0, self._cost.free - batch.num_tokens)
+        step, draft = self.cost.of(count, attended)
+        free = max(0, self.cost.free - batch.num_tokens)
         least = _HOPELESS if free else max(_HOPELESS, draft * count / step)
         guesses = []
         for sequence, room in batch.sequences:
@@ -129,16 +178,28 @@ class Speculator:
             row.known, row.value = sequence.num_known_tokens, step / count
             row.guess = self._guess(sequence, row, room, least)
             guesses.append(row.guess)
-        places = max(0, min(batch.budget, self.num_logits - batch.num_logits))
-        taken = worthwhile(guesses, step, draft, free=free, places=places)
-        self.num_forced += sum(min(n, g.forced) for n, g in zip(taken, guesses, strict=True))
-        self.saved_seconds -= max(0, sum(taken) - free) * draft
+        places = self._room = max(0, min(batch.budget, self.num_logits - batch.num_logits))
+        taken = worthwhile(guesses, step, draft, free=free, places=places, rows=count)
+        for n, each in zip(taken, guesses, strict=True):
+            each.taken = n
+            self._num_forced += min(n, each.forced)
+        self._saved_s -= max(0, sum(taken) - free) * draft
+        self._watch(batch.watched, least)
         return [tuple(g.token_ids[:n]) for n, g in zip(taken, guesses, strict=True)]
+
+    def _watch(self, sequences: Seq[Sequence], least: float) -> None:
+        """Guess for some rows that take no draft tokens, to test how predictable they are."""
+        self._turn += 1
+        stride = -(-len(sequences) // _WATCHED) or 1
+        for sequence in sequences[self._turn % stride :: stride]:
+            row = self._rows[sequence]
+            row.known, row.value = sequence.num_known_tokens, 0.0
+            row.guess = self._guess(sequence, row, 1, least)
 
     def _guess(self, sequence: Sequence, row: _Row, room: int, least: float) -> Guess:
         """What may follow a sequence: at most `room` tokens, as long as the chance is `least`."""
         made = Guess()
-        constraints = self._constraints if sequence.request.params.constraint else None
+        constraints = self.constraints if sequence.request.params.constraint else None
         if constraints and room > 0:
             made.token_ids = constraints.forced(sequence)[:room]
             made.forced = len(made.token_ids)
@@ -200,8 +261,13 @@ class Speculator:
             if token != actual:
                 break
             right += 1
+        row.rate = 1 - (1 - row.rate) * _KEPT**right
+        if not guess.token_ids or right < min(len(came), len(guess.token_ids)):
+            row.rate *= _KEPT
         row.streak = _continued(row.streak, right, min(len(came), len(guess.token_ids)))
-        self.saved_seconds += max(0, len(came) - 1) * row.value
+        self._saved_s += min(right, guess.taken) * row.value
+        _count(self._guessed_at, guess.taken - guess.forced)
+        _count(self._right_at, min(right, guess.taken) - guess.forced)
         if guess.own and len(came) > guess.forced:
             theirs = came[guess.forced :]
             same = [a == b for a, b in zip(guess.own, theirs, strict=False)]
@@ -211,31 +277,40 @@ class Speculator:
     def _learn(self, sequence: Sequence, row: _Row) -> None:
         """Put the new tokens of a sequence into the table; those of beams may still change."""
         known = sequence.num_known_tokens
-        if self._table is not None and sequence.group is None and known > row.learned:
+        if self._table is None or sequence.group is not None or known <= row.learned:
+            return
+        if self._may_learn > 0:
+            self._may_learn -= known - row.learned
             begin = max(0, row.learned - LONGEST_CONTEXT)
             ids = sequence.token_ids(begin, known - begin)
             self._table.learn(row.namespace, ids, row.learned - begin)
-            row.learned = known
+        row.learned = known
+
+
+def _namespace(context: tuple[str, ...], constraint: str | None) -> int:
+    """What rows must have in common to use each other's tokens."""
+    return hash((context, constraint))
 
 
 def worthwhile(
-    guesses: Seq[Guess], step: float, draft: float, *, free: int, places: int
+    guesses: Seq[Guess], step: float, draft: float, *, free: int, places: int, rows: int
 ) -> list[int]:
     """How many tokens of each guess to compute, so that tokens a second are most.
 
     Args:
-        guesses: One for each row.
+        guesses: Of the rows that may take draft tokens.
         step: Seconds of a step with one token for each row.
         draft: Seconds of each draft token.
         free: Number of draft tokens that cost nothing.
         places: Maximum number of draft tokens.
+        rows: The step's rows: as many tokens come for certain.
     """
     taken = []
     for guess in guesses:
         taken.append(min(guess.forced, places))
         places -= taken[-1]
     chances = sorted((c for g in guesses for c in g.chances[g.forced :]), reverse=True)
-    count, expected = sum(taken), float(len(guesses) + sum(taken))
+    count, expected = sum(taken), float(rows + sum(taken))
     cut, at_cut = 1.1, 0  # the least chance taken, and how many of just that chance
     for chance in chances[:places]:
         seconds = step + draft * max(0, count - free)
@@ -252,6 +327,13 @@ def worthwhile(
             at_cut -= chance == cut
             taken[i] += 1
     return taken
+
+
+def _count(at: list[int], number: int) -> None:
+    """Count one token at each of the first `number` positions."""
+    at += [0] * (number - len(at))
+    for position in range(number):
+        at[position] += 1
 
 
 def _continued(streak: int, right: int, tested: int) -> int:
