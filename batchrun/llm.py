@@ -13,7 +13,7 @@ from batchrun.jobs.errors import InputError
 from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import DoneSet, Result
 from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
-from batchrun.jobs.options import ModelSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import Part
@@ -22,7 +22,7 @@ from batchrun.runner.chat_columns import usual_column
 from batchrun.runner.drive import Drive
 from batchrun.runner.opening import open_runtime
 from batchrun.runner.reader import Reader
-from batchrun.specs import part_of, read_options, sampling_of, with_model
+from batchrun.specs import part_of, read_options, runtime_of, sampling_of, with_model
 from batchrun.submission import as_lines, table_of
 
 if TYPE_CHECKING:  # imports torch
@@ -53,7 +53,7 @@ class LLM:
         asked = read_options(self._options, MODEL, PROMPT, SAMPLING, SHAPE, SCORES, RUNNING)
         sampling_of(asked)
         prompt, named = part_of(PromptSpec, asked), part_of(ModelSpec, asked)
-        runtime = part_of(RuntimeSpec, asked)
+        runtime = runtime_of(asked)
         unmodelled = JobSpec((), "jsonl", prompt, named, SamplingSpec(), runtime=runtime)
         self._spec = with_model(unmodelled, home(), log)
         self._runtime: Assembly | None = open_runtime(self._spec, log)

@@ -128,7 +128,7 @@ def modelless_spec(
         limit=options["limit"],
         output=output,
         # The columns are noted for people who look at the job, and for the type of `parsed`.
-        runtime=replace(part_of(RuntimeSpec, options), param_columns=own),
+        runtime=replace(runtime_of(options), param_columns=own),
     )
     check_columns(source.column_names, output_columns(spec))
     if not output.stdout:
@@ -139,10 +139,10 @@ def modelless_spec(
 
 
 def with_model(spec: JobSpec, home: Path, log: Log, *, chats: bool = False) -> JobSpec:
-    """A job whose model is ready to load; converts or downloads it if necessary.
+    """A job whose model is ready to load, and its draft model; converts or downloads if necessary.
 
     Args:
-        spec: The job; its model is only named.
+        spec: The job; its models are only named.
         home: Where converted models are.
         log: Told what takes long.
         chats: Whether its prompts are chats for certain.
@@ -169,7 +169,12 @@ def with_model(spec: JobSpec, home: Path, log: Log, *, chats: bool = False) -> J
 
         check_template_args(args, sources, ref.name)
     found = replace(model, name=ref.name, path=str(ref.path), fingerprint=ref.fingerprint)
-    return replace(spec, model=found)
+    runtime = spec.runtime
+    if runtime.draft_model is not None:
+        draft = resolve(runtime.draft_model, home / "models", trust_remote_code=code, log=log)
+        place, digest = str(draft.path), draft.fingerprint
+        runtime = replace(runtime, draft_path=place, draft_fingerprint=digest)
+    return replace(spec, model=found, runtime=runtime)
 
 
 def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
@@ -207,6 +212,19 @@ def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
         name, _, rest = str(error).partition(" ")
         raise OptionError(f"{{{name}}} {{}}", rest) from error
     return sampling
+
+
+def runtime_of(options: Mapping[str, Any]) -> RuntimeSpec:
+    """How the job is to run; its draft model is only named.
+
+    Raises:
+        OptionError: Two options can't be combined.
+    """
+    if options["draft_model"] is None and options["draft_tokens"] is not None:
+        raise OptionError("{draft_tokens} without {draft_model}: there are none to count")
+    if options["draft_model"] is not None and not options["drafts"]:
+        raise OptionError("{draft_model} with {drafts} off: it would have nothing to do")
+    return part_of(RuntimeSpec, options)
 
 
 def _check_shape(sampling: SamplingSpec, *, beams: bool) -> None:

@@ -106,6 +106,14 @@ def _device(name: str) -> str:
     return name
 
 
+def _count_or_auto(value: int | str) -> int | None:
+    if value == "auto":
+        return None
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"{value!r} is neither auto nor a whole number from 1")
+    return int(value)
+
+
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(dict(value), allow_nan=False)
@@ -118,6 +126,7 @@ TEXT = Kind((str, os.PathLike), "text", os.fspath)
 FLAG = Kind((bool,), "flag: True or False", bool)
 NUMBER = Kind((int, float), "number", float, "X")
 DEVICE = Kind((str,), "device", _device, "auto|cpu|cuda|cuda:N")
+COUNT_OR_AUTO = Kind((int, str), "whole number, or auto", _count_or_auto, "auto|N")
 NAMED = Kind((Mapping,), "mapping", _as_json, "NAME=VALUE")
 
 

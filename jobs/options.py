@@ -288,6 +288,8 @@ class RuntimeSpec:
     """How a job runs, which never changes an answer. None leaves the choice to the device.
 
     Args:
+        draft_path: The draft model's folder.
+        draft_fingerprint: Digest of its content.
         param_columns: Columns with rows' own parameters, as announced at submission.
     """
 
@@ -323,8 +325,19 @@ class RuntimeSpec:
         "Compute and store the common beginnings of prompts once.", default=True
     )
     drafts: bool = option(
-        "Draft tokens from the row's own text, and verify many in one step.",
+        "Draft tokens from the row's own text and other rows' answers, and verify many in a step.",
         default=True,
+    )
+    draft_model: str | None = option(
+        "Draft tokens from this smaller model too, which must have the same tokenizer: alias, "
+        "folder, .gguf file or hub id.",
+        metavar="MODEL",
+    )
+    draft_path: str = ""
+    draft_fingerprint: str = ""
+    draft_tokens: int | None = option(
+        "Draft tokens of the draft model per row and step, at most; default: auto, as many as pay.",
+        kinds.COUNT_OR_AUTO,
     )
     overlap: bool = option("On a GPU: plan, map and copy while it computes.", default=True)
     graphs: bool = option("On a GPU: record steps as CUDA graphs.", default=True)

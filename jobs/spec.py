@@ -149,11 +149,12 @@ class JobSpec:
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def paths(self) -> list[str]:
-        """Where inputs and model are."""
-        return [i.path for i in self.inputs] + [self.model.path] * bool(self.model.path)
+        """Where inputs and models are."""
+        models = filter(None, (self.model.path, self.runtime.draft_path))
+        return [*(i.path for i in self.inputs), *models]
 
     def at(self, places: Mapping[str, str]) -> JobSpec:
-        """The same job with inputs, model and output moved to their new `places`.
+        """The same job with inputs, models and output moved to their new `places`.
 
         A moved output has the format of its new name, and replaces nothing there.
 
@@ -162,13 +163,15 @@ class JobSpec:
         """
         inputs = tuple(replace(i, path=places.get(i.path, i.path)) for i in self.inputs)
         model = replace(self.model, path=places.get(self.model.path, self.model.path))
+        draft = self.runtime.draft_path
+        runtime = replace(self.runtime, draft_path=places.get(draft, draft))
         output = self.output
         if (path := places.get(output.path)) is not None:
             from batchrun.jobs.rows.formats import output_format  # noqa: PLC0415 - seldom
 
             kind = output_format(Path(path))
             output = replace(output, path=path, format=kind, overwrite=False, stdout=False)
-        return replace(self, inputs=inputs, model=model, output=output)
+        return replace(self, inputs=inputs, model=model, output=output, runtime=runtime)
 
     def within(self, folder: Path) -> JobSpec:
         """The same job, with full paths for files in its folder: the copies of stdin and stdout."""

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +15,19 @@ from batchrun.allocator.accounting import UsageIntegral
 from batchrun.allocator.arena import KVArena
 from batchrun.allocator.cuda import CudaMemory
 from batchrun.allocator.host import HostMemory
-from batchrun.allocator.tensor import layer_views, slab_bytes
 from batchrun.allocator.vmm import AllocatorError, VirtualMemory
-from batchrun.engine import attention, cpu, invariance
+from batchrun.engine import invariance
 from batchrun.engine.constraints import Constraints
 from batchrun.engine.core import EngineError
-from batchrun.engine.cpu import Level
 from batchrun.engine.cpu.compile import guard_caches
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
-from batchrun.engine.model import gates, invariant, loading
+from batchrun.engine.executors import make_executor, make_fast
+from batchrun.engine.model import loading
+from batchrun.engine.model.draft import as_draft, load_draft
 from batchrun.engine.model.generation import read_generation, vocabulary_size
-from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel
+from batchrun.engine.model.verdicts import Gate
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.settings import (
     DEVICE_HEADROOM,
@@ -38,29 +37,22 @@ from batchrun.engine.settings import (
     available_memory,
     choose_device,
     fit_context,
-    geometry_of,
     kv_layout,
-    no_backend,
+    logits_bytes,
     num_slots,
     prompt_encoder,
 )
 from batchrun.engine.shortage import device_errors
-from batchrun.engine.speculation.cost import StepCost
-from batchrun.engine.speculation.speculator import Speculator
-from batchrun.engine.speculation.table import AnswerTable
+from batchrun.engine.speculation.build import GPU_DRAFTS, make_speculator, takes_drafts
 from batchrun.engine.transfers import CudaTransfers, Transfers
 from batchrun.engine.warmup import WarmUp
 from batchrun.grammars.matchers import Matchers
 from batchrun.machine import keep_freed_memory, return_freed_memory
-from batchrun.models import whole
 
 _LOOKAHEAD = 4  # steps
 _MEASURED_S = 0.05  # between two measurements of free memory, each of up to 0.4 ms
 _GIVE_BACK = 16  # pages per step: about 45 us each in the driver; a short step takes 2 ms
 _DEVICE_SLACK, _HOST_SLACK = 0.02, 0.05  # unused pages to keep, as a fraction of the claimed ones
-# Draft tokens of a step on a GPU. Steps are recorded with as many tokens more.
-_GPU_DRAFTS = 64
-_DRAFT_LOGITS = 96 << 20  # bytes of a step's logits; beyond that, drafts do not pay
 # Bytes of a step's logits for which known tokens are scored; `sampling.score` takes as much again.
 _CPU_LOGITS, _GPU_LOGITS = 48 << 20, 256 << 20
 
@@ -92,32 +84,35 @@ def build(
             trust_remote_code=settings.trust_remote_code,
             max_model_len=settings.max_model_len,
         )
+        draft = load_draft(settings, loaded, str(loaded.device))
     if loaded.device.type == "cuda":
         guard_caches(log)
-    loaded = fit_context(loaded, settings, str(loaded.device))
-    for note in loaded.notes:
+    loaded = fit_context(loaded, settings, str(loaded.device), draft)
+    for note in (*loaded.notes, *(draft.notes if draft else ())):
         log(note)
     encode, encode_text = prompt_encoder(loaded, settings, prompt, log)
-    weights = f"{settings.fingerprint}-{settings.quantize or 'whole'}"
-    want = None
-    if not gates.seen(loaded, weights, settings.cache):
-        whole.check_finite(loaded.model)
-        want = gates.reference(loaded)
-    assembly = Assembly(loaded, settings, log)
+    gate = Gate(loaded, f"{settings.fingerprint}-{settings.quantize or 'whole'}", settings.cache)
+    drafts_gate = None
+    if draft is not None:
+        with as_draft(settings.draft_model):
+            drafts_gate = Gate(draft, f"{settings.draft_fingerprint}-whole", settings.cache)
+    assembly = Assembly(loaded, settings, log, draft)
     assembly.encode, assembly.encode_text = encode, encode_text
     if ignored := ", ".join(assembly.generation.ignored):
         log(f"the model's generation config sets {ignored}, which batchrun does not support")
-    checked = loaded, assembly.executor, assembly.arena, assembly.max_num_batched_tokens
+    space = assembly.arena, assembly.max_num_batched_tokens
     kernels = "-".join(assembly.kernels).replace(" ", "-")
-    once = partial(gates.verify_once, loaded, weights, settings.cache)
     try:
-        difference = once(kernels, lambda: gates.verify(*checked, want))
+        difference = gate.verify(assembly.executor, *space, kernels)
         if assembly.varies is None:
-            kernels += f"-invariant-{torch.get_num_threads()}"
+            once = f"{kernels}-invariant-{torch.get_num_threads()}"
             try:
-                once(kernels, lambda: invariance.check(*checked))
+                gate.once(once, lambda: invariance.check(loaded, assembly.executor, *space))
             except invariance.VariesError as error:
                 assembly.note_varies(str(error))
+        if drafts_gate is not None and assembly.drafter is not None:
+            with as_draft(settings.draft_model):
+                drafts_gate.verify(assembly.drafter, *space, kernels)
     except BaseException:
         assembly.close()
         raise
@@ -134,10 +129,12 @@ class Assembly:
         loaded: The model, on its device; optimized in place if the settings say so.
         settings: How to run it.
         log: Called with each line that the user should see.
+        draft: The model that proposes draft tokens, on the same device; treated likewise.
 
     Attributes:
         encode: Turns a row's fields into prompt tokens; set only by `build`.
         encode_text: Turns a text behind a row's prompt into tokens; likewise.
+        drafter: Computes the draft model's steps; None without one.
         kernels: What computes: the attention backend, and what `optimize` replaced.
         varies: Why answers may depend on the batch, in one clause; None if they don't.
         arithmetic: What computes the numbers. Only answers of the same arithmetic are promised to
@@ -158,8 +155,9 @@ class Assembly:
         loaded: LoadedModel,
         settings: Settings,
         log: Callable[[str], None] = lambda _: None,
+        draft: LoadedModel | None = None,
     ) -> None:
-        self.loaded = loaded
+        self.loaded, self.draft = loaded, draft
         self.settings = settings
         self.limits = settings.limits(str(loaded.device))
         self.max_num_seqs = self.limits.max_num_seqs
@@ -171,25 +169,26 @@ class Assembly:
         self.usage = UsageIntegral()
         self._log = log
         self._cuda = loaded.device.type == "cuda"
-        made: tuple[str, ...] = ()
-        if settings.optimize or (settings.deterministic and self._cuda):
-            made = optimize(
-                loaded.model, compile=self._cuda, log=log, deterministic=settings.deterministic
-            )
-        if not self._cuda and invariant.repair(loaded.model, slowly=settings.deterministic):
-            made = (*made, "rows alike")
-        self._weights_bytes = loaded.weights_bytes
+        made = make_fast(loaded, settings, log)
+        if draft is not None:
+            with as_draft(settings.draft_model):
+                make_fast(draft, settings, log)
+        models = (loaded,) if draft is None else (loaded, draft)
+        self._weights_bytes = sum(model.weights_bytes for model in models)
         self._resources = ExitStack()
         try:
             self.arena = self._make_arena()
-            self.executor = self._make_executor()
-            if self._cuda:
-                most = self.max_num_seqs + (_GPU_DRAFTS if self._drafts() else 0)
-                warmup = WarmUp(self.executor, self.arena, self.limits, most, log)
+            self.executor, self.drafter = self._make_executors()
+            most = self.max_num_seqs + (GPU_DRAFTS if takes_drafts(settings, self.executor) else 0)
+            # The model's steps are larger: theirs is the memory that torch should keep at the end.
+            for executor in filter(None, (self.drafter, self.executor)) if self._cuda else ():
+                warmup = WarmUp(executor, self.arena, self.limits, most, log)
                 warmup.run(graphs=settings.graphs)
         except AllocatorError as error:
             self.close()
-            fits = fit_context(loaded, replace(settings, max_model_len=None), loaded.device.type)
+            fits = fit_context(
+                loaded, replace(settings, max_model_len=None), loaded.device.type, draft
+            )
             less = f"use --max-model-len {fits.max_model_len} or less, or fewer --max-num-seqs"
             raise EngineError(
                 f"cannot set up KV memory for {self.max_num_seqs} sequences of "
@@ -203,7 +202,12 @@ class Assembly:
         self.kernels = (self.executor.backend.name, *made, *recorded)
         self.arithmetic = invariance.arithmetic(loaded)
         self.note_varies(invariance.varies(loaded, self.executor.backend))
-        self._speculator = self._make_speculator()
+        self._speculator = make_speculator(
+            *(self.executor, self.arena, settings),
+            drafter=self.drafter,
+            constraints=self._constraints,
+            log=log,
+        )
         self.scheduler = Scheduler(
             self.arena,
             max_num_seqs=self.max_num_seqs,
@@ -278,7 +282,7 @@ class Assembly:
         The result is negative if another program took more than was left; the cache then gives
         pages back.
         """
-        layout = kv_layout(self.loaded, self.settings, cuda=self._cuda)
+        layout = kv_layout(self.loaded, self.settings, self.draft, cuda=self._cuda)
         if not self._cuda:
             return HostMemory(layout.page_size, planes=layout.planes, guard=False), available_memory
         memory = CudaMemory(
@@ -289,7 +293,7 @@ class Assembly:
     def _make_arena(self) -> KVArena:
         memory, free = self._make_memory()
         self._resources.callback(memory.close)
-        wanted = kv_layout(self.loaded, self.settings, cuda=self._cuda)
+        wanted = kv_layout(self.loaded, self.settings, self.draft, cuda=self._cuda)
         layout = replace(wanted, page_size=memory.granularity, planes=memory.planes)
         at, found = -_MEASURED_S, 0
 
@@ -303,7 +307,7 @@ class Assembly:
         arena = KVArena(
             memory,
             layout,
-            num_slots=num_slots(self.limits, cuda=self._cuda),
+            num_slots=num_slots(self.limits, 1 + (self.draft is not None), cuda=self._cuda),
             budget=measured if self.settings.kv_budget is None else self.settings.kv_budget,
             slack=_DEVICE_SLACK if self._cuda else _HOST_SLACK,
             give_back=_GIVE_BACK if self._cuda else None,
@@ -311,74 +315,35 @@ class Assembly:
         self._resources.callback(arena.release)
         return arena
 
-    def _make_executor(self) -> TorchExecutor:
-        loaded, settings = self.loaded, self.settings
-        transfers = Transfers()
-        lag = 0
+    def _make_executors(self) -> tuple[TorchExecutor, TorchExecutor | None]:
+        """The model's executor, and the draft model's, whose layers follow the model's."""
+        transfers, lag = Transfers(), 0
         if self._cuda:
-            lag = int(settings.overlap and not self._waits_for_tokens())
-            transfers = CudaTransfers(loaded.device, lag)
+            lag = int(self.settings.overlap and not self._waits_for_tokens())
+            transfers = CudaTransfers(self.loaded.device, lag)
         self._resources.callback(transfers.drain)
-        slots = self.arena.layout.slot_tokens, self.arena.num_slots
-        geometry = geometry_of(loaded, self.limits, *slots)
-        most = self.max_num_seqs + (_GPU_DRAFTS if self._cuda and settings.drafts else 0)
-        geometry = replace(geometry, max_num_seqs=most, deterministic=settings.deterministic)
-        try:
-            backend = attention.create(settings.attention, geometry, transfers.upload, self._log)
-        except ValueError as error:
-            raise no_backend(error) from error
-        layers = range(len(loaded.layers))
-        views = [layer_views(self.arena, i, loaded.dtype, loaded.device) for i in layers]
-        groups = range(self.arena.layout.num_groups)
-        slabs = [slab_bytes(self.arena, group, loaded.device) for group in groups]
-        return TorchExecutor(
-            loaded,
-            views,
-            slabs,
-            backend,
-            transfers,
-            lag=lag,
-            relieve=self._relieve,
-            config=self.generation.logits,
-        )
+        over = self.arena, self.settings, transfers, self._log
+        options: dict[str, Any] = {"relieve": self._relieve, "config": self.generation.logits}
+        options["drafts"] = GPU_DRAFTS if self._cuda and self.settings.drafts else 0
+        executor = make_executor(self.loaded, *over, lag=lag, **options)
+        if self.draft is None:
+            return executor, None
+        first = len(self.loaded.layers)
+        return executor, make_executor(self.draft, *over, first_layer=first, **options)
 
     def _waits_for_tokens(self) -> bool:
-        """Whether a step's tokens must be known before the next step is sampled."""
+        """Whether a step's tokens must be known before the next step is planned or sampled."""
         names = self.generation.logits.reads_tokens
         if names:
             self._log(
                 "each step waits for the one before it: the model's generation config sets "
                 f"{' and '.join(names)}, and that depends on the tokens so far"
             )
-        return bool(names)
-
-    def _drafts(self) -> bool:
-        """Whether draft tokens are wanted, and attention takes several of each row in one call.
-
-        One call per row costs more than drafts save.
-        """
-        return self.settings.drafts and self.executor.backend.max_query is None
-
-    def _make_speculator(self) -> Speculator | None:
-        """Speculative decoding."""
-        if not self._drafts():
-            return None
-        if self._cuda:
-            free, most = 0, self.max_num_seqs + _GPU_DRAFTS
-        else:  # a tile has 16 rows; vector instructions multiply 8 rows at a time
-            free = 16 if cpu.level() is Level.TILES else 8
-            most = _DRAFT_LOGITS // self._logits_bytes()
-        overlap = self.executor.lag > 0
-        return Speculator(most, StepCost(free), self._constraints, AnswerTable(), overlap=overlap)
+        return bool(names) or self.draft is not None
 
     def _most_scored(self) -> int:
         """Tokens of a step after which known tokens are scored; at least one."""
-        return max(1, (_GPU_LOGITS if self._cuda else _CPU_LOGITS) // self._logits_bytes())
-
-    def _logits_bytes(self) -> int:
-        """Bytes of the logits of one token."""
-        vocabulary: int = self.loaded.model.config.get_text_config().vocab_size
-        return vocabulary * self.loaded.dtype.itemsize
+        return max(1, (_GPU_LOGITS if self._cuda else _CPU_LOGITS) // logits_bytes(self.loaded))
 
     def _relieve(self) -> None:
         """Free unused KV pages on the device, and the memory that torch caches."""

@@ -95,6 +95,11 @@ class Constraints:
         matcher = self.of(sequence) if token_ids else None
         return len(token_ids) if matcher is None else matcher.validate_tokens(list(token_ids))
 
+    def copy(self, sequence: Sequence) -> LLMatcher | None:
+        """A matcher that goes its own way after a sequence's output so far; None as from `of`."""
+        matcher = self.of(sequence)
+        return None if matcher is None else matcher.deep_copy()
+
     def forget(self, sequence: Sequence) -> None:
         """Drop the matcher of a sequence that has ended."""
         self._held.pop(sequence, None)
@@ -106,31 +111,32 @@ class Constraints:
             segments: A step's segments.
             owners: Their sequences, all of whose tokens are known; None if one has ended.
         """
-        found: list[tuple[LLMatcher, int]] = []
-        rows: list[int] = []
-        at = 0
+        found: list[LLMatcher | None] = []
         for segment, sequence in zip(segments, owners, strict=True):
             if not segment.sampled:
                 continue
             matcher = None if sequence is None else self.of(sequence)
             for draft in (None, *segment.drafts):
-                if matcher is not None:
-                    if draft is not None:
-                        matcher = _after(matcher, [draft])
-                    found.append((matcher, len(rows)))
-                    rows.append(at)
-                at += 1
-        if not rows:
+                if matcher is not None and draft is not None:
+                    matcher = _after(matcher, [draft])
+                found.append(matcher)
+        return self.masks_of(found)
+
+    def masks_of(self, matchers: Seq[LLMatcher | None]) -> Masks | None:
+        """The tokens that may follow the answer of each matcher; None constrains nothing."""
+        held = [(row, matcher) for row, matcher in enumerate(matchers) if matcher is not None]
+        if not held:
             return None
         if self._executor is None:
             from llguidance import LLExecutor  # noqa: PLC0415
 
             self._executor = LLExecutor(num_threads=machine.cores())
         words = -(-self._matchers.tokenizer.vocab_size // _WORD)
-        bits = np.zeros((len(rows), words), np.uint32)
-        place = bits.ctypes.data, words * bits.itemsize, len(rows)
+        bits = np.zeros((len(held), words), np.uint32)
+        place = bits.ctypes.data, words * bits.itemsize, len(held)
+        found = [(matcher, at) for at, (_, matcher) in enumerate(held)]
         self._executor.unsafe_compute_mask_ptr(found, *place)
-        return Masks(np.array(rows), bits)
+        return Masks(np.array([row for row, _ in held]), bits)
 
 
 def _after(matcher: LLMatcher, token_ids: list[int]) -> LLMatcher:

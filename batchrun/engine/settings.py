@@ -88,6 +88,10 @@ class Settings:
         share_prefixes: Whether rows with a common prefix compute and store it once.
         drafts: Whether draft tokens are proposed; only where attention takes several tokens of each
             row in one call.
+        draft_model: What to call the model that proposes them; None for the row's own text.
+        draft_path: Its folder.
+        draft_fingerprint: Of its content.
+        draft_tokens: Draft tokens of a draft model, per sequence and step; None for as many as pay.
         overlap: Whether the host prepares the next step while the device computes one.
         graphs: Whether steps are recorded as CUDA graphs, those with prompts in pieces.
         optimize: Whether the model's modules are fused, and compiled on a GPU.
@@ -112,6 +116,10 @@ class Settings:
     layers_per_slab: int | None = None
     share_prefixes: bool = True
     drafts: bool = True
+    draft_model: str | None = None
+    draft_path: str = ""
+    draft_fingerprint: str = ""
+    draft_tokens: int | None = None
     overlap: bool = True
     graphs: bool = True
     optimize: bool = True
@@ -167,9 +175,15 @@ def _why_no_cuda(name: str) -> str | None:
     return None
 
 
-def kv_layout(loaded: LoadedModel, settings: Settings, *, cuda: bool) -> KVLayout:
-    """The layout of a model's KV memory. A device's driver may make its pages larger."""
-    layers = tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in loaded.layers)
+def kv_layout(
+    loaded: LoadedModel, settings: Settings, draft: LoadedModel | None = None, *, cuda: bool
+) -> KVLayout:
+    """The layout of a model's KV memory. A device's driver may make its pages larger.
+
+    The layers of a draft model follow the model's: what holds a token for one holds it for both.
+    """
+    specs = (*loaded.layers, *(() if draft is None else draft.layers))
+    layers = tuple(LayerKV(s.kv_heads, s.k_dim, s.v_dim) for s in specs)
     element, per_slab = loaded.dtype.itemsize, settings.layers_per_slab
     if per_slab is None:
         dense = not cuda and max(layer.width for layer in layers) * element < PAGESIZE
@@ -186,13 +200,15 @@ def kv_layout(loaded: LoadedModel, settings: Settings, *, cuda: bool) -> KVLayou
     return KVLayout(layers, element, page_size, loaded.max_model_len, per_slab, planes)
 
 
-def fit_context(loaded: LoadedModel, settings: Settings, device: str) -> LoadedModel:
+def fit_context(
+    loaded: LoadedModel, settings: Settings, device: str, draft: LoadedModel | None = None
+) -> LoadedModel:
     """Shorten the context if slots would exceed the address space, unless a length was given.
 
     Each sequence reserves addresses for the whole context, and a process has only 2^47.
     """
     seqs = settings.limits(device).max_num_seqs
-    layout = kv_layout(loaded, settings, cuda=device != "cpu")
+    layout = kv_layout(loaded, settings, draft, cuda=device != "cpu")
     most = _MOST_ADDRESSES // ((seqs + KEPT + 1) * layout.bytes_per_token)
     if settings.max_model_len is not None or layout.slot_tokens <= most:
         return loaded
@@ -240,9 +256,9 @@ def check_backend(loaded: LoadedModel, settings: Settings, device: str) -> None:
         raise no_backend(error) from error
 
 
-def num_slots(limits: Limits, *, cuda: bool) -> int:
-    """Slots for running sequences, for kept prefixes, and for the fillers of graphs."""
-    return limits.max_num_seqs + KEPT + cuda
+def num_slots(limits: Limits, models: int = 1, *, cuda: bool) -> int:
+    """Slots for running sequences, for kept prefixes, and for fillers of each model's graphs."""
+    return limits.max_num_seqs + KEPT + models * cuda
 
 
 def geometry_of(loaded: LoadedModel, limits: Limits, slot_tokens: int, slots: int) -> Geometry:
@@ -256,6 +272,12 @@ def geometry_of(loaded: LoadedModel, limits: Limits, slot_tokens: int, slots: in
         dtype=loaded.dtype,
         device=loaded.device,
     )
+
+
+def logits_bytes(loaded: LoadedModel) -> int:
+    """Bytes of the logits of one token."""
+    vocabulary: int = loaded.model.config.get_text_config().vocab_size
+    return vocabulary * loaded.dtype.itemsize
 
 
 def no_backend(error: ValueError) -> EngineError:

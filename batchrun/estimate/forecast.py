@@ -224,6 +224,7 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
 
     from batchrun.engine import settings as here  # noqa: PLC0415
     from batchrun.engine.model import gates, loading  # noqa: PLC0415
+    from batchrun.engine.model.draft import load_draft  # noqa: PLC0415
     from batchrun.engine.model.generation import (  # noqa: PLC0415
         read_generation,
         vocabulary_size,
@@ -242,17 +243,18 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
         max_model_len=settings.max_model_len,
         weights=False,
     )
-    loaded = here.fit_context(loaded, settings, device)
+    draft = load_draft(settings, loaded, device, weights=False)
+    loaded = here.fit_context(loaded, settings, device, draft)
     encode, encode_text = here.prompt_encoder(loaded, settings, prompt_options(spec), log)
     limits = settings.limits(device)
     here.check_backend(loaded, settings, device)
-    layout = here.kv_layout(loaded, settings, cuda=device != "cpu")
+    layout = here.kv_layout(loaded, settings, draft, cuda=device != "cpu")
     given = budget = settings.kv_budget
     if budget is None:
         free = here.available_memory()
         if device != "cpu":
             free = torch.cuda.mem_get_info(device)[0] - here.DEVICE_HEADROOM
-        budget = free - loaded.weights_bytes
+        budget = free - loaded.weights_bytes - (draft.weights_bytes if draft else 0)
 
     def can_fit(tokens: int) -> bool:
         pages = layout.total_pages_for(tokens)

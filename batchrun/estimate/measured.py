@@ -27,7 +27,7 @@ _KEPT = 0.5  # weight of earlier runs whenever there is a new one: machines and 
 # Settings that change the number of steps, not the time of one.
 _NOT_SPEED = {
     *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "plan", "share_prefixes"),
-    *("name", "path", "max_model_len", "param_columns"),
+    *("name", "path", "draft_model", "draft_path", "max_model_len", "param_columns"),
 }
 _RIDGE = 1e-9  # of the diagonal: if all steps of a run are alike, amounts can't be told apart
 _LEAST = 1e-12  # of an amount's sum of squares: amounts are counts, so less than this is none

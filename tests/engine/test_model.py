@@ -13,7 +13,7 @@ import transformers as tf
 from batchrun.engine.attention import KV, LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import EngineError
-from batchrun.engine.model import gates
+from batchrun.engine.model import gates, verdicts
 from batchrun.engine.model import prepare as model
 from batchrun.engine.shortage import device_errors
 from batchrun.errors import ModelError
@@ -83,13 +83,13 @@ def test_a_verdict_is_remembered_for_the_same_model_only(tmp_path: Path) -> None
         asked.append(1)
         return 1e-6
 
-    assert gates.verify_once(loaded, "abc", tmp_path, "sdpa", check) == 1e-6
-    assert gates.verify_once(loaded, "abc", tmp_path, "sdpa", check) is None
-    assert gates.verify_once(loaded, "abd", tmp_path, "sdpa", check) == 1e-6
-    assert gates.verify_once(loaded, "abc", tmp_path, "other", check) == 1e-6
+    assert verdicts.verify_once(loaded, "abc", tmp_path, "sdpa", check) == 1e-6
+    assert verdicts.verify_once(loaded, "abc", tmp_path, "sdpa", check) is None
+    assert verdicts.verify_once(loaded, "abd", tmp_path, "sdpa", check) == 1e-6
+    assert verdicts.verify_once(loaded, "abc", tmp_path, "other", check) == 1e-6
     assert len(asked) == 3
-    verdicts = [json.loads(p.read_text()) for p in tmp_path.iterdir()]
-    assert {v["architecture"] for v in verdicts} == {"LlamaForCausalLM"}
+    found = [json.loads(p.read_text()) for p in tmp_path.iterdir()]
+    assert {v["architecture"] for v in found} == {"LlamaForCausalLM"}
 
 
 def test_a_refusal_is_not_remembered(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_refusal_is_not_remembered(tmp_path: Path) -> None:
 
     for _ in range(2):
         with pytest.raises(ModelError):
-            gates.verify_once(loaded, "abc", tmp_path, "sdpa", refuse)
+            verdicts.verify_once(loaded, "abc", tmp_path, "sdpa", refuse)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -118,6 +118,10 @@ def test_moving_changes_no_work(spec):
     assert moved.paths() == ["/b.parquet", "/m"]
     assert moved.fingerprint() == spec.fingerprint()
     assert spec.at({}) == spec.at({"/other": "/else"}) == spec
+    drafted = replace(spec, runtime=replace(spec.runtime, draft_model="d", draft_path="/d"))
+    assert drafted.paths()[2:] == ["/d"]
+    assert drafted.at({"/d": "/e"}).paths()[2:] == ["/e"]
+    assert drafted.fingerprint() == spec.fingerprint()
 
 
 def test_order_and_number_of_inputs_are_content(spec, tmp_path):

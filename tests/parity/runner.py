@@ -37,12 +37,19 @@ class _OverFakeDriver(Assembly):
 
 
 @contextmanager
-def rig(loaded: LoadedModel, *, lag: int = 0, **settings: Any) -> Iterator[Assembly]:
+def rig(
+    loaded: LoadedModel, *, lag: int = 0, draft: LoadedModel | None = None, **settings: Any
+) -> Iterator[Assembly]:
     """An engine on the CPU; with a lag it is driven as on a device that computes by itself."""
-    defaults = {"max_num_batched_tokens": 256, "page_size": 4096, "attention": "sdpa"}
-    made = Settings("", "tiny", "", Path(), optimize=False, **{**defaults, **settings})
+    defaults: dict[str, Any] = {
+        "max_num_batched_tokens": 256,
+        "page_size": 4096,
+        "attention": "sdpa",
+    }
+    defaults |= {"optimize": False}
+    made = Settings("", "tiny", "", Path(), **{**defaults, **settings})
     fake = os.environ.get("BATCHRUN_TEST_MEMORY") == "fake-cuda"
-    with (_OverFakeDriver if fake else Assembly)(loaded, made) as assembly:
+    with (_OverFakeDriver if fake else Assembly)(loaded, made, draft=draft) as assembly:
         assembly.executor.lag = lag
         yield assembly
 

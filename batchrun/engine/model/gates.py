@@ -8,20 +8,16 @@ over slots match float32 attention on the very same queries, keys and values?
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from batchrun import DISTRIBUTION
 from batchrun.engine.attention import KV, QKV, LayerAttention
 from batchrun.engine.attention.sdpa import SDPA
 from batchrun.engine.core import Request, SamplingParams, Segment, Sequence
@@ -351,47 +347,3 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             hook.remove()
         for parameter, half in halves.items():  # left by a forward that failed
             parameter.data = half
-
-
-# --- remembered verdicts ---
-
-
-def seen(loaded: LoadedModel, fingerprint: str, cache: Path) -> bool:
-    """Whether the model has passed with any kernels; arguments as for `verify_once`."""
-    return any(cache.glob(f"{_key(loaded, fingerprint)}-*"))
-
-
-def verify_once(
-    loaded: LoadedModel, fingerprint: str, cache: Path, kernels: str, check: Callable[[], float]
-) -> float | None:
-    """Run `check` unless this model passed it before with the same versions, dtype and kernels.
-
-    Args:
-        loaded: The model.
-        fingerprint: Identifies its weights and config.
-        cache: Folder of remembered verdicts.
-        kernels: Names the kernels in use.
-        check: Calls `verify`.
-
-    Returns:
-        What `check` returned, or None where the verdict was remembered.
-    """
-    path = cache / f"{_key(loaded, fingerprint)}-{kernels.replace('/', '_')}.json"
-    if path.exists():
-        return None
-    worst = check()
-    cache.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"architecture": loaded.architecture, "difference": worst}))
-    return worst
-
-
-def _key(loaded: LoadedModel, fingerprint: str) -> str:
-    versions = [_version(name) for name in (DISTRIBUTION, "torch", "transformers")]
-    return "-".join([fingerprint, str(loaded.dtype), str(loaded.device), *versions])
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name) or "unknown"  # its metadata can't be read
-    except PackageNotFoundError:  # it runs from a checkout
-        return "uninstalled"
