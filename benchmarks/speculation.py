@@ -144,8 +144,11 @@ def measured(
     wanted = requests(name, args.share, assembly, chats)
     ways = {way: Way() for way in WAYS}
     tokens = 0
+    Way().run(assembly, wanted[:16], "off")  # it warms up
     for number in range(args.repeat):
-        answers = {way: ways[way].run(assembly, wanted, way) for way in WAYS}
+        # Each begins in turn, as a machine's speed drifts.
+        order = WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]
+        answers = {way: ways[way].run(assembly, wanted, way) for way in order}
         assert answers["off"] == answers["own text"] == answers["all"], f"{name}: other answers"
         tokens = sum(map(len, answers["off"]))
         speeds = ", ".join(f"{way} {tokens / ways[way].seconds[-1]:.0f}" for way in WAYS)

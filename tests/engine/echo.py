@@ -89,7 +89,7 @@ class Costs(StepCost):
         super().__init__(free)
         self.draft = draft
 
-    def of(self, rows: int, attended: int) -> tuple[float, float]:
+    def of(self, rows: int, others: int = 0) -> tuple[float, float]:
         return 1.0, self.draft
 
 

@@ -145,10 +145,9 @@ class ModelDrafts:
         """See `DraftModel.cost`: with a part of what it takes to read what it has not read yet."""
         if not self._step_cost.is_known:
             return self._share * step
-        known = [sequence.num_known_tokens for sequence in sequences]
-        unread = sum(known) - sum(self._drafts[sequence].computed for sequence in sequences)
-        whole, _ = self._step_cost.of(len(known), sum(known), max(0, unread) // _SPREAD)
-        return whole
+        unread = sum(s.num_known_tokens - self._drafts[s].computed - 1 for s in sequences)
+        seconds, _ = self._step_cost.of(len(sequences), max(0, unread) // _SPREAD)
+        return seconds
 
     def guess(self, wanted: Seq[tuple[Sequence, int]]) -> list[tuple[int, ...]]:
         """Choose draft tokens; computes until they are there.

@@ -165,10 +165,9 @@ class Speculator:
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`."""
         rows = max(1, batch.num_logits)
-        attended = sum(sequence.num_known_tokens for sequence, _ in batch.sequences)
         free = max(0, self.cost.free - batch.num_tokens)
         self._room = max(0, min(batch.budget, self.num_logits - batch.num_logits))
-        prices = Prices(*self.cost.of(rows, attended), free, self._room, rows)
+        prices = Prices(*self.cost.of(rows), free, self._room, rows)
         asked = []
         for sequence, room in batch.sequences:
             row = self._rows[sequence]
