@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
 from itertools import product
 from unittest.mock import patch
 
@@ -167,7 +168,9 @@ def main() -> None:
             + "".join(f"{v:10,.0f}" for v in each.values()),
             flush=True,
         )
-    print(json.dumps({"benchmark": "overlap", "speeds": found}))
+    command, today = "python -m benchmarks.overlap", f"{date.today()}"
+    made = {"benchmark": "overlap", "command": command, "date": today, "speeds": found}
+    print(json.dumps(made))
 
 
 if __name__ == "__main__":

@@ -199,6 +199,36 @@ def shapes(result: dict[str, Any]) -> Iterator[str]:
     yield f"A step takes {result['ratio']:.2f} times as long as without a schema."
 
 
+def speculation(result: dict[str, Any]) -> Iterator[str]:
+    yield f"### What draft tokens gain: {result['model']}, bfloat16, on a CPU"
+    yield ""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    yield f"{result['machine']}; {versions}; {result['date']}; `{result['command']}`;"
+    yield f"{result['kernels']}. The same answers in every way."
+    yield ""
+    yield "| | answers | tokens/s | over none | over own text | draft tokens right | estimated |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, each in result["workloads"].items():
+        way = each["ways"]["all"]
+        share = f"{way['accepted'] / way['drafted']:.0%}" if way["drafted"] else ""
+        yield (
+            f"| {name} | {each['answers']} | {each['tokens_per_s']['all']:,.0f} "
+            f"| {each['over_off']:.2f} | {each['over_own_text']:.2f} "
+            f"| {way['accepted']:,} of {way['drafted']:,} {share} | {way['saved_s']:.1f} s saved |"
+        )
+
+
+def overlap(result: dict[str, Any]) -> Iterator[str]:
+    yield "### Draft tokens with a step in flight, over a simulated GPU"
+    yield ""
+    yield f"{result['date']}; `{result['command']}`. Tokens/s of the real scheduler over a formula."
+    yield ""
+    yield "| model, rows, share of guesses right, of rows | none | all wait | as decided |"
+    yield "|---|---|---|---|"
+    for name, speeds in result["speeds"].items():
+        yield f"| {name} | {' | '.join(f'{speed:,}' for speed in speeds.values())} |"
+
+
 def quality(result: dict[str, Any]) -> Iterator[str]:
     yield f"### Effect of lower precision: {result['model']}"
     yield ""
@@ -253,6 +283,8 @@ SECTIONS = {
     "cpusteps": cpusteps,
     "quality": quality,
     "shapes": shapes,
+    "speculation": speculation,
+    "overlap": overlap,
     "gpu-check": gpu_check,
 }
 

@@ -54,9 +54,9 @@ class ModelGuesses:
         began = time.perf_counter()
         found = self.model.guess([(sequence, min(room, count)) for sequence, room, _ in theirs])
         for (_, _, guess), token_ids in zip(theirs, found, strict=True):
-            number = len(token_ids)
-            guess.token_ids, guess.kinds = list(token_ids), kinds[:number]
-            guess.chances, guess.own = chances[:number], []
+            if number := len(token_ids):
+                guess.token_ids, guess.kinds = list(token_ids), kinds[:number]
+                guess.chances, guess.own = chances[:number], []
         return time.perf_counter() - began
 
     def _worthwhile(

@@ -64,7 +64,6 @@ class Speculator:
         num_tokens: Maximum number of them for a row; None for as many as pay.
         overlap: Whether a step is planned before the tokens of the last one are known.
         rate: How often guesses are assumed to be right before any was tested.
-
     """
 
     def __init__(
