@@ -30,7 +30,7 @@ def row(prompt: Sequence[int], *, context: tuple[str, ...] = (), **params: objec
 
 def reference(ids: list[int], most: int) -> list[int]:
     """Token by token, where `Lookup` searches bytes."""
-    for length in (3, 2):
+    for length in (3, 2, 1):
         tail = ids[-length:]
         for at in range(len(ids) - length - 1, -1, -1):
             if len(ids) > length and ids[at : at + length] == tail:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from batchrun.engine.core import Sequence
 
 LONGEST = 15  # draft tokens per sequence and step, without those that are forced
-_NGRAMS = (3, 2)  # numbers of last tokens to look for, the strongest sign first
+_NGRAMS = (3, 2, 1)  # numbers of last tokens to look for, the strongest sign first
 _TYPE = "i"
 _SIZE = array(_TYPE).itemsize
 
