@@ -25,7 +25,7 @@ class Chances:
         each[0] += right
         each[1] += 1
 
-    def of(self, kind: Hashable) -> float:
-        """The chance that the next token of a kind is right."""
+    def of(self, kind: Hashable, unknown: float = _UNKNOWN) -> float:
+        """The chance that the next token of a kind is right; `unknown` if none was tried."""
         each = self._kinds.get(kind)
-        return _UNKNOWN if each is None else each[0] / each[1]
+        return unknown if each is None else each[0] / each[1]

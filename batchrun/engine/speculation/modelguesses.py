@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
-from itertools import accumulate
-from operator import mul
 
 from batchrun.engine.core import Sequence
 from batchrun.engine.speculation.chances import Chances
 from batchrun.engine.speculation.choice import Guess, Prices, worthwhile
 from batchrun.engine.speculation.proposers import DraftModel
 
+_UNTRIED = 0.5  # chance of the first token of a draft model that was never asked
 _POSITIONS = 4  # that have chances of their own; later ones have the last one's
 
 
@@ -42,7 +41,11 @@ class ModelGuesses:
             The seconds that it took.
         """
         kinds: list[Hashable] = [("model", min(i, _POSITIONS - 1)) for i in range(self._most)]
-        chances = list(accumulate((self._chances.of(kind) for kind in kinds), mul))
+        chances, chance, so_far = list[float](), _UNTRIED, 1.0
+        for kind in kinds:  # a position that was never reached is as good as the one before it
+            chance = self._chances.of(kind, chance)
+            so_far *= chance
+            chances.append(so_far)
         theirs = [
             (sequence, room, guess)
             for sequence, room, guess in asked

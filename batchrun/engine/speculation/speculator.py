@@ -26,6 +26,7 @@ _WATCHED = 8  # rows of a step whose guesses are only tested, as each takes some
 _SHARE = 4  # draft tokens that a row needs: fewer would not make up for a step
 # Forced tokens that make up for it, where no token is pending and where one is, the first of them.
 _FORCED, _FORCED_PENDING = 2, 4
+_LONGEST_STREAK = 127  # text in a loop goes on in it all the more surely
 
 
 @dataclass(slots=True)
@@ -230,7 +231,7 @@ class Speculator:
             if copied >= 0:
                 others = [each[0] == copied for each in found]
                 agree = others[0] if others else None
-                kind = ("own", row.lookup.length, _size(row.own), min(position, 2), agree)
+                kind = ("own", row.lookup.length, _size(row.own), agree)
                 best, token = of(kind), copied
             for other, length, sure in found:
                 if other != copied:
@@ -298,9 +299,9 @@ def _count(at: list[int], number: int) -> None:
 
 def _continued(streak: int, right: int, tested: int) -> int:
     """A streak after so many right tokens in a row, out of those tested."""
-    return min(streak + right, LONGEST) if right == tested else right
+    return min(streak + right, _LONGEST_STREAK) if right == tested else right
 
 
 def _size(streak: int) -> int:
-    """A streak, roughly: 0 to 5."""
-    return 5 if streak >= LONGEST else min(streak.bit_length(), 4)
+    """A streak, roughly."""
+    return streak.bit_length()
