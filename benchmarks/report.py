@@ -181,10 +181,14 @@ def cpusteps(result: dict[str, Any]) -> Iterator[str]:
     yield "roofline for steps that compute one token per row."
 
 
+def _versions(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+
+
 def shapes(result: dict[str, Any]) -> Iterator[str]:
     yield "### What the shape of an answer costs: a JSON schema against free text"
     yield ""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    versions = _versions(result)
     yield f"{result['machine']}; {versions}; {result['date']}; `{result['command']}`;"
     yield f"{result['rows']} rows of {result['model']}, {result['kernels']}."
     yield ""
@@ -202,7 +206,7 @@ def shapes(result: dict[str, Any]) -> Iterator[str]:
 def speculation(result: dict[str, Any]) -> Iterator[str]:
     yield f"### What draft tokens gain: {result['model']}, bfloat16, on a CPU"
     yield ""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    versions = _versions(result)
     yield f"{result['machine']}; {versions}; {result['date']}; `{result['command']}`;"
     yield f"{result['kernels']}. The same answers in every way."
     yield ""
@@ -249,7 +253,7 @@ def quality(result: dict[str, Any]) -> Iterator[str]:
 
 def gpu_check(result: dict[str, Any]) -> Iterator[str]:
     device = result["device"]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    versions = _versions(result)
     yield f"### {device.get('name', 'no device')}"
     yield ""
     yield f"{versions}; driver {device.get('driver_version', 'unknown')}; {result['date']},"

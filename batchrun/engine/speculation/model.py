@@ -28,6 +28,7 @@ from batchrun.engine.executor import Executor, TorchExecutor
 from batchrun.engine.model.generation import vocabulary_size
 from batchrun.engine.plan import NewSequence, StepPlan
 from batchrun.engine.speculation.cost import StepCost
+from batchrun.engine.speculation.proposers import num_right
 from batchrun.engine.stays import slot_of
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ class _Draft:
         """Keep what was computed for the tokens that did come."""
         known = self.sequence.num_known_tokens
         came = self.sequence.token_ids(self.known, len(self.ids))
-        pairs = enumerate(zip(self.ids, came, strict=False))
-        right = next((i for i, (a, b) in pairs if a != b), len(came))
+        right = num_right(self.ids, came)
         # The last known token is computed again if need be: its logits are wanted.
         self.computed = min(self.computed, self.known + right, known - 1)
         self.known, self.ids = known, []

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Protocol
 
 from batchrun.engine.core import Segment, Sequence
@@ -87,6 +88,12 @@ class DraftModel(Protocol):
 
     def guess(self, wanted: Seq[tuple[Sequence, int]]) -> list[tuple[int, ...]]:
         """Choose draft tokens for sequences, so many for each or fewer."""
+
+
+def num_right(guessed: Iterable[int], came: Iterable[int]) -> int:
+    """How many guessed tokens came, up to the first that did not."""
+    pairs = zip(guessed, came, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def add_drafts(

@@ -14,7 +14,7 @@ from batchrun.engine.speculation.choice import Guess, Prices, worthwhile
 from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import LONGEST, Lookup
 from batchrun.engine.speculation.modelguesses import ModelGuesses
-from batchrun.engine.speculation.proposers import DraftBatch, DraftModel
+from batchrun.engine.speculation.proposers import DraftBatch, DraftModel, num_right
 from batchrun.engine.speculation.table import LONGEST_CONTEXT, AnswerTable
 
 _LEARNED = 5000.0  # tokens learned in a second, which takes a twentieth of it: the others are not
@@ -252,25 +252,21 @@ class Speculator:
     def _judge(self, sequence: Sequence, row: _Row, guess: Guess) -> None:
         """Compare a guess with the tokens that came."""
         came = sequence.token_ids(row.known, sequence.num_known_tokens - row.known)
-        right = 0
-        for token, kind, actual in zip(guess.token_ids, guess.kinds, came, strict=False):
+        right, tested = num_right(guess.token_ids, came), min(len(came), len(guess.token_ids))
+        for position, kind in enumerate(guess.kinds[: min(right + 1, tested)]):
             if kind is not None:
-                self._chances.note(kind, right=token == actual)
-            if token != actual:
-                break
-            right += 1
+                self._chances.note(kind, right=position < right)
         row.rate = 1 - (1 - row.rate) * _KEPT**right
-        if not guess.token_ids or right < min(len(came), len(guess.token_ids)):
+        if not guess.token_ids or right < tested:
             row.rate *= _KEPT
-        row.streak = _continued(row.streak, right, min(len(came), len(guess.token_ids)))
+        row.streak = _continued(row.streak, right, tested)
         self._saved_s += min(right, guess.taken) * row.value
         _count(self._guessed_at, guess.taken - guess.forced)
         _count(self._right_at, min(right, guess.taken) - guess.forced)
         if guess.own and len(came) > guess.forced:
             theirs = came[guess.forced :]
-            same = [a == b for a, b in zip(guess.own, theirs, strict=False)]
-            length = same.index(False) if False in same else len(same)
-            row.own = _continued(row.own, length, len(same))
+            tested = min(len(guess.own), len(theirs))
+            row.own = _continued(row.own, num_right(guess.own, theirs), tested)
 
     def _learn(self, sequence: Sequence, row: _Row) -> None:
         """Put the new tokens of a sequence into the table; those of beams may still change."""
