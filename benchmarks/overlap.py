@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from itertools import product
@@ -110,7 +109,7 @@ class Guesses(Lookup):
     share = 1.0
     right = 0.0
 
-    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
+    def find(self, most: int) -> list[int]:
         """See `Lookup.find`."""
         self.length = 3
         known, row = self._sequence.num_known_tokens, self._sequence.request.row

@@ -90,8 +90,8 @@ METRICS = (
     Metric("recomputed_tokens", "tokens", sum, "tokens.recomputed"),
     Metric("drafted_tokens", "tokens", sum, "tokens.drafted"),
     Metric("accepted_tokens", "tokens", sum, "tokens.accepted"),
-    Metric("forced_tokens", "tokens", sum, "tokens.forced"),  # among the drafted ones
-    # Guesses by their place among a row's draft tokens; what is forced is none.
+    Metric("forced_tokens", "tokens", sum, "tokens.forced"),  # without log-probabilities
+    # Guesses by their place among a row's draft tokens.
     Metric("guessed_at", "tokens by position", _each, "drafts.guessed"),
     Metric("right_at", "tokens by position", _each, "drafts.right"),
     Metric("drafts_saved_s", "s", sum, "drafts.saved_s"),  # estimated; below 0 if they cost more

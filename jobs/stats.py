@@ -27,10 +27,10 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         `done`, `failed`, `remaining`, `resumed`, `failed_by_reason`, and `skipped` if the user
         left some out; they count as done), `finish_reasons`, `tokens`
         (`prompt`, `completion`, `prefilled`, `decoded`, `recomputed`,
-        `drafted` and `accepted`: draft tokens, and those accepted; `forced`: those of them that
-        the shape of the answer forced; and `shared`: prompt
-        tokens already computed for another row), `drafts` (`guessed` and `right` by position,
-        without forced ones; an estimate of the seconds that all draft tokens saved; and the bytes
+        `drafted` and `accepted`: draft tokens, and those accepted; `forced`: tokens that the shape
+        of the answer left no alternative to, which were not chosen; and `shared`: prompt
+        tokens already computed for another row), `drafts` (`guessed` and `right` by position;
+        an estimate of the seconds that all draft tokens saved; and the bytes
         of the table of answers), `duplicates` (`rows` and completion
         `tokens` taken from another row), `saved` by planning (estimated
         `prompt_tokens`, `steps` and seconds of the tail), `time` (seconds), `throughput` (of what

@@ -97,8 +97,12 @@ def test_a_large_gpu_runs_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 def test_figures_that_grow_become_intervals() -> None:
     sampler = StepSampler()
     figures = {"engine_s": 1.0, "steps": 4, "prefill_tokens": 90, "decode_tokens": 7}
-    figures |= {"drafted_tokens": 5, "accepted_tokens": 2}  # 3 were computed in vain
-    figures |= {"kv_s": 2.0, "kv_live_s": 600.0}
+    figures |= {
+        "drafted_tokens": 5,
+        "accepted_tokens": 2,
+        "forced_tokens": 0,
+    }  # 3 were computed in vain
+    figures |= {"kv_s": 2.0, "kv_live_s": 600.0}  # 3 draft tokens were computed in vain
     sampler.observe(figures)
     sampler.observe(figures)  # nothing happened
     assert sampler.measured.moments[:3] == [16.0, 400.0, 4800.0]

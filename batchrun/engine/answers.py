@@ -92,6 +92,26 @@ class Answers:
         assert self._constraints is not None
         return self._constraints.took(sequence, token)
 
+    def append_forced(self, sequence: Sequence, max_model_len: int) -> int:
+        """Append the tokens that a sequence's constraint forces now, until one of them ends it.
+
+        None are where penalties or log-probabilities depend on each token's logits: these are only
+        likely drafts.
+
+        Returns:
+            How many were appended.
+        """
+        params = sequence.request.params
+        if not params.constraint or params.penalised or params.wants_logprobs:
+            return 0
+        assert self._constraints is not None
+        before = len(sequence.output_ids)
+        for token in self._constraints.forced(sequence):
+            sequence.output_ids.append(token)
+            if self.ended(sequence, token, max_model_len):
+                break
+        return len(sequence.output_ids) - before
+
     def finish(self, leader: Sequence, reason: FinishReason) -> None:
         """End a beam search, whose leader has the answer's tokens."""
         leader.finish_reason = reason

@@ -2,7 +2,7 @@
 
 Each has a matcher, which knows the answer so far. It says which tokens may come next, as bits over
 the vocabulary, computed while the device computes the logits; which must come, because the
-constraint allows only one continuation: these are draft tokens that can't be wrong; and when the
+constraint allows only one continuation: these are appended without being sampled; and when the
 answer is complete.
 """
 
@@ -80,15 +80,9 @@ class Constraints:
         return reason(matcher.get_error()) or "it allows no token here"
 
     def forced(self, sequence: Sequence) -> list[int]:
-        """The tokens that must come now, without the one that completes the answer.
-
-        Nothing follows that one, so it need not be computed: it is chosen after the others.
-        """
+        """The tokens that must come now: a mask at each of them would allow that one alone."""
         matcher = self.of(sequence)
-        if matcher is None:
-            return []
-        ids = matcher.compute_ff_tokens()
-        return ids[:-1] if ids and _after(matcher, ids).is_stopped() else ids
+        return [] if matcher is None else matcher.compute_ff_tokens()
 
     def allowed(self, sequence: Sequence, token_ids: Seq[int]) -> int:
         """How many of these tokens may come, one after the other."""

@@ -122,6 +122,11 @@ class SamplingParams:
         return own if self.ignore_eos else own | eos_ids
 
     @property
+    def wants_logprobs(self) -> bool:
+        """Whether the output tokens' log-probabilities are asked for."""
+        return self.scored or self.logprobs is not None
+
+    @property
     def beams(self) -> bool:
         """Whether tokens are chosen by beam search."""
         return self.num_beams > 1
@@ -214,9 +219,10 @@ class Sequence:
 
     `num_computed_tokens` counts the leading tokens whose keys and values are in the slot once the
     launched steps have run. `num_pending` tokens were sampled by steps that are not collected yet,
-    so only the device knows them; one such step computes `num_drafts` draft tokens too. `logprob`
-    is the sum of the output's log-probabilities if the parameters ask for it. `text` is the
-    output's text once the sequence has ended without an error. Times are `time.perf_counter`
+    so only the device knows them; one such step computes `num_drafts` draft tokens too. The next
+    `num_ignored` tokens that are collected were known before. `logprob` is the sum of the output's
+    log-probabilities if the parameters ask for it. `text` is the output's text once the sequence
+    has ended without an error. Times are `time.perf_counter`
     seconds.
 
     `key` and `inherited` are those of its segments while it is in a slot.
@@ -232,6 +238,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_pending: int = 0
     num_drafts: int = 0
+    num_ignored: int = 0
     slot: int | None = None
     text: str | None = None
     finish_reason: FinishReason | None = None

@@ -216,20 +216,18 @@ class Engine:
             if not segment.sampled:
                 continue
             begin, end = end, end + 1 + segment.num_drafts
-            if sequence is None:
-                continue  # it ended while this step was already in flight
+            if sequence is None or sequence.num_ignored:
+                continue  # it ended, or got this token, while this step was already in flight
             if sequence.first_token is None:
                 sequence.first_token = now
             if sequence.group is not None:
                 beams.append((sequence, tokens.candidates[begin], likeliest[begin]))
             elif self._append(sequence, segment.drafts, produced[begin:end]):
-                if sequence.error is not None:
-                    self.scheduler.forsake(sequence)
-                self._answers.forget(sequence)
-                done.append(sequence)
+                done.append(self._ended_itself(sequence))
         leaders, forks = self._advance(beams)
         ended = [*done, *(s for leader in leaders if leader.group for s in leader.group.sequences)]
         self.scheduler.commit(plan, tokens, ended, forks)
+        done += self._append_forced(plan.segments)
         self._count_mapping()
         for sequence in (*done, *leaders):
             sequence.finished = now
@@ -295,6 +293,36 @@ class Engine:
             stats.decode_tokens += right
             stats.accepted_tokens += right
         return ended
+
+    def _ended_itself(self, sequence: Sequence) -> Sequence:
+        """Drop what is kept of a sequence that has ended."""
+        if sequence.error is not None:
+            self.scheduler.forsake(sequence)
+        self._answers.forget(sequence)
+        return sequence
+
+    def _append_forced(self, segments: Seq[Segment]) -> list[Sequence]:
+        """Append to committed sequences what must come; returns those that have ended with it.
+
+        The next step computes these tokens as those of a prompt, for the logits after the last one.
+        A step in flight may choose the first of them, too: that one is ignored.
+        """
+        if self._constraints is None or self.scheduler.stays.proposer is None:
+            return []
+        done: list[Sequence] = []
+        longest = self.scheduler.max_model_len
+        for segment, sequence in zip(segments, self.scheduler.stays.owners(segments), strict=True):
+            if sequence is None or not segment.sampled or sequence.num_ignored:
+                continue
+            if count := self._answers.append_forced(sequence, longest):
+                sequence.num_ignored, sequence.num_pending = sequence.num_pending, 0
+                self.stats.generated_tokens += count
+                self.stats.forced_tokens += count
+                if sequence.finish_reason is not None:
+                    done.append(self._ended_itself(sequence))
+        if done:
+            self.scheduler.finish(done)
+        return done
 
     def _advance(
         self, beams: list[tuple[Sequence, Candidates, Likeliest]]

@@ -14,6 +14,7 @@ class EngineStats:
     Attributes:
         decode_tokens: Tokens computed after prompts, without rejected draft tokens.
         drafted_tokens, accepted_tokens: Draft tokens proposed, and those accepted.
+        forced_tokens: Generated tokens that a constraint left no alternative to, appended as such.
         map_hidden_s, map_exposed_s: Time spent mapping, unmapping and creating pages while the
             device computed, and while it was idle.
         map_stalls: How often the device ran out of work while pages were being mapped.
@@ -26,6 +27,7 @@ class EngineStats:
     decode_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    forced_tokens: int = 0
     recomputed_tokens: int = 0
     generated_tokens: int = 0
     prefill_s: float = 0.0

@@ -283,8 +283,11 @@ class TorchExecutor:
             filled = graphs.fill_up(singles)
             self.backend.plan(filled, fixed=True)
             upload(self._pack(filled), graphs.inputs(len(filled)))
+            places: torch.Tensor | slice = slice(len(singles))
+            if len(singles) > len(segments):
+                places = upload(wanted_logits(segments))
             self.transfers.started()
-            return graphs.replay(len(filled))[: len(singles)]
+            return graphs.replay(len(filled))[places]
         self.backend.plan(segments)
         packed, last = self._pack(segments), wanted_logits(segments)
         size = None if self.pieces is None else self.pieces.size_of(packed.shape[1], len(last))

@@ -22,6 +22,9 @@ Recorded = tuple[Callable[[], None], torch.Tensor]  # replays it, and its output
 Record = Callable[[Callable[[], torch.Tensor]], Recorded]
 
 
+_MOST_KNOWN = 16  # tokens of a row, beside draft tokens; more are mostly prompts
+
+
 class DecodeGraphs:
     """Recorded steps of single tokens.
 
@@ -30,8 +33,8 @@ class DecodeGraphs:
         prepare: Plans a step of that many filler segments and returns its inputs.
         sizes: Batch sizes to record.
         filler: Pads a batch to the next size; it writes and reads a slot of its own.
-        most_reread: Maximum number of keys that a step reads again for draft tokens: each reads all
-            keys of its row.
+        most_reread: Maximum number of keys that a step reads again, as each of several tokens of a
+            row reads all keys of the row.
         record: Turns a function into something replayable, such as a CUDA graph.
     """
 
@@ -55,15 +58,18 @@ class DecodeGraphs:
         self._sizes = sorted(sizes)
 
     def fitting(self, segments: Seq[Segment]) -> Seq[Segment] | None:
-        """A step's tokens as a segment each; None if such a step, once padded, was not recorded."""
+        """A step's tokens as a segment each; None if such a step, once padded, was not recorded.
+
+        Draft tokens, and a few known ones such as a constraint forces, are segments of their own.
+        """
         if len(segments) > self._sizes[-1] or not all(
-            s.sampled and s.length == s.num_drafts + 1 for s in segments
+            s.sampled and s.length - s.num_drafts <= _MOST_KNOWN for s in segments
         ):
             return None
         tokens = sum(s.length for s in segments)
         if tokens == len(segments):
             return segments
-        reread = sum(s.num_drafts * s.end for s in segments)
+        reread = sum((s.length - 1) * s.end for s in segments)
         if tokens > self._sizes[-1] or reread > self._most_reread:
             return None
         return [each for s in segments for each in _singly(s)]

@@ -106,7 +106,7 @@ class Sampler:
             searches = (each[i] for i in self._beams)
             widths = (width(p.num_beams, len(p.stop_ids(self._eos_ids))) for p in searches)
             self._width = max(widths, default=0)
-            self._scored = any(p.beams or p.scored or p.logprobs is not None for p in each)
+            self._scored = any(p.beams or p.wants_logprobs for p in each)
             self._likeliest = max((p.logprobs or 0 for p in each), default=0)
             self._last = found
         self._active = [p for p in self.processors if found and p.prepare(found)]

@@ -201,6 +201,16 @@ class Scheduler:
                 self.waiting.add(child)
             else:
                 self._start(child, *found, child.num_tokens - 1)
+        self._trim()
+
+    def finish(self, sequences: Seq[Sequence]) -> None:
+        """Close the slots of sequences that ended after `commit`, without a step of their own."""
+        self._finish(sequences)
+        if not self.has_work:
+            self.space.retire(self._committed)
+        self._trim()
+
+    def _trim(self) -> None:
         if not self.has_work and self._committed == self._launched:
             self.space.trim()
 

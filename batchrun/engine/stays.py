@@ -133,7 +133,10 @@ class Stays:
         """Note that the tokens of a step are known."""
         for segment, sequence in zip(segments, self.owners(segments), strict=True):
             if segment.sampled and sequence is not None and sequence.group is None:
-                sequence.num_pending -= 1
+                if sequence.num_ignored:
+                    sequence.num_ignored -= 1
+                else:
+                    sequence.num_pending -= 1
 
     def settle(self, segments: Seq[Segment]) -> None:
         """Count a step's accepted draft tokens as computed, once its tokens were taken in."""

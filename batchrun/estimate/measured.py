@@ -144,6 +144,7 @@ class StepSampler:
         """Add the interval that ends with a run's current figures."""
         decoded, accepted = figures["decode_tokens"], figures["accepted_tokens"]
         rejected = figures["drafted_tokens"] - accepted
+        accepted += figures["forced_tokens"]  # none took a step of its own either
         now = {name: figures[name] for name in self._before if name != "tokens"}
         now["tokens"] = figures["prefill_tokens"] + decoded + rejected
         passed = {name: now[name] - before for name, before in self._before.items()}

@@ -23,9 +23,10 @@ tokens       {tokens.prompt} prompt, {tokens.completion} completion
 computed     {tokens.prefilled} prefilled, {tokens.decoded} decoded, \
 {tokens.recomputed} recomputed after {preemptions} preemptions
 shared ?     {tokens.shared} prompt tokens
-drafts ?     {tokens.guessed} tokens guessed, {tokens.right} accepted{tokens.right/tokens.guessed}
-           ? by position {drafts.shares}
 forced ?     {tokens.forced} tokens to which the shape of the answer left no alternative
+drafts ?     {tokens.drafted} tokens guessed, \
+{tokens.accepted} accepted{tokens.accepted/tokens.drafted}
+           ? by position {drafts.shares}
            ? {drafts.effect}
 duplicates ? {duplicates.rows} rows, {duplicates.tokens} completion tokens
 planned ?    saved about {saved.prompt_tokens} prompt tokens, {saved.steps} steps, \
@@ -62,9 +63,6 @@ def render(summary: Mapping[str, Any]) -> str:
         KeyError: `summary` lacks a figure of its documented schema.
     """
     figures = dict(_figures(summary))
-    forced = figures["tokens.forced"]  # they are draft tokens too, and always right
-    figures["tokens.guessed"] = figures["tokens.drafted"] - forced
-    figures["tokens.right"] = max(0, figures["tokens.accepted"] - forced)
     figures["drafts.shares"] = _by_position(figures["drafts.guessed"], figures["drafts.right"])
     saved = figures["drafts.saved_s"]
     figures["drafts.effect"] = (

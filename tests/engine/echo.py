@@ -7,7 +7,7 @@ slot: a page that is shared by mistake, lost, or stale changes the answer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import pairwise
 
@@ -73,9 +73,9 @@ def _count(request: Request, stops: frozenset[int]) -> int:
 class Oracle(Lookup):
     """Guesses what comes, but for one token in five."""
 
-    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
-        super().find(most, more)
-        ids = [*self._sequence.known_ids, *more]
+    def find(self, most: int) -> list[int]:
+        super().find(most)
+        ids = list(self._sequence.known_ids)
         for _ in range(most):
             ids.append(next_token(ids))
         came = ids[len(ids) - most :]

@@ -197,19 +197,66 @@ def asking(constraint: str | None, row: int = 0, **params: Any) -> Request:
     return Request(row, 0, tuple(tiny().tokenizer("one")["input_ids"]), given, 0)
 
 
-def test_forced_tokens_are_guesses_that_are_always_right() -> None:
+def test_forced_tokens_take_no_steps_and_no_logits() -> None:
     constraint = made(("json_schema", RECORD))
     with rig() as r:
+        chosen = r.executor.sampler.prepare
+        places = list[int]()
+
+        def counted(segments: Any) -> Any:
+            found = chosen(segments)
+            places.extend(row.end for row in found)
+            return found
+
+        r.executor.sampler.prepare = counted  # type: ignore[method-assign]
         (done,) = run(r, [asking(constraint)])
-        forced, stats = r.measurements()["forced_tokens"], r.engine.stats
-        assert 40 < int(forced) == stats.drafted_tokens == stats.accepted_tokens
+        forced, stats = r.engine.stats.forced_tokens, r.engine.stats
+        assert forced > 40
+        assert len(places) == len(set(places)) + stats.drafted_tokens - stats.accepted_tokens
+        assert len(set(places)) == len(done.token_ids) - forced
+        assert stats.decode_tokens < len(done.token_ids)  # what ends it is not even computed
         steps = stats.steps
     with rig(drafts=False) as r:
         (plain,) = run(r, [asking(constraint)])
-        assert (plain.token_ids, r.engine.stats.drafted_tokens) == (done.token_ids, 0)
+        assert (plain.token_ids, r.engine.stats.forced_tokens) == (done.token_ids, 0)
         assert steps < r.engine.stats.steps / 4
     assert done.text is not None
     assert errors(RECORD, done.text) == []
+
+
+def test_where_log_probabilities_are_wanted_forced_tokens_are_drafts() -> None:
+    constraint = made(("json_schema", RECORD))
+    with rig() as r:
+        (done,) = run(r, [asking(constraint, scored=True)])
+        assert (r.engine.stats.forced_tokens, len(done.token_ids) > 50) == (0, True)
+        assert r.engine.stats.accepted_tokens > 40
+        assert r.engine.stats.steps < len(done.token_ids) / 3
+
+
+@pytest.mark.parametrize(
+    ("constraint", "params"),
+    [
+        (("regex", "a{40}"), {"max_tokens": 7}),
+        (("regex", "a{20}(b|c)d{20}"), {"stop": ("dd",)}),
+        (("regex", "a{20}(b|c)d{20}"), {"stop": ("aab", "aac"), "min_tokens": 30}),
+        (("regex", "(b|c)d{20}"), {"stop_token_ids": (None,)}),
+        (("choices", ("abcabcabc", "abcabcabd")), {}),
+        (("choices", ("abcabcabc",)), {"repetition_penalty": 1.5}),
+        (("regex", "(ab|cd){3}xyz"), {"temperature": 1.5}),
+    ],
+)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_an_answer_may_end_within_what_is_forced(
+    constraint: Shaped, params: dict[str, Any], lag: int
+) -> None:
+    if "stop_token_ids" in params:
+        params = {"stop_token_ids": (tiny().tokenizer.convert_tokens_to_ids("d"),)}
+    rows = [asking(made(constraint), row, **params) for row in range(3)]
+    rows.append(asking(None, 3, max_tokens=15))
+    want = alone(rows)
+    with Shape(drafts=True).rig(tiny()) if lag else rig() as r:
+        assert list(map(seen, run(r, rows))) == list(map(seen, want))
+        assert (r.engine.stats.forced_tokens > 0) == ("repetition_penalty" not in params)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -219,7 +266,17 @@ def test_forced_tokens_save_steps_on_a_device_that_computes_by_itself(graphs: bo
     found, steps = [], []
     for drafts in (False, True):
         with Shape(graphs=graphs, drafts=drafts).rig(tiny()) as r:
-            ended = []
+            ended, replayed = [], 0
+            if graphs:
+                fitting = r.executor.graphs.fitting
+
+                def counted(segments: Any, fitting: Any = fitting) -> Any:
+                    nonlocal replayed
+                    singles = fitting(segments)
+                    replayed += singles is not None and len(singles) > len(segments)
+                    return singles
+
+                r.executor.graphs.fitting = counted
             for request in rows:
                 r.engine.add(request)
             while r.engine.has_work:
@@ -227,9 +284,10 @@ def test_forced_tokens_save_steps_on_a_device_that_computes_by_itself(graphs: bo
                     ended.append((completion.request.row, completion.token_ids))
                     steps.append(r.engine.stats.steps)
             found.append(dict(ended))
-            assert (int(r.measurements().get("forced_tokens", 0)) > 30) == drafts
+            assert (r.engine.stats.forced_tokens > 30) == drafts
+            assert (replayed > 2) == (graphs and drafts)  # a short prompt is, too
     assert found[0] == found[1]
-    assert min(steps[2:]) < max(steps[:2]) / 2
+    assert min(steps[2:]) < max(steps[:2]) / 3
     assert max(steps[2:]) <= 65
 
 

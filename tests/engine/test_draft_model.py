@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -79,7 +79,7 @@ def other(dtype: str = "float32") -> LoadedModel:
 class Nothing(Lookup):
     """Nothing but the draft model guesses."""
 
-    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
+    def find(self, most: int) -> list[int]:
         return []
 
 

@@ -48,18 +48,17 @@ _IDS = st.sampled_from([0, 1, 256, 65536, 1 << 24, 257, 65537])
 @given(
     st.lists(_IDS, min_size=1, max_size=40),
     st.lists(_IDS, max_size=20),
-    st.lists(_IDS, max_size=4),
     st.integers(1, 15),
 )
 def test_what_followed_the_last_tokens_is_guessed(
-    prompt: list[int], output: list[int], more: list[int], most: int
+    prompt: list[int], output: list[int], most: int
 ) -> None:
     sequence = row(prompt)
     lookup = Lookup(sequence)
     for token in output:  # it reads what is new only
-        lookup.find(most, more)
+        lookup.find(most)
         sequence.output_ids.append(token)
-    assert lookup.find(most, more) == reference([*prompt, *output, *more], most)
+    assert lookup.find(most) == reference([*prompt, *output], most)
 
 
 def test_the_table_has_what_followed_most_reliably() -> None:
@@ -137,9 +136,9 @@ def test_a_draft_token_costs_half_of_others_before_any_was_tried() -> None:
     assert cost.of(1) == (pytest.approx(32.6, rel=0.1), pytest.approx(1.2, rel=0.5))
 
 
-def guess(*chances: float, forced: int = 0) -> Guess:
-    count = forced + len(chances)
-    return Guess(list(range(count)), [None] * count, [1.0] * forced + list(chances), forced)
+def guess(*chances: float) -> Guess:
+    count = len(chances)
+    return Guess(list(range(count)), [None] * count, list(chances))
 
 
 def brute_force(guesses: list[Guess], prices: Prices) -> float:
@@ -167,14 +166,6 @@ def test_as_many_as_pay(each: list[list[float]], draft: float, free: int, places
     assert expected == pytest.approx(len(guesses) + right)
     rate = expected / (prices.step + prices.spent(sum(taken)))
     assert rate == pytest.approx(brute_force(guesses, prices))
-
-
-def test_what_is_forced_comes_first() -> None:
-    guesses = [guess(0.9, 0.1), guess(0.9, 0.3, forced=3), guess(forced=4)]
-    assert worthwhile(guesses, Prices(1.0, 0.1, 0, 100, 3))[0] == [1, 4, 4]
-    assert worthwhile(guesses, Prices(1.0, 0.1, 0, 5, 3))[0] == [0, 3, 2]
-    assert worthwhile(guesses, Prices(1.0, 9.0, 0, 100, 3))[0] == [0, 3, 4]
-    assert worthwhile(guesses, Prices(1.0, 9.0, 9, 100, 3))[0] == [1, 4, 4]
 
 
 def segments(*rows: Row) -> list[Segment]:
@@ -330,8 +321,8 @@ def test_a_row_waits_for_guesses_that_were_right_lately() -> None:
 class Wrong(Lookup):
     """Guesses that are never right."""
 
-    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
-        super().find(most, more)
+    def find(self, most: int) -> list[int]:
+        super().find(most)
         return [VOCAB] * most
 
 

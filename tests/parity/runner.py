@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,9 @@ class _Told(Lookup):
         super().__init__(sequence)
         self._answer = answers.get(sequence.request.prompt_ids, [])
 
-    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
-        super().find(most, more)
-        begin = len(self._sequence.output_ids) + len([*more])
+    def find(self, most: int) -> list[int]:
+        super().find(most)
+        begin = len(self._sequence.output_ids)
         coming = enumerate(self._answer[begin : begin + most], begin)
         return [t if (t + i) % 4 else t + 1 for i, t in coming]
 

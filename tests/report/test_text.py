@@ -165,7 +165,7 @@ def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):
 
 def test_forced_tokens_are_no_guesses(summary):
     assert "forced" not in render(summary)
-    summary["tokens"] |= {"drafted": 30, "accepted": 25, "forced": 20}
+    summary["tokens"] |= {"drafted": 10, "accepted": 5, "forced": 20}
     text = render(summary)
     assert "10 tokens guessed, 5 accepted (50%)" in text
     assert "forced       20 tokens to which the shape of the answer left no alternative" in text

@@ -13,14 +13,12 @@ HOPELESS = 0.02  # chance below which a token is not worth a thought, even where
 class Guess:
     """Tokens that may come next, each with its kind and the chance that all up to it are right.
 
-    The first `forced` ones come for certain. `own` are what the row's own text has after these. The
-    step computes the first `taken` ones.
+    `own` is what the row's own text has next. The step computes the first `taken` ones.
     """
 
     token_ids: list[int] = field(default_factory=list)
     kinds: list[Hashable] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
-    forced: int = 0
     own: list[int] = field(default_factory=list)
     taken: int = 0
 
@@ -68,22 +66,19 @@ def worthwhile(guesses: Seq[Guess], prices: Prices) -> tuple[list[int], float]:
     Returns:
         The numbers, and the tokens that the step will probably yield.
     """
-    taken, places = list[int](), prices.places
-    for guess in guesses:
-        taken.append(min(guess.forced, places))
-        places -= taken[-1]
-    chances = sorted((c for g in guesses for c in g.chances[g.forced :]), reverse=True)
-    count, expected = sum(taken), float(prices.rows + sum(taken))
+    chances = sorted((c for g in guesses for c in g.chances), reverse=True)
+    count, expected = 0, float(prices.rows)
     cut, at_cut = 1.1, 0  # the least chance taken, and how many of just that chance
-    for chance in chances[:places]:
+    for chance in chances[: prices.places]:
         costs = prices.spent(count + 1) - prices.spent(count)
         if chance < HOPELESS or chance * (prices.step + prices.spent(count)) <= costs * expected:
             break
         count, expected = count + 1, expected + chance
         at_cut = at_cut + 1 if chance == cut else 1
         cut = chance
+    taken = [0] * len(guesses)
     for i, guess in enumerate(guesses):
-        for chance in guess.chances[guess.forced :] if taken[i] == guess.forced else ():
+        for chance in guess.chances:
             if chance < cut or (chance == cut and not at_cut):
                 break
             at_cut -= chance == cut

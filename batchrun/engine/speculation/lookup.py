@@ -8,11 +8,10 @@ Yang et al., arXiv 2304.04487; known as prompt lookup).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 
 from batchrun.engine.core import Sequence
 
-LONGEST = 15  # draft tokens per sequence and step, without those that are forced
+LONGEST = 15  # draft tokens per sequence and step
 _NGRAMS = (3, 2, 1)  # numbers of last tokens to look for, the strongest sign first
 _TYPE = "i"
 _SIZE = array(_TYPE).itemsize
@@ -33,30 +32,20 @@ class Lookup:
         self._sequence = sequence
         self._packed = bytearray()
 
-    def find(self, most: int, more: Iterable[int] = ()) -> list[int]:
-        """At most `most` tokens that may come next; none if the last ones are new.
-
-        Args:
-            most: How many.
-            more: Tokens that certainly come before them.
-        """
+    def find(self, most: int) -> list[int]:
+        """At most `most` tokens that may come next; none if the last ones are new."""
         sequence, packed = self._sequence, self._packed
         known = len(packed) // _SIZE
         packed += array(_TYPE, sequence.token_ids(known, sequence.num_known_tokens - known))
-        size = len(packed)
-        packed += array(_TYPE, more)
-        try:
-            for length in _NGRAMS:
-                at = _last(packed, packed[-length * _SIZE :])
-                if at >= 0:
-                    self.length = length
-                    # Text that repeats itself is assumed to continue doing so past its end.
-                    begin = at + length * _SIZE
-                    after = array(_TYPE, packed[begin : begin + most * _SIZE]).tolist()
-                    return (after * -(-most // len(after)))[:most]
-            return []
-        finally:
-            del packed[size:]
+        for length in _NGRAMS:
+            at = _last(packed, packed[-length * _SIZE :])
+            if at >= 0:
+                self.length = length
+                # Text that repeats itself is assumed to continue doing so past its end.
+                begin = at + length * _SIZE
+                after = array(_TYPE, packed[begin : begin + most * _SIZE]).tolist()
+                return (after * -(-most // len(after)))[:most]
+        return []
 
 
 def _last(packed: bytearray, tail: bytearray) -> int:

@@ -49,7 +49,7 @@ class ModelGuesses:
         theirs = [
             (sequence, room, guess)
             for sequence, room, guess in asked
-            if room > 0 and not guess.forced and guess.expected < sum(chances[:room])
+            if room > 0 and guess.expected < sum(chances[:room])
         ]
         count = self._worthwhile(asked, theirs, chances, prices)
         if not count:

@@ -106,7 +106,7 @@ def add_drafts(
     ensure: Callable[[int, int], bool],
     overlap: bool = False,
 ) -> None:
-    """Append draft tokens to segments of one sampled token; single tokens stay in front.
+    """Append draft tokens to segments that end in an answer; single tokens stay in front.
 
     Args:
         proposer: Proposes them.
@@ -121,7 +121,9 @@ def add_drafts(
     sequences: list[tuple[Sequence, int]] = []
     watched: list[Sequence] = []
     for i, (segment, sequence) in enumerate(zip(segments, owners, strict=True)):
-        if sequence is None or not (segment.sampled and segment.length == 1):
+        if sequence is None or not segment.sampled:
+            continue
+        if segment.length > 1 and segment.start < sequence.num_prompt_tokens:
             continue
         if sequence.group is not None or sequence.request.params.penalised:
             continue  # beams depend on each other, and penalties on earlier tokens

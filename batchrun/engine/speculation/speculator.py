@@ -23,9 +23,8 @@ _LEARNED = 5000.0  # tokens learned in a second, which takes a twentieth of it: 
 _BEGIN, _GO_ON = 0.7, 0.5
 _KEPT = 7 / 8  # of that share, when another token is tested
 _WATCHED = 8  # rows of a step whose guesses are only tested, as each takes some microseconds
+_FORCED = "forced"  # kind of the tokens that a constraint forces
 _SHARE = 4  # draft tokens that a row needs: fewer would not make up for a step
-# Forced tokens that make up for it, where no token is pending and where one is, the first of them.
-_FORCED, _FORCED_PENDING = 2, 4
 _LONGEST_STREAK = 127  # text in a loop goes on in it all the more surely
 
 
@@ -81,7 +80,6 @@ class Speculator:
         rate: float = 0.0,
     ) -> None:
         self.num_logits = num_logits
-        self._num_forced = 0
         self._saved_s = 0.0  # what accepted tokens would have cost in steps of their own, estimated
         self._guessed_at, self._right_at = list[int](), list[int]()
         self.cost, self.constraints = cost, constraints
@@ -92,7 +90,7 @@ class Speculator:
         self._model = ModelGuesses(model, self._chances, most) if model is not None else None
         self._rows: dict[Sequence, _Row] = {}
         self._may_learn = _LEARNED
-        self._paying: dict[Sequence, int] = {}  # rows worth waiting for, each with its draft tokens
+        self._paying = set[Sequence]()  # rows worth waiting for
         self._room = 0  # for draft tokens in the last step
         self._turn = 0
 
@@ -108,7 +106,7 @@ class Speculator:
     def close(self, sequence: Sequence) -> None:
         """See `Proposer.close`."""
         self._learn(sequence, self._rows.pop(sequence))
-        self._paying.pop(sequence, None)
+        self._paying.discard(sequence)
         if self._model is not None:
             self._model.model.close(sequence)
 
@@ -134,14 +132,11 @@ class Speculator:
         """Decide for which rows draft tokens are worth the steps that they sit out."""
         paying = self._paying
         for sequence, row in settled:
-            before = paying.pop(sequence, 0)
-            wanted = _SHARE if row.rate > (_GO_ON if before else _BEGIN) else 0
-            if self.constraints is not None and sequence.request.params.constraint:
-                forced = len(self.constraints.forced(sequence))
-                if forced >= (_FORCED_PENDING if sequence.num_pending else _FORCED):
-                    wanted = max(wanted, forced)
-            if wanted and sum(paying.values()) + wanted <= self._room:
-                paying[sequence] = wanted
+            before = sequence in paying
+            paying.discard(sequence)
+            pays = row.rate > (_GO_ON if before else _BEGIN)
+            if pays and _SHARE * (len(paying) + 1) <= self._room:
+                paying.add(sequence)
 
     def pays(self, sequence: Sequence) -> bool:
         """See `Proposer.pays`."""
@@ -155,7 +150,6 @@ class Speculator:
     def measurements(self) -> dict[str, Any]:
         """Its figures so far, named as in `batchrun.jobs.metrics`."""
         return {
-            "forced_tokens": self._num_forced,
             "guessed_at": list(self._guessed_at),
             "right_at": list(self._right_at),
             "drafts_saved_s": self._saved_s,
@@ -180,7 +174,6 @@ class Speculator:
         taken, _ = worthwhile(guesses, prices)
         for count, guess in zip(taken, guesses, strict=True):
             guess.taken = count
-            self._num_forced += min(count, guess.forced)
         self._saved_s -= prices.spent(sum(taken))
         self._watch(batch.watched, prices.least)
         return [tuple(guess.token_ids[: guess.taken]) for guess in guesses]
@@ -196,18 +189,18 @@ class Speculator:
 
     def _guess(self, sequence: Sequence, row: _Row, room: int, least: float) -> Guess:
         """What may follow a sequence: at most `room` tokens, as long as the chance is `least`."""
-        made = Guess()
-        constraints = self.constraints if sequence.request.params.constraint else None
-        if constraints and room > 0:
-            made.token_ids = constraints.forced(sequence)[:room]
-            made.forced = len(made.token_ids)
-            made.chances = [1.0] * made.forced
-        most = min(room - made.forced, LONGEST)
-        if most < 1:
+        made, params = Guess(), sequence.request.params
+        if room < 1:
             return made
-        made.own = row.lookup.find(most, made.token_ids)
+        constraints = self.constraints if params.constraint else None
+        if constraints and params.wants_logprobs:  # elsewhere these tokens are there already
+            forced = constraints.forced(sequence)[:room]
+            if forced:
+                return Guess(forced, [_FORCED] * len(forced), [1.0] * len(forced))
+        most = min(room, LONGEST)
+        made.own = row.lookup.find(most)
         self._go_on(made, sequence, row, most, least)
-        if constraints and len(made.token_ids) > made.forced:
+        if constraints and made.token_ids:
             allowed = constraints.allowed(sequence, made.token_ids)
             for each in (made.token_ids, made.kinds, made.chances):
                 del each[allowed:]
@@ -216,9 +209,8 @@ class Speculator:
     def _go_on(self, made: Guess, sequence: Sequence, row: _Row, most: int, least: float) -> None:
         """Add the likeliest tokens to a guess, one by one."""
         begin = max(0, row.known - LONGEST_CONTEXT)
-        last = [*sequence.token_ids(begin, row.known - begin), *made.token_ids]
+        last = sequence.token_ids(begin, row.known - begin)
         of, own, chance = self._chances.of, made.own, 1.0
-        made.kinds = [None] * made.forced
         for position in range(most):
             found = (
                 []
@@ -254,19 +246,17 @@ class Speculator:
         came = sequence.token_ids(row.known, sequence.num_known_tokens - row.known)
         right, tested = num_right(guess.token_ids, came), min(len(came), len(guess.token_ids))
         for position, kind in enumerate(guess.kinds[: min(right + 1, tested)]):
-            if kind is not None:
-                self._chances.note(kind, right=position < right)
+            self._chances.note(kind, right=position < right)
         row.rate = 1 - (1 - row.rate) * _KEPT**right
         if not guess.token_ids or right < tested:
             row.rate *= _KEPT
         row.streak = _continued(row.streak, right, tested)
         self._saved_s += min(right, guess.taken) * row.value
-        _count(self._guessed_at, guess.taken - guess.forced)
-        _count(self._right_at, min(right, guess.taken) - guess.forced)
-        if guess.own and len(came) > guess.forced:
-            theirs = came[guess.forced :]
-            tested = min(len(guess.own), len(theirs))
-            row.own = _continued(row.own, num_right(guess.own, theirs), tested)
+        _count(self._guessed_at, guess.taken)
+        _count(self._right_at, min(right, guess.taken))
+        if guess.own:
+            tested = min(len(guess.own), len(came))
+            row.own = _continued(row.own, num_right(guess.own, came), tested)
 
     def _learn(self, sequence: Sequence, row: _Row) -> None:
         """Put the new tokens of a sequence into the table; those of beams may still change."""
