@@ -41,18 +41,21 @@ class Answers:
             token: Its last token; below 0 if none could be chosen.
             max_model_len: Maximum number of tokens of prompt and answer together.
         """
-        if token < 0:
-            self._fail_without_token(sequence)
-            return True
         try:
-            sequence.finish_reason = self._reason(sequence, token, max_model_len)
+            if token < 0:
+                self._fail_without_token(sequence)
+            else:
+                sequence.finish_reason = self._reason(sequence, token, max_model_len)
         except ConstraintError as error:
             without_shape(sequence, str(error))
         except PROCESS_ENDS:
             raise
         except BaseException as error:
             without_text(sequence, error)
-        return sequence.finish_reason is not None
+        if sequence.finish_reason is None:
+            return False
+        self.forget(sequence)
+        return True
 
     def _reason(self, sequence: Sequence, token: int, max_model_len: int) -> FinishReason | None:
         params = sequence.request.params
@@ -101,12 +104,11 @@ class Answers:
         Returns:
             How many were appended.
         """
-        params = sequence.request.params
-        if not params.constraint or params.penalised or params.wants_logprobs:
+        params, constraints = sequence.request.params, self._constraints
+        if params.constraint is None or params.penalised or params.wants_logprobs:
             return 0
-        assert self._constraints is not None
         before = len(sequence.output_ids)
-        for token in self._constraints.forced(sequence):
+        for token in constraints.forced(sequence) if constraints else ():
             sequence.output_ids.append(token)
             if self.ended(sequence, token, max_model_len):
                 break

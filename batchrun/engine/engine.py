@@ -223,7 +223,7 @@ class Engine:
             if sequence.group is not None:
                 beams.append((sequence, tokens.candidates[begin], likeliest[begin]))
             elif self._append(sequence, segment.drafts, produced[begin:end]):
-                done.append(self._ended_itself(sequence))
+                done.append(sequence)
         leaders, forks = self._advance(beams)
         ended = [*done, *(s for leader in leaders if leader.group for s in leader.group.sequences)]
         self.scheduler.commit(plan, tokens, ended, forks)
@@ -243,8 +243,6 @@ class Engine:
             return False
         if sequence.error is None:
             self._go_on(sequence)
-        else:
-            self.scheduler.forsake(sequence)
         return True
 
     def _is_begun_anew(self, failed: Sequence) -> bool:
@@ -294,34 +292,23 @@ class Engine:
             stats.accepted_tokens += right
         return ended
 
-    def _ended_itself(self, sequence: Sequence) -> Sequence:
-        """Drop what is kept of a sequence that has ended."""
-        if sequence.error is not None:
-            self.scheduler.forsake(sequence)
-        self._answers.forget(sequence)
-        return sequence
-
     def _append_forced(self, segments: Seq[Segment]) -> list[Sequence]:
         """Append to committed sequences what must come; returns those that have ended with it.
 
         The next step computes these tokens as those of a prompt, for the logits after the last one.
         A step in flight may choose the first of them, too: that one is ignored.
         """
-        if self._constraints is None or self.scheduler.stays.proposer is None:
-            return []
-        done: list[Sequence] = []
-        longest = self.scheduler.max_model_len
-        for segment, sequence in zip(segments, self.scheduler.stays.owners(segments), strict=True):
-            if sequence is None or not segment.sampled or sequence.num_ignored:
-                continue
-            if count := self._answers.append_forced(sequence, longest):
+        stays, done = self.scheduler.stays, list[Sequence]()
+        if stays.proposer is None:
+            return done
+        for sequence in filter(None, stays.owners(s for s in segments if s.sampled)):
+            if count := self._answers.append_forced(sequence, self.scheduler.max_model_len):
                 sequence.num_ignored, sequence.num_pending = sequence.num_pending, 0
                 self.stats.generated_tokens += count
                 self.stats.forced_tokens += count
                 if sequence.finish_reason is not None:
-                    done.append(self._ended_itself(sequence))
-        if done:
-            self.scheduler.finish(done)
+                    done.append(sequence)
+        self.scheduler.finish(done)
         return done
 
     def _advance(
@@ -342,7 +329,6 @@ class Engine:
                 continue  # it failed earlier in this step
             if not math.isfinite(candidates[0][1]):
                 group.ended = True
-                self.scheduler.forsake(sequence)
                 not_finite(group.leader, len(sequence.output_ids))
                 done.append(group.leader)
                 continue

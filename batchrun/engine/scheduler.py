@@ -206,25 +206,12 @@ class Scheduler:
     def finish(self, sequences: Seq[Sequence]) -> None:
         """Close the slots of sequences that ended after `commit`, without a step of their own."""
         self._finish(sequences)
-        if not self.has_work:
-            self.space.retire(self._committed)
         self._trim()
 
     def _trim(self) -> None:
         if not self.has_work and self._committed == self._launched:
+            self.space.retire(self._committed)
             self.space.trim()
-
-    def forsake(self, sequence: Sequence) -> list[Sequence]:
-        """Stop sharing what a row has computed, because it failed or must end early.
-
-        Returns:
-            All its sequences, beams included, which the caller must finish.
-        """
-        sequences = [sequence] if sequence.group is None else sequence.group.sequences
-        for each in sequences:
-            if each.slot is not None:
-                self._prefixes.forget(each.slot)
-        return sequences
 
     def _coming(self) -> Iterator[tuple[int, int]]:
         """Slots, and how many tokens they will hold a few steps from now."""
@@ -242,9 +229,14 @@ class Scheduler:
         return self.waiting.num_tokens(self.max_num_seqs - len(self.running), most)
 
     def _finish(self, sequences: Seq[Sequence]) -> None:
-        """Close the slots of sequences that have ended, or take them out of the queue."""
+        """Close the slots of sequences that have ended, or take them out of the queue.
+
+        What rows that failed have computed is not shared any more.
+        """
         for sequence in sequences:
             if sequence.slot is not None:
+                if _leader(sequence).error is not None:
+                    self._prefixes.forget(sequence.slot)
                 self.stays.end(sequence, self._launched, keep=True)
             else:  # preempted, and its group has ended
                 self.waiting.remove(sequence)
@@ -389,15 +381,20 @@ class Scheduler:
 
     def _reject_begun(self, sequence: Sequence, num_tokens: int) -> None:
         """Reject a row, with all its beams, that now needs more memory than there is."""
-        self._finish(self.forsake(sequence))
         self._reject(
-            sequence if sequence.group is None else sequence.group.leader,
+            _leader(sequence),
             "kv_budget",
             f"the row needs KV cache for {num_tokens} tokens "
             f"({sequence.num_prompt_tokens} of them the prompt), more than the KV budget "
             "holds; raise --kv-budget or lower --max-tokens",
         )
+        self._finish([sequence] if sequence.group is None else sequence.group.sequences)
 
     def _reject(self, sequence: Sequence, kind: str, reason: str) -> None:
         sequence.fail(kind, reason)
         self.rejected.append(sequence)
+
+
+def _leader(sequence: Sequence) -> Sequence:
+    """The sequence that its row began with."""
+    return sequence if sequence.group is None else sequence.group.leader
