@@ -17,6 +17,7 @@ from batchrun.engine.speculation.chances import Chances
 from batchrun.engine.speculation.choice import Guess, Prices, worthwhile
 from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import Lookup
+from batchrun.engine.speculation.modelguesses import ModelGuesses
 from batchrun.engine.speculation.proposers import DraftBatch, add_drafts
 from batchrun.engine.speculation.speculator import Speculator
 from batchrun.engine.speculation.table import AnswerTable
@@ -464,3 +465,33 @@ def test_a_proposer_is_told_of_the_sequences_that_it_may_be_asked_for(pages: int
     assert not proposer.held
     assert not proposer._rows
     made.close()
+
+
+class Model:
+    """A draft model that is never right, and costs a tenth of a step."""
+
+    asked = 0
+
+    def cost(self, sequences: list[Row], step: float) -> float:
+        return step / 10
+
+    def guess(self, wanted: list[tuple[Row, int]]) -> list[tuple[int, ...]]:
+        self.asked += 1
+        return [(0,) * count for _, count in wanted]
+
+
+def test_a_draft_model_that_was_wrong_is_tried_again_much_later() -> None:
+    model, chances = Model(), Chances()
+    made = ModelGuesses(model, chances, 4)  # type: ignore[arg-type]
+    sequence, prices = row([1, 2, 3]), Prices(1.0, 0.01, 0, 64, 1)
+    when = []
+    for step in range(2500):
+        guess = Guess()
+        before = model.asked
+        made.improve([(sequence, 8, guess)], prices)
+        if model.asked > before:
+            when.append(step)
+            chances.note(guess.kinds[0], right=False)
+    assert len([step for step in when if step < 100]) > 3
+    assert [step for step in when if step > 100] == [when[-2], when[-1]]
+    assert when[-1] - when[-2] == 1001

@@ -12,6 +12,7 @@ from batchrun.engine.speculation.choice import Guess, Prices, worthwhile
 from batchrun.engine.speculation.proposers import DraftModel
 
 _UNTRIED = 0.5  # chance of the first token of a draft model that was never asked
+_AGAIN = 1000  # steps without it after which it is as if never asked: other rows, or fewer, run
 _POSITIONS = 4  # that have chances of their own; later ones have the last one's
 
 
@@ -29,6 +30,7 @@ class ModelGuesses:
 
     def __init__(self, model: DraftModel, chances: Chances, most: int) -> None:
         self.model, self._chances, self._most = model, chances, most
+        self._unasked = 0  # steps since it was asked
 
     def improve(self, asked: Seq[tuple[Sequence, int, Guess]], prices: Prices) -> float:
         """Replace guesses by the draft model's, where that pays.
@@ -42,8 +44,11 @@ class ModelGuesses:
         """
         kinds: list[Hashable] = [("model", min(i, _POSITIONS - 1)) for i in range(self._most)]
         chances, chance, so_far = list[float](), _UNTRIED, 1.0
+        self._unasked += 1
         for kind in kinds:  # a position that was never reached is as good as the one before it
             chance = self._chances.of(kind, chance)
+            if self._unasked > _AGAIN and not chances:
+                chance = max(chance, _UNTRIED)
             so_far *= chance
             chances.append(so_far)
         theirs = [
@@ -54,7 +59,7 @@ class ModelGuesses:
         count = self._worthwhile(asked, theirs, chances, prices)
         if not count:
             return 0.0
-        began = time.perf_counter()
+        self._unasked, began = 0, time.perf_counter()
         found = self.model.guess([(sequence, min(room, count)) for sequence, room, _ in theirs])
         for (_, _, guess), token_ids in zip(theirs, found, strict=True):
             if number := len(token_ids):
