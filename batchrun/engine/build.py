@@ -202,7 +202,7 @@ class Assembly:
         self.kernels = (self.executor.backend.name, *made, *recorded)
         self.arithmetic = invariance.arithmetic(loaded)
         self.note_varies(invariance.varies(loaded, self.executor.backend))
-        self._speculator = make_speculator(
+        proposer = make_speculator(
             *(self.executor, self.arena, settings),
             drafter=self.drafter,
             constraints=self._constraints,
@@ -215,7 +215,7 @@ class Assembly:
             max_model_len=loaded.max_model_len,
             max_scored_tokens=self._most_scored(),
             share=settings.share_prefixes,
-            proposer=self._speculator,
+            proposer=proposer,
             overlap=self.executor.lag > 0,
             lookahead=_LOOKAHEAD if self.executor.lag else 0,
         )
@@ -242,9 +242,9 @@ class Assembly:
 
     def recall(self, answers: Iterable[Sequence[int]], constraint: str | None) -> None:
         """Guess from the tokens of answers under a constraint that an earlier run has computed."""
-        if self._speculator is not None:
+        if (proposer := self.scheduler.stays.proposer) is not None:
             for token_ids in answers:
-                self._speculator.learn((), constraint, token_ids)
+                proposer.learn((), constraint, token_ids)
 
     def measurements(self) -> dict[str, float | str]:
         """The engine's figures so far, named as in `batchrun.jobs.metrics`."""
@@ -252,7 +252,7 @@ class Assembly:
             **asdict(self.engine.stats),
             **self.usage.as_dict(),
             "shared_tokens": self.scheduler.stays.num_shared_tokens,
-            **(self._speculator.measurements() if self._speculator else {}),
+            **(proposer.measurements() if (proposer := self.scheduler.stays.proposer) else {}),
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "max_num_seqs": self.max_num_seqs,

@@ -25,6 +25,7 @@ from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.plan import StepPlan
 from batchrun.engine.speculation.lookup import Lookup
 from batchrun.engine.speculation.model import ModelDrafts
+from batchrun.engine.speculation.speculator import Speculator
 from batchrun.grammars.constraint import constraint_of
 from tests.allocator.invariants import check_arena
 from tests.engine import invariants
@@ -93,8 +94,8 @@ def rig(
     """An engine whose draft model costs nothing, so that it is always asked."""
     defaults = {"attention": "native", "optimize": True, "draft_model": "small", "draft_tokens": 3}
     with runner.rig(model or tiny(dtype), draft=draft, **{**defaults, **settings}) as made:
-        asked = made._speculator
-        if asked is not None and asked._model is not None:
+        asked = made.scheduler.stays.proposer
+        if isinstance(asked, Speculator) and asked._model is not None:
             asked.cost, asked._make, asked._table = Costs(0, draft=1e-9), Nothing, None
             asked._model.model.cost = lambda *_: 0.0  # type: ignore[method-assign]
         yield made

@@ -77,7 +77,7 @@ class Shape:
         ):
             if self.drafts:
                 proposer = told(answers or {}, made._constraints, overlap=self.lag > 0)
-                made.scheduler.stays.proposer = made._speculator = proposer
+                made.scheduler.stays.proposer = proposer
             yield made
 
 

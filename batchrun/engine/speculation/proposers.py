@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Protocol
+from typing import Any, Protocol
 
 from batchrun.engine.core import Segment, Sequence
 
@@ -64,6 +64,12 @@ class Proposer(Protocol):
 
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """Note that these sequences, which continue, got tokens that are now known."""
+
+    def learn(self, context: tuple[str, ...], constraint: str | None, token_ids: Seq[int]) -> None:
+        """Note an answer to a request of that context and constraint, from an earlier run."""
+
+    def measurements(self) -> dict[str, Any]:
+        """Its figures so far, named as in `batchrun.jobs.metrics`."""
 
 
 class DraftModel(Protocol):

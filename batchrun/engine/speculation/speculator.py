@@ -111,7 +111,7 @@ class Speculator:
             self._model.model.close(sequence)
 
     def learn(self, context: tuple[str, ...], constraint: str | None, token_ids: Seq[int]) -> None:
-        """Note an answer to a request of that context and constraint, from an earlier run."""
+        """See `Proposer.learn`."""
         if self._table is not None:
             self._table.learn(_namespace(context, constraint), token_ids, 0)
 
@@ -148,7 +148,7 @@ class Speculator:
         self._may_learn = min(self._may_learn + _LEARNED * seconds, _LEARNED)
 
     def measurements(self) -> dict[str, Any]:
-        """Its figures so far, named as in `batchrun.jobs.metrics`."""
+        """See `Proposer.measurements`."""
         return {
             "guessed_at": list(self._guessed_at),
             "right_at": list(self._right_at),
