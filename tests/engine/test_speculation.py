@@ -124,17 +124,30 @@ def test_what_a_step_costs_is_found_out_from_steps(fixed: float, row: float, tok
         assert draft == pytest.approx(factor * token, rel=0.5)
 
 
-def test_a_draft_token_costs_half_of_others_before_any_was_tried() -> None:
+def test_a_draft_token_is_cheap_enough_to_be_tried() -> None:
     cost = StepCost(8)
     for number in range(100):
         others = 900 if number < 10 else 0
         cost.observe(step(96, 0, others), 30 + 0.3 * 96 + 2.3 * (96 + others))
     whole, draft = cost.of(96)
     assert whole == pytest.approx(30 + 2.6 * 96, rel=0.1)
-    assert draft == pytest.approx(1.2, rel=0.2)
+    assert draft == pytest.approx(0.6 * whole / 96)  # 2.3 if any had been tried
     for _ in range(200):  # few rows are left: their tokens' mean cost says nothing of one more
         cost.observe(step(1, 0, 0), 32.6)
-    assert cost.of(1) == (pytest.approx(32.6, rel=0.1), pytest.approx(1.2, rel=0.5))
+    assert cost.of(1) == (pytest.approx(32.6, rel=0.1), pytest.approx(2.4, rel=0.5))
+
+
+def test_a_draft_token_that_costs_more_than_others_is_found_out_where_all_steps_have_some() -> None:
+    numbers, cost = random.Random(1), StepCost(0)
+    cost.observe(step(1, 0, 60), 150.0)
+    cost.observe(step(28, 0, 150), 28 + 0.6 * 28 + 1.8 * 178)
+    for rows in range(32, 8, -1):
+        drafts = rows // 2 + numbers.randrange(-4, 4)
+        seconds = 28 + 2.4 * (rows + drafts)
+        cost.observe(step(rows, drafts, 0), numbers.uniform(0.95, 1.05) * seconds)
+    whole, draft = cost.of(10)
+    assert whole == pytest.approx(28 + 24, rel=0.1)
+    assert draft == pytest.approx(2.4, rel=0.15)
 
 
 def guess(*chances: float) -> Guess:
@@ -167,6 +180,27 @@ def test_as_many_as_pay(each: list[list[float]], draft: float, free: int, places
     assert expected == pytest.approx(len(guesses) + right)
     rate = expected / (prices.step + prices.spent(sum(taken)))
     assert rate == pytest.approx(brute_force(guesses, prices))
+
+
+def test_what_hardly_pays_is_left() -> None:
+    guesses = [guess(0.9, 0.4), guess(0.55)]
+    assert worthwhile(guesses, Prices(1.0, 0.25, 0, 100, 2))[0] == [1, 0]
+    assert worthwhile(guesses, Prices(1.0, 0.2, 0, 100, 2))[0] == [1, 1]
+    assert worthwhile(guesses, Prices(1.0, 0.2, 0, 100, 2, margin=1.5))[0] == [1, 0]
+
+
+def test_guesses_that_come_less_often_than_hoped_must_pay_more() -> None:
+    proposer = Speculator(100, Costs(draft=0.001), rate=1.0)
+    margins = []
+    for _ in range(60):
+        each = row([1, 2, 3, 1, 2], max_tokens=90)
+        plan = segments(each)
+        extend(proposer, plan, [each])
+        each.output_ids.append(7)  # where 3 was guessed
+        proposer.settle([each])
+        proposer.close(each)
+        margins.append(proposer._hoped / proposer._came)
+    assert margins[0] < 1.2 < margins[-1]
 
 
 def segments(*rows: Row) -> list[Segment]:

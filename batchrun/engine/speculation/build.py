@@ -54,8 +54,7 @@ def make_speculator(
     loaded = executor.loaded
     limits = settings.limits(str(loaded.device))
     if loaded.device.type == "cpu":
-        # A tile has 16 rows; vector instructions multiply 8 rows at a time.
-        free = 16 if cpu.level() is Level.TILES else 8
+        free = 16 if cpu.level() is Level.TILES else 0  # a tile has 16 rows
         most = max(limits.max_num_seqs, _DRAFT_LOGITS // logits_bytes(loaded))
     else:
         free, most = 0, limits.max_num_seqs + GPU_DRAFTS

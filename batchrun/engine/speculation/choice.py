@@ -38,6 +38,7 @@ class Prices:
         free: Number of draft tokens that cost nothing.
         places: Maximum number of draft tokens.
         rows: The step's rows: as many tokens come for certain.
+        margin: How many times its cost a draft token must be worth.
     """
 
     step: float
@@ -45,6 +46,7 @@ class Prices:
     free: int
     places: int
     rows: int
+    margin: float = 1.0
 
     @property
     def least(self) -> float:
@@ -71,7 +73,8 @@ def worthwhile(guesses: Seq[Guess], prices: Prices) -> tuple[list[int], float]:
     cut, at_cut = 1.1, 0  # the least chance taken, and how many of just that chance
     for chance in chances[: prices.places]:
         costs = prices.spent(count + 1) - prices.spent(count)
-        if chance < HOPELESS or chance * (prices.step + prices.spent(count)) <= costs * expected:
+        worth = chance * (prices.step + prices.spent(count))
+        if chance < HOPELESS or worth <= prices.margin * costs * expected:
             break
         count, expected = count + 1, expected + chance
         at_cut = at_cut + 1 if chance == cut else 1

@@ -10,9 +10,12 @@ from batchrun.engine.core import Segment
 
 _KEPT = 0.98  # of the weight of earlier steps, with each new one: some fifty steps count
 _SCALE = np.array([1.0, 64.0, 64.0, 64.0])  # of what a step does, to about 1
-_DOUBT = np.diag([0.01, 0.05, 0.3, 0.05])  # weights of what is assumed of these four
-_DRAFT = 0.5  # what a draft token is assumed to cost, in units of a full step's tokens
-_DEAREST = 1.3  # cost of a draft token, in units of a full step's tokens: it has logits of its own
+_DOUBT = np.diag([0.01, 0.05, 0.1, 0.05])  # weights of what is assumed of these four
+_DRAFT = 1.0  # what a draft token is assumed to cost, in units of a full step's tokens
+_DEAREST = 1.5  # cost of a draft token, in units of a full step's tokens: it has logits of its own
+# Before there were this many, as squares in units of 64, one costs at most that share of what a row
+# costs in the step: likely tokens are then tried.
+_TRIED, _UNTRIED = 0.05, 0.6
 _OUTLIER = 1.5  # times as long as expected; longer steps count as this long
 
 
@@ -21,8 +24,8 @@ class StepCost:
 
     A step has a fixed part, as the weights are read, and parts for its rows, its draft tokens, and
     all its tokens. Steps with prompts tell what a token costs where there are many; a draft token
-    is assumed to cost half of that, until steps with and without them tell it apart: enough to be
-    tried. The last steps decide, so the fit follows the batch and the machine.
+    is assumed to cost as much, until steps with more and fewer of them tell it apart, but no
+    more than is worth trying. The last steps decide, so the fit follows the batch and the machine.
 
     Args:
         free: Tokens of a step that take no longer than one, because the weights are read anyway.
@@ -84,7 +87,10 @@ class StepCost:
         fixed, row, draft, token = self._solved() / _SCALE
         step = fixed + (row + token) * rows + token * others
         step = max(float(step), self._token * (rows + others) / 2)
-        return step, min(max(float(draft + token), 0.005 * step / rows), _DEAREST * self._token)
+        price = min(max(float(draft + token), 0.005 * step / rows), _DEAREST * self._token)
+        if self._products[2, 2] < _TRIED:
+            price = min(price, _UNTRIED * step / rows)
+        return step, price
 
     def _solved(self) -> np.ndarray:
         if self._fit is None:

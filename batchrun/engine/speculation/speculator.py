@@ -25,6 +25,8 @@ _KEPT = 7 / 8  # of that share, when another token is tested
 _WATCHED = 8  # rows of a step whose guesses are only tested, as each takes some microseconds
 _FORCED = "forced"  # kind of the tokens that a constraint forces
 _SHARE = 4  # draft tokens that a row needs: fewer would not make up for a step
+_MARGIN = 1.1  # times its cost that a draft token must be worth: costs and chances are estimates
+_HOPES = 500.0  # about so many tokens tell how much too high the chances of those taken were
 _LONGEST_STREAK = 127  # text in a loop goes on in it all the more surely
 
 
@@ -90,6 +92,7 @@ class Speculator:
         self._model = ModelGuesses(model, self._chances, most) if model is not None else None
         self._rows: dict[Sequence, _Row] = {}
         self._may_learn = _LEARNED
+        self._hoped = self._came = 10.0  # draft tokens: likely to come, and those that did
         self._paying = set[Sequence]()  # rows worth waiting for
         self._room = 0  # for draft tokens in the last step
         self._turn = 0
@@ -161,7 +164,9 @@ class Speculator:
         rows = max(1, batch.num_logits)
         free = max(0, self.cost.free - batch.num_tokens)
         self._room = max(0, min(batch.budget, self.num_logits - batch.num_logits))
-        prices = Prices(*self.cost.of(rows), free, self._room, rows)
+        # The likeliest of many guesses are less likely than they look.
+        margin = _MARGIN * max(1.0, self._hoped / self._came)
+        prices = Prices(*self.cost.of(rows), free, self._room, rows, margin)
         asked = []
         for sequence, room in batch.sequences:
             row = self._rows[sequence]
@@ -252,6 +257,10 @@ class Speculator:
             row.rate *= _KEPT
         row.streak = _continued(row.streak, right, tested)
         self._saved_s += min(right, guess.taken) * row.value
+        self._hoped += sum(guess.chances[: guess.taken])
+        self._came += min(right, guess.taken)
+        if self._hoped > _HOPES:
+            self._hoped, self._came = self._hoped / 2, self._came / 2
         _count(self._guessed_at, guess.taken)
         _count(self._right_at, min(right, guess.taken))
         if guess.own:
