@@ -65,6 +65,8 @@ WAYS = ("plain", "together", "apart")
 class Clock:
     """An executor whose steps take what the formula says; all tokens are 0."""
 
+    on_host = False
+
     def __init__(self, device: Device, lag: int) -> None:
         self.device, self.lag = device, lag
         self.now = self._free = 0.0  # the host's time, and when the device has nothing to do

@@ -47,6 +47,7 @@ class NoModel:
     """An executor that computes nothing and answers 1."""
 
     lag = 0
+    on_host = False
 
     def __init__(self) -> None:
         self.tokens = self.sequences = 0

@@ -16,7 +16,7 @@ CEILINGS = {
     "allocator": 1440,
     "batchrun": 1040,
     "batchrun/cli": 1300,
-    "batchrun/engine": 3730,
+    "batchrun/engine": 3780,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
     "batchrun/engine/model": 2390,

@@ -9,13 +9,14 @@ answer is complete.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from batchrun import machine
 from batchrun.engine.core import Segment, Sequence
-from batchrun.engine.plan import Masks
+from batchrun.engine.plan import NO_MASKS, Masks
 from batchrun.grammars.constraint import reason
 from batchrun.grammars.matchers import Matchers
 
@@ -98,23 +99,38 @@ class Constraints:
         """Drop the matcher of a sequence that has ended."""
         self._held.pop(sequence, None)
 
-    def masks(self, segments: Seq[Segment], owners: Seq[Sequence | None]) -> Masks | None:
+    def masks(
+        self, segments: Seq[Segment], owners: Seq[Sequence | None], *, chosen_first: bool
+    ) -> Masks | None:
         """The tokens that may follow, for each token that constrained segments yield.
 
         Args:
             segments: A step's segments.
             owners: Their sequences, all of whose tokens are known; None if one has ended.
+            chosen_first: Whether the most likely tokens are chosen before their masks are computed:
+                see `Masks.refused`.
         """
         found: list[LLMatcher | None] = []
+        later: list[_Choice] = []
         for segment, sequence in zip(segments, owners, strict=True):
             if not segment.sampled:
                 continue
             matcher = None if sequence is None else self.of(sequence)
+            greedy = sequence is not None and sequence.request.params.greedy
+            if chosen_first and greedy and matcher is not None:
+                later.append(_Choice(len(found), matcher, segment.drafts))
+                matcher = None
             for draft in (None, *segment.drafts):
                 if matcher is not None and draft is not None:
                     matcher = _after(matcher, [draft])
                 found.append(matcher)
-        return self.masks_of(found)
+
+        def refused(token_ids: Seq[int]) -> Masks | None:
+            wrong = dict(filter(None, (choice.refused(token_ids) for choice in later)))
+            return self.masks_of([wrong.get(place) for place in range(len(token_ids))])
+
+        masks = self.masks_of(found)
+        return replace(masks or NO_MASKS, refused=refused) if later else masks
 
     def masks_of(self, matchers: Seq[LLMatcher | None]) -> Masks | None:
         """The tokens that may follow the answer of each matcher; None constrains nothing."""
@@ -131,6 +147,42 @@ class Constraints:
         found = [(matcher, at) for at, (_, matcher) in enumerate(held)]
         self._executor.unsafe_compute_mask_ptr(found, *place)
         return Masks(np.array([row for row, _ in held]), bits)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """The most likely tokens of a row: their first place in the step, and its draft tokens.
+
+    The last place that was looked at needs no other mask than it has got since, if any.
+    """
+
+    place: int
+    matcher: LLMatcher
+    drafts: Seq[int]
+    seen: int = -1
+
+    def refused(self, token_ids: Seq[int]) -> tuple[int, LLMatcher] | None:
+        """The place after the right draft tokens and its matcher, if the token there is refused."""
+        right = 0
+        while right < len(self.drafts) and self.drafts[right] == token_ids[self.place + right]:
+            right += 1
+        place, before = self.place + right, self.seen
+        self.seen = place
+        if place == before or token_ids[place] < 0:
+            return None
+        matcher = _after(self.matcher, list(self.drafts[:right])) if right else self.matcher
+        return None if _allows(matcher, token_ids[place]) else (place, matcher)
+
+
+def _allows(matcher: LLMatcher, token: int) -> bool:
+    """Whether a mask would allow a token; False for the end of an answer that has to end.
+
+    Where a token is forced, a mask allows that one alone, though others may say the same.
+    """
+    if matcher.validate_tokens([token]) < 1:
+        return False
+    forced = matcher.compute_ff_tokens()
+    return not forced or forced[0] == token
 
 
 def _after(matcher: LLMatcher, token_ids: list[int]) -> LLMatcher:

@@ -190,7 +190,9 @@ class Engine:
         while len(self._in_flight) > 1:
             ended += self._collect()
         owners = self.scheduler.stays.owners(plan.segments)
-        return self._constraints.masks(plan.segments, owners)
+        # Elsewhere, masks are computed while the device computes the logits.
+        first = self.executor.on_host
+        return self._constraints.masks(plan.segments, owners, chosen_first=first)
 
     def _collect(self) -> list[Sequence]:
         """Take in the tokens of the oldest step in flight; returns the sequences that ended."""

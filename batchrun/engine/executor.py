@@ -55,9 +55,11 @@ class Executor(Protocol):
     Attributes:
         lag: Steps that may be sampled but not collected when the next one is launched; 0 if
             `launch` and `sample` compute synchronously.
+        on_host: Whether `sample` computes here and now, so that it may call `Masks.refused`.
     """
 
     lag: int
+    on_host: bool
 
     def seconds(self) -> tuple[float, float]:
         """The device's time in steps so far, and between steps: see `EngineStats`."""
@@ -116,7 +118,7 @@ class TorchExecutor:
         self.loaded = loaded
         self.backend = backend
         self.transfers = transfers
-        self.lag = lag
+        self.lag, self.on_host = lag, transfers.on_host
         self.graphs: DecodeGraphs | None = None
         self.pieces: pieces.PieceGraphs | None = None
         self.wrap: Callable[[Step], Step] = lambda step: step

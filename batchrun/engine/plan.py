@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -47,10 +48,17 @@ class Masks:
     Args:
         rows: `[M]` int64: places among the tokens that the step yields.
         bits: `[M, words]` uint32: token t is allowed if bit t % 32 of word t // 32 is set.
+        refused: Told the most likely tokens, -1 where there is none, returns the masks that some of
+            them still need, as most are allowed without; None once they need none. It is None where
+            these masks are all.
     """
 
     rows: NDArray[np.int64]
     bits: NDArray[np.uint32]
+    refused: Callable[[Seq[int]], Masks | None] | None = None
+
+
+NO_MASKS = Masks(np.empty(0, np.int64), np.empty((0, 0), np.uint32))
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ class Sampler:
             logits[at] = sums.log_softmax(logits[at])
         for processor in self._active:
             logits = processor.apply(logits, rows)
-        if masks is not None:
+        if masks is not None and len(masks.rows):
             logits = self._masked(logits, masks)
         if drawn and len(drawn) == len(rows):
             tokens = self._draw(logits, rows)
@@ -154,6 +154,7 @@ class Sampler:
             if drawn:
                 index = self._upload(np.array(drawn))
                 tokens[index] = self._draw(logits[index], [rows[i] for i in drawn])
+            self._mend(logits, tokens, masks)
         chosen: tuple[torch.Tensor, ...] = (tokens,)
         if scored:
             norm = _logsumexp(own)
@@ -184,6 +185,13 @@ class Sampler:
         banned = kept.amax(1, keepdim=True) == -torch.inf
         logits[at] = kept.masked_fill(banned & allowed, 0.0)
         return logits
+
+    def _mend(self, logits: torch.Tensor, tokens: torch.Tensor, masks: Masks | None) -> None:
+        """Choose again where constraints refuse the most likely tokens: see `Masks.refused`."""
+        refused = None if masks is None else masks.refused
+        while refused is not None and (more := refused(tokens.tolist())) is not None:
+            at = self._upload(more.rows)
+            tokens[at] = _most_likely(self._masked(logits, more)[at])
 
     def _draw(self, logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
         """Draw from `[N, V]` by inverting each row's distribution at its own uniform number."""

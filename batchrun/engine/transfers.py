@@ -64,10 +64,12 @@ class Transfers:
     On a CPU there is nothing to wait for, as the host is the device.
 
     Attributes:
+        on_host: Whether the host is the device.
         device_seconds: Time the device has spent in steps; 0 on the host.
         idle_seconds: Time between the end of a step and the start of the next; 0 on the host.
     """
 
+    on_host = True
     device_seconds = 0.0
     idle_seconds = 0.0
 
@@ -155,6 +157,8 @@ class CudaTransfers(Transfers):
         lag: Steps that may be in flight when the next one is launched.
         size: Bytes of staging per step; larger steps allocate more.
     """
+
+    on_host = False
 
     def __init__(self, device: torch.device, lag: int, size: int = 4 << 20) -> None:
         self.compute = torch.cuda.Stream(device)

@@ -100,6 +100,8 @@ class EchoExecutor:
     page that is taken away, or a token that is asked for, before its time shows.
     """
 
+    on_host = False
+
     def __init__(
         self,
         keys: torch.Tensor,

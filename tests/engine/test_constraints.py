@@ -11,18 +11,20 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchrun.engine.build import Assembly
+from batchrun.engine.constraints import Constraints, _allows
 from batchrun.engine.core import Completion, FinishReason, Request, SamplingParams
 from batchrun.engine.model import loading
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.grammars.constraint import constraint_of, problem
 from tests.engine import invariants
-from tests.grammars.walks import errors, schemas
+from tests.grammars.walks import allowed, errors, matchers, schemas, tokenizer
 from tests.parity import runner
 from tests.parity.test_generate import bytes_per_token
 from tests.slow_device.shapes import Shape
@@ -118,8 +120,9 @@ def run(r: Assembly, wanted: Sequence[Request]) -> list[Completion]:
 
 
 def alone(wanted: Sequence[Request]) -> list[Completion]:
-    """The completions, one row at a time and one token a step."""
+    """The completions, one row at a time and one token a step, each chosen under its mask."""
     with rig(max_num_seqs=1, drafts=False, share_prefixes=False) as r:
+        r.executor.on_host = False
         return [done for request in wanted for done in run(r, [request])]
 
 
@@ -190,6 +193,58 @@ RECORD = {
     },
     "required": ["name", "a_long_property_name", "third"],
 }
+
+
+@settings(max_examples=100 // FEWER, deadline=None, suppress_health_check=list(HealthCheck))
+@given(SHAPES, st.randoms(use_true_random=False))
+def test_a_token_is_allowed_just_where_a_mask_says_so(shape: Shaped, rng: Any) -> None:
+    """Tokens chosen without masks are checked alone: no answer may differ by that."""
+    constraint = made(shape)
+    if constraint is None:
+        return
+    found, masked = matchers().start(constraint), matchers().start(constraint)
+    for _ in range(30):
+        if found.is_stopped() or found.is_error():
+            break
+        tokens = allowed(masked)
+        assert tokens
+        assert [token for token in range(len(tokenizer())) if _allows(found, token)] == tokens
+        token = rng.choice(tokens)
+        assert (found.consume_token(token), masked.consume_token(token)) == (True, True)
+    assert (found.is_stopped(), found.is_error()) == (masked.is_stopped(), masked.is_error())
+
+
+def masks_for(
+    rows: Sequence[Request], *, on_host: bool, drafts: bool = False
+) -> tuple[list[Completion], int]:
+    """The completions, and how many masks were computed for them."""
+    count, masks_of = 0, Constraints.masks_of
+
+    def counted(self: Constraints, wanted: Any) -> Any:
+        nonlocal count
+        count += sum(matcher is not None for matcher in wanted)
+        return masks_of(self, wanted)
+
+    with rig(drafts=drafts) as r, patch.object(Constraints, "masks_of", counted):
+        r.executor.on_host = on_host
+        return run(r, rows), count
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_masks_are_computed_only_where_a_likely_token_is_not_allowed(drafts: bool) -> None:
+    constraint = made(("json_schema", RECORD))
+    rows = [asking(constraint, row) for row in range(3)] + [asking(None, 3, max_tokens=9)]
+    rows.append(asking(made(("regex", "(.|\\n)*x")), 4))
+    found, fewer = masks_for(rows, on_host=True, drafts=drafts)
+    want, count = masks_for(rows, on_host=False, drafts=drafts)
+    assert list(map(seen, found)) == list(map(seen, want))
+    assert 0 < fewer < count
+
+
+def test_a_token_that_is_drawn_takes_a_mask() -> None:
+    request = asking(made(("regex", r"(.|\n)*")), temperature=1.0, ignore_eos=True)
+    (done,), count = masks_for([request], on_host=True)
+    assert count == len(done.token_ids)
 
 
 def asking(constraint: str | None, row: int = 0, **params: Any) -> Request:

@@ -32,6 +32,7 @@ class Elsewhere:
         self._executor = executor
         self._tickets: dict[int, Ticket] = {}
         self.lag = executor.lag
+        self.on_host = False
 
     def seconds(self) -> tuple[float, float]:
         return 0.0, 0.0
