@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -19,10 +20,19 @@ from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import Lookup
 from batchrun.engine.speculation.modelguesses import ModelGuesses
 from batchrun.engine.speculation.proposers import DraftBatch, add_drafts
+from batchrun.engine.speculation.rest import Rest
 from batchrun.engine.speculation.speculator import Speculator
 from batchrun.engine.speculation.table import AnswerTable
 from tests.engine.echo import VOCAB, Costs, Oracle, next_token
 from tests.engine.test_scheduler import MAX_LEN, Rig
+
+
+class Wrong(Lookup):
+    """Guesses that are never right."""
+
+    def find(self, most: int) -> list[int]:
+        super().find(most)
+        return [VOCAB] * most
 
 
 def row(prompt: Sequence[int], *, context: tuple[str, ...] = (), **params: object) -> Row:
@@ -310,6 +320,51 @@ def test_wrong_guesses_become_few_and_right_ones_many() -> None:
     assert sum(right for right, _ in drafts) > 4 * sum(wrong for _, wrong in drafts)
 
 
+def test_what_loses_time_rests_for_longer_and_longer() -> None:
+    rest, saved = Rest(), 0.0
+
+    def runs(steps: int, gain: float) -> list[int]:
+        """For how many steps it guesses and rests, in turn."""
+        nonlocal saved
+        found = []
+        for _ in range(steps):
+            found.append(rest.rests(8, saved))
+            saved += 0.0 if found[-1] else gain
+        return [len(list(each)) for _, each in groupby(found)]
+
+    assert runs(16 + 16 + 16 + 32 + 16 + 64 + 16 + 64, -0.1) == [16, 16, 16, 32, 16, 64, 16, 64]
+    assert runs(160, 0.1) == [160]
+    assert runs(16 + 16, -0.1) == [16, 16]
+
+
+def test_as_the_batch_drains_guesses_are_tried_again() -> None:
+    rest = Rest()
+    assert [rest.rests(8, -float(i)) for i in range(17)] == [False] * 16 + [True]
+    assert rest.rests(5, -17.0)
+    assert not rest.rests(4, -17.0)
+    assert not rest.is_resting
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_where_guesses_lose_time_rows_are_seldom_looked_at(overlap: bool) -> None:
+    looked = 0
+
+    class Looking(Wrong):
+        def find(self, most: int) -> list[int]:
+            nonlocal looked
+            looked += 1
+            return super().find(most)
+
+    sequence = row([1, 2], max_tokens=900)
+    proposer = Speculator(100, Costs(0, draft=0.9), lookup=Looking, overlap=overlap)
+    proposer.open(sequence)
+    for _ in range(400):
+        proposer.propose(DraftBatch([(sequence, 100)], 1, 1, 100))
+        sequence.output_ids.append(3)
+        proposer.settle([sequence])
+    assert looked == 400 if overlap else looked < 130
+
+
 @pytest.fixture
 def rig() -> Iterator[Rig]:
     made = Rig(seqs=4, batched=64, pages=None, proposer=Speculator(64, Costs(), lookup=Oracle))
@@ -351,14 +406,6 @@ def test_a_row_waits_for_guesses_that_were_right_lately() -> None:
         paid.append(proposer.pays(sequence))
     assert paid == [False] * 9 + [True] * 6 + [False] * 9
     assert proposer._rows[sequence].rate < 0.2
-
-
-class Wrong(Lookup):
-    """Guesses that are never right."""
-
-    def find(self, most: int) -> list[int]:
-        super().find(most)
-        return [VOCAB] * most
 
 
 @pytest.mark.parametrize("lag", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from batchrun.engine.speculation.cost import StepCost
 from batchrun.engine.speculation.lookup import LONGEST, Lookup
 from batchrun.engine.speculation.modelguesses import ModelGuesses
 from batchrun.engine.speculation.proposers import DraftBatch, DraftModel, num_right
+from batchrun.engine.speculation.rest import Rest
 from batchrun.engine.speculation.table import LONGEST_CONTEXT, AnswerTable
 
+_LESS = 4  # while guessing rests, one row in so many is learned
 _LEARNED = 5000.0  # tokens learned in a second, which takes a twentieth of it: the others are not
 # Of a row's guesses, the share of right ones above which it sits out steps to verify some, if it
 # did not and if it did: to begin takes one step more than to go on.
@@ -94,6 +97,7 @@ class Speculator:
         self._may_learn = _LEARNED
         self._hoped = self._came = 10.0  # draft tokens: likely to come, and those that did
         self._paying = set[Sequence]()  # rows worth waiting for
+        self._rest = Rest()
         self._room = 0  # for draft tokens in the last step
         self._turn = 0
 
@@ -161,7 +165,10 @@ class Speculator:
 
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`."""
-        rows = max(1, batch.num_logits)
+        rows, began = max(1, batch.num_logits), time.perf_counter()
+        # With overlap, the device computes meanwhile, and rows have sat out steps for guesses.
+        if batch.sequences and not self._overlap and self._rest.rests(rows, self._saved_s):
+            return [()] * len(batch.sequences)
         free = max(0, self.cost.free - batch.num_tokens)
         self._room = max(0, min(batch.budget, self.num_logits - batch.num_logits))
         # The likeliest of many guesses are less likely than they look.
@@ -174,13 +181,17 @@ class Speculator:
             row.guess = self._guess(sequence, row, room, prices.least)
             asked.append((sequence, room, row.guess))
         if self._model is not None:
+            paused = time.perf_counter()
             self._saved_s -= self._model.improve(asked, prices)
+            began += time.perf_counter() - paused
         guesses = [guess for _, _, guess in asked]
         taken, _ = worthwhile(guesses, prices)
         for count, guess in zip(taken, guesses, strict=True):
             guess.taken = count
         self._saved_s -= prices.spent(sum(taken))
         self._watch(batch.watched, prices.least)
+        if not self._overlap:
+            self._saved_s -= time.perf_counter() - began
         return [tuple(guess.token_ids[: guess.taken]) for guess in guesses]
 
     def _watch(self, sequences: Seq[Sequence], least: float) -> None:
@@ -272,7 +283,7 @@ class Speculator:
         known = sequence.num_known_tokens
         if self._table is None or sequence.group is not None or known <= row.learned:
             return
-        if self._may_learn > 0:
+        if self._may_learn > 0 and not (self._rest.is_resting and sequence.request.row % _LESS):
             self._may_learn -= known - row.learned
             begin = max(0, row.learned - LONGEST_CONTEXT)
             ids = sequence.token_ids(begin, known - begin)
