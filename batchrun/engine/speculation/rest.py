@@ -28,7 +28,7 @@ class Rest:
 
         Args:
             rows: The step's rows.
-            saved: Seconds that guessing has saved so far, less those that it took.
+            saved: Seconds that guessing has gained so far; less if it loses.
         """
         if self._left and 2 * rows <= self._rows:
             self._left = self._length = 0

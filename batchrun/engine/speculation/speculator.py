@@ -19,6 +19,7 @@ from batchrun.engine.speculation.proposers import DraftBatch, DraftModel, num_ri
 from batchrun.engine.speculation.rest import Rest
 from batchrun.engine.speculation.table import LONGEST_CONTEXT, AnswerTable
 
+_LEAST_GAIN = 0.03  # of the time of steps: guessing that promises less may as well lose some
 _LESS = 4  # while guessing rests, one row in so many is learned
 _LEARNED = 5000.0  # tokens learned in a second, which takes a twentieth of it: the others are not
 # Of a row's guesses, the share of right ones above which it sits out steps to verify some, if it
@@ -97,6 +98,7 @@ class Speculator:
         self._may_learn = _LEARNED
         self._hoped = self._came = 10.0  # draft tokens: likely to come, and those that did
         self._paying = set[Sequence]()  # rows worth waiting for
+        self._seconds = 0.0  # of all steps
         self._rest = Rest()
         self._room = 0  # for draft tokens in the last step
         self._turn = 0
@@ -152,6 +154,7 @@ class Speculator:
     def observe(self, segments: Seq[Segment], seconds: float) -> None:
         """See `Proposer.observe`."""
         self.cost.observe(segments, seconds)
+        self._seconds += seconds
         self._may_learn = min(self._may_learn + _LEARNED * seconds, _LEARNED)
 
     def measurements(self) -> dict[str, Any]:
@@ -167,7 +170,8 @@ class Speculator:
         """See `Proposer.propose`."""
         rows, began = max(1, batch.num_logits), time.perf_counter()
         # With overlap, the device computes meanwhile, and rows have sat out steps for guesses.
-        if batch.sequences and not self._overlap and self._rest.rests(rows, self._saved_s):
+        gained = self._saved_s - _LEAST_GAIN * self._seconds
+        if batch.sequences and not self._overlap and self._rest.rests(rows, gained):
             return [()] * len(batch.sequences)
         free = max(0, self.cost.free - batch.num_tokens)
         self._room = max(0, min(batch.budget, self.num_logits - batch.num_logits))
