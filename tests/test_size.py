@@ -20,7 +20,7 @@ CEILINGS = {
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
     "batchrun/engine/model": 2390,
-    "batchrun/engine/speculation": 800,
+    "batchrun/engine/speculation": 820,
     "batchrun/estimate": 450,
     "batchrun/grammars": 460,
     "batchrun/models": 1060,

@@ -346,7 +346,7 @@ def test_as_the_batch_drains_guesses_are_tried_again() -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_where_guesses_lose_time_rows_are_seldom_looked_at(overlap: bool) -> None:
+def test_where_guesses_lose_time_few_rows_are_looked_at_until_they_are_right(overlap: bool) -> None:
     looked = 0
 
     class Looking(Wrong):
@@ -355,14 +355,19 @@ def test_where_guesses_lose_time_rows_are_seldom_looked_at(overlap: bool) -> Non
             looked += 1
             return super().find(most)
 
-    sequence = row([1, 2], max_tokens=900)
-    proposer = Speculator(100, Costs(0, draft=0.9), lookup=Looking, overlap=overlap)
-    proposer.open(sequence)
-    for _ in range(400):
-        proposer.propose(DraftBatch([(sequence, 100)], 1, 1, 100))
-        sequence.output_ids.append(3)
-        proposer.settle([sequence])
-    assert looked == 400 if overlap else looked < 130
+    rows = [row([1, 2], max_tokens=900) for _ in range(40)]
+    proposer = Speculator(100, Costs(0, draft=0.01), lookup=Looking, overlap=overlap)
+    for sequence in rows:
+        proposer.open(sequence)
+    for number in range(300):
+        proposer.propose(DraftBatch([(sequence, 100) for sequence in rows], 40, 40, 100))
+        for sequence in rows:
+            sequence.output_ids.append(3 if number < 200 else VOCAB)
+        proposer.settle(rows)
+        if number == 199:
+            assert looked == 200 * 40 if overlap else looked < 100 * 40
+            looked = 0
+    assert looked > 85 * 40  # as soon as they are right
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ class Rest:
     """Judges guessing by what it saved: while it loses time, it rests for longer and longer.
 
     To guess takes some twenty microseconds for each row, which a small model's steps are short
-    enough to feel where nothing can be guessed. In a batch that drains, steps cost more for each
+    enough to feel where little can be guessed. In a batch that drains, steps cost more for each
     row: with half the rows, guessing is tried again.
     """
 
@@ -22,6 +22,10 @@ class Rest:
     def is_resting(self) -> bool:
         """Whether it rests."""
         return self._left > 0
+
+    def wake(self) -> None:
+        """Let guessing be tried again."""
+        self._left = 0
 
     def rests(self, rows: int, saved: float) -> bool:
         """Whether to guess nothing in the next step.

@@ -20,6 +20,9 @@ from batchrun.engine.speculation.rest import Rest
 from batchrun.engine.speculation.table import LONGEST_CONTEXT, AnswerTable
 
 _LEAST_GAIN = 0.03  # of the time of steps: guessing that promises less may as well lose some
+# While it rests: by how much the chance of a token must be more than pays, over the rows.
+_WAKES = 0.1
+_REPEATED = 16  # tokens in a row that a row's own text has: what repeats it is not learned
 _LESS = 4  # while guessing rests, one row in so many is learned
 _LEARNED = 5000.0  # tokens learned in a second, which takes a twentieth of it: the others are not
 # Of a row's guesses, the share of right ones above which it sits out steps to verify some, if it
@@ -169,15 +172,18 @@ class Speculator:
     def propose(self, batch: DraftBatch) -> list[tuple[int, ...]]:
         """See `Proposer.propose`."""
         rows, began = max(1, batch.num_logits), time.perf_counter()
-        # With overlap, the device computes meanwhile, and rows have sat out steps for guesses.
-        gained = self._saved_s - _LEAST_GAIN * self._seconds
-        if batch.sequences and not self._overlap and self._rest.rests(rows, gained):
-            return [()] * len(batch.sequences)
         free = max(0, self.cost.free - batch.num_tokens)
         self._room = max(0, min(batch.budget, self.num_logits - batch.num_logits))
         # The likeliest of many guesses are less likely than they look.
         margin = _MARGIN * max(1.0, self._hoped / self._came)
         prices = Prices(*self.cost.of(rows), free, self._room, rows, margin)
+        # With overlap, the device computes meanwhile, and rows have sat out steps for guesses.
+        gained = self._saved_s - _LEAST_GAIN * self._seconds
+        if batch.sequences and not self._overlap and self._rest.rests(rows, gained):
+            some = self._watch([sequence for sequence, _ in batch.sequences], prices.least)
+            if sum(max(0.0, each.expected - prices.least) for each in some) > _WAKES * len(some):
+                self._rest.wake()
+            return [()] * len(batch.sequences)
         asked = []
         for sequence, room in batch.sequences:
             row = self._rows[sequence]
@@ -198,14 +204,17 @@ class Speculator:
             self._saved_s -= time.perf_counter() - began
         return [tuple(guess.token_ids[: guess.taken]) for guess in guesses]
 
-    def _watch(self, sequences: Seq[Sequence], least: float) -> None:
+    def _watch(self, sequences: Seq[Sequence], least: float) -> list[Guess]:
         """Guess for some rows that take no draft tokens, to test how predictable they are."""
+        made = []
         self._turn += 1
         stride = -(-len(sequences) // _WATCHED) or 1
         for sequence in sequences[self._turn % stride :: stride]:
             row = self._rows[sequence]
             row.known, row.value = sequence.num_known_tokens, 0.0
             row.guess = self._guess(sequence, row, 1, least)
+            made.append(row.guess)
+        return made
 
     def _guess(self, sequence: Sequence, row: _Row, room: int, least: float) -> Guess:
         """What may follow a sequence: at most `room` tokens, as long as the chance is `least`."""
@@ -287,7 +296,8 @@ class Speculator:
         known = sequence.num_known_tokens
         if self._table is None or sequence.group is not None or known <= row.learned:
             return
-        if self._may_learn > 0 and not (self._rest.is_resting and sequence.request.row % _LESS):
+        skipped = self._rest.is_resting and sequence.request.row % _LESS
+        if self._may_learn > 0 and row.own < _REPEATED and not skipped:
             self._may_learn -= known - row.learned
             begin = max(0, row.learned - LONGEST_CONTEXT)
             ids = sequence.token_ids(begin, known - begin)
