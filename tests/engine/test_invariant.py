@@ -117,6 +117,19 @@ def test_products(k: int, n: int, dtype: torch.dtype) -> None:
                 assert torch.equal(computed(x[begin:end]), whole[begin:end]), (threads, end)
 
 
+@pytest.mark.parametrize("n", [33, 250])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_order_of_additions_shows_in_a_trial(n: int, dtype: torch.dtype) -> None:
+    """Though one in some thousand usual results differs at all, once rounded to 16 bits."""
+    weight = torch.randn(2048, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    differ = []
+    for x in rows._made_up(weight, 32):
+        sums = x.double() @ weight[:, :1].double()
+        rounding = 2**-24 * x.double().norm(dim=1, keepdim=True) * weight[:, :1].double().norm()
+        differ.append(sums.to(dtype) != (sums + rounding).to(dtype))
+    assert torch.stack(differ).double().mean() > 0.3
+
+
 def made(name: str, dtype: torch.dtype, *, native: bool = False) -> LoadedModel:
     """A model that computes each row alike, by native code as far as it goes or by torch alone."""
     loaded = prepare(build(name).to(dtype))

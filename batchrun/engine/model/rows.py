@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 _TILE = 32  # rows: with fewer a prompt takes longer, with more a decode
 _SHARED = 1 << 16  # weights: what has fewer is multiplied by one thread
 _TRIED = 4096  # results, to find out whether they are the same
+_NEAR = 64  # columns whose results are close to 0
 _WHOLE = 64  # numbers: two vectors, which a loop takes at a time, of the widest that there are
 _ALONE = 1 << 14  # numbers: a loop over no more runs on one thread (GELU; others take twice that)
 _EACH = 1 << 15  # numbers: with as many for each thread, a loop runs on all (at's GRAIN_SIZE)
@@ -151,10 +152,17 @@ def _same_by(threads: int, weight: torch.Tensor, bias: torch.Tensor | None, size
 
 
 def _made_up(weight: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    """Rows for some thousands of results, if not of a very narrow weight."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(min(16, -(-_TRIED // weight.shape[1]))):
-        yield torch.randn(size, len(weight), generator=generator).to(weight.dtype)
+    """Rows for some thousands of results, if not of a very narrow weight.
+
+    Some columns' results are close to 0 although their terms are not, so that another order of
+    additions shows in them: 16 bits round it away in all but one of some thousand others.
+    """
+    generator, (k, n) = torch.Generator().manual_seed(0), weight.shape
+    near = weight[:, :: -(-n // min(_NEAR, max(1, k // 2)))].float()
+    across = torch.linalg.qr(near).Q
+    for _ in range(min(16, -(-_TRIED // n))):
+        x = torch.randn(size, k, generator=generator)
+        yield (x - x @ across @ across.mT).to(weight.dtype)
 
 
 def _linear(func: Function, input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002

@@ -20,8 +20,7 @@ from batchrun.engine.speculation.rest import Rest
 from batchrun.engine.speculation.table import LONGEST_CONTEXT, AnswerTable
 
 _LEAST_GAIN = 0.03  # of the time of steps: guessing that promises less may as well lose some
-# While it rests: by how much the chance of a token must be more than pays, over the rows.
-_WAKES = 0.1
+_WAKES = 0.1  # while it rests: how much likelier than would pay tokens must be, on average
 _REPEATED = 16  # tokens in a row that a row's own text has: what repeats it is not learned
 _LESS = 4  # while guessing rests, one row in so many is learned
 _LEARNED = 5000.0  # tokens learned in a second, which takes a twentieth of it: the others are not
