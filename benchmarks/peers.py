@@ -154,7 +154,10 @@ def run_batchrun(
             "attention": stats["attention"],
             **dict(zip(more[::2], more[1::2], strict=True)),
         },
-        "versions": {name: version(name) for name in ("batchrun", "torch", "transformers")},
+        "versions": {
+            "batchrun": version("batchrun-llm"),
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
         **figures,
     }
 
