@@ -17,6 +17,7 @@ import numpy as np
 from batchrun import machine
 from batchrun.engine.core import Segment, Sequence
 from batchrun.engine.plan import NO_MASKS, Masks
+from batchrun.engine.speculation.proposers import num_right
 from batchrun.grammars.constraint import reason
 from batchrun.grammars.matchers import Matchers
 
@@ -163,9 +164,7 @@ class _Choice:
 
     def refused(self, token_ids: Seq[int]) -> tuple[int, LLMatcher] | None:
         """The place after the right draft tokens and its matcher, if the token there is refused."""
-        right = 0
-        while right < len(self.drafts) and self.drafts[right] == token_ids[self.place + right]:
-            right += 1
+        right = num_right(self.drafts, token_ids[self.place : self.place + len(self.drafts)])
         place, before = self.place + right, self.seen
         self.seen = place
         if place == before or token_ids[place] < 0:

@@ -50,7 +50,7 @@ class Masks:
         bits: `[M, words]` uint32: token t is allowed if bit t % 32 of word t // 32 is set.
         refused: Told the most likely tokens, -1 where there is none, returns the masks that some of
             them still need, as most are allowed without; None once they need none. It is None where
-            these masks are all.
+            these masks are all, as for every executor that is not `on_host`.
     """
 
     rows: NDArray[np.int64]
