@@ -29,6 +29,7 @@ from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Result, Scores
 from batchrun.jobs.lease import LOCK
 from batchrun.runner.recompute import difference
+from tests.cli.gate import Gate
 from tests.tiny import CONTEXT, byte_vocabulary, write_tiny_model
 
 ROWS = [
@@ -348,7 +349,10 @@ def test_a_job_that_is_killed_goes_on_and_scores_what_is_left(
     rows = [{**row, "max_tokens": i % 2 * 40} for i in range(12) for row in ROWS]
     options = {"dtype": "float32", "score": "answer", "labels": "a,b", "ignore_eos": True}
     options |= {"max_num_seqs": 2, "max_num_batched_tokens": 16, "plan": False}
-    output = str(tmp_path / "o.jsonl")
+    output, gate = str(tmp_path / "o.jsonl"), Gate(tmp_path / "gate")
+    gate.place.mkdir()
+    gate.close(60)  # of several hundred steps
+    monkeypatch.setenv("PYTHONPATH", f"{gate.place}:{os.environ.get('PYTHONPATH', '')}")
     job = batchrun.submit(rows, model=str(model), output=output, **options)
     while (progress := job.progress()) is None or progress.rows_done < 3:
         assert job.state in ("new", "queued", "running")
@@ -362,6 +366,7 @@ def test_a_job_that_is_killed_goes_on_and_scores_what_is_left(
     with job._job.journal() as journal:
         kept = {(r.row, r.sample): r for r in journal.results()}
     assert 0 < len(kept) < len(rows)
+    gate.open()
     job.resume().wait()
     with job._job.journal() as journal:
         assert {key: r for r in journal.results() if (key := (r.row, r.sample)) in kept} == kept
