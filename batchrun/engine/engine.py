@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from itertools import islice
 
 from batchrun.engine.answers import Answers
@@ -28,6 +27,7 @@ from batchrun.engine.failures import NOT_FINITE, not_finite
 from batchrun.engine.output import Specials
 from batchrun.engine.passes import ScoringPasses
 from batchrun.engine.plan import Masks, StepPlan
+from batchrun.engine.release import continued, releasable
 from batchrun.engine.scheduler import Scheduler
 from batchrun.prompts.chat import Tokenizer
 
@@ -123,16 +123,21 @@ class Engine:
         Beam searches are left out: a later run starts them again and gets the same result.
         """
         unfinished = (*self.scheduler.running, *self.scheduler.waiting)
-        return [
-            replace(
-                s.request,
-                generated_ids=tuple(s.output_ids),
-                generated_logprob=s.logprob,
-                generated_logprobs=tuple(s.logprobs),
-            )
-            for s in unfinished
-            if s.output_ids and s.group is None
-        ]
+        return [continued(s) for s in unfinished if s.output_ids and s.group is None]
+
+    def release(self, count: int) -> list[tuple[Request, bool]]:
+        """Let go of up to so many rows that another engine can continue; see `releasable`.
+
+        Returns:
+            Requests that continue them, and whether they were admitted here.
+        """
+        while self._in_flight:  # their tokens are needed
+            self._ended += self._collect()
+        released = releasable(self.scheduler, count)
+        for sequence in released:
+            self._answers.forget(sequence)
+        self.scheduler.finish(released)
+        return [(continued(s), s.admitted is not None) for s in released]
 
     def step(self) -> list[Completion]:
         """Plan and launch one step, and collect the steps that are due.
