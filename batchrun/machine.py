@@ -41,9 +41,14 @@ def description() -> str:
     return f"{_of_cpu('model name') or platform.machine()}, {os.cpu_count()} cores"
 
 
+def affinity() -> set[int]:
+    """The processors that this process may run on."""
+    return os.sched_getaffinity(0)
+
+
 def cores(root: Path = cgroups.ROOT) -> int:
     """Number of processors this process may keep busy, by its affinity and its groups' quota."""
-    allowed = len(os.sched_getaffinity(0))
+    allowed = len(affinity())
     quota = cgroups.cpu_quota(root)
     return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
 
@@ -72,7 +77,7 @@ def use_cores(root: Path = cgroups.ROOT) -> str | None:
             f"{1 + OWN_THREADS}",
             hint=THREADS_HINT,
         )
-    if min(wanted, room) < len(os.sched_getaffinity(0)):
+    if min(wanted, room) < len(affinity()):
         os.environ.setdefault("OMP_NUM_THREADS", str(min(wanted, room)))
     if room < wanted:
         return f"computing with {room} threads instead of {wanted}: no more can be started"

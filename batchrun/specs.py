@@ -16,9 +16,11 @@ import pyarrow as pa
 
 from batchrun.engine import attention
 from batchrun.engine.core import SamplingParams
+from batchrun.fleet.devices import check_ray, devices_of
 from batchrun.grammars.constraint import SHAPES, constraint_of, problem, with_constraint
 from batchrun.jobs import spec
 from batchrun.jobs.errors import InputError, OptionError
+from batchrun.jobs.fleet import check_fleet
 from batchrun.jobs.kinds import one_of, options_of
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.output.columns import output_columns
@@ -219,11 +221,17 @@ def runtime_of(options: Mapping[str, Any]) -> RuntimeSpec:
 
     Raises:
         OptionError: Two options can't be combined.
+        MachineError: A device is not there, or Ray is not.
     """
     if options["draft_model"] is None and options["draft_tokens"] is not None:
         raise OptionError("{draft_tokens} without {draft_model}: there are none to count")
     if options["draft_model"] is not None and not options["drafts"]:
         raise OptionError("{draft_model} with {drafts} off: it would have nothing to do")
+    check_fleet(options)
+    if options["ray"] is not None:
+        check_ray()
+    elif options["devices"] is not None:
+        devices_of(options["devices"])
     return part_of(RuntimeSpec, options)
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from batchrun.jobs.errors import ROOM, InputError, JobError, OptionError, OutputError, refused
+from batchrun.jobs.fleet import check_fleet
 from batchrun.jobs.folder import JobFolder, create, find_same, sweep
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import check_apart, one_at_a_time, resuming
@@ -151,6 +152,14 @@ def resume(
     if unknown := limits.keys() - set(LIMIT_NAMES):
         raise OptionError("{} can't be changed when a job is resumed", min(unknown))
     told = {name: OPTIONS[name].read(v) for name, v in limits.items() if v is not None}
+    if "devices" in told:  # instead of Ray
+        told = dict.fromkeys(("ray", "workers", "gpus_per_worker", "cpus_per_worker")) | told
+    elif "ray" in told:
+        told = {"devices": None, **told}
+    runtime = vars(job.spec().runtime)
+    if runtime["device"] != "auto" and (told.get("devices") or told.get("ray")):
+        told["device"] = "auto"
+    check_fleet({**runtime, **told})
     path = Path(output).expanduser().absolute() if output else None
 
     def say(line: str) -> None:

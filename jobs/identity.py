@@ -12,10 +12,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchrun.jobs.errors import InputError, JobError, SpecChanged, SpecDamaged, refused
+from batchrun.jobs.errors import (
+    InputError,
+    JobError,
+    OptionError,
+    SpecChanged,
+    SpecDamaged,
+    refused,
+)
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.rows.store import INPUTS
-from batchrun.jobs.spec import FILE, LIMIT_NAMES, InputFile, JobSpec
+from batchrun.jobs.spec import FILE, LIMIT_NAMES, OPTIONS, InputFile, JobSpec
 
 if TYPE_CHECKING:
     from batchrun.jobs.folder import JobFolder
@@ -35,18 +42,23 @@ def load_places(folder: Path) -> dict[str, str]:
     return {old: str(new) for old, new in _told(folder / PLACES, "--moved OLD=NEW").items()}
 
 
-def load_limits(folder: Path) -> dict[str, int]:
+def load_limits(folder: Path) -> dict[str, Any]:
     """The limits that `batchrun resume` has changed since submission, by `RuntimeSpec` field.
 
     Raises:
         JobError: The file is damaged.
     """
     told = _told(folder / LIMITS, "--max-num-seqs N")
-    return {name: v for name, v in told.items() if name in LIMIT_NAMES and isinstance(v, int)}
+    found = {}
+    for name in LIMIT_NAMES:
+        with suppress(OptionError):
+            if name in told:
+                found[name] = OPTIONS[name].read(told[name])
+    return found
 
 
-def set_limits(folder: Path, limits: Mapping[str, int]) -> None:
-    """Note new limits for the job; earlier ones that are not in `limits` stay.
+def set_limits(folder: Path, limits: Mapping[str, Any]) -> None:
+    """Note new limits for the job, None for the default; earlier ones that are not given stay.
 
     Raises:
         JobError: The file with the earlier ones is damaged.

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ SAMPLING = (
 SHAPE = "Shape of the answer (one of these; a column json_schema, regex or choices wins in its row)"
 SCORES = "Scores (nothing is generated unless --max-tokens or a shape asks for it)"
 RUNNING = "Running (these never change an answer)"
+FLEET = "Several devices or machines (these never change an answer either)"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -106,6 +108,29 @@ def _device(name: str) -> str:
     return name
 
 
+def _devices(text: str) -> str:
+    """The canonical form: `all`, `cpu:N`, or `cuda:N` for each GPU, with commas."""
+    if text == "all" or re.fullmatch(r"cpu(:[1-9]\d{0,3})?", text):
+        return "cpu:1" if text == "cpu" else text
+    found = re.fullmatch(r"(?:cuda:)?\d{1,3}(?:,(?:cuda:)?\d{1,3})*", text)
+    if found is None:
+        raise ValueError(
+            f"{text!r} names no devices; write all, the numbers of GPUs (0,1,2), or cpu:N for N "
+            "workers on the CPU"
+        )
+    numbers = [int(part.removeprefix("cuda:")) for part in text.split(",")]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{text!r} names a device twice")
+    return ",".join(f"cuda:{number}" for number in numbers)
+
+
+def _at_least_0(value: float | str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(value) < 1e6:
+            return float(value)
+    raise ValueError(f"{value!r} is not a number from 0")
+
+
 def _count_or_auto(value: int | str) -> int | None:
     if value == "auto":
         return None
@@ -126,6 +151,8 @@ TEXT = Kind((str, os.PathLike), "text", os.fspath)
 FLAG = Kind((bool,), "flag: True or False", bool)
 NUMBER = Kind((int, float), "number", float, "X")
 DEVICE = Kind((str,), "device", _device, "auto|cpu|cuda|cuda:N")
+DEVICES = Kind((str,), "list of devices", _devices, "all|0,1,2|cpu:N")
+AT_LEAST_0 = Kind((int, float, str), "number", _at_least_0, "X")
 COUNT_OR_AUTO = Kind((int, str), "whole number, or auto", _count_or_auto, "auto|N")
 NAMED = Kind((Mapping,), "mapping", _as_json, "NAME=VALUE")
 

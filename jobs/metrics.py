@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import partial
+from itertools import chain, zip_longest
 from typing import Any
 
 Figures = dict[str, Any]  # by metric name
@@ -26,6 +27,8 @@ class Metric:
         key: Its place in `stats.json`, "section.name"; "" if it has none.
         label: Names it on its own line of `batchrun stats`; "" if it is part of a sentence.
         sampled: Whether the journal keeps it over time.
+        across: Merges the figures of engines that work at the same time; None if the run itself
+            measures it, however many there are.
     """
 
     name: str
@@ -34,11 +37,12 @@ class Metric:
     key: str = ""
     label: str = ""
     sampled: bool = False
+    across: Callable[[list[Any]], Any] | None = None
 
     @property
     def zero(self) -> Any:
         """Its value before anything was measured."""
-        if self.unit == "tokens by position":
+        if self.unit in ("tokens by position", "by device"):
             return []
         return {"text": "", "s": 0.0, "bytes*s": 0.0}.get(self.unit, 0)
 
@@ -53,6 +57,30 @@ def _each(values: list[list[int]]) -> list[int]:
     return [sum(column) for column in zip_longest(*values, fillvalue=0)]
 
 
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _any(values: list[str]) -> str:
+    """The texts that are not empty, each once."""
+    return ", ".join(dict.fromkeys(filter(None, values)))
+
+
+def _by_device(values: list[list[Figures]]) -> list[Figures]:
+    """The figures of each device in all runs; what is no sum is the latest."""
+    found: dict[tuple[str, str], Figures] = {}
+    for device in chain.from_iterable(values):
+        known = found.get(key := (device["host"], device["device"]), {})
+        sums = {n: known[n] + device[n] for n in _SUMS_BY_DEVICE if n in known}
+        found[key] = {**known, **device, **sums}
+    return list(found.values())
+
+
+_SUMS_BY_DEVICE = ("rows", "generated_tokens", "steps", "idle_s", "load_s")
+_sums = partial(Metric, across=sum)  # of all engines
+# The time of the average engine. What all of them did in it, divided by it, is their speed.
+_means = partial(Metric, across=_mean)
+
 # Figures of KV memory, and their labels in `batchrun stats`.
 _KV = {
     "live": "bytes holding tokens",
@@ -64,12 +92,12 @@ _KV = {
 }
 
 METRICS = (
-    Metric("model", "text", _latest, "model"),
-    Metric("device", "text", _latest, "device"),
-    Metric("attention", "text", _latest, "attention"),
+    Metric("model", "text", _latest, "model", across=_any),
+    Metric("device", "text", _latest, "device", across=_any),
+    Metric("attention", "text", _latest, "attention", across=_any),
     # Whether both leave answers independent of the batch: see `batchrun.jobs.determinism`.
-    Metric("arithmetic", "text", _latest, "arithmetic"),
-    Metric("varies", "text", _latest),
+    Metric("arithmetic", "text", _latest, "arithmetic", across=_any),
+    Metric("varies", "text", _latest, across=_any),
     # The reader, the engine and the journal work at the same time.
     Metric("wall_s", "s", sum, "time.wall_s", sampled=True),
     Metric("load_s", "s", sum, "time.load_s", "load the model"),
@@ -85,59 +113,60 @@ METRICS = (
     Metric("duplicates", "samples", sum, "duplicates.rows"),
     Metric("duplicate_tokens", "tokens", sum, "duplicates.tokens"),
     # A step that mixes prefill and decode splits its time by tokens.
-    Metric("prefill_tokens", "tokens", sum, "tokens.prefilled", sampled=True),
-    Metric("decode_tokens", "tokens", sum, "tokens.decoded", sampled=True),
-    Metric("recomputed_tokens", "tokens", sum, "tokens.recomputed"),
-    Metric("drafted_tokens", "tokens", sum, "tokens.drafted"),
-    Metric("accepted_tokens", "tokens", sum, "tokens.accepted"),
-    Metric("forced_tokens", "tokens", sum, "tokens.forced"),  # without log-probabilities
+    _sums("prefill_tokens", "tokens", sum, "tokens.prefilled", sampled=True),
+    _sums("decode_tokens", "tokens", sum, "tokens.decoded", sampled=True),
+    _sums("recomputed_tokens", "tokens", sum, "tokens.recomputed"),
+    _sums("drafted_tokens", "tokens", sum, "tokens.drafted"),
+    _sums("accepted_tokens", "tokens", sum, "tokens.accepted"),
+    _sums("forced_tokens", "tokens", sum, "tokens.forced"),  # without log-probabilities
     # Guesses by their place among a row's draft tokens.
-    Metric("guessed_at", "tokens by position", _each, "drafts.guessed"),
-    Metric("right_at", "tokens by position", _each, "drafts.right"),
-    Metric("drafts_saved_s", "s", sum, "drafts.saved_s"),  # estimated; below 0 if they cost more
-    Metric("drafts_bytes", "bytes", max, "drafts.table_bytes"),
-    Metric("shared_tokens", "tokens", sum, "tokens.shared"),
-    Metric("generated_tokens", "tokens", sum, sampled=True),  # including unfinished samples
-    Metric("prefill_s", "s", sum),
-    Metric("decode_s", "s", sum),
+    Metric("guessed_at", "tokens by position", _each, "drafts.guessed", across=_each),
+    Metric("right_at", "tokens by position", _each, "drafts.right", across=_each),
+    _means("drafts_saved_s", "s", sum, "drafts.saved_s"),  # estimated; below 0 if they cost more
+    _sums("drafts_bytes", "bytes", max, "drafts.table_bytes"),
+    _sums("shared_tokens", "tokens", sum, "tokens.shared"),
+    _sums("generated_tokens", "tokens", sum, sampled=True),  # including unfinished samples
+    _means("prefill_s", "s", sum),
+    _means("decode_s", "s", sum),
     # Estimated extra cost of the file's order; 0 for a run that ended early.
     Metric("saved_prompt_tokens", "tokens", sum, "saved.prompt_tokens"),
     Metric("saved_steps", "steps", sum, "saved.steps"),
     Metric("saved_tail_s", "s", sum, "saved.tail_s"),
     # The tail is the engine's time after at least half the average number of sequences ran for the
     # last time; `sequence_s` is the number of running sequences, integrated over `kv_s`.
-    Metric("steps", "steps", sum, "batch.steps", sampled=True),
-    Metric("max_num_seqs", "sequences", max, "batch.max_num_seqs"),
-    Metric("sequence_s", "s", sum),
+    _sums("steps", "steps", sum, "batch.steps", sampled=True),
+    _sums("max_num_seqs", "sequences", max, "batch.max_num_seqs"),
+    _sums("sequence_s", "s", sum),
     Metric("tail_s", "s", sum, "batch.tail_s"),
-    Metric("preemptions", "preemptions", sum, "preemptions"),
-    Metric("running", "sequences", _latest, sampled=True),
-    Metric("waiting", "sequences", _latest, sampled=True),
+    _sums("preemptions", "preemptions", sum, "preemptions"),
+    _sums("running", "sequences", _latest, sampled=True),
+    _sums("waiting", "sequences", _latest, sampled=True),
     # KV memory as it is, at its peak, and integrated over the engine's time.
-    *(Metric(f"kv_{name}", "bytes", _latest, sampled=True) for name in _KV),
-    Metric("kv_s", "s", sum),
-    *(Metric(f"kv_{name}_s", "bytes*s", sum) for name in _KV),
+    *(_sums(f"kv_{name}", "bytes", _latest, sampled=True) for name in _KV),
+    _means("kv_s", "s", sum),
+    *(_sums(f"kv_{name}_s", "bytes*s", sum) for name in _KV),
     *(
-        Metric(f"peak_kv_{name}", "bytes", max, f"kv.peak.{name}", label)
+        _sums(f"peak_kv_{name}", "bytes", max, f"kv.peak.{name}", label)
         for name, label in _KV.items()
     ),
-    Metric("map_calls", "calls", sum, "kv.map_calls"),
-    Metric("map_s", "s", sum, "kv.map_s"),
-    Metric("unmap_calls", "calls", sum, "kv.unmap_calls"),
-    Metric("unmap_s", "s", sum, "kv.unmap_s"),
-    Metric("create_calls", "calls", sum, "kv.create_calls"),
-    Metric("create_s", "s", sum, "kv.create_s"),
-    Metric("destroy_calls", "calls", sum, "kv.destroy_calls"),
-    Metric("destroy_s", "s", sum, "kv.destroy_s"),
-    Metric("map_hidden_s", "s", sum, "kv.map_hidden_s"),
-    Metric("map_exposed_s", "s", sum, "kv.map_exposed_s"),
-    Metric("map_stalls", "stalls", sum, "kv.map_stalls"),
-    Metric("device_s", "s", sum, "device_time.busy_s"),
-    Metric("idle_s", "s", sum, "device_time.idle_s"),
-    Metric("rss", "bytes", _latest, sampled=True),
-    Metric("peak_rss", "bytes", max, "peak_rss"),
-    Metric("weights_bytes", "bytes", max, "weights_bytes"),
-    Metric("peak_activations", "bytes", max, "peak_activations"),
+    _sums("map_calls", "calls", sum, "kv.map_calls"),
+    _sums("map_s", "s", sum, "kv.map_s"),
+    _sums("unmap_calls", "calls", sum, "kv.unmap_calls"),
+    _sums("unmap_s", "s", sum, "kv.unmap_s"),
+    _sums("create_calls", "calls", sum, "kv.create_calls"),
+    _sums("create_s", "s", sum, "kv.create_s"),
+    _sums("destroy_calls", "calls", sum, "kv.destroy_calls"),
+    _sums("destroy_s", "s", sum, "kv.destroy_s"),
+    _sums("map_hidden_s", "s", sum, "kv.map_hidden_s"),
+    _sums("map_exposed_s", "s", sum, "kv.map_exposed_s"),
+    _sums("map_stalls", "stalls", sum, "kv.map_stalls"),
+    _sums("device_s", "s", sum, "device_time.busy_s"),
+    _sums("idle_s", "s", sum, "device_time.idle_s"),
+    Metric("devices", "by device", _by_device, "devices"),
+    _sums("rss", "bytes", _latest, sampled=True),
+    _sums("peak_rss", "bytes", max, "peak_rss"),
+    _sums("weights_bytes", "bytes", max, "weights_bytes"),
+    _sums("peak_activations", "bytes", max, "peak_activations"),
 )
 
 SAMPLED = tuple(metric.name for metric in METRICS if metric.sampled)
@@ -173,6 +202,12 @@ def merged(runs: Iterable[Mapping[str, Any]]) -> Figures:
     """A job's figures, merged from those of its runs; a figure that a run lacks is zero."""
     runs = list(runs)
     return {m.name: m.merge([m.zero, *(run.get(m.name, m.zero) for run in runs)]) for m in METRICS}
+
+
+def across(engines: Iterable[Mapping[str, Any]]) -> Figures:
+    """The figures of engines that work at the same time, without those that the run measures."""
+    all_ = list(engines)
+    return {m.name: m.across([f[m.name] for f in all_]) for m in METRICS if m.across}
 
 
 def placed(summary: dict[str, Any], figures: Mapping[str, Any]) -> None:

@@ -301,6 +301,39 @@ class RuntimeSpec:
         "auto",
         section=kinds.MODEL,
     )
+    devices: str | None = option(
+        "Compute on several devices at once, with a process for each: all GPUs, those with these "
+        "numbers, or N workers that share the CPU's cores.",
+        kinds.DEVICES,
+        section=kinds.FLEET,
+        anew=True,
+    )
+    ray: str | None = option(
+        "Compute on the machines of a Ray cluster: that of this machine (auto), or the one at an "
+        "address. This process keeps the job; its workers are Ray's actors.",
+        metavar="auto|ADDRESS",
+        section=kinds.FLEET,
+        anew=True,
+    )
+    workers: int | None = option(
+        "With --ray: number of workers; default: as many as the cluster's GPUs allow.",
+        _COUNT,
+        section=kinds.FLEET,
+        anew=True,
+    )
+    gpus_per_worker: float | None = option(
+        "With --ray: GPUs of each worker, with an engine for each; a part of one to share it, 0 "
+        "for the CPU; default: 1 where the cluster has GPUs.",
+        kinds.AT_LEAST_0,
+        section=kinds.FLEET,
+        anew=True,
+    )
+    cpus_per_worker: int | None = option(
+        "With --ray: CPU cores of each worker; default: 1.",
+        _COUNT,
+        section=kinds.FLEET,
+        anew=True,
+    )
     attention: str = option(
         "Attention kernel; `batchrun doctor` lists those that work here.",
         default="auto",
@@ -353,3 +386,8 @@ class RuntimeSpec:
         default=False,
     )
     param_columns: tuple[str, ...] = ()
+
+    @property
+    def has_fleet(self) -> bool:
+        """Whether several processes compute."""
+        return self.devices is not None or self.ray is not None

@@ -38,8 +38,11 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         (bytes: `time_averaged` and `peak` of reserved, mapped, live, shared, static, paged;
         `utilisation` is live over mapped; None if nothing was measured; seconds of mapping hidden
         behind computing and waited for), `device_time` (seconds in and between steps; 0 on a CPU),
-        `preemptions`, `peak_rss`, `weights_bytes`, `peak_activations`, `runs`, `row_seconds`
-        (quantiles of queue, prefill, decode).
+        `devices` (of a job with several: `device`, `host`, `rows`, `generated_tokens`, `steps`,
+        `idle_s` without a row, `load_s`, `peak_kv_mapped`, `peak_rss`, `weights_bytes`, and why it
+        was `lost`; all other figures are those of all devices together, and times those of the
+        average one), `preemptions`, `peak_rss`, `weights_bytes`, `peak_activations`, `runs`,
+        `row_seconds` (quantiles of queue, prefill, decode).
     """
     spec = job.spec()
     with job.journal() as journal:

@@ -85,7 +85,7 @@ def test_every_option_of_submit_is_in_the_readme_and_the_other_way_round():
 
 
 def test_each_option_of_a_job_stands_in_the_readme_in_its_section():
-    rows = re.findall(r"^\| (\w+) \| (`--.*) \|$", section("Options of `submit`"), re.MULTILINE)
+    rows = re.findall(r"^\| ([\w ]+) \| (`--.*) \|$", section("Options of `submit`"), re.MULTILINE)
     shown = {title: re.findall(r"`(--[a-z-]+)`", names) for title, names in rows}
     for title, named in shown.items():
         own = {o.flag for o in OPTIONS.values() if o.section.lower().startswith(title)}

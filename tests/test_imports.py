@@ -23,15 +23,16 @@ MAY_IMPORT = {
     "grammars": {"prompts"},
     "engine": {"allocator", "grammars", "models", "prompts"},
     "report": {"jobs"},
-    "runner": {"allocator", "engine", "estimate", "grammars", "jobs", "models", "prompts"},
+    "fleet": {"allocator", "engine", "grammars", "jobs", "models", "runner"},
+    "runner": {"allocator", "engine", "estimate", "fleet", "grammars", "jobs", "models", "prompts"},
     "estimate": {"engine", "grammars", "jobs", "models", "prompts", "runner"},
-    "specs": {"engine", "grammars", "jobs", "models", "prompts", "runner"},
+    "specs": {"engine", "fleet", "grammars", "jobs", "models", "prompts", "runner"},
     "submission": {"jobs", "runner"},
     "llm": {"engine", "jobs", "runner", "specs", "submission"},
     "api": {"jobs", "runner", "specs", "submission"},
     "cli": {
-        *("allocator", "engine", "estimate", "jobs", "models", "prompts", "report", "runner"),
-        *("specs", "submission"),
+        *("allocator", "engine", "estimate", "fleet", "jobs", "models", "prompts", "report"),
+        *("runner", "specs", "submission"),
     },
 }
 
@@ -51,6 +52,7 @@ TORCH_FREE = (
     "submission",
     "api",
     "llm",
+    "fleet.loop",
     "runner.reader",
     "runner.supervisor",
     "runner.worker",

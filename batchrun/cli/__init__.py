@@ -29,7 +29,7 @@ COMMANDS = {
     "rm": ("batchrun.cli.control", "Remove jobs."),
     "doctor": ("batchrun.cli.doctor", "Show what this machine can do."),
 }
-_HIDDEN = {"work": "batchrun.cli.work", "run-job": "batchrun.cli.work"}
+_HIDDEN = dict.fromkeys(("work", "run-job", "run-worker"), "batchrun.cli.work")
 
 
 class LazyGroup(click.Group):

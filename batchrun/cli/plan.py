@@ -12,7 +12,7 @@ from batchrun.cli.options import SectionCommand, job_options
 from batchrun.cli.piped import taken_in
 from batchrun.jobs.folder import home
 from batchrun.jobs.inflight import ReaderNote
-from batchrun.jobs.kinds import MODEL, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
+from batchrun.jobs.kinds import FLEET, MODEL, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
 from batchrun.report.text import seconds, size
 from batchrun.runner.isolated import isolated
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
@@ -22,7 +22,7 @@ from batchrun.terminal import say_json, tell
 
 @click.command(cls=SectionCommand)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, RUNNING)
+@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, FLEET, RUNNING)
 @json_option
 def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what a job would take, before any weight is loaded.

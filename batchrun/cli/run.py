@@ -23,7 +23,7 @@ from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.identity import move
 from batchrun.jobs.inflight import ReaderNote
-from batchrun.jobs.kinds import MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
+from batchrun.jobs.kinds import FLEET, MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
@@ -55,7 +55,7 @@ _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as J
 
 @click.command(cls=SectionCommand)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, RUNNING)
+@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, FLEET, RUNNING)
 @_wait(show_default=True)
 @_running("--again", is_flag=True, help="Start a new job even if the same work can be resumed.")
 @_running(
@@ -124,7 +124,7 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
     "--output", "-o", metavar="FILE", help="Write the output to another file from now on."
 )
 @click.option("--overwrite", is_flag=True, help="Replace what is there now, whoever wrote it.")
-@job_options(RUNNING, anew=True)
+@job_options(FLEET, RUNNING, anew=True)
 @_json
 @_wait()
 def resume_command(
@@ -137,7 +137,7 @@ def resume_command(
     overwrite: bool,
     wait: bool,
     as_json: bool,
-    **limits: int | None,
+    **limits: Any,
 ) -> int:
     """Continue a job that was stopped: finished rows are kept, others go on where they were.
 

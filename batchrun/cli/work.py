@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 
@@ -19,7 +20,7 @@ from batchrun.errors import StepFailed
 from batchrun.jobs.errors import Fenced, LeaseHeld
 from batchrun.jobs.folder import JobFolder, home
 from batchrun.machine import end_with_lost_threads, use_cores
-from batchrun.runner import supervisor
+from batchrun.runner import children, supervisor
 from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import prompt_seconds, stall_seconds
 from batchrun.runner.runs import TELL
@@ -59,7 +60,7 @@ def work_command(folder: Path) -> int:
 @click.argument("folder", type=click.Path(path_type=Path))
 def run_job_command(folder: Path) -> int:
     """Run a job, as its supervisor's child."""
-    job, handles = JobFolder(folder), supervisor.inherited()
+    job, handles = JobFolder(folder), children.inherited()
     with Reporter(folder) as reporter, stopped_by_signals() as stop:
         try:
             if (note := use_cores()) is not None:
@@ -81,6 +82,7 @@ def run_job_command(folder: Path) -> int:
                 on_progress=reporter.update,
                 log=reporter.message,
                 held=bool(handles),
+                handles=handles,
                 watchdog=watchdog,
                 prompt_s=prompt_seconds(),
             )
@@ -99,6 +101,35 @@ def run_job_command(folder: Path) -> int:
             print_error(message, hint)
             return ExitStatus.FAILED
     return STATUS.get(outcome, ExitStatus.FAILED)
+
+
+@click.command(hidden=True)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("parent", type=int)
+def run_worker_command(folder: Path, parent: int) -> int:
+    """Compute rows for a job's run, the process that started this one."""
+    handle, *_ = children.inherited()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the run is told, and tells its workers
+        signal.signal(number, signal.SIG_IGN)
+    children.end_with_parent(parent)
+    from batchrun.fleet.worker import work_for  # noqa: PLC0415 - only a worker needs it
+
+    faulthandler.enable()
+    faulthandler.register(TELL)
+
+    def end(what: str) -> None:
+        tell(f"a worker of {folder.name}: {what}")
+        os.abort()  # a crash: its rows are suspects
+
+    end_with_lost_threads(end)
+    watchdog = Watchdog(stall_seconds(), lambda what, s: end(f"{what} has not ended in {s:.0f} s"))
+    watchdog.start()
+    try:
+        work_for(Connection(handle), watchdog)
+    except Exception as error:  # the engine's, or a bug
+        _print_traceback(error)
+        end(str(error))
+    return ExitStatus.DONE
 
 
 def _print_traceback(error: BaseException) -> None:

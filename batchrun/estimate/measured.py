@@ -140,8 +140,11 @@ class StepSampler:
         self.measured = Measured(runs=1)
         self._before = dict.fromkeys(("engine_s", "steps", "tokens", "kv_s", "kv_live_s"), 0.0)
 
-    def observe(self, figures: Mapping[str, Any]) -> None:
-        """Add the interval that ends with a run's current figures."""
+    def observe(self, figures: Mapping[str, Any], engines: int = 1) -> None:
+        """Add the interval that ends with a run's current figures, those of so many engines.
+
+        What is learned is how long the average engine takes.
+        """
         decoded, accepted = figures["decode_tokens"], figures["accepted_tokens"]
         rejected = figures["drafted_tokens"] - accepted
         accepted += figures["forced_tokens"]  # none took a step of its own either
@@ -149,8 +152,11 @@ class StepSampler:
         now["tokens"] = figures["prefill_tokens"] + decoded + rejected
         passed = {name: now[name] - before for name, before in self._before.items()}
         if passed["steps"] > 0 and passed["kv_s"] > 0:
-            held = passed["steps"] * passed["kv_live_s"] / passed["kv_s"]
-            self.measured.add((passed["steps"], passed["tokens"], held), passed["engine_s"])
+            steps, tokens, live = (
+                passed[name] / engines for name in ("steps", "tokens", "kv_live_s")
+            )
+            held = steps * live / passed["kv_s"]
+            self.measured.add((steps, tokens, held), passed["engine_s"])
             self._before = now
             if decoded:
                 self.measured.accepted = accepted / decoded

@@ -72,6 +72,8 @@ def render(summary: Mapping[str, Any]) -> str:
     )
     tokens = _TOKENS + _others("", "tokens", "batch", "duplicates", "saved")
     sections = [_rows(summary), _filled(tokens, figures), _time(figures)]
+    if summary["devices"]:
+        sections.append(_devices(summary["devices"], figures["time.engine_s"]))
     if figures["batch.steps"]:
         busy = figures["device_time.busy_s"]
         figures["device_time"] = busy + figures["device_time.idle_s"]
@@ -150,6 +152,20 @@ def _time(figures: Mapping[str, Any]) -> str:
     lines = [("time", seconds(wall), "wall clock; reader, engine and journal run side by side")]
     for key, label in _labels("time"):
         lines.append(("", seconds(figures[key]), f"{label}{_share(figures[key], wall)}"))
+    return _table(lines)
+
+
+def _devices(devices: Sequence[Mapping[str, Any]], engine_s: float) -> str:
+    """A line for each device; those that were lost say why."""
+    hosts = {device["host"] for device in devices if device["host"]}
+    lines: list[Cells] = [("devices", "rows", "tokens", "idle", "load", "peak KV", "weights", "")]
+    for device in devices:
+        where = f"{device['host']} " * (len(hosts) > 1) + device["device"]
+        idle = seconds(device["idle_s"]) + _share(device["idle_s"], engine_s)
+        counts = (f"{device[name]:,}" for name in ("rows", "generated_tokens"))
+        sizes = (size(device[name]) for name in ("peak_kv_mapped", "weights_bytes"))
+        lost = "" if device["lost"] is None else f"lost: {device['lost']}"
+        lines.append((f"  {where}", *counts, idle, seconds(device["load_s"]), *sizes, lost))
     return _table(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.results import Partial, Result, Scores
 from batchrun.runner.channel import Channel, Closed, Sender
 from batchrun.runner.figures import RunFigures
-from batchrun.runner.reader import QUEUED_REQUESTS, Reader
+from batchrun.runner.reader import QUEUED_REQUESTS
 from batchrun.runner.watchdog import Watchdog
 from batchrun.runner.writer import Item
 
@@ -36,7 +36,7 @@ class EngineLoop:
 
     Args:
         engine: The engine.
-        reader: The source of the rows; told when one ends.
+        ended: Told when a row ends; returns the results of its duplicates.
         in_flight: Told which rows are in the engine.
         crashes: Rows that were in a crash: each gets the engine to itself.
         figures: Told of each step.
@@ -46,7 +46,7 @@ class EngineLoop:
     """
 
     engine: Engine
-    reader: Reader
+    ended: Callable[[Request, Result], Iterable[Result]]
     in_flight: InFlightRows
     crashes: Container[int]
     figures: RunFigures
@@ -83,17 +83,31 @@ class EngineLoop:
             self.report()
         results.put(self._checkpoint())
 
+    def release(self, count: int) -> list[Request]:
+        """Let go of up to so many rows that have not begun, or have far to go."""
+        with self.watchdog.busy(ENGINE), self._suspecting():
+            released = self.engine.release(count)
+        for request, admitted in released:
+            if admitted:
+                self.in_flight.remove(request.row)
+        return [request for request, _ in released]
+
     def _add(self, request: Request, results: Sender[Item]) -> None:
         """Give the engine a request; one that was in a crash gets the engine to itself."""
         alone = request.row in self.crashes
-        while alone and self.engine.has_work and not self.stopped():
-            self._step(results)
+        if alone:
+            self._drain(results)
         with self.watchdog.busy(ENGINE), self._suspecting(request.row):
             self.in_flight.add(request.row)  # setting up a row may hang too
             self.engine.add(request)
             self.in_flight.remove(request.row)
-        while alone and self.engine.has_work and not self.stopped():
+        if alone:
+            self._drain(results)
+
+    def _drain(self, results: Sender[Item]) -> None:
+        while self.engine.has_work and not self.stopped():
             self._step(results)
+            self.report()
 
     def _step(self, results: Sender[Item]) -> None:
         with self.watchdog.busy(ENGINE), self._suspecting():
@@ -126,9 +140,8 @@ class EngineLoop:
     def _end_row(self, request: Request, result: Result, results: Sender[Item]) -> None:
         """Hand on a result, and those of its duplicates."""
         results.put(result)
-        self.figures.counted["completions"] += 1
-        self.figures.counted["completion_tokens"] += result.completion_tokens
-        for same in self.reader.ended(request, result):
+        count_result(self.figures, result)
+        for same in self.ended(request, result):
             results.put(same)
 
     def _checkpoint(self) -> list[Partial]:
@@ -141,6 +154,12 @@ class EngineLoop:
             )
             for r in self.engine.partials()
         ]
+
+
+def count_result(figures: RunFigures, result: Result) -> None:
+    """Count a computed result."""
+    figures.counted["completions"] += 1
+    figures.counted["completion_tokens"] += result.completion_tokens
 
 
 def result_of(done: Completion) -> Result:

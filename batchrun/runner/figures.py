@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from batchrun import machine
 from batchrun.estimate.measured import Measured, StepSampler
@@ -15,8 +15,15 @@ from batchrun.jobs.metrics import Figures, recorded
 from batchrun.jobs.spec import JobSpec
 from batchrun.runner.reader import Reader
 
-if TYPE_CHECKING:  # imports torch
-    from batchrun.engine.build import Assembly
+
+class Measuring(Protocol):
+    """An engine, or several."""
+
+    def measurements(self) -> Mapping[str, Any]:
+        """Its figures so far, by the names of `batchrun.jobs.metrics`."""
+
+    def close(self) -> None:
+        """Release what it holds."""
 
 
 class RunFigures:
@@ -33,7 +40,7 @@ class RunFigures:
         self.began = time.perf_counter()
         self.counted = recorded({})
         self.reader: Reader | None = None
-        self.workbench: Assembly | None = None
+        self.workbench: Measuring | None = None
         self._steps = StepSampler()
         self.engine_began: float | None = None
         self.engine_ended: float | None = None
@@ -46,7 +53,7 @@ class RunFigures:
     def observed(self) -> Figures:
         """Like `so_far`; also samples how long steps take."""
         figures = self.so_far()
-        self._steps.observe(figures)
+        self._steps.observe(figures, len(figures["devices"]) or 1)
         return figures
 
     def so_far(self) -> Figures:

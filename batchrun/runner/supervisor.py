@@ -13,27 +13,25 @@ from __future__ import annotations
 import os
 import select
 import signal
-import site
 import subprocess
-import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from subprocess import Popen
-from typing import Any
 
+from batchrun.errors import MachineError
+from batchrun.fleet.devices import devices_of
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.files import open_private
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
 from batchrun.jobs.snapshot import WORKER_LOG, last_words
+from batchrun.runner import children
 from batchrun.runner.live import Reporter
 from batchrun.runner.runs import Runs
 
-_INHERITED = "BATCHRUN_INHERITED"  # in a child's environment: the handles that it inherits
 _POLL_S = 0.2
 
 
@@ -95,12 +93,12 @@ def start(job: JobFolder, lease: Lease) -> Started:
     try:
         with open(job.path / WORKER_LOG, "ab", opener=open_private) as log:
             process = Popen(
-                _command("work", job.path),
+                children.command("work", job.path),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                **_inheriting(lease.fileno(), tell),
+                **children.inheriting(lease.fileno(), tell),
             )
             with suppress(OSError):  # the supervisor notes it too
                 lease.hand_over(process.pid)
@@ -116,23 +114,6 @@ def start(job: JobFolder, lease: Lease) -> Started:
         os.close(tell)
 
 
-def inherited() -> list[int]:
-    """The handles inherited from the parent process; this process's children don't get them.
-
-    A lock ends with the last process that has its handle.
-    """
-    numbers = [int(number) for number in os.environ.pop(_INHERITED, "").split()]
-    for number in numbers:
-        os.set_inheritable(number, False)
-        os.register_at_fork(after_in_child=partial(_close, number))  # nor do forked children
-    return numbers
-
-
-def _close(handle: int) -> None:
-    with suppress(OSError):  # it is closed by now
-        os.close(handle)
-
-
 def work(path: Path, root: Path) -> int:
     """Be a job's supervisor.
 
@@ -146,7 +127,7 @@ def work(path: Path, root: Path) -> int:
     Raises:
         LeaseHeld: Another process has the job.
     """
-    job, handles = JobFolder(path), inherited()
+    job, handles = JobFolder(path), children.inherited()
     held, tell = (handles[0], handles[1:]) if handles else (None, [])
     with Lease(path, held) as lease, Reporter(path) as reporter:
         runs = Runs(job, reporter)
@@ -155,42 +136,42 @@ def work(path: Path, root: Path) -> int:
             with suppress(BrokenPipeError):  # nobody is waiting any more
                 os.write(handle, b".")
             os.close(handle)
-        with DeviceQueue(root, device_of(job)) as turn:
-            if turn.ahead():
-                reporter.message("waiting for the device, which another job uses")
-            while turn.ahead() and runs.told is None:
-                time.sleep(_POLL_S)
+        with ExitStack() as places:
+            turns = [_turn(root, device, runs, reporter, places) for device in queues_of(job)]
             if runs.told is None:
                 job.set_state("running")
-            inheriting = _inheriting(lease.fileno(), turn.fileno())
-            command = _command("run-job", path)
+            inheriting = children.inheriting(lease.fileno(), *(t.fileno() for t in turns))
+            command = children.command("run-job", path)
             return runs.run(lambda: Popen(command, stdin=subprocess.DEVNULL, **inheriting))
 
 
-def device_of(job: JobFolder) -> str:
-    """The queue that a job waits in, found out without loading torch."""
-    wanted = job.spec().runtime.device
+def _turn(
+    root: Path, device: str, runs: Runs, reporter: Reporter, places: ExitStack
+) -> DeviceQueue:
+    """Wait for the job's turn on a device.
+
+    Devices are taken in order, so that no two jobs wait for each other.
+    """
+    turn = places.enter_context(DeviceQueue(root, device))
+    if runs.told is None and turn.ahead():
+        reporter.message(f"waiting for the device {device}, which another job uses")
+    while runs.told is None and turn.ahead():
+        time.sleep(_POLL_S)
+    return turn
+
+
+def queues_of(job: JobFolder) -> list[str]:
+    """The queues that a job waits in, in order, found out without loading torch."""
+    runtime = job.spec().runtime
+    if runtime.ray is not None:
+        return []  # Ray decides when there is room
+    if runtime.devices is not None:
+        with suppress(MachineError):  # the run says it
+            return sorted({*devices_of(runtime.devices)})
+    return [_queue_of(runtime.device)]
+
+
+def _queue_of(wanted: str) -> str:
     if wanted == "auto":
         wanted = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
     return "cuda:0" if wanted == "cuda" else wanted
-
-
-def _command(*arguments: object) -> list[str]:
-    """A child's command; `-P` keeps files of its working folder from becoming modules."""
-    return [sys.executable, "-P", "-m", "batchrun", *map(str, arguments)]
-
-
-def _inheriting(*handles: int) -> dict[str, Any]:
-    """Arguments for `Popen`: handles, and an environment for a child and its own children.
-
-    They find this package where it is, and nothing in their working folder, which an empty path
-    entry would mean too.
-    """
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", _INHERITED: " ".join(map(str, handles))}
-    for name in ("PYTHONPATH", "LD_LIBRARY_PATH"):
-        if name in environment:
-            environment[name] = os.pathsep.join(filter(None, environment[name].split(os.pathsep)))
-    root, path = str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")
-    if root not in (*path.split(os.pathsep), *site.getsitepackages(), site.getusersitepackages()):
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, path)))
-    return {"env": environment, "pass_fds": handles}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -26,6 +26,9 @@ from batchrun import machine
 from batchrun.allocator.vmm import Refused
 from batchrun.engine.core import EngineError, Request
 from batchrun.errors import MachineError, StepFailed
+from batchrun.fleet.fleet import Fleet
+from batchrun.fleet.loop import FleetLoop
+from batchrun.fleet.opening import open_fleet
 from batchrun.grammars.constraint import with_constraint
 from batchrun.jobs.determinism import computing_runs, why_not
 from batchrun.jobs.errors import Fenced, JobError, JournalError, OutputTaken, input_changed
@@ -53,9 +56,8 @@ from batchrun.runner.writer import COMMIT_RESULTS, Item, JournalWriter
 
 if TYPE_CHECKING:  # they import torch
     from batchrun.engine.build import Assembly
-    from batchrun.engine.engine import Engine
 
-    OpenWorkbench = Callable[[JobSpec, Callable[[str], None]], Assembly]
+    OpenWorkbench = Callable[[JobSpec, Callable[[str], None]], Assembly | Fleet]
 
 
 class Outcome(StrEnum):
@@ -83,6 +85,7 @@ def run_job(
     held: bool = False,
     watchdog: Watchdog | None = None,
     prompt_s: float = float("inf"),
+    handles: Sequence[int] = (),
 ) -> Outcome:
     """Run a job to its end, from wherever it is.
 
@@ -95,6 +98,7 @@ def run_job(
         held: Whether this process already holds the job's lease, from its supervisor.
         watchdog: Told what the threads are doing.
         prompt_s: Seconds of processor time that a row's prompt may take.
+        handles: Locks that processes started for the job hold too.
 
     Returns:
         How it ended.
@@ -115,6 +119,8 @@ def run_job(
             source = open_source(spec.parts, spec.input_format, noted=reading)
             run = _Run(job, spec, source, limit, stop, on_progress, log, watchdog)
         with limit:
+            if open_workbench is None and spec.runtime.has_fleet:
+                return run.run(lambda spec, log: open_fleet(spec, log, path, handles))
             return run.run(open_workbench or open_runtime)
 
 
@@ -192,7 +198,7 @@ class _Run:
         figures.remember(self.spec)
         return outcome
 
-    def _check_arithmetic(self, workbench: Assembly) -> None:
+    def _check_arithmetic(self, workbench: Assembly | Fleet) -> None:
         """Refuse to compute rows by another arithmetic than that of earlier runs."""
         now = {"id": self._number, "stats": workbench.measurements()}
         if (reason := why_not([*self._computing, now])) is not None:
@@ -245,7 +251,7 @@ class _Run:
         if not isinstance(failure, StepFailed):  # its supervisor tries again
             self.job.set_state(str(outcome), reason)
 
-    def _compute(self, workbench: Assembly) -> None:
+    def _compute(self, workbench: Assembly | Fleet) -> None:
         """Drive the engine until every row has its results, or `stop` is set."""
         requests: Channel[Request] = Channel(HANDED_REQUESTS)
         results: Channel[Item] = Channel(4 * COMMIT_RESULTS)
@@ -254,11 +260,7 @@ class _Run:
             with self.job.journal() as journal:
                 constraint = with_constraint(self.spec.sampling.given).get("constraint")
                 workbench.recall(journal.answers(_RECALLED_TOKENS), constraint)
-        loop = EngineLoop(
-            *(workbench.engine, reader, self._in_flight, self._crashes, self._figures),
-            *(self.watchdog, lambda: self.stop.is_set() or bool(self._failures)),
-            lambda: self._report("run", workbench.engine),
-        )
+        loop = self._make_loop(workbench, reader)
         writing = self._thread("journal", self._writer.run, reader.columns, results)
         reading = self._thread("reader", reader.read, requests, results)
         self._figures.engine_began = time.perf_counter()
@@ -278,6 +280,21 @@ class _Run:
         if self._failures:
             raise self._failures[0]
 
+    def _make_loop(self, workbench: Assembly | Fleet, reader: Reader) -> EngineLoop | FleetLoop:
+        def stopped() -> bool:
+            return self.stop.is_set() or bool(self._failures)
+
+        if isinstance(workbench, Fleet):
+            return FleetLoop(
+                *(workbench, reader.ended, self._crashes, self._figures, stopped),
+                lambda: self._report("run", workbench.load()),
+            )
+        engine = workbench.engine
+        return EngineLoop(
+            *(engine, reader.ended, self._in_flight, self._crashes, self._figures),
+            *(self.watchdog, stopped, lambda: self._report("run", engine.load())),
+        )
+
     def _thread(self, name: str, work: Callable[..., None], *arguments: Any) -> threading.Thread:
         """A thread that on an error keeps it and closes its channels."""
         channels = [argument for argument in arguments if isinstance(argument, Channel)]
@@ -294,7 +311,7 @@ class _Run:
 
         return threading.Thread(target=guarded, name=name)
 
-    def _make_reader(self, workbench: Assembly, requests: Channel[Request]) -> Reader:
+    def _make_reader(self, workbench: Assembly | Fleet, requests: Channel[Request]) -> Reader:
         def digests(first: int, count: int) -> Mapping[int, int]:
             with self.job.journal() as journal:
                 return journal.digests(first, count)
@@ -304,9 +321,10 @@ class _Run:
             while reader.handed > self._figures.counted["completions"]:
                 requests.wait(_DRAINED_SECONDS)
 
+        prompts = workbench.prompts if isinstance(workbench, Fleet) else workbench
         reader = Reader(
             replace(self.spec, limit=self._total),  # without rows appended in the meantime
-            *(self.source, self._done, workbench, self.log),
+            *(self.source, self._done, prompts, self.log),
             begun=self._begun,
             crashes=self._crashes,
             digests=digests,
@@ -317,9 +335,9 @@ class _Run:
         )
         return reader
 
-    def _report(self, phase: str, engine: Engine | None = None) -> None:
+    def _report(self, phase: str, load: tuple[int, int, int] | None = None) -> None:
         idle = (0, 0, self._figures.counted["completion_tokens"])
-        running, waiting, generated = idle if engine is None else engine.load()
+        running, waiting, generated = idle if load is None else load
         self.on_progress(
             Progress(
                 rows_total=self._total,

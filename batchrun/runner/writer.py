@@ -11,7 +11,15 @@ from pathlib import Path
 from batchrun.jobs.files import check_room, disk_of
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.journal.journal import READ, Journal
-from batchrun.jobs.journal.results import CopiedResult, Counts, DoneSet, Partial, Result, RowDigests
+from batchrun.jobs.journal.results import (
+    CopiedResult,
+    Counts,
+    Crashed,
+    DoneSet,
+    Partial,
+    Result,
+    RowDigests,
+)
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import JobSpec
 from batchrun.runner.channel import Channel, Closed
@@ -23,7 +31,7 @@ _COMMIT_SECONDS = 0.5  # the longest that a finished one waits for it
 _ROOM_SECONDS = 5.0  # between two looks at how full the disks are
 _RESULT_BYTES = 100  # the least that a result takes in a journal
 
-Item = Result | CopiedResult | RowDigests | list[Partial]  # a list replaces the one before
+Item = Result | CopiedResult | RowDigests | Crashed | list[Partial]
 
 
 @dataclass
@@ -116,13 +124,17 @@ class JournalWriter:
     def _commit(self, journal: Journal, pending: list[Item]) -> None:
         results = [item for item in pending if isinstance(item, Result | CopiedResult)]
         digests = [d for item in pending if isinstance(item, RowDigests) for d in item.digests]
-        partials = [item for item in pending if isinstance(item, list)][-1:]
+        partials = [p for item in pending if isinstance(item, list) for p in item]
         ended = {(r.row, r.sample) for r in results}
-        begun = [p for newest in partials for p in newest if (p.row, p.sample) not in ended]
+        newest = {(p.row, p.sample): p for p in partials}
+        begun = [p for key, p in newest.items() if key not in ended]
         figures = self.figures.observed()
         began = time.perf_counter()
         with self.watchdog.busy("writing the journal"):
             journal.write(results, figures, begun, digests)
+            for item in pending:
+                if isinstance(item, Crashed):
+                    journal.count_crash(item.rows)
         self.figures.counted["journal_s"] += time.perf_counter() - began
         self.samples += len(results)
         for result in results:  # a row has failed when any of its samples has

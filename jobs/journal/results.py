@@ -138,6 +138,12 @@ class RowDigests(NamedTuple):
     digests: list[tuple[int, int]]  # row, digest
 
 
+class Crashed(NamedTuple):
+    """Rows that were in a process when it crashed."""
+
+    rows: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Partial:
     """The tokens so far of a sample without a result; log-probabilities as in `Result`."""

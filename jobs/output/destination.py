@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from batchrun.jobs.errors import LOCAL_DISK, ROOM, JobError, OutputError, OutputTaken, refused
 from batchrun.jobs.files import (
@@ -152,7 +153,7 @@ def resuming(
     output: Path | None = None,
     *,
     overwrite: bool = False,
-    limits: Mapping[str, int] | None = None,
+    limits: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
     """Let a job continue if it can have its destination; the block must make it live.

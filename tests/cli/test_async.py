@@ -18,7 +18,7 @@ from batchrun.jobs.folder import JobFolder, list_jobs
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.queue import DeviceQueue
-from batchrun.runner.supervisor import device_of
+from batchrun.runner.supervisor import queues_of
 from tests.cli.conftest import CommandLine
 from tests.cli.gate import Gate
 
@@ -122,7 +122,7 @@ def test_the_same_work_is_not_begun_twice(batchrun: CommandLine, gate: Gate) -> 
 def test_jobs_wait_for_the_device_in_order(batchrun: CommandLine) -> None:
     with DeviceQueue(batchrun.home, "cpu"):
         first, second = started(batchrun, 3, "a.jsonl"), started(batchrun, 3, "b.jsonl")
-        assert device_of(first) == "cpu"
+        assert queues_of(first) == ["cpu"]
         for job in (first, second):
             until(lambda job=job: job.state() == "queued", f"{job.id} to be in line")
         told = "waiting for the device"

@@ -11,7 +11,7 @@ import pytest
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import Lease, held_by
-from batchrun.runner import supervisor
+from batchrun.runner import children, supervisor
 from tests.cli.conftest import CommandLine
 
 OURS = ("allocator", "jobs", "tests")
@@ -57,7 +57,7 @@ def test_what_a_job_starts_executes_nothing_of_the_folder_either(
         capture_output=True,
         text=True,
         check=False,
-        **supervisor._inheriting(),
+        **children.inheriting(),
     )
     assert not ran.exists(), ran.read_text()
     ours, paths = done.stdout.splitlines()

@@ -22,7 +22,12 @@ EACH = [SamplingParams(**{"max_tokens": 24, **KINDS[i % 4]}) for i in range(len(
 
 def answers(completions: Any) -> dict[int, tuple[Any, ...]]:
     return {
-        c.request.row: (c.token_ids, c.finish_reason, len(c.logprobs), round(c.logprob * c.request.params.scored, 2))
+        c.request.row: (
+            c.token_ids,
+            c.finish_reason,
+            len(c.logprobs),
+            round(c.logprob * c.request.params.scored, 2),
+        )
         for c in completions
     }
 

@@ -7,7 +7,7 @@ import pytest
 from batchrun.jobs.files import read_json
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.lease import Lease
-from batchrun.jobs.metrics import METRICS, RATIOS, merged, recorded
+from batchrun.jobs.metrics import METRICS, RATIOS, across, merged, recorded
 from batchrun.jobs.stats import summarise, write_summary
 
 KV = ("reserved", "mapped", "live", "shared", "static", "paged")
@@ -57,6 +57,7 @@ def test_merging_adds_amounts_and_keeps_peaks():
 
 def test_merging_one_run_changes_nothing_and_none_is_zero():
     numbers = {m.name: [i] if m.zero == [] else type(m.zero)(i + 1) for i, m in enumerate(METRICS)}
+    numbers["devices"] = [{"device": "cpu:0", "host": "here", "rows": 3, "lost": None}]
     assert merged([numbers]) == numbers
     zeros = recorded({})
     assert merged([]) == merged([{}]) == zeros
@@ -253,3 +254,29 @@ def test_rows_that_were_left_out_are_counted_apart(job):
     assert summary["state"] == "cancelled"
     assert (summary["rows"]["done"], summary["rows"]["failed"]) == (3, 0)
     assert summary["rows"]["skipped"] == 2
+
+
+def test_engines_at_the_same_time_are_as_one_that_does_what_all_do():
+    """Counts and bytes add up; the time that they are divided by is the average engine's."""
+    one = recorded({"decode_tokens": 60, "decode_s": 2.0, "kv_live_s": 8.0, "kv_s": 4.0})
+    other = recorded({"decode_tokens": 40, "decode_s": 3.0, "kv_live_s": 4.0, "kv_s": 4.0})
+    one |= {"device": "cuda:0", "arithmetic": "x", "right_at": [2, 1], "wall_s": 9.0}
+    other |= {"device": "cuda:1", "arithmetic": "x", "right_at": [3], "peak_kv_live": 5}
+    both = across([one, other])
+    assert both["decode_tokens"] / both["decode_s"] == 40
+    assert both["kv_live_s"] / both["kv_s"] == 3  # bytes on average, in both together
+    assert (both["device"], both["arithmetic"], both["right_at"]) == ("cuda:0, cuda:1", "x", [5, 1])
+    assert both["peak_kv_live"] == 5
+    assert "wall_s" not in both  # it is the run's, not the sum
+    assert across([one]) == {name: one[name] for name in both}
+
+
+def test_what_devices_did_adds_up_over_runs():
+    def device(name, rows, lost=None, peak=1):
+        return {"host": "h", "device": name, "rows": rows, "lost": lost, "peak_rss": peak}
+
+    runs = [
+        {"devices": [device("a", 3, peak=9), device("b", 4)]},
+        {"devices": [device("b", 5, "x")]},
+    ]
+    assert merged(runs)["devices"] == [device("a", 3, peak=9), device("b", 9, "x")]

@@ -93,6 +93,7 @@ SUMMARY = {
         "map_stalls": 0,
     },
     "device_time": {"busy_s": 0.0, "idle_s": 0.0},
+    "devices": [],
     "preemptions": 7,
     "peak_rss": 1536 << 20,
     "weights_bytes": 513 << 20,
@@ -297,3 +298,21 @@ def test_sizes(value, text):
 )
 def test_durations(value, text):
     assert seconds(value) == text
+
+
+def test_each_device_has_a_line_and_says_why_it_was_lost(summary):
+    device = {"host": "a", "device": "cuda:0", "rows": 1200, "generated_tokens": 40000}
+    device |= {"idle_s": 1.9, "load_s": 9.0, "lost": None}
+    device |= {"peak_kv_mapped": 1 << 30, "weights_bytes": 2 << 30}
+    summary["devices"] = [device, {**device, "device": "cuda:1", "lost": "it fell off the bus"}]
+    lines = render(summary).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("devices"))
+    assert lines[first].split() == [
+        *("devices", "rows", "tokens", "idle", "load", "peak", "KV", "weights")
+    ]
+    assert lines[first + 1].split() == [
+        *("cuda:0", "1,200", "40,000", "1.9", "s", "(2%)", "9.0", "s", "1.0", "GiB", "2.0", "GiB")
+    ]
+    assert lines[first + 2].endswith("lost: it fell off the bus")
+    summary["devices"][1]["host"] = "b"
+    assert "\n  b cuda:1 " in render(summary)

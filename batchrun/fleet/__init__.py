@@ -1,0 +1,1 @@
+"""Several engines for one job: a coordinator owns the job, workers compute its rows."""

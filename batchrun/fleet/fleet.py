@@ -1,0 +1,314 @@
+"""The workers of a job: which there are, which were lost, and what they measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from batchrun import machine
+from batchrun.engine.core import EngineError
+from batchrun.errors import MachineError, ModelError
+from batchrun.fleet.messages import (
+    Closed,
+    Ended,
+    Failed,
+    Figures,
+    Finish,
+    FromWorker,
+    Limits,
+    Log,
+    Lost,
+    Ready,
+    Recall,
+    Setup,
+    Stop,
+    ToWorker,
+)
+from batchrun.fleet.processes import Workers
+from batchrun.fleet.prompts import model_prompts, read_model
+from batchrun.jobs.metrics import across, merged
+from batchrun.jobs.spec import JobSpec
+
+if TYPE_CHECKING:  # they import torch
+    from batchrun.fleet.prompts import ModelPrompts
+
+_RESTARTS = 4  # of a worker, in a row, without a result in between
+_POLL_S = 0.1
+_RESUME = "finished rows are kept; then: batchrun resume"
+
+
+@dataclass(eq=False)
+class Member:
+    """A place for a worker, on a device, which the workers that died had before.
+
+    Attributes:
+        setup: What its workers are to be.
+        worker: The current one's number; None if there is none any more.
+        host: The machine that it is on.
+        is_ready: Whether it has loaded the model.
+        lost: Why the device is given up; None if it isn't.
+        rows: Results of its workers.
+        idle_s: Seconds without a row, after it was ready.
+        past: The last figures of the workers before.
+        figures: The current worker's last figures.
+    """
+
+    setup: Setup
+    worker: int | None = None
+    host: str = ""
+    is_ready: bool = False
+    lost: str | None = None
+    rows: int = 0
+    idle_s: float = 0.0
+    past: list[Figures] = field(default_factory=list)
+    figures: Figures = field(default_factory=dict)
+    limits: Limits | None = None
+    vain: int = 0  # workers in a row that have given no result
+
+    @property
+    def total(self) -> Figures:
+        """The figures of all its workers."""
+        return merged([*self.past, self.figures])
+
+
+class Fleet:
+    """All workers of a job. Stands in for the engine where a run needs its figures.
+
+    Args:
+        spec: The job.
+        workers: Starts them.
+        setups: What they are to be.
+        log: Told, once, what a user should know of each.
+
+    Attributes:
+        members: One for each setup.
+        prompts: Makes prompts; set by `open`.
+    """
+
+    prompts: ModelPrompts
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        workers: Workers,
+        setups: Iterable[Setup],
+        log: Callable[[str], None],
+    ) -> None:
+        self._spec, self._workers, self._log = spec, workers, log
+        self.members = [Member(setup) for setup in setups]
+        self._numbers = count()
+        self._by_worker: dict[int, Member] = {}
+        self._said = set[str]()
+        self._recall: Recall | None = None
+        self._early: list[tuple[int, FromWorker]] = []  # what came while it was opened
+        self._ending = False
+        self._looked = 0.0
+
+    def open(self) -> None:
+        """Start all workers, and wait until the first is ready; the others join as they come.
+
+        Raises:
+            ModelError: The model can't be used.
+            EngineError, MachineError: No worker comes up; the error is the last one's.
+        """
+        for member in self.members:
+            self._start(member)
+        loaded = read_model(self._spec)
+        while not any(member.is_ready for member in self.members):
+            self._early += self.poll(_POLL_S)
+        limits = next(member.limits for member in self.members if member.limits is not None)
+        self.prompts = model_prompts(loaded, self._spec, limits, len(self.members), self._log)
+
+    def poll(self, timeout: float) -> Sequence[tuple[int, FromWorker]]:
+        """What concerns the rows in what workers have said: `Ready`, `Ended` and the like.
+
+        Raises:
+            EngineError, MachineError: The last worker was lost.
+        """
+        early, self._early = self._early, []
+        if early:
+            return early
+        heard = self._workers.poll(timeout)
+        return [said for said in heard if self._heard(*said)]
+
+    def send(self, worker: int, message: ToWorker) -> None:
+        """Send a message to a worker."""
+        self._workers.send(worker, message)
+
+    def recall(self, answers: Iterable[Sequence[int]], constraint: str | None) -> None:
+        """Have all workers draft from answers of earlier runs, too."""
+        self._recall = Recall(tuple(map(tuple, answers)), constraint)
+        for member in self.members:
+            if member.is_ready and member.worker is not None:
+                self.send(member.worker, self._recall)
+
+    @property
+    def ready(self) -> list[int]:
+        """The workers that take rows."""
+        return [m.worker for m in self.members if m.is_ready and m.worker is not None]
+
+    def limits_of(self, worker: int) -> Limits:
+        """The limits of a worker that is ready."""
+        limits = self._by_worker[worker].limits
+        assert limits is not None
+        return limits
+
+    def begin_to_end(self, message: Finish | Stop) -> None:
+        """Have all workers end; `is_open` says until when `poll` has something."""
+        self._ending = True
+        for member in self.members:
+            if member.worker is None:
+                continue
+            if member.is_ready:
+                self.send(member.worker, message)
+            else:  # it can't listen before it has loaded the model
+                self._workers.end(member.worker, at_once=True)
+                self._forget(member)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any worker is left."""
+        return any(member.worker is not None for member in self.members)
+
+    def note_time(self, is_idle: Callable[[int], bool]) -> None:
+        """Count the time since the last call for those that have no rows."""
+        now = time.perf_counter()
+        passed, self._looked = now - (self._looked or now), now
+        for member in self.members:
+            if member.is_ready and member.worker is not None and is_idle(member.worker):
+                member.idle_s += passed
+
+    def load(self) -> tuple[int, int, int]:
+        """Sequences running, sequences waiting, and tokens generated so far."""
+        figures = [each for m in self.members for each in (*m.past, m.figures)]
+        running, waiting, generated = (
+            sum(f.get(name, 0) for f in figures)
+            for name in ("running", "waiting", "generated_tokens")
+        )
+        return running, waiting, generated
+
+    def measurements(self) -> Figures:
+        """The figures of all workers together, named as in `batchrun.jobs.metrics`."""
+        figures = across([member.total for member in self.members])
+        for name, own in (("rss", machine.rss()), ("peak_rss", machine.peak_rss())):
+            figures[name] += own
+        if not figures["varies"] and len(kinds := self._arithmetics()) > 1:
+            figures["varies"] = f"workers computed with {' and with '.join(kinds)}"
+        return {**figures, "devices": list(self._by_device())}
+
+    def close(self) -> None:
+        """End all workers at once."""
+        self._workers.close()
+
+    def _by_device(self) -> Iterator[dict[str, Any]]:
+        for member in self.members:
+            total = member.total
+            names = ("generated_tokens", "steps", "load_s", "peak_kv_mapped", "weights_bytes")
+            yield {
+                "device": member.setup.name,
+                "host": member.host,
+                "rows": member.rows,
+                "idle_s": member.idle_s,
+                **{name: total[name] for name in (*names, "peak_rss")},
+                "lost": member.lost,
+            }
+
+    def _arithmetics(self) -> list[str]:
+        found = (member.total["arithmetic"] for member in self.members)
+        return sorted({name for name in found if name})
+
+    def _start(self, member: Member) -> None:
+        member.worker, member.is_ready = next(self._numbers), False
+        self._by_worker[member.worker] = member
+        self._workers.start(member.worker, member.setup)
+
+    def _heard(self, worker: int, message: FromWorker) -> bool:
+        """Take in what a worker said; whether it also concerns the rows."""
+        member = self._by_worker[worker]
+        if member.worker != worker:
+            return False  # it is gone, and another one has its place
+        if isinstance(message, Log):
+            self._say(message.text)
+        elif isinstance(message, Ready):
+            self._is_ready(member, message)
+            return member.is_ready
+        elif isinstance(message, Ended):
+            member.vain = 0 if message.results else member.vain
+            member.rows += len(message.results)
+            member.figures = message.figures or member.figures
+        elif isinstance(message, Closed):
+            member.figures = message.figures
+            self._workers.end(worker)
+            self._forget(member)
+        elif isinstance(message, Failed):
+            self._workers.end(worker)
+            self._give_up(member, str(message.error), message.error)
+        elif isinstance(message, Lost):
+            self._is_lost(member, message)
+        return not isinstance(message, Log | Closed)
+
+    def _is_ready(self, member: Member, message: Ready) -> None:
+        member.host, member.figures = message.host, message.figures
+        member.limits, member.is_ready = message.limits, True
+        others = [m for m in self.members if m.limits is not None and m is not member]
+        for other in others:
+            assert other.limits is not None
+            if other.limits.max_model_len != message.limits.max_model_len:
+                problem = EngineError(
+                    f"its context has {message.limits.max_model_len:,} tokens, and that of "
+                    f"{other.setup.name} has {other.limits.max_model_len:,}"
+                )
+                assert member.worker is not None
+                self._workers.end(member.worker)
+                self._give_up(member, str(problem), problem)
+                return
+        if self._spec.runtime.deterministic and len(kinds := self._arithmetics()) > 1:
+            raise EngineError(
+                f"--deterministic can't be kept: workers compute with {' and with '.join(kinds)}",
+                hint="use devices that are alike, or leave out --deterministic, and add --again",
+            )
+        if self._recall is not None and member.worker is not None:
+            self.send(member.worker, self._recall)
+
+    def _is_lost(self, member: Member, message: Lost) -> None:
+        member.vain += 1
+        if message.for_good or member.vain > _RESTARTS or self._ending:
+            times = f", {member.vain} times in a row" * (member.vain > 1)
+            hint = (
+                "raise the machine's memory, or lower --max-num-seqs N"
+                if message.for_good
+                else None
+            )
+            problem = f"the worker on {member.setup.name} {message.how}{times}"
+            self._give_up(member, f"its worker {message.how}{times}", MachineError(problem, hint))
+            return
+        text = f"the worker on {member.setup.name} {message.how}; it is started again"
+        self._log(text + f", {len(message.suspects):,} rows were in it" * message.crashed)
+        self._forget(member)
+        self._start(member)
+
+    def _give_up(self, member: Member, reason: str, error: Exception) -> None:
+        """Go on without a device, if there are others."""
+        self._forget(member)
+        if self._ending:
+            return
+        member.lost = reason
+        left = sum(m.worker is not None for m in self.members)
+        if not left or isinstance(error, ModelError):
+            raise error
+        of = f"{left} of {len(self.members)} devices"
+        self._log(f"{member.setup.name} is lost: {reason}; the job goes on with {of}")
+
+    def _forget(self, member: Member) -> None:
+        """Close the books of a worker that has ended."""
+        if member.figures:
+            member.past.append({**member.figures, "running": 0, "waiting": 0})
+        member.worker, member.is_ready, member.figures = None, False, {}
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._log(text)
