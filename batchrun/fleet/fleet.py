@@ -117,8 +117,10 @@ class Fleet:
         for member in self.members:
             self._start(member)
         loaded = read_model(self._spec)
+        early: list[tuple[int, FromWorker]] = []
         while not any(member.is_ready for member in self.members):
-            self._early += self.poll(_POLL_S)
+            early += self.poll(_POLL_S)
+        self._early = early
         limits = next(member.limits for member in self.members if member.limits is not None)
         self.prompts = model_prompts(loaded, self._spec, limits, len(self.members), self._log)
 

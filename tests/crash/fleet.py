@@ -114,7 +114,8 @@ class Fleet:
     def _folder_of_workers(self, words: list[str]) -> str:
         """The folder in a worker's command, if it is one of this job's, or of an agent's."""
         mine = str(self.job.path)
-        return next((w for w in words if w == mine or "/batchrun-agent-" in w), mine)
+        theirs = "/batchrun-agent-" if self.ray else mine
+        return next((w for w in words if w == mine or theirs in w), mine)
 
     def results(self) -> int:
         """Rows in the journal."""

@@ -142,6 +142,26 @@ def test_workers_that_are_killed_give_their_rows_back(
     assert sum("crashed with SIGSEGV" in line and "4 rows were" in line for line in lines) == 2
 
 
+def test_workers_may_die_before_any_is_ready(submit: Submit, want: pa.Table) -> None:
+    struck = threading.Event()
+
+    def strike() -> None:
+        while len(found := workers()) < 2:
+            struck.wait(0.01)
+        for process in found:
+            process.kill()
+        struck.set()
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    job = submit()
+    outcome, said = run(job)
+    thread.join()
+    assert outcome is Outcome.DONE_WITH_ERRORS
+    assert sum("SIGKILL; it is started again" in line for line in said) == 2
+    assert output(job).equals(want)
+
+
 def test_a_row_that_crashes_its_worker_twice_ends_as_an_error(
     submit: Submit, want: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
