@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "report": {"jobs"},
     "fleet": {"allocator", "engine", "grammars", "jobs", "models", "runner"},
     "runner": {"allocator", "engine", "estimate", "fleet", "grammars", "jobs", "models", "prompts"},
-    "estimate": {"engine", "grammars", "jobs", "models", "prompts", "runner"},
+    "estimate": {"engine", "fleet", "grammars", "jobs", "models", "prompts", "runner"},
     "specs": {"engine", "fleet", "grammars", "jobs", "models", "prompts", "runner"},
     "submission": {"jobs", "runner"},
     "llm": {"engine", "jobs", "runner", "specs", "submission"},

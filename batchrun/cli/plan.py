@@ -58,12 +58,14 @@ def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
     saved, planning = found["saved"], "saves nothing against the file's order"
     if any(saved.values()):
         planning = f"saves about {saved['prompt_tokens']:,} prompt tokens, {saved['steps']:,} steps"
+    engines = found["engines"]
+    for_each = f"; each of {engines:,} devices" if engines > 1 else ""
     each = "of these lengths fit into" if kv["sequences"] else "of these lengths do not fit into"
     took = "nothing was measured yet on this machine with this model: any job will do"
     if time is not None:
         took = (
             f"about {seconds(time['engine'])}, and {seconds(time['load'])} to load the model "
-            f"(an estimate, from {found['measured_runs']:,} runs)"
+            f"(an estimate, from {found['measured_runs']:,} runs{for_each})"
         )
     return {
         "rows": rows,
@@ -77,9 +79,10 @@ def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "KV memory": [
             f"{size(kv['token_bytes'])} a token",
-            f"{kv['sequences'] or 0:,} sequences {each} {size(kv['budget_bytes'])}",
+            f"{kv['sequences'] or 0:,} sequences {each} {size(kv['budget_bytes'])}{for_each}",
         ],
-        "steps": f"about {found['steps']:,}, of {found['max_num_seqs']:,} sequences at most",
+        "steps": f"about {found['steps']:,}, of {found['max_num_seqs']:,} sequences at most"
+        + for_each,
         "planning": planning,
         "time": took,
     }

@@ -110,7 +110,7 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
         say("", "everything checks out; nothing was started (--dry-run)")
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @job_argument
 @click.option("--all", "every", is_flag=True, help="Continue every job that is not done.")
 @click.option("--retry-failed", is_flag=True, help="Do only the failed rows again.")

@@ -18,6 +18,7 @@ from batchrun.engine.prefixes import BLOCK, common_length
 from batchrun.engine.waiting import why_row_refused
 from batchrun.estimate.measured import Measured
 from batchrun.estimate.savings import BatchModel
+from batchrun.fleet.devices import one_engine
 from batchrun.grammars.matchers import Matchers
 from batchrun.jobs.folder import home
 from batchrun.jobs.journal.results import CopiedResult, DoneSet, Result, RowDigests
@@ -141,6 +142,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
         `expected_tokens` (of completions, if they end as early as in earlier runs), `duplicates`
         (`rows` and, at most, completion `tokens`, taken from other rows), `shared_tokens` (of
         prompts), `saved` by planning (`prompt_tokens` and `steps`), `errors` by kind, `skipped`,
+        `engines` (how many compute at the same time; what follows is of each of them),
         `kv` (`token_bytes`, `budget_bytes`, and how many `sequences` of these lengths fit),
         `max_num_seqs`, `steps`, `seconds` (`load`, `engine`; None if nothing was measured yet),
         `measured_runs`.
@@ -153,6 +155,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
     source = open_source(spec.parts, spec.input_format, noted=limit.note.reading)
     known = Measured.load(home(), spec)
     info = read_model_info(spec, log)
+    _, engines = one_engine(spec.runtime)
     prompt_tokens = 0
 
     def encode(fields: Mapping[str, Any]) -> tuple[int, ...]:
@@ -174,7 +177,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
         known or Measured(),
         reader,
         spec.runtime.share_prefixes,
-        BatchModel(info.max_num_seqs, info.max_num_batched_tokens),
+        BatchModel(info.max_num_seqs * engines, info.max_num_batched_tokens * engines),
     )
     reader.read(planned, planned)
     same, problems = reader.duplicates, dict(planned.problems)
@@ -184,7 +187,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
     steps = planned.slots.steps * crowded
     saved = reader.savings.saved()
     tokens = planned.computed + planned.expected * (1 + planned.measured.rejected)
-    amounts = (steps, tokens, planned.held * info.token_bytes)
+    amounts = (steps, tokens / engines, planned.held * info.token_bytes / engines)
     return {
         "rows": (planned.requests + same.rows + sum(problems.values())) // spec.n,
         "prompt_tokens": prompt_tokens,
@@ -200,6 +203,7 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
             "budget_bytes": info.budget,
             "sequences": fit,
         },
+        "engines": engines,
         "max_num_seqs": info.max_num_seqs,
         "steps": max(round(steps), min(1, planned.requests)),
         "seconds": None
@@ -231,7 +235,8 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
     )
 
     transformers_logging.set_verbosity_error()
-    settings = engine_settings(spec)
+    runtime, engines = one_engine(spec.runtime)
+    settings = engine_settings(replace(spec, runtime=runtime))
     device = here.choose_device(settings.device, log)
     loaded = loading.load(
         settings.model_path,
@@ -251,7 +256,7 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
     layout = here.kv_layout(loaded, settings, draft, cuda=device != "cpu")
     given = budget = settings.kv_budget
     if budget is None:
-        free = here.available_memory()
+        free = here.available_memory() // (engines if runtime.devices else 1)
         if device != "cpu":
             free = torch.cuda.mem_get_info(device)[0] - here.DEVICE_HEADROOM
         budget = free - loaded.weights_bytes - (draft.weights_bytes if draft else 0)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from batchrun.jobs.files import make_folders, read_json, write_json
+from batchrun.jobs.options import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 
 _AMOUNTS = 3
@@ -27,6 +28,7 @@ _KEPT = 0.5  # weight of earlier runs whenever there is a new one: machines and 
 # Settings that change the number of steps, not the time of one.
 _NOT_SPEED = {
     *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "plan", "share_prefixes"),
+    *("devices", "ray", "workers", "gpus_per_worker", "cpus_per_worker"),
     *("name", "path", "draft_model", "draft_path", "max_model_len", "param_columns"),
 }
 _RIDGE = 1e-9  # of the diagonal: if all steps of a run are alike, amounts can't be told apart
@@ -163,9 +165,18 @@ class StepSampler:
                 self.measured.rejected = rejected / decoded
 
 
+def _place(runtime: RuntimeSpec) -> str:
+    """Where each of a job's engines computes, as far as it says how fast."""
+    if runtime.ray is not None:
+        return f"ray, {runtime.gpus_per_worker} GPUs, {runtime.cpus_per_worker} CPUs"
+    if runtime.devices is None:
+        return runtime.device
+    return runtime.devices if runtime.devices.startswith("cpu:") else "auto"
+
+
 def _path(home: Path, spec: JobSpec) -> Path:
     """The file of figures for jobs with the same model, settings and machine."""
-    said = {**vars(spec.model), **vars(spec.runtime)}
+    said = {**vars(spec.model), **vars(spec.runtime), "device": _place(spec.runtime)}
     settings = {name: value for name, value in said.items() if name not in _NOT_SPEED}
     machine = [platform.node(), platform.machine(), os.cpu_count()]
     text = json.dumps([settings, machine], sort_keys=True)

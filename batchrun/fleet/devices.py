@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from dataclasses import replace
 
 from batchrun import machine
 from batchrun.allocator.cuda import Driver
 from batchrun.allocator.vmm import AllocatorError
 from batchrun.errors import MachineError
+from batchrun.jobs.options import RuntimeSpec
 
 INSTALL = "pip install 'batchrun-llm[ray]'"
 
@@ -41,6 +44,22 @@ def devices_of(named: str) -> list[str]:
                 hint="batchrun doctor shows the devices; --devices all takes what there is",
             )
     return wanted
+
+
+def one_engine(runtime: RuntimeSpec) -> tuple[RuntimeSpec, int]:
+    """How one of a job's engines runs, as far as this machine can tell, and how many there are.
+
+    Raises:
+        MachineError: A device is not there.
+    """
+    if runtime.ray is not None:
+        on_cpu = runtime.gpus_per_worker == 0
+        engines = (runtime.workers or 1) * max(1, math.ceil(runtime.gpus_per_worker or 1))
+        return replace(runtime, device="cpu" if on_cpu else "auto"), engines
+    if runtime.devices is not None:
+        devices = devices_of(runtime.devices)
+        return replace(runtime, device=devices[0]), len(devices)
+    return runtime, 1
 
 
 def check_ray() -> None:

@@ -68,7 +68,7 @@ class Fleet:
         prompts = [f"{'alike ' * (i % 5 * 8)}{i}" for i in range(self.rows - 1)]
         table = {"id": range(self.rows), "prompt": [*prompts, None]}
         pq.write_table(pa.table(table), self._prompts)
-        self.environment = environment(self.root / "site", 0.01, null=not self.real)
+        self.environment = environment(self.root / "site", 0.004, null=not self.real)
         self.environment["BATCHRUN_HOME"] = str(self.root)
 
     def begin(self, *, alone: bool = False) -> None:
@@ -193,8 +193,8 @@ def series(fleet: Fleet, wanted: int, seed: int) -> Trials:
 
 def _wait(fleet: Fleet, rng: random.Random) -> bool:
     """Wait for some more results, or a little; False if the run has ended."""
-    before, more = fleet.results(), rng.randint(0, fleet.rows // 3)
-    until = time.monotonic() + rng.uniform(0, 3)
+    before, more = fleet.results(), rng.randint(1, fleet.rows // 2)
+    until = time.monotonic() + rng.uniform(1, 8)
     while fleet.running() and fleet.results() < before + more and time.monotonic() < until:
         time.sleep(0.01)
     return fleet.running()
