@@ -75,13 +75,14 @@ class Dispatch:
     Attributes:
         crashes: The same, and how often a worker has.
         is_complete: Whether all rows have been put; set by the caller.
+        num_coming: Workers that are about to join; set by the caller.
         num_outstanding: Rows that are at a worker.
     """
 
     def __init__(self, crashes: Mapping[int, int]) -> None:
         self.crashes = dict(crashes)
         self.is_complete = False
-        self.num_outstanding = 0
+        self.num_outstanding = self.num_coming = 0
         self._workers: dict[int, _Worker] = {}
         self._free: deque[_Group] = deque()  # groups that no worker has begun
         self._last: tuple[_Group, Waiting] | None = None  # where the last row was put
@@ -131,7 +132,7 @@ class Dispatch:
                 return None  # it would not be alone yet
             found = [self._suspects.popleft()]
         else:
-            found = [] if state.alone else list(self._next_rows(state))
+            found = [] if state.alone else list(self._next_rows(state, self._room(state)))
         if not found:
             return None
         state.alone = found[0].rest.row in self.crashes
@@ -189,6 +190,8 @@ class Dispatch:
         self.num_outstanding -= len(state.outstanding)
         if state.group:
             self._free.appendleft(state.group)
+        else:
+            self._leave(state.group)
         crashed = {row for row, _ in state.outstanding}.intersection(suspects)
         for row in crashed:
             self.crashes[row] = self.crashes.get(row, 0) + 1
@@ -233,17 +236,28 @@ class Dispatch:
             self._alone = worker
         return self._alone == worker
 
-    def _next_rows(self, state: _Worker) -> Iterator[Waiting]:
+    def _room(self, state: _Worker) -> int:
+        """Rows that a worker may get now: when the last ones are given, each gets its share."""
+        if not self.is_complete:
+            return state.room
+        left = self._num_waiting + self.num_outstanding
+        share = -(-left // (len(self._workers) + self.num_coming))
+        return min(state.room, share - len(state.outstanding))
+
+    def _next_rows(self, state: _Worker, room: int) -> Iterator[Waiting]:
         """Rows of the worker's own group, then of a new one, then of another worker's."""
-        room = state.room
         while room > 0 and self._num_waiting:
             if not state.group:
-                if self._last is not None and self._last[0] is state.group:
-                    self._last = None  # nothing can be added to it any more
+                self._leave(state.group)
                 state.group = self._free.popleft() if self._free else self._half_of_another()
             room -= 1
             self._num_waiting -= 1
             yield state.group.popleft()
+
+    def _leave(self, group: _Group) -> None:
+        """Note that nothing can be added to a group any more."""
+        if self._last is not None and self._last[0] is group:
+            self._last = None
 
     def _half_of_another(self) -> _Group:
         """The later half of the largest group that a worker has begun, or all of a single row."""

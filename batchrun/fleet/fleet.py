@@ -152,6 +152,11 @@ class Fleet:
         """The workers that take rows."""
         return [m.worker for m in self.members if m.is_ready and m.worker is not None]
 
+    @property
+    def num_coming(self) -> int:
+        """Workers that are not ready yet."""
+        return sum(m.worker is not None and not m.is_ready for m in self.members)
+
     def limits_of(self, worker: int) -> Limits:
         """The limits of a worker that is ready."""
         limits = self._by_worker[worker].limits

@@ -72,6 +72,7 @@ class FleetLoop:
             rows.join(worker, fleet.limits_of(worker))
         while not self.stopped():
             rows.is_complete = rows.is_complete or not self._read(requests)
+            rows.num_coming = fleet.num_coming
             if rows.is_complete and rows.is_empty:
                 break
             self._give()

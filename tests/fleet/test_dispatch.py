@@ -173,7 +173,7 @@ class Rows(RuleBasedStateMachine):
 
 
 TestRows = Rows.TestCase
-TestRows.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRows.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 
 
 def of(kind: int, number: int) -> Waiting:
@@ -243,6 +243,40 @@ def test_those_with_nothing_get_half_of_what_waits_elsewhere() -> None:
     assert work is not None
     assert work.rows[0].request().generated_ids == (5, 6)
     assert [*dispatch.releases()] == [(0, 5)]
+
+
+def test_of_the_last_rows_each_gets_its_share() -> None:
+    """Also of those that come back: else the one that gave them would take them again."""
+    dispatch = Dispatch({})
+    for worker in (0, 1):
+        dispatch.join(worker, limits(40))
+    for number in range(30):
+        dispatch.put(row(number))
+    dispatch.is_complete = True
+    assert len(numbers(dispatch.take(0))) == 15
+    dispatch.take_back(0, [row(number) for number in range(10)])
+    assert len(numbers(dispatch.take(0))) == 10  # its share again
+    assert len(numbers(dispatch.take(1))) == 15
+
+
+def test_a_worker_that_is_about_to_come_has_its_share_waiting() -> None:
+    dispatch = Dispatch({})
+    dispatch.join(0, limits(40))
+    dispatch.num_coming = 1
+    for number in range(30):
+        dispatch.put(row(number))
+    dispatch.is_complete = True
+    assert len(numbers(dispatch.take(0))) == 15
+    for number in range(15):
+        dispatch.end(0, (number, 0))
+    assert len(numbers(dispatch.take(0))) == 8  # until it comes, the first goes on
+    ended = set(range(15))
+    while not dispatch.is_empty:
+        for number in range(30):
+            if dispatch.end(0, (number, 0)) is not None:
+                ended.add(number)
+        dispatch.take(0)
+    assert ended == set(range(30))
 
 
 @pytest.mark.parametrize("alone", [0, 1])
