@@ -97,6 +97,7 @@ class _Place:
     actor: Any = None
     workers: set[int] = field(default_factory=set)
     hearing: Any = None  # the call that returns what they say next
+    told: list[Any] = field(default_factory=list)  # calls that may not have ended
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -143,7 +144,8 @@ class RayWorkers:
         """See `Workers.send`."""
         place = self._of[worker]
         if worker in place.workers and place.actor is not None:
-            place.actor.tell.options(concurrency_group="tell").remote([(worker, message)])
+            tell = place.actor.tell.options(concurrency_group="tell")
+            place.told.append(tell.remote([(worker, message)]))
 
     def poll(self, timeout: float) -> Sequence[tuple[int, FromWorker]]:
         """See `Workers.poll`."""
@@ -162,10 +164,18 @@ class RayWorkers:
             place = by_call[call]
             try:
                 found += self._ray.get(call)
+                self._check_told(place)
                 place.hearing = self._hear(place)
             except self._ray.exceptions.RayError as error:
                 found += self._lost(place, error)
         return self._current(found)
+
+    def _check_told(self, place: _Place) -> None:
+        """Raise what went wrong with messages to an agent: rows in them would never end."""
+        if place.told:
+            many = len(place.told)
+            ended, place.told = self._ray.wait(place.told, num_returns=many, timeout=0)
+            self._ray.get(ended)
 
     def end(self, worker: int, *, at_once: bool = False) -> None:
         """See `Workers.end`."""
@@ -218,7 +228,9 @@ class RayWorkers:
 
     def _lost(self, place: _Place, error: Exception) -> Iterator[tuple[int, FromWorker]]:
         """Say that an agent's workers are lost with it."""
-        place.actor = place.hearing = None
+        with suppress(Exception):  # it may live, and have no rows any more
+            self._ray.kill(place.actor)
+        place.actor, place.hearing, place.told = None, None, []
         workers, place.workers = place.workers, set()
         for worker in workers:
             yield worker, Lost(f"was lost with its agent: {_first(error)}")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # they import torch
 
 _RESTARTS = 4  # of a worker, in a row, without a result in between
 _POLL_S = 0.1
-_RESUME = "finished rows are kept; then: batchrun resume"
+_MEMORY = "batchrun resume with a lower --max-num-seqs N or --kv-budget SIZE"
 
 
 @dataclass(eq=False)
@@ -107,8 +107,11 @@ class Fleet:
         self._ending = False
         self._looked = 0.0
 
-    def open(self) -> None:
+    def open(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Start all workers, and wait until the first is ready; the others join as they come.
+
+        Args:
+            stopped: Whether to wait no longer: then nothing can be computed.
 
         Raises:
             ModelError: The model can't be used.
@@ -119,6 +122,8 @@ class Fleet:
         loaded = read_model(self._spec)
         early: list[tuple[int, FromWorker]] = []
         while not any(member.is_ready for member in self.members):
+            if stopped():
+                return
             early += self.poll(_POLL_S)
         self._early = early
         limits = next(member.limits for member in self.members if member.limits is not None)
@@ -284,11 +289,7 @@ class Fleet:
         member.vain += 1
         if message.for_good or member.vain > _RESTARTS or self._ending:
             times = f", {member.vain} times in a row" * (member.vain > 1)
-            hint = (
-                "raise the machine's memory, or lower --max-num-seqs N"
-                if message.for_good
-                else None
-            )
+            hint = _MEMORY if message.for_good else "batchrun logs says more"
             problem = f"the worker on {member.setup.name} {message.how}{times}"
             self._give_up(member, f"its worker {message.how}{times}", MachineError(problem, hint))
             return

@@ -20,15 +20,20 @@ NOTES = "workers"  # in a job's folder: what outlives a worker that crashes
 
 
 def open_fleet(
-    spec: JobSpec, log: Callable[[str], None], folder: Path, handles: Sequence[int]
+    spec: JobSpec,
+    log: Callable[[str], None],
+    folder: Path,
+    handles: Sequence[int],
+    stopped: Callable[[], bool],
 ) -> Fleet:
-    """Start a job's workers, and wait until one of them is ready.
+    """Start a job's workers, and wait until one of them is ready, or no longer if it is stopped.
 
     Args:
         spec: The job.
         log: Told what a user should know.
         folder: The job's.
         handles: Locks that workers on this machine hold too.
+        stopped: Whether the job is to end.
 
     Raises:
         ModelError: The model can't be used.
@@ -45,7 +50,7 @@ def open_fleet(
         workers = Processes(folder, handles)
     fleet = Fleet(spec, workers, setups, log)
     try:
-        fleet.open()
+        fleet.open(stopped)
     except BaseException:
         fleet.close()
         raise

@@ -11,6 +11,7 @@ from heapq import nsmallest
 from typing import Any, cast
 
 from batchrun import machine
+from batchrun.fleet.devices import one_engine
 from batchrun.jobs.determinism import computing_runs, why_not
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.identity import check_unchanged
@@ -202,7 +203,8 @@ def _computed(
     report("load", 0, 0)
     if (note := machine.use_cores()) is not None:
         log(note)
-    alone = replace(spec.runtime, plan=False, share_prefixes=False, drafts=False)
+    runtime, _ = one_engine(spec.runtime)
+    alone = replace(runtime, plan=False, share_prefixes=False, drafts=False)
     spec = replace(spec, limit=rows[-1] + 1, runtime=alone)
     source = open_source(spec.parts, spec.input_format, noted=limit.note.reading)
     with open_runtime(spec, log) as bench:

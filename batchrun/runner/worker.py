@@ -120,7 +120,7 @@ def run_job(
             run = _Run(job, spec, source, limit, stop, on_progress, log, watchdog)
         with limit:
             if open_workbench is None and spec.runtime.has_fleet:
-                return run.run(lambda spec, log: open_fleet(spec, log, path, handles))
+                return run.run(lambda spec, log: open_fleet(spec, log, path, handles, stop.is_set))
             return run.run(open_workbench or open_runtime)
 
 
@@ -172,10 +172,11 @@ class _Run:
                 self._writer.check_room_ahead()
                 with self.watchdog.busy("loading the model", _PATIENCE):
                     figures.workbench = open_workbench(self.spec, self.log)
-                if self.spec.runtime.deterministic:
-                    self._check_arithmetic(figures.workbench)
                 figures.counted["load_s"] = time.perf_counter() - figures.began
-                self._compute(figures.workbench)
+                if not self.stop.is_set():
+                    if self.spec.runtime.deterministic:
+                        self._check_arithmetic(figures.workbench)
+                    self._compute(figures.workbench)
             outcome = self._finish()
         except KeyboardInterrupt:
             outcome = Outcome.INTERRUPTED
