@@ -95,6 +95,9 @@ crash-test: $(SETUP)
 	$(BIN)/python -m tests.crash.signals
 	$(BIN)/python -m tests.crash.signals --real --trials 40
 	$(BIN)/python -m tests.crash.races
+	$(BIN)/python -m tests.crash.fleet
+	$(BIN)/python -m tests.crash.fleet --real --trials 30
+	$(BIN)/python -m tests.crash.fleet --ray --trials 100
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory host
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory unguarded-host
 	$(BIN)/python -m tests.allocator.fuzz --operations 100000 --memory fake-cuda
