@@ -51,7 +51,7 @@ from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.machine import description
 from batchrun.models.resolve import DEFAULT_MODEL, resolve
-from batchrun.runner.worker import run_job
+from batchrun.runner.job_run import run_job
 from tests.fleet.nulls import NullPrompts
 
 TOKENS = 200  # of an answer

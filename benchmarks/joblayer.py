@@ -182,7 +182,7 @@ def run(folder: Path) -> dict[str, Any]:
 def run_demo(folder: Path) -> dict[str, Any]:
     """The job of `make demo`, with clocks around the engine's steps and in the threads."""
     from batchrun.models.resolve import DEFAULT_MODEL, resolve  # noqa: PLC0415
-    from batchrun.runner import opening, worker  # noqa: PLC0415 - torch
+    from batchrun.runner import job_run, opening  # noqa: PLC0415 - torch
 
     prompts = Path(__file__).parents[1] / "examples" / "prompts.parquet"
     model = resolve(DEFAULT_MODEL, folder / "models")
@@ -219,7 +219,7 @@ def run_demo(folder: Path) -> dict[str, Any]:
 
     threading.Thread.run = timed_thread  # type: ignore[method-assign]
     job = create(folder, spec)
-    worker.run_job(job.path, stop=threading.Event(), open_workbench=open_timed)
+    job_run.run_job(job.path, stop=threading.Event(), open_workbench=open_timed)
     with job.journal() as journal:
         engine_s = journal.runs()[-1]["stats"]["engine_s"]
         rows = journal.counts().rows

@@ -25,10 +25,10 @@ from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.models.resolve import ModelRef, resolve
+from batchrun.runner.job_run import Outcome, run_job
 from batchrun.runner.live import Progress
 from batchrun.runner.overdue import PromptLimit
 from batchrun.runner.recompute import Recomputed, chosen, difference, recompute
-from batchrun.runner.worker import Outcome, run_job
 from tests.jobs.test_verify import edit
 from tests.tiny import write_tiny_model
 

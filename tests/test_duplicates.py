@@ -30,10 +30,10 @@ from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
 from batchrun.runner import duplicates, planner, writer
 from batchrun.runner.duplicates import Duplicates
+from batchrun.runner.job_run import Outcome, run_job
 from batchrun.runner.live import Progress
 from batchrun.runner.planner import Waiting
 from batchrun.runner.reader import Reader
-from batchrun.runner.worker import Outcome, run_job
 
 GREEDY = SamplingParams(max_tokens=5)
 

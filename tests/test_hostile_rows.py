@@ -21,8 +21,8 @@ from batchrun.jobs import folder
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import resolve
+from batchrun.runner.job_run import Outcome, run_job
 from batchrun.runner.param_columns import OVERRIDES
-from batchrun.runner.worker import Outcome, run_job
 from tests.tiny import CONTEXT, SPECIAL, write_tiny_model
 
 GOOD = ["Hello", "a longer prompt, of more than one chunk " * 3, "x", "Hello there"]

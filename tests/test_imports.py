@@ -55,7 +55,7 @@ TORCH_FREE = (
     "fleet.loop",
     "runner.reader",
     "runner.supervisor",
-    "runner.worker",
+    "runner.job_run",
     *(f"cli.{file.stem}" for file in sorted((ROOT / "batchrun/cli").glob("*.py"))[1:]),
 )
 

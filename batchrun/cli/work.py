@@ -65,7 +65,7 @@ def run_job_command(folder: Path) -> int:
         try:
             if (note := use_cores()) is not None:
                 reporter.message(note)
-            from batchrun.runner.worker import (  # noqa: PLC0415 - 18 MB that no supervisor needs
+            from batchrun.runner.job_run import (  # noqa: PLC0415 - 18 MB that no supervisor needs
                 run_job,
             )
 

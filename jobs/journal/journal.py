@@ -295,7 +295,7 @@ class Journal(Readings):
                     raise JournalError("no run has begun that could write results")
                 if latest != self._run:
                     raise Fenced(
-                        f"another worker, run {latest}, took this job over from run {self._run}",
+                        f"another process, run {latest}, took this job over from run {self._run}",
                         hint=f"see it with: batchrun show {self.path.parent.name}",
                     )
             yield

@@ -8,8 +8,8 @@ from pathlib import Path
 _HOLD = """
 import os, sys, time
 if 'run-job' in sys.orig_argv:
-    from batchrun.runner import worker
-    opening, steps = worker.open_runtime, iter(range({steps}))
+    from batchrun.runner import job_run
+    opening, steps = job_run.open_runtime, iter(range({steps}))
     def opened(*arguments):
         workbench = opening(*arguments)
         step = workbench.engine.step
@@ -20,7 +20,7 @@ if 'run-job' in sys.orig_argv:
             return step()
         workbench.engine.step = held
         return workbench
-    worker.open_runtime = opened
+    job_run.open_runtime = opened
 """
 
 

@@ -39,7 +39,7 @@ from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.models.resolve import ModelRef, resolve
-from batchrun.runner import engine_loop, worker, writer
+from batchrun.runner import engine_loop, job_run, writer
 from batchrun.runner.live import Progress
 from tests.crash.harness import in_child
 from tests.tiny import write_tiny_model
@@ -221,7 +221,7 @@ def run(job: JobFolder, kind: Kind, way: Way) -> int:
             if dies_after is not None and done >= dies_after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        worker.run_job(job.path, stop=threading.Event(), on_progress=look)
+        job_run.run_job(job.path, stop=threading.Event(), on_progress=look)
 
     deaths = 0
     for kill in (*way.kills, None):

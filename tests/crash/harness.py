@@ -33,7 +33,7 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
-from batchrun.runner import opening, worker, writer
+from batchrun.runner import job_run, opening, writer
 from batchrun.runner.live import Progress
 
 COLUMNS = ["completion", "completion_token_ids", "finish_reason", "prompt_tokens", "error"]
@@ -130,7 +130,7 @@ def run_noting(job: JobFolder, notes: Path, last_row: int | None = None) -> None
         if last_row is not None and progress.rows_done >= last_row:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    worker.run_job(job.path, stop=threading.Event(), on_progress=die, open_workbench=open_noting)
+    job_run.run_job(job.path, stop=threading.Event(), on_progress=die, open_workbench=open_noting)
 
 
 def journalled(job: JobFolder) -> set[int]:

@@ -40,7 +40,7 @@ from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 from batchrun.machine import end_with_lost_threads
 from batchrun.models.resolve import fingerprint
-from batchrun.runner.worker import Outcome, run_job
+from batchrun.runner.job_run import Outcome, run_job
 from tests.faults import shim
 from tests.faults.shim import Fault, Kind
 from tests.faults.smalljob import BUG, forked

@@ -20,8 +20,8 @@ from batchrun.jobs.cancel import cancel
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
-from batchrun.runner import worker
-from batchrun.runner.worker import Outcome
+from batchrun.runner import job_run
+from batchrun.runner.job_run import Outcome
 from tests.faults.smalljob import DONE, Ledger, NullEngine, NullWorkbench, SmallJob, forked
 
 ROWS = 2
@@ -82,7 +82,7 @@ def _next_job(home: Path, scratch: Path) -> int:
     small, engine = SmallJob(scratch, ROWS), NullEngine(Ledger(ROWS))
     small.write_input()
     job = folder.create(home, small.spec())
-    outcome = worker.run_job(
+    outcome = job_run.run_job(
         job.path,
         stop=threading.Event(),
         open_workbench=lambda spec, log: NullWorkbench(engine),

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from batchrun.jobs import folder
 from batchrun.jobs.identity import move
-from batchrun.runner.worker import Outcome
+from batchrun.runner.job_run import Outcome
 from tests.faults import shim
 from tests.faults.liveness import check_goes_on
 from tests.faults.shim import Fault, Kind

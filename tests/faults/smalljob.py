@@ -33,8 +33,8 @@ from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpe
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 from batchrun.prompts.messages import PromptError
-from batchrun.runner import worker, writer
-from batchrun.runner.worker import Outcome
+from batchrun.runner import job_run, writer
+from batchrun.runner.job_run import Outcome
 
 MAX_TOKENS = 6
 DONE, ENDED_WITH_ERROR, BUG, INTERRUPTED, REFUSED = 0, 3, 4, 5, 6  # exit codes of a worker
@@ -239,7 +239,7 @@ class SmallJob:
         Journal.write = noting  # type: ignore[method-assign]
         try:
             engine = NullEngine(ledger, slots, before_step)
-            outcome = worker.run_job(
+            outcome = job_run.run_job(
                 job.path,
                 stop=stop or threading.Event(),
                 open_workbench=lambda spec, log: NullWorkbench(engine),

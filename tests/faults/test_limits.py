@@ -21,7 +21,7 @@ from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
-from batchrun.runner.worker import Outcome
+from batchrun.runner.job_run import Outcome
 from tests.faults.liveness import check_goes_on
 from tests.faults.smalljob import DONE, ENDED_WITH_ERROR, Ledger, SmallJob, forked, outcome_of
 from tests.tiny import write_tiny_model

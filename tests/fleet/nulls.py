@@ -169,12 +169,12 @@ def environment(place: Path, pace: float, *, null: bool = True) -> dict[str, str
 
 
 def main(folder: str, *, null: bool) -> int:
-    from batchrun.runner import worker, writer  # noqa: PLC0415
+    from batchrun.runner import job_run, writer  # noqa: PLC0415
 
     if null:
         in_coordinator()
     writer._COMMIT_SECONDS = 0.05
-    outcome = worker.run_job(Path(folder), stop=threading.Event(), log=print)
+    outcome = job_run.run_job(Path(folder), stop=threading.Event(), log=print)
     return 0 if outcome.startswith("done") else 1
 
 

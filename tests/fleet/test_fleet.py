@@ -25,8 +25,8 @@ from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import ModelRef, resolve
 from batchrun.report.text import render
+from batchrun.runner.job_run import Outcome, run_job
 from batchrun.runner.live import Progress
-from batchrun.runner.worker import Outcome, run_job
 from tests.tiny import write_tiny_model
 
 ROWS = 60

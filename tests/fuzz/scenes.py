@@ -27,9 +27,9 @@ from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import STATS, summarise
 from batchrun.jobs.verify import verify
-from batchrun.runner import engine_loop, worker, writer
+from batchrun.runner import engine_loop, job_run, writer
+from batchrun.runner.job_run import Outcome
 from batchrun.runner.live import LogTail, Progress, Reporter, read_progress
-from batchrun.runner.worker import Outcome
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, length, token
 from tests.fuzz.trial import Wrong
 
@@ -113,7 +113,7 @@ def _run(
     writer.COMMIT_RESULTS, engine_loop._CHECKPOINT_SECONDS = 2, 0.0
     Journal.write = noting  # type: ignore[method-assign, assignment]
     try:
-        return worker.run_job(
+        return job_run.run_job(
             job.path,
             stop=stop or threading.Event(),
             open_workbench=lambda spec, log: NullWorkbench(NullEngine(ledger)),

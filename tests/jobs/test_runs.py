@@ -57,7 +57,7 @@ def test_a_run_that_woke_up_late_writes_nothing(folder, same_connection):
             lambda: stalled.count_crash([1]),
             stalled.retry_failed,
         ):
-            with pytest.raises(Fenced, match="another worker, run 2, took this job over"):
+            with pytest.raises(Fenced, match="another process, run 2, took this job over"):
                 write()
         second.write([ok(1)])
         assert [r.row for r in second.results()] == [0, 1]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from batchrun.jobs import folder
-from batchrun.runner import worker
-from batchrun.runner.worker import Outcome
+from batchrun.runner import job_run
+from batchrun.runner.job_run import Outcome
 from tests.faults.smalljob import Ledger, NullEngine, NullWorkbench, SmallJob
 from tests.soak.flat import Sample, Watched, left_behind, processes, sample
 from tests.soak.works import alike, write
@@ -41,7 +41,7 @@ def test_a_run_has_late_in_a_job_what_it_had_early(tmp_path: Path) -> None:
 
     engine = NullEngine(Ledger(ROWS), 64, before_step)
     job = folder.create(small.home, small.spec())
-    outcome = worker.run_job(
+    outcome = job_run.run_job(
         job.path, stop=threading.Event(), open_workbench=lambda *_: NullWorkbench(engine)
     )
     assert outcome is Outcome.DONE_WITH_ERRORS

@@ -33,9 +33,9 @@ from batchrun.jobs.verify import verify
 from batchrun.models.resolve import ModelRef, resolve
 from batchrun.runner import writer
 from batchrun.runner.engine_loop import EngineLoop
+from batchrun.runner.job_run import Outcome, run_job
 from batchrun.runner.live import Progress
 from batchrun.runner.reader import QUEUED_REQUESTS, Reader
-from batchrun.runner.worker import Outcome, run_job
 from batchrun.runner.writer import JournalWriter
 from tests.tiny import write_tiny_model
 
