@@ -303,7 +303,7 @@ class RuntimeSpec:
     )
     devices: str | None = option(
         "Compute on several devices at once, with a process for each: all GPUs, those with these "
-        "numbers, or N workers that share the CPU's cores.",
+        "numbers, or N workers that share the CPU's cores. Limits below are those of each.",
         kinds.DEVICES,
         section=kinds.FLEET,
         anew=True,

@@ -30,8 +30,7 @@ from batchrun.jobs.spec import JobSpec
 
 _HEAR_S = 1.0  # that an agent waits for its workers to say something
 _NO_ROOM_S = 30.0  # until users are told that the cluster has no room
-_UNPLACED_S = 2.0  # between two looks for an agent's place
-_CLOSE_S = 10.0
+_CLOSE_S = 3.0
 
 
 def open_cluster(spec: JobSpec, log: Callable[[str], None]) -> tuple[RayWorkers, list[Setup]]:
@@ -187,9 +186,10 @@ class RayWorkers:
 
     def close(self) -> None:
         """See `Workers.close`."""
-        ended = [p.actor.close.remote() for p in self._places.values() if p.actor is not None]
+        up = [place.actor for place in self._places.values() if place.hearing is not None]
         with suppress(Exception):  # their processes end with them in any case
-            self._ray.wait(ended, num_returns=len(ended), timeout=_CLOSE_S)
+            ended = [actor.close.remote() for actor in up]
+            self._ray.wait(ended, num_returns=max(1, len(ended)), timeout=_CLOSE_S)
         for place in self._places.values():
             if place.actor is not None:
                 with suppress(Exception):

@@ -45,7 +45,7 @@ PARTS = (
     Part(
         "submit",
         150,
-        "`batchrun submit`, a tiny model in bf16: killed, resumed, compared",
+        "`batchrun submit`, a tiny model in bf16: killed, resumed, with `--devices all`, compared",
         beside=True,
     ),
     Part(

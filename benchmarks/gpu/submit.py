@@ -1,4 +1,4 @@
-"""The command line as users type it: a job, the same job killed and resumed, its statistics."""
+"""The command line as users type it: a job, the same job killed and resumed, and on all devices."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
             yield trial.killed()
             yield trial.answers("killed.parquet")
             yield {"same_completions": trial.same("whole.parquet", "killed.parquet")}
+            workers = trial.submit("fleet.parquet", "--devices", "cpu:2" if bench.toy else "all")
+            yield trial.answers("fleet.parquet") | {"fleet_wall_s": workers["wall_s"]}
+            yield {"same_completions_fleet": trial.same("whole.parquet", "fleet.parquet")}
         finally:
             trial.print_logs()
 

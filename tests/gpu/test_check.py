@@ -107,6 +107,8 @@ def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     submitted = result["parts"]["submit"]["figures"]
     assert submitted["device"] == "cpu"
     assert submitted["answers_in_whole"] == submitted["answers_in_killed"] == submitted["rows"]
+    assert submitted["answers_in_fleet"] == submitted["rows"]
+    assert submitted["same_completions_fleet"] == 1
     assert 0 < submitted["rows_at_kill"] < submitted["rows"]
     assert submitted["same_completions"] > 0.9
     assert result["parts"]["pressure"]["figures"]["preemptions"] > 0
