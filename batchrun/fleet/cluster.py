@@ -51,10 +51,14 @@ def open_cluster(spec: JobSpec, log: Callable[[str], None]) -> tuple[RayWorkers,
     try:
         ray.init(address=runtime.ray, logging_level="error", log_to_driver=True, **local)
     except Exception as error:  # of many types, by what is wrong
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        found: BaseException = error
+        while (before := found.__cause__ or found.__context__) is not None:
+            found = before
+        hint = "on one machine: ray start --head; on others: ray start --address HOST:6379"
+        if isinstance(found, ray.exceptions.AuthenticationError):
+            hint = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token"
         raise MachineError(
-            f"the Ray cluster {runtime.ray} can't be reached: {first}",
-            hint="on one machine: ray start --head; on others: ray start --address HOST:6379",
+            f"the Ray cluster {runtime.ray} can't be reached: {_first(found)}", hint
         ) from error
     gpus, workers = _wanted(spec, ray.cluster_resources())
     of_each = max(1, math.ceil(gpus))

@@ -165,6 +165,7 @@ def environment(place: Path, pace: float, *, null: bool = True) -> dict[str, str
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([str(place), root, os.environ.get("PYTHONPATH", "")])
     more = {"PYTHONPATH": path, _PACE: str(pace), "RAY_USAGE_STATS_ENABLED": "0"}
+    more |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "batchrun" * 8}  # whatever is in ~/.ray
     return {**os.environ, **more, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
