@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from batchrun.jobs.spec import JobSpec
 _HEAR_S = 1.0  # that an agent waits for its workers to say something
 _NO_ROOM_S = 30.0  # until users are told that the cluster has no room
 _CLOSE_S = 3.0
+_REACH_S = 10.0
 
 
 def open_cluster(spec: JobSpec, log: Callable[[str], None]) -> tuple[RayWorkers, list[Setup]]:
@@ -49,6 +51,9 @@ def open_cluster(spec: JobSpec, log: Callable[[str], None]) -> tuple[RayWorkers,
     assert runtime.ray is not None
     local = {"include_dashboard": False} if runtime.ray == "local" else {}
     try:
+        _check_reachable(
+            os.environ.get("RAY_ADDRESS", "") if runtime.ray == "auto" else runtime.ray
+        )
         ray.init(address=runtime.ray, logging_level="error", log_to_driver=True, **local)
     except Exception as error:  # of many types, by what is wrong
         found: BaseException = error
@@ -73,6 +78,17 @@ def open_cluster(spec: JobSpec, log: Callable[[str], None]) -> tuple[RayWorkers,
             slots[name] = slot
     options = {"num_cpus": runtime.cpus_per_worker or 1, "num_gpus": gpus}
     return RayWorkers(ray, spec, options, slots, log), setups
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nobody listens: Ray would try for minutes.
+
+    Raises:
+        OSError: Nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=_REACH_S).close()
 
 
 def _wanted(spec: JobSpec, resources: dict[str, float]) -> tuple[float, int]:
@@ -318,6 +334,6 @@ def _check(node: Node) -> None:
         )
 
 
-def _first(error: Exception) -> str:
+def _first(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
