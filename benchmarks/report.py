@@ -275,7 +275,39 @@ def gpu_check(result: dict[str, Any]) -> Iterator[str]:
         yield from lines
 
 
+def fleet(result: dict[str, Any]) -> Iterator[str]:
+    yield "### Two workers on the CPU against one engine, on the same cores"
+    yield ""
+    yield f"{result['machine']}; `python -m benchmarks.fleet`; the outputs were equal."
+    yield ""
+    yield "| workload | rows | one engine | two workers | in all | without loading | idle |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, found in result["workloads"].items():
+        idle = max(share for run in found["idle"] for share in run)
+        yield (
+            f"| {name} | {found['rows']:,} | {found['one_wall_s']:.1f} s "
+            f"| {found['two_wall_s']:.1f} s | {found['wall_s_ratio']:.3f} "
+            f"| {found['engine_s_ratio']:.3f} | {idle:.1%} at most |"
+        )
+
+
+def coordinator(result: dict[str, Any]) -> Iterator[str]:
+    yield f"### What one coordinator keeps up with: {result['prompts']}"
+    yield ""
+    yield f"{result['machine']}; {result['rows']:,} rows, {result['answer_tokens']} tokens each."
+    yield ""
+    yield "| workers | rows/s | output tokens/s | processor time a row |"
+    yield "|---|---|---|---|"
+    for found in result["ceiling"]:
+        yield (
+            f"| {found['workers']} | {found['rows_per_s']:,} | {found['tokens_per_s']:,} "
+            f"| {found['coordinator_us_per_row']} us |"
+        )
+
+
 SECTIONS = {
+    "fleet": fleet,
+    "coordinator": coordinator,
     "throughput": throughput,
     "joblayer": joblayer,
     "sigkill": sigkill,

@@ -108,6 +108,7 @@ class Dispatch:
 
     def join(self, worker: int, limits: Limits) -> None:
         """Add a worker that is ready for rows."""
+        assert worker not in self._workers
         self._workers[worker] = _Worker(limits)
 
     def put(self, row: Waiting) -> None:

@@ -31,12 +31,15 @@ from batchrun.fleet.processes import Workers
 from batchrun.fleet.prompts import model_prompts, read_model
 from batchrun.jobs.metrics import across, merged
 from batchrun.jobs.spec import JobSpec
+from batchrun.runner.overdue import stall_seconds
 
 if TYPE_CHECKING:  # they import torch
     from batchrun.fleet.prompts import ModelPrompts
 
 _RESTARTS = 4  # of a worker, in a row, without a result in between
 _POLL_S = 0.1
+_STEPS = 2  # times that a worker may be silent for as long as a step may take
+_SUSPENDED_S = 5.0  # between two polls
 _MEMORY = "batchrun resume with a lower --max-num-seqs N or --kv-budget SIZE"
 
 
@@ -67,6 +70,7 @@ class Member:
     figures: Figures = field(default_factory=dict)
     limits: Limits | None = None
     vain: int = 0  # workers in a row that have given no result
+    heard: float = 0.0  # when the current one last said something, by `time.monotonic`
 
     @property
     def total(self) -> Figures:
@@ -106,6 +110,7 @@ class Fleet:
         self._early: list[tuple[int, FromWorker]] = []  # what came while it was opened
         self._ending = False
         self._looked = 0.0
+        self._polled, self._patience = time.monotonic(), _STEPS * stall_seconds()
 
     def open(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Start all workers, and wait until the first is ready; the others join as they come.
@@ -138,7 +143,7 @@ class Fleet:
         early, self._early = self._early, []
         if early:
             return early
-        heard = self._workers.poll(timeout)
+        heard = [*self._workers.poll(timeout), *self._silent()]
         return [said for said in heard if self._heard(*said)]
 
     def send(self, worker: int, message: ToWorker) -> None:
@@ -162,12 +167,6 @@ class Fleet:
         """Workers that are not ready yet."""
         return sum(m.worker is not None and not m.is_ready for m in self.members)
 
-    def limits_of(self, worker: int) -> Limits:
-        """The limits of a worker that is ready."""
-        limits = self._by_worker[worker].limits
-        assert limits is not None
-        return limits
-
     def begin_to_end(self, message: Finish | Stop) -> None:
         """Have all workers end; `is_open` says until when `poll` has something."""
         self._ending = True
@@ -177,8 +176,13 @@ class Fleet:
             if member.is_ready:
                 self.send(member.worker, message)
             else:  # it can't listen before it has loaded the model
-                self._workers.end(member.worker, at_once=True)
-                self._forget(member)
+                self._end(member)
+
+    def end(self) -> None:
+        """End the workers that are left, whatever they do."""
+        for member in self.members:
+            if member.worker is not None:
+                self._end(member)
 
     @property
     def is_open(self) -> bool:
@@ -232,6 +236,28 @@ class Fleet:
         found = (member.total["arithmetic"] for member in self.members)
         return sorted({name for name in found if name})
 
+    def _silent(self) -> Iterator[tuple[int, FromWorker]]:
+        """Workers that have said nothing for longer than a step may take: they are ended."""
+        now = time.monotonic()
+        if now - self._polled > _SUSPENDED_S:  # this process was
+            for member in self.members:
+                member.heard += now - self._polled
+        self._polled = now
+        for member in self.members:
+            if (
+                member.is_ready
+                and member.worker is not None
+                and now > member.heard + self._patience
+            ):
+                worker = member.worker
+                self._workers.end(worker, at_once=True)
+                yield worker, Lost(f"has said nothing for {self._patience:.0f} s")
+
+    def _end(self, member: Member) -> None:
+        assert member.worker is not None
+        self._workers.end(member.worker, at_once=True)
+        self._forget(member)
+
     def _start(self, member: Member) -> None:
         member.worker, member.is_ready = next(self._numbers), False
         self._by_worker[member.worker] = member
@@ -242,6 +268,7 @@ class Fleet:
         member = self._by_worker[worker]
         if member.worker != worker:
             return False  # it is gone, and another one has its place
+        member.heard = time.monotonic()
         if isinstance(message, Log):
             self._say(message.text)
         elif isinstance(message, Ready):
@@ -265,25 +292,27 @@ class Fleet:
     def _is_ready(self, member: Member, message: Ready) -> None:
         member.host, member.figures = message.host, message.figures
         member.limits, member.is_ready = message.limits, True
-        others = [m for m in self.members if m.limits is not None and m is not member]
-        for other in others:
-            assert other.limits is not None
-            if other.limits.max_model_len != message.limits.max_model_len:
-                problem = EngineError(
-                    f"its context has {message.limits.max_model_len:,} tokens, and that of "
-                    f"{other.setup.name} has {other.limits.max_model_len:,}"
-                )
-                assert member.worker is not None
-                self._workers.end(member.worker)
-                self._give_up(member, str(problem), problem)
-                return
-        if self._spec.runtime.deterministic and len(kinds := self._arithmetics()) > 1:
-            raise EngineError(
-                f"--deterministic can't be kept: workers compute with {' and with '.join(kinds)}",
-                hint="use devices that are alike, or leave out --deterministic, and add --again",
-            )
-        if self._recall is not None and member.worker is not None:
+        member.heard = time.monotonic()
+        assert member.worker is not None
+        if (problem := self._unlike_the_others(member)) is not None:
+            self._workers.end(member.worker, at_once=True)
+            member.figures, member.limits = {}, None  # it has computed nothing
+            self._give_up(member, problem, EngineError(problem))
+        elif self._recall is not None:
             self.send(member.worker, self._recall)
+
+    def _unlike_the_others(self, member: Member) -> str | None:
+        """Why a worker's answers might not be those of the others, or None."""
+        for other in self.members:
+            if other is member or other.limits is None or member.limits is None:
+                continue
+            mine, theirs = (m.limits.max_model_len for m in (member, other) if m.limits is not None)
+            if mine != theirs:
+                return f"its context has {mine:,} tokens, and that of {other.setup.name} {theirs:,}"
+        kinds = self._arithmetics()
+        if self._spec.runtime.deterministic and len(kinds) > 1:
+            return f"--deterministic, and workers compute with {' and with '.join(kinds)}"
+        return None
 
     def _is_lost(self, member: Member, message: Lost) -> None:
         member.vain += 1
@@ -305,7 +334,8 @@ class Fleet:
             return
         member.lost = reason
         left = sum(m.worker is not None for m in self.members)
-        if not left or isinstance(error, ModelError):
+        was_ready = any(m.limits is not None for m in self.members)
+        if not left or (isinstance(error, ModelError) and not was_ready):
             raise error
         of = f"{left} of {len(self.members)} devices"
         self._log(f"{member.setup.name} is lost: {reason}; the job goes on with {of}")

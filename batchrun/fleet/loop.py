@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _SOON_S, _LATER_S = 0.005, 0.1  # for messages, while rows are about to come, and otherwise
 _LOOK_S = 0.1  # between two looks at what all workers do
+_END_S = 30.0  # for workers to end by themselves
 
 
 @dataclass
@@ -68,23 +69,23 @@ class FleetLoop:
         """
         fleet, rows = self.fleet, Dispatch(self.crashes)
         self._rows, self._results, self._looked = rows, results, 0.0
-        for worker in fleet.ready:
-            rows.join(worker, fleet.limits_of(worker))
         while not self.stopped():
             rows.is_complete = rows.is_complete or not self._read(requests)
             rows.num_coming = fleet.num_coming
             if rows.is_complete and rows.is_empty:
                 break
-            self._give()
             hungry = not rows.is_complete and rows.wanting
             for said in fleet.poll(_SOON_S if hungry else _LATER_S):
                 self._take(*said)
+            self._give()
             self._look()
         fleet.begin_to_end(Stop() if self.stopped() else Finish())
-        while fleet.is_open:
+        until = time.monotonic() + _END_S
+        while fleet.is_open and time.monotonic() < until:
             for said in fleet.poll(_LATER_S):
                 self._take(*said)
             self._look()
+        fleet.end()
         results.put(rows.partials())
 
     def _look(self) -> None:
