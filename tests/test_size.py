@@ -22,7 +22,7 @@ CEILINGS = {
     "batchrun/engine/model": 2390,
     "batchrun/engine/speculation": 820,
     "batchrun/estimate": 470,
-    "batchrun/fleet": 1450,
+    "batchrun/fleet": 1490,
     "batchrun/grammars": 460,
     "batchrun/models": 1060,
     "batchrun/prompts": 1150,

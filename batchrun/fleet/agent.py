@@ -96,6 +96,8 @@ class Agent:
                 f"the model {model.name} arrived at {platform.node()} as {found[:12]}, and it was "
                 f"{model.fingerprint[:12]}"
             )
+        if kept.exists() and not _is(kept, model):
+            shutil.rmtree(kept)
         with suppress(OSError):  # another agent of this node was faster
             arrived.rename(kept)
         shutil.rmtree(arrived, ignore_errors=True)
@@ -140,14 +142,20 @@ class Agent:
 def _found(model: Model) -> str | None:
     """Where this node has a model, by its content; None if it hasn't."""
     for path in (Path(model.path), _kept(model)):
-        with suppress(OSError, ModelError):
-            if path.is_dir() and fingerprint(path) == model.fingerprint:
-                return str(path)
+        if _is(path, model):
+            return str(path)
     with suppress(OSError, ModelError):
         found = resolve(model.name, home() / "models", trust_remote_code=model.trusted)
         if found.fingerprint == model.fingerprint:
             return str(found.path)
     return None
+
+
+def _is(path: Path, model: Model) -> bool:
+    """Whether a folder is that model."""
+    with suppress(OSError, ModelError):
+        return path.is_dir() and fingerprint(path) == model.fingerprint
+    return False
 
 
 def _kept(model: Model) -> Path:
