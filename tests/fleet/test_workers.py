@@ -63,6 +63,8 @@ def opened(
         for name, value in environment(tmp_path / "site", pace).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("BATCHRUN_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a process decides it once
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
         setups = []
         for i in range(2):
             (tmp_path / str(i)).mkdir()
