@@ -208,8 +208,8 @@ class Dispatch:
         Only when there is nothing else to give: a worker that has at most half of another's rows,
         or could begin those that wait there, gets a part of them.
         """
-        states = self._workers
-        plain = [w for w, s in states.items() if not s.alone and w != self._alone]
+        states, busy = self._workers, self._alone if self._suspects else None
+        plain = [w for w, s in states.items() if not s.alone and w != busy]
         if not self.is_complete or self._num_waiting or len(plain) < 2:
             return
         if any(states[w].asked for w in plain):

@@ -322,8 +322,8 @@ class Fleet:
             problem = f"the worker on {member.setup.name} {message.how}{times}"
             self._give_up(member, f"its worker {message.how}{times}", MachineError(problem, hint))
             return
-        text = f"the worker on {member.setup.name} {message.how}; it is started again"
-        self._log(text + f", {len(message.suspects):,} rows were in it" * message.crashed)
+        rows = f", with {len(message.suspects):,} rows in it" * message.crashed
+        self._log(f"the worker on {member.setup.name} {message.how}{rows}; it is started again")
         self._forget(member)
         self._start(member)
 

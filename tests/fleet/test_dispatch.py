@@ -300,3 +300,17 @@ def test_suspects_are_alone_and_the_others_work_on(alone: int) -> None:
     other = dispatch.take(1 - alone)
     assert other is not None
     assert not other.alone
+
+
+def test_who_has_computed_the_suspects_takes_over_rows_like_others() -> None:
+    dispatch = Dispatch({0: 1})
+    for worker in (0, 1):
+        dispatch.join(worker, limits(20))
+    for number in range(21):
+        dispatch.put(row(number))
+    assert numbers(dispatch.take(0)) == [0]
+    assert len(numbers(dispatch.take(1))) == 20
+    dispatch.is_complete = True
+    assert [*dispatch.releases()] == []  # it has a suspect
+    dispatch.end(0, (0, 0))
+    assert [*dispatch.releases()] == [(1, 10)]
