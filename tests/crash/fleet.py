@@ -194,7 +194,7 @@ def series(fleet: Fleet, wanted: int, seed: int) -> Trials:
 def _wait(fleet: Fleet, rng: random.Random) -> bool:
     """Wait for some more results, or a little; False if the run has ended."""
     before, more = fleet.results(), rng.randint(1, fleet.rows // 2)
-    until = time.monotonic() + rng.uniform(1, 8)
+    until = time.monotonic() + rng.uniform(0.5, 4)
     while fleet.running() and fleet.results() < before + more and time.monotonic() < until:
         time.sleep(0.01)
     return fleet.running()

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from batchrun.engine.core import Completion, FinishReason, Request, Sequence
-from batchrun.engine.model.generation import Generation
 from batchrun.jobs.metrics import recorded
 from batchrun.prompts.messages import PromptError
 
@@ -127,8 +126,14 @@ class NullBench:
 class NullPrompts:
     """A prompt is as many tokens as it has letters."""
 
-    generation = Generation()
     max_num_seqs, max_num_batched_tokens = 2 * _SLOTS, 128
+
+    def __init__(self) -> None:
+        from batchrun.engine.model.generation import (  # noqa: PLC0415 - torch, for no worker
+            Generation,
+        )
+
+        self.generation = Generation()
 
     def encode(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         if fields["prompt"] is None:
