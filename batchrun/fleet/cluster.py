@@ -253,7 +253,7 @@ class RayWorkers:
         place.actor, place.hearing, place.told = None, None, []
         workers, place.workers = place.workers, set()
         for worker in workers:
-            yield worker, Lost(f"was lost with its agent: {_first(error)}")
+            yield worker, Lost(f"was lost with its agent ({type(error).__name__})")
 
     def _drained(self) -> Iterator[tuple[int, FromWorker]]:
         with suppress(Empty):
