@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,7 @@ class Fleet:
     real: bool
     ray: str | None
     jobs: int = 0
+    head: int | None = None  # the process that started the cluster
     _coordinator: subprocess.Popen[bytes] | None = None
     _want: pa.Table | None = None
 
@@ -101,21 +103,20 @@ class Fleet:
     def processes(self) -> dict[str, list[psutil.Process]]:
         """The live processes, by what they are."""
         found: dict[str, list[psutil.Process]] = {"worker": [], "agent": [], "coordinator": []}
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if "run-worker" in words and str(self._folder_of_workers(words)) in words:
-                found["worker"].append(process)
-            elif words and words[0].startswith("ray::Agent"):
-                found["agent"].append(process)
-            elif "tests.fleet.nulls" in words and str(self.job.path) in words:
-                found["coordinator"].append(process)
-        return found
-
-    def _folder_of_workers(self, words: list[str]) -> str:
-        """The folder in a worker's command, if it is one of this job's, or of an agent's."""
-        mine = str(self.job.path)
-        theirs = "/batchrun-agent-" if self.ray else mine
-        return next((w for w in words if w == mine or theirs in w), mine)
+        everybody, mine = [*psutil.process_iter()], str(self.job.path)
+        if self.head is not None:  # this cluster's, and no other's
+            cluster = psutil.Process(self.head).children(recursive=True)
+            everybody, mine = [*psutil.Process().children(), *cluster], "run-worker"
+        for process in everybody:
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                words = process.cmdline()
+                if "run-worker" in words and mine in words:
+                    found["worker"].append(process)
+                elif words and words[0].startswith("ray::Agent"):
+                    found["agent"].append(process)
+                elif "tests.fleet.nulls" in words and str(self.job.path) in words:
+                    found["coordinator"].append(process)
+        return {kind: [*dict.fromkeys(each)] for kind, each in found.items()}
 
     def results(self) -> int:
         """Rows in the journal."""
@@ -214,6 +215,22 @@ def _strike(fleet: Fleet, rng: random.Random, how: str) -> bool:
     return any(victim in there["coordinator"] for victim in victims)
 
 
+def _start_cluster(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a cluster of one node. `ray stop` would stop those of other tests, too."""
+    ray = str(Path(sys.executable).parent / "ray")
+    options = [f"--port={_PORT}", "--num-cpus=4", "--num-gpus=0", "--include-dashboard=false"]
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--disable-usage-stats", *options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    while True:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", _PORT)):
+            return head
+        assert head.poll() is None, "the cluster can't be started"
+        time.sleep(0.1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--trials", type=int, default=200)
@@ -226,21 +243,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fleet-") as name:
         address = f"127.0.0.1:{_PORT}" if options.ray else None
         fleet = Fleet(Path(name), options.rows, options.real, address)
-        ray = [str(Path(sys.executable).parent / "ray")]
+        head = _start_cluster(fleet.environment) if options.ray else None
+        fleet.head = None if head is None else head.pid
         try:
-            if options.ray:
-                start = ["start", "--head", f"--port={_PORT}", "--num-cpus=4", "--num-gpus=0"]
-                start += ["--include-dashboard=false", "--disable-usage-stats"]
-                subprocess.run(
-                    ray + start, env=fleet.environment, check=True, stdout=subprocess.DEVNULL
-                )
             trials = series(fleet, options.trials, options.seed)
         except BaseException:
             sys.stderr.write((Path(name) / "log").read_text()[-6000:])
             raise
         finally:
-            if options.ray:
-                subprocess.run([*ray, "stop", "--force"], check=False, capture_output=True)
+            if head is not None:
+                head.terminate()
+                head.wait()
     report = {
         "benchmark": "faults-fleet",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
