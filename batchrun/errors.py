@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import traceback
+
 
 class UserError(Exception):
     """Something a user can act on.
@@ -43,3 +46,14 @@ def said_by(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def sendable(error: BaseException) -> BaseException:
+    """The error itself, with its stack as a note, if it survives being sent; else another one."""
+    trace = "".join(traceback.format_exception(error))
+    error.add_note(trace)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(trace)
+    return error

@@ -24,9 +24,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from batchrun.errors import MachineError
+from batchrun.errors import MachineError, sendable
 from batchrun.fleet.agent import DISTRIBUTION, PIECE, Agent, Model, Node
-from batchrun.fleet.messages import Failed, FromWorker, Lost, Setup, ToWorker, sendable
+from batchrun.fleet.messages import Failed, FromWorker, Lost, Setup, ToWorker
 from batchrun.jobs.spec import JobSpec
 
 _HEAR_S = 1.0  # that an agent waits for its workers to say something

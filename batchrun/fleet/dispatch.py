@@ -23,8 +23,8 @@ from batchrun.engine.prefixes import BLOCK
 from batchrun.fleet.messages import Key, Limits, Work
 from batchrun.jobs.journal.results import Partial
 from batchrun.runner.planner import WIDTH, Waiting
+from batchrun.runner.reader import CRASHES
 
-CRASHES = 2  # with a row in a worker: there is no third try
 _GROUP = 64  # rows of a group, at most
 _AHEAD = 2  # the part of a worker's sequences that wait in it: one in so many
 _LEAST_AHEAD = 8

@@ -327,7 +327,7 @@ class Fleet:
         self._forget(member)
         self._start(member)
 
-    def _give_up(self, member: Member, reason: str, error: Exception) -> None:
+    def _give_up(self, member: Member, reason: str, error: BaseException) -> None:
         """Go on without a device, if there are others."""
         self._forget(member)
         if self._ending:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from batchrun.fleet.dispatch import CRASHES, Dispatch
+from batchrun.fleet.dispatch import Dispatch
 from batchrun.fleet.fleet import Fleet
 from batchrun.fleet.messages import (
     Begun,
@@ -30,6 +30,7 @@ from batchrun.runner.channel import Channel, Closed, Sender
 from batchrun.runner.engine_loop import count_result
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.planner import Waiting
+from batchrun.runner.reader import CRASHED
 from batchrun.runner.writer import Item
 
 if TYPE_CHECKING:
@@ -145,8 +146,8 @@ class FleetLoop:
         if lost.crashed:
             self._results.put(Crashed(lost.crashed))
         for row in lost.ended:
-            rest, reason = row.rest, f"the process crashed {CRASHES} times in this row"
-            error = Result(rest.row, rest.sample, "error", error=reason, error_kind="crashed")
+            rest = row.rest
+            error = Result(rest.row, rest.sample, "error", error=CRASHED, error_kind="crashed")
             self._hand_on(row, error)
 
     def _hand_on(self, row: Waiting, result: Result) -> None:

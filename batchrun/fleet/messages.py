@@ -16,8 +16,6 @@ A worker that can't go on says `Failed`. For one that says nothing any more, who
 
 from __future__ import annotations
 
-import pickle
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -142,7 +140,7 @@ class Closed:
 class Failed:
     """The worker has ended with an error that none of its rows has caused."""
 
-    error: Exception
+    error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +162,3 @@ class Lost:
 
 ToWorker = Setup | Work | Recall | Release | Finish | Stop
 FromWorker = Ready | Log | Ended | Begun | Returned | Closed | Failed | Lost
-
-
-def sendable(error: Exception) -> Exception:
-    """The error itself, with its stack as a note, if it survives being sent; else another one."""
-    trace = "".join(traceback.format_exception(error))
-    error.add_note(trace)
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(trace)
-    return error

@@ -19,9 +19,8 @@ from batchrun.cgroups import oom_kills
 from batchrun.errors import MachineError
 from batchrun.fleet.messages import FromWorker, Lost, Setup, ToWorker
 from batchrun.jobs.inflight import InFlightRows
-from batchrun.runner.children import command, inheriting
+from batchrun.runner.children import FAULTS, command, inheriting
 
-_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _END_S = 5.0  # for a worker that was told to end
 
 
@@ -141,7 +140,7 @@ class _Process:
         if code >= 0:
             return Lost(f"ended with exit code {code}")
         name = signal.Signals(-code).name
-        if -code in _FAULTS:
+        if -code in FAULTS:
             with closing(InFlightRows(self._notes)) as running:
                 return Lost(f"crashed with {name}", crashed=True, suspects=tuple(running.rows()))
         if name == "SIGKILL" and oom_kills() > self._oom_kills:

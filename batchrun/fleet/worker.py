@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchrun.errors import UserError
+from batchrun.errors import UserError, sendable
 from batchrun.fleet.cores import pin
 from batchrun.fleet.messages import (
     Begun,
@@ -36,7 +36,6 @@ from batchrun.fleet.messages import (
     Stop,
     ToWorker,
     Work,
-    sendable,
 )
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.results import Result

@@ -14,6 +14,8 @@ from typing import Any
 
 _INHERITED = "BATCHRUN_INHERITED"  # in a child's environment: the handles that it inherits
 _PR_SET_PDEATHSIG = 1
+# Signals by which a process dies of what it did, so that the rows in it may be to blame.
+FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 
 
 def command(*arguments: object) -> list[str]:

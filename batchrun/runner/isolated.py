@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -22,6 +21,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from batchrun.errors import sendable
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.inflight import ReaderNote, Reading
 from batchrun.jobs.rows.row import AGAIN
@@ -137,14 +137,7 @@ def _done(work: Callable[[ReaderNote], Any], note: ReaderNote) -> bytes:
     try:
         return pickle.dumps((work(note), None))
     except BaseException as error:
-        trace = "".join(traceback.format_exception(error))
-        error.add_note(trace)  # which can't be sent
-        try:
-            sent = pickle.dumps((None, error))
-            pickle.loads(sent)
-        except Exception:
-            return pickle.dumps((None, RuntimeError(trace)))
-        return sent
+        return pickle.dumps((None, sendable(error)))
 
 
 @contextmanager

@@ -45,7 +45,8 @@ Read = Result | CopiedResult | RowDigests  # what the reader has for the journal
 
 QUEUED_REQUESTS = 256  # inside the engine
 HANDED_REQUESTS = 64  # between reader and engine: rows not handed over yet can be replanned
-_CRASHES = 2  # of the process with a row in it; there is no third try
+CRASHES = 2  # of the process with a row in it; there is no third try
+CRASHED = f"the process crashed {CRASHES} times in this row"
 _PAGE = 1024  # digests of rows that are looked up, or handed on, at a time
 _EMPTY = ("empty_prompt", "null_prompt")
 
@@ -291,8 +292,8 @@ class Reader:
         try:
             if row.error is not None:
                 raise PromptError("bad_row", row.error)
-            if self.crashes.get(row.index, 0) >= _CRASHES:
-                raise PromptError("crashed", f"the process crashed {_CRASHES} times in this row")
+            if self.crashes.get(row.index, 0) >= CRASHES:
+                raise PromptError("crashed", CRASHED)
             if row.index in self.condemned:
                 raise PromptError("overdue", self.condemned[row.index])
             ids, params, scoring = self.limit.made(row.index, lambda: self._prompt(row.fields))

@@ -19,13 +19,13 @@ from batchrun.cgroups import oom_kills
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.inflight import InFlightRows, Making, ReaderNote, Reading
 from batchrun.jobs.snapshot import WAITING, WORKER_LOG, JobSnapshot
+from batchrun.runner.children import FAULTS
 from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import BARREN, Onlooker, Overrun, never_made, place_in
 
 TELL = signal.SIGUSR2  # asks a run to print where its threads are
 _TELL_S = 1.0  # for printing that
 _LOOK_S = 0.5  # between two looks at what a run is doing
-_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _RESTARTS = 4  # in a row, without a result in between
 _CRASHED = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 _WORDS = 300  # characters
@@ -90,7 +90,7 @@ class Runs:
         if self.told is not None:
             return self._stopped()
         name = signal.Signals(-code).name
-        if -code not in _FAULTS:
+        if -code not in FAULTS:
             return self._killed(name)
         rows, read = self._suspects()
         return self._crashed(name, rows) if read is None else self._crashed_reading(name, read)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from batchrun.engine.core import Request, SamplingParams
-from batchrun.fleet.dispatch import CRASHES, Dispatch
+from batchrun.fleet.dispatch import Dispatch
 from batchrun.fleet.messages import Limits, Work
 from batchrun.jobs.journal.results import Partial
 from batchrun.runner.planner import Waiting
+from batchrun.runner.reader import CRASHES
 
 PARAMS = SamplingParams(max_tokens=9)
 
