@@ -30,6 +30,7 @@ from batchrun.jobs.rows.jsonl import JsonFormat
 from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
+from batchrun.objectstore import Location, location
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import Progress, read_progress
 from batchrun.specs import PIPE, modelless_spec, read_options, with_model
@@ -79,9 +80,9 @@ class Job:
         return self._job.state()
 
     @property
-    def output(self) -> Path:
-        """The file of its answers; there once the job is done."""
-        return Path(self._job.spec().output.path)
+    def output(self) -> Location:
+        """The file, or object, of its answers; there once the job is done."""
+        return location(self._job.spec().output.path)
 
     def wait(self, timeout: float | None = None) -> Job:
         """Return this job when it has ended: done, with failed rows or without, or stopped.

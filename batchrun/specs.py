@@ -34,6 +34,7 @@ from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import chat_templates, no_chat_template, resolve
+from batchrun.objectstore import Location, location
 from batchrun.prompts.messages import RESERVED, arguments_taken
 from batchrun.prompts.template import Template, looks_like_json
 from batchrun.runner import chat_columns
@@ -134,8 +135,8 @@ def modelless_spec(
     )
     check_columns(source.column_names, output_columns(spec))
     if not output.stdout:
-        check_place(home, Path(output.path), [part.path for part in parts])
-        OUTPUTS.check(Path(output.path), overwrite=output.overwrite)
+        check_place(home, location(output.path), [part.path for part in parts])
+        OUTPUTS.check(location(output.path), overwrite=output.overwrite)
     files = tuple(InputFile.of(part.path, part.partition) for part in parts)
     return replace(spec, inputs=files), bool(are_chats(prompt, source))
 
@@ -268,11 +269,11 @@ def output_to(path: str, output: OutputSpec = OutputSpec()) -> OutputSpec:  # no
     Raises:
         OutputError: The suffix implies no known format.
     """
-    destination = Path(path).expanduser().absolute()
+    destination = location(path).absolute()
     return replace(output, path=str(destination), format=output_format(destination))
 
 
-def _default_output(first: Path, input_format: str) -> str:
+def _default_output(first: Location, input_format: str) -> str:
     name = first.name.removeprefix(".stdin-")
     stem = "stdin" if name != first.name else name.split(".")[0]
     return f"{stem}-completions{FORMATS[input_format].output_suffix(first)}"

@@ -21,6 +21,7 @@ from batchrun.jobs.output.destination import check_apart, one_at_a_time, resumin
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
+from batchrun.objectstore import location
 from batchrun.runner import supervisor
 from batchrun.runner.live import forget_progress
 
@@ -160,7 +161,7 @@ def resume(
     if runtime["device"] != "auto" and (told.get("devices") or told.get("ray")):
         told["device"] = "auto"
     check_fleet({**runtime, **told})
-    path = Path(output).expanduser().absolute() if output else None
+    path = location(os.fspath(output)).absolute() if output else None
 
     def say(line: str) -> None:
         tell(f"{job.id}: {line}")
@@ -196,9 +197,9 @@ def check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
             "with --again to start over",
         )
     if not spec.output.stdout:
-        check_apart(root, Path(spec.output.path), spec.input_paths)
+        check_apart(root, location(spec.output.path), spec.input_paths)
         # The output may exist by now.
-        OUTPUTS.check(Path(spec.output.path), overwrite=spec.output.overwrite)
+        OUTPUTS.check(location(spec.output.path), overwrite=spec.output.overwrite)
 
 
 def _told_limits(spec: JobSpec, job: JobFolder) -> str:

@@ -95,4 +95,6 @@ def refused(kind: type[JobError], what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, UserError):  # an object store's
+            hint = error.hint or hint
         raise kind(f"{what}: {error.strerror or error}", hint) from error

@@ -26,6 +26,7 @@ from batchrun.jobs.lease import CANCEL, Lease, held_by
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words
 from batchrun.jobs.spec import FILE, JobSpec
+from batchrun.objectstore import Location, inside, location
 
 _FULL = 1 << 20  # with fewer bytes left, a disk counts as full
 _DESTINATIONS = "destinations"  # lists where its results were written, apart from its own output
@@ -222,22 +223,22 @@ class JobFolder:
             files.fsync_directory(grave.parent)
             shutil.rmtree(grave)
 
-    def note_destination(self, path: Path) -> None:
+    def note_destination(self, path: Location) -> None:
         """Remember where results are about to be written, for `remove`."""
         with (
             suppress(OSError),  # a read-only folder can't be removed either
             open(self.path / _DESTINATIONS, "ab", opener=files.open_private) as file,
         ):
-            file.write(os.fsencode(path.absolute()) + b"\0")
+            file.write(os.fsencode(str(path.absolute())) + b"\0")
 
-    def _destinations(self) -> Iterator[Path]:
+    def _destinations(self) -> Iterator[Location]:
         for load in (JobSpec.load, lambda _: self.spec()):  # as submitted, and as it is now
             with suppress(JobError, OSError):
                 if path := load(self.path).output.path:
-                    yield self.path / path
+                    yield inside(self.path, path)
         with suppress(OSError):
             for name in (self.path / _DESTINATIONS).read_bytes().split(b"\0")[:-1]:
-                yield Path(os.fsdecode(name))
+                yield location(os.fsdecode(name))
 
     def _counted(self, state: str) -> JobSnapshot:
         spec = self.spec()
@@ -302,7 +303,8 @@ def sweep(root: Path) -> None:
     folder = root / "jobs"
     for name in glob.glob(".????????.tmp", root_dir=folder):
         shutil.rmtree(folder / name, ignore_errors=True)
-    files.remove_unlocked(folder, ".stdin-????????.*")
+    for pattern in (".stdin-????????.*", ".upload-????????.tmp"):
+        files.remove_unlocked(folder, pattern)
 
 
 def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:
@@ -378,7 +380,7 @@ def find_same(root: Path, spec: JobSpec) -> JobFolder | None:
 
 def _new_id(spec: JobSpec) -> str:
     """A new id, like `prompts-20261121-0837-x7k2`."""
-    stem = Path(spec.inputs[0].path).name.split(".")[0]
+    stem = location(spec.inputs[0].path).name.split(".")[0]
     stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:32] or "job"
     letters = "abcdefghijkmnpqrstuvwxyz23456789"
     suffix = "".join(secrets.choice(letters) for _ in range(4))

@@ -23,6 +23,7 @@ from batchrun.jobs.errors import (
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.rows.store import INPUTS
 from batchrun.jobs.spec import FILE, LIMIT_NAMES, OPTIONS, InputFile, JobSpec
+from batchrun.objectstore import Location, location, moved
 
 if TYPE_CHECKING:
     from batchrun.jobs.folder import JobFolder
@@ -80,7 +81,7 @@ def _told(path: Path, again: str) -> dict[str, Any]:
         ) from error
 
 
-def places_with_output(folder: Path, spec: JobSpec, output: Path | None) -> dict[str, str]:
+def places_with_output(folder: Path, spec: JobSpec, output: Location | None) -> dict[str, str]:
     """What `load_places` returns, with the output's new place unless that is None.
 
     Args:
@@ -148,26 +149,26 @@ def move(
         JobError: The job has nothing in `old`, or `new` can't be read.
     """
     spec, places = job.submitted(), load_places(job.path)
-    before, after = Path(old).expanduser().absolute(), Path(new).expanduser().absolute()
-    moved = {
-        path: str(after / Path(known).relative_to(before))
+    before, after = location(old).absolute(), location(new).absolute()
+    found = {
+        path: now
         for path in spec.paths()
         for known in (places.get(path, path), path)
-        if Path(known).is_relative_to(before)
+        if (now := moved(known, before, after)) is not None
     }
-    if not moved:
+    if not found:
         there = [places.get(path, path) for path in spec.paths()]
         raise JobError(
             f"the job {job.id} has neither an input nor its model in {before}",
             hint=f"it has {', '.join(there[:3])}{' and more' if len(there) > 3 else ''}",
         )
-    found = changes(spec.at(moved), model_fingerprint, only=set(moved.values()))
-    if found:
+    changed = changes(spec.at(found), model_fingerprint, only=set(found.values()))
+    if changed:
         raise SpecChanged(
-            f"{after} is not what the job was submitted with: {'; '.join(found)}",
+            f"{after} is not what the job was submitted with: {'; '.join(changed)}",
             hint="find the old one, or submit the new one as a new job",
         )
-    write_json(job.path / PLACES, places | moved)
+    write_json(job.path / PLACES, places | found)
 
 
 def grown(spec: JobSpec) -> list[str]:
@@ -175,7 +176,7 @@ def grown(spec: JobSpec) -> list[str]:
     lines = []
     for was in spec.inputs if _may_grow(spec) else ():
         with suppress(OSError):
-            more = INPUTS.stat(Path(was.path)).size - was.size
+            more = INPUTS.stat(location(was.path)).size - was.size
             if more > 0:
                 lines.append(
                     f"{was.path} has {more:,} bytes more than when the job was submitted: "
@@ -206,7 +207,7 @@ def changes(
         if only is None or was.path in only:
             # Appended text is not part of the job: text sources stop at the submitted size.
             most = was.size if _may_grow(spec) else None
-            now = InputFile.of(Path(was.path), most=most)
+            now = InputFile.of(location(was.path), most=most)
             if was.size != now.size:
                 lines.append(f"{was.path}: it had {was.size} bytes and now has {now.size}")
             elif was.fingerprint != now.fingerprint:

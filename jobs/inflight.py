@@ -18,6 +18,7 @@ from pathlib import Path
 
 from batchrun.jobs.errors import OutputError
 from batchrun.jobs.files import open_private
+from batchrun.objectstore import Location
 
 _SLOTS = 512  # initial capacity in rows; the file doubles when it is full
 _PATH_BYTES = 4096
@@ -156,7 +157,9 @@ class ReaderNote(_Note):
         self._view = memoryview(self._memory)[: 8 * self._PATH].cast("q")
 
     @contextmanager
-    def reading(self, path: Path | None = None, first: int = -1, rows: int = 0) -> Iterator[None]:
+    def reading(
+        self, path: Location | None = None, first: int = -1, rows: int = 0
+    ) -> Iterator[None]:
         """Note that the calling thread reads a file, or the input, in the block. Nests.
 
         Args:
@@ -166,7 +169,7 @@ class ReaderNote(_Note):
         """
         view = self._view
         before = self.at() if view[self._AT] == self._READING else None
-        self._set_reading(os.fsencode(path or "")[:_PATH_BYTES], first, rows)
+        self._set_reading(os.fsencode(str(path or ""))[:_PATH_BYTES], first, rows)
         try:
             yield
         finally:

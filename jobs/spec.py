@@ -14,6 +14,7 @@ from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.kinds import PROMPT, SAMPLING, Integer, Option, option, options_of, whole
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.rows.store import INPUTS, Part
+from batchrun.objectstore import Location, StoreError, inside, location
 
 VERSION = 1
 FILE = "job.json"
@@ -38,7 +39,7 @@ class InputFile:
     """One input.
 
     Args:
-        path: Absolute path.
+        path: Absolute path, or URL.
         size: In bytes.
         fingerprint: Digest of the content, so that a moved file is not a changed one.
         partition: Columns from the names of its folders; see `batchrun.jobs.rows.row.Part`.
@@ -52,7 +53,7 @@ class InputFile:
     @classmethod
     def of(
         cls,
-        path: Path,
+        path: Location,
         partition: Mapping[str, int | str | None] | None = None,
         most: int | None = None,
     ) -> InputFile:
@@ -78,6 +79,8 @@ class InputFile:
                     for i in range(_SAMPLES + 1):
                         file.seek((size - _SAMPLE) * i // _SAMPLES)
                         digest.update(file.read(_SAMPLE))
+        except StoreError as error:
+            raise InputError(str(error), error.hint) from error
         except OSError as error:
             raise InputError(
                 f"{path} can't be read: {error.strerror or error}",
@@ -129,14 +132,14 @@ class JobSpec:
     )
 
     @property
-    def input_paths(self) -> list[Path]:
+    def input_paths(self) -> list[Location]:
         """Where the inputs are."""
-        return [Path(file.path) for file in self.inputs]
+        return [location(file.path) for file in self.inputs]
 
     @property
     def parts(self) -> list[Part]:
         """The inputs for a source, each up to its size at submission."""
-        return [Part(Path(file.path), file.size, file.partition) for file in self.inputs]
+        return [Part(location(file.path), file.size, file.partition) for file in self.inputs]
 
     def fingerprint(self) -> str:
         """Digest of what determines the output; unchanged by moving inputs or model."""
@@ -169,14 +172,14 @@ class JobSpec:
         if (path := places.get(output.path)) is not None:
             from batchrun.jobs.rows.formats import output_format  # noqa: PLC0415 - seldom
 
-            kind = output_format(Path(path))
+            kind = output_format(location(path))
             output = replace(output, path=path, format=kind, overwrite=False, stdout=False)
         return replace(self, inputs=inputs, model=model, output=output, runtime=runtime)
 
     def within(self, folder: Path) -> JobSpec:
         """The same job, with full paths for files in its folder: the copies of stdin and stdout."""
-        inputs = tuple(replace(file, path=str(folder / file.path)) for file in self.inputs)
-        path = self.output.path and str(folder / self.output.path)
+        inputs = tuple(replace(f, path=str(inside(folder, f.path))) for f in self.inputs)
+        path = self.output.path and str(inside(folder, self.output.path))
         return replace(self, inputs=inputs, output=replace(self.output, path=path))
 
     def save(self, folder: Path) -> None:

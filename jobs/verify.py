@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -22,6 +21,7 @@ from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import STATS
+from batchrun.objectstore import location
 
 _SHOWN = 5  # differences shown per output at most
 
@@ -101,7 +101,7 @@ def _rows(
 
 def _output(spec: JobSpec, journal: Journal, source: Source, noted: Noted) -> Iterator[str]:
     """Where the output differs from what an export would write now."""
-    path = Path(spec.output.path)
+    path = location(spec.output.path)
     if OUTPUTS.identity(path) is None:
         yield f"the output {path} is gone; the journal has its rows: batchrun export"
         return

@@ -6,13 +6,17 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
+
+if TYPE_CHECKING:
+    from tests.s3 import S3
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell that runs this in the background
@@ -71,3 +75,12 @@ def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, library = Path(__file__).parent / "fake_cuda" / "driver.c", folder / "libcuda.so.1"
     subprocess.run([compiler, *options.split(), "-o", library, source], check=True)
     return folder
+
+
+@pytest.fixture
+def s3() -> Iterator[S3]:
+    """A bucket of an S3 of its own."""
+    from tests.s3 import running  # noqa: PLC0415 - Flask and more, for few tests
+
+    with running() as server:
+        yield server

@@ -28,6 +28,7 @@ from batchrun.jobs.output.rejoin import Exported, export_job
 from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import fingerprint
+from batchrun.objectstore import Location, location
 from batchrun.runner.isolated import ReaderCrashed, isolated
 from batchrun.runner.live import LogTail
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
@@ -164,7 +165,7 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     else:
         target = output_to(output) if output else spec.output
 
-    def write(note: ReaderNote, lost: Path | None = None) -> Exported:
+    def write(note: ReaderNote, lost: Location | None = None) -> Exported:
         with folder.journal() as journal:
             export = functools.partial(
                 export_job,
@@ -180,9 +181,9 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
                     found = export(path)
                     hand_out(path)
                     return found
-            path = Path(target.path)
-            with exporting(root, folder, path, overwrite=overwrite) as may_replace:
-                return export(path, may_replace=may_replace)
+            where = location(target.path)
+            with exporting(root, folder, where, overwrite=overwrite) as may_replace:
+                return export(where, may_replace=may_replace)
 
     try:
         found = isolated(write)

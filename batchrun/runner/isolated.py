@@ -18,13 +18,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from batchrun.errors import sendable
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.inflight import ReaderNote, Reading
 from batchrun.jobs.rows.row import AGAIN
+from batchrun.objectstore import Location, location
 from batchrun.runner.overdue import Onlooker, not_made
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
         what: Which part of it was read, and how the process ended.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Location, what: str) -> None:
         super().__init__(f"{what}: the file is damaged", hint=AGAIN)
         self.path = path
 
@@ -113,7 +113,7 @@ def _crash(how: str, at: object, doing: str) -> JobError:
             f"{what} was ended by SIGKILL: by somebody, or by the system because memory ran out"
         )
     if how in _FAULTS and isinstance(at, Reading) and at.path:
-        return ReaderCrashed(Path(at.path), f"{what} crashes the reader ({how})")
+        return ReaderCrashed(location(at.path), f"{what} crashes the reader ({how})")
     return JobError(f"{what} was ended by {how}")
 
 

@@ -44,6 +44,7 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import write_summary
 from batchrun.models.resolve import fingerprint
+from batchrun.objectstore import location
 from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.engine_loop import EngineLoop
 from batchrun.runner.figures import RunFigures
@@ -223,7 +224,7 @@ class _Run:
         return Outcome.DONE_WITH_ERRORS if self._writer.failed else Outcome.DONE
 
     def _write_output(self) -> None:
-        job, output, path = self.job, self.spec.output, Path(self.spec.output.path)
+        job, output, path = self.job, self.spec.output, location(self.spec.output.path)
         with self._writer.journal() as journal:
             try:
                 export_job(

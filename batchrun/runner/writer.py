@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from batchrun.jobs.files import check_room, disk_of
 from batchrun.jobs.folder import JobFolder
@@ -22,6 +21,7 @@ from batchrun.jobs.journal.results import (
 )
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import JobSpec
+from batchrun.objectstore import location
 from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.watchdog import Watchdog
@@ -63,7 +63,7 @@ class JournalWriter:
     log: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self._output = Path(self.spec.output.path)
+        self._output = location(self.spec.output.path)
         self.samples, self.failed = self.earlier.samples, self.earlier.failed
         self._failed_rows = DoneSet(1)
         self._warned, self._look = False, 0.0

@@ -101,12 +101,28 @@ class Trial:
         return self.cli("submit", "rows.parquet", *options, "--again", "--output", output, *more)
 
     def killed(self) -> dict[str, Any]:
-        """Submit, kill all processes of the job when it has some of its rows, resume."""
+        """Submit, kill all processes of the job when it has some of its rows, resume.
+
+        A job that was faster than the kill is submitted anew.
+        """
         more = ["--device", "cpu"] if self.bench.toy else []  # else what `auto` chooses
-        found = self.submit("killed.parquet", "--detach", *more)["job"]
-        job = JobFolder(self.home / "jobs" / found)
+        kept = self.rows
+        while kept == self.rows:
+            found = self.submit("killed.parquet", "--overwrite", "--detach", *more)["job"]
+            job = JobFolder(self.home / "jobs" / found)
+            began = self._kill(job)
+            gone, kept = time.perf_counter() - began, job.counts().rows
+        if not kept or job.state() != "interrupted":
+            raise RuntimeError(f"the killed job is {job.state()} with {kept} of {self.rows} rows")
+        resumed = self.cli("resume", found)["rows"]["resumed"]
+        if resumed != kept:
+            raise RuntimeError(f"{kept} rows were done, but {resumed} were kept")
+        return {"rows_at_kill": kept, "kill_s": gone, "resume_s": time.perf_counter() - began}
+
+    def _kill(self, job: JobFolder) -> float:
+        """Kill all processes of a job when it has some of its rows; when that began."""
         while job.counts().rows < self.rows // 8:
-            if held_by(job.path) is None:
+            if held_by(job.path) is None and job.state() != "done":
                 raise RuntimeError(f"the job was {job.state()} before it could be killed")
             if self.bench.left < _SPARE_S:
                 raise TimeoutError(f"{job.counts().rows} of {self.rows} rows are done")
@@ -116,14 +132,7 @@ class Trial:
             for process in holders(job.path / LOCK):  # its supervisor and the run
                 send(job.path / LOCK, process, signal.SIGKILL)
             time.sleep(_POLL_S)
-        gone = time.perf_counter() - began
-        kept = job.counts().rows
-        if not 0 < kept < self.rows or job.state() != "interrupted":
-            raise RuntimeError(f"the killed job is {job.state()} with {kept} of {self.rows} rows")
-        resumed = self.cli("resume", found)["rows"]["resumed"]
-        if resumed != kept:
-            raise RuntimeError(f"{kept} rows were done, but {resumed} were kept")
-        return {"rows_at_kill": kept, "kill_s": gone, "resume_s": time.perf_counter() - began}
+        return began
 
     def figures(self, job: str) -> dict[str, Any]:
         """What `batchrun stats` says of a job, and whether it ran where it should have."""

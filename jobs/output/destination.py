@@ -30,6 +30,7 @@ from batchrun.jobs.journal.schema import NAME
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import FILE, JobSpec
+from batchrun.objectstore import Location, ObjectPath, location
 
 _LIVE = ("new", "queued", "running")
 _OWN_FOLDERS = ("jobs", "measured", "models", "queue", "verdicts")  # of `home()`
@@ -58,7 +59,7 @@ def one_at_a_time(root: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def check_place(root: Path, destination: Path, inputs: Iterable[Path]) -> None:
+def check_place(root: Path, destination: Location, inputs: Iterable[Location]) -> None:
     """Refuse a destination that no job with these inputs can have.
 
     Args:
@@ -72,6 +73,8 @@ def check_place(root: Path, destination: Path, inputs: Iterable[Path]) -> None:
     where = OUTPUTS.places(destination)
     if any(where & OUTPUTS.places(path) for path in inputs):
         raise OutputError(f"{destination} is an input of this job", hint="choose another --output")
+    if isinstance(destination, ObjectPath):
+        return
     real = Path(os.path.realpath(destination))
     ours = any(real.is_relative_to(os.path.realpath(root / name)) for name in _OWN_FOLDERS)
     if ours or any(_is_job(folder) for folder in real.parents):
@@ -82,7 +85,7 @@ def check_place(root: Path, destination: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_apart(
-    root: Path, destination: Path, inputs: Iterable[Path], job: JobFolder | None = None
+    root: Path, destination: Location, inputs: Iterable[Location], job: JobFolder | None = None
 ) -> None:
     """Refuse conflicts with files that another new, queued or running job reads or writes.
 
@@ -96,7 +99,7 @@ def check_apart(
         OutputError: The message names the other job.
     """
     where = OUTPUTS.places(destination)
-    read: dict[str | tuple[object, ...], Path] | None = None
+    read: dict[str | tuple[object, ...], Location] | None = None
     for other in list_jobs(root):
         try:
             state = other.state()
@@ -105,7 +108,7 @@ def check_apart(
             spec = other.spec()
         except (JobError, OSError):  # gone or damaged, so it writes nothing
             continue
-        theirs = OUTPUTS.places(Path(spec.output.path)) if spec.output.path else set()
+        theirs = OUTPUTS.places(location(spec.output.path)) if spec.output.path else set()
         if where & theirs:
             raise _taken(f"{destination} is where", other, state, "writes its output")
         if any(where & OUTPUTS.places(path) for path in spec.input_paths):
@@ -128,7 +131,7 @@ class Claim:
             and then replaces only what it wrote itself.
     """
 
-    def __init__(self, journal: Journal, path: Path, *, overwrite: bool) -> None:
+    def __init__(self, journal: Journal, path: Location, *, overwrite: bool) -> None:
         self._journal, self._path, self._overwrite = journal, path, overwrite
 
     def covers(self, there: Identity) -> bool:
@@ -150,7 +153,7 @@ class Claim:
 def resuming(
     root: Path,
     job: JobFolder,
-    output: Path | None = None,
+    output: Location | None = None,
     *,
     overwrite: bool = False,
     limits: Mapping[str, Any] | None = None,
@@ -180,7 +183,7 @@ def resuming(
             submitted = job.submitted()
             places = places_with_output(job.path, submitted, output)
             spec = submitted.at(places).within(job.path)
-            path, inputs = Path(spec.output.path), spec.input_paths
+            path, inputs = location(spec.output.path), spec.input_paths
             if output is not None:
                 check_place(root, path, inputs)
             check_apart(root, path, inputs, job)
@@ -200,7 +203,7 @@ def resuming(
 
 @contextmanager
 def exporting(
-    root: Path, job: JobFolder, destination: Path, *, overwrite: bool
+    root: Path, job: JobFolder, destination: Location, *, overwrite: bool
 ) -> Iterator[MayReplace]:
     """Let a job's results be written to a file that is not another job's.
 
@@ -228,7 +231,7 @@ def exporting(
     def unchanged() -> bool:
         return before is not None and before == OUTPUTS.identity(destination)
 
-    if not is_same(destination, Path(spec.output.path)):
+    if not is_same(destination, location(spec.output.path)):
         job.note_destination(destination)
         yield lambda _: unchanged()
         return
@@ -244,13 +247,13 @@ def exporting(
         yield remembered
 
 
-def is_same(path: Path, other: Path) -> bool:
+def is_same(path: Location, other: Location) -> bool:
     """Whether two paths lead, or would lead, to one file: through links, `..` or bind mounts."""
     return bool(OUTPUTS.places(path) & OUTPUTS.places(other))
 
 
 def _check_own(job: JobFolder, spec: JobSpec, there: Identity) -> None:
-    path = Path(spec.output.path)
+    path = location(spec.output.path)
     with job.journal() as journal:
         if not Claim(journal, path, overwrite=spec.output.overwrite).covers(there):
             raise OutputTaken(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -14,6 +13,7 @@ from batchrun.jobs.files import MayReplace
 from batchrun.jobs.output.joined import Joined
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS
+from batchrun.objectstore import Location
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -37,7 +37,7 @@ def check_columns(column_names: Sequence[str], added: Iterable[str]) -> None:
 
 def export(
     joined: Joined,
-    destination: Path,
+    destination: Location,
     *,
     format: str,  # noqa: A002 - the field's word
     may_replace: MayReplace = lambda _: True,

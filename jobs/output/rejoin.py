@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from batchrun.jobs.errors import InputError, SpecChanged
@@ -20,6 +19,7 @@ from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import INPUTS, Noted, unnoted
 from batchrun.jobs.spec import JobSpec
+from batchrun.objectstore import Location, location
 
 _LEFT = "batchrun export --partial -o FILE has the results by row number, and what is left of it"
 
@@ -40,13 +40,13 @@ class Exported:
 def export_job(
     spec: JobSpec,
     journal: Journal,
-    destination: Path,
+    destination: Location,
     *,
     format: str,  # noqa: A002 - the field's word
     partial: bool = False,
     may_replace: MayReplace = lambda _: True,
     noted: Noted = unnoted,
-    lost: Path | None = None,
+    lost: Location | None = None,
 ) -> Exported:
     """Write a job's results beside the input rows that they were computed from.
 
@@ -163,12 +163,13 @@ class _Files:
     def _identities(self) -> list[tuple[int, ...]]:
         found = []
         for file in self._spec.inputs:
-            with reading(Path(file.path)):
-                found.append(INPUTS.stat(Path(file.path)).identity)
+            path = location(file.path)
+            with reading(path):
+                found.append(INPUTS.stat(path).identity)
         return found
 
 
-def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Path | None) -> Joined:
+def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Location | None) -> Joined:
     parts = list(takewhile(lambda part: part.path != lost, spec.parts))
     source = open_source(parts, spec.input_format, lenient=True, noted=noted)
     columns = None

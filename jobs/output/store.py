@@ -1,12 +1,15 @@
-"""What a job needs from the place where its output is: here, the local file system."""
+"""What a job needs from the place where its output is: a file system, or an object store."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from batchrun.jobs.errors import OutputError, refused
 from batchrun.jobs.files import (
@@ -18,20 +21,17 @@ from batchrun.jobs.files import (
     identity_of,
     remove_abandoned,
 )
+from batchrun.objectstore import Location, ObjectFile, ObjectPath, beneath, probe, upload
+
+UPLOAD = ".upload-"  # how names begin of files that are uploaded, among the jobs
+_SAMPLES, _SAMPLE = 5, 1 << 16
 
 
-class OutputStore:
-    """Files that appear whole or not at all: here, on this machine.
-
-    Only the store interprets paths. A store for another place would have the same methods.
-    """
+class LocalOutputs:
+    """Outputs on this machine."""
 
     def check(self, path: Path, *, overwrite: bool) -> None:
-        """Prove that a file can be written there, by writing one beside it and removing it.
-
-        Raises:
-            OutputError: It can't, or it exists and may not be replaced.
-        """
+        """See `OutputStore`."""
         # `os.path`, because pathlib raises if a folder on the way may not be entered.
         if os.path.isdir(path):
             raise OutputError(f"{path} is a folder", hint=f"--output '{path / 'output.parquet'}'")
@@ -52,7 +52,7 @@ class OutputStore:
     def write(
         self, path: Path, *, may_replace: MayReplace, private: bool
     ) -> AbstractContextManager[IO[bytes]]:
-        """See `atomic_write`; `sweep` removes what a killed process leaves."""
+        """See `atomic_write`."""
         return atomic_write(path, may_replace=may_replace, private=private)
 
     def disk(self, path: Path) -> Disk:
@@ -60,21 +60,18 @@ class OutputStore:
         return disk_of(path)
 
     def sweep(self, path: Path) -> None:
-        """Remove what dead writers left beside a file."""
+        """See `OutputStore`."""
         remove_abandoned(path)
 
     def identity(self, path: Path) -> Identity | None:
-        """What distinguishes a file from any other that takes its place; None if there is none."""
+        """See `OutputStore`."""
         try:
             return identity_of(os.lstat(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def places(self, path: Path) -> set[str | tuple[object, ...]]:
-        """What identifies a file: paths with one of these in common lead, or would, to one file.
-
-        These are its path without links, its inode, and its name with its folder's inode.
-        """
+        """Its path without links, its inode, and its name with its folder's inode."""
         real = os.path.realpath(path)
         found: set[str | tuple[object, ...]] = {real}
         for where, name in ((real, ()), (os.path.dirname(real), (os.path.basename(real),))):
@@ -86,4 +83,140 @@ class OutputStore:
         return found
 
 
+class ObjectOutputs:
+    """Outputs in object stores: written to a file here, then uploaded whole.
+
+    No store's client can make an object only if its name is free: one that somebody else makes
+    during the upload is replaced.
+    """
+
+    def check(self, path: ObjectPath, *, overwrite: bool) -> None:
+        """See `OutputStore`."""
+        advice = "choose another --output"
+        with refused(OutputError, f"{path} can't be written", advice):
+            with suppress(FileNotFoundError):
+                if beneath(path) is not None:
+                    raise OutputError(f"{path} is a folder", f"--output '{path}/output.parquet'")
+                if not overwrite:
+                    raise OutputError(
+                        f"{path} exists already", f"--overwrite to replace it, or {advice}"
+                    )
+            probe(path)
+
+    @contextmanager
+    def write(
+        self, path: ObjectPath, *, may_replace: MayReplace, private: bool
+    ) -> Iterator[IO[bytes]]:
+        """See `OutputStore`; who may read the object is for its bucket to say."""
+        with tempfile.NamedTemporaryFile(
+            dir=_staging(), prefix=UPLOAD, suffix=".tmp", buffering=1 << 20
+        ) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else `folder.sweep` removes it
+            yield cast(IO[bytes], file)
+            file.flush()
+            with open(file.name, "rb") as made:
+                identity = _identity(made, os.fstat(made.fileno()).st_size)
+            if not may_replace(identity) and self.identity(path) is not None:
+                raise FileExistsError(f"{path} exists")
+            upload(Path(file.name), path)
+
+    def disk(self, path: ObjectPath) -> Disk:
+        """The disk of the file that is uploaded."""
+        return disk_of(_staging())
+
+    def sweep(self, path: ObjectPath) -> None:
+        """See `OutputStore`: nothing is beside it."""
+
+    def identity(self, path: ObjectPath) -> Identity | None:
+        """See `OutputStore`: by size and samples of the content, which the file here has too."""
+        try:
+            with ObjectFile(path) as file:
+                return _identity(file, file.size())
+        except FileNotFoundError:
+            return None
+
+    def places(self, path: ObjectPath) -> set[str | tuple[object, ...]]:
+        """Its URL."""
+        return {path.url}
+
+
+class OutputStore:
+    """Files that appear whole or not at all: on this machine, or objects in a store.
+
+    Only the store interprets paths and URLs.
+    """
+
+    def __init__(self) -> None:
+        self._local, self._objects = LocalOutputs(), ObjectOutputs()
+
+    def check(self, path: Location, *, overwrite: bool) -> None:
+        """Prove that a file can be written there, by writing one beside it and removing it.
+
+        Raises:
+            OutputError: It can't, or it exists and may not be replaced.
+        """
+        if isinstance(path, ObjectPath):
+            self._objects.check(path, overwrite=overwrite)
+        else:
+            self._local.check(path, overwrite=overwrite)
+
+    def write(
+        self, path: Location, *, may_replace: MayReplace, private: bool
+    ) -> AbstractContextManager[IO[bytes]]:
+        """A binary file that takes its name when the block ends without an error.
+
+        Args:
+            path: The file.
+            may_replace: Given the finished file's identity, says whether it may replace what is
+                there.
+            private: Nobody else may ever read it.
+
+        Raises:
+            FileExistsError: The name is taken, and its file may not be replaced.
+            OSError: It can't be written.
+        """
+        if isinstance(path, ObjectPath):
+            return self._objects.write(path, may_replace=may_replace, private=private)
+        return self._local.write(path, may_replace=may_replace, private=private)
+
+    def disk(self, path: Location) -> Disk:
+        """The disk that is written to."""
+        if isinstance(path, ObjectPath):
+            return self._objects.disk(path)
+        return self._local.disk(path)
+
+    def sweep(self, path: Location) -> None:
+        """Remove what dead writers left beside a file."""
+        if isinstance(path, ObjectPath):
+            return self._objects.sweep(path)
+        return self._local.sweep(path)
+
+    def identity(self, path: Location) -> Identity | None:
+        """What distinguishes a file from any other that takes its place; None if there is none."""
+        if isinstance(path, ObjectPath):
+            return self._objects.identity(path)
+        return self._local.identity(path)
+
+    def places(self, path: Location) -> set[str | tuple[object, ...]]:
+        """What identifies a file: those with one of these in common are, or would be, one file."""
+        if isinstance(path, ObjectPath):
+            return self._objects.places(path)
+        return self._local.places(path)
+
+
 OUTPUTS = OutputStore()
+
+
+def _identity(file: IO[bytes] | ObjectFile, size: int) -> Identity:
+    """A file's size, and a digest of samples of it."""
+    digest = blake2b(digest_size=7)  # which every JSON reader keeps exact
+    for i in range(_SAMPLES):
+        file.seek(max(size - _SAMPLE, 0) * i // (_SAMPLES - 1))
+        digest.update(file.read(_SAMPLE) or b"")
+    return [size, int.from_bytes(digest.digest(), "little")]
+
+
+def _staging() -> Path:
+    from batchrun.jobs.folder import home  # noqa: PLC0415 - it imports this
+
+    return home() / "jobs"

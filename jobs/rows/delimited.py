@@ -11,7 +11,6 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ from batchrun.jobs.rows.rowformat import ROW, TextFormat, suffixes
 from batchrun.jobs.rows.store import Part
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
 from batchrun.jobs.rows.textsource import Asked, Header, Record, TextSource
+from batchrun.objectstore import Location
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined
@@ -51,7 +51,7 @@ class DelimitedSource(TextSource):
     advice = "look at the delimiter, the quotes and the header"
 
     def __init__(self, parts: Sequence[Part], *, asked: Asked, lenient: bool) -> None:
-        self._headers: dict[Path, tuple[str, ...]] = {}
+        self._headers: dict[Location, tuple[str, ...]] = {}
         self._own: set[str] = set()  # names in any of them
         super().__init__(parts, asked=asked, lenient=lenient)
 
@@ -107,7 +107,7 @@ class DelimitedSource(TextSource):
                 else:  # a blank line is not a row
                     lines.skip_blank()
 
-    def _header(self, path: Path, reader: Iterator[list[str]]) -> tuple[str, ...]:
+    def _header(self, path: Location, reader: Iterator[list[str]]) -> tuple[str, ...]:
         try:
             found = next((cells for cells in reader if cells), [])
             header = tuple(cell.replace(_RETURN, "\r") for cell in found)
@@ -168,7 +168,7 @@ class CsvFormat(TextFormat):
         header = head.partition(b"\n")[0].strip()
         return any(d in header for d in _DELIMITERS.encode()) or header in _LONE_COLUMNS
 
-    def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
+    def records(self, joined: Joined, path: Location) -> Iterator[bytes]:
         """See `TextFormat.records`."""
         delimiter, added = delimiter_of(path), joined.added
         cells_of = [column.cell or column.value for column in added.values()]
@@ -183,7 +183,7 @@ class CsvFormat(TextFormat):
                 more = record_of([of(result) for of in cells_of], delimiter)
                 yield f"{before}{delimiter if given else ''}{more}\n".encode()
 
-    def output_suffix(self, first: Path) -> str:
+    def output_suffix(self, first: Location) -> str:
         """See `RowFormat.output_suffix`: TSV stays TSV."""
         return ".tsv" if delimiter_of(first) == "\t" else ".csv"
 
@@ -198,7 +198,9 @@ class _Lines:
         any_end: A lone \r ends a line; else it is text.
     """
 
-    def __init__(self, path: Path, file: io.BufferedReader, number: int, *, any_end: bool) -> None:
+    def __init__(
+        self, path: Location, file: io.BufferedReader, number: int, *, any_end: bool
+    ) -> None:
         self._path, self._file, self._any_end = path, file, any_end
         self.number, self._first = number, number + 1
         self._taken = bytearray()
@@ -260,7 +262,7 @@ class _Lines:
         return b"".join(pieces)
 
 
-def _delimiter(path: Path, header: str) -> str:
+def _delimiter(path: Location, header: str) -> str:
     if delimiter_of(path) == "\t":
         return "\t"
     return max(_DELIMITERS, key=header.count)
@@ -279,7 +281,7 @@ def _raw_cells(text: str, delimiter: str) -> list[str]:
     return re.findall(rf'("(?:[^"]++|"")*+"|[^{one}]*+)(?:{one}|\Z)', text)
 
 
-def delimiter_of(path: Path) -> str:
+def delimiter_of(path: Location) -> str:
     """What separates cells in an output of this name: a tab, or a comma."""
     return "\t" if suffixes(path)[0] == ".tsv" else ","
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from batchrun.jobs.errors import OutputError
 from batchrun.jobs.rows.delimited import CsvFormat
 from batchrun.jobs.rows.jsonl import JsonFormat
@@ -12,12 +10,13 @@ from batchrun.jobs.rows.row import reading
 from batchrun.jobs.rows.rowformat import PACKINGS, WRITTEN_PACKINGS, RowFormat, suffixes
 from batchrun.jobs.rows.store import INPUTS
 from batchrun.jobs.rows.stream import text_of
+from batchrun.objectstore import Location
 
 # By name; a file whose name implies none has the first format whose `begins` accepts it.
 FORMATS: dict[str, RowFormat] = {f.name: f for f in (ParquetFormat(), JsonFormat(), CsvFormat())}
 
 
-def input_format(path: Path) -> RowFormat | None:
+def input_format(path: Location) -> RowFormat | None:
     """The format that an input's name implies, if any."""
     suffix, packing = suffixes(path)
     for known in FORMATS.values():
@@ -26,7 +25,7 @@ def input_format(path: Path) -> RowFormat | None:
     return None
 
 
-def output_format(path: Path) -> str:
+def output_format(path: Location) -> str:
     """The name of the format that an output's name asks for.
 
     Raises:
@@ -52,7 +51,7 @@ def input_names() -> str:
     return f"{', '.join(names)}, all but Parquet's also with {', '.join(packings)} or {last}"
 
 
-def sniffed(path: Path) -> RowFormat | None:
+def sniffed(path: Location) -> RowFormat | None:
     """The format of a file by its first bytes; None if they don't tell.
 
     Raises:

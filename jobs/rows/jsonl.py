@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from batchrun.jobs.errors import InputError
@@ -17,6 +16,7 @@ from batchrun.jobs.rows.rowformat import ROW, TextFormat
 from batchrun.jobs.rows.store import Part
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
 from batchrun.jobs.rows.textsource import Record, TextSource
+from batchrun.objectstore import Location
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined
@@ -83,7 +83,7 @@ class JsonFormat(TextFormat):
         """
         return jsontext.with_more(row, result)
 
-    def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
+    def records(self, joined: Joined, path: Location) -> Iterator[bytes]:
         """See `TextFormat.records`."""
         added = joined.added.items()
         for index, row, results in joined.rows(lambda chunk: chunk.objects(joined.taken)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice, takewhile, zip_longest
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -28,6 +27,7 @@ from batchrun.jobs.rows.rowformat import RowFormat
 from batchrun.jobs.rows.store import Noted, Part, unnoted
 from batchrun.jobs.rows.unify import conform
 from batchrun.jobs.rows.united import united
+from batchrun.objectstore import Location
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined
@@ -57,7 +57,7 @@ class ParquetFormat(RowFormat):
             parts = []
         return ParquetSource(parts, noted)
 
-    def write(self, file: IO[bytes], joined: Joined, path: Path) -> None:
+    def write(self, file: IO[bytes], joined: Joined, path: Location) -> None:
         """See `RowFormat.write`."""
         schema = joined.schema()
         # Names inside list types are part of a column's type, and stay as they are.
@@ -76,7 +76,7 @@ class ParquetFormat(RowFormat):
             writer.is_open = False  # or its finaliser would write a footer to a closed file
             raise
 
-    def differences(self, path: Path, joined: Joined, noted: Noted) -> Iterator[str]:
+    def differences(self, path: Location, joined: Joined, noted: Noted) -> Iterator[str]:
         """See `RowFormat.differences`: compares values."""
         schema = joined.schema()
         with opened(path, noted) as file:
@@ -228,7 +228,7 @@ def _with_constant(batch: pa.RecordBatch, name: str, value: int | str | None) ->
 
 
 def _batch_rows(
-    path: Path, file: pq.ParquetFile, group: int, names: list[str], schema: pa.Schema
+    path: Location, file: pq.ParquetFile, group: int, names: list[str], schema: pa.Schema
 ) -> int:
     """How many rows of a row group make a batch of bounded bytes."""
     chunks = column_chunks(path, file, group, names)
@@ -264,7 +264,7 @@ def _opens(part: Part, noted: Noted) -> bool:
         return False
 
 
-def _batches(path: Path, file: pq.ParquetFile, noted: Noted) -> Iterator[pa.RecordBatch]:
+def _batches(path: Location, file: pq.ParquetFile, noted: Noted) -> Iterator[pa.RecordBatch]:
     for group in range(file.num_row_groups):
         found = batches(path, file, group, file.schema_arrow.names, BATCH_ROWS)
         while True:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,13 +16,14 @@ import pyarrow.parquet as pq
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.row import AGAIN, no_columns, reading
 from batchrun.jobs.rows.store import INPUTS, Noted, unnoted
+from batchrun.objectstore import Location
 
 _ANY = (Exception,)
 _BUFFER = 1 << 18  # bytes read ahead per column, instead of whole column chunks
 
 
 @contextmanager
-def opened(path: Path, noted: Noted = unnoted) -> Iterator[pq.ParquetFile]:
+def opened(path: Location, noted: Noted = unnoted) -> Iterator[pq.ParquetFile]:
     """A Parquet file with a consistent footer; checks pages that have checksums.
 
     Args:
@@ -45,7 +45,7 @@ def opened(path: Path, noted: Noted = unnoted) -> Iterator[pq.ParquetFile]:
 
 
 def batches(
-    path: Path, file: pq.ParquetFile, group: int, names: list[str], size: int
+    path: Location, file: pq.ParquetFile, group: int, names: list[str], size: int
 ) -> Iterator[pa.RecordBatch]:
     """A row group's rows, `size` at a time, with these columns; there may be none.
 
@@ -75,7 +75,9 @@ def batches(
         raise _contradiction(path, f"row group {group} says {rows:,} rows and holds {read:,}")
 
 
-def column_chunks(path: Path, file: pq.ParquetFile, group: int, names: Sequence[str]) -> list[Any]:
+def column_chunks(
+    path: Location, file: pq.ParquetFile, group: int, names: Sequence[str]
+) -> list[Any]:
     """Metadata of a row group's chunks of these columns."""
     wanted = set(names)
     with reading(path, _ANY):
@@ -101,7 +103,7 @@ def _check_names(fields: Any) -> None:
         pending += [kind.field(i) for i in range(getattr(kind, "num_fields", 0))]
 
 
-def _check_numbers(path: Path, file: pq.ParquetFile) -> None:
+def _check_numbers(path: Location, file: pq.ParquetFile) -> None:
     meta, schema = file.metadata, file.schema
     groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
     rows = [group.num_rows for group in groups]
@@ -124,5 +126,5 @@ def _check_numbers(path: Path, file: pq.ParquetFile) -> None:
                 )
 
 
-def _contradiction(path: Path, what: str) -> InputError:
+def _contradiction(path: Location, what: str) -> InputError:
     return InputError(f"{path} is damaged: {what}", hint=AGAIN)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from batchrun.errors import first_line
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.rows.store import INPUTS, Part
+from batchrun.objectstore import Location, StoreError
 
 BATCH_BYTES = 16 << 20  # a chunk of input rows is about this large, whatever a row's size
 BATCH_ROWS = 256  # and never has more rows: an average says little if lengths are skewed
@@ -129,7 +130,7 @@ def partition_fields(parts: Sequence[Part]) -> list[pa.Field[Any]]:
     return [pa.field(name, pa.string() if name in texts else pa.int64()) for name in names]
 
 
-def check_names(path: Path, names: Sequence[str], advice: str) -> None:
+def check_names(path: Location, names: Sequence[str], advice: str) -> None:
     """Refuse a file that has a column twice.
 
     Raises:
@@ -151,7 +152,7 @@ def digest_of(data: bytes) -> int:
 
 
 @contextmanager
-def reading(path: Path, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterator[None]:
+def reading(path: Location, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterator[None]:
     """Turn errors while a file is read into an InputError that names it.
 
     Args:
@@ -162,17 +163,19 @@ def reading(path: Path, faults: tuple[type[Exception], ...] = _FAULTS) -> Iterat
         yield
     except JobError:
         raise
+    except StoreError as error:
+        raise InputError(str(error), error.hint) from error
     except faults as error:
         code = error.errno if isinstance(error, OSError) else None
         if code is not None:
             raise InputError(
                 f"{path} can't be read: {os.strerror(code)}",
-                hint=f"look at it with: ls -ld '{path}'",
+                hint=f"look at it with: ls -ld '{path}'" if isinstance(path, Path) else None,
             ) from error
         raise damaged(path, first_line(error)) from error
 
 
-def damaged(path: Path, cause: object) -> InputError:
+def damaged(path: Location, cause: object) -> InputError:
     """The error for a file that is not what was written."""
     try:
         size = INPUTS.stat(path).size

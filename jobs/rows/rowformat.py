@@ -16,6 +16,7 @@ from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.store import Noted, Part, unnoted
 from batchrun.jobs.rows.stream import text_of
 from batchrun.jobs.rows.textsource import TextSource
+from batchrun.objectstore import Location
 
 if TYPE_CHECKING:  # it is made of sources
     from batchrun.jobs.output.joined import Joined
@@ -66,7 +67,7 @@ class RowFormat(ABC):
         """
 
     @abstractmethod
-    def write(self, file: IO[bytes], joined: Joined, path: Path) -> None:
+    def write(self, file: IO[bytes], joined: Joined, path: Location) -> None:
         """Write an output's rows; `path` is the file's final name.
 
         Raises:
@@ -75,14 +76,14 @@ class RowFormat(ABC):
         """
 
     @abstractmethod
-    def differences(self, path: Path, joined: Joined, noted: Noted) -> Iterator[str]:
+    def differences(self, path: Location, joined: Joined, noted: Noted) -> Iterator[str]:
         """A line for each place where a file differs from what `write` would write.
 
         Raises:
             JobError, OSError, ArrowException, ValueError, LookupError: It can't be read.
         """
 
-    def output_suffix(self, first: Path) -> str:
+    def output_suffix(self, first: Location) -> str:
         """The suffix of an output that is named after its first input."""
         return self.suffixes[0]
 
@@ -111,16 +112,16 @@ class TextFormat(RowFormat):
         return values
 
     @abstractmethod
-    def records(self, joined: Joined, path: Path) -> Iterator[bytes]:
+    def records(self, joined: Joined, path: Location) -> Iterator[bytes]:
         """The lines of an output with this name."""
 
-    def write(self, file: IO[bytes], joined: Joined, path: Path) -> None:
+    def write(self, file: IO[bytes], joined: Joined, path: Location) -> None:
         """See `RowFormat.write`."""
         with _packed(file, path.suffix.lower()) as packed:
             for record in self.records(joined, path):
                 packed.write(record)
 
-    def differences(self, path: Path, joined: Joined, noted: Noted) -> Iterator[str]:
+    def differences(self, path: Location, joined: Joined, noted: Noted) -> Iterator[str]:
         """See `RowFormat.differences`: compares bytes."""
         with text_of(path) as file:
             for number, want in enumerate(self.records(joined, path)):
@@ -131,7 +132,7 @@ class TextFormat(RowFormat):
                 yield f"the output {path} has more rows than the job"
 
 
-def suffixes(path: Path) -> tuple[str, str]:
+def suffixes(path: Location) -> tuple[str, str]:
     """A name's format suffix and its packing suffix, such as `.jsonl` and `.gz`; "" if absent."""
     suffix = path.suffix.lower()
     if suffix in PACKINGS:

@@ -12,6 +12,7 @@ from batchrun.jobs.rows.formats import FORMATS, input_format, input_names, sniff
 from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.rowformat import RowFormat
 from batchrun.jobs.rows.store import INPUTS, Noted, Part, unnoted
+from batchrun.objectstore import Location, location
 
 # Files that describe a dataset and are not part of it.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -34,10 +35,10 @@ def expand_inputs(
     Raises:
         InputError: A path leads to nothing, or to files of unknown or of several formats.
     """
-    found: dict[Path, tuple[Path, RowFormat]] = {}
+    found: dict[Location, tuple[Location, RowFormat]] = {}
     for path in paths:
         for file, kind in _expand(path, log):
-            found.setdefault(file.resolve(), (file, kind))
+            found.setdefault(file.resolve() if isinstance(file, Path) else file, (file, kind))
     if not found:
         raise InputError("no input files were given", hint="batchrun submit prompts.parquet")
     ordered = sorted(found.values(), key=lambda known: _natural(known[0]))
@@ -53,7 +54,7 @@ def expand_inputs(
 
 
 def open_source(
-    parts: Sequence[Part | Path],
+    parts: Sequence[Part | Location],
     format: str,  # noqa: A002 - the field's word
     *,
     lenient: bool = False,
@@ -64,8 +65,8 @@ def open_source(
     return FORMATS[format].open(files, lenient=lenient, noted=noted)
 
 
-def _expand(name: str, log: Callable[[str], None]) -> Iterator[tuple[Path, RowFormat]]:
-    with reading(Path(name).expanduser()):
+def _expand(name: str, log: Callable[[str], None]) -> Iterator[tuple[Location, RowFormat]]:
+    with reading(location(name)):
         found = list(INPUTS.expand(name))
     for path, beneath in found:
         if beneath is not None:
@@ -81,8 +82,8 @@ def _expand(name: str, log: Callable[[str], None]) -> Iterator[tuple[Path, RowFo
 
 
 def _of_folder(
-    path: Path, beneath: Iterator[Path], log: Callable[[str], None]
-) -> Iterator[tuple[Path, RowFormat]]:
+    path: Location, beneath: Iterator[Location], log: Callable[[str], None]
+) -> Iterator[tuple[Location, RowFormat]]:
     some, others = False, []
     for file in beneath:
         kind = input_format(file)
@@ -105,7 +106,7 @@ def _of_folder(
         log(f"{path}: {len(others)} files are left out, by their names: {shown}")
 
 
-def _parts(files: Sequence[Path]) -> Iterator[Part]:
+def _parts(files: Sequence[Location]) -> Iterator[Part]:
     """Each file with the columns from its folders' names, in Hive's style."""
     said: list[dict[str, str]] = []
     for file in files:
@@ -127,6 +128,6 @@ def _parts(files: Sequence[Path]) -> Iterator[Part]:
         yield Part(file, None, partition)
 
 
-def _natural(path: Path) -> tuple[list[str | int], str]:
+def _natural(path: Location) -> tuple[list[str | int], str]:
     parts = re.split(r"([0-9]+)", str(path))
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)

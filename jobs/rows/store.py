@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol, cast
 
 from batchrun.jobs.errors import InputError
+from batchrun.objectstore import (
+    Location,
+    ObjectFile,
+    ObjectPath,
+    beneath,
+    location,
+    matching,
+    stat_object,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +33,7 @@ class Part:
         partition: Columns from its folders' names (`lang=de`), the same in all its rows.
     """
 
-    path: Path
+    path: Location
     size: int | None = None
     partition: Mapping[str, int | str | None] = field(default_factory=dict)
 
@@ -32,13 +42,13 @@ class Noted(Protocol):
     """Told what is being read; see `ReaderNote.reading`."""
 
     def __call__(
-        self, path: Path | None = None, first: int = -1, rows: int = 0
+        self, path: Location | None = None, first: int = -1, rows: int = 0
     ) -> AbstractContextManager[None]:
         """Say that these rows of a file are read; without numbers, its metadata."""
 
 
 def unnoted(
-    path: Path | None = None, first: int = -1, rows: int = 0
+    path: Location | None = None, first: int = -1, rows: int = 0
 ) -> AbstractContextManager[None]:
     """A `Noted` that does nothing."""
     return nullcontext()
@@ -56,34 +66,25 @@ class InputStat(NamedTuple):
     identity: tuple[int, ...]
 
 
-class InputStore:
-    """Where inputs are: here, on this machine. Raises `OSError`.
-
-    Only the store interprets paths. A store for another place would have the same methods.
-    """
+class LocalInputs:
+    """Inputs on this machine."""
 
     def open(self, path: Path, buffering: int = -1) -> IO[bytes]:
-        """The file's bytes, seekable; `buffering` as in Python's `open`."""
+        """See `InputStore`."""
         return path.open("rb", buffering)
 
-    def for_arrow(self, path: Path) -> Path | IO[bytes]:
-        """What Arrow reads from: a path, which is faster than a Python file, or a file."""
+    def for_arrow(self, path: Path) -> Path:
+        """The path, which is faster than a Python file."""
         return path
 
     def stat(self, path: Path) -> InputStat:
-        """Its current size and identity."""
+        """See `InputStore`."""
         found = os.stat(path)
         identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
         return InputStat(found.st_size, identity)
 
     def expand(self, name: str) -> Iterator[tuple[Path, Iterator[Path] | None]]:
-        """What a path or a pattern stands for: files, and folders with the files beneath each.
-
-        Leaves out hidden files in folders, and those whose names begin with `_`.
-
-        Raises:
-            InputError: It does not exist, or can't be read more than once.
-        """
+        """See `InputStore`."""
         where = Path(name).expanduser()
         matches = [str(where)]
         try:
@@ -113,6 +114,80 @@ class InputStore:
             yield path, None
 
 
+class ObjectInputs:
+    """Inputs in object stores."""
+
+    def open(self, path: ObjectPath, buffering: int = -1) -> IO[bytes]:
+        """See `InputStore`."""
+        file = ObjectFile(path)
+        return cast(IO[bytes], io.BufferedReader(file) if buffering else file)
+
+    def for_arrow(self, path: ObjectPath) -> IO[bytes]:
+        """A file, which asks again where Arrow's own would give up."""
+        return cast(IO[bytes], ObjectFile(path))
+
+    def stat(self, path: ObjectPath) -> InputStat:
+        """See `InputStore`."""
+        size, tag = stat_object(path)
+        return InputStat(size, (size, tag))
+
+    def expand(self, path: ObjectPath) -> Iterator[tuple[ObjectPath, Iterator[ObjectPath] | None]]:
+        """See `InputStore`."""
+        try:
+            found = [(path, beneath(path))]
+        except FileNotFoundError:
+            if not has_magic(path.url):
+                raise InputError(
+                    f"{path}: there is no such object or folder", hint="check its name"
+                ) from None
+            found = [(match, beneath(match)) for match in matching(path)]
+        if not found:
+            raise InputError(f"no object matches {path}", hint="check the pattern")
+        for match, inside in found:
+            yield match, None if inside is None else (f for f in inside if _is_data(f, match))
+
+
+class InputStore:
+    """Where inputs are: on this machine, or objects in a store. Raises `OSError`.
+
+    Only the store interprets paths and URLs.
+    """
+
+    def __init__(self) -> None:
+        self._local, self._objects = LocalInputs(), ObjectInputs()
+
+    def open(self, path: Location, buffering: int = -1) -> IO[bytes]:
+        """The file's bytes, seekable; `buffering` as in Python's `open`, 0 or not."""
+        if isinstance(path, ObjectPath):
+            return self._objects.open(path, buffering)
+        return self._local.open(path, buffering)
+
+    def for_arrow(self, path: Location) -> Path | IO[bytes]:
+        """What Arrow reads from."""
+        if isinstance(path, ObjectPath):
+            return self._objects.for_arrow(path)
+        return self._local.for_arrow(path)
+
+    def stat(self, path: Location) -> InputStat:
+        """Its current size and identity."""
+        if isinstance(path, ObjectPath):
+            return self._objects.stat(path)
+        return self._local.stat(path)
+
+    def expand(self, name: str) -> Iterator[tuple[Location, Iterator[Location] | None]]:
+        """What a path, URL or pattern stands for: files, and folders with the files beneath each.
+
+        Leaves out hidden files in folders, and those whose names begin with `_`.
+
+        Raises:
+            InputError: It does not exist, or can't be read more than once.
+        """
+        where = location(name)
+        if isinstance(where, ObjectPath):
+            return self._objects.expand(where)
+        return self._local.expand(str(where))
+
+
 INPUTS = InputStore()
 
 
@@ -134,3 +209,8 @@ def _beneath(path: Path) -> Iterator[Path]:
             continue
         been.add((here.st_dev, here.st_ino))
         yield from (Path(folder, n) for n in sorted(names) if not n.startswith((".", "_")))
+
+
+def _is_data(path: ObjectPath, folder: ObjectPath) -> bool:
+    inside = path.parts[len(folder.parts) :]
+    return not any(name.startswith((".", "_")) for name in inside)

@@ -16,7 +16,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow as pa
@@ -24,6 +23,7 @@ import pyarrow as pa
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.row import damaged, reading
 from batchrun.jobs.rows.store import INPUTS
+from batchrun.objectstore import Location
 
 MAX_RECORD = 256 << 20  # bytes of a row; more is a file of another kind
 _BUFFER = 1 << 18
@@ -60,7 +60,7 @@ _UNPACKERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
 
 
 @contextmanager
-def text_of(path: Path, size: int | None = None) -> Iterator[io.BufferedReader]:
+def text_of(path: Location, size: int | None = None) -> Iterator[io.BufferedReader]:
     """A file's text as UTF-8 bytes, without a byte order mark.
 
     Args:
@@ -86,7 +86,7 @@ def skip(file: io.BufferedReader, what: re.Pattern[bytes]) -> int:
     return lines
 
 
-def _unpacked(path: Path, raw: IO[bytes], size: int | None) -> io.BufferedReader:
+def _unpacked(path: Location, raw: IO[bytes], size: int | None) -> io.BufferedReader:
     file = io.BufferedReader(
         cast(io.RawIOBase, raw if size is None else _Pieces(raw, _first(raw, size))), _BUFFER
     )
@@ -119,7 +119,7 @@ def _zstd_window(head: bytes) -> int:
     return (1 << (10 + exponent)) // 8 * (8 + mantissa)
 
 
-def _decoded(path: Path, file: io.BufferedReader) -> io.BufferedReader:
+def _decoded(path: Location, file: io.BufferedReader) -> io.BufferedReader:
     head = file.peek(64)
     for mark, encoding in _ENCODINGS:
         if head.startswith(mark):
@@ -190,7 +190,7 @@ def _streams(file: IO[bytes], make: Callable[[], Any]) -> Iterator[bytes]:
             yield data
 
 
-def _recoded(path: Path, file: IO[bytes], encoding: str) -> Iterator[bytes]:
+def _recoded(path: Location, file: IO[bytes], encoding: str) -> Iterator[bytes]:
     """The text of a file in another encoding, as UTF-8."""
     decoder = codecs.getincrementaldecoder(encoding)()
     data = b" "

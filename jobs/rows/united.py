@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ from batchrun.jobs.rows.unify import (
     unite_fields,
     united_leaves,
 )
+from batchrun.objectstore import Location
 
 _OTHERS = (b"pandas", b"huggingface")  # metadata that describes columns one by one
 _MAGIC = (b"PAR1", b"PARE")  # the latter for an encrypted footer
@@ -34,7 +34,7 @@ class _SchemaFiles:
     """A schema, and the files that have it."""
 
     schema: pa.Schema
-    paths: list[Path]
+    paths: list[Location]
 
 
 class _Leaf(NamedTuple):
@@ -55,7 +55,7 @@ class _Leaf(NamedTuple):
     limits: tuple[int, int]
 
 
-def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, list[int]]:
+def united(paths: Sequence[Location], noted: Noted = unnoted) -> tuple[pa.Schema, list[int]]:
     """One schema that holds the values of all files, and each file's number of rows.
 
     The first file's columns come first, then others in order of appearance. A column that a file
@@ -100,7 +100,7 @@ def united(paths: Sequence[Path], noted: Noted = unnoted) -> tuple[pa.Schema, li
     return schema, counts
 
 
-def _check_kind(path: Path) -> None:
+def _check_kind(path: Location) -> None:
     """Refuse a file of another kind, and name the kind.
 
     Raises:
@@ -201,7 +201,7 @@ def _least_and_greatest(
     return found
 
 
-def _cause(kind: _SchemaFiles, kinds: Iterable[_SchemaFiles], leaf: _Leaf) -> tuple[Path, Any]:
+def _cause(kind: _SchemaFiles, kinds: Iterable[_SchemaFiles], leaf: _Leaf) -> tuple[Location, Any]:
     """The first file, and its type, because of which a column must change its type."""
     for other in kinds:
         pair = unite_fields(kind.schema, other.schema)

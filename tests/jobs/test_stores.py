@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import os
+import random
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,15 +13,25 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.jobs.errors import InputError, OutputError
-from batchrun.jobs.output.store import OutputStore
+from batchrun.jobs.folder import sweep as remove_left
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.source import expand_inputs, open_source
-from batchrun.jobs.rows.store import INPUTS, InputStat, InputStore
+from batchrun.jobs.rows.store import INPUTS, InputStat
+from batchrun.objectstore import ObjectPath
 from tests.jobs.reading import objects
 
 
-@pytest.fixture(params=[InputStore])
-def inputs(request, tmp_path):
-    """A store, a place in it, and what puts a file there."""
+@pytest.fixture(params=["here", "s3"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def inputs(kind, request, tmp_path):
+    """The store, a place in it, and what puts a file there."""
+    if kind == "s3":
+        s3 = request.getfixturevalue("s3")
+        return INPUTS, s3.bucket / "place", lambda name, data=b"": s3.put(f"place/{name}", data)
 
     def put(name, data=b""):
         path = tmp_path / name
@@ -27,12 +39,22 @@ def inputs(request, tmp_path):
         path.write_bytes(data)
         return path
 
-    return request.param(), tmp_path, put
+    return INPUTS, tmp_path, put
 
 
-@pytest.fixture(params=[OutputStore])
-def outputs(request, tmp_path):
-    return request.param(), tmp_path
+@pytest.fixture
+def outputs(kind, request, tmp_path, monkeypatch):
+    """The store, a place in it, what reads a file there, and what lists all files."""
+    if kind == "here":
+        return OUTPUTS, tmp_path, Path.read_bytes, lambda: [*tmp_path.iterdir()]
+    s3 = request.getfixturevalue("s3")
+    monkeypatch.setenv("BATCHRUN_HOME", str(tmp_path))
+    (tmp_path / "jobs").mkdir()
+
+    def everything():
+        return [*map(ObjectPath, (f"s3://{n}" for n in s3.names())), *tmp_path.glob("jobs/*")]
+
+    return OUTPUTS, s3.bucket, s3.get, everything
 
 
 def refused(made):
@@ -47,16 +69,31 @@ class TestInputs:
         put("a/_logs/4.csv")
         put("a/_SUCCESS")
         assert list(store.expand(str(one))) == [(one, None)]
-        assert [path for path, _ in store.expand(f"{place}/a/d*/*.csv")] == [two]
-        [(folder, beneath)] = store.expand(str(place / "a"))
-        assert (folder, list(beneath)) == (place / "a", [one, two])
+        for pattern in ("a/d*/*.csv", "a/d*p/?.csv", "a/[a-e]*/2*", "*/deep/*", "a/de**/*2.csv"):
+            assert [path for path, _ in store.expand(f"{place}/{pattern}")] == [two], pattern
+        assert {two} <= {path for path, _ in store.expand(f"{place}/**/*.csv")}
+        for name in ("a", "a/"):
+            [(folder, beneath)] = store.expand(f"{place}/{name}")
+            assert (folder, list(beneath)) == (place / "a", [one, two])
+        [(folder, beneath)] = store.expand(f"{place}/a/dee?")
+        assert (folder, list(beneath)) == (place / "a" / "deep", [two])
 
-    @pytest.mark.parametrize("name", ["nothing", "no*", "a/1.csv/more"])
+    @pytest.mark.parametrize("name", ["nothing", "no*", "a/1.csv/more", "no/**/1.csv"])
     def test_what_is_not_there_is_refused(self, inputs, name):
         store, place, put = inputs
         put("a/1.csv")
         with pytest.raises(InputError):
             list(store.expand(f"{place}/{name}"))
+
+    @pytest.mark.parametrize("name", ["a b+c%20d&e=f.csv", "läng=dé/#1?.csv", "a@b:c.csv"])
+    def test_names_are_literal(self, inputs, name):
+        store, place, put = inputs
+        path = put(name, b"data")
+        assert list(store.expand(str(path))) == [(path, None)]
+        [(_, beneath)] = store.expand(str(place))
+        assert list(beneath) == [path]
+        with store.open(path) as file:
+            assert file.read() == b"data"
 
     def test_it_is_read_from_any_place(self, inputs):
         store, _, put = inputs
@@ -66,15 +103,37 @@ class TestInputs:
                 assert file.read(3) == b"012"
                 file.seek(7)
                 assert file.read(10) == b"789"
+                file.seek(-2, os.SEEK_END)
+                assert (file.read(1), file.tell()) == (b"8", 9)
+                file.seek(4)
+                assert file.read() == b"456789"
+                assert file.read(1) == b""
         with pytest.raises(FileNotFoundError):
-            store.open(path.with_name("b"))
+            store.open(path.parent / "b" if isinstance(path, Path) else ObjectPath(f"{path}b"))
+
+    def test_a_large_file_is_read_whole_in_any_steps(self, inputs):
+        store, _, put = inputs
+        data = os.urandom(1 << 20) * 5
+        path = put("a", data)
+        for step in (1 << 16, 1_000_003, 6 << 20):
+            with store.open(path, 0) as file:
+                assert b"".join(iter(partial(file.read, step), b"")) == data
+        rng = random.Random(1)
+        with store.open(path, 0) as file:
+            for _ in range(50):
+                begin, size = rng.randrange(len(data)), rng.choice([1, 100, 300_000])
+                file.seek(begin)
+                assert file.read(size) == data[begin : begin + size]
 
     def test_another_file_in_its_place_is_another(self, inputs):
         store, place, put = inputs
         path = put("a", b"one")
         before = store.stat(path)
         assert (before.size, store.stat(path)) == (3, before)
-        os.replace(put("b", b"two"), path)
+        if isinstance(path, Path):
+            os.replace(put("b", b"two"), path)
+        else:
+            put("a", b"two")
         assert store.stat(path) != before
         with pytest.raises(FileNotFoundError):
             store.stat(place / "c")
@@ -86,7 +145,7 @@ class TestOutputs:
             file.write(data)
 
     def test_it_is_there_whole_or_not_at_all(self, outputs):
-        store, place = outputs
+        store, place, read, everything = outputs
         path = place / "out"
 
         def half():
@@ -97,57 +156,67 @@ class TestOutputs:
 
         with pytest.raises(ZeroDivisionError):
             half()
-        assert list(place.iterdir()) == []
+        assert everything() == []
         self.write(store, path)
-        assert path.read_bytes() == b"whole"
+        assert read(path) == b"whole"
 
     def test_nothing_is_replaced_that_may_not_be(self, outputs):
-        store, place = outputs
+        store, place, read, everything = outputs
         path = place / "out"
         self.write(store, path, b"first")
         before = store.identity(path)
         with pytest.raises(FileExistsError):
             self.write(store, path)
-        assert (path.read_bytes(), store.identity(path)) == (b"first", before)
+        assert (read(path), store.identity(path)) == (b"first", before)
         asked = []
         self.write(store, path, b"third", lambda made: asked.append(made) or True)
-        assert path.read_bytes() == b"third"
+        assert read(path) == b"third"
         assert asked == [store.identity(path)] != [before]
+        assert everything() == [path]
 
     def test_where_it_can_be_written_is_known_before(self, outputs):
-        store, place = outputs
+        store, place, _, everything = outputs
         path = place / "out"
         store.check(path, overwrite=False)
-        assert list(place.iterdir()) == []
+        assert everything() == []
         self.write(store, path)
         store.check(path, overwrite=True)
-        for bad, overwrite in ((path, False), (place, True), (place / "no" / "out", True)):
+        nowhere = place / "no" / "out" if isinstance(place, Path) else ObjectPath(f"{place}no/out")
+        for bad, overwrite in ((path, False), (place, True), (nowhere, True)):
             with pytest.raises(OutputError):
                 store.check(bad, overwrite=overwrite)
+        assert everything() == [path]
 
-    def test_what_dead_writers_left_is_swept_and_nothing_else(self, outputs):
-        store, place = outputs
+    def test_what_dead_writers_left_is_swept_and_nothing_else(self, outputs, tmp_path):
+        store, place, read, everything = outputs
+
+        def sweep():
+            store.sweep(path)
+            remove_left(tmp_path)  # as every submission does
+
         path = place / "out"
         with store.write(path, may_replace=refused, private=False) as file:
-            store.sweep(path)  # its writer lives
+            sweep()  # its writer lives
             file.write(b"whole")
-        assert path.read_bytes() == b"whole"
+        assert read(path) == b"whole"
         if os.fork() == 0:
             with store.write(path, may_replace=refused, private=False):
                 os._exit(0)
         os.wait()
-        assert len(list(place.iterdir())) == 2
-        store.sweep(path)
-        assert list(place.iterdir()) == [path]
+        assert len(everything()) == 2
+        sweep()
+        assert everything() == [path]
 
-    def test_one_file_has_places_in_common_by_any_name(self, outputs):
-        store, place = outputs
+    def test_one_file_has_places_in_common_by_any_name(self, outputs, tmp_path):
+        store, place, _, _ = outputs
         path = place / "out"
-        (place / "folder").mkdir()
-        roundabout = place / "folder" / ".." / "out"
+        roundabout = path
+        if isinstance(place, Path):
+            (place / "folder").mkdir()
+            roundabout = place / "folder" / ".." / "out"
         for _ in range(2):  # to be, and there
             assert store.places(path) & store.places(roundabout)
-            assert not store.places(path) & store.places(Path(f"{path}2"))
+            assert not store.places(path) & store.places(place / "out2")
             if store.identity(path) is None:
                 self.write(store, path)
 
