@@ -30,7 +30,7 @@ from batchrun.jobs.rows.jsonl import JsonFormat
 from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
-from batchrun.objectstore import Location, location
+from batchrun.objectstore.paths import Location, location
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import Progress, read_progress
 from batchrun.specs import PIPE, modelless_spec, read_options, with_model
@@ -209,10 +209,11 @@ def submit(
     """Check a job and start it in a process of its own.
 
     Args:
-        inputs: Files, folders or globs, one or several; or rows, as dicts, a table, or a DataFrame
-            of any library that speaks Arrow.
-        model: Alias, folder, `.gguf` file or hub id.
-        output: A file; default: `INPUT-completions` in this folder; for rows, one in the job's.
+        inputs: Files, folders, globs or URLs, one or several; or rows, as dicts, a table, or a
+            DataFrame of any library that speaks Arrow.
+        model: Alias, folder, `.gguf` file, the URL of either in an object store, or hub id.
+        output: A file or URL; default: `INPUT-completions` in this folder; for rows, one in the
+            job's.
         again: Start a new job even if one with the same work can be resumed.
         log: Called with each line that a user should see.
         options: As `batchrun submit --help` names them, with underscores.

@@ -36,7 +36,7 @@ class LLM:
     """A model, loaded once, in the engine that jobs use. Close it to free its memory.
 
     Args:
-        model: Alias, folder, `.gguf` file or hub id.
+        model: Alias, folder, `.gguf` file, the URL of either in an object store, or hub id.
         log: Called with each line that a user should see.
         options: As `batchrun submit --help` names them, with underscores; sampling options are
             defaults for `generate`.

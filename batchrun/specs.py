@@ -34,7 +34,7 @@ from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import chat_templates, no_chat_template, resolve
-from batchrun.objectstore import Location, location
+from batchrun.objectstore.paths import Location, location
 from batchrun.prompts.messages import RESERVED, arguments_taken
 from batchrun.prompts.template import Template, looks_like_json
 from batchrun.runner import chat_columns

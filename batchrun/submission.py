@@ -21,7 +21,7 @@ from batchrun.jobs.output.destination import check_apart, one_at_a_time, resumin
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
-from batchrun.objectstore import location
+from batchrun.objectstore.paths import location
 from batchrun.runner import supervisor
 from batchrun.runner.live import forget_progress
 

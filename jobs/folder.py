@@ -26,7 +26,7 @@ from batchrun.jobs.lease import CANCEL, Lease, held_by
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words
 from batchrun.jobs.spec import FILE, JobSpec
-from batchrun.objectstore import Location, inside, location
+from batchrun.objectstore.paths import Location, inside, location
 
 _FULL = 1 << 20  # with fewer bytes left, a disk counts as full
 _DESTINATIONS = "destinations"  # lists where its results were written, apart from its own output

@@ -23,7 +23,7 @@ from batchrun.jobs.errors import (
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.rows.store import INPUTS
 from batchrun.jobs.spec import FILE, LIMIT_NAMES, OPTIONS, InputFile, JobSpec
-from batchrun.objectstore import Location, location, moved
+from batchrun.objectstore.paths import Location, location, moved
 
 if TYPE_CHECKING:
     from batchrun.jobs.folder import JobFolder

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from batchrun.jobs.errors import OutputError
 from batchrun.jobs.files import open_private
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 _SLOTS = 512  # initial capacity in rows; the file doubles when it is full
 _PATH_BYTES = 4096

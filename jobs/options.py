@@ -30,7 +30,7 @@ class ModelSpec:
     SECTION: ClassVar = kinds.MODEL
 
     name: str = option(
-        "Alias, folder, .gguf file or hub id.",
+        "Alias, folder, .gguf file, the URL of either in an object store, or hub id.",
         name="model",
         short="-m",
         default="smollm2-135m-instruct",
@@ -363,7 +363,7 @@ class RuntimeSpec:
     )
     draft_model: str | None = option(
         "Draft tokens from this smaller model too, which must have the same tokenizer: alias, "
-        "folder, .gguf file or hub id.",
+        "folder, .gguf file, URL or hub id.",
         metavar="MODEL",
     )
     draft_path: str = ""

@@ -14,7 +14,7 @@ from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.kinds import PROMPT, SAMPLING, Integer, Option, option, options_of, whole
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.rows.store import INPUTS, Part
-from batchrun.objectstore import Location, StoreError, inside, location
+from batchrun.objectstore.paths import Location, StoreError, inside, location
 
 VERSION = 1
 FILE = "job.json"

@@ -21,7 +21,7 @@ from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import STATS
-from batchrun.objectstore import location
+from batchrun.objectstore.paths import location
 
 _SHOWN = 5  # differences shown per output at most
 

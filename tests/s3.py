@@ -11,8 +11,8 @@ import pyarrow.fs
 import pytest
 from moto.server import ThreadedMotoServer
 
-from batchrun import objectstore
-from batchrun.objectstore import ObjectPath
+from batchrun.objectstore import client
+from batchrun.objectstore.paths import ObjectPath
 
 _numbers = itertools.count()
 
@@ -52,7 +52,7 @@ class S3:
     def put(self, name: str, data: bytes = b"") -> ObjectPath:
         """Make an object."""
         path = self.bucket / name
-        with self._system.open_output_stream("/".join(path.parts)) as file:
+        with self._system.open_output_stream("/".join(path.parts), compression=None) as file:
             file.write(data)
         return path
 
@@ -86,8 +86,8 @@ def running() -> Iterator[S3]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in server.variables.items():
             patch.setenv(name, value)
-        objectstore._arrow_system.cache_clear()
-        objectstore._answered.clear()
+        client._arrow_system.cache_clear()
+        client._answered.clear()
         try:
             yield server
         finally:

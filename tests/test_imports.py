@@ -17,22 +17,26 @@ TORCH = {"torch", "transformers", "accelerate", "flashinfer", "triton"}
 # the other files at the top of batchrun. Whatever is not listed would be an import that runs up.
 MAY_IMPORT = {
     "allocator": set(),
-    "jobs": set(),
-    "models": {"jobs"},
+    "objectstore": set(),
+    "jobs": {"objectstore"},
+    "models": {"jobs", "objectstore"},
     "prompts": {"models"},
     "grammars": {"prompts"},
     "engine": {"allocator", "grammars", "models", "prompts"},
     "report": {"jobs"},
     "fleet": {"allocator", "engine", "grammars", "jobs", "models", "runner"},
-    "runner": {"allocator", "engine", "estimate", "fleet", "grammars", "jobs", "models", "prompts"},
+    "runner": {
+        *("allocator", "engine", "estimate", "fleet", "grammars", "jobs", "models", "objectstore"),
+        "prompts",
+    },
     "estimate": {"engine", "fleet", "grammars", "jobs", "models", "prompts", "runner"},
-    "specs": {"engine", "fleet", "grammars", "jobs", "models", "prompts", "runner"},
-    "submission": {"jobs", "runner"},
+    "specs": {"engine", "fleet", "grammars", "jobs", "models", "objectstore", "prompts", "runner"},
+    "submission": {"jobs", "objectstore", "runner"},
     "llm": {"engine", "jobs", "runner", "specs", "submission"},
-    "api": {"jobs", "runner", "specs", "submission"},
+    "api": {"jobs", "objectstore", "runner", "specs", "submission"},
     "cli": {
-        *("allocator", "engine", "estimate", "fleet", "jobs", "models", "prompts", "report"),
-        *("runner", "specs", "submission"),
+        *("allocator", "engine", "estimate", "fleet", "jobs", "models", "objectstore"),
+        *("prompts", "report", "runner", "specs", "submission"),
     },
 }
 

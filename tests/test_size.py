@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1060,
+    "batchrun": 1070,
     "batchrun/cli": 1320,
     "batchrun/engine": 3800,
     "batchrun/engine/attention": 1260,
@@ -24,14 +24,15 @@ CEILINGS = {
     "batchrun/estimate": 470,
     "batchrun/fleet": 1490,
     "batchrun/grammars": 460,
-    "batchrun/models": 1060,
+    "batchrun/models": 1170,
+    "batchrun/objectstore": 330,
     "batchrun/prompts": 1150,
     "batchrun/report": 180,
     "batchrun/runner": 2350,
-    "jobs": 2240,
+    "jobs": 2260,
     "jobs/journal": 790,
-    "jobs/output": 1180,
-    "jobs/rows": 2160,
+    "jobs/output": 1260,
+    "jobs/rows": 2220,
 }
 FILE_CEILING = 400  # lines of any kind
 # Files that a later change should divide: none of them may grow.

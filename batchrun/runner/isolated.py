@@ -24,7 +24,7 @@ from batchrun.errors import sendable
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.inflight import ReaderNote, Reading
 from batchrun.jobs.rows.row import AGAIN
-from batchrun.objectstore import Location, location
+from batchrun.objectstore.paths import Location, location
 from batchrun.runner.overdue import Onlooker, not_made
 
 T = TypeVar("T")

@@ -44,7 +44,7 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import write_summary
 from batchrun.models.resolve import fingerprint
-from batchrun.objectstore import location
+from batchrun.objectstore.paths import location
 from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.engine_loop import EngineLoop
 from batchrun.runner.figures import RunFigures

@@ -21,7 +21,7 @@ from batchrun.jobs.journal.results import (
 )
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import JobSpec
-from batchrun.objectstore import location
+from batchrun.objectstore.paths import location
 from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.watchdog import Watchdog

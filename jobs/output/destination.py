@@ -30,7 +30,7 @@ from batchrun.jobs.journal.schema import NAME
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import FILE, JobSpec
-from batchrun.objectstore import Location, ObjectPath, location
+from batchrun.objectstore.paths import Location, ObjectPath, location
 
 _LIVE = ("new", "queued", "running")
 _OWN_FOLDERS = ("jobs", "measured", "models", "queue", "verdicts")  # of `home()`

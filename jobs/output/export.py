@@ -13,7 +13,7 @@ from batchrun.jobs.files import MayReplace
 from batchrun.jobs.output.joined import Joined
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.formats import FORMATS
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -19,7 +19,7 @@ from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import INPUTS, Noted, unnoted
 from batchrun.jobs.spec import JobSpec
-from batchrun.objectstore import Location, location
+from batchrun.objectstore.paths import Location, location
 
 _LEFT = "batchrun export --partial -o FILE has the results by row number, and what is left of it"
 

@@ -21,7 +21,10 @@ from batchrun.jobs.files import (
     identity_of,
     remove_abandoned,
 )
-from batchrun.objectstore import Location, ObjectFile, ObjectPath, beneath, probe, upload
+from batchrun.objectstore.client import beneath
+from batchrun.objectstore.files import ObjectFile
+from batchrun.objectstore.paths import Location, ObjectPath
+from batchrun.objectstore.upload import probe, upload
 
 UPLOAD = ".upload-"  # how names begin of files that are uploaded, among the jobs
 _SAMPLES, _SAMPLE = 5, 1 << 16

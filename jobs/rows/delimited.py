@@ -22,7 +22,7 @@ from batchrun.jobs.rows.rowformat import ROW, TextFormat, suffixes
 from batchrun.jobs.rows.store import Part
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
 from batchrun.jobs.rows.textsource import Asked, Header, Record, TextSource
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined

@@ -10,7 +10,7 @@ from batchrun.jobs.rows.row import reading
 from batchrun.jobs.rows.rowformat import PACKINGS, WRITTEN_PACKINGS, RowFormat, suffixes
 from batchrun.jobs.rows.store import INPUTS
 from batchrun.jobs.rows.stream import text_of
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 # By name; a file whose name implies none has the first format whose `begins` accepts it.
 FORMATS: dict[str, RowFormat] = {f.name: f for f in (ParquetFormat(), JsonFormat(), CsvFormat())}

@@ -16,7 +16,7 @@ from batchrun.jobs.rows.rowformat import ROW, TextFormat
 from batchrun.jobs.rows.store import Part
 from batchrun.jobs.rows.stream import MAX_RECORD, skip, text_of
 from batchrun.jobs.rows.textsource import Record, TextSource
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined

@@ -27,7 +27,7 @@ from batchrun.jobs.rows.rowformat import RowFormat
 from batchrun.jobs.rows.store import Noted, Part, unnoted
 from batchrun.jobs.rows.unify import conform
 from batchrun.jobs.rows.united import united
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.row import AGAIN, no_columns, reading
 from batchrun.jobs.rows.store import INPUTS, Noted, unnoted
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 _ANY = (Exception,)
 _BUFFER = 1 << 18  # bytes read ahead per column, instead of whole column chunks

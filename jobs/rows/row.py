@@ -17,7 +17,7 @@ import pyarrow as pa
 from batchrun.errors import first_line
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.rows.store import INPUTS, Part
-from batchrun.objectstore import Location, StoreError
+from batchrun.objectstore.paths import Location, StoreError
 
 BATCH_BYTES = 16 << 20  # a chunk of input rows is about this large, whatever a row's size
 BATCH_ROWS = 256  # and never has more rows: an average says little if lengths are skewed

@@ -16,7 +16,7 @@ from batchrun.jobs.rows.row import Source
 from batchrun.jobs.rows.store import Noted, Part, unnoted
 from batchrun.jobs.rows.stream import text_of
 from batchrun.jobs.rows.textsource import TextSource
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 if TYPE_CHECKING:  # it is made of sources
     from batchrun.jobs.output.joined import Joined

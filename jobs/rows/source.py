@@ -12,7 +12,7 @@ from batchrun.jobs.rows.formats import FORMATS, input_format, input_names, sniff
 from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.rowformat import RowFormat
 from batchrun.jobs.rows.store import INPUTS, Noted, Part, unnoted
-from batchrun.objectstore import Location, location
+from batchrun.objectstore.paths import Location, location
 
 # Files that describe a dataset and are not part of it.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}

@@ -12,15 +12,9 @@ from pathlib import Path
 from typing import IO, NamedTuple, Protocol, cast
 
 from batchrun.jobs.errors import InputError
-from batchrun.objectstore import (
-    Location,
-    ObjectFile,
-    ObjectPath,
-    beneath,
-    location,
-    matching,
-    stat_object,
-)
+from batchrun.objectstore.client import beneath, matching, stat_object
+from batchrun.objectstore.files import ObjectFile
+from batchrun.objectstore.paths import Location, ObjectPath, location
 
 
 @dataclass(frozen=True, slots=True)

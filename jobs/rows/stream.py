@@ -23,7 +23,7 @@ import pyarrow as pa
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.row import damaged, reading
 from batchrun.jobs.rows.store import INPUTS
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 MAX_RECORD = 256 << 20  # bytes of a row; more is a file of another kind
 _BUFFER = 1 << 18

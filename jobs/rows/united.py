@@ -22,7 +22,7 @@ from batchrun.jobs.rows.unify import (
     unite_fields,
     united_leaves,
 )
-from batchrun.objectstore import Location
+from batchrun.objectstore.paths import Location
 
 _OTHERS = (b"pandas", b"huggingface")  # metadata that describes columns one by one
 _MAGIC = (b"PAR1", b"PARE")  # the latter for an encrypted footer

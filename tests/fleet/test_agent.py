@@ -15,6 +15,7 @@ from batchrun.fleet import agent as agents
 from batchrun.fleet import cluster
 from batchrun.fleet.agent import Agent, Model, Node
 from batchrun.models.resolve import DEFAULT_MODEL, embedded_gguf, fingerprint, resolve
+from tests.s3 import S3
 from tests.tiny import write_tiny_model
 
 
@@ -82,6 +83,17 @@ def test_a_name_means_the_same_model_on_each_node(
     [path] = agent.look([wanted]).paths
     assert path is not None
     assert fingerprint(Path(path)) == ref.fingerprint
+
+
+def test_each_node_downloads_a_model_from_its_store(agent: Agent, model: Model, s3: S3) -> None:
+    for file in Path(model.path).rglob("*"):
+        if file.is_file():
+            s3.put(f"model/{file.relative_to(model.path)}", file.read_bytes())
+    wanted = Model(f"{s3.bucket}/model", "/nowhere", model.fingerprint, False)
+    [path] = agent.look([wanted]).paths
+    assert path is not None
+    assert fingerprint(Path(path)) == model.fingerprint
+    assert agent.look([wanted._replace(fingerprint="another")]).paths == (None,)
 
 
 @pytest.mark.parametrize("piece", [1 << 10, 1 << 30])

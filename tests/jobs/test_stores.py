@@ -17,7 +17,7 @@ from batchrun.jobs.folder import sweep as remove_left
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import INPUTS, InputStat
-from batchrun.objectstore import ObjectPath
+from batchrun.objectstore.paths import ObjectPath
 from tests.jobs.reading import objects
 
 
