@@ -195,6 +195,11 @@ def peak_rss() -> int:
     return own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # its parent's too
 
 
+def bytes_written() -> int:
+    """What this process has written so far, to anything; 0 if the kernel does not say."""
+    return int(_line(Path("/proc/self/io"), "wchar") or 0)
+
+
 def return_freed_memory() -> None:
     """Have the C library return large freed blocks to the kernel."""
     _tune_heap(128 << 10, 128 << 10)

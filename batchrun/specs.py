@@ -32,7 +32,7 @@ from batchrun.jobs.rows.formats import FORMATS, output_format
 from batchrun.jobs.rows.row import Source, missing_column
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import Noted, unnoted
-from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.spec import JobSpec, input_files
 from batchrun.models.resolve import chat_templates, no_chat_template, resolve
 from batchrun.objectstore.paths import Location, location
 from batchrun.prompts.messages import RESERVED, arguments_taken
@@ -137,8 +137,7 @@ def modelless_spec(
     if not output.stdout:
         check_place(home, location(output.path), [part.path for part in parts])
         OUTPUTS.check(location(output.path), overwrite=output.overwrite)
-    files = tuple(InputFile.of(part.path, part.partition) for part in parts)
-    return replace(spec, inputs=files), bool(are_chats(prompt, source))
+    return replace(spec, inputs=input_files(parts)), bool(are_chats(prompt, source))
 
 
 def with_model(spec: JobSpec, home: Path, log: Log, *, chats: bool = False) -> JobSpec:

@@ -21,8 +21,8 @@ from batchrun.jobs.errors import (
     refused,
 )
 from batchrun.jobs.files import read_json, write_json
-from batchrun.jobs.rows.store import INPUTS
-from batchrun.jobs.spec import FILE, LIMIT_NAMES, OPTIONS, InputFile, JobSpec
+from batchrun.jobs.rows.store import INPUTS, Part
+from batchrun.jobs.spec import FILE, LIMIT_NAMES, OPTIONS, JobSpec, input_files
 from batchrun.objectstore.paths import Location, location, moved
 
 if TYPE_CHECKING:
@@ -203,15 +203,15 @@ def changes(
         InputError: One is gone or can't be read.
     """
     lines = []
-    for was in spec.inputs:
-        if only is None or was.path in only:
-            # Appended text is not part of the job: text sources stop at the submitted size.
-            most = was.size if _may_grow(spec) else None
-            now = InputFile.of(location(was.path), most=most)
-            if was.size != now.size:
-                lines.append(f"{was.path}: it had {was.size} bytes and now has {now.size}")
-            elif was.fingerprint != now.fingerprint:
-                lines.append(f"{was.path}: its content changed")
+    inputs = [file for file in spec.inputs if only is None or file.path in only]
+    # Appended text is not part of the job: text sources stop at the submitted size.
+    grows = _may_grow(spec)
+    parts = [Part(location(file.path), file.size if grows else None) for file in inputs]
+    for was, now in zip(inputs, input_files(parts), strict=True):
+        if was.size != now.size:
+            lines.append(f"{was.path}: it had {was.size} bytes and now has {now.size}")
+        elif was.fingerprint != now.fingerprint:
+            lines.append(f"{was.path}: its content changed")
     model = spec.model.path
     if model and model_fingerprint is not None and (only is None or model in only):
         elsewhere = f"if it is elsewhere now: batchrun resume --moved '{model}'=NEW"

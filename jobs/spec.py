@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -13,7 +13,7 @@ from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.kinds import PROMPT, SAMPLING, Integer, Option, option, options_of, whole
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
-from batchrun.jobs.rows.store import INPUTS, Part
+from batchrun.jobs.rows.store import INPUTS, Part, each
 from batchrun.objectstore.paths import Location, StoreError, inside, location
 
 VERSION = 1
@@ -89,6 +89,16 @@ class InputFile:
                 else "check that the file is readable",
             ) from error
         return cls(str(path.absolute()), size, digest.hexdigest(), dict(partition or {}))
+
+
+def input_files(parts: Sequence[Part]) -> tuple[InputFile, ...]:
+    """See `InputFile.of`."""
+
+    def of(number: int) -> InputFile:
+        part = parts[number]
+        return InputFile.of(part.path, part.partition, part.size)
+
+    return tuple(each([part.path for part in parts], of))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ CEILINGS = {
     "batchrun/objectstore": 330,
     "batchrun/prompts": 1150,
     "batchrun/report": 180,
-    "batchrun/runner": 2350,
+    "batchrun/runner": 2370,
     "jobs": 2260,
     "jobs/journal": 790,
     "jobs/output": 1260,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn, cast
 
 from batchrun.objectstore.client import asked, said, stat_object, system_of
 from batchrun.objectstore.paths import ObjectPath, StoreError, advice
@@ -21,8 +24,14 @@ def upload(file: Path, to: ObjectPath) -> None:
     Raises:
         StoreError: It can't be made.
     """
-    asked(to, lambda: _elsewhere("put", str(file), to))
-    if (now := stat_object(to).size) != (size := file.stat().st_size):
+    size = file.stat().st_size
+
+    def put() -> None:
+        with file.open("rb") as source:
+            _elsewhere("put", str(size), to, source)
+
+    asked(to, put)
+    if (now := stat_object(to).size) != size:
         raise StoreError(f"{to} has {now:,} bytes after {size:,} were written")
 
 
@@ -33,55 +42,58 @@ def probe(path: ObjectPath) -> None:
         StoreError: None can.
     """
     try:
-        _elsewhere("probe", os.urandom(4).hex(), path)
+        _elsewhere("probe", os.urandom(4).hex(), path, io.BytesIO())
     except OSError as error:
         raise StoreError(str(error), advice(path.scheme)) from error
 
 
-def _elsewhere(what: str, how: str, path: ObjectPath) -> None:
+def _elsewhere(what: str, how: str, path: ObjectPath, source: IO[bytes]) -> None:
     """Write to a store in another process.
 
     Arrow completes an object when its stream is closed, and closes it when an exception unwinds.
-    Only if the process ends, and `subprocess.run` kills it when one is raised here, is nothing
-    there.
+    Only if the process ends, and it is killed when one is raised here, is nothing there.
     """
-    program = [sys.executable, "-m", "batchrun.objectstore.upload"]
-    done = subprocess.run(
-        [*program, what, how, path.url, str(os.getpid())],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise OSError(said[-1])
+    program = [sys.executable, "-m", "batchrun.objectstore.upload", what, how, path.url]
+    with (
+        tempfile.TemporaryFile() as heard,
+        subprocess.Popen(program, stdin=subprocess.PIPE, stderr=heard) as process,
+    ):
+        try:
+            with suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as pipe:
+                shutil.copyfileobj(source, pipe, _BLOCK)
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        if code:
+            heard.seek(0)
+            lines = heard.read().decode(errors="replace").strip().splitlines()
+            raise OSError(lines[-1] if lines else f"exit code {code}")
 
 
-def _put(file: str, path: ObjectPath, parent: int) -> None:
+def _put(size: str, path: ObjectPath) -> None:
     system, place = system_of(path)
-    with open(file, "rb") as source:
-        out = system.open_output_stream(place, compression=None)  # not by the name's suffix
-        while data := source.read(_BLOCK):
-            if os.getppid() != parent:  # nobody waits for it: it may be out of date
-                os._exit(1)
-            out.write(data)
-        out.close()
+    out, left = system.open_output_stream(place, compression=None), int(size)
+    while data := sys.stdin.buffer.read(_BLOCK):
+        out.write(data)
+        left -= len(data)
+    if left:  # whoever sends it is gone
+        os._exit(1)
+    out.close()
 
 
-def _probe(mark: str, path: ObjectPath, _: int) -> None:
+def _probe(mark: str, path: ObjectPath) -> None:
     system, place = system_of(ObjectPath(f"{path}.probe-{mark}"))
     system.open_output_stream(place, compression=None).close()
     with suppress(OSError):  # who may write may not always delete
         system.delete_file(place)
 
 
-def main(what: str, how: str, url: str, parent: str) -> NoReturn:
+def main(what: str, how: str, url: str) -> NoReturn:
     """What `upload` and `probe` run; see `_elsewhere`."""
     code = 1
     try:
-        {"put": _put, "probe": _probe}[what](how, ObjectPath(url), int(parent))
+        {"put": _put, "probe": _probe}[what](how, ObjectPath(url))
         code = 0
     except Exception as error:  # clients raise errors of their own
         print(said(error), file=sys.stderr, flush=True)

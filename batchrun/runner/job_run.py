@@ -73,7 +73,7 @@ class Outcome(StrEnum):
 
 _RECALLED_TOKENS = 200_000  # of earlier answers, from which tokens are guessed: under a second
 _DRAINED_SECONDS = 0.05  # between two looks at whether the engine is empty
-_PATIENCE = 6  # loading a model or writing the output may take this many times as long as a step
+_PATIENCE = 6  # loading a model, or writing nothing, may take this many times as long as a step
 
 
 def run_job(
@@ -218,7 +218,7 @@ class _Run:
             return Outcome.CANCELLED if cancelled else Outcome.INTERRUPTED
         self._report("export")
         began = time.perf_counter()
-        with self.watchdog.busy("writing the output", _PATIENCE):
+        with self.watchdog.busy("writing the output", _PATIENCE, machine.bytes_written):
             self._write_output()
         self._figures.counted["export_s"] = time.perf_counter() - began
         return Outcome.DONE_WITH_ERRORS if self._writer.failed else Outcome.DONE

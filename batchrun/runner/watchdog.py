@@ -7,10 +7,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from batchrun import machine
 
 _LOOKS = 20  # within the time after which something counts as hanging
+
+
+@dataclass
+class _Busy:
+    """What a thread does, since when, since when it has not got on, and how long it may not."""
+
+    what: str
+    since: float
+    still: float
+    limit_s: float
+    moving: Callable[[], object]
+    at: object
+
+    def stands(self, now: float) -> bool:
+        """Whether it has not got on for too long."""
+        if (at := self.moving()) != self.at:
+            self.at, self.still = at, now
+        return now - self.still > self.limit_s
 
 
 class Watchdog:
@@ -29,14 +48,22 @@ class Watchdog:
     ) -> None:
         self._limit_s = limit_s
         self._on_stall = on_stall
-        self._busy: dict[int, tuple[str, float, float]] = {}  # what, since, until
+        self._busy: dict[int, _Busy] = {}
         self._lost = 0.0  # seconds in which nothing could be done
 
     @contextmanager
-    def busy(self, what: str, patience: float = 1) -> Iterator[None]:
-        """Say that the calling thread is busy with `what`, for up to `patience` times the limit."""
+    def busy(
+        self, what: str, patience: float = 1, moving: Callable[[], object] = lambda: None
+    ) -> Iterator[None]:
+        """Say that the calling thread is busy.
+
+        Args:
+            what: With what.
+            patience: For up to so many times the limit.
+            moving: What changes while it gets on; then it may go on for as long again.
+        """
         thread, now = threading.get_ident(), time.monotonic() - self._lost
-        self._busy[thread] = what, now, now + patience * self._limit_s
+        self._busy[thread] = _Busy(what, now, now, patience * self._limit_s, moving, moving())
         try:
             yield
         finally:
@@ -61,7 +88,7 @@ class Watchdog:
             if now - before > 2 * look:
                 self._lost += now - before - look
             before = now
-            for what, since, until in list(self._busy.values()):
-                if now - self._lost > until and self._on_stall is not None:
-                    self._on_stall(what, now - self._lost - since)
+            for busy in list(self._busy.values()):
+                if busy.stands(now - self._lost) and self._on_stall is not None:
+                    self._on_stall(busy.what, now - self._lost - busy.since)
                     return

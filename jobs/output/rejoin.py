@@ -17,9 +17,9 @@ from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.formats import FORMATS
 from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.source import open_source
-from batchrun.jobs.rows.store import INPUTS, Noted, unnoted
+from batchrun.jobs.rows.store import INPUTS, Noted, each, unnoted
 from batchrun.jobs.spec import JobSpec
-from batchrun.objectstore.paths import Location, location
+from batchrun.objectstore.paths import Location
 
 _LEFT = "batchrun export --partial -o FILE has the results by row number, and what is left of it"
 
@@ -161,12 +161,13 @@ class _Files:
                 raise SpecChanged(f"{file.path} was changed while it was read", "batchrun export")
 
     def _identities(self) -> list[tuple[int, ...]]:
-        found = []
-        for file in self._spec.inputs:
-            path = location(file.path)
-            with reading(path):
-                found.append(INPUTS.stat(path).identity)
-        return found
+        paths = self._spec.input_paths
+
+        def identity(number: int) -> tuple[int, ...]:
+            with reading(paths[number]):
+                return INPUTS.stat(paths[number]).identity
+
+        return each(paths, identity)
 
 
 def _what_is_left(spec: JobSpec, journal: Journal, noted: Noted, lost: Location | None) -> Joined:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol, cast
+from typing import IO, NamedTuple, Protocol, TypeVar, cast
 
 from batchrun.jobs.errors import InputError
 from batchrun.objectstore.client import beneath, matching, stat_object
 from batchrun.objectstore.files import ObjectFile
 from batchrun.objectstore.paths import Location, ObjectPath, location
+
+T = TypeVar("T")
+
+_AT_ONCE = 16  # requests: a store answers each of them late
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +188,15 @@ class InputStore:
 
 
 INPUTS = InputStore()
+
+
+def each(paths: Sequence[Location], work: Callable[[int], T]) -> list[T]:
+    """Do something with each path's number, several at once if a store must answer."""
+    numbers = range(len(paths))
+    if not any(isinstance(path, ObjectPath) for path in paths):
+        return [work(number) for number in numbers]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(work, numbers))
 
 
 def _beneath(path: Path) -> Iterator[Path]:
