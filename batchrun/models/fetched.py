@@ -16,7 +16,7 @@ from batchrun.errors import ModelError
 from batchrun.jobs.files import fsync_directory, make_folders, private_mode
 from batchrun.models.folder import INDEX, SINGLE, no_safetensors
 from batchrun.models.gguf import check_ours
-from batchrun.objectstore.client import ObjectStat, beneath, sizes, stat_object
+from batchrun.objectstore.client import ObjectStat, beneath, stat_object
 from batchrun.objectstore.files import download
 from batchrun.objectstore.paths import ObjectPath
 
@@ -57,27 +57,31 @@ def fetched(
 def _files(path: ObjectPath, patterns: Sequence[str]) -> Mapping[str, ObjectStat]:
     """A model's files, by name."""
     try:
-        if beneath(path) is None:
-            if path.suffix != ".gguf":
-                raise ModelError(
-                    f"{path} is a single file; a model is a folder of safetensors or one .gguf",
-                    hint="give the folder that holds its config.json",
-                )
-            return {path.name: stat_object(path)}
+        found = beneath(path)
     except FileNotFoundError:
         raise ModelError(
             f"no model {path}: there is no such object or folder", hint="check its name"
         ) from None
-    begin = len(path.url) + 1
-    found = {file.url[begin:]: stat for file, stat in sizes(path).items()}
-    if not any(name.endswith(".safetensors") for name in found):
-        raise no_safetensors(str(path), list(found))
-    twice = TWICE if {SINGLE, INDEX} & found.keys() else ()
-    return {
-        name: stat
-        for name, stat in found.items()
+    if found is None:
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{path} is a single file; a model is a folder of safetensors or one .gguf",
+                hint="give the folder that holds its config.json",
+            )
+        return {path.name: stat_object(path)}
+    names = [str(file)[len(str(path)) + 1 :] for file in found]
+    if not any(name.endswith(".safetensors") for name in names):
+        raise no_safetensors(str(path), names)
+    twice = TWICE if {SINGLE, INDEX} & set(names) else ()
+    wanted = [
+        name
+        for name in names
         if is_model_file(name, patterns) and not any(fnmatch(name, pattern) for pattern in twice)
-    }
+    ]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(
+            zip(wanted, pool.map(lambda name: stat_object(path / name), wanted), strict=True)
+        )
 
 
 def is_model_file(name: str, patterns: Sequence[str]) -> bool:

@@ -105,21 +105,6 @@ def matching(pattern: ObjectPath) -> list[ObjectPath]:
     )
 
 
-def sizes(path: ObjectPath) -> dict[ObjectPath, ObjectStat]:
-    """All objects beneath a folder, with what a list says of them.
-
-    Raises:
-        StoreError: The store does not say.
-    """
-    from pyarrow.fs import FileType  # noqa: PLC0415 - Arrow, seldom
-
-    return {
-        found: ObjectStat(info.size or 0, info.mtime_ns or 0)
-        for found, info in _listed(path)
-        if info.type == FileType.File
-    }
-
-
 # --- asking a store ---
 
 _answered: set[str] = set()  # beginnings of URLs of stores that have answered
@@ -188,8 +173,8 @@ def _listed(path: ObjectPath, *, deep: bool = True) -> Iterator[tuple[ObjectPath
 
     def find() -> tuple[str, list[FileInfo]]:
         system, place = system_of(path)
-        asked = FileSelector(place, allow_not_found=True, recursive=deep)
-        return place, system.get_file_info(asked)
+        inside = FileSelector(place, allow_not_found=True, recursive=deep)
+        return place, system.get_file_info(inside)
 
     place, infos = asked(path, find)
     for info in infos:

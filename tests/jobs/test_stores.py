@@ -17,6 +17,7 @@ from batchrun.jobs.folder import sweep as remove_left
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import INPUTS, InputStat
+from batchrun.objectstore.files import ObjectFile
 from batchrun.objectstore.paths import ObjectPath
 from tests.jobs.reading import objects
 
@@ -124,6 +125,21 @@ class TestInputs:
                 begin, size = rng.randrange(len(data)), rng.choice([1, 100, 300_000])
                 file.seek(begin)
                 assert file.read(size) == data[begin : begin + size]
+
+    def test_columns_are_read_in_few_requests(self, s3, monkeypatch):
+        """Arrow reads a Parquet file in as many places at once as it has columns."""
+        noise = [os.urandom(3000).hex() for _ in range(1000)]
+        table = pa.table({f"column {i}": noise[i:] + noise[:i] for i in range(8)})
+        file = io.BytesIO()
+        pq.write_table(table, file, compression=None, use_dictionary=False)
+        path, sizes = s3.put("a.parquet", file.getvalue()), []
+        real = ObjectFile._fetched
+        monkeypatch.setattr(ObjectFile, "_fetched", lambda f, n: sizes.append(n) or real(f, n))
+        source = open_source([path], "parquet")
+        found = [chunk.arrow(source.schema()) for chunk in source.chunks()]
+        assert pa.Table.from_batches(found).equals(table)
+        assert len(sizes) < 8 * 8
+        assert sum(sizes) < 1.2 * len(file.getvalue()) + (1 << 20)
 
     def test_another_file_in_its_place_is_another(self, inputs):
         store, place, put = inputs
