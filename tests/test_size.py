@@ -16,7 +16,7 @@ CEILINGS = {
     "allocator": 1440,
     "batchrun": 1070,
     "batchrun/cli": 1320,
-    "batchrun/engine": 3800,
+    "batchrun/engine": 3805,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
     "batchrun/engine/model": 2390,

@@ -23,7 +23,6 @@ from batchrun.engine.cpu.compile import guard_caches
 from batchrun.engine.engine import Engine
 from batchrun.engine.executor import TorchExecutor
 from batchrun.engine.executors import make_executor, make_fast
-from batchrun.engine.model import loading
 from batchrun.engine.model.draft import as_draft, load_draft
 from batchrun.engine.model.generation import read_generation, vocabulary_size
 from batchrun.engine.model.prepare import LoadedModel
@@ -38,6 +37,7 @@ from batchrun.engine.settings import (
     choose_device,
     fit_context,
     kv_layout,
+    load_model,
     logits_bytes,
     num_slots,
     prompt_encoder,
@@ -75,15 +75,7 @@ def build(
     transformers_logging.disable_progress_bar()
     return_freed_memory()  # loading and packing leave hundreds of MiB behind
     with device_errors("the weights", None):
-        loaded = loading.load(
-            settings.model_path,
-            name=settings.model_name,
-            dtype=settings.dtype,
-            quantize=settings.quantize,
-            device=choose_device(settings.device, log),
-            trust_remote_code=settings.trust_remote_code,
-            max_model_len=settings.max_model_len,
-        )
+        loaded = load_model(settings, choose_device(settings.device, log))
         draft = load_draft(settings, loaded, str(loaded.device))
     if loaded.device.type == "cuda":
         guard_caches(log)

@@ -18,6 +18,7 @@ from batchrun.allocator.vmm import AllocatorError
 from batchrun.engine import attention
 from batchrun.engine.attention import Geometry
 from batchrun.engine.core import EngineError
+from batchrun.engine.model import loading
 from batchrun.engine.model.generation import vocabulary_size, within_vocabulary
 from batchrun.engine.model.prepare import LoadedModel
 from batchrun.engine.prefixes import KEPT
@@ -198,6 +199,20 @@ def kv_layout(
         page_size = max(_LEAST_HOST_PAGE, fair)
     planes = planes_of(layers, per_slab)
     return KVLayout(layers, element, page_size, loaded.max_model_len, per_slab, planes)
+
+
+def load_model(settings: Settings, device: str, *, weights: bool = True) -> LoadedModel:
+    """The model that a job names: see `batchrun.engine.model.loading.load`."""
+    return loading.load(
+        settings.model_path,
+        name=settings.model_name,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        device=device,
+        trust_remote_code=settings.trust_remote_code,
+        max_model_len=settings.max_model_len,
+        weights=weights,
+    )
 
 
 def fit_context(

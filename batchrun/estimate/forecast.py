@@ -227,7 +227,7 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
     from batchrun.engine import settings as here  # noqa: PLC0415
-    from batchrun.engine.model import gates, loading  # noqa: PLC0415
+    from batchrun.engine.model import gates  # noqa: PLC0415
     from batchrun.engine.model.draft import load_draft  # noqa: PLC0415
     from batchrun.engine.model.generation import (  # noqa: PLC0415
         read_generation,
@@ -238,16 +238,7 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
     runtime, engines = one_engine(spec.runtime)
     settings = engine_settings(replace(spec, runtime=runtime))
     device = here.choose_device(settings.device, log)
-    loaded = loading.load(
-        settings.model_path,
-        name=settings.model_name,
-        dtype=settings.dtype,
-        quantize=settings.quantize,
-        device=device,
-        trust_remote_code=settings.trust_remote_code,
-        max_model_len=settings.max_model_len,
-        weights=False,
-    )
+    loaded = here.load_model(settings, device, weights=False)
     draft = load_draft(settings, loaded, device, weights=False)
     loaded = here.fit_context(loaded, settings, device, draft)
     encode, encode_text = here.prompt_encoder(loaded, settings, prompt_options(spec), log)

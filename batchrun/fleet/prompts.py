@@ -40,20 +40,10 @@ def read_model(spec: JobSpec) -> LoadedModel:
     with machine.importing():
         from transformers.utils import logging  # noqa: PLC0415
 
-        from batchrun.engine.model import loading  # noqa: PLC0415
+        from batchrun.engine.settings import load_model  # noqa: PLC0415
 
     logging.set_verbosity_error()
-    model = spec.model
-    return loading.load(
-        model.path,
-        name=model.name,
-        dtype=model.dtype,
-        quantize=model.quantize,
-        device="cpu",
-        trust_remote_code=model.trust_remote_code,
-        max_model_len=model.max_model_len,
-        weights=False,
-    )
+    return load_model(engine_settings(spec), "cpu", weights=False)
 
 
 def model_prompts(
