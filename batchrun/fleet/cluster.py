@@ -114,6 +114,7 @@ class _Place:
     """An agent's place: the actor that has it now, and its workers."""
 
     actor: Any = None
+    placed: bool = False  # whether Ray has found room for it
     workers: set[int] = field(default_factory=set)
     hearing: Any = None  # the call that returns what they say next
     told: list[Any] = field(default_factory=list)  # calls that may not have ended
@@ -168,13 +169,13 @@ class RayWorkers:
 
     def poll(self, timeout: float) -> Sequence[tuple[int, FromWorker]]:
         """See `Workers.poll`."""
+        self._tell_of_room()
         found = [*self._drained()]
         by_call = {p.hearing: p for p in self._places.values() if p.hearing is not None}
         if found or not by_call:
             if not found:
                 with suppress(Empty):
                     found.append(self._inbox.get(timeout=timeout))
-                self._tell_of_room()
             return self._current(found)
         ready, _ = self._ray.wait([*by_call], timeout=timeout)
         if ready:
@@ -224,6 +225,8 @@ class RayWorkers:
                 if place.actor is None:
                     place.actor = self._actor.remote()
                 actor = place.actor
+                self._ray.get(actor.__ray_ready__.remote())  # it has room
+                place.placed = True
                 node: Node = self._ray.get(actor.look.remote(self._models))
                 _check(node)
                 paths = [
@@ -250,7 +253,7 @@ class RayWorkers:
         """Say that an agent's workers are lost with it."""
         with suppress(Exception):  # it may live, and have no rows any more
             self._ray.kill(place.actor)
-        place.actor, place.hearing, place.told = None, None, []
+        place.actor, place.placed, place.hearing, place.told = None, False, None, []
         workers, place.workers = place.workers, set()
         for worker in workers:
             yield worker, Lost(f"was lost with its agent ({type(error).__name__})")
@@ -272,13 +275,17 @@ class RayWorkers:
         return found
 
     def _tell_of_room(self) -> None:
-        """Say, once, that no worker has come up yet."""
-        if not self._told_of_room and time.monotonic() > self._began + _NO_ROOM_S:
+        """Say, once, how many workers wait for room."""
+        if self._told_of_room or time.monotonic() < self._began + _NO_ROOM_S:
+            return
+        waiting = sum(len(place.workers) for place in self._places.values() if not place.placed)
+        if waiting:
             self._told_of_room = True
             free = self._ray.available_resources()
             self._log(
-                f"waiting for room in the Ray cluster: a worker wants {self._wants}, and "
-                f"{free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free"
+                f"{waiting} of {len(self._slots)} workers wait for room in the Ray cluster: each "
+                f"wants {self._wants}, and {free.get('GPU', 0):g} GPUs and "
+                f"{free.get('CPU', 0):g} CPUs are free"
             )
 
 

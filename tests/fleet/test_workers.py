@@ -116,6 +116,31 @@ def results(workers: Workers, count: int) -> dict[int, tuple[int, ...]]:
     return found
 
 
+def test_workers_without_room_are_counted(
+    opened: Open, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "ray" not in request.node.callspec.id:
+        pytest.skip("a machine's processes need no room")
+    from ray.util import placement_group  # noqa: PLC0415
+
+    from batchrun.fleet import cluster  # noqa: PLC0415
+
+    said: list[str] = []
+    workers, setups = opened(0.0)
+    monkeypatch.setattr(workers, "_log", said.append)
+    assert placement_group([{"CPU": 1}]).wait(PATIENCE_S)  # one of two
+    for i, setup in enumerate(setups):
+        workers.start(i, setup)
+    hear(workers, Ready)
+    assert said == []
+    monkeypatch.setattr(cluster, "_NO_ROOM_S", 0.0)
+    for _ in range(3):
+        workers.poll(0)
+    assert [line.partition(":")[0] for line in said] == [
+        "1 of 2 workers wait for room in the Ray cluster"
+    ]
+
+
 def test_they_compute_what_they_are_sent(opened: Open) -> None:
     workers, setups = opened(0.0)
     for i, setup in enumerate(setups):
