@@ -35,7 +35,10 @@ def opened(path: Location, noted: Noted = unnoted) -> Iterator[pq.ParquetFile]:
     """
     with noted(path), reading(path, _ANY):
         file = pq.ParquetFile(
-            INPUTS.for_arrow(path), buffer_size=_BUFFER, page_checksum_verification=True
+            INPUTS.for_arrow(path),
+            buffer_size=_BUFFER,
+            pre_buffer=False,  # of whole column chunks, by threads that may outlive the interpreter
+            page_checksum_verification=True,
         )
     with file:
         with noted(path), reading(path, _ANY):

@@ -58,7 +58,7 @@ def submit(tmp_path: Path, tiny: ModelRef, monkeypatch: pytest.MonkeyPatch) -> S
             input_format="parquet",
             prompt=PromptSpec(column="prompt"),
             model=ModelSpec("tiny", str(tiny.path), tiny.fingerprint, "float32"),
-            sampling=SamplingSpec(max_tokens=30, ignore_eos=True),
+            sampling=SamplingSpec(max_tokens=40, ignore_eos=True),  # see `held_after`
             seed=4,
             output=OutputSpec(str(output), "parquet", token_ids=True, overwrite=True),
             runtime=RuntimeSpec(devices=devices, **limits),
@@ -267,7 +267,10 @@ def test_a_model_that_no_worker_can_load_is_said_once(submit: Submit, tmp_path: 
 
 
 def held_after(steps: int, opened: Path) -> str:
-    """Code for workers that compute some steps, and no more before there is a file."""
+    """Code for workers that compute some steps, and no more before there is a file.
+
+    A row that three of them had, one after the other, must not have ended.
+    """
     return (
         "import time\n"
         f"        step, steps = bench.engine.step, iter(range({steps}))\n"

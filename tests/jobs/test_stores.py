@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -132,12 +133,19 @@ class TestInputs:
         table = pa.table({f"column {i}": noise[i:] + noise[:i] for i in range(8)})
         file = io.BytesIO()
         pq.write_table(table, file, compression=None, use_dictionary=False)
-        path, sizes = s3.put("a.parquet", file.getvalue()), []
-        real = ObjectFile._fetched
-        monkeypatch.setattr(ObjectFile, "_fetched", lambda f, n: sizes.append(n) or real(f, n))
+        path, sizes, threads = s3.put("a.parquet", file.getvalue()), [], set()
+
+        def fetched(file, size, real=ObjectFile._fetched):
+            sizes.append(size)
+            threads.add(threading.current_thread())
+            return real(file, size)
+
+        monkeypatch.setattr(ObjectFile, "_fetched", fetched)
         source = open_source([path], "parquet")
         found = [chunk.arrow(source.schema()) for chunk in source.chunks()]
         assert pa.Table.from_batches(found).equals(table)
+        # A thread of Arrow's that lets go of Python's memory at exit would abort the process.
+        assert threads == {threading.current_thread()}
         assert len(sizes) < 8 * 8
         assert sum(sizes) < 1.2 * len(file.getvalue()) + (1 << 20)
 
