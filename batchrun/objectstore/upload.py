@@ -96,7 +96,7 @@ def main(what: str, how: str, url: str) -> NoReturn:
         {"put": _put, "probe": _probe}[what](how, ObjectPath(url))
         code = 0
     except Exception as error:  # clients raise errors of their own
-        print(said(error), file=sys.stderr, flush=True)
+        os.write(2, said(error).encode(errors="replace"))  # to `_elsewhere`
     finally:
         os._exit(code)
 

@@ -44,7 +44,12 @@ from batchrun.runner.live import Progress
 from tests.crash.harness import in_child
 from tests.tiny import write_tiny_model
 
-SIZES = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
 WORDS = ["river", "stone", "lamp", "7", "copper garden", "slow", "\n", "north"]
 BEGINNINGS = ["", "Answer in one word. ", "Read this with care: " + "a b " * 30]
 
@@ -106,7 +111,7 @@ prompts = st.builds(
     st.sampled_from(BEGINNINGS),
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
 )
-texts = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)  # the context holds both
+texts = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)  # the context always holds both
 greedy = {"temperature": st.just(0.0)}
 drawn = {
     "temperature": st.sampled_from([0.3, 0.8, 1.5]),
