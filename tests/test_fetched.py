@@ -114,6 +114,7 @@ def test_two_at_once_download_it_once(stored, tmp_path, downloads):
     assert len(downloads) == len(set(downloads))
 
 
+@pytest.mark.long
 def test_a_gguf_file_is_downloaded_and_converted(s3, tmp_path):
     from batchrun.models.resolve import embedded_gguf  # noqa: PLC0415
 

@@ -32,7 +32,7 @@ CEILINGS = {
     "jobs": 2260,
     "jobs/journal": 790,
     "jobs/output": 1260,
-    "jobs/rows": 2220,
+    "jobs/rows": 2230,
 }
 FILE_CEILING = 400  # lines of any kind
 # Files that a later change should divide: none of them may grow.

@@ -40,13 +40,19 @@ def lines(rows: list[dict[str, Any]]) -> bytes:
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 
 
+_answers: list[str] = []
+
+
 @pytest.fixture
 def here(batchrun: CommandLine) -> list[str]:
-    """The answers to the prompts as a job over a local file has them."""
+    """The answers to the prompts as a job over a local file has them; computed once."""
+    if _answers:
+        return _answers
     source = batchrun.write("here.jsonl", PROMPTS)
     done = batchrun.submit(source, *OPTIONS, "--output", "answers.jsonl")
     assert done.code == 0, done.err
-    return [row["completion"] for row in batchrun.read("answers.jsonl")]
+    _answers.extend(row["completion"] for row in batchrun.read("answers.jsonl"))
+    return _answers
 
 
 def test_rows_and_answers_in_a_bucket(batchrun: CommandLine, s3: S3, here: list[str]) -> None:
@@ -79,13 +85,11 @@ def test_rows_and_answers_in_a_bucket(batchrun: CommandLine, s3: S3, here: list[
     assert "has the columns prompt, not prompt, lang" in batchrun("verify").out
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv", "rows.parquet"])
-def test_every_format(batchrun: CommandLine, s3: S3, here: list[str], name: str) -> None:
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv"])
+def test_other_formats(batchrun: CommandLine, s3: S3, here: list[str], name: str) -> None:
     data = {
-        "rows.jsonl": lines(ROWS),
         "rows.jsonl.gz": gzip.compress(lines(ROWS)),
         "rows.csv": "".join(f"{line}\n" for line in ("prompt", *PROMPTS)).encode(),
-        "rows.parquet": packed(ROWS),
     }[name]
     done = batchrun.submit(s3.put(name, data), *OPTIONS, "--output", s3.bucket / "out.jsonl")
     assert done.code == 0, done.err

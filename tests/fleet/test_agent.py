@@ -14,7 +14,7 @@ from batchrun.errors import MachineError, ModelError
 from batchrun.fleet import agent as agents
 from batchrun.fleet import cluster
 from batchrun.fleet.agent import Agent, Model, Node
-from batchrun.models.resolve import DEFAULT_MODEL, embedded_gguf, fingerprint, resolve
+from batchrun.models.resolve import ModelRef, embedded_gguf, fingerprint
 from tests.s3 import S3
 from tests.tiny import write_tiny_model
 
@@ -75,14 +75,11 @@ def test_what_is_at_the_same_path_is_used_if_it_is_the_same(agent: Agent, model:
 
 
 @pytest.mark.skipif(embedded_gguf() is None, reason="the embedded model is not installed")
-def test_a_name_means_the_same_model_on_each_node(
-    agent: Agent, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    ref = resolve(DEFAULT_MODEL, tmp_path_factory.mktemp("coordinator") / "models")
-    wanted = Model(ref.name, "/nowhere", ref.fingerprint, False)
+def test_a_name_means_the_same_model_on_each_node(agent: Agent, smollm2: ModelRef) -> None:
+    wanted = Model(smollm2.name, "/nowhere", smollm2.fingerprint, False)
     [path] = agent.look([wanted]).paths
     assert path is not None
-    assert fingerprint(Path(path)) == ref.fingerprint
+    assert fingerprint(Path(path)) == smollm2.fingerprint
 
 
 def test_each_node_downloads_a_model_from_its_store(agent: Agent, model: Model, s3: S3) -> None:
