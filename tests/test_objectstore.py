@@ -32,6 +32,15 @@ def test_a_url_is_an_object_and_all_else_a_file():
         assert location(name) == Path(name), name
 
 
+def test_an_object_has_one_identity():
+    for one, other in (
+        ("gs://anonymous@rows/x", "gcs://rows/x"),
+        ("abfs://in@account.dfs.core.windows.net/x", "abfss://in@account.dfs.core.windows.net/x"),
+    ):
+        assert ObjectPath(one).identity == ObjectPath(other).identity
+        assert ObjectPath(one).identity != ObjectPath(f"{other}y").identity
+
+
 def test_what_is_within_a_folder():
     home = Path("/home")
     assert inside(home, "a") == Path("/home/a")

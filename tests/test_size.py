@@ -25,7 +25,7 @@ CEILINGS = {
     "batchrun/fleet": 1490,
     "batchrun/grammars": 460,
     "batchrun/models": 1170,
-    "batchrun/objectstore": 345,
+    "batchrun/objectstore": 355,
     "batchrun/prompts": 1150,
     "batchrun/report": 180,
     "batchrun/runner": 2370,

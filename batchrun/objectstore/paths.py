@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 from batchrun.errors import UserError
 
+_ALIASES = {"gcs": "gs", "abfss": "abfs"}
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://([^/]*)/?(.*)", re.DOTALL)
 _ADVICE = {
     "s3": "credentials and address come from AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
@@ -64,6 +65,12 @@ class ObjectPath:
     def stem(self) -> str:
         """Its name without that."""
         return PurePosixPath(self.name).stem
+
+    @property
+    def identity(self) -> str:
+        """The same for all URLs of an object."""
+        scheme, _, rest = self.url.partition("://")
+        return f"{_ALIASES.get(scheme, scheme)}://{rest.removeprefix('anonymous@')}"
 
     def absolute(self) -> ObjectPath:
         """Itself."""

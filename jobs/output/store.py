@@ -139,8 +139,8 @@ class ObjectOutputs:
             return None
 
     def places(self, path: ObjectPath) -> set[str | tuple[object, ...]]:
-        """Its URL."""
-        return {path.url}
+        """Its one name."""
+        return {path.identity}
 
 
 class OutputStore:
