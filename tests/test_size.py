@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1070,
-    "batchrun/cli": 1320,
+    "batchrun": 1105,
+    "batchrun/cli": 1325,
     "batchrun/engine": 3805,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
@@ -28,7 +28,7 @@ CEILINGS = {
     "batchrun/objectstore": 355,
     "batchrun/prompts": 1150,
     "batchrun/report": 180,
-    "batchrun/runner": 2370,
+    "batchrun/runner": 2340,
     "jobs": 2260,
     "jobs/journal": 790,
     "jobs/output": 1260,

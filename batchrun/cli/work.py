@@ -15,12 +15,13 @@ from types import FrameType
 
 import click
 
+from batchrun import children
 from batchrun.cli.errors import STATUS, ExitStatus, explain, print_error
 from batchrun.errors import StepFailed
 from batchrun.jobs.errors import Fenced, LeaseHeld
 from batchrun.jobs.folder import JobFolder, home
 from batchrun.machine import end_with_lost_threads, use_cores
-from batchrun.runner import children, supervisor
+from batchrun.runner import supervisor
 from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import prompt_seconds, stall_seconds
 from batchrun.runner.runs import TELL

@@ -16,10 +16,10 @@ from subprocess import Popen, TimeoutExpired
 from typing import Protocol
 
 from batchrun.cgroups import oom_kills
+from batchrun.children import FAULTS, command, inheriting
 from batchrun.errors import MachineError
 from batchrun.fleet.messages import FromWorker, Lost, Setup, ToWorker
 from batchrun.jobs.inflight import InFlightRows
-from batchrun.runner.children import FAULTS, command, inheriting
 
 _END_S = 5.0  # for a worker that was told to end
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
@@ -100,6 +100,8 @@ def _arriving(final: Path) -> Iterator[Path | None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         if final.is_dir():
+            with suppress(OSError):
+                partial.rmdir()
             yield None
             return
         yield partial

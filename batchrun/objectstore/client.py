@@ -113,7 +113,7 @@ _answered: set[str] = set()  # beginnings of URLs of stores that have answered
 def asked(path: ObjectPath, ask: Callable[[], T]) -> T:
     """What a store answers. One that has answered before is asked again until it does."""
     store = path.url.partition("://")[0] + path.parts[0]
-    pause, began = _PAUSE_S, time.monotonic()
+    pause, since = _PAUSE_S, None
     while True:
         try:
             found = ask()
@@ -123,7 +123,8 @@ def asked(path: ObjectPath, ask: Callable[[], T]) -> T:
             raise _unusable(path, error) from error
         except Exception as error:  # clients raise errors of their own
             patience = _PATIENCE_S if store in _answered and not _REFUSED.search(str(error)) else 0
-            if time.monotonic() - began >= patience:
+            since = time.monotonic() if since is None else since  # the first failure
+            if time.monotonic() - since >= patience:
                 raise StoreError(f"{path}: {said(error)}", advice(path.scheme)) from error
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)

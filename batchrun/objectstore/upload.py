@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NoReturn, cast
 
+from batchrun import children
 from batchrun.objectstore.client import asked, said, stat_object, system_of
 from batchrun.objectstore.paths import ObjectPath, StoreError, advice
 
@@ -53,10 +54,12 @@ def _elsewhere(what: str, how: str, path: ObjectPath, source: IO[bytes]) -> None
     Arrow completes an object when its stream is closed, and closes it when an exception unwinds.
     Only if the process ends, and it is killed when one is raised here, is nothing there.
     """
-    program = [sys.executable, "-m", "batchrun.objectstore.upload", what, how, path.url]
+    program = children.command(what, how, path.url, module="batchrun.objectstore.upload")
     with (
         tempfile.TemporaryFile() as heard,
-        subprocess.Popen(program, stdin=subprocess.PIPE, stderr=heard) as process,
+        subprocess.Popen(
+            program, stdin=subprocess.PIPE, stderr=heard, **children.inheriting()
+        ) as process,
     ):
         try:
             with suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as pipe:

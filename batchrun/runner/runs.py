@@ -16,10 +16,10 @@ from subprocess import Popen, TimeoutExpired
 from types import FrameType
 
 from batchrun.cgroups import oom_kills
+from batchrun.children import FAULTS
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.inflight import InFlightRows, Making, ReaderNote, Reading
 from batchrun.jobs.snapshot import WAITING, WORKER_LOG, JobSnapshot
-from batchrun.runner.children import FAULTS
 from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import BARREN, Onlooker, Overrun, never_made, place_in
 

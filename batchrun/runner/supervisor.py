@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
 
+from batchrun import children
 from batchrun.errors import MachineError
 from batchrun.fleet.devices import devices_of
 from batchrun.jobs.errors import JobError
@@ -28,7 +29,6 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
 from batchrun.jobs.snapshot import WORKER_LOG, last_words
-from batchrun.runner import children
 from batchrun.runner.live import Reporter
 from batchrun.runner.runs import Runs
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from batchrun import children
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import Lease, held_by
-from batchrun.runner import children, supervisor
+from batchrun.runner import supervisor
 from tests.cli.conftest import CommandLine
 
 OURS = ("allocator", "jobs", "tests")

@@ -18,9 +18,9 @@ _PR_SET_PDEATHSIG = 1
 FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 
 
-def command(*arguments: object) -> list[str]:
+def command(*arguments: object, module: str = "batchrun") -> list[str]:
     """A child's command; `-P` keeps files of its working folder from becoming modules."""
-    return [sys.executable, "-P", "-m", "batchrun", *map(str, arguments)]
+    return [sys.executable, "-P", "-m", module, *map(str, arguments)]
 
 
 def inheriting(*handles: int) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def inheriting(*handles: int) -> dict[str, Any]:
     for name in ("PYTHONPATH", "LD_LIBRARY_PATH"):
         if name in environment:
             environment[name] = os.pathsep.join(filter(None, environment[name].split(os.pathsep)))
-    root, path = str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")
+    root, path = str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")
     if root not in (*path.split(os.pathsep), *site.getsitepackages(), site.getusersitepackages()):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, path)))
     return {"env": environment, "pass_fds": handles}
