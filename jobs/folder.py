@@ -23,7 +23,7 @@ from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
 from batchrun.jobs.journal.schema import NAME
 from batchrun.jobs.lease import CANCEL, Lease, held_by
-from batchrun.jobs.output.store import OUTPUTS, UPLOAD
+from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words
 from batchrun.jobs.spec import FILE, JobSpec
 from batchrun.objectstore.paths import Location, inside, location
@@ -303,8 +303,7 @@ def sweep(root: Path) -> None:
     folder = root / "jobs"
     for name in glob.glob(".????????.tmp", root_dir=folder):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in (".stdin-????????.*", f"{UPLOAD}????????.tmp"):
-        files.remove_unlocked(folder, pattern)
+    files.remove_unlocked(folder, ".stdin-????????.*")
 
 
 def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:

@@ -20,13 +20,13 @@ from batchrun.jobs.files import (
     disk_of,
     identity_of,
     remove_abandoned,
+    remove_unlocked,
 )
 from batchrun.objectstore.client import beneath
 from batchrun.objectstore.files import ObjectFile
 from batchrun.objectstore.paths import Location, ObjectPath
 from batchrun.objectstore.upload import probe, upload
 
-UPLOAD = ".upload-"  # how names begin of files that are uploaded, among the jobs
 _SAMPLES, _SAMPLE = 5, 1 << 16
 
 
@@ -111,10 +111,11 @@ class ObjectOutputs:
         self, path: ObjectPath, *, may_replace: MayReplace, private: bool
     ) -> Iterator[IO[bytes]]:
         """See `OutputStore`; who may read the object is for its bucket to say."""
+        self.sweep(path)
         with tempfile.NamedTemporaryFile(
-            dir=_staging(), prefix=UPLOAD, suffix=".tmp", buffering=1 << 20
+            dir=_staging(), prefix=_upload(path), suffix=".tmp", buffering=1 << 20
         ) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else `folder.sweep` removes it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else `sweep` removes it
             yield cast(IO[bytes], file)
             file.flush()
             with open(file.name, "rb") as made:
@@ -128,7 +129,8 @@ class ObjectOutputs:
         return disk_of(_staging())
 
     def sweep(self, path: ObjectPath) -> None:
-        """See `OutputStore`: nothing is beside it."""
+        """See `OutputStore`: nothing is beside it, but here."""
+        remove_unlocked(_staging(), f"{_upload(path)}????????.tmp")
 
     def identity(self, path: ObjectPath) -> Identity | None:
         """See `OutputStore`: by size and samples of the content, which the file here has too."""
@@ -219,7 +221,13 @@ def _identity(file: IO[bytes] | ObjectFile, size: int) -> Identity:
     return [size, int.from_bytes(digest.digest(), "little")]
 
 
+def _upload(path: ObjectPath) -> str:
+    """How the name begins of a file that is uploaded there."""
+    return f".upload-{blake2b(path.identity.encode(), digest_size=6).hexdigest()}-"
+
+
 def _staging() -> Path:
+    """Where files are until they are uploaded."""
     from batchrun.jobs.folder import home  # noqa: PLC0415 - it imports this
 
     return home() / "jobs"

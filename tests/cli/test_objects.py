@@ -6,10 +6,12 @@ import csv
 import gzip
 import io
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +22,7 @@ from batchrun.jobs.lease import LOCK, held_by
 from batchrun.objectstore.paths import ObjectPath
 from tests.cli.conftest import CommandLine
 from tests.cli.gate import Gate
-from tests.cli.test_async import running
+from tests.cli.test_async import running, until
 from tests.s3 import S3
 
 PROMPTS = [f"row {i}" for i in range(12)]
@@ -132,6 +134,61 @@ def test_a_killed_job_goes_on(batchrun: CommandLine, s3: S3, here: list[str], ga
     s3.put("out.jsonl", b"another's")
     again = batchrun("export", job.id)
     assert "exists already" in again.error
+
+
+HELD = """
+import os, sys, time
+if "batchrun.objectstore.upload" in sys.orig_argv and "put" in sys.orig_argv:
+    def held(*arguments, real=os._exit):
+        with open({place!r} + "/reached.new", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename({place!r} + "/reached.new", {place!r} + "/reached")
+        while not os.path.exists({place!r} + "/open"):
+            time.sleep(0.01)
+        if arguments:
+            real(*arguments)
+    {when}
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "there"), [("held()", False), ("os._exit = held", True)], ids=["before", "after"]
+)
+def test_a_job_that_is_killed_while_it_uploads(  # noqa: PLR0917 - pytest names them
+    batchrun: CommandLine,
+    s3: S3,
+    here: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+    there: bool,
+) -> None:
+    """Before its object is complete, or after that and before the job has noted it."""
+    site = tmp_path / "site"
+    site.mkdir()
+    trap = site / "sitecustomize.py"
+    trap.write_text(HELD.format(place=str(site), when=when))
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ.get('PYTHONPATH', '')}")
+    to = s3.bucket / "out.parquet"
+    rows = [{**row, "more": os.urandom(20_000).hex()} for row in ROWS]  # more than a pipe holds
+    source = s3.put("rows.parquet", packed(rows))
+    done = batchrun.submit(source, *OPTIONS, "--output", to, "--detach", "--json")
+    assert done.code == 0, done.err
+    job = JobFolder(batchrun.home / "jobs" / done.json["job"])
+    until((site / "reached").exists, "the uploader in its trap")
+    kill(job)
+    (site / "open").touch()
+    uploader = int((site / "reached").read_text())
+    until(lambda: not psutil.pid_exists(uploader), "its end")
+    assert (str(to).removeprefix("s3://") in s3.names()) == there
+    assert job.state() == "interrupted"
+    trap.unlink()
+    resumed = batchrun("resume", job.id)
+    assert resumed.code == 0, resumed.err
+    table = pq.read_table(io.BytesIO(s3.get(to)))
+    assert table.select(["prompt", "more"]).to_pylist() == rows
+    assert table["completion"].to_pylist() == here
+    assert list(batchrun.home.glob("jobs/.upload-*")) == []
 
 
 def test_an_input_that_is_replaced_is_noticed_and_one_that_moves_is_found(

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.jobs.errors import InputError, OutputError
-from batchrun.jobs.folder import sweep as remove_left
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import INPUTS, InputStat
@@ -211,16 +210,11 @@ class TestOutputs:
                 store.check(bad, overwrite=overwrite)
         assert everything() == [path]
 
-    def test_what_dead_writers_left_is_swept_and_nothing_else(self, outputs, tmp_path):
+    def test_what_dead_writers_left_is_swept_and_nothing_else(self, outputs):
         store, place, read, everything = outputs
-
-        def sweep():
-            store.sweep(path)
-            remove_left(tmp_path)  # as every submission does
-
         path = place / "out"
         with store.write(path, may_replace=refused, private=False) as file:
-            sweep()  # its writer lives
+            store.sweep(path)  # its writer lives
             file.write(b"whole")
         assert read(path) == b"whole"
         if os.fork() == 0:
@@ -228,7 +222,7 @@ class TestOutputs:
                 os._exit(0)
         os.wait()
         assert len(everything()) == 2
-        sweep()
+        store.sweep(path)
         assert everything() == [path]
 
     def test_one_file_has_places_in_common_by_any_name(self, outputs, tmp_path):
