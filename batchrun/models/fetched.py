@@ -14,6 +14,7 @@ from pathlib import Path
 
 from batchrun.errors import ModelError
 from batchrun.jobs.files import fsync_directory, make_folders, private_mode
+from batchrun.jobs.rows.store import each
 from batchrun.models.folder import INDEX, SINGLE, no_safetensors
 from batchrun.models.gguf import check_ours
 from batchrun.objectstore.client import ObjectStat, beneath, stat_object
@@ -78,10 +79,8 @@ def _files(path: ObjectPath, patterns: Sequence[str]) -> Mapping[str, ObjectStat
         for name in names
         if is_model_file(name, patterns) and not any(fnmatch(name, pattern) for pattern in twice)
     ]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return dict(
-            zip(wanted, pool.map(lambda name: stat_object(path / name), wanted), strict=True)
-        )
+    paths = [path / name for name in wanted]
+    return dict(zip(wanted, each(paths, lambda i: stat_object(paths[i])), strict=True))
 
 
 def is_model_file(name: str, patterns: Sequence[str]) -> bool:

@@ -76,13 +76,16 @@ def beneath(path: ObjectPath) -> list[ObjectPath] | None:
     return sorted((found for found, info in _listed(path) if info.type == FileType.File), key=str)
 
 
-def matching(pattern: ObjectPath) -> list[ObjectPath]:
-    """Objects and folders that match a pattern, in order; `**` is any number of folders.
+def matching(pattern: ObjectPath) -> list[tuple[ObjectPath, bool]]:
+    """What matches a pattern, in order, and whether it is a folder.
+
+    `**` is any number of folders.
 
     Raises:
         StoreError: The store does not say.
     """
     from fsspec.utils import glob_translate  # noqa: PLC0415 - seldom
+    from pyarrow.fs import FileType  # noqa: PLC0415 - Arrow, seldom
 
     fixed, _, rest = pattern.url.partition("://")
     names = rest.split("/")
@@ -97,22 +100,22 @@ def matching(pattern: ObjectPath) -> list[ObjectPath]:
     begin = len(folder.url) + 1
     return sorted(
         (
-            found
-            for found, _ in _listed(folder, deep=deep)
+            (found, info.type == FileType.Directory)
+            for found, info in _listed(folder, deep=deep)
             if match.match(found.url[begin:]) and not found.name.startswith(".")
         ),
-        key=str,
+        key=lambda matched: matched[0].url,
     )
 
 
 # --- asking a store ---
 
-_answered: set[str] = set()  # beginnings of URLs of stores that have answered
+_answered: set[tuple[str, str]] = set()  # schemes and buckets
 
 
 def asked(path: ObjectPath, ask: Callable[[], T]) -> T:
     """What a store answers. One that has answered before is asked again until it does."""
-    store = path.url.partition("://")[0] + path.parts[0]
+    store = path.scheme, path.parts[0]
     pause, since = _PAUSE_S, None
     while True:
         try:

@@ -16,7 +16,6 @@ _ADVICE = {
     "s3": "credentials and address come from AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL",
     "gs": "credentials come from: gcloud auth application-default login",
-    "gcs": "credentials come from: gcloud auth application-default login",
     "abfs": "credentials come from: az login",
     "hdfs": "Arrow needs Hadoop's libhdfs: JAVA_HOME, HADOOP_HOME, CLASSPATH",
     "hf": "credentials come from: hf auth login",
@@ -122,4 +121,5 @@ def moved(path: str, old: Location, new: Location) -> str | None:
 
 def advice(scheme: str) -> str | None:
     """Where a store's client gets credentials and address from, for messages."""
+    scheme = _ALIASES.get(scheme, scheme)
     return next((said for kind, said in _ADVICE.items() if scheme.startswith(kind)), None)

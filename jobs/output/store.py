@@ -116,10 +116,10 @@ class ObjectOutputs:
             dir=_staging(), prefix=_upload(path), suffix=".tmp", buffering=1 << 20
         ) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else `sweep` removes it
-            yield cast(IO[bytes], file)
-            file.flush()
-            with open(file.name, "rb") as made:
-                identity = _identity(made, os.fstat(made.fileno()).st_size)
+            made = cast(IO[bytes], file)
+            yield made
+            made.flush()
+            identity = _identity(made, os.fstat(made.fileno()).st_size)
             if not may_replace(identity) and self.identity(path) is not None:
                 raise FileExistsError(f"{path} exists")
             upload(Path(file.name), path)

@@ -139,7 +139,10 @@ class ObjectInputs:
                 raise InputError(
                     f"{path}: there is no such object or folder", hint="check its name"
                 ) from None
-            found = [(match, beneath(match)) for match in matching(path)]
+            found = [
+                (match, beneath(match) if is_folder else None)
+                for match, is_folder in matching(path)
+            ]
         if not found:
             raise InputError(f"no object matches {path}", hint="check the pattern")
         for match, inside in found:
