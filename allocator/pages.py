@@ -35,6 +35,7 @@ class PagePool:
 
     Attributes:
         created: pages held now, free and in use.
+        known_budget: bytes of the budget, as last asked for; None before, or without one.
         acquired: pages taken so far.
         creating, destroying: the work done so far.
     """
@@ -49,6 +50,7 @@ class PagePool:
         self._memory = memory
         self._page_bytes = memory.granularity * memory.planes
         self._budget = budget
+        self.known_budget: int | None = None
         self._measured: int | None = None  # by the function, since the last `remeasure`
         self._batch = batch
         self._free: list[Handle] = []
@@ -76,6 +78,7 @@ class PagePool:
             if self._measured is None:
                 self._measured = budget()
             budget = self._measured
+        self.known_budget = budget
         return None if budget is None else max(0, budget // self._page_bytes)
 
     def acquire(self, count: int) -> list[Handle]:

@@ -23,7 +23,7 @@ from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
 from batchrun.objectstore.paths import location
 from batchrun.runner import supervisor
-from batchrun.runner.live import forget_progress
+from batchrun.runner.live import publish_start
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def resume(
 
 def _start(job: JobFolder) -> supervisor.Started:
     with Lease(job.path) as lease:  # refuses at once, and names the holder
-        forget_progress(job.path)
+        publish_start(job.path)
         job.set_state("queued")
         return supervisor.start(job, lease)
 

@@ -163,6 +163,7 @@ METRICS = (
     _sums("device_s", "s", sum, "device_time.busy_s"),
     _sums("idle_s", "s", sum, "device_time.idle_s"),
     Metric("devices", "by device", _by_device, "devices"),
+    _sums("kv_budget", "bytes", _latest),
     _sums("rss", "bytes", _latest, sampled=True),
     _sums("peak_rss", "bytes", max, "peak_rss"),
     _sums("weights_bytes", "bytes", max, "weights_bytes"),

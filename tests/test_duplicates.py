@@ -157,6 +157,9 @@ class _Engine:
     def load(self) -> tuple[int, int, int]:
         return len(self._queue), 0, 0
 
+    def progress(self) -> list[tuple[int, int]]:
+        return []
+
     def add(self, request: Request) -> None:
         self._queue.append(request)
 

@@ -386,6 +386,9 @@ class _SlowEngine:
     def load(self) -> tuple[int, int, int]:
         return 0, len(self.queue), 0
 
+    def progress(self) -> list[tuple[int, int]]:
+        return []
+
     def add(self, request: Any) -> None:
         self.queue.append(request)
         self.most = max(self.most, len(self.queue))

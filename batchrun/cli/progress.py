@@ -1,125 +1,298 @@
-"""How a running job is shown: a bar in a terminal, a plain line every few seconds elsewhere."""
+"""How a running job is shown: a few lines that are redrawn in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
-from collections import deque
-from typing import Any, TextIO
+from functools import partial
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+from batchrun.report.text import seconds, size
+from batchrun.runner.live import START, Progress
+from batchrun.terminal import MESSAGE, printable, say, tell
 
-from batchrun.report.text import seconds
-from batchrun.runner.live import Progress
-from batchrun.terminal import MESSAGE, printable, say
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.text import Text
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
-_BAR_EVERY_S = 0.1
-_LINE_EVERY_S = 5.0
-_RATE_WINDOW_S = 20.0
-_MARGIN = 4  # columns right of the bar: a ^C there must not wrap it
-_ROWS_TO_TELL = 5  # a batch's first rows end long after it began, so they say little
-_PHASES = {"load": "loading the model", "run": "running", "export": "writing the output"}
-
-
-class Rates:
-    """Tokens per second over the last seconds, and time left by the rows of this run so far.
-
-    Rows of earlier runs and the time for loading don't count.
-    """
-
-    def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque()
-        self._began: tuple[float, int] | None = None
-
-    def add(self, now: float, progress: Progress) -> None:
-        """Notes the state at `now`, in seconds of any steady clock."""
-        if progress.phase != "run":
-            self._seen.clear()
-            self._began = None
-            return
-        self._began = self._began or (now, progress.rows_done)
-        self._seen.append((now, progress.completion_tokens))
-        while len(self._seen) > 2 and self._seen[1][0] <= now - _RATE_WINDOW_S:
-            self._seen.popleft()
-
-    def tokens_per_s(self) -> float | None:
-        """Completion tokens per second; None until there is something to measure."""
-        if len(self._seen) < 2 or self._seen[-1][0] <= self._seen[0][0]:
-            return None
-        (began, before), (now, after) = self._seen[0], self._seen[-1]
-        return (after - before) / (now - began)
-
-    def seconds_left(self, rows_total: int | None, rows_done: int) -> float | None:
-        """Time to the last row at this run's pace; None while too few rows are done to tell."""
-        if self._began is None or rows_total is None or not self._seen:
-            return None
-        rows, elapsed = rows_done - self._began[1], self._seen[-1][0] - self._began[0]
-        return (rows_total - rows_done) * elapsed / rows if rows >= _ROWS_TO_TELL else None
+_DRAWN_EVERY_S = 0.1
+_LINE_EVERY_S, _LINE_AT_MOST_S = 2.0, 60.0  # more seldom the longer it takes
+_LINE_SHARE = 0.05  # of the time so far
+_SILENT_S = 1.0  # what ends sooner needs no words
+_KV_BAR = 24  # characters
+_WIDTH = 32  # of the bar
+_PHASES = {
+    START: "starting",
+    "load": "loading the model",
+    "compile": "compiling",
+    "check": "checking the model",
+    "run": "running",
+    "export": "writing the output",
+}
 
 
 class View:
-    """A bar in a terminal; elsewhere a line every few seconds, and at each change of phase."""
+    """Shows a job on a stream until it is closed.
+
+    Args:
+        stream: Usually stderr.
+    """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._rates = stream, Rates()
-        self._bar: Any = None
-        self._every_s = _BAR_EVERY_S if stream.isatty() else _LINE_EVERY_S
-        self._phase, self._shown_at = "", 0.0
+        drawn = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._way: _Drawn | _Lines = _Drawn(stream) if drawn else _Lines(stream)
         self._latest: Progress | None = None
 
     def update(self, progress: Progress) -> None:
-        """Shows the progress if an update is due."""
-        now = time.monotonic()
-        self._rates.add(now, progress)
+        """Show the progress, if that is due."""
         self._latest = progress
-        if progress.phase != self._phase or now - self._shown_at >= self._every_s:
-            self._show(now, progress)
+        self._way.update(progress)
 
     def message(self, text: str) -> None:
-        """Prints a line of its own, above the bar."""
-        write = print if self._bar is None else tqdm.write
-        say(text, stream=self._stream, write=write, limit=MESSAGE)
+        """Print a line of its own."""
+        self._way.message(text)
 
     def close(self) -> None:
-        """Shows the last state, and leaves it there."""
+        """Show the last state, and leave it there."""
         if self._latest is not None:
-            self._show(time.monotonic(), self._latest)
-        if self._bar is not None:
-            self._bar.close()
+            self._way.update(self._latest, last=True)
+            self._latest = None
+        self._way.close()
 
-    def _show(self, now: float, progress: Progress) -> None:
-        self._phase, self._shown_at, self._latest = progress.phase, now, None
-        details, total = _details(progress, self._rates), progress.rows_total
-        if self._stream.isatty():
-            if self._bar is None:  # not before there is something to draw
-                self._bar = tqdm(file=self._stream, bar_format=_BAR, delay=1e-9)
-            bar = self._bar
-            bar.total, bar.n = total, progress.rows_done
-            bar.ncols = shutil.get_terminal_size().columns - _MARGIN
-            bar.set_description_str(_phase(progress), refresh=False)
-            bar.set_postfix_str(", ".join(details), refresh=False)
-            bar.refresh()
+
+class _Lines:
+    """A line at each change of phase, and now and then in between."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._phase, self._line, self._began, self._shown = "", "", time.monotonic(), 0.0
+
+    def update(self, progress: Progress, *, last: bool = False) -> None:
+        now = time.monotonic()
+        pause = min(_LINE_AT_MOST_S, max(_LINE_EVERY_S, _LINE_SHARE * (now - self._began)))
+        if progress.phase != self._phase or now - self._shown >= pause or last:
+            line = ": ".join(filter(None, (_phase(progress), ", ".join(_details(progress)))))
+            if line != self._line:
+                self._phase, self._line, self._shown = progress.phase, line, now
+                self.message(line)
+
+    def message(self, text: str) -> None:
+        say(text, stream=self._stream, limit=MESSAGE)
+
+    def close(self) -> None:
+        pass
+
+
+class _Drawn:
+    """Lines at the bottom of a terminal, redrawn several times a second."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console  # noqa: PLC0415 - takes a tenth of a second
+        from rich.live import Live  # noqa: PLC0415
+
+        self._stream, self._shown = stream, 0.0
+        self._console = Console(file=stream, highlight=False, markup=False, emoji=False)
+        self._live = Live(console=self._console, auto_refresh=False)
+
+    def update(self, progress: Progress, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if not last and now - self._shown < _DRAWN_EVERY_S:
             return
-        share = f" ({progress.rows_done / total:.0%})" if total else ""
-        rows = f"{progress.rows_done:,} of {'?' if total is None else f'{total:,}'} rows{share}"
-        self.message(f"{_phase(progress)}: {', '.join([rows, *details])}")
+        self._shown = now
+        if not self._live.is_started:
+            self._live.start()
+        self._live.update(_drawing(progress, self._console), refresh=True)
+
+    def message(self, text: str) -> None:
+        from rich.text import Text  # noqa: PLC0415
+
+        above = partial(self._console.print, soft_wrap=True)
+        say(
+            text,
+            stream=self._stream,
+            write=lambda line, file: above(Text(line)),
+            limit=MESSAGE,
+        )
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def _drawing(progress: Progress, console: Console) -> RenderableType:
+    from rich.console import Group  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    overflow: Any = "crop" if _is_plain(console) else "ellipsis"
+
+    def line(*parts: tuple[str, str]) -> Text:
+        return Text.assemble(*parts, no_wrap=True, overflow=overflow)
+
+    since = time.time() - progress.submitted_at if progress.submitted_at else progress.elapsed_s
+    head = [(_phase(progress), "bold")]
+    if progress.phase_total:
+        head.append((f"  {_part_of_phase(progress)}", ""))
+    head.append((f"  {_clock(since)}", ""))
+    if left := _left(progress):
+        head.append((f", {left}", "cyan"))
+    lines = [line(*head)]
+    if progress.rows_total is not None:
+        share = progress.rows_done / progress.rows_total if progress.rows_total else 1.0
+        width = max(4, min(_WIDTH, console.width - 30))
+        bar = _bar(console, (share, "green"), (1.0, "bright_black"), width=width)
+        lines.append(line(*bar, (f" {_percent(share)}", "bold"), (f"  {_rows(progress)}", "")))
+    if (now := progress.tokens_per_s) is not None:
+        mean = progress.mean_tokens_per_s or now
+        speed = (f"{now:,.0f} tokens/s", "bold"), (f", {mean:,.0f} on average", "dim")
+        busy = f"  {progress.running:,} rows running, {progress.waiting:,} waiting"
+        lines.append(line(*speed, (busy, "")))
+    if progress.kv_budget:
+        live, mapped, most = progress.kv_live, progress.kv_mapped, progress.kv_budget
+        shares = (live / most, "green"), (mapped / most, "yellow"), (1.0, "bright_black")
+        words = f" {size(live)} live, {size(mapped)} mapped of {size(most)}"
+        lines.append(line(("KV memory ", ""), *_bar(console, *shares), (words, "dim")))
+    if progress.rows_failed:
+        lines.append(line((_failed(progress), "red")))
+    return Group(*lines)
+
+
+def _bar(
+    console: Console, *parts: tuple[float, str], width: int = _KV_BAR
+) -> list[tuple[str, str]]:
+    """Pieces of a bar, each up to a share of the whole, in a colour."""
+    marks = "#=." if _is_plain(console) else "━━─"
+    pieces, at = [], 0
+    for number, (share, colour) in enumerate(parts):
+        end = min(width, int(share * width))
+        if share > 0 and number < len(parts) - 1 and end == at and at < width:
+            end += 1  # little is not nothing
+        mark = marks[-1] if number == len(parts) - 1 else marks[min(number, 1)]
+        pieces.append((mark * max(0, end - at), colour))
+        at = max(at, end)
+    return pieces
+
+
+def _is_plain(console: Console) -> bool:
+    """Whether the terminal knows no other characters than letters."""
+    return not console.encoding.lower().startswith("utf")
+
+
+def _details(progress: Progress) -> list[str]:
+    """What a plain line says of a job."""
+    parts = []
+    if progress.phase_total:
+        parts.append(_part_of_phase(progress))
+    elif progress.phase != "run" and progress.submitted_at:
+        parts.append(_clock(time.time() - progress.submitted_at))
+    if progress.phase == "run":
+        total = progress.rows_total
+        share = f" ({_percent(progress.rows_done / total)})" if total else ""
+        parts.append(_rows(progress) + share)
+        if progress.tokens_per_s is not None:
+            parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
+    if progress.rows_failed:
+        parts.append(_failed(progress))
+    if progress.phase == "run" and (left := _left(progress)):
+        parts.append(left)
+    return parts
 
 
 def _phase(progress: Progress) -> str:
     return _PHASES.get(progress.phase) or printable(progress.phase, 40)  # may be untrusted
 
 
-def _details(progress: Progress, rates: Rates) -> list[str]:
-    parts = []
-    rate = rates.tokens_per_s()
-    if rate is not None:
-        parts.append(f"{rate:,.0f} tokens/s")
-    if progress.rows_resumed:
-        parts.append(f"{progress.rows_resumed:,} resumed")
-    if progress.rows_failed:
-        parts.append(f"{progress.rows_failed:,} failed")
-    left = rates.seconds_left(progress.rows_total, progress.rows_done)
-    if left:
-        parts.append(f"{seconds(left)} left")
-    return parts
+def _part_of_phase(progress: Progress) -> str:
+    done, total = progress.phase_done, progress.phase_total
+    if progress.phase == "load":
+        return f"{size(done)} of {size(total)}"
+    return f"{done:,} of {total:,} rows"
+
+
+def _rows(progress: Progress) -> str:
+    total = "?" if progress.rows_total is None else f"{progress.rows_total:,}"
+    kept = f", {progress.rows_resumed:,} from earlier runs" if progress.rows_resumed else ""
+    return f"{progress.rows_done:,} of {total} rows{kept}"
+
+
+def _percent(share: float) -> str:
+    """Rounded down: 100% means all."""
+    return f"{int(share * 100)}%"
+
+
+def _failed(progress: Progress) -> str:
+    reason = printable(progress.reason, 60).replace("_", " ")
+    return f"{progress.rows_failed:,} failed" + (f", most often: {reason}" if reason else "")
+
+
+def _left(progress: Progress) -> str:
+    """The time left, with its range while that says something."""
+    left, least, most = progress.seconds_left, progress.least_left, progress.most_left
+    if left is None or least is None or most is None:
+        return ""
+    said, low, high = f"about {_clock(left)} left", _clock(least), _clock(most)
+    if most < 1.2 * least or low == high:
+        return said
+    number, _, unit = low.partition(" ")
+    same = high.count(" ") == 1 and high.endswith(f" {unit}")
+    return f"{said} ({number if same else low} to {high})"
+
+
+def _clock(value: float) -> str:
+    """A duration as it is told while it passes: in whole seconds, rounded when it is long."""
+    if value < 60:
+        return f"{value:.0f} s"
+    if value < 600:
+        minutes, rest = divmod(round(value), 60)
+        return f"{minutes} min {rest} s"
+    if value < 5400:
+        return f"{value / 60:.0f} min"
+    return seconds(value) if value < 36 * 3600 else f"{value / 86400:.1f} days"
+
+
+class Waiting:
+    """Says that something takes its time, and how far it is, until the block ends.
+
+    Args:
+        doing: What is done, such as "reading the input".
+        stream: Usually stderr.
+    """
+
+    def __init__(self, doing: str, stream: TextIO) -> None:
+        self._doing, self._stream = doing, stream
+        self._drawn = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._began = time.monotonic()
+        self._shown = self._began
+
+    def look(self, at: str = "") -> None:
+        """Show the present state, if that is due; `at` says where it is."""
+        now = time.monotonic()
+        passed = now - self._began
+        pause = _DRAWN_EVERY_S if self._drawn else max(_LINE_EVERY_S, _LINE_SHARE * 4 * passed)
+        if passed < _SILENT_S or now - self._shown < pause:
+            return
+        self._shown = now
+        text = ", ".join(filter(None, (f"{self._doing}: {_clock(passed)}", at)))
+        if not self._drawn:
+            say(text, stream=self._stream, limit=MESSAGE)
+            return
+        width = max(10, os.get_terminal_size(self._stream.fileno()).columns - 1)
+        say(text, stream=self._stream, limit=width, write=_over)
+
+    def tell(self, *lines: str) -> None:
+        """Print messages without leaving a part of the state behind them."""
+        self._clear()
+        tell(*lines)
+
+    def _clear(self) -> None:
+        if self._drawn:
+            say("", stream=self._stream, write=_over)
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clear()
+
+
+def _over(line: str, file: TextIO) -> None:
+    """Write a line over the last one, and stay at its beginning."""
+    file.write(f"\r\x1b[2K{line}\r")

@@ -58,7 +58,10 @@ _CPU_LOGITS, _GPU_LOGITS = 48 << 20, 256 << 20
 
 
 def build(
-    settings: Settings, prompt: Mapping[str, Any], log: Callable[[str], None] = lambda _: None
+    settings: Settings,
+    prompt: Mapping[str, Any],
+    log: Callable[[str], None] = lambda _: None,
+    phase: Callable[[str, int, int], None] = lambda name, done, of: None,
 ) -> Assembly:
     """Load a model, then build its engine and check it.
 
@@ -66,6 +69,8 @@ def build(
         settings: What to run, and how.
         prompt: Keyword arguments of `PromptBuilder`.
         log: Called with each line that the user should see.
+        phase: Called with what is being done: `load`, and how many bytes of weights are loaded of
+            how many; `compile`; `check`.
 
     Raises:
         ModelError: The model can't be loaded, or is refused.
@@ -75,7 +80,8 @@ def build(
     transformers_logging.disable_progress_bar()
     return_freed_memory()  # loading and packing leave hundreds of MiB behind
     with device_errors("the weights", None):
-        loaded = load_model(settings, choose_device(settings.device, log))
+        device = choose_device(settings.device, log)
+        loaded = load_model(settings, device, told=lambda done, of: phase("load", done, of))
         draft = load_draft(settings, loaded, str(loaded.device))
     if loaded.device.type == "cuda":
         guard_caches(log)
@@ -88,12 +94,14 @@ def build(
     if draft is not None:
         with as_draft(settings.draft_model):
             drafts_gate = Gate(draft, f"{settings.draft_fingerprint}-whole", settings.cache)
+    phase("compile", 0, 0)
     assembly = Assembly(loaded, settings, log, draft)
     assembly.encode, assembly.encode_text = encode, encode_text
     if ignored := ", ".join(assembly.generation.ignored):
         log(f"the model's generation config sets {ignored}, which batchrun does not support")
     space = assembly.arena, assembly.max_num_batched_tokens
     kernels = "-".join(assembly.kernels).replace(" ", "-")
+    phase("check", 0, 0)
     try:
         difference = gate.verify(assembly.executor, *space, kernels)
         if assembly.varies is None:
@@ -248,6 +256,7 @@ class Assembly:
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "max_num_seqs": self.max_num_seqs,
+            "kv_budget": self.arena.pool.known_budget or 0,
             "preemptions": self.scheduler.num_preemptions,
             "weights_bytes": self._weights_bytes,
             "peak_activations": self._peak_activations(),

@@ -88,6 +88,14 @@ class Engine:
         waiting = len(scheduler.waiting) + self._passes.num_attached
         return len(scheduler.running), waiting, self.stats.generated_tokens
 
+    def progress(self) -> list[tuple[int, int]]:
+        """For each running sequence, the tokens that it has and may have; 0 of 0 for scoring."""
+        found = self.scheduler.running
+        return [
+            (len(s.output_ids), s.request.params.max_tokens if s.scoring is None else 0)
+            for s in found
+        ]
+
     def add(self, request: Request) -> None:
         """Queue a request."""
         begun, logprobs = list(request.generated_ids), list(request.generated_logprobs)

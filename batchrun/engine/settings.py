@@ -201,7 +201,13 @@ def kv_layout(
     return KVLayout(layers, element, page_size, loaded.max_model_len, per_slab, planes)
 
 
-def load_model(settings: Settings, device: str, *, weights: bool = True) -> LoadedModel:
+def load_model(
+    settings: Settings,
+    device: str,
+    *,
+    weights: bool = True,
+    told: Callable[[int, int], None] = lambda done, of: None,
+) -> LoadedModel:
     """The model that a job names: see `batchrun.engine.model.loading.load`."""
     return loading.load(
         settings.model_path,
@@ -212,6 +218,7 @@ def load_model(settings: Settings, device: str, *, weights: bool = True) -> Load
         trust_remote_code=settings.trust_remote_code,
         max_model_len=settings.max_model_len,
         weights=weights,
+        told=told,
     )
 
 

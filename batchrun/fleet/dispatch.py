@@ -224,6 +224,16 @@ class Dispatch:
             giver.asked = True
             yield plain.pop(), count
 
+    def progress(self) -> list[tuple[int, int]]:
+        """For each row known to be begun at a worker, the tokens that it has and may have."""
+        begun = self._begun
+        return [
+            (len(begun[key].token_ids), row.rest.params.max_tokens)
+            for state in self._workers.values()
+            for key, row in state.outstanding.items()
+            if key in begun
+        ]
+
     def partials(self) -> list[Partial]:
         """The last known tokens of all rows that are at a worker."""
         return list(self._begun.values())

@@ -7,7 +7,7 @@ thread that runs the job.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ class FleetLoop:
         crashes: Rows that were in a crash, and how often: each is computed alone.
         figures: Told of each row.
         stopped: Whether the loop should end.
-        report: Called several times a second.
+        report: Called several times a second with `Dispatch.progress`.
     """
 
     fleet: Fleet
@@ -59,7 +59,7 @@ class FleetLoop:
     crashes: Mapping[int, int]
     figures: RunFigures
     stopped: Callable[[], bool]
-    report: Callable[[], None]
+    report: Callable[[Callable[[], Sequence[tuple[int, int]]]], None]
 
     def run(self, requests: Channel[Request], results: Sender[Item]) -> None:
         """Drive the fleet.
@@ -96,7 +96,7 @@ class FleetLoop:
             self._looked = now
             self.fleet.note_time(self._rows.is_idle)
             self.figures.stepped(self.fleet.load()[0])
-            self.report()
+            self.report(self._rows.progress)
 
     def _read(self, requests: Channel[Request]) -> bool:
         """Take rows for as long as they come and are wanted; False if no more ever come."""

@@ -48,7 +48,11 @@ class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
         self.path = path
 
 
-def isolated(work: Callable[[ReaderNote], T], doing: str = "reading the input") -> T:
+def isolated(
+    work: Callable[[ReaderNote], T],
+    doing: str = "reading the input",
+    look: Callable[[object], None] = lambda at: None,
+) -> T:
     """Run `work` in a child process; return what it returns, or raise what it raises.
 
     Its changes to memory are lost.
@@ -57,6 +61,7 @@ def isolated(work: Callable[[ReaderNote], T], doing: str = "reading the input") 
         work: Called with a note, where it says which file it reads, and which row's prompt it
             makes. Its result must be picklable.
         doing: What it does while it notes nothing.
+        look: Called several times a second with what it notes.
 
     Raises:
         ReaderCrashed: It crashed while reading a file.
@@ -77,7 +82,7 @@ def isolated(work: Callable[[ReaderNote], T], doing: str = "reading the input") 
             _be_child(work, note, theirs, parent)
         theirs.close()
         try:
-            sent = _sent(child, ours, note, interrupts)
+            sent = _sent(child, ours, note, interrupts, look)
         except BaseException:
             os.kill(child, signal.SIGKILL)
             raise
@@ -92,12 +97,19 @@ def isolated(work: Callable[[ReaderNote], T], doing: str = "reading the input") 
     return value  # type: ignore[no-any-return]
 
 
-def _sent(child: int, pipe: Connection, note: ReaderNote, interrupts: list[float]) -> bytes | None:
+def _sent(
+    child: int,
+    pipe: Connection,
+    note: ReaderNote,
+    interrupts: list[float],
+    look: Callable[[object], None],
+) -> bytes | None:
     """What the child sends; None if it ends without a word."""
     onlooker = Onlooker(child, note)
     while not pipe.poll(_LOOK_S):
         if interrupts and time.monotonic() - interrupts[0] > _GRACE_S:
             raise KeyboardInterrupt
+        look(note.at())
         if (overrun := onlooker.look()) is not None:
             raise not_made(overrun)
     try:

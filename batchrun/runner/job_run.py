@@ -26,16 +26,19 @@ from batchrun import machine
 from batchrun.allocator.vmm import Refused
 from batchrun.engine.core import EngineError, Request
 from batchrun.errors import MachineError, StepFailed
+from batchrun.estimate.measured import Measured
 from batchrun.fleet.fleet import Fleet
 from batchrun.fleet.loop import FleetLoop
 from batchrun.fleet.opening import open_fleet
 from batchrun.grammars.constraint import with_constraint
+from batchrun.jobs import folder as folders
 from batchrun.jobs.determinism import computing_runs, why_not
 from batchrun.jobs.errors import Fenced, JobError, JournalError, OutputTaken, input_changed
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.identity import check_unchanged, grown
 from batchrun.jobs.inflight import InFlightRows, ReaderNote
 from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.results import Result
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import Claim
 from batchrun.jobs.output.rejoin import export_job
@@ -52,6 +55,7 @@ from batchrun.runner.live import Progress
 from batchrun.runner.opening import open_runtime
 from batchrun.runner.overdue import PromptLimit
 from batchrun.runner.reader import HANDED_REQUESTS, Reader
+from batchrun.runner.reports import Reports
 from batchrun.runner.watchdog import Watchdog
 from batchrun.runner.writer import COMMIT_RESULTS, Item, JournalWriter
 
@@ -122,7 +126,7 @@ def run_job(
         with limit:
             if open_workbench is None and spec.runtime.has_fleet:
                 return run.run(lambda spec, log: open_fleet(spec, log, path, handles, stop.is_set))
-            return run.run(open_workbench or open_runtime)
+            return run.run(open_workbench or run.open_here)
 
 
 @dataclass
@@ -162,6 +166,13 @@ class _Run:
             *(job, spec, self._number, self._total, self._earlier),
             *(self._figures, self.watchdog, self.log),
         )
+        self._reports = Reports(
+            *(spec, self._figures, self._writer),
+            total=self._total,
+            kept=self._earlier.rows,
+            earlier=Measured.load(folders.home(), spec),
+            tell=self.on_progress,
+        )
 
     def run(self, open_workbench: OpenWorkbench) -> Outcome:
         """Load the model, compute what is missing, write the output."""
@@ -169,7 +180,7 @@ class _Run:
         failure: Exception | None = None
         try:
             if self._writer.missing:
-                self._report("load")
+                self._reports.phase("load")
                 self._writer.check_room_ahead()
                 with self.watchdog.busy("loading the model", _PATIENCE):
                     figures.workbench = open_workbench(self.spec, self.log)
@@ -200,6 +211,10 @@ class _Run:
         figures.remember(self.spec)
         return outcome
 
+    def open_here(self, spec: JobSpec, log: Callable[[str], None]) -> Assembly:
+        """The engine for this process alone."""
+        return open_runtime(spec, log, self._reports.phase)
+
     def _check_arithmetic(self, workbench: Assembly | Fleet) -> None:
         """Refuse to compute rows by another arithmetic than that of earlier runs."""
         now = {"id": self._number, "stats": workbench.measurements()}
@@ -216,10 +231,11 @@ class _Run:
         if self._writer.missing:
             cancelled = self.job.cancel_requested()
             return Outcome.CANCELLED if cancelled else Outcome.INTERRUPTED
-        self._report("export")
+        self._reports.phase("export", 0, self._writer.samples)
         began = time.perf_counter()
         with self.watchdog.busy("writing the output", _PATIENCE, machine.bytes_written):
             self._write_output()
+        self._reports.phase("export", self._writer.samples, self._writer.samples)
         self._figures.counted["export_s"] = time.perf_counter() - began
         return Outcome.DONE_WITH_ERRORS if self._writer.failed else Outcome.DONE
 
@@ -232,6 +248,7 @@ class _Run:
                     format=output.format,
                     may_replace=Claim(journal, path, overwrite=output.overwrite),
                     noted=self.limit.note.reading,
+                    told=lambda rows: self._reports.phase("export", rows, self._writer.samples),
                 )
             except OutputTaken as error:
                 error.hint = (
@@ -286,15 +303,23 @@ class _Run:
         def stopped() -> bool:
             return self.stop.is_set() or bool(self._failures)
 
+        def ended(request: Request, result: Result) -> list[Result]:
+            self._reports.ended(request, result)
+            return reader.ended(request, result)
+
         if isinstance(workbench, Fleet):
             return FleetLoop(
-                *(workbench, reader.ended, self._crashes, self._figures, stopped),
-                lambda: self._report("run", workbench.load()),
+                *(workbench, ended, self._crashes, self._figures, stopped),
+                lambda rows: self._reports.running(workbench.load(), rows),
             )
         engine = workbench.engine
         return EngineLoop(
-            *(engine, reader.ended, self._in_flight, self._crashes, self._figures),
-            *(self.watchdog, stopped, lambda: self._report("run", engine.load())),
+            *(engine, ended, self._in_flight, self._crashes, self._figures),
+            *(
+                self.watchdog,
+                stopped,
+                lambda: self._reports.running(engine.load(), engine.progress),
+            ),
         )
 
     def _thread(self, name: str, work: Callable[..., None], *arguments: Any) -> threading.Thread:
@@ -336,20 +361,3 @@ class _Run:
             drained=drained,
         )
         return reader
-
-    def _report(self, phase: str, load: tuple[int, int, int] | None = None) -> None:
-        idle = (0, 0, self._figures.counted["completion_tokens"])
-        running, waiting, generated = idle if load is None else load
-        self.on_progress(
-            Progress(
-                rows_total=self._total,
-                rows_done=self._writer.samples // self.spec.n,
-                rows_failed=self._writer.failed,
-                rows_resumed=self._earlier.rows,
-                completion_tokens=generated,
-                running=running,
-                waiting=waiting,
-                elapsed_s=time.perf_counter() - self._figures.began,
-                phase=phase,
-            )
-        )

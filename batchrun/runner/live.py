@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,52 @@ from batchrun.jobs.files import open_private, read_json
 
 LOG = "log.jsonl"
 _PROGRESS = "progress.json"
-_EVERY_S = 0.25
+_EVERY_S = 0.2
+START = "start"  # the phase before a run says anything
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job is. Rows and samples count those of earlier runs too, tokens only this run's."""
+    """Where a job is. Rows count those of earlier runs too, tokens only this run's.
 
-    rows_total: int | None
-    rows_done: int
-    rows_failed: int
-    rows_resumed: int
-    completion_tokens: int
-    running: int
-    waiting: int
-    elapsed_s: float
-    phase: str
+    Args:
+        rows_total: None until they are counted.
+        rows_resumed: Rows that earlier runs finished.
+        completion_tokens: Generated so far, those of unfinished rows included.
+        elapsed_s: Since the run began.
+        phase: `start`, `load`, `compile`, `check`, `run` or `export`.
+        running, waiting: Sequences in the engine.
+        phase_done, phase_total: How far the phase is: bytes of weights, or rows written; 0 of 0 if
+            that is unknown.
+        reason: The most frequent kind of error of failed rows.
+        tokens_per_s, mean_tokens_per_s: Over the last seconds, and since the engine began.
+        kv_live, kv_mapped, kv_budget: Bytes of KV memory that hold tokens, that are mapped, and
+            that may be; 0 if unknown.
+        seconds_left: Estimated time to the end; `least_left` to `most_left` in 8 of 10 cases.
+        submitted_at: When the job was started or resumed, in seconds since the epoch.
+    """
+
+    rows_total: int | None = None
+    rows_done: int = 0
+    rows_failed: int = 0
+    rows_resumed: int = 0
+    completion_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    elapsed_s: float = 0.0
+    phase: str = START
+    phase_done: int = 0
+    phase_total: int = 0
+    reason: str = ""
+    tokens_per_s: float | None = None
+    mean_tokens_per_s: float | None = None
+    kv_live: int = 0
+    kv_mapped: int = 0
+    kv_budget: int = 0
+    seconds_left: float | None = None
+    least_left: float | None = None
+    most_left: float | None = None
+    submitted_at: float = 0.0
 
 
 class Reporter:
@@ -54,19 +84,15 @@ class Reporter:
         self._lock = threading.Lock()
         self._written = 0.0
         self._phase = ""
+        started = read_progress(folder)
+        self._submitted_at = 0.0 if started is None else started.submitted_at
 
     def update(self, progress: Progress) -> None:
         """Publish the newest state, a few times a second."""
         now = time.monotonic()
         if now - self._written >= _EVERY_S or progress.phase != self._phase:
             self._written, self._phase = now, progress.phase
-            temporary = self._progress.with_suffix(f".{os.getpid()}")
-            try:
-                with open(temporary, "w", encoding="ascii", opener=open_private) as file:
-                    file.write(json.dumps(sealed(asdict(progress))))
-                temporary.replace(self._progress)
-            except OSError:
-                temporary.unlink(missing_ok=True)
+            _publish(self._progress, replace(progress, submitted_at=self._submitted_at))
 
     def message(self, text: str) -> None:
         """Add a line to the log."""
@@ -81,9 +107,19 @@ class Reporter:
         os.close(self._log)
 
 
-def forget_progress(folder: Path) -> None:
-    """Remove what an earlier run published."""
-    (folder / _PROGRESS).unlink(missing_ok=True)
+def publish_start(folder: Path) -> None:
+    """Replace what an earlier run published: another one is about to start."""
+    _publish(folder / _PROGRESS, Progress(submitted_at=time.time()))
+
+
+def _publish(path: Path, progress: Progress) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="ascii", opener=open_private) as file:
+            file.write(json.dumps(sealed(asdict(progress))))
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
 
 
 def read_progress(folder: Path) -> Progress | None:

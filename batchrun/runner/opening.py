@@ -13,19 +13,29 @@ from batchrun.jobs import folder as folders
 from batchrun.jobs.spec import JobSpec
 from batchrun.runner.reader import prompt_options
 
+Phase = Callable[[str, int, int], None]
+
 if TYPE_CHECKING:
     from batchrun.engine.build import Assembly
     from batchrun.engine.settings import Settings
 
 
-def open_runtime(spec: JobSpec, log: Callable[[str], None]) -> Assembly:
-    """The real engine for a job."""
+def open_runtime(
+    spec: JobSpec, log: Callable[[str], None], phase: Phase = lambda name, done, of: None
+) -> Assembly:
+    """The real engine for a job.
+
+    Args:
+        spec: The job.
+        log: Told what a user should know.
+        phase: See `batchrun.engine.build.build`.
+    """
     with machine.importing():
         from batchrun.engine.build import build  # noqa: PLC0415 - imports torch
         from batchrun.engine.shortage import device_errors  # noqa: PLC0415
 
     with device_errors("the model", "--max-num-seqs N"):
-        opened = build(engine_settings(spec), prompt_options(spec), log)
+        opened = build(engine_settings(spec), prompt_options(spec), log, phase)
     gc.freeze()  # or each collection would go through all of torch and the model again
     return opened
 

@@ -63,6 +63,17 @@ def prompt_options(spec: JobSpec) -> dict[str, Any]:
     }
 
 
+@dataclass
+class ReadSoFar:
+    """What was read of the rows without a result, duplicates included only in `samples`."""
+
+    samples: int = 0
+    to_compute: int = 0
+    prompt_tokens: int = 0
+    most_tokens: int = 0  # that answers may have
+    stopping: int = 0  # rows to compute whose answers may be shorter
+
+
 class Prompts(Protocol):
     """What the reader needs from a model."""
 
@@ -118,6 +129,7 @@ class Reader:
         planner: Puts them in order; None if they stay in file order.
         duplicates: Knows which of them need no computing.
         savings: Knows what planning saved.
+        read_so_far: Counts what it has read.
     """
 
     spec: JobSpec
@@ -141,6 +153,7 @@ class Reader:
         self._seen: list[tuple[int, int]] = []
         self._next_row = self._overdue = 0
         self.seconds, self.handed = 0.0, 0
+        self.read_so_far = ReadSoFar()
         self.duplicates = Duplicates(spec.n)
         self.planner = Planner() if spec.runtime.plan else None
         self.savings = Savings(
@@ -198,7 +211,9 @@ class Reader:
             SpecChanged: A row has changed since an earlier run read it.
         """
         found = self._to_do(results)
-        if self.planner is not None:
+        if self.planner is None:
+            found = map(self._counted, found)
+        else:
             to_compute = self._without_duplicates(self.planner, found, results)
             found = self._planned(self.planner, to_compute, requests)
         for request in found:
@@ -241,7 +256,16 @@ class Reader:
                 self._note(results)
                 results.put(claimed)
             elif claimed:
+                self._counted(request)
                 yield waiting
+
+    def _counted(self, request: Request) -> Request:
+        read = self.read_so_far
+        read.to_compute += 1
+        read.prompt_tokens += len(request.prompt_ids)
+        read.most_tokens += request.params.max_tokens
+        read.stopping += not request.params.ignore_eos
+        return request
 
     def _to_do(self, results: Sender[Read]) -> Iterator[Request]:
         """Requests in file order; rows that can't become one send an error to `results`."""
@@ -252,6 +276,7 @@ class Reader:
             todo = [s for s in range(spec.n) if (row.index, s) not in self.done]
             if not todo:
                 continue
+            self.read_so_far.samples += len(todo)
             began = time.perf_counter()
             made = self._requests_of(row, todo)
             self.seconds += time.perf_counter() - began

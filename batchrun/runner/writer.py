@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class JournalWriter:
     Attributes:
         samples: Results in the journal, including those of earlier runs.
         failed: Rows among them that have an error.
+        reasons: Results with an error, by kind, of this run alone.
     """
 
     job: JobFolder
@@ -65,6 +67,7 @@ class JournalWriter:
     def __post_init__(self) -> None:
         self._output = location(self.spec.output.path)
         self.samples, self.failed = self.earlier.samples, self.earlier.failed
+        self.reasons: Counter[str] = Counter()
         self._failed_rows = DoneSet(1)
         self._warned, self._look = False, 0.0
 
@@ -138,10 +141,11 @@ class JournalWriter:
         self.figures.counted["journal_s"] += time.perf_counter() - began
         self.samples += len(results)
         for result in results:  # a row has failed when any of its samples has
-            failed = isinstance(result, Result) and result.status == "error"
-            if failed and (result.row, 0) not in self._failed_rows:
-                self._failed_rows.add(result.row)
-                self.failed += 1
+            if isinstance(result, Result) and result.status == "error":
+                self.reasons[result.error_kind or "error"] += 1
+                if (result.row, 0) not in self._failed_rows:
+                    self._failed_rows.add(result.row)
+                    self.failed += 1
         if time.monotonic() >= self._look:
             self._watch_room()
             self._look = time.monotonic() + _ROOM_SECONDS

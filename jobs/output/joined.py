@@ -42,6 +42,7 @@ class Joined:
         whole: Called for a row that has results but no digest; raises if any of the input has
             changed.
         check: Called when all rows were read, for a final check of the input.
+        told: Called now and then with `count`.
 
     Attributes:
         count: Output rows so far, one per sample.
@@ -62,6 +63,7 @@ class Joined:
     columns: Sequence[str] | None = None
     whole: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
+    told: Callable[[int], None] = lambda count: None
     count: int = 0
     unknown: int = 0
 
@@ -141,6 +143,7 @@ class Joined:
 
     def _known(self, chunk: Chunk) -> list[bool | None]:
         """Whether each row is the one computed; None if only the whole input can prove it."""
+        self.told(self.count)
         unsaid = False if self.numbered else None
         was = {} if self.digests is None else self.digests(chunk.first, chunk.num_rows)
         if not was:

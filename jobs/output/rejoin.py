@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -47,6 +48,7 @@ def export_job(
     may_replace: MayReplace = lambda _: True,
     noted: Noted = unnoted,
     lost: Location | None = None,
+    told: Callable[[int], None] = lambda count: None,
 ) -> Exported:
     """Write a job's results beside the input rows that they were computed from.
 
@@ -64,6 +66,7 @@ def export_job(
         may_replace: See `export`.
         noted: Told what is read of the input.
         lost: A file of the input that is known to be unreadable.
+        told: Called now and then with the number of rows written so far.
 
     Raises:
         SpecChanged: The input has changed, and `partial` is not set.
@@ -73,6 +76,7 @@ def export_job(
     """
 
     def write(joined: Joined) -> Exported:
+        joined.told = told
         private = spec.output.stdout  # then it is kept in the job's folder
         rows = export(joined, destination, format=format, may_replace=may_replace, private=private)
         return Exported(rows, joined.unknown if joined.numbered else None)

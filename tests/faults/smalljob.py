@@ -112,6 +112,9 @@ class NullEngine:
         waiting = max(0, len(self._sequences) - self.slots)
         return len(self._sequences) - waiting, waiting, self._tokens
 
+    def progress(self) -> list[tuple[int, int]]:
+        return []
+
     def add(self, request: Request) -> None:
         assert request.row not in self.ledger.acknowledged(), "an answered row is computed again"
         self._sequences.append(Sequence(request, list(request.generated_ids)))

@@ -61,6 +61,9 @@ class NullEngine:
     def load(self) -> tuple[int, int, int]:
         return len(self.running), len(self.waiting), self.tokens
 
+    def progress(self) -> list[tuple[int, int]]:
+        return []
+
     def add(self, request: Request) -> None:
         self.waiting.append(Sequence(request, list(request.generated_ids)))
 

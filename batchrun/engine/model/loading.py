@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from batchrun.engine.core import EngineError
 from batchrun.engine.model.int8 import int8_weights, unsupported_reason
@@ -59,6 +60,7 @@ def load(
     trust_remote_code: bool = False,
     max_model_len: int | None = None,
     weights: bool = True,
+    told: Callable[[int, int], None] = lambda done, of: None,
 ) -> LoadedModel:
     """Load model and tokenizer from a local folder.
 
@@ -73,6 +75,7 @@ def load(
         max_model_len: Context length wanted, at most the model's own.
         weights: Whether to load them; if not, the model is on torch's meta device, as it would be
             on `device` but without data.
+        told: Called as weights are loaded, with about how many bytes of how many.
 
     Raises:
         ModelError: It can't be loaded, lacks weights, or its architecture is refused.
@@ -88,15 +91,16 @@ def load(
     quantised = kinds.quantised_by(config.to_dict()) is not None
     with reading(name, path), bounded(stored.values(), quantised=quantised):
         if weights:
-            model, info = auto.from_pretrained(
-                path,
-                config=config,
-                dtype=wanted,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
+            with _counting(sum(tensor.nbytes for tensor in stored.values()), told):
+                model, info = auto.from_pretrained(
+                    path,
+                    config=config,
+                    dtype=wanted,
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are refused below, by name
+                )
         else:
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
@@ -133,6 +137,35 @@ def _read_config_and_tokenizer(path: str, name: str, trust_remote_code: bool) ->
             path, trust_remote_code=trust_remote_code, **named_elsewhere(Path(path))
         )
     return config, tokenizer
+
+
+@contextmanager
+def _counting(size: int, told: Callable[[int, int], None]) -> Iterator[None]:
+    """Count the tensors that transformers loads: it knows them by the progress bar that it wants.
+
+    Args:
+        size: Bytes of all tensors.
+        told: Called with about how many of these are loaded.
+    """
+
+    def counted(factory: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        tensors = list(args[0]) if args else []
+        if not tensors:
+            return factory(*args, **options)
+
+        def each() -> Iterator[Any]:
+            for number, tensor in enumerate(tensors):
+                told(size * number // len(tensors), size)
+                yield tensor
+            told(size, size)
+
+        return each()
+
+    before = transformers_logging.set_tqdm_hook(counted)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
 
 
 def _widen(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> list[str]:
