@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -206,7 +207,7 @@ def _told_limits(spec: JobSpec, job: JobFolder) -> str:
     """The options of `resume` that would make an old job run like this one."""
     now, was = vars(spec.runtime), vars(job.spec().runtime)
     return "".join(
-        f" {OPTIONS[name].flag} {now[name]}"
+        f" {OPTIONS[name].flag} {shlex.quote(str(now[name]))}"
         for name in LIMIT_NAMES
         if now[name] not in (None, was[name])
     )

@@ -385,6 +385,12 @@ class RuntimeSpec:
         "Llama-like models are so anyway.",
         default=False,
     )
+    on_done: str | None = option(
+        "Run this shell command when the job has ended; BATCHRUN_STATE tells it how.",
+        metavar="CMD",
+        section=kinds.OUTPUT,
+        anew=True,
+    )
     param_columns: tuple[str, ...] = ()
 
     @property

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "allocator": 1440,
     "batchrun": 1105,
-    "batchrun/cli": 1460,
+    "batchrun/cli": 1805,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
@@ -28,7 +28,7 @@ CEILINGS = {
     "batchrun/objectstore": 355,
     "batchrun/prompts": 1150,
     "batchrun/report": 180,
-    "batchrun/runner": 2545,
+    "batchrun/runner": 2660,
     "jobs": 2260,
     "jobs/journal": 790,
     "jobs/output": 1270,

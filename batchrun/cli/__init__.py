@@ -27,6 +27,7 @@ COMMANDS = {
     "export": ("batchrun.cli.control", "Write a job's results to a file."),
     "verify": ("batchrun.cli.control", "Check a job."),
     "rm": ("batchrun.cli.control", "Remove jobs."),
+    "config": ("batchrun.cli.config", "Show the options in force, and where each comes from."),
     "doctor": ("batchrun.cli.doctor", "Show what this machine can do."),
 }
 _HIDDEN = dict.fromkeys(("work", "run-job", "run-worker"), "batchrun.cli.work")

@@ -49,7 +49,8 @@ def report_errors(command: Callable[[], Any]) -> int:
         return ExitStatus.INTERRUPTED
     except click.UsageError as error:
         command_path = error.ctx.command_path if error.ctx else "batchrun"
-        print_error(error.format_message(), f"{command_path} --help")
+        hint = getattr(error, "hint", None)
+        print_error(error.format_message(), hint or f"{command_path} --help")
         return ExitStatus.USAGE
     except click.ClickException as error:
         print_error(error.format_message(), None)

@@ -1,18 +1,34 @@
-"""A job's options on the command line, in the sections of the help, and their types."""
+"""A job's options on the command line, in the sections of the help, and their types.
+
+Options that the command line leaves out come from variables and files: `batchrun.cli.settings`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
+from batchrun.cli.settings import (
+    SettingsError,
+    keys_of,
+    settings,
+    several,
+    unknown_variables,
+    variable_of,
+)
 from batchrun.jobs.errors import OptionError
 from batchrun.jobs.kinds import FLAG, NAMED, NUMBER, TEXT, Choice, Integer, Kind, Option
 from batchrun.specs import OPTIONS
+from batchrun.terminal import tell
 
+_SOURCES = "batchrun.sources"  # of the values that files set, in a context's `meta`
+_PARAMS = {"json": "as_json"}  # names that Python has for something else
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -36,26 +52,117 @@ class KindType(click.ParamType[Any]):
 
 
 class SectionOption(click.Option):
-    """An option that knows the section of the help text it belongs to."""
+    """An option that knows the section of the help text it belongs to, and its variable."""
 
     def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.section = section
+        self.keys = {self.opts[-1].lstrip("-").replace("-", "_")}
+        if self.name in OPTIONS:
+            self.keys |= keys_of(self.name)
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        """The text of its variable, or texts if it can be repeated."""
+        variable = self._variable(ctx)
+        if variable is None:
+            return None
+        text = os.environ[variable]
+        return several(text, OPTIONS.get(self.name or "")) if self.multiple else text
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """Converts a value; that of a file is converted already."""
+        if ctx.get_parameter_source(self.name or "") is ParameterSource.DEFAULT_MAP:
+            return value
+        return super().process_value(ctx, value)
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Its name, and the variable that has the value."""
+        hint = super().get_error_hint(ctx)
+        return hint if ctx is None else hint + _from(ctx, self)
+
+    def source(self, ctx: click.Context) -> str | None:
+        """Where its value comes from: None for the command line and the default."""
+        found = ctx.get_parameter_source(self.name or "")
+        if found is ParameterSource.ENVIRONMENT:
+            return self._variable(ctx)
+        if found is ParameterSource.DEFAULT_MAP:
+            return str(ctx.meta[_SOURCES][self.name])
+        return None
+
+    def _variable(self, ctx: click.Context) -> str | None:
+        configured = getattr(ctx.command, "configured", ())
+        return variable_of(self.keys) if configured is None or self.name in configured else None
+
+
+def sources(ctx: click.Context) -> dict[str, str]:
+    """Where each option's value comes from, by its name in Python.
+
+    That is `command line`, `default`, a variable's name, or a file's path and the key in it.
+    """
+    found = {}
+    for param in ctx.command.params:
+        if isinstance(param, SectionOption) and param.name is not None:
+            given = ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE
+            found[param.name] = param.source(ctx) or ("command line" if given else "default")
+    return found
+
+
+def _from(ctx: click.Context, param: SectionOption) -> str:
+    source = param.source(ctx)
+    return f" (from {source})" if source else ""
 
 
 section_option = partial(click.option, cls=SectionOption)
 
 
 class SectionCommand(click.Command):
-    """A command whose help lists its options section by section, and whose errors name flags."""
+    """A command whose help lists its options section by section, and whose errors name flags.
+
+    Args:
+        configured: Options that variables may set, and files if these are all, which None means.
+    """
+
+    def __init__(self, *args: Any, configured: Collection[str] | None = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.configured = configured
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses them, over what variables and files say."""
+        if self.configured is not None or ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        given, _, params = self.make_parser(ctx).parse_args([*args])
+        if any(param.is_eager for param in params):  # --help, whatever the files say
+            return super().parse_args(ctx, args)
+        inputs = given["inputs"] if isinstance(given["inputs"], tuple) else ()
+        try:
+            found = settings(inputs)
+        except SettingsError as error:
+            error.ctx = ctx
+            raise
+        ctx.default_map = {_PARAMS.get(n, n): setting.value for n, setting in found.values.items()}
+        ctx.meta[_SOURCES] = {_PARAMS.get(n, n): s.source for n, s in found.values.items()}
+        rest = super().parse_args(ctx, args)
+        if inputs and not found.inputs and any(param.required for param in self.params):
+            raise SettingsError(
+                f"{inputs[0]} names no inputs",
+                hint='add a line such as: inputs = ["rows.parquet"]',
+            )
+        ctx.params["inputs"] = found.inputs
+        tell(*found.notes, *unknown_variables())
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs it."""
         try:
             return super().invoke(ctx)
         except OptionError as error:
-            message = error.spelled(lambda name: OPTIONS[name].flag)
-            raise click.UsageError(message, ctx) from error
+            params = {p.name: p for p in self.params if isinstance(p, SectionOption)}
+
+            def spell(name: str) -> str:
+                param = params.get(name)
+                return OPTIONS[name].flag + (_from(ctx, param) if param is not None else "")
+
+            raise click.UsageError(error.spelled(spell), ctx) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes one list for each section, in order of first appearance."""

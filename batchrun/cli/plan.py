@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from batchrun.cli.inspect import json_option, print_fields
-from batchrun.cli.options import SectionCommand, job_options
+from batchrun.cli.inspect import print_fields
+from batchrun.cli.options import SectionCommand, job_options, section_option
 from batchrun.cli.piped import taken_in
 from batchrun.jobs.folder import home
 from batchrun.jobs.inflight import ReaderNote
@@ -20,10 +20,10 @@ from batchrun.specs import PIPE, make_spec
 from batchrun.terminal import say_json, tell
 
 
-@click.command(cls=SectionCommand)
+@click.command(cls=SectionCommand, configured=None)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, FLEET, RUNNING)
-@json_option
+@section_option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what a job would take, before any weight is loaded.
 

@@ -53,7 +53,7 @@ _wait = partial(
 _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 
 
-@click.command(cls=SectionCommand)
+@click.command(cls=SectionCommand, configured=None)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, FLEET, RUNNING)
 @_wait(show_default=True)
@@ -110,7 +110,7 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
         say("", "everything checks out; nothing was started (--dry-run)")
 
 
-@click.command(cls=SectionCommand)
+@click.command(cls=SectionCommand, configured=("wait", "as_json"))
 @job_argument
 @click.option("--all", "every", is_flag=True, help="Continue every job that is not done.")
 @click.option("--retry-failed", is_flag=True, help="Do only the failed rows again.")
@@ -124,7 +124,7 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
     "--output", "-o", metavar="FILE", help="Write the output to another file from now on."
 )
 @click.option("--overwrite", is_flag=True, help="Replace what is there now, whoever wrote it.")
-@job_options(FLEET, RUNNING, anew=True)
+@job_options(OUTPUT, FLEET, RUNNING, anew=True)
 @_json
 @_wait()
 def resume_command(

@@ -49,6 +49,11 @@ def stall_seconds() -> float:
     return _seconds("BATCHRUN_STALL_SECONDS", 600.0)
 
 
+def hook_seconds() -> float:
+    """Seconds that the command of `--on-done` may take."""
+    return _seconds("BATCHRUN_HOOK_SECONDS", 600.0)
+
+
 class Overdue(BaseException):
     """Making a prompt took too long. Not an `Exception`, so that library code lets it through."""
 

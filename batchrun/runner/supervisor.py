@@ -29,6 +29,7 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
 from batchrun.jobs.snapshot import WORKER_LOG, last_words
+from batchrun.runner.hook import Hook
 from batchrun.runner.live import Reporter
 from batchrun.runner.runs import Runs
 
@@ -115,7 +116,7 @@ def start(job: JobFolder, lease: Lease) -> Started:
 
 
 def work(path: Path, root: Path) -> int:
-    """Be a job's supervisor.
+    """Be a job's supervisor; in the end run the command of `--on-done`, without the lease.
 
     Args:
         path: The job's folder.
@@ -129,7 +130,9 @@ def work(path: Path, root: Path) -> int:
     """
     job, handles = JobFolder(path), children.inherited()
     held, tell = (handles[0], handles[1:]) if handles else (None, [])
-    with Lease(path, held) as lease, Reporter(path) as reporter:
+    hook = Hook(job)
+    with ExitStack() as after, Lease(path, held) as lease, Reporter(path) as reporter:
+        after.callback(hook.run)  # once the lease is released
         runs = Runs(job, reporter)
         job.set_state("queued")
         for handle in tell:
@@ -137,6 +140,7 @@ def work(path: Path, root: Path) -> int:
                 os.write(handle, b".")
             os.close(handle)
         with ExitStack() as places:
+            places.callback(hook.note_end)
             turns = [_turn(root, device, runs, reporter, places) for device in queues_of(job)]
             if runs.told is None:
                 job.set_state("running")
