@@ -123,6 +123,7 @@ def test_the_sample_of_stats_has_the_shape_of_the_real_report():
         "benchmarks/METHOD.md",
         "docs/architecture.md",
         "docs/configuration.md",
+        "docs/docker.md",
         "docs/kernels.md",
         "docs/performance.md",
         "docs/python.md",

@@ -47,7 +47,8 @@ NOT_A_PROJECTS = {
 }
 _READ = ("json_schema", "grammar")  # a text, or a file with it
 _MODELS = ("model", "draft_model")
-_MOST = 1 << 20  # bytes of a file
+_MOST = 256 << 10  # bytes of a file
+_DOTS = 500  # in a line: tomllib takes minutes for a key of 100,000 parts
 _ROOTS = (".git", ".hg")  # a project's file is not looked for above these
 
 
@@ -184,7 +185,9 @@ def _parsed(path: Path, *, ours: bool) -> dict[str, Any]:
                 raise _Theirs
             text = file.read(_MOST + 1)
         if len(text) > _MOST:
-            raise SettingsError(f"{path} is larger than {_MOST >> 20} MiB: it sets no options")
+            raise SettingsError(f"{path} is larger than {_MOST >> 10} KiB: it sets no options")
+        if any(line.count(b".") > _DOTS for line in text.split(b"\n")):
+            raise SettingsError(f"{path} has a line with more than {_DOTS:,} dots")
         return tomllib.loads(text.decode("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"{path} can't be read: {error.strerror or error}") from error

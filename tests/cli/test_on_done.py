@@ -52,14 +52,17 @@ def told(batchrun: CommandLine) -> list[str]:
 
 
 def test_a_finished_job_can_be_exported_and_its_exit_code_stays(batchrun: CommandLine) -> None:
-    source = batchrun.write("in.jsonl", ["one", "", "three"])
+    batchrun.write("in.jsonl", ["one", "", "three"])
     command = (
         "pwd > told; env | grep ^BATCHRUN_ | sort >> told; cat >> told; echo said; "
         "batchrun export $BATCHRUN_JOB -o again.jsonl; exit 7"
     )
-    more = ("--max-tokens", 2, "-o", "out.jsonl", "--on-done", command)
-    shown = batchrun.submit(source, *more)
-    assert shown.code == 3
+    (batchrun.folder / "job.toml").write_text(
+        f'inputs = ["in.jsonl"]\nmodel = "{batchrun.model}"\nmax-tokens = 2\n'
+        f"output = 'out.jsonl'\non-done = '{command}'\n"
+    )
+    shown = batchrun("submit", "job.toml")
+    assert shown.code == 3, shown.err
     job = JobFolder(batchrun.home / "jobs" / shown.out.split("batchrun stats ")[1].strip())
     assert job.state() == "done-with-errors"
     place, *variables = (batchrun.folder / "told").read_text().splitlines()
@@ -78,7 +81,7 @@ def test_a_finished_job_can_be_exported_and_its_exit_code_stays(batchrun: Comman
     assert lines[-1] == "--on-done: it failed with exit code 7"
     assert lines[-1] in shown.err  # submit waits for it
 
-    with_other = batchrun.submit(source, *more[:-1], "echo 'it is over'", "--overwrite")
+    with_other = batchrun("submit", "job.toml", "--on-done", "echo 'it is over'", "--overwrite")
     assert "--on-done 'echo '\"'\"'it is over'\"'\"''" in with_other.hint
 
 

@@ -23,7 +23,6 @@ from batchrun.errors import UserError
 from batchrun.jobs import kinds
 from batchrun.jobs.kinds import Choice, Integer, Option
 from batchrun.specs import OPTIONS
-from tests.cli.conftest import CommandLine
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +232,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a web page": (b"<!doctype html>\n", r"job\.toml is not TOML"),
     "not UTF-8": (b'system = "\xff"\n', r"job\.toml is not UTF-8 text, at byte 10"),
     "UTF-16": ("model = 'x'".encode("utf-16"), r"job\.toml is not UTF-8 text"),
-    "too large": (b"# " + b"x" * (1 << 20), r"job\.toml is larger than 1 MiB"),
+    "too large": (b"# " + b"x" * (1 << 20), r"job\.toml is larger than 256 KiB"),
+    "a long key": (b"a." * 100_000 + b"a = 1", r"job\.toml has a line with more than 500 dots"),
+    "a long key inside": (b"a = {" + b"a." * 100_000 + b"a = 1}", r"more than 500 dots"),
     "too deep": (b"stop = " + b"[" * 100_000, r"job\.toml is not TOML"),
     "a huge number": (b"max-tokens = " + b"9" * 100_000, r"job\.toml is not TOML"),
     "twice": (b"n = 1\nn = 2\n", r"job\.toml is not TOML"),
@@ -293,12 +294,12 @@ def test_errors_name_the_variable_or_the_file(
     places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (places / "in.jsonl").write_text('{"prompt": "one"}\n')
-    (places / "batchrun.toml").write_text('max-tokens = -3\nmodel = "./none"\n')
-    source = f"{places / 'batchrun.toml'}: max-tokens"
-    for words, said in ([], f"--max-tokens (from {source}) must"), (["-3"], "--max-tokens must"):
-        arguments = ["plan", "in.jsonl", *(f"--max-tokens={word}" for word in words)]
+    (places / "batchrun.toml").write_text('best-of = 2\nmodel = "./none"\n')
+    source = f"{places / 'batchrun.toml'}: best-of"
+    for words, said in ([], f" (from {source})"), (["--best-of=2"], ""):
+        arguments = ["submit", "in.jsonl", "--n=3", *words]
         shown = CliRunner().invoke(cli, arguments, standalone_mode=False)
-        assert str(shown.exception).startswith(said)
+        assert str(shown.exception) == f"--best-of{said} 2 is less than --n 3"
     for variable, text in {"MAX_TOKENS": "many", "CHAT": "perhaps", "DTYPE": "int3"}.items():
         with monkeypatch.context() as patch:
             patch.setenv(f"BATCHRUN_{variable}", text)
@@ -473,15 +474,3 @@ def test_config_shows_each_option_and_its_source(
 def test_config_takes_the_options_of_submit() -> None:
     for name in OPTIONS:
         assert any(param.name == name for param in config_command.params)
-
-
-def test_a_job_file_is_run(batchrun: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    batchrun.write("in.jsonl", ["one", "two"])
-    (batchrun.folder / "job.toml").write_text(
-        f'inputs = ["in.jsonl"]\nmodel = "{batchrun.model}"\nmax-tokens = 3\noutput = "o.jsonl"\n'
-    )
-    monkeypatch.setenv("BATCHRUN_MAX_TOKENS", "2")
-    shown = batchrun("submit", "job.toml", "--dry-run")
-    assert shown.code == 0, shown.err
-    assert "max_tokens: 2" in shown.out
-    assert f"path: {batchrun.folder}/o.jsonl" in shown.out
