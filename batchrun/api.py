@@ -11,14 +11,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun import submission
+from batchrun import notebook, submission
 from batchrun.jobs import cancel, folder
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.folder import JobFolder
@@ -36,6 +36,9 @@ from batchrun.runner.live import Progress, read_progress
 from batchrun.specs import PIPE, modelless_spec, read_options, with_model
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
+
     from batchrun.jobs.output.joined import Joined
     from batchrun.runner.supervisor import Started
 
@@ -67,7 +70,10 @@ class Job:
         return cls(folder.find(folder.home(), name))
 
     def __repr__(self) -> str:
-        return f"<Job {self.id}>"
+        return notebook.line(self._job)
+
+    def _repr_html_(self) -> str:
+        return notebook.html(self._job)
 
     @property
     def id(self) -> str:
@@ -84,25 +90,47 @@ class Job:
         """The file, or object, of its answers; there once the job is done."""
         return location(self._job.spec().output.path)
 
-    def wait(self, timeout: float | None = None) -> Job:
+    def wait(self, timeout: float | None = None, *, progress: bool | None = None) -> Job:
         """Return this job when it has ended: done, with failed rows or without, or stopped.
+
+        Ctrl-C, or interrupting the notebook's kernel, ends the waiting alone: the job goes on.
 
         Args:
             timeout: Maximum seconds to wait.
+            progress: Whether to show a progress bar; by default in a notebook, and where stderr is
+                a terminal.
 
         Raises:
             TimeoutError: It is still running after that.
             JobError: It failed; the message says why.
         """
-        until = None if timeout is None else time.monotonic() + timeout
-        while self._alive():
-            if until is not None and time.monotonic() >= until:
-                raise TimeoutError(f"the job {self.id} goes on after {timeout} s")
-            time.sleep(_POLL_S)
+        try:
+            self._watch(timeout, progress)
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(
+                f"the job {self.id} goes on in a process of its own: "
+                "wait() waits for it again, cancel() stops it"
+            )
+            raise
         if self.state == "failed":
             reason, hint = self._job.failure() or ("it failed", None)
             raise JobError(f"the job {self.id} failed: {reason}", hint)
         return self
+
+    def _watch(self, timeout: float | None, progress: bool | None) -> None:
+        until = None if timeout is None else time.monotonic() + timeout
+        if not self._alive():
+            return
+        with notebook.Bar(progress, "waiting for the job to begin") as bar:
+            while self._alive():
+                if until is not None and time.monotonic() >= until:
+                    raise TimeoutError(f"the job {self.id} goes on after {timeout} s")
+                if (now := self.progress()) is not None:
+                    bar.follow(now)
+                time.sleep(_POLL_S)
+            with suppress(JobError, OSError):  # what was published last may be older
+                ended = self._job.snapshot()
+                bar.end(ended.state, ended.total, ended.done or 0, ended.failed)
 
     def _alive(self) -> bool:
         if self._started is not None:
@@ -138,6 +166,27 @@ class Job:
         """
         with self._joined() as joined:
             return pa.Table.from_batches(list(joined.batches()), joined.schema())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The output's rows as a DataFrame of pandas; until the job is done, the finished ones.
+
+        The index is that of the input if pandas wrote it, else the row's number. Whole numbers and
+        booleans with missing values have pandas' nullable types: they never become floats.
+
+        Raises:
+            MachineError: pandas is not installed.
+            JobError: The input has changed, or can't be read.
+        """
+        return notebook.pandas_of(self.to_arrow())
+
+    def to_polars(self) -> pl.DataFrame:
+        """The output's rows as a DataFrame of polars; until the job is done, the finished ones.
+
+        Raises:
+            MachineError: polars is not installed.
+            JobError: The input has changed, or can't be read.
+        """
+        return notebook.polars_of(self.to_arrow())
 
     @contextmanager
     def _joined(self) -> Iterator[Joined]:
@@ -245,9 +294,19 @@ def submit(
     return Job(started.job, started)
 
 
-def run(inputs: Inputs, **options: Any) -> Job:
-    """Submit a job, and wait until it has ended: see `submit` and `Job.wait`."""
-    return submit(inputs, **options).wait()
+def run(inputs: Inputs, *, progress: bool | None = None, **options: Any) -> Job:
+    """Submit a job, and wait until it has ended.
+
+    Args:
+        inputs: As for `submit`.
+        progress: Whether to show a progress bar, as for `Job.wait`.
+        options: As for `submit`.
+
+    Raises:
+        JobError: It can't be submitted, or it failed; see `submit` and `Job.wait`.
+        ModelError: The model can't be used.
+    """
+    return submit(inputs, **options).wait(progress=progress)
 
 
 def list_jobs() -> list[Job]:

@@ -5,18 +5,37 @@ from __future__ import annotations
 import pickle
 import traceback
 
+from batchrun.terminal import MESSAGE, printable
+
 
 class UserError(Exception):
     """Something a user can act on.
 
     Args:
         message: What happened: the thing, the number, the cause.
-        hint: What to type or change next.
+        hint: What to type or change next. A traceback shows it as a note.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+    @property
+    def hint(self) -> str | None:
+        """What to type or change next."""
+        return self._hint
+
+    @hint.setter
+    def hint(self, hint: str | None) -> None:
+        before = f"hint: {getattr(self, '_hint', None)}"
+        notes = [note for note in getattr(self, "__notes__", ()) if note != before]
+        self._hint = hint
+        self.__notes__ = [f"hint: {hint}", *notes] if hint else notes
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: where in batchrun a user's mistake was found helps nobody."""
+        lines = [f"{type(self).__name__}: {self}", *self.__notes__]
+        return [printable(line, MESSAGE) for line in lines]
 
 
 class ModelError(UserError):
@@ -49,9 +68,13 @@ def first_line(error: BaseException) -> str:
 
 
 def sendable(error: BaseException) -> BaseException:
-    """The error itself, with its stack as a note, if it survives being sent; else another one."""
+    """The error itself if it survives being sent, else another one.
+
+    A bug has its stack as a note; a user's error needs none.
+    """
     trace = "".join(traceback.format_exception(error))
-    error.add_note(trace)
+    if not isinstance(error, UserError):
+        error.add_note(trace)
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -18,6 +18,7 @@ from batchrun.jobs.output.result_reader import ResultReader
 from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import Part
 from batchrun.jobs.spec import JobSpec
+from batchrun.notebook import Bar
 from batchrun.runner.chat_columns import usual_column
 from batchrun.runner.drive import Drive
 from batchrun.runner.opening import open_runtime
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # imports torch
 
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 _log = logging.getLogger("batchrun").info
+_SHOWN_AFTER_S = 2.0  # a loop of short calls has no bar for each
 
 
 class LLM:
@@ -58,13 +60,21 @@ class LLM:
         self._spec = with_model(unmodelled, home(), log)
         self._runtime: Assembly | None = open_runtime(self._spec, log)
 
-    def generate(self, prompts: Prompt | Iterable[Prompt], **sampling: Any) -> list[Result]:
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        progress: bool | None = None,
+        **sampling: Any,
+    ) -> list[Result]:
         """The results of all prompts, in order; if one failed, its `error` says why.
 
         Args:
             prompts: One or more. Each is text, a chat (a list of messages), or a row (a dict),
                 whose columns mean the same as in a file: `prompt` or `messages`, fields of a
                 template, its own sampling parameters. A table or DataFrame has a prompt per row.
+            progress: Whether to show a progress bar; by default in a notebook, and where stderr is
+                a terminal, once it has taken some seconds.
             sampling: Sampling options for these prompts. With `n` above 1 a prompt has that many
                 successive results, numbered by `row` and `sample`.
 
@@ -87,7 +97,10 @@ class LLM:
         if self._runtime is None:
             self._runtime = open_runtime(self._spec, self._log)
         try:
-            found = _computed(spec, lines, self._runtime, self._log) if rows else []
+            found = []
+            if rows:
+                with Bar(progress, "generating", 0.0 if progress else _SHOWN_AFTER_S) as bar:
+                    found = _computed(spec, lines, self._runtime, self._log, bar)
         except BaseException:  # rows are left in the engine, where the next ones must not meet them
             self.close()
             raise
@@ -138,14 +151,22 @@ class LLM:
 
 
 def _computed(
-    spec: JobSpec, lines: bytes, bench: Assembly, log: Callable[[str], None]
+    spec: JobSpec, lines: bytes, bench: Assembly, log: Callable[[str], None], bar: Bar
 ) -> list[Result]:
     """The results of rows given as lines of JSON, read, planned and computed like a job's."""
+    samples = lines.count(b"\n") * spec.n
     with tempfile.TemporaryDirectory(prefix="batchrun-") as place:
         path = Path(place, "rows.jsonl")
         path.write_bytes(lines)
         source = open_source([Part(path)], "jsonl")
         reader = Reader(spec, source, DoneSet(spec.n), bench, log)
-        drive = Drive(bench.engine, reader)
+        failed = 0
+
+        def ended(result: Result) -> None:
+            nonlocal failed
+            failed += result.error is not None
+            bar.show("generating", samples, len(drive.results), failed)
+
+        drive = Drive(bench.engine, reader, ended=ended)
         reader.read(drive, drive)
     return [drive.results[key] for key in sorted(drive.results)]

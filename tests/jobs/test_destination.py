@@ -69,7 +69,7 @@ class TestOneLiveJob:
         with Lease(job.path):
             job.set_state(state)
             with pytest.raises(
-                OutputTaken, match=f"which is {state}, writes its output$"
+                OutputTaken, match=f"(?m)which is {state}, writes its output$"
             ) as refused:
                 check_apart(home, out, [other])
         assert f"batchrun cancel {job.id}" in refused.value.hint

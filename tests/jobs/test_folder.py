@@ -110,7 +110,7 @@ def test_find(home, spec, tmp_path, monkeypatch):
     assert find(home, "prompts-aaaa").path == jobs[0].path
     assert find(home, "prompts-c").path == jobs[2].path
     assert find(home, str(jobs[1].path)).path == jobs[1].path
-    with pytest.raises(JobNotFound, match=r"prompts-aaaa, prompts-aabb$"):
+    with pytest.raises(JobNotFound, match=r"(?m)prompts-aaaa, prompts-aabb$"):
         find(home, "prompts-aa")
     with pytest.raises(JobNotFound, match="no job 'other'") as missing:
         find(home, "other")
