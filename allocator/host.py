@@ -4,12 +4,12 @@ import ctypes
 import errno
 import mmap
 import os
-import resource
 import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from batchrun import platforms
 from batchrun.allocator.system import (
     SHARED_MEMORY,
     is_memfd,
@@ -21,6 +21,9 @@ from batchrun.allocator.system import (
     why_no_addresses,
 )
 from batchrun.allocator.vmm import AllocatorError, Handle, OutOfPages, Refused, VirtualMemory
+
+if platforms.LINUX:
+    import resource
 
 # From <linux/mman.h> and <linux/falloc.h>; the `mmap` module lacks some before Python 3.13.
 _MAP_FIXED = 0x10
@@ -64,8 +67,8 @@ class HostMemory(VirtualMemory):
         guard: bool = True,
         max_mappings: int | None = None,
     ) -> None:
-        if sys.platform != "linux":
-            raise AllocatorError(f"HostMemory needs Linux (memfd, mmap); this is {sys.platform}")
+        if not platforms.LINUX:
+            raise AllocatorError(f"HostMemory needs Linux (memfd, mmap); this is {platforms.NAME}")
         if page_size <= 0 or page_size % mmap.PAGESIZE:
             raise AllocatorError(
                 f"page size {page_size} is not a positive multiple of the system's {mmap.PAGESIZE}"

@@ -3,10 +3,13 @@
 import ctypes
 import errno
 import os
-import resource
 from pathlib import Path
 
+from batchrun import platforms
 from batchrun.allocator.vmm import Refused
+
+if platforms.LINUX:
+    import resource
 
 SHARED_MEMORY = "/dev/shm"  # a tmpfs, used if memfd_create is forbidden
 _MAX_MAP_COUNT = 65530  # Linux's default, used if /proc is unreadable

@@ -31,6 +31,7 @@ from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.objectstore.paths import Location, location
+from batchrun.platforms import need_linux
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import Progress, read_progress
 from batchrun.specs import PIPE, modelless_spec, read_options, with_model
@@ -271,7 +272,9 @@ def submit(
         OptionError: An option is unknown or has an invalid value.
         JobError: An input can't be read, the output can't be written, or a job has the same work.
         ModelError: The model can't be used.
+        MachineError: This is not Linux.
     """
+    need_linux()
     root = folder.home()
     with ExitStack() as stack:
         own = None

@@ -15,7 +15,8 @@ from typing import Any
 _INHERITED = "BATCHRUN_INHERITED"  # in a child's environment: the handles that it inherits
 _PR_SET_PDEATHSIG = 1
 # Signals by which a process dies of what it did, so that the rows in it may be to blame.
-FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+_FAULTS = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
+FAULTS = {getattr(signal, name) for name in _FAULTS if hasattr(signal, name)}
 
 
 def command(*arguments: object, module: str = "batchrun") -> list[str]:
@@ -56,13 +57,14 @@ def _close(handle: int) -> None:
         os.close(handle)
 
 
-def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+def end_with_parent(parent: int, number: int | None = None) -> None:
     """Have the kernel send this process a signal when the thread that started it ends.
 
     Args:
         parent: The parent's PID; if it has ended already, so does this process.
-        number: The signal.
+        number: The signal; SIGKILL by default.
     """
+    number = number or signal.SIGKILL
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)

@@ -19,6 +19,7 @@ from batchrun.jobs.rows.source import open_source
 from batchrun.jobs.rows.store import Part
 from batchrun.jobs.spec import JobSpec
 from batchrun.notebook import Bar
+from batchrun.platforms import need_linux
 from batchrun.runner.chat_columns import usual_column
 from batchrun.runner.drive import Drive
 from batchrun.runner.opening import open_runtime
@@ -46,11 +47,13 @@ class LLM:
     Raises:
         OptionError: An option is unknown or has an invalid value.
         ModelError: The model can't be used.
+        MachineError: This is not Linux.
     """
 
     def __init__(
         self, model: str | None = None, *, log: Callable[[str], None] = _log, **options: Any
     ) -> None:
+        need_linux()
         self._options, self._log = {"model": model, **options}, log
         asked = read_options(self._options, MODEL, PROMPT, SAMPLING, SHAPE, SCORES, RUNNING)
         sampling_of(asked)

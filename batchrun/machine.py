@@ -6,9 +6,9 @@ import _thread
 import ctypes
 import gc
 import math
+import mmap
 import os
 import platform
-import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from batchrun import cgroups
+from batchrun import cgroups, platforms
 from batchrun.errors import MachineError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -43,7 +43,7 @@ def description() -> str:
 
 def affinity() -> set[int]:
     """The processors that this process may run on."""
-    return os.sched_getaffinity(0)
+    return platforms.affinity()
 
 
 def cores(root: Path = cgroups.ROOT) -> int:
@@ -132,7 +132,7 @@ def available_memory(root: Path = cgroups.ROOT) -> int:
     """Bytes still available without swapping, on the machine or in this control group."""
     available = proc_bytes(root / "proc/meminfo", "MemAvailable")
     if available is None:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = platforms.physical_memory()[1]
     limit = cgroups.memory_limit(root)
     return available if limit is None else min(available, limit.free)
 
@@ -180,8 +180,7 @@ def end_with_lost_threads(end: Callable[[str], None]) -> None:
 def memory() -> dict[str, int]:
     """Bytes of memory of the whole machine, and those still available to this process."""
     total = proc_bytes(Path("/proc/meminfo"), "MemTotal")
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {"total": total or pages, "available": available_memory()}
+    return {"total": total or platforms.physical_memory()[0], "available": available_memory()}
 
 
 def rss() -> int:
@@ -192,7 +191,7 @@ def rss() -> int:
 def peak_rss() -> int:
     """The most bytes of memory that this process has had."""
     own = proc_bytes(Path("/proc/self/status"), "VmHWM")
-    return own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # its parent's too
+    return own or platforms.most_memory()
 
 
 def bytes_written() -> int:
@@ -245,7 +244,7 @@ class MappedFiles:
             address: Where what is no longer needed begins.
             size: Its bytes.
         """
-        page = resource.getpagesize()
+        page = mmap.PAGESIZE
         first, end = -(-address // page) * page, (address + size) // page * page
         if first < end and any(first in mapped and end <= mapped.stop for mapped in self._ranges):
             libc, dont_need = ctypes.CDLL(None), 4

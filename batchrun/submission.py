@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from batchrun import platforms
 from batchrun.jobs.errors import ROOM, InputError, JobError, OptionError, OutputError, refused
 from batchrun.jobs.fleet import check_fleet
 from batchrun.jobs.folder import JobFolder, create, find_same, sweep
@@ -47,7 +47,7 @@ def kept_input(
     folder = root / "jobs"
     with _room(folder, what), one_at_a_time(root):  # so that no sweep removes it before the lock
         handle, name = tempfile.mkstemp(prefix=".stdin-", suffix=".tmp", dir=folder)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        platforms.flock(handle)
     path = Path(name)
     try:
         with _room(folder, what), os.fdopen(handle, "wb", closefd=False) as file:
@@ -118,8 +118,10 @@ def submit(
         again: Do so even if another job does the same work.
 
     Raises:
+        MachineError: This is not Linux.
         JobError: Another job does the same work, or has the destination; or it can't be made.
     """
+    platforms.need_linux()
     with one_at_a_time(root):
         sweep(root)
         check_free(root, spec, again=again)
@@ -148,9 +150,11 @@ def resume(
         tell: Told what was damaged, and how much will be done again, with the job's name.
 
     Raises:
+        MachineError: This is not Linux.
         OptionError: An option is not a limit, or has an invalid value.
         JobError: It is running, can't go on, or can't have its output.
     """
+    platforms.need_linux()
     if unknown := limits.keys() - set(LIMIT_NAMES):
         raise OptionError("{} can't be changed when a job is resumed", min(unknown))
     told = {name: OPTIONS[name].read(v) for name, v in limits.items() if v is not None}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import stat
 from pathlib import Path
+
+from batchrun import platforms
+
+if not platforms.WINDOWS:
+    import grp
+    import pwd
 
 
 def who_else(path: Path) -> str | None:
@@ -21,6 +25,8 @@ def who_else(path: Path) -> str | None:
     Raises:
         OSError: It can't be inspected.
     """
+    if platforms.WINDOWS:  # its lists of who may do what are not read
+        return None
     me, shut = os.geteuid(), False
     for place in (*reversed(path.parents), path):
         found = os.lstat(place)
@@ -36,6 +42,8 @@ def who_else(path: Path) -> str | None:
 
 def others_write(folder: Path) -> bool:
     """Whether others can write a folder that is not shared with a group by its setgid bit."""
+    if platforms.WINDOWS:
+        return False
     try:
         found = folder.stat()
     except OSError:  # it doesn't exist yet, or may not be inspected

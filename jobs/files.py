@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from batchrun import platforms
 from batchrun.jobs.checksums import sealed, unsealed
 from batchrun.jobs.errors import OutputError
 
@@ -41,7 +41,9 @@ def identity_of(stat: os.stat_result) -> Identity:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make created, renamed or removed names in a directory durable."""
+    """Make created, renamed or removed names in a directory durable, as far as Windows lets us."""
+    if platforms.WINDOWS:  # it has no call for that
+        return
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -80,11 +82,13 @@ def private_mode(folder: Path) -> int:
 def open_private(path: str | Path, flags: int) -> int:
     """`os.open` that makes a file it creates private; also an `opener` for `open`."""
     mode = private_mode(Path(path).parent) & 0o666
-    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, mode)
+    return os.open(path, flags | os.O_CREAT | platforms.OPEN_FLAGS, mode)
 
 
 def close_to_others(folder: Path) -> None:
     """Make an existing folder private, unless it is shared, a link, or not ours."""
+    if platforms.WINDOWS:  # a home folder is private there, by lists of who may do what
+        return
     found = os.lstat(folder)
     mode = stat.S_IMODE(found.st_mode)
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
@@ -135,9 +139,7 @@ def disk_of(path: Path) -> Disk:
     """The disk that a path is on, or would be on."""
     path = path.absolute()
     there = next(p for p in (path, *path.parents) if os.path.exists(p))
-    found = os.statvfs(there)
-    size, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
-    return Disk(there, os.stat(there).st_dev, size, free)
+    return Disk(there, os.stat(there).st_dev, *platforms.room(there))
 
 
 def check_room(*needs: tuple[Disk, int]) -> None:
@@ -196,14 +198,17 @@ def atomic_write(
     try:
         with os.fdopen(handle, "wb") as file:
             with suppress(OSError):  # a file system without locks: then none is ever abandoned
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                platforms.flock(handle, wait=False)
             yield file
             file.flush()
             _open_up(handle, path, private=private)
             if durable:
                 os.fsync(handle)
             # Still locked, so nobody considers it abandoned.
-            if may_replace(identity_of(os.fstat(handle))):
+            replaces = may_replace(identity_of(os.fstat(handle)))
+            if platforms.WINDOWS:  # it renames no open file
+                file.close()
+            if replaces:
                 temporary.replace(path)
             else:
                 _take_name(temporary, path)
@@ -216,6 +221,8 @@ def atomic_write(
 
 def _open_up(handle: int, path: Path, *, private: bool) -> None:
     """Give a finished file, private until now, its final mode."""
+    if platforms.WINDOWS:
+        return
     mode = 0o666 & ~current_umask()
     if private:
         mode &= private_mode(path.parent)
@@ -243,7 +250,7 @@ def _as_open_as(handle: int, path: Path) -> int:
         except OSError:  # only root gives files away; others, only to their own groups
             keeps_group = keeps_group and group < 0
     with suppress(OSError):  # a file system without attributes
-        for name in os.listxattr(path):
+        for name in os.listxattr(path) if platforms.LINUX else ():
             if name.startswith("user.") or name == _ACCESS_LIST:
                 try:
                     os.setxattr(handle, name, os.getxattr(path, name))
@@ -279,7 +286,7 @@ def remove_unlocked(folder: Path, pattern: str) -> None:
     """Remove the files matching the pattern that no living process has locked."""
     for name in glob.glob(pattern, root_dir=folder):
         with suppress(OSError), (folder / name).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            platforms.flock(file, wait=False)
             (folder / name).unlink()
 
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from batchrun import platforms
 from batchrun.jobs import files, queue
 from batchrun.jobs.errors import ROOM, JobError, JobNotFound, JournalError, OutputError, SpecDamaged
 from batchrun.jobs.identity import load_limits, load_places
@@ -218,10 +219,13 @@ class JobFolder:
         with Lease(self.path):
             for destination in self._destinations():
                 OUTPUTS.sweep(destination)
-            grave = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.path.parent))
-            self.path.rename(grave)  # else `list` could show half a job
-            files.fsync_directory(grave.parent)
-            shutil.rmtree(grave)
+            if not platforms.WINDOWS:
+                grave = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.path.parent))
+                self.path.rename(grave)  # else `list` could show half a job
+                files.fsync_directory(grave.parent)
+                shutil.rmtree(grave)
+        if platforms.WINDOWS:  # it neither renames nor removes a folder with an open file in it
+            shutil.rmtree(self.path)
 
     def note_destination(self, path: Location) -> None:
         """Remember where results are about to be written, for `remove`."""

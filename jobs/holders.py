@@ -8,7 +8,6 @@ mean another process in between.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import stat
@@ -20,13 +19,17 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from batchrun import platforms
 from batchrun.cgroups import text_of
+
+if platforms.LINUX:
+    import fcntl
 
 _LOCK = b"OFDLCK"
 # struct flock over the whole file. The locks belong to the open file description, not the process:
 # closing another handle of the file releases nothing, and a query takes nothing.
 _FLOCK = "hhqqi0q"
-_WHOLE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_WHOLE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0) if platforms.LINUX else b""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,19 @@ class Process:
 
 def lock(file: int | IO[Any]) -> None:
     """Lock a whole file until all copies of its handle are closed; raises OSError."""
+    if not platforms.LINUX:
+        platforms.flock(file, wait=False)
+        return
     fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WHOLE)
 
 
 def is_locked(handle: int) -> bool:
-    """Whether a living process has locked a file. Takes and changes nothing."""
+    """Whether a living process has locked a file. Takes and changes nothing.
+
+    Only Linux can tell, and jobs run nowhere else.
+    """
+    if not platforms.LINUX:
+        return False
     found = fcntl.fcntl(handle, fcntl.F_OFD_GETLK, _WHOLE)
     return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from batchrun.jobs.errors import (
@@ -149,7 +149,9 @@ def move(
         JobError: The job has nothing in `old`, or `new` can't be read.
     """
     spec, places = job.submitted(), load_places(job.path)
-    before, after = location(old).absolute(), location(new).absolute()
+    # What Linux calls /data is never a path of Windows: it is compared as text.
+    before = PurePosixPath(old) if old.startswith("/") else location(old).absolute()
+    after = location(new).absolute()
     found = {
         path: now
         for path in spec.paths()

@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
+from batchrun import platforms
 from batchrun.jobs.errors import LOCAL_DISK, LeaseHeld, OutputError, no_locks
 from batchrun.jobs.files import open_private
 from batchrun.jobs.holders import holders, is_locked, lock
@@ -101,7 +102,7 @@ class _Holder(NamedTuple):
 def _note(handle: int, pid: int) -> None:
     """Note who holds a lease. A single write of fixed width: readers see a whole note."""
     note = json.dumps(_Holder(pid, platform.node()[:64], *_here())._asdict()).encode()
-    os.pwrite(handle, note[: _WIDTH - 1].ljust(_WIDTH - 1) + b"\n", 0)
+    platforms.write_at(handle, note[: _WIDTH - 1].ljust(_WIDTH - 1) + b"\n", 0)
 
 
 def held_by(folder: Path) -> int | None:
@@ -138,7 +139,7 @@ def _noted(folder: Path) -> _Holder | None:
     try:
         if not is_locked(handle):
             return None
-        noted = json.loads(os.pread(handle, _WIDTH, 0))
+        noted = json.loads(platforms.read_at(handle, _WIDTH, 0))
         found = _Holder(*(noted[name] for name in _Holder._fields))
         return found if type(found.pid) is int and found.pid > 1 else _Holder()
     except (ValueError, TypeError, KeyError):

@@ -126,6 +126,7 @@ def test_the_sample_of_stats_has_the_shape_of_the_real_report():
         "docs/docker.md",
         "docs/kernels.md",
         "docs/performance.md",
+        "docs/platforms.md",
         "docs/python.md",
         "docs/recipes.md",
         *(str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("examples/*/README.md"))),

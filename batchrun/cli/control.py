@@ -17,6 +17,7 @@ import click
 
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import job_argument, when
+from batchrun.cli.moved import moved_option, note_moved
 from batchrun.cli.piped import hand_out
 from batchrun.cli.progress import View
 from batchrun.jobs.cancel import cancel
@@ -29,6 +30,7 @@ from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import fingerprint
 from batchrun.objectstore.paths import Location, location
+from batchrun.platforms import need_linux
 from batchrun.runner.isolated import ReaderCrashed, isolated
 from batchrun.runner.live import LogTail
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
@@ -100,6 +102,8 @@ def verify_command(job: str | None, rows: int | None, seed: int | None) -> int:
 
     Is its journal sound, are its inputs and model unchanged, does the output match?
     """
+    if rows is not None:
+        need_linux()
     if seed is not None and rows is None:
         raise click.UsageError("--seed chooses rows to compute again: add --recompute ROWS")
     folder = find(home(), job)
@@ -149,7 +153,10 @@ def _recomputes(folder: JobFolder, rows: int, seed: int | None) -> bool:
     help="Write what there is, even if rows are missing or the input has changed.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
-def export_command(job: str | None, output: str | None, partial: bool, overwrite: bool) -> None:
+@moved_option
+def export_command(
+    job: str | None, output: str | None, partial: bool, overwrite: bool, moved: tuple[str, ...]
+) -> None:
     """Write a job's results to a file.
 
     JOB is its id or the beginning of one; without it, the latest job is exported. `submit` and
@@ -157,6 +164,7 @@ def export_command(job: str | None, output: str | None, partial: bool, overwrite
     """
     root = home()
     folder = find(root, job)
+    note_moved(folder, moved)
     spec = folder.spec()
     if output is None and spec.output.stdout:
         output = PIPE

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
-import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,9 +27,13 @@ from batchrun.jobs.folder import home
 from batchrun.jobs.holders import lock
 from batchrun.jobs.journal.schema import create
 from batchrun.models.resolve import DEFAULT_MODEL, EMBEDDED_INSTALL, embedded_gguf
+from batchrun.platforms import LINUX, NAME, flock
 from batchrun.report.text import size
 from batchrun.terminal import say_json
 from batchrun.trust import others_write
+
+if LINUX:
+    import resource
 
 # transformers model types whose tokens the tests compare with `generate`. Others are tried by the
 # engine's gates when a job starts, and refused if they would be wrong.
@@ -81,36 +83,40 @@ def doctor_command(as_json: bool) -> int:
 def examine() -> dict[str, Any]:
     """Examines the machine, and tries what may be forbidden. Memory in bytes; leaves nothing."""
     folder = home()
-    problems = []
-    if platform.system() != "Linux":
-        problems.append(f"batchrun needs Linux (mmap, memfd); this is {platform.system()}")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        problems += lacks(existing)
-    except OSError:
-        problems.append(f"{existing} cannot be written; set BATCHRUN_HOME to a folder of yours")
-    problems += lacking()
     versions = {name: _version(name) for name in _PACKAGES}
-    problems += [f"{name} is not installed" for name, found in versions.items() if not found]
-    versions |= {name: _version(name) for name in _CUDA_PACKAGES}
-    embedded = embedded_gguf()
-    attention, of_models = _attention()
-    return {
+    here = {
         "batchrun": _version(DISTRIBUTION),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": versions,
         "cpu_cores": machine.cores(),
         "memory": machine.memory(),
+        "home": str(folder),
+        "home_free": shutil.disk_usage(existing).free,
+    }
+    if not LINUX:  # what follows tries what computing takes
+        return {**here, "problems": [f"computing needs Linux; this is {NAME}"]}
+    problems = []
+    try:
+        problems += lacks(existing)
+    except OSError:
+        problems.append(f"{existing} cannot be written; set BATCHRUN_HOME to a folder of yours")
+    problems += lacking()
+    problems += [f"{name} is not installed" for name, found in versions.items() if not found]
+    versions |= {name: _version(name) for name in _CUDA_PACKAGES}
+    embedded = embedded_gguf()
+    attention, of_models = _attention()
+    return {
+        **here,
+        "packages": versions,
         "limits": {**limits(), **fallbacks()},
         "devices": _devices(),
         "attention": attention,
         "attention_of_models": of_models,
-        "home": str(folder),
         "home_private": f"no, others can write it: chmod go-w '{folder}'"
         if others_write(folder)
         else "yes",
-        "home_free": shutil.disk_usage(existing).free,
         "default_model": f"{DEFAULT_MODEL}, "
         + (
             f"embedded: {embedded}" if embedded else f"from the hub; without it: {EMBEDDED_INSTALL}"
@@ -260,7 +266,7 @@ def _lock(folder: Path) -> None:
     with (folder / "lock").open("w") as file:
         lock(file)
     with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(file, wait=False)
 
 
 def _link(folder: Path) -> None:

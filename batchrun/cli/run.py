@@ -16,19 +16,19 @@ import click
 
 from batchrun.cli.errors import STATUS, ExitStatus, print_error
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
+from batchrun.cli.moved import moved_option, note_moved
 from batchrun.cli.options import SectionCommand, job_options, section_option
 from batchrun.cli.piped import hand_out, taken_in
 from batchrun.cli.progress import View
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
-from batchrun.jobs.identity import move
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.kinds import FLEET, MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.machine import importing
-from batchrun.models.resolve import fingerprint
+from batchrun.platforms import need_linux
 from batchrun.report.text import seconds
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import LogTail, read_progress
@@ -78,6 +78,8 @@ def submit_command(
 
     The job runs in a process of its own. Ctrl-C leaves the view, not the job.
     """
+    if not dry_run:
+        need_linux()
     root = home()
     if options["output"] == PIPE and (as_json or not wait):
         raise click.UsageError("--output - with --json or --detach: stdout has the answers")
@@ -114,12 +116,7 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
 @job_argument
 @click.option("--all", "every", is_flag=True, help="Continue every job that is not done.")
 @click.option("--retry-failed", is_flag=True, help="Do only the failed rows again.")
-@click.option(
-    "--moved",
-    multiple=True,
-    metavar="OLD=NEW",
-    help="An input or the model has moved; its content must be the same.",
-)
+@moved_option
 @click.option(
     "--output", "-o", metavar="FILE", help="Write the output to another file from now on."
 )
@@ -143,6 +140,7 @@ def resume_command(
 
     JOB is its id or the beginning of one; without it, the latest job continues.
     """
+    need_linux()
     root = home()
     if every and (output or overwrite):
         raise click.UsageError("--all with --output or --overwrite: these apply to a single job")
@@ -151,11 +149,7 @@ def resume_command(
     else:
         jobs = [find(root, job)]
     for found in jobs:
-        for pair in moved:
-            old, equals, new = pair.partition("=")
-            if not equals:
-                raise click.UsageError(f"--moved {pair}: write OLD=NEW")
-            move(found, old, new, fingerprint)
+        note_moved(found, moved)
     status = 0
     for found in jobs:
         tail = LogTail.at_end(found.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
 
+from batchrun import platforms
 from batchrun.errors import ModelError
 from batchrun.jobs.files import fsync_directory, make_folders, private_mode
 from batchrun.jobs.rows.store import each
@@ -92,12 +92,14 @@ def is_model_file(name: str, patterns: Sequence[str]) -> bool:
 @contextmanager
 def _arriving(final: Path) -> Iterator[Path | None]:
     """A folder that becomes `final` when the block ends; None if another process has made that."""
+    if platforms.WINDOWS:  # it locks no folder
+        platforms.need_linux("fetching a model")
     make_folders(final.parent)
     partial = final.with_name(f"{final.name}.partial")
     partial.mkdir(private_mode(final.parent), exist_ok=True)
     handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        platforms.flock(handle)
         if final.is_dir():
             with suppress(OSError):
                 partial.rmdir()

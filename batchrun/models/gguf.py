@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import io
 import os
@@ -15,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from batchrun import platforms
 from batchrun.errors import PROCESS_ENDS, ModelError, said_by
 from batchrun.jobs.files import close_to_others, make_folders, open_private, private_mode
 from batchrun.models.files import AGAIN, Stored, shown
@@ -178,7 +178,7 @@ def convert_once(file: Path, final: Path) -> None:
     """
     make_folders(final.parent)
     with open(final.parent / ".lock", "w", opener=open_private) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        platforms.flock(lock)
         if final.is_dir():
             return
         partial = final.with_name(final.name + ".partial")
@@ -196,6 +196,8 @@ def convert_once(file: Path, final: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
+    if platforms.WINDOWS:  # it syncs no folder, and no file opened for reading
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -212,7 +214,7 @@ def check_ours(final: Path) -> None:
         ModelError: The message names the folder or file.
     """
     close_to_others(final.parent)
-    if final.parent.stat().st_mode & stat.S_ISGID:
+    if platforms.WINDOWS or final.parent.stat().st_mode & stat.S_ISGID:
         return
     for place in (final.parent, final, *final.iterdir()):
         owner = place.stat().st_uid

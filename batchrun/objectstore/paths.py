@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TypeAlias
 from urllib.parse import unquote
 
@@ -111,7 +111,7 @@ def inside(folder: Path, name: str) -> Location:
     return found if isinstance(found, ObjectPath) else folder / found
 
 
-def moved(path: str, old: Location, new: Location) -> str | None:
+def moved(path: str, old: Location | PurePath, new: Location) -> str | None:
     """A path or URL after what is in `old` has moved to `new`; None if it is not in `old`."""
     if path == str(old):
         return str(new)

@@ -20,6 +20,7 @@ from contextlib import closing, contextmanager
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NoReturn, TypeVar
 
+from batchrun import platforms
 from batchrun.errors import sendable
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.inflight import ReaderNote, Reading
@@ -55,7 +56,8 @@ def isolated(
 ) -> T:
     """Run `work` in a child process; return what it returns, or raise what it raises.
 
-    Its changes to memory are lost.
+    Its changes to memory are lost. On other systems than Linux this process runs it, and nothing
+    protects it.
 
     Args:
         work: Called with a note, where it says which file it reads, and which row's prompt it
@@ -68,6 +70,9 @@ def isolated(
         ModelError: Making a prompt took too long.
         JobError: The child ended in another way.
     """
+    if not platforms.LINUX:  # without fork, or where libraries don't survive one
+        with closing(ReaderNote()) as note:
+            return work(note)
     ours, theirs = Pipe(duplex=False)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

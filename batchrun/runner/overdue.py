@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TypeVar
 
+from batchrun import platforms
 from batchrun.cgroups import text_of
 from batchrun.errors import ModelError
 from batchrun.jobs.errors import JobError
@@ -31,7 +32,7 @@ BARREN = 16  # failures in succession: then the rows are hardly to blame
 _MEMORY = 2 << 30  # bytes that a process may grow by while it makes one prompt
 _LOOKS = 20  # within the limit
 _LATER = 1.25  # times the limit: the onlooker lets the process try first
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK") if platforms.LINUX else 0.01
 _MEND = (
     "fix the model's chat template or tokenizer; BATCHRUN_PROMPT_SECONDS sets how many seconds of "
     "processor time a prompt may take"

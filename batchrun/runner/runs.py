@@ -23,7 +23,7 @@ from batchrun.jobs.snapshot import WAITING, WORKER_LOG, JobSnapshot
 from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import BARREN, Onlooker, Overrun, never_made, place_in
 
-TELL = signal.SIGUSR2  # asks a run to print where its threads are
+TELL: int = getattr(signal, "SIGUSR2", 0)  # asks a run to print where its threads are
 _TELL_S = 1.0  # for printing that
 _LOOK_S = 0.5  # between two looks at what a run is doing
 _RESTARTS = 4  # in a row, without a result in between

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from batchrun.jobs.checksums import checksum
 from batchrun.jobs.errors import LOCAL_DISK, JournalError
@@ -128,7 +127,7 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     wal = path.with_name(f"{NAME}-wal")
     if readonly and not wal.exists() and not os.access(path.parent, os.W_OK):
         mode = "ro&immutable=1"  # otherwise SQLite would have to create files beside it
-    address = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}"
+    address = f"{path.absolute().as_uri()}?mode={mode}"
     try:
         db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
         try:

@@ -7,13 +7,13 @@ what the job was allowed to replace, or wrote itself.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from batchrun import platforms
 from batchrun.jobs.errors import LOCAL_DISK, ROOM, JobError, OutputError, OutputTaken, refused
 from batchrun.jobs.files import (
     Identity,
@@ -53,7 +53,7 @@ def one_at_a_time(root: Path) -> Iterator[None]:
         handle = open_private(path, os.O_RDWR)
     try:
         with refused(OutputError, f"{path} can't be locked", LOCAL_DISK):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            platforms.flock(handle)
         yield
     finally:
         os.close(handle)

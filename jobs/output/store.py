@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, cast
 
+from batchrun import platforms
 from batchrun.jobs.errors import OutputError, refused
 from batchrun.jobs.files import (
     Disk,
@@ -115,7 +115,7 @@ class ObjectOutputs:
         with tempfile.NamedTemporaryFile(
             dir=_staging(), prefix=_upload(path), suffix=".tmp", buffering=1 << 20
         ) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else `sweep` removes it
+            platforms.flock(file.fileno(), wait=False)  # else `sweep` removes it
             made = cast(IO[bytes], file)
             yield made
             made.flush()

@@ -10,7 +10,6 @@ torch has loaded its OpenMP before a library is loaded.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import getpass
 import hashlib
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from batchrun import platforms
 from batchrun.machine import cpu_features
 from batchrun.trust import who_else
 
@@ -102,7 +102,7 @@ def build(source: Path, log: Callable[[str], None] = lambda line: None, dtype: s
     if not compiler:
         raise OSError("there is no C++ compiler (g++ or c++)")
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        platforms.flock(lock)
         if _is_ours(path):
             return path
         log(f"compiling {source.name} for this CPU (once, takes a few seconds)")
