@@ -19,7 +19,7 @@ from batchrun.errors import MachineError
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.snapshot import FINISHED
-from batchrun.runner.live import Progress
+from batchrun.runner.live import START, Progress
 from batchrun.terminal import MESSAGE, printable
 
 if TYPE_CHECKING:
@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}<{remaining}{postfix}]"
-_PHASES = {"load": "loading the model", "run": "running", "export": "writing the output"}
+_PHASES = {
+    START: "starting",
+    "load": "loading the model",
+    "compile": "compiling",
+    "check": "checking the model",
+    "run": "running",
+    "export": "writing the output",
+}
 _EVERY_S = 0.1
 _MARGIN = 4  # columns right of the bar: a ^C there must not wrap it
 _LINE = 200  # characters of an id or a name
