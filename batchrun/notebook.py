@@ -19,7 +19,8 @@ from batchrun.errors import MachineError
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.snapshot import FINISHED
-from batchrun.runner.live import START, Progress
+from batchrun.runner.live import Progress
+from batchrun.runner.words import PHASES, time_left
 from batchrun.terminal import MESSAGE, printable
 
 if TYPE_CHECKING:
@@ -27,15 +28,7 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}<{remaining}{postfix}]"
-_PHASES = {
-    START: "starting",
-    "load": "loading the model",
-    "compile": "compiling",
-    "check": "checking the model",
-    "run": "running",
-    "export": "writing the output",
-}
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 _EVERY_S = 0.1
 _MARGIN = 4  # columns right of the bar: a ^C there must not wrap it
 _LINE = 200  # characters of an id or a name
@@ -70,10 +63,11 @@ class Bar:
 
     def follow(self, progress: Progress) -> None:
         """Show a job's progress."""
-        phase = _PHASES.get(progress.phase) or printable(progress.phase, 40)
-        self.show(phase, progress.rows_total, progress.rows_done, progress.rows_failed)
+        phase = PHASES.get(progress.phase) or printable(progress.phase, 40)
+        left = time_left(progress)
+        self.show(phase, progress.rows_total, progress.rows_done, progress.rows_failed, left)
 
-    def show(self, doing: str, total: int | None, done: int, failed: int) -> None:
+    def show(self, doing: str, total: int | None, done: int, failed: int, left: str = "") -> None:
         """Show what is done now, if an update is due.
 
         Args:
@@ -81,20 +75,21 @@ class Bar:
             total: Number of rows; None if not yet known.
             done: Rows that have ended, failed ones among them.
             failed: Rows that failed.
+            left: The time left, in words.
         """
-        self._latest = doing, total, done, failed
+        self._latest = doing, total, done, failed, left
         if self._wanted and time.time() >= self._due:
             self._draw()
 
     def end(self, state: str, total: int | None, done: int, failed: int) -> None:
         """Show how a job has ended, and how long it was watched."""
-        self._latest = printable(state, 40), total, done, failed
+        self._latest = printable(state, 40), total, done, failed, ""
         if self._bar is not None:
             self._shown = self._latest[:2]
             self._bar.total, self._bar.start_t = total, self._began
 
     def _draw(self) -> None:
-        doing, total, done, failed = self._latest
+        doing, total, done, failed, left = self._latest
         first = self._bar is None
         if first:
             with warnings.catch_warnings():  # a notebook without widgets gets a line of text
@@ -114,7 +109,8 @@ class Bar:
             self._bar.last_print_n = self._bar.n = self._bar.initial
             if first:
                 self._bar.start_t = self._bar.last_print_t = self._began
-        self._bar.set_postfix_str(f"{failed:,} failed" if failed else "", refresh=False)
+        more = filter(None, (f"{failed:,} failed" if failed else "", left))
+        self._bar.set_postfix_str(", ".join(more), refresh=False)
         if not self._bar.update(done - self._bar.n):
             self._bar.refresh()
         self._due = time.time() + _EVERY_S

@@ -28,7 +28,7 @@ CEILINGS = {
     "batchrun/objectstore": 355,
     "batchrun/prompts": 1150,
     "batchrun/report": 180,
-    "batchrun/runner": 2675,
+    "batchrun/runner": 2705,
     "jobs": 2290,
     "jobs/journal": 790,
     "jobs/output": 1270,
@@ -79,7 +79,7 @@ def test_the_way_of_a_row_can_be_read_in_a_day() -> None:
     section = page.split("\n## Where to begin\n")[1].split("\n## ")[0]
     names = re.findall(r"`([\w/]+\.py)`", section)
     assert len(names) > 20
-    assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names) < 8000
+    assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names) < 8100
 
 
 def test_lines_are_counted(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
-from batchrun.report.text import seconds, size
-from batchrun.runner.live import START, Progress
+from batchrun.report.text import size
+from batchrun.runner.live import Progress
+from batchrun.runner.words import PHASES, clock, time_left
 from batchrun.terminal import MESSAGE, printable, say, tell
 
 if TYPE_CHECKING:
@@ -21,14 +22,6 @@ _LINE_SHARE = 0.05  # of the time so far
 _SILENT_S = 1.0  # what ends sooner needs no words
 _KV_BAR = 24  # characters
 _WIDTH = 32  # of the bar
-_PHASES = {
-    START: "starting",
-    "load": "loading the model",
-    "compile": "compiling",
-    "check": "checking the model",
-    "run": "running",
-    "export": "writing the output",
-}
 
 
 class View:
@@ -131,8 +124,8 @@ def _drawing(progress: Progress, console: Console) -> RenderableType:
     head = [(_phase(progress), "bold")]
     if progress.phase_total:
         head.append((f"  {_part_of_phase(progress)}", ""))
-    head.append((f"  {_clock(since)}", ""))
-    if left := _left(progress):
+    head.append((f"  {clock(since)}", ""))
+    if left := time_left(progress):
         head.append((f", {left}", "cyan"))
     lines = [line(*head)]
     if progress.rows_total is not None:
@@ -182,7 +175,7 @@ def _details(progress: Progress) -> list[str]:
     if progress.phase_total:
         parts.append(_part_of_phase(progress))
     elif progress.phase != "run" and progress.submitted_at:
-        parts.append(_clock(time.time() - progress.submitted_at))
+        parts.append(clock(time.time() - progress.submitted_at))
     if progress.phase == "run":
         total = progress.rows_total
         share = f" ({_percent(progress.rows_done / total)})" if total else ""
@@ -191,13 +184,13 @@ def _details(progress: Progress) -> list[str]:
             parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
     if progress.rows_failed:
         parts.append(_failed(progress))
-    if progress.phase == "run" and (left := _left(progress)):
+    if progress.phase == "run" and (left := time_left(progress)):
         parts.append(left)
     return parts
 
 
 def _phase(progress: Progress) -> str:
-    return _PHASES.get(progress.phase) or printable(progress.phase, 40)  # may be untrusted
+    return PHASES.get(progress.phase) or printable(progress.phase, 40)  # may be untrusted
 
 
 def _part_of_phase(progress: Progress) -> str:
@@ -223,31 +216,6 @@ def _failed(progress: Progress) -> str:
     return f"{progress.rows_failed:,} failed" + (f", most often: {reason}" if reason else "")
 
 
-def _left(progress: Progress) -> str:
-    """The time left, with its range while that says something."""
-    left, least, most = progress.seconds_left, progress.least_left, progress.most_left
-    if left is None or least is None or most is None:
-        return ""
-    said, low, high = f"about {_clock(left)} left", _clock(least), _clock(most)
-    if most < 1.2 * least or low == high:
-        return said
-    number, _, unit = low.partition(" ")
-    same = high.count(" ") == 1 and high.endswith(f" {unit}")
-    return f"{said} ({number if same else low} to {high})"
-
-
-def _clock(value: float) -> str:
-    """A duration as it is told while it passes: in whole seconds, rounded when it is long."""
-    if value < 60:
-        return f"{value:.0f} s"
-    if value < 600:
-        minutes, rest = divmod(round(value), 60)
-        return f"{minutes} min {rest} s"
-    if value < 5400:
-        return f"{value / 60:.0f} min"
-    return seconds(value) if value < 36 * 3600 else f"{value / 86400:.1f} days"
-
-
 class Waiting:
     """Says that something takes its time, and how far it is, until the block ends.
 
@@ -270,7 +238,7 @@ class Waiting:
         if passed < _SILENT_S or now - self._shown < pause:
             return
         self._shown = now
-        text = ", ".join(filter(None, (f"{self._doing}: {_clock(passed)}", at)))
+        text = ", ".join(filter(None, (f"{self._doing}: {clock(passed)}", at)))
         if not self._drawn:
             say(text, stream=self._stream, limit=MESSAGE)
             return

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from batchrun import platforms
 from batchrun.jobs.errors import OptionError
 from batchrun.jobs.kinds import NAMED, Option
 from batchrun.objectstore.paths import URL
@@ -175,13 +176,13 @@ def _parsed(path: Path, *, ours: bool) -> dict[str, Any]:
     """A file's content; raises `_Theirs` if it must be this user's and is not."""
     try:
         # A pipe in the place of a file must not hold the command up.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | platforms.OPEN_FLAGS
+        handle = os.open(path, flags)
         with open(handle, "rb") as file:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise SettingsError(f"{path} is not a regular file")
-            others = status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH
-            if ours and others:
+            if ours and not platforms.WINDOWS and _is_others(status):
                 raise _Theirs
             text = file.read(_MOST + 1)
         if len(text) > _MOST:
@@ -197,6 +198,11 @@ def _parsed(path: Path, *, ours: bool) -> dict[str, Any]:
         raise SettingsError(f"{path} is not TOML: it is nested too deeply") from error
     except ValueError as error:
         raise SettingsError(f"{path} is not TOML: {error}", hint="https://toml.io") from error
+
+
+def _is_others(status: os.stat_result) -> bool:
+    """Whether another user, but root, could have written a file."""
+    return status.st_uid not in (0, os.geteuid()) or bool(status.st_mode & stat.S_IWOTH)
 
 
 def _name(path: Path, key: str) -> str:
