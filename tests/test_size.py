@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1105,
+    "batchrun": 1240,
     "batchrun/cli": 1805,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
@@ -30,9 +30,9 @@ CEILINGS = {
     "batchrun/report": 180,
     "batchrun/runner": 2660,
     "jobs": 2260,
-    "jobs/journal": 790,
+    "jobs/journal": 800,
     "jobs/output": 1270,
-    "jobs/rows": 2230,
+    "jobs/rows": 2240,
 }
 FILE_CEILING = 400  # lines of any kind
 # Files that a later change should divide: none of them may grow.
