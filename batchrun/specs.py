@@ -19,6 +19,7 @@ from batchrun.engine.core import SamplingParams
 from batchrun.fleet.devices import check_ray, devices_of
 from batchrun.grammars.constraint import SHAPES, constraint_of, problem, with_constraint
 from batchrun.jobs import spec
+from batchrun.jobs.about import AboutSpec
 from batchrun.jobs.errors import InputError, OptionError
 from batchrun.jobs.fleet import check_fleet
 from batchrun.jobs.kinds import one_of, options_of
@@ -132,6 +133,7 @@ def modelless_spec(
         output=output,
         # The columns are noted for people who look at the job, and for the type of `parsed`.
         runtime=replace(runtime_of(options), param_columns=own),
+        about=part_of(AboutSpec, options),
     )
     check_columns(source.column_names, output_columns(spec))
     if not output.stdout:

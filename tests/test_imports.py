@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "fleet": {"allocator", "engine", "grammars", "jobs", "models", "runner"},
     "runner": {
         *("allocator", "engine", "estimate", "fleet", "grammars", "jobs", "models", "objectstore"),
-        "prompts",
+        *("prompts", "report"),
     },
     "estimate": {"engine", "fleet", "grammars", "jobs", "models", "prompts", "runner"},
     "specs": {"engine", "fleet", "grammars", "jobs", "models", "objectstore", "prompts", "runner"},

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 from batchrun.cli.inspect import print_fields
+from batchrun.cli.jobnames import files
 from batchrun.cli.options import SectionCommand, job_options, section_option
 from batchrun.cli.piped import taken_in
 from batchrun.jobs.folder import home
 from batchrun.jobs.inflight import ReaderNote
-from batchrun.jobs.kinds import FLEET, MODEL, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
+from batchrun.jobs.kinds import FLEET, MODEL, NAMES, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
 from batchrun.report.text import seconds, size
 from batchrun.runner.isolated import isolated
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
@@ -21,8 +22,8 @@ from batchrun.terminal import say_json, tell
 
 
 @click.command(cls=SectionCommand, configured=None)
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, FLEET, RUNNING)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", shell_complete=files)
+@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, NAMES, FLEET, RUNNING)
 @section_option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what a job would take, before any weight is loaded.

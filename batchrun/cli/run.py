@@ -16,6 +16,7 @@ import click
 
 from batchrun.cli.errors import STATUS, ExitStatus, print_error
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
+from batchrun.cli.jobnames import files
 from batchrun.cli.options import SectionCommand, job_options, section_option
 from batchrun.cli.piped import hand_out, taken_in
 from batchrun.cli.progress import View
@@ -23,7 +24,17 @@ from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.identity import move
 from batchrun.jobs.inflight import ReaderNote
-from batchrun.jobs.kinds import FLEET, MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
+from batchrun.jobs.kinds import (
+    FLEET,
+    MODEL,
+    NAMES,
+    OUTPUT,
+    PROMPT,
+    RUNNING,
+    SAMPLING,
+    SCORES,
+    SHAPE,
+)
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
@@ -31,7 +42,7 @@ from batchrun.machine import importing
 from batchrun.models.resolve import fingerprint
 from batchrun.report.text import seconds
 from batchrun.runner.isolated import isolated
-from batchrun.runner.live import LogTail, read_progress
+from batchrun.runner.live import STORY, LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.runner.supervisor import Started
 from batchrun.specs import PIPE, make_spec
@@ -54,8 +65,8 @@ _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as J
 
 
 @click.command(cls=SectionCommand, configured=None)
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, FLEET, RUNNING)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", shell_complete=files)
+@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, NAMES, FLEET, RUNNING)
 @_wait(show_default=True)
 @_running("--again", is_flag=True, help="Start a new job even if the same work can be resumed.")
 @_running(
@@ -141,7 +152,7 @@ def resume_command(
 ) -> int:
     """Continue a job that was stopped: finished rows are kept, others go on where they were.
 
-    JOB is its id or the beginning of one; without it, the latest job continues.
+    JOB is its id or a part of one; without it, the latest job continues.
     """
     root = home()
     if every and (output or overwrite):
@@ -231,7 +242,8 @@ def _watch(
         while not last:
             last = not alive()  # show what was written until then
             for line in tail.lines():
-                view.message(str(line["message"]))
+                if line["level"] != STORY:  # the view shows these stages itself
+                    view.message(str(line["message"]))
             if (progress := read_progress(job.path)) is not None:
                 view.update(progress)
             if not last:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from batchrun.jobs.errors import InputError, SpecChanged
+from batchrun.jobs.errors import InputError, JobError, SpecChanged
 from batchrun.jobs.files import MayReplace
 from batchrun.jobs.identity import changes
 from batchrun.jobs.journal.journal import READ, Journal
@@ -81,6 +81,8 @@ def export_job(
         rows = export(joined, destination, format=format, may_replace=may_replace, private=private)
         return Exported(rows, joined.unknown if joined.numbered else None)
 
+    if not partial:
+        _check_finished(spec, journal)
     try:
         if lost is not None:
             raise InputError(f"{lost} can't be read")
@@ -94,6 +96,21 @@ def export_job(
     except InputError:
         nothing = open_source([], spec.input_format, lenient=True)
         return write(_joined(spec, journal, nothing, partial=True, numbered=True))
+
+
+def _check_finished(spec: JobSpec, journal: Journal) -> None:
+    """Refuse to export a job with rows to do.
+
+    Raises:
+        JobError: It is unfinished; the message says how far it is.
+    """
+    counts, total = journal.counts(), journal.meta("rows_total")
+    if total is None or counts.samples < total * spec.n:
+        done = "no row is done" if total is None else f"{counts.rows:,} of {total:,} rows are done"
+        raise JobError(
+            f"the job is not finished: {done}",
+            hint="batchrun resume, or batchrun export --partial for the finished rows",
+        )
 
 
 def rejoin(
