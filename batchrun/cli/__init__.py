@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import CompletionItem
 
 from batchrun import DISTRIBUTION
 from batchrun.cli.errors import ExitStatus, report_errors
@@ -55,6 +56,12 @@ class LazyGroup(click.Group):
         found = getattr(importlib.import_module(module), f"{name}_command")
         assert isinstance(found, click.Command)
         return found
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offers commands without importing them."""
+        lines = [(name, text) for name, (_, text) in COMMANDS.items()]
+        found = [CompletionItem(n, help=text) for n, text in lines if n.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""

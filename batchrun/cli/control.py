@@ -13,30 +13,29 @@ from contextlib import closing
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import job_argument, json_option, when
-from batchrun.cli.piped import hand_out
 from batchrun.cli.progress import View
 from batchrun.jobs.cancel import cancel
 from batchrun.jobs.folder import JobFolder, find, home
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.output.destination import exporting
-from batchrun.jobs.output.rejoin import Exported, export_job
 from batchrun.jobs.snapshot import FINISHED
-from batchrun.jobs.verify import verify
 from batchrun.models.resolve import fingerprint
 from batchrun.objectstore.paths import Location, location
 from batchrun.runner.isolated import ReaderCrashed, isolated
 from batchrun.runner.live import LogTail
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
-from batchrun.runner.recompute import Recomputed, recompute
-from batchrun.specs import PIPE, output_to, to_stdout
 from batchrun.terminal import MESSAGE, say, say_json, tell
+
+if TYPE_CHECKING:  # they load Arrow
+    from batchrun.jobs.output.rejoin import Exported
+    from batchrun.runner.recompute import Recomputed
 
 _POLL_S = 0.1
 
@@ -101,6 +100,8 @@ def verify_command(job: str | None, rows: int | None, seed: int | None, as_json:
 
     Is its journal sound, are its inputs and model unchanged, does the output match?
     """
+    from batchrun.jobs.verify import verify  # noqa: PLC0415 - Arrow, as in all of these
+
     if seed is not None and rows is None:
         raise click.UsageError("--seed chooses rows to compute again: add --recompute ROWS")
     folder = find(home(), job)
@@ -127,6 +128,7 @@ def verify_command(job: str | None, rows: int | None, seed: int | None, as_json:
 
 def _recomputed(folder: JobFolder, rows: int, seed: int) -> Recomputed:
     """Compute rows again."""
+    from batchrun.runner.recompute import recompute  # noqa: PLC0415
 
     def compared(note: ReaderNote) -> Recomputed:
         with closing(View(sys.stderr)) as view, PromptLimit(note, prompt_seconds()) as limit:
@@ -170,6 +172,10 @@ def export_command(
     JOB is its id or a part of one; without it, the latest job is exported. `submit` and
     `resume` do this by themselves when the last row is done.
     """
+    from batchrun.cli.piped import hand_out  # noqa: PLC0415
+    from batchrun.jobs.output.rejoin import export_job  # noqa: PLC0415
+    from batchrun.specs import PIPE, output_to, to_stdout  # noqa: PLC0415
+
     root = home()
     folder = find(root, job)
     spec = folder.spec()

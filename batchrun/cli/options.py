@@ -25,7 +25,7 @@ from batchrun.cli.settings import (
 )
 from batchrun.jobs.errors import OptionError
 from batchrun.jobs.kinds import FLAG, NAMED, NUMBER, TEXT, Choice, Integer, Kind, Option
-from batchrun.specs import OPTIONS
+from batchrun.options import OPTIONS
 from batchrun.terminal import tell
 
 _SOURCES = "batchrun.sources"  # of the values that files set, in a context's `meta`

@@ -8,15 +8,18 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
 from batchrun.cli.inspect import job_argument, json_option
 from batchrun.jobs.folder import find as find_job
 from batchrun.jobs.folder import home
-from batchrun.peek import Example, examples
 from batchrun.runner.isolated import ReaderCrashed, isolated
 from batchrun.terminal import MESSAGE, printable, say, say_json, tell
+
+if TYPE_CHECKING:  # it loads Arrow
+    from batchrun.peek import Example
 
 _ROWS = 5
 _LINES = 6  # of a text, unless --full is given
@@ -72,6 +75,8 @@ def peek_command(
     answer, why it ended, and its tokens; of a failed row the reason. A prompt is shown only if the
     input still has the very row that was computed.
     """
+    from batchrun.peek import examples  # noqa: PLC0415 - Arrow
+
     folder = find_job(home(), job)
     if shuffled and seed is None:
         seed = secrets.randbelow(1 << 32)

@@ -18,7 +18,6 @@ from batchrun.cli.errors import STATUS, ExitStatus, print_error
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
 from batchrun.cli.jobnames import files
 from batchrun.cli.options import SectionCommand, job_options, section_option
-from batchrun.cli.piped import hand_out, taken_in
 from batchrun.cli.progress import View
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
@@ -45,8 +44,6 @@ from batchrun.runner.isolated import isolated
 from batchrun.runner.live import STORY, LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.runner.supervisor import Started
-from batchrun.specs import PIPE, make_spec
-from batchrun.submission import check_free, resume, submit
 from batchrun.terminal import say, say_json, tell
 from batchrun.trust import others_write
 
@@ -89,6 +86,10 @@ def submit_command(
 
     The job runs in a process of its own. Ctrl-C leaves the view, not the job.
     """
+    from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as in all of these
+    from batchrun.specs import PIPE, make_spec  # noqa: PLC0415
+    from batchrun.submission import submit  # noqa: PLC0415
+
     root = home()
     if options["output"] == PIPE and (as_json or not wait):
         raise click.UsageError("--output - with --json or --detach: stdout has the answers")
@@ -104,6 +105,8 @@ def submit_command(
 
 
 def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
+    from batchrun.submission import check_free  # noqa: PLC0415
+
     check_free(root, spec, again=again)
 
     def try_rows(note: ReaderNote) -> None:
@@ -154,6 +157,8 @@ def resume_command(
 
     JOB is its id or a part of one; without it, the latest job continues.
     """
+    from batchrun.submission import resume  # noqa: PLC0415
+
     root = home()
     if every and (output or overwrite):
         raise click.UsageError("--all with --output or --overwrite: these apply to a single job")
@@ -219,6 +224,8 @@ def _attached(worker: Started, tail: LogTail, *, as_json: bool, wait: bool) -> E
         status = _watch(job, tail, worker.alive, as_json=as_json)
         output = job.spec().output
         if output.stdout and status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+            from batchrun.cli.piped import hand_out  # noqa: PLC0415
+
             hand_out(Path(output.path))
         return status
     if worker.began(_BEGIN_S) is False:
