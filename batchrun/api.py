@@ -59,7 +59,7 @@ class Job:
 
     @classmethod
     def find(cls, name: str | None = None) -> Job:
-        """The job with that id, or whose id begins like it; by default the latest.
+        """The job with that id, or the only one with that part in its id; by default the latest.
 
         Raises:
             JobNotFound: No job matches, or more than one.
