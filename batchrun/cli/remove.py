@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import json_option
 from batchrun.cli.jobnames import JOB
 from batchrun.cli.listing import state_option
@@ -31,7 +32,7 @@ _SHOWN = 20  # jobs that a question names
 @click.argument("jobs", nargs=-1, required=True, metavar="JOB...", type=JOB)
 @click.option("--yes", "-y", is_flag=True, help="Don't ask.")
 @json_option
-def rm_command(jobs: tuple[str, ...], yes: bool, as_json: bool) -> None:
+def rm_command(jobs: tuple[str, ...], yes: bool, as_json: bool) -> int:
     """Remove jobs.
 
     Removes their folders with all results in them, and what killed processes left unfinished beside
@@ -40,8 +41,9 @@ def rm_command(jobs: tuple[str, ...], yes: bool, as_json: bool) -> None:
     root = home()
     found = list(dict.fromkeys(find(root, name) for name in jobs))
     unwritten = [line for job in found if (line := _unwritten(job)) is not None]
-    if unwritten and not yes:
-        _ask(unwritten, "remove them with these results?", f"rm {' '.join(j.id for j in found)}")
+    names = " ".join(job.id for job in found)
+    if unwritten and not (yes or _agreed(unwritten, "remove these results?", f"rm {names}")):
+        return ExitStatus.FAILED
     with one_at_a_time(root):
         sweep(root)
         for job in found:
@@ -50,6 +52,7 @@ def rm_command(jobs: tuple[str, ...], yes: bool, as_json: bool) -> None:
                 say(f"removed {job.id}")
     if as_json:
         say_json({"removed": [job.id for job in found]})
+    return ExitStatus.DONE
 
 
 def _unwritten(job: JobFolder) -> str | None:
@@ -62,12 +65,11 @@ def _unwritten(job: JobFolder) -> str | None:
     return None
 
 
-def _ask(lines: Sequence[str], question: str, command: str) -> None:
-    """Ask in a terminal; elsewhere refuse.
+def _agreed(lines: Sequence[str], question: str, command: str) -> bool:
+    """Ask in a terminal, and return the answer; elsewhere refuse.
 
     Raises:
         JobError: There is nobody to ask.
-        click.Abort: The answer is no.
     """
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         raise JobError(
@@ -76,8 +78,10 @@ def _ask(lines: Sequence[str], question: str, command: str) -> None:
         )
     tell(*lines[:_SHOWN], *[f"and {len(lines) - _SHOWN:,} more"] * (len(lines) > _SHOWN))
     tell(f"{question} [y/N]")
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise click.Abort
+    agreed = sys.stdin.readline().strip().lower() in ("y", "yes")
+    if not agreed:
+        tell("nothing was removed")
+    return agreed
 
 
 def _age(ctx: click.Context, param: click.Parameter, given: str | None) -> float | None:
@@ -121,7 +125,7 @@ def prune_command(
     dry_run: bool,
     yes: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Remove old jobs that have ended.
 
     Those that are done, unless --unexported adds others. Finished outputs stay. Queued and running
@@ -132,21 +136,26 @@ def prune_command(
     root = home()
     chosen = _old(root, age, keep or 0, states=states, unexported=unexported)
     if chosen and not (dry_run or yes):
-        lines = [_line(row) for row in chosen]
-        _ask(lines, f"remove {_jobs(chosen)}?", "prune with the same options and")
+        question = f"remove {_jobs(chosen)}, {size(_sum(chosen))}?"
+        if not _agreed([*map(_line, chosen)], question, "prune with the same options and"):
+            return ExitStatus.FAILED
     if not dry_run:
         with one_at_a_time(root):
             sweep(root)
             chosen = [row for row in chosen if _removed(row["folder"])]
-    freed = sum(row["bytes"] for row in chosen)
     if as_json:
         shown = [{name: row[name] for name in row if name != "folder"} for row in chosen]
-        say_json({"dry_run": dry_run, "jobs": shown, "bytes": freed})
-        return
+        say_json({"dry_run": dry_run, "jobs": shown, "bytes": _sum(chosen)})
+        return ExitStatus.DONE
     if dry_run:
         say(*map(_line, chosen))
     would = "would remove" if dry_run else "removed"
-    say(f"{would} {_jobs(chosen)}, {size(freed)}")
+    say(f"{would} {_jobs(chosen)}, {size(_sum(chosen))}")
+    return ExitStatus.DONE
+
+
+def _sum(rows: Sequence[dict[str, Any]]) -> int:
+    return sum(row["bytes"] for row in rows)
 
 
 def _jobs(rows: Sequence[Any]) -> str:

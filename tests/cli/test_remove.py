@@ -87,7 +87,8 @@ def test_in_a_terminal_a_question_is_asked(make, home, monkeypatch):  # noqa: F8
             return Inside()
 
     said = Tty().invoke(cli, ["rm", job.id], input="n\n")
-    assert "remove them with these results?" in said.output
+    assert "remove these results?" in said.output
+    assert "nothing was removed" in said.output
     assert left(home) == {job.id}
     assert Tty().invoke(cli, ["rm", job.id], input="y\n").exit_code == 0
     assert left(home) == set()
