@@ -16,12 +16,13 @@ VARIABLE = "_BATCHRUN_COMPLETE"
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str) -> int:
-    r"""Print what makes a shell complete commands and jobs.
+    """Print what makes a shell complete commands and jobs.
 
-    \b
-    bash:  eval "$(batchrun completion bash)"      in ~/.bashrc
-    zsh:   eval "$(batchrun completion zsh)"       in ~/.zshrc
-    fish:  batchrun completion fish > ~/.config/fish/completions/batchrun.fish
+    bash, in ~/.bashrc: eval "$(batchrun completion bash)"
+
+    zsh, in ~/.zshrc: eval "$(batchrun completion zsh)"
+
+    fish: batchrun completion fish > ~/.config/fish/completions/batchrun.fish
     """
     kind = get_completion_class(shell)
     assert kind is not None

@@ -128,8 +128,8 @@ def prune_command(
 ) -> int:
     """Remove old jobs that have ended.
 
-    Those that are done, unless --unexported adds others. Finished outputs stay. Queued and running
-    jobs are never removed.
+    Those that are done, and those that ended without any results; --unexported adds others.
+    Finished outputs stay. New, queued and running jobs are never removed.
     """
     if age is None and keep is None:
         raise click.UsageError("say which jobs are old: --older-than 30d, or --keep N")
