@@ -14,7 +14,7 @@ from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.output.columns import output_columns
 from batchrun.jobs.output.export import export
 from batchrun.jobs.output.joined import Joined
-from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.output.result_reader import ResultMissing, ResultReader
 from batchrun.jobs.rows.formats import FORMATS
 from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.source import open_source
@@ -81,12 +81,14 @@ def export_job(
         rows = export(joined, destination, format=format, may_replace=may_replace, private=private)
         return Exported(rows, joined.unknown if joined.numbered else None)
 
-    if not partial:
-        _check_finished(spec, journal)
     try:
         if lost is not None:
             raise InputError(f"{lost} can't be read")
         return write(rejoin(spec, journal, partial=partial, noted=noted))
+    except ResultMissing as error:
+        if (unfinished := _unfinished(spec, journal)) is None:
+            raise
+        raise unfinished from error
     except (SpecChanged, InputError) as error:
         if not partial:
             error.hint = f"{error.hint}; {_LEFT}" if error.hint else _LEFT
@@ -98,19 +100,16 @@ def export_job(
         return write(_joined(spec, journal, nothing, partial=True, numbered=True))
 
 
-def _check_finished(spec: JobSpec, journal: Journal) -> None:
-    """Refuse to export a job with rows to do.
-
-    Raises:
-        JobError: It is unfinished; the message says how far it is.
-    """
+def _unfinished(spec: JobSpec, journal: Journal) -> JobError | None:
+    """The error for a job with rows to do, which says how far it is; None if it has none."""
     counts, total = journal.counts(), journal.meta("rows_total")
-    if total is None or counts.samples < total * spec.n:
-        done = "no row is done" if total is None else f"{counts.rows:,} of {total:,} rows are done"
-        raise JobError(
-            f"the job is not finished: {done}",
-            hint="batchrun resume, or batchrun export --partial for the finished rows",
-        )
+    if total is not None and counts.samples >= total * spec.n:
+        return None
+    done = "no row is done" if total is None else f"{counts.rows:,} of {total:,} rows are done"
+    return JobError(
+        f"the job is not finished: {done}",
+        hint="batchrun resume, or batchrun export --partial for the finished rows",
+    )
 
 
 def rejoin(
