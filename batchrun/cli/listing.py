@@ -124,16 +124,16 @@ def listed(job: JobFolder) -> dict[str, Any]:
 
 def _pace(job: JobFolder, now: JobSnapshot) -> dict[str, float | None]:
     """A job's rows per second, and its time left while it runs."""
-    rate = now.done / now.seconds if now.done and now.seconds else None
-    left = None
-    if now.state in WAITING:
-        progress, rate = read_progress(job.path), None
-        if progress is not None and progress.elapsed_s > 0:
-            rows = progress.rows_done - progress.rows_resumed
-            if rows >= _ROWS_TO_TELL:
-                rate = rows / progress.elapsed_s
-                if now.total is not None and now.done is not None:
-                    left = max(0, now.total - now.done) / rate
+    if now.state not in WAITING:
+        return {
+            "rows_per_s": now.done / now.seconds if now.done and now.seconds else None,
+            "seconds_left": None,
+        }
+    rate, progress = None, read_progress(job.path)
+    if progress is not None and progress.elapsed_s > 0:
+        rows = progress.rows_done - progress.rows_resumed
+        rate = rows / progress.elapsed_s if rows >= _ROWS_TO_TELL else None
+    left = progress.seconds_left if progress is not None else None
     return {"rows_per_s": rate, "seconds_left": left}
 
 

@@ -132,6 +132,7 @@ def test_a_running_job_says_its_pace_and_what_is_left(home, spec):  # noqa: F811
             waiting=0,
             elapsed_s=10.0,
             phase="run",
+            seconds_left=30.0,
         )
         reporter.update(now)
         row = listed(job)
