@@ -31,9 +31,10 @@ from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.objectstore.paths import Location, location
+from batchrun.options import PIPE
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import Progress, read_progress
-from batchrun.specs import PIPE, modelless_spec, read_options, with_model
+from batchrun.specs import modelless_spec, read_options, with_model
 
 if TYPE_CHECKING:
     from batchrun.jobs.output.joined import Joined

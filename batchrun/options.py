@@ -16,3 +16,4 @@ OPTIONS = {
     # The names are the engine's.
     "attention": replace(spec.OPTIONS["attention"], kind=one_of("auto", *attention.NAMES)),
 }
+PIPE = "-"  # as an output: stdout

@@ -34,14 +34,13 @@ from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.jobs.spec import JobSpec, input_files
 from batchrun.models.resolve import chat_templates, no_chat_template, resolve
 from batchrun.objectstore.paths import Location, location
-from batchrun.options import OPTIONS
+from batchrun.options import OPTIONS, PIPE
 from batchrun.prompts.messages import RESERVED, arguments_taken
 from batchrun.prompts.template import Template, looks_like_json
 from batchrun.runner import chat_columns
 from batchrun.runner.chat_columns import are_chats, usual_column
 from batchrun.runner.param_columns import param_columns, parameters_taken
 
-PIPE = "-"  # as an output: stdout
 T = TypeVar("T")
 Log = Callable[[str], None]
 

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     },
     "submission": {"jobs", "objectstore", "runner"},
     "llm": {"engine", "jobs", "runner", "specs", "submission"},
-    "api": {"jobs", "objectstore", "runner", "specs", "submission"},
+    "api": {"jobs", "objectstore", "options", "runner", "specs", "submission"},
     "cli": {
         *("allocator", "engine", "estimate", "fleet", "jobs", "models", "objectstore"),
         *("options", "peek", "prompts", "report", "runner", "specs", "submission"),

@@ -174,7 +174,8 @@ def export_command(
     """
     from batchrun.cli.piped import hand_out  # noqa: PLC0415
     from batchrun.jobs.output.rejoin import export_job  # noqa: PLC0415
-    from batchrun.specs import PIPE, output_to, to_stdout  # noqa: PLC0415
+    from batchrun.options import PIPE  # noqa: PLC0415
+    from batchrun.specs import output_to, to_stdout  # noqa: PLC0415
 
     root = home()
     folder = find(root, job)

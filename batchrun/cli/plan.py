@@ -30,7 +30,7 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
     an estimate, from how long the steps of earlier jobs took on this machine with this model.
     """
     from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as below
-    from batchrun.specs import PIPE  # noqa: PLC0415
+    from batchrun.options import PIPE  # noqa: PLC0415
 
     # An input may have columns that an output would add.
     unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True}

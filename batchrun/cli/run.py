@@ -87,7 +87,8 @@ def submit_command(
     The job runs in a process of its own. Ctrl-C leaves the view, not the job.
     """
     from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as in all of these
-    from batchrun.specs import PIPE, make_spec  # noqa: PLC0415
+    from batchrun.options import PIPE  # noqa: PLC0415
+    from batchrun.specs import make_spec  # noqa: PLC0415
     from batchrun.submission import submit  # noqa: PLC0415
 
     root = home()
