@@ -31,10 +31,11 @@ from batchrun.jobs.snapshot import FINISHED
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.objectstore.paths import Location, location
+from batchrun.options import PIPE
 from batchrun.platforms import need_linux
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import Progress, read_progress
-from batchrun.specs import PIPE, modelless_spec, read_options, with_model
+from batchrun.specs import modelless_spec, read_options, with_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +64,7 @@ class Job:
 
     @classmethod
     def find(cls, name: str | None = None) -> Job:
-        """The job with that id, or whose id begins like it; by default the latest.
+        """The job with that id, or the only one with that part in its id; by default the latest.
 
         Raises:
             JobNotFound: No job matches, or more than one.

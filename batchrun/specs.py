@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from batchrun.engine import attention
 from batchrun.engine.core import SamplingParams
 from batchrun.fleet.devices import check_ray, devices_of
 from batchrun.grammars.constraint import SHAPES, constraint_of, problem, with_constraint
-from batchrun.jobs import spec
+from batchrun.jobs.about import AboutSpec
 from batchrun.jobs.errors import InputError, OptionError
 from batchrun.jobs.fleet import check_fleet
-from batchrun.jobs.kinds import one_of, options_of
+from batchrun.jobs.kinds import options_of
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
 from batchrun.jobs.output.columns import output_columns
 from batchrun.jobs.output.destination import check_place
@@ -35,18 +34,13 @@ from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.jobs.spec import JobSpec, input_files
 from batchrun.models.resolve import chat_templates, no_chat_template, resolve
 from batchrun.objectstore.paths import Location, location
+from batchrun.options import OPTIONS, PIPE
 from batchrun.prompts.messages import RESERVED, arguments_taken
 from batchrun.prompts.template import Template, looks_like_json
 from batchrun.runner import chat_columns
 from batchrun.runner.chat_columns import are_chats, usual_column
 from batchrun.runner.param_columns import param_columns, parameters_taken
 
-OPTIONS = {
-    **spec.OPTIONS,
-    # The names are the engine's.
-    "attention": replace(spec.OPTIONS["attention"], kind=one_of("auto", *attention.NAMES)),
-}
-PIPE = "-"  # as an output: stdout
 T = TypeVar("T")
 Log = Callable[[str], None]
 
@@ -132,6 +126,7 @@ def modelless_spec(
         output=output,
         # The columns are noted for people who look at the job, and for the type of `parsed`.
         runtime=replace(runtime_of(options), param_columns=own),
+        about=part_of(AboutSpec, options),
     )
     check_columns(source.column_names, output_columns(spec))
     if not output.stdout:

@@ -48,6 +48,7 @@ def say(
     stream: TextIO | None = None,
     write: Callable[..., object] = print,
     limit: int | None = None,
+    paint: Callable[[str], str] = str,
 ) -> None:
     """Print lines, each of which stays one line.
 
@@ -57,6 +58,7 @@ def say(
         stream: To another stream.
         write: Prints a line, as `print` does.
         limit: See `printable`.
+        paint: Adds colours to a line that has passed the gate.
     """
     stream = stream or (sys.stderr if err else sys.stdout)
     if stream is None:  # closed before the process began
@@ -64,7 +66,7 @@ def say(
     encoding = getattr(stream, "encoding", None) or "utf-8"
     for line in lines:
         shown = printable(line, limit).encode(encoding, "backslashreplace").decode(encoding)
-        write(shown, file=stream)
+        write(paint(shown), file=stream)
     stream.flush()
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import errno
 import glob
 import os
-import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,9 @@ from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
 from batchrun.jobs.journal.schema import NAME
 from batchrun.jobs.lease import CANCEL, Lease, held_by
+from batchrun.jobs.naming import matching, new_id
 from batchrun.jobs.output.store import OUTPUTS
-from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words
+from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words, seconds_of
 from batchrun.jobs.spec import FILE, JobSpec
 from batchrun.objectstore.paths import Location, inside, location
 
@@ -57,6 +55,14 @@ class JobFolder:
     def id(self) -> str:
         """The job's name."""
         return self.path.name
+
+    @property
+    def created(self) -> float | None:
+        """When it was submitted, in seconds since the epoch; None if its `job.json` is gone."""
+        try:
+            return (self.path / FILE).stat().st_mtime
+        except OSError:
+            return None
 
     def submitted(self) -> JobSpec:
         """The job's specification; the journal's copy if `job.json` is damaged.
@@ -248,6 +254,7 @@ class JobFolder:
         spec = self.spec()
         with self.journal() as journal:
             counts, total = journal.counts(), journal.meta("rows_total")
+            runs = journal.runs()
         return JobSnapshot(
             state,
             total=total,
@@ -257,6 +264,11 @@ class JobFolder:
             model=spec.model.name,
             output=spec.output.path,
             fingerprint=spec.fingerprint(),
+            name=spec.about.name,
+            tags=spec.about.tags,
+            started=runs[0]["started_at"] if runs else None,
+            ended=runs[-1]["ended_at"] if runs else None,
+            seconds=sum(map(seconds_of, runs)) if runs else None,
         )
 
 
@@ -314,7 +326,7 @@ def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:
     """Give a finished folder a unique id; draw again if another job has it."""
     while True:
         try:
-            return building.rename(building.parent / _new_id(spec))
+            return building.rename(building.parent / new_id(spec))
         except OSError as error:
             if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
                 raise
@@ -344,7 +356,9 @@ def _made(folder: str) -> int:
 
 
 def find(root: Path, name: str | None = None) -> JobFolder:
-    """A job by id, by the beginning of its id, or by its folder's path; by default the latest.
+    """A job by id, by a part of its id, or by its folder's path; by default the latest.
+
+    A whole id counts first, then the beginning of one, then any other part.
 
     Raises:
         JobNotFound: No job matches, or several do; the message lists candidates.
@@ -356,10 +370,10 @@ def find(root: Path, name: str | None = None) -> JobFolder:
         raise JobNotFound(f"there are no jobs in {root}", hint="batchrun submit prompts.parquet")
     if name is None:
         return jobs[-1]
-    found = [j for j in jobs if j.id == name] or [j for j in jobs if j.id.startswith(name)]
+    found = matching([job.id for job in jobs], name)
     if len(found) == 1:
-        return found[0]
-    near = ", ".join(j.id for j in (found or jobs)[-5:])
+        return next(job for job in jobs if job.id == found[0])
+    near = ", ".join((found or [job.id for job in jobs])[-5:])
     if found:
         raise JobNotFound(f"{name!r} could be {len(found)} jobs: {near}", hint="type more of it")
     raise JobNotFound(f"no job {name!r}; the latest are {near}", hint="batchrun list")
@@ -379,12 +393,3 @@ def find_same(root: Path, spec: JobSpec) -> JobFolder | None:
         except JobError:
             continue  # a damaged job can't be resumed
     return None
-
-
-def _new_id(spec: JobSpec) -> str:
-    """A new id, like `prompts-20261121-0837-x7k2`."""
-    stem = location(spec.inputs[0].path).name.split(".")[0]
-    stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:32] or "job"
-    letters = "abcdefghijkmnpqrstuvwxyz23456789"
-    suffix = "".join(secrets.choice(letters) for _ in range(4))
-    return f"{stem}-{datetime.now(UTC).astimezone():%Y%m%d-%H%M}-{suffix}"

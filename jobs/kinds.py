@@ -18,8 +18,10 @@ SAMPLING = (
 )
 SHAPE = "Shape of the answer (one of these; a column json_schema, regex or choices wins in its row)"
 SCORES = "Scores (nothing is generated unless --max-tokens or a shape asks for it)"
+NAMES = "Names (these change nothing else)"
 RUNNING = "Running (these never change an answer)"
 FLEET = "Several devices or machines (these never change an answer either)"
+_LABEL = 100  # characters of a job's name, or of a tag
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -147,7 +149,16 @@ def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     return dict(value)
 
 
+def _label(text: str) -> str:
+    """A name or tag: one line that means something where it is printed."""
+    text = text.strip()
+    if not text or len(text) > _LABEL or not text.isprintable():
+        raise ValueError(f"{text[:_LABEL]!r} is not one line of 1 to {_LABEL} characters")
+    return text
+
+
 TEXT = Kind((str, os.PathLike), "text", os.fspath)
+LABEL = Kind((str,), "text", _label)
 FLAG = Kind((bool,), "flag: True or False", bool)
 NUMBER = Kind((int, float), "number", float, "X")
 DEVICE = Kind((str,), "device", _device, "auto|cpu|cuda|cuda:N")

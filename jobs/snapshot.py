@@ -7,13 +7,19 @@ Opening the journal for writing removes it first, so it is never out of date.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.journal.journal import STATE
 
 WAITING = ("queued", "running")  # states of a job that has a worker
+STATES = (  # all there are
+    *("new", "queued", "running", "interrupted"),
+    *("done", "done-with-errors", "failed", "cancelled"),
+)
 FINISHED = ("done", "done-with-errors")  # states of a job that has nothing left to do
 WORKER_LOG = "worker.log"  # in a job's folder: what its processes print
 _WORDS = 1 << 16  # bytes at its end that are searched for last words
@@ -34,6 +40,11 @@ class JobSnapshot:
         model: Its name.
         output: The output's path.
         fingerprint: Of the specification.
+        name: What the user called the job.
+        tags: The user's tags.
+        started: When its first run began, in seconds since the epoch.
+        ended: When its last run ended.
+        seconds: How long its runs lasted together.
     """
 
     state: str
@@ -46,6 +57,11 @@ class JobSnapshot:
     model: str = ""
     output: str = ""
     fingerprint: str = ""
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    started: float | None = None
+    ended: float | None = None
+    seconds: float | None = None
 
     def save(self, folder: Path) -> None:
         """Write `state.json`; durable if the job has ended."""
@@ -56,12 +72,25 @@ class JobSnapshot:
         """Read `state.json`; None if it is missing or can't be read."""
         try:
             data = read_json(f"{folder}/{STATE}")
-            return cls(**{name: data[name] for name in _FIELDS})
+            # One that was written before there were all of these fields says what it can.
+            known = {name: data[name] for name in _FIELDS if name in data}
+            return cls(**{**known, "tags": tuple(known.get("tags", ()))})
         except (OSError, ValueError, KeyError, TypeError):  # power loss may leave anything
             return None
 
 
 _FIELDS = [f.name for f in fields(JobSnapshot)]
+
+
+def seconds_of(run: Mapping[str, Any]) -> float:
+    """How long a run of the journal lasted; if it was killed, or goes on, until its last figures.
+
+    Args:
+        run: From `Journal.runs`.
+    """
+    if run["ended_at"] is not None:
+        return max(0.0, float(run["ended_at"]) - float(run["started_at"]))
+    return float(run["stats"].get("wall_s") or 0.0)
 
 
 def last_words(folder: Path, since: float = 0.0, at: int = 0) -> tuple[str, str | None] | None:

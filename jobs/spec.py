@@ -9,6 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
 
+from batchrun.jobs.about import AboutSpec
 from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.kinds import PROMPT, SAMPLING, Integer, Option, option, options_of, whole
@@ -23,14 +24,15 @@ _SAMPLE = 1 << 20
 _SAMPLES = 32
 _SHOWN = 200  # characters of a value that differs
 
-# These say where things are and how fast they run, not what comes out.
-_NOT_CONTENT = {"output", "runtime", "version"}
+# These say where things are, how fast they run and what the job is called, not what comes out.
+_NOT_CONTENT = {"output", "runtime", "version", "about"}
 _PARTS: dict[str, type[Any]] = {
     "model": ModelSpec,
     "prompt": PromptSpec,
     "sampling": SamplingSpec,
     "output": OutputSpec,
     "runtime": RuntimeSpec,
+    "about": AboutSpec,
 }
 
 
@@ -118,6 +120,7 @@ class JobSpec:
         limit: Maximum number of rows; None for all.
         output: Where the answers go. Not part of the fingerprint.
         runtime: How to run. Not part of the fingerprint.
+        about: What the job is called. Not part of the fingerprint.
     """
 
     SECTION: ClassVar = SAMPLING
@@ -134,6 +137,7 @@ class JobSpec:
     )
     output: OutputSpec = field(default_factory=OutputSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    about: AboutSpec = field(default_factory=AboutSpec)
     version: int = VERSION
     keep: int | None = option(
         "Draw N samples and keep the --n with the highest mean log-probability of their tokens.",

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1395,
-    "batchrun/cli": 1830,
+    "batchrun": 1535,
+    "batchrun/cli": 2350,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
@@ -28,10 +28,10 @@ CEILINGS = {
     "batchrun/objectstore": 355,
     "batchrun/prompts": 1150,
     "batchrun/report": 180,
-    "batchrun/runner": 2705,
-    "jobs": 2290,
+    "batchrun/runner": 2770,
+    "jobs": 2375,
     "jobs/journal": 790,
-    "jobs/output": 1270,
+    "jobs/output": 1290,
     "jobs/rows": 2230,
 }
 FILE_CEILING = 400  # lines of any kind

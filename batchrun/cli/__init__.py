@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import CompletionItem
 
 from batchrun import DISTRIBUTION
 from batchrun.cli.errors import ExitStatus, report_errors
@@ -22,11 +23,17 @@ COMMANDS = {
     "watch": ("batchrun.cli.run", "Watch a job until it ends."),
     "logs": ("batchrun.cli.control", "Print a job's log."),
     "cancel": ("batchrun.cli.control", "Stop a job."),
-    "list": ("batchrun.cli.inspect", "List all jobs."),
+    "list": ("batchrun.cli.listing", "List all jobs."),
     "show": ("batchrun.cli.inspect", "Show one job: its inputs, parameters and runs."),
+    "peek": ("batchrun.cli.peek", "Show some rows of a job beside their answers."),
     "export": ("batchrun.cli.control", "Write a job's results to a file."),
     "verify": ("batchrun.cli.control", "Check a job."),
-    "rm": ("batchrun.cli.control", "Remove jobs."),
+    "rm": ("batchrun.cli.remove", "Remove jobs."),
+    "prune": ("batchrun.cli.remove", "Remove old jobs that have ended."),
+    "completion": (
+        "batchrun.cli.completion",
+        "Print what makes a shell complete commands and jobs.",
+    ),
     "config": ("batchrun.cli.config", "Show the options in force, and where each comes from."),
     "doctor": ("batchrun.cli.doctor", "Show what this machine can do."),
 }
@@ -49,6 +56,12 @@ class LazyGroup(click.Group):
         found = getattr(importlib.import_module(module), f"{name}_command")
         assert isinstance(found, click.Command)
         return found
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offers commands without importing them."""
+        lines = [(name, text) for name, (_, text) in COMMANDS.items()]
+        found = [CompletionItem(n, help=text) for n, text in lines if n.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""

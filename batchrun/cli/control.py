@@ -1,42 +1,43 @@
-"""`batchrun logs`, `cancel`, `rm`, `verify` and `export`: what can be done to a job."""
+"""`batchrun logs`, `cancel`, `verify` and `export`: what can be done to a job."""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import secrets
 import sys
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from batchrun.cli.errors import ExitStatus
-from batchrun.cli.inspect import job_argument, when
+from batchrun.cli.inspect import job_argument, json_option, when
 from batchrun.cli.moved import moved_option, note_moved
-from batchrun.cli.piped import hand_out
 from batchrun.cli.progress import View
 from batchrun.jobs.cancel import cancel
-from batchrun.jobs.folder import JobFolder, find, home, sweep
+from batchrun.jobs.folder import JobFolder, find, home
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.lease import held_by
-from batchrun.jobs.output.destination import exporting, one_at_a_time
-from batchrun.jobs.output.rejoin import Exported, export_job
+from batchrun.jobs.output.destination import exporting
 from batchrun.jobs.snapshot import FINISHED
-from batchrun.jobs.verify import verify
 from batchrun.models.resolve import fingerprint
 from batchrun.objectstore.paths import Location, location
 from batchrun.platforms import need_linux
 from batchrun.runner.isolated import ReaderCrashed, isolated
 from batchrun.runner.live import LogTail
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
-from batchrun.runner.recompute import Recomputed, recompute
-from batchrun.specs import PIPE, output_to, to_stdout
-from batchrun.terminal import MESSAGE, say, tell
+from batchrun.terminal import MESSAGE, say, say_json, tell
+
+if TYPE_CHECKING:  # they load Arrow
+    from batchrun.jobs.output.rejoin import Exported
+    from batchrun.runner.recompute import Recomputed
 
 _POLL_S = 0.1
 
@@ -44,47 +45,45 @@ _POLL_S = 0.1
 @click.command()
 @job_argument
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job ends.")
-def logs_command(job: str | None, follow: bool) -> None:
-    """Print a job's log."""
+@json_option
+def logs_command(job: str | None, follow: bool, as_json: bool) -> None:
+    """Print a job's log.
+
+    With --json each line is an object: `time` in seconds since the epoch, null if unknown, `level`
+    (`story` for the stages of a run, else `note`), and `message`.
+    """
     folder = find(home(), job)
     tail, last = LogTail(folder.path), False
     while not last:
         last = not follow or held_by(folder.path) is None
         for line in tail.lines():
-            say(f"{when(line['time'])}  {line['message']}", limit=MESSAGE)
+            if as_json:
+                at = line["time"] if math.isfinite(line["time"]) else None
+                say_json({**line, "time": at}, indent=None)
+            else:
+                say(f"{when(line['time'])}  {line['message']}", limit=MESSAGE)
         if not last:
             time.sleep(_POLL_S)
 
 
 @click.command()
 @job_argument
-def cancel_command(job: str | None) -> int:
+@json_option
+def cancel_command(job: str | None, as_json: bool) -> int:
     """Stop a job.
 
     Its results are kept, and the tokens of unfinished rows: `batchrun resume` continues it. A job
     that hangs is killed after some seconds; then only finished rows are sure to be kept.
     """
     folder = find(home(), job)
-    say(cancel(folder), limit=MESSAGE)
+    said = cancel(folder)
+    if as_json:
+        say_json({"job": folder.id, "state": folder.state(), "message": said})
+        return ExitStatus.DONE
+    say(said, limit=MESSAGE)
     follow = "stats" if folder.state() in FINISHED else "resume"
     say(f"next:   batchrun {follow} {folder.id}")
     return ExitStatus.DONE
-
-
-@click.command()
-@click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
-def rm_command(jobs: tuple[str, ...]) -> None:
-    """Remove jobs.
-
-    Removes their folders with all results in them, and what killed processes left unfinished beside
-    their outputs. Finished outputs stay.
-    """
-    root = home()
-    with one_at_a_time(root):
-        sweep(root)
-        for folder in [find(root, name) for name in jobs]:
-            folder.remove()
-            say(f"removed {folder.id}")
 
 
 @click.command()
@@ -97,11 +96,14 @@ def rm_command(jobs: tuple[str, ...]) -> None:
     help="Also compute so many finished rows again, chosen at random, each alone, and compare.",
 )
 @click.option("--seed", type=int, help="Choose the rows that an earlier --recompute chose.")
-def verify_command(job: str | None, rows: int | None, seed: int | None) -> int:
+@json_option
+def verify_command(job: str | None, rows: int | None, seed: int | None, as_json: bool) -> int:
     """Check a job.
 
     Is its journal sound, are its inputs and model unchanged, does the output match?
     """
+    from batchrun.jobs.verify import verify  # noqa: PLC0415 - Arrow, as in all of these
+
     if rows is not None:
         need_linux()
     if seed is not None and rows is None:
@@ -111,32 +113,44 @@ def verify_command(job: str | None, rows: int | None, seed: int | None) -> int:
         problems = isolated(lambda note: verify(folder, fingerprint, note.reading))
     except ReaderCrashed as error:
         problems = [str(error)]
-    say(*problems, limit=MESSAGE)
-    if not problems:
-        say(f"{folder.id} is sound: {folder.counts().rows:,} rows")
-    same = rows is None or _recomputes(folder, rows, seed)
-    return ExitStatus.FAILED if problems or not same else ExitStatus.DONE
-
-
-def _recomputes(folder: JobFolder, rows: int, seed: int | None) -> bool:
-    """Compute rows again and say how they compare; returns whether all are the same."""
+    if not as_json:
+        say(*problems, limit=MESSAGE)
+        if not problems:
+            say(f"{folder.id} is sound: {folder.counts().rows:,} rows")
     chosen = secrets.randbelow(1 << 32) if seed is None else seed
+    found = None if rows is None else _recomputed(folder, rows, chosen)
+    sound = not problems and not (found and found.differences)
+    if as_json:
+        again = None if found is None else {**asdict(found), "seed": chosen}
+        counted = None if problems else folder.counts().rows
+        shown = {"job": folder.id, "sound": sound, "problems": problems, "rows": counted}
+        say_json({**shown, "recomputed": again})
+    elif found is not None:
+        _print_recomputed(found, chosen)
+    return ExitStatus.DONE if sound else ExitStatus.FAILED
+
+
+def _recomputed(folder: JobFolder, rows: int, seed: int) -> Recomputed:
+    """Compute rows again."""
+    from batchrun.runner.recompute import recompute  # noqa: PLC0415
 
     def compared(note: ReaderNote) -> Recomputed:
         with closing(View(sys.stderr)) as view, PromptLimit(note, prompt_seconds()) as limit:
             shown: dict[str, Any] = {"log": view.message, "on_progress": view.update}
-            return recompute(folder, rows, chosen, limit, **shown)
+            return recompute(folder, rows, seed, limit, **shown)
 
-    found = isolated(compared, "computing rows again")
+    return isolated(compared, "computing rows again")
+
+
+def _print_recomputed(found: Recomputed, seed: int) -> None:
     if not found.rows:
         say("no row is finished: there is nothing to compute again")
-        return True
+        return
     same = found.rows - len(found.differences)
     say(*chain(*found.differences.values()), limit=MESSAGE)
-    say(f"{same:,} of {found.rows:,} rows are the same, computed alone (--seed {chosen})")
+    say(f"{same:,} of {found.rows:,} rows are the same, computed alone (--seed {seed})")
     if found.varies is not None:
         say(f"rows may differ: {found.varies}", limit=MESSAGE)
-    return not found.differences
 
 
 @click.command()
@@ -154,20 +168,34 @@ def _recomputes(folder: JobFolder, rows: int, seed: int | None) -> bool:
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @moved_option
+@json_option
 def export_command(
-    job: str | None, output: str | None, partial: bool, overwrite: bool, moved: tuple[str, ...]
+    job: str | None,
+    *,
+    output: str | None,
+    partial: bool,
+    overwrite: bool,
+    moved: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Write a job's results to a file.
 
-    JOB is its id or the beginning of one; without it, the latest job is exported. `submit` and
+    JOB is its id or a part of one; without it, the latest job is exported. `submit` and
     `resume` do this by themselves when the last row is done.
     """
+    from batchrun.cli.piped import hand_out  # noqa: PLC0415
+    from batchrun.jobs.output.rejoin import export_job  # noqa: PLC0415
+    from batchrun.options import PIPE  # noqa: PLC0415
+    from batchrun.specs import output_to, to_stdout  # noqa: PLC0415
+
     root = home()
     folder = find(root, job)
     note_moved(folder, moved)
     spec = folder.spec()
     if output is None and spec.output.stdout:
         output = PIPE
+    if output == PIPE and as_json:
+        raise click.UsageError("--output - with --json: stdout has the answers")
     if output == PIPE:
         target = to_stdout(spec.input_format)
     else:
@@ -200,6 +228,10 @@ def export_command(
             raise
         lost = crash.path  # try again without this file and those after it
         found = isolated(lambda note: write(note, lost))
+    if as_json:
+        wrote = {"rows": found.rows, "changed_rows": found.unknown}
+        say_json({"job": folder.id, "output": target.path, **wrote})
+        return
     where = "stdout" if output == PIPE else target.path
     say(f"{found.rows:,} rows in {where}", err=output == PIPE)
     if found.unknown is not None:

@@ -1,27 +1,24 @@
-"""`batchrun stats`, `list` and `show`: what job folders say. Read-only, even while jobs run."""
+"""`batchrun stats` and `show`: what job folders say. Read-only, even while jobs run."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import click
 
-from batchrun.jobs.errors import JobError
-from batchrun.jobs.folder import JobFolder, find, home, list_jobs
+from batchrun.cli.jobnames import JOB
+from batchrun.jobs.folder import find, home
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.report.text import render
-from batchrun.terminal import MESSAGE, printable, say, say_json
+from batchrun.terminal import say, say_json
 
-_CELL = 200  # characters of a name in a table
 _NOT_SAID: tuple[object, ...] = (None, False, (), {}, "")
 
-job_argument = click.argument("job", required=False)
+job_argument = click.argument("job", required=False, type=JOB)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -32,7 +29,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 def stats_command(job: str | None, as_json: bool, samples: bool) -> None:
     """Show where a job's rows, time and memory went.
 
-    JOB is its id or the beginning of one; without it, the latest job is shown. While a job runs,
+    JOB is its id or a part of one; without it, the latest job is shown. While a job runs,
     the figures are those of its last commit to the journal.
     """
     folder = find(home(), job)
@@ -47,60 +44,12 @@ def stats_command(job: str | None, as_json: bool, samples: bool) -> None:
 
 
 @click.command()
-@json_option
-def list_command(as_json: bool) -> None:
-    """List all jobs, the latest last.
-
-    The jobs are the folders in BATCHRUN_HOME/jobs, by default ~/.batchrun/jobs.
-    """
-    rows = [_listed(job) for job in list_jobs(home())]
-    if as_json:
-        say_json(rows)
-        return
-    if not rows:
-        say(f"no jobs in {home()}; start one with: batchrun submit prompts.parquet")
-        return
-    lines: list[tuple[str, ...]] = [("JOB", "STATE", "ROWS", "FAILED", "MODEL", "OUTPUT")]
-    for row in rows:
-        total = "?" if row["total"] is None else f"{row['total']:,}"
-        done = "" if row["done"] is None else f"{row['done']:,}/{total}"
-        failed = "" if not row["failed"] else f"{row['failed']:,}"
-        job, state, model = (printable(row[name], _CELL) for name in ("job", "state", "model"))
-        lines.append((job, state, done, failed, model, printable(_short(row["output"]), MESSAGE)))
-    if not any(row["failed"] for row in rows):
-        lines = [line[:3] + line[4:] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        say("  ".join(cells).rstrip())
-
-
-def _short(path: str) -> str:
-    """A path as a user would type it here."""
-    for folder, name in ((Path.cwd(), ""), (Path(os.path.expanduser("~")), "~/")):
-        if Path(path).is_relative_to(folder):
-            return name + str(Path(path).relative_to(folder))
-    return path
-
-
-def _listed(job: JobFolder) -> dict[str, Any]:
-    """One job of the list. A damaged job is listed with its error, and hides no other."""
-    try:
-        snapshot = job.snapshot()
-    except JobError as error:
-        unknown = {"done": None, "total": None, "failed": None, "skipped": None, "model": ""}
-        return {"job": job.id, "state": "damaged", **unknown, "output": str(error)}
-    names = ("state", "done", "total", "failed", "skipped", "model", "output")
-    return {"job": job.id, **{name: getattr(snapshot, name) for name in names}}
-
-
-@click.command()
 @job_argument
 @json_option
 def show_command(job: str | None, as_json: bool) -> None:
     """Show one job: its inputs, parameters and runs.
 
-    JOB is its id or the beginning of one; without it, the latest job is shown.
+    JOB is its id or a part of one; without it, the latest job is shown.
     """
     folder = find(home(), job)
     spec = folder.spec()
@@ -156,6 +105,10 @@ def job_parameters(spec: JobSpec) -> dict[str, Any]:
     }
     if spec.limit is not None:
         parameters["limit"] = spec.limit
+    if spec.about.name is not None:
+        parameters["name"] = spec.about.name
+    if spec.about.tags:
+        parameters["tags"] = list(spec.about.tags)
     return parameters
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from batchrun.cli.jobnames import files
 from batchrun.cli.settings import (
     SettingsError,
     keys_of,
@@ -24,11 +25,12 @@ from batchrun.cli.settings import (
 )
 from batchrun.jobs.errors import OptionError
 from batchrun.jobs.kinds import FLAG, NAMED, NUMBER, TEXT, Choice, Integer, Kind, Option
-from batchrun.specs import OPTIONS
+from batchrun.options import OPTIONS
 from batchrun.terminal import tell
 
 _SOURCES = "batchrun.sources"  # of the values that files set, in a context's `meta`
 _PARAMS = {"json": "as_json"}  # names that Python has for something else
+_PATHS = ("model", "draft_model", "output")  # options whose values may be paths
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -215,6 +217,7 @@ def _on_command_line(option: Option) -> Callable[[Command], Command]:
         show_default=shown,
         metavar=option.metavar,
         help=option.help,
+        shell_complete=files if option.name in _PATHS else None,
     )
 
 

@@ -14,7 +14,7 @@ import click
 
 from batchrun.jobs.errors import InputError
 from batchrun.jobs.rows.formats import sniffed
-from batchrun.specs import PIPE
+from batchrun.options import PIPE
 from batchrun.submission import kept_input
 
 

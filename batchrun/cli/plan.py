@@ -8,21 +8,20 @@ from typing import Any
 import click
 
 from batchrun.cli.inspect import print_fields
+from batchrun.cli.jobnames import files
 from batchrun.cli.options import SectionCommand, job_options, section_option
-from batchrun.cli.piped import taken_in
 from batchrun.jobs.folder import home
 from batchrun.jobs.inflight import ReaderNote
-from batchrun.jobs.kinds import FLEET, MODEL, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
+from batchrun.jobs.kinds import FLEET, MODEL, NAMES, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
 from batchrun.report.text import seconds, size
 from batchrun.runner.isolated import isolated
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
-from batchrun.specs import PIPE, make_spec
 from batchrun.terminal import say_json, tell
 
 
 @click.command(cls=SectionCommand, configured=None)
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, FLEET, RUNNING)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", shell_complete=files)
+@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, NAMES, FLEET, RUNNING)
 @section_option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what a job would take, before any weight is loaded.
@@ -30,6 +29,9 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
     Reads, tokenises and plans the whole input as `submit` with the same options would. The time is
     an estimate, from how long the steps of earlier jobs took on this machine with this model.
     """
+    from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as below
+    from batchrun.options import PIPE  # noqa: PLC0415
+
     # An input may have columns that an output would add.
     unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True}
     with taken_in(inputs, home()) as (paths, _):
@@ -42,6 +44,7 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
 
 def _found(paths: list[str], options: Mapping[str, Any], note: ReaderNote) -> dict[str, Any]:
     from batchrun.estimate.forecast import forecast  # noqa: PLC0415 - imports numpy
+    from batchrun.specs import make_spec  # noqa: PLC0415
 
     spec = make_spec(paths, home(), options, log=tell, noted=note.reading)
     with PromptLimit(note, prompt_seconds()) as limit:

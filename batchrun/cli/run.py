@@ -16,14 +16,24 @@ import click
 
 from batchrun.cli.errors import STATUS, ExitStatus, print_error
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
+from batchrun.cli.jobnames import files
 from batchrun.cli.moved import moved_option, note_moved
 from batchrun.cli.options import SectionCommand, job_options, section_option
-from batchrun.cli.piped import hand_out, taken_in
 from batchrun.cli.progress import View
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.inflight import ReaderNote
-from batchrun.jobs.kinds import FLEET, MODEL, OUTPUT, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
+from batchrun.jobs.kinds import (
+    FLEET,
+    MODEL,
+    NAMES,
+    OUTPUT,
+    PROMPT,
+    RUNNING,
+    SAMPLING,
+    SCORES,
+    SHAPE,
+)
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
@@ -31,11 +41,9 @@ from batchrun.machine import importing
 from batchrun.platforms import need_linux
 from batchrun.report.text import seconds
 from batchrun.runner.isolated import isolated
-from batchrun.runner.live import LogTail, read_progress
+from batchrun.runner.live import STORY, LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.runner.supervisor import Started
-from batchrun.specs import PIPE, make_spec
-from batchrun.submission import check_free, resume, submit
 from batchrun.terminal import say, say_json, tell
 from batchrun.trust import others_write
 
@@ -54,8 +62,8 @@ _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as J
 
 
 @click.command(cls=SectionCommand, configured=None)
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, FLEET, RUNNING)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", shell_complete=files)
+@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, NAMES, FLEET, RUNNING)
 @_wait(show_default=True)
 @_running("--again", is_flag=True, help="Start a new job even if the same work can be resumed.")
 @_running(
@@ -78,6 +86,11 @@ def submit_command(
 
     The job runs in a process of its own. Ctrl-C leaves the view, not the job.
     """
+    from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as in all of these
+    from batchrun.options import PIPE  # noqa: PLC0415
+    from batchrun.specs import make_spec  # noqa: PLC0415
+    from batchrun.submission import submit  # noqa: PLC0415
+
     if not dry_run:
         need_linux()
     root = home()
@@ -95,6 +108,8 @@ def submit_command(
 
 
 def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
+    from batchrun.submission import check_free  # noqa: PLC0415
+
     check_free(root, spec, again=again)
 
     def try_rows(note: ReaderNote) -> None:
@@ -138,8 +153,10 @@ def resume_command(
 ) -> int:
     """Continue a job that was stopped: finished rows are kept, others go on where they were.
 
-    JOB is its id or the beginning of one; without it, the latest job continues.
+    JOB is its id or a part of one; without it, the latest job continues.
     """
+    from batchrun.submission import resume  # noqa: PLC0415
+
     need_linux()
     root = home()
     if every and (output or overwrite):
@@ -202,6 +219,8 @@ def _attached(worker: Started, tail: LogTail, *, as_json: bool, wait: bool) -> E
         status = _watch(job, tail, worker.alive, as_json=as_json)
         output = job.spec().output
         if output.stdout and status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+            from batchrun.cli.piped import hand_out  # noqa: PLC0415
+
             hand_out(Path(output.path))
         return status
     if worker.began(_BEGIN_S) is False:
@@ -225,7 +244,8 @@ def _watch(
         while not last:
             last = not alive()  # show what was written until then
             for line in tail.lines():
-                view.message(str(line["message"]))
+                if line["level"] != STORY:  # the view shows these stages itself
+                    view.message(str(line["message"]))
             if (progress := read_progress(job.path)) is not None:
                 view.update(progress)
             if not last:

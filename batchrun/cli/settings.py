@@ -25,7 +25,7 @@ from batchrun import platforms
 from batchrun.jobs.errors import OptionError
 from batchrun.jobs.kinds import NAMED, Option
 from batchrun.objectstore.paths import URL
-from batchrun.specs import OPTIONS, PIPE
+from batchrun.options import OPTIONS, PIPE
 
 FILE = "batchrun.toml"
 INPUTS = "inputs"  # a key of job files

@@ -25,6 +25,7 @@ from batchrun.runner import supervisor
 from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import prompt_seconds, stall_seconds
 from batchrun.runner.runs import TELL
+from batchrun.runner.story import Story
 from batchrun.runner.watchdog import Watchdog
 from batchrun.terminal import tell
 
@@ -82,6 +83,7 @@ def run_job_command(folder: Path) -> int:
                 stop=stop,
                 on_progress=reporter.update,
                 log=reporter.message,
+                story=Story(reporter.story),
                 held=bool(handles),
                 handles=handles,
                 watchdog=watchdog,

@@ -24,7 +24,6 @@ from batchrun import platforms
 from batchrun.errors import sendable
 from batchrun.jobs.errors import InputError, JobError
 from batchrun.jobs.inflight import ReaderNote, Reading
-from batchrun.jobs.rows.row import AGAIN
 from batchrun.objectstore.paths import Location, location
 from batchrun.runner.overdue import Onlooker, not_made
 
@@ -45,6 +44,8 @@ class ReaderCrashed(InputError):  # noqa: N818 - what happened to a process
     """
 
     def __init__(self, path: Location, what: str) -> None:
+        from batchrun.jobs.rows.row import AGAIN  # noqa: PLC0415 - Arrow, seldom
+
         super().__init__(f"{what}: the file is damaged", hint=AGAIN)
         self.path = path
 

@@ -56,6 +56,7 @@ from batchrun.runner.opening import open_runtime
 from batchrun.runner.overdue import PromptLimit
 from batchrun.runner.reader import HANDED_REQUESTS, Reader
 from batchrun.runner.reports import Reports
+from batchrun.runner.story import Story
 from batchrun.runner.watchdog import Watchdog
 from batchrun.runner.writer import COMMIT_RESULTS, Item, JournalWriter
 
@@ -86,6 +87,7 @@ def run_job(
     stop: threading.Event,
     on_progress: Callable[[Progress], None] = lambda _: None,
     log: Callable[[str], None] = lambda _: None,
+    story: Story | None = None,
     open_workbench: OpenWorkbench | None = None,
     held: bool = False,
     watchdog: Watchdog | None = None,
@@ -99,6 +101,7 @@ def run_job(
         stop: Ends the run early when set; journalled results stay.
         on_progress: Called often, in this thread.
         log: Called with each line that a user should see.
+        story: Told each stage of the run.
         open_workbench: Loads the engine; the real one by default.
         held: Whether this process already holds the job's lease, from its supervisor.
         watchdog: Told what the threads are doing.
@@ -122,7 +125,8 @@ def run_job(
             check_unchanged(job, None if open_workbench else fingerprint)
             spec = job.spec()
             source = open_source(spec.parts, spec.input_format, noted=reading)
-            run = _Run(job, spec, source, limit, stop, on_progress, log, watchdog)
+            told = story or Story()
+            run = _Run(job, spec, source, limit, stop, on_progress, log, watchdog, told)
         with limit:
             if open_workbench is None and spec.runtime.has_fleet:
                 return run.run(lambda spec, log: open_fleet(spec, log, path, handles, stop.is_set))
@@ -141,6 +145,7 @@ class _Run:
     on_progress: Callable[[Progress], None]
     log: Callable[[str], None]
     watchdog: Watchdog
+    story: Story
 
     def __post_init__(self) -> None:
         job, spec = self.job, self.spec
@@ -178,16 +183,19 @@ class _Run:
         """Load the model, compute what is missing, write the output."""
         outcome, figures = Outcome.FAILED, self._figures
         failure: Exception | None = None
+        self.story.begins(self._number, self._earlier, self._total)
         try:
             if self._writer.missing:
                 self._reports.phase("load")
                 self._writer.check_room_ahead()
                 with self.watchdog.busy("loading the model", _PATIENCE):
                     figures.workbench = open_workbench(self.spec, self.log)
-                figures.counted["load_s"] = time.perf_counter() - figures.began
+                load_s = figures.counted["load_s"] = time.perf_counter() - figures.began
+                self.story.loaded(self.spec, figures.workbench.measurements(), load_s)
                 if not self.stop.is_set():
                     if self.spec.runtime.deterministic:
                         self._check_arithmetic(figures.workbench)
+                    self.story.computes(self._total - self._earlier.rows)
                     self._compute(figures.workbench)
             outcome = self._finish()
         except KeyboardInterrupt:
@@ -232,6 +240,7 @@ class _Run:
             cancelled = self.job.cancel_requested()
             return Outcome.CANCELLED if cancelled else Outcome.INTERRUPTED
         self._reports.phase("export", 0, self._writer.samples)
+        self.story.writes("stdout" if self.spec.output.stdout else self.spec.output.path)
         began = time.perf_counter()
         with self.watchdog.busy("writing the output", _PATIENCE, machine.bytes_written):
             self._write_output()
@@ -269,6 +278,12 @@ class _Run:
                 journal.end_run(str(outcome), self._figures.so_far(), reason)
         if not isinstance(failure, StepFailed):  # its supervisor tries again
             self.job.set_state(str(outcome), reason)
+        self.story.ends(
+            *(str(outcome), self._writer.samples // self.spec.n, self._total),
+            failed=self._writer.failed,
+            wall_s=time.perf_counter() - self._figures.began,
+            reason=reason,
+        )
 
     def _compute(self, workbench: Assembly | Fleet) -> None:
         """Drive the engine until every row has its results, or `stop` is set."""

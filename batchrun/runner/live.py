@@ -20,6 +20,7 @@ from batchrun.jobs.checksums import sealed
 from batchrun.jobs.files import open_private, read_json
 
 LOG = "log.jsonl"
+NOTE, STORY = "note", "story"  # levels of its lines: whoever watches sees notes alone
 _PROGRESS = "progress.json"
 _EVERY_S = 0.2
 START = "start"  # the phase before a run says anything
@@ -94,11 +95,16 @@ class Reporter:
             self._written, self._phase = now, progress.phase
             _publish(self._progress, replace(progress, submitted_at=self._submitted_at))
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, level: str = NOTE) -> None:
         """Add a line to the log."""
-        line = json.dumps({"time": round(time.time(), 3), "message": text}, ensure_ascii=False)
+        entry = {"time": round(time.time(), 3), "level": level, "message": text}
+        line = json.dumps(entry, ensure_ascii=False)
         with self._lock, suppress(OSError):
             os.write(self._log, f"{line}\n".encode(errors="backslashreplace"))
+
+    def story(self, text: str) -> None:
+        """Add a line that says what views of the job show themselves."""
+        self.message(text, STORY)
 
     def __enter__(self) -> Reporter:
         return self
@@ -135,8 +141,13 @@ def _entry(line: bytes) -> dict[str, Any]:
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         entry = json.loads(line)
         text = str(entry["message"]).encode(errors="backslashreplace").decode()
-        return {"time": float(entry["time"]), "message": text}
-    return {"time": math.nan, "message": ascii(line.rstrip().decode(errors="replace"))}
+        level = STORY if entry.get("level") == STORY else NOTE
+        return {"time": float(entry["time"]), "level": level, "message": text}
+    return {
+        "time": math.nan,
+        "level": NOTE,
+        "message": ascii(line.rstrip().decode(errors="replace")),
+    }
 
 
 class LogTail:

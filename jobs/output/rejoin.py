@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from batchrun.jobs.errors import InputError, SpecChanged
+from batchrun.jobs.errors import InputError, JobError, SpecChanged
 from batchrun.jobs.files import MayReplace
 from batchrun.jobs.identity import changes
 from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.output.columns import output_columns
 from batchrun.jobs.output.export import export
 from batchrun.jobs.output.joined import Joined
-from batchrun.jobs.output.result_reader import ResultReader
+from batchrun.jobs.output.result_reader import ResultMissing, ResultReader
 from batchrun.jobs.rows.formats import FORMATS
 from batchrun.jobs.rows.row import Source, reading
 from batchrun.jobs.rows.source import open_source
@@ -85,6 +85,10 @@ def export_job(
         if lost is not None:
             raise InputError(f"{lost} can't be read")
         return write(rejoin(spec, journal, partial=partial, noted=noted))
+    except ResultMissing as error:
+        if (unfinished := _unfinished(spec, journal)) is None:
+            raise
+        raise unfinished from error
     except (SpecChanged, InputError) as error:
         if not partial:
             error.hint = f"{error.hint}; {_LEFT}" if error.hint else _LEFT
@@ -94,6 +98,18 @@ def export_job(
     except InputError:
         nothing = open_source([], spec.input_format, lenient=True)
         return write(_joined(spec, journal, nothing, partial=True, numbered=True))
+
+
+def _unfinished(spec: JobSpec, journal: Journal) -> JobError | None:
+    """The error for a job with rows to do, which says how far it is; None if it has none."""
+    counts, total = journal.counts(), journal.meta("rows_total")
+    if total is not None and counts.samples >= total * spec.n:
+        return None
+    done = "no row is done" if total is None else f"{counts.rows:,} of {total:,} rows are done"
+    return JobError(
+        f"the job is not finished: {done}",
+        hint="batchrun resume, or batchrun export --partial for the finished rows",
+    )
 
 
 def rejoin(

@@ -9,6 +9,10 @@ from batchrun.jobs.errors import JobError, input_changed
 from batchrun.jobs.journal.results import Result
 
 
+class ResultMissing(JobError):  # noqa: N818 - what happened
+    """A row lacks samples."""
+
+
 class ResultReader:
     """The results of one row after the other.
 
@@ -49,7 +53,8 @@ class ResultReader:
                 set(samples).intersection(self._samples)
             )
             if not (ordered and self._partial):
-                raise JobError(
+                kind = ResultMissing if ordered else JobError
+                raise kind(
                     f"row {row} has the samples {samples}, not {self._samples}"
                     if ordered
                     else f"results out of order at row {row}",

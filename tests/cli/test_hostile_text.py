@@ -88,10 +88,10 @@ def test_data_stays_what_it_is(hostile):
     assert done.stdout == output.read_bytes()
 
 
-@pytest.mark.parametrize("command", ["list", "show", "stats", "logs", "verify"])
+@pytest.mark.parametrize("command", ["list", "show", "stats", "logs", "peek", "verify"])
 def test_a_finished_job(hostile, command):
-    text = run(hostile, *command.split())
-    if command in {"list", "show", "stats"}:
+    text = run(hostile, *command.split(), COLUMNS="400")  # so that `list` has room for all
+    if command in {"list", "show", "stats", "peek", "logs"}:
         assert r"[2J" in text
 
 

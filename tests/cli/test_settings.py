@@ -22,7 +22,7 @@ from batchrun.cli.settings import NOT_A_PROJECTS, SettingsError
 from batchrun.errors import UserError
 from batchrun.jobs import kinds
 from batchrun.jobs.kinds import Choice, Integer, Option
-from batchrun.specs import OPTIONS
+from batchrun.options import OPTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +98,7 @@ def sample(option: Option) -> tuple[str, Any]:
         kinds.DEVICE: ("cpu",) * 2,
         kinds.DEVICES: ("cpu:2",) * 2,
         kinds.TEXT: ("some text",) * 2,
+        kinds.LABEL: ("a=b",) * 2,
     }
     by_name: dict[str, tuple[str, Any]] = {
         "template_args": ('{"a": 1, "b": "x"}', {"a": 1, "b": "x"}),

@@ -19,7 +19,10 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 _LARGEST = 1 << 20  # bytes of a request
-_LOADED = ("batchrun.cli.run", "batchrun.cli.plan", "batchrun.estimate.forecast")
+_LOADED = (
+    *("batchrun.cli.run", "batchrun.cli.plan", "batchrun.cli.piped", "batchrun.submission"),
+    "batchrun.estimate.forecast",
+)
 
 
 class Warm:

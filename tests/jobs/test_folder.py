@@ -58,7 +58,7 @@ def test_any_input_name_makes_a_usable_id(home, spec, tmp_path, name):
 
 def test_two_jobs_that_draw_one_id_are_two_jobs(home, spec, monkeypatch):
     drawn = iter(["same", "same", "same", "other"])
-    monkeypatch.setattr("batchrun.jobs.folder._new_id", lambda _: next(drawn))
+    monkeypatch.setattr("batchrun.jobs.folder.new_id", lambda _: next(drawn))
     first, second = create(home, spec), create(home, spec)
     assert (first.id, second.id) == ("same", "other")
     assert sorted(p.name for p in (home / "jobs").iterdir()) == ["other", "same"]
@@ -101,7 +101,7 @@ def test_find(home, spec, tmp_path, monkeypatch):
     with pytest.raises(JobNotFound, match="no jobs"):
         find(home)
     names = iter(["aaaa", "aabb", "cccc"])
-    monkeypatch.setattr("batchrun.jobs.folder._new_id", lambda _: f"prompts-{next(names)}")
+    monkeypatch.setattr("batchrun.jobs.folder.new_id", lambda _: f"prompts-{next(names)}")
     jobs = [create(home, spec) for _ in range(3)]
     for number, job in enumerate(jobs):
         os.utime(job.path / "job.json", ns=(number, number))

@@ -104,7 +104,7 @@ def test_a_name_that_is_missing_has_its_default_and_one_that_is_not_known_says_n
 def test_the_fingerprint_is_of_all_that_determines_the_output(spec):
     """Neither a name nor how a value is written may come to mean another job."""
     content = json.loads(json.dumps(asdict(spec)))
-    for name in ("output", "runtime", "version"):
+    for name in ("output", "runtime", "version", "about"):
         del content[name]
     content["inputs"] = [i.fingerprint for i in spec.inputs]
     del content["model"]["name"], content["model"]["path"]

@@ -1,0 +1,149 @@
+"""`rm` and `prune`: what is removed, what is asked first, and what never goes."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from batchrun.cli import cli, remove
+from batchrun.jobs.folder import create, list_jobs
+from batchrun.jobs.lease import Lease
+from tests.cli.test_listing import ended
+from tests.jobs.conftest import home, prompts, spec  # noqa: F401 - fixtures
+
+DAY = 86400
+
+
+@pytest.fixture
+def run(home, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("BATCHRUN_HOME", str(home))
+
+    def call(*arguments, answer=None):
+        return CliRunner().invoke(cli, arguments, input=answer)
+
+    return call
+
+
+@pytest.fixture
+def make(home, spec):  # noqa: F811
+    def made(state, *, rows=3, age=0.0):
+        job = create(home, replace(spec, seed=len(list_jobs(home))))
+        if state != "new":
+            ended(job, state, rows=rows)
+        if age and (job.path / "state.json").exists():
+            state_file = job.path / "state.json"
+            noted = replace(job.snapshot(), ended=time.time() - age)
+            noted.save(job.path)
+            os.utime(state_file)
+        return job
+
+    return made
+
+
+def left(home):  # noqa: F811
+    return {job.id for job in list_jobs(home)}
+
+
+def test_a_job_whose_output_was_written_goes_without_a_word(run, make, home):  # noqa: F811
+    done, new = make("done"), make("new")
+    assert run("rm", done.id, new.id).output == f"removed {done.id}\nremoved {new.id}\n"
+    assert left(home) == set()
+
+
+def test_results_that_no_output_has_are_asked_for(run, make, home):  # noqa: F811
+    job = make("interrupted", rows=2)
+    refused = run("rm", job.id)
+    assert refused.exit_code == 1
+    assert str(refused.exception) == (
+        f"{job.id} is interrupted with 2 of 3 rows done, not exported"
+    )
+    assert "--yes" in refused.exception.hint
+    assert left(home) == {job.id}
+    assert json.loads(run("rm", job.id, "--yes", "--json").output) == {"removed": [job.id]}
+    assert left(home) == set()
+
+
+def test_in_a_terminal_a_question_is_asked(make, home, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("BATCHRUN_HOME", str(home))
+    job = make("failed", rows=1)
+
+    class Tty(CliRunner):
+        def isolation(self, *arguments, **options):
+            outer = super().isolation(*arguments, **options)
+
+            class Inside:
+                def __enter__(self):
+                    found = outer.__enter__()
+                    remove.sys.stdin.isatty = lambda: True
+                    remove.sys.stderr.isatty = lambda: True
+                    return found
+
+                def __exit__(self, *error):
+                    return outer.__exit__(*error)
+
+            return Inside()
+
+    said = Tty().invoke(cli, ["rm", job.id], input="n\n")
+    assert "remove these results?" in said.output
+    assert "nothing was removed" in said.output
+    assert left(home) == {job.id}
+    assert Tty().invoke(cli, ["rm", job.id], input="y\n").exit_code == 0
+    assert left(home) == set()
+
+
+def test_a_running_job_stays_and_the_way_to_stop_it_is_named(run, make, home):  # noqa: F811
+    job = make("interrupted", rows=2)
+    with Lease(job.path):
+        refused = run("rm", job.id, "--yes")
+    assert f"batchrun cancel {job.id}" in refused.exception.hint
+    assert left(home) == {job.id}
+
+
+def test_prune_takes_old_jobs_that_are_done(run, make, home):  # noqa: F811
+    old, young = make("done", age=40 * DAY), make("done", age=2 * DAY)
+    bad, new = make("failed", rows=1, age=40 * DAY), make("new")
+    shown = run("prune", "--older-than", "30d", "--dry-run")
+    assert shown.output.splitlines()[0].startswith(f"{old.id}  done  ")
+    assert "would remove 1 job, " in shown.output
+    refused = run("prune", "--older-than", "30d")
+    assert (refused.exit_code, "--yes" in refused.exception.hint) == (1, True)
+    assert left(home) == {old.id, young.id, bad.id, new.id}
+    told = json.loads(run("prune", "--older-than", "30d", "--yes", "--json").output)
+    assert [row["job"] for row in told["jobs"]] == [old.id]
+    assert told["bytes"] == sum(row["bytes"] for row in told["jobs"]) > 0
+    assert left(home) == {young.id, bad.id, new.id}
+    run("prune", "--older-than", "30d", "--unexported", "--yes")
+    assert left(home) == {young.id, new.id}
+
+
+def test_prune_keeps_the_newest_and_chooses_states(run, make, home):  # noqa: F811
+    jobs = [make("done", age=n * DAY) for n in (5, 4, 3)]
+    for number, job in enumerate(jobs):
+        os.utime(job.path / "job.json", (1000 + number, 1000 + number))
+    assert run("prune").exit_code == 2
+    assert run("prune", "--older-than", "soon").exit_code == 2
+    run("prune", "--keep", "0", "--state", "failed", "--yes")
+    assert len(left(home)) == 3
+    run("prune", "--keep", "2", "--yes")
+    assert left(home) == {jobs[1].id, jobs[2].id}
+
+
+def test_a_job_that_is_taken_meanwhile_stays(run, make, home, monkeypatch):  # noqa: F811
+    job = make("done", age=40 * DAY)
+    chosen = remove._old
+
+    def then_taken(*arguments, **options):
+        found = chosen(*arguments, **options)
+        lease.__enter__()
+        return found
+
+    lease = Lease(job.path)
+    monkeypatch.setattr(remove, "_old", then_taken)
+    told = run("prune", "--older-than", "30d", "--yes")
+    lease.__exit__()
+    assert "removed 0 jobs" in told.output
+    assert f"{job.id} stays: " in told.output
+    assert left(home) == {job.id}
