@@ -375,7 +375,7 @@ class RuntimeSpec:
     overlap: bool = option("On a GPU: plan, map and copy while it computes.", default=True)
     graphs: bool = option("On a GPU: record steps as CUDA graphs.", default=True)
     optimize: bool = option("Fuse the model's modules, and on a GPU compile them.", default=True)
-    plan: bool = option(
+    reorder: bool = option(
         "Compute identical rows once, rows that begin alike together, and long ones early.",
         default=True,
     )

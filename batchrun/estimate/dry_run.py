@@ -39,7 +39,7 @@ def dry_run(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> No
         log("the memory that is free now can't hold the model's weights and a KV cache")
     source = open_source(spec.parts, spec.input_format, noted=limit.note.reading)
     source.count()  # read to the end: an array may be cut short, a quote never closed
-    unplanned = replace(spec.runtime, plan=False)
+    unplanned = replace(spec.runtime, reorder=False)
     few = replace(spec, limit=min(_ROWS, spec.limit or _ROWS), runtime=unplanned)
     reader = Reader(few, source, DoneSet(spec.n), info, log, limit=limit, barren=_BARREN)
     made: Channel[Request | Read] = Channel(sys.maxsize)  # unbounded: the rows are few

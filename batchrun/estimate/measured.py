@@ -27,7 +27,7 @@ _AMOUNTS = 3
 _KEPT = 0.5  # weight of earlier runs whenever there is a new one: machines and code change
 # Settings that change the number of steps, not the time of one.
 _NOT_SPEED = {
-    *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "plan", "share_prefixes"),
+    *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "reorder", "share_prefixes"),
     *("devices", "ray", "workers", "gpus_per_worker", "cpus_per_worker"),
     *("name", "path", "draft_model", "draft_path", "max_model_len", "param_columns"),
 }

@@ -155,7 +155,7 @@ class Reader:
         self.seconds, self.handed = 0.0, 0
         self.read_so_far = ReadSoFar()
         self.duplicates = Duplicates(spec.n)
-        self.planner = Planner() if spec.runtime.plan else None
+        self.planner = Planner() if spec.runtime.reorder else None
         self.savings = Savings(
             workbench.max_num_seqs,
             workbench.max_num_batched_tokens,

@@ -167,7 +167,7 @@ runtimes = st.builds(
     page_size=st.sampled_from([4096, 65536]),
     share_prefixes=st.booleans(),
     drafts=st.booleans(),
-    plan=st.booleans(),
+    reorder=st.booleans(),
 )
 ways = st.builds(
     Way,
