@@ -205,8 +205,8 @@ def check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
 def _told_limits(spec: JobSpec, job: JobFolder) -> str:
     """The options of `resume` that would make an old job run like this one."""
     now, was = vars(spec.runtime), vars(job.spec().runtime)
+    changed = [name for name in LIMIT_NAMES if now[name] not in (None, False, was[name])]
     return "".join(
-        f" {OPTIONS[name].flag} {now[name]}"
-        for name in LIMIT_NAMES
-        if now[name] not in (None, was[name])
+        f" {OPTIONS[name].flag}" + (f" {now[name]}" if now[name] is not True else "")
+        for name in changed
     )

@@ -385,6 +385,11 @@ class RuntimeSpec:
         "Llama-like models are so anyway.",
         default=False,
     )
+    keep_going: bool = option(
+        "Go on even if the first 100 rows all fail the same way, which otherwise ends the job.",
+        default=False,
+        anew=True,
+    )
     param_columns: tuple[str, ...] = ()
 
     @property

@@ -28,7 +28,7 @@ CEILINGS = {
     "batchrun/objectstore": 355,
     "batchrun/prompts": 1150,
     "batchrun/report": 180,
-    "batchrun/runner": 2340,
+    "batchrun/runner": 2415,
     "jobs": 2260,
     "jobs/journal": 800,
     "jobs/output": 1260,

@@ -125,7 +125,8 @@ class Reader:
     Attributes:
         columns: The columns read of each row.
         seconds: Time spent on making requests.
-        handed: Number of requests handed on.
+        made: Number of requests made.
+        handed: Number of those handed on.
         planner: Puts them in order; None if they stay in file order.
         duplicates: Knows which of them need no computing.
         savings: Knows what planning saved.
@@ -152,7 +153,7 @@ class Reader:
         self._known: Mapping[int, int] = {}
         self._seen: list[tuple[int, int]] = []
         self._next_row = self._overdue = 0
-        self.seconds, self.handed = 0.0, 0
+        self.seconds, self.made, self.handed = 0.0, 0, 0
         self.read_so_far = ReadSoFar()
         self.duplicates = Duplicates(spec.n)
         self.planner = Planner() if spec.runtime.reorder else None
@@ -282,6 +283,7 @@ class Reader:
             self.seconds += time.perf_counter() - began
             for item in made:
                 if isinstance(item, Request):
+                    self.made += 1
                     yield item
                 else:
                     self._note(results)
