@@ -22,7 +22,7 @@ from batchrun.jobs import spec
 from batchrun.jobs.errors import InputError, OptionError
 from batchrun.jobs.fleet import check_fleet
 from batchrun.jobs.kinds import one_of, options_of
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.columns import output_columns
 from batchrun.jobs.output.destination import check_place
 from batchrun.jobs.output.export import check_columns
@@ -32,6 +32,7 @@ from batchrun.jobs.rows.formats import FORMATS, output_format
 from batchrun.jobs.rows.row import Source, missing_column
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import Noted, unnoted
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec, input_files
 from batchrun.models.resolve import chat_templates, no_chat_template, resolve
 from batchrun.objectstore.paths import Location, location

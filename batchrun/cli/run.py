@@ -48,7 +48,8 @@ _wait = partial(
     _running,
     "--wait/--detach",
     default=True,
-    help="Watch until the job ends and exit as it did, or return at once with the job's id.",
+    show_default=True,
+    help="Watch the job until it ends and exit with its exit code, or return at once.",
 )
 _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 
@@ -56,13 +57,13 @@ _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as J
 @click.command(cls=SectionCommand)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, FLEET, RUNNING)
-@_wait(show_default=True)
-@_running("--again", is_flag=True, help="Start a new job even if the same work can be resumed.")
+@_wait()
+@_running("--again", is_flag=True, help="Start a new job even if one for the same work exists.")
 @_running(
     "--dry-run",
     is_flag=True,
-    help="Check everything but the weights, try the first 20 rows, show the job, start "
-    "nothing. It fails where the run would, or where none of these rows makes a prompt.",
+    help="Check everything but the weights, build the prompts of the first 20 rows, show the job "
+    "with all defaults in force, and start nothing.",
 )
 @_json
 def submit_command(
@@ -70,13 +71,15 @@ def submit_command(
 ) -> int:
     """Run a model over every row of a file.
 
-    INPUT is a Parquet, JSON or CSV file, a folder of them, a glob, or - for stdin; several make
-    one job. Every row has a column `prompt` (text), or `messages` or `conversations` (a chat), or
-    gets its prompt from --template. The output has all input columns, then completion,
-    finish_reason, prompt_tokens, completion_tokens and error, in input order; with a shape of the
-    answer also parsed and parse_error, with scores these.
+    INPUT is a Parquet, JSON or CSV file, a folder of such files, a glob, or - for stdin. Several
+    inputs make one job. Prompts come from a column `prompt` (text), `messages` or `conversations`
+    (chats), from --prompt-column, or from --template.
 
-    The job runs in a process of its own. Ctrl-C leaves the view, not the job.
+    The output has all input columns, then completion, finish_reason, prompt_tokens,
+    completion_tokens and error, in input order. Structured output adds parsed and parse_error. A
+    bad row becomes an error in that row; the rest of the job carries on.
+
+    The job runs in a process of its own: Ctrl-C closes the view, and the job goes on.
     """
     root = home()
     if options["output"] == PIPE and (as_json or not wait):
@@ -112,18 +115,24 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
 
 @click.command(cls=SectionCommand)
 @job_argument
-@click.option("--all", "every", is_flag=True, help="Continue every job that is not done.")
-@click.option("--retry-failed", is_flag=True, help="Do only the failed rows again.")
+@click.option("--all", "every", is_flag=True, help="Continue all jobs that are not done.")
+@click.option("--retry-failed", is_flag=True, help="Compute the failed rows again.")
 @click.option(
     "--moved",
     multiple=True,
     metavar="OLD=NEW",
-    help="An input or the model has moved; its content must be the same.",
+    help="Where an input or the model is now, if it has moved. Its content must be the same.",
+)
+@section_option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    show_default="as before",
+    help="Write the output to this file.",
 )
 @click.option(
-    "--output", "-o", metavar="FILE", help="Write the output to another file from now on."
+    "--overwrite", is_flag=True, help="Replace the output file even if this job did not write it."
 )
-@click.option("--overwrite", is_flag=True, help="Replace what is there now, whoever wrote it.")
 @job_options(FLEET, RUNNING, anew=True)
 @_json
 @_wait()
@@ -139,7 +148,7 @@ def resume_command(
     as_json: bool,
     **limits: Any,
 ) -> int:
-    """Continue a job that was stopped: finished rows are kept, others go on where they were.
+    """Continue a job that was stopped: finished rows are kept, others continue mid-generation.
 
     JOB is its id or the beginning of one; without it, the latest job continues.
     """
@@ -194,7 +203,7 @@ def _is_resumable(job: JobFolder) -> bool:
 def watch_command(job: str | None, as_json: bool) -> int:
     """Watch a job until it ends.
 
-    Exits as the job did. Ctrl-C leaves the view, not the job.
+    Exits with the job's exit code. Ctrl-C closes the view, and the job goes on.
     """
     found = find(home(), job)
     tail = LogTail.at_end(found.path)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from batchrun.jobs.files import make_folders, read_json, write_json
-from batchrun.jobs.options import RuntimeSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 
 _AMOUNTS = 3

@@ -9,7 +9,8 @@ import pytest
 from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.identity import changes
-from batchrun.jobs.options import PromptSpec, RuntimeSpec
+from batchrun.jobs.options import PromptSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 
 
