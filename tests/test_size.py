@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "allocator": 1440,
     "batchrun": 1240,
-    "batchrun/cli": 1400,
+    "batchrun/cli": 1500,
     "batchrun/engine": 3805,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,

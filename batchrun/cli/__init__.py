@@ -11,7 +11,8 @@ import click
 
 from batchrun import DISTRIBUTION
 from batchrun.cli.errors import ExitStatus, report_errors
-from batchrun.terminal import guard_libraries
+from batchrun.cli.mistyped import NoSuchCommand
+from batchrun.terminal import guard_libraries, say
 
 # name -> (module, what `batchrun --help` says of it)
 COMMANDS = {
@@ -49,6 +50,15 @@ class LazyGroup(click.Group):
         assert isinstance(found, click.Command)
         return found
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the command, or says which ones may be meant."""
+        name = args[0]
+        if not (name.startswith("-") or name in COMMANDS or name in _HIDDEN):
+            raise NoSuchCommand(name, COMMANDS, ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""
         with formatter.section("Commands"):
@@ -57,17 +67,22 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some rows failed, "
     "130 interrupted and ready to resume.",
 )
 @click.version_option(package_name=DISTRIBUTION, message="batchrun %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Run a whole dataset through an open LLM on your own hardware, unattended.
 
     Point it at a file of prompts; get the completions in the same order, beside every input column.
     Kill it at any time; `batchrun resume` continues.
     """
+    if ctx.invoked_subcommand is None:
+        say(*ctx.get_help().split("\n"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from batchrun.cli.mistyped import meant
 from batchrun.errors import UserError, said_by
 from batchrun.terminal import say, tell
 
@@ -48,8 +49,7 @@ def report_errors(command: Callable[[], Any]) -> int:
         print_error("interrupted", None)
         return ExitStatus.INTERRUPTED
     except click.UsageError as error:
-        command_path = error.ctx.command_path if error.ctx else "batchrun"
-        print_error(error.format_message(), f"{command_path} --help")
+        print_error(*_misused(error))
         return ExitStatus.USAGE
     except click.ClickException as error:
         print_error(error.format_message(), None)
@@ -61,6 +61,14 @@ def report_errors(command: Callable[[], Any]) -> int:
     except Exception as error:
         print_error(*explain(error))
         return ExitStatus.FAILED
+
+
+def _misused(error: click.UsageError) -> tuple[str, str]:
+    """Message and hint of wrong usage."""
+    usage = f"{error.ctx.command_path if error.ctx else 'batchrun'} --help"
+    if isinstance(error, click.NoSuchOption):
+        return f"there is no option {error.option_name}", meant(error) or usage
+    return error.format_message(), getattr(error, "hint", None) or usage
 
 
 def explain(error: Exception, folder: Path | None = None) -> tuple[str, str | None]:
