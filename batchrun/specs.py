@@ -37,7 +37,7 @@ from batchrun.jobs.spec import JobSpec, input_files
 from batchrun.models.resolve import chat_templates, no_chat_template, resolve
 from batchrun.objectstore.paths import Location, location
 from batchrun.prompts.messages import RESERVED, arguments_taken
-from batchrun.prompts.template import Template, looks_like_json
+from batchrun.prompts.template import Template, doubled, looks_like_json
 from batchrun.runner import chat_columns
 from batchrun.runner.chat_columns import are_chats, usual_column
 from batchrun.runner.param_columns import param_columns, parameters_taken
@@ -294,7 +294,9 @@ def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
     try:
         return Template(template).columns
     except ValueError as error:
-        raise OptionError("{template}: {}", str(error)) from error
+        fixed = doubled(template)
+        meant = f"; is this meant? {fixed}" if fixed is not None else ""
+        raise OptionError("{template}: {}{}", str(error), meant) from error
 
 
 def _prompt(
@@ -313,7 +315,7 @@ def _prompt(
         names = source.schema().names
     for name in needed(names):
         if name not in names:
-            raise _missing(name, names, in_template=fields is not None)
+            raise _missing(name, source, options["template"])
     column = None if fields is not None else needed(names)[0]
     if source.typed and column is not None:
         chat_columns.check_prompt_type(source.schema().field(column))
@@ -326,13 +328,17 @@ def _prompt(
     return prompt
 
 
-def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputError:
+def _missing(name: str, source: Source, template: str | None) -> InputError:
+    """The error for a column that makes the prompt and is not there, and what to type instead."""
+    names = source.column_names
     error = missing_column(" ".join(name.split()) if "\n" in name else name, names)
-    if in_template and looks_like_json(name):
-        doubled = "braces that are no column's are doubled: {{ and }}"
-        error.hint = f"{error.hint} {doubled}" if error.hint else doubled
-    elif error.hint is None and not in_template:
-        error.hint = f"say which one holds the prompts: --prompt-column {shlex.quote(names[0])}"
+    if template is not None:
+        if looks_like_json(name):
+            fixed = doubled(template, names)
+            meant = f": --template {shlex.quote(fixed)}" if fixed is not None else ": {{ and }}"
+            error.hint = f"literal braces are doubled{meant}"
+    elif error.hint is None:
+        error.hint = chat_columns.suggested(source)
     return error
 
 

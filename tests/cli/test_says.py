@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchrun.cli import COMMANDS, main
 from batchrun.cli.mistyped import _SYNONYMS
 from batchrun.cli.options import TextOrFile
+from batchrun.jobs.errors import InputError
+from batchrun.jobs.rows.store import unnoted
+from batchrun.prompts.template import Template, doubled
+from batchrun.specs import modelless_spec, read_options
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
@@ -80,3 +87,66 @@ def test_a_template_or_system_message_can_come_from_a_file(tmp_path: Path) -> No
     for value, said in ((f"@{path}", "not UTF-8"), ("@nowhere", "'nowhere' can't be read")):
         with pytest.raises(click.BadParameter, match=said):
             read(value, None, None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        (
+            {"id": ["a1"], "n": [1], "title": ["x"], "Question": ["Why?"]},
+            "--prompt-column Question (or title); or build them from columns: "
+            "--template '... {Question}'",
+        ),
+        (
+            {"row_id": ["a-very-long-identifier"], "kind": ["x"], "abstract of it": ["Long " * 9]},
+            "--prompt-column 'abstract of it' (or kind); or",
+        ),
+        ({"id": [1], "dialog": [[{"role": "user", "content": "Hi"}]]}, "--prompt-column dialog"),
+        ({"id": ["a"]}, "--prompt-column id; or"),
+        ({"n": [1]}, "--prompt-column NAME; or --template TEXT"),
+        ({"n": [1], "prompts": ["x"]}, "did you mean 'prompts'?"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_without_a_column_of_prompts_those_that_may_hold_them_are_named(
+    tmp_path: Path, columns: dict[str, list[object]], hint: str, suffix: str
+) -> None:
+    path = tmp_path / f"in{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    else:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(InputError) as missing:
+        modelless_spec([str(path)], tmp_path, read_options({}), log=lambda _: None, noted=unnoted)
+    assert "the input has no column 'prompt'" in str(missing.value)
+    assert hint in str(missing.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("template", "meant"),
+    [
+        ('{"text": "{text}"}', '{{"text": "{text}"}}'),
+        ('{"a": {"b": "{text}"}}', '{{"a": {{"b": "{text}"}}}}'),
+        ('{{"a": {text}', '{{"a": {text}'),
+        ("see {x y}: {text}", "see {{x y}}: {text}"),
+        ('{"text": 1}', None),
+        ("{text}", None),
+    ],
+)
+def test_the_template_that_was_meant(template: str, meant: str | None) -> None:
+    assert doubled(template) == (None if meant == template else meant)
+    if meant is not None:
+        assert Template(meant).columns == ["text"]
+
+
+def test_a_template_with_json_in_it_is_refused_with_one_that_works(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a"}\n')
+    code, lines = said(capsys, "submit", str(path), "--template", '{"text": "{text}"}')
+    assert code == 2
+    assert lines[0].endswith('; is this meant? {{"text": "{text}"}}')
+    code, lines = said(capsys, "submit", str(path), "--template", '{ "a" }: {text}')
+    assert lines[-1] == """hint: literal braces are doubled: --template '{{ "a" }}: {text}'"""
