@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.jobs import files, queue
-from batchrun.jobs.errors import ROOM, JobError, JobNotFound, JournalError, OutputError, SpecDamaged
+from batchrun.jobs.errors import (
+    ROOM,
+    JobError,
+    JobNotFound,
+    JournalError,
+    OutputError,
+    SpecDamaged,
+    cause_of,
+)
 from batchrun.jobs.identity import load_limits, load_places
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
@@ -287,10 +295,8 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
             shutil.rmtree(building, ignore_errors=True)
             raise
     except (OSError, JournalError) as error:
-        cause = isinstance(error, OSError) and error.strerror
-        raise OutputError(
-            f"no job folder can be made in {folder}: {cause or error}", hint=ROOM
-        ) from error
+        cause = cause_of(error, folder) if isinstance(error, OSError) else error
+        raise OutputError(f"no job folder can be made in {folder}: {cause}", hint=ROOM) from error
     return JobFolder(building)
 
 

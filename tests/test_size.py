@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1240,
+    "batchrun": 1275,
     "batchrun/cli": 1500,
     "batchrun/engine": 3805,
     "batchrun/engine/attention": 1260,
@@ -24,14 +24,14 @@ CEILINGS = {
     "batchrun/estimate": 470,
     "batchrun/fleet": 1490,
     "batchrun/grammars": 460,
-    "batchrun/models": 1170,
+    "batchrun/models": 1195,
     "batchrun/objectstore": 355,
-    "batchrun/prompts": 1150,
+    "batchrun/prompts": 1175,
     "batchrun/report": 180,
-    "batchrun/runner": 2415,
-    "jobs": 2335,
+    "batchrun/runner": 2480,
+    "jobs": 2380,
     "jobs/journal": 800,
-    "jobs/output": 1260,
+    "jobs/output": 1285,
     "jobs/rows": 2240,
 }
 FILE_CEILING = 400  # lines of any kind

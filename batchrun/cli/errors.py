@@ -15,6 +15,7 @@ import click
 
 from batchrun.cli.mistyped import meant
 from batchrun.errors import UserError, said_by
+from batchrun.jobs.errors import cause_of
 from batchrun.terminal import say, tell
 
 
@@ -99,13 +100,18 @@ def describe(error: Exception) -> tuple[str, str | None] | None:
         )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}", _os_hint(error.errno)
+        return f"{where}{cause_of(error, _home())}", _os_hint(error.errno)
     return None
+
+
+def _home() -> Path:
+    """Where most of what is written goes."""
+    return Path(os.environ.get("BATCHRUN_HOME") or os.path.expanduser("~/.batchrun"))
 
 
 def _os_hint(number: int) -> str | None:
     return {
-        errno.ENOSPC: "make room on the disk (df -h shows which is full), then: batchrun resume",
+        errno.ENOSPC: "make room on that disk (df -h shows all), then: batchrun resume",
         errno.EDQUOT: "free some of your quota, then: batchrun resume",
         errno.EROFS: "set BATCHRUN_HOME to a folder that can be written",
         errno.EACCES: "check the permissions, or set BATCHRUN_HOME to a folder of yours",

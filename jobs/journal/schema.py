@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -12,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from batchrun.jobs.checksums import checksum
-from batchrun.jobs.errors import LOCAL_DISK, JournalError
+from batchrun.jobs.errors import LOCAL_DISK, JournalError, cause_of
 from batchrun.jobs.files import open_private
 
 NAME = "journal.db"
@@ -162,6 +163,8 @@ def refusal(path: Path, done: str, error: Exception, hint: str | None = None) ->
     if code in damage and not isinstance(error, OSError):
         return JournalError(f"{path} is damaged: {error}", BEYOND_REPAIR)
     name, told = getattr(error, "sqlite_errorname", ""), str(error)
+    if code == sqlite3.SQLITE_FULL:
+        told = cause_of(OSError(errno.ENOSPC, told), path)
     if isinstance(error, OSError) and error.filename is None:
         told = error.strerror or told
     elif name.startswith("SQLITE_IOERR"):  # SQLite's message alone says too little

@@ -13,10 +13,17 @@ import pytest
 from batchrun.cli import COMMANDS, main
 from batchrun.cli.mistyped import _SYNONYMS
 from batchrun.cli.options import TextOrFile
-from batchrun.jobs.errors import InputError
+from batchrun.errors import ModelError
+from batchrun.jobs.errors import InputError, JobError
+from batchrun.jobs.folder import JobFolder
+from batchrun.jobs.lease import Lease
+from batchrun.jobs.rows.source import expand_inputs
 from batchrun.jobs.rows.store import unnoted
+from batchrun.models.resolve import resolve
 from batchrun.prompts.template import Template, doubled
 from batchrun.specs import modelless_spec, read_options
+from batchrun.submission import check_free
+from tests.cli.conftest import CommandLine
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
@@ -120,6 +127,53 @@ def test_without_a_column_of_prompts_those_that_may_hold_them_are_named(
     with pytest.raises(InputError) as missing:
         modelless_spec([str(path)], tmp_path, read_options({}), log=lambda _: None, noted=unnoted)
     assert "the input has no column 'prompt'" in str(missing.value)
+    assert hint in str(missing.value.hint)
+
+
+@pytest.mark.parametrize("state", ["queued", "running"])
+def test_the_same_work_that_runs_already_is_to_be_watched_not_resumed(
+    batchrun: CommandLine, state: str
+) -> None:
+    job = JobFolder(batchrun.unstarted(batchrun.write("in.jsonl", ["a"])))
+    job.set_state(state)
+    same = f"same work, and is {state}"
+    with Lease(job.path), pytest.raises(JobError, match=same) as refused:
+        check_free(batchrun.home, job.spec(), again=False)
+    assert f"batchrun watch {job.id}" in str(refused.value.hint)
+    assert f"batchrun cancel {job.id}" in str(refused.value.hint)
+    assert "--again" in str(refused.value.hint)
+    assert "resume" not in str(refused.value.hint)
+
+
+def test_a_missing_input_is_named_as_it_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"^\./row\.jsonl: there is no such") as missing:
+        expand_inputs(["./row.jsonl"])
+    assert missing.value.hint == "did you mean 'rows.jsonl'?"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("smollm2", "did you mean --model smollm2-135m-instruct?"),
+        ("SmolLM2-135M", "did you mean --model smollm2-135m-instruct?"),
+        ("./my-modle", "did you mean --model my-model?"),
+        ("./my-model/config.jsn", "config.json?"),
+        ("qwen3", "give a local folder or .gguf file to --model"),
+    ],
+)
+def test_a_model_whose_name_is_mistyped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, hint: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "my-model" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no model") as missing:
+        resolve(name, tmp_path / "cache")
     assert hint in str(missing.value.hint)
 
 
