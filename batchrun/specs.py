@@ -315,7 +315,7 @@ def _prompt(
         names = source.schema().names
     for name in needed(names):
         if name not in names:
-            raise _missing(name, source, options["template"])
+            raise _missing(name, names, source, options["template"])
     column = None if fields is not None else needed(names)[0]
     if source.typed and column is not None:
         chat_columns.check_prompt_type(source.schema().field(column))
@@ -328,9 +328,8 @@ def _prompt(
     return prompt
 
 
-def _missing(name: str, source: Source, template: str | None) -> InputError:
+def _missing(name: str, names: Sequence[str], source: Source, template: str | None) -> InputError:
     """The error for a column that makes the prompt and is not there, and what to type instead."""
-    names = source.column_names
     error = missing_column(" ".join(name.split()) if "\n" in name else name, names)
     if template is not None:
         if looks_like_json(name):

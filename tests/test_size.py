@@ -30,7 +30,7 @@ CEILINGS = {
     "batchrun/report": 180,
     "batchrun/runner": 2480,
     "jobs": 2380,
-    "jobs/journal": 800,
+    "jobs/journal": 820,
     "jobs/output": 1285,
     "jobs/rows": 2240,
 }

@@ -17,6 +17,7 @@ import click
 from batchrun.cli.errors import STATUS, ExitStatus, print_error
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
 from batchrun.cli.options import SectionCommand, job_options, section_option
+from batchrun.cli.outcome import as_lines, of_answers, of_rows
 from batchrun.cli.piped import hand_out, taken_in
 from batchrun.cli.progress import View
 from batchrun.jobs.errors import JobError, LeaseHeld
@@ -29,14 +30,13 @@ from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.machine import importing
 from batchrun.models.resolve import fingerprint
-from batchrun.report.text import seconds
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.runner.supervisor import Started
 from batchrun.specs import PIPE, make_spec
 from batchrun.submission import check_free, resume, submit
-from batchrun.terminal import say, say_json, tell
+from batchrun.terminal import MESSAGE, say, say_json, tell
 from batchrun.trust import others_write
 
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
@@ -272,20 +272,16 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
         wall_s = progress.elapsed_s  # the run's time, which may exceed the view's
     if failure is not None and status is not ExitStatus.DONE:
         print_error(*failure)
+    spec, shown = job.spec(), of_answers(job, rows)
     if as_json:
         outcome = {"job": job.id, "state": state, "exit_code": int(status), "output": output}
-        say_json({**outcome, "wall_s": wall_s, "rows": rows})
+        say_json({**outcome, "wall_s": wall_s, "rows": rows, **shown})
         return status
-    total = "?" if rows["total"] is None else f"{rows['total']:,}"
-    line = f"{rows['done']:,} of {total} rows in {seconds(wall_s)}"
-    if rows["resumed"]:
-        line += f", {rows['resumed']:,} of them kept from earlier runs"
-    if rows["failed"]:
-        column = f"{job.spec().output.prefix}error"
-        line += f", {rows['failed']:,} failed (the column `{column}` says why)"
-    aside = job.spec().output.stdout  # stdout has the answers
+    line, lines = of_rows(spec, rows, wall_s), as_lines(shown)
+    aside = spec.output.stdout  # stdout has the answers
     if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
-        say(line, f"output: {output}", f"next:   batchrun stats {job.id}", err=aside)
+        lines = [line, *lines, f"output: {output}", f"next:   batchrun stats {job.id}"]
     else:
-        say(f"{state} after {line}", f"next:   batchrun resume {job.id}", err=aside)
+        lines = [f"{state} after {line}", *lines, f"next:   batchrun resume {job.id}"]
+    say(*lines, err=aside, limit=MESSAGE)
     return status
