@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from batchrun.cli.errors import STATUS, ExitStatus, print_error
+from batchrun.cli.in_force import as_fields, in_force
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
 from batchrun.cli.options import SectionCommand, job_options, section_option
 from batchrun.cli.outcome import as_lines, of_answers, of_rows
@@ -41,6 +43,7 @@ from batchrun.trust import others_write
 
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
 _POLL_S = 0.1
+_LINES = 40  # of a prompt
 _BEGIN_S = 30.0  # how long `--detach` waits for a worker to begin, to report one that can't
 
 _running = partial(section_option, section=RUNNING)
@@ -89,28 +92,48 @@ def submit_command(
     with taken_in(inputs, root) as (paths, own):
         spec = isolated(lambda note: make_spec(paths, root, options, log=tell, noted=note.reading))
         if dry_run:
-            _dry_run(root, spec, again=again, as_json=as_json)
+            _dry_run(root, spec, _given(), again=again, as_json=as_json)
             return 0
         started = submit(root, spec, own, again=again)
     return _attached(started, LogTail(started.job.path), as_json=as_json, wait=wait)
 
 
-def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
+def _given() -> set[str]:
+    """The options that the user gave, on the command line or elsewhere."""
+    context = click.get_current_context()
+    unsaid = (None, ParameterSource.DEFAULT)
+    return {name for name in context.params if context.get_parameter_source(name) not in unsaid}
+
+
+def _dry_run(
+    root: Path, spec: JobSpec, given: Collection[str], *, again: bool, as_json: bool
+) -> None:
+    """Check a job, and show it: its rows, its first prompt, and all parameters in force."""
     check_free(root, spec, again=again)
 
-    def try_rows(note: ReaderNote) -> None:
+    def try_rows(note: ReaderNote) -> Any:
         with importing():
             from batchrun.estimate.dry_run import dry_run  # noqa: PLC0415 - imports torch
 
         with PromptLimit(note, prompt_seconds()) as limit:
-            dry_run(spec, tell, limit)
+            return dry_run(spec, tell, limit)
 
-    isolated(try_rows)
+    tried = isolated(try_rows)
+    found, of_model = ({}, ()) if tried is None else (tried.found, tried.of_model)
+    parameters = in_force(spec, given, found, of_model)
+    prompt = tried and {"row": tried.row, "tokens": tried.tokens, "text": tried.prompt}
+    rows = 0 if tried is None else tried.rows
     if as_json:
-        say_json(job_parameters(spec))
-    else:
-        print_fields(job_parameters(spec))
-        say("", "everything checks out; nothing was started (--dry-run)")
+        job = {**job_parameters(spec), "rows": rows, "first_prompt": prompt}
+        say_json({**job, "parameters": parameters})
+        return
+    print_fields({"inputs": [file.path for file in spec.inputs], "rows": f"{rows:,}"})
+    if prompt is not None:
+        say("", f"the first prompt, of row {prompt['row']:,}, has {prompt['tokens']:,} tokens:")
+        say(*(f"    {line}" for line in prompt["text"].split("\n")[:_LINES]), limit=MESSAGE)
+    say("")
+    print_fields(as_fields(parameters))
+    say("", "everything checks out; nothing was started (--dry-run)")
 
 
 @click.command(cls=SectionCommand)
