@@ -5,6 +5,7 @@ Callers give options by their Python names, and `OptionError` uses these names.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -118,6 +119,7 @@ def modelless_spec(
     prompt = _prompt(options, fields, source, log)
     if sampling.score is not None:
         _check_score(sampling.score, source, log)
+    _advise_spaces(prompt, sampling.choices, log)
     own = _own_columns(prompt, sampling, options["limit"], source, log)
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
     spec = JobSpec(
@@ -339,6 +341,20 @@ def _missing(name: str, names: Sequence[str], source: Source, template: str | No
     elif error.hint is None:
         error.hint = chat_columns.suggested(source)
     return error
+
+
+def _advise_spaces(prompt: PromptSpec, choices: Sequence[str] | None, log: Log) -> None:
+    """Say that choices are written right behind a plain prompt, if a space is likely missing."""
+    if not choices or not prompt.template or prompt.chat or prompt.system is not None:
+        return
+    end = Template(prompt.template).end
+    if end and not end[-1].isspace() and choices[0][:1].isalnum():
+        spaced = json.dumps([f" {choice}" for choice in choices[:2]], ensure_ascii=False)
+        more = spaced[:-1] + ", ...]" if choices[2:] else spaced
+        log(
+            f"the choices follow {end[-1]!r} without a space, which is unlikely text: write them "
+            f"as --choices {shlex.quote(more)}, or add --chat"
+        )
 
 
 def _check_score(column: str, source: Source, log: Log) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1275,
+    "batchrun": 1290,
     "batchrun/cli": 1575,
     "batchrun/engine": 3805,
     "batchrun/engine/attention": 1260,

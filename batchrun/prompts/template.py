@@ -25,6 +25,7 @@ class Template:
 
     Attributes:
         columns: The names of its fields, each once, in order.
+        end: The text behind the last field.
 
     Raises:
         ValueError: A brace is neither part of a field nor doubled, or there is no field.
@@ -32,6 +33,7 @@ class Template:
 
     def __init__(self, text: str) -> None:
         self._parts = _split(text)  # alternately literal text and names of columns
+        self.end = self._parts[-1]
         self.columns = list(dict.fromkeys(self._parts[1::2]))
         if not self.columns:
             raise ValueError(f"the template {text!r} names no column; write, for example, {{text}}")

@@ -204,3 +204,27 @@ def test_a_template_with_json_in_it_is_refused_with_one_that_works(
     assert lines[0].endswith('; is this meant? {{"text": "{text}"}}')
     code, lines = said(capsys, "submit", str(path), "--template", '{ "a" }: {text}')
     assert lines[-1] == """hint: literal braces are doubled: --template '{{ "a" }}: {text}'"""
+
+
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [
+        ({"template": "{text} Sentiment:", "choices": "good,bad,mixed"}, True),
+        ({"template": "{text} Sentiment:", "choices": '[" good", " bad"]'}, False),
+        ({"template": "{text} Sentiment:\n", "choices": "good,bad"}, False),
+        ({"template": "{text} Sentiment:", "choices": "good,bad", "chat": True}, False),
+        ({"template": "{text}", "choices": "good,bad"}, False),
+        ({"template": "{text} Sentiment:"}, False),
+    ],
+)
+def test_choices_right_behind_a_word_are_advised_against(
+    tmp_path: Path, options: dict[str, object], is_told: bool
+) -> None:
+    path, lines = tmp_path / "in.jsonl", list[str]()
+    path.write_text('{"text": "Nice."}\n')
+    modelless_spec([str(path)], tmp_path, read_options(options), log=lines.append, noted=unnoted)
+    expected = (
+        "the choices follow ':' without a space, which is unlikely text: write them as "
+        """--choices '[" good", " bad", ...]', or add --chat"""
+    )
+    assert lines == [expected] * is_told
