@@ -125,8 +125,7 @@ class Reader:
     Attributes:
         columns: The columns read of each row.
         seconds: Time spent on making requests.
-        made: Number of requests made.
-        handed: Number of those handed on.
+        made, handed: Number of requests made, and of those handed on.
         planner: Puts them in order; None if they stay in file order.
         duplicates: Knows which of them need no computing.
         savings: Knows what planning saved.
@@ -152,9 +151,8 @@ class Reader:
         spec, source, workbench = self.spec, self.source, self.workbench
         self._known: Mapping[int, int] = {}
         self._seen: list[tuple[int, int]] = []
-        self._next_row = self._overdue = 0
-        self.seconds, self.made, self.handed = 0.0, 0, 0
-        self.read_so_far = ReadSoFar()
+        self._next_row = self._overdue = self.made = self.handed = 0
+        self.seconds, self.read_so_far = 0.0, ReadSoFar()
         self.duplicates = Duplicates(spec.n)
         self.planner = Planner() if spec.runtime.reorder else None
         self.savings = Savings(
