@@ -213,8 +213,8 @@ class Job:
             retry_failed: Do the failed rows again.
             output: Another file for the output, from now on.
             overwrite: Replace what is there now, whoever wrote it.
-            limits: `max_num_seqs`, `max_num_batched_tokens`, `kv_budget`, and `devices`, or `ray`
-                with its options, from now on.
+            limits: `max_num_seqs`, `max_num_batched_tokens`, `kv_budget`, `keep_going`, and
+                `devices`, or `ray` with its options, from now on.
 
         Raises:
             JobError: It is running, its input changed, or its output is another job's.

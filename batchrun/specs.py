@@ -5,6 +5,7 @@ Callers give options by their Python names, and `OptionError` uses these names.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from batchrun.jobs.about import AboutSpec
 from batchrun.jobs.errors import InputError, OptionError
 from batchrun.jobs.fleet import check_fleet
 from batchrun.jobs.kinds import options_of
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.columns import output_columns
 from batchrun.jobs.output.destination import check_place
 from batchrun.jobs.output.export import check_columns
@@ -31,12 +32,13 @@ from batchrun.jobs.rows.formats import FORMATS, output_format
 from batchrun.jobs.rows.row import Source, missing_column
 from batchrun.jobs.rows.source import expand_inputs, open_source
 from batchrun.jobs.rows.store import Noted, unnoted
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec, input_files
 from batchrun.models.resolve import chat_templates, no_chat_template, resolve
 from batchrun.objectstore.paths import Location, location
 from batchrun.options import OPTIONS, PIPE
 from batchrun.prompts.messages import RESERVED, arguments_taken
-from batchrun.prompts.template import Template, looks_like_json
+from batchrun.prompts.template import Template, doubled, looks_like_json
 from batchrun.runner import chat_columns
 from batchrun.runner.chat_columns import are_chats, usual_column
 from batchrun.runner.param_columns import param_columns, parameters_taken
@@ -111,6 +113,7 @@ def modelless_spec(
     prompt = _prompt(options, fields, source, log)
     if sampling.score is not None:
         _check_score(sampling.score, source, log)
+    _advise_spaces(prompt, sampling.choices, log)
     own = _own_columns(prompt, sampling, options["limit"], source, log)
     n, keep = options["best_of"] or options["n"], options["n"] if options["best_of"] else None
     spec = JobSpec(
@@ -288,7 +291,9 @@ def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
     try:
         return Template(template).columns
     except ValueError as error:
-        raise OptionError("{template}: {}", str(error)) from error
+        fixed = doubled(template)
+        meant = f"; is this meant? {fixed}" if fixed is not None else ""
+        raise OptionError("{template}: {}{}", str(error), meant) from error
 
 
 def _prompt(
@@ -307,7 +312,7 @@ def _prompt(
         names = source.schema().names
     for name in needed(names):
         if name not in names:
-            raise _missing(name, names, in_template=fields is not None)
+            raise _missing(name, names, source, options["template"])
     column = None if fields is not None else needed(names)[0]
     if source.typed and column is not None:
         chat_columns.check_prompt_type(source.schema().field(column))
@@ -320,14 +325,31 @@ def _prompt(
     return prompt
 
 
-def _missing(name: str, names: Sequence[str], *, in_template: bool) -> InputError:
+def _missing(name: str, names: Sequence[str], source: Source, template: str | None) -> InputError:
+    """The error for a column that makes the prompt and is not there, and what to type instead."""
     error = missing_column(" ".join(name.split()) if "\n" in name else name, names)
-    if in_template and looks_like_json(name):
-        doubled = "braces that are no column's are doubled: {{ and }}"
-        error.hint = f"{error.hint} {doubled}" if error.hint else doubled
-    elif error.hint is None and not in_template:
-        error.hint = f"say which one holds the prompts: --prompt-column {shlex.quote(names[0])}"
+    if template is not None:
+        if looks_like_json(name):
+            fixed = doubled(template, names)
+            meant = f": --template {shlex.quote(fixed)}" if fixed is not None else ": {{ and }}"
+            error.hint = f"literal braces are doubled{meant}"
+    elif error.hint is None:
+        error.hint = chat_columns.suggested(source)
     return error
+
+
+def _advise_spaces(prompt: PromptSpec, choices: Sequence[str] | None, log: Log) -> None:
+    """Say that choices are written right behind a plain prompt, if a space is likely missing."""
+    if not choices or not prompt.template or prompt.chat or prompt.system is not None:
+        return
+    end = Template(prompt.template).end
+    if end and not end[-1].isspace() and choices[0][:1].isalnum():
+        spaced = json.dumps([f" {choice}" for choice in choices[:2]], ensure_ascii=False)
+        more = spaced[:-1] + ", ...]" if choices[2:] else spaced
+        log(
+            f"the choices follow {end[-1]!r} without a space, which is unlikely text: write them "
+            f"as --choices {shlex.quote(more)}, or add --chat"
+        )
 
 
 def _check_score(column: str, source: Source, log: Log) -> None:

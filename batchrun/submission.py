@@ -21,6 +21,7 @@ from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import check_apart, one_at_a_time, resuming
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.jsonable import json_values
+from batchrun.jobs.snapshot import WAITING
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
 from batchrun.objectstore.paths import location
 from batchrun.runner import supervisor
@@ -103,7 +104,7 @@ def table_of(data: object) -> pa.Table | None:
 
 
 def _room(folder: Path, what: str) -> AbstractContextManager[None]:
-    return refused(OutputError, f"{what} can't be kept in {folder}", ROOM)
+    return refused(OutputError, f"{what} can't be kept in {folder}", ROOM, folder)
 
 
 def submit(
@@ -193,10 +194,17 @@ def check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
     same = None if again else find_same(root, spec)
     if same is not None:
         now = same.snapshot()
+        if now.state in WAITING:
+            raise JobError(
+                f"the job {same.id} is the same work, and is {now.state}, with {now.done or 0:,} "
+                f"of {_number(now.total)} rows done",
+                hint=f"batchrun watch {same.id} shows it, batchrun cancel {same.id} stops it; or "
+                "submit with --again to start another one",
+            )
         only_failed = " --retry-failed" if now.state == "done-with-errors" else ""
         raise JobError(
             f"the job {same.id} is the same work, {now.state} with {now.done or 0:,} of "
-            f"{'?' if now.total is None else format(now.total, ',')} rows done"
+            f"{_number(now.total)} rows done"
             + (f", {now.failed:,} of them failed" if now.failed else ""),
             hint=f"batchrun resume {same.id}{only_failed}{_told_limits(spec, same)}, or submit "
             "with --again to start over",
@@ -207,11 +215,16 @@ def check_free(root: Path, spec: JobSpec, *, again: bool) -> None:
         OUTPUTS.check(location(spec.output.path), overwrite=spec.output.overwrite)
 
 
+def _number(count: int | None) -> str:
+    return "?" if count is None else f"{count:,}"
+
+
 def _told_limits(spec: JobSpec, job: JobFolder) -> str:
     """The options of `resume` that would make an old job run like this one."""
     now, was = vars(spec.runtime), vars(job.spec().runtime)
+    changed = [name for name in LIMIT_NAMES if now[name] not in (None, False, was[name])]
     return "".join(
-        f" {OPTIONS[name].flag} {shlex.quote(str(now[name]))}"
-        for name in LIMIT_NAMES
-        if now[name] not in (None, was[name])
+        f" {OPTIONS[name].flag}"
+        + (f" {shlex.quote(str(now[name]))}" if now[name] is not True else "")
+        for name in changed
     )

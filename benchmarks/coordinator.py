@@ -46,7 +46,8 @@ from batchrun.fleet.processes import Workers
 from batchrun.jobs import folder
 from batchrun.jobs.journal.results import Result
 from batchrun.jobs.metrics import recorded
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.machine import description

@@ -10,8 +10,8 @@ of the fastest job there is for such rows: the embedded model, one token each, o
 `--tokens-per-s` (the default is what two cores computed in bfloat16: 400 GFLOP/s over 0.27 GFLOP a
 token).
 
-`--real ROWS` runs a job with `--plan` and with `--no-plan`: 8 questions each to documents of 300
-tokens, in random order, with short answers. The last line of stdout is one JSON object.
+`--real ROWS` runs a job with `--reorder` and with `--no-reorder`: 8 questions each to documents of
+300 tokens, in random order, with short answers. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def real(rows: int) -> dict[str, Any]:
         short = (replace(r, max_tokens=4 + r.max_tokens % 8) for r in generate("documents", rows))
         write(source, short)
         answers = {}
-        for option in ("--plan", "--no-plan"):
+        for option in ("--reorder", "--no-reorder"):
             command = [sys.executable, "-m", "batchrun", "submit", source, "--output", output]
             command += ["--overwrite", "--again", "--token-ids", option]
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
@@ -129,7 +129,7 @@ def real(rows: int) -> dict[str, Any]:
         found["same_rows"] = sum(
             a == b for a, b in zip(*(text.splitlines() for text in answers.values()), strict=True)
         )
-    found["ratio"] = found["no-plan"]["engine_s"] / found["plan"]["engine_s"]
+    found["ratio"] = found["no-reorder"]["engine_s"] / found["reorder"]["engine_s"]
     return found
 
 

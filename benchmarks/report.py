@@ -153,7 +153,7 @@ def planner_real(result: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "| | engine, seconds | prompt tokens computed | steps | tail |"
     yield "|---|---|---|---|---|"
-    for name, way in (("planned", result["plan"]), ("`--no-plan`", result["no-plan"])):
+    for name, way in (("planned", result["reorder"]), ("`--no-reorder`", result["no-reorder"])):
         yield (
             f"| {name} | {way['engine_s']:.1f} | {way['prefilled']:,} | {way['steps']:,} "
             f"| {way['tail_s']:.1f} s |"

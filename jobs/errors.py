@@ -1,8 +1,10 @@
 """Errors that a user can cause. Library code raises them; the command line prints them."""
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from string import Formatter
 
 from batchrun.errors import UserError
@@ -80,8 +82,29 @@ class JobNotFound(JobError):  # noqa: N818 - likewise
 
 # Errors of file systems without locks, such as NFS without its lock daemon, and some FUSE ones.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 ROOM = "make room there, or set BATCHRUN_HOME to a folder that can be written"
 LOCAL_DISK = "set BATCHRUN_HOME to a folder on a disk of this machine"
+
+
+def cause_of(error: OSError, place: str | os.PathLike[str]) -> str:
+    """Why the system refused something; of a full disk, which one it is and what it has left.
+
+    Args:
+        error: The system's error.
+        place: What was to be written, or the folder that it was to be in.
+    """
+    told = error.strerror or str(error)
+    if error.errno not in _NO_ROOM:
+        return told
+    path = Path(error.filename if isinstance(error.filename, str) else place).absolute()
+    try:
+        folder = next(p for p in (path, *path.parents) if p.is_dir())
+        disk = os.statvfs(folder)
+    except (OSError, StopIteration):
+        return told
+    free, size = (blocks * disk.f_frsize / 2**20 for blocks in (disk.f_bavail, disk.f_blocks))
+    return f"{told} (the disk of {folder} has {free:,.1f} of {size:,.1f} MiB left)"
 
 
 def no_locks(error: OSError) -> bool:
@@ -90,11 +113,16 @@ def no_locks(error: OSError) -> bool:
 
 
 @contextmanager
-def refused(kind: type[JobError], what: str, hint: str) -> Iterator[None]:
-    """Turn an OSError in the block into a user's error: what was refused, the cause, a hint."""
+def refused(
+    kind: type[JobError], what: str, hint: str, place: str | os.PathLike[str] = "."
+) -> Iterator[None]:
+    """Turn an OSError in the block into a user's error: what was refused, the cause, a hint.
+
+    `place` is where something was to be written.
+    """
     try:
         yield
     except OSError as error:
         if isinstance(error, UserError):  # an object store's
             hint = error.hint or hint
-        raise kind(f"{what}: {error.strerror or error}", hint) from error
+        raise kind(f"{what}: {cause_of(error, place)}", hint) from error

@@ -15,7 +15,15 @@ from typing import Any
 
 from batchrun import platforms
 from batchrun.jobs import files, queue
-from batchrun.jobs.errors import ROOM, JobError, JobNotFound, JournalError, OutputError, SpecDamaged
+from batchrun.jobs.errors import (
+    ROOM,
+    JobError,
+    JobNotFound,
+    JournalError,
+    OutputError,
+    SpecDamaged,
+    cause_of,
+)
 from batchrun.jobs.identity import load_limits, load_places
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
@@ -40,9 +48,7 @@ def home(environment: Mapping[str, str] = os.environ) -> Path:
     try:
         return Path(environment.get("BATCHRUN_HOME") or Path.home() / ".batchrun").absolute()
     except RuntimeError as error:  # no HOME, and no entry in /etc/passwd
-        raise JobError(
-            f"user {os.getuid()} has no home folder", hint="set BATCHRUN_HOME to a folder of yours"
-        ) from error
+        raise JobError("this user has no home folder", hint="set BATCHRUN_HOME") from error
 
 
 @dataclass(frozen=True)
@@ -303,10 +309,8 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
             shutil.rmtree(building, ignore_errors=True)
             raise
     except (OSError, JournalError) as error:
-        cause = isinstance(error, OSError) and error.strerror
-        raise OutputError(
-            f"no job folder can be made in {folder}: {cause or error}", hint=ROOM
-        ) from error
+        cause = cause_of(error, folder) if isinstance(error, OSError) else error
+        raise OutputError(f"no job folder can be made in {folder}: {cause}", hint=ROOM) from error
     return JobFolder(building)
 
 

@@ -14,9 +14,9 @@ from batchrun.jobs.errors import OptionError
 
 MODEL, PROMPT, OUTPUT = "Model", "Prompt", "Output"
 SAMPLING = (
-    "Sampling (defaults: the model's generation config; a column of the same name wins in its row)"
+    "Sampling (the model's: from its generation config; a column of the same name takes precedence)"
 )
-SHAPE = "Shape of the answer (one of these; a column json_schema, regex or choices wins in its row)"
+SHAPE = "Structured output (one of these; a column json_schema, regex or choices takes precedence)"
 SCORES = "Scores (nothing is generated unless --max-tokens or a shape asks for it)"
 NAMES = "Names (these change nothing else)"
 RUNNING = "Running (these never change an answer)"
@@ -159,6 +159,7 @@ def _label(text: str) -> str:
 
 TEXT = Kind((str, os.PathLike), "text", os.fspath)
 LABEL = Kind((str,), "text", _label)
+TEXT_OR_FILE = Kind((str, os.PathLike), "text", os.fspath, "TEXT|@FILE")  # a file for commands only
 FLAG = Kind((bool,), "flag: True or False", bool)
 NUMBER = Kind((int, float), "number", float, "X")
 DEVICE = Kind((str,), "device", _device, "auto|cpu|cuda|cuda:N")
@@ -201,6 +202,7 @@ class Option:
         anew: Whether `resume` may change it.
         at: The field that declares it.
         default: Its value if the user gives none.
+        without: What applies then, for the help, if that is not simply `default`.
     """
 
     help: str
@@ -215,6 +217,7 @@ class Option:
     anew: bool = False
     at: str = ""
     default: Any = None
+    without: str = ""
 
     def read(self, value: Any) -> Any:
         """The converted value; None is the default.
@@ -251,9 +254,10 @@ def number(
     help: str,  # noqa: A002
     rule: str = "a finite number",
     valid: Callable[[float], bool] = lambda value: abs(value) < 1e6,
+    without: str = "",
 ) -> Any:
     """A numeric sampling parameter; `rule` and `valid` apply to a row's own value."""
-    return option(help, NUMBER, row=RowRule(rule, valid))
+    return option(help, NUMBER, row=RowRule(rule, valid), without=without)
 
 
 def whole(
@@ -262,10 +266,11 @@ def whole(
     low: int = 0,
     high: int = 1 << 63,
     default: int | None = None,
+    **more: Any,
 ) -> Any:
     """A whole-number parameter; a row's own value is at least `low` and below `high`."""
     row = RowRule(f"a whole number, {rule}", lambda value: low <= value < high)
-    return option(help, Integer(), default, row=row)
+    return option(help, Integer(), default, row=row, **more)
 
 
 def options_of(part: Any) -> Iterator[Option]:

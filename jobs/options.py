@@ -1,11 +1,10 @@
 """The parts of a job's specification: each field declares its option, with default and help.
 
-A default means that the user did not set the option.
+A default means that the user did not set the option. How a job runs is in `batchrun.jobs.runtime`.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -13,7 +12,6 @@ from typing import Any, ClassVar, Literal
 from batchrun.jobs import kinds, shapes
 from batchrun.jobs.kinds import NUMBER, Choice, Integer, RowRule, number, one_of, option, whole
 
-MOST_SEQUENCES = 1 << 20  # with more, the state kept for each would fill a machine's memory
 _COUNT = Integer(1)
 
 
@@ -30,7 +28,8 @@ class ModelSpec:
     SECTION: ClassVar = kinds.MODEL
 
     name: str = option(
-        "Alias, folder, .gguf file, the URL of either in an object store, or hub id.",
+        "Model to run: alias, folder, .gguf file, URL of either in an object store, or id on the "
+        "Hugging Face hub.",
         name="model",
         short="-m",
         default="smollm2-135m-instruct",
@@ -38,22 +37,24 @@ class ModelSpec:
     path: str = ""
     fingerprint: str = ""
     dtype: str = option(
-        "Type of weights and KV cache. auto: the model's own on a GPU; on a CPU bfloat16 if it "
-        "has instructions for that, else float32.",
+        "Data type of weights and KV cache. auto: the model's own on a GPU; on a CPU, bfloat16 if "
+        "the CPU has instructions for it, else float32.",
         one_of("auto", "float32", "bfloat16", "float16"),
         "auto",
     )
     quantize: str | None = option(
-        "8-bit weights: half the memory; answers differ slightly from the full model's.",
+        "Quantize the weights to 8 bits: half the memory, slightly different answers.",
         one_of("int8"),
+        without="none",
     )
     max_model_len: int | None = option(
-        "Maximum tokens of prompt and completion together; default: the model's context length.",
+        "Maximum context length: tokens of prompt and completion together.",
         _COUNT,
         metavar="TOKENS",
+        without="the model's",
     )
     trust_remote_code: bool = option(
-        "Run Python code that comes with the model. Read it first.", default=False
+        "Allow Python code that comes with the model to run here. Read it first.", default=False
     )
 
 
@@ -64,38 +65,42 @@ class PromptSpec:
     SECTION: ClassVar = kinds.PROMPT
 
     column: str | None = option(
-        "Column to read; default: prompt, else messages or conversations.",
+        "Column that holds the prompts (text) or chats (lists of messages).",
         name="prompt_column",
         metavar="NAME",
+        without="prompt, else messages or conversations",
     )
     template: str | None = option(
-        "Build the prompt from columns: 'Summarise: {text}'. Braces can hold any column's name; "
-        "{{ and }} are literal braces.",
-        metavar="TEXT",
+        "Prompt template, such as 'Summarise: {text}': {column} is replaced by the row's value. "
+        "Write literal braces twice: {{ and }}. @FILE reads the template from a file.",
+        kinds.TEXT_OR_FILE,
     )
     chat: bool = option(
-        "Send the prompt as a user message through the chat template.", default=False
+        "Wrap each prompt as a user message in the model's chat template.", default=False
     )
-    system: str | None = option("System message before the prompt; implies --chat.", metavar="TEXT")
+    system: str | None = option(
+        "System message of every chat; implies --chat. @FILE reads it from a file.",
+        kinds.TEXT_OR_FILE,
+    )
     template_args: Mapping[str, Any] = option(
-        "Pass a variable to the model's chat template, such as enable_thinking=false. A row's "
-        "column chat_template_kwargs overrides it. Repeatable.",
+        "Pass a variable to the model's chat template, such as enable_thinking=false. Can be "
+        "repeated. A row's column chat_template_kwargs takes precedence.",
         kinds.NAMED,
         {},
         flag="--template-arg",
     )
     special_tokens_in_data: bool = option(
-        "Treat text that reads like a control token (<|im_end|>, </s>) as one in the columns of a "
-        "chat or a --template; by default it stays text. In a plain prompt it always is one.",
+        "Encode text in chats and template values that looks like a control token (<|im_end|>, "
+        "</s>) as that token instead of as text. Plain prompts always do.",
         default=False,
     )
     skip_empty: bool = option(
-        "Skip rows without a prompt: they get no completion, and are not errors.",
+        "Skip rows whose prompt is null or empty, instead of failing them.",
         default=False,
     )
     ignore_param_columns: bool = option(
-        "Treat columns named like a sampling parameter (temperature, seed, stop, ...), tools or "
-        "chat_template_kwargs as data.",
+        "Do not read sampling parameters, tools or chat_template_kwargs from columns of these "
+        "names; treat them as data.",
         default=False,
     )
 
@@ -110,47 +115,58 @@ class SamplingSpec:
     SECTION: ClassVar = kinds.SAMPLING
 
     max_tokens: int | None = whole(
-        "Maximum new tokens. With scores the default is 0.", "at least 1, or 0 with scores"
+        "Maximum number of new tokens.",
+        "at least 1, or 0 with scores",
+        without="the model's, else 512; 0 with --score, --labels or --perplexity",
     )
-    min_tokens: int | None = whole("Do not stop before this many tokens.", "0 or more")
+    min_tokens: int | None = whole(
+        "Minimum number of new tokens.", "0 or more", without="the model's, else 0"
+    )
     temperature: float | None = number(
-        "Randomness; 0 always takes the likeliest token.",
+        "Sampling temperature; 0 is greedy decoding.",
         "0 or more, and at most 5",
         lambda v: 0 <= v <= 5,
+        without="the model's, else 0",
     )
     top_p: float | None = number(
-        "Sample from the likeliest tokens that add up to X.",
+        "Nucleus sampling: the smallest set of tokens with total probability X.",
         "above 0 and at most 1",
         lambda v: 0 < v <= 1,
+        without="the model's, else 1",
     )
     top_k: int | None = whole(
-        "Sample from the N likeliest tokens; 0 is off.", "0 (off) or more", 0, 1 << 31
+        "Sample from the N most probable tokens; 0 is all.",
+        "0 (off) or more",
+        *(0, 1 << 31),
+        without="the model's, else 0",
     )
     min_p: float | None = number(
-        "Drop tokens less likely than X times the likeliest.",
+        "Exclude tokens less probable than X times the most probable one.",
         "between 0 and 1",
         lambda v: 0 <= v <= 1,
+        without="the model's, else 0",
     )
     repetition_penalty: float | None = number(
-        "Values above 1 discourage repetition.",
+        "Penalty for tokens already in the prompt or the answer; above 1 discourages repetition.",
         "above 0 (0.000001 to 1000000)",
         lambda v: 1e-6 < v < 1e6,
+        without="the model's, else 1",
     )
     presence_penalty: float | None = number(
-        "Subtracted once from the logit of a token already in the answer."
+        "Subtracted from the logit of each token already in the answer.", without="0"
     )
     frequency_penalty: float | None = number(
-        "Subtracted for each time that the answer has the token."
+        "Subtracted from a token's logit for each occurrence in the answer.", without="0"
     )
     stop: tuple[str, ...] = option(
-        "Stop before this text. Repeatable.",
+        "Stop string; the answer ends before it. Can be repeated.",
         default=(),
         several=True,
         metavar="TEXT",
         row=RowRule("text, or a list of texts"),
     )
     stop_token_ids: tuple[int, ...] = option(
-        "Stop at this token. Repeatable.",
+        "Token that ends the answer, besides the model's end tokens. Can be repeated.",
         Integer(0),
         (),
         several=True,
@@ -161,70 +177,74 @@ class SamplingSpec:
         ),
     )
     ignore_eos: bool = option(
-        "Never choose the model's end tokens.", default=False, row=RowRule("true or false")
+        "Never generate the model's end tokens.", default=False, row=RowRule("true or false")
     )
     logprobs: int | None = option(
-        "Add each token's log-probability, and those of the N likeliest tokens in its place.",
+        "Add the log-probability of each token, and those of the N most probable tokens at its "
+        "position.",
         Integer(0),
     )
     num_beams: int | None = option(
-        "Search for the likeliest answer with N beams instead of sampling.", _COUNT
+        "Beam search with N beams, instead of sampling.", _COUNT, without="1"
     )
     length_penalty: float | None = option(
-        "Beam search: above 1 favours long answers, below 1 short ones; default: 1.", NUMBER
+        "Beam search: above 1 favours long answers, below 1 short ones.",
+        NUMBER,
+        without="the model's, else 1",
     )
     early_stopping: bool | Literal["never"] | None = option(
-        "Beam search: yes ends once N answers are complete; no (the default) once no better one "
-        "is likely; never only once none is possible.",
+        "Beam search: when to end. yes: once N answers are complete; no: once a better one is "
+        "unlikely; never: once a better one is impossible.",
         Choice({"no": False, "yes": True, "never": "never"}),
+        without="the model's, else no",
     )
     json_schema: str | None = option(
-        "The answer is JSON of this schema. Adds the column parsed, with the schema's types.",
+        "JSON that conforms to this schema. Adds the column parsed, with the schema's types.",
         shapes.SCHEMA,
         section=kinds.SHAPE,
         row=RowRule("a JSON schema: an object"),
     )
-    json_object: bool = option("The answer is any JSON object.", default=False, section=kinds.SHAPE)
+    json_object: bool = option("Any JSON object.", default=False, section=kinds.SHAPE)
     regex: str | None = option(
-        "The answer matches this regular expression as a whole (Rust's syntax).",
+        "Text that matches this regular expression from beginning to end (Rust's syntax).",
         shapes.REGEX,
         section=kinds.SHAPE,
         row=RowRule("a regular expression"),
     )
     choices: tuple[str, ...] | None = option(
-        "The answer is one of these: texts separated by commas, or a JSON array. Adds the column "
+        "One of these texts, separated by commas, or a JSON array of texts. Adds the column "
         "parsed, with the choices as categories.",
         shapes.CHOICES,
         section=kinds.SHAPE,
         row=RowRule("a list of texts"),
     )
     choice_logprob: bool = option(
-        "With --choices: add the column choice_logprob, the choice's log-probability in the "
-        "model's own distribution.",
+        "With --choices: add the column choice_logprob, the log-probability of the choice, before "
+        "the constraint.",
         default=False,
         section=kinds.SHAPE,
     )
     grammar: str | None = option(
-        "The answer is a sentence of this grammar (Lark's notation, as llguidance reads it).",
+        "Text that this grammar generates (Lark's notation, as in llguidance).",
         shapes.GRAMMAR,
         section=kinds.SHAPE,
     )
     score: str | None = option(
-        "Log-probabilities of this column's text behind the prompt: adds score_logprobs, "
-        "score_sum, score_mean and score_tokens.",
+        "Log-probabilities of this column's text as a continuation of the prompt. Adds the columns "
+        "score_logprobs, score_sum, score_mean and score_tokens.",
         section=kinds.SCORES,
         metavar="COLUMN",
     )
     labels: tuple[str, ...] | None = option(
-        "Probabilities of these texts behind the prompt, each by its first token: texts separated "
-        "by commas, or a JSON array. Adds label_probs, in the model's own distribution: they need "
-        "not add up to 1.",
-        shapes.CHOICES,
+        "Probability of the first token of each label after the prompt. Labels are separated by "
+        "commas, or a JSON array of texts. Adds the column label_probs, which is not normalised "
+        "over the labels.",
+        shapes.LABELS,
         section=kinds.SCORES,
     )
     perplexity: bool = option(
-        "Add perplexity: that of the text of --score, or else of the prompt, whose first token is "
-        "left out.",
+        "Add the column perplexity: of the text of --score, else of the prompt without its first "
+        "token.",
         default=False,
         section=kinds.SCORES,
     )
@@ -264,16 +284,16 @@ class OutputSpec:
     SECTION: ClassVar = kinds.OUTPUT
 
     path: str = option(
-        "A .parquet, .jsonl, .csv or .tsv file, or - for stdout; default: "
-        "INPUT-completions, in the input's format, in this folder.",
+        "Output file (.parquet, .jsonl, .csv or .tsv), or - for stdout.",
         default="",
         name="output",
         short="-o",
         metavar="FILE",
+        without="INPUT-completions in the current folder, in the input's format",
     )
     format: str = ""
     prefix: str = option(
-        "Prefix for the names of added columns: judge_ gives judge_completion, and so on.",
+        "Prefix for the names of added columns: judge_ makes judge_completion, for example.",
         default="",
         name="output_prefix",
         metavar="TEXT",
@@ -281,119 +301,3 @@ class OutputSpec:
     overwrite: bool = option("Replace the output file if it exists.", default=False)
     token_ids: bool = option("Add the column completion_token_ids.", default=False)
     stdout: bool = False
-
-
-@dataclass(frozen=True)
-class RuntimeSpec:
-    """How a job runs, which never changes an answer. None leaves the choice to the device.
-
-    Args:
-        draft_path: The draft model's folder.
-        draft_fingerprint: Digest of its content.
-        param_columns: Columns with rows' own parameters, as announced at submission.
-    """
-
-    SECTION: ClassVar = kinds.RUNNING
-
-    device: str = option(
-        "Where to compute. auto: the first usable GPU, else the CPU.",
-        kinds.DEVICE,
-        "auto",
-        section=kinds.MODEL,
-    )
-    devices: str | None = option(
-        "Compute on several devices at once, with a process for each: all GPUs, those with these "
-        "numbers, or N workers that share the CPU's cores. Limits below are those of each.",
-        kinds.DEVICES,
-        section=kinds.FLEET,
-        anew=True,
-    )
-    ray: str | None = option(
-        "Compute on the machines of a Ray cluster: that of this machine (auto), or the one at an "
-        "address. This process keeps the job; its workers are Ray's actors.",
-        metavar="auto|ADDRESS",
-        section=kinds.FLEET,
-        anew=True,
-    )
-    workers: int | None = option(
-        "With --ray: number of workers; default: as many as the cluster's GPUs allow.",
-        _COUNT,
-        section=kinds.FLEET,
-        anew=True,
-    )
-    gpus_per_worker: float | None = option(
-        "With --ray: GPUs of each worker, with an engine for each; a part of one to share it, 0 "
-        "for the CPU; default: 1 where the cluster has GPUs.",
-        kinds.AT_LEAST_0,
-        section=kinds.FLEET,
-        anew=True,
-    )
-    cpus_per_worker: int | None = option(
-        "With --ray: CPU cores of each worker; default: 1.",
-        _COUNT,
-        section=kinds.FLEET,
-        anew=True,
-    )
-    attention: str = option(
-        "Attention kernel; `batchrun doctor` lists those that work here.",
-        default="auto",
-        section=kinds.MODEL,
-    )
-    max_num_seqs: int | None = option(
-        "Maximum rows that generate at the same time.", Integer(1, MOST_SEQUENCES), anew=True
-    )
-    max_num_batched_tokens: int | None = option(
-        "Maximum tokens per step; longer prompts are split into chunks.",
-        _COUNT,
-        anew=True,
-    )
-    kv_budget: int | None = option(
-        "Maximum memory of the KV cache, such as 256MiB.", kinds.size(), anew=True
-    )
-    page_size: int | None = option(
-        "Size of a physical page of KV memory.", kinds.size(mmap.PAGESIZE)
-    )
-    layers_per_slab: int | None = option("Layers that share a KV slab; default: all.", _COUNT)
-    share_prefixes: bool = option(
-        "Compute and store the common beginnings of prompts once.", default=True
-    )
-    drafts: bool = option(
-        "Draft tokens from the row's own text and other rows' answers, and verify many in a step.",
-        default=True,
-    )
-    draft_model: str | None = option(
-        "Draft tokens from this smaller model too, which must have the same tokenizer: alias, "
-        "folder, .gguf file, URL or hub id.",
-        metavar="MODEL",
-    )
-    draft_path: str = ""
-    draft_fingerprint: str = ""
-    draft_tokens: int | None = option(
-        "Draft tokens of the draft model per row and step, at most; default: auto, as many as pay.",
-        kinds.COUNT_OR_AUTO,
-    )
-    overlap: bool = option("On a GPU: plan, map and copy while it computes.", default=True)
-    graphs: bool = option("On a GPU: record steps as CUDA graphs.", default=True)
-    optimize: bool = option("Fuse the model's modules, and on a GPU compile them.", default=True)
-    plan: bool = option(
-        "Compute identical rows once, rows that begin alike together, and long ones early.",
-        default=True,
-    )
-    deterministic: bool = option(
-        "Have every answer depend on the model, the row, the parameters and the seed alone, never "
-        "on the batch, even where that is slower; fail at the start where it can't be. On a CPU, "
-        "Llama-like models are so anyway.",
-        default=False,
-    )
-    on_done: str | None = option(
-        "Run this shell command when the job has ended; BATCHRUN_STATE tells it how.",
-        metavar="CMD",
-        section=kinds.OUTPUT,
-        anew=True,
-    )
-    param_columns: tuple[str, ...] = ()
-
-    @property
-    def has_fleet(self) -> bool:
-        """Whether several processes compute."""
-        return self.devices is not None or self.ray is not None

@@ -16,6 +16,8 @@ from batchrun.jobs.errors import LOCAL_DISK, ROOM, OutputError, no_locks
 from batchrun.jobs.files import current_umask, make_folders, private_mode
 from batchrun.jobs.holders import is_locked, lock
 
+_NOTE = 300  # bytes that a place's note has at most
+
 
 class DeviceQueue:
     """A place in a device's queue, from entry to exit; its turn comes when none is ahead.
@@ -25,12 +27,14 @@ class DeviceQueue:
     Args:
         root: What `batchrun.jobs.folder.home()` returns.
         device: For example `cpu` or `cuda:0`.
+        job: The job's id, for those behind it.
 
     Raises:
         OutputError: On entry, if no place can be taken.
     """
 
-    def __init__(self, root: Path, device: str) -> None:
+    def __init__(self, root: Path, device: str, job: str = "") -> None:
+        self.device, self._job = device, job
         self._folder = root / "queue" / device.replace("/", "_")
         self._handle: int | None = None
         self._number = 0
@@ -45,9 +49,16 @@ class DeviceQueue:
 
         They come from the processes' own notes, 0 if unreadable: never signal them.
         """
+        return [pid for pid, _ in self._ahead()]
+
+    def jobs_ahead(self) -> list[str]:
+        """The jobs ahead of this process, the running one first; "" for one that is unknown."""
+        return [job for _, job in self._ahead()]
+
+    def _ahead(self) -> list[tuple[int, str]]:
         before = sorted(number for number in self._numbers() if number < self._number)
         found = [_holder(self._folder / str(number)) for number in before]
-        return [pid for pid in found if pid is not None]
+        return [place for place in found if place is not None]
 
     def __enter__(self) -> DeviceQueue:
         try:
@@ -57,7 +68,7 @@ class DeviceQueue:
             try:
                 os.fchmod(handle, private_mode(self._folder) & 0o666 & ~current_umask())
                 lock(handle)
-                os.write(handle, str(os.getpid()).encode())
+                os.write(handle, f"{os.getpid()} {self._job}".encode())
                 self._take(name)
             except BaseException:
                 os.close(handle)
@@ -110,12 +121,12 @@ def sweep(root: Path) -> None:
             _holder(path)
 
 
-def _holder(path: Path) -> int | None:
-    """The PID that the place's process noted; if it is dead, None, and the place is removed."""
+def _holder(path: Path) -> tuple[int, str] | None:
+    """The PID and job that the place's process noted; None if it is dead: its place is removed."""
     # Nobody takes a number below an existing one, so this place can't become another process's.
     with suppress(FileNotFoundError), path.open("rb") as file:
         if is_locked(file.fileno()):
-            noted = file.read(20)
-            return int(noted) if noted.isdigit() else 0
+            pid, _, job = file.read(_NOTE).decode(errors="replace").partition(" ")
+            return int(pid) if pid.isdecimal() and pid.isascii() else 0, job
         path.unlink()
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def choices_of(value: Any) -> tuple[str, ...]:
-    """Choices from a list of texts, a JSON array, or text separated by commas.
+def choices_of(value: Any, what: str = "choice") -> tuple[str, ...]:
+    """Choices, or labels, from a list of texts, a JSON array, or text separated by commas.
 
     Raises:
         ValueError: There are none, one is empty or no text, or one is there twice.
@@ -56,12 +57,12 @@ def choices_of(value: Any) -> tuple[str, ...]:
             found = None
         value = found if found is not None else [part.strip() for part in value.split(",")]
     if not all(isinstance(choice, str) for choice in value):
-        raise ValueError("choices are texts")
+        raise ValueError(f"each {what} must be text")
     if not value or not all(value):
-        raise ValueError("a choice must not be empty")
+        raise ValueError(f"a {what} must not be empty")
     if len(set(value)) < len(value):
         twice = next(choice for choice in value if list(value).count(choice) > 1)
-        raise ValueError(f"the choice {twice!r} is there twice")
+        raise ValueError(f"the {what} {twice!r} is there twice")
     return tuple(value)
 
 
@@ -96,5 +97,6 @@ def _regex(value: str) -> str:
 
 SCHEMA = Kind((object,), "JSON schema", _schema, "FILE|JSON")
 CHOICES = Kind((str, list, tuple), "list of texts", choices_of, "A,B,...")
+LABELS = Kind((str, list, tuple), "list of texts", partial(choices_of, what="label"), "A,B,...")
 REGEX = Kind((str,), "regular expression", _regex, "RE")
 GRAMMAR = Kind((str, os.PathLike), "Lark grammar", _grammar, "FILE")

@@ -13,8 +13,9 @@ from batchrun.jobs.about import AboutSpec
 from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.kinds import PROMPT, SAMPLING, Integer, Option, option, options_of, whole
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.rows.store import INPUTS, Part, each
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.objectstore.paths import Location, StoreError, inside, location
 
 VERSION = 1
@@ -130,19 +131,26 @@ class JobSpec:
     prompt: PromptSpec
     model: ModelSpec
     sampling: SamplingSpec
-    seed: int = whole("Same seed, same answers.", "of 64 bits", -1 << 63, default=0)
-    n: int = option("Samples per row.", Integer(1), 1, metavar="INTEGER RANGE")
+    seed: int = whole(
+        "Random seed; it makes sampling reproducible.", "of 64 bits", -1 << 63, default=0
+    )
+    n: int = option("Number of samples per row.", Integer(1), 1, metavar="N")
     limit: int | None = option(
-        "Process only the first ROWS rows.", Integer(1), metavar="ROWS", section=PROMPT
+        "Process only the first ROWS rows.",
+        Integer(1),
+        metavar="ROWS",
+        section=PROMPT,
+        without="all rows",
     )
     output: OutputSpec = field(default_factory=OutputSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     about: AboutSpec = field(default_factory=AboutSpec)
     version: int = VERSION
     keep: int | None = option(
-        "Draw N samples and keep the --n with the highest mean log-probability of their tokens.",
+        "Generate N samples per row and keep the --n with the highest mean log-probability.",
         Integer(1),
         name="best_of",
+        without="--n",
     )
 
     @property

@@ -49,12 +49,12 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
         counts, runs, total = journal.counts(), journal.runs(), journal.meta("rows_total")
         reasons, failures = journal.tally("finish_reason"), journal.tally("error_kind")
         computing = computing_runs(journal)
+        kept = journal.kept(runs[-1]["id"]) if runs else 0
         rows = {
             name: dict(zip(_SHARES, found, strict=True)) if found else None
             for name in ("queue", "prefill", "decode")
             for found in [journal.quantiles(f"{name}_s", list(_SHARES.values()))]
         }
-    last = runs[-1]["stats"].get("completions", 0) if runs else 0
     summary = {
         "job": job.id,
         "state": state or job.state(),
@@ -68,7 +68,7 @@ def summarise(job: JobFolder, state: str | None = None) -> dict[str, Any]:
             "done": counts.rows,
             "failed": counts.failed,
             "remaining": None if total is None else total - counts.rows,
-            "resumed": (counts.samples - last) // spec.n if len(runs) > 1 else 0,
+            "resumed": kept // spec.n,
             "failed_by_reason": failures,
             **({"skipped": counts.skipped} if counts.skipped else {}),
         },

@@ -21,7 +21,8 @@ from batchrun.jobs import folder
 from batchrun.jobs.errors import InputError, JobError, SpecChanged
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.journal.results import Result
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.models.resolve import ModelRef, resolve

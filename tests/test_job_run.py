@@ -25,8 +25,9 @@ from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import DoneSet, Result
 from batchrun.jobs.lease import Lease
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.store import OUTPUTS
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.jobs.verify import verify
@@ -111,7 +112,7 @@ def test_a_plan_changes_no_token(submit: Submit, sampling: SamplingSpec) -> None
     prompts = [f"{'a common beginning ' * (i % 4)}row {i % 20}" for i in range(ROWS)]
     columns = {"prompt": prompts, "max_tokens": [3 + i % 20 % 7 for i in range(ROWS)]}
     planned = submit(columns, sampling=sampling)
-    runtime = replace(planned.spec().runtime, plan=False)
+    runtime = replace(planned.spec().runtime, reorder=False)
     plain = submit(columns, sampling=sampling, runtime=runtime)
     assert plain.spec().fingerprint() == planned.spec().fingerprint()
     assert [run(planned), run(plain)] == [Outcome.DONE] * 2
@@ -131,7 +132,7 @@ def test_a_plan_changes_no_token_of_a_real_model(submit: Submit, smollm2: ModelR
             sampling=SamplingSpec(max_tokens=6),
             **more,
         )
-        for more in ({}, {"runtime": RuntimeSpec(plan=False)})
+        for more in ({}, {"runtime": RuntimeSpec(reorder=False)})
     ]
     assert [run(job) for job in jobs] == [Outcome.DONE] * 2
     assert output(jobs[0]).equals(output(jobs[1]))
@@ -449,7 +450,7 @@ def test_whatever_a_tokenizer_raises_is_an_error_of_its_row(submit: Submit) -> N
                 raise next(left)
             return (1,)
 
-    job, lines = submit({"prompt": prompts}, runtime=RuntimeSpec(plan=False)), list[str]()
+    job, lines = submit({"prompt": prompts}, runtime=RuntimeSpec(reorder=False)), list[str]()
     outcome = run(job, open_workbench=lambda *_: Bench(), log=lines.append)
     assert outcome is Outcome.DONE_WITH_ERRORS
     errors = {i: e for i, e in enumerate(output(job)["error"].to_pylist()) if e}
@@ -472,7 +473,7 @@ def test_an_engine_that_fails_makes_suspects_of_its_rows(submit: Submit) -> None
 
     bench = _SlowWorkbench()
     bench.engine = Engine()
-    job = submit(runtime=RuntimeSpec(plan=False))
+    job = submit(runtime=RuntimeSpec(reorder=False))
     with pytest.raises(StepFailed, match="a step of the engine failed: ZeroDivisionError"):
         run(job, open_workbench=lambda *_: bench)
     suspects = InFlightRows(job.path)
@@ -481,9 +482,9 @@ def test_an_engine_that_fails_makes_suspects_of_its_rows(submit: Submit) -> None
 
 
 @pytest.mark.parametrize("rows", [4, 5, 6, 9])
-@pytest.mark.parametrize("plan", [True, False])
+@pytest.mark.parametrize("reorder", [True, False])
 def test_an_input_that_has_other_rows_than_were_counted(
-    submit: Submit, tmp_path: Path, rows: int, plan: bool
+    submit: Submit, tmp_path: Path, rows: int, reorder: bool
 ) -> None:
     """It was rewritten, in as many bytes, while the model was loaded."""
 
@@ -500,7 +501,7 @@ def test_an_input_that_has_other_rows_than_were_counted(
         inputs=(InputFile.of(path),),
         input_format="jsonl",
         output=out,
-        runtime=RuntimeSpec(plan=plan),
+        runtime=RuntimeSpec(reorder=reorder),
     )
     prompts: list[str] = []
 

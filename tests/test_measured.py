@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from batchrun.engine.settings import Limits, Settings
 from batchrun.estimate.measured import Measured, StepSampler
-from batchrun.jobs.options import ModelSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 
 COSTS = (0.004, 0.0007, 2e-11)

@@ -326,15 +326,16 @@ def test_rows_that_are_computed_again_are_compared_by_their_scores() -> None:
     assert difference(kept, was._replace(scores=exact)) is None
 
 
-@pytest.mark.parametrize("plan", [True, False])
-def test_equal_rows_are_scored_once(model: Path, own: Any, tmp_path: Path, plan: bool) -> None:
+@pytest.mark.parametrize("reorder", [True, False])
+def test_equal_rows_are_scored_once(model: Path, own: Any, tmp_path: Path, reorder: bool) -> None:
     """With any temperature, as nothing is drawn; but not where text or labels differ."""
     rows = [{**row, "temperature": t} for t in (0.5, 1.0, None) for row in ROWS]
-    options = {"dtype": "float32", "score": "answer", "temperature": 0.7, "n": 2, "plan": plan}
+    options = {"dtype": "float32", "score": "answer", "temperature": 0.7, "n": 2}
+    options["reorder"] = reorder
     job = batchrun.run(rows, model=str(model), output=str(tmp_path / "o.jsonl"), **options)
     stats = job.stats()
     assert stats["finish_reasons"] == {"scored": 30}
-    assert stats["duplicates"]["rows"] == (25 if plan else 0)
+    assert stats["duplicates"]["rows"] == (25 if reorder else 0)
     found = list(job.rows())
     for i, row in enumerate(found):
         plain = ROWS[i // 2 % len(ROWS)]
@@ -348,7 +349,7 @@ def test_a_job_that_is_killed_goes_on_and_scores_what_is_left(
     """The results of finished rows are kept; the others are the same as without the kill."""
     rows = [{**row, "max_tokens": i % 2 * 40} for i in range(12) for row in ROWS]
     options = {"dtype": "float32", "score": "answer", "labels": "a,b", "ignore_eos": True}
-    options |= {"max_num_seqs": 2, "max_num_batched_tokens": 16, "plan": False}
+    options |= {"max_num_seqs": 2, "max_num_batched_tokens": 16, "reorder": False}
     output, gate = str(tmp_path / "o.jsonl"), Gate(tmp_path / "gate")
     gate.place.mkdir()
     gate.close(60)  # of several hundred steps

@@ -7,7 +7,8 @@ from click.testing import CliRunner
 
 from batchrun.cli import cli
 from batchrun.jobs.journal.results import Counts
-from batchrun.jobs.options import ModelSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 from batchrun.runner.live import NOTE, STORY, LogTail, Reporter
 from batchrun.runner.story import Story

@@ -12,12 +12,13 @@ from click.shell_completion import CompletionItem
 
 from batchrun import DISTRIBUTION
 from batchrun.cli.errors import ExitStatus, report_errors
-from batchrun.terminal import guard_libraries
+from batchrun.cli.mistyped import NoSuchCommand
+from batchrun.terminal import guard_libraries, say
 
 # name -> (module, what `batchrun --help` says of it)
 COMMANDS = {
     "submit": ("batchrun.cli.run", "Run a model over every row of a file."),
-    "plan": ("batchrun.cli.plan", "Say what a job would take, before any weight is loaded."),
+    "plan": ("batchrun.cli.plan", "Estimate what a job would take, before the model is loaded."),
     "resume": ("batchrun.cli.run", "Continue a job that was stopped."),
     "stats": ("batchrun.cli.inspect", "Show where a job's rows, time and memory went."),
     "watch": ("batchrun.cli.run", "Watch a job until it ends."),
@@ -63,6 +64,15 @@ class LazyGroup(click.Group):
         found = [CompletionItem(n, help=text) for n, text in lines if n.startswith(incomplete)]
         return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the command, or says which ones may be meant."""
+        name = args[0]
+        if not (name.startswith("-") or name in COMMANDS or name in _HIDDEN):
+            raise NoSuchCommand(name, COMMANDS, ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""
         with formatter.section("Commands"):
@@ -71,17 +81,22 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some rows failed, "
     "130 interrupted and ready to resume.",
 )
 @click.version_option(package_name=DISTRIBUTION, message="batchrun %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Run a whole dataset through an open LLM on your own hardware, unattended.
 
     Point it at a file of prompts; get the completions in the same order, beside every input column.
     Kill it at any time; `batchrun resume` continues.
     """
+    if ctx.invoked_subcommand is None:
+        say(*ctx.get_help().split("\n"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

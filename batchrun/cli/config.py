@@ -46,14 +46,12 @@ def config_command(
         shown = {n: {"value": OPTIONS[n].read(v), "source": found[n]} for n, v in options.items()}
         say_json({"inputs": list(inputs), "options": shown})
         return
-    rows = [("inputs", name, "") for name in inputs]
+    lines = [("inputs", printable(name, MESSAGE), "") for name in inputs]
     for name, given in options.items():
         value = OPTIONS[name].read(given)
         if found[name] != "default" or value not in (None, (), {}, ""):
-            rows.append((OPTIONS[name].flag, json.dumps(value, ensure_ascii=False), found[name]))
-    lines = [
-        (name, printable(value, _VALUE), printable(source, MESSAGE)) for name, value, source in rows
-    ]
+            said = printable(json.dumps(value, ensure_ascii=False), _VALUE)
+            lines.append((OPTIONS[name].flag, said, printable(found[name], MESSAGE)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]

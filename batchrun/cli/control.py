@@ -20,6 +20,7 @@ import click
 from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import job_argument, json_option, when
 from batchrun.cli.moved import moved_option, note_moved
+from batchrun.cli.options import section_option
 from batchrun.cli.progress import View
 from batchrun.jobs.cancel import cancel
 from batchrun.jobs.folder import JobFolder, find, home
@@ -44,7 +45,7 @@ _POLL_S = 0.1
 
 @click.command()
 @job_argument
-@click.option("--follow", "-f", is_flag=True, help="Go on until the job ends.")
+@click.option("--follow", "-f", is_flag=True, help="Follow the log until the job ends.")
 @json_option
 def logs_command(job: str | None, follow: bool, as_json: bool) -> None:
     """Print a job's log.
@@ -93,9 +94,9 @@ def cancel_command(job: str | None, as_json: bool) -> int:
     "rows",
     type=click.IntRange(1),
     metavar="ROWS",
-    help="Also compute so many finished rows again, chosen at random, each alone, and compare.",
+    help="Also compute ROWS random finished rows again, each alone, and compare.",
 )
-@click.option("--seed", type=int, help="Choose the rows that an earlier --recompute chose.")
+@click.option("--seed", type=int, help="Choose the same rows as an earlier --recompute.")
 @json_option
 def verify_command(job: str | None, rows: int | None, seed: int | None, as_json: bool) -> int:
     """Check a job.
@@ -155,11 +156,12 @@ def _print_recomputed(found: Recomputed, seed: int) -> None:
 
 @click.command()
 @job_argument
-@click.option(
+@section_option(
     "--output",
     "-o",
     metavar="FILE",
-    help="A .parquet, .jsonl, .csv or .tsv file, or - for stdout; default: the job's own.",
+    show_default="the job's output",
+    help="Output file (.parquet, .jsonl, .csv or .tsv), or - for stdout.",
 )
 @click.option(
     "--partial",

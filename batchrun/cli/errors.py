@@ -13,7 +13,9 @@ from typing import Any
 
 import click
 
+from batchrun.cli.mistyped import meant
 from batchrun.errors import UserError, said_by
+from batchrun.jobs.errors import cause_of
 from batchrun.terminal import say, tell
 
 
@@ -48,9 +50,7 @@ def report_errors(command: Callable[[], Any]) -> int:
         print_error("interrupted", None)
         return ExitStatus.INTERRUPTED
     except click.UsageError as error:
-        command_path = error.ctx.command_path if error.ctx else "batchrun"
-        hint = getattr(error, "hint", None)
-        print_error(error.format_message(), hint or f"{command_path} --help")
+        print_error(*_misused(error))
         return ExitStatus.USAGE
     except click.ClickException as error:
         print_error(error.format_message(), None)
@@ -62,6 +62,14 @@ def report_errors(command: Callable[[], Any]) -> int:
     except Exception as error:
         print_error(*explain(error))
         return ExitStatus.FAILED
+
+
+def _misused(error: click.UsageError) -> tuple[str, str]:
+    """Message and hint of wrong usage."""
+    usage = f"{error.ctx.command_path if error.ctx else 'batchrun'} --help"
+    if isinstance(error, click.NoSuchOption):
+        return f"there is no option {error.option_name}", meant(error) or usage
+    return error.format_message(), getattr(error, "hint", None) or usage
 
 
 def explain(error: Exception, folder: Path | None = None) -> tuple[str, str | None]:
@@ -92,13 +100,18 @@ def describe(error: Exception) -> tuple[str, str | None] | None:
         )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}", _os_hint(error.errno)
+        return f"{where}{cause_of(error, _home())}", _os_hint(error.errno)
     return None
+
+
+def _home() -> Path:
+    """Where most of what is written goes."""
+    return Path(os.environ.get("BATCHRUN_HOME") or os.path.expanduser("~/.batchrun"))
 
 
 def _os_hint(number: int) -> str | None:
     return {
-        errno.ENOSPC: "make room on the disk (df -h shows which is full), then: batchrun resume",
+        errno.ENOSPC: "make room on that disk (df -h shows all), then: batchrun resume",
         errno.EDQUOT: "free some of your quota, then: batchrun resume",
         errno.EROFS: "set BATCHRUN_HOME to a folder that can be written",
         errno.EACCES: "check the permissions, or set BATCHRUN_HOME to a folder of yours",

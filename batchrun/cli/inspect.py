@@ -25,7 +25,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.command()
 @job_argument
 @json_option
-@click.option("--samples", is_flag=True, help="Print JSON, with the figures of each run over time.")
+@click.option(
+    "--samples", is_flag=True, help="Print JSON that includes the figures of each run over time."
+)
 def stats_command(job: str | None, as_json: bool, samples: bool) -> None:
     """Show where a job's rows, time and memory went.
 

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -24,7 +25,17 @@ from batchrun.cli.settings import (
     variable_of,
 )
 from batchrun.jobs.errors import OptionError
-from batchrun.jobs.kinds import FLAG, NAMED, NUMBER, TEXT, Choice, Integer, Kind, Option
+from batchrun.jobs.kinds import (
+    FLAG,
+    NAMED,
+    NUMBER,
+    TEXT,
+    TEXT_OR_FILE,
+    Choice,
+    Integer,
+    Kind,
+    Option,
+)
 from batchrun.options import OPTIONS
 from batchrun.terminal import tell
 
@@ -51,6 +62,28 @@ class KindType(click.ParamType[Any]):
             return self._kind.read(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class TextOrFile(click.ParamType[Any]):
+    """Text, or `@` and the path of a UTF-8 file that has it; `@@` is one @ of the text itself."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Reads the file. A newline at its end is not part of the text."""
+        if not isinstance(value, str) or not value.startswith("@"):
+            return value
+        path = value[1:]
+        if path.startswith("@"):
+            return path
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        except OSError as error:
+            reason = f"the file {path!r} can't be read: {error.strerror or error}"
+            self.fail(f"{reason}; write @@ for a text that begins with @", param, ctx)
+        except ValueError:
+            self.fail(f"the file {path!r} is not UTF-8 text", param, ctx)
+        return text.removesuffix("\n")
 
 
 class SectionOption(click.Option):
@@ -81,6 +114,13 @@ class SectionOption(click.Option):
         """Its name, and the variable that has the value."""
         hint = super().get_error_hint(ctx)
         return hint if ctx is None else hint + _from(ctx, self)
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """What stands in brackets behind the help: a default in words as it is."""
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        return extra
 
     def source(self, ctx: click.Context) -> str | None:
         """Where its value comes from: None for the command line and the default."""
@@ -194,13 +234,13 @@ def job_options(*sections: str, anew: bool = False) -> Callable[[Command], Comma
 
     def decorate(command: Command) -> Command:
         for option in reversed(chosen):
-            command = _on_command_line(option)(command)
+            command = _on_command_line(option, anew=anew)(command)
         return command
 
     return decorate
 
 
-def _on_command_line(option: Option) -> Callable[[Command], Command]:
+def _on_command_line(option: Option, *, anew: bool) -> Callable[[Command], Command]:
     on = option.default is True
     shown = bool(option.default) or type(option.default) is int
     named = option.kind == NAMED
@@ -214,7 +254,7 @@ def _on_command_line(option: Option) -> Callable[[Command], Command]:
         multiple=option.several or named,
         callback=_pairs if named else None,
         default=option.default if shown else None,
-        show_default=shown,
+        show_default="as before" if anew else option.without or shown,
         metavar=option.metavar,
         help=option.help,
         shell_complete=files if option.name in _PATHS else None,
@@ -226,7 +266,8 @@ def _type(kind: Kind | Integer | Choice) -> click.ParamType[Any]:
         return click.Choice(list(kind.words))
     if isinstance(kind, Integer):
         return click.INT if kind == Integer() else click.IntRange(kind.least, kind.most)
-    plain = {FLAG: click.BOOL, NUMBER: click.FLOAT, TEXT: click.STRING, NAMED: click.STRING}
+    plain: dict[Kind, click.ParamType[Any]] = {FLAG: click.BOOL, NUMBER: click.FLOAT}
+    plain |= {TEXT: click.STRING, NAMED: click.STRING, TEXT_OR_FILE: TextOrFile()}
     return plain.get(kind) or KindType(kind)
 
 

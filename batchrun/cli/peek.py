@@ -43,7 +43,12 @@ def _ranges(ctx: click.Context, param: click.Parameter, given: Sequence[str]) ->
 @click.command()
 @job_argument
 @click.option(
-    "-n", "count", type=click.IntRange(1), metavar="ROWS", help=f"Rows to show; default: {_ROWS}."
+    "-n",
+    "count",
+    type=click.IntRange(1),
+    metavar="ROWS",
+    show_default=str(_ROWS),
+    help="Rows to show.",
 )
 @click.option(
     "--row",

@@ -24,10 +24,10 @@ from batchrun.terminal import say_json, tell
 @job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, NAMES, FLEET, RUNNING)
 @section_option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Say what a job would take, before any weight is loaded.
+    """Estimate what a job would take, before the model is loaded.
 
-    Reads, tokenises and plans the whole input as `submit` with the same options would. The time is
-    an estimate, from how long the steps of earlier jobs took on this machine with this model.
+    Reads, tokenises and plans the whole input, as `submit` with the same options would. The time is
+    estimated from the steps of earlier jobs with this model on this machine.
     """
     from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as below
     from batchrun.options import PIPE  # noqa: PLC0415

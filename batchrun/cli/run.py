@@ -15,10 +15,12 @@ from typing import Any
 import click
 
 from batchrun.cli.errors import STATUS, ExitStatus, print_error
+from batchrun.cli.in_force import as_fields, in_force
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
 from batchrun.cli.jobnames import files
 from batchrun.cli.moved import moved_option, note_moved
-from batchrun.cli.options import SectionCommand, job_options, section_option
+from batchrun.cli.options import SectionCommand, job_options, section_option, sources
+from batchrun.cli.outcome import as_lines, of_answers, of_rows
 from batchrun.cli.progress import View
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
@@ -39,16 +41,16 @@ from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.machine import importing
 from batchrun.platforms import need_linux
-from batchrun.report.text import seconds
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import STORY, LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.runner.supervisor import Started
-from batchrun.terminal import say, say_json, tell
+from batchrun.terminal import MESSAGE, say, say_json, tell
 from batchrun.trust import others_write
 
 _RESUMABLE = {"new", "interrupted", "failed", "cancelled"}
 _POLL_S = 0.1
+_LINES = 40  # of a prompt
 _BEGIN_S = 30.0  # how long `--detach` waits for a worker to begin, to report one that can't
 
 _running = partial(section_option, section=RUNNING)
@@ -56,7 +58,8 @@ _wait = partial(
     _running,
     "--wait/--detach",
     default=True,
-    help="Watch until the job ends and exit as it did, or return at once with the job's id.",
+    show_default=True,
+    help="Watch the job until it ends and exit with its exit code, or return at once.",
 )
 _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 
@@ -64,13 +67,13 @@ _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as J
 @click.command(cls=SectionCommand, configured=None)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", shell_complete=files)
 @job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, NAMES, FLEET, RUNNING)
-@_wait(show_default=True)
-@_running("--again", is_flag=True, help="Start a new job even if the same work can be resumed.")
+@_wait()
+@_running("--again", is_flag=True, help="Start a new job even if one for the same work exists.")
 @_running(
     "--dry-run",
     is_flag=True,
-    help="Check everything but the weights, try the first 20 rows, show the job, start "
-    "nothing. It fails where the run would, or where none of these rows makes a prompt.",
+    help="Check everything but the weights, build the prompts of the first 20 rows, show the job "
+    "with all defaults in force, and start nothing.",
 )
 @_json
 def submit_command(
@@ -78,13 +81,15 @@ def submit_command(
 ) -> int:
     """Run a model over every row of a file.
 
-    INPUT is a Parquet, JSON or CSV file, a folder of them, a glob, or - for stdin; several make
-    one job. Every row has a column `prompt` (text), or `messages` or `conversations` (a chat), or
-    gets its prompt from --template. The output has all input columns, then completion,
-    finish_reason, prompt_tokens, completion_tokens and error, in input order; with a shape of the
-    answer also parsed and parse_error, with scores these.
+    INPUT is a Parquet, JSON or CSV file, a folder of such files, a glob, or - for stdin. Several
+    inputs make one job. Prompts come from a column `prompt` (text), `messages` or `conversations`
+    (chats), from --prompt-column, or from --template.
 
-    The job runs in a process of its own. Ctrl-C leaves the view, not the job.
+    The output has all input columns, then completion, finish_reason, prompt_tokens,
+    completion_tokens and error, in input order. Structured output adds parsed and parse_error. A
+    bad row becomes an error in that row; the rest of the job carries on.
+
+    The job runs in a process of its own: Ctrl-C closes the view, and the job goes on.
     """
     from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as in all of these
     from batchrun.options import PIPE  # noqa: PLC0415
@@ -108,34 +113,57 @@ def submit_command(
 
 
 def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
+    """Check a job, and show it: its rows, its first prompt, and all parameters in force."""
     from batchrun.submission import check_free  # noqa: PLC0415
 
     check_free(root, spec, again=again)
 
-    def try_rows(note: ReaderNote) -> None:
+    def try_rows(note: ReaderNote) -> Any:
         with importing():
             from batchrun.estimate.dry_run import dry_run  # noqa: PLC0415 - imports torch
 
         with PromptLimit(note, prompt_seconds()) as limit:
-            dry_run(spec, tell, limit)
+            return dry_run(spec, tell, limit)
 
-    isolated(try_rows)
+    tried = isolated(try_rows)
+    found, of_model = ({}, ()) if tried is None else (tried.found, tried.of_model)
+    said = sources(click.get_current_context())
+    given = {name: source for name, source in said.items() if source != "default"}
+    parameters = in_force(spec, given, found, of_model)
+    prompt = tried and {"row": tried.row, "tokens": tried.tokens, "text": tried.prompt}
+    rows = 0 if tried is None else tried.rows
     if as_json:
-        say_json(job_parameters(spec))
-    else:
-        print_fields(job_parameters(spec))
-        say("", "everything checks out; nothing was started (--dry-run)")
+        job = {**job_parameters(spec), "rows": rows, "first_prompt": prompt}
+        say_json({**job, "parameters": parameters})
+        return
+    print_fields({"inputs": [file.path for file in spec.inputs], "rows": f"{rows:,}"})
+    if prompt is not None:
+        say("", f"the first prompt, of row {prompt['row']:,}, has {_tokens(prompt['tokens'])}:")
+        say(*(f"    {line}" for line in prompt["text"].split("\n")[:_LINES]), limit=MESSAGE)
+    say("")
+    print_fields(as_fields(parameters))
+    say("", "everything checks out; nothing was started (--dry-run)")
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count:,} tokens"
 
 
 @click.command(cls=SectionCommand, configured=("wait", "as_json"))
 @job_argument
-@click.option("--all", "every", is_flag=True, help="Continue every job that is not done.")
-@click.option("--retry-failed", is_flag=True, help="Do only the failed rows again.")
+@click.option("--all", "every", is_flag=True, help="Continue all jobs that are not done.")
+@click.option("--retry-failed", is_flag=True, help="Compute the failed rows again.")
 @moved_option
-@click.option(
-    "--output", "-o", metavar="FILE", help="Write the output to another file from now on."
+@section_option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    show_default="as before",
+    help="Write the output to this file.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what is there now, whoever wrote it.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace the output file even if this job did not write it."
+)
 @job_options(OUTPUT, FLEET, RUNNING, anew=True)
 @_json
 @_wait()
@@ -151,7 +179,7 @@ def resume_command(
     as_json: bool,
     **limits: Any,
 ) -> int:
-    """Continue a job that was stopped: finished rows are kept, others go on where they were.
+    """Continue a job that was stopped: finished rows are kept, others continue mid-generation.
 
     JOB is its id or a part of one; without it, the latest job continues.
     """
@@ -205,7 +233,7 @@ def _is_resumable(job: JobFolder) -> bool:
 def watch_command(job: str | None, as_json: bool) -> int:
     """Watch a job until it ends.
 
-    Exits as the job did. Ctrl-C leaves the view, not the job.
+    Exits with the job's exit code. Ctrl-C closes the view, and the job goes on.
     """
     found = find(home(), job)
     tail = LogTail.at_end(found.path)
@@ -277,20 +305,16 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
         wall_s = progress.elapsed_s  # the run's time, which may exceed the view's
     if failure is not None and status is not ExitStatus.DONE:
         print_error(*failure)
+    spec, shown = job.spec(), of_answers(job, rows)
     if as_json:
         outcome = {"job": job.id, "state": state, "exit_code": int(status), "output": output}
-        say_json({**outcome, "wall_s": wall_s, "rows": rows})
+        say_json({**outcome, "wall_s": wall_s, "rows": rows, **shown})
         return status
-    total = "?" if rows["total"] is None else f"{rows['total']:,}"
-    line = f"{rows['done']:,} of {total} rows in {seconds(wall_s)}"
-    if rows["resumed"]:
-        line += f", {rows['resumed']:,} of them kept from earlier runs"
-    if rows["failed"]:
-        column = f"{job.spec().output.prefix}error"
-        line += f", {rows['failed']:,} failed (the column `{column}` says why)"
-    aside = job.spec().output.stdout  # stdout has the answers
+    line, lines = of_rows(spec, rows, wall_s), as_lines(shown)
+    aside = spec.output.stdout  # stdout has the answers
     if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
-        say(line, f"output: {output}", f"next:   batchrun stats {job.id}", err=aside)
+        lines = [line, *lines, f"output: {output}", f"next:   batchrun stats {job.id}"]
     else:
-        say(f"{state} after {line}", f"next:   batchrun resume {job.id}", err=aside)
+        lines = [f"{state} after {line}", *lines, f"next:   batchrun resume {job.id}"]
+    say(*lines, err=aside, limit=MESSAGE)
     return status

@@ -121,14 +121,9 @@ class WarmUp:
         )
 
     def _capture(self, scratch: int, recorder: CudaRecorder) -> None:
-        began = time.perf_counter()
-        sizes = batch_sizes(self.num_logits)
         try:
-            self.executor.capture(sizes, scratch, recorder)
+            self.executor.capture(batch_sizes(self.num_logits), scratch, recorder)
         except (RuntimeError, EngineError) as error:
             self.executor.graphs = None
             reason = first_line(error)
             self.log(f"decode steps are launched kernel by kernel: no CUDA graph ({reason})")
-        else:
-            seconds = time.perf_counter() - began
-            self.log(f"recorded decode steps of {len(sizes)} sizes in {seconds:.1f} s")

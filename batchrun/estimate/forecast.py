@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,9 @@ class ModelInfo:
         max_num_seqs: Maximum sequences that run at once.
         max_num_batched_tokens: Maximum tokens in a step.
         can_fit: Whether a row of so many tokens fits the KV budget, if one was given.
+        decode: Makes text of a prompt's tokens, special ones included.
+        device: Where it is computed.
+        dtype: In which type.
     """
 
     encode: Callable[[Mapping[str, Any]], tuple[int, ...]]
@@ -57,6 +60,9 @@ class ModelInfo:
     max_num_seqs: int
     max_num_batched_tokens: int
     can_fit: Callable[[int], bool]
+    decode: Callable[[Sequence[int]], str]
+    device: str
+    dtype: str
 
 
 @dataclass
@@ -269,4 +275,7 @@ def read_model_info(spec: JobSpec, log: Callable[[str], None]) -> ModelInfo:
         limits.max_num_seqs,
         limits.max_num_batched_tokens,
         can_fit,
+        lambda ids: str(loaded.tokenizer.decode(ids)),
+        device,
+        str(loaded.dtype).removeprefix("torch."),
     )

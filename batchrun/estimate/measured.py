@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 
 from batchrun.jobs.files import make_folders, read_json, write_json
-from batchrun.jobs.options import RuntimeSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 
 _AMOUNTS = 3
 _KEPT = 0.5  # weight of earlier runs whenever there is a new one: machines and code change
 # Settings that change the number of steps, not the time of one.
 _NOT_SPEED = {
-    *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "plan", "share_prefixes"),
+    *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "reorder", "share_prefixes"),
     *("devices", "ray", "workers", "gpus_per_worker", "cpus_per_worker"),
     *("name", "path", "draft_model", "draft_path", "max_model_len", "param_columns"),
+    "keep_going",
 }
 _RIDGE = 1e-9  # of the diagonal: if all steps of a run are alike, amounts can't be told apart
 _LEAST = 1e-12  # of an amount's sum of squares: amounts are counts, so less than this is none

@@ -10,7 +10,7 @@ from batchrun import machine
 from batchrun.allocator.cuda import Driver
 from batchrun.allocator.vmm import AllocatorError
 from batchrun.errors import MachineError
-from batchrun.jobs.options import RuntimeSpec
+from batchrun.jobs.runtime import RuntimeSpec
 
 INSTALL = "pip install 'batchrun-llm[ray]'"
 

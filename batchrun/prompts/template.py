@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
+_PLAIN = re.compile(r"\{([^{}]+)\}")  # a field without braces in its name
+_BRACE = re.compile(r"[{}]")
 _BRACES = re.compile(r"\{\{|\}\}|[{}]")
 _HELP = "write {column} for a column, {{ and }} for literal braces"
 
@@ -23,6 +25,7 @@ class Template:
 
     Attributes:
         columns: The names of its fields, each once, in order.
+        end: The text behind the last field.
 
     Raises:
         ValueError: A brace is neither part of a field nor doubled, or there is no field.
@@ -30,6 +33,7 @@ class Template:
 
     def __init__(self, text: str) -> None:
         self._parts = _split(text)  # alternately literal text and names of columns
+        self.end = self._parts[-1]
         self.columns = list(dict.fromkeys(self._parts[1::2]))
         if not self.columns:
             raise ValueError(f"the template {text!r} names no column; write, for example, {{text}}")
@@ -49,6 +53,31 @@ class Template:
 def looks_like_json(name: str) -> bool:
     """Whether the text between braces is more likely JSON than the name of a column."""
     return not name.strip() or any(sign in name for sign in '":\n')
+
+
+def doubled(text: str, names: Container[str] | None = None) -> str | None:
+    """The template that was probably meant: braces around no name are doubled.
+
+    Args:
+        text: A template with braces that are not doubled, such as JSON.
+        names: The columns there are; if unknown, what looks like a Python identifier.
+
+    Returns:
+        The template, or None if it would be the same, or name no column.
+    """
+    braces = _BRACES if "{{" in text else _BRACE  # in JSON, `}}` closes two objects
+    parts = _PLAIN.split(text)
+    for i, part in enumerate(parts):
+        known = part.isidentifier() if names is None else part in names
+        parts[i] = f"{{{part}}}" if i % 2 else part
+        if not (i % 2 and known):
+            parts[i] = braces.sub(lambda brace: brace[0][0] * 2, parts[i])
+    fixed = "".join(parts)
+    try:
+        Template(fixed)
+    except ValueError:
+        return None
+    return None if fixed == text else fixed
 
 
 def _split(text: str) -> list[str]:

@@ -23,8 +23,8 @@ tokens       {tokens.prompt} prompt, {tokens.completion} completion
 computed     {tokens.prefilled} prefilled, {tokens.decoded} decoded, \
 {tokens.recomputed} recomputed after {preemptions} preemptions
 shared ?     {tokens.shared} prompt tokens
-forced ?     {tokens.forced} tokens to which the shape of the answer left no alternative
-drafts ?     {tokens.drafted} tokens guessed, \
+forced ?     {tokens.forced} tokens that the structure of the output left no choice for
+drafts ?     {tokens.drafted} draft tokens, \
 {tokens.accepted} accepted{tokens.accepted/tokens.drafted}
            ? by position {drafts.shares}
            ? {drafts.effect}
@@ -90,9 +90,9 @@ def _rows(summary: Mapping[str, Any]) -> str:
     rows, reasons = summary["rows"], summary["finish_reasons"]
     total = "?" if rows["total"] is None else f"{rows['total']:,}"
     done = f"{rows['done']:,} of {total} done"
-    words = {"failed": "failed", "remaining": "remaining", "resumed": "kept from earlier runs"}
-    for name, word in words.items():
-        done += f", {rows[name]:,} {word}" if rows[name] else ""
+    words = {"failed": "failed", "skipped": "skipped", "remaining": "remaining"}
+    for name, word in {**words, "resumed": "kept from earlier runs"}.items():
+        done += f", {rows[name]:,} {word}" if rows.get(name) else ""
     lines = [("rows", done)]
     lines += [("", f"{count:,} failed: {kind}") for kind, count in rows["failed_by_reason"].items()]
     if summary["deterministic"] is not None:

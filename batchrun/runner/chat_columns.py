@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -14,10 +17,54 @@ from batchrun.jobs.rows.row import Source
 from batchrun.prompts.messages import ARGUMENT_COLUMNS, CHAT_COLUMNS
 from batchrun.runner.param_columns import column_refused
 
+# Names that columns of prompts have in well-known data sets, the likeliest first.
+_USUAL = (
+    *("question", "instruction", "query", "input", "text", "content", "problem", "article"),
+    *("document", "sentence", "review", "source", "body", "message", "passage", "title"),
+)
+_ID = re.compile(r"(^|_)((u|gu|uu)?id|idx|index|key|url)$", re.IGNORECASE)
+_LOOKED_AT = 20  # rows
+_LONG = 2000  # characters: more say no more
+_CHAT = 1 << 20
+_SHOWN = 4  # columns
+
 
 def usual_column(names: Sequence[str]) -> str:
     """The default prompt column: `prompt`, else one that holds chats."""
     return next((name for name in ("prompt", *CHAT_COLUMNS) if name in names), "prompt")
+
+
+def suggested(source: Source) -> str:
+    """What to type where no column is called `prompt`: the columns that most likely hold prompts.
+
+    Judged by name, type and the length of the text in the first rows.
+    """
+    names, found = source.column_names, dict.fromkeys(source.column_names, 0.0)
+    for row in islice(source.rows(names, _LOOKED_AT), _LOOKED_AT):
+        for name in names:
+            value = row.fields.get(name)
+            found[name] += min(len(value), _LONG) if isinstance(value, str) else 0
+            found[name] += _CHAT if _looks_like_chat(value) else 0
+    usual = {name: (len(_USUAL) - i) * _LONG for i, name in enumerate(_USUAL)}
+    texts = [name for name in names if found[name]]
+    texts = [name for name in texts if not _ID.search(name)] or texts
+    ranked = sorted(texts, key=lambda n: -(usual.get(n.lower(), 0) * _LOOKED_AT + found[n]))
+    if not ranked:
+        return "name the column with the prompts: --prompt-column NAME; or --template TEXT"
+    listed = f" (or {', '.join(ranked[1:_SHOWN])})" if ranked[1:] else ""
+    chosen = f"--prompt-column {shlex.quote(ranked[0])}{listed}"
+    if found[ranked[0]] >= _CHAT:
+        return f"name the column with the chats: {chosen}"
+    template = shlex.quote(f"... {{{ranked[0]}}}")
+    return (
+        f"name the column with the prompts: {chosen}; or build them from columns: "
+        f"--template {template}"
+    )
+
+
+def _looks_like_chat(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool({"role", "from"} & first.keys())
 
 
 def are_chats(prompt: PromptSpec, source: Source) -> bool | None:

@@ -46,6 +46,11 @@ class RunFigures:
         self.engine_ended: float | None = None
         self._last_at: dict[int, float] = {}  # by number of sequences, when that many last ran
 
+    @property
+    def requests(self) -> int:
+        """Rows and samples that have had a prompt so far."""
+        return 0 if self.reader is None else self.reader.made
+
     def stepped(self, running: int) -> None:
         """Note that a step with this many sequences has ended."""
         self._last_at[running] = time.perf_counter()

@@ -188,6 +188,7 @@ class _Run:
             if self._writer.missing:
                 self._reports.phase("load")
                 self._writer.check_room_ahead()
+                self._writer.check_failures()
                 with self.watchdog.busy("loading the model", _PATIENCE):
                     figures.workbench = open_workbench(self.spec, self.log)
                 load_s = figures.counted["load_s"] = time.perf_counter() - figures.began

@@ -125,7 +125,7 @@ class Reader:
     Attributes:
         columns: The columns read of each row.
         seconds: Time spent on making requests.
-        handed: Number of requests handed on.
+        made, handed: Number of requests made, and of those handed on.
         planner: Puts them in order; None if they stay in file order.
         duplicates: Knows which of them need no computing.
         savings: Knows what planning saved.
@@ -151,11 +151,10 @@ class Reader:
         spec, source, workbench = self.spec, self.source, self.workbench
         self._known: Mapping[int, int] = {}
         self._seen: list[tuple[int, int]] = []
-        self._next_row = self._overdue = 0
-        self.seconds, self.handed = 0.0, 0
-        self.read_so_far = ReadSoFar()
+        self._next_row = self._overdue = self.made = self.handed = 0
+        self.seconds, self.read_so_far = 0.0, ReadSoFar()
         self.duplicates = Duplicates(spec.n)
-        self.planner = Planner() if spec.runtime.plan else None
+        self.planner = Planner() if spec.runtime.reorder else None
         self.savings = Savings(
             workbench.max_num_seqs,
             workbench.max_num_batched_tokens,
@@ -282,6 +281,7 @@ class Reader:
             self.seconds += time.perf_counter() - began
             for item in made:
                 if isinstance(item, Request):
+                    self.made += 1
                     yield item
                 else:
                     self._note(results)

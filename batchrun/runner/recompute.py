@@ -204,7 +204,7 @@ def _computed(
     if (note := machine.use_cores()) is not None:
         log(note)
     runtime, _ = one_engine(spec.runtime)
-    alone = replace(runtime, plan=False, share_prefixes=False, drafts=False)
+    alone = replace(runtime, reorder=False, share_prefixes=False, drafts=False)
     spec = replace(spec, limit=rows[-1] + 1, runtime=alone)
     source = open_source(spec.parts, spec.input_format, noted=limit.note.reading)
     with open_runtime(spec, log) as bench:

@@ -141,7 +141,8 @@ def work(path: Path, root: Path) -> int:
             os.close(handle)
         with ExitStack() as places:
             places.callback(hook.note_end)
-            turns = [_turn(root, device, runs, reporter, places) for device in queues_of(job)]
+            queues = [DeviceQueue(root, device, job.id) for device in queues_of(job)]
+            turns = [_turn(queue, runs, reporter, places) for queue in queues]
             if runs.told is None:
                 job.set_state("running")
             inheriting = children.inheriting(lease.fileno(), *(t.fileno() for t in turns))
@@ -149,17 +150,18 @@ def work(path: Path, root: Path) -> int:
             return runs.run(lambda: Popen(command, stdin=subprocess.DEVNULL, **inheriting))
 
 
-def _turn(
-    root: Path, device: str, runs: Runs, reporter: Reporter, places: ExitStack
-) -> DeviceQueue:
-    """Wait for the job's turn on a device.
+def _turn(queue: DeviceQueue, runs: Runs, reporter: Reporter, places: ExitStack) -> DeviceQueue:
+    """Wait for the job's turn on a device, and say which job has it.
 
     Devices are taken in order, so that no two jobs wait for each other.
     """
-    turn = places.enter_context(DeviceQueue(root, device))
-    if runs.told is None and turn.ahead():
-        reporter.message(f"waiting for the device {device}, which another job uses")
-    while runs.told is None and turn.ahead():
+    turn = places.enter_context(queue)
+    told: str | None = None
+    while runs.told is None and (ahead := turn.jobs_ahead()):
+        if ahead[0] != told:
+            told, more = ahead[0], len(ahead) - 1
+            line = f"waiting for the device {turn.device}, which the job {told or '(unknown)'} has"
+            reporter.message(line + (f"; {more:,} more are ahead" if more else ""))
         time.sleep(_POLL_S)
     return turn
 

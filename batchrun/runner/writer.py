@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from batchrun.jobs.errors import JobError
 from batchrun.jobs.files import check_room, disk_of
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.journal.journal import READ, Journal
@@ -24,6 +25,7 @@ from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.spec import JobSpec
 from batchrun.objectstore.paths import location
 from batchrun.runner.channel import Channel, Closed
+from batchrun.runner.failing import SameFailure
 from batchrun.runner.figures import RunFigures
 from batchrun.runner.watchdog import Watchdog
 
@@ -70,6 +72,7 @@ class JournalWriter:
         self.reasons: Counter[str] = Counter()
         self._failed_rows = DoneSet(1)
         self._warned, self._look = False, 0.0
+        self._failing: SameFailure | None = None
 
     @property
     def missing(self) -> int:
@@ -86,7 +89,9 @@ class JournalWriter:
         Raises:
             JournalError: The journal can't be written, or another run has taken it over.
             OutputError: There is no room for more.
+            JobError: All rows so far failed the same way; they are in the journal.
         """
+        failure: JobError | None = None
         with self.journal() as journal:
             if journal.meta(READ) is None:
                 journal.set_meta(READ, columns)
@@ -98,13 +103,16 @@ class JournalWriter:
                     taken = results.take(COMMIT_RESULTS, timeout)
                 except Closed:
                     taken, open_ = [], False
+                taken, failure = self._until_all_failed(taken, pending)
                 if taken and not pending:
                     deadline = time.monotonic() + _COMMIT_SECONDS
                 pending += taken
-                due = not open_ or time.monotonic() >= deadline
+                due = not open_ or failure is not None or time.monotonic() >= deadline
                 if pending and (due or len(pending) >= COMMIT_RESULTS):
                     self._commit(journal, pending)
                     pending = []
+                if failure is not None:
+                    raise failure
 
     @contextmanager
     def journal(self) -> Iterator[Journal]:
@@ -123,6 +131,37 @@ class JournalWriter:
         copied = 0 if spec.limit else sum(file.size for file in spec.inputs) // 4
         results = self.missing * _RESULT_BYTES
         check_room((disk_of(self.job.path), results), (OUTPUTS.disk(self._output), copied))
+
+    def check_failures(self) -> None:
+        """Refuse to go on if all rows of earlier runs failed the same way.
+
+        Raises:
+            JobError: They did.
+        """
+        if self.spec.runtime.keep_going:
+            return
+        with self.journal() as journal:
+            self._failing = SameFailure(self.job.id, lambda: self.figures.requests, journal)
+        if (failure := self._failing.error()) is not None:
+            raise failure
+
+    def _until_all_failed(
+        self, taken: list[Item], pending: list[Item]
+    ) -> tuple[list[Item], JobError | None]:
+        """The items up to the last that the job needs, and why it ends there; None if it doesn't.
+
+        A job whose last rows they are is done either way.
+        """
+        if (failing := self._failing) is None:
+            return taken, None
+        missing = self.missing - sum(isinstance(i, Result | CopiedResult) for i in pending)
+        for number, item in enumerate(taken):
+            if isinstance(item, Result | CopiedResult):
+                missing -= 1
+                failing.see(item)
+                if missing and (failure := failing.error()) is not None:
+                    return taken[: number + 1], failure
+        return taken, None
 
     def _commit(self, journal: Journal, pending: list[Item]) -> None:
         results = [item for item in pending if isinstance(item, Result | CopiedResult)]

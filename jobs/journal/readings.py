@@ -198,6 +198,20 @@ class Readings:
             elif not skip_damaged:
                 raise self._damaged(self.damage())
 
+    def first_failure(self, kind: str) -> Result | None:
+        """The first failed sample of this `error_kind`; None if there is none, or it is damaged."""
+        where = "WHERE error_kind = ? ORDER BY id LIMIT 1"
+        for record, sound in self._records("results", where, kind):
+            if sound:
+                row, sample = divmod(record[0], self.n)
+                return next(r for r in self.results(range(row, row + 1)) if r.sample == sample)
+        return None
+
+    def kept(self, run: int) -> int:
+        """Number of samples that earlier runs ended."""
+        [(count,)] = self._all("SELECT count(*) FROM results WHERE run < ?", run)
+        return int(count)
+
     def answers(self, most: int) -> Iterator[tuple[int, ...]]:
         """Tokens of the last answers, the last row's first, until they are `most` tokens or more.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.jobs.checksums import checksum
-from batchrun.jobs.errors import LOCAL_DISK, JournalError
+from batchrun.jobs.errors import LOCAL_DISK, JournalError, cause_of
 from batchrun.jobs.files import open_private
 
 NAME = "journal.db"
@@ -161,6 +162,8 @@ def refusal(path: Path, done: str, error: Exception, hint: str | None = None) ->
     if code in damage and not isinstance(error, OSError):
         return JournalError(f"{path} is damaged: {error}", BEYOND_REPAIR)
     name, told = getattr(error, "sqlite_errorname", ""), str(error)
+    if code == sqlite3.SQLITE_FULL:
+        told = cause_of(OSError(errno.ENOSPC, told), path)
     if isinstance(error, OSError) and error.filename is None:
         told = error.strerror or told
     elif name.startswith("SQLITE_IOERR"):  # SQLite's message alone says too little

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 
-from batchrun.jobs.errors import OutputError, OutputTaken
+from batchrun.jobs.errors import OutputError, OutputTaken, cause_of
 from batchrun.jobs.files import MayReplace
 from batchrun.jobs.output.joined import Joined
 from batchrun.jobs.output.store import OUTPUTS
@@ -77,7 +78,9 @@ def export(
         ) from error
     except (OSError, pa.ArrowException) as error:
         code = error.errno if isinstance(error, OSError) else None
-        cause = os.strerror(code) if code is not None else str(error)
+        cause = str(error) if code is None else os.strerror(code)
+        if isinstance(error, OSError) and isinstance(destination, Path):
+            cause = cause_of(error, destination.parent)
         advice = "make room on the disk, then" if code in _NO_ROOM else "when that is solved"
         raise OutputError(
             f"{destination} can't be written: {cause}; the results are safe in the job",

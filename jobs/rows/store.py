@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from glob import glob, has_magic
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol, TypeVar, cast
@@ -90,11 +91,7 @@ class LocalInputs:
             where.lstat()
         except (FileNotFoundError, NotADirectoryError):
             if not has_magic(name):
-                parent = next((p for p in where.parents if os.path.isdir(p)), Path("/"))
-                raise InputError(
-                    f"{name}: there is no such file or folder",
-                    hint=f"ls '{parent}' shows what there is",
-                ) from None
+                raise _nothing_there(name, where) from None
             matches = glob(str(where), recursive=True)
         if not matches:
             raise InputError(f"no file matches {name}", hint="check the pattern, quotes around it")
@@ -111,6 +108,14 @@ class LocalInputs:
                     hint=f"pipe it in: batchrun submit - < '{path}'",
                 )
             yield path, None
+
+
+def _nothing_there(name: str, where: Path) -> InputError:
+    parent = next((p for p in where.parents if os.path.isdir(p)), Path("/"))
+    near = get_close_matches(where.name, os.listdir(parent), 1) if parent == where.parent else []
+    meant = f"did you mean '{parent / near[0]}'?" if near else None
+    hint = meant or f"ls '{parent}' shows what there is"
+    return InputError(f"{name}: there is no such file or folder", hint=hint)
 
 
 class ObjectInputs:
@@ -187,7 +192,7 @@ class InputStore:
         where = location(name)
         if isinstance(where, ObjectPath):
             return self._objects.expand(where)
-        return self._local.expand(str(where))
+        return self._local.expand(str(where) if name.startswith("file:") else name)
 
 
 INPUTS = InputStore()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from batchrun.specs import OPTIONS
 from tests.cli.conftest import CommandLine
 from tests.tiny import CHAT_TEMPLATE, edit_config
 
@@ -180,3 +181,40 @@ def test_rows_of_which_some_make_none(batchrun: CommandLine) -> None:
     assert dry.err == "2 of the first 4 rows will fail; row 1: the prompt is a number, not text\n"
     limited = batchrun.submit(source, "--dry-run", "--limit", 1)
     assert (limited.code, limited.err) == (0, "")
+
+
+def test_it_shows_the_rows_the_first_prompt_and_every_parameter_in_force(
+    batchrun: CommandLine,
+) -> None:
+    source = batchrun.write("in.jsonl", [None, "Hello", "there"])
+    options = (source, "--chat", "--top-k", 0, "--seed", 0, "--limit", 2, "--dry-run")
+    shown = batchrun.submit(*options)
+    lines = [" ".join(line.split()) for line in shown.out.splitlines()]
+    assert lines[:2] == [f"inputs {source}", "rows 2"]
+    found = batchrun.submit(*options, "--json").json
+    prompt = found["first_prompt"]
+    assert (found["rows"], prompt["row"]) == (2, 1)
+    assert f"the first prompt, of row 1, has {prompt['tokens']} tokens:" in lines
+    assert "Hello" in prompt["text"]
+    for line in ("top-k: 0 (set)", "seed: 0 (set)", "temperature: 0.0", "prompt-column: prompt"):
+        assert any(line in text for text in lines), line
+    assert any(text.endswith("(the model's)") for text in lines)
+    every = {name: said for part in found["parameters"].values() for name, said in part.items()}
+    assert every.keys() == OPTIONS.keys()
+    assert every["limit"] == {"value": 2, "from": "command line"}
+    assert every["max_tokens"] == {"value": 512, "from": "default"}
+    assert every["max_model_len"]["from"] == "model"
+    assert every["dtype"]["value"] in ("float32", "bfloat16")
+
+
+def test_what_the_models_generation_config_sets_is_shown_as_the_models(
+    plain: CommandLine,
+) -> None:
+    config = {"do_sample": True, "temperature": 0.3, "top_p": 0.9, "max_new_tokens": 7}
+    (plain.model / "generation_config.json").write_text(json.dumps(config))
+    source = plain.write("in.jsonl", ["Hello"])
+    found = plain.submit(source, "--top-p", 0.5, "--dry-run", "--json").json["parameters"]
+    sampling = found["Sampling"]
+    assert sampling["temperature"] == {"value": 0.3, "from": "model"}
+    assert sampling["max_tokens"] == {"value": 7, "from": "model"}
+    assert sampling["top_p"] == {"value": 0.5, "from": "command line"}

@@ -1,6 +1,7 @@
 """Every error becomes a message, a hint and an exit code; a bug becomes a line and a file."""
 
 import errno
+import re
 
 import click
 import pytest
@@ -25,10 +26,10 @@ def raising(error):
         (ModelError("no model", hint="-m"), ExitStatus.FAILED, "error: no model\nhint: -m\n"),
         (EngineError("stuck"), ExitStatus.FAILED, "error: stuck\n"),
         (
-            OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+            OSError(errno.EROFS, "Read-only file system", "/tmp/x"),
             ExitStatus.FAILED,
-            "error: /tmp/x: No space left on device\n"
-            "hint: make room on the disk (df -h shows which is full), then: batchrun resume\n",
+            "error: /tmp/x: Read-only file system\n"
+            "hint: set BATCHRUN_HOME to a folder that can be written\n",
         ),
         (
             click.UsageError("--n is odd"),
@@ -41,6 +42,24 @@ def raising(error):
 def test_known_errors(error, status, shown, capsys):
     assert report_errors(raising(error)) == status
     assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("name", [None, "new/deep/file"])
+def test_of_a_full_disk_it_says_which_and_what_is_left(name, tmp_path, monkeypatch, capsys):
+    """That of the file, or else that of the jobs."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("BATCHRUN_HOME", str(tmp_path / "home"))
+    path = name and str(tmp_path / name)
+    full = OSError(errno.ENOSPC, "No space left on device", path)
+    assert report_errors(raising(full)) == ExitStatus.FAILED
+    error, hint = capsys.readouterr().err.splitlines()
+    disk = re.escape(str(tmp_path if name else tmp_path / "home"))
+    size = r"[\d,]+\.\d"
+    start = f"error: {path}: No" if name else "error: No"
+    assert re.fullmatch(
+        rf"{start} space left on device \(the disk of {disk} has {size} of {size} MiB left\)", error
+    )
+    assert hint == "hint: make room on that disk (df -h shows all), then: batchrun resume"
 
 
 def test_a_bug_is_one_line_and_its_traceback_in_a_file(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Help is quick, complete, and says what the commands do."""
 
 import importlib
+import re
 import resource
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from batchrun.cli import COMMANDS, cli
 from batchrun.cli.errors import ExitStatus
+from batchrun.jobs.spec import OPTIONS
 
 
 def test_help_answers_in_under_half_a_second():
@@ -69,6 +71,34 @@ def test_every_option_of_submit_has_help_and_stands_in_a_section():
     text = CliRunner().invoke(cli, ["submit", "--help"]).output
     for param in options:
         assert param.opts[0] in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_that_has_a_default_shows_it(name):
+    """In brackets at the end of its help, and nowhere else."""
+    module, _ = COMMANDS[name]
+    command = getattr(importlib.import_module(module), f"{name}_command")
+    context = click.Context(command)
+    for param in command.params:
+        if not isinstance(param, click.Option):
+            continue
+        _, text = param.get_help_record(context)
+        declared = OPTIONS.get(param.name) if hasattr(param, "section") else None
+        has_one = declared is not None and (declared.default or declared.without)
+        if has_one or param.secondary_opts:
+            assert re.search(r"\[default: [^(]", text), param.opts
+        assert "default:" not in (param.help or ""), param.opts
+
+
+def test_a_default_that_depends_on_something_is_told_in_words():
+    text = " ".join(CliRunner().invoke(cli, ["submit", "--help"]).output.split())
+    assert (
+        "--top-p X Nucleus sampling: the smallest set of tokens with total probability X." in text
+    )
+    assert "[default: the model's, else 1]" in text
+    assert "[default: 256; 512 on a GPU with 40 GiB or more; 1<=x<=1048576]" in text
+    again = " ".join(CliRunner().invoke(cli, ["resume", "--help"]).output.split())
+    assert "[default: as before; 1<=x<=1048576]" in again
 
 
 def test_version():

@@ -24,8 +24,8 @@ from tests.cli.test_async import processes, running, until
 ROWS = 800
 PROMPTS = [f"prompt {i:04}" for i in range(ROWS)]
 FILLER = "x" * 2000  # so many bytes that the reader is in the middle of the file
-FAST = ("--max-tokens", 3, "--ignore-eos", "--max-num-seqs", 8, "--dtype", "float32", "--no-plan")
-FAST += ("--temperature", 1)
+FAST = ("--max-tokens", 3, "--ignore-eos", "--max-num-seqs", 8, "--dtype", "float32")
+FAST += ("--temperature", 1, "--no-reorder")
 Rows = list[dict[str, Any]]
 
 

@@ -50,7 +50,7 @@ def test_the_plan_of_a_job_is_what_it_does(batchrun: CommandLine) -> None:
 def test_a_plan_without_planning(batchrun: CommandLine) -> None:
     source = batchrun.write("in.jsonl", PROMPTS[:20] * 2)
     model = ("--model", batchrun.model, "--max-tokens", 4)
-    plain = batchrun("plan", source, *model, "--no-plan", "--json").json
+    plain = batchrun("plan", source, *model, "--no-reorder", "--json").json
     assert plain["duplicates"] == {"rows": 0, "tokens": 0}
     assert plain["saved"] == {"prompt_tokens": 0, "steps": 0}
     alone = batchrun("plan", source, *model, "--no-share-prefixes", "--json").json

@@ -98,6 +98,7 @@ def sample(option: Option) -> tuple[str, Any]:
         kinds.DEVICE: ("cpu",) * 2,
         kinds.DEVICES: ("cpu:2",) * 2,
         kinds.TEXT: ("some text",) * 2,
+        kinds.TEXT_OR_FILE: ("some text",) * 2,
         kinds.LABEL: ("a=b",) * 2,
     }
     by_name: dict[str, tuple[str, Any]] = {

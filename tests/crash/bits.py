@@ -35,7 +35,8 @@ from jsonschema import Draft202012Validator
 from batchrun.engine.cpu import compile as compiled
 from batchrun.jobs import folder
 from batchrun.jobs.folder import JobFolder
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.models.resolve import ModelRef, resolve
@@ -167,7 +168,7 @@ runtimes = st.builds(
     page_size=st.sampled_from([4096, 65536]),
     share_prefixes=st.booleans(),
     drafts=st.booleans(),
-    plan=st.booleans(),
+    reorder=st.booleans(),
 )
 ways = st.builds(
     Way,

@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 
 from batchrun.jobs import folder
 from batchrun.jobs.folder import JobFolder
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 from batchrun.models.resolve import fingerprint

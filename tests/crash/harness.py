@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 from batchrun.engine.core import Request
 from batchrun.jobs import folder
 from batchrun.jobs.folder import JobFolder
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import DEFAULT_MODEL, ModelRef, resolve
 from batchrun.runner import job_run, opening, writer

@@ -27,7 +27,8 @@ from batchrun.fleet.messages import (
 )
 from batchrun.fleet.processes import Workers
 from batchrun.jobs.metrics import recorded
-from batchrun.jobs.options import ModelSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 
 

@@ -27,7 +27,8 @@ from batchrun.fleet.messages import (
     Work,
 )
 from batchrun.fleet.processes import Processes, Workers
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 from batchrun.models.resolve import fingerprint
 from batchrun.runner.planner import Waiting

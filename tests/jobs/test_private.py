@@ -244,7 +244,8 @@ import os, shutil, signal, sys
 from dataclasses import replace
 from pathlib import Path
 from jobs import folder
-from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, RuntimeSpec, SamplingSpec
+from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 home, job, moment = Path(sys.argv[1]), folder.JobFolder(Path(sys.argv[2])), sys.argv[3]
 def die(*_, **__):

@@ -77,6 +77,19 @@ def test_first_come_first_served_whoever_is_killed(waiters):
     assert e.ahead() == str([c.pid, d.pid])
 
 
+def test_who_waits_knows_which_jobs_are_ahead(tmp_path):
+    with (
+        DeviceQueue(tmp_path, "cpu", "first-job") as first,
+        DeviceQueue(tmp_path, "cpu") as second,
+        DeviceQueue(tmp_path, "cpu", "third-job") as third,
+    ):
+        assert first.jobs_ahead() == []
+        assert second.jobs_ahead() == ["first-job"]
+        assert third.jobs_ahead() == ["first-job", ""]
+        (tmp_path / "queue" / "cpu" / "1").write_text("12.5 ")
+        assert third.ahead() == [0, os.getpid()]
+
+
 def test_places_of_the_killed_go_and_those_of_the_living_stay(waiters, tmp_path):
     first, second, third = (waiters() for _ in range(3))
     for killed in (first, third):

@@ -9,7 +9,8 @@ import pytest
 from batchrun.jobs.errors import InputError, JobError, SpecDamaged
 from batchrun.jobs.files import read_json, write_json
 from batchrun.jobs.identity import changes
-from batchrun.jobs.options import PromptSpec, RuntimeSpec
+from batchrun.jobs.options import PromptSpec
+from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import InputFile, JobSpec
 
 
@@ -90,6 +91,7 @@ def test_a_name_that_is_missing_has_its_default_and_one_that_is_not_known_says_n
     data = read_json(path)
     del data["keep"], data["sampling"]["top_p"], data["prompt"]["chat"]
     data |= {"later": 1, "model": {**data["model"], "later": 1}}
+    data["runtime"] = {**data["runtime"], "plan": False}  # a name of an earlier version
     write_json(path, data)
     assert JobSpec.load(tmp_path) == spec
     for part in ("prompt", "model", "sampling", "inputs"):

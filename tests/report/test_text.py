@@ -124,7 +124,7 @@ def summary():
         "51,234 prompt, 40,321 completion",
         "128 recomputed after 7 preemptions",
         "shared       9,876 prompt tokens",
-        "drafts       20,000 tokens guessed, 15,000 accepted (75%)",
+        "drafts       20,000 draft tokens, 15,000 accepted (75%)",
         "by position 81% 50%",
         "about 12.5 s saved by these",
         "403 completion tokens/s, 12.6 rows/s",
@@ -168,8 +168,8 @@ def test_forced_tokens_are_no_guesses(summary):
     assert "forced" not in render(summary)
     summary["tokens"] |= {"drafted": 10, "accepted": 5, "forced": 20}
     text = render(summary)
-    assert "10 tokens guessed, 5 accepted (50%)" in text
-    assert "forced       20 tokens to which the shape of the answer left no alternative" in text
+    assert "10 draft tokens, 5 accepted (50%)" in text
+    assert "forced       20 tokens that the structure of the output left no choice for" in text
 
 
 def test_draft_tokens_may_have_cost_more_than_they_saved(summary):

@@ -109,7 +109,7 @@ def draw(root: Path, models: list[Path], rng: random.Random, number: int) -> Wor
         options += ["--chat"] if rng.random() < 0.5 else ["--template", "Say {prompt} once more"]
     options += ["--stop", "e"] if not beams and rng.random() < 0.3 else []
     options += ["--ignore-eos"] if rng.random() < 0.5 else []
-    options += ["--no-plan"] if rng.random() < 0.3 else []
+    options += ["--no-reorder"] if rng.random() < 0.3 else []
     options += ["--no-share-prefixes"] if rng.random() < 0.2 else []
     options += ["--token-ids"] if rng.random() < 0.3 else []
     options += ["--max-num-seqs", rng.choice([3, 8, 32])]
