@@ -158,6 +158,21 @@ class Readings:
                 if sum(1 for _ in samples) == self.n:
                     yield row
 
+    def finished(self, rows: range | None = None, *, failed: bool = False) -> Iterator[int]:
+        """The rows that have a result, in order, streamed.
+
+        Args:
+            rows: Only those of these consecutive rows.
+            failed: Only those with a failed sample.
+        """
+        span = () if rows is None else (rows.start * self.n, rows.stop * self.n)
+        which = ["id >= ? AND id < ?"] * bool(span) + ["status = 'error'"] * failed
+        query = f"SELECT id FROM results {'WHERE ' * bool(which)}{' AND '.join(which)} ORDER BY id"
+        with self._errors("read"):
+            found = self._db.execute(query, span)
+            for row, _ in groupby(number // self.n for (number,) in found):
+                yield row
+
     def answering_runs(self) -> set[int]:
         """The runs that have answers here."""
         return {run for (run,) in self._all("SELECT DISTINCT run FROM results WHERE status = 'ok'")}

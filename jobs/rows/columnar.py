@@ -24,7 +24,7 @@ class ColumnarChunk:
         self.first, self.num_rows, self._batch = first, batch.num_rows, batch
 
     def rows(self) -> Iterator[Row]:
-        """The rows as Python values: see `Source.rows`."""
+        """See `Chunk.rows`."""
         names = self._batch.schema.names
         for index, values in enumerate(self._values(names, "strict"), self.first):
             if isinstance(values, str):

@@ -56,6 +56,9 @@ class Chunk(Protocol):
     first: int
     num_rows: int
 
+    def rows(self) -> Iterator[Row]:
+        """The rows as Python values: see `Source.rows`. A digest covers the chunk's columns."""
+
     def digests(self, columns: Sequence[str]) -> Sequence[int | None]:
         """The `digest` of each row, for these columns; None if unknown."""
 

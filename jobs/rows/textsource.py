@@ -220,6 +220,11 @@ class TextChunk:
         self.first, self.num_rows = first, len(records)
         self._source, self._records = source, records
 
+    def rows(self) -> Iterator[Row]:
+        """See `Chunk.rows`."""
+        for index, record in enumerate(self._records, self.first):
+            yield self._source.row(index, record)
+
     def digests(self, columns: Sequence[str]) -> list[int]:
         """See `Chunk.digests`: covers the whole record."""
         return [record.digest for record in self._records]
