@@ -107,7 +107,12 @@ def _room(folder: Path, what: str) -> AbstractContextManager[None]:
 
 
 def submit(
-    root: Path, spec: JobSpec, own: Path | None = None, *, again: bool = False
+    root: Path,
+    spec: JobSpec,
+    own: Path | None = None,
+    *,
+    again: bool = False,
+    command: str | None = None,
 ) -> supervisor.Started:
     """Make a job and start it, while nobody else submits or resumes one.
 
@@ -116,6 +121,7 @@ def submit(
         spec: The job.
         own: An input to move into its folder.
         again: Do so even if another job does the same work.
+        command: What asks for it, to be remembered.
 
     Raises:
         MachineError: This is not Linux.
@@ -125,7 +131,7 @@ def submit(
     with one_at_a_time(root):
         sweep(root)
         check_free(root, spec, again=again)
-        return _start(create(root, spec, own))
+        return _start(create(root, spec, own, command))
 
 
 def resume(

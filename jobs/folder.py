@@ -20,7 +20,7 @@ from batchrun import platforms
 from batchrun.jobs import files, queue
 from batchrun.jobs.errors import ROOM, JobError, JobNotFound, JournalError, OutputError, SpecDamaged
 from batchrun.jobs.identity import load_limits, load_places
-from batchrun.jobs.journal.journal import STATE, Journal
+from batchrun.jobs.journal.journal import COMMAND, STATE, Journal
 from batchrun.jobs.journal.results import Counts
 from batchrun.jobs.journal.schema import NAME
 from batchrun.jobs.lease import CANCEL, Lease, held_by
@@ -260,13 +260,16 @@ class JobFolder:
         )
 
 
-def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
+def create(
+    root: Path, spec: JobSpec, own: Path | None = None, command: str | None = None
+) -> JobFolder:
     """Make a job's folder: whole and durable on return, or absent.
 
     Args:
         root: What `home()` returns.
         spec: The job.
         own: An input to move into the folder.
+        command: What submits it, to be remembered.
 
     Raises:
         OutputError: It can't be made.
@@ -282,7 +285,8 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
                 own.rename(building / kept)
                 spec = spec.at({str(own): kept})
             spec.save(building)
-            Journal.create(building, {"spec": asdict(spec)})
+            told = {} if command is None else {COMMAND: command}
+            Journal.create(building, {"spec": asdict(spec), **told})
             JobFolder(building).set_state("new")
             files.fsync_directory(building)
             building = _rename_to_new_id(building, spec)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1530,
+    "batchrun": 1595,
     "batchrun/cli": 1830,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
@@ -30,7 +30,7 @@ CEILINGS = {
     "batchrun/report": 180,
     "batchrun/runner": 2705,
     "jobs": 2290,
-    "jobs/journal": 790,
+    "jobs/journal": 805,
     "jobs/output": 1270,
     "jobs/rows": 2230,
 }

@@ -17,7 +17,7 @@ import click
 from batchrun.cli.errors import STATUS, ExitStatus, print_error
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
 from batchrun.cli.moved import moved_option, note_moved
-from batchrun.cli.options import SectionCommand, job_options, section_option
+from batchrun.cli.options import ARGUMENTS, SectionCommand, job_options, section_option
 from batchrun.cli.piped import hand_out, taken_in
 from batchrun.cli.progress import View
 from batchrun.jobs.errors import JobError, LeaseHeld
@@ -29,6 +29,7 @@ from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.machine import importing
 from batchrun.platforms import need_linux
+from batchrun.provenance import command_line
 from batchrun.report.text import seconds
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import LogTail, read_progress
@@ -90,7 +91,8 @@ def submit_command(
         if dry_run:
             _dry_run(root, spec, again=again, as_json=as_json)
             return 0
-        started = submit(root, spec, own, again=again)
+        told = command_line(click.get_current_context().meta[ARGUMENTS])
+        started = submit(root, spec, own, again=again, command=told)
     return _attached(started, LogTail(started.job.path), as_json=as_json, wait=wait)
 
 

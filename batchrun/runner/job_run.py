@@ -48,6 +48,7 @@ from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import write_summary
 from batchrun.models.resolve import fingerprint
 from batchrun.objectstore.paths import location
+from batchrun.provenance import setup
 from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.engine_loop import EngineLoop
 from batchrun.runner.figures import RunFigures
@@ -155,7 +156,9 @@ class _Run:
                 total = total if spec.limit is None else min(total, spec.limit)
                 journal.set_meta("rows_total", total)
             self._total = int(total)
-            self._number = journal.begin_run()  # from here on, no earlier run can add results
+            self._number = journal.begin_run(
+                setup()
+            )  # from here on, no earlier run can add results
             self._done = journal.done()
             self._begun = journal.partials()
             self._crashes = journal.crash_counts()

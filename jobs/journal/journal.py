@@ -11,7 +11,7 @@ import json
 import math
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from batchrun.jobs.journal.schema import KEYS, NAME, SEALS, TABLES, connect, sea
 from batchrun.jobs.lease import Lease
 
 READ = "columns_read"  # key in `meta`: the columns that rows' digests cover
+COMMAND = "command"  # what submitted the job; older jobs have none
+SETUP = "setup of run {}"  # what it ran with and on; older ones have none
 STATE = "state.json"  # a journal's summary for `list`, valid until somebody writes to it
 
 _CHECKPOINT_BYTES = 4 << 20  # of results, before they move from the log into the database
@@ -56,6 +58,7 @@ _REMOVE["runs"] = (
     "UPDATE runs SET started_at = (julianday('now') - 2440587.5) * 86400, ended_at = NULL, "
     "state = 'interrupted', stats = '{}', reason = NULL, crc = NULL WHERE id = ?"
 )
+_NOTE = "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)"
 _SEAL_RUN = f"UPDATE runs SET crc = {SEALS['runs']} WHERE id = ?"
 
 
@@ -91,14 +94,20 @@ class Journal(Readings):
 
     create = staticmethod(schema.create)
 
-    def begin_run(self) -> int:
+    def begin_run(self, setup: Mapping[str, Any] | None = None) -> int:
         """Begin a run; its results carry the returned number.
 
         From then on every earlier run is fenced off.
+
+        Args:
+            setup: What it runs with and on, to be remembered.
         """
         with self._transaction():
             cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
             self._db.execute(_SEAL_RUN, (cursor.lastrowid,))
+            if setup is not None:
+                note = sealed(SETUP.format(cursor.lastrowid), json.dumps(setup))
+                self._db.execute(_NOTE, note)
             # The job's creator may have failed to make its name durable.
             for folder in self.path.parent.absolute().parents[:3]:
                 with suppress(PermissionError):
@@ -246,8 +255,7 @@ class Journal(Readings):
     def set_meta(self, key: str, value: Any) -> None:
         """Remember a small JSON value."""
         with self._write(any_run=True):
-            note = sealed(key, json.dumps(value))
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", note)
+            self._db.execute(_NOTE, sealed(key, json.dumps(value)))
 
     def close(self) -> None:
         """Close the connection; everything written is durable already.
