@@ -27,7 +27,7 @@ CEILINGS = {
     "batchrun/models": 1175,
     "batchrun/objectstore": 355,
     "batchrun/prompts": 1150,
-    "batchrun/report": 180,
+    "batchrun/report": 205,
     "batchrun/runner": 2705,
     "jobs": 2290,
     "jobs/journal": 805,
