@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "allocator": 1440,
     "batchrun": 1595,
-    "batchrun/cli": 1830,
+    "batchrun/cli": 1890,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
@@ -27,10 +27,10 @@ CEILINGS = {
     "batchrun/models": 1175,
     "batchrun/objectstore": 355,
     "batchrun/prompts": 1150,
-    "batchrun/report": 205,
+    "batchrun/report": 760,
     "batchrun/runner": 2705,
     "jobs": 2290,
-    "jobs/journal": 805,
+    "jobs/journal": 845,
     "jobs/output": 1270,
     "jobs/rows": 2230,
 }

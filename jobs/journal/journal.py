@@ -19,7 +19,8 @@ from typing import Any
 from batchrun.jobs.errors import Fenced, JournalError
 from batchrun.jobs.files import fsync_directory, remove
 from batchrun.jobs.journal import schema
-from batchrun.jobs.journal.readings import CONDEMNED, Readings
+from batchrun.jobs.journal.overview import Overview
+from batchrun.jobs.journal.readings import CONDEMNED
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result, packed
 from batchrun.jobs.journal.samples import Samples
 from batchrun.jobs.journal.schema import KEYS, NAME, SEALS, TABLES, connect, sealed, transaction
@@ -62,7 +63,7 @@ _NOTE = "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)"
 _SEAL_RUN = f"UPDATE runs SET crc = {SEALS['runs']} WHERE id = ?"
 
 
-class Journal(Readings):
+class Journal(Overview):
     """Open journal of one job.
 
     Args:
