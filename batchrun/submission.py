@@ -107,12 +107,7 @@ def _room(folder: Path, what: str) -> AbstractContextManager[None]:
 
 
 def submit(
-    root: Path,
-    spec: JobSpec,
-    own: Path | None = None,
-    *,
-    again: bool = False,
-    command: str | None = None,
+    root: Path, spec: JobSpec, own: Path | None = None, *, again: bool = False, command: str = ""
 ) -> supervisor.Started:
     """Make a job and start it, while nobody else submits or resumes one.
 
@@ -131,7 +126,7 @@ def submit(
     with one_at_a_time(root):
         sweep(root)
         check_free(root, spec, again=again)
-        return _start(create(root, spec, own, command))
+        return _start(create(root, spec, own, command or None))
 
 
 def resume(

@@ -20,9 +20,9 @@ from batchrun import platforms
 from batchrun.jobs import files, queue
 from batchrun.jobs.errors import ROOM, JobError, JobNotFound, JournalError, OutputError, SpecDamaged
 from batchrun.jobs.identity import load_limits, load_places
-from batchrun.jobs.journal.journal import COMMAND, STATE, Journal
+from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
-from batchrun.jobs.journal.schema import NAME
+from batchrun.jobs.journal.schema import COMMAND, NAME
 from batchrun.jobs.lease import CANCEL, Lease, held_by
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words

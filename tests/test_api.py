@@ -19,7 +19,7 @@ import pytest
 from batchrun import LLM, Job, list_jobs, run, submit
 from batchrun.jobs import folder
 from batchrun.jobs.errors import InputError, JobError, JobNotFound, OptionError
-from batchrun.jobs.journal.journal import COMMAND
+from batchrun.jobs.journal.schema import COMMAND
 from batchrun.jobs.lease import Lease
 from batchrun.runner import reader
 from batchrun.runner.isolated import ReaderCrashed

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from batchrun import provenance
 from batchrun.cli.options import ARGUMENTS, SectionCommand
 from batchrun.jobs.folder import create
-from batchrun.jobs.journal.journal import COMMAND, SETUP
+from batchrun.jobs.journal.schema import COMMAND
 from batchrun.provenance import call, command_line, setup, without_secrets
 from tests.jobs.conftest import prompts, spec  # noqa: F401 - fixtures
 
@@ -80,14 +80,9 @@ def test_gpus_are_those_that_the_driver_names(tmp_path, monkeypatch):
     assert bare["versions"].keys() == {"batchrun", "python"}
 
 
-def test_a_job_remembers_its_command_and_each_run_its_setup(tmp_path, spec):  # noqa: F811
-    job = create(tmp_path, spec, command="batchrun submit x")
-    with job.journal(readonly=False) as journal:
-        journal.begin_run()
-        journal.begin_run({"cpu": "x"})
+def test_a_job_remembers_its_command(tmp_path, spec):  # noqa: F811
+    with create(tmp_path, spec, command="batchrun submit x").journal() as journal:
         assert journal.meta(COMMAND) == "batchrun submit x"
-        assert journal.meta(SETUP.format(1)) is None
-        assert journal.meta(SETUP.format(2)) == {"cpu": "x"}
         journal.check()
     with create(tmp_path, spec).journal() as journal:
         assert journal.meta(COMMAND) is None

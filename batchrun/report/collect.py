@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from batchrun.jobs.folder import JobFolder
-from batchrun.jobs.journal.journal import COMMAND, SETUP, Journal
+from batchrun.jobs.journal.journal import Journal
+from batchrun.jobs.journal.schema import COMMAND, SETUP
 from batchrun.jobs.stats import summarise
 from batchrun.report.timeline import timeline
 

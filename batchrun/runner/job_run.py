@@ -39,6 +39,7 @@ from batchrun.jobs.identity import check_unchanged, grown
 from batchrun.jobs.inflight import InFlightRows, ReaderNote
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Result
+from batchrun.jobs.journal.schema import SETUP
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import Claim
 from batchrun.jobs.output.rejoin import export_job
@@ -156,9 +157,8 @@ class _Run:
                 total = total if spec.limit is None else min(total, spec.limit)
                 journal.set_meta("rows_total", total)
             self._total = int(total)
-            self._number = journal.begin_run(
-                setup()
-            )  # from here on, no earlier run can add results
+            self._number = journal.begin_run()  # from here on, no earlier run can add results
+            journal.set_meta(SETUP.format(self._number), setup())
             self._done = journal.done()
             self._begun = journal.partials()
             self._crashes = journal.crash_counts()

@@ -8,10 +8,8 @@ fencing token: once a later run exists, it can't write any more.
 from __future__ import annotations
 
 import json
-import math
 import time
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,6 @@ from batchrun.jobs.journal.schema import KEYS, NAME, SEALS, TABLES, connect, sea
 from batchrun.jobs.lease import Lease
 
 READ = "columns_read"  # key in `meta`: the columns that rows' digests cover
-COMMAND = "command"  # what submitted the job; older jobs have none
-SETUP = "setup of run {}"  # what it ran with and on; older ones have none
 STATE = "state.json"  # a journal's summary for `list`, valid until somebody writes to it
 
 _CHECKPOINT_BYTES = 4 << 20  # of results, before they move from the log into the database
@@ -59,7 +55,6 @@ _REMOVE["runs"] = (
     "UPDATE runs SET started_at = (julianday('now') - 2440587.5) * 86400, ended_at = NULL, "
     "state = 'interrupted', stats = '{}', reason = NULL, crc = NULL WHERE id = ?"
 )
-_NOTE = "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)"
 _SEAL_RUN = f"UPDATE runs SET crc = {SEALS['runs']} WHERE id = ?"
 
 
@@ -95,20 +90,14 @@ class Journal(Overview):
 
     create = staticmethod(schema.create)
 
-    def begin_run(self, setup: Mapping[str, Any] | None = None) -> int:
+    def begin_run(self) -> int:
         """Begin a run; its results carry the returned number.
 
         From then on every earlier run is fenced off.
-
-        Args:
-            setup: What it runs with and on, to be remembered.
         """
         with self._transaction():
             cursor = self._db.execute("INSERT INTO runs (started_at) VALUES (?)", (time.time(),))
             self._db.execute(_SEAL_RUN, (cursor.lastrowid,))
-            if setup is not None:
-                note = sealed(SETUP.format(cursor.lastrowid), json.dumps(setup))
-                self._db.execute(_NOTE, note)
             # The job's creator may have failed to make its name durable.
             for folder in self.path.parent.absolute().parents[:3]:
                 with suppress(PermissionError):
@@ -150,7 +139,12 @@ class Journal(Overview):
         copied = [result for result in results if isinstance(result, CopiedResult)]
         copies = [(self._number(c), c.of_row * self.n + c.of_sample, run) for c in copied]
         kept = [
-            sealed(self._number(p), _int32(p.token_ids), _real(p.logprob), packed(p.logprobs))
+            sealed(
+                self._number(p),
+                schema.int32(p.token_ids),
+                schema.real(p.logprob),
+                packed(p.logprobs),
+            )
             for p in partials
         ]
         seen = [sealed(*digest) for digest in digests]
@@ -181,7 +175,7 @@ class Journal(Overview):
             Fenced: A later run has the job.
         """
         with self._write():
-            how = {"state": state, "stats": json.dumps(stats), "reason": _storable(reason)}
+            how = {"state": state, "stats": json.dumps(stats), "reason": schema.storable(reason)}
             self._set_run(self._run, ended_at=time.time(), **how)
 
     def retry_failed(self) -> int:
@@ -256,7 +250,8 @@ class Journal(Overview):
     def set_meta(self, key: str, value: Any) -> None:
         """Remember a small JSON value."""
         with self._write(any_run=True):
-            self._db.execute(_NOTE, sealed(key, json.dumps(value)))
+            note = sealed(key, json.dumps(value))
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", note)
 
     def close(self) -> None:
         """Close the connection; everything written is durable already.
@@ -273,11 +268,15 @@ class Journal(Overview):
     def _record(self, result: Result) -> tuple[Any, ...]:
         """A result as it is stored."""
         return sealed(
-            *(self._number(result), result.status, result.text, _int32(result.token_ids)),
+            *(self._number(result), result.status, result.text, schema.int32(result.token_ids)),
             *(result.finish_reason, result.prompt_tokens, result.completion_tokens),
-            *(_storable(result.error), result.error_kind),
-            *(_real(result.queue_s), _real(result.prefill_s), _real(result.decode_s)),
-            *(self._run, _real(result.logprob), packed(result.logprobs)),
+            *(schema.storable(result.error), result.error_kind),
+            *(
+                schema.real(result.queue_s),
+                schema.real(result.prefill_s),
+                schema.real(result.decode_s),
+            ),
+            *(self._run, schema.real(result.logprob), packed(result.logprobs)),
             result.scores and result.scores.packed(),
         )
 
@@ -343,17 +342,3 @@ class Journal(Overview):
                 self._db.close()
         self._writer = False
         self._db.close()
-
-
-def _int32(tokens: Iterable[int]) -> bytes:
-    return array("i", tokens).tobytes()
-
-
-def _real(value: float | None) -> float | None:
-    """A number as SQLite returns it: SQLite has no NaN."""
-    return None if value is None or math.isnan(value) else float(value)
-
-
-def _storable(text: str | None) -> str | None:
-    """Text without lone surrogates, which file names may contain and SQLite refuses."""
-    return text and text.encode(errors="backslashreplace").decode()

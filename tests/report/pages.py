@@ -7,6 +7,7 @@ from typing import Any
 
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.journal.results import Result
+from batchrun.jobs.journal.schema import SETUP
 from batchrun.jobs.metrics import recorded
 from batchrun.jobs.rows.source import open_source
 
@@ -102,17 +103,10 @@ def run(
     spec = job.spec()
     source = open_source(spec.parts, spec.input_format)
     with job.journal(readonly=False) as journal:
-        journal.begin_run(
-            {
-                "cpu": "a processor",
-                "cores": 2,
-                "memory": GIB,
-                "gpus": [],
-                "versions": {"batchrun": "1.2.3"},
-                "driver": None,
-                "system": "Linux",
-            }
-        )
+        number = journal.begin_run()
+        setup = {"versions": {"batchrun": "1.2.3"}, "cpu": "a processor", "cores": 2}
+        setup |= {"memory": GIB, "gpus": [], "driver": None, "system": "Linux"}
+        journal.set_meta(SETUP.format(number), setup)
         journal.set_meta("rows_total", source.count())
         journal.set_meta("columns_read", ["prompt"])
         known = set(journal.digests(0, 1000))
