@@ -71,7 +71,7 @@ def test_nothing_but_batchrun_lands_in_site_packages(wheel: Path) -> None:
     packed = {name for name in names if name.startswith("batchrun/")}
     sources = {
         path.relative_to(ROOT).as_posix()
-        for suffix in ("*.py", "*.cpp", "*.h", "*.css", "*.html")
+        for suffix in ("*.py", "*.cpp", "*.h", "*.css", "*.html", "py.typed")
         for folder in ("batchrun", "batchrun/allocator", "batchrun/jobs")
         for path in [*(ROOT / folder).glob(suffix), *(ROOT / folder).glob(f"*/**/{suffix}")]
     }
