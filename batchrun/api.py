@@ -33,6 +33,7 @@ from batchrun.jobs.stats import summarise
 from batchrun.objectstore.paths import Location, location
 from batchrun.options import PIPE
 from batchrun.platforms import need_linux
+from batchrun.provenance import call
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import Progress, read_progress
 from batchrun.specs import modelless_spec, read_options, with_model
@@ -280,6 +281,8 @@ def submit(
     with ExitStack() as stack:
         own = None
         rows, paths = _rows_or_paths(inputs)
+        given = {"model": model, "output": output, "again": again or None, **options}
+        command = call(paths if rows is None else len(rows), given)
         if rows is not None:
             own = stack.enter_context(_kept(root, rows))
             paths, output = [os.fspath(own)], PIPE if output is None else output
@@ -294,7 +297,7 @@ def submit(
         for line in said:
             log(line)
         spec = with_model(spec, root, log, chats=chats)
-        started = submission.submit(root, spec, own, again=again)
+        started = submission.submit(root, spec, own, again=again, command=command)
     return Job(started.job, started)
 
 

@@ -16,13 +16,14 @@ import pyarrow as pa
 from batchrun import platforms
 from batchrun.jobs.errors import ROOM, InputError, JobError, OptionError, OutputError, refused
 from batchrun.jobs.fleet import check_fleet
-from batchrun.jobs.folder import JobFolder, create, find_same, sweep
+from batchrun.jobs.folder import JobFolder, create, find_same
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import check_apart, one_at_a_time, resuming
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.jsonable import json_values
 from batchrun.jobs.snapshot import WAITING
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
+from batchrun.jobs.sweep import sweep
 from batchrun.objectstore.paths import location
 from batchrun.runner import supervisor
 from batchrun.runner.live import publish_start
@@ -108,7 +109,7 @@ def _room(folder: Path, what: str) -> AbstractContextManager[None]:
 
 
 def submit(
-    root: Path, spec: JobSpec, own: Path | None = None, *, again: bool = False
+    root: Path, spec: JobSpec, own: Path | None = None, *, again: bool = False, command: str = ""
 ) -> supervisor.Started:
     """Make a job and start it, while nobody else submits or resumes one.
 
@@ -117,6 +118,7 @@ def submit(
         spec: The job.
         own: An input to move into its folder.
         again: Do so even if another job does the same work.
+        command: What asks for it, to be remembered.
 
     Raises:
         MachineError: This is not Linux.
@@ -126,7 +128,7 @@ def submit(
     with one_at_a_time(root):
         sweep(root)
         check_free(root, spec, again=again)
-        return _start(create(root, spec, own))
+        return _start(create(root, spec, own, command or None))
 
 
 def resume(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchrun import platforms
-from batchrun.jobs import files, queue
+from batchrun.jobs import files
 from batchrun.jobs.errors import (
     ROOM,
     JobError,
@@ -27,7 +26,7 @@ from batchrun.jobs.errors import (
 from batchrun.jobs.identity import load_limits, load_places
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
-from batchrun.jobs.journal.schema import NAME
+from batchrun.jobs.journal.schema import COMMAND, NAME
 from batchrun.jobs.lease import CANCEL, Lease, held_by
 from batchrun.jobs.naming import matching, new_id
 from batchrun.jobs.output.store import OUTPUTS
@@ -278,13 +277,16 @@ class JobFolder:
         )
 
 
-def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
+def create(
+    root: Path, spec: JobSpec, own: Path | None = None, command: str | None = None
+) -> JobFolder:
     """Make a job's folder: whole and durable on return, or absent.
 
     Args:
         root: What `home()` returns.
         spec: The job.
         own: An input to move into the folder.
+        command: What submits it, to be remembered.
 
     Raises:
         OutputError: It can't be made.
@@ -300,7 +302,8 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
                 own.rename(building / kept)
                 spec = spec.at({str(own): kept})
             spec.save(building)
-            Journal.create(building, {"spec": asdict(spec)})
+            told = {} if command is None else {COMMAND: command}
+            Journal.create(building, {"spec": asdict(spec), **told})
             JobFolder(building).set_state("new")
             files.fsync_directory(building)
             building = _rename_to_new_id(building, spec)
@@ -312,18 +315,6 @@ def create(root: Path, spec: JobSpec, own: Path | None = None) -> JobFolder:
         cause = cause_of(error, folder) if isinstance(error, OSError) else error
         raise OutputError(f"no job folder can be made in {folder}: {cause}", hint=ROOM) from error
     return JobFolder(building)
-
-
-def sweep(root: Path) -> None:
-    """Remove what killed processes left: half-made or half-removed jobs, and queue places.
-
-    Call it while nobody submits: under `batchrun.jobs.output.destination.one_at_a_time`.
-    """
-    queue.sweep(root)
-    folder = root / "jobs"
-    for name in glob.glob(".????????.tmp", root_dir=folder):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    files.remove_unlocked(folder, ".stdin-????????.*")
 
 
 def _rename_to_new_id(building: Path, spec: JobSpec) -> Path:

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun import LLM, Job, list_jobs, run, submit
+from batchrun.jobs import folder
 from batchrun.jobs.errors import InputError, JobError, JobNotFound, OptionError
+from batchrun.jobs.journal.schema import COMMAND
 from batchrun.jobs.lease import Lease
 from batchrun.runner import reader
 from batchrun.runner.isolated import ReaderCrashed
@@ -58,6 +60,9 @@ def test_a_job_of_rows_in_memory_comes_to_its_end(model: str, home: Path) -> Non
     assert job.wait(600) is job
     assert job.state == "done"
     assert job.stats()["rows"]["done"] == len(rows)
+    with folder.find(home, job.id).journal() as journal:
+        called = f"batchrun.submit(<4 rows>, model={model!r}, dtype='float32')"
+        assert journal.meta(COMMAND) == called
     found = list(job.rows())
     assert [row["id"] for row in found] == [0, 1, 2, 3]
     assert all(row["completion_tokens"] <= 2 + row["id"] for row in found)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1565,
-    "batchrun/cli": 2590,
+    "batchrun": 1625,
+    "batchrun/cli": 2685,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
@@ -27,10 +27,10 @@ CEILINGS = {
     "batchrun/models": 1195,
     "batchrun/objectstore": 355,
     "batchrun/prompts": 1175,
-    "batchrun/report": 180,
+    "batchrun/report": 765,
     "batchrun/runner": 2900,
     "jobs": 2470,
-    "jobs/journal": 815,
+    "jobs/journal": 860,
     "jobs/output": 1290,
     "jobs/rows": 2245,
 }

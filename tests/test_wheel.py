@@ -71,7 +71,7 @@ def test_nothing_but_batchrun_lands_in_site_packages(wheel: Path) -> None:
     packed = {name for name in names if name.startswith("batchrun/")}
     sources = {
         path.relative_to(ROOT).as_posix()
-        for suffix in ("*.py", "*.cpp", "*.h")
+        for suffix in ("*.py", "*.cpp", "*.h", "*.css", "*.html", "py.typed")
         for folder in ("batchrun", "batchrun/allocator", "batchrun/jobs")
         for path in [*(ROOT / folder).glob(suffix), *(ROOT / folder).glob(f"*/**/{suffix}")]
     }
@@ -88,6 +88,7 @@ def test_a_job_runs_from_another_folder(environment: Path, tmp_path: Path) -> No
     command, home = environment / "bin/batchrun", str(tmp_path / "home")
     run(command, "submit", "in.jsonl", *options, cwd=tmp_path, BATCHRUN_HOME=home)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert "<!doctype html>" in run(command, "report", "-o", "-", cwd=tmp_path, BATCHRUN_HOME=home)
     assert [(row["prompt"], row["completion_tokens"]) for row in rows] == [("one", 2), ("two", 2)]
     shown = run(command, "stats", "--json", cwd=tmp_path, BATCHRUN_HOME=home)
     assert json.loads(shown)["rows"]["done"] == 2

@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": ("batchrun.cli.plan", "Estimate what a job would take, before the model is loaded."),
     "resume": ("batchrun.cli.run", "Continue a job that was stopped."),
     "stats": ("batchrun.cli.inspect", "Show where a job's rows, time and memory went."),
+    "report": ("batchrun.cli.report", "Write a page about a job."),
     "watch": ("batchrun.cli.run", "Watch a job until it ends."),
     "logs": ("batchrun.cli.control", "Print a job's log."),
     "cancel": ("batchrun.cli.control", "Stop a job."),

@@ -42,6 +42,7 @@ from batchrun.terminal import tell
 _SOURCES = "batchrun.sources"  # of the values that files set, in a context's `meta`
 _PARAMS = {"json": "as_json"}  # names that Python has for something else
 _PATHS = ("model", "draft_model", "output")  # options whose values may be paths
+ARGUMENTS = "batchrun.arguments"  # key in `click.Context.meta`
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -169,7 +170,8 @@ class SectionCommand(click.Command):
         self.configured = configured
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses them, over what variables and files say."""
+        """Parses them, over what variables and files say; keeps them as typed in `ctx.meta`."""
+        ctx.meta[ARGUMENTS] = (ctx.info_name, *args)
         if self.configured is not None or ctx.resilient_parsing:
             return super().parse_args(ctx, args)
         given, _, params = self.make_parser(ctx).parse_args([*args])

@@ -74,5 +74,14 @@ def hand_out(path: Path) -> None:
         BrokenPipeError: Its reader is gone.
     """
     with path.open("rb") as file:
-        shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
+        pour(file)
+
+
+def pour(data: BinaryIO) -> None:
+    """Write data to stdout as they are.
+
+    Raises:
+        BrokenPipeError: Its reader is gone.
+    """
+    shutil.copyfileobj(data, sys.stdout.buffer, 1 << 20)
     sys.stdout.buffer.flush()

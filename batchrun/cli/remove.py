@@ -17,10 +17,11 @@ from batchrun.cli.inspect import json_option
 from batchrun.cli.jobnames import JOB
 from batchrun.cli.listing import state_option
 from batchrun.jobs.errors import JobError
-from batchrun.jobs.folder import JobFolder, find, home, list_jobs, sweep
+from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.output.destination import one_at_a_time
 from batchrun.jobs.snapshot import FINISHED, WAITING
+from batchrun.jobs.sweep import sweep
 from batchrun.report.text import size
 from batchrun.terminal import MESSAGE, printable, say, say_json, tell
 

@@ -19,7 +19,13 @@ from batchrun.cli.in_force import as_fields, in_force
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
 from batchrun.cli.jobnames import files
 from batchrun.cli.moved import moved_option, note_moved
-from batchrun.cli.options import SectionCommand, job_options, section_option, sources
+from batchrun.cli.options import (
+    ARGUMENTS,
+    SectionCommand,
+    job_options,
+    section_option,
+    sources,
+)
 from batchrun.cli.outcome import as_lines, of_answers, of_rows
 from batchrun.cli.progress import View
 from batchrun.jobs.errors import JobError, LeaseHeld
@@ -41,6 +47,7 @@ from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.machine import importing
 from batchrun.platforms import need_linux
+from batchrun.provenance import command_line
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import STORY, LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
@@ -108,7 +115,8 @@ def submit_command(
         if dry_run:
             _dry_run(root, spec, again=again, as_json=as_json)
             return 0
-        started = submit(root, spec, own, again=again)
+        told = command_line(click.get_current_context().meta[ARGUMENTS])
+        started = submit(root, spec, own, again=again, command=told)
     return _attached(started, LogTail(started.job.path), as_json=as_json, wait=wait)
 
 

@@ -1,21 +1,36 @@
-"""`batchrun stats` as text: where the rows, the time and the memory went.
+"""The figures of a job as text: where the rows, the time and the memory went.
 
-Figures are measured while the job runs. Two need explaining, in the report as well: the time of a
-step that mixes prefill and decode is split by token count; "static" and "paged" are what those two
-ways of allocating would have held for the very same sequences at the same moments.
+`batchrun stats` shows them line by line, the page of `batchrun report` in its tables. Figures are
+measured while the job runs. Two need explaining: the time of a step that mixes prefill and decode
+is split by token count; "static" and "paged" are what those two ways of allocating would have held
+for the very same sequences at the same moments.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchrun.jobs.metrics import METRICS
 from batchrun.terminal import printable
 
 Cells = tuple[str, ...]
+_LABEL = 11  # characters of a line's label, which two spaces follow
+
+
+class Section(NamedTuple):
+    """Figures that belong together, in lines of cells; nothing in them is escaped.
+
+    `table` says that the first line has the columns' names. Else a line has a label, which is empty
+    where the line above goes on, and a figure; a third cell says what that one is.
+    """
+
+    name: str
+    lines: list[Cells]
+    table: bool = False
+
 
 # Lines with placeholders for figures; a line with a ? is left out if all of its figures are 0.
 _TOKENS = """\
@@ -62,7 +77,25 @@ def render(summary: Mapping[str, Any]) -> str:
     Raises:
         KeyError: `summary` lacks a figure of its documented schema.
     """
-    figures = dict(_figures(summary))
+    head = f"job {summary['job']}: {summary['state']}, {circumstances(summary)}"
+    return "\n\n".join([printable(head), *map(_aligned, sections(summary))])
+
+
+def circumstances(summary: Mapping[str, Any]) -> str:
+    """A job's model and device, and how often it was continued."""
+    told = f"model {summary['model']}"
+    told += f" on {summary['device']}" if summary["device"] else ""
+    told += f" ({summary['attention']})" if summary["attention"] else ""
+    return told + (f", {summary['runs']} runs" if summary["runs"] > 1 else "")
+
+
+def sections(summary: Mapping[str, Any]) -> list[Section]:
+    """All figures of a summary, in the order in which they are shown.
+
+    Raises:
+        KeyError: `summary` lacks a figure of its documented schema.
+    """
+    figures = dict(flat(summary))
     figures["drafts.shares"] = _by_position(figures["drafts.guessed"], figures["drafts.right"])
     saved = figures["drafts.saved_s"]
     figures["drafts.effect"] = (
@@ -71,29 +104,26 @@ def render(summary: Mapping[str, Any]) -> str:
         else ""
     )
     tokens = _TOKENS + _others("", "tokens", "batch", "duplicates", "saved")
-    sections = [_rows(summary), _filled(tokens, figures), _time(figures)]
+    found = [_rows(summary), _filled("tokens", tokens, figures), _time(figures)]
     if summary["devices"]:
-        sections.append(_devices(summary["devices"], figures["time.engine_s"]))
+        found.append(_devices(summary["devices"], figures["time.engine_s"]))
     if figures["batch.steps"]:
         busy = figures["device_time.busy_s"]
         figures["device_time"] = busy + figures["device_time.idle_s"]
         memory = f"{_PAGING}{_others('kv', 'device_time')}\n{_GPU if busy else _CPU}"
-        sections += [_kv(figures), _filled(memory, figures), _latency(summary["row_seconds"])]
-    head = f"job {summary['job']}: {summary['state']}, model {summary['model']}"
-    head += f" on {summary['device']}" if summary["device"] else ""
-    head += f" ({summary['attention']})" if summary["attention"] else ""
-    head += f", {summary['runs']} runs" if summary["runs"] > 1 else ""
-    return "\n\n".join([printable(head), *sections])
+        found += [_kv(figures), _filled("memory", memory, figures)]
+        found.append(_latency(summary["row_seconds"]))
+    return found
 
 
-def _rows(summary: Mapping[str, Any]) -> str:
+def _rows(summary: Mapping[str, Any]) -> Section:
     rows, reasons = summary["rows"], summary["finish_reasons"]
     total = "?" if rows["total"] is None else f"{rows['total']:,}"
     done = f"{rows['done']:,} of {total} done"
     words = {"failed": "failed", "skipped": "skipped", "remaining": "remaining"}
     for name, word in {**words, "resumed": "kept from earlier runs"}.items():
         done += f", {rows[name]:,} {word}" if rows.get(name) else ""
-    lines = [("rows", done)]
+    lines: list[Cells] = [("rows", done)]
     lines += [("", f"{count:,} failed: {kind}") for kind, count in rows["failed_by_reason"].items()]
     if summary["deterministic"] is not None:
         how = f"deterministic, computed with {summary['arithmetic']}"
@@ -105,28 +135,30 @@ def _rows(summary: Mapping[str, Any]) -> str:
     if reasons.get("length"):
         truncated = f"{reasons['length']:,} completions were cut off at --max-tokens"
         lines.append(("", f"note: {truncated} or the context length"))
-    return _table(lines)
+    return Section("rows", lines)
 
 
-def _figures(summary: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """All figures by metric key."""
+def flat(summary: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """All figures of a summary, by their keys: "section.name"."""
     for name, value in summary.items():
         if isinstance(value, Mapping):
-            yield from _figures(value, f"{section}{name}.")
+            yield from flat(value, f"{section}{name}.")
         else:
             yield section + name, value
 
 
-def _filled(template: str, figures: Mapping[str, Any]) -> str:
+def _filled(name: str, template: str, figures: Mapping[str, Any]) -> Section:
     """Fill in a template's lines; `{part/whole}` becomes a share in parentheses."""
-    lines = []
+    lines: list[Cells] = []
     for line in template.splitlines():
         if "?" not in line or any(figures[key] for key, whole in _FIGURE.findall(line)):
-            lines.append(_FIGURE.sub(lambda key: _written(figures, *key.groups()), line))
-    return "\n".join(lines).replace("?", " ")
+            told = _FIGURE.sub(lambda key: written(figures, *key.groups()), line[_LABEL + 2 :])
+            lines.append((line[:_LABEL].rstrip(" ?"), told))
+    return Section(name, lines)
 
 
-def _written(figures: Mapping[str, Any], key: str, whole: str | None) -> str:
+def written(figures: Mapping[str, Any], key: str, whole: str | None = None) -> str:
+    """A figure with its unit; with `whole`, its share of that one."""
     value, unit = figures[key], _UNIT_OF.get(key)
     if whole is not None:
         return _share(value, figures[whole])
@@ -134,28 +166,30 @@ def _written(figures: Mapping[str, Any], key: str, whole: str | None) -> str:
         return value
     if unit in {"s", "bytes"}:
         return seconds(value) if unit == "s" else size(value)
-    return f"{value:,}" if isinstance(value, int) else _rate(value)
+    return f"{value:,}" if isinstance(value, int) else rate(value)
 
 
 def _others(*sections: str) -> str:
     """Template lines for labelled figures of sections that consist of sentences otherwise."""
-    return "".join(f"\n           ? {{{key}}} {label}" for key, label in _labels(*sections))
+    return "".join(f"\n           ? {{{key}}} {label}" for key, label in labels(*sections))
 
 
-def _labels(*sections: str) -> list[tuple[str, str]]:
+def labels(*sections: str) -> list[tuple[str, str]]:
     """Keys and labels of the figures in `sections` that have a line of their own."""
     return [(m.key, m.label) for m in METRICS if m.label and m.key.rpartition(".")[0] in sections]
 
 
-def _time(figures: Mapping[str, Any]) -> str:
+def _time(figures: Mapping[str, Any]) -> Section:
     wall = figures["time.wall_s"]
-    lines = [("time", seconds(wall), "wall clock; reader, engine and journal run side by side")]
-    for key, label in _labels("time"):
+    lines: list[Cells] = [
+        ("time", seconds(wall), "wall clock; reader, engine and journal run side by side")
+    ]
+    for key, label in labels("time"):
         lines.append(("", seconds(figures[key]), f"{label}{_share(figures[key], wall)}"))
-    return _table(lines)
+    return Section("time", lines)
 
 
-def _devices(devices: Sequence[Mapping[str, Any]], engine_s: float) -> str:
+def _devices(devices: Sequence[Mapping[str, Any]], engine_s: float) -> Section:
     """A line for each device; those that were lost say why."""
     hosts = {device["host"] for device in devices if device["host"]}
     lines: list[Cells] = [("devices", "rows", "tokens", "idle", "load", "peak KV", "weights", "")]
@@ -166,20 +200,20 @@ def _devices(devices: Sequence[Mapping[str, Any]], engine_s: float) -> str:
         sizes = (size(device[name]) for name in ("peak_kv_mapped", "weights_bytes"))
         lost = "" if device["lost"] is None else f"lost: {device['lost']}"
         lines.append((f"  {where}", *counts, idle, seconds(device["load_s"]), *sizes, lost))
-    return _table(lines)
+    return Section("devices", lines, table=True)
 
 
-def _kv(figures: Mapping[str, Any]) -> str:
+def _kv(figures: Mapping[str, Any]) -> Section:
     shares = {"mapped": "utilisation", "static": "static_utilisation", "paged": "paged_utilisation"}
-    lines = [("KV memory", "average", "peak", "live share", "")]
-    for key, label in _labels("kv.peak"):
+    lines: list[Cells] = [("KV memory", "average", "peak", "live share", "")]
+    for key, label in labels("kv.peak"):
         name = key.removeprefix("kv.peak.")
         average, peak = figures[f"kv.time_averaged.{name}"], figures[key]
         share = figures[f"kv.{shares[name]}"] if name in shares else None
         if name != "shared" or peak:
             cells = ("-" if average is None else size(average), size(peak))
             lines.append((f"  {name}", *cells, "" if share is None else f"{share:.1%}", label))
-    return _table(lines)
+    return Section("kv", lines, table=True)
 
 
 def _by_position(guessed: Sequence[int], right: Sequence[int]) -> str:
@@ -188,27 +222,28 @@ def _by_position(guessed: Sequence[int], right: Sequence[int]) -> str:
     return " ".join(f"{share:.0%}" for share in shares)
 
 
-def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> str:
+def _latency(latency: Mapping[str, Mapping[str, float] | None]) -> Section:
     lines: list[Cells] = [("each row", "p50", "p90", "p99", "max")]
     for name, quantiles in latency.items():
         if quantiles is not None:
             values = (seconds(quantiles[key]) for key in ("p50", "p90", "p99", "max"))
             lines.append((f"  {name}", *values))
-    return _table(lines)
+    return Section("latency", lines, table=True)
 
 
-def _table(lines: Iterable[Cells]) -> str:
-    """Lines of cells in aligned columns, each column as wide as its widest cell."""
-    rows = [[printable(cell) for cell in row] for row in lines]
+def _aligned(section: Section) -> str:
+    """A section's lines, each column as wide as its widest cell."""
+    rows = [[printable(cell) for cell in line] for line in section.lines]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    widths[0] = max(widths[0], 11)
+    widths[0] = max(widths[0], _LABEL)
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
 
 
-def _rate(value: float | None) -> str:
+def rate(value: float | None) -> str:
+    """A number that counts nothing: `1,234`, `12.3` or `0.12`."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"

@@ -39,6 +39,7 @@ from batchrun.jobs.identity import check_unchanged, grown
 from batchrun.jobs.inflight import InFlightRows, ReaderNote
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Result
+from batchrun.jobs.journal.schema import SETUP
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import Claim
 from batchrun.jobs.output.rejoin import export_job
@@ -48,6 +49,7 @@ from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import write_summary
 from batchrun.models.resolve import fingerprint
 from batchrun.objectstore.paths import location
+from batchrun.provenance import setup
 from batchrun.runner.channel import Channel, Closed
 from batchrun.runner.engine_loop import EngineLoop
 from batchrun.runner.figures import RunFigures
@@ -161,6 +163,7 @@ class _Run:
                 journal.set_meta("rows_total", total)
             self._total = int(total)
             self._number = journal.begin_run()  # from here on, no earlier run can add results
+            journal.set_meta(SETUP.format(self._number), setup())
             self._done = journal.done()
             self._begun = journal.partials()
             self._crashes = journal.crash_counts()

@@ -8,9 +8,7 @@ fencing token: once a later run exists, it can't write any more.
 from __future__ import annotations
 
 import json
-import math
 import time
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -19,7 +17,8 @@ from typing import Any
 from batchrun.jobs.errors import Fenced, JournalError
 from batchrun.jobs.files import fsync_directory, remove
 from batchrun.jobs.journal import schema
-from batchrun.jobs.journal.readings import CONDEMNED, Readings
+from batchrun.jobs.journal.overview import Overview
+from batchrun.jobs.journal.readings import CONDEMNED
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result, packed
 from batchrun.jobs.journal.samples import Samples
 from batchrun.jobs.journal.schema import KEYS, NAME, SEALS, TABLES, connect, sealed, transaction
@@ -59,7 +58,7 @@ _REMOVE["runs"] = (
 _SEAL_RUN = f"UPDATE runs SET crc = {SEALS['runs']} WHERE id = ?"
 
 
-class Journal(Readings):
+class Journal(Overview):
     """Open journal of one job.
 
     Args:
@@ -140,7 +139,12 @@ class Journal(Readings):
         copied = [result for result in results if isinstance(result, CopiedResult)]
         copies = [(self._number(c), c.of_row * self.n + c.of_sample, run) for c in copied]
         kept = [
-            sealed(self._number(p), _int32(p.token_ids), _real(p.logprob), packed(p.logprobs))
+            sealed(
+                self._number(p),
+                schema.int32(p.token_ids),
+                schema.real(p.logprob),
+                packed(p.logprobs),
+            )
             for p in partials
         ]
         seen = [sealed(*digest) for digest in digests]
@@ -171,7 +175,7 @@ class Journal(Readings):
             Fenced: A later run has the job.
         """
         with self._write():
-            how = {"state": state, "stats": json.dumps(stats), "reason": _storable(reason)}
+            how = {"state": state, "stats": json.dumps(stats), "reason": schema.storable(reason)}
             self._set_run(self._run, ended_at=time.time(), **how)
 
     def retry_failed(self) -> int:
@@ -264,11 +268,15 @@ class Journal(Readings):
     def _record(self, result: Result) -> tuple[Any, ...]:
         """A result as it is stored."""
         return sealed(
-            *(self._number(result), result.status, result.text, _int32(result.token_ids)),
+            *(self._number(result), result.status, result.text, schema.int32(result.token_ids)),
             *(result.finish_reason, result.prompt_tokens, result.completion_tokens),
-            *(_storable(result.error), result.error_kind),
-            *(_real(result.queue_s), _real(result.prefill_s), _real(result.decode_s)),
-            *(self._run, _real(result.logprob), packed(result.logprobs)),
+            *(schema.storable(result.error), result.error_kind),
+            *(
+                schema.real(result.queue_s),
+                schema.real(result.prefill_s),
+                schema.real(result.decode_s),
+            ),
+            *(self._run, schema.real(result.logprob), packed(result.logprobs)),
             result.scores and result.scores.packed(),
         )
 
@@ -334,17 +342,3 @@ class Journal(Readings):
                 self._db.close()
         self._writer = False
         self._db.close()
-
-
-def _int32(tokens: Iterable[int]) -> bytes:
-    return array("i", tokens).tobytes()
-
-
-def _real(value: float | None) -> float | None:
-    """A number as SQLite returns it: SQLite has no NaN."""
-    return None if value is None or math.isnan(value) else float(value)
-
-
-def _storable(text: str | None) -> str | None:
-    """Text without lone surrogates, which file names may contain and SQLite refuses."""
-    return text and text.encode(errors="backslashreplace").decode()

@@ -123,33 +123,6 @@ class Readings:
             )
         return Counts(rows, samples, failed, skipped, prompt, completion)
 
-    def tally(self, column: str) -> dict[str, int]:
-        """Samples by `finish_reason` or rows by `error_kind`, most frequent first."""
-        what = {"finish_reason": "*", "error_kind": f"DISTINCT id / {self.n}"}[column]
-        return dict(
-            self._all(
-                f"SELECT {column}, count({what}) FROM results "
-                f"WHERE typeof({column}) = 'text' GROUP BY 1 ORDER BY 2 DESC, 1"
-            )
-        )
-
-    def quantiles(self, column: str, shares: Sequence[float]) -> list[float] | None:
-        """Quantiles (nearest rank) of `queue_s`, `prefill_s` or `decode_s`; None if it is empty."""
-        assert column in {"queue_s", "prefill_s", "decode_s"}
-        measured = f"FROM results WHERE typeof({column}) = 'real'"
-        [(count,)] = self._all(f"SELECT count(*) {measured}")
-        if not count:
-            return None
-        ranks = [min(count - 1, int(share * count)) for share in shares]
-        ranked = f"row_number() OVER (ORDER BY {column}) - 1 AS rank"
-        found = dict(
-            self._all(
-                f"SELECT rank, {column} FROM (SELECT {column}, {ranked} {measured}) "
-                f"WHERE rank IN ({', '.join(map(str, ranks))})"
-            )
-        )
-        return [found[rank] for rank in ranks]
-
     def whole_rows(self) -> Iterator[int]:
         """The rows all of whose samples have an answer, in order, streamed."""
         with self._errors("read"):

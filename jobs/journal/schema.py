@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from batchrun.jobs.files import open_private
 
 NAME = "journal.db"
 VERSION = 2
+COMMAND = "command"  # key in `meta`: what submitted the job; older jobs have none
+SETUP = "setup of run {}"  # likewise: what a run ran with and on
 _HEADER, _WRITE_VERSION = 100, 18  # size and offset in bytes (sqlite.org/fileformat2, 1.3)
 _APPLICATION = 0x62617463  # "batc"
 BEYOND_REPAIR = "restore the job's folder from a copy, or submit the job again"
@@ -223,6 +227,21 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
 def sealed(*values: Any) -> tuple[Any, ...]:
     """A record as it is stored."""
     return (*values, checksum(values))
+
+
+def int32(tokens: Iterable[int]) -> bytes:
+    """Tokens as they are stored."""
+    return array("i", tokens).tobytes()
+
+
+def real(value: float | None) -> float | None:
+    """A number as SQLite returns it: SQLite has no NaN."""
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def storable(text: str | None) -> str | None:
+    """Text without lone surrogates, which file names may contain and SQLite refuses."""
+    return text and text.encode(errors="backslashreplace").decode()
 
 
 @contextmanager

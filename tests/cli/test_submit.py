@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,12 @@ def test_a_job_from_start_to_end(batchrun):
     assert samples[-1]["completions"] <= 3
     listed = batchrun("list", "--json").json
     assert [(row["job"], row["done"], row["total"]) for row in listed] == [(job, 3, 3)]
+    report = batchrun("report", "--json").json
+    typed = ["batchrun", "submit", str(source), "--max-tokens", "5", "-o", "out.parquet"]
+    assert shlex.split(report["command"])[: len(typed)] == typed
+    assert "torch" in report["runs"][0]["setup"]["versions"]
+    assert [example["prompt"] for example in report["examples"]] == ["one", "two", "three"]
+    assert [e["answer"] for e in report["examples"]] == table["completion"].to_pylist()
     assert f"{job}  done   3/3" in batchrun("list").out
     assert batchrun("show", "--json").json["inputs"] == [str(source)]
     assert "max_tokens: 5" in batchrun("show", job[:6]).out

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from batchrun.cli.control import _room
-from batchrun.jobs.folder import sweep
 from batchrun.jobs.output.destination import exporting, one_at_a_time
 from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.jsonl import JsonFormat
 from batchrun.jobs.rows.parquet import ParquetFormat
+from batchrun.jobs.sweep import sweep
 from tests.faults.smalljob import Ledger, NullEngine, SmallJob, forked, outcome_of
 
 MARK = "Pr1vate-M4rker"

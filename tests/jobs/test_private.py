@@ -17,7 +17,7 @@ from batchrun.jobs.files import (
     open_private,
     write_json,
 )
-from batchrun.jobs.folder import create, sweep
+from batchrun.jobs.folder import create
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.journal.results import Result
@@ -26,6 +26,7 @@ from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpe
 from batchrun.jobs.output.destination import one_at_a_time
 from batchrun.jobs.queue import DeviceQueue
 from batchrun.jobs.spec import InputFile, JobSpec
+from batchrun.jobs.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
 MARK = "Pr1vate-M4rker"
