@@ -32,6 +32,7 @@ from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.objectstore.paths import Location, location
 from batchrun.options import PIPE
+from batchrun.peek import Example, examples
 from batchrun.platforms import need_linux
 from batchrun.provenance import call
 from batchrun.runner.isolated import isolated
@@ -147,6 +148,18 @@ class Job:
     def stats(self) -> dict[str, Any]:
         """What `batchrun stats --json` prints."""
         return summarise(self._job)
+
+    def peek(self, count: int = 5, *, failed: bool = False) -> list[Example]:
+        """The first finished rows, with their prompts and answers, also while the job runs.
+
+        Args:
+            count: How many at most.
+            failed: Only rows that failed.
+
+        Raises:
+            JobError: The journal can't be read.
+        """
+        return examples(self._job, count, failed=failed)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The output's rows, in input order; until the job is done, the finished ones.

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "submission": {"jobs", "objectstore", "runner"},
     "notebook": {"jobs", "runner"},
     "llm": {"engine", "jobs", "notebook", "runner", "specs", "submission"},
-    "api": {"jobs", "notebook", "objectstore", "options", "runner", "specs", "submission"},
+    "api": {"jobs", "notebook", "objectstore", "options", "peek", "runner", "specs", "submission"},
     "cli": {
         *("allocator", "engine", "estimate", "fleet", "jobs", "models", "objectstore"),
         *("options", "peek", "prompts", "report", "runner", "specs", "submission"),

@@ -21,7 +21,7 @@ from batchrun.cli.errors import ExitStatus
 from batchrun.cli.inspect import job_argument, json_option, when
 from batchrun.cli.moved import moved_option, note_moved
 from batchrun.cli.options import section_option
-from batchrun.cli.progress import View
+from batchrun.cli.progress import View, waited
 from batchrun.jobs.cancel import cancel
 from batchrun.jobs.folder import JobFolder, find, home
 from batchrun.jobs.inflight import ReaderNote
@@ -111,7 +111,7 @@ def verify_command(job: str | None, rows: int | None, seed: int | None, as_json:
         raise click.UsageError("--seed chooses rows to compute again: add --recompute ROWS")
     folder = find(home(), job)
     try:
-        problems = isolated(lambda note: verify(folder, fingerprint, note.reading))
+        problems = waited("checking", lambda note, _: verify(folder, fingerprint, note.reading))
     except ReaderCrashed as error:
         problems = [str(error)]
     if not as_json:
@@ -224,12 +224,12 @@ def export_command(
                 return export(where, may_replace=may_replace)
 
     try:
-        found = isolated(write)
+        found = waited("writing the file", lambda note, _: write(note))
     except ReaderCrashed as crash:
         if not partial:
             raise
         lost = crash.path  # try again without this file and those after it
-        found = isolated(lambda note: write(note, lost))
+        found = waited("writing the file", lambda note, _: write(note, lost))
     if as_json:
         wrote = {"rows": found.rows, "changed_rows": found.unknown}
         say_json({"job": folder.id, "output": target.path, **wrote})

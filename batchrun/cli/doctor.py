@@ -19,6 +19,7 @@ from batchrun.allocator.host import HostMemory
 from batchrun.allocator.system import SHARED_MEMORY, max_map_count
 from batchrun.allocator.vmm import AllocatorError
 from batchrun.cli.inspect import json_option, print_fields
+from batchrun.cli.progress import waited
 from batchrun.engine.attention import NAMES
 from batchrun.errors import UserError
 from batchrun.jobs.errors import LOCAL_DISK
@@ -72,7 +73,7 @@ def doctor_command(as_json: bool) -> int:
 
     Exits with 1 if something would keep a job from running.
     """
-    found = examine()
+    found = waited("examining this machine", lambda *_: examine())
     if as_json:
         say_json(found)
     else:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import click
 
 from batchrun.cli.inspect import job_argument, json_option
+from batchrun.cli.progress import waited
 from batchrun.jobs.folder import find as find_job
 from batchrun.jobs.folder import home
-from batchrun.runner.isolated import ReaderCrashed, isolated
+from batchrun.runner.isolated import ReaderCrashed
 from batchrun.terminal import MESSAGE, printable, say, say_json, tell
 
 if TYPE_CHECKING:  # it loads Arrow
@@ -90,7 +91,7 @@ def peek_command(
 
     look = partial(examples, folder, count, failed=failed, seed=seed, rows=rows)
     try:
-        found = isolated(lambda note: look(noted=note.reading))
+        found = waited("reading the input", lambda note, _: look(noted=note.reading))
     except ReaderCrashed as crash:
         found = look(unread=str(crash))
     if as_json:

@@ -10,13 +10,13 @@ import click
 from batchrun.cli.inspect import print_fields
 from batchrun.cli.jobnames import files
 from batchrun.cli.options import SectionCommand, job_options, section_option
+from batchrun.cli.progress import Tell, waited
 from batchrun.jobs.folder import home
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.kinds import FLEET, MODEL, NAMES, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
 from batchrun.report.text import seconds, size
-from batchrun.runner.isolated import isolated
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
-from batchrun.terminal import say_json, tell
+from batchrun.terminal import say_json
 
 
 @click.command(cls=SectionCommand, configured=None)
@@ -35,14 +35,18 @@ def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None
     # An input may have columns that an output would add.
     unused = {"output": PIPE, "output_prefix": "\0", "overwrite": True}
     with taken_in(inputs, home()) as (paths, _):
-        found = isolated(lambda note: _found(paths, {**options, **unused}, note))
+        found = waited(
+            "planning", lambda note, tell: _found(paths, {**options, **unused}, note, tell)
+        )
     if as_json:
         say_json(found)
     else:
         print_fields(_shown(found))
 
 
-def _found(paths: list[str], options: Mapping[str, Any], note: ReaderNote) -> dict[str, Any]:
+def _found(
+    paths: list[str], options: Mapping[str, Any], note: ReaderNote, tell: Tell
+) -> dict[str, Any]:
     from batchrun.estimate.forecast import forecast  # noqa: PLC0415 - imports numpy
     from batchrun.specs import make_spec  # noqa: PLC0415
 

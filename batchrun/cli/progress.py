@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+from batchrun.jobs.inflight import ReaderNote, Reading
 from batchrun.report.text import size
+from batchrun.runner.isolated import isolated
 from batchrun.runner.live import Progress
 from batchrun.runner.words import PHASES, clock, time_left
 from batchrun.terminal import MESSAGE, printable, say, tell
@@ -15,6 +20,9 @@ from batchrun.terminal import MESSAGE, printable, say, tell
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
+
+T = TypeVar("T")
+Tell = Callable[..., None]
 
 _DRAWN_EVERY_S = 0.1
 _LINE_EVERY_S, _LINE_AT_MOST_S = 2.0, 60.0  # more seldom the longer it takes
@@ -242,7 +250,7 @@ class Waiting:
         if not self._drawn:
             say(text, stream=self._stream, limit=MESSAGE)
             return
-        width = max(10, os.get_terminal_size(self._stream.fileno()).columns - 1)
+        width = max(10, shutil.get_terminal_size().columns - 1)
         say(text, stream=self._stream, limit=width, write=_over)
 
     def tell(self, *lines: str) -> None:
@@ -259,6 +267,23 @@ class Waiting:
 
     def __exit__(self, *_: object) -> None:
         self._clear()
+
+
+def waited(doing: str, work: Callable[[ReaderNote, Tell], T]) -> T:
+    """Run `work` as `isolated` does, and say on stderr how far it is.
+
+    Args:
+        doing: What it does, such as "reading the input".
+        work: Called with a note to take, and with what prints messages meanwhile.
+
+    Raises:
+        JobError, ModelError: See `isolated`.
+    """
+    with Waiting(doing, sys.stderr) as waiting:
+        return isolated(
+            lambda note: work(note, waiting.tell),
+            look=lambda at: waiting.look(str(at) if isinstance(at, Reading) else ""),
+        )
 
 
 def _over(line: str, file: TextIO) -> None:

@@ -11,6 +11,7 @@ import click
 
 from batchrun.cli.inspect import job_parameters, json_option
 from batchrun.cli.piped import pour
+from batchrun.cli.progress import waited
 from batchrun.jobs.errors import OutputTaken
 from batchrun.jobs.folder import JobFolder, find, home
 from batchrun.jobs.output.destination import exporting
@@ -21,7 +22,7 @@ from batchrun.options import PIPE
 from batchrun.peek import examples
 from batchrun.report.collect import collect
 from batchrun.report.page import render_page
-from batchrun.runner.isolated import ReaderCrashed, isolated
+from batchrun.runner.isolated import ReaderCrashed
 from batchrun.terminal import say, say_json
 
 _MOST = 6  # jobs that one page can tell apart
@@ -81,7 +82,10 @@ def _collected(folder: JobFolder, *, with_examples: bool) -> dict[str, Any]:
     if not with_examples:
         return collect(folder, parameters)
     try:
-        return isolated(lambda note: collect(folder, parameters, _examples(folder, note.reading)))
+        return waited(
+            "reading the job",
+            lambda note, _: collect(folder, parameters, _examples(folder, note.reading)),
+        )
     except ReaderCrashed as crash:
         return collect(folder, parameters, _examples(folder, unread=str(crash)))
 

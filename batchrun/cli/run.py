@@ -27,7 +27,7 @@ from batchrun.cli.options import (
     sources,
 )
 from batchrun.cli.outcome import as_lines, of_answers, of_rows
-from batchrun.cli.progress import View
+from batchrun.cli.progress import Tell, View, waited
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.inflight import ReaderNote
@@ -48,7 +48,6 @@ from batchrun.jobs.stats import summarise
 from batchrun.machine import importing
 from batchrun.platforms import need_linux
 from batchrun.provenance import command_line
-from batchrun.runner.isolated import isolated
 from batchrun.runner.live import STORY, LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.runner.supervisor import Started
@@ -111,7 +110,10 @@ def submit_command(
     if others_write(root):
         tell(f"others can write {root}, and so make and change your jobs: chmod go-w '{root}'")
     with taken_in(inputs, root) as (paths, own):
-        spec = isolated(lambda note: make_spec(paths, root, options, log=tell, noted=note.reading))
+        spec = waited(
+            "checking the job",
+            lambda note, tell: make_spec(paths, root, options, log=tell, noted=note.reading),
+        )
         if dry_run:
             _dry_run(root, spec, again=again, as_json=as_json)
             return 0
@@ -126,14 +128,14 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
 
     check_free(root, spec, again=again)
 
-    def try_rows(note: ReaderNote) -> Any:
+    def try_rows(note: ReaderNote, tell: Tell) -> Any:
         with importing():
             from batchrun.estimate.dry_run import dry_run  # noqa: PLC0415 - imports torch
 
         with PromptLimit(note, prompt_seconds()) as limit:
             return dry_run(spec, tell, limit)
 
-    tried = isolated(try_rows)
+    tried = waited("trying the first rows", try_rows)
     found, of_model = ({}, ()) if tried is None else (tried.found, tried.of_model)
     said = sources(click.get_current_context())
     given = {name: source for name, source in said.items() if source != "default"}

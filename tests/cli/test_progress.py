@@ -1,7 +1,6 @@
 """What a running job shows, in a terminal and outside of one."""
 
 import io
-import os
 
 import pytest
 
@@ -221,9 +220,8 @@ def test_what_takes_long_says_so(clock):
 
 
 def test_what_takes_long_leaves_nothing_on_a_terminal(clock, monkeypatch):
-    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((40, 24)))
+    monkeypatch.setenv("COLUMNS", "40")
     stream = Terminal()
-    stream.fileno = lambda: 2
     with Waiting("reading the input", stream) as waiting:
         for _ in range(8):
             clock.now += 0.5

@@ -100,12 +100,14 @@ def laptop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 READERS: dict[str, tuple[str, ...]] = {
     "--help": ("Commands:",),
     "submit --help": ("--max-tokens",),
-    "list": ("{job}", "done-with-errors"),
+    "list": ("{job}", "done, 1 failed"),
     "list --json": ('"failed": 1',),
     "show": ("rows", "{was}"),
     "stats": ("{job}",),
     "stats --json": ('"done": 3',),
     "logs {job}": ("the model is loaded",),
+    "peek --json": ('"status": "error"',),
+    "report -o -": ("<html",),
 }
 
 
