@@ -30,7 +30,7 @@ FROM, WITHIN = 0.1, 0.25  # of the job, and of the truth
 ABSOLUTE = 0.025  # of the job: the end's seconds are not told apart
 FIGURES = (
     *("engine_s", "steps", "prefill_tokens", "decode_tokens", "drafted_tokens", "accepted_tokens"),
-    *("forced_tokens", "shared_tokens", "kv_s", "kv_live_s", "max_num_seqs"),
+    *("forced_tokens", "generated_tokens", "shared_tokens", "sequence_s", "kv_s", "kv_live_s"),
 )
 CHAT = {"inputs": ["examples/prompts.parquet"], "chat": True}
 JOBS: dict[str, dict[str, Any]] = {
@@ -54,13 +54,9 @@ class Recorder:
         begin, left, add = Outlook.__init__, Outlook.left, Lengths.add
         recorder = self
 
-        def begun(outlook: Outlook, earlier: Any, places: int, *, stops: bool = True) -> None:
-            recorder.start = {
-                "earlier": earlier and asdict(earlier),
-                "places": places,
-                "stops": stops,
-            }
-            begin(outlook, earlier, places, stops=stops)
+        def begun(outlook: Outlook, earlier: Any, places: int, **more: Any) -> None:
+            recorder.start = {"earlier": earlier and asdict(earlier), "places": places, **more}
+            begin(outlook, earlier, places, **more)
 
         def told(outlook: Outlook, figures: Any, rows: InFlight, engines: int = 1) -> Left | None:
             recorder.entries.append(
@@ -106,6 +102,7 @@ def replayed(recording: Mapping[str, Any]) -> list[tuple[float, Left]]:
         None if earlier is None else Measured(**earlier),
         recording["places"],
         stops=recording["stops"],
+        alike=recording["alike"],
     )
     countdown, shown = Countdown(), []
     for entry in recording["entries"]:

@@ -19,7 +19,7 @@ from batchrun.jobs.options import ModelSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 
-COSTS = (0.004, 0.0007, 2e-11)
+COSTS = (0.004, 0.0003, 0.0007, 2e-11)
 
 
 def spec(**changes: Any) -> JobSpec:
@@ -38,7 +38,8 @@ def intervals(costs: tuple[float, ...], count: int = 50) -> Measured:
     rng, measured = random.Random(2), Measured(runs=1)
     for _ in range(count):
         steps = rng.randint(1, 9)
-        amounts = (float(steps), steps * rng.uniform(1, 512), steps * rng.uniform(0, 5e8))
+        tokens = steps * rng.uniform(1, 64), steps * rng.uniform(1, 64)
+        amounts = (float(steps), *tokens, steps * rng.uniform(0, 5e8))
         seconds = sum(c * a for c, a in zip(costs, amounts, strict=True))
         measured.add(amounts, seconds * rng.uniform(0.98, 1.02))
     return measured
@@ -46,31 +47,33 @@ def intervals(costs: tuple[float, ...], count: int = 50) -> Measured:
 
 def test_costs_are_found() -> None:
     assert intervals(COSTS).costs() == pytest.approx(COSTS, rel=0.2)
-    assert intervals(COSTS).predict((1000.0, 2e5, 2e11)) == pytest.approx(4 + 140 + 4, rel=0.05)
+    assert intervals(COSTS).predict((1000.0, 1e5, 2e5, 2e11)) == pytest.approx(
+        4 + 30 + 140 + 4, rel=0.05
+    )
 
 
-@given(st.lists(st.tuples(*[st.floats(0, 1e6)] * 4), min_size=1, max_size=5))
-@example([(0.0, 1.0, 5.091303787598251e-161, 0.0)])  # whose square is next to nothing
+@given(st.lists(st.tuples(*[st.floats(0, 1e6)] * 5), min_size=1, max_size=5))
+@example([(0.0, 1.0, 5.091303787598251e-161, 0.0, 0.0)])  # whose square is next to nothing
 def test_whatever_was_measured_no_cost_is_below_zero(found: list[tuple[float, ...]]) -> None:
     measured = Measured()
     for *amounts, seconds in found:
-        measured.add((amounts[0], amounts[1], amounts[2]), seconds)
+        measured.add((amounts[0], amounts[1], amounts[2], amounts[3]), seconds)
     assert all(cost >= 0 for cost in measured.costs())
 
 
 def test_steps_that_are_all_alike_predict_such_steps() -> None:
     measured = Measured()
     for _ in range(10):
-        measured.add((5.0, 300.0, 1e8), 2.0)
-    assert measured.predict((50.0, 3000.0, 1e9)) == pytest.approx(20, rel=0.01)
+        measured.add((5.0, 100.0, 200.0, 1e8), 2.0)
+    assert measured.predict((50.0, 1000.0, 2000.0, 1e9)) == pytest.approx(20, rel=0.01)
 
 
 def test_later_runs_count_more() -> None:
     old, new = Measured(runs=1), Measured(runs=1, load_s=3.0, share=0.5, accepted=0.4, rejected=0.1)
-    old.add((1.0, 0.0, 0.0), 1.0)
-    new.add((1.0, 0.0, 0.0), 4.0)
+    old.add((1.0, 0.0, 0.0, 0.0), 1.0)
+    new.add((1.0, 0.0, 0.0, 0.0), 4.0)
     both = new.after(old)
-    assert both.predict((1.0, 0.0, 0.0)) == pytest.approx(3.0)
+    assert both.predict((1.0, 0.0, 0.0, 0.0)) == pytest.approx(3.0)
     assert (both.runs, both.load_s, both.share, both.seconds) == (2, 3.0, 0.5, 5.0)
     assert (both.accepted, both.rejected) == (0.4, 0.1)
     assert new.after(None) is new
@@ -78,10 +81,10 @@ def test_later_runs_count_more() -> None:
 
 def test_a_step_has_the_tokens_that_make_its_own_cost_a_tenth() -> None:
     limits = Limits(256, 1024)
-    assert intervals((0.06, 0.001, 0.0)).step_cost == pytest.approx(60, rel=0.2)
+    assert intervals((0.06, 0.001, 0.001, 0.0)).step_cost == pytest.approx(60, rel=0.2)
     assert limits.step_tokens(60) == 512
     assert [limits.step_tokens(cost) for cost in (None, 1, 25, 1e9)] == [1024, 256, 256, 2048]
-    assert intervals((0.0, 0.001, 0.0)).step_cost is None
+    assert intervals((0.0, 0.001, 0.001, 0.0)).step_cost is None
 
 
 def test_a_large_gpu_runs_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +109,8 @@ def test_figures_that_grow_become_intervals() -> None:
     figures |= {"kv_s": 2.0, "kv_live_s": 600.0}  # 3 draft tokens were computed in vain
     sampler.observe(figures)
     sampler.observe(figures)  # nothing happened
-    assert sampler.measured.moments[:3] == [16.0, 400.0, 4800.0]
-    assert sampler.measured.products == [4.0, 100.0, 1200.0]
+    assert sampler.measured.moments[:4] == [16.0, 360.0, 40.0, 4800.0]
+    assert sampler.measured.products == [4.0, 90.0, 10.0, 1200.0]
     sampler.observe({**figures, "engine_s": 3.0, "steps": 6, "kv_s": 3.0})
     assert sampler.measured.seconds == 3.0
     assert (sampler.measured.accepted, sampler.measured.rejected) == (2 / 7, 3 / 7)

@@ -2,14 +2,14 @@
 
 import gzip
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from batchrun.estimate.measured import Measured
+from batchrun.estimate.measured import StepSampler
 from batchrun.estimate.outlook import Countdown, InFlight, Left, Lengths, Outlook
 from benchmarks.outlook import FIGURES, judged, replayed
 
@@ -20,7 +20,7 @@ STEP, TOKEN, PREFILL = 0.02, 0.002, 0.0005  # seconds
 def simulated(lengths, allowed, places, *, earlier=None, stops=True, speed=lambda at: 1.0):
     """A recording of a run with rows of these lengths, in a time that is a formula."""
     waiting, running = list(zip(lengths, allowed, strict=True)), []
-    figures = dict.fromkeys(FIGURES, 0) | {"engine_s": 0.0, "max_num_seqs": places}
+    figures = dict.fromkeys(FIGURES, 0) | {"engine_s": 0.0}
     entries, ended, looked = [], [], 0.0
     while waiting or running:
         while waiting and len(running) < places:
@@ -36,6 +36,8 @@ def simulated(lengths, allowed, places, *, earlier=None, stops=True, speed=lambd
         figures["kv_live_s"] += took * len(running) * 1000
         figures["steps"] += 1
         figures["decode_tokens"] += len(running)
+        figures["generated_tokens"] += len(running)
+        figures["sequence_s"] += took * len(running)
         ended += [[row[0], row[2]] for row in running if row[0] >= row[1]]
         running = [row for row in running if row[0] < row[1]]
         if figures["engine_s"] >= looked:
@@ -49,7 +51,7 @@ def simulated(lengths, allowed, places, *, earlier=None, stops=True, speed=lambd
             }
             entries.append({"figures": dict(figures), "rows": rows, "ended": ended})
             ended = []
-    start = {"earlier": earlier, "places": places, "stops": stops}
+    start = {"earlier": earlier, "places": places, "stops": stops, "alike": 1}
     return {**start, "seconds": figures["engine_s"], "entries": entries}
 
 
@@ -97,8 +99,10 @@ def test_the_time_left_of_a_recorded_run(path):
 
 def test_the_first_estimate_comes_at_once_and_earlier_jobs_make_it_better():
     run = RUNS["all alike, and short"]
-    known = Measured(runs=1, share=0.1)
-    known.add((100.0, 3200.0, 0.0), 100 * STEP + 3200 * TOKEN)
+    sampler = StepSampler()
+    for entry in run["entries"]:
+        sampler.observe(entry["figures"])
+    known = replace(sampler.measured, share=0.1)
     with_earlier = {**run, "earlier": asdict(known)}
     at, first = replayed(run)[0]
     assert at < 3

@@ -192,8 +192,9 @@ def forecast(spec: JobSpec, log: Callable[[str], None], limit: PromptLimit) -> d
     crowded = 1.0 if fit is None else max(1.0, info.max_num_seqs / max(1, fit))
     steps = planned.slots.steps * crowded
     saved = reader.savings.saved()
-    tokens = planned.computed + planned.expected * (1 + planned.measured.rejected)
-    amounts = (steps, tokens / engines, planned.held * info.token_bytes / engines)
+    answered = planned.expected * (1 + planned.measured.rejected) / engines
+    held = planned.held * info.token_bytes / engines
+    amounts = (steps, planned.computed / engines, answered, held)
     return {
         "rows": (planned.requests + same.rows + sum(problems.values())) // spec.n,
         "prompt_tokens": prompt_tokens,

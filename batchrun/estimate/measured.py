@@ -1,8 +1,9 @@
 """How long steps took on this machine, remembered from run to run for `batchrun plan`.
 
-A step's time is modelled as linear in three amounts: the step itself (weights are read, kernels
-launched), the tokens that it computes, and the bytes of KV cache that its sequences hold. Of a
-run's intervals, only the sums that least squares needs are kept: its normal equations.
+A step's time is modelled as linear in four amounts: the step itself (weights are read, kernels
+launched), the tokens of prompts and of answers that it computes, and the bytes of KV cache that its
+sequences hold. Of a run's intervals, only the sums that least squares needs are kept: its normal
+equations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from batchrun.jobs.files import make_folders, read_json, write_json
 from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
 
-_AMOUNTS = 3
+Amounts = tuple[float, float, float, float]  # steps, prompt tokens, tokens of answers, bytes held
+_AMOUNTS = 4
 _KEPT = 0.5  # weight of earlier runs whenever there is a new one: machines and code change
 # Settings that change the number of steps, not the time of one.
 _NOT_SPEED = {
@@ -81,7 +83,7 @@ class Measured:
         make_folders(path.parent)
         write_json(path, asdict(self))
 
-    def add(self, amounts: tuple[float, float, float], seconds: float) -> None:
+    def add(self, amounts: Amounts, seconds: float) -> None:
         """Add an interval: its steps, its tokens, and its steps times the bytes held."""
         self.moments = (np.outer(amounts, amounts).ravel() + self.moments).tolist()
         self.products = (np.multiply(amounts, seconds) + self.products).tolist()
@@ -99,20 +101,21 @@ class Measured:
             runs=earlier.runs + self.runs,
         )
 
-    def predict(self, amounts: tuple[float, float, float]) -> float:
+    def predict(self, amounts: Amounts) -> float:
         """The seconds that these amounts should take."""
         return float(np.dot(self.costs(), amounts))
 
     @property
     def step_cost(self) -> float | None:
-        """A step's fixed cost, in units of one token's time; None if unknown."""
-        step, token, _ = self.costs()
+        """A step's fixed cost, in units of one prompt token's time; None if unknown."""
+        step, token, other, _ = self.costs()
+        token = token or other
         return step / token if step and token else None
 
     def costs(self) -> list[float]:
         """Seconds per unit of each amount: the best fit in which none is negative.
 
-        With three amounts, every choice of those that are not 0 can be tried (problem NNLS of
+        With four amounts, every choice of those that are not 0 can be tried (problem NNLS of
         Lawson and Hanson, 1974).
         """
         moments = np.array(self.moments).reshape(_AMOUNTS, _AMOUNTS)
@@ -132,6 +135,12 @@ class Measured:
         return [float(cost) for cost in found]
 
 
+_FIGURES = (
+    *("engine_s", "steps", "prefill_tokens", "decode_tokens", "drafted_tokens"),
+    *("accepted_tokens", "kv_s", "kv_live_s"),
+)
+
+
 class StepSampler:
     """Turns a run's growing figures into intervals.
 
@@ -141,7 +150,7 @@ class StepSampler:
 
     def __init__(self) -> None:
         self.measured = Measured(runs=1)
-        self._before = dict.fromkeys(("engine_s", "steps", "tokens", "kv_s", "kv_live_s"), 0.0)
+        self._before = dict.fromkeys(_FIGURES, 0.0)
 
     def observe(self, figures: Mapping[str, Any], engines: int = 1) -> None:
         """Add the interval that ends with a run's current figures, those of so many engines.
@@ -151,19 +160,23 @@ class StepSampler:
         decoded, accepted = figures["decode_tokens"], figures["accepted_tokens"]
         rejected = figures["drafted_tokens"] - accepted
         accepted += figures["forced_tokens"]  # none took a step of its own either
-        now = {name: figures[name] for name in self._before if name != "tokens"}
-        now["tokens"] = figures["prefill_tokens"] + decoded + rejected
+        now = {name: figures[name] for name in _FIGURES}
         passed = {name: now[name] - before for name, before in self._before.items()}
         if passed["steps"] > 0 and passed["kv_s"] > 0:
-            steps, tokens, live = (
-                passed[name] / engines for name in ("steps", "tokens", "kv_live_s")
-            )
-            held = steps * live / passed["kv_s"]
-            self.measured.add((steps, tokens, held), passed["engine_s"])
+            self.measured.add(amounts_of(passed, engines), passed["engine_s"])
             self._before = now
             if decoded:
                 self.measured.accepted = accepted / decoded
                 self.measured.rejected = rejected / decoded
+
+
+def amounts_of(passed: Mapping[str, float], engines: int) -> Amounts:
+    """What the average engine did, from what a run's figures have grown by."""
+    rejected = passed["drafted_tokens"] - passed["accepted_tokens"]
+    steps, live = passed["steps"] / engines, passed["kv_live_s"] / engines
+    answered = (passed["decode_tokens"] + rejected) / engines
+    held = steps * live / passed["kv_s"] if passed["kv_s"] else 0.0
+    return steps, passed["prefill_tokens"] / engines, answered, held
 
 
 def _place(runtime: RuntimeSpec) -> str:
@@ -179,6 +192,7 @@ def _path(home: Path, spec: JobSpec) -> Path:
     """The file of figures for jobs with the same model, settings and machine."""
     said = {**vars(spec.model), **vars(spec.runtime), "device": _place(spec.runtime)}
     settings = {name: value for name, value in said.items() if name not in _NOT_SPEED}
+    settings["amounts"] = _AMOUNTS
     machine = [platform.node(), platform.machine(), os.cpu_count()]
     text = json.dumps([settings, machine], sort_keys=True)
     return home / "measured" / f"{blake2b(text.encode(), digest_size=8).hexdigest()}.json"

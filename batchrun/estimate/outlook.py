@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from batchrun.estimate.measured import Measured, StepSampler
+from batchrun.estimate.measured import Measured, StepSampler, amounts_of
 
 Floats = npt.NDArray[np.float64]
-Amounts = tuple[float, float, float, float]  # engine seconds, steps, tokens, bytes times seconds
 
 _PER_OCTAVE, _OCTAVES = 16, 13  # of the grid of lengths: 4% apart, down to 1/8192
 _PRIOR_ROWS = 2.0  # that the guess before any row has ended counts for
@@ -34,6 +33,11 @@ _LEAST_ERROR, _MOST_ERROR = 0.1, 0.8  # of any estimate
 _PAST_S, _PAST_SHARE = 10.0, 0.25  # speed is that of these last seconds, or this share of all
 _STEP_TOKENS = 16  # what a step costs, in tokens, before anything tells
 _MADE_UP_S = 1.0  # of steps that say so
+_FIGURES = (
+    *("engine_s", "steps", "prefill_tokens", "decode_tokens", "drafted_tokens", "accepted_tokens"),
+    *("generated_tokens", "shared_tokens", "sequence_s", "kv_s", "kv_live_s"),
+)
+_MOST_OFF = 3.0  # that a prediction of the past may have been; more was no steady state
 _STEADY = 0.06  # of what is left: smaller changes are not shown
 _FOLLOWS_S = 5.0  # in which larger ones are
 
@@ -47,10 +51,11 @@ class Left(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """Steps and tokens to compute, and the relative error of these."""
+    """Steps, and tokens of prompts and answers, to compute; and the relative error of these."""
 
     steps: float
-    tokens: float
+    prompts: float
+    answered: float
     error: float
 
 
@@ -143,19 +148,22 @@ class Outlook:
         earlier: What earlier runs taught; None if there were none.
         places: Maximum sequences that run at once, in all engines together.
         stops: Whether answers may end before they reach their maximum.
+        alike: Answers of one row, which are of like length: they tell as much as one.
 
     Attributes:
         lengths: To be told of each answer that ends.
     """
 
-    def __init__(self, earlier: Measured | None, places: int, *, stops: bool = True) -> None:
+    def __init__(
+        self, earlier: Measured | None, places: int, *, stops: bool = True, alike: int = 1
+    ) -> None:
         earlier = earlier if earlier is not None and earlier.runs else None
         expected = _GUESS if earlier is None else earlier.share
         self.lengths = Lengths(expected if stops else 1.0)
-        self._earlier, self._places = earlier, places
+        self._earlier, self._places, self._alike = earlier, places, alike
         self._sampler = StepSampler()
         self._most_running = 0
-        self._past: deque[Amounts] = deque([(0.0, 0.0, 0.0, 0.0)])
+        self._past: deque[dict[str, float]] = deque([dict.fromkeys(_FIGURES, 0.0)])
 
     def left(self, figures: Mapping[str, Any], rows: InFlight, engines: int = 1) -> Left | None:
         """What remains; None as long as nothing is known of the speed.
@@ -166,21 +174,37 @@ class Outlook:
             engines: How many compute at the same time.
         """
         self._sampler.observe(figures, engines)
-        work = self._work(figures, rows)
-        costs = self._costs(figures, engines)
+        now = {name: float(figures[name]) for name in _FIGURES}
+        always, recent = now, self._recent(now)
+        costs = self._costs(always, engines)
         if not any(costs):
             return None
-        now = figures["engine_s"], figures["steps"], _computed(figures), figures["kv_live_s"]
-        _, _, held = _amounts(now, engines)
-        held *= work.tokens / max(1.0, now[2])
-        seconds = np.dot(costs, (work.steps, work.tokens / engines, held))
-        correction, off = self._correction(costs, now, engines)
+        work = self._work(always, recent, rows)
+        *_, answered, held = amounts_of(always, engines)
+        held *= work.answered / engines / max(1.0, answered)
+        amounts = (work.steps, work.prompts / engines, work.answered / engines, held)
+        ratios = []
+        for passed in (recent, always):
+            said = float(np.dot(costs, amounts_of(passed, engines)))
+            ratios.append((passed["engine_s"] + _MADE_UP_S) / (said + _MADE_UP_S))
+        found = float(np.dot(costs, amounts)) * min(_MOST_OFF, max(1 / _MOST_OFF, ratios[0]))
+        off = abs(ratios[0] / ratios[1] - 1) / 2
         error = min(_MOST_ERROR, math.hypot(work.error, off, _LEAST_ERROR))
-        found = float(seconds) * correction
         return Left(found, found * (1 - error), found * (1 + error))
 
-    def _costs(self, figures: Mapping[str, Any], engines: int) -> list[float]:
-        """Seconds per step, token, and byte held in a step.
+    def _recent(self, now: dict[str, float]) -> dict[str, float]:
+        """What the figures have grown by of late."""
+        past, seconds = self._past, now["engine_s"]
+        since = seconds - max(_PAST_S, _PAST_SHARE * seconds)
+        while len(past) > 1 and past[1]["engine_s"] <= since:
+            past.popleft()
+        grown = {name: now[name] - past[0][name] for name in now}
+        if seconds > past[-1]["engine_s"]:
+            past.append(now)
+        return grown
+
+    def _costs(self, always: Mapping[str, float], engines: int) -> list[float]:
+        """Seconds per step, token of a prompt, token of an answer, and byte held in a step.
 
         Steps that are all alike can't tell these apart. Without earlier runs, one of each kind is
         made up, so that a step costs as much as some tokens until more is known.
@@ -188,17 +212,20 @@ class Outlook:
         measured = self._sampler.measured
         if self._earlier is not None:
             return measured.after(self._earlier).costs()
-        steps, tokens = figures["steps"] / engines, _computed(figures) / engines
+        steps, prompts, answered, _ = amounts_of(always, engines)
         if not steps or not measured.seconds:
             return []
-        each = measured.seconds / (steps * _STEP_TOKENS + tokens)
+        each = measured.seconds / (steps * _STEP_TOKENS + prompts + answered)
         scale = _MADE_UP_S / measured.seconds
         made_up = Measured()
-        made_up.add((steps * scale, 0.0, 0.0), steps * scale * _STEP_TOKENS * each)
-        made_up.add((0.0, tokens * scale, 0.0), tokens * scale * each)
+        made_up.add((steps * scale, 0.0, 0.0, 0.0), steps * scale * _STEP_TOKENS * each)
+        made_up.add((0.0, prompts * scale, 0.0, 0.0), prompts * scale * each)
+        made_up.add((0.0, 0.0, answered * scale, 0.0), answered * scale * each)
         return measured.after(made_up).costs()
 
-    def _work(self, figures: Mapping[str, Any], rows: InFlight) -> _Work:
+    def _work(
+        self, always: Mapping[str, float], recent: Mapping[str, float], rows: InFlight
+    ) -> _Work:
         """What remains to compute, in all engines together."""
         allowed = np.array(rows.allowed, dtype=float)
         running = np.minimum(1.0, np.array(rows.generated, dtype=float) / np.maximum(1.0, allowed))
@@ -215,16 +242,20 @@ class Outlook:
         heapify(ends)
         for length in new.tolist():
             heapreplace(ends, ends[0] + length)
-        decoded = max(1, figures["decode_tokens"])
-        accepted = (figures["accepted_tokens"] + figures["forced_tokens"]) / decoded
-        rejected = (figures["drafted_tokens"] - figures["accepted_tokens"]) / decoded
-        shared, prefilled = figures["shared_tokens"], figures["prefill_tokens"]
+        # A row's tokens of one step: more than one where draft tokens are accepted.
+        row_steps = recent["steps"] * recent["sequence_s"] / max(1e-9, recent["kv_s"])
+        each = max(1.0, recent["generated_tokens"] / row_steps) if row_steps else 1.0
+        rejected = recent["drafted_tokens"] - recent["accepted_tokens"]
+        rejected /= max(1.0, recent["decode_tokens"])
+        shared, prefilled = always["shared_tokens"], always["prefill_tokens"]
         prompts = rows.coming * rows.prompt_tokens * (prefilled + 1) / (shared + prefilled + 1)
-        known, left = self.lengths.num_ended + _PRIOR_ROWS, max(1.0, len(running) + rows.coming)
+        known = self.lengths.num_ended / self._alike + _PRIOR_ROWS
+        left = max(1.0, (len(running) + rows.coming) / self._alike)
         error = _BOUNDS * deviation / max(mean, 1e-9) * math.sqrt(1 / known + 1 / left)
         return _Work(
-            (max(ends) + more / places) * (1 - min(0.9, accepted)),
-            generated * (1 + rejected) + prompts,
+            (max(ends) + more / places) / each,
+            prompts,
+            generated * (1 + rejected),
             error * generated / max(1.0, generated + prompts),
         )
 
@@ -234,36 +265,6 @@ class Outlook:
         crowded = coming >= 1 and self._most_running >= self._places // 2
         wanted = math.ceil(min(running + coming, self._places))
         return max(1, running, self._most_running if crowded else wanted)
-
-    def _correction(
-        self, costs: Sequence[float], now: Amounts, engines: int
-    ) -> tuple[float, float]:
-        """By how much steps took longer than the model says of late, and how sure that is."""
-        past, (seconds, *_) = self._past, now
-        while len(past) > 1 and past[1][0] <= seconds - max(_PAST_S, _PAST_SHARE * seconds):
-            past.popleft()
-        ratios = []
-        for begin in (past[0], (0.0, 0.0, 0.0, 0.0)):
-            passed = tuple(b - a for a, b in zip(begin, now, strict=True))
-            took, said = passed[0], np.dot(costs, _amounts(passed, engines))
-            ratios.append(took / said if said > 0 and took > 0 else 1.0)
-        if seconds > past[-1][0]:
-            past.append(now)
-        recent, always = map(float, ratios)
-        return recent, abs(recent / always - 1) / 2
-
-
-def _computed(figures: Mapping[str, Any]) -> float:
-    """Tokens computed so far, as `StepSampler` counts them."""
-    rejected = figures["drafted_tokens"] - figures["accepted_tokens"]
-    return float(figures["prefill_tokens"] + figures["decode_tokens"] + rejected)
-
-
-def _amounts(passed: Sequence[float], engines: int) -> tuple[float, float, float]:
-    """What an engine did, in the amounts of `Measured`; `passed` is of the form of `Amounts`."""
-    seconds, steps, tokens, held = passed
-    live = held / seconds / engines if seconds else 0.0
-    return steps / engines, tokens / engines, steps / engines * live
 
 
 class Countdown:

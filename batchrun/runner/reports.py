@@ -167,7 +167,8 @@ class Reports:
             return None
         if self._outlook is None:
             stops = 2 * reader.read_so_far.stopping > reader.read_so_far.to_compute
-            self._outlook = Outlook(self._earlier, figures["max_num_seqs"], stops=stops)
+            places, alike = figures["max_num_seqs"], self._spec.n
+            self._outlook = Outlook(self._earlier, places, stops=stops, alike=alike)
         rows = [(tokens, most) for tokens, most in running if most]
         read = reader.read_so_far
         waiting = read.to_compute - self._ended - len(rows)
