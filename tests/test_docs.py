@@ -91,9 +91,10 @@ def options_of(*names):
 def test_every_option_is_in_the_docs_and_the_other_way_round():
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", FOR_USERS))
     assert options_of() <= named
-    # Options of pip, uvx, our own scripts, and on the page about clusters of Ray and kubectl.
+    # Options of pip and uvx, and on the pages about clusters, containers and other systems.
     others = {"--no-deps", "--from", "--help", "--write"}
-    others |= set(re.findall(r"--[a-z-]+", DOCS["scale.md"]))
+    for page in ("scale.md", "docker.md", "platforms.md"):
+        others |= set(re.findall(r"--[a-z-]+", DOCS.get(page, "")))
     assert named <= options_of() | others
 
 
