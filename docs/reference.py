@@ -72,30 +72,33 @@ def commands_page() -> str:
 
 
 def table(members: Iterable[click.Option]) -> str:
-    """A Markdown table of options."""
-    lines = ["| option | values | |", "|---|---|---|"]
+    """A Markdown table of options: two columns, which a phone has room for."""
+    lines = ["| option | |", "|---|---|"]
     for found in members:
         names = ", ".join(f"`{name}`" for name in (*found.opts, *found.secondary_opts))
         about = [_prose(found.help or "")]
-        default = found.default
+        words, default = values(found), found.default
+        if len(words) > 1:
+            about.append(f"One of {', '.join(f'`{word}`' for word in words)}.")
+        elif words:
+            names += f" {words[0]}"
         if found.show_default and not found.is_flag and default is not None:
             about.append(f"Default: `{default}`.")
         elif found.secondary_opts and found.default is True:
             about.append(f"On unless `{found.secondary_opts[0]}` is given.")
-        lines.append(f"| {names} | {values(found)} | {' '.join(about)} |")
+        lines.append(f"| {names} | {' '.join(about)} |")
     return "\n".join(lines) + "\n"
 
 
-def values(found: click.Option) -> str:
-    """What may follow an option."""
+def values(found: click.Option) -> list[str]:
+    """What may follow an option: words, or one name for its values."""
     if found.is_flag:
-        return ""
+        return []
     if isinstance(found.type, click.Choice):
-        return ", ".join(f"`{word}`" for word in found.type.choices)
-    if found.metavar and "|" in found.metavar:
-        return ", ".join(f"`{word}`" for word in found.metavar.split("|"))
-    kind = "N" if isinstance(found.type, click.IntRange) else found.type.name.upper()
-    return f"`{found.metavar or kind}`"
+        return list(found.type.choices)
+    if found.metavar:
+        return found.metavar.split("|")
+    return ["N" if isinstance(found.type, click.IntRange) else found.type.name.upper()]
 
 
 def _prose(text: str) -> str:
