@@ -4,7 +4,8 @@
     python docs/recording/make.py --draw        # the SVG alone, from the cast as it is
 
 A shell runs in a pseudo-terminal; the commands are typed into it and run for real. Nothing is
-edited but time: waits are cut, and the first picture is the job at work. tests/test_recording.py
+edited but time: waits are cut, the job is stopped where somebody types or reads, and the first
+picture is the job at work. tests/test_recording.py
 tells the story again, with a tiny model, and compares.
 """
 
@@ -14,10 +15,10 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from draw import draw
@@ -30,24 +31,24 @@ KILL = "kill -9 -- -$(grep -o '[0-9]*' ~/.batchrun/jobs/*/lock | head -1)  # all
 _READ_S = 1.4  # for a reader to take in what a command printed
 
 
-def perform(
-    terminal: Terminal, home: Path, submit: str = SUBMIT, held: Callable[[], None] = lambda: None
-) -> int:
+def perform(terminal: Terminal, home: Path, submit: str = SUBMIT, more: int = 8) -> int:
     """The story: a job that outlives its view, and its own death.
+
+    The job is stopped where somebody types or reads, so that it can't be done too early.
 
     Args:
         terminal: Where.
         home: The home of its shell.
         submit: The first command.
-        held: Called once two rows are done.
+        more: How many rows shall be done before the job is killed.
 
     Returns:
         How many events had happened then: up to there is the first picture.
     """
     terminal.enter(submit)
     terminal.when(lambda: rows_done(home) >= 2, "two rows")
+    os.killpg(leader(home), signal.SIGSTOP)
     terminal.rest(0.5)  # until the view shows them
-    held()
     first = len(terminal.events)
     terminal.rest(_READ_S)
     terminal.press("\x03")
@@ -55,6 +56,10 @@ def perform(
     terminal.enter("batchrun watch")
     before = len(terminal.events)
     terminal.when(lambda: any("/" in t or "rows" in t for _, t in terminal.events[before:]), "it")
+    if rows_done(home) < more:
+        os.killpg(leader(home), signal.SIGCONT)
+        terminal.when(lambda: rows_done(home) >= more, f"{more} rows")
+        os.killpg(leader(home), signal.SIGSTOP)
     terminal.rest(_READ_S)
     terminal.press("\x03")
     terminal.until(PROMPT)
