@@ -26,7 +26,7 @@ SHARED = "One beginning for all rows, of more than a page, as in what is recorde
 
 # What depends on the input, the model, the machine or the moment: some lines, names, numbers, bars.
 VARIES = re.compile(
-    r"^(?:starting|loading|compiling|check\w+|sampling parameters) .*"
+    r"^(?:starting|loading|compiling|check\w+|sampling parameters) .*|(?<=row )\d+: .*"
     r"|, about [^)\n]*(?:\)|left)|prompts-\S+|smollm2-\S+|\S*/\S+|\d[\d,.:%]*"
     r"|\b(?:tiny|left|native|bfloat16|float32|amx|avx\d*|torch|[KMGT]iB|ms|us|s|min|h)\b",
     re.MULTILINE,
