@@ -1,6 +1,8 @@
 # Every target sets up .venv by itself; stamp files make the second run quick.
 #   make demo     64 real prompts through the embedded model, into demo/completions.parquet
 #   make test     lint, types and the whole test suite
+#   make docs     the site of the documentation, into build/site, without a network
+#   make recording  the recording in the README, from a real run of this version
 #   make bench    batchrun against transformers' own generate, on this machine
 #   make crash-test  every fault at every step, power loss, signals, races, damaged files in bulk
 #   make soak HOURS=1  mixed jobs, struck at random: equal outputs, nothing grows, nothing stays
@@ -35,7 +37,7 @@ STACK_TESTS := tests/stack tests/engine tests/parity tests/attention tests/alloc
   tests/test_models.py
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint bench peers crash-test soak gpu-check gpu-stack-test clean
+.PHONY: setup demo test lint docs recording bench peers crash-test soak gpu-check gpu-stack-test clean
 
 setup: $(SETUP)
 
@@ -53,11 +55,11 @@ $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(SETUP): $(RUN)
-	$(PIP) -e '.[gguf,dev]'
+	$(PIP) -e '.[gguf,dev,docs]'
 	@touch $@
 
 $(CUDA): $(SETUP)
-	$(PIP) -e '.[gguf,dev,cuda]'
+	$(PIP) -e '.[gguf,dev,docs,cuda]'
 	@touch $@
 
 demo: $(RUN)
@@ -76,6 +78,14 @@ lint: $(SETUP)
 
 test: lint
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+docs: $(SETUP)
+	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/build.py
+	@echo "build/site/index.html"
+
+recording: $(SETUP)
+	$(BIN)/python docs/recording/make.py
 
 bench: $(SETUP)
 	$(BIN)/python benchmarks/throughput.py

@@ -35,7 +35,7 @@ _LONG = (
     "test_bad_input",
     "test_check",
 )
-_LONG += ("test_docs", "test_best_of", "test_inputs_changed", "test_native_code")
+_LONG += ("test_docs", "test_recording", "test_best_of", "test_inputs_changed", "test_native_code")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

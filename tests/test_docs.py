@@ -1,4 +1,4 @@
-"""README, changelog and examples say what is true: the commands run, the names exist."""
+"""README, docs, changelog and examples say what is true: the commands run, the names exist."""
 
 import importlib
 import importlib.util
@@ -14,9 +14,9 @@ import click
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.cli import COMMANDS, cli
 from batchrun.cli.doctor import TESTED
 from batchrun.cli.errors import ExitStatus
-from batchrun.cli.run import resume_command, submit_command
 from batchrun.jobs.spec import OPTIONS
 from batchrun.report.text import render
 from batchrun.runner.param_columns import OVERRIDES
@@ -27,18 +27,28 @@ from tests.report.test_text import SUMMARY
 ROOT = Path(__file__).parent.parent
 SUBMISSION = ("--wait", "--again", "--dry-run", "--json")  # what is said of it, not of the job
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {page.name: page.read_text(encoding="utf-8") for page in ROOT.glob("docs/*.md")}
+INSIDE = {"architecture.md", "durability.md", "kernels.md", "memory.md", "performance.md"}
+FOR_USERS = "\n".join([README, *(text for name, text in DOCS.items() if name not in INSIDE)])
 
 
-def section(title):
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(page, title):
+    return DOCS[page].split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def blocks(text, *languages):
+    """The lines of the code blocks of a text, each command on one line."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    shown = "".join(block for language, block in found if language in languages)
+    return shown.replace("\\\n", " ").splitlines()
 
 
 def console_commands():
-    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
-    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    lines = blocks(README + "\n" + DOCS["index.md"], "console")
+    return list(dict.fromkeys(line[2:] for line in lines if line.startswith("$ ")))
 
 
-def test_the_commands_of_the_readme_run(tmp_path, model_cache, smollm2):
+def test_the_commands_of_the_readme_and_the_start_page_run(tmp_path, model_cache, smollm2):
     assert smollm2.path.parent == model_cache
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     home = tmp_path / "home"
@@ -67,73 +77,127 @@ def test_the_commands_of_the_readme_run(tmp_path, model_cache, smollm2):
     assert first["error"].null_count == 4
 
 
-def test_every_option_of_submit_is_in_the_readme_and_the_other_way_round():
-    options = {
-        name
-        for param in submit_command.params
-        if isinstance(param, click.Option)
-        for name in param.opts
-        if name.startswith("--")
-    }
-    assert set(re.findall(r"`(--[a-z-]+)`", section("Options of `submit`"))) == options
-    others = {
-        name for param in resume_command.params for name in (*param.opts, *param.secondary_opts)
-    }
-    installers = {"--no-deps", "--from"}
-    known = options | others | installers | {"--partial", "--recompute", "--help"}
-    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
+def options_of(*names):
+    """The options of commands, by default of all."""
+    group = click.Context(cli)
+    commands = [cli.get_command(group, name) for name in names or COMMANDS]
+    params = [param for command in commands for param in command.params]
+    assert all(
+        isinstance(param, click.Option) or not param.opts[0].startswith("-") for param in params
+    )
+    return {name for p in params for name in (*p.opts, *p.secondary_opts) if name.startswith("--")}
 
 
-def test_each_option_of_a_job_stands_in_the_readme_in_its_section():
-    rows = re.findall(r"^\| ([\w ]+) \| (`--.*) \|$", section("Options of `submit`"), re.MULTILINE)
-    shown = {title: re.findall(r"`(--[a-z-]+)`", names) for title, names in rows}
-    for title, named in shown.items():
-        own = {o.flag for o in OPTIONS.values() if o.section.lower().startswith(title)}
+def test_every_option_is_in_the_docs_and_the_other_way_round():
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", FOR_USERS))
+    assert options_of() <= named
+    # Options of pip and uvx, and on the pages about clusters, containers and other systems.
+    others = {"--no-deps", "--from", "--help", "--write"}
+    for page in ("scale.md", "docker.md", "platforms.md"):
+        others |= set(re.findall(r"--[a-z-]+", DOCS.get(page, "")))
+    assert named <= options_of() | others
+
+
+def test_each_option_of_a_job_stands_in_its_section():
+    text = DOCS["options.md"].split("<!-- generated -->")[1]
+    sections = {
+        part.split("\n")[0]: re.findall(r"^\| .*?`(--[a-z-]+)`", part, re.MULTILINE)
+        for part in text.split("\n## ")[1:]
+    }
+    for title, named in sections.items():
+        own = {o.flag for o in OPTIONS.values() if o.section.partition(" (")[0] == title}
         assert own
         assert own <= set(named)
-    assert sum(map(len, shown.values())) == len(OPTIONS) + len(SUBMISSION)
+    assert sum(map(len, sections.values())) == len(OPTIONS) + len(SUBMISSION)
 
 
-def test_output_columns_and_exit_codes_are_those_of_the_readme():
-    table = [line for line in section("Output").splitlines() if line.startswith("| `")]
+def test_every_command_is_documented():
+    for name in COMMANDS:
+        assert f"batchrun {name}" in FOR_USERS
+    assert re.findall(r"^## (\w+)$", DOCS["commands.md"], re.MULTILINE) == [
+        name for name in COMMANDS if name != "submit"
+    ]
+
+
+def batchrun_lines():
+    """Every command of batchrun in a code block."""
+    lines = {
+        line.removeprefix("$ ").removeprefix(".venv/bin/")
+        for line in blocks(FOR_USERS, "", "sh", "console")
+    }
+    return sorted(
+        line for line in lines if line.startswith("batchrun ") and "[OPTIONS]" not in line
+    )
+
+
+def test_there_are_many_commands_to_copy():
+    assert len(batchrun_lines()) > 30
+
+
+@pytest.mark.parametrize("line", batchrun_lines())
+def test_a_command_to_copy_has_the_options_that_the_command_has(line):
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    params = cli.get_command(click.Context(cli), name).params
+    known = {option for param in params for option in (*param.opts, *param.secondary_opts)}
+    assert {word for word in arguments if re.match("--?[a-z]", word)} <= known | {"--help"}
+
+
+def test_output_columns_and_exit_codes_are_those_of_the_docs():
+    table = [
+        line for line in section("outputs.md", "Columns").splitlines() if line.startswith("| `")
+    ]
     named = [name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     every = {"choices": ("a",), "choice_logprob": True, "logprobs": 1}
     every |= {"score": "text", "labels": ("a",), "perplexity": True}
     assert named == list(added_columns(token_ids=True, n=4, keep=2, **every))
-    codes = re.findall(r"^\| (\d+) \|", section("Jobs run on their own"), re.MULTILINE)
+    codes = re.findall(r"^\| (\d+) \|", section("running.md", "Exit codes"), re.MULTILINE)
     assert [int(code) for code in codes] == list(ExitStatus)
 
 
-def test_columns_that_hold_a_rows_own_parameters_are_those_of_the_readme():
-    sentence = section("Input").split("A column named like a sampling parameter (")[1].split(")")[0]
+def test_columns_that_hold_a_rows_own_parameters_are_those_of_the_docs():
+    text = section("inputs.md", "A row's own parameters")
+    sentence = text.split("A column named like a sampling parameter (")[1].split(")")[0]
     assert set(re.findall(r"`(\w+)`", sentence)) == set(OVERRIDES)
 
 
 def test_the_sample_of_stats_has_the_shape_of_the_real_report():
-    sample = README.split("<!-- stats -->")[1].split("<!-- /stats -->")[0]
+    sample = DOCS["performance.md"].split("<!-- stats -->")[1].split("<!-- /stats -->")[0]
     labels = {line[:11].strip() for line in render(SUMMARY).splitlines()[1:]} - {""}
     assert labels <= {line[:11].strip() for line in sample.splitlines()}
+
+
+def test_what_the_readme_claims_was_measured_where_it_says():
+    why = README.split("\n## Why\n")[1].split("\n## ")[0]
+    claims = re.findall(r"^\*\*(\w+)\.\*\* (.*?)\n\n", why, re.DOTALL | re.MULTILINE)
+    assert [name for name, _ in claims] == ["Speed", "Durability", "Memory"]
+    for name, claim in claims:
+        pages = re.findall(r"\]\(docs/([\w-]+\.md)", claim)
+        measured = re.findall(r"(?<![\w.-])\d[\d,.]*\d%?", re.sub(r"\(docs/.*?\)", "", claim))
+        assert measured, name
+        for figure in measured:
+            assert any(figure in DOCS[page] for page in pages), (name, figure)
+
+
+def test_the_trials_of_durability_add_up():
+    rows = re.findall(r"^\| .* \| ([\d,]+) \| (\d+) \|$", DOCS["durability.md"], re.MULTILINE)
+    assert {lost for _, lost in rows} == {"0"}
+    total = sum(int(trials.replace(",", "")) for trials, _ in rows)
+    assert f"{total:,} trials" in DOCS["durability.md"]
 
 
 @pytest.mark.parametrize(
     "page",
     [
-        "README.md",
-        "CHANGELOG.md",
         "benchmarks/METHOD.md",
-        "docs/architecture.md",
-        "docs/configuration.md",
-        "docs/docker.md",
-        "docs/kernels.md",
-        "docs/performance.md",
-        "docs/platforms.md",
-        "docs/python.md",
-        "docs/recipes.md",
+        "benchmarks/README.md",
+        *(page.name for page in sorted(ROOT.glob("*.md"))),
+        *(str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/**/*.md"))),
         *(str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("examples/*/README.md"))),
     ],
 )
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```$|`[^`\n]+`", "", text, flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert ((ROOT / page).parent / target).exists(), target
 
@@ -183,7 +247,7 @@ def test_the_example_file_is_what_its_script_writes(monkeypatch):
     assert len(set(table["prompt"].to_pylist())) == 64
 
 
-def test_make_has_its_four_targets_and_they_set_themselves_up():
+def test_the_targets_of_make_set_themselves_up():
     targets = {
         target: subprocess.run(
             ["make", "--dry-run", "--always-make", target],
@@ -192,7 +256,7 @@ def test_make_has_its_four_targets_and_they_set_themselves_up():
             text=True,
             check=True,
         ).stdout
-        for target in ("demo", "test", "lint", "bench")
+        for target in ("demo", "test", "lint", "bench", "docs", "recording")
     }
     for recipe in targets.values():
         assert "-m venv" in recipe

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from batchrun import DISTRIBUTION
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("README.md", "LICENSE", "pyproject.toml", "allocator", "batchrun", "jobs")
+SOURCES = ("README.md", "LICENSE", "pyproject.toml", "setup.py", "allocator", "batchrun", "jobs")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -60,6 +62,21 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A line of a .pth file is a path, and the .pth files found there are not read: no checkout.
     (Path(theirs.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder
+
+
+def test_the_readme_in_the_wheel_has_no_link_to_a_file_beside_it(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        [name] = [name for name in packed.namelist() if name.endswith(".dist-info/METADATA")]
+        text = packed.read(name).decode()
+    assert "Description-Content-Type: text/markdown" in text
+    assert "\n# batchrun\n" in text
+    assert not re.search(r"\]\((?!https?:)", text)
+    described = runpy.run_path(str(ROOT / "setup.py"))["described"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = described(readme, "https://forge/a/b")
+    assert "](https://forge/a/b/blob/main/docs/memory.md#" in shown
+    assert "](https://forge/a/b/raw/main/docs/recording/batchrun.svg)" in shown
+    assert not re.search(r"\]\((?!https?:)", shown)
 
 
 def test_nothing_but_batchrun_lands_in_site_packages(wheel: Path) -> None:

@@ -8,7 +8,7 @@ ARG TORCH=2.11.0
 ARG TRANSFORMERS=5.17.0
 WORKDIR /src
 RUN python -m venv /opt/batchrun
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY allocator allocator
 COPY jobs jobs
 COPY batchrun batchrun

@@ -114,7 +114,9 @@ def test_every_recipe_has_its_line_in_the_table_with_options_of_its_command():
     assert sorted(name for name, _, _ in lines) == list(PAGES)
     for name, _, options in lines:
         assert set(shlex.split(options)) <= set(words(name)), name
-    assert "](docs/recipes.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](docs/recipes.md)" in readme
+    assert set(re.findall(r"\(examples/(\w+)/README\.md\)", readme)) <= set(PAGES)
 
 
 @pytest.mark.parametrize("name", PAGES)
