@@ -14,13 +14,16 @@ import argparse
 import gzip
 import json
 import os
+import random
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import pyarrow.parquet as pq
 
 from batchrun import machine
 from batchrun.estimate.outlook import Countdown, InFlight, Left, Lengths, Outlook
@@ -32,10 +35,11 @@ FIGURES = (
     *("engine_s", "steps", "prefill_tokens", "decode_tokens", "drafted_tokens", "accepted_tokens"),
     *("forced_tokens", "generated_tokens", "shared_tokens", "sequence_s", "kv_s", "kv_live_s"),
 )
-CHAT = {"inputs": ["examples/prompts.parquet"], "chat": True}
+MANNERS = ("", "Be brief. ", "Explain as to a child. ", "Give an example. ", "Answer as a poet. ")
+CHAT = {"workload": "chats", "chat": True, "temperature": 0.8}
 JOBS: dict[str, dict[str, Any]] = {
-    "waves": {**CHAT, "n": 6, "temperature": 0.8, "max_tokens": 160, "max_num_seqs": 32},
-    "one-batch": {**CHAT, "n": 4, "temperature": 0.8, "max_tokens": 200},
+    "waves": {**CHAT, "max_tokens": 160, "max_num_seqs": 32},
+    "one-batch": {**CHAT, "max_tokens": 200, "limit": 200},
     "plain": {"workload": "mixed", "max_num_seqs": 32},
     "tail": {"workload": "long-tail", "max_num_seqs": 32},
     "prefixes": {"workload": "shared-prefix", "max_num_seqs": 64},
@@ -139,6 +143,14 @@ def judged(recording: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def chats() -> Iterator[dict[str, str]]:
+    """The prompts of the examples, each asked in several manners, in random order."""
+    prompts = pq.read_table("examples/prompts.parquet")["prompt"].to_pylist()
+    rows = [{"prompt": manner + prompt} for manner in MANNERS for prompt in prompts]
+    random.Random(0).shuffle(rows)
+    yield from rows
+
+
 def run(name: str, folder: Path, record: Path | None) -> dict[str, float]:
     """Run a job, and judge what it told."""
     from batchrun.jobs.folder import create, home  # noqa: PLC0415
@@ -149,7 +161,10 @@ def run(name: str, folder: Path, record: Path | None) -> dict[str, float]:
     workload = options.pop("workload", None)
     if workload is not None:
         path = folder / f"{name}.jsonl"
-        write(path, generate(workload))
+        if workload == "chats":
+            path.write_text("".join(f"{json.dumps(row)}\n" for row in chats()), encoding="utf-8")
+        else:
+            write(path, generate(workload))
         options["inputs"] = [str(path)]
     inputs: Sequence[str] = options.pop("inputs")
     output = folder / f"{name}-out.jsonl"

@@ -76,8 +76,8 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_the_time_left_is_right_from_a_tenth_of_a_job_on(name):
     found = judged(RUNS[name])
-    assert found["within"] >= 0.95, found
-    assert found["in_range"] >= 0.75, found
+    assert found["within"] >= 0.9, found
+    assert found["in_range"] >= 0.65, found
 
 
 @pytest.mark.parametrize("name", [n for n in RUNS if "slower" not in n])

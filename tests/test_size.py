@@ -21,7 +21,7 @@ CEILINGS = {
     "batchrun/engine/cpu": 2400,
     "batchrun/engine/model": 2410,
     "batchrun/engine/speculation": 820,
-    "batchrun/estimate": 695,
+    "batchrun/estimate": 715,
     "batchrun/fleet": 1490,
     "batchrun/grammars": 460,
     "batchrun/models": 1195,

@@ -24,22 +24,24 @@ from batchrun.estimate.measured import Measured, StepSampler, amounts_of
 Floats = npt.NDArray[np.float64]
 
 _PER_OCTAVE, _OCTAVES = 16, 13  # of the grid of lengths: 4% apart, down to 1/8192
-_PRIOR_ROWS = 2.0  # that the guess before any row has ended counts for
+_GUESSED_ROWS = 2.0  # that the guess before any row has ended counts for
 _GUESS = 0.5  # of `max_tokens`, where no earlier job has taught better
-_PRIOR_GONE = 4.0  # rows that have ended halve that
+_USUAL_ROWS = 8.0  # that the rate of all rows counts for, at each length
 _PLAYED = 4  # rows to come that are played, for each place; more take the average time
 _BOUNDS = 1.28  # standard deviations: 8 of 10 cases are within
 _LEAST_ERROR, _MOST_ERROR = 0.1, 0.8  # of any estimate
 _PAST_S, _PAST_SHARE = 10.0, 0.25  # speed is that of these last seconds, or this share of all
 _STEP_TOKENS = 16  # what a step costs, in tokens, before anything tells
+_EARLIER_S = 5.0  # of earlier runs' steps that count beside this one's
 _MADE_UP_S = 1.0  # of steps that say so
 _FIGURES = (
     *("engine_s", "steps", "prefill_tokens", "decode_tokens", "drafted_tokens", "accepted_tokens"),
     *("generated_tokens", "shared_tokens", "sequence_s", "kv_s", "kv_live_s"),
 )
 _MOST_OFF = 3.0  # that a prediction of the past may have been; more was no steady state
+_DRAFTS_S = 3.0  # how good draft tokens are changes quickly
 _STEADY = 0.06  # of what is left: smaller changes are not shown
-_FOLLOWS_S = 5.0  # in which larger ones are
+_FOLLOWS_S, _FOLLOWS_SHARE = 5.0, 0.2  # in which larger ones are; less at the beginning
 
 
 class Left(NamedTuple):
@@ -51,16 +53,39 @@ class Left(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """Steps, and tokens of prompts and answers, to compute; and the relative error of these."""
+    """What is still to compute.
+
+    Attributes:
+        steps: Of all engines, which step at the same time.
+        prompts, answered: Tokens of prompts and of answers.
+        held: Bytes of KV cache times steps.
+        error: The relative error of all that.
+    """
 
     steps: float
     prompts: float
     answered: float
+    held: float
     error: float
+
+
+def _rate_of(expected: float) -> float:
+    """The rate of an exponential distribution, cut off at 1, with this mean; 0 for a mean of 1."""
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        rate = (low + high) / 2
+        if (1 - math.exp(-rate)) / rate > expected:
+            low = rate
+        else:
+            high = rate
+    return low if expected < 1 else 0.0
 
 
 class Lengths:
     """How long answers are, as shares of what they may be at most.
+
+    Where few rows tell, they are taken to end at the rate at which all rows did (an exponential
+    distribution); where many do, those are believed.
 
     Args:
         expected: The share expected before any row has ended, above 0.
@@ -72,12 +97,9 @@ class Lengths:
     def __init__(self, expected: float) -> None:
         last = _PER_OCTAVE * _OCTAVES
         self._grid: Floats = 2.0 ** (np.arange(-last, 1) / _PER_OCTAVE)  # the upper end of each bin
+        self._widths = np.diff(self._grid, prepend=0.0)
         self._ended = np.zeros(last + 1)
-        gone = np.zeros(last + 1)
-        if expected < 1:  # an exponential distribution, cut off at the most an answer may be
-            gone = 1 - np.exp(-self._grid / max(expected, 1e-3))
-        gone[-1] = 1.0
-        self._prior = _PRIOR_ROWS * np.diff(gone, prepend=0.0)
+        self._rate = _rate_of(expected)
         self.num_ended = 0
 
     def add(self, tokens: int, allowed: int) -> None:
@@ -91,10 +113,16 @@ class Lengths:
         Args:
             running: How far each row in flight is.
         """
-        ended = self._ended + self._prior / (1 + self.num_ended / _PRIOR_GONE)
+        ended = self._ended
         begun = np.bincount(self._bins(running), minlength=len(ended))
         at_risk = np.cumsum((ended + begun)[::-1])[::-1]
-        return np.asarray(1 - np.cumprod(1 - ended / np.maximum(at_risk, 1e-9)))
+        lived = float(ended @ self._grid + running.sum())
+        guessed = _GUESSED_ROWS if self._rate else 0.0
+        rate = (ended[:-1].sum() + guessed) / max(1e-9, lived + guessed / max(1e-9, self._rate))
+        usual = 1 - np.exp(-rate * self._widths)
+        hazard = (ended + _USUAL_ROWS * usual) / (at_risk + _USUAL_ROWS)
+        hazard[-1] = 1.0
+        return np.asarray(1 - np.cumprod(1 - hazard))
 
     def draw(self, ended_by: Floats, running: Floats) -> Floats:
         """What each row has still to go: one even draw of all lengths beyond where it is.
@@ -175,14 +203,12 @@ class Outlook:
         """
         self._sampler.observe(figures, engines)
         now = {name: float(figures[name]) for name in _FIGURES}
-        always, recent = now, self._recent(now)
+        always, recent = now, self._since(now, max(_PAST_S, _PAST_SHARE * now["engine_s"]))
         costs = self._costs(always, engines)
         if not any(costs):
             return None
-        work = self._work(always, recent, rows)
-        *_, answered, held = amounts_of(always, engines)
-        held *= work.answered / engines / max(1.0, answered)
-        amounts = (work.steps, work.prompts / engines, work.answered / engines, held)
+        work = self._work(always, rows)
+        amounts = (work.steps, *(each / engines for each in work[1:4]))
         ratios = []
         for passed in (recent, always):
             said = float(np.dot(costs, amounts_of(passed, engines)))
@@ -192,16 +218,21 @@ class Outlook:
         error = min(_MOST_ERROR, math.hypot(work.error, off, _LEAST_ERROR))
         return Left(found, found * (1 - error), found * (1 + error))
 
-    def _recent(self, now: dict[str, float]) -> dict[str, float]:
-        """What the figures have grown by of late."""
-        past, seconds = self._past, now["engine_s"]
-        since = seconds - max(_PAST_S, _PAST_SHARE * seconds)
-        while len(past) > 1 and past[1]["engine_s"] <= since:
+    def _since(self, now: dict[str, float], seconds: float) -> dict[str, float]:
+        """What the figures have grown by in about the last seconds."""
+        past = self._past
+        while len(past) > 1 and past[1]["engine_s"] <= now["engine_s"] - seconds:
             past.popleft()
-        grown = {name: now[name] - past[0][name] for name in now}
-        if seconds > past[-1]["engine_s"]:
+        if now["engine_s"] > past[-1]["engine_s"]:
             past.append(now)
-        return grown
+        return {name: now[name] - past[0][name] for name in now}
+
+    def _last(self, seconds: float) -> dict[str, float]:
+        """What the figures had last grown by, in at least so many seconds."""
+        *earlier, now = self._past
+        old = [was for was in earlier if was["engine_s"] <= now["engine_s"] - seconds]
+        was = old[-1] if old else (earlier or [now])[0]
+        return {name: now[name] - was[name] for name in now}
 
     def _costs(self, always: Mapping[str, float], engines: int) -> list[float]:
         """Seconds per step, token of a prompt, token of an answer, and byte held in a step.
@@ -209,10 +240,13 @@ class Outlook:
         Steps that are all alike can't tell these apart. Without earlier runs, one of each kind is
         made up, so that a step costs as much as some tokens until more is known.
         """
-        measured = self._sampler.measured
-        if self._earlier is not None:
-            return measured.after(self._earlier).costs()
-        steps, prompts, answered, _ = amounts_of(always, engines)
+        measured, earlier = self._sampler.measured, self._earlier
+        if earlier is not None:
+            weight = min(1.0, _EARLIER_S / max(1e-9, earlier.seconds))
+            moments = (weight * np.array(earlier.moments)).tolist()
+            products = (weight * np.array(earlier.products)).tolist()
+            return measured.after(Measured(moments, products)).costs()
+        steps, prompts, answered, held = amounts_of(always, engines)
         if not steps or not measured.seconds:
             return []
         each = measured.seconds / (steps * _STEP_TOKENS + prompts + answered)
@@ -221,43 +255,46 @@ class Outlook:
         made_up.add((steps * scale, 0.0, 0.0, 0.0), steps * scale * _STEP_TOKENS * each)
         made_up.add((0.0, prompts * scale, 0.0, 0.0), prompts * scale * each)
         made_up.add((0.0, 0.0, answered * scale, 0.0), answered * scale * each)
+        made_up.add((0.0, 0.0, 0.0, held * scale), 0.0)
         return measured.after(made_up).costs()
 
-    def _work(
-        self, always: Mapping[str, float], recent: Mapping[str, float], rows: InFlight
-    ) -> _Work:
+    def _work(self, always: Mapping[str, float], rows: InFlight) -> _Work:
         """What remains to compute, in all engines together."""
-        allowed = np.array(rows.allowed, dtype=float)
-        running = np.minimum(1.0, np.array(rows.generated, dtype=float) / np.maximum(1.0, allowed))
-        ended_by = self.lengths.ended_by(running)
-        mean, deviation = self.lengths.moments(ended_by)
+        lengths, now = self.lengths, self._last(_DRAFTS_S)
+        allowed, generated = (np.array(n, dtype=float) for n in (rows.allowed, rows.generated))
+        running = np.minimum(1.0, generated / np.maximum(1.0, allowed))
+        ended_by = lengths.ended_by(running)
+        mean, deviation = lengths.moments(ended_by)
         places = self._num_places(len(running), rows.coming)
         played = math.ceil(min(rows.coming, _PLAYED * places))
-        begun = self.lengths.draw(ended_by, running) * allowed
-        new = self.lengths.draw(ended_by, np.zeros(played)) * rows.most_tokens
-        more = max(0.0, rows.coming - played) * mean * rows.most_tokens
-        generated = float(begun.sum() + new.sum()) + more
+        begun = lengths.draw(ended_by, running) * allowed
+        new = lengths.draw(ended_by, np.zeros(played)) * rows.most_tokens
+        like_new = rows.coming / max(1, played)  # rows to come for each that is played
+        tokens = float(begun.sum() + like_new * new.sum())
 
         ends = [*begun.tolist(), *[0.0] * (places - len(begun))]
         heapify(ends)
         for length in new.tolist():
             heapreplace(ends, ends[0] + length)
         # A row's tokens of one step: more than one where draft tokens are accepted.
-        row_steps = recent["steps"] * recent["sequence_s"] / max(1e-9, recent["kv_s"])
-        each = max(1.0, recent["generated_tokens"] / row_steps) if row_steps else 1.0
-        rejected = recent["drafted_tokens"] - recent["accepted_tokens"]
-        rejected /= max(1.0, recent["decode_tokens"])
+        row_steps = now["steps"] * now["sequence_s"] / max(1e-9, now["kv_s"])
+        each = max(1.0, now["generated_tokens"] / row_steps) if row_steps else 1.0
+        rejected = now["drafted_tokens"] - now["accepted_tokens"]
+        rejected /= max(1.0, now["decode_tokens"])
+        steps = (max(ends) + (like_new - 1) * float(new.sum()) / places) / each
+
         shared, prefilled = always["shared_tokens"], always["prefill_tokens"]
         prompts = rows.coming * rows.prompt_tokens * (prefilled + 1) / (shared + prefilled + 1)
-        known = self.lengths.num_ended / self._alike + _PRIOR_ROWS
+        context = rows.prompt_tokens + generated
+        live = now["kv_live_s"] / max(1e-9, now["kv_s"]) / max(1.0, context.sum())  # a token's
+        held = float(begun @ (context + begun / 2))
+        held += like_new * float(new @ (rows.prompt_tokens + new / 2))
+
+        known = lengths.num_ended / self._alike + _GUESSED_ROWS
         left = max(1.0, (len(running) + rows.coming) / self._alike)
         error = _BOUNDS * deviation / max(mean, 1e-9) * math.sqrt(1 / known + 1 / left)
-        return _Work(
-            (max(ends) + more / places) / each,
-            prompts,
-            generated * (1 + rejected),
-            error * generated / max(1.0, generated + prompts),
-        )
+        error *= tokens / max(1.0, tokens + prompts)
+        return _Work(steps, prompts, tokens * (1 + rejected), held * live / each, error)
 
     def _num_places(self, running: int, coming: float) -> int:
         """Rows that run at once from now on: as many as ever did, if rows have to wait."""
@@ -271,15 +308,16 @@ class Countdown:
     """Keeps what is shown from swinging: it counts down, and changes when there is a reason to."""
 
     def __init__(self) -> None:
-        self._end = self._at = 0.0
+        self._began = self._end = self._at = 0.0
 
     def shown(self, now: float, left: Left) -> Left:
         """What to show at `now`, in seconds of a steady clock."""
         end, passed = now + left.seconds, now - self._at
         if not self._at:
-            self._end = end
+            self._began, self._end = now, end
         elif abs(end - self._end) > _STEADY * left.seconds:
-            self._end += (end - self._end) * min(1.0, passed / _FOLLOWS_S)
+            slow = min(_FOLLOWS_S, _FOLLOWS_SHARE * (now - self._began))
+            self._end += (end - self._end) * min(1.0, passed / slow)
         self._at = now
         return self.at(now, left)
 
