@@ -113,6 +113,21 @@ def startable_threads(most: int) -> int:
     return len(started)
 
 
+def read_ahead(folder: Path) -> None:
+    """Have the system read a model's weights into memory, while this process imports torch.
+
+    Only a hint: where it fails, they are read when they are loaded.
+    """
+
+    def advise() -> None:
+        for path in sorted(folder.glob("*.safetensors")):
+            with suppress(OSError), path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    with suppress(RuntimeError):  # no thread can be started
+        threading.Thread(target=advise, name="read ahead", daemon=True).start()
+
+
 def start(*threads: threading.Thread) -> None:
     """Start threads.
 

@@ -8,7 +8,10 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from batchrun import machine
 
@@ -89,3 +92,37 @@ def resident() -> int:
     found = machine.proc_bytes(Path("/proc/self/status"), "VmRSS")
     assert found is not None
     return found
+
+
+def cached_pages(path: Path) -> int:
+    """Pages of a file that are in memory: mincore(2)."""
+    size = path.stat().st_size
+    with path.open("rb+") as file, mmap.mmap(file.fileno(), size) as mapped:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        begin = ctypes.c_char.from_buffer(mapped)
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.mincore(
+            ctypes.c_void_p(ctypes.addressof(begin)), ctypes.c_size_t(size), pages
+        )
+        del begin
+        assert not failed, os.strerror(ctypes.get_errno())
+        return sum(page & 1 for page in pages)
+
+
+def test_weights_are_read_ahead(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(os.urandom(1 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_pages(path) > 128:
+        pytest.skip("this file system keeps files in memory")
+    machine.read_ahead(tmp_path)
+    until = time.monotonic() + 60
+    while cached_pages(path) < 256 and time.monotonic() < until:
+        os.sched_yield()
+    assert cached_pages(path) == 256
+
+
+def test_a_model_that_is_not_there_is_not_read_ahead(tmp_path: Path) -> None:
+    machine.read_ahead(tmp_path / "nowhere")

@@ -21,7 +21,7 @@ _FIRST = {
     "tokens.prompt": "prompt tokens",
     "tokens.completion": "completion tokens",
     "tokens.shared": "prompt tokens shared",
-    "tokens.drafted": "tokens guessed",
+    "tokens.drafted": "draft tokens",
     "tokens.accepted": "guesses accepted",
     "duplicates.rows": "duplicates",
     "batch.mean_occupancy": "sequences running on average",

@@ -191,6 +191,7 @@ class _Run:
             if self._writer.missing:
                 self._reports.phase("load")
                 self._writer.check_room_ahead()
+                machine.read_ahead(Path(self.spec.model.path))
                 self._writer.check_failures()
                 with self.watchdog.busy("loading the model", _PATIENCE):
                     figures.workbench = open_workbench(self.spec, self.log)
