@@ -115,7 +115,8 @@ def test_the_same_work_is_not_begun_twice(batchrun: CommandLine, gate: Gate) -> 
     source = batchrun.folder / "in.jsonl"
     shown = batchrun.submit(source, *LONG, "-o", "other.jsonl")
     assert (shown.code, job.id in shown.error) == (1, True)
-    assert f"batchrun resume {job.id}, or submit with --again" in shown.hint
+    assert f"batchrun watch {job.id}" in shown.hint
+    assert "--again" in shown.hint
     assert batchrun("cancel").code == 0
 
 
