@@ -93,7 +93,7 @@ def test_a_row_that_no_budget_can_hold_is_that_rows_error(batchrun):
     ("arguments", "error", "hint"),
     [
         ((), "no column 'prompt'; its columns: id, promt", "'promt'"),
-        (("--prompt-column", "txet"), "no column 'txet'", "--prompt-column id"),
+        (("--prompt-column", "txet"), "no column 'txet'", "--prompt-column promt"),
         (("--template", "Say {promtt}"), "no column 'promtt'", "'promt'"),
         (("--prompt-column", "id"), "the column 'id' holds int64, not text", "--template '{id}'"),
     ],
