@@ -79,6 +79,8 @@ def report_command(
 def _collected(folder: JobFolder, *, with_examples: bool) -> dict[str, Any]:
     """What the page says of a job; reads its input in a process that may crash."""
     parameters = job_parameters(folder.spec())
+    if parameters["runtime"].get("on_done"):  # a page is passed on, and a webhook's address not
+        parameters["runtime"]["on_done"] = "..."
     if not with_examples:
         return collect(folder, parameters)
     try:

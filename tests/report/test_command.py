@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from batchrun import peek
 from batchrun.cli import cli
+from batchrun.jobs.identity import set_limits
 from tests.report.pages import Page, answer, failure, run
 
 
@@ -80,6 +81,12 @@ def test_prompts_and_answers_can_be_left_out(report):
     page = Page(report("--no-examples", "-o", "-").stdout)
     assert "first" not in page.text
     assert "no room" not in page.text
+
+
+def test_the_command_for_the_end_of_a_job_is_left_out(report, job):
+    set_limits(job.path, {"on_done": "curl https://hooks.example.com/secret"})
+    assert json.loads(report("--json").stdout)["parameters"]["runtime"]["on_done"] == "..."
+    assert "secret" not in report("-o", "-").stdout
 
 
 def test_several_jobs_on_one_page(report, job, make_job):
