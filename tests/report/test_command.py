@@ -104,6 +104,17 @@ def test_several_jobs_on_one_page(report, job, make_job):
     ]
 
 
+def test_jobs_are_compared_by_rows_that_all_of_them_may_have(report, job, make_job):
+    run(other := make_job(seed=2), [answer(1, "second")], "interrupted")
+    for names in ((job.id, other.id), (other.id, job.id)):
+        shown = json.loads(report(*names, "--json").stdout)
+        assert [[each["row"] for each in one["examples"]] for one in shown] == [[1], [1]]
+    unstarted = make_job(seed=3)
+    [one, other] = json.loads(report(job.id, unstarted.id, "--json").stdout)
+    assert [each["row"] for each in one["examples"]] == [0, 2]
+    assert other["examples"] == []
+
+
 def test_more_jobs_than_a_page_can_tell_apart(report, job):
     shown = report(*[job.id] * 7)
     assert shown.exit_code == 2
