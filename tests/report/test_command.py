@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from batchrun import peek
 from batchrun.cli import cli
 from batchrun.jobs.identity import set_limits
+from batchrun.jobs.options import SamplingSpec
 from tests.report.pages import Page, answer, failure, run
 
 
@@ -81,6 +83,15 @@ def test_prompts_and_answers_can_be_left_out(report):
     page = Page(report("--no-examples", "-o", "-").stdout)
     assert "first" not in page.text
     assert "no room" not in page.text
+
+
+def test_parameters_are_told_where_they_are_not_as_usual(report, job, make_job, spec):
+    runtime = replace(spec.runtime, drafts=False)
+    make_job(sampling=SamplingSpec(temperature=0.0), runtime=runtime)
+    found = json.loads(report("--json").stdout)["parameters"]
+    assert (found["sampling"]["temperature"], found["runtime"]["drafts"]) == (0.0, False)
+    assert not found["runtime"].keys() & {"overlap", "deterministic"}
+    assert "chat" not in found["prompt"]
 
 
 def test_the_command_for_the_end_of_a_job_is_left_out(report, job):
