@@ -98,7 +98,9 @@ class Bar:
 
                 notebook = _in_notebook()
                 where = sys.stdout if notebook else None  # there, stderr looks like an error
-                self._bar = tqdm(total=total, file=where, bar_format=_BAR, dynamic_ncols=notebook)
+                # Else a thread that redraws bars would stay for as long as the process.
+                alone = type("Rows", (tqdm,), {"monitor_interval": 0})
+                self._bar = alone(total=total, file=where, bar_format=_BAR, dynamic_ncols=notebook)
         if not self._bar.dynamic_ncols:
             self._bar.ncols = shutil.get_terminal_size().columns - _MARGIN
         self._bar.set_description_str(doing, refresh=False)
@@ -170,7 +172,8 @@ def pandas_of(table: pa.Table) -> pd.DataFrame:
     """A table as a DataFrame of pandas.
 
     Whole numbers and booleans stay what they are where values are missing: such a column has
-    pandas' nullable type, and not floats, which would change large numbers.
+    pandas' nullable type, and not floats, which would change large numbers. Lists and structs with
+    whole numbers are Python's lists and dicts for the same reason.
 
     Raises:
         MachineError: There is no pandas here.
@@ -188,7 +191,17 @@ def pandas_of(table: pa.Table) -> pd.DataFrame:
         column = table[name]
         if column.null_count and column.type in nullable:
             frame[name] = column.to_pandas(types_mapper=nullable.get).set_axis(frame.index)
+        elif _holds_integers(column.type):
+            frame[name] = pd.Series(column.to_pylist(), frame.index, object)
     return frame
+
+
+def _holds_integers(kind: pa.DataType) -> bool:
+    """Whether values of a nested type have whole numbers somewhere inside."""
+    from pyarrow import types  # noqa: PLC0415 - what only lists jobs loads no Arrow
+
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return any(types.is_integer(each) or _holds_integers(each) for each in inner)
 
 
 def polars_of(table: pa.Table) -> pl.DataFrame:

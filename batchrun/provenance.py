@@ -18,16 +18,25 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "llguidance", "fl
 _NVIDIA = Path("proc/driver/nvidia")
 # A URL's scheme, who asks, place, and query. A password may hold any of the signs between them.
 _URL = re.compile(r"([a-zA-Z][\w+.-]*)://([^\s/@?#]*:\S*@|[^\s/@?#]*@)?([^\s?#]*)([?#]\S+)?")
+_HOOK = re.compile(r"(?s)^(--on-done)=.*")
 _NAMES_A_PLACE = {"abfs", "abfss", "gs", "gcs", "hdfs", "s3", "wasb", "wasbs"}  # abfs://disk@store
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command with these arguments, quoted for a shell, without the secrets of URLs."""
-    return shlex.join(["batchrun", *map(without_secrets, arguments)])
+    """The command with these arguments, quoted for a shell, without secrets.
+
+    Those are credentials and queries of URLs, and the command of `--on-done`, in which addresses
+    of webhooks are secret as a whole.
+    """
+    shown, hook = ["batchrun"], False
+    for argument in map(without_secrets, arguments):
+        shown.append("..." if hook else _HOOK.sub(r"\1=...", argument))
+        hook = argument == "--on-done" and not hook
+    return shlex.join(shown)
 
 
 def call(inputs: int | Sequence[str], options: Mapping[str, object]) -> str:
-    """The call in Python that submits a job, without the secrets of URLs.
+    """The call in Python that submits a job, without secrets: see `command_line`.
 
     Args:
         inputs: Files, or the number of rows if they were in memory.
@@ -36,6 +45,7 @@ def call(inputs: int | Sequence[str], options: Mapping[str, object]) -> str:
     shown = f"<{inputs:,} rows>" if isinstance(inputs, int) else ""
     if not isinstance(inputs, int):
         shown = repr(_shown(inputs[0] if len(inputs) == 1 else list(inputs)))
+    options = {**options, "on_done": "..." if options.get("on_done") else None}
     given = [f"{name}={_shown(value)!r}" for name, value in options.items() if value is not None]
     return f"batchrun.submit({', '.join([shown, *given])})"
 

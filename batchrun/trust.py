@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from batchrun import platforms
@@ -34,9 +35,40 @@ def who_else(path: Path) -> str | None:
             return f"{place} belongs to user {found.st_uid}"
         if not shut and _others_write(found):
             return f"others can write {place}"
-        # Nobody else gets past a folder that only its owner may enter.
-        mine = found.st_uid == me and stat.S_ISDIR(found.st_mode)
-        shut = shut or (mine and not found.st_mode & (stat.S_IXGRP | stat.S_IXOTH))
+        shut = shut or _shut(found)
+    return None
+
+
+def changed_by_others(folder: Path, names: Iterable[str]) -> str | None:
+    """Why somebody other than this user and root could have changed a folder or files in it.
+
+    The folders above it don't count, except where one of them keeps everybody else out. A folder
+    with the setgid bit is shared with its group on purpose.
+
+    Args:
+        folder: The folder.
+        names: Files in it; those that don't exist are passed over.
+
+    Returns:
+        One line that names the file or folder; None where nobody could.
+
+    Raises:
+        OSError: The folder can't be inspected.
+    """
+    if platforms.WINDOWS:
+        return None
+    folder = Path(os.path.realpath(folder))
+    shared = bool(folder.stat().st_mode & stat.S_ISGID)
+    shut = any(_shut(os.lstat(parent)) for parent in folder.parents)
+    for place in (folder, *(folder / name for name in names)):
+        try:
+            found = place.stat()
+        except FileNotFoundError:
+            continue
+        if not shared and found.st_uid not in {0, os.geteuid()}:
+            return f"{place} belongs to user {found.st_uid}"
+        if not shut and (found.st_mode & stat.S_IWOTH if shared else _others_write(found)):
+            return f"others can write {place}"
     return None
 
 
@@ -51,6 +83,12 @@ def others_write(folder: Path) -> bool:
     if found.st_mode & stat.S_ISGID:
         return bool(found.st_mode & stat.S_IWOTH)
     return _others_write(found)
+
+
+def _shut(found: os.stat_result) -> bool:
+    """Whether it is a folder of this user's, which nobody else gets past."""
+    mine = found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode)
+    return mine and not found.st_mode & (stat.S_IXGRP | stat.S_IXOTH)
 
 
 def _others_write(found: os.stat_result) -> bool:

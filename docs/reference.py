@@ -78,11 +78,15 @@ def table(members: Iterable[click.Option]) -> str:
         names = ", ".join(f"`{name}`" for name in (*found.opts, *found.secondary_opts))
         about = [_prose(found.help or "")]
         words, default = values(found), found.default
-        if len(words) > 1:
+        if words and not any(re.search("[a-z]", word) for word in words):  # names of values
+            names += f" {' or '.join(words)}"
+        elif len(words) > 1:
             about.append(f"One of {', '.join(f'`{word}`' for word in words)}.")
         elif words:
             names += f" {words[0]}"
-        if found.show_default and not found.is_flag and default is not None:
+        if isinstance(found.show_default, str):  # in words
+            about.append(f"Default: {_prose(found.show_default)}.")
+        elif found.show_default and not found.is_flag and isinstance(default, str | int | float):
             about.append(f"Default: `{default}`.")
         elif found.secondary_opts and found.default is True:
             about.append(f"On unless `{found.secondary_opts[0]}` is given.")
@@ -106,7 +110,7 @@ def _prose(text: str) -> str:
     parts = re.split(r"(`[^`]*`)", text)
     for at in range(0, len(parts), 2):
         part = parts[at].replace("<", "&lt;").replace("|", "&#124;").replace("*", r"\*")
-        parts[at] = re.sub(r"(?<![\w`-])(--[a-z][a-z-]+)", r"`\1`", part).replace("_", r"\_")
+        parts[at] = re.sub(r"(?<![\w`-])(--[a-z][a-z-]*)", r"`\1`", part).replace("_", r"\_")
     return "".join(parts)
 
 

@@ -23,7 +23,7 @@ from batchrun.jobs.errors import (
     SpecDamaged,
     cause_of,
 )
-from batchrun.jobs.identity import load_limits, load_places
+from batchrun.jobs.identity import LIMITS, load_limits, load_places
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
 from batchrun.jobs.journal.schema import COMMAND, NAME
@@ -33,6 +33,7 @@ from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words, seconds_of
 from batchrun.jobs.spec import FILE, JobSpec
 from batchrun.objectstore.paths import Location, inside, location
+from batchrun.trust import changed_by_others
 
 _FULL = 1 << 20  # with fewer bytes left, a disk counts as full
 _DESTINATIONS = "destinations"  # lists where its results were written, apart from its own output
@@ -90,6 +91,10 @@ class JobFolder:
         spec = self.submitted().at(load_places(self.path)).within(self.path)
         limits: dict[str, Any] = load_limits(self.path)
         return replace(spec, runtime=replace(spec.runtime, **limits))
+
+    def foreign(self) -> str | None:
+        """Why what this job asks for may be somebody else's words, in one line, or None."""
+        return changed_by_others(self.path, (FILE, LIMITS, NAME))
 
     def mend(self) -> list[str]:
         """Repair damaged files where possible; return a line per repair. Needs the lease.
@@ -353,12 +358,13 @@ def _made(folder: str) -> int:
 def find(root: Path, name: str | None = None) -> JobFolder:
     """A job by id, by a part of its id, or by its folder's path; by default the latest.
 
-    A whole id counts first, then the beginning of one, then any other part.
+    A path has a slash: what lies in the working folder takes no job's name. A whole id counts
+    first, then the beginning of one, then any other part.
 
     Raises:
         JobNotFound: No job matches, or several do; the message lists candidates.
     """
-    if name is not None and (Path(name) / NAME).exists():
+    if name is not None and Path(name).name != name and (Path(name) / NAME).exists():
         return JobFolder(Path(name).absolute())
     jobs = list_jobs(root)
     if not jobs:

@@ -109,8 +109,14 @@ def check_unchanged(job: JobFolder, model_fingerprint: ModelFingerprint | None =
         SpecChanged: The message names what changed.
         SpecDamaged: `job.json` can't be read.
         InputError: An input or the model is gone or can't be read.
+        JobError: It trusts its model's code, and somebody else could have written that.
     """
     spec = job.spec()
+    if spec.model.trust_remote_code and (why := job.foreign()) is not None:
+        raise JobError(
+            f"the job lets a model's code run, and may be another user's: {why}",
+            hint=f"read `batchrun show {job.id}`; if you trust it, make its folder yours alone",
+        )
     with job.journal() as journal:
         kept = journal.meta("spec")
     edited = JobSpec.of(kept).edits(job.path) if kept is not None else []

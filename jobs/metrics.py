@@ -61,6 +61,12 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def _mean_of_busy(values: list[float]) -> float:
+    """The mean without engines that had nothing to do."""
+    busy = [value for value in values if value]
+    return _mean(busy) if busy else 0.0
+
+
 def _any(values: list[str]) -> str:
     """The texts that are not empty, each once."""
     return ", ".join(dict.fromkeys(filter(None, values)))
@@ -78,8 +84,8 @@ def _by_device(values: list[list[Figures]]) -> list[Figures]:
 
 _SUMS_BY_DEVICE = ("rows", "generated_tokens", "steps", "idle_s", "load_s")
 _sums = partial(Metric, across=sum)  # of all engines
-# The time of the average engine. What all of them did in it, divided by it, is their speed.
-_means = partial(Metric, across=_mean)
+# The time of the average engine that worked. What they did in it, divided by it, is their speed.
+_busy = partial(Metric, across=_mean_of_busy)
 
 # Figures of KV memory, and their labels in `batchrun stats`.
 _KV = {
@@ -122,12 +128,13 @@ METRICS = (
     # Guesses by their place among a row's draft tokens.
     Metric("guessed_at", "tokens by position", _each, "drafts.guessed", across=_each),
     Metric("right_at", "tokens by position", _each, "drafts.right", across=_each),
-    _means("drafts_saved_s", "s", sum, "drafts.saved_s"),  # estimated; below 0 if they cost more
+    # Estimated; below 0 if they cost more.
+    Metric("drafts_saved_s", "s", sum, "drafts.saved_s", across=_mean),
     _sums("drafts_bytes", "bytes", max, "drafts.table_bytes"),
     _sums("shared_tokens", "tokens", sum, "tokens.shared"),
     _sums("generated_tokens", "tokens", sum, sampled=True),  # including unfinished samples
-    _means("prefill_s", "s", sum),
-    _means("decode_s", "s", sum),
+    _busy("prefill_s", "s", sum),
+    _busy("decode_s", "s", sum),
     # Estimated extra cost of the file's order; 0 for a run that ended early.
     Metric("saved_prompt_tokens", "tokens", sum, "saved.prompt_tokens"),
     Metric("saved_steps", "steps", sum, "saved.steps"),
@@ -141,9 +148,10 @@ METRICS = (
     _sums("preemptions", "preemptions", sum, "preemptions"),
     _sums("running", "sequences", _latest, sampled=True),
     _sums("waiting", "sequences", _latest, sampled=True),
-    # KV memory as it is, at its peak, and integrated over the engine's time.
+    # KV memory as it is, at its peak, and integrated over the engine's time: of several, over that
+    # of the one which worked longest, else their average could exceed their peaks.
     *(_sums(f"kv_{name}", "bytes", _latest, sampled=True) for name in _KV),
-    _means("kv_s", "s", sum),
+    Metric("kv_s", "s", sum, across=max),
     *(_sums(f"kv_{name}_s", "bytes*s", sum) for name in _KV),
     *(
         _sums(f"peak_kv_{name}", "bytes", max, f"kv.peak.{name}", label)

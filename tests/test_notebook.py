@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +107,15 @@ def test_numbers_and_booleans_with_gaps_stay_what_they_are() -> None:
     ]
     assert frame["gaps"].tolist() == [big, pd.NA, 3]
     assert frame["text"].isna().tolist() == [False, True, False]
+    assert frame["list"].tolist() == [[1], None, [2, 3]]
+    nested = pa.table(
+        {
+            "list": [[big, None], [1]],
+            "struct": [{"x": big}, {"x": None}],
+            "both": [[{"x": None}], [{"x": big}]],
+        }
+    )
+    assert pandas_of(nested).to_dict("records") == nested.to_pylist()
     assert polars_of(table).to_dicts() == table.to_pylist()
     assert isinstance(polars_of(table), pl.DataFrame)
     own = pd.DataFrame({"n": pd.array([big, None], "Int64")}, index=pd.Index(["x", "y"], name="k"))
@@ -126,6 +136,7 @@ def test_a_library_that_is_missing_is_named(
 
 
 def test_a_bar_is_drawn_where_somebody_sees_it(capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(threading.enumerate())
     assert not watched()
     with Bar(None, "generating") as bar:
         bar.show("generating", 4, 2, 0)
@@ -135,6 +146,7 @@ def test_a_bar_is_drawn_where_somebody_sees_it(capsys: pytest.CaptureFixture[str
     with Bar(True, "waiting") as bar:
         bar.show("running\x1b", 4, 2, 1)
         bar.end("done", 4, 4, 1)
+    assert set(threading.enumerate()) <= before
     last = capsys.readouterr().err.rsplit("\r", 1)[1]
     assert last.startswith("done: 100%|")
     assert "| 4/4 rows [" in last

@@ -56,6 +56,14 @@ def test_a_call_names_what_was_given():
     assert call(1234, {"n": 2}) == "batchrun.submit(<1,234 rows>, n=2)"
 
 
+def test_the_command_for_the_end_may_hold_secrets_and_is_not_kept():
+    hook = "curl https://hooks.example.com/services/T0/secret"
+    assert command_line(["submit", "a", "--on-done", hook]) == "batchrun submit a --on-done ..."
+    assert "secret" not in command_line(["submit", f"--on-done={hook}\n secret"])
+    assert command_line(["--on-done", "--on-done", "a"]) == "batchrun --on-done ... a"
+    assert call(["a"], {"on_done": hook, "n": 2}) == "batchrun.submit('a', on_done='...', n=2)"
+
+
 def test_versions_and_machine_are_those_of_this_process():
     found = setup()
     assert json.loads(json.dumps(found)) == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +17,7 @@ from batchrun.jobs.stats import summarise
 from batchrun.report.text import render
 from batchrun.terminal import say, say_json
 
-_NOT_SAID: tuple[object, ...] = (None, False, (), {}, "")
+_NOTHING: tuple[object, ...] = (None, (), {}, "")
 
 job_argument = click.argument("job", required=False, type=JOB)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -127,6 +128,12 @@ def print_fields(fields: Mapping[str, Any]) -> None:
             say(f"{label:<{width}}  {line}")
 
 
-def _given(part: object) -> dict[str, Any]:
-    said = {name: value for name, value in vars(part).items() if value not in _NOT_SAID}
+def _given(part: Any) -> dict[str, Any]:
+    usual = {field.name: field.default for field in fields(part)}
+    said = {
+        name: value
+        for name, value in vars(part).items()
+        # A switch is told if it isn't as usual, a number also if it is 0.
+        if value not in _NOTHING and not (isinstance(value, bool) and value == usual[name])
+    }
     return {name: list(v) if isinstance(v, tuple) else v for name, v in said.items()}

@@ -20,7 +20,7 @@ from batchrun.jobs.rows.store import Noted, unnoted
 from batchrun.objectstore.paths import location
 from batchrun.options import PIPE
 from batchrun.peek import examples
-from batchrun.report.collect import collect
+from batchrun.report.collect import EXAMPLES, collect
 from batchrun.report.page import render_page
 from batchrun.runner.isolated import ReaderCrashed
 from batchrun.terminal import say, say_json
@@ -54,7 +54,8 @@ def report_command(
     if len(names) > _MOST:
         raise click.UsageError(f"{len(names)} jobs: a page compares {_MOST} at most")
     folders = [find(root, name) for name in names]
-    found = [_collected(folder, with_examples=not no_examples) for folder in folders]
+    rows = _in_common(folders)
+    found = [_collected(folder, rows, with_examples=not no_examples) for folder in folders]
     if as_json:
         say_json(found[0] if len(found) == 1 else found)
         return
@@ -76,18 +77,29 @@ def report_command(
     say(f"report: {where}")
 
 
-def _collected(folder: JobFolder, *, with_examples: bool) -> dict[str, Any]:
+def _in_common(folders: Sequence[JobFolder]) -> list[int] | None:
+    """Rows whose answers several jobs may all have: some of the job that has done the fewest."""
+    begun = [folder for folder in folders if folder.snapshot().done]
+    if len(folders) == 1 or not begun:
+        return None
+    with min(begun, key=lambda folder: folder.snapshot().done or 0).journal() as journal:
+        return journal.answered(EXAMPLES) or None
+
+
+def _collected(folder: JobFolder, rows: list[int] | None, *, with_examples: bool) -> dict[str, Any]:
     """What the page says of a job; reads its input in a process that may crash."""
     parameters = job_parameters(folder.spec())
+    if parameters["runtime"].get("on_done"):  # a page is passed on, and a webhook's address not
+        parameters["runtime"]["on_done"] = "..."
     if not with_examples:
         return collect(folder, parameters)
     try:
         return waited(
             "reading the job",
-            lambda note, _: collect(folder, parameters, _examples(folder, note.reading)),
+            lambda note, _: collect(folder, parameters, _examples(folder, note.reading), rows),
         )
     except ReaderCrashed as crash:
-        return collect(folder, parameters, _examples(folder, unread=str(crash)))
+        return collect(folder, parameters, _examples(folder, unread=str(crash)), rows)
 
 
 def _examples(

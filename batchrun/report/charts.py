@@ -7,6 +7,7 @@ or height, so that they stay readable on a phone.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,7 @@ _NICE_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400
 _LEAST = 1e-9  # values below count as 0
 _TICKS = 4  # on an axis, about
 _DECADES = 6  # of a logarithmic axis, at most
+_WHOLE = re.compile(r"\.0(?!\d)")  # of `1.0 MiB`, not of `0.05`
 
 Points = list[tuple[float, float]]
 
@@ -111,7 +113,7 @@ def line_chart(
         chart.lines.append((line.label, " ".join(map(_path, placed))))
         if filled and not chart.area and not log:
             chart.area = " ".join(map(_area, placed))
-    chart.ys = [Tick(y_of(tick) / 10, shown(tick).replace(".0", "")) for tick in ticks]
+    chart.ys = [Tick(y_of(tick) / 10, _WHOLE.sub("", shown(tick))) for tick in ticks]
     chart.xs = [Tick(100 * x / width_s, clock(x)) for x in _time_ticks(width_s)]
     chart.marks = [100 * mark / width_s for mark in marks]
     return chart
@@ -165,7 +167,7 @@ def levels(at: Sequence[float], values: Sequence[Any]) -> Points:
 
 
 def clock(value: float) -> str:
-    """A tick of time: `0`, `90 s` or `1 h 30 min`, without what is 0."""
+    """A tick of time: `0`, `30 s` or `1 h 30 min`, without what is 0."""
     if value < 60:
         return f"{value:g} s" if value else "0"
     minutes, rest = divmod(round(value), 60)

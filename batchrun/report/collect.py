@@ -24,7 +24,10 @@ Examples = Callable[[Sequence[int], bool], list[dict[str, Any]]]
 
 
 def collect(
-    job: JobFolder, parameters: Mapping[str, Any], examples: Examples | None = None
+    job: JobFolder,
+    parameters: Mapping[str, Any],
+    examples: Examples | None = None,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """All that a page says of a job.
 
@@ -32,6 +35,8 @@ def collect(
         job: The job, in whatever state.
         parameters: What it was asked for.
         examples: Returns rows with prompts and answers; None leaves all of them out.
+
+        rows: Those whose answers are wanted; by default some that are spread over the job.
 
     Returns:
         JSON-able: the `summary` (see `summarise`), its `parameters`, the `command` that submitted
@@ -54,7 +59,8 @@ def collect(
             "timeline": timeline(runs, journal.samples),
             "lengths": {name: _lengths(journal, column) for name, column in _LENGTHS.items()},
         }
-        answered, failing = journal.answered(EXAMPLES), journal.failing(FAILURES)
+        answered = journal.answered(EXAMPLES) if rows is None else rows
+        failing = journal.failing(FAILURES)
     if examples is None:
         return {**found, "examples": None, "failures": None}
     failed = examples(sorted({row for rows in failing.values() for row in rows}), True)

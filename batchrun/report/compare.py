@@ -22,7 +22,7 @@ _FIRST = {
     "tokens.completion": "completion tokens",
     "tokens.shared": "prompt tokens shared",
     "tokens.drafted": "draft tokens",
-    "tokens.accepted": "guesses accepted",
+    "tokens.accepted": "draft tokens accepted",
     "duplicates.rows": "duplicates",
     "batch.mean_occupancy": "sequences running on average",
     "batch.steps": "steps",

@@ -56,6 +56,9 @@ class Hook:
             ended = self._ended or self._job.snapshot()
             if not runtime.on_done or ended.state in WAITING:  # another process has the job
                 return
+            if (why := self._job.foreign()) is not None:
+                reporter.message(f"{NAME}: not run, as it may be another user's command: {why}")
+                return
             own = {
                 "BATCHRUN_JOB": self._job.id,
                 "BATCHRUN_STATE": ended.state,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import stat
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +179,32 @@ def test_it_does_not_run_while_another_process_has_the_job(batchrun: CommandLine
     with Lease(job.path):
         hook.run()
     assert not (batchrun.folder / "ran").exists()
+
+
+def test_it_does_not_run_if_others_could_have_written_it(batchrun: CommandLine) -> None:
+    ran = batchrun.folder / "ran"
+    mine = with_hook(batchrun, f"touch '{ran}'")
+    refused = "--on-done: not run, as it may be another user's command: others can write {}"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # it keeps nobody out
+        job = JobFolder(Path(os.path.realpath(folder), mine.id))
+        shutil.copytree(mine.path, job.path)
+        for place in (job.path, job.path / "limits.json"):
+            mode = stat.S_IMODE(place.stat().st_mode)
+            place.chmod(mode | stat.S_IWOTH)
+            Hook(job).run()
+            assert logged(job)[-1] == refused.format(place)
+            place.chmod(mode)
+        if os.geteuid() == 0:  # only root gives files away
+            os.chown(job.path / "job.json", 4321, -1)
+            Hook(job).run()
+            assert logged(job)[-1].endswith(f"{job.path / 'job.json'} belongs to user 4321")
+            os.chown(job.path / "job.json", 0, -1)
+        assert not ran.exists()
+        Path(folder).chmod(0o700)
+        job.path.chmod(0o777)
+        Hook(job).run()
+        assert ran.exists()
 
 
 def test_it_has_the_environment_of_its_user(monkeypatch: pytest.MonkeyPatch) -> None:

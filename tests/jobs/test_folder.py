@@ -6,13 +6,14 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from batchrun.jobs import files
-from batchrun.jobs.errors import JobNotFound, OutputError, SpecChanged
+from batchrun.jobs.errors import JobError, JobNotFound, OutputError, SpecChanged
 from batchrun.jobs.folder import JobFolder, create, find, list_jobs
 from batchrun.jobs.folder import home as jobs_home
 from batchrun.jobs.identity import check_unchanged
@@ -110,11 +111,30 @@ def test_find(home, spec, tmp_path, monkeypatch):
     assert find(home, "prompts-aaaa").path == jobs[0].path
     assert find(home, "prompts-c").path == jobs[2].path
     assert find(home, str(jobs[1].path)).path == jobs[1].path
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")  # where a folder that came with the data has a job's name
+    shutil.copytree(jobs[0].path, "prompts-c")
+    assert find(home, "prompts-c").path == jobs[2].path
+    assert find(home, "./prompts-c").path == tmp_path / "data" / "prompts-c"
     with pytest.raises(JobNotFound, match=r"(?m)prompts-aaaa, prompts-aabb$"):
         find(home, "prompts-aa")
     with pytest.raises(JobNotFound, match="no job 'other'") as missing:
         find(home, "other")
     assert "prompts-cccc" in str(missing.value)
+
+
+def test_a_models_code_does_not_run_for_a_job_that_others_could_have_written(home, spec):
+    trusting = replace(spec, model=replace(spec.model, trust_remote_code=True))
+    check_unchanged(create(home, trusting))
+    with tempfile.TemporaryDirectory() as folder:
+        wary, open_to_all = create(Path(folder), spec), create(Path(folder), trusting)
+        for place in (folder, wary.path.parent):
+            Path(place).chmod(0o755)
+        for job in (wary, open_to_all):
+            job.path.chmod(0o777)
+        check_unchanged(wary)
+        with pytest.raises(JobError, match="may be another user's: others can write"):
+            check_unchanged(open_to_all)
 
 
 def test_changed_input_is_refused_by_name(job, prompts):

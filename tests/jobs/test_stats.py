@@ -257,7 +257,7 @@ def test_rows_that_were_left_out_are_counted_apart(job):
 
 
 def test_engines_at_the_same_time_are_as_one_that_does_what_all_do():
-    """Counts and bytes add up; the time that they are divided by is the average engine's."""
+    """Counts and bytes add up; the time that they are divided by is one engine's."""
     one = recorded({"decode_tokens": 60, "decode_s": 2.0, "kv_live_s": 8.0, "kv_s": 4.0})
     other = recorded({"decode_tokens": 40, "decode_s": 3.0, "kv_live_s": 4.0, "kv_s": 4.0})
     one |= {"device": "cuda:0", "arithmetic": "x", "right_at": [2, 1], "wall_s": 9.0}
@@ -269,6 +269,10 @@ def test_engines_at_the_same_time_are_as_one_that_does_what_all_do():
     assert both["peak_kv_live"] == 5
     assert "wall_s" not in both  # it is the run's, not the sum
     assert across([one]) == {name: one[name] for name in both}
+    idle = across([one, recorded({})])
+    assert (idle["decode_s"], idle["kv_s"]) == (one["decode_s"], one["kv_s"])  # no faster by it
+    brief = across([one, recorded({"kv_s": 1.0, "kv_live_s": 1.0})])
+    assert brief["kv_live_s"] / brief["kv_s"] == 9 / 4  # no more than both had at most
 
 
 def test_what_devices_did_adds_up_over_runs():

@@ -53,6 +53,8 @@ def test_axes_have_round_numbers():
     assert [tick.text for tick in chart.xs] == ["0", "20 min", "40 min", "1 h"]
     assert chart.marks == [25.0]
     assert chart.text == "a: 700 at most, 700 at the end"
+    slow = line_chart("x", [Line("a", [[(0, 0.045)]])], width_s=1, shown=rate)
+    assert [tick.text for tick in slow.ys] == ["0", "0.02", "0.04", "0.06"]
     sizes = line_chart("x", [Line("a", [[(0, 150 << 20)]])], width_s=1, shown=size)
     assert [tick.text for tick in sizes.ys] == ["0 B", "50 MiB", "100 MiB", "150 MiB"]
     log = line_chart("x", [Line("a", [[(0, 40e6), (1, 40e9)]])], width_s=1, shown=size, log=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
 from batchrun import peek
 from batchrun.cli import cli
+from batchrun.jobs.identity import set_limits
+from batchrun.jobs.options import SamplingSpec
 from tests.report.pages import Page, answer, failure, run
 
 
@@ -82,6 +85,21 @@ def test_prompts_and_answers_can_be_left_out(report):
     assert "no room" not in page.text
 
 
+def test_parameters_are_told_where_they_are_not_as_usual(report, job, make_job, spec):
+    runtime = replace(spec.runtime, drafts=False)
+    make_job(sampling=SamplingSpec(temperature=0.0), runtime=runtime)
+    found = json.loads(report("--json").stdout)["parameters"]
+    assert (found["sampling"]["temperature"], found["runtime"]["drafts"]) == (0.0, False)
+    assert not found["runtime"].keys() & {"overlap", "deterministic"}
+    assert "chat" not in found["prompt"]
+
+
+def test_the_command_for_the_end_of_a_job_is_left_out(report, job):
+    set_limits(job.path, {"on_done": "curl https://hooks.example.com/secret"})
+    assert json.loads(report("--json").stdout)["parameters"]["runtime"]["on_done"] == "..."
+    assert "secret" not in report("-o", "-").stdout
+
+
 def test_several_jobs_on_one_page(report, job, make_job):
     other = make_job(seed=2)
     run(other, [answer(0, "second")], "interrupted")
@@ -95,6 +113,17 @@ def test_several_jobs_on_one_page(report, job, make_job):
         job.id,
         other.id,
     ]
+
+
+def test_jobs_are_compared_by_rows_that_all_of_them_may_have(report, job, make_job):
+    run(other := make_job(seed=2), [answer(1, "second")], "interrupted")
+    for names in ((job.id, other.id), (other.id, job.id)):
+        shown = json.loads(report(*names, "--json").stdout)
+        assert [[each["row"] for each in one["examples"]] for one in shown] == [[1], [1]]
+    unstarted = make_job(seed=3)
+    [one, other] = json.loads(report(job.id, unstarted.id, "--json").stdout)
+    assert [each["row"] for each in one["examples"]] == [0, 2]
+    assert other["examples"] == []
 
 
 def test_more_jobs_than_a_page_can_tell_apart(report, job):
