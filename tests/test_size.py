@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1625,
+    "batchrun": 1660,
     "batchrun/cli": 2710,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
