@@ -29,7 +29,7 @@ CEILINGS = {
     "batchrun/prompts": 1175,
     "batchrun/report": 765,
     "batchrun/runner": 2900,
-    "jobs": 2470,
+    "jobs": 2500,
     "jobs/journal": 860,
     "jobs/output": 1290,
     "jobs/rows": 2245,

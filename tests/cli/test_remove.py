@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from batchrun.cli import cli, remove
 from batchrun.jobs.folder import create, list_jobs
 from batchrun.jobs.lease import Lease
+from batchrun.jobs.options import OutputSpec
 from tests.cli.test_listing import ended
 from tests.jobs.conftest import home, prompts, spec  # noqa: F401 - fixtures
 
@@ -29,8 +30,8 @@ def run(home, monkeypatch):  # noqa: F811
 
 @pytest.fixture
 def make(home, spec):  # noqa: F811
-    def made(state, *, rows=3, age=0.0):
-        job = create(home, replace(spec, seed=len(list_jobs(home))))
+    def made(state, *, rows=3, age=0.0, **changes):
+        job = create(home, replace(spec, seed=len(list_jobs(home)), **changes))
         if state != "new":
             ended(job, state, rows=rows)
         if age and (job.path / "state.json").exists():
@@ -146,4 +147,50 @@ def test_a_job_that_is_taken_meanwhile_stays(run, make, home, monkeypatch):  # n
     lease.__exit__()
     assert "removed 0 jobs" in told.output
     assert f"{job.id} stays: " in told.output
+    assert left(home) == {job.id}
+
+
+def test_an_output_in_the_jobs_folder_goes_with_it_only_if_that_is_wanted(run, make, home):  # noqa: F811
+    """Such as that of rows from Python."""
+    inside = OutputSpec(path="stdout.jsonl", format="jsonl", stdout=True)
+    job = make("done", output=inside, age=40 * DAY)
+    refused = run("rm", job.id)
+    assert str(refused.exception) == f"{job.id} is done with 3 of 3 rows done, only in its folder"
+    assert "removed 0 jobs" in run("prune", "--older-than", "30d", "--yes").output
+    assert left(home) == {job.id}
+    assert "removed 1 job" in run("prune", "--older-than", "30d", "--unexported", "--yes").output
+
+
+def test_a_folder_that_is_elsewhere_stays_and_is_named(run, make, home, tmp_path):  # noqa: F811
+    job, other = make("done", age=40 * DAY), make("done", age=50 * DAY)
+    there = tmp_path / "there"
+    job.path.rename(there)
+    job.path.symlink_to(there)
+    refused = run("rm", job.id)
+    assert str(there) in str(refused.exception)
+    assert refused.exception.hint == (
+        f"batchrun rm {there} removes the job, rm {job.path} the link"
+    )
+    told = run("prune", "--keep", "0", "--yes").output
+    assert f"{job.id} stays: " in told
+    assert "removed 1 job, " in told
+    assert left(home) == {job.id}
+    assert not other.path.exists()
+    assert not list((home / "jobs").glob(".*.tmp"))
+    assert run("rm", str(there)).exit_code == 0
+    assert not there.exists()
+
+
+def test_a_job_that_ran_while_the_question_was_asked_stays(run, make, home, monkeypatch):  # noqa: F811
+    job = make("failed", rows=0, age=40 * DAY)
+    chosen = remove._old
+
+    def then_resumed(*arguments, **options):
+        found = chosen(*arguments, **options)
+        ended(job, "interrupted", rows=2)
+        return found
+
+    monkeypatch.setattr(remove, "_old", then_resumed)
+    told = run("prune", "--older-than", "30d", "--yes").output
+    assert f"{job.id} stays: it was resumed meanwhile" in told
     assert left(home) == {job.id}
