@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -68,7 +69,7 @@ state_option = click.option(
     metavar="TEXT",
     help="Only jobs with this tag, as KEY=VALUE, or KEY for any value; may be repeated.",
 )
-@click.option("--limit", "-n", type=click.IntRange(1), help="Only so many of the newest.")
+@click.option("--limit", "-n", type=click.IntRange(1), metavar="N", help="Only the N newest.")
 def list_command(
     as_json: bool, states: set[str], name: str | None, tags: tuple[str, ...], limit: int | None
 ) -> None:
@@ -227,7 +228,10 @@ def _cut(text: str, most: int) -> str:
 
 def _short(path: str) -> str:
     """A path as a user would type it here."""
-    for folder, name in ((Path.cwd(), ""), (Path(os.path.expanduser("~")), "~/")):
+    places = {os.path.expanduser("~"): "~/"}
+    with suppress(FileNotFoundError):  # the working folder was removed
+        places = {os.getcwd(): ""} | places
+    for folder, name in places.items():
         if Path(path).is_relative_to(folder):
             return name + str(Path(path).relative_to(folder))
     return path

@@ -222,6 +222,15 @@ def test_cells_are_short():
     assert _when(1e30, now) == "?"
 
 
+def test_a_working_folder_that_was_removed_is_no_matter(run, home, spec, tmp_path, monkeypatch):  # noqa: F811
+    [job] = made(home, spec, [["a"]])
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert job.id in run().output
+
+
 def test_no_jobs(run, home, spec):  # noqa: F811
     assert "start one with" in run().output
     made(home, spec, [["a"]])
