@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "allocator": 1440,
     "batchrun": 1660,
-    "batchrun/cli": 2710,
+    "batchrun/cli": 2740,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,

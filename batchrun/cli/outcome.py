@@ -7,7 +7,7 @@ from typing import Any
 
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.spec import JobSpec
-from batchrun.report.text import seconds
+from batchrun.report.text import counted, seconds
 
 _LOOKED_AT = 20  # rows, for one that is answered
 _SHOWN = 200  # characters of an answer or an error
@@ -65,7 +65,7 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
     if answer is not None:
         lines.append(f"answer: row {answer['row']:,}: {_short(answer['text'])}")
     if failure is not None:
-        often = f"{failure['rows']:,} rows: {failure['kind']}"
+        often = f"{counted(failure['rows'], 'row')}: {failure['kind']}"
         lines.append(f"failed: {often}, as row {failure['row']:,}: {_short(failure['error'])}")
     return lines
 

@@ -22,7 +22,7 @@ from batchrun.jobs.lease import held_by
 from batchrun.jobs.output.destination import one_at_a_time
 from batchrun.jobs.snapshot import FINISHED, WAITING, JobSnapshot
 from batchrun.jobs.sweep import sweep
-from batchrun.report.text import size
+from batchrun.report.text import counted, size
 from batchrun.terminal import MESSAGE, printable, say, say_json, tell
 
 _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -147,7 +147,7 @@ def prune_command(
     root = home()
     chosen = _old(root, age, keep or 0, states=states, unexported=unexported)
     if chosen and not (dry_run or yes):
-        question = f"remove {_jobs(chosen)}, {size(_sum(chosen))}?"
+        question = f"remove {counted(len(chosen), 'job')}, {size(_sum(chosen))}?"
         if not _agreed([*map(_line, chosen)], question, "prune with the same options and"):
             return ExitStatus.FAILED
     if not dry_run:
@@ -163,16 +163,12 @@ def prune_command(
     if dry_run:
         say(*map(_line, chosen))
     would = "would remove" if dry_run else "removed"
-    say(f"{would} {_jobs(chosen)}, {size(_sum(chosen))}")
+    say(f"{would} {counted(len(chosen), 'job')}, {size(_sum(chosen))}")
     return ExitStatus.DONE
 
 
 def _sum(rows: Sequence[dict[str, Any]]) -> int:
     return sum(row["bytes"] for row in rows)
-
-
-def _jobs(rows: Sequence[Any]) -> str:
-    return f"{len(rows):,} {'job' if len(rows) == 1 else 'jobs'}"
 
 
 def _line(row: dict[str, Any]) -> str:
