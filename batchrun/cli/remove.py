@@ -190,7 +190,7 @@ def _old(
             continue
         if (lost and not unexported) or (states and now.state not in states):
             continue
-        found.append((job, now, now.ended or job.created or time.time()))
+        found.append((job, now, now.ended or _last_change(job)))
     old = [row for row in found[keep:] if age is None or time.time() - row[2] > age]
     return [
         {
@@ -199,6 +199,15 @@ def _old(
         }
         for job, now, ended in old
     ]
+
+
+def _last_change(job: JobFolder) -> float:
+    """When a job that could not note its end last wrote, in seconds since the epoch."""
+    with suppress(OSError, ValueError), os.scandir(job.path) as entries:
+        # SQLite makes -shm, and an empty -wal, for those who only read.
+        found = [e.stat() for e in entries if not e.name.endswith("-shm")]
+        return max(stat.st_mtime for stat in found if stat.st_size)
+    return time.time()
 
 
 def _bytes(job: JobFolder) -> int:

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from batchrun.cli import cli, remove
 from batchrun.jobs.folder import create, list_jobs
+from batchrun.jobs.journal.results import Result
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.options import OutputSpec
 from tests.cli.test_listing import ended
@@ -130,6 +131,22 @@ def test_prune_keeps_the_newest_and_chooses_states(run, make, home):  # noqa: F8
     assert len(left(home)) == 3
     run("prune", "--keep", "2", "--yes")
     assert left(home) == {jobs[1].id, jobs[2].id}
+
+
+def test_a_job_that_was_killed_is_as_old_as_what_it_wrote(run, make, home):  # noqa: F811
+    """Not as its submission, which may be weeks ago when a run is killed."""
+    job = make("new")
+    with job.journal(readonly=False) as journal:
+        journal.begin_run()
+        journal.write([Result(0, 0, "ok", "x")])
+    long_ago = time.time() - 40 * DAY
+    os.utime(job.path / "job.json", (long_ago, long_ago))
+    shown = run("prune", "--older-than", "30d", "--unexported", "--yes")
+    assert "removed 0 jobs" in shown.output
+    for path in job.path.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    shown = run("prune", "--older-than", "30d", "--unexported", "--yes")
+    assert "removed 1 job, " in shown.output
 
 
 def test_a_job_that_is_taken_meanwhile_stays(run, make, home, monkeypatch):  # noqa: F811
