@@ -318,11 +318,15 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
         outcome = {"job": job.id, "state": state, "exit_code": int(status), "output": output}
         say_json({**outcome, "wall_s": wall_s, "rows": rows, **shown})
         return status
-    line, lines = of_rows(spec, rows, wall_s), as_lines(shown)
+    ended = status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS)
+    line, lines = of_rows(spec, rows, wall_s, written=ended), as_lines(shown)
     aside = spec.output.stdout  # stdout has the answers
-    if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+    again = f"batchrun resume {job.id}"
+    if ended:
         lines = [line, *lines, f"output: {output}", f"next:   batchrun stats {job.id}"]
     else:
-        lines = [f"{state} after {line}", *lines, f"next:   batchrun resume {job.id}"]
+        lines = [f"{state} after {line}", *lines]
+        if failure is None or f"{again} " not in (failure[1] or ""):  # the hint says it better
+            lines.append(f"next:   {again}")
     say(*lines, err=aside, limit=MESSAGE)
     return status
