@@ -124,9 +124,10 @@ def listed(job: JobFolder) -> dict[str, Any]:
 
 
 def _pace(job: JobFolder, now: JobSnapshot) -> dict[str, float | None]:
-    """A job's rows per second, and its time left while it runs."""
+    """How long a job's runs lasted, its rows per second, and its time left while it runs."""
     if now.state not in WAITING:
         return {
+            "seconds": now.seconds,
             "rows_per_s": now.done / now.seconds if now.done and now.seconds else None,
             "seconds_left": None,
         }
@@ -134,8 +135,13 @@ def _pace(job: JobFolder, now: JobSnapshot) -> dict[str, float | None]:
     if progress is not None and progress.elapsed_s > 0:
         rows = progress.rows_done - progress.rows_resumed
         rate = rows / progress.elapsed_s if rows >= _ROWS_TO_TELL else None
-    left = progress.seconds_left if progress is not None else None
-    return {"rows_per_s": rate, "seconds_left": left}
+    passed = [now.seconds, progress.elapsed_s or None if progress is not None else None]
+    return {
+        # The journal has no figures before the first rows end, which loading comes before.
+        "seconds": max((each for each in passed if each is not None), default=None),
+        "rows_per_s": rate,
+        "seconds_left": progress.seconds_left if progress is not None else None,
+    }
 
 
 def _print(rows: Sequence[dict[str, Any]], width: int, stream: TextIO) -> None:

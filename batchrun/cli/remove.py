@@ -61,9 +61,10 @@ def _unwritten(job: JobFolder) -> str | None:
     with suppress(JobError):  # of a damaged job there is nothing to count
         now = job.snapshot()
         if now.done and not _is_exported(job, now) and held_by(job.path) is None:
+            if now.state in FINISHED:
+                return f"{job.id} is {now.state}, and its only output is in its folder"
             total = "?" if now.total is None else f"{now.total:,}"
-            where = "only in its folder" if now.state in FINISHED else "not exported"
-            return f"{job.id} is {now.state} with {now.done:,} of {total} rows done, {where}"
+            return f"{job.id} is {now.state} with {now.done:,} of {total} rows done, not exported"
     return None
 
 
@@ -148,7 +149,7 @@ def prune_command(
     chosen = _old(root, age, keep or 0, states=states, unexported=unexported)
     if chosen and not (dry_run or yes):
         question = f"remove {counted(len(chosen), 'job')}, {size(_sum(chosen))}?"
-        if not _agreed([*map(_line, chosen)], question, "prune with the same options and"):
+        if not _agreed(_lines(chosen), question, "prune with the same options and"):
             return ExitStatus.FAILED
     if not dry_run:
         with one_at_a_time(root):
@@ -160,8 +161,8 @@ def prune_command(
         ]
         say_json({"dry_run": dry_run, "jobs": shown, "bytes": _sum(chosen)})
         return ExitStatus.DONE
-    if dry_run:
-        say(*map(_line, chosen))
+    if dry_run and chosen:
+        say(*_lines(chosen))
     would = "would remove" if dry_run else "removed"
     say(f"{would} {counted(len(chosen), 'job')}, {size(_sum(chosen))}")
     return ExitStatus.DONE
@@ -171,8 +172,10 @@ def _sum(rows: Sequence[dict[str, Any]]) -> int:
     return sum(row["bytes"] for row in rows)
 
 
-def _line(row: dict[str, Any]) -> str:
-    return f"{row['job']}  {row['state']}  {size(row['bytes'])}"
+def _lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    cells = [(row["job"], row["state"], size(row["bytes"])) for row in rows]
+    name, state, room = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return [f"{a:<{name}}  {b:<{state}}  {c:>{room}}" for a, b, c in cells]
 
 
 def _old(

@@ -137,6 +137,7 @@ def test_a_running_job_says_its_pace_and_what_is_left(home, spec):  # noqa: F811
         reporter.update(now)
         row = listed(job)
         assert (row["state"], row["rows_per_s"], row["seconds_left"]) == ("running", 2.0, 30.0)
+        assert row["seconds"] == 10.0  # the journal has no figures yet
         reporter.update(replace(now, rows_done=24, phase="next"))
         assert listed(job)["rows_per_s"] is None
 
