@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -231,7 +232,14 @@ class JobFolder:
 
         Raises:
             LeaseHeld: The job is running.
+            JobError: The folder is a symbolic link: it is elsewhere.
         """
+        if self.path.is_symlink():
+            there, link = (shlex.quote(str(p)) for p in (self.path.resolve(), self.path))
+            raise JobError(
+                f"{self.path} is a symbolic link to {self.path.resolve()}",
+                hint=f"batchrun rm {there} removes the job, rm {link} the link",
+            )
         with Lease(self.path):
             for destination in self._destinations():
                 OUTPUTS.sweep(destination)

@@ -123,6 +123,8 @@ def test_what_is_remembered_is_of_the_same_model_and_settings(tmp_path: Path) ->
     model, runtime = spec().model, spec().runtime
     assert Measured.load(tmp_path, spec(model=replace(model, path="/elsewhere"))) == measured
     assert Measured.load(tmp_path, spec(runtime=replace(runtime, max_num_seqs=2))) == measured
+    for same in ({"on_done": "true"}, {"keep_going": True}, {"reorder": False}):
+        assert Measured.load(tmp_path, spec(runtime=replace(runtime, **same))) == measured
     assert Measured.load(tmp_path, spec(model=replace(model, dtype="bfloat16"))) is None
     assert Measured.load(tmp_path, spec(runtime=replace(runtime, device="cuda:0"))) is None
     [path] = (tmp_path / "measured").iterdir()

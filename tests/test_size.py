@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "allocator": 1440,
     "batchrun": 1670,
-    "batchrun/cli": 2740,
+    "batchrun/cli": 2760,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
     "batchrun/engine/cpu": 2400,
@@ -29,7 +29,7 @@ CEILINGS = {
     "batchrun/prompts": 1175,
     "batchrun/report": 765,
     "batchrun/runner": 2900,
-    "jobs": 2480,
+    "jobs": 2495,
     "jobs/journal": 860,
     "jobs/output": 1290,
     "jobs/rows": 2245,

@@ -10,7 +10,7 @@ from batchrun.jobs.journal.results import Counts
 from batchrun.jobs.options import ModelSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.runtime import RuntimeSpec
 from batchrun.jobs.spec import JobSpec
-from batchrun.runner.live import NOTE, STORY, LogTail, Reporter
+from batchrun.runner.live import NOTE, STORY, LogTail, Progress, Reporter, read_progress
 from batchrun.runner.story import Story
 
 
@@ -45,6 +45,22 @@ def test_each_stage_is_a_line():
         "cancelled: 400 of 1,000 rows in 2.0 s",
         "failed: 0 of 1,000 rows in 2.0 s: the disk is full",
     ]
+
+
+def test_one_row_is_not_rows():
+    lines = []
+    story = Story(lines.append)
+    story.computes(1)
+    story.ends("done", 1, 1, failed=0, wall_s=2.0, reason=None)
+    assert lines == ["running: 1 row", "done: 1 row in 2.0 s"]
+
+
+def test_the_end_of_a_phase_is_published_however_soon_it_comes(tmp_path):
+    """Else a view would end with `0 of 3 rows` of an output that was written."""
+    with Reporter(tmp_path) as reporter:
+        for done in (0, 1, 2, 3):
+            reporter.update(Progress(phase="export", phase_done=done, phase_total=3))
+    assert read_progress(tmp_path).phase_done == 3
 
 
 def test_a_line_of_the_log_has_a_level(tmp_path):

@@ -31,6 +31,7 @@ from batchrun.jobs.snapshot import FINISHED
 from batchrun.models.resolve import fingerprint
 from batchrun.objectstore.paths import Location, location
 from batchrun.platforms import need_linux
+from batchrun.report.text import counted
 from batchrun.runner.isolated import ReaderCrashed, isolated
 from batchrun.runner.live import LogTail
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
@@ -117,14 +118,14 @@ def verify_command(job: str | None, rows: int | None, seed: int | None, as_json:
     if not as_json:
         say(*problems, limit=MESSAGE)
         if not problems:
-            say(f"{folder.id} is sound: {folder.counts().rows:,} rows")
+            say(f"{folder.id} is sound: {counted(folder.counts().rows, 'row')}")
     chosen = secrets.randbelow(1 << 32) if seed is None else seed
     found = None if rows is None else _recomputed(folder, rows, chosen)
     sound = not problems and not (found and found.differences)
     if as_json:
         again = None if found is None else {**asdict(found), "seed": chosen}
-        counted = None if problems else folder.counts().rows
-        shown = {"job": folder.id, "sound": sound, "problems": problems, "rows": counted}
+        total = None if problems else folder.counts().rows
+        shown = {"job": folder.id, "sound": sound, "problems": problems, "rows": total}
         say_json({**shown, "recomputed": again})
     elif found is not None:
         _print_recomputed(found, chosen)
@@ -149,7 +150,7 @@ def _print_recomputed(found: Recomputed, seed: int) -> None:
         return
     same = found.rows - len(found.differences)
     say(*chain(*found.differences.values()), limit=MESSAGE)
-    say(f"{same:,} of {found.rows:,} rows are the same, computed alone (--seed {seed})")
+    say(f"{same:,} of {counted(found.rows, 'row')} are the same, computed alone (--seed {seed})")
     if found.varies is not None:
         say(f"rows may differ: {found.varies}", limit=MESSAGE)
 
@@ -235,7 +236,7 @@ def export_command(
         say_json({"job": folder.id, "output": target.path, **wrote})
         return
     where = "stdout" if output == PIPE else target.path
-    say(f"{found.rows:,} rows in {where}", err=output == PIPE)
+    say(f"{counted(found.rows, 'row')} in {where}", err=output == PIPE)
     if found.unknown is not None:
         tell(
             f"the input has changed: {found.unknown:,} of these rows are without their "

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -68,7 +69,7 @@ state_option = click.option(
     metavar="TEXT",
     help="Only jobs with this tag, as KEY=VALUE, or KEY for any value; may be repeated.",
 )
-@click.option("--limit", "-n", type=click.IntRange(1), help="Only so many of the newest.")
+@click.option("--limit", "-n", type=click.IntRange(1), metavar="N", help="Only the N newest.")
 def list_command(
     as_json: bool, states: set[str], name: str | None, tags: tuple[str, ...], limit: int | None
 ) -> None:
@@ -123,9 +124,10 @@ def listed(job: JobFolder) -> dict[str, Any]:
 
 
 def _pace(job: JobFolder, now: JobSnapshot) -> dict[str, float | None]:
-    """A job's rows per second, and its time left while it runs."""
+    """How long a job's runs lasted, its rows per second, and its time left while it runs."""
     if now.state not in WAITING:
         return {
+            "seconds": now.seconds,
             "rows_per_s": now.done / now.seconds if now.done and now.seconds else None,
             "seconds_left": None,
         }
@@ -133,8 +135,13 @@ def _pace(job: JobFolder, now: JobSnapshot) -> dict[str, float | None]:
     if progress is not None and progress.elapsed_s > 0:
         rows = progress.rows_done - progress.rows_resumed
         rate = rows / progress.elapsed_s if rows >= _ROWS_TO_TELL else None
-    left = progress.seconds_left if progress is not None else None
-    return {"rows_per_s": rate, "seconds_left": left}
+    passed = [now.seconds, progress.elapsed_s or None if progress is not None else None]
+    return {
+        # The journal has no figures before the first rows end, which loading comes before.
+        "seconds": max((each for each in passed if each is not None), default=None),
+        "rows_per_s": rate,
+        "seconds_left": progress.seconds_left if progress is not None else None,
+    }
 
 
 def _print(rows: Sequence[dict[str, Any]], width: int, stream: TextIO) -> None:
@@ -227,7 +234,10 @@ def _cut(text: str, most: int) -> str:
 
 def _short(path: str) -> str:
     """A path as a user would type it here."""
-    for folder, name in ((Path.cwd(), ""), (Path(os.path.expanduser("~")), "~/")):
+    places = {os.path.expanduser("~"): "~/"}
+    with suppress(FileNotFoundError):  # the working folder was removed
+        places = {os.getcwd(): ""} | places
+    for folder, name in places.items():
         if Path(path).is_relative_to(folder):
             return name + str(Path(path).relative_to(folder))
     return path

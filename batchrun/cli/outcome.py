@@ -7,19 +7,20 @@ from typing import Any
 
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.spec import JobSpec
-from batchrun.report.text import seconds
+from batchrun.report.text import counted, seconds
 
 _LOOKED_AT = 20  # rows, for one that is answered
 _SHOWN = 200  # characters of an answer or an error
 
 
-def of_rows(spec: JobSpec, rows: Mapping[str, Any], wall_s: float) -> str:
+def of_rows(spec: JobSpec, rows: Mapping[str, Any], wall_s: float, *, written: bool = True) -> str:
     """How many rows are done, kept, skipped and failed.
 
     Args:
         spec: The job.
         rows: See `batchrun.jobs.stats.summarise`.
         wall_s: How long the run took.
+        written: Whether there is an output.
     """
     total = "?" if rows["total"] is None else f"{rows['total']:,}"
     line = f"{rows['done']:,} of {total} rows"
@@ -33,7 +34,8 @@ def of_rows(spec: JobSpec, rows: Mapping[str, Any], wall_s: float) -> str:
     if rows.get("skipped"):
         line += f", {rows['skipped']:,} skipped for lack of a prompt"
     if rows["failed"]:
-        line += f", {rows['failed']:,} failed (the column `{spec.output.prefix}error` says why)"
+        line += f", {rows['failed']:,} failed"
+        line += f" (the column `{spec.output.prefix}error` says why)" * written
     return line
 
 
@@ -65,7 +67,7 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
     if answer is not None:
         lines.append(f"answer: row {answer['row']:,}: {_short(answer['text'])}")
     if failure is not None:
-        often = f"{failure['rows']:,} rows: {failure['kind']}"
+        often = f"{counted(failure['rows'], 'row')}: {failure['kind']}"
         lines.append(f"failed: {often}, as row {failure['row']:,}: {_short(failure['error'])}")
     return lines
 

@@ -48,8 +48,7 @@ def _ranges(ctx: click.Context, param: click.Parameter, given: Sequence[str]) ->
     "count",
     type=click.IntRange(1),
     metavar="ROWS",
-    show_default=str(_ROWS),
-    help="Rows to show.",
+    help=f"Rows to show: {_ROWS} by default, or all that --row names.",
 )
 @click.option(
     "--row",
@@ -153,6 +152,6 @@ def _text(title: str, text: str, width: int, *, full: bool) -> Iterator[str]:
     cut = lines if full else lines[:_LINES]
     shown = sum(map(len, cut))
     for number, line in enumerate(cut):
-        yield (head if number == 0 else " " * len(head)) + line
+        yield ((head if number == 0 else " " * len(head)) + line).rstrip()
     if len(cut) < len(lines) or len(kept) < len(text):
         yield f"{' ' * len(head)}... {max(1, len(text) - shown):,} more characters: --full"

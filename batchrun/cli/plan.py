@@ -14,7 +14,7 @@ from batchrun.cli.progress import Tell, waited
 from batchrun.jobs.folder import home
 from batchrun.jobs.inflight import ReaderNote
 from batchrun.jobs.kinds import FLEET, MODEL, NAMES, PROMPT, RUNNING, SAMPLING, SCORES, SHAPE
-from batchrun.report.text import seconds, size
+from batchrun.report.text import counted, seconds, size
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.terminal import say_json
 
@@ -68,11 +68,11 @@ def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
     engines = found["engines"]
     for_each = f"; each of {engines:,} devices" if engines > 1 else ""
     each = "of these lengths fit into" if kv["sequences"] else "of these lengths do not fit into"
-    took = "nothing was measured yet on this machine with this model: any job will do"
+    took = "unknown until a job with this model has run on this machine"
     if time is not None:
         took = (
             f"about {seconds(time['engine'])}, and {seconds(time['load'])} to load the model "
-            f"(an estimate, from {found['measured_runs']:,} runs{for_each})"
+            f"(an estimate, from {counted(found['measured_runs'], 'run')}{for_each})"
         )
     return {
         "rows": rows,

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from batchrun.cli.errors import ExitStatus
+from batchrun.cli.errors import ExitStatus, describe
 from batchrun.cli.inspect import json_option
 from batchrun.cli.jobnames import JOB
 from batchrun.cli.listing import state_option
@@ -20,9 +20,9 @@ from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.output.destination import one_at_a_time
-from batchrun.jobs.snapshot import FINISHED, WAITING
+from batchrun.jobs.snapshot import FINISHED, WAITING, JobSnapshot
 from batchrun.jobs.sweep import sweep
-from batchrun.report.text import size
+from batchrun.report.text import counted, size
 from batchrun.terminal import MESSAGE, printable, say, say_json, tell
 
 _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -57,13 +57,23 @@ def rm_command(jobs: tuple[str, ...], yes: bool, as_json: bool) -> int:
 
 
 def _unwritten(job: JobFolder) -> str | None:
-    """What would be lost with the job: results that no complete output has; None if nothing."""
+    """What would be lost with the job: results that no finished output has; None if nothing."""
     with suppress(JobError):  # of a damaged job there is nothing to count
         now = job.snapshot()
-        if now.done and now.state not in FINISHED and held_by(job.path) is None:
+        if now.done and not _is_exported(job, now) and held_by(job.path) is None:
+            if now.state in FINISHED:
+                return f"{job.id} is {now.state}, and its only output is in its folder"
             total = "?" if now.total is None else f"{now.total:,}"
             return f"{job.id} is {now.state} with {now.done:,} of {total} rows done, not exported"
     return None
+
+
+def _is_exported(job: JobFolder, now: JobSnapshot) -> bool:
+    """Whether the job wrote an output that outlives its folder.
+
+    That of `--output -`, and of rows from Python, is in the folder.
+    """
+    return now.state in FINISHED and not job.spec().output.stdout
 
 
 def _agreed(lines: Sequence[str], question: str, command: str) -> bool:
@@ -112,7 +122,8 @@ def _age(ctx: click.Context, param: click.Parameter, given: str | None) -> float
 @click.option(
     "--unexported",
     is_flag=True,
-    help="Also jobs that ended in other ways than done, whose results no output has.",
+    help="Also jobs whose results no output has, or only one in the job's folder: that of "
+    "--output -, and of rows from Python.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
 @click.option("--yes", "-y", is_flag=True, help="Don't ask.")
@@ -129,29 +140,31 @@ def prune_command(
 ) -> int:
     """Remove old jobs that have ended.
 
-    Those that are done, and those that ended without any results; --unexported adds others.
-    Finished outputs stay. New, queued and running jobs are never removed.
+    Removes those whose output is finished, and those that ended without any results; --unexported
+    adds others. Finished outputs stay. New, queued and running jobs are never removed.
     """
     if age is None and keep is None:
         raise click.UsageError("say which jobs are old: --older-than 30d, or --keep N")
     root = home()
     chosen = _old(root, age, keep or 0, states=states, unexported=unexported)
     if chosen and not (dry_run or yes):
-        question = f"remove {_jobs(chosen)}, {size(_sum(chosen))}?"
-        if not _agreed([*map(_line, chosen)], question, "prune with the same options and"):
+        question = f"remove {counted(len(chosen), 'job')}, {size(_sum(chosen))}?"
+        if not _agreed(_lines(chosen), question, "prune with the same options and"):
             return ExitStatus.FAILED
     if not dry_run:
         with one_at_a_time(root):
             sweep(root)
-            chosen = [row for row in chosen if _removed(row["folder"])]
+            chosen = [row for row in chosen if _removed(row["folder"], row["seen"])]
     if as_json:
-        shown = [{name: row[name] for name in row if name != "folder"} for row in chosen]
+        shown = [
+            {name: row[name] for name in row if name not in ("folder", "seen")} for row in chosen
+        ]
         say_json({"dry_run": dry_run, "jobs": shown, "bytes": _sum(chosen)})
         return ExitStatus.DONE
-    if dry_run:
-        say(*map(_line, chosen))
+    if dry_run and chosen:
+        say(*_lines(chosen))
     would = "would remove" if dry_run else "removed"
-    say(f"{would} {_jobs(chosen)}, {size(_sum(chosen))}")
+    say(f"{would} {counted(len(chosen), 'job')}, {size(_sum(chosen))}")
     return ExitStatus.DONE
 
 
@@ -159,12 +172,10 @@ def _sum(rows: Sequence[dict[str, Any]]) -> int:
     return sum(row["bytes"] for row in rows)
 
 
-def _jobs(rows: Sequence[Any]) -> str:
-    return f"{len(rows):,} {'job' if len(rows) == 1 else 'jobs'}"
-
-
-def _line(row: dict[str, Any]) -> str:
-    return f"{row['job']}  {row['state']}  {size(row['bytes'])}"
+def _lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    cells = [(row["job"], row["state"], size(row["bytes"])) for row in rows]
+    name, state, room = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return [f"{a:<{name}}  {b:<{state}}  {c:>{room}}" for a, b, c in cells]
 
 
 def _old(
@@ -175,20 +186,31 @@ def _old(
     for job in reversed(list_jobs(root)):
         try:
             now = job.snapshot()
+            lost = bool(now.done) and not _is_exported(job, now)
         except JobError:
             continue  # somebody should look at it
         if now.state in WAITING or held_by(job.path) is not None or now.state == "new":
             continue
-        if now.state not in FINISHED and now.done and not unexported:
+        if (lost and not unexported) or (states and now.state not in states):
             continue
-        if states and now.state not in states:
-            continue
-        found.append((job, now.state, now.ended or job.created or time.time()))
+        found.append((job, now, now.ended or _last_change(job)))
     old = [row for row in found[keep:] if age is None or time.time() - row[2] > age]
     return [
-        {"folder": job, "job": job.id, "state": state, "ended": ended, "bytes": _bytes(job)}
-        for job, state, ended in old
+        {
+            **{"folder": job, "seen": now, "job": job.id, "state": now.state, "ended": ended},
+            "bytes": _bytes(job),
+        }
+        for job, now, ended in old
     ]
+
+
+def _last_change(job: JobFolder) -> float:
+    """When a job that could not note its end last wrote, in seconds since the epoch."""
+    with suppress(OSError, ValueError), os.scandir(job.path) as entries:
+        # SQLite makes -shm, and an empty -wal, for those who only read.
+        found = [e.stat() for e in entries if not e.name.endswith("-shm")]
+        return max(stat.st_mtime for stat in found if stat.st_size)
+    return time.time()
 
 
 def _bytes(job: JobFolder) -> int:
@@ -202,10 +224,13 @@ def _bytes(job: JobFolder) -> int:
     return total
 
 
-def _removed(job: JobFolder) -> bool:
+def _removed(job: JobFolder, seen: JobSnapshot) -> bool:
+    """Remove a job, unless something ran since it was `seen`."""
     try:
+        if job.snapshot() != seen:
+            raise JobError("it was resumed meanwhile")
         job.remove()
-    except JobError as error:  # it was resumed, or is somebody else's
-        tell(f"{job.id} stays: {error}")
+    except (JobError, OSError) as error:  # also if it is somebody else's
+        tell(f"{job.id} stays: {(describe(error) or (error,))[0]}")
         return False
     return True

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from batchrun.cli.inspect import job_parameters, json_option
+from batchrun.cli.jobnames import JOB
 from batchrun.cli.piped import pour
 from batchrun.cli.progress import waited
 from batchrun.jobs.errors import OutputTaken
@@ -29,13 +30,12 @@ _MOST = 6  # jobs that one page can tell apart
 
 
 @click.command()
-@click.argument("jobs", nargs=-1, metavar="[JOB...]")
+@click.argument("jobs", nargs=-1, metavar="[JOB...]", type=JOB)
 @click.option(
     "--output",
     "-o",
     metavar="FILE",
-    show_default="JOB-report.html in this folder",
-    help="The page, or - for stdout.",
+    help="The page, or - for stdout; by default JOB-report.html in this folder.",
 )
 @click.option("--no-examples", is_flag=True, help="Leave out prompts, answers and errors.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")

@@ -48,6 +48,7 @@ from batchrun.jobs.stats import summarise
 from batchrun.machine import importing
 from batchrun.platforms import need_linux
 from batchrun.provenance import command_line
+from batchrun.report.text import counted
 from batchrun.runner.live import STORY, LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
 from batchrun.runner.supervisor import Started
@@ -148,15 +149,12 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
         return
     print_fields({"inputs": [file.path for file in spec.inputs], "rows": f"{rows:,}"})
     if prompt is not None:
-        say("", f"the first prompt, of row {prompt['row']:,}, has {_tokens(prompt['tokens'])}:")
+        tokens = counted(prompt["tokens"], "token")
+        say("", f"the first prompt, of row {prompt['row']:,}, has {tokens}:")
         say(*(f"    {line}" for line in prompt["text"].split("\n")[:_LINES]), limit=MESSAGE)
     say("")
     print_fields(as_fields(parameters))
     say("", "everything checks out; nothing was started (--dry-run)")
-
-
-def _tokens(count: int) -> str:
-    return "1 token" if count == 1 else f"{count:,} tokens"
 
 
 @click.command(cls=SectionCommand, configured=("wait", "as_json"))
@@ -320,11 +318,15 @@ def _report(job: JobFolder, wall_s: float, as_json: bool) -> ExitStatus:
         outcome = {"job": job.id, "state": state, "exit_code": int(status), "output": output}
         say_json({**outcome, "wall_s": wall_s, "rows": rows, **shown})
         return status
-    line, lines = of_rows(spec, rows, wall_s), as_lines(shown)
+    ended = status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS)
+    line, lines = of_rows(spec, rows, wall_s, written=ended), as_lines(shown)
     aside = spec.output.stdout  # stdout has the answers
-    if status in (ExitStatus.DONE, ExitStatus.FAILED_ROWS):
+    again = f"batchrun resume {job.id}"
+    if ended:
         lines = [line, *lines, f"output: {output}", f"next:   batchrun stats {job.id}"]
     else:
-        lines = [f"{state} after {line}", *lines, f"next:   batchrun resume {job.id}"]
+        lines = [f"{state} after {line}", *lines]
+        if failure is None or f"{again} " not in (failure[1] or ""):  # the hint says it better
+            lines.append(f"next:   {again}")
     say(*lines, err=aside, limit=MESSAGE)
     return status

@@ -32,7 +32,7 @@ _NOT_SPEED = {
     *("max_num_seqs", "max_num_batched_tokens", "kv_budget", "reorder", "share_prefixes"),
     *("devices", "ray", "workers", "gpus_per_worker", "cpus_per_worker"),
     *("name", "path", "draft_model", "draft_path", "max_model_len", "param_columns"),
-    "keep_going",
+    *("keep_going", "on_done"),
 }
 _RIDGE = 1e-9  # of the diagonal: if all steps of a run are alike, amounts can't be told apart
 _LEAST = 1e-12  # of an amount's sum of squares: amounts are counts, so less than this is none

@@ -253,6 +253,11 @@ def _share(part: float, whole: float) -> str:
     return f" ({part / whole:.0%})" if whole > 0 else ""
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things: `1 row`, `2 rows`."""
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
 def size(value: float) -> str:
     """Bytes with a binary unit: `1.5 MiB`."""
     unit = 0

@@ -89,9 +89,10 @@ class Reporter:
         self._submitted_at = 0.0 if started is None else started.submitted_at
 
     def update(self, progress: Progress) -> None:
-        """Publish the newest state, a few times a second."""
+        """Publish the newest state, a few times a second; where a phase begins and ends, always."""
         now = time.monotonic()
-        if now - self._written >= _EVERY_S or progress.phase != self._phase:
+        ends = bool(progress.phase_total) and progress.phase_done >= progress.phase_total
+        if now - self._written >= _EVERY_S or progress.phase != self._phase or ends:
             self._written, self._phase = now, progress.phase
             _publish(self._progress, replace(progress, submitted_at=self._submitted_at))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from batchrun.jobs.journal.results import Counts
 from batchrun.jobs.spec import JobSpec
-from batchrun.report.text import seconds, size
+from batchrun.report.text import counted, seconds, size
 
 
 class Story:
@@ -56,7 +56,7 @@ class Story:
 
     def computes(self, rows: int) -> None:
         """Tell how many rows are left to compute."""
-        self._tell(f"running: {rows:,} rows")
+        self._tell(f"running: {counted(rows, 'row')}")
 
     def writes(self, output: str) -> None:
         """Tell where the output goes."""
@@ -82,7 +82,7 @@ class Story:
             wall_s: How long the run lasted, in seconds.
             reason: Why it failed.
         """
-        done = f"{rows:,} rows" if rows == total else f"{rows:,} of {total:,} rows"
+        done = counted(rows, "row") if rows == total else f"{rows:,} of {total:,} rows"
         bad = f" ({failed:,} failed)" if failed else ""
         word = state.partition("-")[0]  # done-with-errors
         self._tell(f"{word}: {done}{bad} in {seconds(wall_s)}" + (f": {reason}" if reason else ""))

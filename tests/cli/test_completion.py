@@ -59,7 +59,7 @@ def test_files(words):
 
 def test_jobs(jobs):
     alpha, beta = (job.id for job in jobs)
-    for command in ("show", "peek", "watch", "resume", "rm", "logs", "stats", "export"):
+    for command in ("show", "peek", "watch", "resume", "rm", "logs", "stats", "export", "report"):
         assert values(command, "") == [beta, alpha], command
     assert values("show", "al") == [alpha]
     assert values("show", alpha[-4:]) == [alpha]

@@ -137,6 +137,7 @@ def test_a_running_job_says_its_pace_and_what_is_left(home, spec):  # noqa: F811
         reporter.update(now)
         row = listed(job)
         assert (row["state"], row["rows_per_s"], row["seconds_left"]) == ("running", 2.0, 30.0)
+        assert row["seconds"] == 10.0  # the journal has no figures yet
         reporter.update(replace(now, rows_done=24, phase="next"))
         assert listed(job)["rows_per_s"] is None
 
@@ -220,6 +221,15 @@ def test_cells_are_short():
     assert re.fullmatch(r"\w{3} \d\d", _when(now - 5 * 86400, now))
     assert re.fullmatch(r"\d{4}-\d\d", _when(now - 500 * 86400, now))
     assert _when(1e30, now) == "?"
+
+
+def test_a_working_folder_that_was_removed_is_no_matter(run, home, spec, tmp_path, monkeypatch):  # noqa: F811
+    [job] = made(home, spec, [["a"]])
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert job.id in run().output
 
 
 def test_no_jobs(run, home, spec):  # noqa: F811

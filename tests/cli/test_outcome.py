@@ -46,6 +46,19 @@ def test_rows_that_are_retried_are_not_kept_whether_or_not_they_fail_again(
     )
 
 
+def test_a_job_that_ended_early_names_no_column_and_no_command_that_fails_again(
+    batchrun: CommandLine,
+) -> None:
+    job = job_of(batchrun, [error(row) for row in range(5)])
+    job.set_state("failed", "they all fail", f"fix it, or: batchrun resume {job.id} --keep-going")
+    shown = batchrun("watch", job.id)
+    assert shown.out.startswith("failed after 5 of 10 rows in ")
+    assert "5 failed\n" in shown.out
+    assert "next:" not in shown.out
+    job.set_state("failed", "the disk is full", "make room")
+    assert f"next:   batchrun resume {job.id}" in batchrun("watch", job.id).out
+
+
 def test_samples_are_told_apart_from_rows(batchrun: CommandLine) -> None:
     spec = JobFolder(batchrun.unstarted(batchrun.write("in.jsonl", ["x"]))).spec()
     assert of_rows(spec, ROWS, 2.0) == "8 of 8 rows in 2.0 s"

@@ -92,7 +92,7 @@ def test_long_text_is_cut_and_controls_are_shown_as_text():
     assert lines[-1].strip().endswith("more characters: --full")
     whole = list(_text("answer", "word " * 500, 40, full=True))
     assert sum(line.count("word") for line in whole) == 500
-    assert list(_text("answer", "", 40, full=False)) == ["  answer: "]
+    assert list(_text("answer", "", 40, full=False)) == ["  answer:"]
 
 
 def test_a_job_that_has_not_begun(run, tmp_path):

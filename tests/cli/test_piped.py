@@ -97,7 +97,7 @@ def test_export_to_stdout(piped, batchrun):
     assert piped(b"prompt\none\n", "submit", "-", *FLAGS).returncode == 0
     shown = batchrun("export", "-o", "-")
     assert shown.out.splitlines()[1].startswith("one,")
-    assert "1 rows" in shown.err
+    assert "1 row in stdout" in shown.err
 
 
 def test_export_of_a_job_to_stdout_goes_there_again(piped, batchrun):

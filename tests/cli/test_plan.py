@@ -24,7 +24,10 @@ def test_the_plan_of_a_job_is_what_it_does(batchrun: CommandLine) -> None:
     model = ("--model", batchrun.model)
     ahead = batchrun("plan", source, *options, *model, "--json").json
     assert ahead["seconds"] is None
-    assert "nothing was measured yet" in batchrun("plan", source, *options, *model).out
+    assert (
+        "unknown until a job with this model has run"
+        in batchrun("plan", source, *options, *model).out
+    )
     done = batchrun.submit(source, *options, "--output", "out.parquet")
     assert done.code == 3
     found = batchrun("stats", "--json").json
@@ -44,7 +47,7 @@ def test_the_plan_of_a_job_is_what_it_does(batchrun: CommandLine) -> None:
     again = batchrun("plan", source, *options, *model, "--json").json
     assert again["measured_runs"] == 1
     assert again["seconds"]["engine"] > 0
-    assert "an estimate, from 1 runs" in batchrun("plan", source, *options, *model).out
+    assert "an estimate, from 1 run)" in batchrun("plan", source, *options, *model).out
 
 
 def test_a_plan_without_planning(batchrun: CommandLine) -> None:

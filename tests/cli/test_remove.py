@@ -10,7 +10,9 @@ from click.testing import CliRunner
 
 from batchrun.cli import cli, remove
 from batchrun.jobs.folder import create, list_jobs
+from batchrun.jobs.journal.results import Result
 from batchrun.jobs.lease import Lease
+from batchrun.jobs.options import OutputSpec
 from tests.cli.test_listing import ended
 from tests.jobs.conftest import home, prompts, spec  # noqa: F401 - fixtures
 
@@ -29,8 +31,8 @@ def run(home, monkeypatch):  # noqa: F811
 
 @pytest.fixture
 def make(home, spec):  # noqa: F811
-    def made(state, *, rows=3, age=0.0):
-        job = create(home, replace(spec, seed=len(list_jobs(home))))
+    def made(state, *, rows=3, age=0.0, **changes):
+        job = create(home, replace(spec, seed=len(list_jobs(home)), **changes))
         if state != "new":
             ended(job, state, rows=rows)
         if age and (job.path / "state.json").exists():
@@ -131,6 +133,22 @@ def test_prune_keeps_the_newest_and_chooses_states(run, make, home):  # noqa: F8
     assert left(home) == {jobs[1].id, jobs[2].id}
 
 
+def test_a_job_that_was_killed_is_as_old_as_what_it_wrote(run, make, home):  # noqa: F811
+    """Not as its submission, which may be weeks ago when a run is killed."""
+    job = make("new")
+    with job.journal(readonly=False) as journal:
+        journal.begin_run()
+        journal.write([Result(0, 0, "ok", "x")])
+    long_ago = time.time() - 40 * DAY
+    os.utime(job.path / "job.json", (long_ago, long_ago))
+    shown = run("prune", "--older-than", "30d", "--unexported", "--yes")
+    assert "removed 0 jobs" in shown.output
+    for path in job.path.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    shown = run("prune", "--older-than", "30d", "--unexported", "--yes")
+    assert "removed 1 job, " in shown.output
+
+
 def test_a_job_that_is_taken_meanwhile_stays(run, make, home, monkeypatch):  # noqa: F811
     job = make("done", age=40 * DAY)
     chosen = remove._old
@@ -146,4 +164,50 @@ def test_a_job_that_is_taken_meanwhile_stays(run, make, home, monkeypatch):  # n
     lease.__exit__()
     assert "removed 0 jobs" in told.output
     assert f"{job.id} stays: " in told.output
+    assert left(home) == {job.id}
+
+
+def test_an_output_in_the_jobs_folder_goes_with_it_only_if_that_is_wanted(run, make, home):  # noqa: F811
+    """Such as that of rows from Python."""
+    inside = OutputSpec(path="stdout.jsonl", format="jsonl", stdout=True)
+    job = make("done", output=inside, age=40 * DAY)
+    refused = run("rm", job.id)
+    assert str(refused.exception) == f"{job.id} is done, and its only output is in its folder"
+    assert "removed 0 jobs" in run("prune", "--older-than", "30d", "--yes").output
+    assert left(home) == {job.id}
+    assert "removed 1 job" in run("prune", "--older-than", "30d", "--unexported", "--yes").output
+
+
+def test_a_folder_that_is_elsewhere_stays_and_is_named(run, make, home, tmp_path):  # noqa: F811
+    job, other = make("done", age=40 * DAY), make("done", age=50 * DAY)
+    there = tmp_path / "there"
+    job.path.rename(there)
+    job.path.symlink_to(there)
+    refused = run("rm", job.id)
+    assert str(there) in str(refused.exception)
+    assert refused.exception.hint == (
+        f"batchrun rm {there} removes the job, rm {job.path} the link"
+    )
+    told = run("prune", "--keep", "0", "--yes").output
+    assert f"{job.id} stays: " in told
+    assert "removed 1 job, " in told
+    assert left(home) == {job.id}
+    assert not other.path.exists()
+    assert not list((home / "jobs").glob(".*.tmp"))
+    assert run("rm", str(there)).exit_code == 0
+    assert not there.exists()
+
+
+def test_a_job_that_ran_while_the_question_was_asked_stays(run, make, home, monkeypatch):  # noqa: F811
+    job = make("failed", rows=0, age=40 * DAY)
+    chosen = remove._old
+
+    def then_resumed(*arguments, **options):
+        found = chosen(*arguments, **options)
+        ended(job, "interrupted", rows=2)
+        return found
+
+    monkeypatch.setattr(remove, "_old", then_resumed)
+    told = run("prune", "--older-than", "30d", "--yes").output
+    assert f"{job.id} stays: it was resumed meanwhile" in told
     assert left(home) == {job.id}
