@@ -16,11 +16,12 @@ import pyarrow as pa
 from batchrun import platforms
 from batchrun.jobs.errors import ROOM, InputError, JobError, OptionError, OutputError, refused
 from batchrun.jobs.fleet import check_fleet
-from batchrun.jobs.folder import JobFolder, create, find_same
+from batchrun.jobs.folder import JobFolder, create
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import check_apart, one_at_a_time, resuming
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.rows.jsonable import json_values
+from batchrun.jobs.same import find_same
 from batchrun.jobs.snapshot import WAITING
 from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
 from batchrun.jobs.sweep import sweep

@@ -386,19 +386,3 @@ def find(root: Path, name: str | None = None) -> JobFolder:
     if found:
         raise JobNotFound(f"{name!r} could be {len(found)} jobs: {near}", hint="type more of it")
     raise JobNotFound(f"no job {name!r}; the latest are {near}", hint="batchrun list")
-
-
-def find_same(root: Path, spec: JobSpec) -> JobFolder | None:
-    """The newest job with the same work that is neither done nor cancelled, or None."""
-    wanted = spec.fingerprint()
-    for job in reversed(list_jobs(root)):
-        try:
-            noted = JobSnapshot.load(job.path)
-            known = noted.fingerprint if noted is not None else ""
-            same = (known or job.spec().fingerprint()) == wanted
-            if same and job.state() not in {"done", "cancelled"}:
-                job.counts()
-                return job
-        except JobError:
-            continue  # a damaged job can't be resumed
-    return None

@@ -18,12 +18,13 @@ from typing import Any
 
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.files import read_json, write_json
-from batchrun.jobs.folder import JobFolder, create, find_same, list_jobs
+from batchrun.jobs.folder import JobFolder, create, list_jobs
 from batchrun.jobs.identity import PLACES, set_limits
 from batchrun.jobs.journal.journal import Journal
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.destination import check_apart, resuming
 from batchrun.jobs.output.rejoin import export_job
+from batchrun.jobs.same import find_same
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.stats import STATS, summarise
 from batchrun.jobs.verify import verify

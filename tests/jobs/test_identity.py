@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from batchrun.jobs.errors import InputError, JobError, SpecChanged
-from batchrun.jobs.folder import create, find_same
+from batchrun.jobs.folder import create
 from batchrun.jobs.identity import check_unchanged, move, set_limits
 from batchrun.jobs.lease import Lease
 from batchrun.jobs.options import OutputSpec
+from batchrun.jobs.same import find_same
 from batchrun.jobs.spec import InputFile
 
 

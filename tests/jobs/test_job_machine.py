@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from batchrun.jobs.errors import Fenced, LeaseHeld
-from batchrun.jobs.folder import JobFolder, create, find_same, list_jobs
+from batchrun.jobs.folder import JobFolder, create, list_jobs
 from batchrun.jobs.inflight import InFlightRows
 from batchrun.jobs.journal.journal import READ
 from batchrun.jobs.journal.results import Partial, Result
@@ -33,6 +33,7 @@ from batchrun.jobs.lease import Lease
 from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpec
 from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.same import find_same
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.jobs.verify import verify
 

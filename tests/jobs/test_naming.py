@@ -7,8 +7,9 @@ import pytest
 from batchrun.jobs.about import AboutSpec
 from batchrun.jobs.errors import JobNotFound, OptionError
 from batchrun.jobs.files import read_json, write_json
-from batchrun.jobs.folder import create, find, find_same
+from batchrun.jobs.folder import create, find
 from batchrun.jobs.naming import matching, new_id
+from batchrun.jobs.same import find_same
 from batchrun.jobs.snapshot import JobSnapshot
 from batchrun.jobs.spec import OPTIONS, InputFile
 

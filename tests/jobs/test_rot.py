@@ -13,7 +13,7 @@ import pytest
 
 from batchrun.jobs.checksums import checksum, sealed, unsealed
 from batchrun.jobs.errors import JournalError, SpecChanged, SpecDamaged
-from batchrun.jobs.folder import find_same, list_jobs
+from batchrun.jobs.folder import list_jobs
 from batchrun.jobs.identity import check_unchanged
 from batchrun.jobs.journal.journal import READ, Journal
 from batchrun.jobs.journal.results import CopiedResult, Partial, Result
@@ -21,6 +21,7 @@ from batchrun.jobs.lease import Lease
 from batchrun.jobs.output.destination import resuming
 from batchrun.jobs.output.rejoin import export_job
 from batchrun.jobs.rows.source import open_source
+from batchrun.jobs.same import find_same
 from batchrun.jobs.spec import InputFile
 from batchrun.jobs.stats import STATS, write_summary
 from batchrun.jobs.verify import verify
