@@ -90,11 +90,22 @@ def test_the_time_left_does_not_saw(name):
     assert sum(rise > 0 for rise in rises) <= 0.25 * len(rises)
 
 
+# Real answers to the prompts of the examples; the others are answers to random words, in which the
+# luck of draft tokens changes from one second to the next.
+CHATS = ("waves", "one-batch")
+
+
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name.partition(".")[0])
 def test_the_time_left_of_a_recorded_run(path):
+    """Recorded by `python -m benchmarks.outlook --record`, on two cores of a Xeon with AMX."""
     found = judged(json.loads(gzip.decompress(path.read_bytes())))
-    assert found["within"] >= 0.9, found
-    assert found["in_range"] >= 0.7, found
+    chats = path.name.partition(".")[0] in CHATS
+    assert found["within"] >= (0.95 if chats else 0.7), found
+    assert found["in_range"] >= (0.8 if chats else 0.5), found
+
+
+def test_there_are_recorded_runs():
+    assert len(RECORDED) == 5
 
 
 def test_the_first_estimate_comes_at_once_and_earlier_jobs_make_it_better():
