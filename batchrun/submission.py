@@ -177,7 +177,7 @@ def resume(
 
     with resuming(root, job, path, overwrite=overwrite, limits=told, tell=say):
         if retry_failed:
-            say(f"{job.retry_failed():,} failed results will be done again")
+            say(f"failed results to compute again: {job.retry_failed():,}")
         return _start(job)
 
 
@@ -225,7 +225,7 @@ def _number(count: int | None) -> str:
 def _told_limits(spec: JobSpec, job: JobFolder) -> str:
     """The options of `resume` that would make an old job run like this one."""
     now, was = vars(spec.runtime), vars(job.spec().runtime)
-    changed = [name for name in LIMIT_NAMES if now[name] not in (None, False, was[name])]
+    changed = [n for n in LIMIT_NAMES if now[n] not in (None, was[n]) and now[n] is not False]
     return "".join(
         f" {OPTIONS[name].flag}"
         + (f" {shlex.quote(str(now[name]))}" if now[name] is not True else "")

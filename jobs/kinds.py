@@ -14,11 +14,11 @@ from batchrun.jobs.errors import OptionError
 
 MODEL, PROMPT, OUTPUT = "Model", "Prompt", "Output"
 SAMPLING = (
-    "Sampling (the model's: from its generation config; a column of the same name takes precedence)"
+    "Sampling (the model's defaults: its generation config; a column of that name takes precedence)"
 )
 SHAPE = "Structured output (one of these; a column json_schema, regex or choices takes precedence)"
 SCORES = "Scores (nothing is generated unless --max-tokens or a shape asks for it)"
-NAMES = "Names (these change nothing else)"
+NAMES = "Names (for you to find the job by)"
 RUNNING = "Running (these never change an answer)"
 FLEET = "Several devices or machines (these never change an answer either)"
 _LABEL = 100  # characters of a job's name, or of a tag
