@@ -234,10 +234,10 @@ def _cut(text: str, most: int) -> str:
 
 def _short(path: str) -> str:
     """A path as a user would type it here."""
-    places = {os.path.expanduser("~"): "~/"}
+    places = [(os.path.expanduser("~"), "~/")]
     with suppress(FileNotFoundError):  # the working folder was removed
-        places = {os.getcwd(): ""} | places
-    for folder, name in places.items():
+        places.insert(0, (os.getcwd(), ""))
+    for folder, name in places:
         if Path(path).is_relative_to(folder):
             return name + str(Path(path).relative_to(folder))
     return path
