@@ -49,7 +49,10 @@ def home(environment: Mapping[str, str] = os.environ) -> Path:
     try:
         return Path(environment.get("BATCHRUN_HOME") or Path.home() / ".batchrun").absolute()
     except RuntimeError as error:  # no HOME, and no entry in /etc/passwd
-        raise JobError("this user has no home folder", hint="set BATCHRUN_HOME") from error
+        who = f"user {os.getuid()}" if hasattr(os, "getuid") else "this user"
+        raise JobError(
+            f"{who} has no home folder", hint="set BATCHRUN_HOME to a folder of yours"
+        ) from error
 
 
 @dataclass(frozen=True)
