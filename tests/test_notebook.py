@@ -223,7 +223,7 @@ def test_a_job_survives_the_kernel_that_submitted_it(jupyter: Path, tmp_path: Pa
         with kernel() as (manager, client):
             asked = client.execute(f"import batchrun; batchrun.run({rows}, {options})")
             shown = ""
-            while "waiting for the job to begin" not in shown:
+            while "starting" not in shown:
                 shown += client.get_iopub_msg(timeout=300)["content"].get("text", "")
             manager.interrupt_kernel()
             reply: dict[str, Any] = {}

@@ -97,7 +97,7 @@ def test_the_options_and_commands_are_those_of_the_command_line() -> None:
         (DOCS / f"{name}.md").read_text("utf-8") for name in ("options", "commands")
     )
     assert "Default: the model's, else 512" in options
-    assert "Default: JOB-report.html in this folder." in commands
+    assert "by default JOB-report.html in this folder" in commands
     assert "Sentinel" not in options + commands  # what click has where there is no default
 
 
