@@ -168,3 +168,11 @@ def test_a_countdown_counts_down_and_follows_what_is_real():
     after = [countdown.shown(50.0 + at, Left(100.0 - at, 0, 200)).seconds for at in range(20)]
     assert after[0] < 70
     assert after[-1] == pytest.approx(81, rel=0.12)
+
+
+def test_a_job_of_a_week_keeps_no_more_figures_than_one_of_an_hour():
+    outlook = Outlook(None, 4)
+    for second in range(0, 7 * 86_400, 60):
+        now = {name: float(second) for name in FIGURES}
+        outlook.left(now, InFlight((1,), (10,), 100, 5, 10))
+    assert len(outlook._past) < 200

@@ -31,6 +31,7 @@ _PLAYED = 4  # rows to come that are played, for each place; more take the avera
 _BOUNDS = 1.28  # standard deviations: 8 of 10 cases are within
 _LEAST_ERROR, _MOST_ERROR = 0.1, 0.8  # of any estimate
 _PAST_S, _PAST_SHARE = 10.0, 0.25  # speed is that of these last seconds, or this share of all
+_KEPT_SHARE = 0.005  # of the time so far, between two figures that are kept: some dozens are
 _STEP_TOKENS = 16  # what a step costs, in tokens, before anything tells
 _EARLIER_S = 5.0  # of earlier runs' steps that count beside this one's
 _MADE_UP_S = 1.0  # of steps that say so
@@ -223,7 +224,8 @@ class Outlook:
         past = self._past
         while len(past) > 1 and past[1]["engine_s"] <= now["engine_s"] - seconds:
             past.popleft()
-        if now["engine_s"] > past[-1]["engine_s"]:
+        passed = now["engine_s"] - past[-1]["engine_s"]
+        if passed > _KEPT_SHARE * now["engine_s"]:
             past.append(now)
         return {name: now[name] - past[0][name] for name in now}
 
