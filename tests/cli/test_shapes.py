@@ -38,7 +38,7 @@ def test_a_schema_from_a_file_gives_typed_columns(batchrun: CommandLine) -> None
         else:
             assert (row["parsed"], row["parse_error"][:22]) == (None, "the answer was cut off")
     assert {row["finish_reason"] for row in table.to_pylist()} >= {"stop"}
-    assert "tokens to which the shape" in batchrun("stats").out
+    assert "tokens that the structure of the output" in batchrun("stats").out
     assert batchrun("verify", "--recompute", 3).code == 0
 
 

@@ -64,7 +64,7 @@ def test_json_on_stdout_is_one_object_and_progress_is_on_stderr(batchrun):
     shown = batchrun.submit(source, "--max-tokens", 3, "--json")
     assert shown.json["exit_code"] == shown.code == 0
     assert shown.json["output"] == str(batchrun.folder / "in-completions.jsonl")
-    assert "loading the model: 0 of 2 rows (0%)" in shown.err
+    assert "writing the output: 2 of 2 rows" in shown.err
     assert [row["prompt"] for row in batchrun.read("in-completions.jsonl")] == ["one", "two"]
 
 
