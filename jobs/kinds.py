@@ -21,6 +21,7 @@ SCORES = "Scores (nothing is generated unless --max-tokens or a shape asks for i
 NAMES = "Names (for you to find the job by)"
 RUNNING = "Running (these never change an answer)"
 FLEET = "Several devices or machines (these never change an answer either)"
+OF_SUBMIT = (MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, NAMES, FLEET, RUNNING)
 _LABEL = 100  # characters of a job's name, or of a tag
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

@@ -9,17 +9,7 @@ import click
 
 from batchrun.cli.inspect import json_option
 from batchrun.cli.options import SectionCommand, job_options, sources
-from batchrun.jobs.kinds import (
-    FLEET,
-    MODEL,
-    NAMES,
-    OUTPUT,
-    PROMPT,
-    RUNNING,
-    SAMPLING,
-    SCORES,
-    SHAPE,
-)
+from batchrun.jobs.kinds import OF_SUBMIT
 from batchrun.options import OPTIONS
 from batchrun.terminal import MESSAGE, printable, say, say_json
 
@@ -28,7 +18,7 @@ _VALUE = 80  # characters of a value
 
 @click.command(cls=SectionCommand, configured=None)
 @click.argument("inputs", nargs=-1, metavar="[JOB.toml]")
-@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, NAMES, FLEET, RUNNING)
+@job_options(*OF_SUBMIT)
 @json_option
 @click.pass_context
 def config_command(

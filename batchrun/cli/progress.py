@@ -32,6 +32,11 @@ _KV_BAR = 24  # characters
 _WIDTH = 32  # of the bar
 
 
+def _redraws(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 class View:
     """Shows a job on a stream until it is closed.
 
@@ -40,8 +45,7 @@ class View:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        drawn = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        self._way: _Drawn | _Lines = _Drawn(stream) if drawn else _Lines(stream)
+        self._way: _Drawn | _Lines = _Drawn(stream) if _redraws(stream) else _Lines(stream)
         self._latest: Progress | None = None
 
     def update(self, progress: Progress) -> None:
@@ -234,7 +238,7 @@ class Waiting:
 
     def __init__(self, doing: str, stream: TextIO) -> None:
         self._doing, self._stream = doing, stream
-        self._drawn = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._drawn = _redraws(stream)
         self._began = time.monotonic()
         self._shown = self._began
 

@@ -31,17 +31,7 @@ from batchrun.cli.progress import Tell, View, waited
 from batchrun.jobs.errors import JobError, LeaseHeld
 from batchrun.jobs.folder import JobFolder, find, home, list_jobs
 from batchrun.jobs.inflight import ReaderNote
-from batchrun.jobs.kinds import (
-    FLEET,
-    MODEL,
-    NAMES,
-    OUTPUT,
-    PROMPT,
-    RUNNING,
-    SAMPLING,
-    SCORES,
-    SHAPE,
-)
+from batchrun.jobs.kinds import FLEET, OF_SUBMIT, OUTPUT, RUNNING
 from batchrun.jobs.lease import held_by
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
@@ -73,7 +63,7 @@ _json = _running("--json", "as_json", is_flag=True, help="Print the outcome as J
 
 @click.command(cls=SectionCommand, configured=None)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", shell_complete=files)
-@job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, OUTPUT, NAMES, FLEET, RUNNING)
+@job_options(*OF_SUBMIT)
 @_wait()
 @_running("--again", is_flag=True, help="Start a new job even if one for the same work exists.")
 @_running(
