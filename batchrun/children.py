@@ -7,6 +7,7 @@ import os
 import signal
 import site
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -46,10 +47,15 @@ def inherited() -> list[int]:
     A lock ends with the last process that has its handle.
     """
     numbers = [int(number) for number in os.environ.pop(_INHERITED, "").split()]
-    for number in numbers:
-        os.set_inheritable(number, False)
-        os.register_at_fork(after_in_child=partial(_close, number))  # nor do forked children
+    keep(numbers)
     return numbers
+
+
+def keep(handles: Iterable[int]) -> None:
+    """Keep handles from this process's children, forked or started."""
+    for handle in handles:
+        os.set_inheritable(handle, False)
+        os.register_at_fork(after_in_child=partial(_close, handle))
 
 
 def _close(handle: int) -> None:
@@ -68,3 +74,8 @@ def end_with_parent(parent: int, number: int | None = None) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def outlive_parent() -> None:
+    """Undo `end_with_parent`."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)

@@ -27,6 +27,7 @@ from batchrun.jobs.spec import LIMIT_NAMES, OPTIONS, JobSpec
 from batchrun.jobs.sweep import sweep
 from batchrun.objectstore.paths import location
 from batchrun.runner import supervisor
+from batchrun.runner.ahead import Ahead
 from batchrun.runner.live import publish_start
 
 
@@ -110,7 +111,13 @@ def _room(folder: Path, what: str) -> AbstractContextManager[None]:
 
 
 def submit(
-    root: Path, spec: JobSpec, own: Path | None = None, *, again: bool = False, command: str = ""
+    root: Path,
+    spec: JobSpec,
+    own: Path | None = None,
+    *,
+    again: bool = False,
+    command: str = "",
+    ahead: Ahead | None = None,
 ) -> supervisor.Started:
     """Make a job and start it, while nobody else submits or resumes one.
 
@@ -120,6 +127,7 @@ def submit(
         own: An input to move into its folder.
         again: Do so even if another job does the same work.
         command: What asks for it, to be remembered.
+        ahead: A supervisor that waits for it.
 
     Raises:
         MachineError: This is not Linux.
@@ -129,7 +137,7 @@ def submit(
     with one_at_a_time(root):
         sweep(root)
         check_free(root, spec, again=again)
-        return _start(create(root, spec, own, command or None))
+        return _start(create(root, spec, own, command or None), ahead)
 
 
 def resume(
@@ -181,11 +189,11 @@ def resume(
         return _start(job)
 
 
-def _start(job: JobFolder) -> supervisor.Started:
+def _start(job: JobFolder, ahead: Ahead | None = None) -> supervisor.Started:
     with Lease(job.path) as lease:  # refuses at once, and names the holder
         publish_start(job.path)
         job.set_state("queued")
-        return supervisor.start(job, lease)
+        return supervisor.start(job, lease, ahead)
 
 
 def check_free(root: Path, spec: JobSpec, *, again: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from batchrun.provenance import command_line
 from batchrun.report.text import counted
 from batchrun.runner.live import STORY, LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
-from batchrun.runner.supervisor import Started
+from batchrun.runner.supervisor import Started, waiting_supervisor
 from batchrun.terminal import MESSAGE, say, say_json, tell
 from batchrun.trust import others_write
 
@@ -88,28 +89,30 @@ def submit_command(
 
     The job runs in a process of its own: Ctrl-C closes the view, and the job goes on.
     """
-    from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as in all of these
-    from batchrun.options import PIPE  # noqa: PLC0415
-    from batchrun.specs import make_spec  # noqa: PLC0415
-    from batchrun.submission import submit  # noqa: PLC0415
-
     if not dry_run:
         need_linux()
-    root = home()
-    if options["output"] == PIPE and (as_json or not wait):
-        raise click.UsageError("--output - with --json or --detach: stdout has the answers")
-    if others_write(root):
-        tell(f"others can write {root}, and so make and change your jobs: chmod go-w '{root}'")
-    with taken_in(inputs, root) as (paths, own):
-        spec = waited(
-            "checking the job",
-            lambda note, tell: make_spec(paths, root, options, log=tell, noted=note.reading),
-        )
-        if dry_run:
-            _dry_run(root, spec, again=again, as_json=as_json)
-            return 0
-        told = command_line(click.get_current_context().meta[ARGUMENTS])
-        started = submit(root, spec, own, again=again, command=told)
+    alone = not (dry_run or options["devices"] or options["ray"])
+    with waiting_supervisor() if alone else nullcontext() as ahead:
+        from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as in all of these
+        from batchrun.options import PIPE  # noqa: PLC0415
+        from batchrun.specs import make_spec  # noqa: PLC0415
+        from batchrun.submission import submit  # noqa: PLC0415
+
+        root = home()
+        if options["output"] == PIPE and (as_json or not wait):
+            raise click.UsageError("--output - with --json or --detach: stdout has the answers")
+        if others_write(root):
+            tell(f"others can write {root}, and so make and change your jobs: chmod go-w '{root}'")
+        with taken_in(inputs, root) as (paths, own):
+            spec = waited(
+                "checking the job",
+                lambda note, tell: make_spec(paths, root, options, log=tell, noted=note.reading),
+            )
+            if dry_run:
+                _dry_run(root, spec, again=again, as_json=as_json)
+                return 0
+            told = command_line(click.get_current_context().meta[ARGUMENTS])
+            started = submit(root, spec, own, again=again, command=told, ahead=ahead)
     return _attached(started, LogTail(started.job.path), as_json=as_json, wait=wait)
 
 

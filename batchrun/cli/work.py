@@ -22,6 +22,7 @@ from batchrun.jobs.errors import Fenced, LeaseHeld
 from batchrun.jobs.folder import JobFolder, home
 from batchrun.machine import end_with_lost_threads, use_cores
 from batchrun.runner import supervisor
+from batchrun.runner.ahead import job_handed
 from batchrun.runner.live import Reporter
 from batchrun.runner.overdue import prompt_seconds, stall_seconds
 from batchrun.runner.runs import TELL
@@ -51,18 +52,40 @@ def stopped_by_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-@click.command(hidden=True)
-@click.argument("folder", type=click.Path(path_type=Path))
-def work_command(folder: Path) -> int:
-    """Be the supervisor of a job."""
-    return supervisor.work(folder, home())
+_folder = click.argument("folder", type=click.Path(path_type=Path), required=False)
+_parent = click.option("--parent", type=int, default=0)  # that hands it a job
 
 
 @click.command(hidden=True)
-@click.argument("folder", type=click.Path(path_type=Path))
-def run_job_command(folder: Path) -> int:
-    """Run a job, as its supervisor's child."""
-    job, handles = JobFolder(folder), children.inherited()
+@_folder
+@_parent
+def work_command(folder: Path | None, parent: int) -> int:
+    """Be the supervisor of a job; without a folder, of one that is handed to it."""
+    if folder is not None:
+        return supervisor.work(folder, children.inherited(), home())
+    children.end_with_parent(parent)
+    return supervisor.work_ahead(home())
+
+
+@click.command(hidden=True)
+@_folder
+@_parent
+def run_job_command(folder: Path | None, parent: int) -> int:
+    """Run a job, as its supervisor's child; without a folder, one that is handed to it."""
+    if folder is not None:
+        return _run_job(folder, children.inherited())
+    children.end_with_parent(parent)
+    with suppress(Exception):  # the job's run says it
+        use_cores()
+        from batchrun.runner import job_run, opening  # noqa: F401, PLC0415 - as below
+
+        opening.import_engine()
+    handed = job_handed()
+    return ExitStatus.DONE if handed is None else _run_job(*handed)
+
+
+def _run_job(folder: Path, handles: list[int]) -> int:
+    job = JobFolder(folder)
     with Reporter(folder) as reporter, stopped_by_signals() as stop:
         try:
             if (note := use_cores()) is not None:

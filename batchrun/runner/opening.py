@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from batchrun.engine.settings import Settings
 
 
+def import_engine() -> None:
+    """Import what computes: torch, transformers and our own code over them."""
+    with machine.importing():
+        import batchrun.engine.build  # noqa: F401, PLC0415
+
+
 def open_runtime(
     spec: JobSpec, log: Callable[[str], None], phase: Phase = lambda name, done, of: None
 ) -> Assembly:

@@ -15,7 +15,8 @@ import select
 import signal
 import subprocess
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -29,11 +30,13 @@ from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.lease import Lease, held_by
 from batchrun.jobs.queue import DeviceQueue
 from batchrun.jobs.snapshot import WORKER_LOG, last_words
+from batchrun.runner.ahead import Ahead, job_handed
 from batchrun.runner.hook import Hook
 from batchrun.runner.live import Reporter
 from batchrun.runner.runs import Runs
 
 _POLL_S = 0.2
+_STDOUT = 1
 
 
 @dataclass
@@ -80,12 +83,26 @@ class Started:
                     self.job.set_state("failed", reason, hint)
 
 
-def start(job: JobFolder, lease: Lease) -> Started:
+@contextmanager
+def waiting_supervisor() -> Iterator[Ahead | None]:
+    """A supervisor that waits for its job, until the block ends; None if none can be started."""
+    ahead = None
+    with suppress(OSError):
+        ahead = Ahead("work", session=True)
+    try:
+        yield ahead
+    finally:
+        if ahead is not None:
+            ahead.end()
+
+
+def start(job: JobFolder, lease: Lease, ahead: Ahead | None = None) -> Started:
     """Start a supervisor for the job, in its own session, so that it outlives the terminal.
 
     Args:
         job: The job.
         lease: The job's lease, which the supervisor then holds too.
+        ahead: A supervisor that waits for its job.
 
     Raises:
         JobError: No process can be started.
@@ -93,13 +110,14 @@ def start(job: JobFolder, lease: Lease) -> Started:
     told, tell = os.pipe()
     try:
         with open(job.path / WORKER_LOG, "ab", opener=open_private) as log:
-            process = Popen(
+            held = (lease.fileno(), tell)
+            process = (ahead and ahead.hand(job.path, log.fileno(), held)) or Popen(
                 children.command("work", job.path),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                **children.inheriting(lease.fileno(), tell),
+                **children.inheriting(*held),
             )
             with suppress(OSError):  # the supervisor notes it too
                 lease.hand_over(process.pid)
@@ -115,12 +133,27 @@ def start(job: JobFolder, lease: Lease) -> Started:
         os.close(tell)
 
 
-def work(path: Path, root: Path) -> int:
+def work_ahead(root: Path) -> int:
+    """Be the supervisor of the job that is handed to this process, if one is; see `work`."""
+    run = None
+    with suppress(OSError):
+        run = Ahead("run-job")
+    handed = job_handed()
+    if handed is not None:
+        return work(*handed, root, run)
+    if run is not None:
+        run.end()
+    return 0
+
+
+def work(path: Path, handles: Sequence[int], root: Path, ahead: Ahead | None = None) -> int:
     """Be a job's supervisor; in the end run the command of `--on-done`, without the lease.
 
     Args:
         path: The job's folder.
+        handles: The job's lease, and a pipe on which to say that the work begins; or none.
         root: What `home()` returns: where the device's queue is.
+        ahead: A run that waits for its job.
 
     Returns:
         The exit code of the job's last run.
@@ -128,7 +161,7 @@ def work(path: Path, root: Path) -> int:
     Raises:
         LeaseHeld: Another process has the job.
     """
-    job, handles = JobFolder(path), children.inherited()
+    job = JobFolder(path)
     held, tell = (handles[0], handles[1:]) if handles else (None, [])
     hook = Hook(job)
     with ExitStack() as after, Lease(path, held) as lease, Reporter(path) as reporter:
@@ -142,22 +175,37 @@ def work(path: Path, root: Path) -> int:
         with ExitStack() as places:
             places.callback(hook.note_end)
             queues = [DeviceQueue(root, device, job.id) for device in queues_of(job)]
-            turns = [_turn(queue, runs, reporter, places) for queue in queues]
+            end_ahead = nullcontext if ahead is None else ahead.end
+            places.callback(end_ahead)
+            turns = [_turn(queue, runs, reporter, places, end_ahead) for queue in queues]
             if runs.told is None:
                 job.set_state("running")
-            inheriting = children.inheriting(lease.fileno(), *(t.fileno() for t in turns))
-            command = children.command("run-job", path)
-            return runs.run(lambda: Popen(command, stdin=subprocess.DEVNULL, **inheriting))
+            locks = (lease.fileno(), *(turn.fileno() for turn in turns))
+            command, inheriting = children.command("run-job", path), children.inheriting(*locks)
+
+            def start() -> Popen[bytes]:
+                handed = ahead and ahead.hand(path, _STDOUT, locks)
+                return handed or Popen(command, stdin=subprocess.DEVNULL, **inheriting)
+
+            return runs.run(start)
 
 
-def _turn(queue: DeviceQueue, runs: Runs, reporter: Reporter, places: ExitStack) -> DeviceQueue:
+def _turn(
+    queue: DeviceQueue,
+    runs: Runs,
+    reporter: Reporter,
+    places: ExitStack,
+    waits: Callable[[], object],
+) -> DeviceQueue:
     """Wait for the job's turn on a device, and say which job has it.
 
-    Devices are taken in order, so that no two jobs wait for each other.
+    Devices are taken in order, so that no two jobs wait for each other. `waits` is called if there
+    is anything to wait for.
     """
     turn = places.enter_context(queue)
     told: str | None = None
     while runs.told is None and (ahead := turn.jobs_ahead()):
+        waits()
         if ahead[0] != told:
             told, more = ahead[0], len(ahead) - 1
             line = f"waiting for the device {turn.device}, which the job {told or '(unknown)'} has"

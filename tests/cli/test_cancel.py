@@ -17,7 +17,7 @@ from batchrun.jobs.queue import DeviceQueue
 from tests.cli.conftest import CommandLine, Shown
 from tests.cli.test_async import until
 
-# Before it has loaded anything: held in C with the interpreter's lock, and deaf.
+# Held in C with the interpreter's lock, and deaf.
 DEAF = (
     "import ctypes, signal\n"
     "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])\n"
@@ -39,6 +39,13 @@ def trap(batchrun: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Path:
 def set_trap(trap: Path, command: str, code: str) -> None:
     lines = "".join(f"    {line}\n" for line in code.splitlines())
     trap.write_text(f"import sys\nif {command!r} in sys.orig_argv:\n{lines}")
+
+
+def trap_runs(trap: Path, code: str) -> None:
+    """Trap runs that have their job, before they have done anything for it."""
+    lines = "".join(f"    {line}\n" for line in code.splitlines())
+    begins = f"from batchrun.runner import live\ndef begins(*_):\n{lines}"
+    set_trap(trap, "run-job", f"{begins}live.Reporter.__init__ = begins\n")
 
 
 def detached(batchrun: CommandLine, output: str) -> JobFolder:
@@ -71,7 +78,7 @@ def paused(process: psutil.Process) -> bool:
 def test_a_run_that_hears_nothing_is_killed_and_the_next_job_has_its_turn(
     batchrun: CommandLine, trap: Path
 ) -> None:
-    set_trap(trap, "run-job", DEAF)
+    trap_runs(trap, DEAF)
     job = detached(batchrun, "a.jsonl")
     hanging(job)
     trap.unlink()
@@ -95,7 +102,7 @@ def test_a_run_that_hears_nothing_is_killed_and_the_next_job_has_its_turn(
 def test_a_stopped_job_and_one_whose_supervisor_is_gone(
     batchrun: CommandLine, trap: Path, what: str
 ) -> None:
-    set_trap(trap, "run-job", SLEEPS)
+    trap_runs(trap, SLEEPS)
     job = detached(batchrun, "a.jsonl")
     supervisor, run = hanging(job)
     if what == "without its supervisor":
@@ -116,7 +123,7 @@ def test_a_run_that_crashes_after_it_was_told_to_end_is_not_started_again(
     batchrun: CommandLine, trap: Path
 ) -> None:
     crash = "import os, signal\nsignal.signal(15, lambda *_: os.abort())\nsignal.pause()\n"
-    set_trap(trap, "run-job", crash)
+    trap_runs(trap, crash)
     job = detached(batchrun, "a.jsonl")
     hanging(job)
     shown = batchrun("cancel", job.id)
@@ -130,15 +137,12 @@ def test_what_forks_off_a_run_keeps_neither_its_lock_nor_its_turn(
     """Neither a fork nor a program that C starts; both outlive the run."""
     leave = (
         "import os, signal\n"
-        "from batchrun.runner import live\n"
-        "def leave(*_):\n"
-        "    os.system('sleep 600 & echo $! > pids')\n"
-        "    forked = os.fork() or signal.pause()\n"
-        "    print(forked, file=open('pids', 'a'), flush=True)\n"
-        "    os._exit(1)\n"
-        "live.Reporter.__init__ = leave\n"
+        "os.system('sleep 600 & echo $! > pids')\n"
+        "forked = os.fork() or signal.pause()\n"
+        "print(forked, file=open('pids', 'a'), flush=True)\n"
+        "os._exit(1)\n"
     )
-    set_trap(trap, "run-job", leave)
+    trap_runs(trap, leave)
     job = detached(batchrun, "a.jsonl")
     try:
         until(lambda: held_by(job.path) is None, "the end of the job")
@@ -182,7 +186,7 @@ def test_a_supervisor_that_dies_at_its_start_has_its_last_words(
 
 
 def test_ctrl_c_twice_leaves_the_job_alone(batchrun: CommandLine, trap: Path) -> None:
-    set_trap(trap, "run-job", SLEEPS)
+    trap_runs(trap, SLEEPS)
     job = detached(batchrun, "a.jsonl")
     supervisor, run = hanging(job)
     watch = subprocess.Popen(

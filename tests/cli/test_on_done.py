@@ -19,7 +19,7 @@ from batchrun.runner.hook import Hook, environment
 from batchrun.runner.live import LogTail
 from tests.cli.conftest import CommandLine
 from tests.cli.test_async import until
-from tests.cli.test_cancel import SLEEPS, hanging, set_trap, trap
+from tests.cli.test_cancel import SLEEPS, hanging, trap, trap_runs
 
 __all__ = ["trap"]  # a fixture
 
@@ -89,7 +89,7 @@ def test_a_finished_job_can_be_exported_and_its_exit_code_stays(batchrun: Comman
 
 
 def test_a_cancelled_job_runs_it(batchrun: CommandLine, trap: Path) -> None:
-    set_trap(trap, "run-job", SLEEPS)
+    trap_runs(trap, SLEEPS)
     job = started(batchrun, TELLS)
     hanging(job)
     assert batchrun("cancel", job.id).code == 0
@@ -97,7 +97,7 @@ def test_a_cancelled_job_runs_it(batchrun: CommandLine, trap: Path) -> None:
 
 
 def test_a_supervisor_that_is_told_to_end_runs_it(batchrun: CommandLine, trap: Path) -> None:
-    set_trap(trap, "run-job", SLEEPS)
+    trap_runs(trap, SLEEPS)
     job = started(batchrun, TELLS)
     supervisor, _ = hanging(job)
     supervisor.send_signal(signal.SIGTERM)
@@ -105,7 +105,7 @@ def test_a_supervisor_that_is_told_to_end_runs_it(batchrun: CommandLine, trap: P
 
 
 def test_a_run_that_crashes_again_and_again_runs_it_once(batchrun: CommandLine, trap: Path) -> None:
-    set_trap(trap, "run-job", ABORTS)
+    trap_runs(trap, ABORTS)
     job = started(batchrun, TELLS)
     until(lambda: held_by(job.path) is None, "the end of the job")
     assert told(batchrun) == ["failed 0 0"]
@@ -113,7 +113,7 @@ def test_a_run_that_crashes_again_and_again_runs_it_once(batchrun: CommandLine, 
 
 
 def test_resume_can_change_it(batchrun: CommandLine, trap: Path) -> None:
-    set_trap(trap, "run-job", ABORTS)
+    trap_runs(trap, ABORTS)
     job = with_hook(batchrun, "echo first > told")
     shown = batchrun("resume", job.id, "--on-done", "echo second > told")
     assert shown.code == 1
