@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -68,6 +69,11 @@ def say(
         shown = printable(line, limit).encode(encoding, "backslashreplace").decode(encoding)
         write(paint(shown), file=stream)
     stream.flush()
+
+
+def redraws(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def tell(*lines: str) -> None:

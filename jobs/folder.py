@@ -228,6 +228,17 @@ class JobFolder:
         """Whether someone requested it since the worker took the job."""
         return (self.path / CANCEL).exists()
 
+    def check_removable(self) -> None:
+        """Raise what `remove` would raise now."""
+        if self.path.is_symlink():
+            there, link = (shlex.quote(str(p)) for p in (self.path.resolve(), self.path))
+            raise JobError(
+                f"{self.path} is a symbolic link to {self.path.resolve()}",
+                hint=f"batchrun rm {there} removes the job, rm {link} the link",
+            )
+        with Lease(self.path):
+            pass
+
     def remove(self) -> None:
         """Remove the folder with all results, and what killed writers left beside its outputs.
 
@@ -237,12 +248,7 @@ class JobFolder:
             LeaseHeld: The job is running.
             JobError: The folder is a symbolic link: it is elsewhere.
         """
-        if self.path.is_symlink():
-            there, link = (shlex.quote(str(p)) for p in (self.path.resolve(), self.path))
-            raise JobError(
-                f"{self.path} is a symbolic link to {self.path.resolve()}",
-                hint=f"batchrun rm {there} removes the job, rm {link} the link",
-            )
+        self.check_removable()
         with Lease(self.path):
             for destination in self._destinations():
                 OUTPUTS.sweep(destination)

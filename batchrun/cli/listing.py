@@ -20,7 +20,7 @@ from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder, home, list_jobs
 from batchrun.jobs.snapshot import FINISHED, STATES, WAITING, JobSnapshot
 from batchrun.runner.live import read_progress
-from batchrun.terminal import printable, say, say_json
+from batchrun.terminal import printable, redraws, say, say_json
 
 _DAMAGED = "damaged"  # what `list` says of a job whose files can't be read
 _COUNTED = ("state", "done", "total", "failed", "skipped", "model", "output")
@@ -158,7 +158,7 @@ def _print(rows: Sequence[dict[str, Any]], width: int, stream: TextIO) -> None:
             break
         shown.append([cell.ljust(room) for cell in cells])
         left = most - room
-    coloured = _has_colours(stream)
+    coloured = redraws(stream) and not os.environ.get("NO_COLOR")
     begin = len(shown[0][0]) + 2  # of the state
     for number, line in enumerate(zip(*shown, strict=True)):
         colour = _COLOURS.get(rows[number - 1]["state"]) if number and coloured else None
@@ -241,9 +241,3 @@ def _short(path: str) -> str:
         if Path(path).is_relative_to(folder):
             return name + str(Path(path).relative_to(folder))
     return path
-
-
-def _has_colours(stream: TextIO) -> bool:
-    """Whether a stream is a terminal whose user has not asked for no colours."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain

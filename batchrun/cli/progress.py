@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -15,7 +14,7 @@ from batchrun.report.text import size
 from batchrun.runner.isolated import isolated
 from batchrun.runner.live import Progress
 from batchrun.runner.words import PHASES, clock, time_left
-from batchrun.terminal import MESSAGE, printable, say, tell
+from batchrun.terminal import MESSAGE, printable, redraws, say, tell
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -32,11 +31,6 @@ _KV_BAR = 24  # characters
 _WIDTH = 32  # of the bar
 
 
-def _redraws(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that can move its cursor."""
-    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-
-
 class View:
     """Shows a job on a stream until it is closed.
 
@@ -45,7 +39,7 @@ class View:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._way: _Drawn | _Lines = _Drawn(stream) if _redraws(stream) else _Lines(stream)
+        self._way: _Drawn | _Lines = _Drawn(stream) if redraws(stream) else _Lines(stream)
         self._latest: Progress | None = None
 
     def update(self, progress: Progress) -> None:
@@ -238,7 +232,7 @@ class Waiting:
 
     def __init__(self, doing: str, stream: TextIO) -> None:
         self._doing, self._stream = doing, stream
-        self._drawn = _redraws(stream)
+        self._drawn = redraws(stream)
         self._began = time.monotonic()
         self._shown = self._began
 

@@ -48,6 +48,8 @@ def rm_command(jobs: tuple[str, ...], yes: bool, as_json: bool) -> int:
     with one_at_a_time(root):
         sweep(root)
         for job in found:
+            job.check_removable()  # all of them or none
+        for job in found:
             job.remove()
             if not as_json:
                 say(f"removed {job.id}")

@@ -116,6 +116,8 @@ def settings(given: Sequence[str], folder: Path | None = None) -> Settings:
     values, notes, inputs = dict[str, Setting](), [], tuple(given)
     if (path := _users()) is not None and os.path.lexists(path):
         values |= _read(path)[0]
+        if f"{PREFIX}JOB" in os.environ:  # set by a command of --on-done, which would never end
+            values.pop("on_done", None)
     if (path := _projects(folder)) is not None:
         try:
             own, _ = _read(path, project=True)

@@ -319,7 +319,7 @@ class Countdown:
             self._began, self._end = now, end
         elif abs(end - self._end) > _STEADY * left.seconds:
             slow = min(_FOLLOWS_S, _FOLLOWS_SHARE * (now - self._began))
-            self._end += (end - self._end) * min(1.0, passed / slow)
+            self._end += (end - self._end) * (min(1.0, passed / slow) if slow else 1.0)
         self._at = now
         return self.at(now, left)
 

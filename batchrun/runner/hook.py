@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired
 from threading import Thread
@@ -21,7 +22,7 @@ from typing import IO
 from batchrun.jobs.errors import JobError
 from batchrun.jobs.folder import JobFolder
 from batchrun.jobs.snapshot import WAITING, JobSnapshot
-from batchrun.runner.live import Reporter
+from batchrun.runner.live import HOOK, Reporter, read_progress
 from batchrun.runner.overdue import hook_seconds
 
 NAME = "--on-done"  # what the log calls it
@@ -66,6 +67,8 @@ class Hook:
                 "BATCHRUN_ROWS_DONE": str(ended.done or 0),
                 "BATCHRUN_ROWS_FAILED": str(ended.failed),
             }
+            if (last := read_progress(self._job.path)) is not None:
+                reporter.update(replace(last, phase=HOOK, phase_done=0, phase_total=0))
             try:
                 problem = self._run(runtime.on_done, own, reporter)
             except (JobError, OSError) as error:

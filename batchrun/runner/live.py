@@ -24,6 +24,7 @@ NOTE, STORY = "note", "story"  # levels of its lines: whoever watches sees notes
 _PROGRESS = "progress.json"
 _EVERY_S = 0.2
 START = "start"  # the phase before a run says anything
+HOOK = "hook"  # the phase of a command of --on-done
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Progress:
         rows_resumed: Rows that earlier runs finished.
         completion_tokens: Generated so far, those of unfinished rows included.
         elapsed_s: Since the run began.
-        phase: `start`, `load`, `compile`, `check`, `run` or `export`.
+        phase: `start`, `load`, `compile`, `check`, `run`, `export` or `hook`.
         running, waiting: Sequences in the engine.
         phase_done, phase_total: How far the phase is: bytes of weights, or rows written; 0 of 0 if
             that is unknown.

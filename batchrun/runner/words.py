@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchrun.runner.live import START, Progress
+from batchrun.runner.live import HOOK, START, Progress
 
 PHASES = {
     START: "starting",
@@ -11,6 +11,7 @@ PHASES = {
     "check": "checking the model",
     "run": "running",
     "export": "writing the output",
+    HOOK: "running the command of --on-done",
 }
 
 

@@ -79,6 +79,7 @@ def test_a_finished_job_can_be_exported_and_its_exit_code_stays(batchrun: Comman
         "BATCHRUN_STATE=done-with-errors",
     ]
     assert batchrun.read("again.jsonl") == batchrun.read("out.jsonl")
+    assert "running the command of --on-done" in shown.err
     lines = [line for line in logged(job) if line.startswith("--on-done: ")]
     assert lines[0] == "--on-done: said"
     assert lines[-1] == "--on-done: it failed with exit code 7"

@@ -97,11 +97,11 @@ def test_in_a_terminal_a_question_is_asked(make, home, monkeypatch):  # noqa: F8
 
 
 def test_a_running_job_stays_and_the_way_to_stop_it_is_named(run, make, home):  # noqa: F811
-    job = make("interrupted", rows=2)
+    job, other = make("interrupted", rows=2), make("done")
     with Lease(job.path):
-        refused = run("rm", job.id, "--yes")
+        refused = run("rm", other.id, job.id, "--yes")
     assert f"batchrun cancel {job.id}" in refused.exception.hint
-    assert left(home) == {job.id}
+    assert left(home) == {job.id, other.id}
 
 
 def test_prune_takes_old_jobs_that_are_done(run, make, home):  # noqa: F811

@@ -189,6 +189,15 @@ def test_in_a_command_of_on_done_the_output_is_no_option(monkeypatch: pytest.Mon
     assert value("output", "in.jsonl") == ("", "default")
 
 
+def test_a_command_of_on_done_gives_no_job_a_command_from_the_users_file(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_file(places, 'on-done = "batchrun submit in.jsonl"\n')
+    assert value("on_done", "in.jsonl")[0] == "batchrun submit in.jsonl"
+    monkeypatch.setenv("BATCHRUN_JOB", "a-job")  # or it would submit jobs for ever
+    assert value("on_done", "in.jsonl") == (None, "default")
+
+
 # --- job files -----------------------------------------------------------------------------------
 
 
