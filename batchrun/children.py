@@ -31,7 +31,9 @@ def inheriting(*handles: int) -> dict[str, Any]:
     They find this package where it is, and nothing in their working folder, which an empty path
     entry would mean too.
     """
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", _INHERITED: " ".join(map(str, handles))}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if handles:
+        environment[_INHERITED] = " ".join(map(str, handles))
     for name in ("PYTHONPATH", "LD_LIBRARY_PATH"):
         if name in environment:
             environment[name] = os.pathsep.join(filter(None, environment[name].split(os.pathsep)))

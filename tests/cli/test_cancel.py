@@ -44,8 +44,12 @@ def set_trap(trap: Path, command: str, code: str) -> None:
 def trap_runs(trap: Path, code: str) -> None:
     """Trap runs that have their job, before they have done anything for it."""
     lines = "".join(f"    {line}\n" for line in code.splitlines())
-    begins = f"from batchrun.runner import live\ndef begins(*_):\n{lines}"
-    set_trap(trap, "run-job", f"{begins}live.Reporter.__init__ = begins\n")
+    set_trap(
+        trap,
+        "run-job",
+        f"from batchrun.runner import live, opening\ndef begins(*_):\n{lines}"
+        "live.Reporter.__init__ = begins\nopening.import_engine = lambda: None\n",
+    )
 
 
 def detached(batchrun: CommandLine, output: str) -> JobFolder:
