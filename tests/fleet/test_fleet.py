@@ -220,13 +220,14 @@ def test_without_any_device_the_run_ends_and_can_be_resumed(
         tmp_path,
         monkeypatch,
         "from batchrun.errors import MachineError\n"
-        "        step, steps = bench.engine.step, iter(range(20))\n"
+        "        step, steps = bench.engine.step, iter(range(60))\n"
         "        def failing():\n"
         "            if next(steps, None) is None: raise MachineError('it is gone', 'look')\n"
         "            return step()\n"
         "        bench.engine.step = failing",
     )
-    job = submit()
+    # A row takes 40 steps, and the job more than 60 of two workers.
+    job = submit(runtime=replace(submit().spec().runtime, drafts=False))
     with pytest.raises(MachineError, match="it is gone"):
         run(job)
     assert job.state() == "failed"
