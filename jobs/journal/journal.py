@@ -334,6 +334,7 @@ class Journal(Overview):
             self._close()  # the error being raised says more
 
     def _close(self) -> None:
+        self._end_reading()
         if self._writer and self._failed is not None:
             # Closing the last writing connection syncs the log again, as if that could succeed
             # now; an open reading connection keeps SQLite from doing so.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from batchrun.jobs.checksums import checksum
 from batchrun.jobs.errors import JournalError
@@ -72,6 +73,7 @@ class Readings:
     def __init__(self, path: Path, n: int, db: sqlite3.Connection) -> None:
         self.path, self.n, self._db = path, n, db
         self._failed: Exception | None = None  # a failed write, after which nothing is certain
+        self._cursors = WeakSet[sqlite3.Cursor]()
 
     def meta(self, key: str) -> Any:
         """A value remembered by `set_meta`, or None.
@@ -301,9 +303,16 @@ class Readings:
     ) -> Iterator[tuple[tuple[Any, ...], bool]]:
         """Records of a table, and whether each is what was written."""
         with self._errors("read"), self._lenient():
-            for row in self._db.execute(f"{_SELECTS[table]} {which}", values):
+            cursor = self._db.execute(f"{_SELECTS[table]} {which}", values)
+            self._cursors.add(cursor)
+            for row in cursor:
                 record = row[:-1]
                 yield record, checksum(record) == row[-1]
+
+    def _end_reading(self) -> None:
+        """End what is read in part: as long as it lives it would hold up other processes."""
+        for cursor in self._cursors:
+            cursor.close()
 
     @contextmanager
     def _lenient(self) -> Iterator[None]:

@@ -155,6 +155,21 @@ def test_readers_look_while_a_writer_writes(journal, tmp_path):
             reader.write([ok(2)])
 
 
+def test_what_was_read_in_part_holds_nobody_up_once_it_is_closed(journal, tmp_path):
+    journal.write([ok(row) for row in range(9)])
+    with Journal(tmp_path, 2, readonly=True) as other:
+        begun = [other.results(), other.answers(100), other._records("runs")]
+        assert [next(each) is not None for each in begun] == [True] * 3
+        journal.write([ok(9)])
+        journal._db.execute("PRAGMA busy_timeout=0")
+        [(busy, *_)] = journal._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert busy
+    [(busy, *_)] = journal._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert not busy
+    with pytest.raises(JournalError, match="closed"):
+        list(begun[0])
+
+
 def test_a_newer_journal_is_refused(tmp_path):
     Journal.create(tmp_path)
     with sqlite3.connect(tmp_path / "journal.db") as db:
