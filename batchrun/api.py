@@ -97,7 +97,7 @@ class Job:
     def wait(self, timeout: float | None = None, *, progress: bool | None = None) -> Job:
         """Return this job when it has ended: done, with failed rows or without, or stopped.
 
-        Ctrl-C, or interrupting the notebook's kernel, ends the waiting alone: the job goes on.
+        Ctrl-C, or interrupting the notebook's kernel, ends only the waiting: the job continues.
 
         Args:
             timeout: Maximum seconds to wait.
@@ -112,7 +112,7 @@ class Job:
             self._watch(timeout, progress)
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(
-                f"the job {self.id} goes on in a process of its own: "
+                f"the job {self.id} continues in a process of its own: "
                 "wait() waits for it again, cancel() stops it"
             )
             raise
@@ -128,7 +128,7 @@ class Job:
         with notebook.Bar(progress, "waiting for the job to begin") as bar:
             while self._alive():
                 if until is not None and time.monotonic() >= until:
-                    raise TimeoutError(f"the job {self.id} goes on after {timeout} s")
+                    raise TimeoutError(f"the job {self.id} is still running after {timeout} s")
                 if (now := self.progress()) is not None:
                     bar.follow(now)
                 time.sleep(_POLL_S)

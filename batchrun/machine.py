@@ -73,14 +73,14 @@ def use_cores(root: Path = cgroups.ROOT) -> str | None:
     room = startable_threads(wanted + OWN_THREADS) - OWN_THREADS
     if room < 1:
         raise MachineError(
-            f"only {room + OWN_THREADS} threads can be started, and a run needs at least "
+            f"only {room + OWN_THREADS} threads can start, and a run needs at least "
             f"{1 + OWN_THREADS}",
             hint=THREADS_HINT,
         )
     if min(wanted, room) < len(affinity()):
         os.environ.setdefault("OMP_NUM_THREADS", str(min(wanted, room)))
     if room < wanted:
-        return f"computing with {room} threads instead of {wanted}: no more can be started"
+        return f"computing with {room} threads instead of {wanted}: no more can start"
     return None
 
 
@@ -174,14 +174,14 @@ def end_with_lost_threads(end: Callable[[str], None]) -> None:
                 with suppress(MemoryError):
                     sys.__unraisablehook__(found)
                 if getattr(found.object, "__func__", None) is threading.Thread._bootstrap:  # type: ignore[attr-defined]
-                    end(f"a thread could not begin: {found.exc_type.__name__}")
+                    end(f"a thread could not start: {found.exc_type.__name__}")
                 del found
             # If a library audits what Python does, as filelock does from 3.12 on, no hook is
             # called. Threads that were started but have not begun are in limbo.
             limbo = list(getattr(threading, "_limbo", ()))
             waited = {thread: waited.get(thread, 0) + 1 for thread in limbo}
             if max(waited.values(), default=0) > _BEGIN_S:
-                end(f"a thread could not begin in {_BEGIN_S} s")
+                end(f"a thread did not start within {_BEGIN_S} s")
 
     sys.unraisablehook = told.put
     with suppress(RuntimeError):
@@ -189,7 +189,7 @@ def end_with_lost_threads(end: Callable[[str], None]) -> None:
         for _ in range(_BEGIN_S):
             if begun.wait(1):
                 return
-    raise MachineError("no thread can begin", hint=THREADS_HINT)
+    raise MachineError("no thread can start", hint=THREADS_HINT)
 
 
 def memory() -> dict[str, int]:

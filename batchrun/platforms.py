@@ -26,7 +26,7 @@ OPEN_FLAGS: int = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _WHERE = "in WSL 2 (wsl --install)" if WINDOWS else "on a Linux machine or in a Linux container"
 
 
-def need_linux(what: str = "computing") -> None:
+def need_linux(what: str = "running a model") -> None:
     """Refuse what only Linux can do.
 
     Raises:

@@ -34,7 +34,7 @@ def who_else(path: Path) -> str | None:
         if found.st_uid not in {0, me}:
             return f"{place} belongs to user {found.st_uid}"
         if not shut and _others_write(found):
-            return f"others can write {place}"
+            return f"others can write to {place}"
         shut = shut or _shut(found)
     return None
 
@@ -68,7 +68,7 @@ def changed_by_others(folder: Path, names: Iterable[str]) -> str | None:
         if not shared and found.st_uid not in {0, os.geteuid()}:
             return f"{place} belongs to user {found.st_uid}"
         if not shut and (found.st_mode & stat.S_IWOTH if shared else _others_write(found)):
-            return f"others can write {place}"
+            return f"others can write to {place}"
     return None
 
 

@@ -91,9 +91,9 @@ _busy = partial(Metric, across=_mean_of_busy)
 _KV = {
     "live": "bytes holding tokens",
     "mapped": "physical memory used",
-    "shared": "more, if prefixes were not shared",
-    "paged": "16-token blocks would hold",
-    "static": "max-length slots would hold",
+    "shared": "saved by sharing prefixes",
+    "paged": "16-token blocks would take",
+    "static": "max-length slots would take",
     "reserved": "address space, costs nothing",
 }
 

@@ -54,7 +54,7 @@ def test_a_job_of_rows_in_memory_comes_to_its_end(model: str, home: Path) -> Non
     rows = [{"prompt": text, "id": i, "max_tokens": 2 + i} for i, text in enumerate(PROMPTS)]
     job = submit(rows, model=model, dtype="float32", log=lines.append)
     assert lines == [
-        "sampling parameters taken from columns: max_tokens; to take them as data: "
+        "sampling parameters taken from columns: max_tokens; to treat them as data: "
         "--ignore-param-columns"
     ]
     assert job.wait(600) is job
@@ -127,7 +127,7 @@ def test_waiting_has_an_end_and_a_failed_job_says_why(
     job = submit(path, model=model)
     assert job.output == tmp_path / "in-completions.jsonl"
     job.wait()
-    with Lease(home / "jobs" / job.id), pytest.raises(TimeoutError, match="goes on after"):
+    with Lease(home / "jobs" / job.id), pytest.raises(TimeoutError, match="is still running after"):
         Job.find(job.id).wait(0.2)
     path.write_text('{"prompt": "two"}\n')
     with pytest.raises(JobError, match="failed: the input or model changed"):

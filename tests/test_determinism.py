@@ -102,7 +102,7 @@ def test_a_promise_that_can_not_be_kept_is_refused_at_the_start(
 ) -> None:
     computes("float32 torch", "the moon is full")
     job = submit(runtime=RuntimeSpec(device="cpu", deterministic=True))
-    with pytest.raises(EngineError, match="--deterministic can't be kept: the moon is full"):
+    with pytest.raises(EngineError, match="--deterministic can't be guaranteed: the moon is full"):
         run(job)
     assert job.state() == "failed"
     assert summarise(job)["deterministic"] is None
@@ -264,25 +264,28 @@ ANSWER = Result(
         ({"logprobs": ((-1.5, ((4, -1.5),)), *ANSWER.logprobs[1:])}, None),  # type: ignore[index]
         (
             {"token_ids": (4, 9), "text": "blue sea"},
-            "differs from token 1 on: 5 'ky' in the job, 9 'ea' alone",
+            "differs from token 1 on: 5 'ky' in the job, 9 'ea' when recomputed",
         ),
         (
             {"token_ids": (4, 5), "text": "blue "},
-            "differs from token 2 on: 6 'sky' in the job, nothing more alone",
+            "differs from token 2 on: 6 'sky' in the job, nothing more when recomputed",
         ),
         (
             {"text": "blue\0sky"},
-            r"has the same tokens, but another text from character 4 on: ' sky' in the job, "
-            r"'\x00sky' alone",
+            r"has the same tokens, but a different text from character 4 on: ' sky' in the job, "
+            r"'\x00sky' when recomputed",
         ),
         (
             {"logprobs": (*ANSWER.logprobs[:2], (-1.0, ((8, -1.0),)))},  # type: ignore[index]
-            "has the same tokens, but other log-probabilities from token 2 on: -1 for 6 in the "
-            "job, -1 for 8 alone",
+            "has the same tokens, but different log-probabilities from token 2 on: -1 for 6 in the "
+            "job, -1 for 8 when recomputed",
         ),
-        ({"finish_reason": "stop"}, "differs in finish_reason: length in the job, stop alone"),
-        ({"prompt_tokens": 8}, "differs in prompt_tokens: 7 in the job, 8 alone"),
-        ({"status": "error", "error": "too long"}, "can't be computed again: too long"),
+        (
+            {"finish_reason": "stop"},
+            "differs in finish_reason: length in the job, stop when recomputed",
+        ),
+        ({"prompt_tokens": 8}, "differs in prompt_tokens: 7 in the job, 8 when recomputed"),
+        ({"status": "error", "error": "too long"}, "can't be recomputed: too long"),
     ],
 )
 def test_the_first_difference_is_said(change: dict[str, Any], said: str | None) -> None:

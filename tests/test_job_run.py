@@ -454,14 +454,14 @@ def test_whatever_a_tokenizer_raises_is_an_error_of_its_row(submit: Submit) -> N
     outcome = run(job, open_workbench=lambda *_: Bench(), log=lines.append)
     assert outcome is Outcome.DONE_WITH_ERRORS
     errors = {i: e for i, e in enumerate(output(job)["error"].to_pylist()) if e}
-    made = "no prompt can be made from the row: "
+    made = "no prompt can be built from the row: "
     assert errors == {
         3: f"{made}_Panic: inside",
         7: f"{made}RecursionError",
         11: f"{made}OverflowError: too big",
         15: f"{made}KeyError: '\\ud800'",
     }
-    assert len([line for line in lines if "no prompt can be made" in line]) == 1
+    assert len([line for line in lines if "no prompt can be built" in line]) == 1
     assert summarise(job)["rows"]["failed_by_reason"] == {"internal": 4}
 
 
@@ -606,7 +606,10 @@ def test_a_disk_that_will_be_full_is_told_of_early(
     have_free(monkeypatch, lambda: next(free, 1), size=0)
     lines: list[str] = []
     assert run(submit(), log=lines.append) is Outcome.DONE
-    assert sum("it will stop, and can be resumed" in line for line in lines) == 1
+    assert (
+        sum("it will stop before the disk is full and can be resumed" in line for line in lines)
+        == 1
+    )
 
 
 def test_rows_without_a_prompt_can_be_left_out(submit: Submit) -> None:

@@ -66,7 +66,7 @@ def test_a_thread_that_never_begins_ends_the_run_without_a_hook_too() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIMBO], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout) == (7, "a thread could not begin in 1 s")
+    assert (done.returncode, done.stdout) == (7, "a thread did not start within 1 s")
 
 
 def test_pages_of_a_file_are_dropped_unless_they_were_written_to(tmp_path: Path) -> None:

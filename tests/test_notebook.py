@@ -232,7 +232,7 @@ def test_a_job_survives_the_kernel_that_submitted_it(jupyter: Path, tmp_path: Pa
                 reply = client.get_shell_msg(timeout=300)
             told = "\n".join(reply["content"]["traceback"])
             assert reply["content"]["ename"] == "KeyboardInterrupt"
-            assert "goes on in a process of its own: wait() waits for it again" in told
+            assert "continues in a process of its own: wait() waits for it again" in told
         job = Job.find()
         assert job.state == "queued"
         assert held_by(jupyter / "jobs" / job.id)

@@ -134,9 +134,9 @@ def looked(
 
 
 SAID = {
-    "runs": "making its prompt took more than 0.1 s of processor time",
-    "sleeps": "making its prompt has not ended in 0.2 s",
-    "grows": "making its prompt took more than 0.0625 GiB of memory",
+    "runs": "building its prompt took more than 0.1 s of processor time",
+    "sleeps": "building its prompt did not finish in 0.2 s",
+    "grows": "building its prompt took more than 0.0625 GiB of memory",
 }
 
 

@@ -112,7 +112,7 @@ def test_what_can_be_no_parameter_says_what_could_and_how_to_keep_it_as_data(
     with pytest.raises(BadParameterError) as caught:
         read_parameter(name, value)
     assert says in str(caught.value)
-    assert str(caught.value).endswith("--ignore-param-columns takes such columns as data")
+    assert str(caught.value).endswith("--ignore-param-columns treats such columns as data")
     assert len(str(caught.value)) < 250
 
 
@@ -174,7 +174,7 @@ def test_a_type_that_is_no_parameters_is_refused_though_all_is_null(
     tmp_path: Path, name: str, kind: pa.DataType
 ) -> None:
     source = parquet(tmp_path, **{name: pa.array([None, None], kind)})
-    with pytest.raises(InputError, match=f"the column '{name}' can't be .* it holds") as caught:
+    with pytest.raises(InputError, match=f"the column '{name}' can't set .* it holds") as caught:
         param_columns(source, {})
     assert str(kind).partition("<")[0] in str(caught.value)
     assert "--ignore-param-columns" in (caught.value.hint or "")
@@ -200,7 +200,7 @@ def test_types_that_are(tmp_path: Path, name: str, kind: pa.DataType) -> None:
 def test_what_the_jobs_own_parameters_rule_out_is_refused_too(tmp_path: Path) -> None:
     source = parquet(tmp_path, temperature=[0.7, 0.7, 0.0])
     assert param_columns(source, {}) == ["temperature"]
-    with pytest.raises(InputError, match="of row 0 the temperature must be 0 with beam search"):
+    with pytest.raises(InputError, match="in row 0, temperature must be 0 with beam search"):
         param_columns(source, {"num_beams": 4, "temperature": 0.0})
     # What the model's own max_tokens allows is not known yet.
     assert param_columns(parquet(tmp_path, min_tokens=[600, 600]), {}) == ["min_tokens"]

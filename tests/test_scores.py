@@ -317,10 +317,12 @@ def test_rows_that_are_computed_again_are_compared_by_their_scores() -> None:
     assert difference(was, was) is None
     other = was._replace(scores=Scores((-0.5, -1.5), (-2.0,)))
     assert difference(was, other) == (
-        "has other scores of known text from number 2 on: -1 in the job, -1.5 alone"
+        "has different scores of known text from number 2 on: -1 in the job, -1.5 when recomputed"
     )
     less = difference(was, was._replace(scores=None))
-    assert less == "has other scores of known text from number 0 on: -2 in the job, none alone"
+    assert less == (
+        "has different scores of known text from number 0 on: -2 in the job, none when recomputed"
+    )
     exact = Scores((0.1,), ())  # kept as float32
     kept = was._replace(scores=Scores.unpacked(exact.packed()))
     assert difference(kept, was._replace(scores=exact)) is None

@@ -18,10 +18,10 @@ from batchrun.terminal import guard_libraries, say
 # name -> (module, what `batchrun --help` says of it)
 COMMANDS = {
     "submit": ("batchrun.cli.run", "Run a model over every row of a file."),
-    "plan": ("batchrun.cli.plan", "Estimate what a job would take, before the model is loaded."),
+    "plan": ("batchrun.cli.plan", "Estimate a job's tokens, memory and time before it runs."),
     "resume": ("batchrun.cli.run", "Continue a job that was stopped."),
     "stats": ("batchrun.cli.inspect", "Show where a job's rows, time and memory went."),
-    "report": ("batchrun.cli.report", "Write a page about a job."),
+    "report": ("batchrun.cli.report", "Write an HTML report of a job."),
     "watch": ("batchrun.cli.run", "Watch a job until it ends."),
     "logs": ("batchrun.cli.control", "Print a job's log."),
     "cancel": ("batchrun.cli.control", "Stop a job."),
@@ -29,12 +29,12 @@ COMMANDS = {
     "show": ("batchrun.cli.inspect", "Show one job: its inputs, parameters and runs."),
     "peek": ("batchrun.cli.peek", "Show some rows of a job beside their answers."),
     "export": ("batchrun.cli.control", "Write a job's results to a file."),
-    "verify": ("batchrun.cli.control", "Check a job."),
+    "verify": ("batchrun.cli.control", "Check a job for damage and changes."),
     "rm": ("batchrun.cli.remove", "Remove jobs."),
     "prune": ("batchrun.cli.remove", "Remove old jobs that have ended."),
     "completion": (
         "batchrun.cli.completion",
-        "Print what makes a shell complete commands and jobs.",
+        "Print a script that completes commands and jobs in a shell.",
     ),
     "config": ("batchrun.cli.config", "Show the options in force, and where each comes from."),
     "doctor": ("batchrun.cli.doctor", "Show what this machine can do."),

@@ -16,7 +16,7 @@ VARIABLE = "_BATCHRUN_COMPLETE"
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str) -> int:
-    """Print what makes a shell complete commands and jobs.
+    """Print a script that completes commands and jobs in a shell.
 
     bash, in ~/.bashrc: eval "$(batchrun completion bash)"
 

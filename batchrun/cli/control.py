@@ -95,21 +95,21 @@ def cancel_command(job: str | None, as_json: bool) -> int:
     "rows",
     type=click.IntRange(1),
     metavar="ROWS",
-    help="Also compute ROWS random finished rows again, each alone, and compare.",
+    help="Also recompute ROWS random finished rows, each alone, and compare.",
 )
 @click.option("--seed", type=int, help="Choose the same rows as an earlier --recompute.")
 @json_option
 def verify_command(job: str | None, rows: int | None, seed: int | None, as_json: bool) -> int:
-    """Check a job.
+    """Check a job for damage and changes.
 
-    Is its journal sound, are its inputs and model unchanged, does the output match?
+    Checks that its journal is sound, its inputs and model are unchanged, and its output matches.
     """
     from batchrun.jobs.verify import verify  # noqa: PLC0415 - Arrow, as in all of these
 
     if rows is not None:
         need_linux()
     if seed is not None and rows is None:
-        raise click.UsageError("--seed chooses rows to compute again: add --recompute ROWS")
+        raise click.UsageError("--seed chooses the rows to recompute: add --recompute ROWS")
     folder = find(home(), job)
     try:
         problems = waited("checking", lambda note, _: verify(folder, fingerprint, note.reading))
@@ -141,16 +141,16 @@ def _recomputed(folder: JobFolder, rows: int, seed: int) -> Recomputed:
             shown: dict[str, Any] = {"log": view.message, "on_progress": view.update}
             return recompute(folder, rows, seed, limit, **shown)
 
-    return isolated(compared, "computing rows again")
+    return isolated(compared, "recomputing rows")
 
 
 def _print_recomputed(found: Recomputed, seed: int) -> None:
     if not found.rows:
-        say("no row is finished: there is nothing to compute again")
+        say("no row is finished yet: there is nothing to recompute")
         return
     same = found.rows - len(found.differences)
     say(*chain(*found.differences.values()), limit=MESSAGE)
-    say(f"{same:,} of {counted(found.rows, 'row')} are the same, computed alone (--seed {seed})")
+    say(f"{same:,} of {counted(found.rows, 'row')} are the same when recomputed (--seed {seed})")
     if found.varies is not None:
         say(f"rows may differ: {found.varies}", limit=MESSAGE)
 
@@ -167,7 +167,7 @@ def _print_recomputed(found: Recomputed, seed: int) -> None:
 @click.option(
     "--partial",
     is_flag=True,
-    help="Write what there is, even if rows are missing or the input has changed.",
+    help="Write the finished rows, even if others are missing or the input has changed.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @moved_option
@@ -198,7 +198,7 @@ def export_command(
     if output is None and spec.output.stdout:
         output = PIPE
     if output == PIPE and as_json:
-        raise click.UsageError("--output - with --json: stdout has the answers")
+        raise click.UsageError("--output - excludes --json: the answers go to stdout")
     if output == PIPE:
         target = to_stdout(spec.input_format)
     else:
@@ -239,8 +239,8 @@ def export_command(
     say(f"{counted(found.rows, 'row')} in {where}", err=output == PIPE)
     if found.unknown is not None:
         tell(
-            f"the input has changed: {found.unknown:,} of these rows are without their "
-            "input columns; the column `row` has their row numbers, from 0"
+            f"the input has changed: {found.unknown:,} of these rows lack their input "
+            "columns; the column `row` has their row numbers, counted from 0"
         )
 
 

@@ -68,12 +68,12 @@ _LIMITS = (
 def doctor_command(as_json: bool) -> int:
     """Show what this machine can do: versions, memory, devices, and problems.
 
-    Each attention kernel is run on a small case and compared with float32, and each kind of
-    attention by what `--attention auto` takes for it: a kernel, or SDPA, which is slow.
+    Runs each attention kernel on a small case and compares it with float32. For each kind of
+    attention, shows what `--attention auto` chooses: a kernel, or SDPA, which is slow.
 
-    Exits with 1 if something would keep a job from running.
+    Exits with 1 if a problem would keep a job from running.
     """
-    found = waited("examining this machine", lambda *_: examine())
+    found = waited("checking this machine", lambda *_: examine())
     if as_json:
         say_json(found)
     else:
@@ -97,12 +97,12 @@ def examine() -> dict[str, Any]:
         "home_free": shutil.disk_usage(existing).free,
     }
     if not LINUX:  # what follows tries what computing takes
-        return {**here, "problems": [f"computing needs Linux; this is {NAME}"]}
+        return {**here, "problems": [f"running a model needs Linux; this is {NAME}"]}
     problems = []
     try:
         problems += lacks(existing)
     except OSError:
-        problems.append(f"{existing} cannot be written; set BATCHRUN_HOME to a folder of yours")
+        problems.append(f"{existing} is not writable; set BATCHRUN_HOME to a writable folder")
     problems += lacking()
     problems += [f"{name} is not installed" for name, found in versions.items() if not found]
     versions |= {name: _version(name) for name in _CUDA_PACKAGES}
@@ -115,7 +115,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "attention": attention,
         "attention_of_models": of_models,
-        "home_private": f"no, others can write it: chmod go-w '{folder}'"
+        "home_private": f"no, others can write to it: chmod go-w '{folder}'"
         if others_write(folder)
         else "yes",
         "default_model": f"{DEFAULT_MODEL}, "
@@ -136,7 +136,7 @@ def _shown(name: str, value: Any) -> Any:
             for key, item in value.items()
         }
     if name == "batchrun" and value is None:
-        return "not installed: a checkout"
+        return "not installed: a source checkout"
     return ", ".join(value) if name == "tested_architectures" else value
 
 
@@ -193,19 +193,19 @@ def limits(root: Path = cgroups.ROOT) -> dict[str, str]:
     group = cgroups.memory_limit(root)
     if group is not None:
         found["memory"] = (
-            f"{size(group.limit)}, of which {size(max(0, group.free))} are free: "
+            f"{size(group.limit)}, of which {size(max(0, group.free))} is free: "
             f"{group.folder / group.file}"
         )
     quota = cgroups.cpu_quota(root)
     if quota is not None:
-        found["processors"] = f"{quota:g}, by a control group's quota"
+        found["processors"] = f"{quota:g} (quota of a control group)"
     for name, what, cure in _LIMITS:
         limit, _ = resource.getrlimit(getattr(resource, name))
         if limit != resource.RLIM_INFINITY:
             found[what] = f"{limit:,}" if cure is None else f"{size(limit)} ({cure})"
     found["mappings"] = f"{max_map_count():,} (vm.max_map_count)"
     if cgroups.text_of(root / "proc/sys/vm/overcommit_memory").strip() == "2":
-        found["overcommit"] = "none (sysctl -w vm.overcommit_memory=0)"
+        found["overcommit"] = "disabled (sysctl -w vm.overcommit_memory=0)"
     return found
 
 
@@ -213,17 +213,17 @@ def lacking() -> Iterator[str]:
     """What would keep a job from running, and what to do about it; tries each for real."""
     threads = machine.cores() + machine.OWN_THREADS
     if (found := machine.startable_threads(threads)) < threads:
-        yield f"only {found} of {threads} threads can be started; {machine.THREADS_HINT}"
+        yield f"only {found} of {threads} threads can start; {machine.THREADS_HINT}"
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= files < _FILES:
-        yield f"only {files} files can be open at once; ulimit -n 4096"
+        yield f"only {files} files can be open at once; raise that: ulimit -n 4096"
     if max_map_count() < _MAP_COUNT:
         yield (
-            f"a process may have only {max_map_count():,} memory mappings; "
-            f"sysctl -w vm.max_map_count={_MAP_COUNT}"
+            f"a process can have only {max_map_count():,} memory mappings; "
+            f"raise that: sysctl -w vm.max_map_count={_MAP_COUNT}"
         )
     if (free := machine.available_memory()) < _ADDRESSES >> 6:
-        yield f"{size(max(0, free))} of memory are free; free some, or lift the group's limit"
+        yield f"only {size(max(0, free))} of memory is free; free some, or raise the limit"
     try:
         with closing(HostMemory(_PAGE, guard=False)) as memory:
             address = memory.reserve(_ADDRESSES)
@@ -259,7 +259,9 @@ def lacks(folder: Path) -> list[str]:
                 tried(Path(name))
             except (OSError, UserError) as error:
                 why = error.strerror if isinstance(error, OSError) else error
-                found.append(f"{folder}: its file system has no {what} ({why}); {LOCAL_DISK}")
+                found.append(
+                    f"{folder}: its file system does not support {what} ({why}); {LOCAL_DISK}"
+                )
     return found
 
 
@@ -279,6 +281,6 @@ def _link(folder: Path) -> None:
 _TRIALS: dict[str, Callable[[Path], None]] = {
     "locks": _lock,
     "hard links": _link,
-    "sync of folders": fsync_directory,
-    "memory that processes share, which SQLite's log needs": create,
+    "fsync of folders": fsync_directory,
+    "memory shared by processes, which SQLite's log needs": create,
 }

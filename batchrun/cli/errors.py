@@ -82,7 +82,7 @@ def explain(error: Exception, folder: Path | None = None) -> tuple[str, str | No
     try:
         known = describe(error)
     except (ImportError, OSError, MemoryError):  # not even `describe` can run any more
-        known = said_by(error), "batchrun doctor says what this machine lacks"
+        known = said_by(error), "run batchrun doctor to see what this machine lacks"
     return known or _bug(error, folder)
 
 
@@ -91,12 +91,12 @@ def describe(error: Exception) -> tuple[str, str | None] | None:
     if isinstance(error, UserError):
         return str(error), error.hint
     if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None):
-        return f"a library can't be loaded: {error}", "batchrun doctor says what is wrong"
+        return f"a library can't be loaded: {error}", "run batchrun doctor to see what is wrong"
     if isinstance(error, MemoryError):
         return (
             ": ".join(filter(None, ("out of memory", str(error)))),
-            "lift the limits that batchrun doctor names, then: batchrun resume, with a lower "
-            "--max-num-seqs N if need be; or use a smaller model",
+            "raise the limits that batchrun doctor names, then: batchrun resume, with a lower "
+            "--max-num-seqs N if needed; or use a smaller model",
         )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
@@ -113,12 +113,12 @@ def _os_hint(number: int) -> str | None:
     return {
         errno.ENOSPC: "make room on that disk (df -h shows all), then: batchrun resume",
         errno.EDQUOT: "free some of your quota, then: batchrun resume",
-        errno.EROFS: "set BATCHRUN_HOME to a folder that can be written",
-        errno.EACCES: "check the permissions, or set BATCHRUN_HOME to a folder of yours",
+        errno.EROFS: "set BATCHRUN_HOME to a writable folder",
+        errno.EACCES: "check the permissions, or set BATCHRUN_HOME to a writable folder",
         errno.EFBIG: "lift the limit on file sizes: ulimit -f unlimited",
         errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
-        errno.ENFILE: "close what has files open, or: sysctl -w fs.file-max=1000000",
-        errno.ENOMEM: "free memory, or lift its limits: ulimit -v, ulimit -d",
+        errno.ENFILE: "close programs that hold files open, or: sysctl -w fs.file-max=1000000",
+        errno.ENOMEM: "free memory, or raise its limits: ulimit -v, ulimit -d",
         errno.ENOLCK: "set BATCHRUN_HOME to a folder on a disk of this machine",
         errno.EAGAIN: "raise the limit of processes: ulimit -u",
     }.get(number)

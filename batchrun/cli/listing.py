@@ -44,7 +44,9 @@ def _states(ctx: click.Context, param: click.Parameter, given: Sequence[str]) ->
     names = {name.strip() for one in given for name in one.split(",") if name.strip()}
     if unknown := sorted(names - {*STATES, _DAMAGED}):
         known = ", ".join((*STATES, _DAMAGED))
-        raise click.BadParameter(f"{unknown[0]!r} is no state; the states are {known}", ctx, param)
+        raise click.BadParameter(
+            f"{unknown[0]!r} is not a state; the states are {known}", ctx, param
+        )
     return names
 
 
@@ -61,7 +63,7 @@ state_option = click.option(
 @click.command()
 @json_option
 @state_option
-@click.option("--name", metavar="TEXT", help="Only jobs that have this in their id or name.")
+@click.option("--name", metavar="TEXT", help="Only jobs whose id or name contains TEXT.")
 @click.option(
     "--tag",
     "tags",
@@ -76,7 +78,7 @@ def list_command(
     """List all jobs, the newest first.
 
     The jobs are the folders in BATCHRUN_HOME/jobs, by default ~/.batchrun/jobs. TIME is how long
-    their runs lasted, RATE the rows per second of that time, LEFT an estimate.
+    a job's runs lasted, RATE its rows per second in that time, LEFT the estimated time left.
     """
 
     def wanted(row: dict[str, Any]) -> bool:
@@ -93,7 +95,7 @@ def list_command(
     elif rows:
         _print(rows, shutil.get_terminal_size().columns, sys.stdout)
     elif states or name or tags:
-        say(f"no job in {home()} is like that; all of them: batchrun list")
+        say(f"no job in {home()} matches; for all jobs: batchrun list")
     else:
         say(f"no jobs in {home()}; start one with: batchrun submit prompts.parquet")
 

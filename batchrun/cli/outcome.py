@@ -32,7 +32,7 @@ def of_rows(spec: JobSpec, rows: Mapping[str, Any], wall_s: float, *, written: b
     if rows["resumed"]:
         line += f", {rows['resumed']:,} of them kept from earlier runs"
     if rows.get("skipped"):
-        line += f", {rows['skipped']:,} skipped for lack of a prompt"
+        line += f", {rows['skipped']:,} skipped without a prompt"
     if rows["failed"]:
         line += f", {rows['failed']:,} failed"
         line += f" (the column `{spec.output.prefix}error` says why)" * written
@@ -68,7 +68,7 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"answer: row {answer['row']:,}: {_short(answer['text'])}")
     if failure is not None:
         often = f"{counted(failure['rows'], 'row')}: {failure['kind']}"
-        lines.append(f"failed: {often}, as row {failure['row']:,}: {_short(failure['error'])}")
+        lines.append(f"failed: {often}, such as row {failure['row']:,}: {_short(failure['error'])}")
     return lines
 
 

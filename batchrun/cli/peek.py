@@ -37,7 +37,7 @@ def _ranges(ctx: click.Context, param: click.Parameter, given: Sequence[str]) ->
             raise click.BadParameter(wrong, ctx, param)
         found.append(range(int(first), int(last if dash else first) + 1))
         if not found[-1] or found[-1].stop > 1 << 40:
-            raise click.BadParameter(f"{part!r} holds no row", ctx, param)
+            raise click.BadParameter(f"{part!r} is not a valid range of rows", ctx, param)
     return found
 
 
@@ -48,7 +48,7 @@ def _ranges(ctx: click.Context, param: click.Parameter, given: Sequence[str]) ->
     "count",
     type=click.IntRange(1),
     metavar="ROWS",
-    help=f"Rows to show: {_ROWS} by default, or all that --row names.",
+    help=f"Number of rows to show: {_ROWS} by default, or all that --row names.",
 )
 @click.option(
     "--row",
@@ -59,8 +59,10 @@ def _ranges(ctx: click.Context, param: click.Parameter, given: Sequence[str]) ->
     help="Only these rows, numbered from 0; may be repeated.",
 )
 @click.option("--failed", is_flag=True, help="Only rows that failed.")
-@click.option("--random", "shuffled", is_flag=True, help="Rows chosen at random, not the first.")
-@click.option("--seed", type=int, help="Choose the rows that an earlier --random chose.")
+@click.option(
+    "--random", "shuffled", is_flag=True, help="Rows chosen at random instead of the first ones."
+)
+@click.option("--seed", type=int, help="Choose the same rows as an earlier --random.")
 @click.option("--full", is_flag=True, help="Don't shorten long texts.")
 @json_option
 def peek_command(
@@ -76,9 +78,9 @@ def peek_command(
 ) -> None:
     """Show some rows of a job beside their answers.
 
-    Finished rows only, also while the job runs: a prompt (of a chat its last user message), the
-    answer, why it ended, and its tokens; of a failed row the reason. A prompt is shown only if the
-    input still has the very row that was computed.
+    Shows finished rows only, also while the job runs: the prompt (of a chat, the last user
+    message), the answer, its finish reason and its tokens. A failed row has its error instead. A
+    prompt is shown only if the input still has exactly the row that was computed.
     """
     from batchrun.peek import examples  # noqa: PLC0415 - Arrow
 
@@ -105,7 +107,7 @@ def peek_command(
     for example in found:
         say(*_lines(example, width, full=full))
     if reasons := list(dict.fromkeys(e.unread for e in found if e.unread is not None)):
-        tell(f"rows without their prompts: {reasons[0]}")
+        tell(f"some prompts are not shown: {reasons[0]}")
     if shuffled:
         tell(f"chosen at random: --seed {seed}")
 
@@ -125,7 +127,7 @@ def _lines(example: Example, width: int, *, full: bool) -> Iterator[str]:
         parts.append(example.finish_reason or "")
         parts.append(f"{example.prompt_tokens:,} + {example.completion_tokens:,} tokens")
     else:
-        parts.append({"error": "failed", "skipped": "left out"}[example.status])
+        parts.append({"error": "failed", "skipped": "skipped"}[example.status])
     yield "  ".join(filter(None, parts))
     if example.prompt is not None:
         yield from _text("prompt", example.prompt, width, full=full)

@@ -37,9 +37,9 @@ def taken_in(inputs: Sequence[str], root: Path) -> Iterator[tuple[list[str], Pat
         yield list(inputs), None
         return
     if len(inputs) > 1:
-        raise click.UsageError("- is the whole input: name it alone")
+        raise click.UsageError("- reads the whole input from stdin: leave out the other inputs")
     if sys.stdin is None or sys.stdin.isatty():
-        raise InputError("nothing is piped in", hint="batchrun submit - < prompts.jsonl")
+        raise InputError("nothing is piped into stdin", hint="batchrun submit - < prompts.jsonl")
 
     def copy(file: BinaryIO) -> None:
         shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
@@ -50,19 +50,19 @@ def taken_in(inputs: Sequence[str], root: Path) -> Iterator[tuple[list[str], Pat
     except InputError as error:  # the file's name means nothing to the user
         folder = re.escape(f"{root / 'jobs'}/")
         name = r"\.stdin-\w{8}\.\w+"
-        message = re.sub(folder + name, "what came in on stdin", str(error))
+        message = re.sub(folder + name, "the data on stdin", str(error))
         hint = re.sub(f"({folder})?{name}", "FILE", error.hint or "")
         raise InputError(re.sub(name, "stdin", message), hint or None) from error
 
 
 def _kind(path: Path) -> str:
     if not path.stat().st_size:
-        raise InputError("nothing came in on stdin", hint="look at what writes into the pipe")
+        raise InputError("stdin is empty", hint="check the command that writes to the pipe")
     kind = sniffed(path)
     if kind is None:
         raise InputError(
-            "what came in on stdin is neither JSON nor Parquet nor CSV with a header",
-            hint="write it to a file whose name says what it is",
+            "the data on stdin is neither JSON nor Parquet nor CSV with a header",
+            hint="save it to a file with the ending of its format, such as rows.jsonl",
         )
     return kind.suffixes[0]
 

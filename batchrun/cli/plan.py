@@ -24,10 +24,10 @@ from batchrun.terminal import say_json
 @job_options(MODEL, PROMPT, SAMPLING, SHAPE, SCORES, NAMES, FLEET, RUNNING)
 @section_option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Estimate what a job would take, before the model is loaded.
+    """Estimate a job's tokens, memory and time before it runs.
 
-    Reads, tokenises and plans the whole input, as `submit` with the same options would. The time is
-    estimated from the steps of earlier jobs with this model on this machine.
+    Reads, tokenises and plans the whole input, as `submit` with the same options would, but does
+    not load the model. The time is estimated from earlier jobs with this model on this machine.
     """
     from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as below
     from batchrun.options import PIPE  # noqa: PLC0415
@@ -58,11 +58,11 @@ def _found(
 def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
     kv, same, time = found["kv"], found["duplicates"], found["seconds"]
     rows = [f"{found['rows']:,}"]
-    rows += [f"{found['skipped']:,} left out"] * bool(found["skipped"])
-    rows += [f"{count:,} that will fail: {kind}" for kind, count in found["errors"].items()]
+    rows += [f"{found['skipped']:,} skipped"] * bool(found["skipped"])
+    rows += [f"{count:,} will fail: {kind}" for kind, count in found["errors"].items()]
     if same["rows"]:
-        rows.append(f"{same['rows']:,} equal to others, not computed")
-    saved, planning = found["saved"], "saves nothing against the file's order"
+        rows.append(f"{same['rows']:,} duplicates, not computed")
+    saved, planning = found["saved"], "saves nothing compared with the file's order"
     if any(saved.values()):
         planning = f"saves about {saved['prompt_tokens']:,} prompt tokens, {saved['steps']:,} steps"
     engines = found["engines"]
@@ -72,23 +72,23 @@ def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
     if time is not None:
         took = (
             f"about {seconds(time['engine'])}, and {seconds(time['load'])} to load the model "
-            f"(an estimate, from {counted(found['measured_runs'], 'run')}{for_each})"
+            f"(estimated from {counted(found['measured_runs'], 'run')}{for_each})"
         )
     return {
         "rows": rows,
         "prompts": [
             f"{found['prompt_tokens']:,} tokens",
-            f"{found['shared_tokens']:,} of them shared, not computed",
+            f"{found['shared_tokens']:,} of them shared and not computed again",
         ],
         "completions": [
-            f"{found['completion_tokens']:,} tokens at most",
+            f"at most {found['completion_tokens']:,} tokens",
             f"about {found['expected_tokens']:,} to compute",
         ],
         "KV memory": [
-            f"{size(kv['token_bytes'])} a token",
+            f"{size(kv['token_bytes'])} per token",
             f"{kv['sequences'] or 0:,} sequences {each} {size(kv['budget_bytes'])}{for_each}",
         ],
-        "steps": f"about {found['steps']:,}, of {found['max_num_seqs']:,} sequences at most"
+        "steps": f"about {found['steps']:,}, of at most {found['max_num_seqs']:,} sequences"
         + for_each,
         "planning": planning,
         "time": took,

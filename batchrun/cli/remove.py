@@ -36,8 +36,9 @@ _SHOWN = 20  # jobs that a question names
 def rm_command(jobs: tuple[str, ...], yes: bool, as_json: bool) -> int:
     """Remove jobs.
 
-    Removes their folders with all results in them, and what killed processes left unfinished beside
-    their outputs. Finished outputs stay. It asks if a job has results that no finished output has.
+    Removes their folders with all results in them, and unfinished files of killed processes beside
+    their outputs. Finished outputs stay. Asks first if a job has results that no finished output
+    has.
     """
     root = home()
     found = list(dict.fromkeys(find(root, name) for name in jobs))
@@ -87,7 +88,7 @@ def _agreed(lines: Sequence[str], question: str, command: str) -> bool:
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         raise JobError(
             "; ".join(printable(line, MESSAGE) for line in lines[:_SHOWN]),
-            hint=f"batchrun {command} --yes removes all the same",
+            hint=f"to remove them anyway: batchrun {command} --yes",
         )
     tell(*lines[:_SHOWN], *[f"and {len(lines) - _SHOWN:,} more"] * (len(lines) > _SHOWN))
     tell(f"{question} [y/N]")
@@ -104,7 +105,7 @@ def _age(ctx: click.Context, param: click.Parameter, given: str | None) -> float
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", given.strip().lower())
     if found is None:
         raise click.BadParameter(
-            f"{given!r} is no age; write for example 30d, 12h or 2w", ctx, param
+            f"{given!r} is not an age; write, for example, 30d, 12h or 2w", ctx, param
         )
     return float(found[1]) * _AGES[found[2]]
 
@@ -115,7 +116,7 @@ def _age(ctx: click.Context, param: click.Parameter, given: str | None) -> float
     "age",
     metavar="AGE",
     callback=_age,
-    help="Only jobs that ended longer ago, such as 30d, 12h or 2w.",
+    help="Only jobs that ended longer ago than AGE, such as 30d, 12h or 2w.",
 )
 @click.option(
     "--keep", type=click.IntRange(0), metavar="N", help="Keep the N newest of these jobs."
@@ -124,8 +125,8 @@ def _age(ctx: click.Context, param: click.Parameter, given: str | None) -> float
 @click.option(
     "--unexported",
     is_flag=True,
-    help="Also jobs whose results no output has, or only one in the job's folder: that of "
-    "--output -, and of rows from Python.",
+    help="Also jobs whose results are in no output, or only in one in the job's folder, as with "
+    "--output - or rows from Python.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
 @click.option("--yes", "-y", is_flag=True, help="Don't ask.")
@@ -230,9 +231,9 @@ def _removed(job: JobFolder, seen: JobSnapshot) -> bool:
     """Remove a job, unless something ran since it was `seen`."""
     try:
         if job.snapshot() != seen:
-            raise JobError("it was resumed meanwhile")
+            raise JobError("it was resumed in the meantime")
         job.remove()
     except (JobError, OSError) as error:  # also if it is somebody else's
-        tell(f"{job.id} stays: {(describe(error) or (error,))[0]}")
+        tell(f"{job.id} is not removed: {(describe(error) or (error,))[0]}")
         return False
     return True

@@ -35,7 +35,7 @@ _MOST = 6  # jobs that one page can tell apart
     "--output",
     "-o",
     metavar="FILE",
-    help="The page, or - for stdout; by default JOB-report.html in this folder.",
+    help="HTML file, or - for stdout; by default JOB-report.html in this folder.",
 )
 @click.option("--no-examples", is_flag=True, help="Leave out prompts, answers and errors.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
@@ -43,16 +43,16 @@ _MOST = 6  # jobs that one page can tell apart
 def report_command(
     jobs: tuple[str, ...], output: str | None, no_examples: bool, overwrite: bool, as_json: bool
 ) -> None:
-    """Write a page about a job.
+    """Write an HTML report of a job.
 
-    JOB is its id or a part of one; without it, the page is about the latest job. Several are
-    shown side by side. The page needs no network and no script. It has prompts and answers, so its
-    file is private. --json prints what it is made from instead.
+    JOB is its id or a part of one; without it, the report is about the latest job. Several jobs are
+    shown side by side. The page needs no network and no scripts. It has prompts and answers, so
+    only you can read its file. --json prints its data instead.
     """
     root = home()
     names: Sequence[str | None] = jobs or (None,)
     if len(names) > _MOST:
-        raise click.UsageError(f"{len(names)} jobs: a page compares {_MOST} at most")
+        raise click.UsageError(f"{len(names)} jobs: a report compares at most {_MOST}")
     folders = [find(root, name) for name in names]
     rows = _in_common(folders)
     found = [_collected(folder, rows, with_examples=not no_examples) for folder in folders]
@@ -72,7 +72,7 @@ def report_command(
         except FileExistsError as error:
             raise OutputTaken(
                 f"{where} appeared in the meantime, and may not be replaced",
-                hint="--overwrite to replace it, or another --output",
+                hint="add --overwrite to replace it, or choose another --output",
             ) from error
     say(f"report: {where}")
 

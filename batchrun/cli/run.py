@@ -87,7 +87,7 @@ def submit_command(
     completion_tokens and error, in input order. Structured output adds parsed and parse_error. A
     bad row becomes an error in that row; the rest of the job carries on.
 
-    The job runs in a process of its own: Ctrl-C closes the view, and the job goes on.
+    The job runs in a process of its own: Ctrl-C closes the view, and the job continues.
     """
     if not dry_run:
         need_linux()
@@ -100,9 +100,11 @@ def submit_command(
 
         root = home()
         if options["output"] == PIPE and (as_json or not wait):
-            raise click.UsageError("--output - with --json or --detach: stdout has the answers")
+            raise click.UsageError(
+                "--output - excludes --json and --detach: the answers go to stdout"
+            )
         if others_write(root):
-            tell(f"others can write {root}, and so make and change your jobs: chmod go-w '{root}'")
+            tell(f"others can write to {root}, and so change your jobs: chmod go-w '{root}'")
         with taken_in(inputs, root) as (paths, own):
             spec = waited(
                 "checking the job",
@@ -147,7 +149,7 @@ def _dry_run(root: Path, spec: JobSpec, *, again: bool, as_json: bool) -> None:
         say(*(f"    {line}" for line in prompt["text"].split("\n")[:_LINES]), limit=MESSAGE)
     say("")
     print_fields(as_fields(parameters))
-    say("", "everything checks out; nothing was started (--dry-run)")
+    say("", "all checks passed; nothing was started (--dry-run)")
 
 
 @click.command(cls=SectionCommand, configured=("wait", "as_json"))
@@ -189,7 +191,7 @@ def resume_command(
     need_linux()
     root = home()
     if every and (output or overwrite):
-        raise click.UsageError("--all with --output or --overwrite: these apply to a single job")
+        raise click.UsageError("--output and --overwrite apply to a single job: leave out --all")
     if every:
         jobs = [found for found in list_jobs(root) if _is_resumable(found)]
     else:
@@ -213,7 +215,7 @@ def resume_command(
             if not every:
                 raise
             if isinstance(error, LeaseHeld) or not _is_resumable(found):
-                tell(f"{error}: left to it")  # it is running, as wanted
+                tell(f"{error}; skipped")  # it is running, as wanted
                 continue
             print_error(str(error), error.hint)  # and the others go on
             ended = ExitStatus.FAILED
@@ -234,7 +236,7 @@ def _is_resumable(job: JobFolder) -> bool:
 def watch_command(job: str | None, as_json: bool) -> int:
     """Watch a job until it ends.
 
-    Exits with the job's exit code. Ctrl-C closes the view, and the job goes on.
+    Exits with the job's exit code. Ctrl-C closes the view, and the job continues.
     """
     found = find(home(), job)
     tail = LogTail.at_end(found.path)
@@ -283,7 +285,7 @@ def _watch(
         view.close()
         tell(
             "",
-            f"the job {job.id} goes on without this view",
+            f"the job {job.id} continues in the background",
             f"next:   batchrun watch {job.id}, or: batchrun cancel {job.id}",
         )
         return ExitStatus.INTERRUPTED

@@ -42,8 +42,8 @@ NOT_A_PROJECTS = {
     "trust_remote_code": "it runs a model's code",
     "on_done": "it runs a command",
     "ray": "it connects to other machines",
-    "output": "it says what is written",
-    "overwrite": "it says what is replaced",
+    "output": "it chooses which file is written",
+    "overwrite": "it lets files be replaced",
     "special_tokens_in_data": "it lets data pass for control tokens",
 }
 _READ = ("json_schema", "grammar")  # a text, or a file with it
@@ -125,7 +125,7 @@ def settings(given: Sequence[str], folder: Path | None = None) -> Settings:
             said = ", ".join(sorted(_key(setting.source) for setting in own.values()))
             notes.append(f"{path} sets {said or 'nothing'}")
         except _Theirs:
-            notes.append(f"{path} is left out: another user could have written it")
+            notes.append(f"{path} is ignored: another user could have written it")
     if files:
         own, named = _read(Path(files[0]).absolute(), job=True)
         values |= own
@@ -167,7 +167,7 @@ def _read(
     for key, value in data.items():
         name, source = _name(path, key), f"{path}: {key}"
         if name in found:
-            raise SettingsError(f"{source} is there twice, as {_key(found[name].source)} too")
+            raise SettingsError(f"{source} is given twice, also as {_key(found[name].source)}")
         if project:
             _check_project(source, name, value)
         found[name] = Setting(_value(source, name, value, path.parent), source)
@@ -188,9 +188,13 @@ def _parsed(path: Path, *, ours: bool) -> dict[str, Any]:
                 raise _Theirs
             text = file.read(_MOST + 1)
         if len(text) > _MOST:
-            raise SettingsError(f"{path} is larger than {_MOST >> 10} KiB: it sets no options")
+            raise SettingsError(
+                f"{path} is larger than {_MOST >> 10} KiB, which is too large for a file of options"
+            )
         if any(line.count(b".") > _DOTS for line in text.split(b"\n")):
-            raise SettingsError(f"{path} has a line with more than {_DOTS:,} dots")
+            raise SettingsError(
+                f"{path} has a line with more than {_DOTS:,} dots, which is too many to read"
+            )
         return tomllib.loads(text.decode("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"{path} can't be read: {error.strerror or error}") from error
@@ -217,7 +221,7 @@ def _name(path: Path, key: str) -> str:
             f"{path}: {key}: only a job file has inputs", hint="batchrun submit job.toml"
         )
     near = get_close_matches(plain, (*_NAMES, INPUTS), 1)
-    meant = f"; is `{near[0].replace('_', '-')}` meant?" if near else ""
+    meant = f"; did you mean `{near[0].replace('_', '-')}`?" if near else ""
     raise SettingsError(
         f"{path}: there is no option `{key}`{meant}", hint="batchrun submit --help lists them"
     )
@@ -235,7 +239,7 @@ def _check_project(source: str, name: str, value: object) -> None:
     if reason is not None:
         raise SettingsError(
             f"{source} can't be set by a file that is found in a folder: {reason}",
-            hint=f"say it on the command line, by {PREFIX}{name.upper()}, in a job file, or in "
+            hint=f"set it on the command line, with {PREFIX}{name.upper()}, in a job file, or in "
             f"{_users() or 'the user file'}",
         )
 
@@ -243,7 +247,7 @@ def _check_project(source: str, name: str, value: object) -> None:
 def _value(source: str, name: str, value: Any, folder: Path) -> Any:
     """A value of an option, converted."""
     if any("\0" in text for text in _texts(value)):
-        raise SettingsError(f"{source}: it holds a null character")
+        raise SettingsError(f"{source}: it contains a null character")
     if name in SWITCHES:
         if not isinstance(value, bool):
             raise SettingsError(f"{source}: {value!r} is neither true nor false")
@@ -295,9 +299,9 @@ def _inputs(path: Path, value: object) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise SettingsError(f'{source}: write a list of paths, such as ["rows.parquet"]')
     if any("\0" in name for name in names):
-        raise SettingsError(f"{source}: it holds a null character")
+        raise SettingsError(f"{source}: it contains a null character")
     if any(name.lower().endswith(SUFFIX) for name in names):
-        raise SettingsError(f"{source}: a job file is no input of another one")
+        raise SettingsError(f"{source}: a job file cannot be an input of another one")
     return tuple(_beside(path.parent, name) for name in names)
 
 
@@ -342,4 +346,4 @@ def unknown_variables() -> Iterator[str]:
         if name == variable or name in known:
             continue
         if near := get_close_matches(name, known, 1, 0.8):
-            yield f"{variable} means nothing; is {PREFIX}{near[0]} meant?"
+            yield f"{variable} is not a known variable; did you mean {PREFIX}{near[0]}?"

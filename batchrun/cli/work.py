@@ -148,7 +148,7 @@ def run_worker_command(folder: Path, parent: int) -> int:
         os.abort()  # a crash: its rows are suspects
 
     end_with_lost_threads(end)
-    watchdog = Watchdog(stall_seconds(), lambda what, s: end(f"{what} has not ended in {s:.0f} s"))
+    watchdog = Watchdog(stall_seconds(), lambda what, s: end(f"{what} did not finish in {s:.0f} s"))
     watchdog.start()
     try:
         work_for(Connection(handle), watchdog)
@@ -165,7 +165,7 @@ def _print_traceback(error: BaseException) -> None:
 
 def _lost(job: JobFolder, reporter: Reporter, what: str) -> None:
     """End a run if one of its threads could not begin: others wait for it."""
-    hint = "free memory, or lift its limits (batchrun doctor names them); then: batchrun resume"
+    hint = "free memory, or raise its limits (batchrun doctor names them), then: batchrun resume"
     try:
         print_error(what, hint)  # first: there may be no memory for more
         reporter.message(what)
@@ -178,10 +178,10 @@ def _stalled(job: JobFolder, reporter: Reporter, what: str, seconds: float) -> N
     """End a run that hangs; where each thread is goes into worker.log."""
     from batchrun.runner.engine_loop import ENGINE  # noqa: PLC0415
 
-    reason = f"{what} has not ended in {seconds:.0f} s"
+    reason = f"{what} did not finish in {seconds:.0f} s"
     reporter.message(reason)
     if what == ENGINE:
         os.abort()  # a crash like others: its rows are suspects
     faulthandler.dump_traceback()
-    job.set_state("failed", reason, "is its disk still there? then: batchrun resume")
+    job.set_state("failed", reason, "check that its disk is still there, then: batchrun resume")
     os._exit(ExitStatus.FAILED)

@@ -187,7 +187,7 @@ class Assembly:
             fits = fit_context(
                 loaded, replace(settings, max_model_len=None), loaded.device.type, draft
             )
-            less = f"use --max-model-len {fits.max_model_len} or less, or fewer --max-num-seqs"
+            less = f"use --max-model-len {fits.max_model_len} or less, or a lower --max-num-seqs"
             raise EngineError(
                 f"cannot set up KV memory for {self.max_num_seqs} sequences of "
                 f"{loaded.max_model_len} tokens: {error}",
@@ -234,7 +234,7 @@ class Assembly:
         if self.settings.deterministic and reason:
             self.close()
             raise EngineError(
-                f"--deterministic can't be kept: {reason}",
+                f"--deterministic can't be guaranteed: {reason}",
                 hint="leave out --deterministic, and add --again",
             )
 

@@ -100,7 +100,11 @@ class SamplingParams:
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("num_beams", not (self.scoring and self.beams), "1 where known text is scored"),
             ("length_penalty", abs(self.length_penalty) < 100, finite),
-            ("early_stopping", self.early_stopping in (True, False, "never"), "a flag or never"),
+            (
+                "early_stopping",
+                self.early_stopping in (True, False, "never"),
+                "true, false or never",
+            ),
             ("temperature", self.greedy or not self.beams, "0 with beam search"),
             ("stop", not (self.stop and self.beams), "left out with beam search"),
             ("stop", all(self.stop), "non-empty text"),

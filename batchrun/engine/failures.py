@@ -15,7 +15,7 @@ def without_text(sequence: Sequence, error: BaseException) -> None:
 
 def without_shape(sequence: Sequence, reason: str) -> None:
     """Fail a sequence whose answer can't go on under its constraint."""
-    sequence.fail("constraint", f"no answer of the shape asked for can be found: {reason}")
+    sequence.fail("constraint", f"no answer of the requested shape can be found: {reason}")
 
 
 def not_finite(sequence: Sequence, generated: int | None = None) -> None:

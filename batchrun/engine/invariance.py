@@ -67,7 +67,7 @@ def check(loaded: LoadedModel, executor: TorchExecutor, space: KVSpace, most: in
     for sequence in sequences:
         alone.update(_logits(executor, space, [sequence], [most]))
     ways = {
-        "is cut and computed beside another": _logits(
+        "is split and computed beside another": _logits(
             executor, space, sequences, [min(size, part) for size in _PIECES]
         ),
         "is computed token by token beside another": _logits(
@@ -83,7 +83,7 @@ def check(loaded: LoadedModel, executor: TorchExecutor, space: KVSpace, most: in
             torch.set_num_threads(threads)
     for how, logits in ways.items():
         if any(not torch.equal(logits[place], alone[place]) for place in logits.keys() & alone):
-            raise VariesError(f"a check found other logits where a prompt {how}")
+            raise VariesError(f"a check found different logits where a prompt {how}")
     return 0
 
 

@@ -39,6 +39,6 @@ def device_errors(
             raise
         raise EngineError(
             f"there is no memory left for {of}: {first_line(error)}",
-            hint="free what another program has taken, then: batchrun resume"
-            + (f", with a lower {less} if need be" if less else "; or use a smaller model"),
+            hint="free memory that other programs use, then: batchrun resume"
+            + (f", with a lower {less} if needed" if less else "; or use a smaller model"),
         ) from error

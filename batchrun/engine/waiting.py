@@ -98,11 +98,11 @@ def why_refused(
     """Why a row can never be computed: the kind of failure and the reason. None if it can."""
     if prompt_tokens + 1 > max_model_len:
         answer = (
-            f"the prompt has {prompt_tokens} tokens and the context holds "
-            f"{max_model_len}, one of them for the answer"
+            f"the prompt has {prompt_tokens} tokens, and the context holds "
+            f"{max_model_len}, of which the answer needs at least one"
         )
         text = (
-            f"the prompt and what is scored behind it have {prompt_tokens + 1} tokens, and the "
+            f"the prompt and the text to score have {prompt_tokens + 1} tokens, and the "
             f"context holds {max_model_len}"
         )
         return "prompt_too_long", text if scored else answer

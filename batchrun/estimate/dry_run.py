@@ -100,8 +100,7 @@ def _tell(failed: Mapping[int, str], tried: int, log: Callable[[str], None]) -> 
     if len(failed) == tried:
         raise InputError(
             f"none of the first {tried:,} rows can be computed; row {row}: {reason}",
-            hint="fix them, or look at the options that say what makes the prompt: "
-            "batchrun submit --help",
+            hint="correct them, or see the options that build the prompt: batchrun submit --help",
         )
     log(f"{len(failed):,} of the first {tried:,} rows will fail; row {row}: {reason}")
 

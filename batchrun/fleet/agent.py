@@ -93,8 +93,8 @@ class Agent:
         if (found := fingerprint(arrived)) != model.fingerprint:
             shutil.rmtree(arrived, ignore_errors=True)
             raise ModelError(
-                f"the model {model.name} arrived at {platform.node()} as {found[:12]}, and it was "
-                f"{model.fingerprint[:12]}"
+                f"the model {model.name} arrived at {platform.node()} with the fingerprint "
+                f"{found[:12]} instead of {model.fingerprint[:12]}"
             )
         if kept.exists() and not _is(kept, model):
             shutil.rmtree(kept)

@@ -103,7 +103,7 @@ def _wanted(spec: JobSpec, resources: dict[str, float]) -> tuple[float, int]:
     if not workers:
         raise MachineError(
             f"the Ray cluster has no room for a worker: it has {there:g} GPUs and "
-            f"{resources.get('CPU', 0):g} CPUs, and a worker wants {gpus:g} and {cpus}",
+            f"{resources.get('CPU', 0):g} CPUs, and a worker needs {gpus:g} and {cpus}",
             hint="--workers N waits until there is room; --gpus-per-worker 0 computes on CPUs",
         )
     return gpus, workers
@@ -284,7 +284,7 @@ class RayWorkers:
             free = self._ray.available_resources()
             self._log(
                 f"{waiting} of {len(self._slots)} workers wait for room in the Ray cluster: each "
-                f"wants {self._wants}, and {free.get('GPU', 0):g} GPUs and "
+                f"needs {self._wants}, and {free.get('GPU', 0):g} GPUs and "
                 f"{free.get('CPU', 0):g} CPUs are free"
             )
 

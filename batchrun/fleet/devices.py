@@ -28,7 +28,7 @@ def devices_of(named: str) -> list[str]:
     if kind == "cpu":
         if int(number) > (cores := machine.cores()):
             raise MachineError(
-                f"--devices {named}: this machine has {cores} cores for it",
+                f"--devices {named}: this machine has only {cores} cores",
                 hint=f"use --devices cpu:{cores}, or fewer workers",
             )
         return ["cpu"] * int(number)
@@ -41,7 +41,7 @@ def devices_of(named: str) -> list[str]:
             there = f"the devices are cuda:0 to cuda:{count - 1}" if count else problem
             raise MachineError(
                 f"the device {device} can't be used: {there}",
-                hint="batchrun doctor shows the devices; --devices all takes what there is",
+                hint="batchrun doctor shows the devices; --devices all uses all of them",
             )
     return wanted
 

@@ -251,7 +251,7 @@ class Fleet:
             ):
                 worker = member.worker
                 self._workers.end(worker, at_once=True)
-                yield worker, Lost(f"has said nothing for {self._patience:.0f} s")
+                yield worker, Lost(f"has not responded for {self._patience:.0f} s")
 
     def _end(self, member: Member) -> None:
         assert member.worker is not None
@@ -311,19 +311,20 @@ class Fleet:
                 return f"its context has {mine:,} tokens, and that of {other.setup.name} {theirs:,}"
         kinds = self._arithmetics()
         if self._spec.runtime.deterministic and len(kinds) > 1:
-            return f"--deterministic, and workers compute with {' and with '.join(kinds)}"
+            used = " and with ".join(kinds)
+            return f"--deterministic can't be guaranteed: workers compute with {used}"
         return None
 
     def _is_lost(self, member: Member, message: Lost) -> None:
         member.vain += 1
         if message.for_good or member.vain > _RESTARTS or self._ending:
             times = f", {member.vain} times in a row" * (member.vain > 1)
-            hint = _MEMORY if message.for_good else "batchrun logs says more"
+            hint = _MEMORY if message.for_good else "for details: batchrun logs"
             problem = f"the worker on {member.setup.name} {message.how}{times}"
             self._give_up(member, f"its worker {message.how}{times}", MachineError(problem, hint))
             return
-        rows = f", with {len(message.suspects):,} rows in it" * message.crashed
-        self._log(f"the worker on {member.setup.name} {message.how}{rows}; it is started again")
+        rows = f", with {len(message.suspects):,} rows running" * message.crashed
+        self._log(f"the worker on {member.setup.name} {message.how}{rows}; it restarts")
         self._forget(member)
         self._start(member)
 
@@ -338,7 +339,7 @@ class Fleet:
         if not left or (isinstance(error, ModelError) and not was_ready):
             raise error
         of = f"{left} of {len(self.members)} devices"
-        self._log(f"{member.setup.name} is lost: {reason}; the job goes on with {of}")
+        self._log(f"{member.setup.name} is lost: {reason}; the job continues with {of}")
 
     def _forget(self, member: Member) -> None:
         """Close the books of a worker that has ended."""

@@ -144,8 +144,8 @@ class _Process:
             with closing(InFlightRows(self._notes)) as running:
                 return Lost(f"crashed with {name}", crashed=True, suspects=tuple(running.rows()))
         if name == "SIGKILL" and oom_kills() > self._oom_kills:
-            return Lost(f"was ended by {name}: the machine had no memory left", for_good=True)
-        return Lost(f"was ended by {name}")
+            return Lost(f"was killed by {name}: the machine ran out of memory", for_good=True)
+        return Lost(f"was killed by {name}")
 
     def kill(self) -> None:
         """End it by force."""

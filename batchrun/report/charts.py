@@ -146,7 +146,7 @@ def bar_chart(title: str, lengths: Mapping[str, Any], note: str) -> Chart:
     top = max(range(len(counts)), key=counts.__getitem__)
     chart.text = (
         f"{sum(counts):,} in all, from {least:,} to {most:,} tokens; {counts[top]:,} of them have "
-        f"{least + top * width:,} to {least + (top + 1) * width - 1:,}, the fullest bar"
+        f"{least + top * width:,} to {least + (top + 1) * width - 1:,}, the tallest bar"
     )
     return chart
 

@@ -77,7 +77,7 @@ def shortened(text: str, most: int = _MOST) -> str:
         return text
     head, tail = most * 3 // 4, most // 4
     left_out = len(text) - head - tail
-    return f"{text[:head]}\n[... {left_out:,} characters are left out here ...]\n{text[-tail:]}"
+    return f"{text[:head]}\n[... {left_out:,} characters left out ...]\n{text[-tail:]}"
 
 
 def when(value: float | None) -> str:
@@ -142,8 +142,8 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("tokens/s", rate(per_s), f"{rate(figures['throughput.rows_per_s'])} rows/s"),
         ("time", seconds(figures["time.wall_s"]), runs),
         (
-            *("tokens written", written(figures, "tokens.completion")),
-            f"{written(figures, 'tokens.prompt')} read",
+            *("completion tokens", written(figures, "tokens.completion")),
+            f"{written(figures, 'tokens.prompt')} prompt tokens",
         ),
     ]
     if (share := figures["kv.utilisation"]) is not None:
@@ -198,13 +198,13 @@ def _over_time(job: Mapping[str, Any]) -> list[Chart]:
         chart("Steps per second", rate, line("steps", "steps_per_s", steps)),
         chart(
             *("KV memory", size, line("live", "kv_live"), line("mapped", "kv_mapped")),
-            note="bytes holding tokens, and the physical memory under them",
+            note="memory that holds tokens, and the physical memory mapped for it",
         ),
         chart(
             *("KV memory, log scale", size),
             *(line("live", "kv_live"), line("mapped", "kv_mapped")),
             *(line("max-length slots", "kv_static"), line("reserved", "kv_reserved")),
-            note="max-length slots would be memory; reserved address space costs none",
+            note="max-length slots would take memory; reserved address space takes none",
             log=True,
         ),
     )

@@ -38,7 +38,7 @@ tokens       {tokens.prompt} prompt, {tokens.completion} completion
 computed     {tokens.prefilled} prefilled, {tokens.decoded} decoded, \
 {tokens.recomputed} recomputed after {preemptions} preemptions
 shared ?     {tokens.shared} prompt tokens
-forced ?     {tokens.forced} tokens that the structure of the output left no choice for
+forced ?     {tokens.forced} tokens that the output's structure determined
 drafts ?     {tokens.drafted} draft tokens, \
 {tokens.accepted} accepted{tokens.accepted/tokens.drafted}
            ? by position {drafts.shares}
@@ -52,14 +52,14 @@ throughput   {throughput.completion_tokens_per_s} completion tokens/s, \
 decode {throughput.decode_tokens_per_s} tokens/s (mixed steps are split by token count)
 batch        {batch.mean_occupancy} of {batch.max_num_seqs} sequences running on average, \
 {batch.steps} steps
-           ? under half of that in the last {batch.tail_s}"""
+           ? fewer than half of that in the last {batch.tail_s}"""
 _PAGING = """\
 paging       {kv.map_calls} map calls in {kv.map_s}, {kv.unmap_calls} unmap calls in \
 {kv.unmap_s}, {kv.create_calls} create calls in {kv.create_s}
            ? {kv.destroy_calls} destroy calls in {kv.destroy_s}"""
 _CPU = "peak RSS     {peak_rss}, of which {weights_bytes} weights"
 _GPU = """\
-             {kv.map_hidden_s} hidden behind computing, {kv.map_exposed_s} not\
+             {kv.map_hidden_s} hidden behind compute, {kv.map_exposed_s} not\
 {kv.map_exposed_s/time.wall_s}, {kv.map_stalls} stalls
 GPU time     {device_time.busy_s} in steps, \
 {device_time.idle_s} between them{device_time.idle_s/device_time}
@@ -99,7 +99,7 @@ def sections(summary: Mapping[str, Any]) -> list[Section]:
     figures["drafts.shares"] = _by_position(figures["drafts.guessed"], figures["drafts.right"])
     saved = figures["drafts.saved_s"]
     figures["drafts.effect"] = (
-        f"about {seconds(abs(saved))} {'saved' if saved >= 0 else 'lost'} by these"
+        f"about {seconds(abs(saved))} {'saved' if saved >= 0 else 'lost'} by drafts"
         if figures["tokens.drafted"]
         else ""
     )
@@ -182,7 +182,7 @@ def labels(*sections: str) -> list[tuple[str, str]]:
 def _time(figures: Mapping[str, Any]) -> Section:
     wall = figures["time.wall_s"]
     lines: list[Cells] = [
-        ("time", seconds(wall), "wall clock; reader, engine and journal run side by side")
+        ("time", seconds(wall), "wall clock; reader, engine and journal run in parallel")
     ]
     for key, label in labels("time"):
         lines.append(("", seconds(figures[key]), f"{label}{_share(figures[key], wall)}"))

@@ -16,12 +16,12 @@ from batchrun.jobs.journal.results import CopiedResult, Result
 ENOUGH = 100  # rows
 _SAID = 300  # characters of an error
 
-_COLUMN = "say which column holds the prompts (--prompt-column, --template)"
+_COLUMN = "name the column that holds the prompts (--prompt-column, --template)"
 _ADVICE = {
     "prompt_too_long": "shorten the prompts, or use a model with a longer context",
     "kv_budget": "raise --kv-budget, or leave it out",
-    "null_prompt": f"{_COLUMN}, or leave such rows out (--skip-empty)",
-    "empty_prompt": f"{_COLUMN}, or leave such rows out (--skip-empty)",
+    "null_prompt": f"{_COLUMN}, or skip such rows (--skip-empty)",
+    "empty_prompt": f"{_COLUMN}, or skip such rows (--skip-empty)",
     "missing_field": _COLUMN,
     "wrong_type": _COLUMN,
     "bad_parameter": "correct that column, or treat it as data (--ignore-param-columns)",
@@ -62,7 +62,7 @@ class SameFailure:
         return JobError(
             f"the first {count:,} rows all failed the same way ({self._kind}): {self._example}",
             hint=f"{advice}; or " * bool(advice)
-            + f"go on regardless: batchrun resume {self._job} --keep-going",
+            + f"continue anyway: batchrun resume {self._job} --keep-going",
         )
 
     def see(self, result: Result | CopiedResult) -> None:

@@ -58,7 +58,7 @@ class Hook:
             if not runtime.on_done or ended.state in WAITING:  # another process has the job
                 return
             if (why := self._job.foreign()) is not None:
-                reporter.message(f"{NAME}: not run, as it may be another user's command: {why}")
+                reporter.message(f"{NAME}: not run: it may be another user's command ({why})")
                 return
             own = {
                 "BATCHRUN_JOB": self._job.id,
@@ -90,9 +90,9 @@ class Hook:
                     problem = _failure(code)
                     break
                 if self._told:
-                    problem = "it was told to end"
+                    problem = "it was stopped"
                 elif time.monotonic() > until:
-                    problem = f"it has not ended in {limit:g} s, and was ended"
+                    problem = f"it did not finish in {limit:g} s and was stopped"
             else:
                 _end(child)
             reader.join(1.0)  # what it left behind may keep the pipe open
@@ -156,7 +156,7 @@ def _end(child: Popen[bytes]) -> None:
 
 def _failure(code: int) -> str | None:
     if code < 0:
-        return f"it was ended by {signal.Signals(-code).name}"
+        return f"it was killed by {signal.Signals(-code).name}"
     return f"it failed with exit code {code}" if code else None
 
 
@@ -168,5 +168,5 @@ def _log(output: IO[bytes], reporter: Reporter) -> None:
             if logged < _LINES:
                 reporter.message(f"{NAME}: {line.decode(errors='replace').rstrip()}")
             elif logged == _LINES:
-                reporter.message(f"{NAME}: what it prints from here on is left out")
+                reporter.message(f"{NAME}: its further output is not logged")
             logged += 1

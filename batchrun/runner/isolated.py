@@ -128,11 +128,11 @@ def _crash(how: str, at: object, doing: str) -> JobError:
     what = f"reading {at}" if isinstance(at, Reading) else doing
     if how == "SIGKILL":
         return JobError(
-            f"{what} was ended by SIGKILL: by somebody, or by the system because memory ran out"
+            f"{what} was killed by SIGKILL: by a user, or by the system because memory ran out"
         )
     if how in _FAULTS and isinstance(at, Reading) and at.path:
         return ReaderCrashed(location(at.path), f"{what} crashes the reader ({how})")
-    return JobError(f"{what} was ended by {how}")
+    return JobError(f"{what} ended with {how}")
 
 
 def _be_child(

@@ -233,8 +233,8 @@ class _Run:
         now = {"id": self._number, "stats": workbench.measurements()}
         if (reason := why_not([*self._computing, now])) is not None:
             raise EngineError(
-                f"--deterministic can't be kept: {reason}",
-                hint="resume it on the machine where it began, or submit it with --again",
+                f"--deterministic can't be guaranteed: {reason}",
+                hint="resume it on the machine where it started, or submit it with --again",
             )
 
     def _finish(self) -> Outcome:

@@ -34,8 +34,8 @@ _LOOKS = 20  # within the limit
 _LATER = 1.25  # times the limit: the onlooker lets the process try first
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK") if platforms.LINUX else 0.01
 _MEND = (
-    "fix the model's chat template or tokenizer; BATCHRUN_PROMPT_SECONDS sets how many seconds of "
-    "processor time a prompt may take"
+    "fix the model's chat template or tokenizer, or set BATCHRUN_PROMPT_SECONDS to the seconds of "
+    "processor time that a prompt may take"
 )
 _TEMPLATE = "<template>"  # the name of Jinja's code
 
@@ -195,22 +195,26 @@ class Onlooker:
         if self._clock.seconds > _LATER * self._limit_s + 1:
             return Overrun(at, too_long(self._limit_s))
         if self._slept > self._stall_s:
-            return Overrun(at, f"making its prompt has not ended in {self._stall_s:g} s")
+            return Overrun(at, f"building its prompt did not finish in {self._stall_s:g} s")
         if _anonymous(self._pid) - self._memory > _MEMORY:
             size = f"{_MEMORY / 2**30:g} GiB"
-            return Overrun(at, f"making its prompt took more than {size} of memory", certain=False)
+            return Overrun(
+                at, f"building its prompt took more than {size} of memory", certain=False
+            )
         return None
 
 
 def too_long(limit_s: float) -> str:
     """The error of a row whose prompt took longer than that."""
-    return f"making its prompt took more than {limit_s:g} s of processor time"
+    return f"building its prompt took more than {limit_s:g} s of processor time"
 
 
 def never_made(rows: int, place: str) -> ModelError:
     """The error for this many successive rows whose prompts took too long."""
-    where = place or ": the model's chat template or tokenizer is to blame, hardly the rows"
-    return ModelError(f"making a prompt took too long for {rows} rows in a row{where}", hint=_MEND)
+    where = place or ": the cause is probably the model's chat template or tokenizer"
+    return ModelError(
+        f"building prompts took too long for {rows} consecutive rows{where}", hint=_MEND
+    )
 
 
 def not_made(overrun: Overrun) -> ModelError:
@@ -250,5 +254,5 @@ def _seconds(name: str, default: float) -> float:
     except ValueError:
         found = 0.0
     if not found > 0:
-        raise JobError(f"{name}={text} is not a number of seconds", hint=f"unset {name}")
+        raise JobError(f"{name}={text} is not a positive number of seconds", hint=f"unset {name}")
     return found

@@ -125,7 +125,7 @@ class BadParameterError(ValueError):
     def __init__(self, name: str, value: str, rule: str) -> None:
         super().__init__(
             f"the column {name} holds {value}, and {name} must be {rule}; "
-            f"{IGNORE} takes such columns as data"
+            f"{IGNORE} treats such columns as data"
         )
         self.value, self.rule = value, rule
 
@@ -191,7 +191,8 @@ def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = No
     for name, tally in tallies.items():
         if tally.bad >= max(least, tally.values / 2):
             raise column_refused(
-                name, f"{tally.first} ({tally.bad:,} of its first {tally.values:,} values can't be)"
+                name,
+                f"{tally.first} ({tally.bad:,} of its first {tally.values:,} values don't fit)",
             )
     return names
 
@@ -199,7 +200,7 @@ def param_columns(source: Source, job: Mapping[str, Any], limit: int | None = No
 def parameters_taken(names: Iterable[str]) -> str:
     """The message about columns that act as sampling parameters."""
     taken = ", ".join(names)
-    return f"sampling parameters taken from columns: {taken}; to take them as data: {IGNORE}"
+    return f"sampling parameters taken from columns: {taken}; to treat them as data: {IGNORE}"
 
 
 @dataclass
@@ -236,14 +237,14 @@ def _look(
     except ValueError as error:
         name = str(error).partition(" ")[0]
         if name in given:
-            tallies[name].refuse(f"of row {index} the {error}")
+            tallies[name].refuse(f"in row {index}, {error}")
 
 
 def column_refused(name: str, reason: str) -> InputError:
     """The error for a column named like a row's own setting whose values don't fit."""
     return InputError(
-        f"the column '{name}' can't be the rows' own {name}: {reason}",
-        hint=f"if it is data, add {IGNORE}; else fix it",
+        f"the column '{name}' can't set {name} for its rows: {reason}",
+        hint=f"if it is data, add {IGNORE}; otherwise correct it",
     )
 
 

@@ -46,7 +46,7 @@ Read = Result | CopiedResult | RowDigests  # what the reader has for the journal
 QUEUED_REQUESTS = 256  # inside the engine
 HANDED_REQUESTS = 64  # between reader and engine: rows not handed over yet can be replanned
 CRASHES = 2  # of the process with a row in it; there is no third try
-CRASHED = f"the process crashed {CRASHES} times in this row"
+CRASHED = f"the process crashed {CRASHES} times on this row"
 _PAGE = 1024  # digests of rows that are looked up, or handed on, at a time
 _EMPTY = ("empty_prompt", "null_prompt")
 
@@ -166,15 +166,15 @@ class Reader:
         self._given = {**spec.sampling.given, "scored": scored}
         if self._generation.stop and (spec.sampling.num_beams or 1) > 1:
             raise InputError(
-                "the model's generation config has stop strings "
-                f"({', '.join(map(repr, self._generation.stop))}), and beam search knows none",
+                "the model's generation config has stop strings that beam search does not "
+                f"support: {', '.join(map(repr, self._generation.stop))}",
                 hint="leave out --num-beams, or add --ignore-eos",
             )
         shape = with_constraint(self._given).get("constraint")
         if shape is not None:
             found = in_time(lambda: workbench.matchers.problem(shape))
             if found is not None:
-                raise InputError(f"no answer can have the shape asked for: {found}")
+                raise InputError(f"no answer can have the requested shape: {found}")
         self._has_told_internal = False
         scores = spec.sampling.scores
         self._scorer = Scorer(spec.sampling, workbench.encode_text) if scores else None
@@ -371,8 +371,8 @@ class Reader:
             return PromptError("overdue", too_long(self.limit.limit_s) + place)
         if not self._has_told_internal:
             self._has_told_internal = True
-            self.log(f"no prompt can be made from row {row}, maybe others too: {said_by(error)}")
-        return PromptError("internal", f"no prompt can be made from the row: {said_by(error)}")
+            self.log(f"no prompt can be built from row {row} and maybe others: {said_by(error)}")
+        return PromptError("internal", f"no prompt can be built from the row: {said_by(error)}")
 
     def _sampling(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The job's sampling parameters, overridden by the row's own."""

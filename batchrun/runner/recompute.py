@@ -29,9 +29,9 @@ from batchrun.runner.reader import Reader
 _SHOWN = 40  # characters of an answer
 _IN_ORDER = {
     "token_ids": "differs from token {:,} on",
-    "logprobs": "has the same tokens, but other log-probabilities from token {:,} on",
-    "scores": "has other scores of known text from number {:,} on",
-    "text": "has the same tokens, but another text from character {:,} on",
+    "logprobs": "has the same tokens, but different log-probabilities from token {:,} on",
+    "scores": "has different scores of known text from number {:,} on",
+    "text": "has the same tokens, but a different text from character {:,} on",
 }
 _COMPARED = ("prompt_tokens", *_IN_ORDER, "finish_reason", "completion_tokens", "logprob")
 
@@ -109,7 +109,7 @@ def difference(was: Result, now: Result) -> str | None:
     Tokens and characters are counted from 0.
     """
     if now.status != "ok":
-        return f"can't be computed again: {now.error or now.status}"
+        return f"can't be recomputed: {now.error or now.status}"
     scores = now.scores and Scores.unpacked(now.scores.packed())
     now = now._replace(logprobs=unpacked(packed(now.logprobs)), scores=scores)
     name = next((n for n in _COMPARED if getattr(was, n) != getattr(now, n)), None)
@@ -119,8 +119,8 @@ def difference(was: Result, now: Result) -> str | None:
     if name in _IN_ORDER:
         at = _common(old or (), new or ()) if name != "scores" else _common(*_numbers(was, now))
         old, new = _parts(was, now, name, at)
-        return f"{_IN_ORDER[name].format(at)}: {old} in the job, {new} alone"
-    return f"differs in {name}: {old} in the job, {new} alone"
+        return f"{_IN_ORDER[name].format(at)}: {old} in the job, {new} when recomputed"
+    return f"differs in {name}: {old} in the job, {new} when recomputed"
 
 
 def _common(some: Sequence[object], others: Sequence[object]) -> int:

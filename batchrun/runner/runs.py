@@ -121,7 +121,7 @@ class Runs:
     def _overran(self, overrun: Overrun) -> int | None:
         """Handle a prompt that took too long."""
         row, place = overrun.at.row, place_in(self._stack(overrun.at.thread))
-        self._reporter.message(f"row {row}: {overrun.reason}{place}; the run was ended")
+        self._reporter.message(f"row {row}: {overrun.reason}{place}; the run was stopped")
         if self.told is not None:
             return self._stopped()
         _blame(self._job, overrun, place)
@@ -133,12 +133,12 @@ class Runs:
 
     def _killed(self, name: str) -> int:
         """Handle a run that somebody killed, or the system."""
-        reason, hint = f"the run was ended by {name}", None
+        reason, hint = f"the run was killed by {name}", None
         if name == "SIGKILL" and oom_kills() > self._oom_kills:
-            reason += ": the machine had no memory left"
+            reason += ": the machine ran out of memory"
             hint = "batchrun resume with a lower --max-num-seqs N or --kv-budget SIZE"
         elif name == "SIGKILL":
-            reason += ": by somebody, or by the system because memory ran out"
+            reason += ": by a user, or by the system because memory ran out"
         self._job.set_state("interrupted", reason, hint)
         self._reporter.message(reason)
         return _FAILED
@@ -150,7 +150,7 @@ class Runs:
         if read != self._unread:
             self._unread = read
             return None
-        hint = "write it again; until then, batchrun export --partial has what there is"
+        hint = "write it again; until then, batchrun export --partial writes the finished rows"
         return self._failed(f"{reason}: the file is damaged", hint)
 
     def _crashed(self, name: str, rows: list[int]) -> int | None:
@@ -158,13 +158,13 @@ class Runs:
         with self._job.journal(readonly=False) as journal:
             journal.count_crash(rows)
         self._count()
-        self._reporter.message(f"the run crashed with {name}; {len(rows)} rows were in it")
+        self._reporter.message(f"the run crashed with {name}; {len(rows)} rows were running")
         if self._vain < _RESTARTS and self._barren < BARREN:
             return None
         times = max(self._vain, self._barren)
         return self._failed(
             f"the run crashed with {name} {times} times in a row, and no row was answered",
-            "batchrun logs says more",
+            "for details: batchrun logs",
         )
 
     def _count(self) -> None:
@@ -204,11 +204,11 @@ class Runs:
         lines = [line for line in map(str.strip, self._words().splitlines()) if line]
         if any(line.startswith("error: ") for line in lines):
             return  # it did say why, and someone else may have the job
-        words = f"its last words: {lines[-1][:_WORDS]}" if lines else "it said nothing"
+        words = f"its last line: {lines[-1][:_WORDS]}" if lines else "it printed nothing"
         self._job.set_state(
             "interrupted",
             f"the run ended with exit code {code} before it could say why; {words}",
-            "batchrun logs says more, batchrun doctor what this machine lacks; then: "
+            "for details: batchrun logs; for what this machine lacks: batchrun doctor; then: "
             "batchrun resume",
         )
 

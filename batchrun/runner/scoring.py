@@ -72,8 +72,8 @@ def first_tokens(labels: Sequence[str], encode: EncodeText) -> tuple[int, ...]:
             raise InputError(f"the label {label!r} has no tokens")
         if (other := found.get(ids[0])) is not None:
             raise InputError(
-                f"the labels {other!r} and {label!r} begin with the same token, {ids[0]}, by which "
-                "they would be told apart",
+                f"the labels {other!r} and {label!r} begin with the same token, {ids[0]}, so they "
+                "can't be told apart",
                 hint="use labels that begin differently, such as A and B; with --score each text "
                 "is scored as a whole",
             )

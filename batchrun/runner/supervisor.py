@@ -74,7 +74,7 @@ class Started:
     def note_failure(self) -> None:
         """Note why a supervisor that never began ended, in its own last words."""
         code = self.process.wait()
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        how = f"with {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         words, hint = last_words(self.job.path, at=self.log_size) or (f"it ended {how}", None)
         with suppress(JobError, OSError):  # someone else has the job; the disk is full
             if self.job.state() != "cancelled":
@@ -208,8 +208,8 @@ def _turn(
         waits()
         if ahead[0] != told:
             told, more = ahead[0], len(ahead) - 1
-            line = f"waiting for the device {turn.device}, which the job {told or '(unknown)'} has"
-            reporter.message(line + (f"; {more:,} more are ahead" if more else ""))
+            line = f"waiting for the device {turn.device}, which the job {told or '(unknown)'} uses"
+            reporter.message(line + (f"; {more:,} more are ahead in the queue" if more else ""))
         time.sleep(_POLL_S)
     return turn
 

@@ -198,6 +198,6 @@ class JournalWriter:
         if disk.free < needed and not self._warned and self.samples > COMMIT_RESULTS:
             self._warned = True
             self.log(
-                f"the disk of {path} has {disk.free / 2**30:.1f} GiB left and the job will "
-                f"need about {needed / 2**30:.1f} GiB: it will stop, and can be resumed"
+                f"the disk of {path} has {disk.free / 2**30:.1f} GiB left, and the job needs about "
+                f"{needed / 2**30:.1f} GiB: it will stop before the disk is full and can be resumed"
             )

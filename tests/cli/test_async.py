@@ -82,7 +82,7 @@ def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine, gate: Gat
             break
     out, err = process.communicate()
     assert (process.returncode, out) == (130, "")
-    assert "goes on without this view" in err
+    assert "continues in the background" in err
     job = JobFolder(batchrun.home / "jobs" / err.split("batchrun cancel ")[1].strip())
     assert held_by(job.path) is not None
     running(job)
@@ -126,7 +126,7 @@ def test_jobs_wait_for_the_device_in_order(batchrun: CommandLine) -> None:
         assert queues_of(first) == ["cpu"]
         for job in (first, second):
             until(lambda job=job: job.state() == "queued", f"{job.id} to be in line")
-        told = "waiting for the device cpu, which the job the-one-that-runs has"
+        told = "waiting for the device cpu, which the job the-one-that-runs uses"
         until(lambda: told in batchrun("logs", first.id).out, "the first to say why it waits")
         assert batchrun("cancel", second.id).code == 0
         assert second.state() == "cancelled"
@@ -169,7 +169,7 @@ def test_a_run_that_crashes_is_started_again(batchrun: CommandLine, gate: Gate) 
     run.send_signal(signal.SIGSEGV)
     run.resume()
     rows = finished(batchrun, job)
-    reason = f"the run crashed with SIGSEGV; {len(inside)} rows were in it"
+    reason = f"the run crashed with SIGSEGV; {len(inside)} rows were running"
     assert reason in batchrun("logs", job.id).out
     assert job.journal().crash_counts() == dict.fromkeys(inside, 1)
     assert len(job.journal().runs()) == 2
@@ -255,7 +255,7 @@ def test_a_row_that_brings_the_process_down_is_not_tried_a_third_time(
     errors = {i: row["error"] for i, row in enumerate(batchrun.read("out.jsonl")) if row["error"]}
     assert list(errors) == [7]
     assert "crashed" in errors[7]
-    assert ("a step of the engine has not ended" in done.stderr) == (what == "hang()")
+    assert ("a step of the engine did not finish" in done.stderr) == (what == "hang()")
     said = "a step of the engine failed: IndexError: index 7 is out of bounds"
     assert (said in done.stderr) == (what == RAISE)
 
@@ -295,7 +295,7 @@ def test_a_disk_that_hangs_ends_the_job_with_the_reason(
     )
     done = trapped(batchrun, trap)
     assert done.returncode == 1
-    assert f"error: {what} has not ended in" in done.stderr
+    assert f"error: {what} did not finish in" in done.stderr
     [job] = list_jobs(batchrun.home)
     assert job.state() == "failed"
     assert what in batchrun("show", job.id).out

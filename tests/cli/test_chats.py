@@ -151,7 +151,7 @@ def test_types_that_hold_chats(batchrun: CommandLine, kind: pa.DataType, fine: b
 def test_a_column_of_tools_that_are_none(qwen: CommandLine) -> None:
     pq.write_table(pa.table({"messages": [USUAL[:1]], "tools": [3]}), qwen.folder / "in.parquet")
     shown = qwen.submit("in.parquet", "--dry-run")
-    assert (shown.code, "the column 'tools' can't be the rows' own tools" in shown.error) == (
+    assert (shown.code, "the column 'tools' can't set tools for its rows" in shown.error) == (
         1,
         True,
     )

@@ -69,7 +69,7 @@ def test_what_can_not_be_the_draft_model_is_refused(
     assert "no model" in dry("--draft-model", tmp_path / "none")
     other = with_other_tokens(tmp_path / "other")
     assert dry("--draft-model", other) == (
-        f"the draft model {other} can't draft for {batchrun.model}, as their tokens differ: "
+        f"the draft model {other} can't draft for {batchrun.model}: their tokens differ: "
         f"token 67 is 'b' in {other} and 'a' in {batchrun.model}"
     )
     odd = write_tiny_model(tmp_path / "odd", layers=1)

@@ -15,7 +15,7 @@ from batchrun.specs import OPTIONS
 from tests.cli.conftest import CommandLine
 from tests.tiny import CHAT_TEMPLATE, edit_config
 
-FINE = "everything checks out; nothing was started (--dry-run)"
+FINE = "all checks passed; nothing was started (--dry-run)"
 
 
 @pytest.fixture
@@ -109,7 +109,10 @@ def test_submitting_reads_the_template_without_torch(plain: CommandLine) -> None
             "the prompt has 240 tokens, whose keys and values exceed the KV budget",
         ),
         (("--num-beams", 8, "--max-num-seqs", 4), "the row has 8 beams, but only 4 sequences run"),
-        (("--template", "{prompt}" * 300), "and the context holds 256, one of them for the answer"),
+        (
+            ("--template", "{prompt}" * 300),
+            "and the context holds 256, of which the answer needs at least one",
+        ),
     ],
 )
 def test_what_the_run_refuses_the_dry_run_does(

@@ -28,8 +28,7 @@ def raising(error):
         (
             OSError(errno.EROFS, "Read-only file system", "/tmp/x"),
             ExitStatus.FAILED,
-            "error: /tmp/x: Read-only file system\n"
-            "hint: set BATCHRUN_HOME to a folder that can be written\n",
+            "error: /tmp/x: Read-only file system\nhint: set BATCHRUN_HOME to a writable folder\n",
         ),
         (
             click.UsageError("--n is odd"),

@@ -89,6 +89,6 @@ def test_special_tokens_stop_an_answer_from_wherever_they_are_named(own: Command
     assert {row["completion_tokens"] for row in own.read("out.jsonl")} == {1}
     data = "--ignore-param-columns"
     refused = own.submit(source, "-o", "b.jsonl", "--wait", "--num-beams", 2, data)
-    assert "has stop strings ('<|im_start|>'), and beam search knows none" in refused.error
+    assert "has stop strings that beam search does not support: '<|im_start|>'" in refused.error
     assert "--ignore-eos" in refused.hint
     assert "must not be empty" in own.submit(source, "-o", "c.jsonl", "--stop", "").error

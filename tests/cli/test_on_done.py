@@ -132,7 +132,7 @@ def test_a_command_that_does_not_end_is_ended(
     Hook(job).run()
     assert logged(job) == [
         "--on-done: begun",
-        "--on-done: it has not ended in 0.3 s, and was ended",
+        "--on-done: it did not finish in 0.3 s and was stopped",
     ]
     assert job.state() == "failed"
 
@@ -142,7 +142,7 @@ def test_a_command_that_does_not_end_is_ended(
     [
         ("true", []),
         ("exit 4", ["it failed with exit code 4"]),
-        ("kill -9 $$", ["it was ended by SIGKILL"]),
+        ("kill -9 $$", ["it was killed by SIGKILL"]),
         ("no-such-program-here 2> /dev/null", ["it failed with exit code 127"]),
         ("printf 'a\\033[2J\\nb'", ["a\x1b[2J", "b"]),  # what prints it escapes it
     ],
@@ -158,7 +158,7 @@ def test_a_command_that_prints_without_end_fills_no_disk(batchrun: CommandLine) 
     Hook(job).run()
     lines = logged(job)
     assert len(lines) == 1001
-    assert lines[-1] == "--on-done: what it prints from here on is left out"
+    assert lines[-1] == "--on-done: its further output is not logged"
 
 
 def test_what_it_leaves_behind_is_not_waited_for(batchrun: CommandLine) -> None:
@@ -185,7 +185,7 @@ def test_it_does_not_run_while_another_process_has_the_job(batchrun: CommandLine
 def test_it_does_not_run_if_others_could_have_written_it(batchrun: CommandLine) -> None:
     ran = batchrun.folder / "ran"
     mine = with_hook(batchrun, f"touch '{ran}'")
-    refused = "--on-done: not run, as it may be another user's command: others can write {}"
+    refused = "--on-done: not run: it may be another user's command (others can write to {})"
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # it keeps nobody out
         job = JobFolder(Path(os.path.realpath(folder), mine.id))
@@ -199,7 +199,7 @@ def test_it_does_not_run_if_others_could_have_written_it(batchrun: CommandLine) 
         if os.geteuid() == 0:  # only root gives files away
             os.chown(job.path / "job.json", 4321, -1)
             Hook(job).run()
-            assert logged(job)[-1].endswith(f"{job.path / 'job.json'} belongs to user 4321")
+            assert logged(job)[-1].endswith(f"({job.path / 'job.json'} belongs to user 4321)")
             os.chown(job.path / "job.json", 0, -1)
         assert not ran.exists()
         Path(folder).chmod(0o700)

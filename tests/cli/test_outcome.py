@@ -41,7 +41,7 @@ def test_rows_that_are_retried_are_not_kept_whether_or_not_they_fail_again(
     )
     rows = summarise(job)["rows"]
     assert of_rows(job.spec(), rows, 2.0) == (
-        "10 of 10 rows in 2.0 s, 7 of them kept from earlier runs, 1 skipped for lack of a prompt, "
+        "10 of 10 rows in 2.0 s, 7 of them kept from earlier runs, 1 skipped without a prompt, "
         "2 failed (the column `error` says why)"
     )
 
@@ -79,7 +79,7 @@ def test_an_answer_and_the_most_frequent_failure_are_shown(batchrun: CommandLine
     first, second = as_lines(found)
     assert first.startswith("answer: row 2: An answer of words of words")
     assert len(first) < 230
-    assert second == "failed: 3 rows: null_prompt, as row 1: why row 1"
+    assert second == "failed: 3 rows: null_prompt, such as row 1: why row 1"
 
 
 def test_a_job_without_answers_shows_none(batchrun: CommandLine) -> None:

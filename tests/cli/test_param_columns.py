@@ -32,7 +32,7 @@ def test_the_weathers_temperature_is_no_samplings(
     source = batchrun.write(name, ["a", "b", "c"], **WEATHER)
     shown = batchrun(command, source, "--model", batchrun.model)
     assert shown.code == 1
-    assert "the column 'temperature' can't be the rows' own temperature: row 0 has 25" in (
+    assert "the column 'temperature' can't set temperature for its rows: row 0 has 25" in (
         shown.error
     )
     assert "0 or more, and at most 5" in shown.error
@@ -62,7 +62,7 @@ def test_it_is_told_at_once_which_columns_act_as_parameters(batchrun: CommandLin
     )
     options = ("--max-tokens", 4, "--ignore-eos", "-o", "out.parquet")
     told = (
-        f"sampling parameters taken from columns: max_tokens, top_p; to take them as data: {FLAG}"
+        f"sampling parameters taken from columns: max_tokens, top_p; to treat them as data: {FLAG}"
     )
     dry = batchrun.submit(source, *options, "--dry-run", "--json")
     assert dry.err.splitlines() == [told]

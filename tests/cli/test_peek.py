@@ -78,7 +78,7 @@ def test_without_its_input_a_job_still_has_its_answers(run, job, tmp_path):
     shown = run("-n", "2")
     assert shown.output.count("answer: fine") == 2
     assert "prompt:" not in shown.output
-    assert "rows without their prompts: " in shown.output
+    assert "some prompts are not shown: " in shown.output
     assert "in.jsonl" in shown.output
 
 

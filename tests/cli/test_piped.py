@@ -108,7 +108,7 @@ def test_export_of_a_job_to_stdout_goes_there_again(piped, batchrun):
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "nothing came in"),
+        (b"", "stdin is empty"),
         (b"just some text\n", "neither JSON nor Parquet nor CSV"),
         (b"%PDF-1.7", "is a PDF"),
         (b'[{"prompt": "a"}', "cut short"),
@@ -129,7 +129,7 @@ def test_what_can_be_no_input_leaves_nothing_behind(piped, batchrun, data, why):
 def test_stdout_can_have_one_content(piped, flag):
     done = piped(b"prompt\na\n", "submit", "-", "-o", "-", flag)
     assert done.returncode == 2
-    assert b"stdout has the answers" in done.stderr
+    assert b"the answers go to stdout" in done.stderr
 
 
 def test_a_terminal_is_no_input(batchrun):

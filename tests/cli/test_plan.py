@@ -47,7 +47,7 @@ def test_the_plan_of_a_job_is_what_it_does(batchrun: CommandLine) -> None:
     again = batchrun("plan", source, *options, *model, "--json").json
     assert again["measured_runs"] == 1
     assert again["seconds"]["engine"] > 0
-    assert "an estimate, from 1 run)" in batchrun("plan", source, *options, *model).out
+    assert "(estimated from 1 run)" in batchrun("plan", source, *options, *model).out
 
 
 def test_a_plan_without_planning(batchrun: CommandLine) -> None:

@@ -157,7 +157,7 @@ def test_prompts_that_do_not_end_are_errors_of_their_rows(
     assert [row for i, row in enumerate(rows) if i not in BAD] == [
         row for i, row in enumerate(want) if i not in BAD
     ]
-    long = "making its prompt took more than 1 s of processor time"
+    long = "building its prompt took more than 1 s of processor time"
     assert rows[7]["error"] == rows[11]["error"] == f"{long}, in the model's chat template"
     assert rows[13]["error"] == f"{long}, in the tokenizer"
     assert "makes a text, a list or a number beyond" in rows[9]["error"]
@@ -189,8 +189,8 @@ def test_prompts_that_sleep_or_let_nothing_through_are_errors_of_their_rows(
     assert done.returncode == 3, done.stderr
     rows = batchrun.read("out.jsonl")
     assert [i for i, row in enumerate(rows) if row["error"]] == [5, 9]
-    assert rows[5]["error"] == "making its prompt has not ended in 10 s"
-    assert rows[9]["error"] == "making its prompt took more than 1 s of processor time"
+    assert rows[5]["error"] == "building its prompt did not finish in 10 s"
+    assert rows[9]["error"] == "building its prompt took more than 1 s of processor time"
     [job] = list_jobs(batchrun.home)
     assert batchrun("resume", job.id, "--retry-failed").code == 0  # without the trap
     assert not any(row["error"] for row in batchrun.read("out.jsonl"))
@@ -217,8 +217,8 @@ def test_a_template_that_never_ends_is_named_and_ends_the_job(
     )
     assert done.returncode == 1, done.stderr
     times = 3 if template == LOOP else 2
-    said = f"making a prompt took too long for {times} rows in a row, in the model's chat template"
-    assert f"error: {said}" in done.stderr
+    said = f"building prompts took too long for {times} consecutive rows"
+    assert f"error: {said}, in the model's chat template" in done.stderr
     assert "fix the model's chat template" in done.stderr
 
 
@@ -244,10 +244,10 @@ def test_looking_at_a_job_ends_with_one_message_too(
     shown = batchrun(command[0], source, *command[1:], "--chat", "--model", model)
     assert shown.code == 1
     if template == COMPARE:
-        assert shown.error == "row 0: making its prompt took more than 0.2 s of processor time"
+        assert shown.error == "row 0: building its prompt took more than 0.2 s of processor time"
     else:
         times = 2 if "--dry-run" in command else 16
-        said = f"making a prompt took too long for {times} rows in a row"
+        said = f"building prompts took too long for {times} consecutive rows"
         assert shown.error == f"{said}, in the model's chat template"
     assert "BATCHRUN_PROMPT_SECONDS" in shown.hint
 

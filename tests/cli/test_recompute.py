@@ -21,7 +21,7 @@ def test_rows_are_computed_again_and_compared(batchrun: CommandLine) -> None:
     lines = same.out.splitlines()
     assert lines[:2] == [
         f"{job.id} is sound: 3 rows",
-        "2 of 2 rows are the same, computed alone (--seed 7)",
+        "2 of 2 rows are the same when recomputed (--seed 7)",
     ]
     varies = batchrun("stats", "--json").json["varies"]
     assert lines[2:] == ([] if varies is None else [f"rows may differ: {varies}"])
@@ -31,11 +31,11 @@ def test_rows_are_computed_again_and_compared(batchrun: CommandLine) -> None:
     differs = batchrun("verify", "--recompute", 1000)
     assert differs.code == 1
     assert "row 2 differs from token 0 on: 99 " in differs.out
-    assert "1 of 2 rows are the same, computed alone (--seed " in differs.out
+    assert "1 of 2 rows are the same when recomputed (--seed " in differs.out
 
     wrong = batchrun("verify", "--seed", 1)
     assert wrong.code == 2
-    assert wrong.error == "--seed chooses rows to compute again: add --recompute ROWS"
+    assert wrong.error == "--seed chooses the rows to recompute: add --recompute ROWS"
 
 
 def test_ctrl_c_ends_it(batchrun: CommandLine) -> None:

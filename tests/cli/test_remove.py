@@ -163,7 +163,7 @@ def test_a_job_that_is_taken_meanwhile_stays(run, make, home, monkeypatch):  # n
     told = run("prune", "--older-than", "30d", "--yes")
     lease.__exit__()
     assert "removed 0 jobs" in told.output
-    assert f"{job.id} stays: " in told.output
+    assert f"{job.id} is not removed: " in told.output
     assert left(home) == {job.id}
 
 
@@ -189,7 +189,7 @@ def test_a_folder_that_is_elsewhere_stays_and_is_named(run, make, home, tmp_path
         f"batchrun rm {there} removes the job, rm {job.path} the link"
     )
     told = run("prune", "--keep", "0", "--yes").output
-    assert f"{job.id} stays: " in told
+    assert f"{job.id} is not removed: " in told
     assert "removed 1 job, " in told
     assert left(home) == {job.id}
     assert not other.path.exists()
@@ -209,5 +209,5 @@ def test_a_job_that_ran_while_the_question_was_asked_stays(run, make, home, monk
 
     monkeypatch.setattr(remove, "_old", then_resumed)
     told = run("prune", "--older-than", "30d", "--yes").output
-    assert f"{job.id} stays: it was resumed meanwhile" in told
+    assert f"{job.id} is not removed: it was resumed in the meantime" in told
     assert left(home) == {job.id}

@@ -249,8 +249,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "too deep": (b"stop = " + b"[" * 100_000, r"job\.toml is not TOML"),
     "a huge number": (b"max-tokens = " + b"9" * 100_000, r"job\.toml is not TOML"),
     "twice": (b"n = 1\nn = 2\n", r"job\.toml is not TOML"),
-    "two spellings": (b"max-tokens = 1\nmax_tokens = 2\n", r"max_tokens is there twice"),
-    "unknown": (b"max-token = 1\n", r"there is no option `max-token`; is `max-tokens` meant\?"),
+    "two spellings": (b"max-tokens = 1\nmax_tokens = 2\n", r"max_tokens is given twice"),
+    "unknown": (b"max-token = 1\n", r"there is no option `max-token`; did you mean `max-tokens`\?"),
     "nothing near": (b"zzzzzz = 1\n", r"there is no option `zzzzzz`$"),
     "a table": (b"[sampling]\nmax-tokens = 1\n", r"no option `sampling`"),
     "text for a number": (b'max-tokens = "3"\n', r"max-tokens: '3' is not a whole number"),
@@ -265,11 +265,11 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a bad switch": (b'wait = "no"\n', r"wait: 'no' is neither true nor false"),
     "no mapping": (b'template-arg = "a=1"\n', r"template-arg: 'a=1' is no mapping"),
     "a time in it": (b"template-arg = {a = 2026-01-01}\n", r"template-arg: .*serializable"),
-    "null characters": (b'on-done = "a\\u0000b"\n', r"on-done: it holds a null character"),
+    "null characters": (b'on-done = "a\\u0000b"\n', r"on-done: it contains a null character"),
     "no schema": (b'json-schema = "/dev/zero"\n', r"json-schema: /dev/zero is not a regular file"),
     "inputs that are none": (b"inputs = [1]\n", r"inputs: write a list of paths"),
     "an empty input": (b'inputs = [""]\n', r"inputs: write a list of paths"),
-    "a job file as input": (b'inputs = ["job.toml"]\n', r"inputs: a job file is no input"),
+    "a job file as input": (b'inputs = ["job.toml"]\n', r"inputs: a job file cannot be an input"),
 }
 
 
@@ -330,7 +330,7 @@ def test_a_misspelled_variable_is_told_and_others_are_not(
     monkeypatch.setenv("BATCHRUN_STALL_SECONDS", "600")
     parsed("in.jsonl")
     told = capsys.readouterr().err.splitlines()
-    assert told == ["BATCHRUN_MAX_TOKEN means nothing; is BATCHRUN_MAX_TOKENS meant?"]
+    assert told == ["BATCHRUN_MAX_TOKEN is not a known variable; did you mean BATCHRUN_MAX_TOKENS?"]
 
 
 def test_no_variable_of_an_option_means_something_else() -> None:
@@ -425,7 +425,7 @@ def test_a_projects_file_that_others_could_have_written_is_left_out(
     path.write_text("n = 2\n")
     path.chmod(0o666)
     assert value("n", "in.jsonl")[0] == 1
-    assert capsys.readouterr().err == f"{path} is left out: another user could have written it\n"
+    assert capsys.readouterr().err == f"{path} is ignored: another user could have written it\n"
     path.chmod(0o600)
     assert value("n", "in.jsonl")[0] == 2
     monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)

@@ -38,7 +38,7 @@ def test_a_schema_from_a_file_gives_typed_columns(batchrun: CommandLine) -> None
         else:
             assert (row["parsed"], row["parse_error"][:22]) == (None, "the answer was cut off")
     assert {row["finish_reason"] for row in table.to_pylist()} >= {"stop"}
-    assert "tokens that the structure of the output" in batchrun("stats").out
+    assert "tokens that the output's structure determined" in batchrun("stats").out
     assert batchrun("verify", "--recompute", 3).code == 0
 
 
@@ -85,7 +85,7 @@ def test_rows_have_shapes_of_their_own(batchrun: CommandLine) -> None:
         'answers can\'t have that shape: invalid regex "((": regex parse error: unclosed group',
         "choices excludes regex: an answer has one shape",
         "the column choices holds ['a', 'a'], and choices must be a list of texts; "
-        "--ignore-param-columns takes such columns as data",
+        "--ignore-param-columns treats such columns as data",
     ]
     assert [row["error"] for row in rows[5:9]] == says
     assert found[9:] == ["z", "z", *"w" * 8]

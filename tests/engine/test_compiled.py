@@ -99,7 +99,7 @@ def test_a_cache_that_others_can_write_is_not_used(library, source, planted, pla
     folder.chmod(0o777)
     lines = []
     assert compiled.load(source, lines.append).answer() == 42
-    assert f"others can write {folder}" in lines[0]
+    assert f"others can write to {folder}" in lines[0]
     assert compiled.build(source).parent != library.parent
 
 
@@ -115,7 +115,7 @@ def test_what_nobody_can_get_to_may_be_open(place):
     inner = place / "shut" / "open"
     inner.mkdir(parents=True)
     inner.chmod(0o777)
-    assert who_else(inner) == f"others can write {inner}"
+    assert who_else(inner) == f"others can write to {inner}"
     (place / "shut").chmod(0o700)
     assert who_else(inner) is None
 
@@ -126,7 +126,7 @@ def test_a_sticky_folder_is_as_good_as_one_of_ones_own(place):
     (place / "public").chmod(0o1777)
     assert who_else(inner) is None
     (place / "public").chmod(0o777)
-    assert who_else(inner) == f"others can write {place / 'public'}"
+    assert who_else(inner) == f"others can write to {place / 'public'}"
 
 
 @root_only

@@ -163,14 +163,14 @@ def test_a_device_that_fails_is_said_to_be_one(error: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("less", "says"),
     [
-        ("--max-num-seqs N", "then: batchrun resume, with a lower --max-num-seqs N if need be"),
+        ("--max-num-seqs N", "then: batchrun resume, with a lower --max-num-seqs N if needed"),
         (None, "then: batchrun resume; or use a smaller model"),
     ],
 )
 def test_what_to_type_where_there_is_no_memory(less: str | None, says: str) -> None:
     with pytest.raises(EngineError) as raised, device_errors("the weights", less):
         _raise(torch.OutOfMemoryError("CUDA out of memory"))
-    assert raised.value.hint == f"free what another program has taken, {says}"
+    assert raised.value.hint == f"free memory that other programs use, {says}"
 
 
 def _raise(error: Exception) -> None:

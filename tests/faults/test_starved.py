@@ -181,9 +181,9 @@ def test_doctor_tries_what_jobs_need_of_a_folder(tmp_path: Path) -> None:
         return said_without(call, error, second, work).splitlines()
 
     assert lacks(tmp_path) == []
-    assert "no locks" in found("fcntl", errno.ENOLCK, fcntl.F_OFD_SETLK)[0]
-    assert "memory that processes share" in found("fcntl", errno.EINVAL, fcntl.F_SETLK)[0]
-    assert "no hard links" in found("link", errno.EPERM)[0]
+    assert "does not support locks" in found("fcntl", errno.ENOLCK, fcntl.F_OFD_SETLK)[0]
+    assert "memory shared by processes" in found("fcntl", errno.EINVAL, fcntl.F_SETLK)[0]
+    assert "does not support hard links" in found("link", errno.EPERM)[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -218,8 +218,8 @@ def test_threads_that_cannot_be_started_are_done_without_or_named(library: Path)
             print(error, "/", error.hint)
     """
     fewer, refused = python(code, LD_PRELOAD=str(library)).stdout.splitlines()
-    assert fewer == "computing with 2 threads instead of 16: no more can be started 2"
-    assert refused.startswith("only 1 threads can be started")
+    assert fewer == "computing with 2 threads instead of 16: no more can start 2"
+    assert refused.startswith("only 1 threads can start")
     assert "ulimit -u" in refused
 
 

@@ -138,9 +138,9 @@ def test_workers_that_are_killed_give_their_rows_back(
     assert output(job).equals(want)
     with job.journal() as journal:
         assert [*journal.crash_counts().values()] == [1] * 8
-    lines = [line for line in said if "it is started again" in line]
-    assert sum("was ended by SIGKILL" in line for line in lines) == 2
-    assert sum("crashed with SIGSEGV, with 4 rows in it" in line for line in lines) == 2
+    lines = [line for line in said if "it restarts" in line]
+    assert sum("was killed by SIGKILL" in line for line in lines) == 2
+    assert sum("crashed with SIGSEGV, with 4 rows running" in line for line in lines) == 2
 
 
 def test_workers_may_die_before_any_is_ready(submit: Submit, want: pa.Table) -> None:
@@ -159,7 +159,7 @@ def test_workers_may_die_before_any_is_ready(submit: Submit, want: pa.Table) -> 
     outcome, said = run(job)
     thread.join()
     assert outcome is Outcome.DONE_WITH_ERRORS
-    assert sum("SIGKILL; it is started again" in line for line in said) == 2
+    assert sum("SIGKILL; it restarts" in line for line in said) == 2
     assert output(job).equals(want)
 
 
@@ -180,7 +180,7 @@ def test_a_row_that_crashes_its_worker_twice_ends_as_an_error(
     assert outcome is Outcome.DONE_WITH_ERRORS
     found = output(job)
     errors = found["error"].to_pylist()
-    assert errors[20] == "the process crashed 2 times in this row"
+    assert errors[20] == "the process crashed 2 times on this row"
     assert [i for i, error in enumerate(errors) if error] == [7, 20]
     keep = [i for i in range(ROWS) if i != 20]
     assert found.take(keep).equals(want.take(keep).cast(found.schema))
@@ -207,7 +207,7 @@ def test_a_device_that_is_lost_leaves_a_smaller_fleet(
     assert output(job).equals(want)
     lost = [line for line in said if "lost" in line]
     assert lost == [
-        "cpu:1 is lost: the device fell off the bus; the job goes on with 1 of 2 devices"
+        "cpu:1 is lost: the device fell off the bus; the job continues with 1 of 2 devices"
     ]
     assert summarise(job)["devices"][1]["lost"] == "the device fell off the bus"
     assert "lost: the device fell off the bus" in render(summarise(job))

@@ -171,7 +171,7 @@ def test_computing_is_refused_before_anything_is_written(laptop: Laptop, command
     before = laptop.files()
     refused = laptop.run(*command.format(was=laptop.was).split())
     first, second = refused.stderr.splitlines()
-    assert first == f"error: computing needs Linux; this is {NAMES[laptop.system]}"
+    assert first == f"error: running a model needs Linux; this is {NAMES[laptop.system]}"
     assert "plan, peek, export and report work here" in second
     assert ("WSL 2" in second) == (laptop.system == "win32")
     assert (refused.returncode, refused.stdout) == (1, "")
@@ -188,7 +188,7 @@ def test_python_says_so_too(laptop: Laptop) -> None:
         "    except MachineError as error: print(error)\n"
     )
     said = laptop.run("-c", code)
-    assert said.stdout == f"computing needs Linux; this is {NAMES[laptop.system]}\n" * 3, (
+    assert said.stdout == f"running a model needs Linux; this is {NAMES[laptop.system]}\n" * 3, (
         said.stderr
     )
 
@@ -197,7 +197,7 @@ def test_doctor_says_what_the_machine_is(laptop: Laptop) -> None:
     found = laptop.run("doctor", "--json")
     assert found.returncode == 1
     shown: dict[str, Any] = json.loads(found.stdout)
-    assert shown["problems"] == [f"computing needs Linux; this is {NAMES[laptop.system]}"]
+    assert shown["problems"] == [f"running a model needs Linux; this is {NAMES[laptop.system]}"]
     assert shown["memory"]["available"] > 0
     if laptop.system == "win32":
         assert shown["memory"] == {"total": 16 << 30, "available": 8 << 30}

@@ -129,7 +129,7 @@ def test_jobs_are_compared_by_rows_that_all_of_them_may_have(report, job, make_j
 def test_more_jobs_than_a_page_can_tell_apart(report, job):
     shown = report(*[job.id] * 7)
     assert shown.exit_code == 2
-    assert "7 jobs: a page compares 6 at most" in shown.output
+    assert "7 jobs: a report compares at most 6" in shown.output
 
 
 def test_an_input_that_crashes_its_reader_costs_the_prompts_alone(report, job, monkeypatch):

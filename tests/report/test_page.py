@@ -173,7 +173,7 @@ def test_lines_of_a_text_stay_lines():
 def test_long_text_says_what_is_left_out(job):
     run(job, [answer(0, "begin" + "x" * 100_000 + "end"), answer(1)])
     page = page_of(job)
-    assert "[... 98,508 characters are left out here ...]" in page.text
+    assert "[... 98,508 characters left out ...]" in page.text
     assert "beginxxx" in page.text
     assert "xxxend" in page.text
     assert len(page.html) < 60_000
@@ -204,7 +204,7 @@ def test_a_job_in_any_state(job, state):
     assert len(progress) == (state != "done")
     assert "versions" not in page.text
     assert "batchrun 1.2.3" in page.text
-    assert "a processor, 2 of them" in page.text
+    assert "a processor, at most 2 used" in page.text
 
 
 def test_only_failed_rows(job):

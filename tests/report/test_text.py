@@ -126,11 +126,11 @@ def summary():
         "shared       9,876 prompt tokens",
         "drafts       20,000 draft tokens, 15,000 accepted (75%)",
         "by position 81% 50%",
-        "about 12.5 s saved by these",
+        "about 12.5 s saved by drafts",
         "403 completion tokens/s, 12.6 rows/s",
         "prefill 1,234 tokens/s, decode 457 tokens/s (mixed steps are split by token count)",
         "41.2 of 64 sequences running on average, 987 steps",
-        "under half of that in the last 1.2 s",
+        "fewer than half of that in the last 1.2 s",
         "1 min 40 s",
         "1 min 35 s",
         "engine (95%)",
@@ -161,7 +161,7 @@ def test_what_was_not_computed_twice_is_shown_where_there_is_some(summary):
     summary["tokens"] |= {"drafted": 0, "accepted": 0}
     summary["drafts"] |= {"guessed": [], "right": [], "saved_s": 0.0}
     assert "drafts" not in render(summary)
-    assert "by these" not in render(summary)
+    assert "by drafts" not in render(summary)
 
 
 def test_forced_tokens_are_no_guesses(summary):
@@ -169,12 +169,12 @@ def test_forced_tokens_are_no_guesses(summary):
     summary["tokens"] |= {"drafted": 10, "accepted": 5, "forced": 20}
     text = render(summary)
     assert "10 draft tokens, 5 accepted (50%)" in text
-    assert "forced       20 tokens that the structure of the output left no choice for" in text
+    assert "forced       20 tokens that the output's structure determined" in text
 
 
 def test_draft_tokens_may_have_cost_more_than_they_saved(summary):
     summary["drafts"] |= {"saved_s": -0.25}
-    assert "about 0.2 s lost by these" in render(summary)
+    assert "about 0.2 s lost by drafts" in render(summary)
 
 
 def test_memory_that_was_given_back_is_shown_where_some_was(summary):
@@ -193,7 +193,7 @@ def test_a_gpus_time_and_memory_are_shown_where_there_is_one(summary):
     text = render(summary)
     for shown in (
         "on cuda:0 (torch-flash), 2 runs",
-        "1.2 s hidden behind computing, 0.1 s not (0%), 3 stalls",
+        "1.2 s hidden behind compute, 0.1 s not (0%), 3 stalls",
         "1 min 35 s in steps, 0.9 s between them (1%)",
         "513.0 MiB weights, 3.0 GiB activations at most",
     ):

@@ -239,7 +239,7 @@ def _best(
             break
         skipped.append(f"{name}: {reason}")
     if found is None:
-        raise ValueError(f"--deterministic can't be kept ({'; '.join(skipped)})")
+        raise ValueError(f"--deterministic can't be guaranteed ({'; '.join(skipped)})")
     if skipped:
         log(f"using {found.name} attention ({'; '.join(skipped)})")
     return found

@@ -75,14 +75,16 @@ def _library_unsupported(geometry: Geometry, name: str, compiled: bool) -> str |
     except (ImportError, OSError, RuntimeError) as error:
         return f"flashinfer-python can't be imported: {error}"
     if not version.startswith("0.7."):
-        return f"flashinfer-python is {version}, and batchrun needs 0.7"
+        return f"flashinfer-python is {version}, and batchrun needs 0.7.x"
     missing = [
         kind
         for kind in kinds(geometry, name)
         if not compiled_from(geometry.dtype, kind).is_compiled
     ]
     if missing and compiled:
-        return f"its kernels are not compiled; --attention {name} compiles them, in minutes"
+        return (
+            f"its kernels are not compiled; --attention {name} compiles them, which takes minutes"
+        )
     tools = [tool for tool in ("ninja", "nvcc") if shutil.which(tool) is None]
     return f"its kernels need {' and '.join(tools)} to be compiled" if missing and tools else None
 

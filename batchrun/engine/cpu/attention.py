@@ -56,7 +56,7 @@ def make(
     except CompileError as error:
         raise ValueError(f"it can't be compiled: {error}") from error
     except AttributeError as error:
-        raise ValueError(f"this compiler knows no {dtype}") from error
+        raise ValueError(f"this compiler does not support {dtype}") from error
 
 
 class Call(ctypes.Structure):

@@ -65,7 +65,7 @@ def load(
         except OSError:
             if os.statvfs(path.parent).f_flag & os.ST_NOEXEC:
                 raise CompileError(
-                    f"{path.parent} is mounted noexec: set XDG_CACHE_HOME to a folder elsewhere"
+                    f"{path.parent} is mounted noexec: set XDG_CACHE_HOME to another folder"
                 ) from None
             path.unlink(missing_ok=True)
             library = ctypes.CDLL(str(build(source, log, dtype)))

@@ -48,7 +48,7 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
     except CompileError as error:
         return f"it can't be compiled: {error}"
     except AttributeError:
-        return f"this compiler knows no {str(dtype)[6:]}"
+        return f"this compiler does not support {str(dtype)[6:]}"
     return None
 
 

@@ -33,7 +33,7 @@ def context_length(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...
     limit, notes = given or wanted or _DEFAULT, []
     if given is None and wanted is None:
         notes.append(
-            f"context of {limit} tokens: the model's config names none; set it with --max-model-len"
+            f"context of {limit} tokens: the model's config has none; set it with --max-model-len"
         )
     # A model's own code may know only the old name.
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
@@ -64,7 +64,7 @@ def context_length(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...
     if wanted is not None and wanted > limit:
         why = f" ({notes[0]})" if notes else ""
         raise ModelError(
-            f"--max-model-len {wanted} is more than the {limit} tokens this model holds{why}",
+            f"--max-model-len {wanted} is more than the {limit} tokens this model supports{why}",
             hint=f"use --max-model-len {limit} or less",
         )
     if wanted is not None:

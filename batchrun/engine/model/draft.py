@@ -57,7 +57,7 @@ def load_draft(
         )
     check_tokens(draft, target, (name, settings.model_name))
     longest = min(draft.max_model_len, target.max_model_len)
-    notes = tuple(f"of the draft model: {note}" for note in draft.notes)
+    notes = tuple(f"draft model: {note}" for note in draft.notes)
     return replace(draft, max_model_len=longest, eos_ids=target.eos_ids, notes=notes)
 
 
@@ -81,7 +81,7 @@ def check_tokens(draft: LoadedModel, target: LoadedModel, names: tuple[str, str]
         difference = f"token {id_} is {_shown(its)} in {draft_name} and {_shown(other)} in {name}"
     if difference is not None:
         raise ModelError(
-            f"the draft model {draft_name} can't draft for {name}, as their tokens differ: "
+            f"the draft model {draft_name} can't draft for {name}: their tokens differ: "
             f"{difference}",
             hint=_HINT,
         )

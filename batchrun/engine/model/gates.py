@@ -161,7 +161,7 @@ def verify(
             f"the architecture {loaded.architecture} is refused: on a test prompt of {longest} "
             f"tokens its logits over contiguous slots differ from its own by {worst:.2g} of the "
             f"largest logit, more than {most:.2g}",
-            hint="its attention does something that this version does not support",
+            hint="its attention is not supported; batchrun doctor lists architectures that are",
         )
     return worst
 

@@ -131,8 +131,8 @@ def check_kernel(
     want = exact.run(layer, q, (k, v))
     off = difference(got.cpu(), want)
     if off > tolerance(dtype).kernel:
-        return False, f"it is wrong: {off:.2g} from float32"
-    return True, f"{off:.1g} from float32, in {str(dtype)[6:]}"
+        return False, f"it is wrong: off by {off:.2g} from float32"
+    return True, f"within {off:.1g} of float32 ({str(dtype)[6:]})"
 
 
 def _geometry(spec: LayerSpec, device: torch.device, dtype: torch.dtype) -> Geometry:

@@ -116,7 +116,7 @@ def load(
     on_gpu = quantize and loaded.device.type == "cuda"
     if on_gpu and (reason := unsupported_reason(loaded.device, wanted)) is not None:
         notes.append(
-            f"8-bit weights save memory but cost time here: each step widens them, as {reason}"
+            f"8-bit weights save memory but are slow here: each step widens them, because {reason}"
         )
     return replace(loaded, notes=(*loaded.notes, *notes))
 
@@ -184,7 +184,7 @@ def _widen(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> list[str]
             parameter.data = parameter.data.to(dtype)
     return [
         f"its weights are quantised by {way} but computed in {str(dtype).removeprefix('torch.')}, "
-        "which takes more memory: nothing here can compute with them as they are"
+        "which takes more memory: no kernel here computes with this quantisation"
     ]
 
 
@@ -227,7 +227,7 @@ def _cannot_load(name: str, folder: Path, what: str, error: BaseException) -> Mo
     try:
         config = kinds.read_config(folder)
         if wrong := _unlike(check_files(folder, config)):
-            failed += f" (tensors that experts lack or have in another shape: {some(wrong)})"
+            failed += f" (tensors that experts lack or have in a different shape: {some(wrong)})"
     except ModelError as reason:
         return reason
     except OSError:

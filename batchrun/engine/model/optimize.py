@@ -89,7 +89,7 @@ def optimize(
     except Exception as error:  # a model may do anything with modules that it does not know
         for parent, name, module in undo:
             setattr(parent, name, module)
-        log(f"the model's modules stay as they are, because fused ones fail: {_brief(error)}")
+        log(f"the model's modules are not fused, because fused ones fail: {_brief(error)}")
     undo.clear()  # its modules keep alive the merged weights, which native code packs
     if native:
         try:
@@ -266,7 +266,7 @@ def _compile_layers(
         log: Called with the reason if nothing is compiled, now or at a later step.
     """
     if is_adapted(model):
-        log("the model's layers run uncompiled: they do not attend by their own code alone")
+        log("the model's layers run uncompiled: batchrun replaces part of their attention code")
         return
     if _compiled_layers(model):
         return

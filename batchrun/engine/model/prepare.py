@@ -107,7 +107,7 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, max_model_len: int | None) 
         if not isinstance(found := getattr(config, key), int) or found < 1:
             raise UnsupportedError(f"its config says that {key} is {found!r}")
     if model.config.is_encoder_decoder:
-        raise UnsupportedError("it is an encoder-decoder, and batchrun runs decoders only")
+        raise UnsupportedError("it is an encoder-decoder, and batchrun runs decoder-only models")
     if model.device.type == "meta":  # where the number of tokens per expert is unknown
         model.set_experts_implementation("batched_mm")
     limit, notes = context_length(config, max_model_len)
@@ -149,7 +149,9 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, max_model_len: int | None) 
 def _check_hits(hits: Sequence[int], expected: Sequence[int]) -> None:
     """Refuse a model whose layers do not each attend once."""
     if not hits:
-        raise UnsupportedError("its layers attend by code of their own, which can't be replaced")
+        raise UnsupportedError(
+            "its layers compute attention in their own code, which can't be replaced"
+        )
     missing = [str(i) for i in expected if i not in hits]
     if missing:
         shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
@@ -157,7 +159,7 @@ def _check_hits(hits: Sequence[int], expected: Sequence[int]) -> None:
         raise UnsupportedError(f"{which} state other than keys and values")
     if sorted(hits) != expected:
         raise UnsupportedError(
-            f"its {len(expected)} layers attend {len(hits)} times, not once each"
+            f"its {len(expected)} layers compute attention {len(hits)} times, not once each"
         )
 
 

@@ -93,7 +93,7 @@ def make_rowwise(model: PreTrainedModel) -> None:
 
 
 def _refusal(reason: str) -> ModelError:
-    message = f"--deterministic can't be kept on this device: {reason}"
+    message = f"--deterministic can't be guaranteed on this device: {reason}"
     return ModelError(message, hint="leave out --deterministic")
 
 
