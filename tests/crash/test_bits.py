@@ -8,9 +8,9 @@ from tests.crash.test_signals import run
 
 
 def test_a_job_has_the_same_answers_however_it_runs() -> None:
-    report = run("tests.crash.bits", "--examples", "30")
-    assert report["examples"] == 30
-    assert report["kills"] > 5
+    report = run("tests.crash.bits", "--examples", "16")
+    assert report["examples"] == 16
+    assert report["kills"] > 2
     assert report["answers_equal"]
 
 

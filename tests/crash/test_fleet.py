@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize(
-    ("options", "trials"), [((), 8), (("--ray",), 3)], ids=["processes", "ray"]
+    ("options", "trials"),
+    [((), 6), pytest.param(("--ray",), 3, marks=pytest.mark.long)],
+    ids=["processes", "ray"],
 )
 def test_kills_change_nothing(options: tuple[str, ...], trials: int) -> None:
     if "--ray" in options:

@@ -131,7 +131,7 @@ def seen(completion: Completion) -> tuple[Any, ...]:
     return completion.token_ids, completion.text, completion.finish_reason, logprobs
 
 
-@settings(max_examples=60 // FEWER, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30 // FEWER, deadline=None, suppress_health_check=list(HealthCheck))
 @given(requests(), st.sampled_from([None, 40]), st.sampled_from([3, 17, 256]))
 def test_answers_fit_and_are_the_same_with_guesses_in_any_batch(
     rows: list[tuple[Request, Shaped | None]], tokens: int | None, chunk: int

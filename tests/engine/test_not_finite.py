@@ -13,6 +13,7 @@ from batchrun.engine.core import FinishReason, SamplingParams
 from batchrun.engine.cpu import library
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.engine.settings import Settings
+from tests.pairs import part
 from tests.parity.models import CONFIGS, build, seeded
 from tests.parity.runner import outputs, rig, run
 
@@ -65,9 +66,10 @@ def check(r: Assembly, want: list[list[int]], params: Any) -> None:
     assert r.arena.num_open == 0
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("kind", PARAMS)
-@pytest.mark.parametrize("name", ["llama", "gemma2-softcap", "mixtral-moe", "mistral-window"])
+MODELS = ["llama", "gemma2-softcap", "mixtral-moe", "mistral-window"]
+
+
+@pytest.mark.parametrize(("name", "kind", "lag"), part(3, MODELS, [*PARAMS], [0, 1]))
 def test_a_row_without_finite_numbers_fails_alone(name: str, kind: str, lag: int) -> None:
     params = SamplingParams(max_tokens=8, ignore_eos=True, **PARAMS[kind])
     model = loaded(name)
