@@ -111,7 +111,7 @@ class JobFolder:
         """
         spec, noted = self.submitted(), JobSnapshot.load(self.path)
         with self.journal(readonly=False) as journal:  # which removes state.json
-            lines = [f"{what} was damaged: it will be done again" for what in journal.mend()]
+            lines = [f"removed damaged data: {what}" for what in journal.mend()]
             if journal.meta("spec") is None:
                 journal.set_meta("spec", asdict(spec))
         if noted is not None and not lines:
