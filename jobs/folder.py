@@ -187,7 +187,7 @@ class JobFolder:
             with suppress(OSError):
                 since = max(since, (self.path / STATE).stat().st_mtime)
         if last["state"] is None or waiting:
-            gone = "its processes are gone: killed, or the machine went down"
+            gone = "its processes are gone: they were killed, or the machine went down"
             if files.disk_of(self.path).free < _FULL:
                 gone = "its processes are gone, and its disk is full"
             words = last_words(self.path, since)
@@ -387,5 +387,5 @@ def find(root: Path, name: str | None = None) -> JobFolder:
         return next(job for job in jobs if job.id == found[0])
     near = ", ".join((found or [job.id for job in jobs])[-5:])
     if found:
-        raise JobNotFound(f"{name!r} could be {len(found)} jobs: {near}", hint="type more of it")
+        raise JobNotFound(f"{name!r} matches {len(found)} jobs: {near}", hint="type more of the id")
     raise JobNotFound(f"no job {name!r}; the latest are {near}", hint="batchrun list")

@@ -255,9 +255,9 @@ def test_a_rotten_schema_is_named(job, home, tmp_path, table):
         assert spoilt != made
         db.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", (spoilt, table))
     db.close()
-    assert f"its table {table} has other columns" in "".join(verify(job))
+    assert f"its table {table} has the wrong columns" in "".join(verify(job))
     for act in (lambda: mended(job, home), job.journal, job.counts):
-        with pytest.raises(JournalError, match=f"its table {table} has other columns"):
+        with pytest.raises(JournalError, match=f"its table {table} has the wrong columns"):
             act()
 
 
