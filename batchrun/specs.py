@@ -60,9 +60,11 @@ def read_options(given: Mapping[str, Any], *sections: str) -> dict[str, Any]:
     for name in given:
         if name not in OPTIONS:
             near = get_close_matches(name, OPTIONS, 1)
-            raise OptionError("there is no option {}" + "; is {} meant?" * len(near), name, *near)
+            raise OptionError(
+                "there is no option {}" + "; did you mean {}?" * len(near), name, *near
+            )
         if sections and OPTIONS[name].section not in sections:
-            raise OptionError(f"{{{name}}} means nothing here")
+            raise OptionError(f"{{{name}}} does not apply here")
     return {name: option.read(given.get(name)) for name, option in OPTIONS.items()}
 
 
@@ -185,7 +187,7 @@ def sampling_of(options: Mapping[str, Any]) -> SamplingSpec:
     """
     sampling, best_of, n = part_of(SamplingSpec, options), options["best_of"], options["n"]
     if not -(2**63) <= options["seed"] < 2**63:
-        raise OptionError("{seed} {} does not fit into 64 bits", options["seed"])
+        raise OptionError("{seed} {} does not fit in 64 bits", options["seed"])
     if best_of is not None:
         _check_best_of(best_of, n, sampling)
     beams = (sampling.num_beams or 1) > 1
@@ -222,9 +224,9 @@ def runtime_of(options: Mapping[str, Any]) -> RuntimeSpec:
         MachineError: A device is not there, or Ray is not.
     """
     if options["draft_model"] is None and options["draft_tokens"] is not None:
-        raise OptionError("{draft_tokens} without {draft_model}: there are none to count")
+        raise OptionError("{draft_tokens} needs {draft_model}")
     if options["draft_model"] is not None and not options["drafts"]:
-        raise OptionError("{draft_model} with {drafts} off: it would have nothing to do")
+        raise OptionError("{draft_model} with {drafts} off: the draft model would be unused")
     check_fleet(options)
     if options["ray"] is not None:
         check_ray()
@@ -239,16 +241,16 @@ def _check_shape(sampling: SamplingSpec, *, beams: bool) -> None:
         raise OptionError("{choice_logprob} needs {choices}")
     given = [name for name in SHAPES if getattr(sampling, name)]
     if len(given) > 1:
-        raise OptionError(f"{{{given[0]}}} and {{{given[1]}}} exclude each other")
+        raise OptionError(f"{{{given[0]}}} and {{{given[1]}}} can't be combined")
     for name in given:
         if beams:
-            raise OptionError(f"{{num_beams}} with {{{name}}}: beam search can't keep a shape")
+            raise OptionError(f"{{num_beams}} with {{{name}}}: beam search can't enforce a shape")
         try:
             found = problem(constraint_of(name, getattr(sampling, name)))
         except ValueError as error:
             found = str(error)
         if found is not None:
-            raise OptionError(f"{{{name}}} can't be kept: {{}}", found)
+            raise OptionError(f"{{{name}}} can't be enforced: {{}}", found)
 
 
 def _check_best_of(best_of: int, n: int, sampling: SamplingSpec) -> None:
@@ -287,12 +289,12 @@ def _template_fields(options: Mapping[str, Any]) -> list[str] | None:
     if template is None:
         return None
     if options["prompt_column"] is not None:
-        raise OptionError("{template} and {prompt_column} exclude each other")
+        raise OptionError("{template} and {prompt_column} can't be combined")
     try:
         return Template(template).columns
     except ValueError as error:
         fixed = doubled(template)
-        meant = f"; is this meant? {fixed}" if fixed is not None else ""
+        meant = f"; did you mean this? {fixed}" if fixed is not None else ""
         raise OptionError("{template}: {}{}", str(error), meant) from error
 
 
@@ -332,7 +334,7 @@ def _missing(name: str, names: Sequence[str], source: Source, template: str | No
         if looks_like_json(name):
             fixed = doubled(template, names)
             meant = f": --template {shlex.quote(fixed)}" if fixed is not None else ": {{ and }}"
-            error.hint = f"literal braces are doubled{meant}"
+            error.hint = f"double the literal braces{meant}"
     elif error.hint is None:
         error.hint = chat_columns.suggested(source)
     return error
@@ -347,7 +349,7 @@ def _advise_spaces(prompt: PromptSpec, choices: Sequence[str] | None, log: Log) 
         spaced = json.dumps([f" {choice}" for choice in choices[:2]], ensure_ascii=False)
         more = spaced[:-1] + ", ...]" if choices[2:] else spaced
         log(
-            f"the choices follow {end[-1]!r} without a space, which is unlikely text: write them "
+            f"the choices follow {end[-1]!r} without a space, which models rarely write: give them "
             f"as --choices {shlex.quote(more)}, or add --chat"
         )
 

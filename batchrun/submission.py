@@ -107,7 +107,7 @@ def table_of(data: object) -> pa.Table | None:
 
 
 def _room(folder: Path, what: str) -> AbstractContextManager[None]:
-    return refused(OutputError, f"{what} can't be kept in {folder}", ROOM, folder)
+    return refused(OutputError, f"{what} can't be stored in {folder}", ROOM, folder)
 
 
 def submit(

@@ -18,8 +18,8 @@ class AboutSpec:
         "Begin the job's id with this, instead of the input's name.", LABEL, metavar="NAME"
     )
     tags: tuple[str, ...] = option(
-        "Tag the job, for `show` and `list --tag`: a word, or KEY=VALUE; may be repeated. Has "
-        "nothing to do with --labels, the texts to be scored.",
+        "Tag for `show` and `list --tag`: a word or KEY=VALUE. Can be repeated. Not related to "
+        "--labels, the texts to score.",
         LABEL,
         (),
         name="tag",

@@ -38,11 +38,11 @@ def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
     """
     noted = JobSnapshot.load(job.path)
     if held_by(job.path) is None:
-        raise JobError(f"the job {job.id} does not run: it is {job.state()}")
+        raise JobError(f"the job {job.id} is not running: it is {job.state()}")
     if noted is not None and noted.state not in WAITING:
         raise JobError(
-            f"the job {job.id} does not run: it is {noted.state}, and {holder(job.path)} is at it",
-            hint="that is an export, or the like: wait for it",
+            f"the job {job.id} is not running: it is {noted.state}, but {holder(job.path)} uses it",
+            hint="wait until that process ends; it is probably an export",
         )
     asked: set[Process] = set()
 
@@ -63,7 +63,7 @@ def cancel(job: JobFolder, ask_s: float = ASK_S, kill_s: float = KILL_S) -> str:
 
     killed = None
     if not _ended(job, ask_s, ask):
-        killed = f"it did not stop in {ask_s:g} s when asked to, so it was killed"
+        killed = f"it did not stop within {ask_s:g} s, so it was killed"
         if not _ended(job, kill_s, kill):
             raise _left(job)
     state = "cancelled"
@@ -107,9 +107,9 @@ def _send(job: JobFolder, to: Process, *numbers: int) -> None:
 
 def _unreachable(job: JobFolder) -> JobError:
     return JobError(
-        f"the job {job.id} is being run by {holder(job.path)}, which can't be ended from here",
-        hint=f"batchrun cancel {job.id}, on the machine, in the container and as the user that "
-        "runs it",
+        f"the job {job.id} is being run by {holder(job.path)}, which can't be stopped from here",
+        hint="run this on the machine, in the container and as the user that runs it: "
+        f"batchrun cancel {job.id}",
     )
 
 
@@ -119,6 +119,6 @@ def _left(job: JobFolder) -> JobError:
     names = ", ".join(f"process {one.pid} (state {one.state()})" for one in left)
     return JobError(
         f"the job {job.id} was killed but has not ended: {names or holder(job.path)}",
-        hint="state D is a wait inside the kernel, mostly for a disk or a device: the process ends "
-        "when that answers, or when the machine restarts; journalled results are kept",
+        hint="a process in state D waits in the kernel, usually for a disk or a device. It ends "
+        "when that answers or the machine restarts. Journalled results are kept",
     )

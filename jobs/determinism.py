@@ -22,7 +22,7 @@ def why_not(runs: list[dict[str, Any]]) -> str | None:
     """Why answers that these runs computed may depend on the batch, in one clause, or None."""
     for run in runs:
         if not run["stats"].get("arithmetic"):
-            return f"run {run['id']} did not note how it computed"
+            return f"run {run['id']} did not record how it computed"
         if varies := run["stats"].get("varies"):
             return str(varies)
     for first, then in pairwise(runs):

@@ -67,7 +67,7 @@ class SpecChanged(JobError):  # noqa: N818 - likewise
 def input_changed(what: str) -> SpecChanged:
     """The error for an input that has changed since it was read."""
     return SpecChanged(
-        f"{what}: it changed in the meantime; the results are safe in the job",
+        f"{what}: the input has changed since the job read it; the results are safe in the job",
         hint="restore the input, then: batchrun resume",
     )
 

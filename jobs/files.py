@@ -158,7 +158,7 @@ def check_room(*needs: tuple[Disk, int]) -> None:
         wanted[disk.name] = wanted.get(disk.name, spare) + needed
         if disk.free < wanted[disk.name]:
             raise OutputError(
-                f"the disk of {disk.path} has {disk.free / 2**20:,.1f} MiB left and "
+                f"the disk of {disk.path} has {disk.free / 2**20:,.1f} MiB left, but "
                 f"{wanted[disk.name] / 2**20:,.1f} MiB are needed",
                 hint=f"make room there (df -h '{disk.path}'), then: batchrun resume",
             )

@@ -15,13 +15,13 @@ def check_fleet(given: Mapping[str, Any]) -> None:
         OptionError: Two of them do.
     """
     if given["devices"] is not None and given["ray"] is not None:
-        raise OptionError("{devices} with {ray}: Ray decides where the workers are")
+        raise OptionError("{devices} with {ray}: Ray places the workers")
     for name in ("devices", "ray"):
         if given[name] is not None and given["device"] != "auto":
-            raise OptionError(f"{{device}} with {{{name}}}: they say where to compute twice")
+            raise OptionError(f"{{device}} with {{{name}}}: both say where to compute")
     for name in ("workers", "gpus_per_worker", "cpus_per_worker"):
         if given[name] is not None and given["ray"] is None:
-            raise OptionError(f"{{{name}}} without {{ray}}")
+            raise OptionError(f"{{{name}}} needs {{ray}}")
     gpus = given["gpus_per_worker"]
     if gpus is not None and gpus > 1 and gpus != int(gpus):
-        raise OptionError("{gpus_per_worker} {}: a whole number, or a part of one GPU", gpus)
+        raise OptionError("{gpus_per_worker} {}: give a whole number, or a fraction below 1", gpus)

@@ -111,7 +111,7 @@ class JobFolder:
         """
         spec, noted = self.submitted(), JobSnapshot.load(self.path)
         with self.journal(readonly=False) as journal:  # which removes state.json
-            lines = [f"{what} was damaged: it will be done again" for what in journal.mend()]
+            lines = [f"removed damaged data: {what}" for what in journal.mend()]
             if journal.meta("spec") is None:
                 journal.set_meta("spec", asdict(spec))
         if noted is not None and not lines:
@@ -187,7 +187,7 @@ class JobFolder:
             with suppress(OSError):
                 since = max(since, (self.path / STATE).stat().st_mtime)
         if last["state"] is None or waiting:
-            gone = "its processes are gone: killed, or the machine went down"
+            gone = "its processes are gone: they were killed, or the machine went down"
             if files.disk_of(self.path).free < _FULL:
                 gone = "its processes are gone, and its disk is full"
             words = last_words(self.path, since)
@@ -393,5 +393,5 @@ def find(root: Path, name: str | None = None) -> JobFolder:
         return next(job for job in jobs if job.id == found[0])
     near = ", ".join((found or [job.id for job in jobs])[-5:])
     if found:
-        raise JobNotFound(f"{name!r} could be {len(found)} jobs: {near}", hint="type more of it")
+        raise JobNotFound(f"{name!r} matches {len(found)} jobs: {near}", hint="type more of the id")
     raise JobNotFound(f"no job {name!r}; the latest are {near}", hint="batchrun list")

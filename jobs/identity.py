@@ -77,7 +77,7 @@ def _told(path: Path, again: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise JobError(
             f"{path} can't be read: {error}",
-            hint=f"remove it, then say it again: batchrun resume {again}",
+            hint=f"remove it, then give the option again: batchrun resume {again}",
         ) from error
 
 
@@ -114,15 +114,16 @@ def check_unchanged(job: JobFolder, model_fingerprint: ModelFingerprint | None =
     spec = job.spec()
     if spec.model.trust_remote_code and (why := job.foreign()) is not None:
         raise JobError(
-            f"the job lets a model's code run, and may be another user's: {why}",
-            hint=f"read `batchrun show {job.id}`; if you trust it, make its folder yours alone",
+            f"the job lets a model's code run, but may be another user's: {why}",
+            hint=f"check `batchrun show {job.id}`; if you trust it, make its folder yours, and "
+            "writable by you alone",
         )
     with job.journal() as journal:
         kept = journal.meta("spec")
     edited = JobSpec.of(kept).edits(job.path) if kept is not None else []
     if edited is None:
         raise SpecDamaged(
-            f"{job.path / FILE} is damaged; the journal has what it said",
+            f"{job.path / FILE} is damaged; the journal has its content",
             hint=f"batchrun resume {job.id} rewrites it",
         )
     if edited:
@@ -187,7 +188,7 @@ def grown(spec: JobSpec) -> list[str]:
             more = INPUTS.stat(location(was.path)).size - was.size
             if more > 0:
                 lines.append(
-                    f"{was.path} has {more:,} bytes more than when the job was submitted: "
+                    f"{was.path} has grown by {more:,} bytes since the job was submitted: "
                     "they are not part of it"
                 )
     return lines
@@ -217,7 +218,7 @@ def changes(
     parts = [Part(location(file.path), file.size if grows else None) for file in inputs]
     for was, now in zip(inputs, input_files(parts), strict=True):
         if was.size != now.size:
-            lines.append(f"{was.path}: it had {was.size} bytes and now has {now.size}")
+            lines.append(f"{was.path}: it had {was.size} bytes, and now has {now.size}")
         elif was.fingerprint != now.fingerprint:
             lines.append(f"{was.path}: its content changed")
     model = spec.model.path

@@ -45,7 +45,8 @@ class Kind:
     def read(self, value: Any) -> Any:
         """The converted value; raises a ValueError that says what is wrong."""
         if not isinstance(value, self.types) or isinstance(value, bool) != (bool in self.types):
-            raise ValueError(f"{value!r} is no {self.what}")
+            kind = self.what if self.what == "text" else f"a {self.what}"
+            raise ValueError(f"{value!r} is not {kind}")
         return self.make(value)
 
 
@@ -96,7 +97,7 @@ def size(multiple_of: int = 1) -> Kind:
         text = str(value).strip()
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
         if found is None:
-            raise ValueError(f"{value!r} is not a size; write for example 256MiB or 2GiB")
+            raise ValueError(f"{value!r} is not a size; write, for example, 256MiB or 2GiB")
         bytes_ = int(float(found[1]) * _UNITS[found[2].upper()])
         if bytes_ <= 0 or bytes_ % multiple_of:
             raise ValueError(f"{value!r} is not a positive multiple of {multiple_of} bytes")
@@ -131,14 +132,14 @@ def _at_least_0(value: float | str) -> float:
     with suppress(ValueError):
         if 0 <= float(value) < 1e6:
             return float(value)
-    raise ValueError(f"{value!r} is not a number from 0")
+    raise ValueError(f"{value!r} is not a number of 0 or more")
 
 
 def _count_or_auto(value: int | str) -> int | None:
     if value == "auto":
         return None
     if not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"{value!r} is neither auto nor a whole number from 1")
+        raise ValueError(f"{value!r} is neither auto nor a whole number of 1 or more")
     return int(value)
 
 

@@ -67,7 +67,7 @@ class Lease:
                 ) from None
             if handle >= 0 and no_locks(error):
                 raise OutputError(
-                    f"{self._path} can't be locked: {error.strerror}; its file system has no locks",
+                    f"{self._path} can't be locked: {error.strerror}; its file system lacks locks",
                     hint=LOCAL_DISK,
                 ) from error
             raise OutputError(

@@ -124,7 +124,7 @@ class SamplingSpec:
     )
     temperature: float | None = number(
         "Sampling temperature; 0 is greedy decoding.",
-        "0 or more, and at most 5",
+        "between 0 and 5",
         lambda v: 0 <= v <= 5,
         without="the model's, else 0",
     )

@@ -77,8 +77,8 @@ class DeviceQueue:
                 os.unlink(name)
         except OSError as error:
             raise OutputError(
-                f"no place can be taken in {self._folder}: {error.strerror or error}",
-                hint=f"its file system has no locks or no hard links: {LOCAL_DISK}"
+                f"the job can't queue in {self._folder}: {error.strerror or error}",
+                hint=f"its file system lacks locks or hard links: {LOCAL_DISK}"
                 if no_locks(error) or error.errno == errno.EPERM
                 else ROOM,
             ) from error

@@ -28,11 +28,11 @@ def schema_text(value: Any) -> str:
     try:
         found = json.loads(value) if isinstance(value, str) else _without_nulls(value)
         if not isinstance(found, Mapping):
-            raise ValueError("a schema is an object")
+            raise ValueError("a schema must be an object")
         text = json.dumps(found, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"this is no JSON schema: {error}") from None
+        raise ValueError(f"this is not a JSON schema: {error}") from None
     return text
 
 
@@ -62,7 +62,7 @@ def choices_of(value: Any, what: str = "choice") -> tuple[str, ...]:
         raise ValueError(f"a {what} must not be empty")
     if len(set(value)) < len(value):
         twice = next(choice for choice in value if list(value).count(choice) > 1)
-        raise ValueError(f"the {what} {twice!r} is there twice")
+        raise ValueError(f"the {what} {twice!r} appears twice")
     return tuple(value)
 
 

@@ -222,14 +222,14 @@ class JobSpec:
             version = data["version"]
             if version > VERSION:
                 raise JobError(
-                    f"{path} has version {version}; this program knows versions up to {VERSION}",
+                    f"{path} has version {version}; this batchrun reads versions up to {VERSION}",
                     hint="pip install --upgrade batchrun-llm",
                 )
             return cls.of(data)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SpecDamaged(
                 f"{path} is not a job specification: {error}",
-                hint="`batchrun list` shows the jobs there are",
+                hint="list the jobs: batchrun list",
             ) from error
 
     def edits(self, folder: Path) -> list[str] | None:

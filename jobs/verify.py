@@ -73,7 +73,7 @@ def _notes(job: JobFolder, journal: Journal) -> Iterator[str]:
         except (OSError, ValueError) as error:
             if not (broken_off and name == STATE):
                 yield (
-                    f"{job.path / name} is damaged: {error}; the journal has what it said, "
+                    f"{job.path / name} is damaged: {error}; the journal has its content, "
                     f"and batchrun resume {job.id} rewrites it"
                 )
 
@@ -90,7 +90,7 @@ def _rows(
         there = source.count()
         there = there if spec.limit is None else min(there, spec.limit)
         if there != total:
-            yield f"the input has {there:,} rows, the journal says {total:,}"
+            yield f"the input has {there:,} rows, but the journal says {total:,}"
     samples, beyond = journal.counts().samples, journal.beyond(total)
     if beyond:
         yield f"the journal has {beyond:,} results for rows that the input does not have"

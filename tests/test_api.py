@@ -72,7 +72,7 @@ def test_a_job_of_rows_in_memory_comes_to_its_end(model: str, home: Path) -> Non
     assert [each.id for each in list_jobs()] == [Job.find().id] == [Job.find(job.id[:6]).id]
     with pytest.raises(JobNotFound):
         Job.find("other")
-    with pytest.raises(JobError, match="does not run"):
+    with pytest.raises(JobError, match="is not running"):
         job.cancel()
     assert list((home / "jobs").glob(".stdin-*")) == []
 
@@ -151,8 +151,8 @@ def test_a_file_that_crashes_its_reader_is_an_error_of_the_caller(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"temprature": 1}, "there is no option temprature; is temperature meant?"),
-        ({"temperature": "hot"}, "temperature: 'hot' is no number"),
+        ({"temprature": 1}, "there is no option temprature; did you mean temperature?"),
+        ({"temperature": "hot"}, "temperature: 'hot' is not a number"),
         ({"temperature": -1}, "temperature must be 0 or more, not -1"),
         ({"best_of": 2, "n": 3}, "best_of 2 is less than n 3"),
         ({"num_beams": 2, "stop": "a"}, "num_beams with stop: use stop_token_ids, or cut the text"),
@@ -187,9 +187,9 @@ def test_a_model_here_takes_text_chats_and_rows(llm: LLM) -> None:
         llm.generate([{"prompt": "one", "x": object()}])
     with pytest.raises(OptionError, match="top_p must be above 0"):
         llm.generate(["one"], top_p=2)
-    with pytest.raises(OptionError, match="device means nothing here"):
+    with pytest.raises(OptionError, match="device does not apply here"):
         llm.generate(["one"], device="cpu")
-    with pytest.raises(OptionError, match="output means nothing here"):
+    with pytest.raises(OptionError, match="output does not apply here"):
         LLM(output="out.jsonl")
     with pytest.raises(InputError, match="no input files were given"):
         submit([])

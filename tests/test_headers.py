@@ -78,7 +78,7 @@ WRONG: dict[str, tuple[Callable[[Header], Any], str]] = {
     "nested deeply": (lambda _: b"[" * 100_000, "its header can't be read"),
     "a name twice": (
         lambda h: json.dumps(h).encode().replace(b'"model.norm.weight"', b'"lm_head.weight"'),
-        "'lm_head.weight' is there twice",
+        "'lm_head.weight' appears twice",
     ),
     "a type to come": (lambda h: h[NORM].update(dtype="F1"), "F1"),
     "no type": (lambda h: h[NORM].pop("dtype"), "KeyError: 'dtype'"),

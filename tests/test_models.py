@@ -195,7 +195,7 @@ def test_a_truncated_gguf_file_is_refused_and_leaves_nothing(gguf_file, tmp_path
 
 def test_an_unknown_splitting_rule_is_refused(tmp_path):
     file = write_tiny_gguf(tmp_path / "other.gguf", pre="a-rule-of-its-own")
-    with pytest.raises(ModelError, match="rule 'a-rule-of-its-own'") as caught:
+    with pytest.raises(ModelError, match="pre-tokenizer 'a-rule-of-its-own'") as caught:
         resolve(str(file), tmp_path)
     assert "safetensors" in caught.value.hint
 

@@ -176,7 +176,7 @@ HEADS = {
         "has the type 9",
     ),
     "a type to come": (head(0, text("a") + struct.pack("<I", 77)), "has the type 77"),
-    "a key twice": (head(0, number("a", 1), number("a", 2)), "has 'a' twice"),
+    "a key twice": (head(0, number("a", 1), number("a", 2)), "its key 'a' appears twice"),
     "an alignment of 0": (head(0, number("general.alignment", 0)), "its alignment is 0"),
     "an alignment of 3": (head(0, number("general.alignment", 3)), "its alignment is 3"),
     "layers without end": (
@@ -187,7 +187,7 @@ HEADS = {
         head(1, LLAMA, number("lama.block_count", 1)) + tensor("t", 4) + bytes(64),
         "'llama.block_count' is None, but has 1 tensors",
     ),
-    "a tensor twice": (head(2) + tensor("t", 4) + tensor("t", 4), "is there twice"),
+    "a tensor twice": (head(2) + tensor("t", 4) + tensor("t", 4), "appears twice"),
     "a tensor without end": (head(1) + tensor("t", 1 << 40), "it is incomplete"),
     "a tensor of a type to come": (head(1) + tensor("t", 4, kind=99), "has the type 99"),
     "a tensor of many dimensions": (head(1) + tensor("t", *[1] * 9), "or has too many dimensions"),

@@ -73,7 +73,7 @@ def test_null_nan_and_empty_text_leave_the_jobs_value(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("temperature", 25.0, "holds 25.0, and temperature must be 0 or more, and at most 5"),
+        ("temperature", 25.0, "holds 25.0, and temperature must be between 0 and 5"),
         ("temperature", -3.5, "holds -3.5"),
         ("temperature", True, "holds True"),
         ("temperature", float("inf"), "holds inf"),
@@ -139,7 +139,7 @@ def test_a_column_of_which_half_can_be_no_parameter_is_refused(tmp_path: Path, w
             return parquet(tmp_path, temperature=temperatures)
         return jsonl(tmp_path, [{"temperature": value} for value in temperatures])
 
-    with pytest.raises(InputError, match=r"row 1 has 25\.0, and .* at most 5 \(2 of its first 4"):
+    with pytest.raises(InputError, match=r"row 1 has 25\.0, and .* and 5 \(2 of its first 4"):
         param_columns(source([1.0, 25.0, None, -3.5, 0.5]), {})
     assert param_columns(source([1.0, 25.0, None, -3.5, 0.5, 0.6]), {}) == ["temperature"]
     assert param_columns(source([None, 25.0, None]), {}) == ["temperature"]  # that row's own error

@@ -201,7 +201,7 @@ def test_what_is_wrong_with_a_row_is_its_own_error(model: Path) -> None:
         ({"max_tokens": -1, "perplexity": True}, "0 or more"),
         ({"labels": "a,b", "num_beams": 2}, "must be 1 where known text is scored"),
         ({"labels": "a,b", "best_of": 2, "temperature": 1.0}, "with scores nothing is generated"),
-        ({"labels": "a,a"}, "there twice"),
+        ({"labels": "a,a"}, "appears twice"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(

@@ -50,12 +50,12 @@ def with_constraint(values: Mapping[str, Any], own: Collection[str] = ()) -> dic
     given = [name for name in SHAPES if values.get(name)]
     given = [name for name in given if name in own] or given
     if len(given) > 1:
-        raise ValueError(f"{given[1]} excludes {given[0]}: an answer has one shape")
+        raise ValueError(f"{given[1]} can't be combined with {given[0]}: an answer has one shape")
     for name in given:
         try:
             rest["constraint"] = constraint_of(name, values[name])
         except ValueError as error:
-            raise ValueError(f"{name} can't be kept: {error}") from None
+            raise ValueError(f"{name} can't be enforced: {error}") from None
     return rest
 
 

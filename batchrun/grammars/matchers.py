@@ -113,7 +113,7 @@ class Matchers:
                 raise ModelError(
                     f"answers of this model can't be constrained: llguidance can't use its "
                     f"tokenizer ({said_by(error)})",
-                    hint="leave out the shape of the answer, or use another model",
+                    hint="leave out the structured-output option, or use another model",
                 ) from error
 
 

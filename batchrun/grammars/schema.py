@@ -57,7 +57,9 @@ def kept(schema: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """
     try:
         if _size(schema, schema, {}) > _LARGEST:
-            raise ValueError(f"it is larger than {_LARGEST:,} schemas, once its $refs are resolved")
+            raise ValueError(
+                f"it has more than {_LARGEST:,} subschemas once its $refs are resolved"
+            )
         for part in schemas_in(schema):
             _check(part)
         return closed(_narrowed(schema)), _escapes(schema)
@@ -72,18 +74,18 @@ def _check(schema: Mapping[str, Any]) -> None:
             if key == "nullable" and not schema[key]:
                 continue
             near = get_close_matches(key, _KEYWORDS, 1)
-            meant = f"; is {near[0]} meant?" if near else ""
+            meant = f"; did you mean {near[0]}?" if near else ""
             meant = '; write "type": [..., "null"]' if key == "nullable" else meant
             raise ValueError(f"unknown keyword {key!r}{meant}")
     for key in ("exclusiveMinimum", "exclusiveMaximum"):
         if isinstance(schema.get(key), bool):
-            raise ValueError(f"{key} is true or false, as in draft 4, and must be a number")
+            raise ValueError(f"{key} is true or false, as in draft 4, but must be a number")
     if schema.get("format") == "unknown":
         raise ValueError("Unknown format: unknown")
     for key in ("enum", "const", "multipleOf"):
         for number in _numbers(schema.get(key)):
             if abs(number) > _EXACT:
-                raise ValueError(f"{key} has {number}: numbers beyond 2^53 can't be kept exactly")
+                raise ValueError(f"{key} has {number}: beyond 2^53, it can't be enforced exactly")
 
 
 def _escapes(schema: Mapping[str, Any]) -> str:
@@ -99,8 +101,8 @@ def _escapes(schema: Mapping[str, Any]) -> str:
     for text in (text for part in parts for text in _texts(part)):
         if odd is not None and ('"' in text or "\\" in text):
             raise ValueError(
-                f"the pattern {odd!r} can't be kept beside {text!r}: write which "
-                "characters it allows, instead of those that it excludes"
+                f"the pattern {odd!r} can't be enforced together with {text!r}: write "
+                "which characters it allows, not which it excludes"
             )
         if any(char < " " and char not in "\n\r\b\t\f" for char in text):
             raise ValueError(f"{text!r} has a control character")
@@ -120,7 +122,7 @@ def _narrowed(schema: Any) -> Any:
         bound = found.get(key)
         if isinstance(bound, int | float) and abs(bound) > _EXACT:
             if (bound < 0) != key.endswith("inimum"):
-                raise ValueError(f"{key} {bound} is beyond 2^53, which can't be kept exactly")
+                raise ValueError(f"{key} {bound} is beyond 2^53 and can't be enforced exactly")
             found[key] = _EXACT if bound > 0 else -_EXACT
     narrower = _NARROWER.get(str(found.get("format")))
     if narrower is not None and "pattern" in found:

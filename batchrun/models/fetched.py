@@ -124,7 +124,7 @@ def _download(
     needed, free = sum(missing.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise ModelError(
-            f"{path} takes {needed / 1e9:,.1f} GB, and the disk of {folder.parent} has "
+            f"{path} takes {needed / 1e9:,.1f} GB, but the disk of {folder.parent} has "
             f"{free / 1e9:,.1f} GB left",
             hint=f"make room there: df -h '{folder.parent}'",
         )

@@ -56,9 +56,9 @@ def check_head(file: Path) -> None:
         )
     if not head.strip(b"\0"):
         what = "is empty" if not size else f"begins with {len(head)} bytes of zeros"
-        raise ModelError(f"{file} {what}: its download broke off", hint=AGAIN)
+        raise ModelError(f"{file} {what}: its download was interrupted", hint=AGAIN)
     if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ModelError(f"{file} is a web page, saved under that name", hint=AGAIN)
+        raise ModelError(f"{file} is a web page saved under that name", hint=AGAIN)
 
 
 def stored_in(file: Path) -> dict[str, Stored]:
@@ -96,7 +96,7 @@ def stored_in(file: Path) -> dict[str, Stored]:
     if size != wanted:
         problem = "incomplete" if size < wanted else "damaged"
         raise ModelError(
-            f"{file} is {problem}: it has {size:,} bytes and should have {wanted:,}{by}",
+            f"{file} is {problem}: it has {size:,} bytes, but should have {wanted:,}{by}",
             hint=AGAIN,
         )
     try:
@@ -112,7 +112,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
     return found
 
 

@@ -74,7 +74,7 @@ def check_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
     if others:
         raise ModelError(
             f"{folder} has a checkpoint of distributed training beside its weights "
-            f"({some(others)}), so it is not clear what should run",
+            f"({some(others)}), so it is not clear which to run",
             hint="move the shard-* files away, or save the model again with save_pretrained",
         )
     for name in _METADATA:
@@ -167,7 +167,7 @@ def no_safetensors(where: object, names: Iterable[str]) -> ModelError:
     if not pickles:
         return ModelError(
             f"{where} has no *.safetensors weights",
-            hint="use a model that has some, or a .gguf file of it",
+            hint="use a model that has them, or a .gguf file of it",
         )
     return ModelError(
         f"{where} has only pickled weights ({some(pickles)}); loading a pickle can run any code, "
@@ -182,7 +182,7 @@ def _why_no_weights(folder: Path) -> ModelError:
     found = sorted(folder.glob("*.safetensors"))
     dangling = [str(file) for file in found if not file.exists()]
     if dangling:
-        return ModelError(f"{some(dangling)}: a link to a file that is not there", hint=AGAIN)
+        return ModelError(f"{some(dangling)}: a link to a file that does not exist", hint=AGAIN)
     there = [file.name for file in found]
     names = sorted(file.name for file in folder.iterdir())
     if not there and any(name.endswith(_PICKLES) for name in names):
@@ -190,7 +190,7 @@ def _why_no_weights(folder: Path) -> ModelError:
     shards = [name for name in there if "-of-" in name]
     if shards:
         what = f"has {some(shards)} but no {INDEX}, which says what is in them"
-        hint = "get that file from where the weights came from"
+        hint = "download it from where the weights came from"
     elif any(name.startswith("consolidated") for name in there):
         what = f"has its weights only in its maker's own format ({some(there)})"
         hint = "download the model in the format of transformers, as model*.safetensors"
@@ -207,7 +207,7 @@ def _why_no_weights(folder: Path) -> ModelError:
             for file in (*folder.glob(f"*.{end}"), *folder.glob(f"*/*.{end}"))
         )
         if others and others[0].endswith(".gguf"):
-            hint = f"name the GGUF file itself: --model {folder / others[0]}"
+            hint = f"give the GGUF file itself: --model {folder / others[0]}"
         elif others:
             what += f" but {some(others)}"
     return ModelError(f"{folder} {what}", hint=hint)
@@ -252,8 +252,8 @@ def _check_ids(file: Path) -> None:
     for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
         if isinstance(number, int) and number >= _MOST_TOKENS:
             raise ModelError(
-                f"{file} says that the token {shown(token)} is number {number:,}, but no model has "
-                "that many",
+                f"{file} gives the token {shown(token)} the id {number:,}, but no vocabulary is "
+                "that large",
                 hint=AGAIN,
             )
 

@@ -67,7 +67,7 @@ def check_gguf(file: Path, type_sizes: dict[int, tuple[int, int]]) -> dict[str, 
         part = metadata.get("split.no", 0)
         which = f"part {part + 1}" if isinstance(part, int) else "a part"
         raise unreadable(
-            f"it is {which} of {parts} of a model, and batchrun reads one whole file",
+            f"it is {which} of {parts} of a model, but batchrun reads one whole file",
             "merge the parts: llama-gguf-split --merge FIRST-PART.gguf whole.gguf",
         )
     if size < wanted:
@@ -105,12 +105,12 @@ class _Head:
             self._order = ">"
             version = int.from_bytes(version.to_bytes(4, "little"), "big")
         if not 2 <= version <= _LAST_VERSION:
-            raise ValueError(f"its version is {version}, which is not known here")
+            raise ValueError(f"its version is {version}, which is not supported")
         tensors, entries = self._take("QQ")
         for _ in range(entries):
             key = self._text()
             if key in self.metadata:
-                raise ValueError(f"it has {shown(key)} twice")
+                raise ValueError(f"its key {shown(key)} appears twice")
             self.metadata[key] = self._value(*self._take("I"))
         ends = [self._tensor() for _ in range(tensors)]
         align = self.metadata.get("general.alignment", _ALIGNMENT)
@@ -138,7 +138,7 @@ class _Head:
         if kind in _VALUES:
             return self._take(_VALUES[kind])[0]
         if kind != _LIST or depth > _DEEPEST:
-            raise ValueError(f"a value has the type {kind}, which is not known here")
+            raise ValueError(f"a value has the type {kind}, which is not supported")
         inner, count = self._take("IQ")
         if inner in _VALUES:
             self._file.seek(self._room(count * struct.calcsize("=" + _VALUES[inner])), 1)
@@ -152,12 +152,12 @@ class _Head:
         name = self._text()
         (dimensions,) = self._take("I")
         if name in self.stored or dimensions > _MOST_DIMENSIONS:
-            raise ValueError(f"the tensor {shown(name)} is there twice, or has too many dimensions")
+            raise ValueError(f"the tensor {shown(name)} appears twice, or has too many dimensions")
         shape = self._take(f"{dimensions}Q")
         kind, offset = self._take("IQ")
         if kind not in self._blocks:
             raise ValueError(
-                f"the tensor {shown(name)} has the type {kind}, which is not known here"
+                f"the tensor {shown(name)} has the type {kind}, which is not supported"
             )
         block, size = self._blocks[kind]
         self.stored[name] = Stored(str(kind), shape, prod(shape) * 4)
@@ -235,7 +235,7 @@ def _convert(file: Path, folder: Path) -> None:
     missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(
-            f"reading the GGUF file {file} needs {' and '.join(missing)}, not installed here",
+            f"reading the GGUF file {file} needs {' and '.join(missing)}, not installed",
             hint="pip install 'batchrun-llm[gguf]'",
         )
     import torch  # noqa: PLC0415
@@ -287,7 +287,7 @@ def _readers_of(file: Path, but: type[Exception] = ModelError) -> Iterator[None]
     except BaseException as error:
         raise ModelError(
             f"cannot read the GGUF file {file}: {said_by(error)}",
-            hint="the file is not cut short, so use the model's safetensors instead",
+            hint="the file is complete, so a new download won't help: use the model's safetensors",
         ) from error
 
 
@@ -320,8 +320,8 @@ def _set_pre_tokenizer(tokenizer: Any, fields: Mapping[str, Any], file: Path) ->
         return
     if rule not in {"smollm", "starcoder", "refact", "command-r"}:
         raise ModelError(
-            f"the GGUF file {file} splits text by the rule {rule!r}, which is not known here, "
-            "so its prompts would be tokenised wrongly",
+            f"the GGUF file {file} names the pre-tokenizer {rule!r}, which batchrun does not know: "
+            "its prompts would be tokenised wrongly",
             hint="use the same model in safetensors",
         )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -15,11 +15,11 @@ Config = dict[str, Any]
 
 _CAUSAL = ("ForCausalLM", "LMHead", "ForConditionalGeneration")  # in class names
 _OTHERS = {
-    "ForSequenceClassification": "a classifier: it scores a text and writes no answer",
-    "Reward": "a reward model: it scores a text and writes no answer",
+    "ForSequenceClassification": "a classifier: it scores text and generates none",
+    "Reward": "a reward model: it scores text and generates none",
     "ForTokenClassification": "a token classifier",
-    "ForQuestionAnswering": "a model that marks answers in a text",
-    "ForMaskedLM": "an encoder that fills gaps in a text",
+    "ForQuestionAnswering": "an extractive question-answering model",
+    "ForMaskedLM": "a masked language model, which fills gaps in text",
     "ForPreTraining": "a pretrained encoder",
 }
 _LANGUAGE_MODELS = "batchrun runs causal language models, whose architecture ends in ForCausalLM"
@@ -58,7 +58,7 @@ def read_config(folder: Path) -> Config:
         raise _adapter(folder)
     if (folder / "model_index.json").is_file():
         raise ModelError(
-            f"{folder} is a diffusers pipeline, which makes images or similar",
+            f"{folder} is a diffusers pipeline: it makes images or the like, not text",
             hint=_LANGUAGE_MODELS,
         )
     modules = folder / "modules.json"
@@ -94,7 +94,7 @@ def _adapter(folder: Path) -> ModelError:
     if whole and (folder / "config.json").is_file():
         return ModelError(
             f"{folder} holds both a whole model and an adapter{of} (adapter_config.json), "
-            "so it is not clear what should run",
+            "so it is not clear which to run",
             hint=f"move the adapter_* files away to run the model without the adapter, or {merge}",
         )
     return ModelError(
@@ -111,7 +111,7 @@ def _no_config(folder: Path) -> ModelError:
         merge = f"llama-gguf-split --merge {parts[0]} whole.gguf"
         hint = f"merge the parts of its GGUF file: {merge}"
     elif ggufs:
-        hint = f"name the GGUF file itself: --model {ggufs[0]}"
+        hint = f"give the GGUF file itself: --model {ggufs[0]}"
     elif (folder / "params.json").is_file():
         what = (
             f"{folder} holds a model in its maker's own format (params.json), not in that of "

@@ -88,7 +88,7 @@ def resolve(
     except PermissionError as error:
         raise ModelError(
             f"the model {name} can't be read: {error.filename}: {error.strerror}",
-            hint="check who may read that file, and the folders above it: ls -ld",
+            hint="check the permissions of that file and the folders above it: ls -ld",
         ) from error
 
 
@@ -225,7 +225,7 @@ def _downloaded(
                 f"no model {asked!r}: {tried}, {hub_id} is not complete in the local hub cache, "
                 f"and the hub cannot be reached: {first_line(error)}",
                 hint=(asked.lower() != DEFAULT_MODEL and _near(asked))
-                or f"try again with a network, or {local}",
+                or f"try again with network access, or {local}",
             ) from error
     return Path(folder)
 

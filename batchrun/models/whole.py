@@ -95,7 +95,7 @@ def check_whole(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> l
     missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     kind, quantised = type(model).__name__, getattr(model, "hf_quantizer", None) is not None
     if wrong := sorted(info["mismatched_keys"]):
-        listed = [f"{key} is {_shape(got)} and not {_shape(want)}" for key, got, want in wrong]
+        listed = [f"{key} is {_shape(got)}, not {_shape(want)}" for key, got, want in wrong]
         raise ModelError(
             f"the weights of the model {name} do not fit its config.json: {some(listed)}",
             hint=kinds.UNQUANTISED if quantised else _config_hint(model, wrong),
@@ -136,7 +136,7 @@ def _missing_hint(missing: list[str], extra: list[str]) -> str:
     prefix = next((key[: -len(missing[0])] for key in extra if key.endswith(missing[0])), "")
     if prefix.endswith(".") and {prefix + key for key in missing} <= set(extra):
         return (
-            f"they are there as {prefix}{missing[0]} and so on: save the weights again without "
+            f"they are stored as {prefix}{missing[0]} and so on: save the weights again without "
             "that prefix, from the trained model itself and not from its wrapper"
         )
     if missing == ["lm_head.weight"]:
@@ -164,7 +164,7 @@ def check_finite(model: nn.Module) -> None:
         listed.append(f"{key} has {n:,} value{'s that are' if n > 1 else ' that is'} not finite")
     hint = "download or copy the model again; if that is how it was saved, it is broken"
     if all(tensor.dtype == torch.float16 for tensor in bad.values()):
-        hint = "float16 ends at 65,504: --dtype bfloat16 or --dtype float32 may hold them"
+        hint = "float16 holds at most 65,504: try --dtype bfloat16 or --dtype float32"
     raise ModelError(f"the weights are damaged: {some(listed)}", hint=hint)
 
 

@@ -91,7 +91,9 @@ def matching(pattern: ObjectPath) -> list[tuple[ObjectPath, bool]]:
     names = rest.split("/")
     first = next(i for i, name in enumerate(names) if has_magic(name))
     if first == 0:
-        raise StoreError(f"{pattern}: the bucket's name is part of the pattern", "name one bucket")
+        raise StoreError(
+            f"{pattern}: the bucket's name is part of the pattern", "name one bucket in full"
+        )
     folder = ObjectPath(f"{fixed}://{'/'.join(names[:first])}")
     # `**` is folders if it is all of a name, as in Python's glob.
     wanted = [name if name == "**" else re.sub(r"\*+", "*", name) for name in names[first:]]
@@ -143,7 +145,7 @@ def _unusable(path: ObjectPath, error: Exception) -> StoreError:
         known = ", ".join(f"{scheme}://" for scheme in (*_ARROW[:2], *_ARROW[3:5], "hf"))
         return StoreError(
             f"{path}: there is no store {path.scheme}://",
-            f"there are {known}, and those of fsspec's packages",
+            f"known stores: {known}, and those of fsspec's packages",
         )
     return StoreError(f"{path}: {said(error)}", advice(path.scheme))
 

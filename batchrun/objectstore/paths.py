@@ -99,7 +99,7 @@ def location(name: str) -> Location:
     user, at, rest = host.rpartition("@")
     if at and ":" in user:
         raise StoreError(
-            f"{scheme}://...@{rest}/{key} holds a password, which would be kept with the job",
+            f"{scheme}://...@{rest}/{key} holds a password, which would be stored with the job",
             advice(scheme),
         )
     return ObjectPath(name.rstrip("/"))

@@ -175,7 +175,7 @@ class PromptBuilder:
         if self._template is None:  # a template's values are marked already
             messages = self._marked(messages)
         if continued(messages):
-            self._tell("continued", "chats that end with an assistant's text are continued there")
+            self._tell("continued", "chats that end with an assistant message are continued")
         first = 0
         if self.system is not None and messages[0]["role"] != "system":
             messages, first = [{"role": "system", "content": self.system}, *messages], -1

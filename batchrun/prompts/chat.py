@@ -133,7 +133,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is the model's program and may raise anything
             raise PromptError(
-                "chat_template", f"the chat template refused it: {_short(error)}"
+                "chat_template", f"the chat template refused the chat: {_short(error)}"
             ) from error
         return str(text)
 
@@ -280,8 +280,8 @@ def _begun(messages: Messages, tools: Tools, render: Render, first: int) -> str:
         return prompt
     raise PromptError(
         "chat_template",
-        f"the chat template can't continue message {len(before) + first}: its text is "
-        "not in the prompt as the row has it",
+        f"the chat template can't continue message {len(before) + first}: the prompt "
+        "does not contain its text unchanged",
     )
 
 

@@ -207,7 +207,7 @@ def _by_message(columns: dict[str, Any]) -> list[dict[str, Any]]:
     there = {key: values for key, values in columns.items() if values is not None}
     lengths = {len(values) if isinstance(values, list) else -1 for values in there.values()}
     if len(lengths) != 1 or -1 in lengths:
-        raise wrong_type("messages is an object of lists that differ in length")
+        raise wrong_type("messages is an object of lists of different lengths")
     return [dict(zip(there, values, strict=True)) for values in zip(*there.values(), strict=True)]
 
 
@@ -274,7 +274,7 @@ def _part(i: int, part: Any) -> str:
             raise wrong_type(f"message {i} has a text part whose text is {kind_of(text)}")
         return text
     what = _MEDIA.get(kind, f"a part of type {kind!r}") if isinstance(kind, str) else "a part"
-    raise PromptError("not_text", f"message {i} has {what}, and batchrun gives models text only")
+    raise PromptError("not_text", f"message {i} has {what}, but batchrun gives models text only")
 
 
 def _tool_calls(i: int, value: Any) -> list[dict[str, Any]]:
@@ -311,7 +311,7 @@ def _tool(n: int, tool: Any, columnar: bool) -> dict[str, Any]:
     tool = _opened(tool, f"{where} is")
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind not in (None, "function"):
-        raise wrong_type(f"{where} is of type {kind!r}, and models get functions only{advice}")
+        raise wrong_type(f"{where} is of type {kind!r}, but models get functions only{advice}")
     return _wrapped(fresh(tool, columnar), where, advice)
 
 

@@ -92,7 +92,7 @@ def _check(size: int) -> None:
     if size > _MOST:
         raise PromptError(
             "chat_template",
-            f"the chat template makes a text, a list or a number beyond {_MOST:,} characters",
+            f"the chat template makes a text, list or number of more than {_MOST:,} characters",
         )
 
 

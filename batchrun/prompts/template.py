@@ -104,7 +104,7 @@ def _split(text: str) -> list[str]:
             raise ValueError(f"there is a lone {sign} {where} at character {number}: {_HELP}")
     if len(parts) % 2 == 0:
         raise ValueError(
-            f"the template field that begins at character {opened} has no end: {_HELP}"
+            f"the template field that begins at character {opened} is never closed: {_HELP}"
         )
     parts[-1] += text[at:]
     return parts

@@ -281,8 +281,7 @@ class Readings:
             shown.append(f"{len(damage) - _SHOWN:,} more")
         name = self.path.parent.name
         return JournalError(
-            f"{self.path} is damaged: {', '.join(shown)} "
-            f"{'is' if len(damage) == 1 else 'are'} not what was written",
+            f"{self.path} is damaged: wrong checksum for {', '.join(shown)}",
             hint=f"batchrun resume {name} removes and computes again what is damaged, "
             f"batchrun export {name} --partial leaves it out",
         )

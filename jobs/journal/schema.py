@@ -147,7 +147,7 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
             db.close()
             raise
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        hint = "check free disk space and permissions; a copy of the folder may help"
+        hint = "check free disk space and permissions, or restore the job's folder from a copy"
         raise refusal(path, "opened", error, hint) from error
     return db
 
@@ -180,7 +180,7 @@ def refusal(path: Path, done: str, error: Exception, hint: str | None = None) ->
 def _set_modes(db: sqlite3.Connection) -> None:
     [(mode,)] = db.execute("PRAGMA journal_mode=WAL")
     if mode != "wal":  # no error is raised when a sync fails inside
-        raise OSError(f"its log can't be made, the mode is {mode!r}")
+        raise OSError(f"its write-ahead log can't be created: the journal mode is {mode!r}")
     # With FULL every commit is on disk before it returns, so that an acknowledged result survives
     # power loss.
     db.execute("PRAGMA synchronous=FULL")
@@ -209,7 +209,7 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version != VERSION:
         raise JournalError(
-            f"{path} has version {version}; this program reads version {VERSION}",
+            f"{path} has version {version}; this batchrun reads version {VERSION}",
             hint="pip install --upgrade batchrun-llm" if version > VERSION else BEYOND_REPAIR,
         )
     with path.open("rb") as file:
@@ -220,7 +220,7 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
     for table, columns in _MADE.items():
         if _columns(db, table) != columns:
             raise JournalError(
-                f"{path} is damaged: its table {table} has other columns", BEYOND_REPAIR
+                f"{path} is damaged: its table {table} has the wrong columns", BEYOND_REPAIR
             )
 
 

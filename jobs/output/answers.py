@@ -79,7 +79,7 @@ def choice_parser(choices: Sequence[str], *, own: bool) -> Parse:
             return Parsed(text, text)
         if text in indices:
             return Parsed(text, indices[text])
-        return Parsed(error="the answer is none of the job's choices")
+        return Parsed(error="the answer is not one of the job's choices")
 
     return _each_once(parse)
 

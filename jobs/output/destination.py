@@ -79,7 +79,7 @@ def check_place(root: Path, destination: Location, inputs: Iterable[Location]) -
     ours = any(real.is_relative_to(os.path.realpath(root / name)) for name in _OWN_FOLDERS)
     if ours or any(_is_job(folder) for folder in real.parents):
         raise OutputError(
-            f"{destination} is among the files that batchrun keeps for itself",
+            f"{destination} is among batchrun's own files",
             hint="choose another --output",
         )
 

@@ -31,8 +31,8 @@ def check_columns(column_names: Sequence[str], added: Iterable[str]) -> None:
         raise OutputError(
             f"the input has {'columns' if len(clash) > 1 else 'a column'} {names}, "
             "which the output adds",
-            hint=f"rename in the input, for example '{clash[0]}' to 'input_{clash[0]}', or give "
-            "the added columns a prefix: --output-prefix new_",
+            hint=f"rename columns in the input, for example '{clash[0]}' to 'input_{clash[0]}', or "
+            "give the added columns a prefix: --output-prefix new_",
         )
 
 
@@ -72,7 +72,7 @@ def export(
             joined.finish()
     except FileExistsError as error:
         raise OutputTaken(
-            f"{destination} appeared in the meantime, and may not be replaced; "
+            f"{destination} was written by another program in the meantime; "
             "the results are safe in the job",
             hint="batchrun export --output OTHER",
         ) from error
@@ -81,7 +81,7 @@ def export(
         cause = str(error) if code is None else os.strerror(code)
         if isinstance(error, OSError) and isinstance(destination, Path):
             cause = cause_of(error, destination.parent)
-        advice = "make room on the disk, then" if code in _NO_ROOM else "when that is solved"
+        advice = "make room on the disk, then" if code in _NO_ROOM else "once that is fixed"
         raise OutputError(
             f"{destination} can't be written: {cause}; the results are safe in the job",
             hint=f"{advice}: batchrun export",

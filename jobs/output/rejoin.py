@@ -22,7 +22,7 @@ from batchrun.jobs.rows.store import INPUTS, Noted, each, unnoted
 from batchrun.jobs.spec import JobSpec
 from batchrun.objectstore.paths import Location
 
-_LEFT = "batchrun export --partial -o FILE has the results by row number, and what is left of it"
+_LEFT = "batchrun export --partial -o FILE writes results by row number, with what is left of it"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _unfinished(spec: JobSpec, journal: Journal) -> JobError | None:
     counts, total = journal.counts(), journal.meta("rows_total")
     if total is not None and counts.samples >= total * spec.n:
         return None
-    done = "no row is done" if total is None else f"{counts.rows:,} of {total:,} rows are done"
+    done = "no rows are done" if total is None else f"{counts.rows:,} of {total:,} rows are done"
     return JobError(
         f"the job is not finished: {done}",
         hint="batchrun resume, or batchrun export --partial for the finished rows",

@@ -43,7 +43,7 @@ class LocalOutputs:
                 raise OutputError(f"{path} is not a regular file", hint="choose another --output")
             if not overwrite:
                 raise OutputError(
-                    f"{path} exists already", hint="--overwrite to replace it, or another --output"
+                    f"{path} already exists", hint="--overwrite to replace it, or another --output"
                 )
         parent = path.absolute().parent
         if not os.path.exists(parent):
@@ -102,7 +102,7 @@ class ObjectOutputs:
                     raise OutputError(f"{path} is a folder", f"--output '{path}/output.parquet'")
                 if not overwrite:
                     raise OutputError(
-                        f"{path} exists already", f"--overwrite to replace it, or {advice}"
+                        f"{path} already exists", f"--overwrite to replace it, or {advice}"
                     )
             probe(path)
 

@@ -97,7 +97,7 @@ class ValueType(ABC):
 
     def misfit(self, value: Any) -> MisfitError:
         """The error for a value of another type."""
-        return MisfitError(f"{_named(value)}, and the job asked for {self.title}")
+        return MisfitError(f"expected {self.title}, but found {_named(value)}")
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,10 @@ class Struct(ValueType):
             raise self.misfit(value)
         if not self.required <= value.keys():
             lost = next(name for name in sorted(self.required) if name not in value)
-            raise MisfitError(f"an object without {_quoted(lost)}, which the job asked for")
+            raise MisfitError(f"an object without {_quoted(lost)}, which the schema requires")
         if self.closed and not value.keys() <= self._names:
             more = next(name for name in value if name not in self._names)
-            raise MisfitError(f"an object with {_quoted(more)}, which the job did not ask for")
+            raise MisfitError(f"an object with {_quoted(more)}, which the schema does not allow")
         found, key = {}, ""
         try:
             for key, kind in self.fields:
@@ -245,7 +245,7 @@ def _integer(value: Any) -> int | None:
     if isinstance(found, bool) or not isinstance(found, int):
         return None
     if not -_BITS <= found < _BITS:
-        raise MisfitError(f"{_shown(str(value))} does not fit into 64 bits")
+        raise MisfitError(f"{_shown(str(value))} does not fit in 64 bits")
     return int(found)
 
 
@@ -288,7 +288,7 @@ def check_finite(value: Any) -> None:
         except OverflowError:
             finite = False
         if not finite:
-            raise MisfitError(f"{_shown(str(value))} is no finite number of 64 bits")
+            raise MisfitError(f"{_shown(str(value))} is not a finite 64-bit number")
 
 
 def _shown(text: str) -> str:

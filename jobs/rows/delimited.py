@@ -48,7 +48,7 @@ class DelimitedSource(TextSource):
 
     typed = True
     no_rows = "no record that fits its header"
-    advice = "look at the delimiter, the quotes and the header"
+    advice = "check the delimiter, the quotes and the header"
 
     def __init__(self, parts: Sequence[Part], *, asked: Asked, lenient: bool) -> None:
         self._headers: dict[Location, tuple[str, ...]] = {}
@@ -96,7 +96,7 @@ class DelimitedSource(TextSource):
                 except csv.Error as problem:
                     if lines.ended:
                         raise InputError(
-                            f"{part.path}: the quote that opens in line {first} is never closed",
+                            f"{part.path}: the quote that opens on line {first} is never closed",
                             hint='a quote inside quotes is written twice: ""',
                         ) from problem
                     cells, error = [str(problem)], f"is not valid CSV: {problem}"
@@ -130,7 +130,7 @@ class DelimitedSource(TextSource):
         assert record.header is not None
         text, names, cells = record.data.decode(), record.header.names, record.cells
         if len(cells) != len(names):
-            raise ValueError(f"has {len(cells)} cells, and the header has {len(names)}")
+            raise ValueError(f"has {len(cells)} cells, but the header has {len(names)}")
         values: list[str | None] = [cell or None for cell in cells]
         if None in values and '""' in text:
             raw = _raw_cells(text.rstrip("\r\n"), record.header.delimiter)
@@ -233,9 +233,9 @@ class _Lines:
         self._taken += line
         if len(self._taken) > MAX_RECORD:
             raise InputError(
-                f"the record in line {self._first} of {self._path} is longer than "
+                f"the record on line {self._first} of {self._path} is longer than "
                 f"{MAX_RECORD >> 20} MiB",
-                hint="look at the quotes: one that is never closed swallows all that follows",
+                hint="check the quotes: an unclosed quote takes in everything after it",
             )
         text = line.decode(errors="surrogateescape")
         if b"\r" in line:

@@ -39,8 +39,8 @@ def output_format(path: Location) -> str:
     *names, last = [name for known in FORMATS.values() for name in known.suffixes]
     raise OutputError(
         f"{path}: its name does not say which format to write",
-        hint=f"names end in {', '.join(names)} or {last}, "
-        f"all but Parquet's also with {' or '.join(WRITTEN_PACKINGS)}",
+        hint=f"use a name that ends in {', '.join(names)} or {last}; "
+        f"{' or '.join(WRITTEN_PACKINGS)} may follow, except for Parquet",
     )
 
 
@@ -48,7 +48,7 @@ def input_names() -> str:
     """The suffixes of inputs, in words."""
     names = [n for known in FORMATS.values() for n in known.suffixes + known.input_suffixes]
     *packings, last = PACKINGS
-    return f"{', '.join(names)}, all but Parquet's also with {', '.join(packings)} or {last}"
+    return f"{', '.join(names)}; {', '.join(packings)} or {last} may follow, except for Parquet"
 
 
 def sniffed(path: Location) -> RowFormat | None:

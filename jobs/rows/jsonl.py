@@ -160,7 +160,7 @@ class _Values:
         while (more := self._data[self._cut :]) or (more := self._file.read(_READ)):
             if more.strip():
                 raise InputError(
-                    f"{self._part.path} goes on after the end of its array in line {self._line}",
+                    f"{self._part.path} goes on after its array ends on line {self._line}",
                     hint="write one JSON object per line, or one array of objects",
                 )
             self._data, self._cut = b"", 0
@@ -188,7 +188,7 @@ class _Values:
             rest = self._data[self._cut :]
             if len(rest) > MAX_RECORD:
                 raise InputError(
-                    f"the value in line {self._line} of {self._part.path} is longer than "
+                    f"the value on line {self._line} of {self._part.path} is longer than "
                     f"{MAX_RECORD >> 20} MiB, or never ends",
                     hint=f"check it with: python -m json.tool '{self._part.path}'",
                 )
@@ -211,7 +211,6 @@ class _Values:
 
     def _cut_short(self, what: str) -> InputError:
         return InputError(
-            f"{self._part.path} ends inside {what} that goes on in line {self._line}: "
-            "it is cut short",
+            f"{self._part.path} is cut short: it ends inside {what}, on line {self._line} or later",
             hint=AGAIN,
         )

@@ -102,7 +102,7 @@ class ParquetFormat(RowFormat):
                 ahead = ahead.slice(batch.num_rows)
             left = ahead.num_rows + sum(more.num_rows for more in written)
             if left:
-                yield f"the output {path} has {left:,} rows more than the job"
+                yield f"the output {path} has {left:,} more rows than the job"
 
 
 class ParquetSource:

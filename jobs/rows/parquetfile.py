@@ -75,7 +75,7 @@ def batches(
         if read <= rows:
             yield batch
     if read != rows:
-        raise _contradiction(path, f"row group {group} says {rows:,} rows and holds {read:,}")
+        raise _contradiction(path, f"row group {group} declares {rows:,} rows but holds {read:,}")
 
 
 def column_chunks(
@@ -113,7 +113,7 @@ def _check_numbers(path: Location, file: pq.ParquetFile) -> None:
     if min(rows, default=0) < 0 or sum(rows) != meta.num_rows:
         raise _contradiction(
             path,
-            f"its footer says {meta.num_rows:,} rows, and its {len(rows):,} row groups have "
+            f"its footer declares {meta.num_rows:,} rows, but its {len(rows):,} row groups have "
             f"{sum(rows):,}",
         )
     flat = [schema.column(i).max_repetition_level == 0 for i in range(meta.num_columns)]
@@ -124,7 +124,7 @@ def _check_numbers(path: Location, file: pq.ParquetFile) -> None:
             if values != of_group if is_flat else values < of_group:
                 raise _contradiction(
                     path,
-                    f"row group {number} has {of_group:,} rows, and {values:,} values in its "
+                    f"row group {number} has {of_group:,} rows but {values:,} values in its "
                     f"column '{chunk.path_in_schema}'",
                 )
 

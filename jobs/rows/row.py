@@ -173,7 +173,7 @@ def reading(path: Location, faults: tuple[type[Exception], ...] = _FAULTS) -> It
         if code is not None:
             raise InputError(
                 f"{path} can't be read: {os.strerror(code)}",
-                hint=f"look at it with: ls -ld '{path}'" if isinstance(path, Path) else None,
+                hint=f"check it with: ls -ld '{path}'" if isinstance(path, Path) else None,
             ) from error
         raise damaged(path, first_line(error)) from error
 

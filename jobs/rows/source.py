@@ -75,8 +75,8 @@ def _expand(name: str, log: Callable[[str], None]) -> Iterator[tuple[Location, R
         kind = input_format(path) or sniffed(path)
         if kind is None:
             raise InputError(
-                f"{path} has no known input format (by its name)",
-                hint=f"names end in {input_names()}",
+                f"{path}: its name does not say which format it has",
+                hint=f"input names end in {input_names()}",
             )
         yield path, kind
 
@@ -96,14 +96,14 @@ def _of_folder(
         arrow = any(name.endswith(".arrow") for name in others)
         raise InputError(
             f"folder {path} has no input files"
-            + (", but Arrow files, as datasets' save_to_disk writes them" if arrow else ""),
+            + (", only Arrow files, as datasets' save_to_disk writes them" if arrow else ""),
             hint=f"datasets.load_from_disk('{path}').to_parquet('rows.parquet')"
             if arrow
-            else f"input files' names end in {input_names()}",
+            else f"input names end in {input_names()}",
         )
     if others:
         shown = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
-        log(f"{path}: {len(others)} files are left out, by their names: {shown}")
+        log(f"{path}: {len(others)} files are skipped because of their names: {shown}")
 
 
 def _parts(files: Sequence[Location]) -> Iterator[Part]:

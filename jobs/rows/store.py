@@ -94,14 +94,14 @@ class LocalInputs:
                 raise _nothing_there(name, where) from None
             matches = glob(str(where), recursive=True)
         if not matches:
-            raise InputError(f"no file matches {name}", hint="check the pattern, quotes around it")
+            raise InputError(f"no file matches {name}", hint="check the pattern and its quotes")
         for match in matches:
             path = Path(match)
             if os.path.isdir(path):
                 yield path, _beneath(path)
                 continue
             if not os.path.exists(path):
-                raise InputError(f"{path} is a link to a file that is not there", f"ls -l '{path}'")
+                raise InputError(f"{path} links to a file that does not exist", f"ls -l '{path}'")
             if not os.path.isfile(path):
                 raise InputError(
                     f"{path} is not a regular file",

@@ -41,8 +41,8 @@ _FOREIGN = (
     (b"ORC", "an ORC file", "write it as Parquet"),
     (b"%PDF", "a PDF", "extract its text first"),
     (b"version https://git-lfs", "a Git LFS pointer, not the data", "git lfs pull"),
-    (b"<!doctype", "a web page, not the data", "look at what the download says"),
-    (b"<html", "a web page, not the data", "look at what the download says"),
+    (b"<!doctype", "a web page, not the data", "open it: it may say what went wrong"),
+    (b"<html", "a web page, not the data", "open it: it may say what went wrong"),
 )
 _ENCODINGS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -98,9 +98,9 @@ def _unpacked(path: Location, raw: IO[bytes], size: int | None) -> io.BufferedRe
         window = _zstd_window(head)
         if window > _ZSTD_WINDOW:
             raise InputError(
-                f"{path} was packed by zstd with a window of {window >> 20:,} MiB; "
-                f"at most {_ZSTD_WINDOW >> 20} MiB are unpacked",
-                hint=f"unpack it first: zstd -d --long=31 '{path}'",
+                f"{path} is compressed with a zstd window of {window >> 20:,} MiB; "
+                f"at most {_ZSTD_WINDOW >> 20} MiB are supported",
+                hint=f"decompress it first: zstd -d --long=31 '{path}'",
             )
         stream = pa.CompressedInputStream(file, "zstd")
         return io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER)
@@ -185,7 +185,7 @@ def _streams(file: IO[bytes], make: Callable[[], Any]) -> Iterator[bytes]:
         elif unpacker.needs_input:
             packed = file.read(_BUFFER)
             if not packed:
-                raise EOFError("its packed data have no end")
+                raise EOFError("its compressed data ends early")
         if data := unpacker.decompress(packed, _BUFFER):
             yield data
 

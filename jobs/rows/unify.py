@@ -56,7 +56,7 @@ def unite_fields(was: Iterable[pa.Field[Any]], now: Iterable[pa.Field[Any]]) -> 
         if name.casefold() in lost:
             raise TypeConflictError(
                 name,
-                "not there",
+                "missing",
                 field.type,
                 f"'{lost[name.casefold()]}' and '{name}' differ only in case: rename one",
             )

@@ -144,7 +144,7 @@ def _check_casts(kind: _SchemaFiles, schema: pa.Schema) -> None:
         try:
             cast(pa.nulls(1, field.type), to)
         except pa.ArrowException as error:
-            how = f"{field.type} in {kind.paths[0]}, and can't be read as {to}: {error}"
+            how = f"{field.type} in {kind.paths[0]}, which can't be read as {to}: {error}"
             raise _differ(field.name, how) from error
 
 
@@ -174,7 +174,7 @@ def _doubt(metadata: pq.FileMetaData, leaf: _Leaf) -> str | None:
             return f"has no statistics that prove its values exact in {leaf.to}"
         for value in found:
             if not low <= value <= high:
-                return f"has the value {value}: exact in {leaf.to} are {low} to {high}"
+                return f"has the value {value}, but {leaf.to} is exact only from {low} to {high}"
     return None
 
 

@@ -91,7 +91,7 @@ def test_ctrl_c_leaves_the_view_and_not_the_job(batchrun: CommandLine, gate: Gat
     assert (cancelled.code, job.state()) == (0, "cancelled")
     assert not (batchrun.folder / "out.jsonl").exists()
     again = batchrun("cancel", job.id)
-    assert (again.code, "does not run: it is cancelled" in again.error) == (1, True)
+    assert (again.code, "is not running: it is cancelled" in again.error) == (1, True)
     assert batchrun("export", job.id, "--partial", "-o", "partial.jsonl").code == 0
     refused = batchrun("export", job.id)
     assert (refused.code, "batchrun resume" in refused.hint) == (1, True)

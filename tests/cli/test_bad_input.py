@@ -124,7 +124,7 @@ def cut(path):
         ("in.parquet", lambda path: path.write_bytes(b""), "in.parquet"),
         ("in.jsonl", lambda path: path.write_bytes(b""), "in.jsonl"),
         ("in.jsonl", lambda path: path.unlink(), "in.jsonl: there is no such file"),
-        ("in.xls", lambda path: path.write_text("a sheet"), "in.xls has no known input format"),
+        ("in.xls", lambda path: path.write_text("a sheet"), "in.xls: its name does not say which"),
     ],
 )
 def test_a_file_that_is_damaged_empty_absent_or_of_no_known_kind(batchrun, name, damage, error):
@@ -151,7 +151,7 @@ def test_an_output_that_exists_is_kept_unless_told(batchrun):
     old = batchrun.folder / "out.jsonl"
     old.write_text("precious")
     shown = batchrun.submit(source, "-o", "out.jsonl")
-    assert (shown.code, "out.jsonl exists already" in shown.error) == (1, True)
+    assert (shown.code, "out.jsonl already exists" in shown.error) == (1, True)
     assert "--overwrite" in shown.hint
     assert old.read_text() == "precious"
     assert batchrun.submit(source, "-o", "out.jsonl", "--overwrite", "--dry-run").code == 0
@@ -263,14 +263,14 @@ def test_an_attention_kernel_that_cannot_be_used_here(batchrun):
         (("--stop", ""), "--stop must not be empty"),
         (("--template", "no columns"), "--template: the template 'no columns' names no column"),
         (("--template", "{}"), "--template: template field {} at character 1: write {column}"),
-        (("--template", "{"), "--template: the template field that begins at character 1 has no"),
+        (("--template", "{"), "--template: the template field that begins at character 1 is never"),
         (("--template", "{prompt}}"), "--template: there is a lone } in the template"),
         (("--template", '{"a": {prompt}}'), "there is a lone { in the template field"),
-        (("--template", "{a}", "--prompt-column", "b"), "exclude each other"),
+        (("--template", "{a}", "--prompt-column", "b"), "can't be combined"),
         (("--kv-budget", "much"), "'much' is not a size"),
         (("--kv-budget", 0), "not a positive multiple of 1 bytes"),
         (("--page-size", 1000), "not a positive multiple of 4096 bytes"),
-        (("--seed", 2**63), "does not fit into 64 bits"),
+        (("--seed", 2**63), "does not fit in 64 bits"),
         (("--stop-token-id", -1), "--stop-token-id"),
         (("--temperature", "nan"), "--temperature must be 0 or more, not nan"),
         (("--n", 0), "--n"),

@@ -90,7 +90,7 @@ def test_a_run_that_hears_nothing_is_killed_and_the_next_job_has_its_turn(
     assert following.state() == "queued"
     shown = batchrun("cancel", job.id)
     assert shown.code == 0
-    assert f"{job.id} is cancelled: it did not stop in 6 s when asked to, so it was" in shown.out
+    assert f"{job.id} is cancelled: it did not stop within 6 s, so it was" in shown.out
     assert f"next:   batchrun resume {job.id}" in shown.out
     assert (held_by(job.path), job.state()) == (None, "cancelled")
     assert "so it was killed" in batchrun("show", job.id).out
@@ -120,7 +120,7 @@ def test_a_stopped_job_and_one_whose_supervisor_is_gone(
     assert (held_by(job.path), job.state()) == (None, "cancelled")
     assert not run.is_running() or run.status() == psutil.STATUS_ZOMBIE
     again = batchrun("cancel", job.id)
-    assert (again.code, again.error) == (1, f"the job {job.id} does not run: it is cancelled")
+    assert (again.code, again.error) == (1, f"the job {job.id} is not running: it is cancelled")
 
 
 def test_a_run_that_crashes_after_it_was_told_to_end_is_not_started_again(

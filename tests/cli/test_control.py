@@ -23,7 +23,7 @@ def job(tmp_path):
 
 def test_an_export_of_an_unfinished_job_says_how_far_it_is(run, job):
     fresh = run("export", "-o", "o.jsonl")
-    assert str(fresh.exception) == "the job is not finished: no row is done"
+    assert str(fresh.exception) == "the job is not finished: no rows are done"
     answered(job, without={(0, 0), (3, 0)})
     refused = run("export", "-o", "o.jsonl")
     assert str(refused.exception) == "the job is not finished: 4 of 6 rows are done"
@@ -59,5 +59,5 @@ def test_verify_as_json(run, job, tmp_path):
 
 def test_cancel_of_a_job_that_does_not_run_is_an_error_in_json_too(run, job):
     refused = run("cancel", "--json")
-    assert "does not run" in str(refused.exception)
+    assert "is not running" in str(refused.exception)
     assert refused.output == ""

@@ -155,7 +155,7 @@ def test_inputs_of_one_name_do_not_share_a_default_output(batchrun: CommandLine)
         batchrun.write(f"{folder}/part.jsonl", [folder])
     assert batchrun.submit("a/part.jsonl", *SHORT).code == 0
     shown = batchrun.submit("b/part.jsonl", *SHORT)
-    assert (shown.code, "part-completions.jsonl exists already" in shown.error) == (1, True)
+    assert (shown.code, "part-completions.jsonl already exists" in shown.error) == (1, True)
     assert [row["prompt"] for row in batchrun.read("part-completions.jsonl")] == ["a"]
 
 
@@ -164,7 +164,7 @@ def test_batchrun_s_own_files_and_inputs_are_no_destination(batchrun: CommandLin
     job = JobFolder(batchrun.unstarted(source))
     os.link(source, batchrun.folder / "hard.jsonl")
     for path, error in [
-        (job.path / "log.jsonl", "among the files that batchrun keeps for itself"),
+        (job.path / "log.jsonl", "among batchrun's own files"),
         ("hard.jsonl", "is an input of this job"),
     ]:
         for command in (
@@ -188,7 +188,7 @@ def test_a_file_that_appears_during_the_run_stays(batchrun: CommandLine, busy: E
     busy.close()
     shown = batchrun("watch", job.id)
     assert (shown.code, job.state()) == (1, "failed")
-    assert f"{out} appeared in the meantime" in shown.error
+    assert f"{out} was written by another program in the meantime" in shown.error
     assert "the results are safe in the job" in shown.error
     assert f"batchrun export {job.id} --output OTHER" in shown.hint
     assert shown.err.count("Traceback") == 0
@@ -357,7 +357,7 @@ def test_a_part_that_was_exported_gives_way_to_the_whole(batchrun: CommandLine) 
     assert batchrun("export", job.id, "--partial").code == 0
     assert batchrun.read("out.jsonl") == []
     again = batchrun("export", job.id, "--partial")
-    assert (again.code, "exists already" in again.error) == (1, True)
+    assert (again.code, "already exists" in again.error) == (1, True)
     assert job.state() == "interrupted"
     assert batchrun("resume", job.id).code == 0
     assert len(batchrun.read("out.jsonl")) == 1

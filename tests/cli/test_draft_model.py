@@ -63,9 +63,9 @@ def test_what_can_not_be_the_draft_model_is_refused(
         return shown.error
 
     assert dry("--draft-model", small, "--no-drafts") == (
-        "--draft-model with --drafts off: it would have nothing to do"
+        "--draft-model with --drafts off: the draft model would be unused"
     )
-    assert dry("--draft-tokens", 2).startswith("--draft-tokens without --draft-model: ")
+    assert dry("--draft-tokens", 2).startswith("--draft-tokens needs --draft-model")
     assert "no model" in dry("--draft-model", tmp_path / "none")
     other = with_other_tokens(tmp_path / "other")
     assert dry("--draft-model", other) == (

@@ -28,7 +28,7 @@ def test_two_workers_write_what_one_device_does(batchrun: CommandLine) -> None:
     assert "cpu:2" in shown
     failed = batchrun("resume", "--workers", "2")
     assert failed.code == 2
-    assert "--workers without --ray" in failed.error
+    assert "--workers needs --ray" in failed.error
 
 
 def test_a_job_goes_on_with_other_devices(batchrun: CommandLine) -> None:
@@ -48,11 +48,11 @@ def test_a_job_goes_on_with_other_devices(batchrun: CommandLine) -> None:
         (["--devices", "gpu"], "'gpu' names no devices", None),
         (["--devices", "0,1,0"], "names a device twice", None),
         (["--devices", "cpu:0"], "names no devices", None),
-        (["--devices", "all", "--ray", "auto"], "Ray decides where the workers are", None),
-        (["--devices", "all", "--device", "cpu"], "they say where to compute twice", None),
-        (["--workers", "2"], "--workers without --ray", None),
-        (["--ray", "auto", "--gpus-per-worker", "1.5"], "a whole number, or a part", None),
-        (["--ray", "auto", "--gpus-per-worker", "-1"], "not a number from 0", None),
+        (["--devices", "all", "--ray", "auto"], "Ray places the workers", None),
+        (["--devices", "all", "--device", "cpu"], "both say where to compute", None),
+        (["--workers", "2"], "--workers needs --ray", None),
+        (["--ray", "auto", "--gpus-per-worker", "1.5"], "a whole number, or a fraction", None),
+        (["--ray", "auto", "--gpus-per-worker", "-1"], "not a number of 0 or more", None),
         (["--devices", "cpu:9999"], "this machine has", "use --devices cpu:"),
         (["--devices", "0"], "the device cuda:0 can't be used", "batchrun doctor"),
     ],

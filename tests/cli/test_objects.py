@@ -75,10 +75,10 @@ def test_rows_and_answers_in_a_bucket(batchrun: CommandLine, s3: S3, here: list[
     assert table["lang"].to_pylist() == ["de"] * 8 + ["fr"] * 4
     assert "is sound" in batchrun("verify").out
     assert str(to) in batchrun("list").out
-    assert "exists already" in batchrun.submit(f"{s3.bucket}/rows", *options).error
+    assert "already exists" in batchrun.submit(f"{s3.bucket}/rows", *options).error
     other = s3.bucket / "out" / "again.csv.gz"
     assert batchrun("export", "-o", other).code == 0
-    assert "exists already" in batchrun("export", "-o", other).error
+    assert "already exists" in batchrun("export", "-o", other).error
     assert batchrun("export", "-o", other, "--overwrite").code == 0
     found = list(csv.DictReader(io.StringIO(gzip.decompress(s3.get(other)).decode())))
     assert [row["completion"] for row in found] == here
@@ -133,7 +133,7 @@ def test_a_killed_job_goes_on(batchrun: CommandLine, s3: S3, here: list[str], ga
     assert [json.loads(line)["completion"] for line in s3.get(to).splitlines()] == here
     s3.put("out.jsonl", b"another's")
     again = batchrun("export", job.id)
-    assert "exists already" in again.error
+    assert "already exists" in again.error
 
 
 HELD = """
@@ -229,7 +229,7 @@ def test_a_store_that_is_gone_costs_no_answers(
         ("/none-*.jsonl", "no object matches"),
         ("-none/rows.jsonl", "there is no such object or folder"),
         ("*/rows.jsonl", "the bucket's name is part of the pattern"),
-        ("/what", "has no known input format"),
+        ("/what", "its name does not say which format it has"),
         ("/empty", "there is no such object or folder"),
     ],
 )

@@ -35,7 +35,7 @@ def test_the_weathers_temperature_is_no_samplings(
     assert "the column 'temperature' can't set temperature for its rows: row 0 has 25" in (
         shown.error
     )
-    assert "0 or more, and at most 5" in shown.error
+    assert "between 0 and 5" in shown.error
     assert FLAG in shown.hint
     assert batchrun("list", "--json").json == []
 
@@ -94,7 +94,7 @@ def test_a_bad_value_further_down_is_that_rows_error(batchrun: CommandLine) -> N
     assert shown.code == 3
     errors = [row["error"] for row in batchrun.read("out.jsonl")]
     assert [error is None for error in errors] == [True, False, True]
-    assert "the column temperature holds 30, and temperature must be 0 or more" in errors[1]
+    assert "the column temperature holds 30, and temperature must be between 0 and 5" in errors[1]
     assert FLAG in errors[1]
     assert batchrun("stats", "--json").json["rows"]["failed_by_reason"] == {"bad_parameter": 1}
 

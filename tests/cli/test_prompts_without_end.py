@@ -160,7 +160,7 @@ def test_prompts_that_do_not_end_are_errors_of_their_rows(
     long = "building its prompt took more than 1 s of processor time"
     assert rows[7]["error"] == rows[11]["error"] == f"{long}, in the model's chat template"
     assert rows[13]["error"] == f"{long}, in the tokenizer"
-    assert "makes a text, a list or a number beyond" in rows[9]["error"]
+    assert "makes a text, list or number of more than" in rows[9]["error"]
     [job] = [job for job in list_jobs(batchrun.home) if job.state() == "done-with-errors"]
     with job.journal() as journal:
         assert journal.crash_counts() == {}

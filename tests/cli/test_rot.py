@@ -37,7 +37,7 @@ def test_a_flipped_bit_in_an_answer_is_named_and_the_row_computed_again(
 
     checked = batchrun("verify")
     assert checked.code == 1
-    assert "the result of row 1 is not what was written" in checked.out
+    assert "wrong checksum for the result of row 1" in checked.out
     assert f"batchrun resume {job.name}" in checked.out
 
     exported = batchrun("export", "-o", "other.jsonl")
@@ -49,7 +49,7 @@ def test_a_flipped_bit_in_an_answer_is_named_and_the_row_computed_again(
 
     resumed = batchrun("resume", job.name)
     assert resumed.code == 0
-    assert "the result of row 1 was damaged: it will be done again" in resumed.err
+    assert "removed damaged data: the result of row 1" in resumed.err
     assert "2 of them kept from earlier runs" in resumed.out
     assert (batchrun.folder / "first.jsonl").read_text() == right
     assert batchrun("verify").code == 0

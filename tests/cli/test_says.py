@@ -201,9 +201,9 @@ def test_a_template_with_json_in_it_is_refused_with_one_that_works(
     path.write_text('{"text": "a"}\n')
     code, lines = said(capsys, "submit", str(path), "--template", '{"text": "{text}"}')
     assert code == 2
-    assert lines[0].endswith('; is this meant? {{"text": "{text}"}}')
+    assert lines[0].endswith('; did you mean this? {{"text": "{text}"}}')
     code, lines = said(capsys, "submit", str(path), "--template", '{ "a" }: {text}')
-    assert lines[-1] == """hint: literal braces are doubled: --template '{{ "a" }}: {text}'"""
+    assert lines[-1] == """hint: double the literal braces: --template '{{ "a" }}: {text}'"""
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_choices_right_behind_a_word_are_advised_against(
     path.write_text('{"text": "Nice."}\n')
     modelless_spec([str(path)], tmp_path, read_options(options), log=lines.append, noted=unnoted)
     expected = (
-        "the choices follow ':' without a space, which is unlikely text: write them as "
+        "the choices follow ':' without a space, which models rarely write: give them as "
         """--choices '[" good", " bad", ...]', or add --chat"""
     )
     assert lines == [expected] * is_told

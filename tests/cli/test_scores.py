@@ -75,7 +75,7 @@ def test_a_plan_counts_scored_tokens_as_tokens_of_prompts(batchrun: CommandLine)
             "--max-tokens must be at least 1 (0 only where known text is scored)",
         ),
         (("--perplexity", "--num-beams", 2), "--num-beams must be 1 where known text is scored"),
-        (("--labels", "a,a"), "'--labels': the label 'a' is there twice"),
+        (("--labels", "a,a"), "'--labels': the label 'a' appears twice"),
     ],
 )
 def test_what_makes_no_sense_is_wrong_usage(

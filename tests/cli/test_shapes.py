@@ -83,7 +83,7 @@ def test_rows_have_shapes_of_their_own(batchrun: CommandLine) -> None:
     says = [
         'answers can\'t have that shape: unsupported keywords: ["uniqueItems"]',
         'answers can\'t have that shape: invalid regex "((": regex parse error: unclosed group',
-        "choices excludes regex: an answer has one shape",
+        "choices can't be combined with regex: an answer has one shape",
         "the column choices holds ['a', 'a'], and choices must be a list of texts; "
         "--ignore-param-columns treats such columns as data",
     ]
@@ -95,16 +95,16 @@ def test_rows_have_shapes_of_their_own(batchrun: CommandLine) -> None:
     ("given", "code", "says"),
     [
         (("--json-schema", "gone.json"), 2, "'gone.json' can't be read as a JSON schema: No such"),
-        (("--json-schema", "{"), 2, "this is no JSON schema"),
+        (("--json-schema", "{"), 2, "this is not a JSON schema"),
         (("--json-schema", '{"type": "string", "format": "x"}'), 2, "Unknown format: x"),
         (("--json-schema", '{"type": "string", "maxLen": 3}'), 2, "unknown keyword 'maxLen'"),
-        (("--regex", "(("), 2, "--regex can't be kept: invalid regex"),
+        (("--regex", "(("), 2, "--regex can't be enforced: invalid regex"),
         (("--grammar", "gone.lark"), 2, "'gone.lark' can't be read as a Lark grammar"),
         (("--grammar", "/dev/null"), 2, "the grammar is empty"),
         (("--regex", ""), 2, "the expression is empty"),
         (("--choices", "a,,b"), 2, "a choice must not be empty"),
-        (("--choices", "a,b,a"), 2, "the choice 'a' is there twice"),
-        (("--choices", "a", "--regex", "b"), 2, "--regex and --choices exclude each other"),
+        (("--choices", "a,b,a"), 2, "the choice 'a' appears twice"),
+        (("--choices", "a", "--regex", "b"), 2, "--regex and --choices can't be combined"),
         (("--choices", "a", "--num-beams", 2), 2, "--num-beams with --choices"),
         (("--choice-logprob",), 2, "--choice-logprob needs --choices"),
         (("--json-schema", '{"$ref": "#"}'), 1, "it allows no answer"),

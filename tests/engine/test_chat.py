@@ -100,7 +100,8 @@ OF_TEXT = sorted(TEMPLATES.keys() - {"vision"})
 def test_plain_chats_are_those_of_transformers(name: str, messages: Any) -> None:
     before = copy.deepcopy(messages)
     if name == "gemma" and messages[0]["role"] == "system":
-        assert refused(name, messages) == "the chat template refused it: System role not supported"
+        said = "the chat template refused the chat: System role not supported"
+        assert refused(name, messages) == said
     elif name == "mistral" and len(messages) == 4:
         assert prompt(name, messages) == theirs(name, messages)
     else:
@@ -203,7 +204,7 @@ def test_parts_are_joined_as_the_template_would(name: str, between: str) -> None
             [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "u"}}],
             "image",
         ),
-        ([{"type": "image"}], "message 0 has an image, and batchrun gives models text only"),
+        ([{"type": "image"}], "message 0 has an image, but batchrun gives models text only"),
         ([{"type": None, "text": None, "image_url": {"url": "u"}}], "an image"),
         ([{"type": "input_audio", "input_audio": {}}], "has audio"),
         ([{"type": "video"}], "a video"),
@@ -299,7 +300,7 @@ def test_one_message_and_other_shapes(value: Any) -> None:
         (7, "wrong_type", "a number"),
         ([["user", "Hi", "x"]], "wrong_type", "message 0 is not an object with a role"),
         (["Hi"], "wrong_type", "message 0 is not an object with a role"),
-        ({"role": ["user"], "content": ["a", "b"]}, "wrong_type", "differ in length"),
+        ({"role": ["user"], "content": ["a", "b"]}, "wrong_type", "different lengths"),
         ([{"role": 3, "content": "x"}], "wrong_type", "message 0 is not an object with a role"),
         ([assistant("")], "empty_prompt", "empty"),
         ([{"content": "x"}], "wrong_type", "role"),
@@ -493,7 +494,7 @@ def test_nothing_is_missed_that_has_another_form(name: str) -> None:
 
 def test_templates_say_what_they_refuse() -> None:
     assert refused("gemma", [user("a"), user("b")]) == (
-        "the chat template refused it: "
+        "the chat template refused the chat: "
         "Conversation roles must alternate user/assistant/user/assistant/..."
     )
     calls = [user("x"), {"role": "assistant", "tool_calls": [call("f", {}), call("g", {})]}]
@@ -515,7 +516,7 @@ def test_templates_say_what_they_refuse() -> None:
 )
 def test_whatever_a_template_raises_is_one_short_line(body: str) -> None:
     builder = PromptBuilder(byte_tokenizer(body), column="messages")
-    with pytest.raises(PromptError, match="the chat template refused it: ") as caught:
+    with pytest.raises(PromptError, match="the chat template refused the chat: ") as caught:
         builder({"messages": [user("Hi")]})
     assert caught.value.kind == "chat_template"
     assert "\n" not in str(caught.value)
@@ -529,8 +530,7 @@ def test_a_begun_answer_that_a_template_rewrites() -> None:
     chat = [user("x"), assistant("<think>hm</think>The colour")]
     assert prompt("qwen3", chat).endswith("<think>\nhm\n</think>\n\nThe colour")
     assert refused("deepseek", chat) == (
-        "the chat template can't continue message 1: "
-        "its text is not in the prompt as the row has it"
+        "the chat template can't continue message 1: the prompt does not contain its text unchanged"
     )
     deaf = byte_tokenizer("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     with pytest.raises(PromptError, match="can't continue message 1"):

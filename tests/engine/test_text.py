@@ -162,7 +162,7 @@ def test_any_column_can_stand_in_a_template(template: str, columns: list[str], f
         ("no field", "names no column"),
         ("{{a}}", "names no column"),
         ("{}", "field {} at character 1"),
-        ("{a} {", "begins at character 5 has no end"),
+        ("{a} {", "begins at character 5 is never closed"),
         ("{a}}", "lone } in the template at character 4"),
         ("} {a}", "lone } in the template at character 1"),
         ("{a{b}", "lone { in the template field {a at character 3"),

@@ -68,7 +68,7 @@ def cancel_all(home: Path, instead: Callable[[], object] = lambda: None) -> list
             try:
                 said.append(cancel(job))
             except JobError as error:  # or it has ended meanwhile
-                if "does not run" not in str(error):
+                if "is not running" not in str(error):
                     raise
                 instead()
                 time.sleep(0.01)

@@ -45,7 +45,7 @@ def test_a_random_answer_fits_its_schema(schema: dict[str, Any], seed: int) -> N
         ({"type": "string", "format": "unknown"}, "Unknown format: unknown"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"not": {"type": "string"}}, "not"),
-        ({"type": "string", "maxLenght": 3}, "unknown keyword 'maxLenght'; is maxLength meant?"),
+        ({"type": "string", "maxLenght": 3}, "keyword 'maxLenght'; did you mean maxLength?"),
         ({"type": "object", "properties": {"a": {"type": "string", "nullable": True}}}, "null"),
         ({"type": "integer", "minimum": 2**63}, "minimum 9223372036854775808 is beyond 2^53"),
         ({"const": 2**60}, "const has 1152921504606846976"),
@@ -70,7 +70,7 @@ def test_schemas_that_would_crash_or_hang_are_refused() -> None:
     assert refusal(deep) == "it is nested too deeply"
     twice = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(30)}
     large = {"$ref": "#/$defs/a0", "$defs": {**twice, "a30": {"type": "object"}}}
-    assert "larger than" in str(refusal(large))
+    assert "more than 100,000 subschemas" in str(refusal(large))
 
 
 @pytest.mark.parametrize(

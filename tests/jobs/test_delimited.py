@@ -52,8 +52,8 @@ def test_every_value_is_text_as_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        ("1,2,3", "has 3 cells, and the header has 2"),
-        ("1", "has 1 cells, and the header has 2"),
+        ("1,2,3", "has 3 cells, but the header has 2"),
+        ("1", "has 1 cells, but the header has 2"),
         ('"a"b,2', "is not valid CSV"),
         (b"\xff,2", "is not valid UTF-8: byte 0xff at byte 1"),
     ],
@@ -74,7 +74,7 @@ def test_a_bad_record_is_one_bad_row(tmp_path, record, why):
         ("a,b\n", "has no rows"),
         ('{"a": 1}\n{"a": 2}\n', "x.csv holds JSON"),
         ("a,a\n1,2\n", "more than one column named 'a'"),
-        ('a,b\n1,"x\n2,3\n', "the quote that opens in line 2 is never closed"),
+        ('a,b\n1,"x\n2,3\n', "the quote that opens on line 2 is never closed"),
         ("a,b\n1\n2\n", "no record that fits its header in the first 2 rows"),
         (b"\xff,b\n1,2\n", "its header can't be read"),
     ],

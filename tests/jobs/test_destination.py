@@ -190,7 +190,7 @@ class TestPlace:
             home / "models" / "out.jsonl",
             moved / "deep" / "out.jsonl",
         ):
-            with pytest.raises(OutputError, match="among the files that batchrun keeps"):
+            with pytest.raises(OutputError, match="among batchrun's own files"):
                 check_place(home, path, [prompts])
         check_place(home, home / "out.jsonl", [prompts])  # a home may be the project's folder
         check_place(home, tmp_path / "jobs" / "out.jsonl", [prompts])
@@ -419,7 +419,7 @@ class TestResuming:
         (tmp_path / "there.jsonl").write_text("x")
         for path, match in [
             (prompts, "is an input of this job"),
-            (job.path / "log.jsonl", "among the files that batchrun keeps"),
+            (job.path / "log.jsonl", "among batchrun's own files"),
             (tmp_path / "no" / "b.jsonl", "there is no folder"),
             (tmp_path / "there.jsonl", "did not write it"),
             (tmp_path / "b.txt", "does not say which format"),

@@ -185,7 +185,7 @@ def test_what_is_left_out_of_a_folder_is_told(tmp_path):
         ["train-00000-of-00001.parquet"],
     )
     [line] = told
-    assert "3 files are left out" in line
+    assert "3 files are skipped" in line
     assert "README.md" in line
 
 
@@ -217,7 +217,7 @@ def test_a_file_without_a_suffix_is_known_by_how_it_begins(tmp_path, content, ki
     found = sniffed(path)
     assert (found and found.name) == kind
     if kind is None:
-        with pytest.raises(InputError, match="no known input format"):
+        with pytest.raises(InputError, match="does not say which format it has"):
             expand_inputs([str(path)])
     else:
         assert opened(path).count() == 1

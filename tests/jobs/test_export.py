@@ -377,7 +377,7 @@ class TestChecks:
     def test_destination_exists(self, tmp_path):
         path = tmp_path / "o.parquet"
         path.write_text("precious")
-        with pytest.raises(OutputError, match="exists already") as info:
+        with pytest.raises(OutputError, match="already exists") as info:
             OUTPUTS.check(path, overwrite=False)
         assert "--overwrite" in info.value.hint
         OUTPUTS.check(path, overwrite=True)

@@ -205,7 +205,7 @@ def test_room_is_checked_where_the_file_will_be(tmp_path):
     path = tmp_path / "not" / "yet" / "there"
     assert abs(disk_of(path).free - shutil.disk_usage(tmp_path).free) < 1 << 30
     check_room((disk_of(path), 1), (disk_of(tmp_path), 1))
-    with pytest.raises(OutputError, match=r"MiB left and 1,\d{3},.* MiB are needed") as refused:
+    with pytest.raises(OutputError, match=r"MiB left, but 1,\d{3},.* MiB are needed") as refused:
         check_room((disk_of(path), 1 << 60))
     assert "make room" in refused.value.hint
 

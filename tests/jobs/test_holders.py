@@ -156,7 +156,7 @@ def test_cancel_ends_the_job_and_nobody_else_whatever_its_lock_says(
 def test_who_ignores_the_question_is_killed_and_that_is_said(worker, tmp_path):
     first = worker(IGNORE)
     said = cancelled(tmp_path, ask_s=0.2)
-    assert "it did not stop in 0.2 s when asked to, so it was killed" in said
+    assert "it did not stop within 0.2 s, so it was killed" in said
     assert "journalled results are kept" in said
     assert first.wait(60) == -signal.SIGKILL
     assert JobSnapshot.load(tmp_path).state == "cancelled"
@@ -184,7 +184,7 @@ def test_a_child_that_is_left_of_a_job_is_ended_too(worker, tmp_path):
 def test_a_job_at_rest_that_is_being_exported_is_not_cancelled(worker, tmp_path):
     first = worker()
     JobSnapshot("done").save(tmp_path)
-    with pytest.raises(JobError, match=f"it is done, and process {first.pid} is at it"):
+    with pytest.raises(JobError, match=f"it is done, but process {first.pid} uses it"):
         cancelled(tmp_path)
     assert first.poll() is None
 
@@ -214,7 +214,7 @@ def test_what_is_killed_and_does_not_end_is_told_with_its_state(worker, start, t
     try:
         with pytest.raises(JobError, match=rf"process {stuck.pid} \(state D\)") as error:
             cancelled(tmp_path, ask_s=-1, kill_s=-1)  # as if the kernel did not answer
-        assert "a wait inside the kernel" in error.value.hint
+        assert "waits in the kernel" in error.value.hint
     finally:
         os.killpg(stuck.pid, signal.SIGKILL)
         stuck.communicate()
@@ -240,7 +240,7 @@ def test_a_job_of_another_container_or_machine_is_told_as_such(worker, tmp_path,
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     said = done.stderr.splitlines()[-2]  # the last one is the hint
     assert f"is being run by process {first.pid} {where}" in said
-    assert "which can't be ended from here" in said
+    assert "which can't be stopped from here" in said
     assert first.poll() is None
     assert held_by(tmp_path) == first.pid
     assert not (tmp_path / "cancel").exists()

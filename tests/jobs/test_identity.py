@@ -40,7 +40,7 @@ def test_a_changed_input_is_refused_by_name(job, prompts):
     with pytest.raises(SpecChanged, match=r"prompts\.parquet: its content changed"):
         check_unchanged(job)
     prompts.write_bytes(data + b"more")
-    with pytest.raises(SpecChanged, match=f"it had {len(data)} bytes and now has {len(data) + 4}"):
+    with pytest.raises(SpecChanged, match=f"it had {len(data)} bytes, and now has {len(data) + 4}"):
         check_unchanged(job)
     prompts.unlink()
     with pytest.raises(InputError, match=r"prompts\.parquet") as gone:

@@ -182,7 +182,7 @@ def test_a_row_is_named_by_the_line_in_which_it_begins(tmp_path):
         ('[{"a": 1}, {"a": 2}', "cut short"),
         ('[{"a": 1}, {"a": "x', "cut short"),
         ('{\n "a": 1', "cut short"),
-        ('[{"a": 1}] {"a": 2}', "goes on after the end of its array in line 1"),
+        ('[{"a": 1}] {"a": 2}', "goes on after its array ends on line 1"),
     ],
 )
 def test_a_file_that_does_not_end_as_it_began(tmp_path, text, why):

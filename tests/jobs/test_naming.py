@@ -74,7 +74,7 @@ def test_any_part_of_an_id_will_do_and_more_of_it_counts_first(home, spec, monke
     monkeypatch.setattr("batchrun.jobs.folder.new_id", lambda _: next(names))
     first, _ = create(home, spec), create(home, spec)
     assert find(home, "1-z") == first
-    with pytest.raises(JobNotFound, match=r"'zz' could be 2 jobs: aa-1-zz, bb-2-zz"):
+    with pytest.raises(JobNotFound, match=r"'zz' matches 2 jobs: aa-1-zz, bb-2-zz"):
         find(home, "zz")
 
 

@@ -68,7 +68,7 @@ def test_a_footer_that_says_more_or_fewer_rows_than_its_groups(tmp_path, said):
     data = written(pa.table({"prompt": ["xyz"] * 200}), row_group_size=150)
     path = tmp_path / "in.parquet"
     assert refusal(path, lying(data, said, of_file)) == (
-        f"{path} is damaged: its footer says {said} rows, and its 2 row groups have 200"
+        f"{path} is damaged: its footer declares {said} rows, but its 2 row groups have 200"
     )
 
 
@@ -76,7 +76,7 @@ def test_a_column_with_fewer_values_than_its_group_has_rows(tmp_path):
     data = written(pa.table({"prompt": ["xyz"] * 200, "id": range(200)}))
     path = tmp_path / "in.parquet"
     assert refusal(path, lying(data, 199, of_last_column)) == (
-        f"{path} is damaged: row group 0 has 200 rows, and 199 values in its column 'id'"
+        f"{path} is damaged: row group 0 has 200 rows but 199 values in its column 'id'"
     )
 
 
@@ -84,7 +84,7 @@ def test_a_group_that_holds_fewer_rows_than_everything_says(tmp_path):
     data = written(pa.table({"prompt": ["xyz"] * 200}), use_dictionary=False, compression="none")
     path = tmp_path / "in.parquet"
     assert refusal(path, lying(data, 202, of_file, of_group, of_last_column)) == (
-        f"{path} is damaged: row group 0 says 202 rows and holds 200"
+        f"{path} is damaged: row group 0 declares 202 rows but holds 200"
     )
 
 

@@ -154,7 +154,9 @@ class TestJson:
             ]
         text = written(tmp_path, "jsonl", results, json_object=True).read_text()
         assert '"parsed": {"b": "x", "a": [1.50]},' in text
-        assert '"parsed": null, "parse_error": "parsed: an array, and the job asked for' in text
+        assert (
+            '"parsed": null, "parse_error": "parsed: expected an object, but found an array' in text
+        )
 
     @pytest.mark.parametrize("kind", FORMATS)
     def test_errors(self, tmp_path, kind):
@@ -166,20 +168,18 @@ class TestJson:
             ok('{"id": 1', "length"): "the answer was cut off after 2 tokens",
             ok('{"id": 1} x'): "the answer is not valid JSON: Extra data at character 11",
             ok(""): "the answer is not valid JSON: Expecting value at character 1",
-            ok('{"id": "1"}'): "parsed.id: a string, and the job asked for an integer",
-            ok('{"id": "1"}', "length"): "parsed.id: a string, and the job asked for an integer",
+            ok('{"id": "1"}'): "parsed.id: expected an integer, but found a string",
+            ok('{"id": "1"}', "length"): "parsed.id: expected an integer, but found a string",
             ok('{"id": 1, "items": [{}, {"price": "?"}]}'): (
-                "parsed.items[1].price: a string, and the job asked for a number"
+                "parsed.items[1].price: expected a number, but found a string"
             ),
-            ok("{}"): 'parsed: an object without "id", which the job asked for',
-            ok(
-                '{"id": 1, "more": [1e999]}'
-            ): "parsed.more[0]: 1e999 is no finite number of 64 bits",
-            ok('{"id": 1, "extra": NaN}'): "parsed.extra: NaN is no finite number of 64 bits",
+            ok("{}"): 'parsed: an object without "id", which the schema requires',
+            ok('{"id": 1, "more": [1e999]}'): "parsed.more[0]: 1e999 is not a finite 64-bit number",
+            ok('{"id": 1, "extra": NaN}'): "parsed.extra: NaN is not a finite 64-bit number",
             ok(f'{{"id": 1, "more": {"[" * 70}{"]" * 70}}}'): (
                 "the answer is nested more than 64 levels deep"
             ),
-            ok(f'{{"id": {1 << 63}}}'): f"parsed.id: {1 << 63} does not fit into 64 bits",
+            ok(f'{{"id": {1 << 63}}}'): f"parsed.id: {1 << 63} does not fit in 64 bits",
         }
         assert column(tmp_path, kind, list(results), **JSON) == [None] * len(results)
         found = column(tmp_path, kind, list(results), "parse_error", **JSON)
@@ -256,7 +256,7 @@ class TestChoices:
     )
     VALUES = ("yes", "other", None, None, "yes", None, None, None)
     CUT = "the answer was cut off after 2 tokens"
-    ERRORS = (None, None, CUT, CUT, None, "the answer is none of the job's choices", None, None)
+    ERRORS = (None, None, CUT, CUT, None, "the answer is not one of the job's choices", None, None)
 
     @pytest.mark.parametrize("kind", FORMATS)
     def test_values_and_errors(self, tmp_path, kind):
@@ -325,7 +325,7 @@ def test_names_and_their_order(tmp_path):
         *("x_completion_token_ids", "x_sample"),
     ]
     (error,) = column(tmp_path, "jsonl", [ok("[]")], "x_parse_error", **JSON, prefix="x_")
-    assert error.startswith("x_parsed: an array")
+    assert error.startswith("x_parsed: expected an object, but found an array")
 
 
 # --- jobs ----------------------------------------------------------------------------------------

@@ -174,5 +174,5 @@ def test_a_child_that_inherits_the_place_keeps_it(tmp_path):
 
 def test_a_home_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "queue").write_text("")
-    with pytest.raises(OutputError, match="no place can be taken"):
+    with pytest.raises(OutputError, match="the job can't queue in"):
         DeviceQueue(tmp_path, "cpu").__enter__()

@@ -50,7 +50,7 @@ def refusals(folder):
 def test_a_table_with_other_columns_is_damaged(journal, statements):
     changed(journal, *statements)
     for refused in refusals(journal):
-        assert "is damaged: its table results has other columns" in str(refused)
+        assert "is damaged: its table results has the wrong columns" in str(refused)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,8 @@ def test_another_version_is_refused_and_stays_as_it_is(journal, version, hint):
     changed(journal, f"PRAGMA user_version={version}")
     before = (journal / "journal.db").read_bytes()
     for refused in refusals(journal):
-        assert f"has version {version}; this program reads version {schema.VERSION}" in str(refused)
+        said = f"has version {version}; this batchrun reads version {schema.VERSION}"
+        assert said in str(refused)
         assert refused.hint == hint
     assert (journal / "journal.db").read_bytes() == before
 

@@ -146,9 +146,9 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
         (["missing.parquet"], "no such file or folder"),
         (["*.parquet"], "no file matches"),
         (["empty"], "has no input files"),
-        (["notes.txt"], "no known input format"),
+        (["notes.txt"], "does not say which format it has"),
         (["a.jsonl", "a.parquet"], "mixes formats"),
-        (["dangling.jsonl"], "link to a file that is not there"),
+        (["dangling.jsonl"], "links to a file that does not exist"),
         ([], "no input files"),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_saved_specification_reads_back_equal(spec, tmp_path):
 
 def test_a_newer_specification_is_refused(spec, tmp_path):
     replace(spec, version=2).save(tmp_path)
-    with pytest.raises(JobError, match="version 2; this program knows versions up to 1") as refused:
+    with pytest.raises(JobError, match="2; this batchrun reads versions up to 1") as refused:
         JobSpec.load(tmp_path)
     assert refused.value.hint == "pip install --upgrade batchrun-llm"
 

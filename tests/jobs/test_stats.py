@@ -212,7 +212,7 @@ AMX = {"arithmetic": "bfloat16 amx", "generated_tokens": 3}
         ([AMX, {}, AMX], None),  # the second computed nothing
         ([AMX, {"arithmetic": "float32 torch", "varies": "it rains"}], None),
         ([AMX, AMX | {"varies": "it rains"}, AMX], "it rains"),
-        ([AMX, {"generated_tokens": 1}], "run 2 did not note how it computed"),
+        ([AMX, {"generated_tokens": 1}], "run 2 did not record how it computed"),
         (
             [AMX, {}, AMX | {"arithmetic": "bfloat16 avx512"}],
             "runs 1 and 3 computed with bfloat16 amx and bfloat16 avx512",
@@ -229,7 +229,7 @@ def test_a_job_is_deterministic_if_all_runs_that_computed_were(job, runs, varies
 def test_a_run_with_answers_but_no_figures_leaves_it_unknown(job):
     assert (summarise(job)["deterministic"], summarise(job)["varies"]) == (None, None)
     run(job, [ok(0)], "interrupted")
-    assert summarise(job)["varies"] == "run 1 did not note how it computed"
+    assert summarise(job)["varies"] == "run 1 did not record how it computed"
 
 
 def test_stats_json_is_the_summary(two_runs):

@@ -103,7 +103,7 @@ def test_a_long_window_is_named_with_the_command_that_unpacks_it(tmp_path, head,
     path.write_bytes(head)
     with pytest.raises(InputError, match=f"window of {size}") as refused:
         open_source([path], "jsonl")
-    assert refused.value.hint == f"unpack it first: zstd -d --long=31 '{path}'"
+    assert refused.value.hint == f"decompress it first: zstd -d --long=31 '{path}'"
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])

@@ -119,7 +119,7 @@ def test_jobs_that_are_not_finished_have_no_problems(make_job):
         ("INSERT INTO partials VALUES (2, x'', NULL, NULL, NULL)", "a result and partial tokens"),
         (
             "UPDATE meta SET value = '5' WHERE key = 'rows_total'",
-            "the input has 4 rows, the journal",
+            "the input has 4 rows, but the journal",
         ),
         ("DELETE FROM meta WHERE key = 'rows_total'", "does not say how many rows"),
     ],

@@ -138,7 +138,7 @@ def test_a_copied_job_is_exported_with_its_copied_input(laptop: Laptop) -> None:
     )
     again = laptop.run("export", "-o", "out.csv")  # from now on it knows where its input is
     assert again.returncode == 1
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
     again = laptop.run("export", "-o", "out.csv", "--overwrite")
     assert again.returncode == 0, again.stderr
     printed = laptop.run("export", "-o", "-")

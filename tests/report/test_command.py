@@ -46,7 +46,7 @@ def test_what_is_there_is_replaced_only_on_request(report, job):
     (report.folder / "x.html").write_text("mine")
     shown = report(job.id, "-o", "x.html")
     assert shown.exit_code != 0
-    assert "x.html exists already" in str(shown.exception)
+    assert "x.html already exists" in str(shown.exception)
     assert "--overwrite" in shown.exception.hint
     assert (report.folder / "x.html").read_text() == "mine"
     (report.folder / "x.html").chmod(0o644)
