@@ -71,7 +71,7 @@ def report_command(
                 file.write(page)
         except FileExistsError as error:
             raise OutputTaken(
-                f"{where} appeared in the meantime, and may not be replaced",
+                f"{where} was written by another program in the meantime",
                 hint="add --overwrite to replace it, or choose another --output",
             ) from error
     say(f"report: {where}")
