@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1670,
+    "batchrun": 1680,
     "batchrun/cli": 2760,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,
@@ -28,8 +28,8 @@ CEILINGS = {
     "batchrun/objectstore": 355,
     "batchrun/prompts": 1175,
     "batchrun/report": 765,
-    "batchrun/runner": 2900,
-    "jobs": 2495,
+    "batchrun/runner": 3015,
+    "jobs": 2505,
     "jobs/journal": 860,
     "jobs/output": 1290,
     "jobs/rows": 2245,
@@ -79,7 +79,7 @@ def test_the_way_of_a_row_can_be_read_in_a_day() -> None:
     section = page.split("\n## Where to begin\n")[1].split("\n## ")[0]
     names = re.findall(r"`([\w/]+\.py)`", section)
     assert len(names) > 20
-    assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names) < 8100
+    assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names) < 8150
 
 
 def test_lines_are_counted(tmp_path: Path) -> None:

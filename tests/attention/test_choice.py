@@ -118,7 +118,7 @@ def test_deterministic_steps_have_an_invariant_backend() -> None:
 
 def test_deterministic_steps_never_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"kept \(triton: triton is not installed"):
+    with pytest.raises(ValueError, match=r"guaranteed \(triton: triton is not installed"):
         attention.create("auto", DETERMINISTIC, upload)
 
 

@@ -22,7 +22,7 @@ from batchrun.runner.supervisor import queues_of
 from tests.cli.conftest import CommandLine
 from tests.cli.gate import Gate
 
-ROWS = 200
+ROWS = 80
 LONG = ("--max-tokens", 40, "--ignore-eos", "--max-num-seqs", 4, "--temperature", 1)
 
 
@@ -245,7 +245,7 @@ RAISE = "raise IndexError('index 7 is out of bounds')"
 
 
 @pytest.mark.parametrize(
-    "what", ["os.abort()", "hang()", pytest.param(RAISE, marks=pytest.mark.long)]
+    "what", ["os.abort()", *(pytest.param(w, marks=pytest.mark.long) for w in ("hang()", RAISE))]
 )
 def test_a_row_that_brings_the_process_down_is_not_tried_a_third_time(
     batchrun: CommandLine, what: str

@@ -88,7 +88,7 @@ def busy(batchrun: CommandLine) -> Iterator[ExitStack]:
 # --- submit --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("same_work", [True, False])
+@pytest.mark.parametrize("same_work", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_of_two_submissions_at_the_same_instant_one_passes(
     batchrun: CommandLine, busy: ExitStack, same_work: bool
 ) -> None:

@@ -135,8 +135,8 @@ def deleted(source: Path, batchrun: CommandLine) -> None:
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
-        (replaced, "jsonl"),
         (deleted, "parquet"),
+        pytest.param(replaced, "jsonl", marks=pytest.mark.long),
         pytest.param(replaced, "parquet", marks=pytest.mark.long),
         pytest.param(deleted, "jsonl", marks=pytest.mark.long),
     ],
@@ -226,7 +226,7 @@ def test_a_file_cut_short_while_it_is_read_ends_the_run_with_the_reason(
     whole_once_restored(batchrun, job, want)
 
 
-@pytest.mark.parametrize("newline", [True, False])
+@pytest.mark.parametrize("newline", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_what_is_appended_to_an_input_is_no_part_of_the_job(
     batchrun: CommandLine, held: Callable[[str], Held], newline: bool, want: list[str]
 ) -> None:

@@ -21,6 +21,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = {page.parent.name: page for page in sorted(ROOT.glob("examples/*/README.md"))}
+_SLOW = ("judge", "synthesise", "translate")
+RUN = [pytest.param(n, marks=pytest.mark.long) if n in _SLOW else n for n in PAGES]
 LABELS = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -142,7 +144,7 @@ def tables_of(name):
         yield file, [dict(zip(names, row, strict=True)) for row in rows]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", RUN)
 def test_the_page_shows_the_columns_and_rows_that_come_out(name, ran):
     folder = ran(name)
     tables = dict(tables_of(name))
@@ -163,7 +165,7 @@ def test_the_page_shows_the_columns_and_rows_that_come_out(name, ran):
         assert re.findall(r"`(\w+)`", text) == read(folder / file)[0], file
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", RUN)
 def test_every_row_has_an_answer(name, ran):
     folder = ran(name)
     given = len(read(folder / source(name))[1])

@@ -15,7 +15,9 @@ TEXTS = [" is", "\u00e9", " is", "x", "b" * 57]  # the last is too long: the con
 OPTIONS = ("--score", "text", "--labels", '[" yes","no"]', "--perplexity", "--dtype=float32")
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize(
+    "suffix", ["parquet", pytest.param("jsonl", marks=pytest.mark.long), "csv"]
+)
 def test_outputs_have_their_columns(batchrun: CommandLine, suffix: str) -> None:
     source = batchrun.folder / f"in.{suffix}"
     if suffix == "csv":

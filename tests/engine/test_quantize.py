@@ -17,6 +17,7 @@ from batchrun.engine.model.optimize import optimize
 from batchrun.engine.model.prepare import LoadedModel, prepare
 from batchrun.models.resolve import ModelRef
 from tests.engine.test_cpu_layers import NATIVE, made
+from tests.pairs import part
 from tests.parity.models import build
 from tests.parity.runner import outputs, rig, run
 from tests.parity.test_generate import prompts
@@ -63,8 +64,7 @@ def test_any_architecture_computes_with_them(name: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize(("name", "dtype"), part(2, [*NATIVE], [torch.float32, torch.bfloat16]))
 def test_native_layers_take_them(name: str, dtype: torch.dtype) -> None:
     model = made(NATIVE[name], dtype)
     int8_weights(model)

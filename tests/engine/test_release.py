@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from batchrun.engine.core import Request, SamplingParams
+from tests.pairs import part
 from tests.parity.runner import rig, run
 from tests.parity.test_generate import loaded, prompts
 
@@ -32,8 +33,7 @@ def answers(completions: Any) -> dict[int, tuple[Any, ...]]:
     }
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "lag"), part(2, range(4), [0, 1]))
 def test_rows_may_move_at_any_moment(lag: int, seed: int) -> None:
     with rig(loaded("llama")) as r:
         want = answers(run(r, prompts(), EACH, seed=3))

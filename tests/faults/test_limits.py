@@ -173,9 +173,9 @@ def test_a_clock_that_is_set_back_a_year_between_runs(
     assert all(seconds >= 0 for seconds in summary["time"].values())
 
 
-def test_ten_thousand_jobs_are_listed_and_it_is_measured(tmp_path: Path) -> None:
+def test_thousands_of_jobs_are_listed_and_it_is_measured(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.listing", "--folder", str(tmp_path)],
+        [sys.executable, "-m", "tests.faults.listing", "--jobs", "2000", "--folder", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,

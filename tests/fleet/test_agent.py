@@ -75,6 +75,7 @@ def test_what_is_at_the_same_path_is_used_if_it_is_the_same(agent: Agent, model:
 
 
 @pytest.mark.skipif(embedded_gguf() is None, reason="the embedded model is not installed")
+@pytest.mark.long
 def test_a_name_means_the_same_model_on_each_node(agent: Agent, smollm2: ModelRef) -> None:
     wanted = Model(smollm2.name, "/nowhere", smollm2.fingerprint, False)
     [path] = agent.look([wanted]).paths

@@ -42,6 +42,7 @@ def test_every_option_is_one_of_the_command(recipe: Path) -> None:
         subprocess.run(["bash", "-n", str(recipe)], check=True)
 
 
+@pytest.mark.long
 def test_by_hand_runs_on_this_machine_alone(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     if shutil.which("bash") is None:

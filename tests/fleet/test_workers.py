@@ -53,7 +53,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     )
 
 
-@pytest.fixture(params=["processes", "ray"])
+@pytest.fixture(params=["processes", pytest.param("ray", marks=pytest.mark.long)])
 def opened(
     request: pytest.FixtureRequest, spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Open]:
@@ -142,6 +142,7 @@ def test_workers_without_room_are_counted(
     ]
 
 
+@pytest.mark.parametrize("opened", ["processes", "ray"], indirect=True)
 def test_they_compute_what_they_are_sent(opened: Open) -> None:
     workers, setups = opened(0.0)
     for i, setup in enumerate(setups):

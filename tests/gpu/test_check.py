@@ -92,6 +92,7 @@ def statuses(result: dict[str, Any]) -> dict[str, str]:
     return {name: part["status"] for name, part in result["parts"].items()}
 
 
+@pytest.mark.long
 def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     result, said = rehearse(tmp_path)
     missing = {"sanitizer": "unavailable", "vllm": "unavailable"}

@@ -314,5 +314,5 @@ class JobMachine(RuleBasedStateMachine):
 
 def test_every_row_is_where_the_model_says_after_any_history():
     run_state_machine_as_test(
-        JobMachine, settings=settings(max_examples=40, stateful_step_count=30, deadline=None)
+        JobMachine, settings=settings(max_examples=20, stateful_step_count=30, deadline=None)
     )

@@ -560,7 +560,7 @@ def as_read(path, kind, size):
 
 
 @given(data=st.data(), rows=some_rows)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_any_edit_of_any_rows(kind, data, rows):
     n = data.draw(st.sampled_from([1, 3]))

@@ -369,7 +369,14 @@ def test_a_job_whose_journal_is_gone_is_listed_and_hides_no_other(job, home, mak
 
 
 @pytest.mark.parametrize(
-    "suffix", ["parquet", "jsonl", "csv", "jsonl.gz", "csv.zst"], indirect=True
+    "suffix",
+    [
+        "parquet",
+        "jsonl",
+        *(pytest.param(s, marks=pytest.mark.long) for s in ("csv", "jsonl.gz")),
+        "csv.zst",
+    ],
+    indirect=True,
 )
 def test_a_flipped_bit_of_the_output_is_named_or_says_nothing(job, suffix):
     path = Path(job.spec().output.path)

@@ -12,6 +12,7 @@ import pytest
 from batchrun.allocator.arena import KVArena
 from batchrun.engine.core import FinishReason, SamplingParams
 from batchrun.engine.model.prepare import LoadedModel, prepare
+from tests.pairs import part
 from tests.parity.models import build
 from tests.parity.runner import generate, outputs, rig, run
 
@@ -90,7 +91,7 @@ def wanted(name: str) -> dict[int, list[int]]:
     ("name", "shape"),
     [
         *product(["llama"], SHAPES),
-        *product(MODELS[1:], ["pipelined", "short-pipelined"]),
+        *part(2, MODELS[1:], ["pipelined", "short-pipelined"]),
     ],
 )
 def test_beams_equal_generate(name: str, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
