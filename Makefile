@@ -16,7 +16,9 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# Python compiles what is imported when it is: compiling all of torch and more takes 30 s.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+  -c constraints.txt $(PIP_ARGS)
 RUN := $(VENV)/.run-done
 SETUP := $(VENV)/.setup-done
 CUDA := $(VENV)/.cuda-done
