@@ -6,6 +6,7 @@ import re
 import click
 import pytest
 
+from batchrun.cli import cli
 from batchrun.cli.errors import ExitStatus, report_errors
 from batchrun.engine.core import EngineError
 from batchrun.errors import ModelError
@@ -84,3 +85,12 @@ def test_a_bug_is_shown_whole_where_no_file_can_be_written(tmp_path, monkeypatch
 def test_a_command_without_a_status_is_done():
     assert report_errors(lambda: None) == ExitStatus.DONE
     assert report_errors(lambda: 3) == ExitStatus.FAILED_ROWS
+
+
+@pytest.mark.parametrize("command", ["prune --older-than", "submit x.jsonl --max-tokens"])
+def test_an_option_without_its_value_points_to_its_command(command, capsys):
+    words = command.split()
+    assert report_errors(lambda: cli.main(words, "batchrun", standalone_mode=False)) == 2
+    assert capsys.readouterr().err == (
+        f"error: Option '{words[-1]}' requires an argument.\nhint: batchrun {words[0]} --help\n"
+    )
