@@ -110,7 +110,7 @@ def start(job: JobFolder, lease: Lease, ahead: Ahead | None = None) -> Started:
     told, tell = os.pipe()
     try:
         with open(job.path / WORKER_LOG, "ab", opener=open_private) as log:
-            held = (lease.fileno(), tell)
+            size, held = log.tell(), (lease.fileno(), tell)
             process = (ahead and ahead.hand(job.path, log.fileno(), held)) or Popen(
                 children.command("work", job.path),
                 stdin=subprocess.DEVNULL,
@@ -121,7 +121,7 @@ def start(job: JobFolder, lease: Lease, ahead: Ahead | None = None) -> Started:
             )
             with suppress(OSError):  # the supervisor notes it too
                 lease.hand_over(process.pid)
-            return Started(job, process, told, log.tell())
+            return Started(job, process, told, size)
     except OSError as error:
         os.close(told)
         where = f"{error.filename}: " if error.filename else ""
