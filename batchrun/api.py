@@ -105,7 +105,7 @@ class Job:
                 a terminal.
 
         Raises:
-            TimeoutError: It is still running after that.
+            TimeoutError: It has not ended after that.
             JobError: It failed; the message says why.
         """
         try:
@@ -128,7 +128,7 @@ class Job:
         with notebook.Bar(progress, "waiting for the job to begin") as bar:
             while self._alive():
                 if until is not None and time.monotonic() >= until:
-                    raise TimeoutError(f"the job {self.id} is still running after {timeout} s")
+                    raise TimeoutError(f"the job {self.id} has not ended after {timeout} s")
                 if (now := self.progress()) is not None:
                     bar.follow(now)
                 time.sleep(_POLL_S)

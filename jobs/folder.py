@@ -28,7 +28,7 @@ from batchrun.jobs.identity import LIMITS, load_limits, load_places
 from batchrun.jobs.journal.journal import STATE, Journal
 from batchrun.jobs.journal.results import Counts
 from batchrun.jobs.journal.schema import COMMAND, NAME
-from batchrun.jobs.lease import CANCEL, Lease, held_by
+from batchrun.jobs.lease import CANCEL, Lease, check_not_held, held_by
 from batchrun.jobs.naming import matching, new_id
 from batchrun.jobs.output.store import OUTPUTS
 from batchrun.jobs.snapshot import WAITING, JobSnapshot, last_words, seconds_of
@@ -229,15 +229,14 @@ class JobFolder:
         return (self.path / CANCEL).exists()
 
     def check_removable(self) -> None:
-        """Raise what `remove` would raise now."""
+        """Raise if `remove` would because the job runs, or is elsewhere."""
         if self.path.is_symlink():
             there, link = (shlex.quote(str(p)) for p in (self.path.resolve(), self.path))
             raise JobError(
                 f"{self.path} is a symbolic link to {self.path.resolve()}",
                 hint=f"batchrun rm {there} removes the job, rm {link} the link",
             )
-        with Lease(self.path):
-            pass
+        check_not_held(self.path)
 
     def remove(self) -> None:
         """Remove the folder with all results, and what killed writers left beside its outputs.

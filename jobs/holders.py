@@ -166,8 +166,11 @@ def _holds(pid: int, path: Path, wanted: os.stat_result) -> bool:
 
 
 def _is_worker(pid: int, folder: Path) -> bool:
-    """Whether a process was started to work in a folder."""
-    return os.fsencode(folder) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    """Whether a process was started to work in a folder, or for whatever job comes."""
+    words = {*Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")}
+    return os.fsencode(folder) in words or (
+        {b"batchrun", b"--parent"} < words and bool({b"work", b"run-job"} & words)
+    )
 
 
 @cache

@@ -167,7 +167,7 @@ NUMBER = Kind((int, float), "number", float, "X")
 DEVICE = Kind((str,), "device", _device, "auto|cpu|cuda|cuda:N")
 DEVICES = Kind((str,), "list of devices", _devices, "all|0,1,2|cpu:N")
 AT_LEAST_0 = Kind((int, float, str), "number", _at_least_0, "X")
-COUNT_OR_AUTO = Kind((int, str), "whole number, or auto", _count_or_auto, "auto|N")
+COUNT_OR_AUTO = Kind((int, str), "whole number or auto", _count_or_auto, "auto|N")
 NAMED = Kind((Mapping,), "mapping", _as_json, "NAME=VALUE")
 
 

@@ -61,10 +61,7 @@ class Lease:
             if handle >= 0:
                 os.close(handle)
             if isinstance(error, BlockingIOError):
-                raise LeaseHeld(
-                    f"the job {folder.name} is being run by {holder(folder)}",
-                    hint=f"batchrun watch {folder.name}, or batchrun cancel {folder.name}",
-                ) from None
+                raise _held(folder) from None
             if handle >= 0 and no_locks(error):
                 raise OutputError(
                     f"{self._path} can't be locked: {error.strerror}; its file system lacks locks",
@@ -103,6 +100,19 @@ def _note(handle: int, pid: int) -> None:
     """Note who holds a lease. A single write of fixed width: readers see a whole note."""
     note = json.dumps(_Holder(pid, platform.node()[:64], *_here())._asdict()).encode()
     platforms.write_at(handle, note[: _WIDTH - 1].ljust(_WIDTH - 1) + b"\n", 0)
+
+
+def check_not_held(folder: Path) -> None:
+    """Raise LeaseHeld if a process has the job's lease; takes and changes nothing."""
+    if held_by(folder) is not None:
+        raise _held(folder)
+
+
+def _held(folder: Path) -> LeaseHeld:
+    return LeaseHeld(
+        f"the job {folder.name} is being run by {holder(folder)}",
+        hint=f"batchrun watch {folder.name}, or batchrun cancel {folder.name}",
+    )
 
 
 def held_by(folder: Path) -> int | None:

@@ -10,10 +10,11 @@ import pytest
 
 
 def part(every: int, *axes: Sequence[Any], whole: Iterable[Any] = ()) -> list[Any]:
-    """All combinations of values; those that are not `long` have each value of each axis.
+    """All combinations of values, most of them `long`.
 
     Args:
-        every: One of so many is not long, in a pattern of diagonals.
+        every: One of so many is not long, in a pattern of diagonals. Each value of an axis is in
+            one of them if the other axes have `every` values or more.
         axes: Values of each parameter.
         whole: Values of the first parameter of which no combination is long.
     """

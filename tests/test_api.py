@@ -127,7 +127,7 @@ def test_waiting_has_an_end_and_a_failed_job_says_why(
     job = submit(path, model=model)
     assert job.output == tmp_path / "in-completions.jsonl"
     job.wait()
-    with Lease(home / "jobs" / job.id), pytest.raises(TimeoutError, match="is still running after"):
+    with Lease(home / "jobs" / job.id), pytest.raises(TimeoutError, match="has not ended after"):
         Job.find(job.id).wait(0.2)
     path.write_text('{"prompt": "two"}\n')
     with pytest.raises(JobError, match="failed: the input or model changed"):

@@ -152,7 +152,7 @@ def prune_command(
     chosen = _old(root, age, keep or 0, states=states, unexported=unexported)
     if chosen and not (dry_run or yes):
         question = f"remove {counted(len(chosen), 'job')}, {size(_sum(chosen))}?"
-        if not _agreed(_lines(chosen), question, "prune with the same options and"):
+        if not _agreed(_lines(chosen), question, "prune OPTIONS"):
             return ExitStatus.FAILED
     if not dry_run:
         with one_at_a_time(root):

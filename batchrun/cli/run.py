@@ -37,6 +37,7 @@ from batchrun.jobs.lease import held_by
 from batchrun.jobs.spec import JobSpec
 from batchrun.jobs.stats import summarise
 from batchrun.machine import importing
+from batchrun.options import PIPE
 from batchrun.platforms import need_linux
 from batchrun.provenance import command_line
 from batchrun.report.text import counted
@@ -91,18 +92,15 @@ def submit_command(
     """
     if not dry_run:
         need_linux()
-    alone = not (dry_run or options["devices"] or options["ray"])
-    with waiting_supervisor() if alone else nullcontext() as ahead:
+    if options["output"] == PIPE and (as_json or not wait):
+        raise click.UsageError("--output - excludes --json and --detach: the answers go to stdout")
+    later = dry_run or options["devices"] or options["ray"] or PIPE in inputs
+    with nullcontext() if later else waiting_supervisor() as ahead:
         from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as in all of these
-        from batchrun.options import PIPE  # noqa: PLC0415
         from batchrun.specs import make_spec  # noqa: PLC0415
         from batchrun.submission import submit  # noqa: PLC0415
 
         root = home()
-        if options["output"] == PIPE and (as_json or not wait):
-            raise click.UsageError(
-                "--output - excludes --json and --detach: the answers go to stdout"
-            )
         if others_write(root):
             tell(f"others can write to {root}, and so change your jobs: chmod go-w '{root}'")
         with taken_in(inputs, root) as (paths, own):

@@ -75,11 +75,14 @@ def run_job_command(folder: Path | None, parent: int) -> int:
     if folder is not None:
         return _run_job(folder, children.inherited())
     children.end_with_parent(parent)
-    with suppress(Exception):  # the job's run says it
-        use_cores()
+    try:
+        if use_cores() is not None:
+            return ExitStatus.FAILED
         from batchrun.runner import job_run, opening  # noqa: F401, PLC0415 - as below
 
         opening.import_engine()
+    except Exception:
+        return ExitStatus.FAILED  # whoever gets the job instead says why, in its log
     handed = job_handed()
     return ExitStatus.DONE if handed is None else _run_job(*handed)
 

@@ -287,7 +287,7 @@ def _readers_of(file: Path, but: type[Exception] = ModelError) -> Iterator[None]
     except BaseException as error:
         raise ModelError(
             f"cannot read the GGUF file {file}: {said_by(error)}",
-            hint="the file is complete, so a new download won't help: use the model's safetensors",
+            hint="its size is right, so it is not cut short: use the model's safetensors instead",
         ) from error
 
 

@@ -10,9 +10,11 @@ its job gets a process of its own, which says why it can't run.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
@@ -21,7 +23,7 @@ from batchrun import children
 
 _LARGEST = 1 << 16  # bytes of a job's path
 _HANDLES = 64
-_TAKES_S = 60.0  # to import everything
+_LOOK_S = 0.2
 _STDIN, _STDOUT, _STDERR = range(3)
 
 
@@ -52,13 +54,23 @@ class Ahead:
             self._socket.close()
             raise
 
-    def hand(self, job: Path, log: int, handles: Sequence[int]) -> Popen[bytes] | None:
+    def hand(
+        self,
+        job: Path,
+        log: int,
+        handles: Sequence[int],
+        *,
+        patience: float = float("inf"),
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Popen[bytes] | None:
         """Hand it its job, and wait until it has taken it.
 
         Args:
             job: The job's folder.
             log: Where its output goes.
             handles: What it holds from now on.
+            patience: Seconds after which it is ended instead.
+            stop: Asked several times a second; ends it too.
 
         Returns:
             Its process; None if it has ended, or has had a job.
@@ -67,15 +79,17 @@ class Ahead:
             return None
         try:
             socket.send_fds(self._socket, [os.fsencode(job)], [log, *handles])
-            self._socket.settimeout(_TAKES_S)
-            taken = bool(self._socket.recv(1))
+            until = time.monotonic() + patience
+            while not stop() and time.monotonic() < until:
+                if select.select([self._socket], [], [], _LOOK_S)[0]:
+                    if not self._socket.recv(1):
+                        break  # it has ended
+                    self._socket.close()
+                    return self._process
         except OSError:
-            taken = False
-        if not taken:
-            self.end()
-            return None
-        self._socket.close()
-        return self._process
+            pass
+        self.end()
+        return None
 
     def end(self) -> None:
         """End it if it has no job yet."""
@@ -97,8 +111,8 @@ def job_handed() -> tuple[Path, list[int]] | None:
         job for it.
     """
     with socket.socket(fileno=os.dup(_STDIN)) as channel, open(os.devnull, "rb") as nothing:
-        path, handles, _, _ = socket.recv_fds(channel, _LARGEST, _HANDLES)
-        if not handles:
+        path, handles, flags, _ = socket.recv_fds(channel, _LARGEST, _HANDLES)
+        if not handles or flags & socket.MSG_CTRUNC:  # or there was no room for all of them
             return None
         log, *held = handles
         for handle, number in ((nothing.fileno(), _STDIN), (log, _STDOUT), (log, _STDERR)):

@@ -78,6 +78,8 @@ class Runs:
         """Start a run and wait for its end; None if the job is to be run again."""
         self._before, self._oom_kills = self._job.counts(), oom_kills()
         self._printed = self._log.stat().st_size if self._log.exists() else 0  # bytes, so far
+        with closing(ReaderNote(self._job.path)) as note:
+            note.made()  # clears the note of the earlier run
         child = self._child = start()
         if self.told is not None:  # while it was started
             child.send_signal(self.told)
@@ -98,7 +100,6 @@ class Runs:
     def _watch(self, child: Popen[bytes]) -> tuple[int, Overrun | None]:
         """Wait for the end; return the exit code, and the prompt that it was killed for, if any."""
         with closing(ReaderNote(self._job.path)) as note:
-            note.made()  # clears the note of the earlier run
             onlooker, overrun = Onlooker(child.pid, note), None
             while overrun is None:
                 with suppress(TimeoutExpired):

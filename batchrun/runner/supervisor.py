@@ -37,6 +37,7 @@ from batchrun.runner.runs import Runs
 
 _POLL_S = 0.2
 _STDOUT = 1
+_TAKES_S = 60.0  # for a supervisor to start
 
 
 @dataclass
@@ -111,7 +112,9 @@ def start(job: JobFolder, lease: Lease, ahead: Ahead | None = None) -> Started:
     try:
         with open(job.path / WORKER_LOG, "ab", opener=open_private) as log:
             size, held = log.tell(), (lease.fileno(), tell)
-            process = (ahead and ahead.hand(job.path, log.fileno(), held)) or Popen(
+            process = (
+                ahead and ahead.hand(job.path, log.fileno(), held, patience=_TAKES_S)
+            ) or Popen(
                 children.command("work", job.path),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -184,7 +187,8 @@ def work(path: Path, handles: Sequence[int], root: Path, ahead: Ahead | None = N
             command, inheriting = children.command("run-job", path), children.inheriting(*locks)
 
             def start() -> Popen[bytes]:
-                handed = ahead and ahead.hand(path, _STDOUT, locks)
+                stop = lambda: runs.told is not None  # noqa: E731
+                handed = ahead and ahead.hand(path, _STDOUT, locks, stop=stop)
                 return handed or Popen(command, stdin=subprocess.DEVNULL, **inheriting)
 
             return runs.run(start)

@@ -88,7 +88,7 @@ class Readings:
         """The samples that have a result, as a bitmap."""
         done = DoneSet(self.n)
         with self._errors("read"):
-            for (number,) in self._db.execute("SELECT id FROM results ORDER BY id"):
+            for (number,) in self._streamed("SELECT id FROM results ORDER BY id"):
                 done.add(number)
         return done
 
@@ -128,7 +128,7 @@ class Readings:
     def whole_rows(self) -> Iterator[int]:
         """The rows all of whose samples have an answer, in order, streamed."""
         with self._errors("read"):
-            found = self._db.execute("SELECT id FROM results WHERE status = 'ok' ORDER BY id")
+            found = self._streamed("SELECT id FROM results WHERE status = 'ok' ORDER BY id")
             for row, samples in groupby(number // self.n for (number,) in found):
                 if sum(1 for _ in samples) == self.n:
                     yield row
@@ -144,7 +144,7 @@ class Readings:
         which = ["id >= ? AND id < ?"] * bool(span) + ["status = 'error'"] * failed
         query = f"SELECT id FROM results {'WHERE ' * bool(which)}{' AND '.join(which)} ORDER BY id"
         with self._errors("read"):
-            found = self._db.execute(query, span)
+            found = self._streamed(query, *span)
             for row, _ in groupby(number // self.n for (number,) in found):
                 yield row
 
@@ -302,16 +302,21 @@ class Readings:
     ) -> Iterator[tuple[tuple[Any, ...], bool]]:
         """Records of a table, and whether each is what was written."""
         with self._errors("read"), self._lenient():
-            cursor = self._db.execute(f"{_SELECTS[table]} {which}", values)
-            self._cursors.add(cursor)
-            for row in cursor:
+            for row in self._streamed(f"{_SELECTS[table]} {which}", *values):
                 record = row[:-1]
                 yield record, checksum(record) == row[-1]
 
+    def _streamed(self, query: str, *values: Any) -> sqlite3.Cursor:
+        """What a query finds, until it has been read or the journal is closed."""
+        cursor = self._db.execute(query, values)
+        self._cursors.add(cursor)
+        return cursor
+
     def _end_reading(self) -> None:
         """End what is read in part: as long as it lives it would hold up other processes."""
-        for cursor in self._cursors:
+        for cursor in [*self._cursors]:
             cursor.close()
+        self._cursors.clear()
 
     @contextmanager
     def _lenient(self) -> Iterator[None]:

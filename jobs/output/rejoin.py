@@ -22,7 +22,9 @@ from batchrun.jobs.rows.store import INPUTS, Noted, each, unnoted
 from batchrun.jobs.spec import JobSpec
 from batchrun.objectstore.paths import Location
 
-_LEFT = "batchrun export --partial -o FILE writes results by row number, with what is left of it"
+_LEFT = (
+    "batchrun export --partial -o FILE writes results by row number, with the input that is left"
+)
 
 
 @dataclass(frozen=True)

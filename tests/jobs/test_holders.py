@@ -123,11 +123,12 @@ def test_where_the_kernel_shows_no_locks_a_worker_is_known_by_its_command(
     script = "import os, sys; os.open(sys.argv[1] + '/lock', os.O_RDWR); print(flush=True); input()"
     (tmp_path / "lock").write_text("")
     worker = start(sys.executable, "-c", script, str(tmp_path))
+    ahead = start(sys.executable, "-c", script, f"{tmp_path}/", "batchrun", "work", "--parent", "7")
     other = start(sys.executable, "-c", script, f"{tmp_path}/")
     looks = start(sys.executable, "-c", script.replace("RDWR", "RDONLY"), str(tmp_path))
-    for started in (worker, other, looks):
+    for started in (worker, ahead, other, looks):
         started.stdout.readline()
-    assert [found.pid for found in holders(tmp_path / "lock")] == [worker.pid]
+    assert {found.pid for found in holders(tmp_path / "lock")} == {worker.pid, ahead.pid}
 
 
 @pytest.mark.parametrize(

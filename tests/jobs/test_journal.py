@@ -158,8 +158,8 @@ def test_readers_look_while_a_writer_writes(journal, tmp_path):
 def test_what_was_read_in_part_holds_nobody_up_once_it_is_closed(journal, tmp_path):
     journal.write([ok(row) for row in range(9)])
     with Journal(tmp_path, 2, readonly=True) as other:
-        begun = [other.results(), other.answers(100), other._records("runs")]
-        assert [next(each) is not None for each in begun] == [True] * 3
+        begun = [other.results(), other.answers(100), other.finished(), other._records("runs")]
+        assert [next(each) is not None for each in begun] == [True] * 4
         journal.write([ok(9)])
         journal._db.execute("PRAGMA busy_timeout=0")
         [(busy, *_)] = journal._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
