@@ -161,7 +161,7 @@ def test_what_forks_off_a_run_keeps_neither_its_lock_nor_its_turn(
 
 LOADING = "sys.modules['click'] = None\n"
 KILLED = "import os\nos.kill(os.getpid(), 9)\n"
-REASONS = {LOADING: "ModuleNotFoundError: import of click halted", KILLED: "it ended by SIGKILL"}
+REASONS = {LOADING: "ModuleNotFoundError: import of click halted", KILLED: "it ended with SIGKILL"}
 
 
 def told(shown: Shown, reason: str) -> None:

@@ -61,7 +61,7 @@ def test_a_crash_names_the_file_that_was_read(tmp_path, number):
 
 
 def test_a_crash_that_is_no_files_and_a_kill_are_told_as_such(tmp_path):
-    with pytest.raises(JobError, match="ended by SIGABRT"):
+    with pytest.raises(JobError, match="ended with SIGABRT"):
         isolated(lambda note: end_by(signal.SIGABRT))
 
     def end(note):
