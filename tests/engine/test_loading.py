@@ -122,13 +122,13 @@ def test_tensors_that_are_not_used_are_told_once(folder: Path) -> None:
 
 def test_weights_of_another_shape_are_named(folder: Path) -> None:
     edit_config(folder, intermediate_size=64)
-    error = refused(folder, "do not fit its config.json: .*down_proj.weight is 32x48 and not 32x64")
+    error = refused(folder, "do not fit its config.json: .*down_proj.weight is 32x48, not 32x64")
     assert "came with the weights" in str(error.hint)
 
 
 def test_a_vocabulary_that_was_padded_says_what_to_write(folder: Path) -> None:
     edit_config(folder, vocab_size=320)
-    error = refused(folder, "lm_head.weight is 259x32 and not 320x32")
+    error = refused(folder, "lm_head.weight is 259x32, not 320x32")
     assert '"vocab_size": 259' in str(error.hint)
 
 

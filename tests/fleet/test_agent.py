@@ -122,7 +122,7 @@ def test_what_arrives_damaged_is_refused(agent: Agent, model: Model) -> None:
         receive(model, name, offset, piece[::-1] if name.endswith(".safetensors") else piece)
 
     agent.receive = damaging  # type: ignore[method-assign]
-    with pytest.raises(ModelError, match=r"arrived at .* as"):
+    with pytest.raises(ModelError, match=r"arrived at .* with the fingerprint"):
         cluster._Parcel(ray).ship(ray, model)
     assert agent.look([elsewhere(model)]).paths == (None,)
     assert not [*Path(agents.home() / "models").glob(".*")]
