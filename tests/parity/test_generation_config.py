@@ -67,7 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @cache
 def prompts() -> list[list[int]]:
     rng = random.Random(9)
-    lengths = [1, 1, 2, 5, 12, 33] * 2
+    lengths = [1, 1, 2, 5, 12, 33] * 3
     return [[rng.randrange(3, 199) for _ in range(length)] for length in lengths]
 
 
