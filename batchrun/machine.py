@@ -84,6 +84,15 @@ def use_cores(root: Path = cgroups.ROOT) -> str | None:
     return None
 
 
+def has_idle_core() -> bool:
+    """Whether a core is idle now, beside the one that this process uses."""
+    try:
+        running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        return False
+    return running < (os.cpu_count() or 1) and cores() > 1
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Pause garbage collection while torch is imported: it finds nothing and takes a tenth."""

@@ -233,7 +233,7 @@ def test_a_bad_parameter_is_that_rows_error(submit: Submit) -> None:
     errors = output(job)["error"].to_pylist()
     assert [i for i, error in enumerate(errors) if error] == [0, 5]
     assert "top_k holds 5.5" in errors[0]
-    assert "temperature must be 0 or more" in errors[5]
+    assert "temperature must be between 0 and 5" in errors[5]
 
 
 def test_samples_of_a_row_differ_and_stand_together(submit: Submit) -> None:

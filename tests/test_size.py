@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lines of code: no blank lines, comments or docstrings.
 CEILINGS = {
     "allocator": 1440,
-    "batchrun": 1680,
+    "batchrun": 1690,
     "batchrun/cli": 2780,
     "batchrun/engine": 3835,
     "batchrun/engine/attention": 1260,

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from batchrun import machine
 from batchrun.cli.errors import STATUS, ExitStatus, print_error
 from batchrun.cli.in_force import as_fields, in_force
 from batchrun.cli.inspect import job_argument, job_parameters, print_fields
@@ -94,8 +95,8 @@ def submit_command(
         need_linux()
     if options["output"] == PIPE and (as_json or not wait):
         raise click.UsageError("--output - excludes --json and --detach: the answers go to stdout")
-    later = dry_run or options["devices"] or options["ray"] or PIPE in inputs
-    with nullcontext() if later else waiting_supervisor() as ahead:
+    alone = not (dry_run or options["devices"] or options["ray"] or PIPE in inputs)
+    with waiting_supervisor() if alone and machine.has_idle_core() else nullcontext() as ahead:
         from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as in all of these
         from batchrun.specs import make_spec  # noqa: PLC0415
         from batchrun.submission import submit  # noqa: PLC0415

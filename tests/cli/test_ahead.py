@@ -18,6 +18,7 @@ from batchrun.models.resolve import fingerprint
 from batchrun.runner.supervisor import waiting_supervisor
 from batchrun.submission import submit
 from tests.cli.conftest import CommandLine
+from tests.cli.gate import Gate
 from tests.cli.test_cancel import until
 
 
@@ -30,6 +31,16 @@ def ours(batchrun: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
         return sorted(working(batchrun.home).values())
 
     return found
+
+
+def idle(place: Path) -> None:
+    """Have `submit` find an idle core, however busy the machine is."""
+    place.mkdir(exist_ok=True)
+    with (place / "sitecustomize.py").open("a") as file:
+        file.write(
+            "\nimport sys\nif 'submit' in sys.orig_argv:\n"
+            "    from batchrun import machine\n    machine.has_idle_core = lambda: True\n"
+        )
 
 
 def working(home: Path) -> dict[int, str]:
@@ -63,8 +74,9 @@ def spec_of(batchrun: CommandLine) -> JobSpec:
 
 
 def test_a_job_is_run_by_processes_that_were_there_before_it(
-    batchrun: CommandLine, gate: object, ours: Callable[[], list[str]]
+    batchrun: CommandLine, gate: Gate, ours: Callable[[], list[str]]
 ) -> None:
+    idle(gate.place)
     source = batchrun.write("in.jsonl", ["one", "two"])
     shown = batchrun.submit(source, "-o", "out.jsonl", "--max-tokens", 200, "--detach")
     job = find(batchrun.home, shown.out.split()[0])
@@ -77,8 +89,10 @@ def test_a_job_is_run_by_processes_that_were_there_before_it(
 
 
 def test_nothing_stays_of_a_job_that_is_refused(
-    batchrun: CommandLine, ours: Callable[[], list[str]]
+    batchrun: CommandLine, ours: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    idle(batchrun.folder / "site")
+    monkeypatch.setenv("PYTHONPATH", str(batchrun.folder / "site"))
     source = batchrun.write("in.jsonl", ["one"])
     assert batchrun.submit(source, "--template", "{prmpt}").code == 1
     until(lambda: ours() == [], "their end")
