@@ -221,6 +221,7 @@ def test_translate_answers_with_one_sentence(ran):
         assert row["finish_reason"] == "length" or pattern.fullmatch(row["completion"]), row
 
 
+@pytest.mark.long
 def test_judge_reads_the_first_jobs_answers(ran, tokenizer):
     folder = ran("judge")
     names, answers = read(folder / "answers.jsonl")
@@ -234,6 +235,7 @@ def test_judge_reads_the_first_jobs_answers(ran, tokenizer):
         assert row["judge_prompt_tokens"] == len(tokenizer.encode(template.format(**row)))
 
 
+@pytest.mark.long
 def test_synthesise_draws_questions_of_the_grammar_and_keeps_one_of_equal_ones(ran):
     folder = ran("synthesise")
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
