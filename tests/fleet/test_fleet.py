@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,12 @@ def output(job: JobFolder) -> pa.Table:
 
 
 def workers() -> list[psutil.Process]:
-    children = psutil.Process().children()
-    return [p for p in children if "run-worker" in p.cmdline()]
+    found = []
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just ended
+            if "run-worker" in process.cmdline():
+                found.append(process)
+    return found
 
 
 @pytest.fixture
