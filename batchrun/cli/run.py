@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,10 @@ from batchrun.options import PIPE
 from batchrun.platforms import need_linux
 from batchrun.provenance import command_line
 from batchrun.report.text import counted
+from batchrun.runner.ahead import Ahead
 from batchrun.runner.live import STORY, LogTail, read_progress
 from batchrun.runner.overdue import PromptLimit, prompt_seconds
-from batchrun.runner.supervisor import Started, waiting_supervisor
+from batchrun.runner.supervisor import Started
 from batchrun.terminal import MESSAGE, say, say_json, tell
 from batchrun.trust import others_write
 
@@ -96,7 +96,8 @@ def submit_command(
     if options["output"] == PIPE and (as_json or not wait):
         raise click.UsageError("--output - excludes --json and --detach: the answers go to stdout")
     alone = not (dry_run or options["devices"] or options["ray"] or PIPE in inputs)
-    with waiting_supervisor() if alone and machine.has_idle_core() else nullcontext() as ahead:
+    early = "work" if alone and machine.has_idle_core() else None
+    with Ahead(early, session=True) as ahead:
         from batchrun.cli.piped import taken_in  # noqa: PLC0415 - Arrow, as in all of these
         from batchrun.specs import make_spec  # noqa: PLC0415
         from batchrun.submission import submit  # noqa: PLC0415

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import Popen
 
@@ -28,21 +28,24 @@ _STDIN, _STDOUT, _STDERR = range(3)
 
 
 class Ahead:
-    """A child that waits for its job with `job_handed`.
+    """A child that waits for its job with `job_handed`; without one, nobody waits.
+
+    The end of a block ends it, unless it has its job.
 
     Args:
-        command: The command that it runs.
+        command: The command that it runs; with None, or if it can't be started, there is no child.
         session: Whether it leads a session of its own.
-
-    Raises:
-        OSError: No process can be started.
     """
 
-    def __init__(self, command: str, *, session: bool = False) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
+    def __init__(self, command: str | None = None, *, session: bool = False) -> None:
+        self._waiting: tuple[Popen[bytes], socket.socket] | None = None
+        if command is None:
+            return
+        with suppress(OSError), ExitStack() as stack:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.callback(ours.close)
             with theirs:
-                self._process = Popen(
+                process = Popen(
                     children.command(command, "--parent", os.getpid()),
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
@@ -50,16 +53,15 @@ class Ahead:
                     start_new_session=session,
                     **children.inheriting(),
                 )
-        except OSError:
-            self._socket.close()
-            raise
+            stack.pop_all()
+            self._waiting = process, ours
 
     def hand(
         self,
         job: Path,
-        log: int,
         handles: Sequence[int],
         *,
+        log: int = _STDOUT,
         patience: float = float("inf"),
         stop: Callable[[], bool] = lambda: False,
     ) -> Popen[bytes] | None:
@@ -67,40 +69,44 @@ class Ahead:
 
         Args:
             job: The job's folder.
-            log: Where its output goes.
             handles: What it holds from now on.
+            log: Where its output goes; by default where this process's does.
             patience: Seconds after which it is ended instead.
             stop: Asked several times a second; ends it too.
 
         Returns:
-            Its process; None if it has ended, or has had a job.
+            Its process; None if nobody waits, or it has ended.
         """
-        if not self._waits:
+        if self._waiting is None:
             return None
-        try:
-            socket.send_fds(self._socket, [os.fsencode(job)], [log, *handles])
+        process, channel = self._waiting
+        with suppress(OSError):  # it has ended
+            socket.send_fds(channel, [os.fsencode(job)], [log, *handles])
             until = time.monotonic() + patience
             while not stop() and time.monotonic() < until:
-                if select.select([self._socket], [], [], _LOOK_S)[0]:
-                    if not self._socket.recv(1):
-                        break  # it has ended
-                    self._socket.close()
-                    return self._process
-        except OSError:
-            pass
+                if select.select([channel], [], [], _LOOK_S)[0]:
+                    if not channel.recv(1):
+                        break  # likewise
+                    channel.close()
+                    self._waiting = None
+                    return process
         self.end()
         return None
 
     def end(self) -> None:
         """End it if it has no job yet."""
-        if self._waits:
-            self._socket.close()
-            self._process.kill()
-            self._process.wait()
+        if self._waiting is not None:
+            process, channel = self._waiting
+            self._waiting = None
+            channel.close()
+            process.kill()
+            process.wait()
 
-    @property
-    def _waits(self) -> bool:
-        return int(self._socket.fileno()) >= 0
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
 
 def job_handed() -> tuple[Path, list[int]] | None:

@@ -80,10 +80,10 @@ class Runs:
         self._printed = self._log.stat().st_size if self._log.exists() else 0  # bytes, so far
         with closing(ReaderNote(self._job.path)) as note:
             note.made()  # clears the note of the earlier run
-        child = self._child = start()
-        if self.told is not None:  # while it was started
-            child.send_signal(self.told)
-        code, overrun = self._watch(child)
+            child = self._child = start()
+            if self.told is not None:  # while it was started
+                child.send_signal(self.told)
+            code, overrun = self._watch(child, note)
         if overrun is not None:
             return self._overran(overrun)
         if code >= 0:
@@ -97,19 +97,18 @@ class Runs:
         rows, read = self._suspects()
         return self._crashed(name, rows) if read is None else self._crashed_reading(name, read)
 
-    def _watch(self, child: Popen[bytes]) -> tuple[int, Overrun | None]:
+    def _watch(self, child: Popen[bytes], note: ReaderNote) -> tuple[int, Overrun | None]:
         """Wait for the end; return the exit code, and the prompt that it was killed for, if any."""
-        with closing(ReaderNote(self._job.path)) as note:
-            onlooker, overrun = Onlooker(child.pid, note), None
-            while overrun is None:
-                with suppress(TimeoutExpired):
-                    return child.wait(_LOOK_S), None
-                overrun = onlooker.look()
-            child.send_signal(TELL)  # faulthandler prints where it is, and needs no lock
+        onlooker, overrun = Onlooker(child.pid, note), None
+        while overrun is None:
             with suppress(TimeoutExpired):
-                child.wait(_TELL_S)
-            child.kill()
-            return child.wait(), overrun
+                return child.wait(_LOOK_S), None
+            overrun = onlooker.look()
+        child.send_signal(TELL)  # faulthandler prints where it is, and needs no lock
+        with suppress(TimeoutExpired):
+            child.wait(_TELL_S)
+        child.kill()
+        return child.wait(), overrun
 
     def _stopped(self) -> int:
         self._job.set_state("cancelled" if self._job.cancel_requested() else "interrupted")

@@ -15,8 +15,8 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -36,7 +36,6 @@ from batchrun.runner.live import Reporter
 from batchrun.runner.runs import Runs
 
 _POLL_S = 0.2
-_STDOUT = 1
 _TAKES_S = 60.0  # for a supervisor to start
 
 
@@ -84,19 +83,6 @@ class Started:
                     self.job.set_state("failed", reason, hint)
 
 
-@contextmanager
-def waiting_supervisor() -> Iterator[Ahead | None]:
-    """A supervisor that waits for its job, until the block ends; None if none can be started."""
-    ahead = None
-    with suppress(OSError):
-        ahead = Ahead("work", session=True)
-    try:
-        yield ahead
-    finally:
-        if ahead is not None:
-            ahead.end()
-
-
 def start(job: JobFolder, lease: Lease, ahead: Ahead | None = None) -> Started:
     """Start a supervisor for the job, in its own session, so that it outlives the terminal.
 
@@ -112,9 +98,8 @@ def start(job: JobFolder, lease: Lease, ahead: Ahead | None = None) -> Started:
     try:
         with open(job.path / WORKER_LOG, "ab", opener=open_private) as log:
             size, held = log.tell(), (lease.fileno(), tell)
-            process = (
-                ahead and ahead.hand(job.path, log.fileno(), held, patience=_TAKES_S)
-            ) or Popen(
+            handed = ahead and ahead.hand(job.path, held, log=log.fileno(), patience=_TAKES_S)
+            process = handed or Popen(
                 children.command("work", job.path),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -138,15 +123,9 @@ def start(job: JobFolder, lease: Lease, ahead: Ahead | None = None) -> Started:
 
 def work_ahead(root: Path) -> int:
     """Be the supervisor of the job that is handed to this process, if one is; see `work`."""
-    run = None
-    with suppress(OSError):
-        run = Ahead("run-job")
-    handed = job_handed()
-    if handed is not None:
-        return work(*handed, root, run)
-    if run is not None:
-        run.end()
-    return 0
+    with Ahead("run-job") as run:
+        handed = job_handed()
+        return 0 if handed is None else work(*handed, root, run)
 
 
 def work(path: Path, handles: Sequence[int], root: Path, ahead: Ahead | None = None) -> int:
@@ -164,7 +143,7 @@ def work(path: Path, handles: Sequence[int], root: Path, ahead: Ahead | None = N
     Raises:
         LeaseHeld: Another process has the job.
     """
-    job = JobFolder(path)
+    job, ahead = JobFolder(path), ahead or Ahead()
     held, tell = (handles[0], handles[1:]) if handles else (None, [])
     hook = Hook(job)
     with ExitStack() as after, Lease(path, held) as lease, Reporter(path) as reporter:
@@ -178,17 +157,15 @@ def work(path: Path, handles: Sequence[int], root: Path, ahead: Ahead | None = N
         with ExitStack() as places:
             places.callback(hook.note_end)
             queues = [DeviceQueue(root, device, job.id) for device in queues_of(job)]
-            end_ahead = nullcontext if ahead is None else ahead.end
-            places.callback(end_ahead)
-            turns = [_turn(queue, runs, reporter, places, end_ahead) for queue in queues]
+            places.callback(ahead.end)
+            turns = [_turn(queue, runs, reporter, places, ahead.end) for queue in queues]
             if runs.told is None:
                 job.set_state("running")
             locks = (lease.fileno(), *(turn.fileno() for turn in turns))
             command, inheriting = children.command("run-job", path), children.inheriting(*locks)
 
             def start() -> Popen[bytes]:
-                stop = lambda: runs.told is not None  # noqa: E731
-                handed = ahead and ahead.hand(path, _STDOUT, locks, stop=stop)
+                handed = ahead.hand(path, locks, stop=lambda: runs.told is not None)
                 return handed or Popen(command, stdin=subprocess.DEVNULL, **inheriting)
 
             return runs.run(start)

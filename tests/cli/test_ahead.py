@@ -15,7 +15,7 @@ from batchrun.jobs.options import ModelSpec, OutputSpec, PromptSpec, SamplingSpe
 from batchrun.jobs.queue import DeviceQueue
 from batchrun.jobs.spec import InputFile, JobSpec
 from batchrun.models.resolve import fingerprint
-from batchrun.runner.supervisor import waiting_supervisor
+from batchrun.runner.ahead import Ahead
 from batchrun.submission import submit
 from tests.cli.conftest import CommandLine
 from tests.cli.gate import Gate
@@ -102,7 +102,7 @@ def test_a_job_that_waits_for_its_turn_holds_no_run(
     batchrun: CommandLine, ours: Callable[[], list[str]]
 ) -> None:
     spec = spec_of(batchrun)
-    with DeviceQueue(batchrun.home, "cpu"), waiting_supervisor() as ahead:
+    with DeviceQueue(batchrun.home, "cpu"), Ahead("work", session=True) as ahead:
         until(lambda: "run-job" in ours(), "a run that waits for a job")
         started = submit(batchrun.home, spec, ahead=ahead)
         until(lambda: "run-job" not in ours(), "its end")
@@ -117,7 +117,7 @@ def test_a_job_whose_waiting_process_was_killed_gets_another(
     batchrun: CommandLine, ours: Callable[[], list[str]], killed: str
 ) -> None:
     spec = spec_of(batchrun)
-    with waiting_supervisor() as ahead:
+    with Ahead("work", session=True) as ahead:
         until(lambda: "run-job" in ours(), "a run that waits for a job")
         for pid, command in working(batchrun.home).items():
             if command == killed:
@@ -134,6 +134,6 @@ def test_a_job_whose_waiting_process_was_killed_gets_another(
 def test_who_waits_ends_with_who_started_it(
     batchrun: CommandLine, ours: Callable[[], list[str]]
 ) -> None:
-    with waiting_supervisor():
+    with Ahead("work", session=True):
         until(lambda: "run-job" in ours(), "a run that waits for a job")
     until(lambda: ours() == [], "their end")
